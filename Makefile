@@ -1,0 +1,54 @@
+# `make demo` and `make test` need nothing but Python 3.11 with pip, and make: each prepares .venv
+# once (again only when pyproject.toml or constraints.txt changes) and then does its job.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+READY_DEV := $(VENV)/.ready-dev
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format lock clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+demo: $(READY)  ## Watch overfitting happen and be cured, in JAX and in PyTorch (ARGS="--help" for options)
+	$(RUN) -m examples.overfit $(ARGS)
+
+test: $(READY)  ## Run the tests, without the slow ones
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## Run every test
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(READY_DEV)  ## Check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright
+
+format: $(READY_DEV)  ## Let ruff format and fix
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+lock: $(READY_DEV)  ## Write the installed versions to constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; \
+	   $(RUN) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## Remove .venv and everything that was built
+	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit("regjax needs Python 3.11 or newer; this is %d.%d. Name another one: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): pyproject.toml constraints.txt | $(RUN)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test]'
+	@touch $@
+
+$(READY_DEV): pyproject.toml constraints.txt | $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""Proof that regjax and regtorch agree."""
