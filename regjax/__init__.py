@@ -1,1 +1,8 @@
-"""Dropout and L2 for JAX."""
+"""Regularisation for JAX: dropout and L2, the same in PyTorch, bit for bit where bits are drawn.
+
+`regtorch` is the PyTorch twin of this package, file by file; `parity_tests` proves that they agree.
+"""
+
+from regjax._dropout import dropout as dropout
+from regjax._keys import site_key as site_key
+from regjax._masks import bernoulli as bernoulli

@@ -1,0 +1,224 @@
+"""Dropout: zero random elements in training, scale the others, do nothing in evaluation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from regjax._keys import check_key
+from regjax._masks import Sampler, bernoulli, check_probability
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, Inexact
+
+    from regjax._keys import KeyLike
+
+_DOUBLE = (np.dtype(np.float64), np.dtype(np.complex128))
+
+
+def dropout(
+    x: Inexact[ArrayLike, "*shape"],
+    rate: ArrayLike,
+    *,
+    key: KeyLike | None = None,
+    deterministic: ArrayLike = False,
+    broadcast_dims: Sequence[int] = (),
+    sampler: Sampler = bernoulli,
+) -> Inexact[Array, "*shape"]:
+    """Zeroes each element with probability `rate` and divides the others by `1 - rate`.
+
+    With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`, so that
+    the mean of `y` is `x`: in evaluation there is nothing to undo, and `deterministic=True` returns
+    `x` itself. A dropped NaN or infinity is 0. Nothing but the key is stored for the backward pass,
+    which makes the same mask again.
+
+    The division is a multiplication by `float32(1) / float32(1 - rate)`; in double for float64 and
+    complex128; half and 8-bit types are scaled in float32 and rounded once.
+
+    Args:
+        x: floating or complex, of any shape, also 0-d and empty.
+        rate: the probability that an element is zeroed, in [0, 1]. A Python number, or a traced
+            scalar, so that it can change without recompiling; then the rounding of `1 - rate` is
+            float32's, which may change its last bit, and no gradient flows to it.
+        key: the random key; needed unless `deterministic`, or `rate` is the number 0 or 1. Use each
+            key once; `site_key` makes one for every place and step.
+        deterministic: True in evaluation. It may be traced; True then spends no random bits.
+        broadcast_dims: dimensions along which one mask is shared, such as `(1,)` for the same mask
+            at every timestep of (batch, time, features).
+        sampler: what draws the mask.
+
+    Returns:
+        An array of the shape, dtype and sharding of `x`.
+
+    Raises:
+        TypeError: `x` is of an integer or boolean dtype, `rate` is not a real number, `key` is not
+            a key, or `deterministic` is not a boolean.
+        ValueError: a concrete `rate` is not in [0, 1]; the key is missing, or a batch of keys; or
+            `broadcast_dims` are not distinct dimensions of `x`. A traced rate out of range cannot
+            raise: the result is NaN.
+
+    PyTorch:
+        `torch.nn.functional.dropout(x, p=rate, training=not deterministic)`, whose masks come from
+        a hidden generator. `regtorch.dropout` with the same key gives the same result bit for bit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> x = jnp.arange(1.0, 7.0)
+        >>> regjax.dropout(x, 0.5, key=jax.random.key(0))
+        Array([ 0.,  0.,  6.,  8.,  0., 12.], dtype=float32)
+        >>> regjax.dropout(x, 0.5, deterministic=True)
+        Array([1., 2., 3., 4., 5., 6.], dtype=float32)
+
+    Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
+    prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
+    """
+    x = check_inexact(x)
+    rate = check_probability("rate", rate)
+    deterministic = check_flag(deterministic)
+    broadcast_dims = check_dims(broadcast_dims, x.ndim)
+    if deterministic is True or _is_number(rate, 0):
+        return x
+
+    def drop() -> Inexact[Array, "*shape"]:
+        if _is_number(rate, 1):
+            return jnp.zeros_like(x)
+        jitted = _drop_at_number if isinstance(rate, float) else _drop_at_tracer
+        return jitted(x, require_key(key), rate, broadcast_dims, sampler)
+
+    return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
+
+
+def _drop(
+    x: Inexact[Array, "*shape"],
+    key: KeyLike,
+    rate: float | Float[Array, ""],
+    broadcast_dims: tuple[int, ...],
+    sampler: Sampler,
+) -> Inexact[Array, "*shape"]:
+    shape = tuple(1 if dim in broadcast_dims else size for dim, size in enumerate(x.shape))
+
+    def masked(x: Inexact[Array, "*shape"], key: KeyLike) -> Inexact[Array, "*shape"]:
+        keep_prob, scale = _keep_prob_and_scale(rate, x.dtype)
+        keep = sampler(key, keep_prob, shape, out_sharding=_mask_sharding(x, broadcast_dims))
+        # A selection, not a product: a dropped NaN or infinity must become 0.
+        dropped = jnp.where(keep, _scaled(x, scale), jnp.zeros((), x.dtype))
+        if isinstance(rate, float):
+            return dropped
+        return jnp.where((rate >= 0) & (rate <= 1), dropped, jnp.full((), jnp.nan, x.dtype))
+
+    # What the backward pass needs of the forward one is the mask; under checkpoint it is made again
+    # from the key. prevent_cse=False, because its barriers would keep XLA from fusing the mask.
+    return jax.checkpoint(masked, prevent_cse=False)(x, key)
+
+
+# The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
+# agree in shape and rate share one trace and one lowering.
+_drop_at_number = jax.jit(_drop, static_argnums=(2, 3, 4))
+_drop_at_tracer = jax.jit(_drop, static_argnums=(3, 4))
+
+
+def _keep_prob_and_scale(
+    rate: float | Float[Array, ""], dtype: np.dtype
+) -> tuple[float | Float[Array, ""], np.floating | Float[Array, ""]]:
+    """The keep probability and what the kept elements are multiplied by, correctly rounded."""
+    real = np.float64 if dtype in _DOUBLE else np.float32
+    if isinstance(rate, float):
+        keep_prob = real(1 - rate)  # one rounding: the subtraction is in double
+        return float(keep_prob), real(1) / keep_prob
+    keep_prob = real(1) - lax.stop_gradient(rate).astype(real)
+    positive = keep_prob > 0
+    # The inner where keeps the division, and so the gradient, finite at rate 1.
+    return keep_prob, jnp.where(positive, 1 / jnp.where(positive, keep_prob, 1), 0)
+
+
+def _scaled(
+    x: Inexact[Array, "*shape"], scale: np.floating | Float[Array, ""]
+) -> Inexact[Array, "*shape"]:
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        # Part by part: a complex product would make NaN of an infinite part.
+        return lax.complex(x.real * scale, x.imag * scale)
+    return (x.astype(scale.dtype) * scale).astype(x.dtype)
+
+
+def _mask_sharding(
+    x: Inexact[Array, "*shape"], broadcast_dims: tuple[int, ...]
+) -> NamedSharding | None:
+    """The layout of `x` for its mask: made without one, a mask is built whole on every device."""
+    sharding = jax.typeof(x).sharding
+    if all(axes is None for axes in sharding.spec):
+        return None
+    spec = [None if dim in broadcast_dims else axes for dim, axes in enumerate(sharding.spec)]
+    return sharding.update(spec=PartitionSpec(*spec))
+
+
+def require_key(key: KeyLike | None) -> KeyLike:
+    """Returns the key if there is one, and one only.
+
+    Raises:
+        TypeError: it is not a key.
+        ValueError: it is missing, or a batch of keys.
+    """
+    if key is None:
+        raise ValueError(
+            "key is missing: dropout in training needs one. Pass key=jax.random.key(seed), or "
+            "key=regjax.site_key(root, step, site) inside a training loop, or deterministic=True "
+            "to evaluate."
+        )
+    return check_key(key)
+
+
+def check_inexact(x: Inexact[ArrayLike, "*shape"]) -> Inexact[Array, "*shape"]:
+    """Returns `x` as an array if it is floating or complex; integers cannot be scaled.
+
+    Raises:
+        TypeError: it is of another dtype.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"x must be floating or complex; got dtype {x.dtype}. Cast it: x.astype(jnp.float32)."
+        )
+    return x
+
+
+def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
+    """Returns a concrete flag as a Python bool, a traced one as it is.
+
+    Raises:
+        TypeError: it is not one boolean.
+    """
+    if isinstance(deterministic, bool):
+        return deterministic
+    if getattr(deterministic, "dtype", None) != np.bool_ or np.ndim(deterministic):
+        raise TypeError(
+            "deterministic must be one boolean: False in training, True in evaluation; got "
+            f"{deterministic!r}."
+        )
+    return deterministic if isinstance(deterministic, jax.core.Tracer) else bool(deterministic)
+
+
+def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Returns `broadcast_dims` as a sorted tuple of distinct dimensions.
+
+    Raises:
+        ValueError: one of them is negative, too large, or there twice.
+    """
+    dims = tuple(sorted(operator.index(dim) for dim in broadcast_dims))
+    if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
+        raise ValueError(
+            "broadcast_dims must be distinct dimensions of x, counted from 0 and below "
+            f"{ndim}; got {tuple(broadcast_dims)}."
+        )
+    return dims
+
+
+def _is_number(rate: float | Float[Array, ""], number: int) -> bool:
+    return isinstance(rate, float) and rate == number

@@ -1,0 +1,121 @@
+"""Keep masks: random bits compared with a threshold.
+
+This is **mask stream v1**: the mask is a function of the key, the keep probability and the shape
+alone. No setting of JAX, no device, no mesh and no transform changes it, and it will not change
+under this name. It equals `jax.random.bernoulli` under JAX's default configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax._keys import check_key, consume, key_words
+from regjax._threefry import counter_bits
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, UInt32
+
+    from regjax._keys import KeyLike
+
+_MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
+# A subnormal probability counts as 0: CPUs and TPUs flush it, others do not, and the mask must not
+# depend on which it runs on.
+_SMALLEST = float(np.finfo(np.float32).smallest_normal)
+
+
+class Sampler(Protocol):
+    """What draws a keep mask: `bernoulli`, or any function with its arguments."""
+
+    def __call__(
+        self, key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Any = None
+    ) -> Bool[Array, "*shape"]:
+        """Draws a mask of the given shape; True keeps."""
+        ...
+
+
+def bernoulli(
+    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Any = None
+) -> Bool[Array, "*shape"]:
+    """Draws a keep mask: each element is True with probability `keep_prob`, independently.
+
+    An element is kept where `(bits >> 9) < ceil(float32(keep_prob) * 2**23)`, its bits being those
+    of threefry at its row-major index. The mask therefore depends on nothing but the arguments.
+
+    Args:
+        key: one JAX random key, typed or raw, of any kind.
+        keep_prob: the probability of True, in [0, 1]; it may be traced. Rounded to float32.
+        shape: the shape of the mask.
+        out_sharding: how the mask is laid out over devices: a `Sharding` or a `PartitionSpec`.
+
+    Returns:
+        A boolean array.
+
+    Raises:
+        TypeError: `key` is not a key, or `keep_prob` is not a number.
+        ValueError: a concrete `keep_prob` is not in [0, 1], or `key` is a batch of keys. A traced
+            `keep_prob` is not checked: below 0 or NaN keeps nothing, above 1 everything.
+
+    PyTorch:
+        `regtorch.bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+
+    Example:
+        >>> import jax, regjax
+        >>> key = jax.random.key(0)
+        >>> regjax.bernoulli(key, 0.5, (6,)).tolist()
+        [False, False, True, True, False, True]
+        >>> bool((regjax.bernoulli(key, 0.5, (6,)) == jax.random.bernoulli(key, 0.5, (6,))).all())
+        True
+    """
+    threshold = _threshold(check_probability("keep_prob", keep_prob))
+    return _threshold_mask(check_key(key), threshold, tuple(shape), out_sharding)
+
+
+# The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
+# agree in shape share one trace. The threshold stays an argument: that trace serves every rate.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _threshold_mask(
+    key: KeyLike, threshold: UInt32[Array, ""], shape: tuple[int, ...], out_sharding: Any
+) -> Bool[Array, "*shape"]:
+    consume(key)
+    bits = counter_bits(key_words(key), shape, out_sharding=out_sharding)
+    return (bits >> np.uint32(32 - _MANTISSA)) < threshold
+
+
+def _threshold(keep_prob: float | Float[Array, ""]) -> np.uint32 | UInt32[Array, ""]:
+    """How many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
+    if isinstance(keep_prob, float):
+        # Exact in double, and free of the flush to zero by which a device may lose a tiny float32.
+        probability = float(np.float32(keep_prob))
+        return np.uint32(math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0)
+    probability = keep_prob.astype(jnp.float32)
+    scaled = jnp.minimum(jnp.ceil(probability * 2.0**_MANTISSA), 2.0**_MANTISSA)
+    # NaN compares false, and so keeps nothing.
+    return jnp.where(probability >= _SMALLEST, scaled, 0).astype(jnp.uint32)
+
+
+def check_probability(name: str, value: ArrayLike) -> float | Float[Array, ""]:
+    """Returns a concrete probability as a Python float, a traced one as it is.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is not a scalar, or concrete and not in [0, 1].
+    """
+    traced = isinstance(value, jax.core.Tracer)
+    number = value if traced else np.asarray(value)
+    if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"{name} must be a real number in [0, 1]; got {value!r}.")
+    if number.ndim:
+        raise ValueError(f"{name} must be a scalar in [0, 1]; got shape {number.shape}.")
+    if traced:
+        return value
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
+    return float(number)
