@@ -1,1 +1,13 @@
-"""Dropout and L2 for PyTorch."""
+"""Regularisation for PyTorch: dropout and L2, the same in JAX, bit for bit where bits are drawn.
+
+`regjax` is the JAX twin of this package, file by file; `parity_tests` proves that they agree.
+"""
+
+from regtorch import nn as nn
+from regtorch._dropout import dropout as dropout
+from regtorch._keys import bits as bits
+from regtorch._keys import fold_in as fold_in
+from regtorch._keys import key as key
+from regtorch._keys import site_key as site_key
+from regtorch._keys import split as split
+from regtorch._masks import bernoulli as bernoulli

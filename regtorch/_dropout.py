@@ -1,0 +1,186 @@
+"""Dropout: zero random elements in training, scale the others, do nothing in evaluation."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regtorch._keys import check_key, generator_key
+from regtorch._masks import Sampler, bernoulli, check_probability
+
+_DOUBLE = (torch.float64, torch.complex128)
+
+
+def dropout(
+    x: Tensor,
+    rate: float | Tensor,
+    *,
+    key: Tensor | torch.Generator | None = None,
+    deterministic: bool | Tensor = False,
+    broadcast_dims: Sequence[int] = (),
+    sampler: Sampler = bernoulli,
+) -> Tensor:
+    """Zeroes each element with probability `rate` and divides the others by `1 - rate`.
+
+    With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`, so that
+    the mean of `y` is `x`: in evaluation there is nothing to undo, and `deterministic=True` returns
+    `x` itself. A dropped NaN or infinity is 0.
+
+    The division is a multiplication by `float32(1) / float32(1 - rate)`; in double for float64 and
+    complex128; half and 8-bit types are scaled in float32 and rounded once.
+
+    Args:
+        x: floating or complex, of any shape, also 0-d and empty.
+        rate: the probability that an element is zeroed, in [0, 1]. A Python number, or a 0-d
+            tensor; then the rounding of `1 - rate` is float32's, which may change its last bit, and
+            no gradient flows to it.
+        key: the random key, or a `torch.Generator` from which one is drawn; needed unless
+            `deterministic`, or `rate` is the number 0 or 1. Use each key once; `site_key` makes one
+            for every place and step.
+        deterministic: True in evaluation; a bool, or a 0-d boolean tensor.
+        broadcast_dims: dimensions along which one mask is shared, such as `(1,)` for the same mask
+            at every timestep of (batch, time, features).
+        sampler: what draws the mask.
+
+    Returns:
+        A tensor of the shape, dtype and device of `x`.
+
+    Raises:
+        TypeError: `x` is of an integer or boolean dtype, `rate` is not a real number, `key` is not
+            a key, or `deterministic` is not a boolean.
+        ValueError: the number `rate` is not in [0, 1]; the key is missing, or a batch of keys; or
+            `broadcast_dims` are not distinct dimensions of `x`. A tensor rate out of range does not
+            raise, as reading it would wait for the device: the result is NaN.
+
+    PyTorch:
+        `torch.nn.functional.dropout(x, p=rate, training=not deterministic)`, whose masks come from
+        a hidden generator. Here the mask is explicit, and `regjax.dropout` with the same key gives
+        the same result bit for bit.
+
+    Example:
+        >>> import torch, regtorch
+        >>> x = torch.arange(1.0, 7.0)
+        >>> regtorch.dropout(x, 0.5, key=regtorch.key(0))
+        tensor([ 0.,  0.,  6.,  8.,  0., 12.])
+        >>> regtorch.dropout(x, 0.5, deterministic=True)
+        tensor([1., 2., 3., 4., 5., 6.])
+
+    Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
+    prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
+    """
+    x = check_inexact(x)
+    rate = check_probability("rate", rate)
+    deterministic = check_flag(deterministic)
+    broadcast_dims = check_dims(broadcast_dims, x.ndim)
+    if deterministic is True or _is_number(rate, 0):
+        return x
+    if _is_number(rate, 1):
+        dropped = torch.zeros_like(x)
+    else:
+        dropped = _drop(x, require_key(key).to(x.device), rate, broadcast_dims, sampler)
+    return dropped if deterministic is False else torch.where(deterministic, x, dropped)
+
+
+def _drop(
+    x: Tensor,
+    key: Tensor,
+    rate: float | Tensor,
+    broadcast_dims: tuple[int, ...],
+    sampler: Sampler,
+) -> Tensor:
+    shape = tuple(1 if dim in broadcast_dims else size for dim, size in enumerate(x.shape))
+    keep_prob, scale = _keep_prob_and_scale(rate, x.dtype)
+    keep = sampler(key, keep_prob, shape)
+    # A selection, not a product: a dropped NaN or infinity must become 0.
+    dropped = torch.where(keep, _scaled(x, scale), torch.zeros((), dtype=x.dtype, device=x.device))
+    if isinstance(rate, float):
+        return dropped
+    nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
+    return torch.where((rate >= 0) & (rate <= 1), dropped, nan)
+
+
+def _keep_prob_and_scale(rate: float | Tensor, dtype: torch.dtype) -> tuple[float | Tensor, Tensor]:
+    """The keep probability and what the kept elements are multiplied by, correctly rounded."""
+    real = torch.float64 if dtype in _DOUBLE else torch.float32
+    if isinstance(rate, float):
+        keep_prob = torch.tensor(1 - rate, dtype=real)  # one rounding: the subtraction is in double
+        return keep_prob.item(), 1 / keep_prob
+    keep_prob = 1 - rate.detach().to(real)
+    positive = keep_prob > 0
+    # The inner where keeps the division, and so the gradient, finite at rate 1.
+    return keep_prob, torch.where(positive, 1 / torch.where(positive, keep_prob, 1.0), 0.0)
+
+
+def _scaled(x: Tensor, scale: Tensor) -> Tensor:
+    if x.is_complex():
+        # Part by part: a complex product would make NaN of an infinite part.
+        return torch.view_as_complex(torch.view_as_real(x) * scale)
+    return (x.to(scale.dtype) * scale).to(x.dtype)
+
+
+def require_key(key: Tensor | torch.Generator | None) -> Tensor:
+    """Returns the key if there is one, and one only; draws one from a generator.
+
+    Raises:
+        TypeError: it is not a key.
+        ValueError: it is missing, or a batch of keys.
+    """
+    if key is None:
+        raise ValueError(
+            "key is missing: dropout in training needs one. Pass key=regtorch.key(seed), or "
+            "key=regtorch.site_key(root, step, site) inside a training loop, or a torch.Generator, "
+            "or deterministic=True to evaluate."
+        )
+    return generator_key(key) if isinstance(key, torch.Generator) else check_key(key)
+
+
+def check_inexact(x: Tensor) -> Tensor:
+    """Returns `x` if it is a floating or complex tensor; integers cannot be scaled.
+
+    Raises:
+        TypeError: it is of another dtype, or not a tensor.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor; got {x!r}. Make one: torch.as_tensor(x).")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(
+            f"x must be floating or complex; got dtype {x.dtype}. Cast it: x.to(torch.float32)."
+        )
+    return x
+
+
+def check_flag(deterministic: bool | Tensor) -> bool | Tensor:
+    """Returns the flag if it is a bool or a 0-d boolean tensor.
+
+    Raises:
+        TypeError: it is not one boolean.
+    """
+    is_flag = isinstance(deterministic, Tensor) and deterministic.dtype == torch.bool
+    if not (isinstance(deterministic, bool) or (is_flag and deterministic.ndim == 0)):
+        raise TypeError(
+            "deterministic must be one boolean: False in training, True in evaluation; got "
+            f"{deterministic!r}."
+        )
+    return deterministic
+
+
+def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Returns `broadcast_dims` as a sorted tuple of distinct dimensions.
+
+    Raises:
+        ValueError: one of them is negative, too large, or there twice.
+    """
+    dims = tuple(sorted(operator.index(dim) for dim in broadcast_dims))
+    if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
+        raise ValueError(
+            "broadcast_dims must be distinct dimensions of x, counted from 0 and below "
+            f"{ndim}; got {tuple(broadcast_dims)}."
+        )
+    return dims
+
+
+def _is_number(rate: float | Tensor, number: int) -> bool:
+    return isinstance(rate, float) and rate == number

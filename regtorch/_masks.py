@@ -1,0 +1,95 @@
+"""Keep masks: random bits compared with a threshold.
+
+This is **mask stream v1**: the mask is a function of the key, the keep probability and the shape
+alone. No setting and no device changes it, and it will not change under this name. It equals
+`regjax.bernoulli`, and `jax.random.bernoulli` under JAX's default configuration.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from regtorch._keys import key_words
+from regtorch._threefry import counter_bits, shift_right
+
+_MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
+# A subnormal probability counts as 0: some devices flush it, others do not, and the mask must not
+# depend on which it runs on.
+_SMALLEST = torch.finfo(torch.float32).smallest_normal
+
+
+class Sampler(Protocol):
+    """What draws a keep mask: `bernoulli`, or any function with its arguments."""
+
+    def __call__(self, key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
+        """Draws a mask of the given shape; True keeps."""
+        ...
+
+
+def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
+    """Draws a keep mask: each element is True with probability `keep_prob`, independently.
+
+    An element is kept where `(bits >> 9) < ceil(float32(keep_prob) * 2**23)`, its bits being those
+    of threefry at its row-major index. The mask therefore depends on nothing but the arguments.
+
+    Args:
+        key: one key.
+        keep_prob: the probability of True, in [0, 1]; a number or a 0-d tensor. Rounded to float32.
+        shape: the shape of the mask.
+
+    Returns:
+        A boolean tensor, on the key's device.
+
+    Raises:
+        TypeError: `key` is not a key, or `keep_prob` is not a number.
+        ValueError: the number `keep_prob` is not in [0, 1], or `key` is a batch of keys. A tensor
+            is not checked: below 0 or NaN keeps nothing, above 1 everything.
+
+    JAX:
+        `regjax.bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+
+    Example:
+        >>> import regtorch
+        >>> regtorch.bernoulli(regtorch.key(0), 0.5, (6,)).tolist()
+        [False, False, True, True, False, True]
+    """
+    threshold = _threshold(check_probability("keep_prob", keep_prob))
+    bits = counter_bits(key_words(key), shape)
+    return shift_right(bits, 32 - _MANTISSA) < threshold
+
+
+def _threshold(keep_prob: float | Tensor) -> int | Tensor:
+    """How many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
+    if isinstance(keep_prob, float):
+        probability = torch.tensor(keep_prob, dtype=torch.float32).item()
+        return math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0
+    probability = keep_prob.to(torch.float32)
+    scaled = torch.clamp(torch.ceil(probability * 2.0**_MANTISSA), max=2.0**_MANTISSA)
+    # NaN compares false, and so keeps nothing.
+    return torch.where(probability >= _SMALLEST, scaled, 0.0).to(torch.int32)
+
+
+def check_probability(name: str, value: float | Tensor) -> float | Tensor:
+    """Returns a number as a Python float, a 0-d tensor as it is.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is a number outside [0, 1], or a tensor with dimensions.
+    """
+    is_tensor = isinstance(value, Tensor)
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_real or (is_tensor and not value.is_complex() and value.dtype != torch.bool)):
+        raise TypeError(f"{name} must be a real number in [0, 1]; got {value!r}.")
+    if is_tensor:
+        if value.ndim:
+            raise ValueError(f"{name} must be a scalar in [0, 1]; got shape {tuple(value.shape)}.")
+        return value
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
+    return float(value)
