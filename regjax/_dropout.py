@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax._keys import check_key
@@ -90,7 +91,7 @@ def dropout(
     def drop() -> Inexact[Array, "*shape"]:
         if _is_number(rate, 1):
             return jnp.zeros_like(x)
-        jitted = _drop_at_number if isinstance(rate, float) else _drop_at_tracer
+        jitted = _drop_at_tracer if isinstance(rate, jax.Array) else _drop_at_number
         return jitted(x, require_key(key), rate, broadcast_dims, sampler)
 
     return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
@@ -110,9 +111,10 @@ def _drop(
         keep = sampler(key, keep_prob, shape, out_sharding=_mask_sharding(x, broadcast_dims))
         # A selection, not a product: a dropped NaN or infinity must become 0.
         dropped = jnp.where(keep, _scaled(x, scale), jnp.zeros((), x.dtype))
-        if isinstance(rate, float):
-            return dropped
-        return jnp.where((rate >= 0) & (rate <= 1), dropped, jnp.full((), jnp.nan, x.dtype))
+        if isinstance(rate, jax.Array):
+            in_range = (rate >= 0) & (rate <= 1)
+            dropped = jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype))
+        return dropped
 
     # What the backward pass needs of the forward one is the mask; under checkpoint it is made again
     # from the key. prevent_cse=False, because its barriers would keep XLA from fusing the mask.
@@ -130,13 +132,13 @@ def _keep_prob_and_scale(
 ) -> tuple[float | Float[Array, ""], np.floating | Float[Array, ""]]:
     """The keep probability and what the kept elements are multiplied by, correctly rounded."""
     real = np.float64 if dtype in _DOUBLE else np.float32
-    if isinstance(rate, float):
-        keep_prob = real(1 - rate)  # one rounding: the subtraction is in double
-        return float(keep_prob), real(1) / keep_prob
-    keep_prob = real(1) - lax.stop_gradient(rate).astype(real)
-    positive = keep_prob > 0
-    # The inner where keeps the division, and so the gradient, finite at rate 1.
-    return keep_prob, jnp.where(positive, 1 / jnp.where(positive, keep_prob, 1), 0)
+    if isinstance(rate, jax.Array):
+        keep_prob = real(1) - lax.stop_gradient(rate).astype(real)
+        positive = keep_prob > 0
+        # The inner where keeps the division finite at rate 1.
+        return keep_prob, jnp.where(positive, 1 / jnp.where(positive, keep_prob, 1), 0)
+    keep_prob = real(1 - rate)  # one rounding: the subtraction is in double
+    return float(keep_prob), real(1) / keep_prob
 
 
 def _scaled(
@@ -202,7 +204,7 @@ def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
             "deterministic must be one boolean: False in training, True in evaluation; got "
             f"{deterministic!r}."
         )
-    return deterministic if isinstance(deterministic, jax.core.Tracer) else bool(deterministic)
+    return deterministic if isinstance(deterministic, Tracer) else bool(deterministic)
 
 
 def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
@@ -221,4 +223,4 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def _is_number(rate: float | Float[Array, ""], number: int) -> bool:
-    return isinstance(rate, float) and rate == number
+    return not isinstance(rate, jax.Array) and rate == number

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from regjax._threefry import threefry2x32
 
@@ -118,10 +119,10 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
     return jax.random.wrap_key_data(words, impl=_THREEFRY) if typed else words
 
 
-def site_words(site: str) -> tuple[np.uint32, np.uint32]:
+def site_words(site: str) -> Words:
     """A name's stable hash: the first eight bytes of its SHA-256, big-endian."""
     digest = hashlib.sha256(site.encode()).digest()
-    return np.uint32(int.from_bytes(digest[:4])), np.uint32(int.from_bytes(digest[4:8]))
+    return jnp.uint32(int.from_bytes(digest[:4])), jnp.uint32(int.from_bytes(digest[4:8]))
 
 
 @jax.jit
@@ -131,17 +132,18 @@ def _site_words(root: KeyLike, site: Words, step: Words) -> UInt32[Array, " word
 
 
 def _step_words(step: ArrayLike) -> Words:
-    if isinstance(step, bool) or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
+    number = step if isinstance(step, Tracer) else np.asarray(step)
+    if not jnp.issubdtype(number.dtype, jnp.integer):
         raise TypeError(f"step must be an integer; got {step!r}.")
-    if np.ndim(step):
-        raise ValueError(f"step must be a scalar; got shape {np.shape(step)}. Map with jax.vmap.")
-    if isinstance(step, jax.core.Tracer):
-        high = step >> 32 if step.dtype.itemsize == 8 else jnp.zeros((), jnp.uint32)
-        return high.astype(jnp.uint32), step.astype(jnp.uint32)
-    value = int(step)
+    if number.ndim:
+        raise ValueError(f"step must be a scalar; got shape {number.shape}. Map with jax.vmap.")
+    if isinstance(number, Tracer):
+        high = number >> 32 if number.dtype.itemsize == 8 else jnp.zeros((), jnp.uint32)
+        return high.astype(jnp.uint32), number.astype(jnp.uint32)
+    value = int(number)
     if not 0 <= value < 2**64:
         raise ValueError(f"step must lie in [0, 2**64); got {value}.")
-    return np.uint32(value >> 32), np.uint32(value & 0xFFFFFFFF)
+    return jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF)
 
 
 def _is_typed(key: KeyLike) -> bool:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from regjax._keys import check_key, consume, key_words
 from regjax._threefry import counter_bits
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, UInt32
 
     from regjax._keys import KeyLike
+    from regjax._threefry import Layout
 
 _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
 # A subnormal probability counts as 0: CPUs and TPUs flush it, others do not, and the mask must not
@@ -35,14 +37,19 @@ class Sampler(Protocol):
     """What draws a keep mask: `bernoulli`, or any function with its arguments."""
 
     def __call__(
-        self, key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Any = None
+        self,
+        key: KeyLike,
+        keep_prob: ArrayLike,
+        shape: Sequence[int],
+        *,
+        out_sharding: Layout = None,
     ) -> Bool[Array, "*shape"]:
         """Draws a mask of the given shape; True keeps."""
         ...
 
 
 def bernoulli(
-    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Any = None
+    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> Bool[Array, "*shape"]:
     """Draws a keep mask: each element is True with probability `keep_prob`, independently.
 
@@ -82,7 +89,7 @@ def bernoulli(
 # agree in shape share one trace. The threshold stays an argument: that trace serves every rate.
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _threshold_mask(
-    key: KeyLike, threshold: UInt32[Array, ""], shape: tuple[int, ...], out_sharding: Any
+    key: KeyLike, threshold: UInt32[Array, ""], shape: tuple[int, ...], out_sharding: Layout
 ) -> Bool[Array, "*shape"]:
     consume(key)
     bits = counter_bits(key_words(key), shape, out_sharding=out_sharding)
@@ -91,14 +98,14 @@ def _threshold_mask(
 
 def _threshold(keep_prob: float | Float[Array, ""]) -> np.uint32 | UInt32[Array, ""]:
     """How many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
-    if isinstance(keep_prob, float):
-        # Exact in double, and free of the flush to zero by which a device may lose a tiny float32.
-        probability = float(np.float32(keep_prob))
-        return np.uint32(math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0)
-    probability = keep_prob.astype(jnp.float32)
-    scaled = jnp.minimum(jnp.ceil(probability * 2.0**_MANTISSA), 2.0**_MANTISSA)
-    # NaN compares false, and so keeps nothing.
-    return jnp.where(probability >= _SMALLEST, scaled, 0).astype(jnp.uint32)
+    if isinstance(keep_prob, jax.Array):
+        probability = keep_prob.astype(jnp.float32)
+        scaled = jnp.minimum(jnp.ceil(probability * 2.0**_MANTISSA), 2.0**_MANTISSA)
+        # NaN compares false, and so keeps nothing.
+        return jnp.where(probability >= _SMALLEST, scaled, 0).astype(jnp.uint32)
+    # Exact in double, and free of the flush to zero by which a device may lose a tiny float32.
+    probability = float(np.float32(keep_prob))
+    return np.uint32(math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0)
 
 
 def check_probability(name: str, value: ArrayLike) -> float | Float[Array, ""]:
@@ -108,14 +115,13 @@ def check_probability(name: str, value: ArrayLike) -> float | Float[Array, ""]:
         TypeError: it is not a real number.
         ValueError: it is not a scalar, or concrete and not in [0, 1].
     """
-    traced = isinstance(value, jax.core.Tracer)
-    number = value if traced else np.asarray(value)
+    number = value if isinstance(value, Tracer) else np.asarray(value)
     if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"{name} must be a real number in [0, 1]; got {value!r}.")
     if number.ndim:
         raise ValueError(f"{name} must be a scalar in [0, 1]; got shape {number.shape}.")
-    if traced:
-        return value
+    if isinstance(number, Tracer):
+        return number
     if not 0 <= number <= 1:
         raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
     return float(number)

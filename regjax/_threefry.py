@@ -13,14 +13,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 if TYPE_CHECKING:
+    from jax.sharding import NamedSharding, PartitionSpec
     from jaxtyping import Array, UInt32
 
+    Layout: TypeAlias = NamedSharding | PartitionSpec | None
     Words: TypeAlias = tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -52,7 +53,7 @@ def threefry2x32(key: Words, counter: Words) -> Words:
 
 
 def counter_bits(
-    key: Words, shape: Sequence[int], *, out_sharding: jax.sharding.Sharding | None = None
+    key: Words, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> UInt32[Array, "*shape"]:
     """32 random bits an element: both words of the block at the element's row-major index.
 
@@ -66,7 +67,7 @@ def _rotate_left(x: UInt32[Array, "*shape"], distance: int) -> UInt32[Array, "*s
     return (x << np.uint32(distance)) | (x >> np.uint32(32 - distance))
 
 
-def _row_major_index(shape: tuple[int, ...], out_sharding: jax.sharding.Sharding | None) -> Words:
+def _row_major_index(shape: tuple[int, ...], out_sharding: Layout) -> Words:
     """Each element's row-major index, as a high and a low word.
 
     One iota an axis, never a reshape of one long iota: a reshape would mix the axes, and XLA could

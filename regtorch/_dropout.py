@@ -81,7 +81,9 @@ def dropout(
         dropped = torch.zeros_like(x)
     else:
         dropped = _drop(x, require_key(key).to(x.device), rate, broadcast_dims, sampler)
-    return dropped if deterministic is False else torch.where(deterministic, x, dropped)
+    if isinstance(deterministic, Tensor):
+        return torch.where(deterministic, x, dropped)
+    return dropped
 
 
 def _drop(
@@ -96,22 +98,22 @@ def _drop(
     keep = sampler(key, keep_prob, shape)
     # A selection, not a product: a dropped NaN or infinity must become 0.
     dropped = torch.where(keep, _scaled(x, scale), torch.zeros((), dtype=x.dtype, device=x.device))
-    if isinstance(rate, float):
-        return dropped
-    nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
-    return torch.where((rate >= 0) & (rate <= 1), dropped, nan)
+    if isinstance(rate, Tensor):
+        nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
+        dropped = torch.where((rate >= 0) & (rate <= 1), dropped, nan)
+    return dropped
 
 
 def _keep_prob_and_scale(rate: float | Tensor, dtype: torch.dtype) -> tuple[float | Tensor, Tensor]:
     """The keep probability and what the kept elements are multiplied by, correctly rounded."""
     real = torch.float64 if dtype in _DOUBLE else torch.float32
-    if isinstance(rate, float):
-        keep_prob = torch.tensor(1 - rate, dtype=real)  # one rounding: the subtraction is in double
-        return keep_prob.item(), 1 / keep_prob
-    keep_prob = 1 - rate.detach().to(real)
-    positive = keep_prob > 0
-    # The inner where keeps the division, and so the gradient, finite at rate 1.
-    return keep_prob, torch.where(positive, 1 / torch.where(positive, keep_prob, 1.0), 0.0)
+    if isinstance(rate, Tensor):
+        keep_prob = 1 - rate.detach().to(real)
+        positive = keep_prob > 0
+        # The inner where keeps the division finite at rate 1.
+        return keep_prob, torch.where(positive, 1 / torch.where(positive, keep_prob, 1.0), 0.0)
+    keep_prob = torch.tensor(1 - rate, dtype=real)  # one rounding: the subtraction is in double
+    return keep_prob.item(), 1 / keep_prob
 
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
@@ -183,4 +185,4 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def _is_number(rate: float | Tensor, number: int) -> bool:
-    return isinstance(rate, float) and rate == number
+    return not isinstance(rate, Tensor) and rate == number

@@ -66,13 +66,13 @@ def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> T
 
 def _threshold(keep_prob: float | Tensor) -> int | Tensor:
     """How many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
-    if isinstance(keep_prob, float):
-        probability = torch.tensor(keep_prob, dtype=torch.float32).item()
-        return math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0
-    probability = keep_prob.to(torch.float32)
-    scaled = torch.clamp(torch.ceil(probability * 2.0**_MANTISSA), max=2.0**_MANTISSA)
-    # NaN compares false, and so keeps nothing.
-    return torch.where(probability >= _SMALLEST, scaled, 0.0).to(torch.int32)
+    if isinstance(keep_prob, Tensor):
+        probability = keep_prob.to(torch.float32)
+        scaled = torch.clamp(torch.ceil(probability * 2.0**_MANTISSA), max=2.0**_MANTISSA)
+        # NaN compares false, and so keeps nothing.
+        return torch.where(probability >= _SMALLEST, scaled, 0.0).to(torch.int32)
+    probability = torch.tensor(keep_prob, dtype=torch.float32).item()
+    return math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0
 
 
 def check_probability(name: str, value: float | Tensor) -> float | Tensor:
