@@ -78,7 +78,8 @@ def dropout(
     if deterministic is True or _is_number(rate, 0):
         return x
     if _is_number(rate, 1):
-        dropped = torch.zeros_like(x)
+        # Not zeros_like: the result stays in the graph, and its gradient is zeros, not an error.
+        dropped = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
     else:
         dropped = _drop(x, require_key(key).to(x.device), rate, broadcast_dims, sampler)
     if isinstance(deterministic, Tensor):

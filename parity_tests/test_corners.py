@@ -1,0 +1,242 @@
+"""The corner table of dropout: one row, one test, in both wings."""
+
+from __future__ import annotations
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from parity_tests import reference
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
+
+X = np.linspace(-2, 3, 60, dtype=np.float32).reshape(3, 4, 5)
+SPECIAL = np.array([np.nan, np.inf, -np.inf, 1.0], np.float32)
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+OUT_OF_RANGE = (-0.1, 1.5, float("nan"), float("inf"), -1e-9)
+
+
+@both_wings
+@pytest.mark.parametrize("rate", OUT_OF_RANGE)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_number_out_of_range_is_refused_by_value(wing: Wing, rate, deterministic):
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]; got ") as error:
+        wing.dropout(X, rate, deterministic=deterministic)
+    assert str(rate) in str(error.value)
+
+
+@both_wings
+@pytest.mark.parametrize("rate", OUT_OF_RANGE)
+def test_a_changing_rate_out_of_range_gives_nan(wing: Wing, rate):
+    x, key = wing.array(X), wing.key(0)
+    y = wing.traced(lambda rate: wing.library.dropout(x, rate, key=key))(np.float32(rate))
+    assert np.isnan(wing.numpy(y)).all()
+
+
+@both_wings
+@pytest.mark.parametrize("rate", [True, "0.5", None, 0.5j])
+def test_a_rate_that_is_no_real_number_is_refused(wing: Wing, rate):
+    with pytest.raises(TypeError, match="rate must be a real number"):
+        wing.dropout(X, rate)
+
+
+@both_wings
+def test_a_rate_with_dimensions_is_refused(wing: Wing):
+    with pytest.raises(ValueError, match=r"rate must be a scalar in \[0, 1\]; got shape \(2,\)"):
+        wing.dropout(X, wing.array(np.array([0.1, 0.2], np.float32)))
+
+
+@both_wings
+@pytest.mark.parametrize(("rate", "deterministic"), [(0.0, False), (0, False), (0.5, True)])
+def test_rate_0_and_evaluation_return_the_input_itself(wing: Wing, rate, deterministic):
+    x = wing.array(SPECIAL)
+    assert wing.library.dropout(x, rate, deterministic=deterministic) is x
+
+
+@both_wings
+def test_a_changing_rate_of_0_keeps_every_bit(wing: Wing):
+    x, key = wing.array(X), wing.key(0)
+    y = wing.traced(lambda rate: wing.library.dropout(x, rate, key=key))(np.float32(0))
+    np.testing.assert_array_equal(wing.numpy(y), X)
+
+
+@both_wings
+@pytest.mark.parametrize("traced", [False, True])
+def test_rate_1_gives_zeros_and_zero_gradients(wing: Wing, traced):
+    key = wing.key(0)
+
+    def run(rate):
+        x = wing.array(SPECIAL)
+        return wing.vjp(lambda x: wing.library.dropout(x, rate, key=key), x, wing.array(SPECIAL))
+
+    y, gradient = wing.traced(run)(np.float32(1)) if traced else run(1.0)
+    np.testing.assert_array_equal(wing.numpy(y), np.zeros(4))
+    # A cotangent of NaN or infinity meets a dropped element: still nothing.
+    np.testing.assert_array_equal(wing.numpy(gradient), np.zeros(4))
+
+
+@both_wings
+def test_rate_1_needs_no_key(wing: Wing):
+    assert not wing.numpy(wing.library.dropout(wing.array(X), 1)).any()
+
+
+@both_wings
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_changing_flag_switches_between_training_and_evaluation(wing: Wing, deterministic):
+    x, key = wing.array(X), wing.key(3)
+
+    def run(deterministic):
+        return wing.library.dropout(x, 0.5, key=key, deterministic=deterministic)
+
+    switched = wing.numpy(wing.traced(run)(deterministic))
+    np.testing.assert_array_equal(switched, wing.numpy(run(deterministic)))
+
+
+@both_wings
+@pytest.mark.parametrize("flag", [0, 1, None, "no"])
+def test_a_flag_that_is_no_boolean_is_refused(wing: Wing, flag):
+    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+        wing.dropout(X, 0.5, deterministic=flag)
+
+
+@both_wings
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.bool_])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_integers_are_refused_with_the_cast_that_mends_it(wing: Wing, dtype, deterministic):
+    with pytest.raises(TypeError, match=r"x must be floating or complex; got dtype .*Cast it: x\."):
+        wing.dropout(X.astype(dtype), 0.5, deterministic=deterministic)
+
+
+@both_wings
+def test_a_missing_key_lists_the_ways_out(wing: Wing):
+    with pytest.raises(ValueError, match="key is missing") as error:
+        wing.dropout(X, 0.5, key=None)
+    assert all(way in str(error.value) for way in ("key(seed)", "site_key", "deterministic=True"))
+
+
+@both_wings
+@pytest.mark.parametrize("key", [0, "key", X])
+def test_what_is_no_key_is_refused(wing: Wing, key):
+    key = wing.array(key) if isinstance(key, np.ndarray) else key
+    with pytest.raises(TypeError, match="key must be a"):
+        wing.dropout(X, 0.5, key=key)
+
+
+BATCHES = {
+    "typed": (JAX, lambda: jax.random.split(jax.random.key(0), 3)),
+    "raw": (JAX, lambda: jax.random.split(jax.random.PRNGKey(0), 3)),
+    "torch": (TORCH, lambda: TORCH.library.split(TORCH.key(0), 3)),
+}
+
+
+@pytest.mark.parametrize(("wing", "keys"), BATCHES.values(), ids=BATCHES)
+def test_a_batch_of_keys_is_refused_and_vmap_named(wing: Wing, keys):
+    with pytest.raises(ValueError, match=r"batch of keys.*vmap"):
+        wing.dropout(X, 0.5, key=keys())
+
+
+@both_wings
+def test_what_was_not_finite_and_is_dropped_is_zero(wing: Wing):
+    x = np.tile(SPECIAL, 50)
+    keep = wing.bernoulli(1, 0.5, x.shape)
+    y = wing.dropout(x, 0.5, seed=1)
+    assert (y[~keep] == 0).all()
+    np.testing.assert_array_equal(y[keep], (x * np.float32(2))[keep])
+    assert 0 < keep.sum() < keep.size
+
+
+@both_wings
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2), (), (1,), (1, 1)])
+def test_empty_and_tiny_arrays(wing: Wing, shape):
+    x = np.ones(shape, np.float32)
+    y = wing.dropout(x, 0.5, seed=2)
+    assert y.shape == shape
+    np.testing.assert_array_equal(y, reference.dropout(x, 0.5, (0, 2)))
+
+
+@both_wings
+@pytest.mark.parametrize(
+    "dims", [(0,), (1, 2), (2, 0), (0, 1, 2), ()], ids=lambda dims: f"dims{dims}"
+)
+def test_dimensions_that_share_one_mask(wing: Wing, dims):
+    y = wing.dropout(X, 0.5, seed=5, broadcast_dims=dims)
+    expected = reference.dropout(X, 0.5, (0, 5), broadcast_dims=dims)
+    np.testing.assert_array_equal(y, expected)
+
+
+@both_wings
+@pytest.mark.parametrize("dims", [(3,), (-1,), (1, 1)])
+def test_wrong_dimensions_are_refused_by_value(wing: Wing, dims):
+    with pytest.raises(ValueError, match="broadcast_dims must be distinct dimensions") as error:
+        wing.dropout(X, 0.5, broadcast_dims=dims)
+    assert str(dims) in str(error.value)
+
+
+# The relative error that one rounding, to the last bit of each dtype, can make.
+DTYPES = {
+    np.dtype(np.float16): 2.0**-11,
+    np.dtype(ml_dtypes.bfloat16): 2.0**-8,
+    np.dtype(np.float32): 2.0**-23,
+    np.dtype(np.float64): 2.0**-52,
+    np.dtype(np.complex64): 2.0**-23,
+    np.dtype(np.complex128): 2.0**-52,
+    np.dtype(ml_dtypes.float8_e4m3fn): 2.0**-4,
+    np.dtype(ml_dtypes.float8_e5m2): 2.0**-3,
+}
+
+
+@both_wings
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("traced", [False, True])
+def test_the_dtype_is_kept_and_the_result_rounded_once(wing: Wing, dtype, traced):
+    x = np.linspace(1, 2, 60).reshape(3, 4, 5).astype(dtype)
+    if np.iscomplexobj(x):
+        x = x + 1j * x[::-1].astype(dtype)
+    with jax.enable_x64(dtype.itemsize >= 8 and dtype != np.complex64):
+        key = wing.key(7)
+        array = wing.array(x)
+        run = lambda rate: wing.library.dropout(array, rate, key=key)  # noqa: E731
+        y = wing.numpy(wing.traced(run)(np.float32(0.25)) if traced else run(0.25))
+    assert y.dtype == dtype
+    expected = reference.dropout(x, 0.25, (0, 7))
+    wide = np.complex128 if np.iscomplexobj(x) else np.float64
+    y, expected = y.astype(wide), expected.astype(wide)
+    assert ((y == 0) == (expected == 0)).all()
+    assert (np.abs(y - expected) <= 2 * DTYPES[dtype] * np.abs(expected)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rate", [0.1, 0.123, 0.45, 0.5, 0.9])
+@pytest.mark.parametrize("traced", [False, True])
+def test_both_wings_agree_in_every_bit_forward_and_backward(dtype, rate, traced):
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.normal(size=(7, 33)).astype(dtype) for _ in range(2))
+
+    def run(wing: Wing):
+        key, ct = wing.key(11), wing.array(cotangent)
+
+        def at(rate):
+            return wing.vjp(lambda x: wing.library.dropout(x, rate, key=key), wing.array(x), ct)
+
+        y, gradient = wing.traced(at)(np.float32(rate)) if traced else at(rate)
+        return wing.numpy(y), wing.numpy(gradient)
+
+    with jax.enable_x64(dtype.itemsize >= 8 and dtype != np.complex64):
+        (y, gradient), (y_torch, gradient_torch) = run(JAX), run(TORCH)
+    assert y.dtype == y_torch.dtype == gradient.dtype == gradient_torch.dtype == dtype
+    words = np.dtype(f"u{dtype.itemsize // (2 if dtype.kind == 'c' else 1)}")
+    np.testing.assert_array_equal(y.view(words), y_torch.view(words))
+    np.testing.assert_array_equal(gradient.view(words), gradient_torch.view(words))
+
+
+def test_no_gradient_flows_to_the_rate():
+    x, key = JAX.array(X), JAX.key(0)
+    total = lambda rate: JAX.library.dropout(x, rate, key=key).sum()  # noqa: E731
+    assert jax.grad(total)(0.5) == 0
+    assert np.isfinite(total(0.5))
+    rate = torch.tensor(0.5, requires_grad=True)
+    y = TORCH.library.dropout(TORCH.array(X).requires_grad_(), rate, key=TORCH.key(0))
+    (gradient,) = torch.autograd.grad(y.sum(), rate, allow_unused=True)
+    assert gradient is None

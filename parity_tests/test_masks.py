@@ -1,0 +1,149 @@
+"""The stream: both wings, the NumPy reference and jax.random draw the same bits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parity_tests import reference
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from regjax import _threefry as jax_threefry
+from regtorch import _threefry as torch_threefry
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+SHAPES = [(), (0,), (1,), (257,), (3, 5, 7), (2, 1, 9), (64, 33)]
+KEEP_PROBS = [0.0, 1.0, 0.5, 0.9, 0.123, 2.0**-24, 1 - 2.0**-24, 1e-45]
+
+# Known answers of threefry2x32 with 20 rounds, published with Random123: key, counter, output.
+KNOWN_ANSWERS = [
+    ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+]
+
+
+@pytest.mark.parametrize(("key", "counter", "expected"), KNOWN_ANSWERS)
+def test_known_answers_of_threefry(key, counter, expected):
+    assert reference.threefry2x32(key, counter) == expected
+    key, counter = np.array(key, np.uint32), np.array(counter, np.uint32)
+    out = jax_threefry.threefry2x32(tuple(jnp.asarray(key)), tuple(jnp.asarray(counter)))
+    assert tuple(int(word) for word in out) == expected
+    signed = [TORCH.array(words.view(np.int32)).unbind() for words in (key, counter)]
+    out = torch_threefry.threefry2x32(*signed)
+    assert tuple(int(word) & 0xFFFFFFFF for word in out) == expected
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 - 1, -1, -(2**31)])
+def test_seeds_make_the_keys_of_jax(seed):
+    assert TORCH.words(TORCH.key(seed)) == JAX.words(JAX.key(seed))
+
+
+@pytest.mark.parametrize("seed", [2**32, -(2**31) - 1])
+def test_a_seed_of_which_jax_would_drop_bits_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"seed must lie in .*got {seed}"):
+        TORCH.key(seed)
+
+
+def test_split_fold_in_and_bits_are_those_of_jax():
+    ours, theirs = TORCH.key(42), jax.random.key(42)
+    for num in (1, 2, 5, (2, 3)):
+        expected = np.asarray(jax.random.key_data(jax.random.split(theirs, num)))
+        np.testing.assert_array_equal(TORCH.numpy(TORCH.library.split(ours, num)), expected)
+    for data in (0, 1, 12345, 2**32 - 1):
+        folded = TORCH.library.fold_in(ours, data)
+        assert TORCH.words(folded) == JAX.words(jax.random.fold_in(theirs, np.uint32(data)))
+    for shape in SHAPES:
+        expected = np.asarray(jax.random.bits(theirs, shape, "uint32"))
+        np.testing.assert_array_equal(TORCH.numpy(TORCH.library.bits(ours, shape)), expected)
+
+
+@both_wings
+@pytest.mark.parametrize("keep_prob", KEEP_PROBS)
+def test_masks_are_those_of_jax_and_of_the_reference(wing: Wing, keep_prob):
+    for shape in SHAPES:
+        mask = wing.bernoulli(9, keep_prob, shape)
+        expected = np.asarray(jax.random.bernoulli(jax.random.key(9), keep_prob, shape))
+        np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(
+        wing.bernoulli(9, keep_prob, (3, 5, 7)), reference.bernoulli((0, 9), keep_prob, (3, 5, 7))
+    )
+
+
+@both_wings
+@pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, float("nan"), -1.0, 2.0])
+def test_a_changing_keep_prob_draws_the_same_mask(wing: Wing, keep_prob):
+    draw = wing.traced(lambda prob: wing.library.bernoulli(wing.key(9), prob, (64, 33)))
+    expected = np.asarray(jax.random.bernoulli(jax.random.key(9), np.float32(keep_prob), (64, 33)))
+    np.testing.assert_array_equal(wing.numpy(draw(np.float32(keep_prob))), expected)
+
+
+def test_the_smallest_uniform_and_the_smallest_probabilities():
+    """A uniform of exactly 0 is kept down to the smallest normal probability, and not below it."""
+    bits = np.asarray(jax.random.bits(JAX.key(7), (4096, 4096), "uint32"))
+    zeros = int(np.count_nonzero(bits >> 9 == 0))
+    assert zeros > 0
+    for keep_prob, kept in ((1e-45, 0), (1e-38, 0), (2e-38, zeros), (1e-10, zeros)):
+        theirs = int(jax.random.bernoulli(JAX.key(7), keep_prob, bits.shape).sum())
+        ours = int(JAX.library.bernoulli(JAX.key(7), keep_prob, bits.shape).sum())
+        assert (ours, theirs) == (kept, kept)
+
+
+@both_wings
+@pytest.mark.parametrize("keep_prob", [-0.1, 1.5, float("nan")])
+def test_a_keep_prob_out_of_range_is_refused_by_value(wing: Wing, keep_prob):
+    with pytest.raises(ValueError, match=r"keep_prob must lie in \[0, 1\]; got") as error:
+        wing.bernoulli(0, keep_prob, (3,))
+    assert str(keep_prob) in str(error.value)
+
+
+def test_counters_carry_into_the_high_word():
+    """More than 2**32 elements, looked at where the low word wraps: nothing of it is allocated."""
+    shape = (2**17, 2**16)  # 2**33 elements
+    words = (jnp.uint32(1), jnp.uint32(2))
+    whole = jax.jit(lambda: jax_threefry.counter_bits(words, shape)[2**16 - 1 : 2**16 + 1, ::21845])
+    assert whole.lower().compile().memory_analysis().temp_size_in_bytes < 2**20
+    rows = [range(row * 2**16, (row + 1) * 2**16, 21845) for row in (2**16 - 1, 2**16)]
+    expected = np.stack([reference.bits((1, 2), row) for row in rows])
+    np.testing.assert_array_equal(np.asarray(whole()), expected)
+    for start in (2**32 - 3, 2**33 + 2**31):
+        key = TORCH.array(np.array([1, 2], np.int32))
+        ours = torch_threefry.counter_range_bits((key[0], key[1]), start, start + 6)
+        expected = reference.bits((1, 2), range(start, start + 6))
+        np.testing.assert_array_equal(TORCH.numpy(ours).view(np.uint32), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 2**31, 5), (5, 2**17, 2**16, 3)])
+def test_counters_of_long_axes_and_strides(shape):
+    """Strides beyond 2**32: the 64-bit product of index and stride, at corners of the array."""
+    words = (jnp.uint32(3), jnp.uint32(4))
+    corner = tuple(slice(size - 1, size) for size in shape)
+    last = jax.jit(lambda: jax_threefry.counter_bits(words, shape)[corner])
+    index = int(np.prod([int(size) for size in shape], dtype=object)) - 1
+    assert int(last().item()) == int(reference.bits((3, 4), [index])[0])
+
+
+@both_wings
+@pytest.mark.parametrize("site", ["", "hidden", "encoder/3/attention", "Schicht ü"])
+@pytest.mark.parametrize("step", [0, 1, 2**31, 2**40 + 5])
+def test_site_keys_are_those_of_the_reference(wing: Wing, step, site):
+    assert wing.words(wing.library.site_key(wing.key(6), step, site)) == reference.site_key(
+        (0, 6), step, site
+    )
+
+
+@both_wings
+@pytest.mark.parametrize(
+    ("step", "site", "error", "message"),
+    [
+        (-1, "a", ValueError, r"step must lie in \[0, 2\*\*64\); got -1"),
+        (2**64, "a", (ValueError, TypeError), "step must"),
+        (0.5, "a", TypeError, r"step must be an integer; got 0\.5"),
+        (True, "a", TypeError, "step must be an integer; got True"),
+        (0, 3, TypeError, "site must be a string that names the place; got 3"),
+    ],
+)
+def test_wrong_steps_and_sites_are_refused(wing: Wing, step, site, error, message):
+    with pytest.raises(error, match=message):
+        wing.library.site_key(wing.key(0), step, site)

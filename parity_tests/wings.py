@@ -1,0 +1,125 @@
+"""Both wings behind one set of words, so that one table of cases and one test body serve both.
+
+A wing takes and returns NumPy arrays here; what is compared is what a user would see. `traced`
+hides the one real difference: JAX passes a changing value as a tracer, PyTorch as a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+
+import regjax
+import regtorch
+
+_EIGHT_BIT = {
+    np.dtype(ml_dtypes.float8_e4m3fn): torch.float8_e4m3fn,
+    np.dtype(ml_dtypes.float8_e5m2): torch.float8_e5m2,
+}
+_SIXTEEN_BIT = {np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Wing:
+    """One framework's half of the library.
+
+    Attributes:
+        name: `"jax"` or `"torch"`.
+        library: the package, `regjax` or `regtorch`.
+        key: a key from a seed.
+        words: a key's two words, as integers.
+        array: NumPy array to the framework's own, of the same dtype.
+        numpy: and back.
+        traced: `traced(f)(value)` calls `f` with the value as the framework passes a changing one.
+        vjp: `vjp(f, x, cotangent)` is `(f(x), gradient)` on the framework's own arrays.
+    """
+
+    name: str
+    library: ModuleType
+    key: Callable[[int], Any]
+    words: Callable[[Any], tuple[int, ...]]
+    array: Callable[[np.ndarray], Any]
+    numpy: Callable[[Any], np.ndarray]
+    traced: Callable[[Callable[[Any], Any]], Callable[[Any], Any]]
+    vjp: Callable[[Callable[[Any], Any], Any, Any], tuple[Any, Any]]
+
+    def dropout(self, x: np.ndarray, rate: Any, *, seed: int = 0, **options: Any) -> np.ndarray:
+        """The library's dropout, from NumPy to NumPy, with the key of a seed."""
+        options.setdefault("key", self.key(seed))
+        return self.numpy(self.library.dropout(self.array(x), rate, **options))
+
+    def bernoulli(self, seed: int, keep_prob: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """The library's keep mask for the key of a seed."""
+        return self.numpy(self.library.bernoulli(self.key(seed), keep_prob, shape))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def to_torch(array: np.ndarray) -> torch.Tensor:
+    """NumPy array to tensor of the same dtype, the small floating types included."""
+    array = np.array(array)  # torch wants memory of its own that it may write to
+    for types, words in ((_EIGHT_BIT, np.uint8), (_SIXTEEN_BIT, np.uint16)):
+        if array.dtype in types:
+            return torch.from_numpy(array.view(words)).view(types[array.dtype])
+    return torch.from_numpy(array)
+
+
+def from_torch(tensor: torch.Tensor) -> np.ndarray:
+    """Tensor to NumPy array of the same dtype, the small floating types included."""
+    tensor = tensor.detach().cpu().contiguous()
+    for types, words in ((_EIGHT_BIT, torch.uint8), (_SIXTEEN_BIT, torch.uint16)):
+        for small, dtype in types.items():
+            if tensor.dtype == dtype:
+                return tensor.view(words).numpy().view(small)
+    return tensor.numpy()
+
+
+def _jax_traced(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: jax.jit(f)(jnp.asarray(value))
+
+
+def _jax_vjp(f: Callable[[Any], Any], x: Any, cotangent: Any) -> tuple[Any, Any]:
+    y, pull_back = jax.vjp(f, x)
+    return y, pull_back(cotangent)[0]
+
+
+def _torch_traced(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: f(torch.tensor(value))
+
+
+def _torch_vjp(f: Callable[[Any], Any], x: Any, cotangent: Any) -> tuple[Any, Any]:
+    x = x.detach().requires_grad_()
+    y = f(x)
+    return y, torch.autograd.grad(y, x, cotangent)[0]
+
+
+JAX = Wing(
+    name="jax",
+    library=regjax,
+    key=jax.random.key,
+    words=lambda key: tuple(int(word) for word in jax.random.key_data(key)),
+    array=jnp.asarray,
+    numpy=np.asarray,
+    traced=_jax_traced,
+    vjp=_jax_vjp,
+)
+TORCH = Wing(
+    name="torch",
+    library=regtorch,
+    key=regtorch.key,
+    words=lambda key: tuple(key.tolist()),
+    array=to_torch,
+    numpy=from_torch,
+    traced=_torch_traced,
+    vjp=_torch_vjp,
+)
+WINGS = (JAX, TORCH)
