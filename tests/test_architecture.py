@@ -1,0 +1,105 @@
+"""The rules of the house: what imports what, and what must never be imported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WINGS = {"regjax": ROOT / "regjax", "regtorch": ROOT / "regtorch"}
+FOREIGN = {
+    "regjax": {"torch", "flax", "equinox", "haiku", "regtorch", "parity_tests", "jaxtyping"},
+    "regtorch": {"jax", "jaxlib", "optax", "numpy", "regjax", "parity_tests"},
+}
+# A file may import those of its own wing that stand on a lower floor than itself.
+FLOORS = {
+    "_threefry": 0,
+    "_keys": 1,
+    "_masks": 2,
+    "_dropout": 3,
+    "_paths": 0,
+    "_decay": 1,
+    "_penalty": 2,
+    "optim": 2,
+    "nn": 4,
+    "__init__": 9,
+}
+
+
+def imports(source: str) -> set[str]:
+    """The modules that a file imports at run time: not those under `if TYPE_CHECKING`."""
+    found = set()
+    pending: list[ast.AST] = [ast.parse(source)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            pending += ast.iter_child_nodes(node)
+    return found
+
+
+def climbing(wing: str, name: str, source: str) -> set[str]:
+    """The files of its own wing that a file imports though they stand no lower than itself."""
+    targets = {target.split(".")[1] for target in imports(source) if target.startswith(wing + ".")}
+    return {target for target in targets & FLOORS.keys() if FLOORS[target] >= FLOORS[name]}
+
+
+def files(wing: str) -> list[str]:
+    return sorted(path.stem for path in WINGS[wing].glob("*.py"))
+
+
+@pytest.mark.parametrize(("wing", "name"), [(wing, name) for wing in WINGS for name in files(wing)])
+def test_arrows_run_down_only(wing, name):
+    assert not climbing(wing, name, (WINGS[wing] / f"{name}.py").read_text())
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_init_only_re_exports(wing):
+    tree = ast.parse((WINGS[wing] / "__init__.py").read_text())
+    assert all(isinstance(node, ast.ImportFrom | ast.Expr) for node in tree.body)
+
+
+def test_the_core_files_have_the_same_names_in_both_wings():
+    private = [{name for name in files(wing) if name.startswith("_")} for wing in WINGS]
+    assert private[0] == private[1]
+
+
+def test_climbing_is_seen():
+    """The test of the test."""
+    assert climbing("regjax", "_keys", "from regjax._masks import bernoulli") == {"_masks"}
+    assert climbing("regjax", "_keys", "from regjax import _dropout") == {"_dropout"}
+    assert not climbing("regjax", "_dropout", "from regjax._masks import bernoulli")
+    assert imports("if TYPE_CHECKING:\n    import torch") == set()
+
+
+def loaded_after(statement: str) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_a_wing_does_not_load_the_other_framework(wing):
+    loaded = loaded_after(f"import {wing}")
+    assert wing in loaded
+    # torch itself loads NumPy where it is installed; regtorch does not ask for it.
+    assert not loaded & (FOREIGN[wing] - {"numpy"})
+    assert not FOREIGN[wing] & {
+        target.partition(".")[0]
+        for name in files(wing)
+        for target in imports((WINGS[wing] / f"{name}.py").read_text())
+    }
+
+
+def test_a_foreign_framework_is_seen():
+    """The test of the test."""
+    assert "torch" in loaded_after("import regjax, torch")
