@@ -3,6 +3,8 @@
 `regtorch` is the PyTorch twin of this package, file by file; `parity_tests` proves that they agree.
 """
 
+from regjax import optim as optim
 from regjax._dropout import dropout as dropout
 from regjax._keys import site_key as site_key
 from regjax._masks import bernoulli as bernoulli
+from regjax._penalty import l2_penalty as l2_penalty

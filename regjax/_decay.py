@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from regjax._paths import path_name
 
@@ -45,7 +46,7 @@ def check_coefficient(name: str, value: Any, *, fix: str, below: float = math.in
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number:
         raise TypeError(f"{name} must be a real number, but it is {value!r}: {fix}")
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if not 0.0 <= float(value) < below:
         wanted = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
@@ -104,10 +105,10 @@ def _broadcast(path: KeyPath, mask: PyTree, params: PyTree) -> PyTree[bool]:
 def _as_bool(path: KeyPath, leaf: Any) -> bool:
     is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
     if is_array and leaf.dtype == bool and leaf.shape == ():
-        if isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, Tracer):
             raise TypeError(
-                f"mask{_at(path)} is traced: whether a parameter decays may depend on names, shapes "
-                "and dtypes, never on values"
+                f"mask{_at(path)} is traced: whether a parameter decays may depend on names, "
+                "shapes and dtypes, never on values"
             )
         return bool(leaf)
     if not isinstance(leaf, bool):
@@ -144,7 +145,8 @@ def _describe(tree: Any) -> str:
     if tree is None:
         return "None"
     if not _is_leaf(tree):
-        return f"a {type(tree).__name__} {{{', '.join(path_name(key) for key, _ in _children(tree)[0])}}}"
+        names = ", ".join(path_name(key) for key, _ in _children(tree)[0])
+        return f"a {type(tree).__name__} of ({names})"
     if hasattr(tree, "dtype"):
         return f"an array {tree.dtype}{list(tree.shape)}"
     return repr(tree)

@@ -91,5 +91,5 @@ def _sum_of_squares(name: str, leaf: Any) -> Float[Array, ""]:
             "(such as equinox.filter(model, equinox.is_inexact_array))"
         )
     # A half type has too few digits to add up in, and float16 overflows at 256 squared.
-    wide = leaf.astype(jnp.float32) if jnp.finfo(leaf.dtype).bits < 32 else jnp.asarray(leaf)
+    wide = jnp.asarray(leaf, jnp.float32 if jnp.finfo(leaf.dtype).bits < 32 else None)
     return jnp.sum((wide * wide.conj()).real)

@@ -1,0 +1,130 @@
+"""Images, initial weights and batches: what both frameworks start from, as NumPy arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from examples.overfit.settings import CLASSES, HIDDEN_LAYERS, LARGEST_TRAIN_SIZE, PIXELS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Int32
+
+    from examples.overfit.settings import Settings
+
+    Weights = dict[str, dict[str, Float32[np.ndarray, "..."]]]
+
+# Each purpose draws from a stream of its own, so that changing one leaves the others as they were.
+_IMAGES, _WEIGHTS, _BATCHES = range(3)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and what they show.
+
+    Attributes:
+        pixels: Brightness in [0, 1].
+        labels: The digit, 0 to 9.
+    """
+
+    pixels: Float32[np.ndarray, "images 64"]
+    labels: Int32[np.ndarray, " images"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that the two frameworks must share for their curves to be comparable.
+
+    Attributes:
+        train: The small training set.
+        validation: Images that no step sees.
+        weights: Kernels (inputs, outputs) and biases (outputs,) of each layer, in order.
+        batches: For each step, the indices of the training images in its batch.
+    """
+
+    train: Images
+    validation: Images
+    weights: Weights
+    batches: Int32[np.ndarray, "steps batch"]
+
+
+def load_problem(settings: Settings) -> Problem:
+    """Makes the problem; the same settings make the same one everywhere."""
+    train, validation = split_digits(settings.train_size, _stream(settings.seed, _IMAGES))
+    return Problem(
+        train,
+        validation,
+        initial_weights(settings.width, _stream(settings.seed, _WEIGHTS)),
+        draw_batches(
+            settings.steps,
+            settings.batch_size,
+            settings.train_size,
+            _stream(settings.seed, _BATCHES),
+        ),
+    )
+
+
+def split_digits(train_size: int, rng: np.random.Generator) -> tuple[Images, Images]:
+    """Splits scikit-learn's 1,797 handwritten digits (8x8 pixels) into training and validation.
+
+    Args:
+        train_size: From 10 to `LARGEST_TRAIN_SIZE`; every class has its share.
+        rng: Decides which images are which.
+
+    Returns:
+        Training and validation images. The latter do not depend on `train_size`.
+    """
+    from sklearn.datasets import load_digits  # here, so that --help need not wait for it
+
+    digits = load_digits()
+    pixels = (digits.data / 16).astype(np.float32)
+    labels = digits.target.astype(np.int32)
+    order = stratified_order(labels, rng)
+    train, validation = order[:train_size], order[LARGEST_TRAIN_SIZE:]
+    return Images(pixels[train], labels[train]), Images(pixels[validation], labels[validation])
+
+
+def stratified_order(
+    labels: Int32[np.ndarray, " images"], rng: np.random.Generator
+) -> Int32[np.ndarray, " images"]:
+    """Shuffles so that each prefix holds the classes in their proportions.
+
+    The j-th of the n images of a class goes to the place (j + 1/2) / n of the way.
+    """
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.argsort(place, kind="stable")
+
+
+def initial_weights(width: int, rng: np.random.Generator) -> Weights:
+    """Draws kernels from U(-b, b) with b = 1/sqrt(inputs), PyTorch's default; biases are zero."""
+    sizes = [PIXELS, *[width] * HIDDEN_LAYERS, CLASSES]
+    names = [*(f"hidden{i}" for i in range(1, HIDDEN_LAYERS + 1)), "output"]
+    weights = {}
+    for name, inputs, outputs in zip(names, sizes[:-1], sizes[1:], strict=True):
+        bound = inputs**-0.5
+        weights[name] = {
+            "kernel": rng.uniform(-bound, bound, (inputs, outputs)).astype(np.float32),
+            "bias": np.zeros(outputs, np.float32),
+        }
+    return weights
+
+
+def draw_batches(
+    steps: int, batch_size: int, train_size: int, rng: np.random.Generator
+) -> Int32[np.ndarray, "steps batch"]:
+    """Deals the training set out in batches, shuffled anew in each epoch.
+
+    All batches have the same size: one that the epoch cannot fill takes the rest from the next.
+    """
+    epochs = -(-steps * batch_size // train_size)
+    dealt = np.concatenate([rng.permutation(train_size) for _ in range(epochs)])
+    return dealt[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+
+
+def _stream(seed: int, purpose: int) -> np.random.Generator:
+    return np.random.default_rng([seed, purpose])

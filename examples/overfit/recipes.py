@@ -1,0 +1,44 @@
+"""The five runs, as data: which cure each of them takes, and how much of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run.
+
+    Attributes:
+        name: What files call it.
+        label: What tables and pictures call it.
+        penalty: The coefficient of `l2_penalty` in the loss.
+        weight_decay: The `weight_decay` of the optimizer.
+        rate: The probability that dropout zeroes an element.
+    """
+
+    name: str
+    label: str
+    penalty: float = 0.0
+    weight_decay: float = 0.0
+    rate: float = 0.0
+
+
+def recipes(weight_decay: float, rate: float) -> tuple[Recipe, ...]:
+    """Lists the five runs.
+
+    The penalty takes one half of the weight decay: the gradient of `penalty * w**2` is
+    `2 * penalty * w`, while an optimizer adds `weight_decay * w`. With the half, the two runs are
+    the same one for SGD and Adam.
+
+    Args:
+        weight_decay: The decay of the runs that decay.
+        rate: The rate of the runs with dropout.
+    """
+    return (
+        Recipe("none", "none"),
+        Recipe("l2_in_loss", "L2 in the loss", penalty=weight_decay / 2),
+        Recipe("weight_decay", "weight decay", weight_decay=weight_decay),
+        Recipe("dropout", "dropout", rate=rate),
+        Recipe("dropout_decay", "dropout + decay", weight_decay=weight_decay, rate=rate),
+    )

@@ -1,0 +1,172 @@
+"""The run in JAX; `train_torch.py` is the same in PyTorch, function by function."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import regjax
+from examples.overfit.curves import Curve
+from regjax import optim
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Array, Float, Int, Key, PyTree
+
+    from examples.overfit.data import Images, Problem, Weights
+    from examples.overfit.recipes import Recipe
+    from examples.overfit.settings import Settings
+
+    Params = dict[str, dict[str, Float[Array, "..."]]]
+    State = tuple[Params, optax.OptState]
+
+
+def load_params(weights: Weights) -> Params:
+    """Makes parameters from the shared initial weights."""
+    return jax.tree.map(jnp.asarray, weights)
+
+
+def apply(
+    params: Params,
+    pixels: Float[Array, "batch 64"],
+    *,
+    rate: float = 0.0,
+    root: Key[Array, ""] | None = None,
+    step: Int[Array, ""] | int = 0,
+) -> Float[Array, "batch 10"]:
+    """Computes logits: a perceptron with dropout before each layer, the input's included.
+
+    Without `root` it is evaluation. With it, each layer's mask at each step comes from a key of its
+    own, so there is no generator to carry along or to save.
+    """
+    x = pixels
+    for name, layer in params.items():
+        if root is not None:
+            x = regjax.dropout(x, rate, key=regjax.site_key(root, step, name))
+        x = jnp.dot(x, layer["kernel"]) + layer["bias"][None, :]
+        if name != "output":
+            x = jax.nn.relu(x)
+    return x
+
+
+def cross_entropy(
+    logits: Float[Array, "batch 10"], labels: Int[Array, " batch"]
+) -> Float[Array, ""]:
+    """Computes the mean cross-entropy, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def decays(params: Params) -> PyTree[bool]:
+    """Says what is regularised: kernels. A bias moves a function but does not make it rougher."""
+    return jax.tree.map(lambda param: param.ndim > 1, params)
+
+
+def make_optimizer(settings: Settings, recipe: Recipe) -> optax.GradientTransformation:
+    """Makes the optimizer, with weight decay on the kernels if the recipe has it."""
+    make = {
+        "sgd": partial(optim.sgd, momentum=0.9),
+        "adam": optim.adam,
+        "adamw": optim.adamw,
+    }[settings.optimizer]
+    return make(settings.learning_rate, weight_decay=recipe.weight_decay, mask=decays)
+
+
+def training_loss(
+    params: Params,
+    pixels: Float[Array, "batch 64"],
+    labels: Int[Array, " batch"],
+    recipe: Recipe,
+    root: Key[Array, ""],
+    step: Int[Array, ""],
+) -> Float[Array, ""]:
+    """Computes what a step descends: cross-entropy with dropout on, plus the penalty."""
+    logits = apply(params, pixels, rate=recipe.rate, root=root, step=step)
+    loss = cross_entropy(logits, labels)
+    if recipe.penalty:
+        loss = loss + regjax.l2_penalty(params, recipe.penalty, mask=decays)
+    return loss
+
+
+def make_train_chunk(
+    images: Images, recipe: Recipe, settings: Settings, optimizer: optax.GradientTransformation
+) -> Callable[[State, Int[Array, " steps"], Int[Array, "steps batch"]], State]:
+    """Makes the function that takes many steps at once: one jitted step inside a scan."""
+    root = jax.random.key(settings.seed, impl="threefry2x32")
+    pixels, labels = jnp.asarray(images.pixels), jnp.asarray(images.labels)
+
+    def train_step(
+        state: State, step_and_batch: tuple[Int[Array, ""], Int[Array, " batch"]]
+    ) -> tuple[State, None]:
+        params, optimizer_state = state
+        step, batch = step_and_batch
+        gradient = jax.grad(training_loss)(
+            params, pixels[batch], labels[batch], recipe, root, step
+        )
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        return (optax.apply_updates(params, updates), optimizer_state), None
+
+    @jax.jit
+    def train_chunk(
+        state: State, steps: Int[Array, " steps"], batches: Int[Array, "steps batch"]
+    ) -> State:
+        return jax.lax.scan(train_step, state, (steps, batches))[0]
+
+    return train_chunk
+
+
+@jax.jit
+def evaluate(
+    params: Params, pixels: Float[Array, "images 64"], labels: Int[Array, " images"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Computes cross-entropy (nats) and accuracy over a whole set: no dropout, no penalty."""
+    logits = apply(params, pixels)
+    correct = jnp.argmax(logits, axis=-1) == labels
+    return cross_entropy(logits, labels), correct.astype(jnp.float32).mean()
+
+
+def train(
+    problem: Problem,
+    recipe: Recipe,
+    settings: Settings,
+    on_evaluation: Callable[[int], None] = lambda step: None,
+) -> Curve:
+    """Trains one network by one recipe.
+
+    Args:
+        problem: Images, initial weights and batches.
+        recipe: Which cures to take.
+        settings: The optimizer, its step size, and the seed of the masks.
+        on_evaluation: Told the number of steps done, at each evaluation.
+
+    Returns:
+        The curves of losses and accuracy.
+    """
+    start = time.perf_counter()
+    optimizer = make_optimizer(settings, recipe)
+    train_chunk = make_train_chunk(problem.train, recipe, settings, optimizer)
+    params = load_params(problem.weights)
+    state = params, optimizer.init(params)
+    curve = Curve(recipe, "jax")
+
+    def record(step: int) -> None:
+        train_loss, _ = evaluate(state[0], problem.train.pixels, problem.train.labels)
+        loss, accuracy = evaluate(state[0], problem.validation.pixels, problem.validation.labels)
+        curve.record(step, float(train_loss), float(loss), float(accuracy))
+        on_evaluation(step)
+
+    record(0)
+    every = settings.steps_between_evaluations
+    for first in range(0, settings.steps, every):
+        batches = problem.batches[first : first + every]
+        steps = np.arange(first, first + len(batches), dtype=np.int32)
+        state = train_chunk(state, steps, batches)
+        record(first + len(batches))
+    curve.seconds = time.perf_counter() - start
+    return curve

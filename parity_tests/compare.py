@@ -1,0 +1,125 @@
+"""One comparison of two training runs, for every test of parity and for the tests of the tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    Leaves = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Tier:
+    """How closely two runs must agree, and in which dtype they compute.
+
+    Attributes:
+        dtype: Dtype of parameters and gradients.
+        tolerance: The largest difference of two elements that passes; None asks for the same bits.
+        in_norm: Whether a difference is divided by the largest parameter of its step. An error
+            relative to each element would explode beside weights that are close to zero.
+    """
+
+    dtype: str
+    tolerance: float | None
+    in_norm: bool = False
+
+
+BITWISE = Tier("float32", tolerance=None)
+FLOAT64 = Tier("float64", tolerance=1e-12, in_norm=True)
+FLOAT32 = Tier("float32", tolerance=1e-5)
+
+
+def assert_same_at_every_step(
+    left: Sequence[Leaves],
+    right: Sequence[Leaves],
+    tier: Tier,
+    *,
+    names: tuple[str, str] = ("left", "right"),
+) -> float:
+    """Assert that two runs went through the same parameters.
+
+    Args:
+        left: Parameters by name after each step.
+        right: The same of the other run.
+        tier: How closely they must agree.
+        names: What to call the two runs in a message.
+
+    Returns:
+        The largest deviation of any step, in the unit of the tier; in the bitwise tier 0.0.
+
+    Raises:
+        AssertionError: The runs differ; names the first step (counted from 1) at which they do, and
+            the parameter that is furthest off there. Runs without steps, or of unequal lengths,
+            names, shapes or dtypes, differ too, and so do NaNs in the two tiers with a tolerance.
+
+    Examples:
+        >>> import numpy as np
+        >>> runs = [{"w": np.array([1.0, 2.0])}], [{"w": np.array([1.0, 2.5])}]
+        >>> assert_same_at_every_step(*runs, FLOAT64)
+        Traceback (most recent call last):
+        AssertionError: left and right part at step 1 in 'w': deviation 2.000e-01 exceeds 1e-12
+    """
+    first, second = names
+    if not len(left) == len(right) > 0:
+        raise AssertionError(
+            f"{first} has {len(left)} steps and {second} has {len(right)}: nothing to compare"
+        )
+    worst = 0.0
+    for step, (ours, theirs) in enumerate(zip(left, right, strict=True), start=1):
+        _assert_same_form(ours, theirs, f"{first} and {second} at step {step}")
+        deviations = _deviations(ours, theirs, tier)
+        # argmax stops at the first NaN, max would step over it.
+        name = list(deviations)[int(np.argmax(list(deviations.values())))]
+        limit = tier.tolerance or 0.0
+        # Written so that NaN fails.
+        if not deviations[name] <= limit:
+            raise AssertionError(
+                f"{first} and {second} part at step {step} in '{name}': deviation "
+                f"{deviations[name]:.3e} exceeds {limit:g}"
+            )
+        worst = max(worst, deviations[name])
+    return worst
+
+
+def deviation(left: Sequence[Leaves], right: Sequence[Leaves]) -> float:
+    """Measure how far two runs are apart at their last step.
+
+    Args:
+        left: Parameters by name after each step.
+        right: The same of the other run.
+
+    Returns:
+        The largest difference of two elements, divided by the largest parameter.
+
+    Examples:
+        >>> import numpy as np
+        >>> deviation([{"w": np.array([1.0, 2.0])}], [{"w": np.array([1.0, 2.5])}])
+        0.2
+    """
+    return max(_deviations(left[-1], right[-1], FLOAT64).values())
+
+
+def _assert_same_form(ours: Leaves, theirs: Leaves, where: str) -> None:
+    if not ours or sorted(ours) != sorted(theirs):
+        raise AssertionError(f"{where} have other names, or none: {[*ours]}, {[*theirs]}")
+    for name, leaf in ours.items():
+        form, other = (leaf.dtype, leaf.shape), (theirs[name].dtype, theirs[name].shape)
+        if form != other:
+            raise AssertionError(f"{where} differ in form in '{name}': {form}, {other}")
+
+
+def _deviations(ours: Leaves, theirs: Leaves, tier: Tier) -> dict[str, float]:
+    if tier.tolerance is None:
+        return {name: float(ours[name].tobytes() != theirs[name].tobytes()) for name in ours}
+    scale = 1.0
+    if tier.in_norm:
+        scale = max(np.abs(leaf).max(initial=0.0) for leaf in theirs.values()) or 1.0
+    return {
+        name: float(np.abs(leaf - theirs[name]).max(initial=0.0) / scale)
+        for name, leaf in ours.items()
+    }

@@ -1,0 +1,113 @@
+"""SGD, Adam and AdamW: regjax.optim and torch.optim against NumPy, at every step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import regjax.optim
+from parity_tests.compare import FLOAT32, FLOAT64, assert_same_at_every_step, deviation
+from parity_tests.trajectories import Case, walk_jax, walk_numpy, walk_torch
+
+WALKS = {"numpy": walk_numpy, "jax": walk_jax, "torch": walk_torch}
+NO_BIAS = {"dense/bias": False, "dense/kernel": True}
+
+CASES = [
+    Case("sgd", "SGD", {"lr": 0.1}),
+    Case("sgd-decay", "SGD", {"lr": 0.1, "weight_decay": 0.1}),
+    Case("sgd-momentum", "SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+    Case("sgd-dampening", "SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.4}),
+    Case("sgd-dampening-only", "SGD", {"lr": 0.1, "dampening": 0.4, "weight_decay": 0.1}),
+    Case(
+        "sgd-nesterov",
+        "SGD",
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    ),
+    Case("sgd-maximize", "SGD", {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
+    Case("sgd-schedule", "SGD", {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1}, half_life=30),
+    Case("sgd-mask", "SGD", {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1}, mask=NO_BIAS),
+    Case("adam", "Adam", {"lr": 0.01}),
+    Case("adam-decay", "Adam", {"lr": 0.01, "weight_decay": 0.1}),
+    Case("adam-amsgrad", "Adam", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
+    Case("adam-betas", "Adam", {"lr": 0.01, "betas": (0.5, 0.99999)}),
+    Case("adam-betas-zero", "Adam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),
+    Case("adam-eps", "Adam", {"lr": 0.01, "eps": 0.1, "amsgrad": True}),
+    Case("adam-maximize", "Adam", {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    Case(
+        "adam-decoupled",
+        "Adam",
+        {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
+    ),
+    Case("adam-schedule", "Adam", {"lr": 0.01, "weight_decay": 0.1}, half_life=30),
+    Case("adam-mask", "Adam", {"lr": 0.01, "weight_decay": 0.1}, mask=NO_BIAS),
+    Case("adamw", "AdamW", {"lr": 0.01}),
+    Case("adamw-amsgrad", "AdamW", {"lr": 0.01, "weight_decay": 1.0, "amsgrad": True}),
+    Case("adamw-maximize", "AdamW", {"lr": 0.01, "weight_decay": 1.0, "maximize": True}),
+    Case("adamw-schedule", "AdamW", {"lr": 0.01, "weight_decay": 1.0}, half_life=30),
+    Case("adamw-mask", "AdamW", {"lr": 0.01, "weight_decay": 1.0}, mask=NO_BIAS),
+]
+
+
+@pytest.mark.parametrize("tier", [FLOAT64, FLOAT32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_three_parties_take_the_same_steps(case, tier):
+    reference, ours, theirs = (walk(case, tier.dtype) for walk in WALKS.values())
+    assert_same_at_every_step(theirs, reference, tier, names=("torch", "NumPy"))
+    assert_same_at_every_step(ours, reference, tier, names=("regjax", "NumPy"))
+    assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
+
+
+# The penalty has the gradient 2 * c * w, weight decay adds d * w: the same where d = 2 * c.
+COUPLED = [
+    Case("sgd", "SGD", {"lr": 0.1, "momentum": 0.9}, mask=NO_BIAS),
+    Case("adam", "Adam", {"lr": 0.01}, mask=NO_BIAS),
+]
+
+
+@pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
+@pytest.mark.parametrize("case", COUPLED, ids=str)
+def test_penalty_is_twice_the_coupled_weight_decay(case, walk):
+    in_loss = walk(replace(case, penalty=0.05), "float64")
+    in_optimizer = walk(_with_decay(case, 0.1), "float64")
+    assert_same_at_every_step(in_loss, in_optimizer, FLOAT64, names=("loss", "optimizer"))
+
+
+@pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
+def test_penalty_is_not_the_decoupled_weight_decay(walk):
+    case = Case("adamw", "AdamW", {"lr": 0.01})
+    in_loss = walk(_with_decay(replace(case, penalty=0.5), 0.0), "float64")
+    in_optimizer = walk(_with_decay(case, 1.0), "float64")
+    assert deviation(in_loss, in_optimizer) > 0.1
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_complex_parameters(name):
+    start, gradient = np.array([1 + 2j, -1j, 3]), np.array([0.5 - 1j, 2 + 1j, 1j])
+    theirs = torch.tensor(start, requires_grad=True)
+    torch_optimizer = getattr(torch.optim, name)([theirs], lr=0.1, weight_decay=0.1)
+    optimizer = getattr(regjax.optim, name.lower())(0.1, weight_decay=0.1)
+    if name == "Adam":
+        optimizer = optax.contrib.split_real_and_imaginary(optimizer)
+    runs = [], []
+    # optax joins the parts in a way that strict promotion forbids.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        ours = jnp.asarray(start)
+        state = optimizer.init(ours)
+        for _ in range(5):
+            updates, state = optimizer.update(jnp.asarray(gradient), state, ours)
+            ours = optax.apply_updates(ours, updates)
+            theirs.grad = torch.tensor(gradient)
+            torch_optimizer.step()
+            runs[0].append({"w": np.asarray(ours)})
+            runs[1].append({"w": theirs.detach().numpy().copy()})
+    assert_same_at_every_step(*runs, FLOAT64, names=("regjax", "torch"))
+
+
+def _with_decay(case: Case, weight_decay: float) -> Case:
+    return replace(case, options={**case.options, "weight_decay": weight_decay})

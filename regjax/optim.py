@@ -1,0 +1,390 @@
+r"""PyTorch's optimizers as optax chains, with PyTorch's names, order of arguments and defaults.
+
+Each is one chain of four links. The decay comes before the moments where it is coupled (SGD, Adam)
+and after them where it is decoupled (AdamW):
+
+    maximize?  ->  add_decayed_weights  ->  momentum or moments  ->  scale_by_learning_rate
+    maximize?  ->  moments  ->  add_decayed_weights  ->  scale_by_learning_rate
+
+A link that has nothing to do is `optax.identity()`, so a state always has four parts. Arithmetic on
+half precision is done in float32 and rounded once into updates and state, as PyTorch's kernels do;
+updates have the dtype of the gradients, whatever the dtype of a schedule.
+
+`weight_decay` adds `weight_decay * w` to the gradient, while the penalty
+`regjax.l2_penalty(params, c)` has the gradient `2 * c * w`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from regjax._decay import check_coefficient, resolve_mask
+from regjax._paths import named_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Float, PyTree, ScalarLike
+
+    Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
+
+
+def sgd(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    momentum: ScalarLike = 0.0,
+    dampening: ScalarLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    nesterov: bool = False,
+    *,
+    maximize: bool = False,
+    mask: Mask = None,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.SGD`: gradient descent with momentum and coupled weight decay.
+
+    $$g_t = \pm\nabla f(w_{t-1}) + \lambda w_{t-1}, \qquad
+      b_1 = g_1,\; b_t = \mu b_{t-1} + (1 - \tau) g_t, \qquad
+      w_t = w_{t-1} - \eta_t \begin{cases} g_t + \mu b_t & \text{nesterov} \\ b_t & \text{else}
+      \end{cases}$$
+
+    The decay is coupled: it enters the gradient, so `weight_decay=2 * c` is the same at every step
+    as adding `regjax.l2_penalty(params, c)` to the loss (the penalty has no one half).
+
+    Args:
+        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
+        momentum: $\mu$. With 0.0 no buffer is kept and `dampening` has no effect.
+        dampening: $\tau$. As in torch, the first gradient enters the buffer undamped.
+        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
+        nesterov: Look ahead along the buffer; needs momentum and no dampening.
+        maximize: Ascend. The decay still shrinks the parameters.
+        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
+            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+
+    Returns:
+        An optax transformation; `optax.TraceState` in part 2 of its state holds $b$. With
+        dampening, part 2 is a pair, `optax.ScaleByScheduleState` (the step count) before it.
+
+    Raises:
+        TypeError: An argument is not a number, or a leaf of the mask not a bool.
+        ValueError: A coefficient is negative, infinite or NaN; `nesterov` without momentum or with
+            dampening; from `init`, a mask of another structure than the parameters; from `update`,
+            no `params` to decay.
+
+    PyTorch: the same numbers to rounding, save that half precision parameters receive an update
+    that has been rounded already.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0])}
+        >>> optimizer = sgd(0.1, weight_decay=0.5, mask={"kernel": True, "bias": False})
+        >>> state = optimizer.init(params)
+        >>> gradient = {"kernel": jnp.array([1.0, 1.0]), "bias": jnp.array([1.0])}
+        >>> updates, state = optimizer.update(gradient, state, params)
+        >>> optax.apply_updates(params, updates)
+        {'bias': Array([2.9], dtype=float32), 'kernel': Array([ 0.85, -2.  ], dtype=float32)}
+
+    References:
+        Sutskever et al., [On the importance of initialization and momentum in deep
+        learning](https://proceedings.mlr.press/v28/sutskever13.html), ICML 2013.
+    """
+    _check_rates(learning_rate, weight_decay)
+    check_coefficient("momentum", momentum, fix="pass 0.0 for none")
+    if nesterov and (_is_zero(momentum) or not _is_zero(dampening)):
+        raise ValueError(
+            "nesterov=True needs momentum > 0 and dampening = 0, but they are "
+            f"momentum={momentum} and dampening={dampening}: pass momentum=0.9, say, or leave "
+            "nesterov out"
+        )
+    return _rounded_once(
+        optax.chain(
+            _ascend(maximize),
+            _decay_weights(weight_decay, mask),
+            _accumulate(momentum, dampening, nesterov),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    eps: ScalarLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    decoupled_weight_decay: bool = False,
+    mask: Mask = None,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.Adam`, whose weight decay is coupled unless told otherwise.
+
+    $$g_t = \pm\nabla f(w_{t-1}) + \lambda w_{t-1}, \qquad
+      m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
+      v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \qquad
+      w_t = w_{t-1} - \eta_t \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}$$
+
+    With `amsgrad`, the largest $v$ so far stands in for $v_t$. Coupled decay enters the gradient
+    and is rescaled with it, so `weight_decay=2 * c` is the same at every step as adding
+    `regjax.l2_penalty(params, c)` to the loss (the penalty has no one half).
+
+    Args:
+        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
+        betas: $\beta_1, \beta_2$, each in [0, 1).
+        eps: $\epsilon$, added outside the root.
+        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
+        amsgrad: Divide by the largest second moment so far.
+        maximize: Ascend. The decay still shrinks the parameters.
+        decoupled_weight_decay: Decay as `adamw` does.
+        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
+            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+
+    Returns:
+        An optax transformation; `optax.ScaleByAdamState` (with amsgrad `optax.ScaleByAmsgradState`)
+        in part 2 of its state, or 1 where the decay is decoupled, holds $m$ and $v$.
+
+    Raises:
+        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
+            complex parameters.
+        ValueError: A coefficient is negative, infinite or NaN, or a beta outside [0, 1); from
+            `init`, a mask of another structure than the parameters; from `update`, no `params` to
+            decay.
+
+    PyTorch: the same numbers to rounding. Two parts of optax would differ, and have a substitute
+    here: its bias correction `1 - decay**count` is off in float32 (by 1e-5 of its value for
+    $\beta_2 = 0.999$, by 1e-3 for 0.99999), and `optax.amsgrad` takes the maximum of corrected
+    second moments, torch that of uncorrected ones. For complex parameters torch treats real and
+    imaginary part as two parameters: so does `optax.contrib.split_real_and_imaginary(adam(...))`.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> params = jnp.array([1.0, -2.0])
+        >>> optimizer = adam(0.1, weight_decay=0.5)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> optax.apply_updates(params, updates)
+        Array([ 0.9, -2.1], dtype=float32)
+
+    References:
+        Kingma and Ba, [Adam: A Method for Stochastic Optimization](https://arxiv.org/abs/1412.6980),
+        ICLR 2015. Reddi et al., [On the Convergence of Adam and
+        Beyond](https://openreview.net/forum?id=ryQu7f-RZ), ICLR 2018.
+    """
+    _check_rates(learning_rate, weight_decay)
+    check_coefficient("eps", eps, fix="pass 1e-8, say")
+    b1, b2 = betas
+    check_coefficient("betas[0]", b1, fix="pass 0.9, say", below=1.0)
+    check_coefficient("betas[1]", b2, fix="pass 0.999, say", below=1.0)
+    decay = _decay_weights(weight_decay, mask)
+    moments = _scale_by_adam(b1, b2, eps, amsgrad)
+    return _rounded_once(
+        optax.chain(
+            _ascend(maximize),
+            *((moments, decay) if decoupled_weight_decay else (decay, moments)),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    eps: ScalarLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 1e-2,
+    amsgrad: bool = False,
+    *,
+    maximize: bool = False,
+    mask: Mask = None,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.AdamW`: Adam with decoupled weight decay.
+
+    $$w_t = (1 - \eta_t \lambda)\, w_{t-1}
+      - \eta_t \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}$$
+
+    with the moments of `adam`, of the bare gradient: the decay never passes through them. **No
+    penalty in the loss does the same**, `regjax.l2_penalty` neither.
+
+    Args:
+        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it. It
+            scales the decay too.
+        betas: $\beta_1, \beta_2$, each in [0, 1).
+        eps: $\epsilon$, added outside the root.
+        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
+        amsgrad: Divide by the largest second moment so far.
+        maximize: Ascend. The decay still shrinks the parameters.
+        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
+            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+
+    Returns:
+        An optax transformation; `optax.ScaleByAdamState` (with amsgrad `optax.ScaleByAmsgradState`)
+        in part 1 of its state holds $m$ and $v$.
+
+    Raises:
+        TypeError: As `adam` does.
+        ValueError: As `adam` does.
+
+    PyTorch: the same numbers to rounding. In float32 torch shrinks by the rounded number
+    $1 - \eta\lambda$, which loses digits of a small decay (0.14 % of it at $\eta\lambda =
+    10^{-5}$); here the decay keeps them. `optax.adamw` has another default, `weight_decay=1e-4`,
+    and the differences that `adam` names.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> params = jnp.array([1.0, -2.0])
+        >>> optimizer = adamw(0.1, weight_decay=0.5)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> optax.apply_updates(params, updates)
+        Array([ 0.85, -2.  ], dtype=float32)
+
+    References:
+        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
+        ICLR 2019.
+    """
+    return adam(
+        learning_rate,
+        betas,
+        eps,
+        weight_decay,
+        amsgrad,
+        maximize=maximize,
+        decoupled_weight_decay=True,
+        mask=mask,
+    )
+
+
+def _ascend(maximize: bool) -> optax.GradientTransformation:
+    return optax.scale(-1.0) if maximize else optax.identity()
+
+
+def _decay_weights(
+    weight_decay: optax.ScalarOrSchedule, mask: Mask
+) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` whose mask is checked, and is always read off the parameters.
+
+    `optax.masked` asks a callable mask about the gradients at each update, and a tree of the wrong
+    structure fails there with no word about where.
+    """
+    if _is_zero(weight_decay):
+        return optax.identity()
+
+    def decay(params: PyTree) -> optax.GradientTransformation:
+        # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
+        leafless = not jax.tree.leaves(params)
+        resolved = mask if mask is None or leafless else resolve_mask(mask, params)
+        return optax.add_decayed_weights(weight_decay, resolved)
+
+    def init(params: PyTree) -> PyTree:
+        return decay(params).init(params)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        if params is None:
+            raise ValueError(
+                f"params is None, but weight_decay={weight_decay} needs the parameters: call "
+                "update(updates, state, params), or pass weight_decay=0.0"
+            )
+        return decay(params).update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _accumulate(
+    momentum: ScalarLike, dampening: ScalarLike, nesterov: bool
+) -> optax.GradientTransformation:
+    """Keep torch's momentum buffer, whose first gradient is not damped."""
+    if _is_zero(momentum):
+        return optax.identity()
+    trace = optax.trace(momentum, nesterov)
+    if _is_zero(dampening):
+        return trace
+    damp = optax.scale_by_schedule(lambda count: jnp.where(count == 0, 1.0, 1.0 - dampening))
+    return optax.chain(damp, trace)
+
+
+def _scale_by_adam(
+    b1: ScalarLike, b2: ScalarLike, eps: ScalarLike, amsgrad: bool
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with an exact bias correction, and the maximum that torch takes."""
+
+    def init(params: PyTree) -> optax.ScaleByAdamState | optax.ScaleByAmsgradState:
+        for name, leaf in named_leaves(params):
+            if jnp.iscomplexobj(leaf):
+                raise TypeError(
+                    f"Adam has no one second moment for the complex parameter '{name}': torch "
+                    "takes real and imaginary part as two parameters, and so does "
+                    "optax.contrib.split_real_and_imaginary around this optimizer"
+                )
+        zeros = optax.tree.zeros_like
+        moments = (jnp.zeros([], jnp.int32), zeros(params), zeros(params))
+        if amsgrad:
+            return optax.ScaleByAmsgradState(*moments, nu_max=zeros(params))
+        return optax.ScaleByAdamState(*moments)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
+        new_state, divisor = state._replace(count=count, mu=mu, nu=nu), nu
+        if amsgrad:
+            divisor = jax.tree.map(jnp.maximum, state.nu_max, nu)
+            new_state = new_state._replace(nu_max=divisor)
+        c1, c2 = _bias_correction(b1, count), _bias_correction(b2, count)
+        updates = jax.tree.map(
+            lambda m, v: (m / c1.astype(m.dtype)) / (jnp.sqrt(v / c2.astype(v.dtype)) + eps),
+            mu,
+            divisor,
+        )
+        return updates, new_state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
+    """Compute `1 - decay**count` without cancellation."""
+    if isinstance(decay, int | float):
+        # In double: float32(0.999) alone would cost 3e-5 of the logarithm.
+        log_decay = math.log(decay) if decay > 0 else -math.inf
+    else:
+        log_decay = jnp.log(decay)
+    return -jnp.expm1(jnp.asarray(count, float) * log_decay)
+
+
+def _rounded_once(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Do the arithmetic on half types in float32, and round updates and state once at the end.
+
+    In bfloat16 itself 0.999 is 1, so a second moment would only ever grow.
+    """
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        results = inner.update(*jax.tree.map(_widened, (updates, state, params)))
+        return optax.tree.cast_like(results, (updates, state))
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _widened(leaf: Any) -> Any:
+    is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+    return leaf.astype(jnp.float32) if is_half else leaf
+
+
+def _check_rates(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule
+) -> None:
+    if not callable(learning_rate):
+        check_coefficient("learning_rate", learning_rate, fix="to ascend, pass maximize=True")
+    if not callable(weight_decay):
+        check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+
+
+def _is_zero(value: Any) -> bool:
+    """Tell a zero known when the chain is made: an array may change, so it counts as non-zero."""
+    return isinstance(value, int | float) and value == 0

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from regjax._decay import check_coefficient, resolve_mask
+from regjax._paths import named_leaves
+
+
+class Layer(NamedTuple):
+    kernel: object
+    bias: object
+
+
+PARAMS = {
+    "dense": [Layer(jnp.ones((2, 3)), jnp.ones(3)), Layer(jnp.ones((3, 3)), None)],
+    "scale": jnp.ones(()),
+}
+
+
+def _matrices(tree):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+
+def test_names_of_every_kind_of_node():
+    assert [name for name, _ in named_leaves(PARAMS)] == [
+        "dense/0/kernel",
+        "dense/0/bias",
+        "dense/1/kernel",
+        "scale",
+    ]
+    module = eqx.nn.Linear(2, 3, key=jax.random.key(0))
+    assert [name for name, _ in named_leaves(module)] == ["weight", "bias"]
+    assert named_leaves(1.0) == [("", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (None, [True, True, True, True]),
+        (False, [False, False, False, False]),
+        ({"dense": True, "scale": False}, [True, True, True, False]),
+        ({"dense": [Layer(True, False), True], "scale": False}, [True, False, True, False]),
+        # A None of the mask meets a None of the parameters, and a bool may stand over it.
+        ({"dense": [False, Layer(True, None)], "scale": True}, [False, False, True, True]),
+        ({"dense": [False, Layer(True, True)], "scale": True}, [False, False, True, True]),
+        (_matrices, [True, False, True, False]),
+        (lambda params: {"dense": False, "scale": True}, [False, False, False, True]),
+        ({"dense": np.bool_(True), "scale": jnp.array(False)}, [True, True, True, False]),
+    ],
+)
+def test_mask_is_resolved(mask, expected):
+    resolved = resolve_mask(mask, PARAMS)
+    assert jax.tree.structure(resolved) == jax.tree.structure(PARAMS)
+    assert jax.tree.leaves(resolved) == expected
+    assert all(type(leaf) is bool for leaf in jax.tree.leaves(resolved))
+
+
+def test_a_callable_module_of_bools_is_a_tree():
+    module = eqx.filter(eqx.nn.MLP(2, 3, 4, 1, key=jax.random.key(0)), eqx.is_inexact_array)
+    mask = _matrices(module)
+    assert callable(mask)
+    assert jax.tree.leaves(resolve_mask(mask, module)) == [True, False, True, False]
+
+
+def test_flax_state_is_a_tree():
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    assert jax.tree.leaves(resolve_mask(_matrices, state)) == [False, True]
+
+
+def test_mask_is_resolved_under_jit():
+    shapes = []
+    jax.jit(lambda params: shapes.append(resolve_mask(_matrices, params)))(PARAMS)
+    assert jax.tree.leaves(shapes) == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ({"dense": True}, r"at 'scale': the mask has nothing .* have an array float32\[\]"),
+        ({"dense": True, "scale": True, "x": True}, "at 'x': the mask has True .* have nothing"),
+        ({"dense": [True], "scale": True}, r"at 'dense/1': the mask has nothing .* Layer of \(ker"),
+        (
+            {"dense": (True, True), "scale": True},
+            r"at 'dense': the mask has a tuple of \(0, 1\) there, .* have a list of \(0, 1\)",
+        ),
+        (
+            {"dense": [True, Layer(None, True)], "scale": True},
+            r"at 'dense/1/kernel': the mask has None there, .* have an array float32\[3, 3\]",
+        ),
+        ({"dense": True, "scale": {"x": True}}, r"at 'scale': the mask has a dict of \(x\) there"),
+        ([True], r"at the root: the mask has a list of \(0\) there, .* have a dict of \(dense, sc"),
+        (lambda params: {"dense": True}, "at 'scale'"),
+        (lambda params: None, "at the root: the mask has None"),
+    ],
+)
+def test_another_structure_is_refused(mask, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_mask(mask, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (0.5, "must be a bool, but it is 0.5"),
+        (1, "must be a bool, but it is 1:"),
+        ("kernel", "must be a bool, but it is 'kernel'"),
+        (np.ones(3), r"must be a bool, but it is array\(\[1., 1., 1.\]\)"),
+        (np.array([True, False]), "must be a bool, but it is array"),
+        (_matrices, "must be a bool, but it is <function"),
+    ],
+)
+def test_a_leaf_that_is_no_bool_is_refused(leaf, message):
+    with pytest.raises(TypeError, match="mask at 'scale' " + message):
+        resolve_mask({"dense": True, "scale": leaf}, PARAMS)
+    with pytest.raises(TypeError, match=r"mask at the root must be a bool, but it is 0\.5"):
+        resolve_mask(lambda params: 0.5, PARAMS)
+
+
+def test_a_mask_of_values_is_refused_under_jit():
+    def rule(params):
+        return jax.tree.map(lambda leaf: jnp.all(leaf > 0), params)
+
+    assert all(jax.tree.leaves(resolve_mask(rule, PARAMS)))
+    with pytest.raises(TypeError, match="mask at 'dense/0/kernel' is traced"):
+        jax.jit(lambda params: resolve_mask(rule, params))(PARAMS)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1, 2.5, np.float32(0.5), np.array(0.5), jnp.array(0.5)])
+def test_coefficient_passes(value):
+    check_coefficient("eps", value, fix="")
+
+
+@pytest.mark.parametrize("value", [-1, -1e-30, float("nan"), float("inf"), jnp.array(-0.5)])
+def test_coefficient_out_of_range_is_refused(value):
+    with pytest.raises(ValueError, match=r"eps must be finite and not negative, but it is .*: fix"):
+        check_coefficient("eps", value, fix="fix it so")
+
+
+@pytest.mark.parametrize("value", [1.0, 2, -0.5, float("nan")])
+def test_coefficient_has_an_upper_end(value):
+    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\), but it is .*: fix"):
+        check_coefficient("beta", value, fix="fix it so", below=1.0)
+
+
+@pytest.mark.parametrize(
+    "value", [True, np.True_, None, "1", 1j, jnp.ones(1), jnp.array(1j), lambda step: 0.1]
+)
+def test_coefficient_that_is_no_number_is_refused(value):
+    with pytest.raises(TypeError, match=r"eps must be a real number, but it is .*: fix it so"):
+        check_coefficient("eps", value, fix="fix it so")
+
+
+def test_traced_coefficient_passes():
+    def checked(value):
+        check_coefficient("eps", value, fix="")
+        return value
+
+    assert jax.jit(checked)(-1.0) == -1.0
+    with pytest.raises(TypeError, match="must be a real number"):
+        jax.jit(checked)(jnp.ones(2))

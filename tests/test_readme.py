@@ -1,0 +1,45 @@
+"""What README shows runs, and what it names exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import regjax
+import regtorch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_examples_run_as_they_stand():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def names(module: str) -> list[str]:
+    return sorted(set(re.findall(rf"\b{module}\.([a-z][\w.]*\w)", README)))
+
+
+@pytest.mark.parametrize(
+    ("library", "name"), [(lib, name) for lib in (regjax, regtorch) for name in names(lib.__name__)]
+)
+def test_every_public_name_exists(library, name):
+    target = library
+    for part in name.split("."):
+        target = getattr(target, part)
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([\w./-]+)\)", README))
+def test_every_link_leads_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_continuous_integration_runs_the_test_command_of_readme():
+    assert "    make test " in README
+    assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
