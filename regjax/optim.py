@@ -6,9 +6,10 @@ and after them where it is decoupled (AdamW):
     maximize?  ->  add_decayed_weights  ->  momentum or moments  ->  scale_by_learning_rate
     maximize?  ->  moments  ->  add_decayed_weights  ->  scale_by_learning_rate
 
-A link that has nothing to do is `optax.identity()`, so a state always has four parts. Arithmetic on
-half precision is done in float32 and rounded once into updates and state, as PyTorch's kernels do;
-updates have the dtype of the gradients, whatever the dtype of a schedule.
+A link that has nothing to do is `optax.identity()`, so a state always has four parts. Updates and
+state have the dtypes of gradients and parameters, whatever the dtype of a schedule. On half
+precision a step is computed in float32 and rounded once at its end, where PyTorch rounds after each
+kernel: there the two agree to rounding, but rounding shows.
 
 `weight_decay` adds `weight_decay * w` to the gradient, while the penalty
 `regjax.l2_penalty(params, c)` has the gradient `2 * c * w`.
@@ -75,8 +76,7 @@ def sgd(
             dampening; from `init`, a mask of another structure than the parameters; from `update`,
             no `params` to decay.
 
-    PyTorch: the same numbers to rounding, save that half precision parameters receive an update
-    that has been rounded already.
+    PyTorch: the same numbers to rounding.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -359,7 +359,7 @@ def _bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
 def _rounded_once(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Do the arithmetic on half types in float32, and round updates and state once at the end.
 
-    In bfloat16 itself 0.999 is 1, so a second moment would only ever grow.
+    In bfloat16 itself a momentum of 0.99 is 0.988, which sums up 85 gradients in place of 100.
     """
 
     def update(

@@ -222,7 +222,7 @@ def test_dtypes_are_kept(variant, rate, dtype):
     gradient = jax.tree.map(lambda leaf: leaf.astype(dtype), GRADIENT)
     optimizer = variant(rate)
     state = optimizer.init(params)
-    updates, after = optimizer.update(gradient, state, params)
+    updates, after = jax.eval_shape(optimizer.update, gradient, state, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
     assert {leaf.dtype for leaf in jax.tree.leaves(after) if leaf.ndim} == {jnp.dtype(dtype)}
     kinds = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (state, after)]
@@ -245,17 +245,19 @@ def test_trees_of_mixed_dtypes():
         assert {name: leaf.dtype for name, leaf in updates.items()} == dtypes
 
 
-def test_second_moment_decays_in_bfloat16():
-    # bfloat16(0.99) is 0.9883 and bfloat16(0.999) is 1: the arithmetic must not be done in it.
-    optimizer = optim.adam(betas=(0.0, 0.999))
-    params = jnp.ones(2, jnp.bfloat16)
-    state = optimizer.init(params)
-    state = (*state[:2], state[2]._replace(nu=jnp.full(2, 0.5, jnp.bfloat16)), *state[3:])
-    _, after = optimizer.update(jnp.full(2, 1e-3, jnp.bfloat16), state)
-    wanted = jnp.float32(0.999 * 0.5 + 0.001 * 1e-6).astype(jnp.bfloat16)
-    assert jnp.array_equal(after[2].nu, jnp.full(2, wanted))
-    momentum = optim.sgd(1.0, momentum=0.99)
-    assert _walk(momentum, 2, params, params)[0][0] == jnp.bfloat16(1 - 1 - 1.99)
+def test_bfloat16_is_rounded_once():
+    # Rounded to bfloat16 first, the coefficients would be 0.988 and 1.
+    held, gradient = jnp.bfloat16(243 / 128), jnp.bfloat16(0.0)
+    optimizer = optim.sgd(momentum=0.99)
+    state = (*optimizer.init(held)[:2], optax.TraceState(held), optax.EmptyState())
+    trace = optimizer.update(gradient, state)[1][2].trace
+    assert trace == jnp.bfloat16(0.99 * 243 / 128) != held * jnp.bfloat16(0.99)
+    held, gradient = jnp.bfloat16(1.0), jnp.bfloat16(2.125)
+    optimizer = optim.adam(betas=(0.9, 0.999))
+    state = optimizer.init(held)
+    state = (*state[:2], state[2]._replace(nu=held), state[3])
+    nu = optimizer.update(gradient, state)[1][2].nu
+    assert nu == jnp.bfloat16(0.999 + 0.001 * 2.125**2) != held + jnp.bfloat16(0.001 * 2.125**2)
 
 
 @pytest.mark.parametrize("b2", [0.9, 0.999, 0.99999, 0.0])
