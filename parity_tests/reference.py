@@ -50,6 +50,29 @@ def bernoulli(key: Key, keep_prob: float, shape: Sequence[int]) -> np.ndarray:
     return uniform < np.float32(keep_prob)
 
 
+def packed_bernoulli(key: Key, threshold: int, shape: Sequence[int], bits: int) -> np.ndarray:
+    """The packed keep mask, element by element: a uniform integer U with U >= 2**bits - T.
+
+    Bit i of U, counted from the most significant, is the element's bit of word i: the word with its
+    group's index in the upper or lower half of block i // 2.
+    """
+    drawn = np.zeros(shape, np.int64)
+    axes = [axis for axis, size in enumerate(shape[:-1]) if size % 32 == 0]
+    axis = max(axes, key=lambda axis: (shape[axis], axis))
+    grouped = [size // 32 if i == axis else size for i, size in enumerate(shape)]
+    words = {
+        (group, i): threefry2x32(key, (i // 2 << 28, group))[i % 2]
+        for group in range(math.prod(grouped))
+        for i in range(bits)
+    }
+    for place in np.ndindex(*shape):
+        in_group = [index // 32 if i == axis else index for i, index in enumerate(place)]
+        group, lane = int(np.ravel_multi_index(in_group, grouped)), place[axis] % 32
+        for i in range(bits):
+            drawn[place] = 2 * drawn[place] + (words[group, i] >> lane & 1)
+    return drawn >= 2**bits - threshold
+
+
 def dropout(x: np.ndarray, rate: float, key: Key, broadcast_dims: Sequence[int] = ()) -> np.ndarray:
     """Inverted dropout in double, rounded to the dtype of `x` at the end.
 

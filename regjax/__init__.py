@@ -7,4 +7,5 @@ from regjax import optim as optim
 from regjax._dropout import dropout as dropout
 from regjax._keys import site_key as site_key
 from regjax._masks import bernoulli as bernoulli
+from regjax._packed import packed_bernoulli as packed_bernoulli
 from regjax._penalty import l2_penalty as l2_penalty

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax._keys import check_key
-from regjax._masks import Sampler, bernoulli, check_probability
+from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -54,7 +54,8 @@ def dropout(
         deterministic: True in evaluation. It may be traced; True then spends no random bits.
         broadcast_dims: dimensions along which one mask is shared, such as `(1,)` for the same mask
             at every timestep of (batch, time, features).
-        sampler: what draws the mask.
+        sampler: what draws the mask: `bernoulli`, `packed_bernoulli`, or a function with their
+            arguments.
 
     Returns:
         An array of the shape, dtype and sharding of `x`.
@@ -107,7 +108,8 @@ def _drop(
     shape = tuple(1 if dim in broadcast_dims else size for dim, size in enumerate(x.shape))
 
     def masked(x: Inexact[Array, "*shape"], key: KeyLike) -> Inexact[Array, "*shape"]:
-        keep_prob, scale = _keep_prob_and_scale(rate, x.dtype)
+        keep_prob = _keep_prob(rate, x.dtype)
+        scale = _scale(realised_keep_prob(sampler, keep_prob), x.dtype)
         keep = sampler(key, keep_prob, shape, out_sharding=_mask_sharding(x, broadcast_dims))
         # A selection, not a product: a dropped NaN or infinity must become 0.
         dropped = jnp.where(keep, _scaled(x, scale), jnp.zeros((), x.dtype))
@@ -127,18 +129,25 @@ _drop_at_number = jax.jit(_drop, static_argnums=(2, 3, 4))
 _drop_at_tracer = jax.jit(_drop, static_argnums=(3, 4))
 
 
-def _keep_prob_and_scale(
-    rate: float | Float[Array, ""], dtype: np.dtype
-) -> tuple[float | Float[Array, ""], np.floating | Float[Array, ""]]:
-    """The keep probability and what the kept elements are multiplied by, correctly rounded."""
-    real = np.float64 if dtype in _DOUBLE else np.float32
+def _keep_prob(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:
+    """1 - rate, rounded once to the precision that `dtype` is scaled in."""
+    real = _real(dtype)
     if isinstance(rate, jax.Array):
-        keep_prob = real(1) - lax.stop_gradient(rate).astype(real)
+        return real(1) - lax.stop_gradient(rate).astype(real)
+    return float(real(1 - rate))  # the subtraction is in double
+
+
+def _scale(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
+    """What kept elements are multiplied by: 1 / keep_prob, or 0 where nothing is kept."""
+    real = _real(dtype)
+    if isinstance(keep_prob, jax.Array):
         positive = keep_prob > 0
-        # The inner where keeps the division finite at rate 1.
-        return keep_prob, jnp.where(positive, 1 / jnp.where(positive, keep_prob, 1), 0)
-    keep_prob = real(1 - rate)  # one rounding: the subtraction is in double
-    return float(keep_prob), real(1) / keep_prob
+        return jnp.where(positive, 1 / jnp.where(positive, keep_prob, 1), 0).astype(real)
+    return real(1) / real(keep_prob)
+
+
+def _real(dtype: np.dtype) -> type[np.floating]:
+    return np.float64 if dtype in _DOUBLE else np.float32
 
 
 def _scaled(

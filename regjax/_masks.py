@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.ra
 # A subnormal probability counts as 0: CPUs and TPUs flush it, others do not, and the mask must not
 # depend on which it runs on.
 _SMALLEST = float(np.finfo(np.float32).smallest_normal)
+
+_REALISED = "realised_keep_prob"
+_S = TypeVar("_S")
 
 
 class Sampler(Protocol):
@@ -106,6 +109,33 @@ def _threshold(keep_prob: float | Float[Array, ""]) -> np.uint32 | UInt32[Array,
     # Exact in double, and free of the flush to zero by which a device may lose a tiny float32.
     probability = float(np.float32(keep_prob))
     return np.uint32(math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0)
+
+
+def realised_keep_prob(
+    sampler: Sampler, keep_prob: float | Float[Array, ""]
+) -> float | Float[Array, ""]:
+    """What share a sampler keeps when asked for `keep_prob`: what the kept elements are divided by.
+
+    A sampler that rounds says so with `realises`.
+    """
+    options = {}
+    if isinstance(sampler, functools.partial):
+        sampler, options = sampler.func, sampler.keywords
+    realise = getattr(sampler, _REALISED, None)
+    return realise(keep_prob, **options) if realise else keep_prob
+
+
+def realises(realise: Callable[..., Any]) -> Callable[[_S], _S]:
+    """Marks a sampler that rounds: `realise(keep_prob, **options)` is what it really keeps.
+
+    The options are those that a `functools.partial` gave the sampler.
+    """
+
+    def mark(sampler: _S) -> _S:
+        vars(sampler)[_REALISED] = realise
+        return sampler
+
+    return mark
 
 
 def check_probability(name: str, value: ArrayLike) -> float | Float[Array, ""]:

@@ -59,7 +59,7 @@ def counter_bits(
 
     Equal to `jax.random.bits(key, shape, "uint32")` under JAX's default (partitionable) threefry.
     """
-    out0, out1 = threefry2x32(key, _row_major_index(tuple(shape), out_sharding))
+    out0, out1 = threefry2x32(key, row_major_index(tuple(shape), out_sharding))
     return out0 ^ out1
 
 
@@ -67,7 +67,7 @@ def _rotate_left(x: UInt32[Array, "*shape"], distance: int) -> UInt32[Array, "*s
     return (x << np.uint32(distance)) | (x >> np.uint32(32 - distance))
 
 
-def _row_major_index(shape: tuple[int, ...], out_sharding: Layout) -> Words:
+def row_major_index(shape: tuple[int, ...], out_sharding: Layout) -> Words:
     """Each element's row-major index, as a high and a low word.
 
     One iota an axis, never a reshape of one long iota: a reshape would mix the axes, and XLA could

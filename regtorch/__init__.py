@@ -11,4 +11,5 @@ from regtorch._keys import key as key
 from regtorch._keys import site_key as site_key
 from regtorch._keys import split as split
 from regtorch._masks import bernoulli as bernoulli
+from regtorch._packed import packed_bernoulli as packed_bernoulli
 from regtorch._penalty import l2_penalty as l2_penalty

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regtorch._keys import check_key, generator_key
-from regtorch._masks import Sampler, bernoulli, check_probability
+from regtorch._masks import Sampler, bernoulli, check_probability, realised_keep_prob
 
 _DOUBLE = (torch.float64, torch.complex128)
 
@@ -43,7 +43,8 @@ def dropout(
         deterministic: True in evaluation; a bool, or a 0-d boolean tensor.
         broadcast_dims: dimensions along which one mask is shared, such as `(1,)` for the same mask
             at every timestep of (batch, time, features).
-        sampler: what draws the mask.
+        sampler: what draws the mask: `bernoulli`, `packed_bernoulli`, or a function with their
+            arguments.
 
     Returns:
         A tensor of the shape, dtype and device of `x`.
@@ -95,7 +96,8 @@ def _drop(
     sampler: Sampler,
 ) -> Tensor:
     shape = tuple(1 if dim in broadcast_dims else size for dim, size in enumerate(x.shape))
-    keep_prob, scale = _keep_prob_and_scale(rate, x.dtype)
+    keep_prob = _keep_prob(rate, x.dtype)
+    scale = _scale(realised_keep_prob(sampler, keep_prob), x.dtype)
     keep = sampler(key, keep_prob, shape)
     # A selection, not a product: a dropped NaN or infinity must become 0.
     dropped = torch.where(keep, _scaled(x, scale), torch.zeros((), dtype=x.dtype, device=x.device))
@@ -105,16 +107,25 @@ def _drop(
     return dropped
 
 
-def _keep_prob_and_scale(rate: float | Tensor, dtype: torch.dtype) -> tuple[float | Tensor, Tensor]:
-    """The keep probability and what the kept elements are multiplied by, correctly rounded."""
-    real = torch.float64 if dtype in _DOUBLE else torch.float32
+def _keep_prob(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """1 - rate, rounded once to the precision that `dtype` is scaled in."""
+    real = _real(dtype)
     if isinstance(rate, Tensor):
-        keep_prob = 1 - rate.detach().to(real)
+        return 1 - rate.detach().to(real)
+    return torch.tensor(1 - rate, dtype=real).item()  # the subtraction is in double
+
+
+def _scale(keep_prob: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """What kept elements are multiplied by: 1 / keep_prob, or 0 where nothing is kept."""
+    real = _real(dtype)
+    if isinstance(keep_prob, Tensor):
         positive = keep_prob > 0
-        # The inner where keeps the division finite at rate 1.
-        return keep_prob, torch.where(positive, 1 / torch.where(positive, keep_prob, 1.0), 0.0)
-    keep_prob = torch.tensor(1 - rate, dtype=real)  # one rounding: the subtraction is in double
-    return keep_prob.item(), 1 / keep_prob
+        return torch.where(positive, 1 / torch.where(positive, keep_prob, 1.0), 0.0).to(real)
+    return 1 / torch.tensor(keep_prob, dtype=real)
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in _DOUBLE else torch.float32
 
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ alone. No setting and no device changes it, and it will not change under this na
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.ra
 # A subnormal probability counts as 0: some devices flush it, others do not, and the mask must not
 # depend on which it runs on.
 _SMALLEST = torch.finfo(torch.float32).smallest_normal
+
+_REALISED = "realised_keep_prob"
+_S = TypeVar("_S")
 
 
 class Sampler(Protocol):
@@ -73,6 +77,31 @@ def _threshold(keep_prob: float | Tensor) -> int | Tensor:
         return torch.where(probability >= _SMALLEST, scaled, 0.0).to(torch.int32)
     probability = torch.tensor(keep_prob, dtype=torch.float32).item()
     return math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0
+
+
+def realised_keep_prob(sampler: Sampler, keep_prob: float | Tensor) -> float | Tensor:
+    """What share a sampler keeps when asked for `keep_prob`: what the kept elements are divided by.
+
+    A sampler that rounds says so with `realises`.
+    """
+    options = {}
+    if isinstance(sampler, functools.partial):
+        sampler, options = sampler.func, sampler.keywords
+    realise = getattr(sampler, _REALISED, None)
+    return realise(keep_prob, **options) if realise else keep_prob
+
+
+def realises(realise: Callable[..., Any]) -> Callable[[_S], _S]:
+    """Marks a sampler that rounds: `realise(keep_prob, **options)` is what it really keeps.
+
+    The options are those that a `functools.partial` gave the sampler.
+    """
+
+    def mark(sampler: _S) -> _S:
+        vars(sampler)[_REALISED] = realise
+        return sampler
+
+    return mark
 
 
 def check_probability(name: str, value: float | Tensor) -> float | Tensor:

@@ -20,6 +20,7 @@ FLOORS = {
     "_threefry": 0,
     "_keys": 1,
     "_masks": 2,
+    "_packed": 3,
     "_dropout": 3,
     "_paths": 0,
     "_decay": 1,
