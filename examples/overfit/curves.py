@@ -23,7 +23,8 @@ class Curve:
         framework: "jax" or "torch".
         steps: How many optimizer steps came before each evaluation.
         train_loss: Mean cross-entropy over the training set, in nats.
-        validation_loss: The same over the validation set.
+        train_accuracy: The part of the training set that is classified correctly.
+        validation_loss: Mean cross-entropy over the validation set, in nats.
         validation_accuracy: The part of the validation set that is classified correctly.
         seconds: Wall time of the run, compilation and evaluations included.
     """
@@ -32,18 +33,20 @@ class Curve:
     framework: str
     steps: list[int] = field(default_factory=list)
     train_loss: list[float] = field(default_factory=list)
+    train_accuracy: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     validation_accuracy: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
     def record(
-        self, step: int, train_loss: float, validation_loss: float, validation_accuracy: float
+        self, step: int, *, train: tuple[float, float], validation: tuple[float, float]
     ) -> None:
-        """Adds one evaluation."""
+        """Adds one evaluation: loss and accuracy over each set."""
         self.steps.append(step)
-        self.train_loss.append(train_loss)
-        self.validation_loss.append(validation_loss)
-        self.validation_accuracy.append(validation_accuracy)
+        self.train_loss.append(train[0])
+        self.train_accuracy.append(train[1])
+        self.validation_loss.append(validation[0])
+        self.validation_accuracy.append(validation[1])
 
     @property
     def best(self) -> int:

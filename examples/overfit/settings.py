@@ -9,10 +9,10 @@ PIXELS = 64
 # Validation takes the images that lie beyond the largest training set, so that it is the same for
 # every --train-size.
 LARGEST_TRAIN_SIZE = 1000
-HIDDEN_LAYERS = 4
+HIDDEN_LAYERS = 3
 FRAMEWORKS = ("jax", "torch")
 FRAMEWORK_LABELS = {"jax": "JAX", "torch": "PyTorch"}
-EVALUATIONS = 75
+EVALUATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class OptimizerDefaults:
 # divides the decay by the size of the gradient first. Hence the other order of magnitude.
 OPTIMIZERS = {
     "sgd": OptimizerDefaults(learning_rate=0.03, weight_decay=0.004, coupled=True),
-    "adam": OptimizerDefaults(learning_rate=1e-3, weight_decay=0.002, coupled=True),
+    "adam": OptimizerDefaults(learning_rate=2e-3, weight_decay=0.003, coupled=True),
     "adamw": OptimizerDefaults(learning_rate=1e-3, weight_decay=1.0, coupled=False),
 }
 
@@ -55,13 +55,13 @@ class Settings:
         width: Units of each hidden layer.
     """
 
-    steps: int = 1500
+    steps: int = 1000
     seed: int = 0
     rate: float = 0.3
     weight_decay: float = OPTIMIZERS["adam"].weight_decay
     learning_rate: float = OPTIMIZERS["adam"].learning_rate
     optimizer: str = "adam"
-    train_size: int = 200
+    train_size: int = 100
     batch_size: int = 25
     width: int = 128
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import regjax
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from examples.overfit.recipes import Recipe
     from examples.overfit.settings import Settings
 
-    Params = dict[str, dict[str, Float[Array, "..."]]]
+    Params = PyTree[Float[Array, "..."]]  # kernel and bias of each layer by name
     State = tuple[Params, optax.OptState]
 
 
@@ -43,13 +42,14 @@ def apply(
 ) -> Float[Array, "batch 10"]:
     """Computes logits: a perceptron with dropout before each layer, the input's included.
 
-    Without `root` it is evaluation. With it, each layer's mask at each step comes from a key of its
-    own, so there is no generator to carry along or to save.
+    By default it is evaluation: rate 0 does nothing and needs no key. In training, each layer's
+    mask at each step comes from a key of its own, so there is no generator to carry along or to
+    save.
     """
     x = pixels
     for name, layer in params.items():
-        if root is not None:
-            x = regjax.dropout(x, rate, key=regjax.site_key(root, step, name))
+        key = None if root is None else regjax.site_key(root, step, name)
+        x = regjax.dropout(x, rate, key=key)
         x = jnp.dot(x, layer["kernel"]) + layer["bias"][None, :]
         if name != "output":
             x = jax.nn.relu(x)
@@ -99,16 +99,14 @@ def make_train_chunk(
 ) -> Callable[[State, Int[Array, " steps"], Int[Array, "steps batch"]], State]:
     """Makes the function that takes many steps at once: one jitted step inside a scan."""
     root = jax.random.key(settings.seed, impl="threefry2x32")
-    pixels, labels = jnp.asarray(images.pixels), jnp.asarray(images.labels)
+    pixels, labels = as_arrays(images)
 
     def train_step(
         state: State, step_and_batch: tuple[Int[Array, ""], Int[Array, " batch"]]
     ) -> tuple[State, None]:
         params, optimizer_state = state
         step, batch = step_and_batch
-        gradient = jax.grad(training_loss)(
-            params, pixels[batch], labels[batch], recipe, root, step
-        )
+        gradient = jax.grad(training_loss)(params, pixels[batch], labels[batch], recipe, root, step)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         return (optax.apply_updates(params, updates), optimizer_state), None
 
@@ -121,11 +119,18 @@ def make_train_chunk(
     return train_chunk
 
 
-@jax.jit
 def evaluate(
     params: Params, pixels: Float[Array, "images 64"], labels: Int[Array, " images"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> tuple[float, float]:
     """Computes cross-entropy (nats) and accuracy over a whole set: no dropout, no penalty."""
+    loss, accuracy = _evaluate(params, pixels, labels)
+    return float(loss), float(accuracy)
+
+
+@jax.jit
+def _evaluate(
+    params: Params, pixels: Float[Array, "images 64"], labels: Int[Array, " images"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     logits = apply(params, pixels)
     correct = jnp.argmax(logits, axis=-1) == labels
     return cross_entropy(logits, labels), correct.astype(jnp.float32).mean()
@@ -153,20 +158,28 @@ def train(
     train_chunk = make_train_chunk(problem.train, recipe, settings, optimizer)
     params = load_params(problem.weights)
     state = params, optimizer.init(params)
+    train_set, validation_set = as_arrays(problem.train), as_arrays(problem.validation)
     curve = Curve(recipe, "jax")
 
     def record(step: int) -> None:
-        train_loss, _ = evaluate(state[0], problem.train.pixels, problem.train.labels)
-        loss, accuracy = evaluate(state[0], problem.validation.pixels, problem.validation.labels)
-        curve.record(step, float(train_loss), float(loss), float(accuracy))
+        curve.record(
+            step,
+            train=evaluate(state[0], *train_set),
+            validation=evaluate(state[0], *validation_set),
+        )
         on_evaluation(step)
 
     record(0)
     every = settings.steps_between_evaluations
     for first in range(0, settings.steps, every):
         batches = problem.batches[first : first + every]
-        steps = np.arange(first, first + len(batches), dtype=np.int32)
-        state = train_chunk(state, steps, batches)
+        steps = jnp.arange(first, first + len(batches))
+        state = train_chunk(state, steps, jnp.asarray(batches))
         record(first + len(batches))
     curve.seconds = time.perf_counter() - start
     return curve
+
+
+def as_arrays(images: Images) -> tuple[Float[Array, "images 64"], Int[Array, " images"]]:
+    """Returns pixels and labels."""
+    return jnp.asarray(images.pixels), jnp.asarray(images.labels)

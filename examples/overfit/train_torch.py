@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,35 +15,186 @@ import regtorch
 from examples.overfit.curves import Curve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    import numpy as np
-    from jaxtyping import Int
+    from collections.abc import Callable, Iterator
 
     from examples.overfit.data import Images, Problem, Weights
     from examples.overfit.recipes import Recipe
     from examples.overfit.settings import Settings
 
 
-class Perceptron(nn.Module):
-    """A perceptron with dropout before each layer, the input's included.
+def load_params(weights: Weights) -> nn.ModuleDict:
+    """Makes layers from the shared initial weights."""
+    layers = nn.ModuleDict()
+    for name, layer in weights.items():
+        linear = nn.Linear(*layer["kernel"].shape)
+        with torch.no_grad():
+            linear.weight.copy_(torch.tensor(layer["kernel"].T))  # PyTorch keeps (outputs, inputs)
+            linear.bias.copy_(torch.tensor(layer["bias"]))
+        layers[name] = linear
+    return layers
 
-    In training, each layer's mask at each step comes from a key of its own, so there is no
-    generator to save.
+
+class Perceptron(nn.Module):
+    """Computes logits: a perceptron with dropout before each layer, the input's included.
+
+    After `eval()` there is no dropout, and no key is needed. In training, each layer's mask at each
+    step comes from a key of its own, so there is no generator to carry along or to save.
     """
 
-    def __init__(self, weights: Weights, rate: float) -> None:
+    def __init__(self, layers: nn.ModuleDict, rate: float) -> None:
         super().__init__()
+        self.layers = layers
         self.dropout = regtorch.nn.Dropout(rate)
-        self.layers = nn.ModuleDict({name: _linear(layer) for name, layer in weights.items()})
 
     def forward(self, pixels: Tensor, *, root: Tensor | None = None, step: int = 0) -> Tensor:
-        """Computes logits; `root` and `step` name the masks and are not needed in evaluation."""
+        """Computes logits (batch, 10) from pixels (batch, 64)."""
         x = pixels
         for name, layer in self.layers.items():
-            if self.training and root is not None:
-                x = self.dropout(x, key=regtorch.site_key(root, step, name))
+            key = None if root is None else regtorch.site_key(root, step, name)
+            x = self.dropout(x, key=key)
             x = layer(x)
             if name != "output":
                 x = torch.relu(x)
         return x
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Computes the mean cross-entropy, in nats."""
+    return F.cross_entropy(logits, labels)
+
+
+def decays(name: str, param: Tensor) -> bool:
+    """Says what is regularised: kernels. A bias moves a function but does not make it rougher."""
+    return param.ndim > 1
+
+
+def make_optimizer(settings: Settings, recipe: Recipe, model: Perceptron) -> torch.optim.Optimizer:
+    """Makes the optimizer, with weight decay on the kernels if the recipe has it."""
+    make = {
+        "sgd": partial(torch.optim.SGD, momentum=0.9),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }[settings.optimizer]
+    named = list(model.named_parameters())
+    groups = [
+        {
+            "params": [p for name, p in named if decays(name, p)],
+            "weight_decay": recipe.weight_decay,
+        },
+        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+    ]
+    return make(groups, lr=settings.learning_rate)
+
+
+def training_loss(
+    model: Perceptron,
+    pixels: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    root: Tensor | None,
+    step: int,
+) -> Tensor:
+    """Computes what a step descends: cross-entropy with dropout on, plus the penalty."""
+    logits = model(pixels, root=root, step=step)
+    loss = cross_entropy(logits, labels)
+    if recipe.penalty:
+        loss = loss + regtorch.l2_penalty(model, recipe.penalty, mask=decays)
+    return loss
+
+
+def make_train_chunk(
+    images: Images,
+    recipe: Recipe,
+    settings: Settings,
+    model: Perceptron,
+    optimizer: torch.optim.Optimizer,
+) -> Callable[[range, Tensor], None]:
+    """Makes the function that takes many steps at once: a loop, as PyTorch does it."""
+    # Without dropout no key is used, and PyTorch would not notice: it makes what it is told to.
+    root = regtorch.key(settings.seed) if recipe.rate else None
+    pixels, labels = as_tensors(images)
+
+    def train_step(step: int, batch: Tensor) -> None:
+        optimizer.zero_grad()
+        training_loss(model, pixels[batch], labels[batch], recipe, root, step).backward()
+        optimizer.step()
+
+    def train_chunk(steps: range, batches: Tensor) -> None:
+        model.train()
+        for step, batch in zip(steps, batches, strict=True):
+            train_step(step, batch)
+
+    return train_chunk
+
+
+@torch.no_grad()
+def evaluate(model: Perceptron, pixels: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Computes cross-entropy (nats) and accuracy over a whole set: no dropout, no penalty."""
+    model.eval()
+    logits = model(pixels)
+    correct = logits.argmax(dim=-1) == labels
+    return cross_entropy(logits, labels).item(), correct.float().mean().item()
+
+
+def train(
+    problem: Problem,
+    recipe: Recipe,
+    settings: Settings,
+    on_evaluation: Callable[[int], None] = lambda step: None,
+) -> Curve:
+    """Trains one network by one recipe.
+
+    Args:
+        problem: Images, initial weights and batches.
+        recipe: Which cures to take.
+        settings: The optimizer, its step size, and the seed of the masks.
+        on_evaluation: Told the number of steps done, at each evaluation.
+
+    Returns:
+        The curves of losses and accuracy.
+    """
+    start = time.perf_counter()
+    model = Perceptron(load_params(problem.weights), recipe.rate)
+    optimizer = make_optimizer(settings, recipe, model)
+    train_chunk = make_train_chunk(problem.train, recipe, settings, model, optimizer)
+    train_set, validation_set = as_tensors(problem.train), as_tensors(problem.validation)
+    curve = Curve(recipe, "torch")
+
+    def record(step: int) -> None:
+        curve.record(
+            step,
+            train=evaluate(model, *train_set),
+            validation=evaluate(model, *validation_set),
+        )
+        on_evaluation(step)
+
+    every = settings.steps_between_evaluations
+    with one_thread():
+        record(0)
+        for first in range(0, settings.steps, every):
+            batches = torch.tensor(problem.batches[first : first + every])
+            steps = range(first, first + len(batches))
+            train_chunk(steps, batches)
+            record(first + len(batches))
+    curve.seconds = time.perf_counter() - start
+    return curve
+
+
+def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
+    """Returns pixels and labels; PyTorch's loss wants its labels as int64."""
+    return torch.tensor(images.pixels), torch.tensor(images.labels).long()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps PyTorch to one thread: layers this small gain nothing from more.
+
+    And they lose much: where another program wants the cores, each operation waits for its slowest
+    thread.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,296 @@
+"""The command line: options, what is wrong with them, and the order of things."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from examples.overfit.settings import FRAMEWORKS, LARGEST_TRAIN_SIZE, OPTIMIZERS, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from examples.overfit.curves import Curve
+    from examples.overfit.recipes import Recipe
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_RUNS = 5
+_PACKAGES = {"jax": ("jax", "optax"), "torch": ("torch",)}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line, and no more."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    on_evaluation: Callable[[Recipe, str, int], None] = lambda recipe, framework, step: None,
+) -> int:
+    """Runs the program.
+
+    Args:
+        argv: The options; those of the process if left out.
+        on_evaluation: Told the recipe, the framework and the steps done, at each evaluation.
+
+    Returns:
+        The exit code: 0, 1 if results could not be written, 130 if interrupted.
+
+    Raises:
+        SystemExit: After --help (0), or where an option is wrong or a package is missing (2).
+    """
+    try:
+        return _run(*parse(sys.argv[1:] if argv is None else argv), on_evaluation)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parse(argv: Sequence[str]) -> tuple[Settings, tuple[str, ...], Path]:
+    """Turns options into settings, frameworks and the output folder, which then can be written.
+
+    Raises:
+        SystemExit: An option is wrong (2), or it is --help (0).
+    """
+    parser = make_parser()
+    options = parser.parse_args(_with_negative_values_attached(argv))
+    defaults = OPTIMIZERS[options.optimizer]
+    if options.learning_rate is None:
+        options.learning_rate = defaults.learning_rate
+    if options.weight_decay is None:
+        options.weight_decay = defaults.weight_decay
+    if options.batch_size > options.train_size:
+        parser.error(
+            f"argument --batch-size: must not exceed --train-size, {options.train_size}; got "
+            f"'{options.batch_size}'"
+        )
+    frameworks = FRAMEWORKS if options.framework == "both" else (options.framework,)
+    try:
+        prepare_folder(options.out)
+    except OSError as error:
+        parser.error(
+            f"argument --out: must be a folder that can be written; got {str(options.out)!r} "
+            f"({error.strerror})"
+        )
+    try:
+        require(*(p for f in frameworks for p in _PACKAGES[f]), "sklearn", "matplotlib", "rich")
+    except ImportError as error:
+        parser.error(f"{error}: pip install 'regjax[examples]'")
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    return settings, frameworks, options.out
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of all options."""
+    parser = _Parser(
+        prog="python -m examples.overfit",
+        description="Overfits a small network to handwritten digits, then cures it with L2 and "
+        "dropout, in JAX and in PyTorch from the same weights, batches and dropout masks.",
+        allow_abbrev=False,
+    )
+
+    def add(name: str, kind: Callable[[str], object], text: str, default: object = None) -> None:
+        parser.add_argument(
+            f"--{name}",
+            type=kind,
+            metavar=name.rpartition("-")[2].upper(),
+            help=f"{text} (default: {default or '%(default)s'})",
+            default=getattr(Settings, name.replace("-", "_")) if default is None else None,
+        )
+
+    add("steps", _integer(1, 100_000), "optimizer steps of each run")
+    add("seed", _integer(0, 2**32 - 1), "seed of images, initial weights, batches and masks")
+    add("rate", _number("in [0, 1)", lambda x: 0 <= x < 1), "dropout: probability of a zero")
+    add(
+        "weight-decay",
+        _number("in [0, 1000]", lambda x: 0 <= x <= 1000),
+        "the optimizer's weight decay; L2 in the loss takes one half of it",
+        ", ".join(f"{d.weight_decay:g} for {name}" for name, d in OPTIMIZERS.items()),
+    )
+    add(
+        "learning-rate",
+        _number("above 0, up to 1000", lambda x: 0 < x <= 1000),
+        "step size",
+        ", ".join(f"{d.learning_rate:g} for {name}" for name, d in OPTIMIZERS.items()),
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=list(OPTIMIZERS),
+        default=Settings.optimizer,
+        help="sgd has momentum 0.9; decay is coupled in sgd and adam, decoupled in adamw "
+        "(default: %(default)s)",
+    )
+    add("train-size", _integer(10, LARGEST_TRAIN_SIZE), "training images; few, so as to overfit")
+    add("batch-size", _integer(1, LARGEST_TRAIN_SIZE), "images in each step")
+    add("width", _integer(1, 4096), "units of each hidden layer")
+    parser.add_argument(
+        "--framework",
+        choices=["both", *FRAMEWORKS],
+        default="both",
+        help="what to run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=_folder,
+        metavar="FOLDER",
+        default=Path("outputs/overfit"),
+        help="where curves, table and pictures go (default: %(default)s)",
+    )
+    return parser
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"must be an integer from {low} to {high}; got {text!r}"
+            )
+        return value
+
+    return convert
+
+
+def _number(allowed: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not accept(value):  # no comparison accepts NaN
+            raise argparse.ArgumentTypeError(f"must be a number {allowed}; got {text!r}")
+        return value
+
+    return convert
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must name a folder; got {text!r}")
+    return Path(text)
+
+
+def _with_negative_values_attached(argv: Iterable[str]) -> list[str]:
+    """Writes `--rate -inf` as `--rate=-inf`, or argparse would take the value for an option."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _negative(argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _negative(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.startswith("-")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Makes the folder, and writes into it for a try: permissions alone do not say it all.
+
+    Raises:
+        OSError: It cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def require(*packages: str) -> None:
+    """Imports packages, so that one that is missing is said before anything has begun.
+
+    Raises:
+        ImportError: One of them cannot be imported.
+    """
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise ImportError(f"the package {package} cannot be imported ({error})") from error
+
+
+def _run(
+    settings: Settings,
+    frameworks: Sequence[str],
+    folder: Path,
+    on_evaluation: Callable[[Recipe, str, int], None],
+) -> int:
+    # Only now: each of these needs a package that `require` has seen to.
+    from examples.overfit.progress import RunProgress
+    from examples.overfit.report import save_curves
+    from examples.overfit.runner import run_all
+
+    curves: list[Curve] = []
+    progress = RunProgress(_RUNS * len(frameworks), settings.steps)
+
+    def evaluated(recipe: Recipe, framework: str, step: int) -> None:
+        progress.show(recipe, framework, step)
+        on_evaluation(recipe, framework, step)
+
+    def finished(curve: Curve) -> None:
+        if not curves:
+            _clear(folder)
+        curves.append(curve)
+        save_curves(folder, settings, frameworks, curves)
+        progress.finish(curve)
+
+    code = 0
+    try:
+        try:
+            with progress:
+                run_all(settings, frameworks, on_evaluation=evaluated, on_finished=finished)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+            print(f"interrupted: {len(curves)} runs have finished", file=sys.stderr)
+        if curves:
+            _present(settings, frameworks, folder, curves)
+    except OSError as error:
+        print(f"cannot write to {str(folder)!r}: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier call left, so that the folder holds one call's results only."""
+    from examples.overfit.plots import PICTURES
+    from examples.overfit.report import CURVES_FILE, TABLE_FILE
+
+    for name in (CURVES_FILE, TABLE_FILE, *PICTURES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _present(
+    settings: Settings, frameworks: Sequence[str], folder: Path, curves: Sequence[Curve]
+) -> None:
+    """Saves table and pictures, prints the table, and says where everything lies."""
+    from rich.console import Console
+
+    from examples.overfit.plots import save_pictures
+    from examples.overfit.report import captions, save_curves, save_table, terminal_table
+
+    save_curves(folder, settings, frameworks, curves)  # an interrupt may have cut one off
+    save_table(folder, curves, settings)
+    save_pictures(folder, curves, settings)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 100
+    console.print(terminal_table(curves))
+    for line in captions(curves, settings):
+        console.print(f"\n{line}")
+    console.print(f"\nCurves, table and pictures: {folder}", soft_wrap=True)

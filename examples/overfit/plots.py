@@ -1,0 +1,273 @@
+"""The pictures: overfitting, its cures, and why small coefficients make a smooth function."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from examples.overfit.settings import FRAMEWORK_LABELS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+    from examples.overfit.curves import Curve
+    from examples.overfit.recipes import Recipe
+    from examples.overfit.settings import Settings
+
+OVERFITTING, CURES, PARABOLAS = PICTURES = ("overfitting.png", "cures.png", "parabolas.png")
+COEFFICIENTS = (1, 2, 5, 10, 50)
+
+# Of the palette of Okabe and Ito, which people with any colour vision can tell apart.
+_BLUE, _RED, _INK, _GREY = "#0072B2", "#D55E00", "#333333", "#999999"
+_LOSS = "cross-entropy (nats)"
+_STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+}
+
+
+def save_pictures(folder: Path, curves: Sequence[Curve], settings: Settings) -> None:
+    """Draws what can be drawn of the runs that have finished.
+
+    Args:
+        folder: Where the files go; a reader never sees half of one.
+        curves: At least one.
+        settings: What the pictures say about the runs.
+
+    Raises:
+        OSError: A file cannot be written.
+    """
+    with mpl.rc_context(_STYLE):
+        plain = [curve for curve in curves if curve.recipe.name == "none"]
+        if plain:
+            _save(draw_overfitting(plain, settings), folder / OVERFITTING)
+        _save(draw_cures(curves, settings), folder / CURES)
+        _save(draw_parabolas(), folder / PARABOLAS)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw_overfitting(curves: Sequence[Curve], settings: Settings) -> Figure:
+    """Draws the run without regularisation: validation loss falls, then rises."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    ax = figure.subplots()
+    _draw_run(ax, curves)
+    first = curves[0]
+    if not first.diverged:
+        _mark_lowest(ax, first)
+        _mark_gap(ax, first)
+    ax.set(xlabel="optimizer step", ylabel=_LOSS)
+    _set_loss_axis(ax, _top(curves))
+    ax.set_title(f"Overfitting: {settings.train_size} training images, no regularisation")
+    _legend_on_top(figure, *_legend(curves))
+    return figure
+
+
+def draw_cures(curves: Sequence[Curve], settings: Settings) -> Figure:
+    """Draws each run in a panel of its own, and all of them, lowest and last, in the sixth."""
+    figure = Figure(figsize=(12, 7.2), layout="constrained")
+    panels = figure.subplots(2, 3, gridspec_kw={"wspace": 0.06, "hspace": 0.08}).ravel()
+    groups = _by_recipe(curves)
+    plain = groups.get("none", [])
+    top = _top(curves)
+    for panel, (name, group) in zip(panels, groups.items(), strict=False):
+        if name != "none" and plain:
+            panel.plot(plain[0].steps, plain[0].validation_loss, color=_GREY, linewidth=1.2)
+        _draw_run(panel, group)
+        panel.set_title(group[0].recipe.label)
+        panel.text(
+            0.98, 0.97, _amounts(group[0].recipe), transform=panel.transAxes, ha="right", va="top"
+        )
+        panel.set(xlabel="optimizer step", ylabel=_LOSS)
+        _set_loss_axis(panel, top)
+    for panel in panels[len(groups) : -1]:
+        panel.set_axis_off()
+    _draw_summary(panels[-1], groups)
+    handles, labels = _legend(curves)
+    if plain and len(groups) > 1:
+        handles.append(Line2D([], [], color=_GREY, linewidth=1.2))
+        labels.append("validation, none")
+    _legend_on_top(figure, handles, labels)
+    return figure
+
+
+def _by_recipe(curves: Sequence[Curve]) -> dict[str, list[Curve]]:
+    groups: dict[str, list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault(curve.recipe.name, []).append(curve)
+    return groups
+
+
+def _amounts(recipe: Recipe) -> str:
+    amounts = {
+        "coefficient": recipe.penalty,
+        "rate": recipe.rate,
+        "decay": recipe.weight_decay,
+    }
+    return ", ".join(f"{name} {value:g}" for name, value in amounts.items() if value)
+
+
+def _draw_run(ax: Axes, curves: Sequence[Curve]) -> None:
+    """Draws JAX as lines, and PyTorch as rings on them: where they agree, the rings sit on it."""
+    for curve in curves:
+        for losses, color in ((curve.train_loss, _BLUE), (curve.validation_loss, _RED)):
+            ax.plot(curve.steps, losses, **_look(curve.framework, color, len(curve.steps)))
+    ax.set_xlim(0, curves[0].steps[-1])
+
+
+def _look(framework: str, color: str, points: int) -> dict[str, Any]:
+    if framework == "jax":
+        return {"color": color, "linewidth": 2}
+    return {
+        "color": color,
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 6,
+        "markerfacecolor": "white",
+        "markeredgewidth": 1.3,
+        "markevery": max(1, points // 12),
+    }
+
+
+def _legend(curves: Sequence[Curve]) -> tuple[list[Line2D], list[str]]:
+    handles, labels = [], []
+    for label, color in (("validation", _RED), ("training", _BLUE)):
+        for framework in FRAMEWORK_LABELS:
+            if any(curve.framework == framework for curve in curves):
+                handles.append(Line2D([], [], **_look(framework, color, 1)))
+                labels.append(f"{label}, {FRAMEWORK_LABELS[framework]}")
+    return handles, labels
+
+
+def _top(curves: Sequence[Curve]) -> float:
+    """Chooses the upper end of the loss axis: the lesson lies far below the loss at step 0."""
+    highest = [
+        np.nanmax(np.where(np.isfinite(tail), tail, np.nan))
+        for curve in curves
+        if np.isfinite(tail := np.asarray(curve.validation_loss[curve.best :])).any()
+    ]
+    return 1.25 * max(highest, default=1.0)
+
+
+def _set_loss_axis(ax: Axes, top: float) -> None:
+    # A little below zero, so that the rings on a loss of nothing are whole.
+    ax.set_ylim(-0.025 * top, top)
+
+
+def _legend_on_top(figure: Figure, handles: list[Line2D], labels: list[str]) -> None:
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), columnspacing=1.4)
+
+
+def _mark_lowest(ax: Axes, curve: Curve) -> None:
+    step, loss = curve.steps[curve.best], curve.validation_loss[curve.best]
+    ax.plot(step, loss, "o", color=_RED, markersize=9, markeredgecolor="white", zorder=5)
+    right = step < 0.6 * curve.steps[-1]
+    ax.annotate(
+        f"lowest: {loss:.2f} at step {step}",
+        (step, loss),
+        xytext=(10 if right else -10, -24),
+        textcoords="offset points",
+        ha="left" if right else "right",
+        color=_RED,
+    )
+
+
+def _mark_gap(ax: Axes, curve: Curve) -> None:
+    step, low, high = curve.steps[-1], curve.train_loss[-1], curve.validation_loss[-1]
+    ax.annotate(
+        "",
+        (0.985 * step, high),
+        xytext=(0.985 * step, low),
+        arrowprops={"arrowstyle": "<->", "color": _INK, "shrinkA": 5, "shrinkB": 5},
+    )
+    ax.text(
+        0.97 * step,
+        (low + high) / 2,
+        f"gap at the end: {curve.gap:.2f}\n"
+        f"accuracy: {curve.train_accuracy[-1]:.1%} in training, "
+        f"{curve.validation_accuracy[-1]:.1%} in validation",
+        ha="right",
+        va="center",
+    )
+
+
+def _draw_summary(ax: Axes, groups: dict[str, list[Curve]]) -> None:
+    """Draws how far each validation loss ends above its lowest value."""
+    for row, group in enumerate(groups.values()):
+        curve = group[0]
+        low, last = curve.validation_loss[curve.best], curve.validation_loss[-1]
+        # Above the line and not beside the axis, so that all panels have the same width.
+        ax.text(0, row - 0.2, curve.recipe.label, transform=ax.get_yaxis_transform())
+        ax.plot([low, last], [row, row], color=_RED, linewidth=2, alpha=0.5)
+        ax.plot(low, row, "o", color=_RED, markerfacecolor="white", markersize=8, clip_on=False)
+        ax.plot(last, row, "o", color=_RED, markersize=8, clip_on=False)
+        if np.isfinite(last):
+            ax.annotate(
+                f"{last:.2f}",
+                (last, row),
+                xytext=(9, 0),
+                textcoords="offset points",
+                va="center",
+                annotation_clip=False,
+            )
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    ax.set_ylim(len(groups) - 0.6, -0.7)
+    ax.set_xlim(0, _top([group[0] for group in groups.values()]))
+    ax.set_xlabel(f"validation {_LOSS}")
+    ax.set_title("lowest (ring), last (dot)")
+
+
+def draw_parabolas() -> Figure:
+    """Draws y = a x^2: the larger the coefficient, the steeper the function."""
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    ax = figure.subplots()
+    height, reach = 10.0, 2.0
+    colors = mpl.colormaps["viridis"](np.linspace(0.75, 0.0, len(COEFFICIENTS)))
+    for a, color in zip(COEFFICIENTS, colors, strict=True):
+        edge = min(reach, (height / a) ** 0.5)
+        x = np.linspace(-edge, edge, 401)
+        ax.plot(x, a * x**2, color=color, linewidth=2.2)
+        ax.annotate(
+            f"a = {a}",
+            (edge, a * edge**2),
+            xytext=(0, 4) if edge < reach else (5, 0),
+            textcoords="offset points",
+            ha="center" if edge < reach else "left",
+            va="bottom" if edge < reach else "center",
+            color=color,
+            fontweight="bold",
+        )
+    ax.set(xlabel="x", ylabel="y = a·x²", xlim=(-reach, reach), ylim=(0, height))
+    ax.set_title("Small coefficients make a smooth function: y = a·x²", pad=24)
+    return figure
