@@ -9,13 +9,16 @@ READY_DEV := $(VENV)/.ready-dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format lock clean
+.PHONY: help demo figures test test-all lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 demo: $(READY)  ## Watch overfitting happen and be cured, in JAX and in PyTorch (ARGS="--help" for options)
 	$(RUN) -m examples.overfit $(ARGS)
+
+figures: $(READY)  ## Make the picture and the table that README shows
+	$(RUN) -m examples.overfit --out docs/overfit
 
 test: $(READY)  ## Run the tests, without the slow ones
 	$(RUN) -m pytest -m "not slow" $(ARGS)

@@ -43,3 +43,9 @@ def test_every_link_leads_somewhere(link):
 def test_continuous_integration_runs_the_test_command_of_readme():
     assert "    make test " in README
     assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_table_is_that_of_the_run_whose_picture_is_shown():
+    table = (ROOT / "docs" / "overfit" / "table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert "\n".join(rows) in README
