@@ -78,9 +78,9 @@ def split_digits(train_size: int, rng: np.random.Generator) -> tuple[Images, Ima
     """
     from sklearn.datasets import load_digits  # here, so that --help need not wait for it
 
-    digits = load_digits()
-    pixels = (digits.data / 16).astype(np.float32)
-    labels = digits.target.astype(np.int32)
+    brightness, digits = load_digits(return_X_y=True)
+    pixels = (np.asarray(brightness) / 16).astype(np.float32)
+    labels = np.asarray(digits).astype(np.int32)
     order = stratified_order(labels, rng)
     train, validation = order[:train_size], order[LARGEST_TRAIN_SIZE:]
     return Images(pixels[train], labels[train]), Images(pixels[validation], labels[validation])

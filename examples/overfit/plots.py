@@ -28,7 +28,7 @@ COEFFICIENTS = (1, 2, 5, 10, 50)
 # Of the palette of Okabe and Ito, which people with any colour vision can tell apart.
 _BLUE, _RED, _INK, _GREY = "#0072B2", "#D55E00", "#333333", "#999999"
 _LOSS = "cross-entropy (nats)"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
@@ -227,7 +227,7 @@ def _draw_summary(ax: Axes, groups: dict[str, list[Curve]]) -> None:
         curve = group[0]
         low, last = curve.validation_loss[curve.best], curve.validation_loss[-1]
         # Above the line and not beside the axis, so that all panels have the same width.
-        ax.text(0, row - 0.2, curve.recipe.label, transform=ax.get_yaxis_transform())
+        ax.text(0, row - 0.28, curve.recipe.label, transform=ax.get_yaxis_transform())
         ax.plot([low, last], [row, row], color=_RED, linewidth=2, alpha=0.5)
         ax.plot(low, row, "o", color=_RED, markerfacecolor="white", markersize=8, clip_on=False)
         ax.plot(last, row, "o", color=_RED, markersize=8, clip_on=False)

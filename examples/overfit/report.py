@@ -150,9 +150,13 @@ def captions(curves: Sequence[Curve], settings: Settings) -> list[str]:
     lines = [
         "Losses are mean cross-entropy in nats over the whole set, training set too, with dropout "
         "off and without the penalty, so that they can be compared. best = lowest loss, or highest "
-        "accuracy, of any evaluation; last = after the last step; gap = valid last - train last; "
-        "differ = the largest distance between the JAX and PyTorch loss curves at any evaluation.",
+        "accuracy, of any evaluation; last = after the last step; gap = valid last - train last."
     ]
+    if "differ" in headings(curves):
+        lines[0] += (
+            " differ = the largest distance between the JAX and PyTorch loss curves at any "
+            "evaluation."
+        )
     for framework, label in FRAMEWORK_LABELS.items():
         run = {c.recipe.name: c for c in curves if c.framework == framework}
         if {"l2_in_loss", "weight_decay"} <= run.keys():
