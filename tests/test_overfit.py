@@ -217,16 +217,16 @@ def interrupt_at(name, framework, step):
 
 def test_an_interrupt_leaves_finished_results(capsys, tmp_path):
     (tmp_path / "own.txt").write_text("kept")
-    interrupt = interrupt_at("weight_decay", "torch", 2)
+    interrupt = interrupt_at("l2_in_loss", "torch", 2)
     assert main([*SMALL, "--out", str(tmp_path)], on_evaluation=interrupt) == INTERRUPTED
     runs = json.loads((tmp_path / CURVES_FILE).read_text())["runs"]
-    finished = [*itertools.product(NAMES[:2], ["jax", "torch"]), ("weight_decay", "jax")]
+    finished = [("none", "jax"), ("none", "torch"), ("l2_in_loss", "jax")]
     assert [(run["recipe_name"], run["framework"]) for run in runs] == finished
     assert {path.name for path in tmp_path.iterdir()} == {*RESULTS, "own.txt"}
     printed = capsys.readouterr()
-    assert "interrupted: 5 runs have finished" in printed.err
+    assert "interrupted: 3 runs have finished" in printed.err
     assert "Traceback" not in printed.err
-    assert "weight decay" in printed.out
+    assert "L2 in the loss" in printed.out
     assert str(tmp_path) in printed.out
 
 
@@ -274,11 +274,10 @@ def test_both_wings_agree_at_every_evaluation(name, optimizer):
     assert largest_difference(jax.validation_accuracy, torch.validation_accuracy) < 0.005
 
 
-@pytest.mark.parametrize("framework", TRAINS)
-def test_another_mask_makes_another_curve(framework):
+def test_another_mask_makes_another_curve():
     """The test of the test above: it would see masks that are not the same."""
-    one = train(framework, "dropout", steps=60, width=32, optimizer="adam")
-    other = train(framework, "dropout", steps=60, width=32, optimizer="adam", rate=0.31)
+    one = train("torch", "dropout", steps=60, width=32, optimizer="adam")
+    other = train("torch", "dropout", steps=60, width=32, optimizer="adam", rate=0.31)
     assert largest_difference(one.validation_loss, other.validation_loss) > 1e-3
 
 
