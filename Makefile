@@ -9,7 +9,7 @@ READY_DEV := $(VENV)/.ready-dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all lint format lock clean
+.PHONY: help demo figures test test-all bench lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -25,6 +25,9 @@ test: $(READY)  ## Run the tests, without the slow ones
 
 test-all: $(READY)  ## Run every test
 	$(RUN) -m pytest $(ARGS)
+
+bench: $(READY_DEV)  ## Race dropout against the libraries' own, and draw the picture (minutes)
+	$(RUN) -m benchmarks.dropout_speed --dtypes float32 bfloat16 $(ARGS)
 
 lint: $(READY_DEV)  ## Check style and types
 	$(VENV)/bin/ruff check .

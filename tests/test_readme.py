@@ -45,7 +45,9 @@ def test_continuous_integration_runs_the_test_command_of_readme():
     assert "make test" in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_the_table_is_that_of_the_run_whose_picture_is_shown():
-    table = (ROOT / "docs" / "overfit" / "table.md").read_text()
-    rows = [line for line in table.splitlines() if line.startswith("|")]
+@pytest.mark.parametrize("file", ["overfit/table.md", "benchmarks/dropout_speed.md"])
+def test_the_tables_are_those_that_the_programs_wrote(file):
+    rows = [
+        line for line in (ROOT / "docs" / file).read_text().splitlines() if line.startswith("|")
+    ]
     assert "\n".join(rows) in README

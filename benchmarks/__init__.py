@@ -1,0 +1,1 @@
+"""Programs that print and plot the figures README quotes: `python -m benchmarks.NAME`."""

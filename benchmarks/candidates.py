@@ -1,0 +1,145 @@
+"""Dropout as the libraries offer it, each behind `apply(x, key) -> y` and ready to be raced.
+
+A library that is not installed is left out, and said so.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import regjax
+
+Apply = Callable[[jax.Array, jax.Array], Any]
+
+COPY = "copy"
+OURS = "regjax"
+PACKED = "regjax, packed"
+
+
+def copy(x: jax.Array, key: jax.Array) -> jax.Array:
+    """What no dropout can beat: read each element once, write it once."""
+    del key
+    return x * jnp.asarray(1.5, x.dtype)
+
+
+def ours(rate: float) -> dict[str, Apply]:
+    """Both samplers of regjax."""
+    return {
+        OURS: lambda x, key: regjax.dropout(x, rate, key=key),
+        PACKED: lambda x, key: regjax.dropout(x, rate, key=key, sampler=regjax.packed_bernoulli),
+    }
+
+
+def _flax_linen(rate: float) -> Apply:
+    from flax import linen
+
+    layer = linen.Dropout(rate, deterministic=False)
+    return lambda x, key: layer.apply({}, x, rngs={"dropout": key})
+
+
+def _flax_nnx(rate: float) -> Apply:
+    from flax import nnx
+
+    layer = nnx.Dropout(rate, deterministic=False)
+    return lambda x, key: layer(x, rngs=nnx.Rngs(dropout=key))
+
+
+def _equinox(rate: float) -> Apply:
+    import equinox
+
+    layer = equinox.nn.Dropout(rate)
+    return lambda x, key: layer(x, key=key)
+
+
+def _haiku(rate: float) -> Apply:
+    import haiku
+
+    return lambda x, key: haiku.dropout(key, rate, x)
+
+
+def _keras(rate: float) -> Apply:
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras
+
+    layer = keras.layers.Dropout(rate)
+    layer.build((None,))
+
+    def apply(x: jax.Array, key: jax.Array) -> jax.Array:
+        seed = jax.random.key_data(key).astype(layer.non_trainable_variables[0].dtype)
+        return layer.stateless_call([], [seed], x, training=True)[0]
+
+    return apply
+
+
+PEERS = {
+    "Flax Linen": _flax_linen,
+    "Flax NNX": _flax_nnx,
+    "Equinox": _equinox,
+    "Haiku": _haiku,
+    "Keras": _keras,
+}
+
+
+def peers(rate: float, say: Callable[[str], None]) -> dict[str, Apply]:
+    """The JAX libraries that are installed; `say` is told of the others."""
+    found = {}
+    for name, make in PEERS.items():
+        try:
+            found[name] = make(rate)
+        except ImportError as error:
+            say(f"left out: {name} ({error})")
+    return found
+
+
+def in_jax(
+    applies: Mapping[str, Apply], x: jax.Array, key: jax.Array, *, backward: bool
+) -> dict[str, Callable[[], object]]:
+    """Jitted and bound to their arguments; with `backward`, the gradient as well as the value."""
+    runs = {}
+    for name, apply in applies.items():
+        run = jax.jit(_with_backward(apply) if backward else apply)
+        runs[name] = functools.partial(lambda run: jax.block_until_ready(run(x, key)), run)
+    return runs
+
+
+def _with_backward(apply: Apply) -> Callable[[jax.Array, jax.Array], Any]:
+    def run(x: jax.Array, key: jax.Array) -> Any:
+        y, pull_back = jax.vjp(lambda x: apply(x, key), x)
+        return y, pull_back(x)  # the values of the cotangent do not matter, its memory does
+
+    return run
+
+
+def in_torch(
+    rate: float, size: int, dtype: str, *, backward: bool, say: Callable[[str], None]
+) -> dict[str, Callable[[], object]]:
+    """PyTorch's own function, eager and, where this machine can compile, compiled."""
+    try:
+        import torch
+    except ImportError as error:
+        say(f"left out: PyTorch ({error})")
+        return {}
+    x = torch.ones(size, dtype=getattr(torch, dtype), requires_grad=backward)
+    dropout = functools.partial(torch.nn.functional.dropout, p=rate)
+
+    def bound(apply: Callable[[Any], Any]) -> Callable[[], object]:
+        def run() -> object:
+            y = apply(x)
+            return torch.autograd.grad(y, x, x.detach()) if backward else y
+
+        return run
+
+    runs = {"PyTorch": bound(dropout)}
+    try:
+        compiled = torch.compile(dropout)
+        compiled(x)
+        runs["PyTorch, compiled"] = bound(compiled)
+    except Exception as error:  # the compiler's failures have no common class
+        say(f"left out: PyTorch, compiled ({str(error).strip().splitlines()[0]})")
+    return runs
