@@ -149,3 +149,13 @@ def test_site_keys_are_those_of_the_reference(wing: Wing, step, site):
 def test_wrong_steps_and_sites_are_refused(wing: Wing, step, site, error, message):
     with pytest.raises(error, match=message):
         wing.library.site_key(wing.key(0), step, site)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_a_hundred_million_elements_are_the_same_in_both_wings(seed):
+    shape = (2048, 8192)  # 2**24 elements, six times
+    np.testing.assert_array_equal(
+        WINGS[0].bernoulli(seed, 0.9 - 0.1 * seed, shape),
+        WINGS[1].bernoulli(seed, 0.9 - 0.1 * seed, shape),
+    )

@@ -1,0 +1,130 @@
+"""One mask on every mesh: laid out as what it masks, made by each device for itself alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import regjax
+
+SAMPLERS = {"exact": regjax.bernoulli, "packed": regjax.packed_bernoulli}
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
+SHAPES = [(8, 512, 64), (8, 128), (1, 2048, 32), (64, 96), (7, 9), (8,), (0, 8), ()]
+
+
+@cache
+def expected(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The mask that one device draws, without a mesh."""
+    return np.asarray(SAMPLERS[name](jax.random.key(4), 0.7, shape))
+
+
+def specs(shape: tuple[int, ...], names: tuple[str, ...], sizes: dict[str, int]) -> list[P]:
+    """Every way to share one axis of the array over the mesh, and to share two."""
+    found = [P()]
+    for axis, size in enumerate(shape):
+        if size == 0:
+            return found
+        for name in (*names, names):
+            devices = np.prod([sizes[n] for n in ([name] if isinstance(name, str) else name)])
+            if size % devices == 0:
+                found.append(P(*[None] * axis, name))
+    if len(names) == len(shape) == 2 and all(
+        n % sizes[m] == 0 for n, m in zip(shape, names, strict=True)
+    ):
+        found.append(P(*names))
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize(
+    "mesh_shape",
+    [*(pytest.param((n,), marks=pytest.mark.slow) for n in (1, 2, 4)), (8,), (2, 4)],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape):
+    names = ("a", "b")[: len(mesh_shape)]
+    mesh = jax.make_mesh(mesh_shape, names, axis_types=(kind,) * len(names))
+    sizes = dict(zip(names, mesh_shape, strict=True))
+    key, scale = jax.random.key(4), np.float32(2)
+    run = jax.jit(lambda x: regjax.dropout(x, 0.3, key=key, sampler=SAMPLERS[name]))
+    with jax.set_mesh(mesh):
+        for shape in SHAPES:
+            for spec in specs(shape, names, sizes):
+                x = jax.device_put(jnp.full(shape, scale), NamedSharding(mesh, spec))
+                compiled = run.lower(x).compile()
+                y = compiled(x)
+                assert y.sharding.is_equivalent_to(x.sharding, len(shape)), (shape, spec)
+                np.testing.assert_array_equal(
+                    np.asarray(y) != 0, expected(name, shape), err_msg=f"{shape} {spec}"
+                )
+                program = compiled.as_text()
+                assert not any(f"{word}(" in program for word in COLLECTIVES), (shape, spec)
+
+
+def test_a_collective_is_seen():
+    """The test of the test: a sum over a shared axis talks."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("a")))
+    program = jax.jit(lambda x: x.sum()).lower(x).compile().as_text()
+    assert any(f"{word}(" in program for word in COLLECTIVES)
+
+
+WORKER = """
+import sys
+import jax
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+import regjax
+
+mesh = jax.make_mesh((8,), ("a",))
+for sampler in (regjax.bernoulli, regjax.packed_bernoulli):
+    for shape, spec in (((8, 512, 64), P("a")), ((8, 512, 64), P(None, "a")), ((64, 96), P("a"))):
+        whole = np.asarray(sampler(jax.random.key(4), 0.7, shape))
+        layout = NamedSharding(mesh, spec)
+        with jax.set_mesh(mesh):
+            draw = jax.jit(lambda key: sampler(key, 0.7, shape, out_sharding=layout))
+            mask = draw(jax.random.key(4))
+        for shard in mask.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), whole[shard.index])
+print("agreed on", len(mask.addressable_shards), "of", mask.sharding.num_devices)
+"""
+
+
+def test_two_processes_of_four_devices_draw_one_mask(unused_port):
+    environment = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(unused_port), str(process)],
+            cwd=Path(__file__).parents[2],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for worker in workers:
+        out, err = worker.communicate(timeout=120)
+        assert out == "agreed on 4 of 8\n", err
+
+
+@pytest.fixture
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
