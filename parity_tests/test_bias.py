@@ -1,0 +1,97 @@
+"""Bias and independence over 10^8 draws, where errors too small for a small mask would show.
+
+Both wings draw the same bits (`test_masks`, `test_packed`), so JAX, the faster on CPUs, draws here.
+A share off by 5 sigma has the probability 6e-7, a p-value below 1e-6 that of 1e-6: with fresh seeds
+the figures below would raise a false alarm once in some 40,000 runs. The seeds are fixed.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import regjax
+from parity_tests.statistics import FIVE_SIGMA
+
+SHAPE, KEYS = (4096, 4096), 6  # 10^8 draws
+SAMPLERS = {
+    "exact": (regjax.bernoulli, 23, math.ceil),
+    "packed": (functools.partial(regjax.packed_bernoulli, bits=16), 16, round),
+}
+KEEP_PROBS = [1e-4, 0.01, 0.1, 0.37, 0.5, 0.9, 0.99, 1 - 1e-4]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def kept(key, draw, keep_prob):
+    return draw(key, keep_prob, SHAPE).sum(dtype=jnp.int32)
+
+
+def bias_z(draw, asked: float, realised: float) -> float:
+    """How many sigmas the share of kept elements lies from what is realised."""
+    total = sum(int(kept(jax.random.key(seed), draw, asked)) for seed in range(KEYS))
+    draws = KEYS * math.prod(SHAPE)
+    return (total - draws * realised) / math.sqrt(draws * realised * (1 - realised))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("keep_prob", KEEP_PROBS)
+def test_the_share_of_kept_elements_is_unbiased(name, keep_prob):
+    draw, bits, rounded = SAMPLERS[name]
+    realised = rounded(float(np.float32(keep_prob)) * 2**bits) / 2**bits
+    assert abs(bias_z(draw, keep_prob, realised)) < FIVE_SIGMA
+
+
+@pytest.mark.parametrize("keep_prob", [0.1, 0.5, 0.9])
+def test_a_planted_bias_of_a_thousandth_is_seen(keep_prob):
+    """The test of the test: one element in a thousand too many is kept."""
+    assert bias_z(regjax.bernoulli, keep_prob + 1e-3, keep_prob) > FIVE_SIGMA
+
+
+@pytest.mark.parametrize("keep_prob", [0.1, 0.5, 0.9])
+def test_the_lanes_of_a_packed_word_are_independent(keep_prob):
+    """496 pairs of 32 lanes, over half a million words; 6 sigma: a false alarm in a million."""
+    mask = np.asarray(regjax.packed_bernoulli(jax.random.key(3), keep_prob, SHAPE))
+    realised = round(float(np.float32(keep_prob)) * 2**16) / 2**16
+    # (4096, 4096) packs along its first axis: 128 groups of 32 rows.
+    lanes = mask.reshape(128, 32, 4096).transpose(1, 0, 2).reshape(32, -1) - np.float32(realised)
+    z = lanes @ lanes.T / (realised * (1 - realised) * math.sqrt(lanes.shape[1]))
+    assert np.abs(z[~np.eye(32, dtype=bool)]).max() < 6
+
+
+def runs_p_value(mask: np.ndarray, keep_prob: float) -> float:
+    """The p-value of the lengths of runs of kept elements, by chi-square.
+
+    Between one dropped element and the next lie k kept ones with probability q**k (1 - q). Classes
+    go on as long as 20 runs are expected in them; the last takes all that is longer.
+    """
+    lengths = np.diff(np.flatnonzero(~mask.ravel())) - 1
+    classes = 1 + int(math.log(20 / lengths.size) / math.log(keep_prob))
+    observed = np.bincount(np.minimum(lengths, classes), minlength=classes + 1)
+    shares = (1 - keep_prob) * keep_prob ** np.arange(classes)
+    expected = lengths.size * np.append(shares, keep_prob**classes)
+    statistic = float(np.sum((observed - expected) ** 2 / expected))
+    return float(jax.scipy.special.gammaincc(classes / 2, statistic / 2))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("keep_prob", [0.1, 0.5, 0.9])
+def test_runs_have_the_lengths_of_independent_draws(name, keep_prob, axis):
+    draw, bits, rounded = SAMPLERS[name]
+    mask = np.asarray(draw(jax.random.key(9), keep_prob, (2048, 2048)))
+    realised = rounded(float(np.float32(keep_prob)) * 2**bits) / 2**bits
+    assert runs_p_value(mask if axis == 1 else mask.T, realised) > 1e-6
+
+
+def test_runs_that_are_too_long_are_seen():
+    """The test of the test: one element in a hundred copies its neighbour."""
+    rng = np.random.default_rng(0)
+    mask = rng.random((1024, 1024)) < 0.5
+    assert runs_p_value(mask, 0.5) > 1e-6
+    sticky = np.where(rng.random(mask.shape) < 0.01, np.roll(mask, 1, axis=1), mask)
+    assert runs_p_value(sticky, 0.5) < 1e-6
