@@ -71,6 +71,22 @@ def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape):
                 assert not any(f"{word}(" in program for word in COLLECTIVES), (shape, spec)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_each_device_makes_its_own_part_and_no_more(name, kind, axis):
+    """Counted operations: a mask that every device made whole would take eight times as many."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
+    run = jax.jit(lambda x: regjax.dropout(x, 0.3, key=jax.random.key(4), sampler=SAMPLERS[name]))
+
+    def operations(spec: P) -> float:
+        x = jax.device_put(jnp.ones((256, 512)), NamedSharding(mesh, spec))
+        return run.lower(x).compile().cost_analysis()["flops"]
+
+    with jax.set_mesh(mesh):
+        assert operations(P(*[None] * axis, "a")) < 1.1 * operations(P()) / 8
+
+
 def test_a_collective_is_seen():
     """The test of the test: a sum over a shared axis talks."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
