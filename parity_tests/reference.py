@@ -8,7 +8,6 @@ output divides. Whoever doubts a wing reads this.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -91,9 +90,3 @@ def site_key(root: Key, step: int, site: str) -> Key:
     digest = hashlib.sha256(site.encode()).hexdigest()
     at_site = threefry2x32(root, (int(digest[:8], 16), int(digest[8:16], 16)))
     return threefry2x32(at_site, (step >> 32, step & _MASK))
-
-
-def l2_penalty(leaves: Iterable[np.ndarray], weight_decay: float) -> float:
-    """The lesson's formula: weight_decay times the sum of squares, in double."""
-    squares = (np.abs(np.asarray(leaf).astype(np.complex128)) ** 2 for leaf in leaves)
-    return weight_decay * math.fsum(itertools.chain.from_iterable(s.ravel() for s in squares))

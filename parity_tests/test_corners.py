@@ -197,7 +197,7 @@ def test_the_dtype_is_kept_and_the_result_rounded_once(wing: Wing, dtype, traced
     with jax.enable_x64(dtype.itemsize >= 8 and dtype != np.complex64):
         key = wing.key(7)
         array = wing.array(x)
-        run = lambda rate: wing.library.dropout(array, rate, key=key)  # noqa: E731
+        run = lambda rate: wing.library.dropout(array, rate, key=key)
         y = wing.numpy(wing.traced(run)(np.float32(0.25)) if traced else run(0.25))
     assert y.dtype == dtype
     expected = reference.dropout(x, 0.25, (0, 7))
@@ -233,7 +233,7 @@ def test_both_wings_agree_in_every_bit_forward_and_backward(dtype, rate, traced)
 
 def test_no_gradient_flows_to_the_rate():
     x, key = JAX.array(X), JAX.key(0)
-    total = lambda rate: JAX.library.dropout(x, rate, key=key).sum()  # noqa: E731
+    total = lambda rate: JAX.library.dropout(x, rate, key=key).sum()
     assert jax.grad(total)(0.5) == 0
     assert np.isfinite(total(0.5))
     rate = torch.tensor(0.5, requires_grad=True)

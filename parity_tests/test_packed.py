@@ -89,7 +89,7 @@ def test_both_wings_agree_in_every_bit_forward_and_backward(rate, traced):
         key, sampler = wing.key(2), wing.library.packed_bernoulli
 
         def at(rate):
-            apply = lambda x: wing.library.dropout(x, rate, key=key, sampler=sampler)  # noqa: E731
+            apply = lambda x: wing.library.dropout(x, rate, key=key, sampler=sampler)
             return wing.vjp(apply, wing.array(x), wing.array(cotangent))
 
         return map(wing.numpy, wing.traced(at)(np.float32(rate)) if traced else at(rate))

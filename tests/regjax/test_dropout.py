@@ -111,10 +111,10 @@ def test_vmap_over_the_flag():
 
 def test_scan_remat_and_a_loop_agree():
     keys = jax.random.split(KEY, 4)
-    layer = lambda x, key: (apply(jnp.tanh(x), key), None)  # noqa: E731
-    loop = lambda x: functools.reduce(lambda x, key: layer(x, key)[0], keys, x)  # noqa: E731
-    scan = lambda x: jax.lax.scan(layer, x, keys)[0]  # noqa: E731
-    remat = lambda x: jax.lax.scan(jax.checkpoint(layer), x, keys)[0]  # noqa: E731
+    layer = lambda x, key: (apply(jnp.tanh(x), key), None)
+    loop = lambda x: functools.reduce(lambda x, key: layer(x, key)[0], keys, x)
+    scan = lambda x: jax.lax.scan(layer, x, keys)[0]
+    remat = lambda x: jax.lax.scan(jax.checkpoint(layer), x, keys)[0]
     gradients = [jax.grad(lambda x, f=f: f(x).sum())(X) for f in (loop, scan, remat)]
     chex.assert_trees_all_close(*gradients, rtol=1e-6)
     chex.assert_trees_all_close(loop(X), scan(X), remat(X), rtol=1e-6)

@@ -34,7 +34,7 @@ def unrolled(weights, x, keys, rate, sampler):
 
 
 def scanned(weights, x, keys, rate, sampler):
-    step = lambda x, at: (layer(x, *at, rate, sampler), None)  # noqa: E731
+    step = lambda x, at: (layer(x, *at, rate, sampler), None)
     return (jax.lax.scan(step, x, (weights, keys))[0] ** 2).sum()
 
 

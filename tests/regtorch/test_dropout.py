@@ -46,7 +46,7 @@ def test_the_gradient_is_the_mask_times_the_scale():
 
 def test_the_second_derivative():
     x = X[0].clone()
-    f = lambda x: (regtorch.dropout(x, 0.3, key=regtorch.key(0)) ** 2).sum()  # noqa: E731
+    f = lambda x: (regtorch.dropout(x, 0.3, key=regtorch.key(0)) ** 2).sum()
     scale = regtorch.dropout(torch.ones(8), 0.3, key=regtorch.key(0))
     torch.testing.assert_close(torch.func.hessian(f)(x), torch.diag(2 * scale**2))
 
