@@ -1,0 +1,117 @@
+"""What dropout costs where arrays are small: a call, and the compilation of a model of many sites.
+
+python -m benchmarks.overhead          # eager and jitted calls, then trace and compile times
+python -m benchmarks.overhead --quick  # few rounds, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import candidates as field
+from benchmarks.race import Result, environment, race, save
+
+RATE = 0.1
+SIZES = (32, 1_000, 100_000)
+CALLS = ("eager", "jitted")
+SITES = 24
+WIDTH = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Races, prints the table, and writes it as Markdown and JSON."""
+    options = _parser().parse_args(argv)
+    console = Console()
+    rounds = 5 if options.quick else options.rounds
+    applies = {**field.ours(RATE), **field.peers(RATE, console.print)}
+    calls = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("racing", total=len(SIZES) * len(CALLS) * rounds + rounds)
+        step = functools.partial(progress.advance, task)
+        for size in SIZES:
+            for how in CALLS:
+                runs = _calls(applies, size, jitted=how == "jitted")
+                title = f"{how}, {size:,} elements"
+                calls.append(race(title, runs, elements=1, rounds=rounds, on_round=step))
+        builds = {name: functools.partial(_build, apply) for name, apply in applies.items()}
+        title = f"trace and compile {SITES} sites"
+        built = race(title, builds, elements=1, rounds=rounds, on_round=step)
+    results = [*calls, built]
+    save(options.out / "overhead.json", results)
+    (options.out / "overhead.md").write_text(markdown(results))
+    console.print(markdown(results), soft_wrap=True)
+    console.print(f"Table and JSON: {options.out}", soft_wrap=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        choices=range(1, 1000),
+        metavar="N",
+        default=11,
+        help="runs of each (default: 11)",
+    )
+    parser.add_argument("--quick", action="store_true", help="few rounds")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/benchmarks"), help="folder (default: %(default)s)"
+    )
+    return parser
+
+
+def _calls(
+    applies: dict[str, field.Apply], size: int, *, jitted: bool
+) -> dict[str, Callable[[], object]]:
+    x, key = jnp.ones(size), jax.random.key(0)
+    # One call takes microseconds: a run is as many as the clock resolves well.
+    repeats = 100 if jitted else 20
+
+    def run(apply: field.Apply) -> None:
+        for _ in range(repeats):
+            jax.block_until_ready(apply(x, key))
+
+    return {
+        name: functools.partial(run, jax.jit(apply) if jitted else apply)
+        for name, apply in applies.items()
+    }
+
+
+def _build(apply: field.Apply) -> None:
+    """Traces and compiles the gradient of a deep network with a dropout behind every layer."""
+    jax.clear_caches()  # each candidate starts from nothing
+
+    def loss(weights: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
+        for site in range(SITES):
+            x = apply(jax.nn.relu(x @ weights[site]), jax.random.fold_in(key, site))
+        return x.sum()
+
+    weights = jnp.ones((SITES, WIDTH, WIDTH))
+    jax.jit(jax.grad(loss)).lower(weights, jnp.ones((32, WIDTH)), jax.random.key(0)).compile()
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A table: what was raced down, the time of each candidate over ours across."""
+    names = list(results[0].seconds)
+    lines = [
+        f"| time over regjax's, {environment()['cores']} cores | " + " | ".join(names[1:]) + " |",
+        "| --- |" + " ---: |" * len(names[1:]),
+    ]
+    for result in results:
+        ratios = [f"{result.ratio(name, field.OURS):.2f}" for name in names[1:]]
+        lines.append(f"| {result.title} | " + " | ".join(ratios) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
