@@ -1,8 +1,8 @@
 """How the benchmarks measure: all candidates in one process, in turn, medians and ratios.
 
 A machine speeds up and slows down by itself, so a time says little and a difference of two times
-less. Each round runs every candidate once; a ratio is the median over rounds of the two times that
-lie next to each other.
+less. Each round runs every candidate once, starting with another one each time; a ratio is the
+median over rounds of the two times of one round.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class Result:
         pairs = zip(self.seconds[name], self.seconds[base], strict=True)
         return statistics.median(ours / theirs for ours, theirs in pairs)
 
+    def added(self, name: str, base: str) -> float:
+        """Median over rounds of a candidate's time less another's, in seconds."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        return statistics.median(ours - theirs for ours, theirs in pairs)
+
     def fastest(self, names: Iterable[str]) -> str:
         """The candidate of lowest median time."""
         return min(names, key=self.nanoseconds)
@@ -71,8 +76,11 @@ def race(
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
         run()
-    for _ in range(rounds):
-        for name, run in candidates.items():
+    names = list(candidates)
+    for turn in range(rounds):
+        shift = turn % len(names)  # nobody always follows the same one, or always comes first
+        for name in names[shift:] + names[:shift]:
+            run = candidates[name]
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
