@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, TypeAlias
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
-    from jax.sharding import NamedSharding, PartitionSpec
     from jaxtyping import Array, UInt32
 
     Layout: TypeAlias = NamedSharding | PartitionSpec | None
@@ -39,9 +39,14 @@ def threefry2x32(key: Words, counter: Words) -> Words:
     Returns:
         Two uint32 words.
     """
+    return _rounds(key, (counter[0] + key[0], counter[1] + key[1]))
+
+
+def _rounds(key: Words, state: Words) -> Words:
+    """The 20 rounds, from a counter to which the key was added."""
     k0, k1 = key
     schedule = (k0, k1, k0 ^ k1 ^ np.uint32(_KEY_PARITY))
-    x0, x1 = counter[0] + k0, counter[1] + k1
+    x0, x1 = state
     for group in range(5):
         for distance in _ROTATIONS[group % 2]:
             x0 = x0 + x1
@@ -59,7 +64,14 @@ def counter_bits(
 
     Equal to `jax.random.bits(key, shape, "uint32")` under JAX's default (partitionable) threefry.
     """
-    out0, out1 = threefry2x32(key, row_major_index(tuple(shape), out_sharding))
+    shape = tuple(shape)
+    if math.prod(shape) > _WORD:
+        out0, out1 = threefry2x32(key, row_major_index(shape, out_sharding))
+    else:
+        # The key first and the index added to it: an index of its own is the same at every turn of
+        # a loop, so that XLA would make it before the loop and keep it, an array as large as x.
+        low = row_major_index(shape, out_sharding, start=key[1])[1]
+        out0, out1 = _rounds(key, (key[0], low))
     return out0 ^ out1
 
 
@@ -67,22 +79,40 @@ def _rotate_left(x: UInt32[Array, "*shape"], distance: int) -> UInt32[Array, "*s
     return (x << np.uint32(distance)) | (x >> np.uint32(32 - distance))
 
 
-def row_major_index(shape: tuple[int, ...], out_sharding: Layout) -> Words:
-    """Each element's row-major index, as a high and a low word.
+def row_major_index(
+    shape: tuple[int, ...], out_sharding: Layout, *, start: UInt32[Array, ""] | None = None
+) -> Words:
+    """Each element's row-major index, plus `start`, as a high and a low word.
 
     One iota an axis, never a reshape of one long iota: a reshape would mix the axes, and XLA could
-    no longer give each device only its own part.
+    no longer give each device only its own part. The slower axes are added up before the faster
+    ones broaden the sum, so that they cost next to nothing.
+
+    Args:
+        shape: of the array.
+        out_sharding: its layout.
+        start: what to count from; without it, 0. The sum must stay in the low word.
     """
-    hi = lo = jnp.zeros((), jnp.uint32)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        if shape[axis] > 1:
-            along = lax.broadcasted_iota(np.uint32, shape, axis, out_sharding=out_sharding)
+    hi = jnp.zeros((), jnp.uint32)
+    lo = hi if start is None else start
+    stride = math.prod(shape)
+    for axis, size in enumerate(shape):
+        if size > 1:
+            stride //= size
+            along = _along(shape, axis, out_sharding)
             hi, lo = _add_product((hi, lo), along, stride, carries=math.prod(shape) > _WORD)
-        stride *= shape[axis]
-    if lo.ndim == 0:  # no axis longer than one: a single element, or none
-        lo = jnp.zeros(shape, jnp.uint32, out_sharding=out_sharding)
-    return hi, lo
+    return hi, jnp.broadcast_to(lo, shape, out_sharding=out_sharding)
+
+
+def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Array, "*shape"]:
+    """The index along one axis, of length 1 along every other."""
+    if out_sharding is not None:
+        is_named = isinstance(out_sharding, NamedSharding)
+        spec = out_sharding.spec if is_named else out_sharding
+        alone = PartitionSpec(*[None] * axis, *spec[axis : axis + 1])
+        out_sharding = out_sharding.update(spec=alone) if is_named else alone
+    sizes = tuple(size if i == axis else 1 for i, size in enumerate(shape))
+    return lax.broadcasted_iota(np.uint32, sizes, axis, out_sharding=out_sharding)
 
 
 def _add_product(
