@@ -20,6 +20,7 @@ Apply = Callable[[jax.Array, jax.Array], Any]
 COPY = "copy"
 OURS = "regjax"
 PACKED = "regjax, packed"
+OWN = (OURS, PACKED)
 
 
 def copy(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -7,9 +7,7 @@ python -m benchmarks.dropout_speed --quick  # 1 M elements, to see that it runs
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +16,32 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import candidates as field
-from benchmarks.race import Result, environment, race, save
+from benchmarks import cli
+from benchmarks.race import Result, environment, race
+from benchmarks.report import Panels, publish
 
 WORK = {False: "forward", True: "forward + backward"}
-OWN = (field.COPY, field.OURS, field.PACKED)
+COLUMNS = 4096
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Races, prints the table, and writes JSON and a picture."""
     options = _parser().parse_args(argv)
-    rows, rounds = (256, 5) if options.quick else (options.size // 4096, options.rounds)
+    rows, rounds = (256, 5) if options.quick else (options.size // COLUMNS, options.rounds)
     console = Console()
-    races = list(itertools.product(options.dtypes, WORK, options.rates))
+    races = [
+        (dtype, backward, rate)
+        for dtype in options.dtypes
+        for backward in WORK
+        for rate in options.rates
+    ]
     results = []
     with Progress(console=console) as progress:
         task = progress.add_task("racing", total=len(races) * rounds)
         for dtype, backward, rate in races:
             results.append(
                 _race(
-                    (rows, 4096),
+                    (rows, COLUMNS),
                     rate,
                     dtype,
                     backward=backward,
@@ -47,51 +52,43 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     for result in results:
         console.print(table(result))
-    save(options.out / "dropout_speed.json", results)
-    (options.out / "dropout_speed.md").write_text(summary(results))
-    draw(options.out / "dropout_speed.png", results)
-    console.print(f"Times and picture: {options.out}", soft_wrap=True)
+    publish(
+        options.out / "dropout_speed",
+        results,
+        summary(results),
+        panels(results),
+        unit="time over a copy of the array (lower is better)",
+        own=field.OWN,
+        console=console,
+    )
     return 0
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 4096:
-        raise argparse.ArgumentTypeError(f"must be at least 4096; got {text}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie strictly between 0 and 1; got {text}")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dropout_speed", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--size", type=_positive, default=2**24, help="elements (default: %(default)s)"
-    )
-    parser.add_argument("--rates", type=_rate, nargs="+", default=[0.1, 0.5], metavar="RATE")
+    parser = cli.parser("dropout_speed", __doc__, rounds=11)
+    parser.add_argument("--size", type=_size, default=2**24, help="elements (default: %(default)s)")
+    parser.add_argument("--rates", type=cli.rate, nargs="+", default=[0.1, 0.5], metavar="RATE")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        choices=range(1, 1000),
-        metavar="N",
-        default=11,
-        help="runs of each (default: 11)",
-    )
-    parser.add_argument("--quick", action="store_true", help="a small array and few rounds")
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/benchmarks"), help="folder (default: %(default)s)"
-    )
     return parser
 
 
-def _race(shape, rate, dtype, *, backward, rounds, say, on_round) -> Result:
+def _size(text: str) -> int:
+    value = int(text)
+    if value < COLUMNS:
+        raise argparse.ArgumentTypeError(f"must be at least {COLUMNS}; got {text}")
+    return value
+
+
+def _race(
+    shape: tuple[int, int],
+    rate: float,
+    dtype: str,
+    *,
+    backward: bool,
+    rounds: int,
+    say: Callable[[str], None],
+    on_round: Callable[[], None],
+) -> Result:
     x, key = jnp.ones(shape, dtype), jax.random.key(0)
     applies = {field.COPY: field.copy, **field.ours(rate), **field.peers(rate, say)}
     runs = field.in_jax(applies, x, key, backward=backward)
@@ -102,7 +99,7 @@ def _race(shape, rate, dtype, *, backward, rounds, say, on_round) -> Result:
 
 def peers_of(result: Result) -> list[str]:
     """The candidates that are neither ours nor the copy."""
-    return [name for name in result.seconds if name not in OWN]
+    return [name for name in result.seconds if name not in (field.COPY, *field.OWN)]
 
 
 def table(result: Result) -> Table:
@@ -140,29 +137,9 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def draw(path: Path, results: Sequence[Result]) -> None:
-    """Bars of each candidate's time over the copy, one panel a race."""
-    from matplotlib.figure import Figure
-
-    columns = 2
-    rows = -(-len(results) // columns)
-    figure = Figure(figsize=(11, 0.6 + 3.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes in panels[len(results) :]:
-        axes.remove()
-    for axes, result in zip(panels[: len(results)], results, strict=True):
-        names = list(result.seconds)[::-1]
-        ratios = [result.ratio(name, field.COPY) for name in names]
-        colours = ["#D55E00" if n in OWN[1:] else "#999999" for n in names]
-        bars = axes.barh(names, ratios, color=colours)
-        axes.bar_label(bars, [f"{ratio:.1f}" for ratio in ratios], padding=3)
-        axes.axvline(1, color="#333333", linewidth=1)
-        axes.set_title(result.title, loc="left", fontweight="bold")
-        axes.set_xlabel("time over a copy of the array (lower is better)")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
+def panels(results: Sequence[Result]) -> Panels:
+    """Each candidate's time over the copy, a panel a race."""
+    return [(r.title, {name: r.ratio(name, field.COPY) for name in r.seconds}) for r in results]
 
 
 if __name__ == "__main__":

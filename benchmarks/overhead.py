@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import candidates as field
-from benchmarks.race import Result, environment, race, save
+from benchmarks import cli
+from benchmarks.race import Result, environment, race
+from benchmarks.report import publish
 
 RATE = 0.1
 SIZES = (32, 1_000, 100_000)
@@ -45,29 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = f"trace and compile {SITES} sites"
         built = race(title, builds, elements=1, rounds=rounds, on_round=step)
     results = [*calls, built]
-    save(options.out / "overhead.json", results)
-    (options.out / "overhead.md").write_text(markdown(results))
-    console.print(markdown(results), soft_wrap=True)
-    console.print(f"Table and JSON: {options.out}", soft_wrap=True)
+    publish(
+        options.out / "overhead",
+        results,
+        markdown(results),
+        [(r.title, {name: r.ratio(name, field.OURS) for name in r.seconds}) for r in results],
+        unit="time over regjax's (lower is better)",
+        own=field.OWN,
+        digits=2,
+        console=console,
+    )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        choices=range(1, 1000),
-        metavar="N",
-        default=11,
-        help="runs of each (default: 11)",
-    )
-    parser.add_argument("--quick", action="store_true", help="few rounds")
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/benchmarks"), help="folder (default: %(default)s)"
-    )
-    return parser
+    return cli.parser("overhead", __doc__, rounds=11)
 
 
 def _calls(

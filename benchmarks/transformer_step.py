@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import candidates as field
-from benchmarks.race import Result, environment, race, save
+from benchmarks import cli
+from benchmarks.race import Result, environment, race
+from benchmarks.report import publish
 
 NONE = "no dropout"
 FLAX = "Flax Linen"
@@ -59,32 +60,25 @@ def main(argv: Sequence[str] | None = None) -> int:
                     on_round=lambda: progress.advance(task),
                 )
             )
-    save(options.out / "transformer_step.json", results)
-    (options.out / "transformer_step.md").write_text(markdown(results))
-    console.print(markdown(results), soft_wrap=True)
-    console.print(f"Table and JSON: {options.out}", soft_wrap=True)
+    publish(
+        options.out / "transformer_step",
+        results,
+        markdown(results),
+        [
+            (r.title, {name: r.added(name, NONE) * 1e3 for name in r.seconds if name != NONE})
+            for r in results
+        ],
+        unit="what dropout adds to a training step, ms (lower is better)",
+        own=field.OWN,
+        console=console,
+    )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.transformer_step", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.5], metavar="RATE")
-    parser.add_argument("--layers", type=int, choices=range(1, 100), metavar="N", default=4)
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        choices=range(1, 1000),
-        metavar="N",
-        default=9,
-        help="steps of each (default: 9)",
-    )
-    parser.add_argument("--quick", action="store_true", help="one layer, few rounds")
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/benchmarks"), help="folder (default: %(default)s)"
-    )
+    parser = cli.parser("transformer_step", __doc__, rounds=9)
+    parser.add_argument("--rates", type=cli.rate, nargs="+", default=[0.1, 0.5], metavar="RATE")
+    parser.add_argument("--layers", type=cli.whole, metavar="N", default=4)
     return parser
 
 
@@ -142,19 +136,22 @@ def _forward(
     x = drop(params["embed"][tokens], 0)
     for index, block in enumerate(params["blocks"]):
         site = 1 + 3 * index
-        x += drop(_attention(block, _norm(x), functools.partial(drop, site=site)), site + 1)
+        x += drop(_attention(block, _norm(x), site, drop), site + 1)
         x += drop(jax.nn.gelu(_norm(x) @ block["up"]) @ block["down"], site + 2)
     return _norm(x) @ params["embed"].T
 
 
 def _attention(
-    block: dict[str, jax.Array], x: jax.Array, drop: Callable[[jax.Array], jax.Array]
+    block: dict[str, jax.Array],
+    x: jax.Array,
+    site: int,
+    drop: Callable[[jax.Array, int], jax.Array],
 ) -> jax.Array:
     q, k, v = jnp.split(x @ block["qkv"], 3, axis=-1)
     q, k, v = (t.reshape(BATCH, SEQUENCE, HEADS, -1) for t in (q, k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     causal = jnp.tril(jnp.ones((SEQUENCE, SEQUENCE), bool))
-    weights = drop(jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)))
+    weights = drop(jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)), site)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape) @ block["out"]
 
 
