@@ -71,6 +71,24 @@ def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape):
                 assert not any(f"{word}(" in program for word in COLLECTIVES), (shape, spec)
 
 
+@pytest.mark.parametrize("shape", [(7, 9), (33, 5), (8, 509), (63, 96)], ids=str)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_odd_sizes_shared_unevenly(name, shape):
+    """Arrays that devices cannot share evenly exist only inside a program, as XLA pads them."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
+    key = jax.random.key(4)
+    for axis in range(2):
+        layout = NamedSharding(mesh, P(*[None] * axis, "a"))
+
+        @jax.jit
+        def run(x, layout=layout):
+            x = jax.lax.with_sharding_constraint(x, layout)
+            return regjax.dropout(x, 0.3, key=key, sampler=SAMPLERS[name])
+
+        y = run(jnp.ones(shape))
+        np.testing.assert_array_equal(np.asarray(y) != 0, expected(name, shape))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
