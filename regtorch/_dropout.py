@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,36 +84,74 @@ def dropout(
         # Not zeros_like: the result stays in the graph, and its gradient is zeros, not an error.
         dropped = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
     else:
-        dropped = _drop(x, require_key(key).to(x.device), rate, broadcast_dims, sampler)
+        dropped = _drop(x, require_key(key).to(x.device), rate, _Settings(broadcast_dims, sampler))
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, dropped)
     return dropped
 
 
-def _drop(
-    x: Tensor,
-    key: Tensor,
-    rate: float | Tensor,
-    broadcast_dims: tuple[int, ...],
-    sampler: Sampler,
-) -> Tensor:
-    shape = tuple(1 if dim in broadcast_dims else size for dim, size in enumerate(x.shape))
-    keep_prob = _keep_prob(rate, x.dtype)
-    scale = _scale(realised_keep_prob(sampler, keep_prob), x.dtype)
-    keep = sampler(key, keep_prob, shape)
-    # A selection, not a product: a dropped NaN or infinity must become 0.
-    dropped = torch.where(keep, _scaled(x, scale), torch.zeros((), dtype=x.dtype, device=x.device))
-    if isinstance(rate, Tensor):
-        nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
-        dropped = torch.where((rate >= 0) & (rate <= 1), dropped, nan)
-    return dropped
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What of a dropout is no tensor: one value, into which no transform looks."""
+
+    broadcast_dims: tuple[int, ...]
+    sampler: Sampler
+
+
+class _Drop(torch.autograd.Function):
+    """Masks and scales; linear in `x`, so that derivatives of every kind are the same again.
+
+    Nothing is kept for them but the key, and the rate where it is a tensor: the mask is made anew.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, key: Tensor, rate: float | Tensor, settings: _Settings) -> Tensor:
+        dims = settings.broadcast_dims
+        shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
+        keep_prob = _keep_prob(rate, x.dtype)
+        scale = _scale(realised_keep_prob(settings.sampler, keep_prob), x.dtype)
+        # A selection, not a product: a dropped NaN or infinity must become 0.
+        return _scaled(torch.where(settings.sampler(key, keep_prob, shape), x, 0), scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, key, rate, ctx.settings = inputs
+        ctx.rate = None if isinstance(rate, Tensor) else rate
+        tensors = (key, rate) if isinstance(rate, Tensor) else (key,)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        return _Drop.again(ctx, cotangent), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _Drop.again(ctx, tangent)
+
+    @staticmethod
+    def again(ctx: Any, x: Tensor) -> Tensor:
+        """The same mask and scale on another tensor."""
+        key, *rate = ctx.saved_tensors
+        return _Drop.apply(x, key, rate[0] if rate else ctx.rate, ctx.settings)
+
+
+def _drop(x: Tensor, key: Tensor, rate: float | Tensor, settings: _Settings) -> Tensor:
+    if not isinstance(rate, Tensor):
+        return _Drop.apply(x, key, rate, settings)
+    rate = rate.detach()
+    dropped = _Drop.apply(x, key, rate, settings)
+    nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
+    return torch.where((rate >= 0) & (rate <= 1), dropped, nan)
 
 
 def _keep_prob(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """1 - rate, rounded once to the precision that `dtype` is scaled in."""
     real = _real(dtype)
     if isinstance(rate, Tensor):
-        return 1 - rate.detach().to(real)
+        return 1 - rate.to(real)
     return torch.tensor(1 - rate, dtype=real).item()  # the subtraction is in double
 
 

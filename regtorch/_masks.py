@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regtorch._keys import key_words
-from regtorch._threefry import counter_bits, shift_right
+from regtorch._threefry import in_pieces, range_bits, shift_right
 
 _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
 # A subnormal probability counts as 0: some devices flush it, others do not, and the mask must not
@@ -64,8 +64,12 @@ def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> T
         [False, False, True, True, False, True]
     """
     threshold = _threshold(check_probability("keep_prob", keep_prob))
-    bits = counter_bits(key_words(key), shape)
-    return shift_right(bits, 32 - _MANTISSA) < threshold
+    words = key_words(key)
+
+    def mask(start: int, stop: int) -> Tensor:
+        return shift_right(range_bits(words, start, stop), 32 - _MANTISSA) < threshold
+
+    return in_pieces(mask, shape, key.device)
 
 
 def _threshold(keep_prob: float | Tensor) -> int | Tensor:

@@ -10,7 +10,7 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -21,6 +21,9 @@ Words: TypeAlias = tuple[Tensor, Tensor]
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _KEY_PARITY = 0x1BD11BDA
 _WORD = 2**32
+_LONGEST = 2**30  # what one call makes without thinking about words that overflow
+_PIECE = 2**17  # elements whose words fit the caches of two cores
+_PIECE_ON_DEVICE = 2**24  # large enough that starting a kernel takes no time beside it
 
 
 def threefry2x32(key: Words, counter: Words) -> Words:
@@ -33,9 +36,14 @@ def threefry2x32(key: Words, counter: Words) -> Words:
     Returns:
         Two int32 words.
     """
+    return _rounds(key, (counter[0] + key[0], counter[1] + key[1]))
+
+
+def _rounds(key: Words, state: Words) -> Words:
+    """The 20 rounds, from a counter to which the key was added."""
     k0, k1 = key
     schedule = (k0, k1, k0 ^ k1 ^ _KEY_PARITY)
-    x0, x1 = counter[0] + k0, counter[1] + k1
+    x0, x1 = state
     for group in range(5):
         for distance in _ROTATIONS[group % 2]:
             x0 = x0 + x1
@@ -52,15 +60,32 @@ def counter_bits(key: Words, shape: Sequence[int]) -> Tensor:
     Equal to `jax.random.bits(key, shape, "uint32")` under JAX's default (partitionable) threefry,
     and to `regjax`'s; an int32 tensor that holds the same bits.
     """
-    return counter_range_bits(key, 0, math.prod(shape)).reshape(tuple(shape))
+    return in_pieces(lambda start, stop: range_bits(key, start, stop), shape, key[0].device)
 
 
-def counter_range_bits(key: Words, start: int, stop: int) -> Tensor:
+def in_pieces(
+    make: Callable[[int, int], Tensor], shape: Sequence[int], device: torch.device
+) -> Tensor:
+    """Makes a tensor from `make(start, stop)`, which gives its elements from `start` to `stop`.
+
+    PyTorch runs operation by operation, and threefry has a hundred: piece by piece, what lies
+    between them stays in the cache and takes no memory to speak of. A compiler fuses them anyway.
+    """
+    size, piece = math.prod(shape), _PIECE if device.type == "cpu" else _PIECE_ON_DEVICE
+    if size <= piece or torch.compiler.is_compiling():
+        return make(0, size).reshape(tuple(shape))
+    starts = range(0, size, piece)
+    return torch.cat([make(i, min(i + piece, size)) for i in starts]).reshape(tuple(shape))
+
+
+def range_bits(key: Words, start: int, stop: int) -> Tensor:
     """The bits at the row-major indices from `start` up to `stop`, as one flat int32 tensor."""
-    index = torch.arange(start, stop, device=key[0].device, dtype=torch.int64)
-    low = index.to(torch.int32)  # keeps the lower 32 bits
-    high = (index >> 32).to(torch.int32) if stop > _WORD else torch.zeros_like(key[0])
-    out0, out1 = threefry2x32(key, (high, low))
+    cut = (start // _LONGEST + 1) * _LONGEST
+    if stop > cut:  # the high word changes, or an int32 would not hold the number of elements
+        return torch.cat([range_bits(key, start, cut), range_bits(key, cut, stop)])
+    high, low = (key[0] + _signed(start // _WORD), key[1] + _signed(start % _WORD))
+    index = torch.arange(stop - start, device=low.device, dtype=torch.int32)
+    out0, out1 = _rounds(key, (high, index + low))
     return out0 ^ out1
 
 
@@ -70,4 +95,10 @@ def shift_right(x: Tensor, distance: int) -> Tensor:
 
 
 def _rotate_left(x: Tensor, distance: int) -> Tensor:
-    return (x << distance) | shift_right(x, 32 - distance)
+    # A product and a sum in one operation: the bits of the two halves do not meet.
+    return torch.add(shift_right(x, 32 - distance), x, alpha=1 << distance)
+
+
+def _signed(word: int) -> int:
+    """The int32 that has the bits of a word."""
+    return word - _WORD if word >= _WORD // 2 else word
