@@ -98,6 +98,15 @@ class _Settings:
     sampler: Sampler
 
 
+def _masked(x: Tensor, key: Tensor, rate: float | Tensor, settings: _Settings) -> Tensor:
+    dims = settings.broadcast_dims
+    shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
+    keep_prob = _keep_prob(rate, x.dtype)
+    scale = _scale(realised_keep_prob(settings.sampler, keep_prob), x.dtype)
+    # A selection, not a product: a dropped NaN or infinity must become 0.
+    return _scaled(torch.where(settings.sampler(key, keep_prob, shape), x, 0), scale)
+
+
 class _Drop(torch.autograd.Function):
     """Masks and scales; linear in `x`, so that derivatives of every kind are the same again.
 
@@ -108,12 +117,7 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, key: Tensor, rate: float | Tensor, settings: _Settings) -> Tensor:
-        dims = settings.broadcast_dims
-        shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-        keep_prob = _keep_prob(rate, x.dtype)
-        scale = _scale(realised_keep_prob(settings.sampler, keep_prob), x.dtype)
-        # A selection, not a product: a dropped NaN or infinity must become 0.
-        return _scaled(torch.where(settings.sampler(key, keep_prob, shape), x, 0), scale)
+        return _masked(x, key, rate, settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -139,12 +143,14 @@ class _Drop(torch.autograd.Function):
 
 
 def _drop(x: Tensor, key: Tensor, rate: float | Tensor, settings: _Settings) -> Tensor:
+    # A compiler sees through the plain function and settles by itself what to keep; it cannot trace
+    # a Function that has a forward-mode rule.
+    apply = _masked if torch.compiler.is_compiling() else _Drop.apply
     if not isinstance(rate, Tensor):
-        return _Drop.apply(x, key, rate, settings)
+        return apply(x, key, rate, settings)
     rate = rate.detach()
-    dropped = _Drop.apply(x, key, rate, settings)
     nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
-    return torch.where((rate >= 0) & (rate <= 1), dropped, nan)
+    return torch.where((rate >= 0) & (rate <= 1), apply(x, key, rate, settings), nan)
 
 
 def _keep_prob(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -127,7 +127,7 @@ def _compared(key: Words, threshold: int | Tensor, bits: int, shape: tuple[int, 
     else:
         bits_of_t = [bool(threshold >> (bits - 1 - i) & 1) for i in range(bits)]
         # Trailing zeros of T settle nothing, and their words are not drawn.
-        needed = max((i + 1 for i in range(bits) if bits_of_t[i]), default=0)
+        needed = bits + 1 - (threshold & -threshold).bit_length() if threshold else 0
         everything = threshold == 2**bits
     index = torch.arange(math.prod(shape), device=key[0].device).reshape(shape)
     high, low = (index >> 32).to(torch.int32), index.to(torch.int32)
