@@ -128,12 +128,12 @@ class _Drop(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return _Drop.again(ctx, cotangent), None, None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return _Drop.again(ctx, *grad_outputs), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _Drop.again(ctx, tangent)
+    def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
+        return _Drop.again(ctx, grad_inputs[0])
 
     @staticmethod
     def again(ctx: Any, x: Tensor) -> Tensor:
