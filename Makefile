@@ -9,7 +9,7 @@ READY_DEV := $(VENV)/.ready-dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all bench lint format lock clean
+.PHONY: help demo figures test test-all bench bench-models lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -26,8 +26,15 @@ test: $(READY)  ## Run the tests, without the slow ones
 test-all: $(READY)  ## Run every test
 	$(RUN) -m pytest $(ARGS)
 
-bench: $(READY_DEV)  ## Race dropout against the libraries' own, and draw the picture (minutes)
+bench: $(READY_DEV)  ## Race dropout against the libraries' own: tables, times, pictures (ARGS="--quick" to try)
 	$(RUN) -m benchmarks.dropout_speed --dtypes float32 bfloat16 $(ARGS)
+	$(RUN) -m benchmarks.overhead $(ARGS)
+	$(RUN) -m benchmarks.transformer_step $(ARGS)
+	$(RUN) -m benchmarks.torch_speed $(ARGS)
+
+bench-models: $(READY_DEV)  ## What the compilers for TPU and GPU expect, where they are installed
+	$(RUN) -m benchmarks.tpu_model $(ARGS)
+	$(RUN) -m benchmarks.gpu_model $(ARGS)
 
 lint: $(READY_DEV)  ## Check style and types
 	$(VENV)/bin/ruff check .
