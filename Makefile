@@ -9,7 +9,7 @@ READY_DEV := $(VENV)/.ready-dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all bench bench-models lint format lock clean
+.PHONY: help demo figures test test-all parity bench bench-models lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -25,6 +25,9 @@ test: $(READY)  ## Run the tests, without the slow ones
 
 test-all: $(READY)  ## Run every test
 	$(RUN) -m pytest $(ARGS)
+
+parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for less)
+	$(RUN) -m parity_tests $(ARGS)
 
 bench: $(READY_DEV)  ## Race dropout against the libraries' own: tables, times, pictures (ARGS="--quick" to try)
 	$(RUN) -m benchmarks.dropout_speed --dtypes float32 bfloat16 $(ARGS)

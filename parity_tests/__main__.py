@@ -1,0 +1,109 @@
+"""Compares regjax, regtorch and the layers they stand for, and prints a report.
+
+    python -m parity_tests            # everything; minutes
+    python -m parity_tests --quick    # fewer draws and steps
+    python -m parity_tests --list     # the checks by name
+    python -m parity_tests --only masks dropout
+
+Exit code: 0 if everything that ran agrees, 1 if anything differs or nothing ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from parity_tests import report
+from parity_tests.checks import Check, all_checks
+from parity_tests.report import Entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the checks; returns the exit code."""
+    options = _parser().parse_args(argv)
+    console = Console()
+    checks = [check for check in all_checks() if _wanted(check, options.only)]
+    if not checks:
+        names = ", ".join(check.name for check in all_checks())
+        console.print(f"--only {' '.join(options.only)} names no check; there are: {names}")
+        return 1
+    if options.list:
+        for check in checks:
+            console.print(f"{check.name:20} {check.promise}", soft_wrap=True, markup=False)
+        return 0
+    entries = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("comparing", total=len(checks))
+        for check in checks:
+            progress.update(task, description=check.name)
+            entries.append(run(check, quick=options.quick))
+            progress.advance(task)
+    console.print(_table(entries))
+    console.print(report.summary(entries))
+    for path in report.write(options.out, entries):
+        console.print(f"written: {path}", soft_wrap=True)
+    verdicts = {entry.verdict for entry in entries}
+    return 0 if "agrees" in verdicts and "differs" not in verdicts else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m parity_tests",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer draws and steps")
+    parser.add_argument("--list", action="store_true", help="name the checks and stop")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="checks by name, or by how the name begins",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/parity"),
+        metavar="DIR",
+        help="folder for JSON and HTML (default: %(default)s)",
+    )
+    return parser
+
+
+def _wanted(check: Check, only: Sequence[str]) -> bool:
+    return not only or any(check.name.startswith(name) for name in only)
+
+
+def run(check: Check, *, quick: bool) -> Entry:
+    """Runs one check; a missing framework is an entry of its own, not an error."""
+    for package in check.needs:
+        if importlib.util.find_spec(package) is None:
+            return Entry(check, None, missing=f"{package} is not installed")
+    start = time.perf_counter()
+    outcome = check.run(quick)
+    return Entry(check, outcome, seconds=time.perf_counter() - start)
+
+
+def _table(entries: Sequence[Entry]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("check", "verdict", "compared", "found"):
+        table.add_column(heading, no_wrap=heading != "found", overflow="fold")
+    styles = {"agrees": "green", "differs": "bold red", "left out": "dim"}
+    for entry in entries:
+        compared = report.cells(entry).get("compared", "")
+        style = styles[entry.verdict]
+        table.add_row(entry.check.name, entry.verdict, compared, report.found(entry), style=style)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""The comparisons that `python -m parity_tests` reports, each as a function that measures.
+
+A check compares, counts what it compared, and says how far apart the two sides were. It judges
+nothing twice: the bound stands beside the figure in its outcome. Frameworks other than JAX are
+imported where they are used, so that a check whose framework is missing can be said to be so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import regjax
+
+_RATES = (0.1, 0.123, 0.15, 0.3, 0.45, 0.5, 0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a check found.
+
+    Attributes:
+        compared: how many were compared.
+        unit: of what: bits, values, steps.
+        bound: what was asked, in words.
+        passed: whether it held.
+        ulp: the largest difference in units in the last place; None where that says nothing.
+        difference: the largest absolute difference; None where bits are compared.
+        p_value: the smallest p-value; None where nothing is random.
+        series: by name, a difference at each step, for the plot.
+        detail: where the two sides part, if they do.
+    """
+
+    compared: int
+    unit: str
+    bound: str
+    passed: bool
+    ulp: int | None = None
+    difference: float | None = None
+    p_value: float | None = None
+    series: Mapping[str, list[float]] = dataclasses.field(default_factory=dict)
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A behaviour that both sides promise.
+
+    Attributes:
+        name: short, for `--list` and `--only`.
+        promise: one sentence.
+        run: measures; `run(quick)` with `quick` for fewer draws and steps.
+        needs: packages besides JAX.
+    """
+
+    name: str
+    promise: str
+    run: Callable[[bool], Outcome]
+    needs: tuple[str, ...] = ("torch",)
+
+
+def ulps(ours: np.ndarray, theirs: np.ndarray) -> int:
+    """The largest distance of two arrays in units in the last place; equal bits are 0 apart.
+
+    Examples:
+        >>> import numpy as np
+        >>> ulps(np.float32([1.0, 2.0]), np.float32([1.0, 2.0000002]))
+        1
+    """
+    if ours.size == 0:
+        return 0
+    if np.iscomplexobj(ours):
+        ours, theirs = (array.view(np.real(array).dtype) for array in (ours, theirs))
+    word = np.dtype(f"int{8 * ours.dtype.itemsize}")
+    lowest = int(np.iinfo(word).min)
+
+    def ordered(array: np.ndarray) -> np.ndarray:
+        # Floats sort like integers but for the sign, whose numbers count downwards.
+        bits = np.ascontiguousarray(array).view(word).astype(object)
+        return np.where(bits < 0, lowest - bits, bits)
+
+    differ = np.flatnonzero(ours.ravel().view(word) != theirs.ravel().view(word))
+    if not differ.size:
+        return 0
+    return int(np.abs(ordered(ours.ravel()[differ]) - ordered(theirs.ravel()[differ])).max())
+
+
+def _equal_words(pairs: Iterator[tuple[Any, Any]], unit: str = "bits") -> Outcome:
+    compared = different = 0
+    for ours, theirs in pairs:
+        ours, theirs = np.asarray(ours), np.asarray(theirs)
+        different += int(np.count_nonzero(ours != theirs))
+        compared += ours.size * (32 if ours.dtype == np.uint32 else 1)
+    detail = f"{different} differ" if different else ""
+    return Outcome(compared, unit, "equal", not different, detail=detail)
+
+
+def _keys(quick: bool) -> Outcome:
+    from parity_tests.wings import TORCH, from_torch
+
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        library = TORCH.library
+        for seed in range(3 if quick else 50):
+            ours, theirs = library.key(seed), jax.random.key(seed)
+            yield from_torch(ours), jax.random.key_data(theirs)
+            yield (
+                from_torch(library.split(ours, 7)),
+                jax.random.key_data(jax.random.split(theirs, 7)),
+            )
+            folded = jax.random.fold_in(theirs, seed)
+            yield from_torch(library.fold_in(ours, seed)), jax.random.key_data(folded)
+            at = (
+                library.site_key(ours, seed, "encoder/0"),
+                regjax.site_key(theirs, seed, "encoder/0"),
+            )
+            yield from_torch(at[0]), jax.random.key_data(at[1])
+            yield from_torch(library.bits(ours, (257,))), jax.random.bits(theirs, (257,))
+
+    return _equal_words(pairs())
+
+
+def _masks_of_jax(quick: bool) -> Outcome:
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        for seed in range(1 if quick else 6):
+            for rate in (0.9, 0.123)[: 1 if quick else 2]:
+                key, shape = jax.random.key(seed), (256, 4096) if quick else (2048, 4096)
+                yield regjax.bernoulli(key, rate, shape), jax.random.bernoulli(key, rate, shape)
+
+    return _equal_words(pairs(), "mask bits")
+
+
+def _masks_of_torch(quick: bool) -> Outcome:
+    from parity_tests.wings import JAX, TORCH
+
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        shape = (256, 4096) if quick else (4096, 4096)
+        for seed, rate in enumerate((0.9, 0.5, 0.123)[: 1 if quick else 3]):
+            for name in ("bernoulli", "packed_bernoulli"):
+                ours, theirs = (
+                    wing.numpy(getattr(wing.library, name)(wing.key(seed), rate, shape))
+                    for wing in (JAX, TORCH)
+                )
+                yield ours, theirs
+
+    return _equal_words(pairs(), "mask bits")
+
+
+def _values(dtype: str) -> Callable[[bool], Outcome]:
+    def run(quick: bool) -> Outcome:
+        from parity_tests.wings import JAX, TORCH
+
+        shape = (64, 129) if quick else (1024, 1025)
+        rng = np.random.default_rng(0)
+        compared, worst, difference = 0, 0, 0.0
+        with jax.enable_x64(dtype == "float64"):
+            x, cotangent = (rng.normal(size=shape).astype(jnp.dtype(dtype)) for _ in range(2))
+            for rate in _RATES:
+                sides = []
+                for wing in (JAX, TORCH):
+                    results = wing.vjp(
+                        functools.partial(wing.library.dropout, rate=rate, key=wing.key(1)),
+                        wing.array(x),
+                        wing.array(cotangent),
+                    )
+                    sides.append([wing.numpy(result) for result in results])
+                for ours, theirs in zip(*sides, strict=True):
+                    compared += ours.size
+                    worst = max(worst, ulps(ours, theirs))
+                    wide = (array.astype(np.float64) for array in (ours, theirs))
+                    difference = max(difference, float(np.abs(np.subtract(*wide)).max()))
+        return Outcome(compared, "values", "equal bits", worst == 0, worst, difference)
+
+    return run
+
+
+def _peer(apply: Callable[[Any, float, Any], Any]) -> Callable[[bool], Outcome]:
+    def run(quick: bool) -> Outcome:
+        x = jnp.linspace(-3.0, 3.0, 2**14 if quick else 2**20).reshape(-1, 128)
+        compared = worst = 0
+        for seed, rate in enumerate(_RATES):
+            key = jax.random.key(seed)
+            with jax.numpy_dtype_promotion("standard"):  # the peers lean on promotion
+                theirs = np.asarray(apply(x, rate, key))
+            ours = np.asarray(regjax.dropout(x, rate, key=key))
+            compared += ours.size
+            worst = max(worst, ulps(ours, theirs))
+        return Outcome(compared, "values", "equal bits", worst == 0, worst)
+
+    return run
+
+
+def _nnx(x: Any, rate: float, key: Any) -> Any:
+    from flax import nnx
+
+    return nnx.Dropout(rate, deterministic=False)(x, rngs=key)
+
+
+def _equinox(x: Any, rate: float, key: Any) -> Any:
+    import equinox
+
+    return equinox.nn.Dropout(rate)(x, key=key)
+
+
+def _haiku(x: Any, rate: float, key: Any) -> Any:
+    import haiku
+
+    return haiku.dropout(key, rate, x)
+
+
+def _fairness(quick: bool) -> Outcome:
+    from parity_tests.statistics import FIVE_SIGMA, dropout_z
+    from parity_tests.wings import WINGS
+
+    x = 0.1 + np.abs(np.random.default_rng(1).normal(size=(256, 1024))).astype(np.float32)
+    figures = {
+        f"{wing}, rate {rate}, {name}": z
+        for wing in WINGS
+        for rate in (_RATES[:2] if quick else _RATES)
+        for name, z in dropout_z(
+            lambda x, r, wing=wing: wing.dropout(x, r, seed=20), x, rate
+        ).items()
+    }
+    name, worst = max(figures.items(), key=lambda item: abs(item[1]))
+    return Outcome(
+        x.size * len(figures),
+        "draws",
+        f"every figure within {FIVE_SIGMA:g} sigma",
+        abs(worst) < FIVE_SIGMA,
+        p_value=math.erfc(abs(worst) / math.sqrt(2)),
+        detail=f"furthest: {name}, {worst:+.2f} sigma",
+    )
+
+
+def _decay(optimizer: str, **options: Any) -> Callable[[bool], Outcome]:
+    def run(quick: bool) -> Outcome:
+        from parity_tests.compare import FLOAT64, deviation
+        from parity_tests.trajectories import Case, walk_jax, walk_torch
+
+        del quick  # a hundred steps take a second
+        case = Case(optimizer, optimizer, {"weight_decay": 0.1, **options})
+        ours, theirs = walk_jax(case, FLOAT64.dtype), walk_torch(case, FLOAT64.dtype)
+        apart = [deviation([a], [b]) for a, b in zip(ours, theirs, strict=True)]
+        assert FLOAT64.tolerance is not None
+        return Outcome(
+            len(apart),
+            "steps",
+            f"float64 within {FLOAT64.tolerance:g} in norm",
+            max(apart) <= FLOAT64.tolerance,
+            difference=max(apart),
+            series={optimizer: apart},
+        )
+
+    return run
+
+
+def all_checks() -> list[Check]:
+    """Every check of the report, in its order."""
+    values = [
+        Check(
+            f"dropout/{dtype}",
+            f"Dropout and its gradient have the same bits in both frameworks ({dtype}).",
+            _values(dtype),
+        )
+        for dtype in ("float32", "float64", "bfloat16", "float16")
+    ]
+    peers = [
+        Check(
+            f"peer/{name}",
+            f"The same key gives the mask and the float32 values of {title}.",
+            _peer(apply),
+            needs=(package,),
+        )
+        for name, title, package, apply in (
+            ("nnx", "Flax NNX's Dropout", "flax", _nnx),
+            ("equinox", "Equinox's Dropout", "equinox", _equinox),
+            ("haiku", "Haiku's dropout", "haiku", _haiku),
+        )
+    ]
+    decays = [
+        Check(
+            f"decay/{name.lower()}",
+            f"regjax.optim.{name.lower()} takes the steps of torch.optim.{name}, decay included.",
+            _decay(name, **options),
+        )
+        for name, options in (
+            ("SGD", {"lr": 0.1, "momentum": 0.9}),
+            ("Adam", {"lr": 0.01}),
+            ("AdamW", {"lr": 0.01}),
+        )
+    ]
+    return [
+        Check("keys", "Keys derived in PyTorch are those of JAX and of regjax.", _keys),
+        Check("masks/jax", "regjax.bernoulli is jax.random.bernoulli.", _masks_of_jax, needs=()),
+        Check("masks/torch", "Both samplers draw the same masks in PyTorch.", _masks_of_torch),
+        *values,
+        *peers,
+        Check("fairness", "Masks keep what they should, independently.", _fairness),
+        *decays,
+    ]

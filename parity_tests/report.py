@@ -1,0 +1,211 @@
+"""What checks found, as a table in the terminal, as JSON, and as a page with plots."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from parity_tests.checks import Check, Outcome
+
+PACKAGES = ("regjax", "jax", "jaxlib", "optax", "torch", "flax", "equinox", "dm-haiku", "numpy")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One check and what came of it.
+
+    Attributes:
+        check: what was promised.
+        outcome: what was found; None where the check could not run.
+        missing: why it could not run, in one line.
+        seconds: how long it took.
+    """
+
+    check: Check
+    outcome: Outcome | None
+    missing: str = ""
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """`agrees`, `differs` or `left out`."""
+        if self.outcome is None:
+            return "left out"
+        return "agrees" if self.outcome.passed else "differs"
+
+
+def versions() -> dict[str, str]:
+    """The versions of what was compared; what is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cells(entry: Entry) -> dict[str, str]:
+    """The columns of the table, by heading."""
+    outcome = entry.outcome
+    if outcome is None:
+        return {"check": entry.check.name, "verdict": entry.verdict, "detail": entry.missing}
+    return {
+        "check": entry.check.name,
+        "verdict": entry.verdict,
+        "compared": f"{outcome.compared:,} {outcome.unit}",
+        "asked": outcome.bound,
+        "max ulp": "" if outcome.ulp is None else str(outcome.ulp),
+        "max difference": "" if outcome.difference is None else f"{outcome.difference:.1e}",
+        "p-value": "" if outcome.p_value is None else f"{outcome.p_value:.2g}",
+        "detail": outcome.detail,
+    }
+
+
+HEADINGS = (
+    "check",
+    "verdict",
+    "compared",
+    "asked",
+    "max ulp",
+    "max difference",
+    "p-value",
+    "detail",
+)
+
+
+def found(entry: Entry) -> str:
+    """What a check found, in few words: for a terminal, where columns are dear."""
+    if entry.outcome is None:
+        return entry.missing
+    written = cells(entry)
+    figures = [
+        f"{written['max ulp']} ulp" if written["max ulp"] else "",
+        f"{written['max difference']} apart" if written["max difference"] else "",
+        f"p {written['p-value']}" if written["p-value"] else "",
+        written["detail"],
+    ]
+    return "; ".join([figure for figure in figures if figure]) or "equal"
+
+
+def as_json(entries: Sequence[Entry]) -> str:
+    """Everything, for programs."""
+    record = {
+        "versions": versions(),
+        "checks": [
+            {
+                "name": entry.check.name,
+                "promise": entry.check.promise,
+                "verdict": entry.verdict,
+                "missing": entry.missing,
+                "seconds": round(entry.seconds, 3),
+                "outcome": entry.outcome and asdict(entry.outcome),
+            }
+            for entry in entries
+        ],
+    }
+    return json.dumps(record, indent=1) + "\n"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>Parity of regjax and regtorch</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto }}
+table {{ border-collapse: collapse; font-size: 14px; width: 100% }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .35rem .6rem; text-align: left }}
+.agrees {{ color: #00602b }} .differs {{ color: #b00020; font-weight: bold }}
+.left {{ color: #666 }} img {{ max-width: 100% }}
+</style>
+<h1>Parity of regjax and regtorch</h1>
+<p>{summary}</p>
+<table><thead><tr>{head}</tr></thead><tbody>
+{rows}
+</tbody></table>
+{plots}
+<h2>What each check promises</h2>
+<dl>
+{promises}
+</dl>
+<h2>Versions</h2>
+<p>{versions}</p>
+</html>
+"""
+
+
+def as_html(entries: Sequence[Entry]) -> str:
+    """A page that stands alone: the table, a plot of every comparison step by step, versions."""
+    rows = "\n".join(
+        f'<tr class="{entry.verdict.split()[0]}">'
+        + "".join(f"<td>{html.escape(cells(entry).get(name, ''))}</td>" for name in HEADINGS)
+        + "</tr>"
+        for entry in entries
+    )
+    series = {
+        f"{entry.check.name}: {name}" if len(entry.outcome.series) > 1 else entry.check.name: values
+        for entry in entries
+        if entry.outcome is not None
+        for name, values in entry.outcome.series.items()
+    }
+    return _PAGE.format(
+        summary=html.escape(summary(entries)),
+        head="".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS),
+        rows=rows,
+        plots=_plots(series) if series else "",
+        promises="\n".join(
+            f"<dt>{html.escape(e.check.name)}</dt><dd>{html.escape(e.check.promise)}</dd>"
+            for e in entries
+        ),
+        versions=html.escape(", ".join(f"{name} {v}" for name, v in versions().items())),
+    )
+
+
+def summary(entries: Sequence[Entry]) -> str:
+    """One line: how many agree, differ, and were left out."""
+    counts: dict[str, int] = dict.fromkeys(("agrees", "differs", "left out"), 0)
+    for entry in entries:
+        counts[entry.verdict] += 1
+    return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing ran"
+
+
+def _plots(series: Mapping[str, Sequence[float]]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in series.items():
+        # A difference of 0 has no place on a logarithmic axis; it lies below everything.
+        axes.plot(range(1, len(values) + 1), [max(value, 1e-18) for value in values], label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("difference of JAX and PyTorch, in norm")
+    axes.set_title("Where two runs part: the largest difference after each step", loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    encoded = base64.b64encode(picture.getvalue()).decode()
+    source = f"data:image/png;base64,{encoded}"
+    return f'<h2>Step by step</h2><img alt="differences over steps" src="{source}">'
+
+
+def write(folder: Path, entries: Sequence[Entry]) -> list[Path]:
+    """Writes `parity.json` and, where matplotlib is installed, `parity.html`; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "parity.json"]
+    paths[0].write_text(as_json(entries))
+    try:
+        page = as_html(entries)
+    except ImportError:
+        return paths
+    paths.append(folder / "parity.html")
+    paths[1].write_text(page)
+    return paths
