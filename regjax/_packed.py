@@ -23,7 +23,7 @@ from regjax._threefry import counter_bits, row_major_index, threefry2x32
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Bool, Float, UInt32
+    from jaxtyping import Array, Bool, Float, UInt, UInt8, UInt32
 
     from regjax._keys import KeyLike
     from regjax._threefry import Layout, Words
@@ -178,7 +178,7 @@ def _compared(
         whole = threshold.astype(jnp.uint32)
         bits_of_t = [(whole >> np.uint32(bits - 1 - i)) & np.uint32(1) != 0 for i in range(bits)]
         needed, everything = bits, threshold >= 2.0**bits
-    high, low = row_major_index(group.words_shape, group.words_sharding)
+    high, low = row_major_index(group.words_shape, group.words_sharding, in_place=True)
     kept = jnp.zeros_like(low)
     for pair in reversed(range((needed + 1) // 2)):
         # The upper four bits of the counter number the blocks: no array has 2**60 words.
@@ -212,6 +212,17 @@ def _stored(words: UInt32[Array, "*words"], unknown: UInt32[Array, ""]) -> UInt3
         return words // ((unknown == unknown + np.uint32(1)).astype(jnp.uint32) + np.uint32(1))
 
     return lax.platform_dependent(words, unknown, cpu=divided, default=lambda words, _: words)
+
+
+def _bytes(words: UInt32[Array, "*words"]) -> tuple[UInt8[Array, "*words"], ...]:
+    """The bytes of each word as four arrays, the least significant first: how a GPU spreads words.
+
+    There each element reads what holds its bit: as a word twice as many bytes as a bfloat16 of the
+    array itself, as a byte half as many. One kernel draws the words and writes the four arrays. The
+    barrier keeps that so: without it XLA may store words, and cut them up where they are read.
+    """
+    places = [np.uint32(8 * i) for i in range(4)]
+    return lax.optimization_barrier(tuple((words >> place).astype(jnp.uint8) for place in places))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,12 +266,34 @@ class Group:
         if isinstance(sharding, NamedSharding):
             spec = self._replace_axis(tuple(sharding.spec), sharding.spec[self.axis], None)
             lanes_sharding = sharding.update(spec=PartitionSpec(*spec))
-        shape = self._replace_axis(self.shape, self.shape[self.axis] // _LANES, _LANES)
-        lane = lax.broadcasted_iota(np.uint32, shape, self.axis + 1, out_sharding=lanes_sharding)
-        bit = (jnp.expand_dims(words, self.axis + 1) >> lane) & np.uint32(1)
-        mask = jnp.reshape(bit != 0, self.shape, out_sharding=sharding)
+        bits = lax.platform_dependent(
+            words,
+            cuda=lambda words: self._bits(_bytes(words), lanes_sharding),
+            default=lambda words: self._bits((words,), lanes_sharding),
+        )
+        mask = jnp.reshape(bits, self.shape, out_sharding=sharding)
         whole = self.out_sharding is None or jax.typeof(mask).sharding == self.out_sharding
         return mask if whole else jax.sharding.reshard(mask, self.out_sharding)
+
+    def _bits(
+        self, parts: tuple[UInt[Array, "*words"], ...], sharding: Layout
+    ) -> Bool[Array, "*lanes"]:
+        """Each lane's bit, of words that come as equal parts, the least significant first."""
+        after = self.axis + 1
+        lanes = _LANES // len(parts)
+        shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], lanes)
+        own = []
+        for part in parts:
+            lane = lax.broadcasted_iota(part.dtype, shape, after, out_sharding=sharding)
+            own.append((jnp.expand_dims(part, after) >> lane) & part.dtype.type(1) != 0)
+        if len(own) == 1:
+            return own[0]
+        # Not a concatenation: where XLA fuses this, an element reads its own part and no other.
+        shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], _LANES)
+        bits = jnp.zeros(shape, bool, out_sharding=sharding)
+        for i, slab in enumerate(own):
+            bits = lax.dynamic_update_slice_in_dim(bits, slab, i * lanes, after)
+        return bits
 
     def _replace_axis(self, values: tuple[Any, ...], *replacement: Any) -> tuple[Any, ...]:
         return (*values[: self.axis], *replacement, *values[self.axis + 1 :])

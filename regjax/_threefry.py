@@ -80,7 +80,11 @@ def _rotate_left(x: UInt32[Array, "*shape"], distance: int) -> UInt32[Array, "*s
 
 
 def row_major_index(
-    shape: tuple[int, ...], out_sharding: Layout, *, start: UInt32[Array, ""] | None = None
+    shape: tuple[int, ...],
+    out_sharding: Layout,
+    *,
+    start: UInt32[Array, ""] | None = None,
+    in_place: bool = False,
 ) -> Words:
     """Each element's row-major index, plus `start`, as a high and a low word.
 
@@ -92,6 +96,8 @@ def row_major_index(
         shape: of the array.
         out_sharding: its layout.
         start: what to count from; without it, 0. The sum must stay in the low word.
+        in_place: whether XLA:TPU is kept from making the index along each axis beforehand, in a
+            kernel of its own. Worth some more arithmetic where the array is small.
     """
     hi = jnp.zeros((), jnp.uint32)
     lo = hi if start is None else start
@@ -99,7 +105,7 @@ def row_major_index(
     for axis, size in enumerate(shape):
         if size > 1:
             stride //= size
-            along = _along(shape, axis, out_sharding)
+            along = (_along_in_place if in_place else _along)(shape, axis, out_sharding)
             hi, lo = _add_product((hi, lo), along, stride, carries=math.prod(shape) > _WORD)
     return hi, jnp.broadcast_to(lo, shape, out_sharding=out_sharding)
 
@@ -113,6 +119,22 @@ def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Ar
         out_sharding = out_sharding.update(spec=alone) if is_named else alone
     sizes = tuple(size if i == axis else 1 for i, size in enumerate(shape))
     return lax.broadcasted_iota(np.uint32, sizes, axis, out_sharding=out_sharding)
+
+
+def _along_in_place(
+    shape: tuple[int, ...], axis: int, out_sharding: Layout
+) -> UInt32[Array, "*shape"]:
+    """The index along one axis, in a form that hides how little it depends on the others.
+
+    Exclusive or with the index along the last axis, twice, changes no number. But what depends on
+    one axis alone, XLA:TPU would compute apart from what needs it, and to start a kernel takes it
+    as long as to draw tens of thousands of words.
+    """
+    index = lax.broadcasted_iota(np.uint32, shape, axis, out_sharding=out_sharding)
+    if axis == len(shape) - 1:
+        return index
+    last = lax.broadcasted_iota(np.uint32, shape, len(shape) - 1, out_sharding=out_sharding)
+    return (index ^ last) ^ last
 
 
 def _add_product(
