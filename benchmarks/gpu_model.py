@@ -1,0 +1,123 @@
+r"""What dropout costs on an H100, by XLA's compiler model: no GPU is needed, and none was timed.
+
+    pip install --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 \
+        nvidia-cuda-nvcc nvidia-nvvm    # the compiler, of JAX's version; about 400 MB
+    python -m benchmarks.gpu_model      # time over that of a copy, bfloat16
+
+XLA compiles for GPUs that are not there, given a description of one, and notes in the program how
+long it expects each kernel to take. The sum over a program's kernels is compared with that of
+`x * 1.5`. The model is the compiler's own, by which it decides what to fuse: it weighs arithmetic
+against memory traffic, and knows nothing of what a kernel costs to launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import modelled
+
+# The host computes on its CPU; the plug-in only compiles, and would look for a GPU otherwise.
+PLATFORMS = "cpu"
+NOTE_COSTS = "--xla_gpu_collect_cost_model_stats=true"
+PLUGIN = "jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} nvidia-cuda-nvcc nvidia-nvvm"
+# An H100 SXM with 80 GB, in the words of XLA's GpuTargetConfigProto.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+  l2_cache_size: 52428800
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  threads_per_block_limit: 1024
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 12 }
+"""
+# Global shapes, and the axis over which the GPUs share the array; None: every GPU has all of it.
+LAYOUTS = (
+    ((8192, 8192), None),
+    ((8, 512, 4096), None),
+    ((1, 2048, 2048), None),
+    ((8, 512, 4096), 0),
+    ((8, 512, 4096), 1),
+    ((8, 512, 4096), 2),
+)
+NOTE = (
+    "Bits of an rbg key are XLA's Philox. Where its outputs are joined, the model charges about "
+    "400 operations for each element, whatever they are: those figures are likely to be too high."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compiles, prints the table, and writes it as JSON, Markdown and a picture."""
+    options = _parser().parse_args(argv)
+    if not any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):
+        packages = PLUGIN.format(version("jaxlib"))
+        print(f"skipped: JAX's plug-in for CUDA is not installed: pip install --no-deps {packages}")
+        return 0
+    # Before jax is imported, for the plug-in reads these once.
+    os.environ["JAX_PLATFORMS"] = PLATFORMS
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NOTE_COSTS}".strip()
+    kinds = [f"H100:{options.gpus}"]
+    rows = modelled.measure(kinds, devices, microseconds, LAYOUTS)
+    print(modelled.save(options.out / "gpu_model", rows, "time", NOTE))
+    print(f"Table, JSON and picture: {options.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "--gpus", type=int, default=4, metavar="N", help="GPUs of one host (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/benchmarks"), help="folder (default: %(default)s)"
+    )
+    return parser
+
+
+def devices(kind: str) -> Sequence[Any]:
+    """The GPUs of a name such as "H100:4", on one host; they need not be there."""
+    from jax.experimental import topologies
+
+    count = int(kind.removeprefix("H100:"))
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{count}"
+    ).devices
+
+
+def microseconds(program: str) -> float:
+    """How long XLA expects all kernels of a program to take.
+
+    Raises:
+        ValueError: it priced some of them only, so that the sum would say too little.
+    """
+    # Of each kernel's estimates the first is the one that XLA fuses by.
+    costs = re.findall(r'"reification_cost":\[\{[^}]*?"exec_time_us":([\d.e+-]+)', program)
+    kernels = len(re.findall(r"= .*\b(?:fusion|custom-call|while|sort)\(", program))
+    if len(costs) < kernels:
+        raise ValueError(f"XLA priced {len(costs)} of {kernels} kernels.")
+    return sum(map(float, costs))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,345 @@
+"""What compilers say dropout costs on accelerators: what the benchmarks that ask them share.
+
+A compiler notes in a program what it expects of it, for chips that are not there. Nothing is timed.
+How to reach a compiler, and where it writes its notes, is the business of `tpu_model` and others;
+here are the programs, what is recorded of them, the table and the picture.
+
+Nothing of JAX is imported before a function is called: compilers read their settings when it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import jax
+    from matplotlib.axes import Axes
+
+    Apply = Callable[[Any, Any], Any]
+    Devices = Sequence[Any]
+
+# Global shapes, and the axis over which the chips share the array; None: every chip has all of it.
+LAYOUTS = (
+    ((8192, 8192), None),
+    ((8, 512, 4096), 0),
+    ((8, 512, 4096), 1),
+    ((8, 512, 4096), 2),
+    ((1, 2048, 2048), None),
+)
+RATES = (0.5, 0.1)
+DTYPE = "bfloat16"
+# Of a training step in float32: activations of 64 MiB a layer, too many for a TPU's fast memory,
+# whose use would blur the figures.
+LAYERS, BATCH, WIDTH = 8, 8192, 2048
+STEP_RATE = 0.1
+COLLECTIVE = r"\b(?:all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\("
+COLOURS = ("#D55E00", "#E69F00", "#999999", "#CCCCCC")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the compiler says of one program.
+
+    Attributes:
+        cost: in the compiler's unit.
+        collectives: how many operations talk to other chips.
+        temporary: bytes of memory beyond arguments and result, on each chip.
+    """
+
+    cost: float
+    collectives: int
+    temporary: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program, compiled for one kind of chip.
+
+    Attributes:
+        chips: kind and grid.
+        shape: global shape of the array.
+        axis: the axis that the chips share, or None.
+        rate: the dropout rate.
+        name: whose dropout.
+        over_copy: cost over that of the copy.
+        collectives: how many operations talk to other chips.
+        temporary: bytes of memory beyond arguments and result, on each chip.
+    """
+
+    chips: str
+    shape: tuple[int, ...]
+    axis: int | None
+    rate: float
+    name: str
+    over_copy: float
+    collectives: int
+    temporary: int
+
+    @property
+    def place(self) -> tuple[str, tuple[int, ...], int | None, float]:
+        """What the candidates have in common that are compared with each other."""
+        return self.chips, self.shape, self.axis, self.rate
+
+    @property
+    def layout(self) -> str:
+        """The shape and how chips share it, in words."""
+        shared = "on each chip" if self.axis is None else f"shared on axis {self.axis}"
+        return f"{self.shape} {shared}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step of `perceptron`, compiled for one chip.
+
+    Attributes:
+        chips: kind and grid.
+        form: how its layers are written, "unrolled" or "scanned".
+        name: whose dropout.
+        temporary: bytes of memory beyond arguments and result.
+        without: the same without dropout.
+    """
+
+    chips: str
+    form: str
+    name: str
+    temporary: int
+    without: int
+
+
+def measure(
+    kinds: Iterable[str],
+    devices_of: Callable[[str], Devices],
+    cost_of: Callable[[str], float],
+    layouts: Sequence[tuple[tuple[int, ...], int | None]] = LAYOUTS,
+) -> list[Row]:
+    """Compiles every candidate in every layout for every kind of chip.
+
+    Args:
+        kinds: names of chips, with their grid.
+        devices_of: the devices that a name stands for.
+        cost_of: the cost that the compiler noted in the text of a program.
+        layouts: global shapes, each with the axis that the chips share, or None.
+    """
+    from rich.progress import track
+
+    work = [(kind, shape, axis) for kind in kinds for shape, axis in layouts]
+    rows = []
+    for kind, shape, axis in track(work, "compiling"):
+        devices = devices_of(kind)
+        # 256 chips cannot share 8 rows.
+        if axis is not None and shape[axis] % len(devices):
+            continue
+        copy = program(devices, shape, axis, lambda x, key: x * 1.5, cost_of=cost_of)
+        for rate in RATES:
+            for name, (apply, impl) in candidates(rate).items():
+                one = program(devices, shape, axis, apply, impl, cost_of=cost_of)
+                ratio = one.cost / copy.cost
+                where = (kind, shape, axis, rate, name)
+                rows.append(Row(*where, ratio, one.collectives, one.temporary))
+    return rows
+
+
+def measure_steps(kinds: Iterable[str], devices_of: Callable[[str], Devices]) -> list[Step]:
+    """Compiles a training step with every candidate that draws from threefry.
+
+    Args:
+        kinds: names of chips, with their grid.
+        devices_of: the devices that a name stands for.
+    """
+    from rich.progress import track
+
+    from benchmarks import perceptron
+
+    dropouts = {
+        name: apply
+        for name, (apply, impl) in candidates(STEP_RATE).items()
+        if impl == "threefry2x32"
+    }
+    steps = []
+    work = [(kind, form) for kind in kinds for form in perceptron.LOSSES]
+    for kind, form in track(work, "compiling steps"):
+        devices = devices_of(kind)
+        without = step_bytes(devices, form, perceptron.none)
+        for name, dropout in dropouts.items():
+            steps.append(Step(kind, form, name, step_bytes(devices, form, dropout), without))
+    return steps
+
+
+def step_bytes(devices: Devices, form: str, dropout: Apply, layers: int = LAYERS) -> int:
+    """Temporary memory of a training step of `perceptron` on the first of the devices."""
+    from jax.sharding import SingleDeviceSharding
+
+    from benchmarks import perceptron
+
+    return perceptron.temporary_bytes(
+        perceptron.LOSSES[form],
+        dropout,
+        layers=layers,
+        batch=BATCH,
+        width=WIDTH,
+        sharding=SingleDeviceSharding(devices[0]),
+    )
+
+
+def candidates(rate: float) -> dict[str, tuple[Apply, str]]:
+    """Each dropout, and the kind of key it is given."""
+    from flax import linen
+
+    import regjax
+
+    flax = linen.Dropout(rate, deterministic=False)
+
+    def in_flax(x: Any, key: Any) -> Any:
+        return flax.apply({}, x, rngs={"dropout": key})
+
+    def packed(x: Any, key: Any) -> Any:
+        return regjax.dropout(x, rate, key=key, sampler=regjax.packed_bernoulli)
+
+    return {
+        "regjax": (lambda x, key: regjax.dropout(x, rate, key=key), "threefry2x32"),
+        "regjax, packed": (packed, "threefry2x32"),
+        "Flax": (in_flax, "threefry2x32"),
+        "Flax, rbg": (in_flax, "rbg"),
+    }
+
+
+def program(
+    devices: Devices,
+    shape: tuple[int, ...],
+    axis: int | None,
+    apply: Apply,
+    impl: str = "threefry2x32",
+    *,
+    cost_of: Callable[[str], float],
+) -> Program:
+    """Compiles `apply(x, key)` for the devices, `x` shared along `axis`, and reads the notes."""
+    compiled = compile_shared(devices, shape, axis, apply, impl)
+    text = compiled.as_text() or ""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return Program(cost_of(text), len(re.findall(COLLECTIVE, text)), memory.temp_size_in_bytes)
+
+
+def compile_shared(
+    devices: Devices, shape: tuple[int, ...], axis: int | None, apply: Apply, impl: str
+) -> jax.stages.Compiled:
+    """Compiles `apply(x, key)` for devices that need not be there."""
+    import jax
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = Mesh(np.array(devices), ("chips",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    shared = whole if axis is None else NamedSharding(mesh, PartitionSpec(*[None] * axis, "chips"))
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+    run = jax.jit(apply, in_shardings=(shared, whole), out_shardings=shared)
+    return run.lower(jax.ShapeDtypeStruct(shape, DTYPE), key).compile()
+
+
+def save(
+    stem: Path, rows: Sequence[Row], unit: str, note: str = "", steps: Sequence[Step] = ()
+) -> str:
+    """Writes JSON, Markdown and a picture beside each other; returns the Markdown.
+
+    Args:
+        stem: the path without an ending.
+        rows: what was compiled.
+        unit: what the cost counts.
+        note: what a reader of the table must know besides.
+        steps: training steps, for a table of their own.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    parts = [markdown(rows, unit), note and f"{note}\n", steps and markdown_of_steps(steps)]
+    text = "\n".join(part for part in parts if part)
+    record = {"programs": [asdict(row) for row in rows], "steps": [asdict(step) for step in steps]}
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(text)
+    draw(stem.with_suffix(".png"), rows, unit)
+    return text
+
+
+def markdown(rows: Sequence[Row], unit: str) -> str:
+    """A table: layouts down, whose dropout across; cost over that of a copy."""
+    names = list(dict.fromkeys(row.name for row in rows))
+    lines = [
+        f"| {unit} over a copy (compiler model, not timed) | rate | " + " | ".join(names) + " |",
+        "| --- | ---: |" + " ---: |" * len(names),
+    ]
+    for first, cells in _grouped(rows):
+        written = " | ".join(_cell(cells[name]) if name in cells else "" for name in names)
+        lines.append(f"| {first.chips}, {first.layout} | {first.rate} | {written} |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_of_steps(steps: Sequence[Step]) -> str:
+    """A table: training steps down, whose dropout across; memory, and that over none."""
+    names = list(dict.fromkeys(step.name for step in steps))
+    lines = [
+        f"| temporary MB of a training step, {LAYERS} layers of ({BATCH}, {WIDTH}) (compiled, not "
+        "run) | without dropout | " + " | ".join(names) + " |",
+        "| --- | ---: |" + " ---: |" * len(names),
+    ]
+    for chips, form in dict.fromkeys((step.chips, step.form) for step in steps):
+        here = [step for step in steps if (step.chips, step.form) == (chips, form)]
+        without = here[0].without
+        cells = [f"{step.temporary / 1e6:.0f} ({step.temporary / without:.3f})" for step in here]
+        lines.append(f"| {chips}, {form} | {without / 1e6:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    talk = f", {row.collectives} collectives" if row.collectives else ""
+    return f"{row.over_copy:.2f}{talk}"
+
+
+def _grouped(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
+    """One row of each place, and the place's rows by candidate."""
+    for place in dict.fromkeys(row.place for row in rows):
+        here = {row.name: row for row in rows if row.place == place}
+        yield next(iter(here.values())), here
+
+
+def draw(path: Path, rows: Sequence[Row], unit: str) -> None:
+    """Bars of each candidate's cost over the copy, grouped by layout and rate; one panel a kind."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(row.chips for row in rows))
+    columns = min(2, len(kinds))
+    lines = -(-len(kinds) // columns)
+    most = max(len(list(_grouped([r for r in rows if r.chips == kind]))) for kind in kinds)
+    figure = Figure(figsize=(6.5 * columns, 1 + (0.8 + 0.62 * most) * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes in panels[len(kinds) :]:
+        axes.remove()
+    names = list(dict.fromkeys(row.name for row in rows))
+    for axes, kind in zip(panels[: len(kinds)], kinds, strict=True):
+        _draw_kind(axes, [row for row in rows if row.chips == kind], names)
+        axes.set_title(kind, loc="left", fontweight="bold")
+        axes.set_xlabel(f"{unit} over a copy of the array: compiler model, not timed")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_kind(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
+    groups = list(_grouped(rows))
+    thickness = 0.8 / len(names)
+    for i, name in enumerate(names):
+        offset = (i - (len(names) - 1) / 2) * thickness
+        places = [at + offset for at, (_, here) in enumerate(groups) if name in here]
+        ratios = [here[name].over_copy for _, here in groups if name in here]
+        colour = COLOURS[i % len(COLOURS)]
+        bars = axes.barh(places, ratios, thickness, color=colour, label=name)
+        axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2, fontsize=7)
+    labels = [f"{first.layout}\nrate {first.rate}" for first, _ in groups]
+    axes.set_yticks(range(len(groups)), labels, fontsize=8)
+    axes.invert_yaxis()  # as in the table, from above
+    axes.axvline(1, color="#333333", linewidth=1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.1, y=0.02)
