@@ -1,0 +1,205 @@
+"""Whole training runs with dropout on, in both frameworks; and defects, each named where it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+
+import regjax
+from parity_tests.compare import BITWISE, FLOAT64, Tier
+from parity_tests.harness import Leaf, compare_forward, compare_step, compare_training
+from parity_tests.models import DROPPED_BEFORE, PAIRS, PERCEPTRON, SHARED, batches, sides
+
+OPTIMIZERS = {
+    "sgd": (
+        regjax.optim.sgd(0.05, momentum=0.9, weight_decay=1e-3),
+        lambda m: torch.optim.SGD(m.parameters(), 0.05, momentum=0.9, weight_decay=1e-3),
+    ),
+    "adam": (
+        regjax.optim.adam(1e-3, weight_decay=1e-3),
+        lambda m: torch.optim.Adam(m.parameters(), 1e-3, weight_decay=1e-3),
+    ),
+    "adamw": (
+        regjax.optim.adamw(1e-3, weight_decay=0.1),
+        lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=0.1),
+    ),
+}
+# Over a thousand steps rounding adds up: the longest recursion is held to this in norm.
+THOUSAND_STEPS = dataclasses.replace(FLOAT64, tolerance=1e-10)
+# Where a gradient is zero but for rounding, as that of the keys' bias in attention, Adam makes full
+# steps of the rounding: in float32 parameters part there, and losses are what is compared.
+LOSSES = Tier("float32", tolerance=math.inf)
+
+
+def run(name: str, optimizer: str, steps: int, tier: Tier, *, record: bool = True):
+    pair = PAIRS[name]
+    with jax.enable_x64(tier.dtype == "float64"):
+        both = sides(pair, *OPTIMIZERS[optimizer], dtype=tier.dtype, sites=SHARED, record=record)
+        return compare_training(*both, batches(steps, tier.dtype), pair.names, tier=tier)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_float64_runs_are_the_same(name, optimizer):
+    found = run(name, optimizer, 20, FLOAT64)
+    found.raise_if_different()
+    assert all(len(values) == 20 for values in found.deviations.values() if values)
+    assert found.deviations["mask"] == [0.0] * 20
+    assert found.deviations["state"]
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_float32_losses_are_the_same(name):
+    found = run(name, "adamw", 30, LOSSES)
+    assert max(found.deviations["loss"]) < 1e-4
+    assert found.deviations["mask"] == [0.0] * 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_thousand_steps_in_float64(name, optimizer):
+    found = run(name, optimizer, 1000, THOUSAND_STEPS, record=False)
+    found.raise_if_different()
+    assert found.losses[-1][0] < 0.7 * found.losses[0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_three_hundred_losses_in_float32(name, optimizer):
+    found = run(name, optimizer, 300, LOSSES, record=False)
+    assert len(found.losses) == 300
+    assert max(found.deviations["loss"]) < 1e-4
+
+
+def with_options(make_ours, make_theirs):
+    return {"jax_optimizer": make_ours, "torch_optimizer": make_theirs}
+
+
+def decayed_kernels(model):
+    kernels = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": kernels}, {"params": biases, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, 0.1, weight_decay=0.1)
+
+
+SGD = dict(zip(("jax_optimizer", "torch_optimizer"), OPTIMIZERS["sgd"], strict=True))
+PLANTED = {
+    "a key off by one step": (PERCEPTRON, {**SGD, "plant": "key"}, ("mask", "out")),
+    "rate .11 for .1": (PERCEPTRON, {**SGD, "plant": "rate"}, ("mask", "out")),
+    "dropout before the activation": (DROPPED_BEFORE, SGD, ("loss", "loss")),
+    "bias decayed on one side": (
+        PERCEPTRON,
+        with_options(regjax.optim.sgd(0.1, weight_decay=0.1), decayed_kernels),
+        ("parameter", "bias"),
+    ),
+    "nesterov on one side": (
+        PERCEPTRON,
+        with_options(
+            regjax.optim.sgd(0.1, momentum=0.9, nesterov=True),
+            lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9),
+        ),
+        ("parameter", ""),
+    ),
+    "eps 1e-7 for 1e-8": (
+        PERCEPTRON,
+        with_options(
+            regjax.optim.adam(1e-3, eps=1e-7), lambda m: torch.optim.Adam(m.parameters(), 1e-3)
+        ),
+        ("parameter", ""),
+    ),
+    "another learning rate": (
+        PERCEPTRON,
+        with_options(optax.sgd(0.1), lambda m: torch.optim.SGD(m.parameters(), 0.11)),
+        ("parameter", ""),
+    ),
+}
+
+
+@pytest.mark.parametrize(("pair", "options", "where"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_defect_is_named_at_its_step_and_place(pair, options, where):
+    with jax.enable_x64(True):
+        both = sides(pair, **options, dtype="float64")
+        found = compare_training(*both, batches(5, "float64"), pair.names, tier=FLOAT64)
+    assert found.first is not None
+    assert found.first.step == 1
+    assert found.first.quantity == where[0]
+    assert where[1] in found.first.name
+    with pytest.raises(AssertionError, match=r"JAX and PyTorch part at step 1, in the"):
+        found.raise_if_different()
+
+
+def test_a_defect_that_comes_late_is_named_at_its_step():
+    """A learning rate that changes on one side only, after three steps."""
+    schedule = lambda count: jax.numpy.where(count < 3, 0.1, 0.2)
+    both = sides(PERCEPTRON, optax.sgd(schedule), lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    found = compare_training(*both, batches(6), PERCEPTRON.names)
+    assert (found.first.step, found.first.quantity) == (4, "parameter")
+    assert len(found.losses) == 4  # it stops where the sides part
+
+
+def test_different_masks_are_told_with_rates_and_digests():
+    both = sides(PERCEPTRON, **SGD, plant="rate")
+    found = compare_step(*both, batches(1)[0], PERCEPTRON.names)
+    assert "JAX rate 0.11, 1024 elements, mask " in found.first.detail
+    assert "PyTorch rate 0.1, 1024 elements, mask " in found.first.detail
+
+
+def test_table_and_plot(tmp_path):
+    both = sides(PERCEPTRON, **SGD)
+    found = compare_training(*both, batches(3), PERCEPTRON.names)
+    assert "JAX and PyTorch agree." in str(found)
+    assert "| parameter | 3 |" in found.table()
+    found.plot(tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").stat().st_size > 10_000
+
+
+def test_progress_is_told():
+    steps = []
+    compare_training(*sides(PERCEPTRON, **SGD), batches(3), PERCEPTRON.names, progress=steps.append)
+    assert steps == [1, 2, 3]
+
+
+def test_compare_forward():
+    x = np.linspace(0, 1, 5).astype(np.float32)
+    assert compare_forward(jax.numpy.asarray(x), torch.from_numpy(x), BITWISE) == 0
+    with pytest.raises(AssertionError, match=r"outputs differ: deviation 1\.000e"):
+        compare_forward(jax.numpy.asarray(x), torch.from_numpy(x + 1))
+    with pytest.raises(
+        AssertionError, match=r"differ in form: JAX float32\[5\], PyTorch float32\[4"
+    ):
+        compare_forward(jax.numpy.asarray(x), torch.from_numpy(x[:4]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden/kernel": None}, "JAX parameters without a name in PyTorch: hidden/kernel"),
+        ({"hiden/kernel": Leaf("hidden.weight")}, "JAX parameters that do not exist: hiden/kernel"),
+        ({"hidden/bias": Leaf("hidden.b")}, "PyTorch parameters that do not exist: hidden.b"),
+        ({"hidden/kernel": Leaf("hidden.weight")}, r"'hidden/kernel' is float32\[64, 32\] in JAX"),
+    ],
+)
+def test_names_that_do_not_fit_are_refused(change, message):
+    names = {**PERCEPTRON.names, **change}
+    names = {path: leaf for path, leaf in names.items() if leaf is not None}
+    with pytest.raises(ValueError, match=message):
+        compare_training(*sides(PERCEPTRON, **SGD), batches(1), names)
+
+
+def test_no_batches_are_refused():
+    with pytest.raises(ValueError, match="batches is empty"):
+        compare_training(*sides(PERCEPTRON, **SGD), [], PERCEPTRON.names)
+
+
+def test_a_nan_on_one_side_is_a_difference():
+    both = sides(PERCEPTRON, optax.sgd(np.nan), lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    found = compare_training(*both, batches(1), PERCEPTRON.names)
+    assert found.first.quantity == "parameter"
