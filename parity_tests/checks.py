@@ -260,6 +260,39 @@ def _decay(optimizer: str, **options: Any) -> Callable[[bool], Outcome]:
     return run
 
 
+def _training(name: str) -> Callable[[bool], Outcome]:
+    def run(quick: bool) -> Outcome:
+        import torch
+
+        from parity_tests.compare import FLOAT64
+        from parity_tests.harness import compare_training
+        from parity_tests.models import PAIRS, SHARED, batches, sides
+
+        steps = 20 if quick else 300
+        tier = dataclasses.replace(FLOAT64, tolerance=1e-10)  # rounding adds up over the steps
+        with jax.enable_x64(True):
+            both = sides(
+                PAIRS[name],
+                regjax.optim.adamw(1e-3),
+                lambda model: torch.optim.AdamW(model.parameters(), 1e-3),
+                dtype="float64",
+                sites=SHARED,
+            )
+            found = compare_training(*both, batches(steps, "float64"), PAIRS[name].names, tier=tier)
+        apart = list(found.deviations["parameter"])
+        return Outcome(
+            len(apart),
+            "steps",
+            f"float64 within {tier.tolerance:g} in norm, masks equal",
+            found.agrees,
+            difference=max(apart),
+            series={name: apart},
+            detail=str(found.first or ""),
+        )
+
+    return run
+
+
 def all_checks() -> list[Check]:
     """Every check of the report, in its order."""
     values = [
@@ -295,6 +328,19 @@ def all_checks() -> list[Check]:
             ("AdamW", {"lr": 0.01}),
         )
     ]
+    trainings = [
+        Check(
+            f"training/{name}",
+            f"A whole training run with dropout on is the same in both frameworks: {about}.",
+            _training(name),
+            needs=("torch", "sklearn"),
+        )
+        for name, about in (
+            ("perceptron", "a perceptron on digits"),
+            ("convolutional", "a convolutional network that drops channels"),
+            ("encoder", "a transformer's encoder layer"),
+        )
+    ]
     return [
         Check("keys", "Keys derived in PyTorch are those of JAX and of regjax.", _keys),
         Check("masks/jax", "regjax.bernoulli is jax.random.bernoulli.", _masks_of_jax, needs=()),
@@ -303,4 +349,5 @@ def all_checks() -> list[Check]:
         *peers,
         Check("fairness", "Masks keep what they should, independently.", _fairness),
         *decays,
+        *trainings,
     ]
