@@ -67,7 +67,8 @@ def test_float32_losses_are_the_same(name):
 def test_a_thousand_steps_in_float64(name, optimizer):
     found = run(name, optimizer, 1000, THOUSAND_STEPS, record=False)
     found.raise_if_different()
-    assert found.losses[-1][0] < 0.7 * found.losses[0][0]
+    losses = [ours for ours, _ in found.losses]
+    assert np.mean(losses[-100:]) < np.mean(losses[:100])  # it learned: the run is a run
 
 
 @pytest.mark.slow
