@@ -254,7 +254,7 @@ def save(
         steps: training steps, for a table of their own.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    parts = [markdown(rows, unit), note and f"{note}\n", steps and markdown_of_steps(steps)]
+    parts = [markdown(rows, unit), steps and markdown_of_steps(steps), note and f"{note}\n"]
     text = "\n".join(part for part in parts if part)
     record = {"programs": [asdict(row) for row in rows], "steps": [asdict(step) for step in steps]}
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")

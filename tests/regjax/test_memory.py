@@ -13,77 +13,56 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
+from benchmarks import perceptron
+from benchmarks.perceptron import LAYERS, scanned, unrolled
 
-LAYERS, BATCH, WIDTH = 8, 512, 256
+BATCH, WIDTH = 512, 256
 BUFFER = BATCH * WIDTH * 4  # bytes of one layer's activations
 KEY = jax.random.key(0)
 SAMPLERS = {"exact": regjax.bernoulli, "packed": regjax.packed_bernoulli}
 
-
-def layer(x, weight, key, rate, sampler):
-    # Not tanh: its gradient needs its own output beside what dropout makes of it, so that autodiff
-    # would store two arrays a layer where it stored one.
-    x = jax.nn.relu(x @ weight)
-    return regjax.dropout(x, rate, key=key, sampler=sampler) if rate else x
+temporary_bytes = functools.partial(perceptron.temporary_bytes, batch=BATCH, width=WIDTH)
 
 
-def unrolled(weights, x, keys, rate, sampler):
-    for i in range(LAYERS):
-        x = layer(x, weights[i], keys[i], rate, sampler)
-    return (x**2).sum()
+def dropout(sampler):
+    return lambda x, key: regjax.dropout(x, 0.3, key=key, sampler=sampler)
 
 
-def scanned(weights, x, keys, rate, sampler):
-    step = lambda x, at: (layer(x, *at, rate, sampler), None)
-    return (jax.lax.scan(step, x, (weights, keys))[0] ** 2).sum()
-
-
-def temporary_bytes(loss, rate, sampler, layers=LAYERS):
-    step = jax.jit(jax.grad(functools.partial(loss, rate=rate, sampler=sampler)))
-    weights = jax.ShapeDtypeStruct((layers, WIDTH, WIDTH), jnp.float32)
-    x = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
-    keys = jax.eval_shape(lambda: jax.random.split(KEY, layers))
-    return step.lower(weights, x, keys).compile().memory_analysis().temp_size_in_bytes
+def growth(dropout):
+    """What dropout adds to a scan of few layers, and to one of many."""
+    return [
+        temporary_bytes(scanned, dropout, layers=layers)
+        - temporary_bytes(scanned, perceptron.none, layers=layers)
+        for layers in (LAYERS, 4 * LAYERS)
+    ]
 
 
 def test_an_unrolled_perceptron_takes_no_more_memory_than_without_dropout():
-    without = temporary_bytes(unrolled, 0.0, regjax.bernoulli)
-    assert temporary_bytes(unrolled, 0.3, regjax.bernoulli) <= 1.01 * without
+    without = temporary_bytes(unrolled, perceptron.none)
+    assert temporary_bytes(unrolled, dropout(regjax.bernoulli)) <= 1.01 * without
 
 
 def test_an_unrolled_perceptron_with_packed_masks_takes_little_more():
     """A 32nd of a mask may be stored while it is spread: on CPU, a buffer of one layer at most."""
-    without = temporary_bytes(unrolled, 0.0, regjax.bernoulli)
-    assert temporary_bytes(unrolled, 0.3, regjax.packed_bernoulli) <= 1.01 * without + BUFFER
+    without = temporary_bytes(unrolled, perceptron.none)
+    assert temporary_bytes(unrolled, dropout(regjax.packed_bernoulli)) <= 1.01 * without + BUFFER
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_a_scan_stores_no_masks_however_many_layers_it_has(sampler):
     """On CPU the loops keep buffers of one layer at work, the same for any depth."""
-    extras = [
-        temporary_bytes(scanned, 0.3, sampler, layers) - temporary_bytes(scanned, 0, None, layers)
-        for layers in (LAYERS, 4 * LAYERS)
-    ]
-    assert extras[0] == extras[1] <= 2 * BUFFER
+    few, many = growth(dropout(sampler))
+    assert few == many <= 2 * BUFFER
 
 
 def test_a_stored_mask_is_seen():
     """The test of the tests: dropout that keeps its masks for the backward pass."""
 
-    def storing(weights, x, keys, rate, sampler):
-        def step(x, at):
-            weight, key = at
-            x = jax.nn.relu(x @ weight)
-            keep = jax.random.bernoulli(key, 0.7, x.shape)
-            return jnp.where(keep, x / 0.7, 0), None
+    def storing(x, key):
+        return jnp.where(jax.random.bernoulli(key, 0.7, x.shape), x / 0.7, 0)
 
-        return (jax.lax.scan(step, x, (weights, keys))[0] ** 2).sum()
-
-    extras = [
-        temporary_bytes(storing, 0.3, None, layers) - temporary_bytes(scanned, 0, None, layers)
-        for layers in (LAYERS, 4 * LAYERS)
-    ]
-    assert extras[1] - extras[0] >= 3 * LAYERS * BUFFER // 4  # a byte for each element of a mask
+    few, many = growth(storing)
+    assert many - few >= 3 * LAYERS * BUFFER // 4  # a byte for each element of a mask
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
