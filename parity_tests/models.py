@@ -275,3 +275,62 @@ def batches(
     rng = np.random.default_rng(0)
     order = [rng.integers(0, len(labels), size) for _ in range(steps)]
     return [((images[i] / 16).astype(dtype), labels[i].astype(np.int32)) for i in order]
+
+
+class _UnmodifiedEncoder(torch.nn.Module):
+    """The encoder as a user of PyTorch writes it: nothing in it knows of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Linear(8, _WIDTH)
+        self.layer = torch.nn.TransformerEncoderLayer(_WIDTH, _HEADS, 32, RATE, batch_first=True)
+        self.drop, self.out = torch.nn.Dropout(RATE), torch.nn.Linear(_WIDTH, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(self.embed(x.reshape(-1, _LENGTH, 8)))
+        return self.out(self.drop(x.mean(1)))
+
+
+_SITES = {
+    "attention": "layer.self_attn",
+    "residual1": "layer.dropout1",
+    "feed-forward": "layer.dropout",
+    "residual2": "layer.dropout2",
+    "out": "drop",
+}
+_PLACES = {
+    "embed": "embed",
+    "proj": "layer.self_attn.out_proj",
+    "up": "layer.linear1",
+    "down": "layer.linear2",
+    "out": "out",
+}
+
+# The same JAX model as ENCODER, under the names that the modules of PyTorch give its sites.
+UNMODIFIED_ENCODER = Pair(
+    params=ENCODER.params,
+    forward=lambda params, x, drop: _encoder(params, x, lambda y, site: drop(y, _SITES[site])),
+    module=_UnmodifiedEncoder,
+    names={path: leaf for n, place in _PLACES.items() for path, leaf in _dense(n, place).items()}
+    | {
+        "qkv/kernel": Leaf("layer.self_attn.in_proj_weight", (1, 0)),
+        "qkv/bias": Leaf("layer.self_attn.in_proj_bias"),
+    }
+    | {f"{n}/scale": Leaf(f"layer.{n}.weight") for n in _NORMS}
+    | {f"{n}/bias": Leaf(f"layer.{n}.bias") for n in _NORMS},
+    shape=(64,),
+)
+
+
+def converted(side: TorchSide) -> TorchSide:
+    """The PyTorch side of an unmodified model, whose dropouts are given keys."""
+    root = regtorch.key(ROOT)
+    regtorch.keyed.convert(side.model)
+
+    def loss(model: torch.nn.Module, batch: Any, step: int) -> torch.Tensor:
+        regtorch.keyed.set_key(model, root, step)
+        return torch.nn.functional.cross_entropy(
+            model(to_torch(batch[0])), to_torch(batch[1]).long()
+        )
+
+    return dataclasses.replace(side, loss=loss)

@@ -12,8 +12,16 @@ import pytest
 import torch
 
 import regjax
+from parity_tests import models
 from parity_tests.compare import BITWISE, FLOAT64, Tier
-from parity_tests.harness import Leaf, compare_forward, compare_step, compare_training
+from parity_tests.harness import (
+    Comparison,
+    Divergence,
+    Leaf,
+    compare_forward,
+    compare_step,
+    compare_training,
+)
 from parity_tests.models import DROPPED_BEFORE, PAIRS, PERCEPTRON, SHARED, batches, sides
 
 OPTIMIZERS = {
@@ -35,6 +43,11 @@ THOUSAND_STEPS = dataclasses.replace(FLOAT64, tolerance=1e-10)
 # Where a gradient is zero but for rounding, as that of the keys' bias in attention, Adam makes full
 # steps of the rounding: in float32 parameters part there, and losses are what is compared.
 LOSSES = Tier("float32", tolerance=math.inf)
+
+
+def first_of(found: Comparison) -> Divergence:
+    assert found.first is not None
+    return found.first
 
 
 def run(name: str, optimizer: str, steps: int, tier: Tier, *, record: bool = True):
@@ -59,6 +72,24 @@ def test_float32_losses_are_the_same(name):
     found = run(name, "adamw", 30, LOSSES)
     assert max(found.deviations["loss"]) < 1e-4
     assert found.deviations["mask"] == [0.0] * 30
+
+
+@pytest.mark.parametrize(
+    "steps", [15, pytest.param(1000, marks=pytest.mark.slow)], ids=["15", "1000"]
+)
+def test_an_unmodified_transformer_layer_of_pytorch_trains_the_same(steps):
+    """torch.nn.TransformerEncoderLayer, converted, beside attention written in JAX."""
+    pair = models.UNMODIFIED_ENCODER
+    with jax.enable_x64(True):
+        ours, theirs = sides(pair, *OPTIMIZERS["adamw"], dtype="float64", record=False)
+        found = compare_training(
+            ours,
+            models.converted(theirs),
+            batches(steps, "float64"),
+            pair.names,
+            tier=THOUSAND_STEPS,
+        )
+    found.raise_if_different()
 
 
 @pytest.mark.slow
@@ -129,10 +160,9 @@ def test_a_planted_defect_is_named_at_its_step_and_place(pair, options, where):
     with jax.enable_x64(True):
         both = sides(pair, **options, dtype="float64")
         found = compare_training(*both, batches(5, "float64"), pair.names, tier=FLOAT64)
-    assert found.first is not None
-    assert found.first.step == 1
-    assert found.first.quantity == where[0]
-    assert where[1] in found.first.name
+    assert first_of(found).step == 1
+    assert first_of(found).quantity == where[0]
+    assert where[1] in first_of(found).name
     with pytest.raises(AssertionError, match=r"JAX and PyTorch part at step 1, in the"):
         found.raise_if_different()
 
@@ -142,15 +172,15 @@ def test_a_defect_that_comes_late_is_named_at_its_step():
     schedule = lambda count: jax.numpy.where(count < 3, 0.1, 0.2)
     both = sides(PERCEPTRON, optax.sgd(schedule), lambda m: torch.optim.SGD(m.parameters(), 0.1))
     found = compare_training(*both, batches(6), PERCEPTRON.names)
-    assert (found.first.step, found.first.quantity) == (4, "parameter")
+    assert (first_of(found).step, first_of(found).quantity) == (4, "parameter")
     assert len(found.losses) == 4  # it stops where the sides part
 
 
 def test_different_masks_are_told_with_rates_and_digests():
     both = sides(PERCEPTRON, **SGD, plant="rate")
     found = compare_step(*both, batches(1)[0], PERCEPTRON.names)
-    assert "JAX rate 0.11, 1024 elements, mask " in found.first.detail
-    assert "PyTorch rate 0.1, 1024 elements, mask " in found.first.detail
+    assert "JAX rate 0.11, 1024 elements, mask " in first_of(found).detail
+    assert "PyTorch rate 0.1, 1024 elements, mask " in first_of(found).detail
 
 
 def test_table_and_plot(tmp_path):
@@ -203,4 +233,4 @@ def test_no_batches_are_refused():
 def test_a_nan_on_one_side_is_a_difference():
     both = sides(PERCEPTRON, optax.sgd(np.nan), lambda m: torch.optim.SGD(m.parameters(), 0.1))
     found = compare_training(*both, batches(1), PERCEPTRON.names)
-    assert found.first.quantity == "parameter"
+    assert first_of(found).quantity == "parameter"

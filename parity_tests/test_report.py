@@ -68,6 +68,7 @@ def test_list_and_only(monkeypatch, tmp_path, capsys):
 def test_every_check_passes(check):
     entry = program.run(check, quick=True)
     assert entry.verdict == "agrees", report.found(entry)
+    assert entry.outcome is not None
     assert entry.outcome.compared > 0
 
 

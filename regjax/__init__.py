@@ -4,7 +4,10 @@
 """
 
 from regjax import optim as optim
+from regjax._alpha import alpha_dropout as alpha_dropout
+from regjax._alpha import feature_alpha_dropout as feature_alpha_dropout
 from regjax._dropout import dropout as dropout
+from regjax._features import feature_dropout as feature_dropout
 from regjax._keys import site_key as site_key
 from regjax._masks import bernoulli as bernoulli
 from regjax._packed import packed_bernoulli as packed_bernoulli

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +83,23 @@ def dropout(
     Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
     prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
     """
+    return masked(x, rate, key, deterministic, Settings(tuple(broadcast_dims), sampler))
+
+
+def masked(
+    x: Inexact[ArrayLike, "*shape"],
+    rate: ArrayLike,
+    key: KeyLike | None,
+    deterministic: ArrayLike,
+    settings: Settings,
+) -> Inexact[Array, "*shape"]:
+    """The dropout of the whole family: checks, shortcuts, then the mask."""
     x = check_inexact(x)
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
-    broadcast_dims = check_dims(broadcast_dims, x.ndim)
+    settings = dataclasses.replace(
+        settings, broadcast_dims=check_dims(settings.broadcast_dims, x.ndim)
+    )
     if deterministic is True or _is_number(rate, 0):
         return x
 
@@ -93,26 +107,61 @@ def dropout(
         if _is_number(rate, 1):
             return jnp.zeros_like(x)
         jitted = _drop_at_tracer if isinstance(rate, jax.Array) else _drop_at_number
-        return jitted(x, require_key(key), rate, broadcast_dims, sampler)
+        return jitted(x, require_key(key), rate, settings)
 
     return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
+
+
+def inverse(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
+    """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
+    real = real_dtype(dtype)
+    if isinstance(keep_prob, jax.Array):
+        positive = keep_prob > 0
+        return jnp.where(positive, 1 / jnp.where(positive, keep_prob, 1), 0).astype(real)
+    return real(1) / real(keep_prob)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What of a dropout is no array: one value, static under jit.
+
+    An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
+
+    Attributes:
+        broadcast_dims: dimensions along which one mask is shared.
+        sampler: what draws the mask.
+        scale: makes the scale from the keep probability and the dtype.
+        offsets: makes `(shift, fill)` from the same; both are 0 without it.
+    """
+
+    broadcast_dims: tuple[int, ...]
+    sampler: Sampler
+    scale: Callable[..., Any] = inverse
+    offsets: Callable[..., Any] | None = None
 
 
 def _drop(
     x: Inexact[Array, "*shape"],
     key: KeyLike,
     rate: float | Float[Array, ""],
-    broadcast_dims: tuple[int, ...],
-    sampler: Sampler,
+    settings: Settings,
 ) -> Inexact[Array, "*shape"]:
-    shape = tuple(1 if dim in broadcast_dims else size for dim, size in enumerate(x.shape))
+    dims = settings.broadcast_dims
+    shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
 
     def masked(x: Inexact[Array, "*shape"], key: KeyLike) -> Inexact[Array, "*shape"]:
         keep_prob = _keep_prob(rate, x.dtype)
-        scale = _scale(realised_keep_prob(sampler, keep_prob), x.dtype)
-        keep = sampler(key, keep_prob, shape, out_sharding=_mask_sharding(x, broadcast_dims))
+        keep = settings.sampler(key, keep_prob, shape, out_sharding=_mask_sharding(x, dims))
+        realised = realised_keep_prob(settings.sampler, keep_prob)
+        scale = settings.scale(realised, x.dtype)
         # A selection, not a product: a dropped NaN or infinity must become 0.
-        dropped = jnp.where(keep, _scaled(x, scale), jnp.zeros((), x.dtype))
+        if settings.offsets is None:
+            dropped = jnp.where(keep, _scaled(x, scale), jnp.zeros((), x.dtype))
+        else:
+            shift, fill = settings.offsets(realised, x.dtype)
+            # The sum before the product: no compiler can contract these two to one rounding.
+            kept = (x.astype(scale.dtype) + shift) * scale
+            dropped = jnp.where(keep, kept, fill).astype(x.dtype)
         if isinstance(rate, jax.Array):
             in_range = (rate >= 0) & (rate <= 1)
             dropped = jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype))
@@ -125,28 +174,20 @@ def _drop(
 
 # The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
 # agree in shape and rate share one trace and one lowering.
-_drop_at_number = jax.jit(_drop, static_argnums=(2, 3, 4))
-_drop_at_tracer = jax.jit(_drop, static_argnums=(3, 4))
+_drop_at_number = jax.jit(_drop, static_argnums=(2, 3))
+_drop_at_tracer = jax.jit(_drop, static_argnums=3)
 
 
 def _keep_prob(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:
     """1 - rate, rounded once to the precision that `dtype` is scaled in."""
-    real = _real(dtype)
+    real = real_dtype(dtype)
     if isinstance(rate, jax.Array):
         return real(1) - lax.stop_gradient(rate).astype(real)
     return float(real(1 - rate))  # the subtraction is in double
 
 
-def _scale(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
-    """What kept elements are multiplied by: 1 / keep_prob, or 0 where nothing is kept."""
-    real = _real(dtype)
-    if isinstance(keep_prob, jax.Array):
-        positive = keep_prob > 0
-        return jnp.where(positive, 1 / jnp.where(positive, keep_prob, 1), 0).astype(real)
-    return real(1) / real(keep_prob)
-
-
-def _real(dtype: np.dtype) -> type[np.floating]:
+def real_dtype(dtype: np.dtype) -> type[np.floating]:
+    """The type in which elements of `dtype` are scaled, before they are rounded once."""
     return np.float64 if dtype in _DOUBLE else np.float32
 
 

@@ -3,8 +3,12 @@
 `regjax` is the JAX twin of this package, file by file; `parity_tests` proves that they agree.
 """
 
+from regtorch import keyed as keyed
 from regtorch import nn as nn
+from regtorch._alpha import alpha_dropout as alpha_dropout
+from regtorch._alpha import feature_alpha_dropout as feature_alpha_dropout
 from regtorch._dropout import dropout as dropout
+from regtorch._features import feature_dropout as feature_dropout
 from regtorch._keys import bits as bits
 from regtorch._keys import fold_in as fold_in
 from regtorch._keys import key as key

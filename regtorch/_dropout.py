@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,41 +74,81 @@ def dropout(
     Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
     prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
     """
+    return masked(x, rate, key, deterministic, Settings(tuple(broadcast_dims), sampler))
+
+
+def masked(
+    x: Tensor,
+    rate: float | Tensor,
+    key: Tensor | torch.Generator | None,
+    deterministic: bool | Tensor,
+    settings: Settings,
+) -> Tensor:
+    """The dropout of the whole family: checks, shortcuts, then the mask."""
     x = check_inexact(x)
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
-    broadcast_dims = check_dims(broadcast_dims, x.ndim)
+    settings = dataclasses.replace(
+        settings, broadcast_dims=check_dims(settings.broadcast_dims, x.ndim)
+    )
     if deterministic is True or _is_number(rate, 0):
         return x
     if _is_number(rate, 1):
         # Not zeros_like: the result stays in the graph, and its gradient is zeros, not an error.
         dropped = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
     else:
-        dropped = _drop(x, require_key(key).to(x.device), rate, _Settings(broadcast_dims, sampler))
+        dropped = _drop(x, require_key(key).to(x.device), rate, settings)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, dropped)
     return dropped
 
 
+def inverse(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
+    real = real_dtype(dtype)
+    if isinstance(keep_prob, Tensor):
+        positive = keep_prob > 0
+        return torch.where(positive, 1 / torch.where(positive, keep_prob, 1.0), 0.0).to(real)
+    return (1 / torch.tensor(keep_prob, dtype=real)).item()
+
+
 @dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What of a dropout is no tensor: one value, into which no transform looks."""
+class Settings:
+    """What of a dropout is no tensor: one value, into which no transform looks.
+
+    An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
+
+    Attributes:
+        broadcast_dims: dimensions along which one mask is shared.
+        sampler: what draws the mask.
+        scale: makes the scale from the keep probability and the dtype.
+        offsets: makes `(shift, fill)` from the same; both are 0 without it.
+    """
 
     broadcast_dims: tuple[int, ...]
     sampler: Sampler
+    scale: Callable[..., Any] = inverse
+    offsets: Callable[..., Any] | None = None
 
 
-def _masked(x: Tensor, key: Tensor, rate: float | Tensor, settings: _Settings) -> Tensor:
+def _masked(x: Tensor, key: Tensor, rate: float | Tensor, settings: Settings) -> Tensor:
     dims = settings.broadcast_dims
     shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
     keep_prob = _keep_prob(rate, x.dtype)
-    scale = _scale(realised_keep_prob(settings.sampler, keep_prob), x.dtype)
+    keep = settings.sampler(key, keep_prob, shape)
+    realised = realised_keep_prob(settings.sampler, keep_prob)
+    scale = settings.scale(realised, x.dtype)
     # A selection, not a product: a dropped NaN or infinity must become 0.
-    return _scaled(torch.where(settings.sampler(key, keep_prob, shape), x, 0), scale)
+    if settings.offsets is None:
+        return _scaled(torch.where(keep, x, 0), scale)
+    shift, fill = settings.offsets(realised, x.dtype)
+    # The sum before the product: no compiler can contract these two to one rounding.
+    kept = (x.to(real_dtype(x.dtype)) + shift) * scale
+    return torch.where(keep, kept, fill).to(x.dtype)
 
 
 class _Drop(torch.autograd.Function):
-    """Masks and scales; linear in `x`, so that derivatives of every kind are the same again.
+    """Masks and scales; affine in `x`, so that derivatives of every kind are the same again.
 
     Nothing is kept for them but the key, and the rate where it is a tensor: the mask is made anew.
     """
@@ -116,7 +156,7 @@ class _Drop(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, key: Tensor, rate: float | Tensor, settings: _Settings) -> Tensor:
+    def forward(x: Tensor, key: Tensor, rate: float | Tensor, settings: Settings) -> Tensor:
         return _masked(x, key, rate, settings)
 
     @staticmethod
@@ -137,12 +177,13 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def again(ctx: Any, x: Tensor) -> Tensor:
-        """The same mask and scale on another tensor."""
+        """The same mask and scale on another tensor, without the offsets."""
         key, *rate = ctx.saved_tensors
-        return _Drop.apply(x, key, rate[0] if rate else ctx.rate, ctx.settings)
+        linear = dataclasses.replace(ctx.settings, offsets=None)
+        return _Drop.apply(x, key, rate[0] if rate else ctx.rate, linear)
 
 
-def _drop(x: Tensor, key: Tensor, rate: float | Tensor, settings: _Settings) -> Tensor:
+def _drop(x: Tensor, key: Tensor, rate: float | Tensor, settings: Settings) -> Tensor:
     # A compiler sees through the plain function and settles by itself what to keep; it cannot trace
     # a Function that has a forward-mode rule.
     apply = _masked if torch.compiler.is_compiling() else _Drop.apply
@@ -155,22 +196,14 @@ def _drop(x: Tensor, key: Tensor, rate: float | Tensor, settings: _Settings) -> 
 
 def _keep_prob(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """1 - rate, rounded once to the precision that `dtype` is scaled in."""
-    real = _real(dtype)
+    real = real_dtype(dtype)
     if isinstance(rate, Tensor):
         return 1 - rate.to(real)
     return torch.tensor(1 - rate, dtype=real).item()  # the subtraction is in double
 
 
-def _scale(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """What kept elements are multiplied by: 1 / keep_prob, or 0 where nothing is kept."""
-    real = _real(dtype)
-    if isinstance(keep_prob, Tensor):
-        positive = keep_prob > 0
-        return torch.where(positive, 1 / torch.where(positive, keep_prob, 1.0), 0.0).to(real)
-    return (1 / torch.tensor(keep_prob, dtype=real)).item()
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which elements of `dtype` are scaled, before they are rounded once."""
     return torch.float64 if dtype in _DOUBLE else torch.float32
 
 
@@ -180,7 +213,7 @@ def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:
         return torch.view_as_complex(torch.view_as_real(x) * scale)
     if isinstance(scale, float) and x.dtype.itemsize > 1 and not torch.compiler.is_compiling():
         return x * scale  # half types in float32 and rounded once, without a copy in float32
-    return (x.to(_real(x.dtype)) * scale).to(x.dtype)
+    return (x.to(real_dtype(x.dtype)) * scale).to(x.dtype)
 
 
 def require_key(key: Tensor | torch.Generator | None) -> Tensor:

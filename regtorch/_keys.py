@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regtorch._threefry import Words, counter_bits, threefry2x32
+from regtorch._threefry import Words, counter_bits, encrypt, threefry2x32
 
 
 def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -146,16 +146,33 @@ def site_key(root: Tensor, step: int, site: str) -> Tensor:
     """
     if not isinstance(site, str):
         raise TypeError(f"site must be a string that names the place; got {site!r}.")
-    step = _integer("step", step)
-    if not 0 <= step < 2**64:
-        raise ValueError(f"step must lie in [0, 2**64); got {step}.")
+    step = check_step(step)
     at_site = threefry2x32(key_words(root), _words(site_hash(site), root.device))
     return _key_of(threefry2x32(at_site, _words(step, root.device)))
+
+
+def site_words(root: tuple[int, int], step: int, site: str) -> tuple[int, int]:
+    """The words of `site_key`, from and to Python's integers: in 20 µs, and not in 1.5 ms."""
+    at_site = encrypt(root, divmod(site_hash(site), 2**32))
+    return encrypt(at_site, divmod(step, 2**32))
 
 
 def site_hash(site: str) -> int:
     """A name's stable 64-bit hash: the first eight bytes of its SHA-256, big-endian."""
     return int.from_bytes(hashlib.sha256(site.encode()).digest()[:8])
+
+
+def check_step(step: int) -> int:
+    """Returns the step as a Python integer.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is negative, or takes more than 64 bits.
+    """
+    step = _integer("step", step)
+    if not 0 <= step < 2**64:
+        raise ValueError(f"step must lie in [0, 2**64); got {step}.")
+    return step
 
 
 def generator_key(generator: torch.Generator) -> Tensor:

@@ -54,6 +54,27 @@ def _rounds(key: Words, state: Words) -> Words:
     return x0, x1
 
 
+def encrypt(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
+    """The block function on Python's integers: a hundred times faster than on 0-d tensors.
+
+    Args:
+        key: two unsigned words.
+        counter: two unsigned words, high and low.
+
+    Returns:
+        Two unsigned words, those of `threefry2x32`.
+    """
+    schedule = (*key, key[0] ^ key[1] ^ _KEY_PARITY)
+    x0, x1 = ((word + part) % _WORD for word, part in zip(counter, key, strict=True))
+    for group in range(5):
+        for distance in _ROTATIONS[group % 2]:
+            x0 = (x0 + x1) % _WORD
+            x1 = ((x1 << distance) % _WORD | x1 >> (32 - distance)) ^ x0
+        x0 = (x0 + schedule[(group + 1) % 3]) % _WORD
+        x1 = (x1 + schedule[(group + 2) % 3] + group + 1) % _WORD
+    return x0, x1
+
+
 def counter_bits(key: Words, shape: Sequence[int]) -> Tensor:
     """32 random bits an element: both words of the block at the element's row-major index.
 

@@ -26,7 +26,11 @@ FLOORS = {
     "_decay": 1,
     "_penalty": 2,
     "optim": 2,
-    "nn": 4,
+    "_features": 4,
+    "_alpha": 5,
+    "nn": 6,
+    "keyed_layers": 7,
+    "keyed": 8,
     "__init__": 9,
 }
 

@@ -1,0 +1,121 @@
+"""Dropout of channels and alpha dropout: the same bits in both wings."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+DTYPES = [np.dtype(dtype) for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)]
+RATES = (0.05, 0.1, 0.123, 0.45, 0.5, 0.5688, 0.9)
+NAMES = ("feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+
+
+def vjp(wing: Wing, name: str, x: np.ndarray, ct: np.ndarray, rate: Any, **options: Any):
+    """A function of the family and its gradient, from NumPy to NumPy."""
+    function = functools.partial(getattr(wing.library, name), key=wing.key(11), **options)
+
+    def at(rate):
+        return wing.vjp(lambda x: function(x, rate), wing.array(x), wing.array(ct))
+
+    y, gradient = wing.traced(at)(rate) if isinstance(rate, np.generic) else at(rate)
+    return wing.numpy(y), wing.numpy(gradient)
+
+
+def inputs(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.normal(size=(7, 33, 5)).astype(dtype) for _ in range(2))
+    return x, cotangent
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rate", RATES)
+def test_forward_and_backward_agree_in_every_bit(name, dtype, rate):
+    options = {"channel_axis": 1} if "feature" in name else {}
+    with jax.enable_x64(dtype.itemsize == 8):
+        ours, theirs = (vjp(wing, name, *inputs(dtype), rate, **options) for wing in WINGS)
+    words = np.dtype(f"u{dtype.itemsize}")
+    for array, twin in zip(ours, theirs, strict=True):
+        assert array.dtype == twin.dtype == dtype
+        np.testing.assert_array_equal(array.view(words), twin.view(words))
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_no_compiler_contracts_the_sum_and_the_product(rate):
+    """One XLA computation around it, whose neighbours are products and sums too."""
+    x, _ = inputs(np.dtype(np.float32))
+    whole = lambda wing, x: wing.library.alpha_dropout(x * x, rate, key=wing.key(3))
+    fused = np.asarray(jax.jit(functools.partial(whole, JAX))(x))
+    np.testing.assert_array_equal(fused, TORCH.numpy(whole(TORCH, TORCH.array(x))))
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_a_changing_rate_agrees_to_the_last_bits(rate):
+    x, ct = inputs(np.dtype(np.float32))
+    ours, theirs = (vjp(wing, "alpha_dropout", x, ct, np.float32(rate)) for wing in WINGS)
+    number = vjp(TORCH, "alpha_dropout", x, ct, rate)
+    for array, twin, fixed in zip(ours, theirs, number, strict=True):
+        np.testing.assert_allclose(array, twin, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(twin, fixed, rtol=1e-6, atol=1e-6)
+
+
+@both_wings
+@pytest.mark.parametrize("name", ["feature_dropout", "feature_alpha_dropout"])
+def test_channels_first_and_channels_last_draw_the_same_mask(wing: Wing, name):
+    x = np.random.default_rng(0).normal(size=(5, 8, 3, 4)).astype(np.float32)
+    function = functools.partial(getattr(wing.library, name), key=wing.key(2))
+    first = wing.numpy(function(wing.array(x), 0.5, channel_axis=1))
+    last = wing.numpy(function(wing.array(x.transpose(0, 2, 3, 1)), 0.5, channel_axis=-1))
+    np.testing.assert_array_equal(first, last.transpose(0, 3, 1, 2))
+    keep = wing.bernoulli(2, 0.5, (5, 8))
+    assert 0 < keep.sum() < keep.size
+    if name == "feature_dropout":
+        np.testing.assert_array_equal((first != 0).all((2, 3)), keep)
+
+
+def test_the_default_axes_are_each_framework_s_own():
+    x = np.ones((5, 8, 3, 4), np.float32)
+    torch_y = TORCH.library.feature_dropout(TORCH.array(x), 0.5, key=TORCH.key(2))
+    jax_y = JAX.library.feature_dropout(x.transpose(0, 2, 3, 1), 0.5, key=JAX.key(2))
+    np.testing.assert_array_equal(TORCH.numpy(torch_y), JAX.numpy(jax_y).transpose(0, 3, 1, 2))
+
+
+@both_wings
+@pytest.mark.parametrize("name", NAMES)
+def test_the_corners_are_those_of_dropout(wing: Wing, name):
+    x = wing.array(np.array([[np.nan, np.inf, -np.inf, 1.0]] * 30, np.float32))
+    function = getattr(wing.library, name)
+    assert function(x, 0) is x
+    assert function(x, 0.5, deterministic=True) is x
+    np.testing.assert_array_equal(wing.numpy(function(x, 1)), np.zeros((30, 4)))
+    with pytest.raises(ValueError, match="key is missing"):
+        function(x, 0.5)
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]; got 2"):
+        function(x, 2, key=wing.key(0))
+    with pytest.raises(TypeError, match="x must be floating"):
+        function(wing.array(np.ones((2, 2), np.int32)), 0.5, key=wing.key(0))
+    y = wing.numpy(function(x, 0.5, key=wing.key(0)))
+    keep = wing.bernoulli(0, 0.5, (30, 4))  # two dimensions: row and channel
+    dropped = y[~keep]
+    assert (dropped == dropped[0]).all()
+    assert np.isfinite(dropped).all()
+    assert not np.isfinite(y[keep & ~np.isfinite(wing.numpy(x))]).any()
+
+
+@both_wings
+def test_the_packed_sampler_reaches_the_constants(wing: Wing):
+    x = wing.array(np.zeros((64, 64), np.float32))
+    sampler = functools.partial(wing.library.packed_bernoulli, bits=4)
+    y = wing.library.alpha_dropout(x, 0.1, key=wing.key(0), sampler=sampler)
+    alpha, keep = 1.7580993408473766, 14 / 16
+    scale = ((1 + alpha**2 * (1 - keep)) * keep) ** -0.5
+    expected = [-alpha * keep * scale, alpha * (1 - keep) * scale]
+    np.testing.assert_allclose(np.unique(wing.numpy(y)), expected, rtol=1e-6)

@@ -1,0 +1,395 @@
+"""`regtorch.keyed`: existing models draw from explicit keys, and nothing else about them changes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import regtorch
+from regtorch import keyed
+from regtorch._keys import site_words
+
+ROOT = regtorch.key(7)
+X = torch.linspace(-2.0, 3.0, 24).reshape(3, 8)
+
+
+class Shared(nn.Module):
+    """One dropout in two places, one in a dict, one called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Dropout(0.5)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), self.first)])
+        self.named = nn.ModuleDict({"alpha": nn.AlphaDropout(0.5)})
+
+    def forward(self, x):
+        return self.named["alpha"](self.blocks[0](self.first(x)))
+
+
+def at(name: str, step: int = 0) -> torch.Tensor:
+    return regtorch.site_key(ROOT, step, name)
+
+
+def keyed_model(model: nn.Module, step: int = 0) -> nn.Module:
+    keyed.set_key(keyed.convert(model), ROOT, step)
+    return model
+
+
+FAMILY = {
+    nn.Dropout: (X, regtorch.dropout),
+    nn.Dropout1d: (torch.ones(3, 8, 2), regtorch.feature_dropout),
+    nn.Dropout2d: (torch.ones(3, 8, 2, 2), regtorch.feature_dropout),
+    nn.Dropout3d: (torch.ones(3, 8, 2, 2, 2), regtorch.feature_dropout),
+    nn.AlphaDropout: (X, regtorch.alpha_dropout),
+    nn.FeatureAlphaDropout: (torch.ones(3, 8, 2), regtorch.feature_alpha_dropout),
+}
+
+
+@pytest.mark.parametrize(("kind", "x", "function"), [(k, *v) for k, v in FAMILY.items()])
+def test_every_layer_of_the_family_draws_from_its_site(kind, x, function):
+    model = keyed_model(nn.Sequential(nn.Identity(), kind(0.3)), step=5)
+    assert torch.equal(model(x), function(x, 0.3, key=at("1", 5)))
+    assert model.eval()(x) is x
+    assert isinstance(model[1], kind)
+
+
+def test_an_inplace_layer_writes_to_its_input():
+    x = X.clone()
+    y = keyed_model(nn.Sequential(nn.Dropout(0.5, inplace=True)))(x)
+    assert y is x
+    assert torch.equal(x, regtorch.dropout(X, 0.5, key=at("0")))
+
+
+def test_a_shared_module_has_its_first_name_and_each_call_its_own_key():
+    model = keyed_model(Shared(), step=2)
+    assert keyed.sites(model) == ["first", "named.alpha"]
+    x = regtorch.dropout(X, 0.5, key=at("first", 2))
+    x = regtorch.dropout(model.blocks[0][0](x), 0.5, key=at("first#1", 2))
+    expected = regtorch.alpha_dropout(x, 0.5, key=at("named.alpha", 2))
+    assert torch.equal(model(X), expected)
+    assert not torch.equal(model(X), expected)  # first#2, first#3
+    keyed.set_key(model, ROOT, 2)
+    assert torch.equal(model(X), expected)
+    keyed.set_key(model, ROOT, torch.tensor(3))
+    assert not torch.equal(model(X), expected)
+
+
+def test_a_dropout_may_be_the_whole_model():
+    layer = keyed_model(nn.Dropout(0.5))
+    assert keyed.sites(layer) == [""]
+    assert torch.equal(layer(X), regtorch.dropout(X, 0.5, key=at("")))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2**32 + 5, 2**64 - 1])
+@pytest.mark.parametrize("root", [(0, 0), (0, 7), (2**32 - 1, 2**31)])
+def test_keys_from_integers_are_site_keys(root, step):
+    for site in ("", "a", "encoder.layers.0.dropout#12"):
+        tensor = torch.tensor(root, dtype=torch.uint32)
+        assert regtorch.site_key(tensor, step, site).tolist() == list(site_words(root, step, site))
+
+
+def test_training_without_a_key_names_set_key_and_the_site():
+    model = keyed.convert(Shared())
+    with pytest.raises(ValueError, match=r"site 'first' has no key.*keyed\.set_key"):
+        model(X)
+    model.eval()(X)
+
+
+def test_set_key_refuses_what_is_not_converted_and_what_is_no_key():
+    model = keyed.convert(nn.Sequential(nn.Dropout(0.5)))
+    model.append(nn.Dropout(0.5))
+    with pytest.raises(ValueError, match=r"module '1' \(Dropout\) is not converted.*convert"):
+        keyed.set_key(model, ROOT, 0)
+    model = keyed.convert(model)
+    with pytest.raises(ValueError, match="step must lie in"):
+        keyed.set_key(model, ROOT, -1)
+    with pytest.raises(TypeError, match="key must be a key"):
+        keyed.set_key(model, 0, 0)
+
+
+def test_convert_keeps_parameters_state_and_objects_and_revert_puts_the_classes_back():
+    model = nn.Sequential(
+        Shared(), nn.TransformerEncoderLayer(8, 2, 16), nn.LSTM(8, 4, 2, dropout=0.5)
+    )
+    modules, classes = list(model.modules()), [type(module) for module in model.modules()]
+    state, printed = list(model.state_dict()), repr(model)
+    attributes = [set(vars(module)) for module in modules]
+    assert keyed.convert(model) is model
+    assert list(model.state_dict()) == state
+    names = keyed.sites(model)
+    keyed.set_key(model, ROOT, 0)
+    keys = [site.root for module in modules for site in getattr(module, "sites", ())]
+    assert keyed.convert(model) is model  # once more: nothing changes, keys included
+    assert keyed.sites(model) == names
+    assert [s.root for m in modules for s in getattr(m, "sites", ())] == keys
+    assert keyed.revert(model) is model
+    assert all(new is old for new, old in zip(model.modules(), modules, strict=True))
+    assert [type(module) for module in model.modules()] == classes
+    assert repr(model) == printed
+    assert [set(vars(module)) for module in modules] == attributes
+
+
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "pickle"],
+)
+def test_copies_draw_the_same_and_are_independent(again):
+    model = keyed_model(nn.Sequential(Shared(), nn.LSTM(8, 4, 3, dropout=0.5)))
+    twin = again(model)
+    expected = model(X)[0]
+    assert torch.equal(twin(X)[0], expected)
+    keyed.set_key(twin, ROOT, 1)
+    assert keyed.sites(twin) == keyed.sites(model)
+    assert not torch.equal(twin(X)[0], expected)
+    twin.load_state_dict(model.state_dict())
+    assert twin[0].first is twin[0].blocks[0][1]
+
+
+class Custom(nn.Dropout):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    "module", [Custom(0.5), type("MyAttention", (nn.MultiheadAttention,), {})(8, 2, dropout=0.1)]
+)
+def test_a_subclass_is_refused_by_its_path_before_anything_is_converted(module):
+    model = nn.Sequential(nn.Dropout(0.5), nn.ModuleDict({"inner": module}))
+    kind = type(module).__name__
+    with pytest.raises(TypeError, match=rf"module '1\.inner' is a {kind}.*regtorch\.dropout"):
+        keyed.convert(model)
+    assert type(model[0]) is nn.Dropout
+    assert keyed.sites(model) == []
+
+
+def test_a_part_that_was_converted_under_another_name_is_refused():
+    part = keyed.convert(nn.Sequential(nn.Dropout(0.5)))
+    with pytest.raises(ValueError, match=r"module '1\.0' was converted .* name '0'.*revert"):
+        keyed.convert(nn.Sequential(nn.Dropout(0.5), part))
+
+
+def test_what_drops_nothing_is_left_alone():
+    model = nn.Sequential(Custom(0.0), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8, 2))
+    keyed.convert(model)
+    assert [type(module) for module in model] == [Custom, nn.MultiheadAttention, nn.LSTM]
+
+
+# Attention: what is written out equals PyTorch's own, with every option.
+ATTENTION = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "without bias": {"bias": False},
+    "extra keys": {"add_bias_kv": True, "add_zero_attn": True, "batch_first": True},
+    "other widths": {"kdim": 6, "vdim": 10},
+}
+
+
+@pytest.fixture
+def no_dropout(monkeypatch):
+    """Dropout that keeps everything, on both sides."""
+    monkeypatch.setattr("regtorch.keyed_layers.dropout", lambda x, rate, *, key: x)
+    monkeypatch.setattr(F, "dropout", lambda x, p: x)
+    kernel = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args: kernel(*args[:4], 0.0, *args[5:])
+    )
+
+
+@pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
+@pytest.mark.parametrize("masks", ["none", "bool", "float", "heads"])
+@pytest.mark.parametrize("weights", ["none", "mean", "all"])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.usefixtures("no_dropout")
+def test_attention_written_out_is_pytorch_s(options, masks, weights, batched):
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(8, 2, dropout=0.5, dtype=torch.float64, **options)
+    model = keyed_model(copy.deepcopy(plain))
+    first = options.get("batch_first", False)
+    batch, heads = (3 if batched else 1), 2
+    sizes = zip((5, 6, 6), (8, options.get("kdim", 8), options.get("vdim", 8)), strict=True)
+    q, k, v = (torch.randn(batch, length, width, dtype=torch.float64) for length, width in sizes)
+    if not batched:
+        q, k, v = q[0], k[0], v[0]
+    elif not first:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    call = {"need_weights": weights != "none", "average_attn_weights": weights != "all"}
+    if masks == "float":
+        call |= {"attn_mask": torch.randn(5, 6, dtype=torch.float64)}
+    elif masks == "heads":
+        call |= {"attn_mask": torch.randn(batch * heads, 5, 6, dtype=torch.float64)}
+    elif masks == "bool":
+        padding = torch.zeros(batch, 6, dtype=torch.bool)
+        padding[0, -2:] = True
+        call |= {
+            "key_padding_mask": padding if batched else padding[0],
+            "attn_mask": torch.ones(5, 6, dtype=torch.bool).triu(1),
+        }
+    expected, given = plain(q, k, v, **call), model(q, k, v, **call)
+    torch.testing.assert_close(given[0], expected[0], rtol=1e-12, atol=1e-13)
+    if weights == "none":
+        assert given[1] is expected[1] is None
+    else:
+        torch.testing.assert_close(given[1], expected[1], rtol=1e-12, atol=1e-13)
+
+
+def test_attention_drops_probabilities_of_batch_heads_queries_keys():
+    model = keyed_model(nn.Sequential(nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)))
+    attention, x = model[0], torch.randn(3, 5, 8)
+    _, dropped = attention(x, x, x, average_attn_weights=False)
+    _, whole = attention.eval()(x, x, x, average_attn_weights=False)
+    torch.testing.assert_close(dropped, regtorch.dropout(whole, 0.5, key=at("0")))
+    with pytest.raises(RuntimeError, match="is_causal"):
+        attention.train()(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("form", ["batch first", "time first", "packed", "unbatched", "projected"])
+@pytest.mark.usefixtures("no_dropout")
+def test_recurrent_layers_run_one_by_one_as_in_pytorch(kind, bidirectional, form):
+    torch.manual_seed(0)
+    options = {"batch_first": form != "time first", "bidirectional": bidirectional}
+    if form == "projected":
+        if kind is not nn.LSTM:
+            return
+        options["proj_size"] = 2
+    plain = kind(4, 5, 3, dropout=0.0, dtype=torch.float64, **options)
+    model = copy.deepcopy(plain)
+    model.dropout = 0.5
+    keyed_model(model)
+    assert keyed.sites(model) == ["0", "1"]
+    x = torch.randn((6, 4) if form == "unbatched" else (3, 6, 4), dtype=torch.float64)
+    if form == "packed":
+        x = pack_padded_sequence(x, torch.tensor([4, 6, 2]), True, enforce_sorted=False)
+    (y, state), (given, given_state) = plain(x), model(x)
+    for _ in range(2):  # without and with a state of the beginning
+        assert torch.equal(getattr(given, "data", given), getattr(y, "data", y))
+        pairs = zip(state, given_state, strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+        (y, state), (given, given_state) = plain(x, state), model(x, given_state)
+    weights = [
+        functools.reduce(torch.add, (p.sum() for p in m.parameters())) for m in (plain, model)
+    ]
+    assert torch.equal(*weights)
+
+
+def test_recurrent_layers_drop_between_layers():
+    torch.manual_seed(0)
+    lstm = nn.LSTM(4, 5, 2, dropout=0.5, batch_first=True)
+    model = keyed_model(nn.ModuleDict({"rnn": lstm}), step=1)
+    assert keyed.sites(model) == ["rnn.0"]
+    x = torch.randn(3, 6, 4)
+    lower, upper = nn.LSTM(4, 5, batch_first=True), nn.LSTM(5, 5, batch_first=True)
+    for layer, module in enumerate((lower, upper)):
+        suffix = f"_l{layer}"
+        own = {n.replace(suffix, "_l0"): p for n, p in lstm.state_dict().items() if suffix in n}
+        module.load_state_dict(own)
+    expected, _ = upper(regtorch.dropout(lower(x)[0], 0.5, key=at("rnn.0", 1)))
+    y, _ = lstm(x)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in lstm.parameters())
+
+
+MODELS = {
+    "encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
+        7 + 1,
+    ),
+    "transformer": (lambda: nn.Transformer(8, 2, 1, 1, 16), 4 + 6),
+    "gru": (lambda: nn.GRU(8, 8, 3, dropout=0.5), 2),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_evaluation_keeps_every_bit_and_training_never_asks_pytorch_s_generator(name, grad):
+    make, count = MODELS[name]
+    model = make()
+    x = torch.randn(5, 3, 8)
+    inputs = (x, x) if name == "transformer" else (x,)
+    run = lambda: out[0] if isinstance(out := model(*inputs), tuple) else out
+    with torch.set_grad_enabled(grad):
+        model.eval()
+        expected = run()
+        keyed_model(model)
+        assert torch.equal(run(), expected)
+        assert len(keyed.sites(model)) == count
+        model.train()
+        state = torch.get_rng_state()
+        first = run()
+        assert torch.equal(torch.get_rng_state(), state)
+        keyed.set_key(model, ROOT, 0)
+        assert torch.equal(run(), first)
+        assert not torch.equal(first, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_draws_the_same_masks_again(reentrant):
+    model = keyed_model(
+        nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8))
+    )
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    keyed.set_key(model, ROOT, 0)
+    y = checkpoint(model, x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert [site.calls for site in (model[1].sites[0], model[3].sites[0])] == [1, 1]
+
+
+def twice(model, x, **options):
+    for _ in range(2):
+        x = checkpoint(model, x, use_reentrant=False, **options) if options else model(x)
+    return x
+
+
+def test_a_checkpoint_of_a_site_called_twice_needs_replay():
+    model = keyed_model(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh()))
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(twice(model, x).sum(), x)
+    keyed.set_key(model, ROOT, 0)
+    y = twice(model, x, preserve_rng_state=False)
+    with pytest.raises(RuntimeError, match=r"site '1' was called 2 times.*keyed\.replay"):
+        y.sum().backward()
+    keyed.set_key(model, ROOT, 0)
+    y = twice(model, x, context_fn=lambda: keyed.replay(model))
+    keyed.set_key(model, ROOT, 9)  # even then: the step is part of what is put back
+    y.sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert (model[1].sites[0].step, model[1].sites[0].calls) == (9, 0)
+
+
+def test_a_checkpoint_whose_backward_comes_after_set_key_is_refused():
+    model = keyed_model(nn.Sequential(nn.Dropout(0.5), nn.Tanh()))
+    y = checkpoint(model, X.clone().requires_grad_(), use_reentrant=False)
+    keyed.set_key(model, ROOT, 1)
+    with pytest.raises(RuntimeError, match=r"called 0 times.*set_key after the backward pass"):
+        y.sum().backward()
+
+
+def test_hooks_stay():
+    model = nn.Sequential(nn.Dropout(0.5))
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append(1))
+    keyed_model(model)(X)
+    assert seen == [1]
+
+
+def test_functional_call_and_grad():
+    model = keyed_model(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)))
+    parameters = dict(model.named_parameters())
+    loss = lambda p: torch.func.functional_call(model, p, (X,)).sum()
+    gradient = torch.func.grad(loss)(parameters)
+    scale = regtorch.dropout(torch.ones(3, 8), 0.5, key=at("1"))
+    torch.testing.assert_close(gradient["0.bias"], scale.sum(0))
