@@ -35,7 +35,8 @@ def alpha_dropout(
         y = where(keep, (x + alpha * rate) * a, -alpha * q * a)
 
     The constants are computed in double and rounded once; the sum and the product follow in
-    float32, in double for float64; half and 8-bit types are rounded once, at the end.
+    float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum
+    comes first, because a compiler could contract a product and a sum to one rounding.
 
     Args:
         x: real floating, of any shape, also 0-d and empty.

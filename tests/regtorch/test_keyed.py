@@ -1,11 +1,10 @@
-"""`regtorch.keyed`: existing models draw from explicit keys, and nothing else about them changes."""
+"""`regtorch.keyed`: existing models draw from explicit keys; nothing else changes."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -301,12 +300,20 @@ def test_recurrent_layers_drop_between_layers():
     assert all(parameter.grad is not None for parameter in lstm.parameters())
 
 
+def test_each_gap_between_recurrent_layers_has_its_own_key(monkeypatch):
+    keys = []
+    drop = lambda x, rate, *, key: keys.append(key.tolist()) or x
+    monkeypatch.setattr("regtorch.keyed_layers.dropout", drop)
+    keyed_model(nn.ModuleDict({"rnn": nn.GRU(8, 8, 3, dropout=0.5)}))["rnn"](X)
+    assert keys == [at("rnn.0").tolist(), at("rnn.1").tolist()]
+
+
 MODELS = {
     "encoder": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
         7 + 1,
     ),
-    "transformer": (lambda: nn.Transformer(8, 2, 1, 1, 16), 4 + 6),
+    "transformer": (lambda: nn.Transformer(8, 2, 1, 1, 16, batch_first=True), 4 + 6),
     "gru": (lambda: nn.GRU(8, 8, 3, dropout=0.5), 2),
 }
 

@@ -106,7 +106,7 @@ def test_alpha_dropout_keeps_mean_0_and_variance_1(rate, which):
     """Within 5 sigma, p < 6e-7 each; the fourth moment is the sample's own."""
     torch.manual_seed(0)
     layer = layers("AlphaDropout", rate)[which == "torch"]
-    x = torch.randn(1_000_000, dtype=torch.float64)
+    x = torch.randn(200_000, dtype=torch.float64)
     y = layer(x, key=KEY) if which == "ours" else layer(x)
     n = len(y)
     assert abs(y.mean()) < 5 * y.std() / n**0.5
