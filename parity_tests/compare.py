@@ -72,17 +72,17 @@ def assert_same_at_every_step(
     worst = 0.0
     for step, (ours, theirs) in enumerate(zip(left, right, strict=True), start=1):
         _assert_same_form(ours, theirs, f"{first} and {second} at step {step}")
-        deviations = _deviations(ours, theirs, tier)
+        apart = deviations(ours, theirs, tier)
         # argmax stops at the first NaN, max would step over it.
-        name = list(deviations)[int(np.argmax(list(deviations.values())))]
+        name = list(apart)[int(np.argmax(list(apart.values())))]
         limit = tier.tolerance or 0.0
         # Written so that NaN fails.
-        if not deviations[name] <= limit:
+        if not apart[name] <= limit:
             raise AssertionError(
                 f"{first} and {second} part at step {step} in '{name}': deviation "
-                f"{deviations[name]:.3e} exceeds {limit:g}"
+                f"{apart[name]:.3e} exceeds {limit:g}"
             )
-        worst = max(worst, deviations[name])
+        worst = max(worst, apart[name])
     return worst
 
 
@@ -101,7 +101,7 @@ def deviation(left: Sequence[Leaves], right: Sequence[Leaves]) -> float:
         >>> deviation([{"w": np.array([1.0, 2.0])}], [{"w": np.array([1.0, 2.5])}])
         0.2
     """
-    return max(_deviations(left[-1], right[-1], FLOAT64).values())
+    return max(deviations(left[-1], right[-1], FLOAT64).values())
 
 
 def _assert_same_form(ours: Leaves, theirs: Leaves, where: str) -> None:
@@ -113,12 +113,14 @@ def _assert_same_form(ours: Leaves, theirs: Leaves, where: str) -> None:
             raise AssertionError(f"{where} differ in form in '{name}': {form}, {other}")
 
 
-def _deviations(ours: Leaves, theirs: Leaves, tier: Tier) -> dict[str, float]:
+def deviations(ours: Leaves, theirs: Leaves, tier: Tier) -> dict[str, float]:
+    """How far each leaf is off, in the unit of the tier; in the bitwise tier 1.0 or 0.0."""
     if tier.tolerance is None:
         return {name: float(ours[name].tobytes() != theirs[name].tobytes()) for name in ours}
     scale = 1.0
     if tier.in_norm:
-        scale = max(np.abs(leaf).max(initial=0.0) for leaf in theirs.values()) or 1.0
+        largest = (np.abs(leaf).max(initial=0.0) for leaf in theirs.values())
+        scale = max(largest, default=0.0) or 1.0
     return {
         name: float(np.abs(leaf - theirs[name]).max(initial=0.0) / scale)
         for name, leaf in ours.items()

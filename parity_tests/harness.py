@@ -20,14 +20,13 @@ import numpy as np
 import optax
 import torch
 
+from parity_tests import compare
 from parity_tests.compare import FLOAT32, Tier
 from parity_tests.wings import from_torch, to_torch
 from regjax._paths import named_leaves
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
-
-    Arrays = Mapping[str, np.ndarray]
 
 # What optimizers keep, in optax's words and in PyTorch's.
 STATE = {
@@ -276,7 +275,7 @@ def compare_forward(ours: Any, theirs: torch.Tensor, tier: Tier = FLOAT32) -> fl
             f"outputs differ in form: JAX {left.dtype}{list(left.shape)}, "
             f"PyTorch {right.dtype}{list(right.shape)}"
         )
-    apart = _deviation({"": left}, {"": right}, tier)[""]
+    apart = compare.deviations({"": left}, {"": right}, tier)[""]
     if not apart <= (tier.tolerance or 0.0):
         raise AssertionError(f"outputs differ: deviation {apart:.3e} exceeds {tier.tolerance}")
     return apart
@@ -347,7 +346,7 @@ def compare_training(
         }
         found = [*_mask_divergences(step + 1, jax_side.masks, torch_side.masks, deviations)]
         for quantity, (ours, theirs) in pairs.items():
-            apart = _deviation(ours, theirs, tier)
+            apart = compare.deviations(ours, theirs, tier)
             deviations[quantity].append(max(apart.values(), default=0.0))
             if apart:
                 # argmax stops at the first NaN, max would step over it.
@@ -383,18 +382,6 @@ def _by_site(drawn: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     for site, what in drawn:
         found.setdefault(site, []).append(what)
     return found
-
-
-def _deviation(ours: Arrays, theirs: Arrays, tier: Tier) -> dict[str, float]:
-    if tier.tolerance is None:
-        return {name: float(ours[name].tobytes() != theirs[name].tobytes()) for name in ours}
-    scale = 1.0
-    if tier.in_norm:
-        scale = max((np.abs(leaf).max(initial=0.0) for leaf in theirs.values()), default=1.0) or 1.0
-    return {
-        name: float(np.abs(leaf.astype(np.float64) - theirs[name]).max(initial=0.0) / scale)
-        for name, leaf in ours.items()
-    }
 
 
 def _moved(params: PyTree, model: torch.nn.Module, leaves: Mapping[str, Leaf]) -> PyTree:

@@ -34,14 +34,12 @@ class Pair:
         forward: `forward(params, x, drop)` in JAX, `drop(x, site)` being its dropout.
         module: makes the PyTorch module; its `forward(x, drop)` is the same.
         names: JAX path to PyTorch name.
-        shape: of one example.
     """
 
     params: Any
     forward: Callable[..., jax.Array]
     module: Callable[[], torch.nn.Module]
     names: Mapping[str, Leaf]
-    shape: tuple[int, ...]
 
 
 def sides(
@@ -148,7 +146,6 @@ PERCEPTRON = Pair(
     forward=_perceptron,
     module=_Perceptron,
     names=_dense("hidden", "hidden") | _dense("out", "out"),
-    shape=(64,),
 )
 DROPPED_BEFORE = dataclasses.replace(PERCEPTRON, forward=_perceptron_dropped_before)
 
@@ -190,7 +187,6 @@ CONVOLUTIONAL = Pair(
         "conv/bias": Leaf("conv.bias"),
         **_dense("out", "out"),
     },
-    shape=(64,),
 )
 
 _WIDTH, _HEADS, _LENGTH = 16, 2, 8
@@ -257,7 +253,6 @@ ENCODER = Pair(
     names={k: v for n in _SIZES for k, v in _dense(n, n).items()}
     | {f"{n}/scale": Leaf(f"{n}.weight") for n in _NORMS}
     | {f"{n}/bias": Leaf(f"{n}.bias") for n in _NORMS},
-    shape=(64,),
 )
 
 PAIRS = {"perceptron": PERCEPTRON, "convolutional": CONVOLUTIONAL, "encoder": ENCODER}
@@ -318,7 +313,6 @@ UNMODIFIED_ENCODER = Pair(
     }
     | {f"{n}/scale": Leaf(f"layer.{n}.weight") for n in _NORMS}
     | {f"{n}/bias": Leaf(f"layer.{n}.bias") for n in _NORMS},
-    shape=(64,),
 )
 
 
