@@ -241,11 +241,13 @@ def _fairness(quick: bool) -> Outcome:
 def _decay(optimizer: str, **options: Any) -> Callable[[bool], Outcome]:
     def run(quick: bool) -> Outcome:
         from parity_tests.compare import FLOAT64, deviation
-        from parity_tests.trajectories import Case, walk_jax, walk_torch
+        from parity_tests.optimizers.case import Case
+        from parity_tests.trajectories import synthetic, walk_jax, walk_torch
 
         del quick  # a hundred steps take a second
         case = Case(optimizer, optimizer, {"weight_decay": 0.1, **options})
-        ours, theirs = walk_jax(case, FLOAT64.dtype), walk_torch(case, FLOAT64.dtype)
+        problem = synthetic(FLOAT64.dtype)
+        ours, theirs = walk_jax(case, problem), walk_torch(case, problem)
         apart = [deviation([a], [b]) for a, b in zip(ours, theirs, strict=True)]
         assert FLOAT64.tolerance is not None
         return Outcome(

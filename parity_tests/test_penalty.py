@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests import reference_optim
+from parity_tests import reference_penalty
 from regjax._penalty import l2_penalty as jax_l2_penalty
 from regtorch._penalty import l2_penalty as torch_l2_penalty
 
@@ -52,8 +52,8 @@ def test_three_parties_agree(dtype, mask):
     wide = {
         n: a.astype("complex128" if a.dtype.kind == "c" else "float64") for n, a in arrays.items()
     }
-    value = reference_optim.l2_penalty(wide, weight_decay, mask)
-    gradient = reference_optim.l2_gradient(wide, weight_decay, mask)
+    value = reference_penalty.l2_penalty(wide, weight_decay, mask)
+    gradient = reference_penalty.l2_gradient(wide, weight_decay, mask)
 
     with jax.enable_x64(True):
         params = {n: jnp.asarray(a) for n, a in arrays.items()}
@@ -87,7 +87,9 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 def test_mixed_dtypes_agree():
     arrays = {"a": _arrays("bfloat16")["kernel"], "b": _arrays("complex64")["kernel"]}
     arrays["c"] = _arrays("float64")["bias"]
-    value = reference_optim.l2_penalty({n: a.astype("complex128") for n, a in arrays.items()}, 0.3)
+    value = reference_penalty.l2_penalty(
+        {n: a.astype("complex128") for n, a in arrays.items()}, 0.3
+    )
     with jax.enable_x64(True):
         ours = jax_l2_penalty({n: jnp.asarray(a) for n, a in arrays.items()}, 0.3)
         assert ours.dtype == "float64"
@@ -99,7 +101,7 @@ def test_mixed_dtypes_agree():
 
 def test_gradient_with_respect_to_the_coefficient_agrees():
     arrays = _arrays("float32")
-    expected = reference_optim.l2_penalty(arrays, 1.0)
+    expected = reference_penalty.l2_penalty(arrays, 1.0)
     ours = jax.grad(jax_l2_penalty, argnums=1)(arrays, jnp.float32(0.3))
     weight_decay = torch.tensor(0.3, requires_grad=True)
     torch_l2_penalty(_torch(arrays), weight_decay).backward()

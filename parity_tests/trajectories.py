@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,132 +14,141 @@ import optax
 import torch
 
 import regjax.optim
-from parity_tests import reference_optim
+from parity_tests import optimizers, reference_penalty
+from parity_tests.optimizers.case import Case, Leaves
 from regjax._paths import named_leaves
 from regjax._penalty import l2_penalty as jax_l2_penalty
 from regtorch._penalty import l2_penalty as torch_l2_penalty
 
-STEPS = 100
-
 Run = list[dict[str, np.ndarray]]
+
+SMALL = {"dense/bias": (8,), "dense/kernel": (5, 8)}
+# 10,062 parameters in 6 leaves: sizes that fill vectors, and sizes that do not.
+LARGE = {
+    "conv/bias": (16,),
+    "conv/kernel": (16, 3, 3, 3),
+    "hidden/bias": (64,),
+    "hidden/kernel": (64, 140),
+    "out/bias": (10,),
+    "out/kernel": (10, 58),
+}
 
 
 @dataclass(frozen=True)
-class Case:
-    """What to train with.
+class Problem:
+    """Where to start, and the gradient of the bare loss at each step.
 
     Attributes:
-        name: For the test report.
-        optimizer: The class in `torch.optim`; in lower case, the function in `regjax.optim`.
-        options: Its arguments under torch's names, `lr` among them.
-        half_life: Steps in which the learning rate halves; None keeps it.
-        mask: Which parameters decay, by name; None for all.
-        penalty: Coefficient of the L2 penalty in the loss, under the same mask.
+        params: Arrays by name, `layer/kind`.
+        gradients: The same for each step.
     """
 
-    name: str
-    optimizer: str
-    options: Mapping[str, Any]
-    half_life: int | None = None
-    mask: Mapping[str, bool] | None = None
-    penalty: float = 0.0
+    params: Leaves
+    gradients: Sequence[Leaves]
 
-    def __str__(self) -> str:
-        return self.name
+    @property
+    def dtype(self) -> str:
+        """Of parameters and gradients."""
+        return str(next(iter(self.params.values())).dtype)
 
 
-def problem(dtype: str) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
-    """Make parameters to start from, and the gradient of the bare loss at each step.
+def synthetic(
+    dtype: str, shapes: Mapping[str, tuple[int, ...]] = SMALL, steps: int = 100
+) -> Problem:
+    """Make parameters, and gradients that depend on nothing.
 
-    Sizes of gradients shrink over time, so that the largest second moment is not the last one, and
-    differ between parameters; every fifth element or so has none at all in a step.
+    Sizes of gradients shrink over time, a hundredfold in all, so that the largest second moment is
+    not the last one, and differ between parameters; every fifth element or so has none at all in a
+    step.
 
     Args:
         dtype: Dtype of parameters and gradients.
-
-    Returns:
-        Parameters by name, and gradients by name for each of `STEPS` steps.
+        shapes: By name, `layer/kind`.
+        steps: How many gradients.
 
     Examples:
-        >>> params, gradients = problem("float32")
-        >>> sorted(params), len(gradients)
-        (['dense/bias', 'dense/kernel'], 100)
+        >>> problem = synthetic("float32")
+        >>> sorted(problem.params), len(problem.gradients), problem.dtype
+        (['dense/bias', 'dense/kernel'], 100, 'float32')
     """
     rng = np.random.default_rng(0)
-    shapes = {"dense/bias": (8,), "dense/kernel": (5, 8)}
     params = {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
     gradients = []
-    for step in range(STEPS):
+    for step in range(steps):
         noise = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
         kept = {name: rng.random(shape) > 0.2 for name, shape in shapes.items()}
-        size = {"dense/bias": 0.1, "dense/kernel": 1.0}
+        size = 0.05 ** (step / steps)
         gradients.append(
-            {n: (noise[n] * kept[n] * size[n] * 0.97**step).astype(dtype) for n in shapes}
+            {
+                n: (noise[n] * kept[n] * size * (0.1 if n.endswith("bias") else 1.0)).astype(dtype)
+                for n in shapes
+            }
         )
-    return params, gradients
+    return Problem(params, gradients)
 
 
-def walk_numpy(case: Case, dtype: str) -> Run:
+def walk_numpy(case: Case, problem: Problem) -> Run:
     """Walk by the written-out recursions.
 
     Args:
         case: What to train with.
-        dtype: Dtype of parameters and gradients.
+        problem: What to train.
 
     Returns:
         Parameters by name after each step.
 
     Examples:
-        >>> run = walk_numpy(Case("plain", "SGD", {"lr": 0.1}), "float32")
+        >>> run = walk_numpy(Case("plain", "SGD", {"lr": 0.1}), synthetic("float32"))
         >>> len(run), run[0]["dense/kernel"].shape
         (100, (5, 8))
     """
-    params, gradients = problem(dtype)
+    mask = _mask(case, problem)
 
-    def gradient(current: Mapping[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
-        penalty = reference_optim.l2_gradient(current, case.penalty, case.mask)
-        return {name: g + penalty[name] for name, g in gradients[step].items()}
+    def gradient(current: Leaves, step: int) -> dict[str, np.ndarray]:
+        penalty = reference_penalty.l2_gradient(current, case.penalty, mask)
+        return {name: g + penalty[name] for name, g in problem.gradients[step].items()}
 
-    walk = getattr(reference_optim, case.optimizer.lower())
+    walk = getattr(optimizers, case.optimizer.lower())
     options = dict(case.options)
     if case.half_life is not None:
         base, half_life = options["lr"], case.half_life
         options["lr"] = lambda step: base * 0.5 ** (step / half_life)
-    return list(islice(walk(params, gradient, mask=case.mask, **options), STEPS))
+    steps = walk(problem.params, gradient, mask=case.mask, **options)
+    return list(islice(steps, len(problem.gradients)))
 
 
-def walk_torch(case: Case, dtype: str) -> Run:
+def walk_torch(case: Case, problem: Problem, **options: Any) -> Run:
     """Walk with `torch.optim`, parameter groups for a mask, and `LambdaLR` for a schedule.
 
     Args:
         case: What to train with.
-        dtype: Dtype of parameters and gradients.
+        problem: What to train.
+        **options: Further options of the optimizer, such as `fused=True`.
 
     Returns:
         Parameters by name after each step.
 
     Examples:
-        >>> run = walk_torch(Case("plain", "SGD", {"lr": 0.1}), "float32")
+        >>> run = walk_torch(Case("plain", "SGD", {"lr": 0.1}), synthetic("float32"))
         >>> len(run), run[0]["dense/kernel"].shape
         (100, (5, 8))
     """
-    arrays, gradients = problem(dtype)
-    params = {n: torch.tensor(array, requires_grad=True) for n, array in arrays.items()}
+    params = {n: torch.tensor(array, requires_grad=True) for n, array in problem.params.items()}
+    mask = _mask(case, problem)
     optimizer = getattr(torch.optim, case.optimizer)(
-        _groups(params, case.mask), **dict(case.options)
+        _groups(params, mask), **dict(case.options), **options
     )
     scheduler = None
     if case.half_life is not None:
         half_life = case.half_life
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 ** (t / half_life))
     run = []
-    for step in range(STEPS):
+    for gradient in problem.gradients:
         optimizer.zero_grad()
-        terms = [(p * torch.tensor(gradients[step][n])).sum() for n, p in params.items()]
-        loss = torch.stack(terms).sum()
+        for name, p in params.items():
+            p.grad = torch.tensor(gradient[name])
         if case.penalty:
-            loss += torch_l2_penalty(params, case.penalty, mask=case.mask)
-        loss.backward()
+            torch_l2_penalty(params, case.penalty, mask=mask).backward()
         optimizer.step()
         if scheduler is not None:
             scheduler.step()
@@ -148,44 +157,45 @@ def walk_torch(case: Case, dtype: str) -> Run:
 
 
 def walk_jax(
-    case: Case, dtype: str, make: Callable[..., optax.GradientTransformation] | None = None
+    case: Case,
+    problem: Problem,
+    make: Callable[..., optax.GradientTransformation] | None = None,
 ) -> Run:
     """Walk with `regjax.optim`, a tree of bools for a mask, and an optax schedule.
 
     Args:
         case: What to train with.
-        dtype: Dtype of parameters and gradients; float64 switches x64 on for the walk.
+        problem: What to train; in float64 the walk switches x64 on.
         make: Another function to make the optimizer with, for the tests of the tests.
 
     Returns:
         Parameters by name after each step.
 
     Examples:
-        >>> run = walk_jax(Case("plain", "SGD", {"lr": 0.1}), "float32")
+        >>> run = walk_jax(Case("plain", "SGD", {"lr": 0.1}), synthetic("float32"))
         >>> len(run), run[0]["dense/kernel"].shape
         (100, (5, 8))
     """
-    arrays, gradients = problem(dtype)
     make_optimizer = make or getattr(regjax.optim, case.optimizer.lower())
     options = dict(case.options)
     learning_rate = options.pop("lr")
     if case.half_life is not None:
         learning_rate = _halving(learning_rate, case.half_life)
-    with jax.enable_x64(dtype == "float64"):
-        params = _nested({n: jnp.asarray(array) for n, array in arrays.items()})
-        mask = None if case.mask is None else _nested(case.mask)
+    by_name = _mask(case, problem)
+    with jax.enable_x64(problem.dtype == "float64"):
+        params = _nested({n: jnp.asarray(array) for n, array in problem.params.items()})
+        mask = None if by_name is None else _nested(by_name)
         optimizer = make_optimizer(learning_rate, **options, mask=mask)
-        stacked = {n: jnp.asarray(np.stack([g[n] for g in gradients])) for n in arrays}
-
-        def loss(params, gradient):
-            total = optax.tree.vdot(params, gradient)
-            if case.penalty:
-                total += jax_l2_penalty(params, case.penalty, mask=mask)
-            return total
+        stacked = {
+            n: jnp.asarray(np.stack([g[n] for g in problem.gradients])) for n in problem.params
+        }
 
         def train_step(carry, gradient):
             params, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(params, gradient), state, params)
+            if case.penalty:
+                penalty = jax.grad(jax_l2_penalty)(params, case.penalty, mask=mask)
+                gradient = optax.tree.add(gradient, penalty)
+            updates, state = optimizer.update(gradient, state, params)
             params = optax.apply_updates(params, updates)
             return (params, state), params
 
@@ -194,13 +204,21 @@ def walk_jax(
             carry, _nested(stacked)
         )
         leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(visited)}
-    return [{name: leaf[step] for name, leaf in leaves.items()} for step in range(STEPS)]
+    steps = range(len(problem.gradients))
+    return [{name: leaf[step] for name, leaf in leaves.items()} for step in steps]
+
+
+WALKS = {"numpy": walk_numpy, "jax": walk_jax, "torch": walk_torch}
 
 
 def _halving(learning_rate: float, half_life: int) -> optax.Schedule:
     schedule = optax.exponential_decay(learning_rate, half_life, 0.5)
     # On an integer count optax would compute in float32, and strict promotion forbids its division.
     return lambda count: schedule(jnp.asarray(count, float))
+
+
+def _mask(case: Case, problem: Problem) -> dict[str, bool] | None:
+    return None if case.mask is None else {name: case.mask(name) for name in problem.params}
 
 
 def _groups(

@@ -1,4 +1,4 @@
-"""Tests of the tests: a defect in one wing must make the comparison of `test_decay` fail."""
+"""Tests of the tests: a defect in one wing must make the comparison of `test_optimizers` fail."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from parity_tests.compare import (
     assert_same_at_every_step,
     deviation,
 )
-from parity_tests.trajectories import Case, walk_jax, walk_torch
+from parity_tests.optimizers.case import Case, no_bias
+from parity_tests.trajectories import synthetic, walk_jax, walk_torch
 
 SGD = Case("sgd", "SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1})
 ADAM = Case("adam", "Adam", {"lr": 0.01, "weight_decay": 0.1})
 ADAMW = Case("adamw", "AdamW", {"lr": 0.01, "weight_decay": 0.1})
-NO_BIAS = {"dense/bias": False, "dense/kernel": True}
+SMALL = {dtype: synthetic(dtype) for dtype in ("float32", "float64")}
 
 
 def _penalty_of(case: Case, penalty: float) -> Case:
@@ -51,8 +52,8 @@ PLANTED = {
     "factor 2 missing, SGD": (SGD, _penalty_of(SGD, 0.1), None),
     "factor 2 missing, Adam": (ADAM, _penalty_of(ADAM, 0.1), None),
     "factor 2 missing in torch": (_penalty_of(SGD, 0.1), SGD, None),
-    "bias decayed on one side": (replace(SGD, mask=NO_BIAS), SGD, None),
-    "bias decayed on the other side": (ADAMW, replace(ADAMW, mask=NO_BIAS), None),
+    "bias decayed on one side": (replace(SGD, mask=no_bias), SGD, None),
+    "bias decayed on the other side": (ADAMW, replace(ADAMW, mask=no_bias), None),
     "decoupled for coupled": (ADAM, replace(ADAM, optimizer="AdamW"), None),
     "coupled for decoupled": (ADAMW, replace(ADAMW, optimizer="Adam"), None),
     "decay forgotten": (SGD, replace(SGD, options={"lr": 0.1, "momentum": 0.9}), None),
@@ -79,7 +80,7 @@ PLANTED = {
 @pytest.mark.parametrize("defect", PLANTED)
 def test_planted_defect_is_caught_by_the_loosest_tier(defect):
     right, wrong, make = PLANTED[defect]
-    ours, theirs = walk_jax(wrong, FLOAT32.dtype, make), walk_torch(right, FLOAT32.dtype)
+    ours, theirs = walk_jax(wrong, SMALL["float32"], make), walk_torch(right, SMALL["float32"])
     with pytest.raises(AssertionError, match=r"regjax and torch part at step \d+ in 'dense/"):
         assert_same_at_every_step(ours, theirs, FLOAT32, names=("regjax", "torch"))
 
@@ -103,9 +104,9 @@ OPTAX = {
 def test_optax_itself_is_caught(case, tier, make):
     # optax raises a float to the integer count, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
-        ours = walk_jax(case, tier.dtype, make)
+        ours = walk_jax(case, SMALL[tier.dtype], make)
     with pytest.raises(AssertionError, match="part at step"):
-        assert_same_at_every_step(ours, walk_torch(case, tier.dtype), tier)
+        assert_same_at_every_step(ours, walk_torch(case, SMALL[tier.dtype]), tier)
 
 
 def _leaf(*values: float, dtype: str = "float32") -> np.ndarray:

@@ -1,0 +1,81 @@
+"""Every optimizer: regjax.optim and torch.optim against NumPy, at every step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import regjax.optim
+from parity_tests.compare import FLOAT32, FLOAT64, assert_same_at_every_step, deviation
+from parity_tests.optimizers import CASES
+from parity_tests.optimizers.case import Case, no_bias
+from parity_tests.trajectories import WALKS, synthetic
+
+SMALL = {dtype: synthetic(dtype) for dtype in ("float32", "float64")}
+
+
+@pytest.mark.parametrize("tier", [FLOAT64, FLOAT32], ids=["float64", "float32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_three_parties_take_the_same_steps(case, tier):
+    if tier is FLOAT64:
+        tier = replace(tier, tolerance=case.float64)
+    reference, ours, theirs = (walk(case, SMALL[tier.dtype]) for walk in WALKS.values())
+    assert_same_at_every_step(theirs, reference, tier, names=("torch", "NumPy"))
+    assert_same_at_every_step(ours, reference, tier, names=("regjax", "NumPy"))
+    assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
+
+
+# The penalty has the gradient 2 * c * w, weight decay adds d * w: the same where d = 2 * c.
+COUPLED = [
+    Case("sgd", "SGD", {"lr": 0.1, "momentum": 0.9}, mask=no_bias),
+    Case("adam", "Adam", {"lr": 0.01}, mask=no_bias),
+]
+
+
+@pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
+@pytest.mark.parametrize("case", COUPLED, ids=str)
+def test_penalty_is_twice_the_coupled_weight_decay(case, walk):
+    in_loss = walk(replace(case, penalty=0.05), SMALL["float64"])
+    in_optimizer = walk(_with_decay(case, 0.1), SMALL["float64"])
+    assert_same_at_every_step(in_loss, in_optimizer, FLOAT64, names=("loss", "optimizer"))
+
+
+@pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
+def test_penalty_is_not_the_decoupled_weight_decay(walk):
+    case = Case("adamw", "AdamW", {"lr": 0.01})
+    in_loss = walk(_with_decay(replace(case, penalty=0.5), 0.0), SMALL["float64"])
+    in_optimizer = walk(_with_decay(case, 1.0), SMALL["float64"])
+    assert deviation(in_loss, in_optimizer) > 0.1
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
+def test_complex_parameters(name):
+    start, gradient = np.array([1 + 2j, -1j, 3]), np.array([0.5 - 1j, 2 + 1j, 1j])
+    theirs = torch.tensor(start, requires_grad=True)
+    torch_optimizer = getattr(torch.optim, name)([theirs], lr=0.1, weight_decay=0.1)
+    optimizer = getattr(regjax.optim, name.lower())(0.1, weight_decay=0.1)
+    if name == "Adam":
+        optimizer = optax.contrib.split_real_and_imaginary(optimizer)
+    runs = [], []
+    # optax joins the parts in a way that strict promotion forbids.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        ours = jnp.asarray(start)
+        state = optimizer.init(ours)
+        for _ in range(5):
+            updates, state = optimizer.update(jnp.asarray(gradient), state, ours)
+            ours = optax.apply_updates(ours, updates)
+            theirs.grad = torch.tensor(gradient)
+            torch_optimizer.step()
+            runs[0].append({"w": np.asarray(ours)})
+            runs[1].append({"w": theirs.detach().numpy().copy()})
+    assert_same_at_every_step(*runs, FLOAT64, names=("regjax", "torch"))
+
+
+def _with_decay(case: Case, weight_decay: float) -> Case:
+    return replace(case, options={**case.options, "weight_decay": weight_decay})

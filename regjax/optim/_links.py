@@ -1,0 +1,99 @@
+"""The links that the optimizers are chained from, and the checks of what they are given."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from regjax._decay import check_coefficient, resolve_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Float, PyTree, ScalarLike
+
+    Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
+
+
+def ascend(maximize: bool) -> optax.GradientTransformation:
+    return optax.scale(-1.0) if maximize else optax.identity()
+
+
+def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` whose mask is checked, and is always read off the parameters.
+
+    `optax.masked` asks a callable mask about the gradients at each update, and a tree of the wrong
+    structure fails there with no word about where.
+    """
+    if is_zero(weight_decay):
+        return optax.identity()
+
+    def decay(params: PyTree) -> optax.GradientTransformation:
+        # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
+        leafless = not jax.tree.leaves(params)
+        resolved = mask if mask is None or leafless else resolve_mask(mask, params)
+        return optax.add_decayed_weights(weight_decay, resolved)
+
+    def init(params: PyTree) -> PyTree:
+        return decay(params).init(params)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        if params is None:
+            raise ValueError(
+                f"params is None, but weight_decay={weight_decay} needs the parameters: call "
+                "update(updates, state, params), or pass weight_decay=0.0"
+            )
+        return decay(params).update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
+    """Compute `1 - decay**count` without cancellation."""
+    if isinstance(decay, int | float):
+        # In double: float32(0.999) alone would cost 3e-5 of the logarithm.
+        log_decay = math.log(decay) if decay > 0 else -math.inf
+    else:
+        log_decay = jnp.log(decay)
+    return -jnp.expm1(jnp.asarray(count, float) * log_decay)
+
+
+def rounded_once(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Do the arithmetic on half types in float32, and round updates and state once at the end.
+
+    In bfloat16 itself a momentum of 0.99 is 0.988, which sums up 85 gradients in place of 100.
+    """
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        results = inner.update(*jax.tree.map(_widened, (updates, state, params)))
+        return optax.tree.cast_like(results, (updates, state))
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _widened(leaf: Any) -> Any:
+    is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+    return leaf.astype(jnp.float32) if is_half else leaf
+
+
+def check_rates(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule
+) -> None:
+    if not callable(learning_rate):
+        check_coefficient("learning_rate", learning_rate, fix="to ascend, pass maximize=True")
+    if not callable(weight_decay):
+        check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+
+
+def is_zero(value: Any) -> bool:
+    """Tell a zero known when the chain is made: an array may change, so it counts as non-zero."""
+    return isinstance(value, int | float) and value == 0
