@@ -4,15 +4,19 @@ Both sides start from the same parameters and see the same batches; their keys a
 same root, so that they draw the same masks. After each step the masks, the loss, the gradients, the
 parameters and the optimizer's state are compared, in that order: what differs first is the cause,
 and what follows from it comes later.
+
+The two losses are all that has to be written. Masks need no word: every dropout of `regjax` and
+`regtorch` tells what it draws, and is known by the name that `site_key` derived its key with.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
-import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,6 +26,14 @@ import torch
 
 from parity_tests import compare
 from parity_tests.compare import FLOAT32, Tier
+from parity_tests.comparison import QUANTITIES, Comparison, Divergence
+from parity_tests.recording import (
+    Difference,
+    Drawn,
+    Recorder,
+    mask_differences,
+    value_deviations,
+)
 from parity_tests.wings import from_torch, to_torch
 from regjax._paths import named_leaves
 
@@ -35,8 +47,6 @@ STATE = {
     "nu": "exp_avg_sq",
     "nu_max": "max_exp_avg_sq",
 }
-# The order in which one thing causes the next within a step.
-QUANTITIES = ("mask", "loss", "gradient", "parameter", "state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,73 +73,6 @@ class Leaf:
         return np.transpose(array, np.argsort(self.transpose))
 
 
-class Masks:
-    """What each site of dropout drew in a step, by site: the rate asked and a digest of the mask.
-
-    Pass `masks.jax(site)` as `sampler=` to `regjax.dropout`, `masks.torch(site)` to
-    `regtorch.dropout`, and the harness compares masks apart from the values that they mask.
-
-    Example:
-        >>> import jax, regjax
-        >>> masks = Masks()
-        >>> x = jax.numpy.ones(64)
-        >>> y = regjax.dropout(x, 0.5, key=jax.random.key(0), sampler=masks.jax("hidden"))
-        >>> [site for site, _ in masks.taken()]
-        ['hidden']
-    """
-
-    def __init__(self) -> None:
-        self._drawn: list[tuple[str, str]] = []
-
-    def jax(self, site: str) -> Callable[..., jax.Array]:
-        """A sampler that draws like `regjax.bernoulli` and takes down what it drew."""
-        return Recorder(self, site, "jax")
-
-    def torch(self, site: str) -> Callable[..., torch.Tensor]:
-        """A sampler that draws like `regtorch.bernoulli` and takes down what it drew."""
-        return Recorder(self, site, "torch")
-
-    def add(self, site: str, keep_prob: float, mask: np.ndarray) -> None:
-        """Takes down a mask. A mask drawn again, for the backward pass, is one already known."""
-        mask = np.asarray(mask)
-        digest = hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:12]
-        entry = (site, f"rate {1 - keep_prob:.6g}, {mask.size} elements, mask {digest}")
-        if entry not in self._drawn:
-            self._drawn.append(entry)
-
-    def taken(self) -> list[tuple[str, str]]:
-        """What was taken down since the last call, by site in alphabetical order."""
-        jax.effects_barrier()
-        drawn, self._drawn = sorted(self._drawn), []
-        return drawn
-
-
-@dataclasses.dataclass(frozen=True)
-class Recorder:
-    """A sampler that takes down what it draws: hashable, so that JAX compiles it once."""
-
-    masks: Masks
-    site: str
-    side: str
-
-    def __call__(self, key: Any, keep_prob: Any, shape: Any, **layout: Any) -> Any:
-        """Draws a mask."""
-        if self.side == "jax":
-            import regjax
-
-            mask = regjax.bernoulli(key, keep_prob, shape, **layout)
-            jax.debug.callback(self._add, keep_prob, mask)
-            return mask
-        import regtorch
-
-        mask = regtorch.bernoulli(key, keep_prob, shape)
-        self._add(float(keep_prob), from_torch(mask))
-        return mask
-
-    def _add(self, keep_prob: Any, mask: Any) -> None:
-        self.masks.add(self.site, float(keep_prob), np.asarray(mask))
-
-
 @dataclasses.dataclass(frozen=True)
 class JaxSide:
     """The port.
@@ -138,13 +81,11 @@ class JaxSide:
         params: a tree of parameters; replaced by those of the PyTorch model before the first step.
         loss: `loss(params, batch, step)`, a scalar. It is jitted here, with `step` traced.
         optimizer: an optax transformation.
-        masks: where its samplers take down what they draw, if they do.
     """
 
     params: PyTree
     loss: Callable[[Any, Any, Any], jax.Array]
     optimizer: optax.GradientTransformation
-    masks: Masks | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,107 +96,11 @@ class TorchSide:
         model: a module; it is trained in place.
         loss: `loss(model, batch, step)`, a scalar tensor.
         optimizer: a `torch.optim` optimizer over the model's parameters.
-        masks: where its samplers take down what they draw, if they do.
     """
 
     model: torch.nn.Module
     loss: Callable[[torch.nn.Module, Any, int], torch.Tensor]
     optimizer: torch.optim.Optimizer
-    masks: Masks | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Divergence:
-    """Where two runs part.
-
-    Attributes:
-        step: counted from 1.
-        quantity: `mask`, `loss`, `gradient`, `parameter` or `state`.
-        name: the site or the tensor that is furthest off.
-        deviation: by how much, in the tier's unit; infinite for a mask.
-        detail: both masks, in words, where masks differ.
-    """
-
-    step: int
-    quantity: str
-    name: str
-    deviation: float
-    detail: str = ""
-
-    def __str__(self) -> str:
-        """One sentence."""
-        by = self.detail or f"deviation {self.deviation:.3e}"
-        return (
-            f"JAX and PyTorch part at step {self.step}, in the {self.quantity} '{self.name}': {by}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What was compared, and what came of it.
-
-    Attributes:
-        tier: how closely the sides had to agree.
-        deviations: for each quantity, the largest deviation of each step.
-        losses: of both sides at each step.
-        first: where they part, or None.
-    """
-
-    tier: Tier
-    deviations: Mapping[str, Sequence[float]]
-    losses: Sequence[tuple[float, float]]
-    first: Divergence | None
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the sides agreed in everything at every step."""
-        return self.first is None
-
-    def raise_if_different(self) -> None:
-        """Raises AssertionError that says where the sides part."""
-        if self.first is not None:
-            raise AssertionError(f"{self.first} (tier: {self.tier})")
-
-    def table(self) -> str:
-        """Markdown: the largest deviation of each quantity, and at which step."""
-        lines = [
-            "| quantity | steps | largest deviation | at step |",
-            "| --- | ---: | ---: | ---: |",
-        ]
-        for quantity, values in self.deviations.items():
-            if values:
-                worst = int(np.argmax(values))
-                lines.append(f"| {quantity} | {len(values)} | {values[worst]:.2e} | {worst + 1} |")
-        return "\n".join(lines) + "\n"
-
-    def plot(self, path: str | Path) -> None:
-        """Draws losses of both sides, and the deviations over the steps with the tier's bound."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        steps = range(1, len(self.losses) + 1)
-        left.plot(steps, [ours for ours, _ in self.losses], label="JAX")
-        left.plot(steps, [theirs for _, theirs in self.losses], "--", label="PyTorch")
-        left.set_ylabel("loss")
-        for quantity, values in self.deviations.items():
-            # Equal bits have no place on a logarithmic axis: they lie below everything.
-            right.plot(range(1, len(values) + 1), [max(v, 1e-18) for v in values], label=quantity)
-        if self.tier.tolerance:
-            right.axhline(self.tier.tolerance, color="#333333", linestyle=":", label="bound")
-        right.set_yscale("log")
-        right.set_ylabel("largest deviation of JAX and PyTorch")
-        for axes in (left, right):
-            axes.set_xlabel("step")
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-
-    def __str__(self) -> str:
-        """The verdict and the table."""
-        verdict = "JAX and PyTorch agree." if self.first is None else f"{self.first}."
-        return f"{verdict}\n\n{self.table()}"
 
 
 def compare_forward(ours: Any, theirs: torch.Tensor, tier: Tier = FLOAT32) -> float:
@@ -299,10 +144,16 @@ def compare_training(
     names: Mapping[str, str | Leaf],
     *,
     tier: Tier = FLOAT32,
+    tolerances: Mapping[str, float] = MappingProxyType({}),
+    record: bool = True,
     stop_at_first: bool = True,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Comparison:
     """Trains both sides from the same parameters on the same batches, and compares every step.
+
+    The masks of `regjax` and `regtorch` are compared by themselves, site by site, bit for bit; so
+    are the values that enter a site. Those are held to nothing, but where a loss differs they say
+    at which site it began.
 
     Args:
         jax_side: the port.
@@ -311,6 +162,10 @@ def compare_training(
         names: for each JAX parameter's path, such as `"dense/kernel"`, its name in PyTorch, or a
             `Leaf` where its axes are ordered otherwise.
         tier: how closely the sides must agree; its dtype is that of the parameters.
+        tolerances: other bounds than the tier's for `"loss"`, `"gradient"`, `"parameter"` or
+            `"state"`, such as `{"loss": 1e-4, "gradient": math.inf}`.
+        record: whether masks and the values they fall on are taken down; without it long runs are
+            faster.
         stop_at_first: whether to stop where the sides part, or to go on and see what becomes of it.
         progress: told of each step done.
 
@@ -319,69 +174,139 @@ def compare_training(
 
     Raises:
         ValueError: a parameter of either side has no counterpart, another shape or another dtype;
-            or there are no batches.
+            there are no batches; or a tolerance is for something else, negative or NaN.
     """
+    bounds = _bounds(tier, tolerances)
     leaves = {path: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for path, leaf in names.items()}
-    params = _moved(jax_side.params, torch_side.model, leaves)
-    state = jax_side.optimizer.init(params)
-    gradient = jax.jit(jax.value_and_grad(jax_side.loss))
-    apply = jax.jit(jax_side.optimizer.update)
+    recorder, losses, first = Recorder(), [], None
     deviations: dict[str, list[float]] = {quantity: [] for quantity in QUANTITIES}
-    losses, first = [], None
-    for step, batch in enumerate(batches):
-        ours_loss, ours_gradient = gradient(params, batch, step)
-        updates, state = apply(ours_gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        torch_side.optimizer.zero_grad()
-        theirs_loss = torch_side.loss(torch_side.model, batch, step)
-        theirs_loss.backward()
-        theirs_gradient = _torch_arrays(torch_side.model, leaves, lambda p: p.grad)
-        torch_side.optimizer.step()
-        losses.append((float(ours_loss), float(theirs_loss.detach())))
-        pairs = {
-            "loss": ({"loss": np.asarray(ours_loss)}, {"loss": from_torch(theirs_loss)}),
-            "gradient": (_jax_arrays(ours_gradient), theirs_gradient),
-            "parameter": (_jax_arrays(params), _torch_arrays(torch_side.model, leaves)),
-            "state": _states(state, torch_side, leaves),
-        }
-        found = [*_mask_divergences(step + 1, jax_side.masks, torch_side.masks, deviations)]
-        for quantity, (ours, theirs) in pairs.items():
-            apart = compare.deviations(ours, theirs, tier)
-            deviations[quantity].append(max(apart.values(), default=0.0))
-            if apart:
-                # argmax stops at the first NaN, max would step over it.
-                name = list(apart)[int(np.argmax(list(apart.values())))]
-                if not apart[name] <= (tier.tolerance or 0.0):
-                    found.append(Divergence(step + 1, quantity, name, apart[name]))
-        first = first or next(iter(found), None)
-        progress(step + 1)
-        if first and stop_at_first:
-            break
+    sites, notes = collections.Counter(), {}
+    with recorder.watching() if record else contextlib.nullcontext():
+        for step, pairs in enumerate(_steps(jax_side, torch_side, batches, leaves), start=1):
+            losses.append(tuple(float(side["loss"]) for side in pairs["loss"]))
+            draws = _Draws(*recorder.taken())
+            sites.update(draws.sites)
+            notes.update(dict.fromkeys(draws.notes))
+            apart = {q: compare.deviations(*pair, tier) for q, pair in pairs.items()}
+            found = draws.compare(tier, deviations) | _exceeding(apart, bounds)
+            for quantity, values in apart.items():
+                deviations[quantity].append(max(values.values(), default=0.0))
+            first = first or _first(step, found, draws)
+            progress(step)
+            if first and stop_at_first:
+                break
     if not losses:
         raise ValueError("batches is empty: there is nothing to compare")
-    return Comparison(tier, deviations, losses, first)
+    return Comparison(tier, deviations, losses, first, dict(sites), tuple(notes))
 
 
-def _mask_divergences(
-    step: int, ours: Masks | None, theirs: Masks | None, deviations: dict[str, list[float]]
-) -> Iterable[Divergence]:
-    if ours is None or theirs is None:
-        return
-    left, right = ours.taken(), theirs.taken()
-    deviations["mask"].append(float(left != right))
-    by_site = [_by_site(drawn) for drawn in (left, right)]
-    for site in dict.fromkeys([*by_site[0], *by_site[1]]):
-        in_jax, in_torch = (drawn.get(site, ["nothing drawn"]) for drawn in by_site)
-        if in_jax != in_torch:
-            detail = f"JAX {'; '.join(in_jax)}; PyTorch {'; '.join(in_torch)}"
-            yield Divergence(step, "mask", site, float("inf"), detail)
+def _steps(
+    jax_side: JaxSide, torch_side: TorchSide, batches: Iterable[Any], leaves: Mapping[str, Leaf]
+) -> Iterator[dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]]:
+    """Trains both sides; for each step and quantity, the arrays of JAX and of PyTorch by name."""
+    model, optimizer = torch_side.model, torch_side.optimizer
+    params = _moved(jax_side.params, model, leaves)
+    state = jax_side.optimizer.init(params)
+    gradient = jax.jit(jax.value_and_grad(jax_side.loss))
+    update = jax.jit(jax_side.optimizer.update)
+    for step, batch in enumerate(batches):
+        ours_loss, ours_gradient = gradient(params, batch, step)
+        updates, state = update(ours_gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        optimizer.zero_grad()
+        theirs_loss = torch_side.loss(model, batch, step)
+        theirs_loss.backward()
+        theirs_gradient = _torch_arrays(model, leaves, lambda p: p.grad)
+        optimizer.step()
+        yield {
+            "loss": ({"loss": np.asarray(ours_loss)}, {"loss": from_torch(theirs_loss)}),
+            "gradient": (_jax_arrays(ours_gradient), theirs_gradient),
+            "parameter": (_jax_arrays(params), _torch_arrays(model, leaves)),
+            "state": _states(state, torch_side, leaves),
+        }
 
 
-def _by_site(drawn: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for site, what in drawn:
-        found.setdefault(site, []).append(what)
+def _exceeding(
+    apart: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]
+) -> dict[str, Difference]:
+    """By quantity the tensor that is furthest off, where that is too far."""
+    found = {}
+    for quantity, values in apart.items():
+        if values:
+            # argmax stops at the first NaN, max would step over it.
+            name = list(values)[int(np.argmax(list(values.values())))]
+            if not values[name] <= bounds[quantity]:
+                found[quantity] = Difference(name, values[name], "")
     return found
+
+
+def _bounds(tier: Tier, tolerances: Mapping[str, float]) -> dict[str, float]:
+    held = QUANTITIES[QUANTITIES.index("loss") :]
+    for quantity, bound in tolerances.items():
+        if quantity not in held:
+            raise ValueError(f"tolerances has '{quantity}', but it may have: {', '.join(held)}")
+        if not bound >= 0:
+            raise ValueError(f"tolerances['{quantity}'] must be at least 0, but it is {bound}")
+    return {quantity: tolerances.get(quantity, tier.tolerance or 0.0) for quantity in held}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    """What both sides drew in one step."""
+
+    ours: Sequence[Drawn]
+    theirs: Sequence[Drawn]
+
+    @property
+    def on_both_sides(self) -> bool:
+        return bool(self.ours and self.theirs)
+
+    @property
+    def sites(self) -> list[str]:
+        return [drawn.site for drawn in self.theirs] if self.on_both_sides else []
+
+    @property
+    def notes(self) -> list[str]:
+        """What cannot be compared: a dropout of another library is not seen."""
+        sides = {"JAX": ("regjax", self.ours), "PyTorch": ("regtorch", self.theirs)}
+        seen = [f"{len(draws)} in {side}" for side, (_, draws) in sides.items() if draws]
+        blind = [f"{library} in {side}" for side, (library, draws) in sides.items() if not draws]
+        if len(blind) != 1:
+            return []
+        return [f"Masks were not compared: {seen[0]}, and no dropout of {blind[0]}."]
+
+    def compare(self, tier: Tier, deviations: dict[str, list[float]]) -> dict[str, Difference]:
+        """What differs, by quantity; the deviations of this step are added to those before."""
+        if not self.on_both_sides:
+            return {}
+        masks = mask_differences(self.ours, self.theirs)
+        # In norm: activations have any size.
+        values = value_deviations(self.ours, self.theirs, dataclasses.replace(tier, in_norm=True))
+        deviations["mask"].append(float(bool(masks)))
+        deviations["activation"].append(max(values.values(), default=0.0))
+        found = {"mask": masks[0]} if masks else {}
+        for site, apart in values.items():
+            if not apart <= (tier.tolerance or 0.0):
+                detail = "masks agree, and this is the first site that other values enter"
+                found["activation"] = Difference(site, apart, detail)
+                break
+        return found
+
+
+def _first(step: int, found: Mapping[str, Difference], draws: _Draws) -> Divergence | None:
+    """The cause: of the quantities that differ, the first.
+
+    Values that enter a site are held to nothing: they only say where a loss begins to differ.
+    """
+    differ = [q for q in QUANTITIES if q in found and (q != "activation" or "loss" in found)]
+    if not differ:
+        return None
+    cause = found[differ[0]]
+    detail = cause.detail
+    if differ[0] == "loss" and draws.on_both_sides:
+        last = draws.theirs[-1].site
+        detail = f"masks agree, and so do the values that enter them up to the last, '{last}'"
+    return Divergence(step, differ[0], cause.site, cause.deviation, detail)
 
 
 def _moved(params: PyTree, model: torch.nn.Module, leaves: Mapping[str, Leaf]) -> PyTree:

@@ -18,7 +18,7 @@ import torch
 
 import regjax
 import regtorch
-from parity_tests.harness import JaxSide, Leaf, Masks, TorchSide
+from parity_tests.harness import JaxSide, Leaf, TorchSide
 from parity_tests.wings import to_torch
 
 ROOT = 7
@@ -50,7 +50,6 @@ def sides(
     dtype: str = "float32",
     plant: str = "",
     sites: Mapping[str, tuple[int, ...]] | None = None,
-    record: bool = True,
 ) -> tuple[JaxSide, TorchSide]:
     """Both sides of a pair, ready to be trained on batches `(x, labels)`.
 
@@ -61,11 +60,9 @@ def sides(
         dtype: of the parameters.
         plant: `"key"` moves one site's key by one step in JAX, `"rate"` takes 0.11 for 0.1 there.
         sites: dimensions along which a site shares its mask, in JAX; in PyTorch see the module.
-        record: whether masks are taken down.
     """
     torch.manual_seed(0)
     model = pair.module().to(getattr(torch, dtype))
-    ours, theirs = Masks(), Masks()
     shared = sites or {}
 
     def jax_loss(params: Any, batch: Any, step: Any) -> jax.Array:
@@ -76,7 +73,6 @@ def sides(
                 0.11 if plant == "rate" and site == "out" else RATE,
                 key=regjax.site_key(jax.random.key(ROOT), step + late, site),
                 broadcast_dims=shared.get(site, ()),
-                sampler=ours.jax(site) if record else regjax.bernoulli,
             )
 
         logits = pair.forward(params, batch[0], drop)
@@ -90,7 +86,6 @@ def sides(
                 RATE,
                 key=regtorch.site_key(regtorch.key(ROOT), step, site),
                 broadcast_dims=broadcast_dims,
-                sampler=theirs.torch(site) if record else regtorch.bernoulli,
             )
 
         logits = model(to_torch(batch[0]), drop)
@@ -98,8 +93,8 @@ def sides(
 
     params = jax.tree.map(lambda shape: jnp.zeros(shape, dtype), pair.params, is_leaf=_is_shape)
     return (
-        JaxSide(params, jax_loss, jax_optimizer, ours if record else None),
-        TorchSide(model, torch_loss, torch_optimizer(model), theirs if record else None),
+        JaxSide(params, jax_loss, jax_optimizer),
+        TorchSide(model, torch_loss, torch_optimizer(model)),
     )
 
 

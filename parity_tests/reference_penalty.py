@@ -50,3 +50,62 @@ def l2_gradient(
         {'w': array([3., 4.])}
     """
     return {name: 2 * weight_decay * w * (mask is None or mask[name]) for name, w in params.items()}
+
+
+def l1_penalty(
+    params: Leaves, weight_decay: float, mask: Mapping[str, bool] | None = None
+) -> float:
+    """Sum absolute values, in double.
+
+    Args:
+        params: Arrays by name.
+        weight_decay: The coefficient.
+        mask: Which names count; None for all.
+
+    Returns:
+        `weight_decay` times the sum of `|w|`.
+
+    Examples:
+        >>> l1_penalty({"w": np.array([3.0, -4.0])}, 0.5)
+        3.5
+    """
+    counted = [w for name, w in params.items() if mask is None or mask[name]]
+    return weight_decay * float(sum(np.sum(np.abs(w).astype(np.float64)) for w in counted))
+
+
+def l1_gradient(
+    params: Leaves, weight_decay: float, mask: Mapping[str, bool] | None = None
+) -> dict[str, np.ndarray]:
+    """Differentiate `l1_penalty`, as PyTorch does where parameters are complex.
+
+    Args:
+        params: Arrays by name.
+        weight_decay: The coefficient.
+        mask: Which names count; None for all.
+
+    Returns:
+        `weight_decay * w / |w|` where the mask allows, and zeros elsewhere and where `w` is 0.
+
+    Examples:
+        >>> l1_gradient({"w": np.array([3.0, -4.0, 0.0])}, 0.5)
+        {'w': array([ 0.5, -0.5,  0. ])}
+    """
+    signs = {name: w / np.where(w == 0, 1, np.abs(w)) for name, w in params.items()}
+    return {n: weight_decay * sign * (mask is None or mask[n]) for n, sign in signs.items()}
+
+
+def distance(params: Leaves, reference: Leaves) -> dict[str, np.ndarray]:
+    """Subtract a reference: L2-SP is L2 of what is left.
+
+    Args:
+        params: Arrays by name.
+        reference: The same.
+
+    Returns:
+        The differences by name.
+
+    Examples:
+        >>> distance({"w": np.array([3.0])}, {"w": np.array([1.0])})
+        {'w': array([2.])}
+    """
+    return {name: w - reference[name] for name, w in params.items()}

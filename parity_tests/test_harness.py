@@ -50,11 +50,11 @@ def first_of(found: Comparison) -> Divergence:
     return found.first
 
 
-def run(name: str, optimizer: str, steps: int, tier: Tier, *, record: bool = True):
+def run(name: str, optimizer: str, steps: int, tier: Tier, **options):
     pair = PAIRS[name]
     with jax.enable_x64(tier.dtype == "float64"):
-        both = sides(pair, *OPTIMIZERS[optimizer], dtype=tier.dtype, sites=SHARED, record=record)
-        return compare_training(*both, batches(steps, tier.dtype), pair.names, tier=tier)
+        both = sides(pair, *OPTIMIZERS[optimizer], dtype=tier.dtype, sites=SHARED)
+        return compare_training(*both, batches(steps, tier.dtype), pair.names, tier=tier, **options)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -81,7 +81,7 @@ def test_an_unmodified_transformer_layer_of_pytorch_trains_the_same(steps):
     """torch.nn.TransformerEncoderLayer, converted, beside attention written in JAX."""
     pair = models.UNMODIFIED_ENCODER
     with jax.enable_x64(True):
-        ours, theirs = sides(pair, *OPTIMIZERS["adamw"], dtype="float64", record=False)
+        ours, theirs = sides(pair, *OPTIMIZERS["adamw"], dtype="float64")
         found = compare_training(
             ours,
             models.converted(theirs),
@@ -126,7 +126,7 @@ SGD = dict(zip(("jax_optimizer", "torch_optimizer"), OPTIMIZERS["sgd"], strict=T
 PLANTED = {
     "a key off by one step": (PERCEPTRON, {**SGD, "plant": "key"}, ("mask", "out")),
     "rate .11 for .1": (PERCEPTRON, {**SGD, "plant": "rate"}, ("mask", "out")),
-    "dropout before the activation": (DROPPED_BEFORE, SGD, ("loss", "loss")),
+    "dropout before the activation": (DROPPED_BEFORE, SGD, ("activation", "out")),
     "bias decayed on one side": (
         PERCEPTRON,
         with_options(regjax.optim.sgd(0.1, weight_decay=0.1), decayed_kernels),
@@ -176,11 +176,10 @@ def test_a_defect_that_comes_late_is_named_at_its_step():
     assert len(found.losses) == 4  # it stops where the sides part
 
 
-def test_different_masks_are_told_with_rates_and_digests():
+def test_different_masks_are_told_with_their_rates():
     both = sides(PERCEPTRON, **SGD, plant="rate")
     found = compare_step(*both, batches(1)[0], PERCEPTRON.names)
-    assert "JAX rate 0.11, 1024 elements, mask " in first_of(found).detail
-    assert "PyTorch rate 0.1, 1024 elements, mask " in first_of(found).detail
+    assert "rate 0.11 in JAX and 0.1 in PyTorch; 9 of 1024 elements" in first_of(found).detail
 
 
 def test_table_and_plot(tmp_path):

@@ -1,4 +1,4 @@
-"""L2 as a loss term: regjax and regtorch against NumPy, values and gradients."""
+"""Penalties: regjax and regtorch against NumPy, values and gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from parity_tests import reference_penalty
+from regjax import _penalty as jax_penalty
 from regjax._penalty import l2_penalty as jax_l2_penalty
+from regtorch import _penalty as torch_penalty
 from regtorch._penalty import l2_penalty as torch_l2_penalty
 
 SHAPES = {"bias": (7,), "empty": (0, 3), "kernel": (5, 7), "scale": ()}
@@ -45,26 +47,69 @@ def _torch(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {n: tensors[n].requires_grad_() for n in arrays}
 
 
+# Value and gradient in NumPy of the penalty at parameters and reference, and the arguments with
+# which a wing is asked for it.
+PENALTIES = {
+    "l1_penalty": (
+        lambda p, p0, mask: reference_penalty.l1_penalty(p, 0.3, mask),
+        lambda p, p0, mask: reference_penalty.l1_gradient(p, 0.3, mask),
+        lambda p0: (0.3,),
+    ),
+    "l2_penalty": (
+        lambda p, p0, mask: reference_penalty.l2_penalty(p, 0.3, mask),
+        lambda p, p0, mask: reference_penalty.l2_gradient(p, 0.3, mask),
+        lambda p0: (0.3,),
+    ),
+    "elastic_net_penalty": (
+        lambda p, p0, mask: (
+            reference_penalty.l1_penalty(p, 0.3, mask) + reference_penalty.l2_penalty(p, 0.2, mask)
+        ),
+        lambda p, p0, mask: _added(
+            reference_penalty.l1_gradient(p, 0.3, mask), reference_penalty.l2_gradient(p, 0.2, mask)
+        ),
+        lambda p0: (0.3, 0.2),
+    ),
+    "l2_sp_penalty": (
+        lambda p, p0, mask: reference_penalty.l2_penalty(
+            reference_penalty.distance(p, p0), 0.3, mask
+        ),
+        lambda p, p0, mask: reference_penalty.l2_gradient(
+            reference_penalty.distance(p, p0), 0.3, mask
+        ),
+        lambda p0: (p0, 0.3),
+    ),
+}
+
+
+def _added(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: leaf + right[name] for name, leaf in left.items()}
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_three_parties_agree(dtype, mask):
-    arrays, weight_decay = _arrays(dtype), 0.3
-    wide = {
-        n: a.astype("complex128" if a.dtype.kind == "c" else "float64") for n, a in arrays.items()
-    }
-    value = reference_penalty.l2_penalty(wide, weight_decay, mask)
-    gradient = reference_penalty.l2_gradient(wide, weight_decay, mask)
+@pytest.mark.parametrize("name", PENALTIES)
+def test_three_parties_agree(name, dtype, mask):
+    arrays = _arrays(dtype)
+    # A zero, where signs and moduli have no derivative.
+    arrays["kernel"][0, 0] = 0
+    origins = {n: np.asarray(a + np.asarray(1, a.dtype)) for n, a in arrays.items()}
+    value_of, gradient_of, arguments = PENALTIES[name]
+    wide, wide_origins = _widened(arrays), _widened(origins)
+    value = value_of(wide, wide_origins, mask)
+    gradient = gradient_of(wide, wide_origins, mask)
 
     with jax.enable_x64(True):
         params = {n: jnp.asarray(a) for n, a in arrays.items()}
-        penalty = functools.partial(jax_l2_penalty, weight_decay=weight_decay, mask=mask)
-        ours, slope = jax.jit(jax.value_and_grad(penalty))(params)
+        reference = {n: jnp.asarray(a) for n, a in origins.items()}
+        penalty = functools.partial(getattr(jax_penalty, name), mask=mask)
+        ours, slope = jax.jit(jax.value_and_grad(penalty))(params, *arguments(reference))
         # JAX gives the conjugate of what PyTorch calls the gradient.
         slope = {n: np.asarray(g.conj()) for n, g in slope.items()}
         ours = np.asarray(ours)
-    tensors = _torch(arrays)
-    theirs = torch_l2_penalty(tensors, weight_decay, mask=mask)
+    tensors, torch_reference = _torch(arrays), _torch(origins)
+    theirs = getattr(torch_penalty, name)(tensors, *arguments(torch_reference), mask=mask)
     theirs.backward()
+    assert all(tensor.grad is None for tensor in torch_reference.values())
 
     limit = TOLERANCES[dtype]
     assert ours.dtype == theirs.detach().numpy().dtype
@@ -73,11 +118,16 @@ def test_three_parties_agree(dtype, mask):
     np.testing.assert_allclose(theirs.item(), value, rtol=limit)
     # The gradient of a half type is right to half of its last place, which has 8 or 11 digits.
     limit = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(dtype, limit)
-    for name, expected in gradient.items():
-        grad = tensors[name].grad
+    for leaf, expected in gradient.items():
+        grad = tensors[leaf].grad
         found = np.zeros(expected.shape) if grad is None else grad.to(_wide(grad)).numpy()
-        np.testing.assert_allclose(slope[name].astype(expected.dtype), expected, rtol=limit)
+        np.testing.assert_allclose(slope[leaf].astype(expected.dtype), expected, rtol=limit)
         np.testing.assert_allclose(found, expected, rtol=limit)
+
+
+def _widened(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    kinds = {n: "complex128" if a.dtype.kind == "c" else "float64" for n, a in arrays.items()}
+    return {n: a.astype(kinds[n]) for n, a in arrays.items()}
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
@@ -119,3 +169,52 @@ def test_both_wings_refuse_a_coefficient_with_the_same_words(weight_decay):
         torch_l2_penalty(_torch(arrays), weight_decay)
     assert ours.type is theirs.type
     assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_both_wings_name_themselves_with_the_same_words(name):
+    arguments = PENALTIES[name][2]
+    with pytest.raises(TypeError) as ours:
+        getattr(jax_penalty, name)({"a": 0.5}, *arguments({"a": 0.5}))
+    with pytest.raises(TypeError) as theirs:
+        getattr(torch_penalty, name)({"a": 0.5}, *arguments({"a": 0.5}))
+    for message in (ours, theirs):
+        assert str(message.value).startswith(f"{name} takes float or complex")
+        assert "params at 'a' is 0.5: give it False in `mask`" in str(message.value)
+
+
+@pytest.mark.parametrize(
+    ("reference", "error"),
+    [(np.ones((3, 2)), ValueError), (np.ones((2, 3)) * 1j, TypeError)],
+)
+def test_both_wings_refuse_a_reference_with_the_same_words(reference, error):
+    params = np.ones((2, 3))
+    with jax.enable_x64(True), pytest.raises(error) as ours:
+        jax_penalty.l2_sp_penalty({"a": params}, {"a": reference}, 0.1)
+    with pytest.raises(error) as theirs:
+        torch_penalty.l2_sp_penalty(
+            {"a": torch.tensor(params)}, {"a": torch.tensor(reference)}, 0.1
+        )
+    assert str(ours.value) == str(theirs.value)
+    assert "reference at 'a'" in str(ours.value)
+
+
+def test_elastic_net_is_that_of_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    rng = np.random.default_rng(0)
+    x, noise = rng.standard_normal((60, 5)), rng.standard_normal(60)
+    y = x @ np.array([2.0, -1.0, 0.0, 0.5, 0.0]) + 0.1 * noise
+    alpha, l1_ratio = 0.2, 0.6
+    model = linear_model.ElasticNet(alpha=alpha, l1_ratio=l1_ratio, fit_intercept=False, tol=1e-12)
+    best = model.fit(x, y).coef_
+    assert 0 < np.count_nonzero(best) < 5
+
+    def objective(w):
+        penalty = jax_penalty.elastic_net_penalty(w, alpha * l1_ratio, alpha * (1 - l1_ratio) / 2)
+        return jnp.mean((y - x @ w) ** 2) / 2 + penalty
+
+    with jax.enable_x64(True):
+        slope = np.asarray(jax.grad(objective)(jnp.asarray(best)))
+    # At the optimum the gradient vanishes, but where the L1 term holds a weight at 0.
+    np.testing.assert_allclose(slope[best != 0], 0, atol=1e-8)
+    assert (np.abs(slope[best == 0]) <= alpha * l1_ratio).all()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from parity_tests.optimizers.case import Case, Leaves
 from regjax._paths import named_leaves
 from regjax._penalty import l2_penalty as jax_l2_penalty
 from regtorch._penalty import l2_penalty as torch_l2_penalty
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree
 
 Run = list[dict[str, np.ndarray]]
 
@@ -50,6 +54,22 @@ class Problem:
     def dtype(self) -> str:
         """Of parameters and gradients."""
         return str(next(iter(self.params.values())).dtype)
+
+    @property
+    def steps(self) -> Sequence[Leaves]:
+        """What is known of each step before it is taken: here the whole gradient."""
+        return self.gradients
+
+    def torch_gradient(
+        self, params: Mapping[str, torch.Tensor], known: Leaves
+    ) -> dict[str, torch.Tensor]:
+        """The gradient at one step, by name."""
+        return {name: torch.tensor(known[name]) for name in params}
+
+    def jax_gradient(self, params: PyTree, known: Mapping[str, jax.Array]) -> PyTree:
+        """The gradient at one step, in the structure of the parameters."""
+        del params
+        return nested(known)
 
 
 def synthetic(
@@ -113,7 +133,7 @@ def walk_numpy(case: Case, problem: Problem) -> Run:
     if case.half_life is not None:
         base, half_life = options["lr"], case.half_life
         options["lr"] = lambda step: base * 0.5 ** (step / half_life)
-    steps = walk(problem.params, gradient, mask=case.mask, **options)
+    steps = walk(problem.params, gradient, **_masked(walk, case.mask), **options)
     return list(islice(steps, len(problem.gradients)))
 
 
@@ -143,10 +163,9 @@ def walk_torch(case: Case, problem: Problem, **options: Any) -> Run:
         half_life = case.half_life
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 ** (t / half_life))
     run = []
-    for gradient in problem.gradients:
-        optimizer.zero_grad()
-        for name, p in params.items():
-            p.grad = torch.tensor(gradient[name])
+    for known in problem.steps:
+        for name, gradient in problem.torch_gradient(params, known).items():
+            params[name].grad = gradient
         if case.penalty:
             torch_l2_penalty(params, case.penalty, mask=mask).backward()
         optimizer.step()
@@ -180,18 +199,20 @@ def walk_jax(
     options = dict(case.options)
     learning_rate = options.pop("lr")
     if case.half_life is not None:
-        learning_rate = _halving(learning_rate, case.half_life)
+        learning_rate = _halving(learning_rate, case.half_life, len(problem.steps))
     by_name = _mask(case, problem)
     with jax.enable_x64(problem.dtype == "float64"):
-        params = _nested({n: jnp.asarray(array) for n, array in problem.params.items()})
-        mask = None if by_name is None else _nested(by_name)
-        optimizer = make_optimizer(learning_rate, **options, mask=mask)
+        params = nested({n: jnp.asarray(array) for n, array in problem.params.items()})
+        mask = None if by_name is None else nested(by_name)
+        optimizer = make_optimizer(learning_rate, **options, **_masked(make_optimizer, mask))
         stacked = {
-            n: jnp.asarray(np.stack([g[n] for g in problem.gradients])) for n in problem.params
+            name: jnp.asarray(np.stack([known[name] for known in problem.steps]))
+            for name in problem.steps[0]
         }
 
-        def train_step(carry, gradient):
+        def train_step(carry, known):
             params, state = carry
+            gradient = problem.jax_gradient(params, known)
             if case.penalty:
                 penalty = jax.grad(jax_l2_penalty)(params, case.penalty, mask=mask)
                 gradient = optax.tree.add(gradient, penalty)
@@ -200,21 +221,25 @@ def walk_jax(
             return (params, state), params
 
         carry = (params, optimizer.init(params))
-        _, visited = jax.jit(lambda carry, xs: jax.lax.scan(train_step, carry, xs))(
-            carry, _nested(stacked)
-        )
+        _, visited = jax.jit(lambda carry, xs: jax.lax.scan(train_step, carry, xs))(carry, stacked)
         leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(visited)}
-    steps = range(len(problem.gradients))
+    steps = range(len(problem.steps))
     return [{name: leaf[step] for name, leaf in leaves.items()} for step in steps]
 
 
 WALKS = {"numpy": walk_numpy, "jax": walk_jax, "torch": walk_torch}
 
 
-def _halving(learning_rate: float, half_life: int) -> optax.Schedule:
-    schedule = optax.exponential_decay(learning_rate, half_life, 0.5)
-    # On an integer count optax would compute in float32, and strict promotion forbids its division.
-    return lambda count: schedule(jnp.asarray(count, float))
+def _halving(learning_rate: float, half_life: int, steps: int) -> optax.Schedule:
+    # A table, as torch computes it: a power in float32 would be off in its last digit.
+    table = np.array([learning_rate * 0.5 ** (step / half_life) for step in range(steps)])
+    return lambda count: jnp.asarray(table, float)[count]
+
+
+def _masked(function: Callable[..., Any], mask: Any) -> dict[str, Any]:
+    # Where nothing decays there is nothing to mask, and no such argument.
+    takes_mask = mask is not None or "mask" in inspect.signature(function).parameters
+    return {"mask": mask} if takes_mask else {}
 
 
 def _mask(case: Case, problem: Problem) -> dict[str, bool] | None:
@@ -232,7 +257,13 @@ def _groups(
     ]
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A tree with one level for the layers, of leaves that are named `layer/kind`.
+
+    Examples:
+        >>> nested({"out/bias": 1, "out/kernel": 2})
+        {'out': {'bias': 1, 'kernel': 2}}
+    """
     tree: dict[str, dict[str, Any]] = {}
     for name, leaf in leaves.items():
         layer, kind = name.split("/")

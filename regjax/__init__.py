@@ -10,5 +10,9 @@ from regjax._dropout import dropout as dropout
 from regjax._features import feature_dropout as feature_dropout
 from regjax._keys import site_key as site_key
 from regjax._masks import bernoulli as bernoulli
+from regjax._observe import observing as observing
 from regjax._packed import packed_bernoulli as packed_bernoulli
+from regjax._penalty import elastic_net_penalty as elastic_net_penalty
+from regjax._penalty import l1_penalty as l1_penalty
 from regjax._penalty import l2_penalty as l2_penalty
+from regjax._penalty import l2_sp_penalty as l2_sp_penalty

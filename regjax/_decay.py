@@ -1,4 +1,4 @@
-"""Which parameters decay, and by how much: the checks that loss term and optimizers share."""
+"""Which parameters decay, how much, towards what: the checks of loss terms and optimizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regjax._paths import path_name
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import PyTree
+    from jaxtyping import Array, PyTree, ScalarLike
 
     from regjax._paths import KeyPath
 
@@ -85,24 +85,114 @@ def resolve_mask(
     # An Equinox module that holds bools is callable too, but it is a tree and no leaf.
     elif callable(mask) and _is_leaf(mask):
         mask = mask(params)
-    return _broadcast((), mask, params)
+    return _broadcast("mask", _as_bool, (), mask, params)
 
 
-def _broadcast(path: KeyPath, mask: PyTree, params: PyTree) -> PyTree[bool]:
-    if _is_leaf(mask):
-        decays = _as_bool(path, mask)
-        return jax.tree.map(lambda _: decays, params)
-    mask_children, mask_structure = _children(mask)
+def resolve_scale(scale: PyTree[ScalarLike], params: PyTree) -> PyTree[ScalarLike]:
+    """Say for each parameter by which number it is scaled.
+
+    Args:
+        scale: A tree of numbers that has the structure of `params` or is a prefix of it.
+        params: The parameters, or anything of their structure.
+
+    Returns:
+        A tree of the numbers with the structure of `params`.
+
+    Raises:
+        ValueError: The scale has another structure; names the first place that differs. Or a number
+            is negative, infinite or NaN.
+        TypeError: A leaf of the scale is not a number; names its place and value.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> resolve_scale({"dense": 0.5}, params)
+        {'dense': {'bias': 0.5, 'kernel': 0.5}}
+    """
+    return _broadcast("scale", _as_number, (), scale, params)
+
+
+def resolve_reference(reference: PyTree, params: PyTree) -> PyTree:
+    """Say for each parameter towards what it decays.
+
+    Args:
+        reference: A tree with the structure of `params`; no prefix of it will do.
+        params: The parameters.
+
+    Returns:
+        The reference as it is.
+
+    Raises:
+        ValueError: The reference has another structure; names the first place that differs.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> resolve_reference({"kernel": 0.0}, {"kernel": jnp.ones(2), "bias": jnp.ones(2)})
+        Traceback (most recent call last):
+        ValueError: reference has another structure than the parameters at 'bias': the reference
+        has nothing there, the parameters have an array float32[2]
+    """
+    return _broadcast("reference", _as_it_is, (), reference, params)
+
+
+def check_reference(name: str, leaf: Array, reference: Any) -> None:
+    """Refuse a reference that a parameter cannot decay towards.
+
+    Args:
+        name: Where the parameter sits.
+        leaf: The parameter.
+        reference: What stands in its place in the reference.
+
+    Raises:
+        TypeError: The reference is no float or complex array, or complex where the parameter is
+            real.
+        ValueError: It has another shape.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> check_reference("kernel", jnp.ones((2, 3)), jnp.ones(3))
+        Traceback (most recent call last):
+        ValueError: reference at 'kernel' has shape (3,), but the parameter has shape (2, 3)
+    """
+    is_array = isinstance(reference, jax.Array | np.ndarray | np.generic)
+    if not is_array or not jnp.issubdtype(reference.dtype, jnp.inexact):
+        found = f"an array of {reference.dtype}" if is_array else repr(reference)
+        raise TypeError(
+            f"reference at '{name}' must be a float or complex array, but it is {found}: pass the "
+            "parameters to decay towards, or give it False in `mask`"
+        )
+    if jnp.iscomplexobj(reference) and not jnp.iscomplexobj(leaf):
+        raise TypeError(f"reference at '{name}' is complex, but the parameter is real")
+    if reference.shape != leaf.shape:
+        raise ValueError(
+            f"reference at '{name}' has shape {reference.shape}, but the parameter has shape "
+            f"{leaf.shape}"
+        )
+
+
+def _broadcast(
+    name: str,
+    judge: Callable[[KeyPath, Any, PyTree], Any],
+    path: KeyPath,
+    tree: PyTree,
+    params: PyTree,
+) -> PyTree:
+    """Give each parameter its leaf of a tree that may be a prefix, judged once for its subtree."""
+    if _is_leaf(tree):
+        verdict = judge(path, tree, params)
+        return jax.tree.map(lambda _: verdict, params)
+    tree_children, tree_structure = _children(tree)
     children, structure = _children(params)
-    if mask_structure != structure:
-        raise ValueError(_difference(path, mask, params))
+    if tree_structure != structure:
+        raise ValueError(_difference(name, path, tree, params))
     return structure.unflatten(
-        _broadcast((*path, *key), submask, subtree)
-        for (key, submask), (_, subtree) in zip(mask_children, children, strict=True)
+        _broadcast(name, judge, (*path, *key), subtree, subparams)
+        for (key, subtree), (_, subparams) in zip(tree_children, children, strict=True)
     )
 
 
-def _as_bool(path: KeyPath, leaf: Any) -> bool:
+def _as_bool(path: KeyPath, leaf: Any, params: PyTree) -> bool:
+    del params
     is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
     if is_array and leaf.dtype == bool and leaf.shape == ():
         if isinstance(leaf, Tracer):
@@ -119,11 +209,23 @@ def _as_bool(path: KeyPath, leaf: Any) -> bool:
     return leaf
 
 
-def _difference(path: KeyPath, mask: PyTree, params: PyTree) -> str:
-    """Describe the first place at which `mask` is no prefix of `params`."""
-    places = [(path, mask, params)]
-    if type(mask) is type(params):
-        ours, theirs = (dict(_children(tree)[0]) for tree in (mask, params))
+def _as_number(path: KeyPath, leaf: Any, params: PyTree) -> Any:
+    del params
+    check_coefficient(f"scale{_at(path)}", leaf, fix="pass 0.0 for nothing, 1.0 for no change")
+    return leaf
+
+
+def _as_it_is(path: KeyPath, leaf: Any, params: PyTree) -> Any:
+    if not _is_leaf(params):
+        raise ValueError(_difference("reference", path, leaf, params))
+    return leaf
+
+
+def _difference(name: str, path: KeyPath, tree: PyTree, params: PyTree) -> str:
+    """Describe the first place at which a tree is no prefix of `params`."""
+    places = [(path, tree, params)]
+    if type(tree) is type(params):
+        ours, theirs = (dict(_children(t)[0]) for t in (tree, params))
         places = [
             ((*path, *key), ours.get(key, _NOTHING), theirs.get(key, _NOTHING))
             for key in (*theirs, *ours)
@@ -131,7 +233,7 @@ def _difference(path: KeyPath, mask: PyTree, params: PyTree) -> str:
         ] or places
     place, here, there = places[0]
     return (
-        f"mask has another structure than the parameters{_at(place)}: the mask has "
+        f"{name} has another structure than the parameters{_at(place)}: the {name} has "
         f"{_describe(here)} there, the parameters have {_describe(there)}"
     )
 

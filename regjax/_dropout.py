@@ -14,8 +14,9 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from regjax._keys import check_key
+from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
+from regjax._observe import observer
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -106,8 +107,12 @@ def masked(
     def drop() -> Inexact[Array, "*shape"]:
         if _is_number(rate, 1):
             return jnp.zeros_like(x)
+        one_key = require_key(key)
+        if watching := observer():
+            keep = _keep_mask(x, one_key, _keep_prob(rate, x.dtype), settings)
+            watching.draw(key_words(one_key), rate, keep, x)
         jitted = _drop_at_tracer if isinstance(rate, jax.Array) else _drop_at_number
-        return jitted(x, require_key(key), rate, settings)
+        return jitted(x, one_key, rate, settings)
 
     return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
 
@@ -146,12 +151,9 @@ def _drop(
     rate: float | Float[Array, ""],
     settings: Settings,
 ) -> Inexact[Array, "*shape"]:
-    dims = settings.broadcast_dims
-    shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-
     def masked(x: Inexact[Array, "*shape"], key: KeyLike) -> Inexact[Array, "*shape"]:
         keep_prob = _keep_prob(rate, x.dtype)
-        keep = settings.sampler(key, keep_prob, shape, out_sharding=_mask_sharding(x, dims))
+        keep = _keep_mask(x, key, keep_prob, settings)
         realised = realised_keep_prob(settings.sampler, keep_prob)
         scale = settings.scale(realised, x.dtype)
         # A selection, not a product: a dropped NaN or infinity must become 0.
@@ -176,6 +178,18 @@ def _drop(
 # agree in shape and rate share one trace and one lowering.
 _drop_at_number = jax.jit(_drop, static_argnums=(2, 3))
 _drop_at_tracer = jax.jit(_drop, static_argnums=3)
+
+
+def _keep_mask(
+    x: Inexact[Array, "*shape"],
+    key: KeyLike,
+    keep_prob: float | Float[Array, ""],
+    settings: Settings,
+) -> Bool[Array, "..."]:
+    """Of size 1 along the dimensions that share it."""
+    dims = settings.broadcast_dims
+    shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
+    return settings.sampler(key, keep_prob, shape, out_sharding=_mask_sharding(x, dims))
 
 
 def _keep_prob(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:

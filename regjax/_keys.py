@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from regjax._observe import observer
 from regjax._threefry import threefry2x32
 
 if TYPE_CHECKING:
@@ -115,12 +116,15 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
     if not isinstance(site, str):
         raise TypeError(f"site must be a string that names the place; got {site!r}.")
     typed = _is_typed(check_key(root))
-    words = _site_words(root, site_words(site), _step_words(step))
+    at_step = _step_words(step)
+    words = _site_words(root, site_hash(site), at_step)
+    if watching := observer():
+        watching.site_key(site, key_words(root), at_step, (words[0], words[1]))
     return jax.random.wrap_key_data(words, impl=_THREEFRY) if typed else words
 
 
-def site_words(site: str) -> Words:
-    """A name's stable hash: the first eight bytes of its SHA-256, big-endian."""
+def site_hash(site: str) -> Words:
+    """A name's stable 64-bit hash: the first eight bytes of its SHA-256, big-endian."""
     digest = hashlib.sha256(site.encode()).digest()
     return jnp.uint32(int.from_bytes(digest[:4])), jnp.uint32(int.from_bytes(digest[4:8]))
 

@@ -5,6 +5,7 @@
 
 from regtorch import keyed as keyed
 from regtorch import nn as nn
+from regtorch import optim as optim
 from regtorch._alpha import alpha_dropout as alpha_dropout
 from regtorch._alpha import feature_alpha_dropout as feature_alpha_dropout
 from regtorch._dropout import dropout as dropout
@@ -15,5 +16,9 @@ from regtorch._keys import key as key
 from regtorch._keys import site_key as site_key
 from regtorch._keys import split as split
 from regtorch._masks import bernoulli as bernoulli
+from regtorch._observe import observing as observing
 from regtorch._packed import packed_bernoulli as packed_bernoulli
+from regtorch._penalty import elastic_net_penalty as elastic_net_penalty
+from regtorch._penalty import l1_penalty as l1_penalty
 from regtorch._penalty import l2_penalty as l2_penalty
+from regtorch._penalty import l2_sp_penalty as l2_sp_penalty

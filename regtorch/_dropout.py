@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regtorch._keys import check_key, generator_key
 from regtorch._masks import Sampler, bernoulli, check_probability, realised_keep_prob
+from regtorch._observe import observer
 
 _DOUBLE = (torch.float64, torch.complex128)
 
@@ -97,7 +98,11 @@ def masked(
         # Not zeros_like: the result stays in the graph, and its gradient is zeros, not an error.
         dropped = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
     else:
-        dropped = _drop(x, require_key(key).to(x.device), rate, settings)
+        one_key = require_key(key).to(x.device)
+        if watching := observer():
+            keep = _keep_mask(x, one_key, _keep_prob(rate, x.dtype), settings)
+            watching.draw(one_key, rate, keep, x)
+        dropped = _drop(x, one_key, rate, settings)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, dropped)
     return dropped
@@ -132,10 +137,8 @@ class Settings:
 
 
 def _masked(x: Tensor, key: Tensor, rate: float | Tensor, settings: Settings) -> Tensor:
-    dims = settings.broadcast_dims
-    shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
     keep_prob = _keep_prob(rate, x.dtype)
-    keep = settings.sampler(key, keep_prob, shape)
+    keep = _keep_mask(x, key, keep_prob, settings)
     realised = realised_keep_prob(settings.sampler, keep_prob)
     scale = settings.scale(realised, x.dtype)
     # A selection, not a product: a dropped NaN or infinity must become 0.
@@ -192,6 +195,13 @@ def _drop(x: Tensor, key: Tensor, rate: float | Tensor, settings: Settings) -> T
     rate = rate.detach()
     nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
     return torch.where((rate >= 0) & (rate <= 1), apply(x, key, rate, settings), nan)
+
+
+def _keep_mask(x: Tensor, key: Tensor, keep_prob: float | Tensor, settings: Settings) -> Tensor:
+    """Of size 1 along the dimensions that share it."""
+    dims = settings.broadcast_dims
+    shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
+    return settings.sampler(key, keep_prob, shape)
 
 
 def _keep_prob(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from regtorch._observe import observer
 from regtorch._threefry import Words, counter_bits, encrypt, threefry2x32
 
 
@@ -148,13 +149,20 @@ def site_key(root: Tensor, step: int, site: str) -> Tensor:
         raise TypeError(f"site must be a string that names the place; got {site!r}.")
     step = check_step(step)
     at_site = threefry2x32(key_words(root), _words(site_hash(site), root.device))
-    return _key_of(threefry2x32(at_site, _words(step, root.device)))
+    key = _key_of(threefry2x32(at_site, _words(step, root.device)))
+    if watching := observer():
+        (high, low), (key_high, key_low) = root.tolist(), key.tolist()
+        watching.site_key(site, (high, low), step, (key_high, key_low))
+    return key
 
 
 def site_words(root: tuple[int, int], step: int, site: str) -> tuple[int, int]:
     """The words of `site_key`, from and to Python's integers, much faster than on 0-d tensors."""
     at_site = encrypt(root, divmod(site_hash(site), 2**32))
-    return encrypt(at_site, divmod(step, 2**32))
+    words = encrypt(at_site, divmod(step, 2**32))
+    if watching := observer():
+        watching.site_key(site, root, step, words)
+    return words
 
 
 def site_hash(site: str) -> int:

@@ -18,6 +18,7 @@ FOREIGN = {
 # A file may import those of its own wing that stand on a lower floor than itself.
 FLOORS = {
     "_threefry": 0,
+    "_observe": 0,
     "_keys": 1,
     "_masks": 2,
     "_packed": 3,
@@ -26,8 +27,13 @@ FLOORS = {
     "_decay": 1,
     "_penalty": 2,
     "optim._links": 2,
+    "optim._decays": 3,
     "optim._descent": 3,
+    "optim._adafactor": 3,
     "optim._adam": 3,
+    "optim._muon": 3,
+    "optim._rms": 3,
+    "optim": 4,
     "optim.__init__": 4,
     "_features": 4,
     "_alpha": 5,

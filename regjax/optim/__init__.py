@@ -15,6 +15,24 @@ kernel: there the two agree to rounding, but rounding shows.
 `regjax.l2_penalty(params, c)` has the gradient `2 * c * w`.
 """
 
+from regjax.optim._adafactor import adafactor as adafactor
+from regjax.optim._adam import ScaleByNadamState as ScaleByNadamState
 from regjax.optim._adam import adam as adam
+from regjax.optim._adam import adamax as adamax
 from regjax.optim._adam import adamw as adamw
+from regjax.optim._adam import nadam as nadam
+from regjax.optim._adam import radam as radam
+from regjax.optim._decays import add_cautious_weight_decay as add_cautious_weight_decay
+from regjax.optim._decays import add_decay_by_leaf as add_decay_by_leaf
+from regjax.optim._decays import add_independent_weight_decay as add_independent_weight_decay
+from regjax.optim._decays import add_l1_decay as add_l1_decay
+from regjax.optim._decays import add_l2_sp_decay as add_l2_sp_decay
+from regjax.optim._decays import layerwise_scale as layerwise_scale
+from regjax.optim._decays import scale_by_leaf as scale_by_leaf
+from regjax.optim._descent import asgd as asgd
+from regjax.optim._descent import rprop as rprop
 from regjax.optim._descent import sgd as sgd
+from regjax.optim._muon import muon as muon
+from regjax.optim._rms import adadelta as adadelta
+from regjax.optim._rms import adagrad as adagrad
+from regjax.optim._rms import rmsprop as rmsprop

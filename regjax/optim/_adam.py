@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from regjax.optim._links import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import PyTree, ScalarLike
+    from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
     from regjax.optim._links import Mask
+
+State = TypeVar("State", bound=Any)
 
 
 def adam(
@@ -88,19 +91,13 @@ def adam(
         ICLR 2015. Reddi et al., [On the Convergence of Adam and
         Beyond](https://openreview.net/forum?id=ryQu7f-RZ), ICLR 2018.
     """
-    check_rates(learning_rate, weight_decay)
-    check_coefficient("eps", eps, fix="pass 1e-8, say")
-    b1, b2 = betas
-    check_coefficient("betas[0]", b1, fix="pass 0.9, say", below=1.0)
-    check_coefficient("betas[1]", b2, fix="pass 0.999, say", below=1.0)
-    decay = decay_weights(weight_decay, mask)
-    moments = _scale_by_adam(b1, b2, eps, amsgrad)
-    return rounded_once(
-        optax.chain(
-            ascend(maximize),
-            *((moments, decay) if decoupled_weight_decay else (decay, moments)),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+    _check(learning_rate, betas, eps, weight_decay)
+    return _chain(
+        _scale_by_adam(*betas, eps, amsgrad),
+        decay_weights(weight_decay, mask),
+        learning_rate,
+        maximize,
+        decoupled_weight_decay,
     )
 
 
@@ -171,40 +168,405 @@ def adamw(
     )
 
 
+def nadam(
+    learning_rate: optax.ScalarOrSchedule = 2e-3,
+    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    eps: ScalarLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    momentum_decay: ScalarLike = 4e-3,
+    decoupled_weight_decay: bool = False,
+    *,
+    maximize: bool = False,
+    mask: Mask = None,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.NAdam`: Adam that looks ahead along a momentum which warms up.
+
+    $$\mu_t = \beta_1 \bigl(1 - \tfrac12\, 0.96^{t \psi}\bigr), \qquad
+      \hat m_t = \frac{\mu_{t+1} m_t}{1 - \prod_{i \le t+1} \mu_i}
+        + \frac{(1 - \mu_t) g_t}{1 - \prod_{i \le t} \mu_i}, \qquad
+      w_t = w_{t-1} - \eta_t \frac{\hat m_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}$$
+
+    with the gradient $g_t$ and the moments $m_t$ and $v_t$ of `adam`.
+
+    Args:
+        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
+        betas: $\beta_1, \beta_2$, each in [0, 1).
+        eps: $\epsilon$, added outside the root.
+        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
+        momentum_decay: $\psi$, how fast the momentum $\mu_t$ grows from half of $\beta_1$ to all of
+            it. With 0.0 it stays at one half.
+        decoupled_weight_decay: Decay as `adamw` does: NAdamW.
+        maximize: Ascend. The decay still shrinks the parameters.
+        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
+            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+
+    Returns:
+        An optax transformation; `ScaleByNadamState` in part 2 of its state, or 1 where the decay is
+        decoupled, holds $m$, $v$ and the product of $\mu_i$.
+
+    Raises:
+        TypeError: As `adam` does.
+        ValueError: As `adam` does, and for a `momentum_decay` that is negative, infinite or NaN.
+
+    PyTorch: the same numbers to rounding, decoupled decay as in `adamw`. `optax.nadam` is another
+    algorithm: its momentum is $\beta_1$ at every step, so it has no product of $\mu_i$ either, and
+    its bias correction is the one that `adam` names. Torch keeps the product in float32 for
+    parameters of any dtype, and so does the state here.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> params = jnp.array([1.0, -2.0])
+        >>> optimizer = nadam(0.1, weight_decay=0.5, momentum_decay=0.0)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> optax.apply_updates(params, updates).round(2)
+        Array([ 0.89, -2.11], dtype=float32)
+
+    References:
+        Dozat, [Incorporating Nesterov Momentum into
+        Adam](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ), ICLR workshop 2016.
+    """
+    _check(learning_rate, betas, eps, weight_decay)
+    check_coefficient("momentum_decay", momentum_decay, fix="pass 4e-3, say")
+    return _chain(
+        _scale_by_nadam(*betas, eps, momentum_decay),
+        decay_weights(weight_decay, mask),
+        learning_rate,
+        maximize,
+        decoupled_weight_decay,
+    )
+
+
+def radam(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    eps: ScalarLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    decoupled_weight_decay: bool = False,
+    *,
+    maximize: bool = False,
+    mask: Mask = None,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.RAdam`: Adam that waits until its second moment is worth dividing by.
+
+    $$\rho_\infty = \frac{2}{1 - \beta_2} - 1, \qquad
+      \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1 - \beta_2^t}, \qquad
+      r_t = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2) \rho_\infty}
+                     {(\rho_\infty - 4)(\rho_\infty - 2) \rho_t}}$$
+
+    $$w_t = w_{t-1} - \eta_t \frac{m_t}{1 - \beta_1^t} \begin{cases}
+      r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\ 1 & \text{else}
+      \end{cases}$$
+
+    with the moments of `adam`. $\rho_t$ is the length of a plain average that is as noisy as $v_t$;
+    for $\beta_2 = 0.999$ the first five steps are steps of gradient descent with momentum.
+
+    Args:
+        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
+        betas: $\beta_1, \beta_2$, each in [0, 1). With $\beta_2 \le 2/3$ nothing is ever divided.
+        eps: $\epsilon$, added to $\sqrt{v_t}$, not to the corrected root that `adam` adds it to.
+        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
+        decoupled_weight_decay: Decay as `adamw` does, and as the paper does.
+        maximize: Ascend. The decay still shrinks the parameters.
+        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
+            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+
+    Returns:
+        An optax transformation; `optax.ScaleByAdamState` in part 2 of its state, or 1 where the
+        decay is decoupled, holds $m$ and $v$.
+
+    Raises:
+        TypeError: As `adam` does.
+        ValueError: As `adam` does.
+
+    PyTorch: the same numbers to rounding, decoupled decay as in `adamw`. `optax.radam` adds
+    $\epsilon$ to the root of the corrected moment, divides where $\rho_t = 5$ too, and takes
+    $\rho_t$ in float32 as the small difference of two large numbers; here it loses no digits. Its
+    bias correction is the one that `adam` names.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> params = jnp.array([1.0, -2.0])
+        >>> optimizer = radam(0.1, weight_decay=0.5)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> optax.apply_updates(params, updates)
+        Array([ 0.925, -2.05 ], dtype=float32)
+
+    References:
+        Liu et al., [On the Variance of the Adaptive Learning Rate and
+        Beyond](https://arxiv.org/abs/1908.03265), ICLR 2020.
+    """
+    _check(learning_rate, betas, eps, weight_decay)
+    return _chain(
+        _scale_by_radam(*betas, eps),
+        decay_weights(weight_decay, mask),
+        learning_rate,
+        maximize,
+        decoupled_weight_decay,
+    )
+
+
+def adamax(
+    learning_rate: optax.ScalarOrSchedule = 2e-3,
+    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    eps: ScalarLike = 1e-8,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    *,
+    maximize: bool = False,
+    mask: Mask = None,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.Adamax`: Adam that divides by a fading maximum in place of a root.
+
+    $$u_t = \max(\beta_2 u_{t-1},\; |g_t| + \epsilon), \qquad
+      w_t = w_{t-1} - \eta_t \frac{m_t / (1 - \beta_1^t)}{u_t}$$
+
+    with the gradient $g_t$, decayed weights in it, and the first moment $m_t$ of `adam`.
+
+    Args:
+        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
+        betas: $\beta_1, \beta_2$, each in [0, 1).
+        eps: $\epsilon$, added to each $|g_t|$.
+        weight_decay: $\lambda$, coupled, or a schedule. With 0.0 `update` can do without `params`.
+        maximize: Ascend. The decay still shrinks the parameters.
+        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
+            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+
+    Returns:
+        An optax transformation; `optax.ScaleByAdamState` in part 2 of its state holds $m$ and, as
+        `nu`, $u$.
+
+    Raises:
+        TypeError: As `adam` does.
+        ValueError: As `adam` does.
+
+    PyTorch: the same numbers to rounding. From `optax.adamax` only the bias correction differs, as
+    `adam` says.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> params = jnp.array([1.0, -2.0])
+        >>> optimizer = adamax(0.1, weight_decay=0.5)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> optax.apply_updates(params, updates)
+        Array([ 0.9, -2.1], dtype=float32)
+
+    References:
+        Kingma and Ba, [Adam: A Method for Stochastic Optimization](https://arxiv.org/abs/1412.6980),
+        ICLR 2015, section 7.1.
+    """
+    _check(learning_rate, betas, eps, weight_decay)
+    return _chain(
+        _scale_by_adamax(*betas, eps),
+        decay_weights(weight_decay, mask),
+        learning_rate,
+        maximize,
+    )
+
+
+class ScaleByNadamState(NamedTuple):
+    r"""What `nadam` keeps from step to step.
+
+    Attributes:
+        count: How many steps have been taken.
+        mu: The first moment.
+        nu: The second moment.
+        mu_product: $\prod_{i \le t} \mu_i$ over the steps taken, in float32 as torch keeps it. It
+            falls to 0, where it does no harm.
+    """
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: PyTree
+    nu: PyTree
+    mu_product: Float[Array, ""]
+
+
+def _check(
+    learning_rate: optax.ScalarOrSchedule,
+    betas: tuple[ScalarLike, ScalarLike],
+    eps: ScalarLike,
+    weight_decay: optax.ScalarOrSchedule,
+) -> None:
+    check_rates(learning_rate, weight_decay)
+    check_coefficient("eps", eps, fix="pass 1e-8, say")
+    b1, b2 = betas
+    check_coefficient("betas[0]", b1, fix="pass 0.9, say", below=1.0)
+    check_coefficient("betas[1]", b2, fix="pass 0.999, say", below=1.0)
+
+
+def _chain(
+    moments: optax.GradientTransformation,
+    decay: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    maximize: bool,
+    decoupled: bool = False,
+) -> optax.GradientTransformation:
+    return rounded_once(
+        optax.chain(
+            ascend(maximize),
+            *((moments, decay) if decoupled else (decay, moments)),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
 def _scale_by_adam(
     b1: ScalarLike, b2: ScalarLike, eps: ScalarLike, amsgrad: bool
 ) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with an exact bias correction, and the maximum that torch takes."""
 
     def init(params: PyTree) -> optax.ScaleByAdamState | optax.ScaleByAmsgradState:
-        for name, leaf in named_leaves(params):
-            if jnp.iscomplexobj(leaf):
-                raise TypeError(
-                    f"Adam has no one second moment for the complex parameter '{name}': torch "
-                    "takes real and imaginary part as two parameters, and so does "
-                    "optax.contrib.split_real_and_imaginary around this optimizer"
-                )
-        zeros = optax.tree.zeros_like
-        moments = (jnp.zeros([], jnp.int32), zeros(params), zeros(params))
+        start = _no_moments(params)
         if amsgrad:
-            return optax.ScaleByAmsgradState(*moments, nu_max=zeros(params))
-        return optax.ScaleByAdamState(*moments)
+            largest = optax.tree.zeros_like(params)
+            return optax.ScaleByAmsgradState(**start._asdict(), nu_max=largest)
+        return start
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         del params
-        count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        nu = optax.tree.update_moment(updates, state.nu, b2, 2)
-        new_state, divisor = state._replace(count=count, mu=mu, nu=nu), nu
+        new_state = _with_moments(state, updates, b1, b2)
+        divisor = new_state.nu
         if amsgrad:
-            divisor = jax.tree.map(jnp.maximum, state.nu_max, nu)
+            divisor = jax.tree.map(jnp.maximum, state.nu_max, divisor)
             new_state = new_state._replace(nu_max=divisor)
-        c1, c2 = bias_correction(b1, count), bias_correction(b2, count)
+        c1, c2 = bias_correction(b1, new_state.count), bias_correction(b2, new_state.count)
         updates = jax.tree.map(
             lambda m, v: (m / c1.astype(m.dtype)) / (jnp.sqrt(v / c2.astype(v.dtype)) + eps),
-            mu,
+            new_state.mu,
             divisor,
         )
         return updates, new_state
 
     return optax.GradientTransformation(init, update)
+
+
+def _scale_by_nadam(
+    b1: ScalarLike, b2: ScalarLike, eps: ScalarLike, momentum_decay: ScalarLike
+) -> optax.GradientTransformation:
+    def init(params: PyTree) -> ScaleByNadamState:
+        start: Any = _no_moments(params)
+        return ScaleByNadamState(*start, mu_product=jnp.ones([], jnp.float32))
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, ScaleByNadamState]:
+        del params
+        new_state = _with_moments(state, updates, b1, b2)
+        step = jnp.asarray(new_state.count, float)
+        short, short_next = (
+            0.5 * b1 * jnp.exp(math.log(0.96) * momentum_decay * t) for t in (step, step + 1)
+        )
+        product = state.mu_product * jnp.asarray(b1 - short, jnp.float32)
+        new_state = new_state._replace(mu_product=product)
+        product = product.astype(step.dtype)
+        mu_next = b1 - short_next
+        # Of 1 - mu each term is positive: nothing cancels where b1 is close to 1.
+        of_gradient = (1 - b1 + short) / (1 - product)
+        of_moment = mu_next / (1 - product * mu_next)
+        c2 = bias_correction(b2, new_state.count)
+
+        def direction(g: Array, m: Array, v: Array) -> Array:
+            ahead = of_moment.astype(g.dtype) * m + of_gradient.astype(g.dtype) * g
+            return ahead / (jnp.sqrt(v / c2.astype(g.dtype)) + eps)
+
+        return jax.tree.map(direction, updates, new_state.mu, new_state.nu), new_state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_by_radam(
+    b1: ScalarLike, b2: ScalarLike, eps: ScalarLike
+) -> optax.GradientTransformation:
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        del params
+        state = _with_moments(state, updates, b1, b2)
+        c1, c2 = bias_correction(b1, state.count), bias_correction(b2, state.count)
+        length, limit = _average_lengths(b2, state.count)
+        divides = length > 5.0
+        scale = jnp.where(divides, _rectification(length, limit) * jnp.sqrt(c2), 1.0) / c1
+
+        def direction(m: Array, v: Array) -> Array:
+            return scale.astype(m.dtype) * m / jnp.where(divides, jnp.sqrt(v) + eps, 1.0)
+
+        return jax.tree.map(direction, state.mu, state.nu), state
+
+    return optax.GradientTransformation(_no_moments, update)
+
+
+def _average_lengths(
+    b2: ScalarLike, count: Int[Array, ""]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    r"""Compute RAdam's $\rho_t$ and $\rho_\infty$.
+
+    With $L = -\log \beta_2$ and $h(x) = 1 - x / (e^x - 1)$ they are $1 + 2 (h(tL) - h(L)) / L$ and
+    $1 + 2 (1 - h(L)) / L$: as torch writes $\rho_t$, float32 would lose four of seven digits where
+    $\beta_2 = 0.999$, just where it is compared with 5.
+    """
+    if isinstance(b2, int | float):
+        rate = jnp.asarray(-math.log(max(b2, _TINY)), float)
+    else:
+        rate = -jnp.log(jnp.maximum(b2, _TINY)).astype(float)
+    start = _shortfall(rate)
+    length = 1 + 2 * (_shortfall(jnp.asarray(count, float) * rate) - start) / rate
+    return length, 1 + 2 * (1 - start) / rate
+
+
+def _shortfall(x: Float[Array, ""]) -> Float[Array, ""]:
+    """Compute `1 - x / (exp(x) - 1)`; by its series where the difference would cancel."""
+    series = jnp.polyval(jnp.asarray(_SHORTFALL, x.dtype), jnp.minimum(x, 0.25))
+    return jnp.where(x < 0.25, series, 1 - x / jnp.expm1(x))
+
+
+def _rectification(length: Float[Array, ""], limit: Float[Array, ""]) -> Float[Array, ""]:
+    # Below 5 nobody asks: there the poles lie.
+    length, limit = jnp.maximum(length, 5.0), jnp.maximum(limit, 5.0)
+    return jnp.sqrt((length - 4) * (length - 2) / length * limit / ((limit - 4) * (limit - 2)))
+
+
+def _scale_by_adamax(
+    b1: ScalarLike, b2: ScalarLike, eps: ScalarLike
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adamax` with an exact bias correction."""
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        nu = optax.tree.update_infinity_moment(updates, state.nu, b2, eps)
+        c1 = bias_correction(b1, count)
+        updates = jax.tree.map(lambda m, u: m / c1.astype(m.dtype) / u, mu, nu)
+        return updates, state._replace(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(_no_moments, update)
+
+
+def _no_moments(params: PyTree) -> optax.ScaleByAdamState:
+    for name, leaf in named_leaves(params):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"Adam has no one second moment for the complex parameter '{name}': torch takes "
+                "real and imaginary part as two parameters, and so does "
+                "optax.contrib.split_real_and_imaginary around this optimizer"
+            )
+    zeros = optax.tree.zeros_like
+    return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(params), zeros(params))
+
+
+def _with_moments(state: State, updates: PyTree, b1: ScalarLike, b2: ScalarLike) -> State:
+    """Count the step, and take its gradients into both moments."""
+    return state._replace(
+        count=optax.safe_increment(state.count),
+        mu=optax.tree.update_moment(updates, state.mu, b1, 1),
+        nu=optax.tree.update_moment(updates, state.nu, b2, 2),
+    )
+
+
+# Stands for a b2 of 0, whose logarithm is infinite.
+_TINY = 1e-30
+# x/2 - sum of B_2k x^2k / (2k)!, highest power first: exact to float64 up to 0.25.
+_SHORTFALL = (-1 / 47900160, 0, 1 / 1209600, 0, -1 / 30240, 0, 1 / 720, 0, -1 / 12, 1 / 2, 0)

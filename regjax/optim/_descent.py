@@ -1,17 +1,19 @@
-"""Gradient descent."""
+"""Gradient descent: plain, averaged, and by signs alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from regjax._decay import check_coefficient
-from regjax.optim._links import ascend, check_rates, decay_weights, is_zero, rounded_once
+from regjax._paths import named_leaves
+from regjax.optim._links import ascend, check_rates, decay_weights, is_zero, rounded, rounded_once
 
 if TYPE_CHECKING:
-    from jaxtyping import ScalarLike
+    from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
     from regjax.optim._links import Mask
 
@@ -56,7 +58,11 @@ def sgd(
             dampening; from `init`, a mask of another structure than the parameters; from `update`,
             no `params` to decay.
 
-    PyTorch: the same numbers to rounding.
+    PyTorch: on a CPU the same bits in float32, step after step, where `update` and
+    `optax.apply_updates` are compiled together; one by one, each product is rounded before it is
+    added, and the two agree to rounding. So do they below 1.2e-38, which XLA takes for zero. One
+    part of optax would differ, and has a substitute here: compiled, `optax.trace` adds the gradient
+    to a product that is not rounded.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -90,14 +96,299 @@ def sgd(
     )
 
 
+class DescendState(NamedTuple):
+    """What `asgd` knows of its step size: steps taken, and the step size of the next one."""
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    eta: Float[Array, ""]
+
+
+class AverageState(NamedTuple):
+    """Steps taken, and the average of the parameters (torch: `ax`)."""
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    ax: PyTree
+
+
+class RpropState(NamedTuple):
+    """The gradient before (0 where its sign had turned), and the step size, of each element."""
+
+    prev: PyTree
+    step_size: PyTree
+
+
+def asgd(
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
+    lambd: ScalarLike = 1e-4,
+    alpha: ScalarLike = 0.75,
+    t0: ScalarLike = 1e6,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    *,
+    maximize: bool = False,
+    mask: Mask = None,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.ASGD`: gradient descent that averages the parameters it went through.
+
+    $$w_t = (1 - \eta_t \Lambda)\, w_{t-1} - \eta_t (\pm\nabla f(w_{t-1}) + \lambda w_{t-1}), \qquad
+      \bar w_t = \bar w_{t-1} + \mu_t (w_t - \bar w_{t-1}),$$
+    $$\eta_1 = \eta,\quad \eta_{t+1} = \frac{\eta}{(1 + \Lambda \eta t)^\alpha}, \qquad
+      \mu_t = \frac{1}{\max(1,\, t - 1 - t_0)}$$
+
+    The average is what to evaluate with, once more than `t0 + 1` steps are taken; until then it
+    is the last parameters. It is kept in the state: `state[3].ax`.
+
+    Args:
+        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it. As
+            in torch, a step's value takes effect in the step after it; the first is used twice.
+        lambd: $\Lambda$, a decay of all parameters, with no mask; it also makes steps smaller.
+        alpha: $\alpha$, how fast the steps grow small.
+        t0: $t_0$, the step after which to average.
+        weight_decay: $\lambda$, or a schedule: coupled, as in `sgd`.
+        maximize: Ascend. Both decays still shrink the parameters.
+        mask: Which parameters `weight_decay` decays: `None` (all), a tree of bools with their
+            structure or a prefix of it, or a function from the parameters to such a tree. Torch:
+            parameter groups.
+
+    Returns:
+        An optax transformation whose `update` needs `params`. Part 2 of its state holds $\eta_t$,
+        part 3 the average in `ax`.
+
+    Raises:
+        TypeError: An argument is not a number, or a leaf of the mask not a bool.
+        ValueError: A coefficient is negative, infinite or NaN; from `init`, a mask of another
+            structure than the parameters; from `update`, no `params`.
+
+    PyTorch: the same numbers to rounding. As in torch, $\eta_t$ and $\mu_t$ are rounded to float32,
+    even beside parameters in float64. optax has no such optimizer; `optax.add_decayed_weights`
+    followed by a schedule would do but for float32, where torch shrinks by the rounded number
+    $1 - \eta_t \Lambda$, at the defaults 1 % off, and so does this.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> params = jnp.array([1.0, -2.0])
+        >>> optimizer = asgd(0.5, t0=0)
+        >>> state = optimizer.init(params)
+        >>> for _ in range(3):
+        ...     updates, state = optimizer.update(jnp.array([0.0, -1.0]), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> print(params.round(2), state[3].ax.round(2))
+        [ 1.  -0.5] [ 1.   -0.75]
+
+    References:
+        Polyak and Juditsky, [Acceleration of Stochastic Approximation by
+        Averaging](https://doi.org/10.1137/0330046), SIAM J. Control Optim. 30(4), 1992. Bottou,
+        [Stochastic Gradient Descent Tricks](https://doi.org/10.1007/978-3-642-35289-8_25), 2012.
+    """
+    check_rates(learning_rate, weight_decay)
+    check_coefficient("lambd", lambd, fix="pass 0.0 for none")
+    check_coefficient("alpha", alpha, fix="pass 0.0 for steps of one size")
+    check_coefficient("t0", t0, fix="pass 0 to average from the first step on")
+    return rounded_once(
+        optax.chain(
+            ascend(maximize),
+            decay_weights(weight_decay, mask),
+            _descend_and_shrink(learning_rate, lambd, alpha),
+            _average(t0),
+        )
+    )
+
+
+def rprop(
+    learning_rate: ScalarLike = 1e-2,
+    etas: tuple[ScalarLike, ScalarLike] = (0.5, 1.2),
+    step_sizes: tuple[ScalarLike, ScalarLike] = (1e-6, 50.0),
+    *,
+    maximize: bool = False,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.Rprop`: descent by the signs of the gradient, for whole batches.
+
+    $$s_t = \operatorname{clip}\bigl(s_{t-1} \cdot \begin{cases}
+          \eta_+ & g_{t-1} g_t > 0 \\ \eta_- & g_{t-1} g_t < 0 \\ 1 & \text{else}
+        \end{cases},\; s_{\min}, s_{\max}\bigr), \qquad
+      g_t \leftarrow 0 \text{ where } g_{t-1} g_t < 0, \qquad
+      w_t = w_{t-1} - s_t \operatorname{sign}(g_t)$$
+
+    The size of a gradient does not matter, so no weight decay can be coupled to it: torch has none,
+    nor has this. A penalty in the loss moves the point where signs turn, and nothing else.
+
+    Args:
+        learning_rate: $s_0$, the first step size (torch: `lr`). There is nothing to schedule.
+        etas: $\eta_-, \eta_+$, what a step size is multiplied with; $0 < \eta_- < 1 < \eta_+$.
+        step_sizes: $s_{\min}, s_{\max}$.
+        maximize: Ascend.
+
+    Returns:
+        An optax transformation; part 2 of its state holds $g_t$ in `prev` and $s_t$ in `step_size`.
+
+    Raises:
+        TypeError: An argument is not a number; from `init`, complex parameters.
+        ValueError: A number is out of its range.
+
+    PyTorch: on a CPU the same bits in float32, but for gradients below 1e-19, whose product torch
+    may round to zero. `optax.rprop` 0.2.8 is another optimizer: its update is the one that was due
+    at the step before; its first is zero.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> params = jnp.array([1.0, -2.0])
+        >>> optimizer = rprop(0.5, etas=(0.5, 1.5))
+        >>> state = optimizer.init(params)
+        >>> for _ in range(2):
+        ...     updates, state = optimizer.update(params, state)
+        ...     params = optax.apply_updates(params, updates)
+        >>> params
+        Array([-0.25, -0.75], dtype=float32)
+
+    References:
+        Riedmiller and Braun, [A direct adaptive method for faster backpropagation learning: the
+        RPROP algorithm](https://doi.org/10.1109/ICNN.1993.298623), ICNN 1993.
+    """
+    check_coefficient("learning_rate", learning_rate, fix="it is the first step size, so 0.01, say")
+    _check_rprop(etas, step_sizes)
+    return rounded_once(
+        optax.chain(
+            ascend(maximize),
+            optax.identity(),  # where the others decay
+            _resilient(learning_rate, etas, step_sizes),
+            optax.scale(-1.0),
+        )
+    )
+
+
 def _accumulate(
     momentum: ScalarLike, dampening: ScalarLike, nesterov: bool
 ) -> optax.GradientTransformation:
     """Keep torch's momentum buffer, whose first gradient is not damped."""
     if is_zero(momentum):
         return optax.identity()
-    trace = optax.trace(momentum, nesterov)
+    trace = _trace(momentum, nesterov)
     if is_zero(dampening):
         return trace
     damp = optax.scale_by_schedule(lambda count: jnp.where(count == 0, 1.0, 1.0 - dampening))
     return optax.chain(damp, trace)
+
+
+def _trace(momentum: ScalarLike, nesterov: bool) -> optax.GradientTransformation:
+    """`optax.trace`, rounded where torch rounds.
+
+    torch scales the buffer in a kernel of its own, so that product is rounded. Its other products,
+    of decay, dampening, the look ahead and the learning rate, are each a fused multiply-add there;
+    XLA fuses them too where update and `optax.apply_updates` are compiled together.
+    """
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        del params
+        trace = jax.tree.map(lambda g, b: g + rounded(momentum * b), updates, state.trace)
+        ahead = jax.tree.map(lambda g, b: g + momentum * b, updates, trace) if nesterov else trace
+        return ahead, optax.TraceState(trace)
+
+    return optax.GradientTransformation(optax.trace(momentum).init, update)
+
+
+def _descend_and_shrink(
+    learning_rate: optax.ScalarOrSchedule, lambd: ScalarLike, alpha: ScalarLike
+) -> optax.GradientTransformation:
+    """Take the step of torch's ASGD, whose size is that of the state: one step behind."""
+
+    def rate(count: Int[Array, ""]) -> Float[Array, ""]:
+        value = learning_rate(count) if callable(learning_rate) else learning_rate
+        return jnp.asarray(value, float)
+
+    def init(params: PyTree) -> DescendState:
+        del params
+        count = jnp.zeros([], jnp.int32)
+        return DescendState(count, rate(count).astype(jnp.float32))
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        if params is None:
+            raise ValueError(
+                "params is None, but asgd shrinks and averages the parameters: call "
+                "update(updates, state, params)"
+            )
+
+        def step(g: Array, p: Array) -> Array:
+            eta = state.eta.astype(jnp.finfo(p.dtype).dtype)
+            shrunk = rounded(p * (1.0 - rounded(lambd * eta)))
+            return (shrunk - p) - eta * g
+
+        count = jnp.asarray(optax.safe_increment(state.count))
+        eta = rate(state.count)
+        # (1 + x)^alpha, and no digit of a small x lost.
+        eta = eta / jnp.exp(alpha * jnp.log1p(lambd * eta * count.astype(float)))
+        return jax.tree.map(step, updates, params), DescendState(count, eta.astype(jnp.float32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _average(t0: ScalarLike) -> optax.GradientTransformation:
+    """Keep the average of the parameters to come, and leave the update as it is."""
+
+    def init(params: PyTree) -> AverageState:
+        return AverageState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        new = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
+        past = jnp.maximum(1.0, state.count.astype(float) - t0)
+        mu = (1.0 / past).astype(jnp.float32)
+
+        def average(ax: Array, p: Array) -> Array:
+            weight = mu.astype(jnp.finfo(p.dtype).dtype)
+            return jnp.where(past == 1.0, p, ax + weight * (p - ax))
+
+        ax = jax.tree.map(average, state.ax, new)
+        return updates, AverageState(jnp.asarray(optax.safe_increment(state.count)), ax)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _resilient(
+    learning_rate: ScalarLike,
+    etas: tuple[ScalarLike, ScalarLike],
+    step_sizes: tuple[ScalarLike, ScalarLike],
+) -> optax.GradientTransformation:
+    """Turn gradients into steps of their signs."""
+    shrink, grow = etas
+    smallest, largest = step_sizes
+
+    def init(params: PyTree) -> RpropState:
+        for name, leaf in named_leaves(params):
+            if jnp.iscomplexobj(leaf):
+                raise TypeError(
+                    f"Rprop has no sign for the complex parameter '{name}': torch takes real and "
+                    "imaginary part as two parameters, and so does "
+                    "optax.contrib.split_real_and_imaginary around this optimizer"
+                )
+        return RpropState(
+            optax.tree.zeros_like(params), optax.tree.full_like(params, learning_rate)
+        )
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        del params
+        # Of the signs, not of the gradients: that product could underflow.
+        turns = jax.tree.map(lambda g, prev: jnp.sign(g) * jnp.sign(prev), updates, state.prev)
+
+        def resized(turn: Array, size: Array) -> Array:
+            size = jnp.where(turn > 0, size * grow, jnp.where(turn < 0, size * shrink, size))
+            return jnp.clip(size, smallest, largest)
+
+        step_size = jax.tree.map(resized, turns, state.step_size)
+        prev = jax.tree.map(lambda turn, g: jnp.where(turn < 0, 0.0, g), turns, updates)
+        steps = jax.tree.map(lambda size, g: size * jnp.sign(g), step_size, prev)
+        return steps, RpropState(prev, step_size)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_rprop(etas: tuple[Any, Any], step_sizes: tuple[Any, Any]) -> None:
+    fix = "pass (0.5, 1.2), say"
+    check_coefficient("etas[0]", etas[0], fix=fix, below=1.0)
+    check_coefficient("etas[1]", etas[1], fix=fix)
+    check_coefficient("step_sizes[0]", step_sizes[0], fix="pass 1e-6, say")
+    check_coefficient("step_sizes[1]", step_sizes[1], fix="pass 50.0, say")
+    if is_zero(etas[0]) or not etas[1] > 1:
+        raise ValueError(f"etas must be 0 < etas[0] < 1 < etas[1], but they are {etas}: {fix}")
+    if step_sizes[0] > step_sizes[1]:
+        raise ValueError(
+            f"step_sizes must be the smallest and the largest step, but they are {step_sizes}: "
+            "pass (1e-6, 50.0), say"
+        )

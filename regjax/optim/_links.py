@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Float, PyTree, ScalarLike
+    from jaxtyping import Array, Float, Inexact, PyTree, ScalarLike
 
     Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
 
@@ -63,6 +63,32 @@ def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
     else:
         log_decay = jnp.log(decay)
     return -jnp.expm1(jnp.asarray(count, float) * log_decay)
+
+
+@jax.custom_jvp
+def rounded(x: Inexact[Array, ...]) -> Inexact[Array, ...]:
+    """Return `x`, and keep the compiler from fusing the product that `x` is into a sum.
+
+    XLA on a CPU contracts `a * b + c` into one fused multiply-add, which rounds once where torch's
+    kernels round twice. Neither `lax.optimization_barrier` nor `lax.reduce_precision` nor
+    `--xla_allow_excess_precision=false` hinders it; an operation between product and sum does. This
+    one is the identity for every value (NaN, infinities and -0 too), costs nothing measurable, and
+    XLA does not see through it.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> x = jnp.float32(1 + 2**-12)
+        >>> jax.jit(lambda x: rounded(x * x) - x)(x) == x * x - x
+        Array(True, dtype=bool)
+    """
+    # copysign is for real numbers only; a complex product is a sum already.
+    return x if jnp.iscomplexobj(x) else jnp.copysign(jnp.abs(x), x)
+
+
+@rounded.defjvp
+def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    # Left to itself, the derivative of abs would be 0 at 0.
+    return rounded(*primals), tangents[0]
 
 
 def rounded_once(inner: optax.GradientTransformation) -> optax.GradientTransformation:

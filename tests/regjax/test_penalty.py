@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from regjax._penalty import l2_penalty
+from regjax._penalty import elastic_net_penalty, l1_penalty, l2_penalty, l2_sp_penalty
 
 PARAMS = {"kernel": jnp.array([[1.0, 2.0], [-3.0, 0.5]]), "bias": [jnp.array([2.0]), None]}
 SUM = 1 + 4 + 9 + 0.25 + 4
@@ -168,3 +168,117 @@ def test_mask_that_does_not_fit_is_refused():
         l2_penalty(PARAMS, 0.5, mask={"kernel": True})
     with pytest.raises(TypeError, match=r"mask at 'bias' must be a bool, but it is 0\.5"):
         l2_penalty(PARAMS, 0.5, mask={"kernel": True, "bias": 0.5})
+
+
+REFERENCE = jax.tree.map(lambda leaf: leaf - 1, PARAMS)
+# Each penalty of PARAMS with coefficients of 0.5, as a function of parameters and mask alone.
+PENALTIES = {
+    "l1": (lambda p, mask=None: l1_penalty(p, 0.5, mask=mask), 0.5 * 8.5),
+    "elastic": (
+        lambda p, mask=None: elastic_net_penalty(p, 0.5, 0.5, mask=mask),
+        0.5 * (SUM + 8.5),
+    ),
+    "l2_sp": (lambda p, mask=None: l2_sp_penalty(p, REFERENCE, 0.5, mask=mask), 0.5 * 5),
+}
+each_penalty = pytest.mark.parametrize(("penalty", "value"), PENALTIES.values(), ids=PENALTIES)
+
+
+@each_penalty
+def test_value_by_hand(penalty, value):
+    result = jax.jit(penalty)(PARAMS)
+    assert (result, result.shape, result.dtype) == (value, (), "float32")
+
+
+@each_penalty
+def test_each_penalty_heeds_its_mask(penalty, value):
+    mask = {"kernel": False, "bias": True}
+    assert 0 < penalty(PARAMS, mask) < value
+    gradient = jax.grad(penalty)(PARAMS, mask)
+    assert not gradient["kernel"].any()
+    assert gradient["bias"][0].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "complex64"])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_l1_has_slope_0_at_0(zero, dtype):
+    params = jnp.array([zero, 2, -2], dtype)
+    assert jax.grad(l1_penalty)(params, 0.5).tolist() == [0, 0.5, -0.5]
+    assert not jnp.isnan(
+        jax.jit(jax.jacfwd(jax.grad(lambda w: l1_penalty(w, 0.5))))(jnp.zeros(2))
+    ).any()
+
+
+def test_l1_and_elastic_net_are_consistent():
+    assert elastic_net_penalty(PARAMS, 0.5, 0.0) == l1_penalty(PARAMS, 0.5)
+    assert elastic_net_penalty(PARAMS, 0.0, 0.5) == l2_penalty(PARAMS, 0.5)
+
+
+def test_half_types_of_the_other_penalties_are_summed_in_float32():
+    ones, zeros = jnp.ones(4097, jnp.bfloat16), jnp.zeros(4097, jnp.bfloat16)
+    assert l1_penalty(ones, 1.0) == 4097
+    assert l2_sp_penalty(ones, zeros, 1.0) == 4097
+    # The difference is taken in float32 too: in bfloat16 the reference would be 1.
+    assert l2_sp_penalty(ones[:1], jnp.float32([1 + 2**-9]), 1.0) == 2**-18
+
+
+def test_no_gradient_reaches_the_reference():
+    gradient = jax.grad(lambda reference: l2_sp_penalty(PARAMS, reference, 0.5))(REFERENCE)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
+def test_a_wider_reference_is_cast():
+    with jax.enable_x64(True):
+        penalty = l2_sp_penalty(jnp.ones(2, jnp.float32), np.zeros(2), 1.0)
+        assert (penalty, penalty.dtype) == (2.0, "float32")
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        (None, ValueError, "reference has another structure than the parameters at the root"),
+        ({"kernel": 0.0}, ValueError, "at 'bias': the reference has nothing there"),
+        ({**REFERENCE, "x": 0.0}, ValueError, "at 'x': .* the parameters have nothing"),
+        ({**REFERENCE, "bias": 0.0}, ValueError, "another structure than the parameters at 'bias'"),
+        (
+            {**REFERENCE, "bias": [jnp.zeros(2), jnp.zeros(2)]},
+            ValueError,
+            "another structure than the parameters at 'bias/1': the reference has an array",
+        ),
+        (
+            {**REFERENCE, "kernel": jnp.ones(2)},
+            ValueError,
+            r"reference at 'kernel' has shape \(2,\)",
+        ),
+        ({**REFERENCE, "kernel": 0.0}, TypeError, r"'kernel' must be a float .*, but it is 0\.0"),
+        (
+            {**REFERENCE, "kernel": jnp.ones((2, 2), int)},
+            TypeError,
+            "'kernel' must be a float .*, but it is an array of int32",
+        ),
+        (
+            {**REFERENCE, "kernel": jnp.ones((2, 2), complex)},
+            TypeError,
+            "reference at 'kernel' is complex",
+        ),
+    ],
+)
+def test_reference_that_does_not_fit_is_refused(reference, error, message):
+    with pytest.raises(error, match=message):
+        l2_sp_penalty(PARAMS, reference, 0.5)
+
+
+def test_a_reference_masked_out_may_be_anything():
+    reference = {**REFERENCE, "kernel": "not yet"}
+    assert l2_sp_penalty(PARAMS, reference, 0.5, mask={"kernel": False, "bias": True}) == 0.5
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_coefficients_of_the_other_penalties_are_checked(value):
+    with pytest.raises(ValueError, match="weight_decay must be finite"):
+        l1_penalty(PARAMS, value)
+    with pytest.raises(ValueError, match="weight_decay must be finite"):
+        l2_sp_penalty(PARAMS, REFERENCE, value)
+    with pytest.raises(ValueError, match="l1 must be finite"):
+        elastic_net_penalty(PARAMS, value, 0.1)
+    with pytest.raises(ValueError, match="l2 must be finite"):
+        elastic_net_penalty(PARAMS, 0.1, value)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from regtorch._penalty import l2_penalty
+from regtorch._penalty import elastic_net_penalty, l1_penalty, l2_penalty, l2_sp_penalty
 
 KERNEL, BIAS = torch.tensor([[1.0, 2.0], [-3.0, 0.5]]), torch.tensor([2.0])
 SUM = 1 + 4 + 9 + 0.25 + 4
@@ -241,3 +242,101 @@ def test_coefficient_that_is_no_number_is_refused(weight_decay):
 def test_mask_that_does_not_fit_is_refused(params, mask, error, message):
     with pytest.raises(error, match=message):
         l2_penalty(params, 0.5, mask=mask)
+
+
+REFERENCE = {"kernel": KERNEL - 1, "bias": BIAS - 1}
+# Each penalty of the module with coefficients of 0.5, as a function of parameters and mask alone.
+PENALTIES = {
+    "l1": (lambda p, mask=None: l1_penalty(p, 0.5, mask=mask), 0.5 * 8.5),
+    "elastic": (
+        lambda p, mask=None: elastic_net_penalty(p, 0.5, 0.5, mask=mask),
+        0.5 * (SUM + 8.5),
+    ),
+    "l2_sp": (lambda p, mask=None: l2_sp_penalty(p, REFERENCE, 0.5, mask=mask), 0.5 * 5),
+}
+each_penalty = pytest.mark.parametrize(("penalty", "value"), PENALTIES.values(), ids=PENALTIES)
+
+
+@each_penalty
+def test_value_by_hand(penalty, value):
+    result = penalty(_module())
+    assert (result.item(), result.shape, result.dtype) == (value, (), torch.float32)
+
+
+@each_penalty
+def test_each_penalty_heeds_its_mask(penalty, value):
+    module = _module()
+    result = penalty(module, {"kernel": False, "bias": True})
+    result.backward()
+    assert 0 < result.item() < value
+    assert module.kernel.grad is None
+    assert module.bias.grad.abs().item() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_l1_has_slope_0_at_0(zero, dtype):
+    params = torch.tensor([zero, 2, -2], dtype=dtype, requires_grad=True)
+    l1_penalty(params, 0.5).backward()
+    assert params.grad.tolist() == [0, 0.5, -0.5]
+
+
+def test_half_types_of_the_other_penalties_are_summed_in_float32():
+    ones, zeros = torch.ones(4097).bfloat16(), torch.zeros(4097).bfloat16()
+    assert l1_penalty(ones, 1.0).item() == 4097
+    assert l2_sp_penalty(ones, zeros, 1.0).item() == 4097
+    assert l2_sp_penalty(ones[:1], torch.tensor([1 + 2**-9]), 1.0).item() == 2**-18
+
+
+def test_no_gradient_reaches_the_reference():
+    reference = {name: leaf.clone().requires_grad_() for name, leaf in REFERENCE.items()}
+    l2_sp_penalty(_module(), reference, 0.5).backward()
+    assert all(leaf.grad is None for leaf in reference.values())
+
+
+def test_a_reference_goes_by_names():
+    module = _module()
+    assert l2_sp_penalty(module, copy.deepcopy(module), 0.5).item() == 0
+    turned = dict(reversed(REFERENCE.items()))
+    assert l2_sp_penalty(module, turned, 0.5).item() == 2.5
+    assert l2_sp_penalty(module.parameters(), [KERNEL - 1, BIAS - 1], 0.5).item() == 2.5
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        (None, TypeError, "reference must be a module, a tensor"),
+        ({"kernel": KERNEL}, ValueError, "differ at 'bias': the reference has nothing there"),
+        ({**REFERENCE, "x": BIAS}, ValueError, "differ at 'x': the parameters have nothing there"),
+        ([KERNEL, BIAS], ValueError, "differ at 'kernel': the reference has nothing there"),
+        ({**REFERENCE, "kernel": BIAS}, ValueError, r"reference at 'kernel' has shape \(1,\)"),
+        ({**REFERENCE, "kernel": None}, TypeError, "'kernel' must be a float .*, but it is None"),
+        (
+            {**REFERENCE, "kernel": KERNEL.int()},
+            TypeError,
+            "'kernel' must be a float .*, but it is a tensor of torch.int32",
+        ),
+        ({**REFERENCE, "kernel": KERNEL * 1j}, TypeError, "reference at 'kernel' is complex"),
+    ],
+)
+def test_reference_that_does_not_fit_is_refused(reference, error, message):
+    with pytest.raises(error, match=message):
+        l2_sp_penalty(_module(), reference, 0.5)
+
+
+def test_a_reference_masked_out_may_be_anything():
+    reference = {**REFERENCE, "kernel": "not yet"}
+    mask = {"kernel": False, "bias": True}
+    assert l2_sp_penalty(_module(), reference, 0.5, mask=mask).item() == 0.5
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+def test_coefficients_of_the_other_penalties_are_checked(value):
+    with pytest.raises(ValueError, match="weight_decay must be finite"):
+        l1_penalty(_module(), value)
+    with pytest.raises(ValueError, match="weight_decay must be finite"):
+        l2_sp_penalty(_module(), REFERENCE, value)
+    with pytest.raises(ValueError, match="l1 must be finite"):
+        elastic_net_penalty(_module(), value, 0.1)
+    with pytest.raises(ValueError, match="l2 must be finite"):
+        elastic_net_penalty(_module(), 0.1, value)

@@ -1,0 +1,337 @@
+"""Measures how exactly regjax.optim takes the steps of torch.optim, case by case.
+
+    python -m parity_tests.exactness            # every case, 1,000 steps, 10,062 parameters; minutes
+    python -m parity_tests.exactness --quick    # 100 steps
+    python -m parity_tests.exactness --list     # the cases and their bounds
+    python -m parity_tests.exactness --only sgd adamw
+
+Each case runs on gradients that are made up (synthetic), on those of a perceptron that torch
+trained with the same optimizer (recorded), and in training, where each side finds its own
+gradients. A deviation is in norm: the largest difference of two parameters, divided by the largest
+parameter of that step.
+
+Exit code: 0 if every bound holds at every step, 1 if one is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from parity_tests import optimizers, report
+from parity_tests.compare import FLOAT64, deviation
+from parity_tests.optimizers.case import Case
+from parity_tests.perceptron import SHAPES, recorded, training
+from parity_tests.trajectories import LARGE, Problem, Run, synthetic, walk_jax, walk_torch
+
+STEPS, QUICK = 1000, 100
+FUSED = ("Adam", "AdamW")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the gradients of a comparison come from, and its dtype.
+
+    Attributes:
+        dtype: Of parameters and gradients.
+        source: `synthetic`, `recorded` or `trained`.
+        fused: Whether torch runs its fused kernel.
+    """
+
+    dtype: str
+    source: str
+    fused: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.source}" + (", torch fused" if self.fused else "")
+
+
+SETTINGS = (
+    Setting("float64", "synthetic"),
+    Setting("float64", "recorded"),
+    Setting("float64", "trained"),
+    Setting("float32", "synthetic"),
+    Setting("float32", "recorded"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How far regjax and torch were apart in one case and setting.
+
+    Attributes:
+        case: Its name.
+        setting: Its description.
+        bound: The deviation in norm that the case allows; None asks for equal bits.
+        steps: How many were taken.
+        required: How many of them must keep to the bound.
+        holds: How many did, before the first that did not.
+        deviation: The largest one in norm of the steps that must hold.
+        mismatches: Elements with other bits after the last step.
+        elements: Elements in all.
+    """
+
+    case: str
+    setting: str
+    bound: float | None
+    steps: int
+    required: int
+    holds: int
+    deviation: float
+    mismatches: int
+    elements: int
+
+    @property
+    def broken(self) -> bool:
+        """Whether the bound did not hold as far as it must."""
+        return self.holds < self.required
+
+    def __str__(self) -> str:
+        asked = "equal bits" if self.bound is None else f"{self.bound:g} in norm"
+        return (
+            f"{self.case}, {self.setting}: {asked} asked to step {self.required}, held to step "
+            f"{self.holds}; deviation {self.deviation:.1e}"
+        )
+
+
+def compare(
+    ours: Run, theirs: Run, bound: float | None, required: int | None = None
+) -> dict[str, Any]:
+    """Compare two runs at every step.
+
+    Args:
+        ours: Parameters by name after each step.
+        theirs: The same of the other run.
+        bound: The largest deviation in norm that passes; None asks for equal bits.
+        required: Steps that must pass; None for all.
+
+    Returns:
+        The figures of a `Finding`, by name.
+
+    Examples:
+        >>> runs = [{"w": np.array([1.0, 2.0])}], [{"w": np.array([1.0, 2.5])}]
+        >>> compare(*runs, bound=0.1)["holds"], compare(*runs, bound=0.2)["holds"]
+        (0, 1)
+    """
+    steps = len(theirs)
+    required = steps if required is None else min(required, steps)
+    apart, holds = np.empty(steps), steps
+    for step, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+        apart[step] = deviation([left], [right])
+        # Written so that NaN fails.
+        passes = not mismatches(left, right) if bound is None else apart[step] <= bound
+        if not passes:
+            holds = min(holds, step)
+    return {
+        "bound": bound,
+        "steps": steps,
+        "required": required,
+        "holds": holds,
+        "deviation": float(apart[:required].max()),
+        "mismatches": mismatches(ours[-1], theirs[-1]),
+        "elements": sum(leaf.size for leaf in theirs[-1].values()),
+    }
+
+
+def mismatches(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> int:
+    """Count the elements with other bits.
+
+    Examples:
+        >>> mismatches({"w": np.array([0.0, np.nan])}, {"w": np.array([-0.0, np.nan])})
+        1
+    """
+    return sum(
+        int(np.count_nonzero(_bits(leaf) != _bits(theirs[name]))) for name, leaf in ours.items()
+    )
+
+
+def _bits(leaf: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(leaf).view(f"u{leaf.dtype.itemsize}")
+
+
+def measure(
+    case: Case, setting: Setting, steps: int, make: Callable[..., Any] | None = None
+) -> Finding:
+    """Run one case in one setting on both sides.
+
+    Args:
+        case: What to train with.
+        setting: Where gradients come from, and the dtype.
+        steps: How many.
+        make: Another function to make the JAX optimizer with, for the tests of the tests.
+
+    Returns:
+        What was found.
+    """
+    problem = _problem(case, setting, steps)
+    ours = walk_jax(case, problem, make)
+    theirs = walk_torch(case, problem, **({"fused": True} if setting.fused else {}))
+    bound = case.float64 if setting.dtype == FLOAT64.dtype else case.float32
+    required = case.stable if setting.source == "trained" else None
+    return Finding(case.name, str(setting), **compare(ours, theirs, bound, required))
+
+
+def _problem(case: Case, setting: Setting, steps: int) -> Problem:
+    if setting.source == "synthetic":
+        return synthetic(setting.dtype, _fitting(case, LARGE), steps)
+    make = recorded if setting.source == "recorded" else training
+    return make(case, setting.dtype, steps, _fitting(case, SHAPES))
+
+
+def _fitting(case: Case, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+    if case not in optimizers.CASES_2D:
+        return shapes
+    return {name: shape for name, shape in shapes.items() if len(shape) == 2}
+
+
+def settings(case: Case) -> Iterator[Setting]:
+    """The settings of a case: torch's fused kernels too, where it has any.
+
+    Examples:
+        >>> [str(setting) for setting in settings(Case("adam", "Adam", {"lr": 0.1}))][-1]
+        'float32 recorded, torch fused'
+    """
+    yield from SETTINGS
+    if case.optimizer in FUSED:
+        yield from (Setting("float32", source, fused=True) for source in ("synthetic", "recorded"))
+
+
+HEADINGS = (
+    "case",
+    "float64 bound",
+    "synthetic",
+    "recorded",
+    "trained",
+    "float32 bound",
+    "synthetic",
+    "recorded",
+)
+
+
+def as_markdown(findings: Sequence[Finding]) -> str:
+    """The table, one row for each case, and a second for torch's fused kernels.
+
+    A cell of float32 names the elements whose bits differ after the last step. A broken bound is
+    set in bold.
+    """
+    rows: dict[str, dict[str, Finding]] = {}
+    for finding in findings:
+        rows.setdefault(finding.case, {})[finding.setting] = finding
+    elements = f"{max(finding.elements for finding in findings):,}"
+    lines = [
+        f"Largest deviation in norm over {findings[0].steps:,} steps, {elements} parameters; in "
+        "float32 with the elements whose bits differ at the end. Trained: to the step named.",
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|---" * len(HEADINGS) + "|",
+    ]
+    for name, row in rows.items():
+        wide = [row[str(setting)] for setting in SETTINGS if setting.dtype == "float64"]
+        narrow = [row[str(setting)] for setting in SETTINGS if setting.dtype == "float32"]
+        cells = [name, _bound(wide[0]), *map(_cell, wide), _bound(narrow[0]), *map(_cell, narrow)]
+        lines.append("| " + " | ".join(cells) + " |")
+        fused = [finding for finding in row.values() if finding.setting.endswith("fused")]
+        if fused:
+            cells = [f"{name}, torch `fused=True`", "", "", "", "", _bound(fused[0])]
+            lines.append("| " + " | ".join([*cells, *map(_cell, fused)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _bound(finding: Finding) -> str:
+    return "equal bits" if finding.bound is None else f"{finding.bound:g}"
+
+
+def _cell(finding: Finding) -> str:
+    text = f"{finding.deviation:.1e}" if finding.deviation else "0"
+    if finding.setting.startswith("float32"):
+        text = f"{finding.mismatches:,}; {text}"
+    if finding.setting.endswith("trained"):
+        text += f" to {min(finding.required, finding.holds):,}"
+    return f"**{text}**" if finding.broken else text
+
+
+def write(folder: Path, findings: Sequence[Finding]) -> list[Path]:
+    """Write `exactness.md` and `exactness.json`; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "exactness.md", folder / "exactness.json"]
+    paths[0].write_text(as_markdown(findings))
+    record = {
+        "versions": report.versions(),
+        "findings": [{**asdict(finding), "broken": finding.broken} for finding in findings],
+    }
+    paths[1].write_text(json.dumps(record, indent=1) + "\n")
+    return paths
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the cases; returns the exit code."""
+    options = _parser().parse_args(argv)
+    console = Console()
+    every = (*optimizers.CASES, *optimizers.CASES_2D)
+    cases = [case for case in every if _wanted(case, options.only)]
+    if not cases:
+        names = ", ".join(case.name for case in every)
+        console.print(f"--only {' '.join(options.only)} names no case; there are: {names}")
+        return 1
+    if options.list:
+        for case in cases:
+            narrow = "equal bits" if case.float32 is None else f"{case.float32:g}"
+            console.print(f"{case.name:24} float64 {case.float64:g}, float32 {narrow}")
+        return 0
+    findings = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("comparing", total=len(cases))
+        for case in cases:
+            progress.update(task, description=case.name)
+            steps = QUICK if options.quick else STEPS
+            findings += [measure(case, setting, steps) for setting in settings(case)]
+            progress.advance(task)
+    for path in write(options.out, findings):
+        console.print(f"written: {path}", soft_wrap=True)
+    broken = [finding for finding in findings if finding.broken]
+    for finding in broken:
+        console.print(f"broken: {finding}", style="bold red", soft_wrap=True, markup=False)
+    console.print(f"{len(findings) - len(broken)} of {len(findings)} comparisons within bounds")
+    return 1 if broken else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m parity_tests.exactness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} steps")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="cases by name, or by how the name begins",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("outputs/exactness"),
+        metavar="FOLDER",
+        help="folder for Markdown and JSON (default: %(default)s)",
+    )
+    return parser
+
+
+def _wanted(case: Case, only: Sequence[str]) -> bool:
+    return not only or any(case.name.startswith(name) for name in only)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,249 @@
+"""What every dropout of a training step drew, in both frameworks, and where the two part.
+
+Nothing has to be passed to the models: the libraries tell (`regjax.observing`,
+`regtorch.observing`). A dropout is known by its site, the name that its key was derived with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import regjax
+import regtorch
+from parity_tests import compare
+from parity_tests.compare import Tier
+from parity_tests.wings import from_torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What `site_key` made a key from.
+
+    Attributes:
+        root: the two words of the root key.
+        step: the step of training.
+        site: the name of the place.
+    """
+
+    root: tuple[int, int]
+    step: int
+    site: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A mask, and what it fell on.
+
+    Attributes:
+        site: the name its key was derived with; a key that was made otherwise has none, and the
+            dropout is then called after its place in the program.
+        key: the two words of the key.
+        origin: what the key was derived from, if that is known.
+        rate: the probability that an element is zeroed.
+        mask: what is kept.
+        entering: the values that are masked.
+    """
+
+    site: str
+    key: tuple[int, int]
+    origin: Origin | None
+    rate: float
+    mask: np.ndarray
+    entering: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A site at which the frameworks part.
+
+    Attributes:
+        site: its name.
+        deviation: by how much, in the unit of a tier; infinite for masks.
+        detail: what differs, in words.
+    """
+
+    site: str
+    deviation: float
+    detail: str
+
+
+class Recorder:
+    """Takes down what both frameworks draw, step by step.
+
+    Example:
+        >>> import jax, regjax
+        >>> recorder = Recorder()
+        >>> with recorder.watching():
+        ...     key = regjax.site_key(jax.random.key(0), 3, "hidden")
+        ...     y = regjax.dropout(jax.numpy.ones(64), 0.5, key=key)
+        ...     ours, theirs = recorder.taken()
+        >>> [drawn.site for drawn in ours], theirs
+        (['hidden'], [])
+    """
+
+    def __init__(self) -> None:
+        self._events: tuple[list[Any], list[Any]] = ([], [])
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Takes down what is drawn inside: around a loop, as each entry compiles anew."""
+        ours, theirs = self._events
+        with regjax.observing(ours.append), regtorch.observing(theirs.append):
+            yield
+
+    def taken(self) -> tuple[list[Drawn], list[Drawn]]:
+        """What JAX and what PyTorch drew since the last call, in the order of their programs."""
+        jax.effects_barrier()
+        ours, theirs = (_drawn(events) for events in self._events)
+        for events in self._events:
+            events.clear()
+        return ours, theirs
+
+
+def _drawn(events: Iterable[Any]) -> list[Drawn]:
+    keys = [event for event in events if hasattr(event, "site")]
+    origins = {event.key: Origin(event.root, event.step, event.site) for event in keys}
+    found: dict[Any, Drawn] = {}
+    draws = (event for event in events if not hasattr(event, "site"))
+    for draw in sorted(draws, key=lambda draw: draw.order):
+        origin = origins.get(draw.key)
+        mask, entering = (
+            from_torch(array) if hasattr(array, "detach") else array
+            for array in (draw.mask, draw.entering)
+        )
+        # A mask drawn again is that of a forward pass made again for the backward one.
+        mark = (draw.key, draw.rate, mask.shape)
+        if mark not in found:
+            site = origin.site if origin else f"dropout {len(found) + 1}"
+            found[mark] = Drawn(site, draw.key, origin, draw.rate, mask, entering)
+    return list(found.values())
+
+
+def mask_differences(ours: Sequence[Drawn], theirs: Sequence[Drawn]) -> list[Difference]:
+    """The sites whose masks differ, in the order of the PyTorch program.
+
+    Masks are compared element by element in row-major order, so that one of (batch, 1, 1, channels)
+    may stand beside one of (batch, channels, 1, 1).
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.ones(2)
+        >>> ours = Drawn("a", (0, 1), None, 0.5, np.array([True, False]), x)
+        >>> theirs = Drawn("a", (0, 1), None, 0.5, np.array([True, True]), x)
+        >>> [difference.detail for difference in mask_differences([ours], [theirs])]
+        ['1 of 2 elements of the mask differ']
+    """
+    pairs, left, right = _paired(ours, theirs)
+    places = {id(drawn): place for place, drawn in enumerate(theirs)}
+    found = [
+        (places[id(there)], Difference(there.site, float("inf"), detail))
+        for here, there in pairs
+        if (detail := _difference(here, there))
+    ]
+    found += [
+        (places[id(there)], _alone(there, ("PyTorch", "JAX"), unmatched=left)) for there in right
+    ]
+    found += [(len(theirs), _alone(here, ("JAX", "PyTorch"), unmatched=right)) for here in left]
+    return [difference for _, difference in sorted(found, key=lambda item: item[0])]
+
+
+def value_deviations(
+    ours: Sequence[Drawn], theirs: Sequence[Drawn], tier: Tier
+) -> dict[str, float]:
+    """How far the values that enter each site are apart, by site in the order of the program.
+
+    Where a site sees another layout in JAX, such as channels last, the values are compared in
+    sorted order, which knows nothing of their places.
+    """
+    pairs, _, _ = _paired(ours, theirs)
+    pairs.sort(key=lambda pair: [id(drawn) for drawn in theirs].index(id(pair[1])))
+    found: dict[str, float] = {}
+    for here, there in pairs:
+        left, right = here.entering, there.entering
+        if left.size != right.size:
+            apart = float("inf")
+        else:
+            if left.shape != right.shape:
+                left, right = np.sort(left, axis=None), np.sort(right, axis=None)
+            apart = compare.deviations({"": left}, {"": right}, tier)[""]
+        found[there.site] = max(apart, found.get(there.site, 0.0))
+    return found
+
+
+def _paired(
+    ours: Sequence[Drawn], theirs: Sequence[Drawn]
+) -> tuple[list[tuple[Drawn, Drawn]], list[Drawn], list[Drawn]]:
+    """Which draw of JAX stands for which of PyTorch: by name, else by key; and those left over."""
+    left, pairs, alone = list(ours), [], []
+    by_name = _match(theirs, left, lambda here, there: here.site == there.site)
+    for there, here in by_name:
+        (pairs.append((here, there)) if here else alone.append(there))
+    by_key = _match(alone, left, lambda here, there: here.key == there.key)
+    right = []
+    for there, here in by_key:
+        (pairs.append((here, there)) if here else right.append(there))
+    # Dropouts without names stand in for one another where their numbers agree.
+    nameless = [here for here in left if here.origin is None]
+    if len(nameless) == len(left) == len(right):
+        pairs += zip(left, right, strict=True)
+        return pairs, [], []
+    return pairs, left, right
+
+
+def _match(
+    wanted: Iterable[Drawn], pool: list[Drawn], same: Any
+) -> list[tuple[Drawn, Drawn | None]]:
+    """For each wanted one the first of the pool that is the same, which leaves the pool."""
+    found = []
+    for there in wanted:
+        here = next((here for here in pool if same(here, there)), None)
+        if here is not None:
+            pool[:] = [drawn for drawn in pool if drawn is not here]
+        found.append((there, here))
+    return found
+
+
+def _difference(ours: Drawn, theirs: Drawn) -> str:
+    """What sets two masks of one site apart, in words; empty where they are equal."""
+    causes = []
+    if not np.isclose(ours.rate, theirs.rate, rtol=1e-6, atol=0.0):
+        causes.append(f"rate {ours.rate:.6g} in JAX and {theirs.rate:.6g} in PyTorch")
+    if ours.key != theirs.key:
+        causes.append(_key_difference(ours, theirs))
+    if ours.mask.size != theirs.mask.size:
+        shapes = (list(drawn.mask.shape) for drawn in (ours, theirs))
+        causes.append("a mask of shape {} in JAX and {} in PyTorch".format(*shapes))
+    else:
+        differ = int(np.count_nonzero(ours.mask.ravel() != theirs.mask.ravel()))
+        if differ:
+            causes.append(f"{differ} of {ours.mask.size} elements of the mask differ")
+    return "; ".join(causes)
+
+
+def _key_difference(ours: Drawn, theirs: Drawn) -> str:
+    here, there = ours.origin, theirs.origin
+    if here and there:
+        if here.root != there.root:
+            return f"another root key: {here.root} in JAX and {there.root} in PyTorch"
+        if here.step != there.step:
+            return f"its key is that of step {here.step} in JAX and of {there.step} in PyTorch"
+        return f"its key is that of site '{here.site}' in JAX and of '{there.site}' in PyTorch"
+    unknown = "one that no site_key derived"
+    return (
+        f"another key: {here.site if here else unknown} in JAX and "
+        f"{there.site if there else unknown} in PyTorch"
+    )
+
+
+def _alone(drawn: Drawn, sides: tuple[str, str], *, unmatched: Sequence[Drawn]) -> Difference:
+    side, other = sides
+    rest = ", ".join(repr(each.site) for each in unmatched)
+    instead = f", which draws at {rest} instead" if rest else ""
+    detail = f"{side} draws a mask here, {other} does not{instead}"
+    return Difference(drawn.site, float("inf"), detail)

@@ -1,0 +1,128 @@
+"""Muon, whose parameters are matrices: regjax.optim and torch.optim against NumPy, at every step.
+
+Torch iterates in bfloat16, where each party rounds in its own way. So every case is walked twice:
+as it is, to what bfloat16 leaves, and with float64 in its place, to 1e-12.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from parity_tests.compare import FLOAT64, Tier, assert_same_at_every_step, deviation
+from parity_tests.optimizers import CASES_2D
+from parity_tests.optimizers.muon import BFLOAT16, MATRICES
+from parity_tests.trajectories import WALKS, synthetic, walk_jax, walk_torch
+from regjax import optim
+
+PROBLEMS = {dtype: synthetic(dtype, MATRICES) for dtype in ("float32", "float64")}
+MUON = CASES_2D[0]
+
+
+def _with(case, **options):
+    return replace(case, options={**case.options, **options})
+
+
+def _assert_three_agree(runs, tier):
+    reference, ours, theirs = runs
+    assert_same_at_every_step(theirs, reference, tier, names=("torch", "NumPy"))
+    assert_same_at_every_step(ours, reference, tier, names=("regjax", "NumPy"))
+    assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
+
+
+@pytest.mark.parametrize("dtype", PROBLEMS)
+@pytest.mark.parametrize("case", CASES_2D, ids=str)
+def test_three_parties_take_the_same_steps(case, dtype):
+    bound = case.float64 if dtype == "float64" else case.float32
+    runs = [walk(case, PROBLEMS[dtype]) for walk in WALKS.values()]
+    _assert_three_agree(runs, Tier(dtype, bound, in_norm=True))
+
+
+@pytest.fixture
+def torch_in_float64(monkeypatch):
+    """Keep torch's Muon from rounding to bfloat16; it writes into what it rounds, hence a copy."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+
+
+@pytest.mark.usefixtures("torch_in_float64")
+@pytest.mark.parametrize("case", CASES_2D, ids=str)
+def test_only_bfloat16_sets_them_apart(case):
+    exact = _with(case, ns_dtype="float64")
+    cases = {"numpy": exact, "jax": exact, "torch": case}
+    runs = [walk(cases[name], PROBLEMS["float64"]) for name, walk in WALKS.items()]
+    _assert_three_agree(runs, FLOAT64)
+
+
+@pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
+def test_decay_is_far_larger_than_the_tolerance(walk):
+    with_decay = walk(MUON, PROBLEMS["float32"])
+    without = walk(_with(MUON, weight_decay=0.0), PROBLEMS["float32"])
+    assert deviation(with_decay, without) > 50 * BFLOAT16
+
+
+PLANTED = {
+    "decay forgotten": {"weight_decay": 0.0},
+    "a tenth of the decay missing": {"weight_decay": 0.09},
+    "nesterov forgotten": {"nesterov": False},
+    "momentum": {"momentum": 0.9},
+    "a step of the iteration missing": {"ns_steps": 4},
+    "a coefficient": {"ns_coefficients": (3.4, -4.7750, 2.0315)},
+    "scale": {"adjust_lr_fn": "match_rms_adamw"},
+    "rows for columns": {"transposed": True},
+}
+
+
+@pytest.mark.parametrize("wrong", PLANTED.values(), ids=PLANTED)
+def test_planted_defect_is_caught(wrong):
+    tier = Tier("float32", BFLOAT16, in_norm=True)
+    ours = walk_jax(_with(MUON, **wrong), PROBLEMS["float32"])
+    theirs = walk_torch(MUON, PROBLEMS["float32"])
+    with pytest.raises(AssertionError, match=r"regjax and torch part at step \d+ in '"):
+        assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
+
+
+def test_optax_itself_is_caught():
+    """Its nesterov mixes otherwise: why regjax.optim has a Muon of its own."""
+
+    def make(learning_rate, *, mask):
+        # Fed with squares and wide matrices only, it needs no scale by the shape.
+        dimensions = lambda tree: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), tree)
+        muon = optax.contrib.scale_by_muon(eps=1e-7, weight_dimension_numbers=dimensions)
+        decay = optax.add_decayed_weights(0.1, mask)
+        return optax.chain(muon, decay, optax.scale_by_learning_rate(learning_rate))
+
+    shapes = {name: shape for name, shape in MATRICES.items() if shape[0] <= shape[1]}
+    problem = synthetic("float64", shapes)
+    with jax.numpy_dtype_promotion("standard"):
+        ours = walk_jax(MUON, problem, make)
+    with pytest.raises(AssertionError, match="part at step 2"):
+        assert_same_at_every_step(
+            ours, walk_torch(MUON, problem), Tier("float64", BFLOAT16, in_norm=True)
+        )
+
+
+@pytest.mark.usefixtures("torch_in_float64")
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+def test_transposed_matrices_walk_as_torch_does_on_its_own_layout(scale):
+    weight, *gradients = np.random.default_rng(0).standard_normal((6, 12, 5))
+    theirs = torch.tensor(weight, requires_grad=True)
+    torch_optimizer = torch.optim.Muon([theirs], lr=0.1, adjust_lr_fn=scale)
+    optimizer = optim.muon(0.1, adjust_lr_fn=scale, ns_dtype="float64", transposed=True)
+    runs = [], []
+    with jax.enable_x64(True):
+        ours = jnp.asarray(weight.T)
+        state = optimizer.init(ours)
+        for gradient in gradients:
+            updates, state = optimizer.update(jnp.asarray(gradient.T), state, ours)
+            ours = optax.apply_updates(ours, updates)
+            theirs.grad = torch.tensor(gradient)
+            torch_optimizer.step()
+            runs[0].append({"w": np.asarray(ours).T})
+            runs[1].append({"w": theirs.detach().numpy().copy()})
+    assert_same_at_every_step(*runs, FLOAT64, names=("regjax", "torch"))

@@ -1,0 +1,126 @@
+"""Watching what every dropout draws: for comparisons between frameworks, and for guard rails.
+
+Nothing here changes a value. While nobody watches, a dropout pays for one look at a flag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Inexact
+
+    Pair = tuple[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteKey:
+    """A key was derived by `site_key`.
+
+    Attributes:
+        site: the name of the place.
+        root: the two words of the root key.
+        step: the step of training.
+        key: the two words of the derived key.
+    """
+
+    site: str
+    root: tuple[int, int]
+    step: int
+    key: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A dropout drew a mask.
+
+    Attributes:
+        order: where in the program it stands, counted from 0: a dropout inside a loop draws several
+            times under one number.
+        key: the two words of its key.
+        rate: the probability that an element is zeroed.
+        mask: what it keeps; of size 1 along dimensions that share it.
+        entering: the values that it masks.
+    """
+
+    order: int
+    key: tuple[int, int]
+    rate: float
+    mask: np.ndarray
+    entering: np.ndarray
+
+
+class Observer:
+    """Who watches: takes events, and counts the dropouts of the program.
+
+    Events come from wherever the program runs, in no order: wait for `jax.effects_barrier()` before
+    reading them.
+    """
+
+    def __init__(self, record: Callable[[SiteKey | Draw], None]) -> None:
+        self._record = record
+        self._orders = itertools.count()
+
+    def site_key(self, site: str, root: Pair, step: Pair, key: Pair) -> None:
+        """Called by `site_key`, with two words of each."""
+
+        def record(root: Pair, step: Pair, key: Pair) -> None:
+            high, low = _integers(step)
+            self._record(SiteKey(site, _integers(root), (high << 32) | low, _integers(key)))
+
+        jax.debug.callback(record, root, step, key)
+
+    def draw(
+        self, key: Pair, rate: Any, mask: Bool[Array, "..."], entering: Inexact[Array, "..."]
+    ) -> None:
+        """Called by every dropout that draws."""
+        order = next(self._orders)
+
+        def record(key: Pair, rate: Any, mask: Any, entering: Any) -> None:
+            words = _integers(key)
+            self._record(Draw(order, words, float(rate), np.asarray(mask), np.asarray(entering)))
+
+        jax.debug.callback(record, key, rate, mask, entering)
+
+
+# Part of the key of every cache of traces: a function that was jitted before anybody watched is
+# traced anew, and what was traced while somebody watched is not used afterwards.
+_observer = jax.make_user_context(None)
+
+
+def observer() -> Observer | None:
+    """Who watches, if anybody does."""
+    return _observer.value
+
+
+@contextlib.contextmanager
+def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
+    """Tells `record` of every key that `site_key` derives and every mask that a dropout draws.
+
+    Args:
+        record: called with each event, under jit at run time.
+
+    Example:
+        >>> import jax, regjax
+        >>> drawn = []
+        >>> with regjax.observing(drawn.append):
+        ...     y = regjax.dropout(jax.numpy.ones(3), 0.5, key=jax.random.key(0))
+        ...     jax.effects_barrier()
+        >>> [(type(event).__name__, event.rate, event.mask.tolist()) for event in drawn]
+        [('Draw', 0.5, [False, False, True])]
+    """
+    watching = Observer(record)
+    with _observer(watching):
+        yield watching
+
+
+def _integers(words: Pair) -> tuple[int, int]:
+    high, low = (int(word) for word in words)
+    return high, low

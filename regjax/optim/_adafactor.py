@@ -1,0 +1,226 @@
+"""Adafactor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from regjax._decay import check_coefficient
+from regjax._paths import named_leaves
+from regjax.optim._links import ascend, check_rates, decay_weights, rounded_once
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Float, PyTree, ScalarLike
+
+    from regjax.optim._links import Mask
+
+
+def adafactor(
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
+    beta2_decay: ScalarLike = -0.8,
+    eps: tuple[ScalarLike | None, ScalarLike] = (None, 1e-3),
+    d: ScalarLike = 1.0,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    *,
+    maximize: bool = False,
+    mask: Mask = None,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.Adafactor`: second moments kept as rows and columns, and decoupled decay.
+
+    With $g_t = \pm\nabla f(w_{t-1})$ and $\beta_t = 1 - t^{\gamma}$, a leaf of shape (…, m, n)
+    keeps the averages of its squared gradients along each of its last two axes,
+
+    $$R_t = \beta_t R_{t-1} + \frac{1 - \beta_t}{n} \sum_j g_{t,ij}^2, \qquad
+      C_t = \beta_t C_{t-1} + \frac{1 - \beta_t}{m} \sum_i g_{t,ij}^2, \qquad
+      v_t = \frac{R_t C_t}{\max(\operatorname{mean}_i R_t, \epsilon_1)}$$
+
+    and a leaf of fewer axes keeps $v_t = \beta_t v_{t-1} + (1 - \beta_t) g_t^2$ itself. Then
+
+    $$u_t = \frac{g_t}{\max(\sqrt{v_t}, \epsilon_1)}, \qquad
+      w_t = (1 - \eta_t \lambda)\, w_{t-1} - \min\!\Big(\eta_t, \frac{1}{\sqrt t}\Big)
+      \frac{\max(\epsilon_2, \operatorname{RMS}(w_{t-1}))}{\max(1, \operatorname{RMS}(u_t) / d)}\,
+      u_t$$
+
+    Args:
+        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it: the
+            largest step, relative to the RMS of a leaf. It scales the decay too, even where
+            $1/\sqrt t$ caps the step.
+        beta2_decay: $\gamma$, at most 0: how fast $\beta_t$ nears 1.
+        eps: $\epsilon_1$, the least root of a second moment, and $\epsilon_2$, the least RMS of a
+            leaf in the step. `None` stands for the machine epsilon of the leaf's dtype.
+        d: The largest RMS of $u_t$, at least 1; infinity for no clipping.
+        weight_decay: $\lambda$, or a schedule. No penalty in the loss does the same.
+        maximize: Ascend. The decay still shrinks the parameters.
+        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
+            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+
+    Returns:
+        An optax transformation whose `update` always needs `params`. Part 1 of its state begins
+        with an `optax.FactoredState`: `v_row` of shape (…, m, 1) and `v_col` of shape (…, 1, n) as
+        torch's `row_var` and `col_var`, and `v` for leaves of fewer than two axes; where a field
+        has no array for a leaf, `optax.MaskedNode()` stands. So an (m, n) leaf costs m + n numbers.
+
+    Raises:
+        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
+            complex parameters.
+        ValueError: A coefficient is negative, infinite or NaN, `beta2_decay` above 0 or `d` below
+            1; from `init`, a mask of another structure than the parameters; from `update`, no
+            `params`.
+
+    PyTorch: the same numbers to rounding, with one exception: where `eps[0]` is `None` and a group
+    mixes dtypes, torch takes the epsilon of the first one for all.
+
+    What is optax's: the clipping by `d` (`optax.clip_by_block_rms`) and the factor
+    $\max(\epsilon_2, \operatorname{RMS}(w))$ (`optax.scale_by_param_block_rms`). What
+    `optax.adafactor` does otherwise, so that the second moment and the step size are our own:
+
+    - it factors the two largest axes, and only from 128 on; torch the last two, always. In a
+      convolution kernel these are height and width in torch's layout, and channels in Flax's: only
+      for matrices does the layout make no difference;
+    - it adds $10^{-30}$ to the squared gradient, where torch bounds the mean of $R_t$ by
+      $\epsilon_1$ and $v_t$ by $\epsilon_1^2$ from below;
+    - $\beta_t$ is computed in float32, also for float64 parameters;
+    - its learning rate is not capped by $1/\sqrt t$, and its decay is not scaled by it.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax
+        >>> params = {"kernel": jnp.array([[3.0, -4.0, 0.0]]), "bias": jnp.array([1.0, -1.0])}
+        >>> gradient = {"kernel": jnp.array([[0.5, -0.5, 0.5]]), "bias": jnp.array([2.0, -1.0])}
+        >>> optimizer = adafactor(0.25, weight_decay=0.5)
+        >>> state = optimizer.init(params)
+        >>> updates, state = optimizer.update(gradient, state, params)
+        >>> optax.apply_updates(params, updates)["bias"]
+        Array([ 0.625, -0.625], dtype=float32)
+        >>> state[1][0].v_row["kernel"].shape, state[1][0].v_col["kernel"].shape
+        ((1, 1), (1, 3))
+
+    References:
+        Shazeer and Stern, [Adafactor: Adaptive Learning Rates with Sublinear Memory
+        Cost](https://arxiv.org/abs/1804.04235), ICML 2018.
+    """
+    check_rates(learning_rate, weight_decay)
+    _check_bounds("beta2_decay", beta2_decay, high=0.0, fix="pass -0.8, say")
+    eps1, eps2 = eps
+    if eps1 is not None:
+        check_coefficient("eps[0]", eps1, fix="pass None for the machine epsilon")
+    check_coefficient("eps[1]", eps2, fix="pass 1e-3, say")
+    _check_bounds("d", d, low=1.0, fix="pass 1.0, or math.inf for no clipping")
+
+    def chain(floors: PyTree) -> optax.GradientTransformation:
+        return optax.chain(
+            ascend(maximize),
+            optax.chain(
+                _scale_by_factored_rms(beta2_decay, floors),
+                optax.clip_by_block_rms(d),
+                optax.scale_by_param_block_rms(eps2),
+                _cap_learning_rate(learning_rate),
+            ),
+            decay_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    def init(params: PyTree) -> PyTree:
+        return chain(None).init(params)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
+        if params is None:
+            raise ValueError(
+                "params is None, but Adafactor's step is relative to the parameters: call "
+                "update(updates, state, params)"
+            )
+        # Read here: inside, half types are float32, whose epsilon is another.
+        floors = jax.tree.map(
+            lambda p: float(jnp.finfo(p.dtype).eps) if eps1 is None else eps1, params
+        )
+        return rounded_once(chain(floors)).update(updates, state, params)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _scale_by_factored_rms(
+    beta2_decay: ScalarLike, floors: PyTree[ScalarLike]
+) -> optax.GradientTransformation:
+    """`optax.scale_by_factored_rms` on the last two axes, with torch's lower bounds."""
+
+    def init(params: PyTree) -> optax.FactoredState:
+        for name, leaf in named_leaves(params):
+            if jnp.iscomplexobj(leaf):
+                raise TypeError(
+                    f"Adafactor has no factors for the complex parameter '{name}': torch refuses "
+                    "it too; send it to another optimizer with optax.partition"
+                )
+        return optax.FactoredState(
+            jnp.zeros([], jnp.int32),
+            v_row=jax.tree.map(lambda p: _zeros(p, -1, if_factored=True), params),
+            v_col=jax.tree.map(lambda p: _zeros(p, -2, if_factored=True), params),
+            v=jax.tree.map(lambda p: _zeros(p, None, if_factored=False), params),
+        )
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        del params
+        count = optax.safe_increment(state.count)
+        share = jnp.asarray(count, float) ** beta2_decay
+
+        def average(g: Array, old: Any, axis: int | None) -> Any:
+            if isinstance(old, optax.MaskedNode):
+                return old
+            squared = jnp.square(g)
+            new = squared if axis is None else squared.mean(axis, keepdims=True)
+            return old + share.astype(g.dtype) * (new - old)
+
+        def scale(g: Array, row: Any, col: Any, v: Any, floor: ScalarLike) -> Array:
+            if g.ndim > 1:
+                v = row * col / jnp.maximum(row.mean(-2, keepdims=True), floor)
+            # Not the square of the bound under the root: squared, a small one is 0 in float32.
+            return g / jnp.maximum(jnp.sqrt(v), floor)
+
+        v_row = jax.tree.map(lambda g, old: average(g, old, -1), updates, state.v_row)
+        v_col = jax.tree.map(lambda g, old: average(g, old, -2), updates, state.v_col)
+        v = jax.tree.map(lambda g, old: average(g, old, None), updates, state.v)
+        scaled = jax.tree.map(scale, updates, v_row, v_col, v, floors)
+        return scaled, optax.FactoredState(count, v_row, v_col, v)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _zeros(leaf: Array, axis: int | None, *, if_factored: bool) -> Array | optax.MaskedNode:
+    if (leaf.ndim > 1) != if_factored:
+        return optax.MaskedNode()
+    shape = list(leaf.shape)
+    if axis is not None:
+        shape[axis] = 1
+    return jnp.zeros(shape, leaf.dtype)
+
+
+def _cap_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Let the learning rate that follows in the chain reach no further than `1 / sqrt(t)`."""
+
+    def factor(count: ArrayLike) -> Float[Array, ""]:
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        root = jnp.sqrt(jnp.asarray(count, float) + 1)
+        # min(rate, 1 / root) / rate, without its 0 / 0.
+        return 1 / jnp.maximum(1.0, jnp.asarray(rate, root.dtype) * root)
+
+    return optax.scale_by_schedule(factor)
+
+
+def _check_bounds(
+    name: str, value: Any, *, fix: str, low: float = -np.inf, high: float = np.inf
+) -> None:
+    if isinstance(value, Tracer):
+        return
+    is_scalar = isinstance(value, int | float | np.generic) or (
+        isinstance(value, jax.Array | np.ndarray) and value.shape == ()
+    )
+    if not is_scalar or isinstance(value, bool):
+        raise TypeError(f"{name} must be a real number, but it is {value!r}: {fix}")
+    if not low <= float(value) <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], but it is {value}: {fix}")

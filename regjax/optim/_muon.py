@@ -1,0 +1,262 @@
+"""Muon."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+
+from regjax._decay import check_coefficient
+from regjax._paths import named_leaves
+from regjax.optim._links import ascend, check_rates, decay_weights, rounded_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jax.typing import DTypeLike
+    from jaxtyping import Array, Float, PyTree, ScalarLike
+
+    from regjax.optim._links import Mask
+
+    Matrix = Float[Array, "m n"]
+    Coefficients = tuple[ScalarLike, ScalarLike, ScalarLike]
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    weight_decay: optax.ScalarOrSchedule = 0.1,
+    momentum: ScalarLike = 0.95,
+    nesterov: bool = True,
+    ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
+    eps: ScalarLike = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    *,
+    mask: Mask = None,
+    ns_dtype: DTypeLike = "bfloat16",
+    transposed: bool = False,
+) -> optax.GradientTransformation:
+    r"""Make `torch.optim.Muon`: momentum made orthogonal, and decoupled weight decay.
+
+    $$b_t = \mu b_{t-1} + (1 - \mu) \nabla f(w_{t-1}), \qquad
+      u_t = \begin{cases} (1 - \mu) \nabla f(w_{t-1}) + \mu b_t & \text{nesterov} \\
+      b_t & \text{else} \end{cases}, \qquad
+      w_t = (1 - \eta_t \lambda)\, w_{t-1} - \eta_t\, s\, O(u_t)$$
+
+    $O$ brings the singular values of a matrix near 1 by steps of Newton and Schulz,
+
+    $$X_0 = \frac{u}{\max(\lVert u \rVert_F, \epsilon)}, \qquad
+      X_{k+1} = a X_k + (b A + c A^2) X_k, \qquad A = X_k X_k^\top$$
+
+    on the transpose where the matrix has more rows than columns. The factor $s$ depends on the
+    shape only.
+
+    Every parameter must be a matrix. Send biases, embeddings and the rest to another optimizer with
+    `optax.partition`, as the example does.
+
+    Args:
+        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it. It
+            scales the decay too, without $s$.
+        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`. No
+            penalty in the loss does the same.
+        momentum: $\mu$.
+        nesterov: Look ahead along the average of gradients.
+        ns_coefficients: $a, b, c$.
+        eps: $\epsilon$: a matrix of smaller norm is not scaled up to norm 1.
+        ns_steps: How many steps of Newton and Schulz, below 100.
+        adjust_lr_fn: What $s$ is for `m` outputs and `n` inputs: `None` or "original" for
+            $\sqrt{\max(1, m / n)}$, "match_rms_adamw" for $0.2 \sqrt{\max(m, n)}$, which gives the
+            update the RMS that is usual for AdamW.
+        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
+            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+        ns_dtype: In what the steps of Newton and Schulz are stored. In "bfloat16", as in torch, an
+            update is off by 1 to 3 % of its length; "float32" gives its digits.
+        transposed: The matrices are (inputs, outputs), as Flax keeps kernels, and not (outputs,
+            inputs), as torch keeps weights. Only the "original" $s$ can tell.
+
+    Returns:
+        An optax transformation; part 1 of its state begins with an `optax.EmaState`, which holds
+        $b$.
+
+    Raises:
+        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
+            complex parameters.
+        ValueError: A coefficient is negative, infinite or NaN, `ns_coefficients` are not three
+            finite numbers, `ns_steps` lies outside [0, 100), `adjust_lr_fn` is unknown or
+            `ns_dtype` no dtype of floats; from `init`, a parameter that is not a matrix, or a mask
+            of another structure than the parameters; from `update`, no `params` to decay.
+
+    PyTorch: the same to what bfloat16 leaves: each party sums in its own order, and five steps
+    enlarge a rounding by up to $a^5 \approx 480$. All else agrees to rounding: where both iterate
+    in float64, to 1e-12. Torch has no `ns_dtype` and no `transposed`.
+
+    What `optax.contrib.muon` does otherwise, so that momentum and iteration are our own:
+
+    - it corrects the bias of $b$ and of the gradient, each by its own number, so that `nesterov`
+      mixes them in other proportions; without `nesterov` the scaling to norm 1 undoes it;
+    - it iterates in the dtype of the gradients, and stores the norm in it too;
+    - it adds $\epsilon = 10^{-8}$ to the norm, where torch takes the larger of the two;
+    - it counts the last axis as outputs, as does `transposed=True` here;
+    - its default decay is 0, and parameters that are not matrices go to AdamW by themselves.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from regjax.optim import adamw
+        >>> params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
+        >>> kinds = jax.tree.map(lambda p: "muon" if p.ndim == 2 else "adamw", params)
+        >>> parts = {"muon": muon(0.5, ns_dtype="float32"), "adamw": adamw(0.1)}
+        >>> optimizer = optax.partition(parts, kinds)
+        >>> state = optimizer.init(params)
+        >>> gradient = {"kernel": jnp.diag(jnp.array([3.0, -4.0])), "bias": jnp.ones(2)}
+        >>> updates, state = optimizer.update(gradient, state, params)
+        >>> step = updates["kernel"] + 0.5 * 0.1 * params["kernel"]  # without the decay
+        >>> jnp.sign(step)
+        Array([[-1.,  0.], [ 0.,  1.]], dtype=float32)
+        >>> muon().init(params)
+        Traceback (most recent call last):
+        ValueError: Muon takes matrices only, but 'bias' has shape (2,): send it to another
+        optimizer, such as optax.partition({"muon": muon(), "adamw": adamw()}, labels)
+
+    References:
+        Jordan et al., [Muon: An optimizer for hidden layers in neural
+        networks](https://kellerjordan.github.io/posts/muon/), 2024. Liu et al., [Muon is Scalable
+        for LLM Training](https://arxiv.org/abs/2502.16982), 2025.
+    """
+    check_rates(learning_rate, weight_decay)
+    check_coefficient("momentum", momentum, fix="pass 0.95, say")
+    check_coefficient("eps", eps, fix="pass 1e-7, say")
+    _check_coefficients(ns_coefficients)
+    check_coefficient("ns_steps", ns_steps, fix="pass 5, say", below=100)
+    if adjust_lr_fn not in _SCALES:
+        raise ValueError(
+            f'adjust_lr_fn must be None, "original" or "match_rms_adamw", but it is '
+            f"{adjust_lr_fn!r}"
+        )
+    if not jnp.issubdtype(ns_dtype, jnp.floating):
+        raise ValueError(
+            f'ns_dtype must be a dtype of floats, but it is {ns_dtype!r}: pass "bfloat16" or '
+            '"float32"'
+        )
+
+    def step(u: Matrix) -> Matrix:
+        outputs, inputs = reversed(u.shape) if transposed else u.shape
+        scale = _SCALES[adjust_lr_fn](outputs, inputs)
+        return scale * orthogonalize(u, ns_coefficients, eps, ns_steps, ns_dtype)
+
+    return rounded_once(
+        optax.chain(
+            ascend(maximize=False),  # torch's Muon only descends
+            optax.chain(_average(momentum, nesterov), _on_matrices(step)),
+            decay_weights(weight_decay, mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+    )
+
+
+_SCALES: dict[str | None, Callable[[int, int], float]] = {
+    "original": lambda m, n: math.sqrt(max(1.0, m / n)),
+    "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+}
+_SCALES[None] = _SCALES["original"]
+
+
+def orthogonalize(
+    u: Matrix,
+    coefficients: Coefficients,
+    eps: ScalarLike,
+    steps: int,
+    dtype: DTypeLike,
+) -> Matrix:
+    """Bring the singular values of a matrix near 1 by steps of Newton and Schulz.
+
+    Args:
+        u: A matrix.
+        coefficients: Of the odd polynomial of degree 5 that each step applies to them.
+        eps: Least norm to divide by.
+        steps: How many.
+        dtype: What every intermediate matrix is rounded to; sums are in float32 at least.
+
+    Returns:
+        A matrix with the dtype of `u`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> u = jnp.array([[3.0, 0.0], [0.0, -4.0]])
+        >>> orthogonalize(u, (1.5, -0.5, 0.0), 1e-7, 20, "float32").round(4)
+        Array([[ 1.,  0.], [ 0., -1.]], dtype=float32)
+    """
+    # Matrices of half precision are multiplied as they are; the others without a shortcut.
+    is_half = jnp.finfo(dtype).bits < 32
+    wide, precision = (jnp.float32, None) if is_half else (dtype, "highest")
+    a, b, c = (jnp.asarray(x, wide) for x in coefficients)
+
+    def dot(left: Matrix, right: Matrix) -> Matrix:
+        return jnp.matmul(left, right, precision=precision, preferred_element_type=wide)
+
+    def step(_: Any, x: Matrix) -> Matrix:
+        gram = dot(x, x.T).astype(dtype)
+        polynomial = (b * gram.astype(wide) + c * dot(gram, gram)).astype(dtype)
+        return (a * x.astype(wide) + dot(polynomial, x)).astype(dtype)
+
+    x = u.astype(dtype)
+    is_tall = u.shape[0] > u.shape[1]
+    if is_tall:
+        x = x.T
+    norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(wide)))).astype(dtype)
+    x = x / jnp.maximum(norm, jnp.asarray(eps, dtype))
+    x = jax.lax.fori_loop(0, steps, step, x)
+    return (x.T if is_tall else x).astype(u.dtype)
+
+
+def _average(momentum: ScalarLike, nesterov: bool) -> optax.GradientTransformation:
+    """`optax.ema` without bias correction; with `nesterov`, mixed with the gradient once more."""
+    ema = optax.ema(momentum, debias=False)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        average, state = ema.update(updates, state, params)
+        return optax.tree.update_moment(updates, average, momentum, 1), state
+
+    return optax.GradientTransformation(ema.init, update) if nesterov else ema
+
+
+def _on_matrices(function: Callable[[Matrix], Matrix]) -> optax.GradientTransformation:
+    def init(params: PyTree) -> optax.EmptyState:
+        for name, leaf in named_leaves(params):
+            if jnp.iscomplexobj(leaf):
+                raise TypeError(
+                    f"Muon does not take complex parameters, and neither does torch's, but '{name}'"
+                    f" is {leaf.dtype}: send it to another optimizer with optax.partition"
+                )
+            if leaf.ndim != 2:
+                raise ValueError(
+                    f"Muon takes matrices only, but '{name}' has shape {leaf.shape}: send it to "
+                    'another optimizer, such as optax.partition({"muon": muon(), "adamw": '
+                    "adamw()}, labels)"
+                )
+        return optax.EmptyState()
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        del params
+        return jax.tree.map(function, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_coefficients(coefficients: Any) -> None:
+    numbers = tuple(coefficients)
+    if len(numbers) != 3:
+        raise ValueError(
+            f"ns_coefficients must be three numbers, but they are {coefficients}: pass "
+            "(3.4445, -4.7750, 2.0315), say"
+        )
+    known = [x for x in numbers if not isinstance(x, Tracer)]
+    if not np.all(np.isfinite([float(x) for x in known])):
+        raise ValueError(
+            f"ns_coefficients must be finite, but they are {coefficients}: pass "
+            "(3.4445, -4.7750, 2.0315), say"
+        )

@@ -1,0 +1,576 @@
+r"""Decays beyond L2, attached to any optimizer of `torch.optim`: what `regjax.optim` has as links.
+
+    optimizer = torch.optim.Adam(model.named_parameters(), lr=1e-3)
+    handle = add_l1_decay(optimizer, 1e-4, mask=lambda name, tensor: tensor.ndim > 1)
+    ...                                # loss.backward(), optimizer.step(), scheduler.step() as ever
+    handle.remove()
+
+A decay is a pair of step hooks. A coupled one adds to `p.grad` before the step, in place, as
+`torch.nn.utils.clip_grad_norm_` writes there, and after any clipping; a decoupled one subtracts
+from the parameter after the step what it computed from the parameter before it, which takes one
+copy of the decaying parameters meanwhile. Several decays act in the order in which they were
+attached, as links of a chain do.
+
+Masks and references go by the names of the parameters where the optimizer was made with
+`named_parameters()`, and by their positions, '0', '1', ..., where with `parameters()`. What torch
+skips, a parameter whose gradient is None, does not decay. Parameter groups and learning-rate
+schedulers work as before: a decoupled decay is multiplied by the `lr` that its group has at the
+step. Hooks are neither copied nor pickled with an optimizer: attach them again.
+
+Each `weight_decay` may be a function from the step, counted from 0, to the coefficient. The count
+then lies in `optimizer.param_groups[0]`, so `optimizer.state_dict()` saves it and
+`load_state_dict` restores it, before or after the decays are attached, in the same order.
+
+Coupled decay cannot act inside `step(closure)`, nor on gradients that are still scaled: `step`
+refuses, and a penalty in the loss does the same there. L2 itself is the `weight_decay` of
+`torch.optim`; the elastic net is that, with `2 * l2`, and `add_l1_decay(optimizer, l1)` on it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from regtorch._decay import (
+    check_coefficient,
+    check_reference,
+    resolve_mask,
+    resolve_reference,
+    widened,
+)
+from regtorch._paths import named_leaves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from regtorch._decay import Mask
+    from regtorch._paths import Params
+
+    Schedule = float | Tensor | Callable[[int], float]
+    # From a parameter, the step that is subtracted from it, and what it decays towards.
+    Direction = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+# Which counts an optimizer has, so that two schedules of a kind do not share one.
+_taken: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()
+
+
+class DecayHandle:
+    """What takes a decay off its optimizer again.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> handle = add_independent_weight_decay(optimizer, 0.25)
+        >>> handle.remove()
+        >>> weight.grad = torch.zeros(1)
+        >>> optimizer.step()
+        >>> weight.item()
+        1.0
+    """
+
+    def __init__(self, *removals: Callable[[], None]) -> None:
+        self._removals = removals
+
+    def remove(self) -> None:
+        """Detach the decay, and forget the count of its schedule; once more does nothing."""
+        for removal in self._removals:
+            removal()
+        self._removals = ()
+
+
+def add_l1_decay(
+    optimizer: Optimizer, weight_decay: Schedule, *, decoupled: bool = False, mask: Mask = None
+) -> DecayHandle:
+    r"""Add the sign of the parameters, times a coefficient, to their gradients: L1 decay.
+
+    $$g \leftarrow g + \lambda_t \operatorname{sign}(w), \qquad \operatorname{sign}(0) = 0$$
+
+    This is the same at every step as `regtorch.l1_penalty(params, weight_decay)` in the loss: no
+    factor 2. Decoupled, $w \leftarrow w - \eta_t \lambda_t \operatorname{sign}(w)$ goes past the
+    moments, and no penalty does the same.
+
+    Args:
+        optimizer: Any optimizer of `torch.optim`.
+        weight_decay: $\lambda$: a finite number, not negative, or a function from the step, counted
+            from 0, to it.
+        decoupled: Shrink the parameters themselves, by learning rate times coefficient.
+        mask: Which parameters decay, as in `regtorch.l2_penalty`.
+
+    Returns:
+        A handle to remove the decay.
+
+    Raises:
+        TypeError: `weight_decay` is not a number, or the mask says something else than True or
+            False.
+        ValueError: `weight_decay` is negative, infinite or NaN, also later from `step`, of a
+            schedule; the mask does not fit the parameters; from `step`, coupled, a closure or
+            gradients that are still scaled.
+
+    JAX: `regjax.optim.add_l1_decay(weight_decay)`, ahead of the optimizer in `optax.chain`, or
+    decoupled ahead of the learning rate. With `maximize=True` the parameters still shrink here.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.tensor([2.0, -2.0, 0.0], requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> handle = add_l1_decay(optimizer, 0.5)
+        >>> weight.grad = torch.ones(3)
+        >>> optimizer.step()
+        >>> weight.detach()
+        tensor([ 1.2500, -2.2500, -0.5000])
+
+    References:
+        Tibshirani, "Regression Shrinkage and Selection via the Lasso", JRSS B 58(1), 1996.
+    """
+    decay = _Decay(optimizer, "l1_decay", weight_decay, mask, lambda w, u, other: w.sgn())
+    return decay.decouple() if decoupled else decay.couple()
+
+
+def add_l2_sp_decay(
+    optimizer: Optimizer,
+    reference: Params,
+    weight_decay: Schedule,
+    *,
+    decoupled: bool = False,
+    mask: Mask = None,
+) -> DecayHandle:
+    r"""Add the way back to a starting point, times a coefficient, to the gradients: L2-SP.
+
+    $$g \leftarrow g + \lambda_t (w - w^0)$$
+
+    With `weight_decay=2 * c` this is the same at every step as `regtorch.l2_sp_penalty(params,
+    reference, c)` in the loss, which has no one half and so the gradient $2 c (w - w^0)$.
+
+    Args:
+        optimizer: Any optimizer of `torch.optim`.
+        reference: $w^0$: a module, tensor, dict or iterable as a penalty takes, with the names that
+            the optimizer knows, and the same shapes where parameters decay. It is copied now, so
+            the model itself will do: it decays towards where it stands. The copy lies on the
+            device of the parameters and is no part of any state: pass the same one to resume.
+        weight_decay: $\lambda$, or a function of the step, as in `add_l1_decay`.
+        decoupled: As in `add_l1_decay`.
+        mask: Which parameters decay, as in `regtorch.l2_penalty`.
+
+    Returns:
+        A handle to remove the decay.
+
+    Raises:
+        TypeError: As `add_l1_decay` does; or the reference of a parameter is not a float or complex
+            tensor, or complex beside a real parameter.
+        ValueError: As `add_l1_decay` does; or the reference has other names than the parameters, or
+            a tensor of it another shape: the message gives the name.
+
+    JAX: `regjax.optim.add_l2_sp_decay(reference, weight_decay)`.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.tensor([1.0, 3.0], requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> handle = add_l2_sp_decay(optimizer, [torch.ones(2)], 0.5)
+        >>> weight.grad = torch.zeros(2)
+        >>> optimizer.step()
+        >>> weight.detach()
+        tensor([1.0000, 2.5000])
+
+    References:
+        Li, Grandvalet and Davoine, [Explicit Inductive Bias for Transfer Learning with
+        Convolutional Networks](https://arxiv.org/abs/1802.01483), ICML 2018.
+    """
+    leaves = [(name, p) for name, p, _ in _parameters(optimizer)]
+    decays = resolve_mask(mask, leaves)
+    copies: dict[str, Any] = {}
+    for (name, p), (_, origin), decay in zip(
+        leaves, resolve_reference(reference, leaves), decays, strict=True
+    ):
+        if decay:
+            check_reference(name, p, origin)
+        copies[name] = origin.detach().to(p.device, copy=True) if decay else None
+    decay = _Decay(
+        optimizer, "l2_sp_decay", weight_decay, mask, lambda w, u, other: w - other.to(w), copies
+    )
+    return decay.decouple() if decoupled else decay.couple()
+
+
+def add_independent_weight_decay(
+    optimizer: Optimizer, weight_decay: Schedule, *, mask: Mask = None
+) -> DecayHandle:
+    r"""Shrink the parameters by a rate that the learning rate does not multiply.
+
+    $$w_t = w_{t-1} - \lambda_t w_{t-1} - \eta_t u_t$$
+
+    where $\eta_t u_t$ is the optimizer's step. This is decoupled decay as its authors first defined
+    it; each `weight_decay` of `torch.optim` is multiplied by the learning rate. No penalty in the
+    loss does the same.
+
+    Args:
+        optimizer: Any optimizer of `torch.optim`, by itself without decay.
+        weight_decay: $\lambda$, or a function of the step, as in `add_l1_decay`; for the authors'
+            schedule multiplier, one of both rates, `lambda step: c * multiplier(step)`.
+        mask: Which parameters decay, as in `regtorch.l2_penalty`.
+
+    Returns:
+        A handle to remove the decay.
+
+    Raises:
+        TypeError: As `add_l1_decay` does.
+        ValueError: As `add_l1_decay` does.
+
+    JAX: `regjax.optim.add_independent_weight_decay(weight_decay)` as the last link of a chain.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.tensor([2.0, -2.0], requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> handle = add_independent_weight_decay(optimizer, 0.25)
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> weight.detach()
+        tensor([ 1., -2.])
+
+    References:
+        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
+        ICLR 2019, algorithms 1 and 2. Wortsman et al., [Small-scale proxies for large-scale
+        Transformer training instabilities](https://arxiv.org/abs/2309.14322), ICLR 2024, for the
+        name.
+    """
+    decay = _Decay(optimizer, "independent_weight_decay", weight_decay, mask, lambda w, u, other: w)
+    return decay.decouple(times_lr=False)
+
+
+def add_cautious_weight_decay(
+    optimizer: Optimizer, weight_decay: Schedule, *, mask: Mask = None
+) -> DecayHandle:
+    r"""Decay only the coordinates whose step leads towards zero anyway.
+
+    $$w_t = w_{t-1} - \eta_t \left(u_t + \lambda_t \, [\, u_t w_{t-1} \ge 0 \,] \,
+      w_{t-1}\right)$$
+
+    Where $u_t$, the step that is subtracted, and $w_{t-1}$ have the same sign, or $u_t = 0$, both
+    step and decay shrink the coordinate; where they differ, the step wins and there is no decay.
+
+    Args:
+        optimizer: Any optimizer of `torch.optim`, by itself without decay.
+        weight_decay: $\lambda$, or a function of the step, as in `add_l1_decay`.
+        mask: Which parameters decay, as in `regtorch.l2_penalty`.
+
+    Returns:
+        A handle to remove the decay.
+
+    Raises:
+        TypeError: As `add_l1_decay` does; or a complex parameter is to decay.
+        ValueError: As `add_l1_decay` does.
+
+    JAX: `regjax.optim.add_cautious_weight_decay(weight_decay)`, ahead of the learning rate. There
+    the sign of $u_t$ is known; here it is read off the parameters before and after the step, so a
+    step too small to move a parameter counts as $u_t = 0$.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.tensor([2.0, -2.0], requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
+        >>> handle = add_cautious_weight_decay(optimizer, 0.25)
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> weight.detach()
+        tensor([ 1.2500, -2.5000])
+
+    References:
+        Chen et al., [Cautious Weight Decay](https://arxiv.org/abs/2510.12402), 2025, algorithm 1.
+    """
+    leaves = [(name, p) for name, p, _ in _parameters(optimizer)]
+    for (name, p), decays in zip(leaves, resolve_mask(mask, leaves), strict=True):
+        if decays and p.is_complex():
+            raise TypeError(
+                f"cautious decay compares signs, but the parameter '{name}' is complex: use the "
+                "optimizer's weight_decay, or give it False in `mask`"
+            )
+    decay = _Decay(
+        optimizer,
+        "cautious_weight_decay",
+        weight_decay,
+        mask,
+        # The product itself could underflow to 0 and pass.
+        lambda w, u, other: torch.where(u.sgn() * w.sgn() >= 0, w, 0.0),
+    )
+    return decay.decouple()
+
+
+def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], float]) -> DecayHandle:
+    r"""Let the optimizer's own `weight_decay` follow a schedule, group by group.
+
+    $$\lambda_t = \lambda_0 \, s(t)$$
+
+    to the `weight_decay` what `torch.optim.lr_scheduler.LambdaLR` is to the learning rate: a group
+    without decay keeps none. It is set just before each step.
+
+    Args:
+        optimizer: An optimizer whose groups have a `weight_decay`, $\lambda_0$.
+        multiplier: $s$, from the step, counted from 0, to a finite number, not negative; such as
+            DINO's cosine, which rises from 1 to 10.
+
+    Returns:
+        A handle to remove the schedule, which puts $\lambda_0$ back. `state_dict()` saves the
+        count, and $\lambda_0$ as 'initial_weight_decay' of each group.
+
+    Raises:
+        TypeError: `multiplier` is not callable; from `step`, it does not give a number.
+        ValueError: A group has no `weight_decay`; from `step`, the multiplier is negative, infinite
+            or NaN.
+
+    JAX: `weight_decay=lambda count: c * multiplier(count)` in `regjax.optim` and in each of its
+    decays.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.ones(1, requires_grad=True)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.5, weight_decay=0.5)
+        >>> handle = schedule_weight_decay(optimizer, lambda step: 1.0 - step)
+        >>> weight.grad = torch.zeros(1)
+        >>> optimizer.step()
+        >>> optimizer.step()
+        >>> weight.item()
+        0.75
+
+    References:
+        Caron et al., [Emerging Properties in Self-Supervised Vision
+        Transformers](https://arxiv.org/abs/2104.14294), ICCV 2021.
+    """
+    if not callable(multiplier):
+        raise TypeError(
+            f"multiplier must be a function of the step, but it is {multiplier!r}: for a constant "
+            "decay set weight_decay itself"
+        )
+    for position, group in enumerate(optimizer.param_groups):
+        if "weight_decay" not in group:
+            raise ValueError(
+                f"{type(optimizer).__name__} has no weight_decay in parameter group {position}: "
+                "there is nothing to schedule"
+            )
+    count = _Count(optimizer, "scheduled_weight_decay")
+
+    def set_decay(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        factor = count.evaluate("multiplier", multiplier)
+        for group in optimizer.param_groups:
+            initial = group.setdefault("initial_weight_decay", group["weight_decay"])
+            group["weight_decay"] = initial * factor
+
+    def put_back() -> None:
+        for group in optimizer.param_groups:
+            if "initial_weight_decay" in group:
+                group["weight_decay"] = group.pop("initial_weight_decay")
+
+    hook = optimizer.register_step_pre_hook(set_decay)
+    return DecayHandle(hook.remove, count.remove, put_back)
+
+
+def layerwise_groups(
+    params: Params,
+    layer_of: Callable[[str], int],
+    *,
+    lr: float,
+    lr_factor: float = 1.0,
+    weight_decay: float = 0.0,
+    decay_factor: float = 1.0,
+    depth: int | None = None,
+    mask: Mask = None,
+) -> list[dict[str, Any]]:
+    r"""Make parameter groups whose rates shrink geometrically from the top layer down.
+
+    $$\eta_l = \eta \, \text{lr\_factor}^{\,\text{depth} - l}, \qquad
+      \lambda_l = \lambda \, \text{decay\_factor}^{\,\text{depth} - l}$$
+
+    A scheduler multiplies the rates of each group alike, so the ratios stay.
+
+    Args:
+        params: A module, dict or iterable of parameters, as a penalty takes.
+        layer_of: From a parameter's name, such as `'layers.0.weight'`, to its layer: 0 for the one
+            next to the input (embeddings), the largest for the head.
+        lr: $\eta$, the learning rate of layer `depth`.
+        lr_factor: How much smaller the learning rate of each layer is than that of the one above,
+            such as 0.75.
+        weight_decay: $\lambda$, the decay of layer `depth`.
+        decay_factor: The same for the decay.
+        depth: The layer whose rates are `lr` and `weight_decay`; the largest layer that `layer_of`
+            names, where None.
+        mask: Which parameters decay, as in `regtorch.l2_penalty`; the others have a decay of 0.
+
+    Returns:
+        Groups for any optimizer of `torch.optim`, with the names of the parameters in them.
+
+    Raises:
+        TypeError: `layer_of` gives something else than an int, or a rate is not a number.
+        ValueError: A layer is negative or above `depth`, a rate negative, infinite or NaN, or the
+            mask does not fit: the message says which.
+
+    JAX: `regjax.optim.layerwise_scale`, for `scale_by_leaf` (learning rates) and
+    `add_decay_by_leaf`; its names have slashes for dots.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> groups = layerwise_groups(
+        ...     model, lambda name: int(name.split(".")[0]), lr=0.1, lr_factor=0.5
+        ... )
+        >>> [(group["lr"], [name for name, _ in group["params"]]) for group in groups]
+        [(0.05, ['0.weight', '0.bias']), (0.1, ['1.weight', '1.bias'])]
+        >>> optimizer = torch.optim.AdamW(groups)
+
+    References:
+        Clark et al., [ELECTRA](https://arxiv.org/abs/2003.10555), ICLR 2020. Bao et al.,
+        [BEiT](https://arxiv.org/abs/2106.08254), ICLR 2022.
+    """
+    check_coefficient("lr", lr, fix="to ascend, pass maximize=True to the optimizer")
+    check_coefficient("lr_factor", lr_factor, fix="pass 1.0 for the same in all layers")
+    check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+    check_coefficient("decay_factor", decay_factor, fix="pass 1.0 for the same in all layers")
+    leaves = named_leaves(params)
+    layers = [_layer(name, layer_of(name), depth) for name, _ in leaves]
+    top = max(layers, default=0) if depth is None else depth
+    groups: dict[tuple[int, bool], list[tuple[str, Tensor]]] = {}
+    for leaf, layer, decays in zip(leaves, layers, resolve_mask(mask, leaves), strict=True):
+        groups.setdefault((layer, decays), []).append(leaf)
+    return [
+        {
+            "params": members,
+            "lr": lr * lr_factor ** (top - layer),
+            "weight_decay": weight_decay * decay_factor ** (top - layer) if decays else 0.0,
+        }
+        for (layer, decays), members in groups.items()
+    ]
+
+
+def _layer(name: str, layer: Any, depth: int | None) -> int:
+    if not isinstance(layer, int) or isinstance(layer, bool):
+        raise TypeError(f"layer_of('{name}') must be an int, but it is {layer!r}")
+    if layer < 0 or (depth is not None and layer > depth):
+        limit = "not negative" if depth is None else f"in [0, depth={depth}]"
+        raise ValueError(f"layer_of('{name}') must be {limit}, but it is {layer}")
+    return layer
+
+
+class _Decay:
+    """A decay of some parameters of an optimizer, in one direction."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        kind: str,
+        weight_decay: Schedule,
+        mask: Mask,
+        direction: Direction,
+        others: dict[str, Any] | None = None,
+    ) -> None:
+        if not callable(weight_decay):
+            check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+        self.optimizer, self.weight_decay, self.mask = optimizer, weight_decay, mask
+        self.direction, self.others = direction, others
+        # The checks of the mask, now and not at the first step.
+        list(self.targets())
+        self.count = _Count(optimizer, kind)
+
+    def targets(self) -> Iterator[tuple[str, Tensor, dict[str, Any], Any]]:
+        """Name, parameter, group and other of each parameter that decays, as it is at this step."""
+        parameters = _parameters(self.optimizer)
+        leaves = [(name, p) for name, p, _ in parameters]
+        others = {} if self.others is None else dict(resolve_reference(self.others, leaves))
+        decays = resolve_mask(self.mask, leaves)
+        for (name, p, group), decay in zip(parameters, decays, strict=True):
+            if decay:
+                yield name, p, group, others.get(name)
+
+    def coefficient(self) -> float | Tensor:
+        if callable(self.weight_decay):
+            return self.count.evaluate("weight_decay", self.weight_decay)
+        return self.weight_decay
+
+    def couple(self) -> DecayHandle:
+        @torch.no_grad()
+        def add_to_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            _refuse_unready_gradients(optimizer, args, kwargs)
+            coefficient = self.coefficient()
+            for _, p, group, other in self.targets():
+                if p.grad is None:
+                    continue
+                # torch negates the gradient to ascend, and all that is in it.
+                signed = -coefficient if group.get("maximize", False) else coefficient
+                grad = widened(p.grad)
+                p.grad.copy_(grad + signed * self.direction(widened(p), grad, other))
+
+        hook = self.optimizer.register_step_pre_hook(add_to_gradients)
+        return DecayHandle(hook.remove, self.count.remove)
+
+    def decouple(self, *, times_lr: bool = True) -> DecayHandle:
+        pending: list[tuple[Tensor, Tensor, float | Tensor, Any]] = []
+
+        @torch.no_grad()
+        def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            coefficient = self.coefficient()
+            pending.clear()
+            for _, p, group, other in self.targets():
+                rate = group["lr"] * coefficient if times_lr else coefficient
+                pending.append((p, p.detach().clone(), rate, other))
+
+        @torch.no_grad()
+        def shrink(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            for p, before, rate, other in pending:
+                if p.grad is not None:
+                    now, before = widened(p), widened(before)
+                    p.copy_(now - rate * self.direction(before, before - now, other))
+            pending.clear()
+
+        before = self.optimizer.register_step_pre_hook(look)
+        after = self.optimizer.register_step_post_hook(shrink)
+        return DecayHandle(before.remove, after.remove, self.count.remove)
+
+
+class _Count:
+    """The step that a schedule is at, kept where `state_dict` saves it."""
+
+    def __init__(self, optimizer: Optimizer, kind: str) -> None:
+        taken = _taken.setdefault(optimizer, set())
+        number = 1
+        while (key := f"{kind}_step" if number == 1 else f"{kind}_{number}_step") in taken:
+            number += 1
+        taken.add(key)
+        self.optimizer, self.key = optimizer, key
+
+    def evaluate(self, name: str, schedule: Callable[[int], float]) -> float:
+        """Ask a schedule about this step, and count it."""
+        group = self.optimizer.param_groups[0]
+        step = group.get(self.key, 0)
+        value = schedule(step)
+        check_coefficient(f"{name} at step {step}", value, fix="mend the schedule")
+        group[self.key] = step + 1
+        return value
+
+    def remove(self) -> None:
+        _taken[self.optimizer].discard(self.key)
+        self.optimizer.param_groups[0].pop(self.key, None)
+
+
+def _parameters(optimizer: Optimizer) -> list[tuple[str, Tensor, dict[str, Any]]]:
+    """List name, parameter and group; without names, the position among all groups is the name."""
+    owned = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
+    names = names or [str(position) for position in range(len(owned))]
+    return [(name, p, group) for name, (p, group) in zip(names, owned, strict=True)]
+
+
+def _refuse_unready_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
+        raise ValueError(
+            "step(closure) makes the gradients after a coupled decay was to be added to them: call "
+            "backward() before step(), or put the penalty into the loss"
+        )
+    if getattr(optimizer, "grad_scale", None) is not None:
+        raise ValueError(
+            "the gradients are still scaled, so a coupled decay would be too small: call "
+            "scaler.unscale_(optimizer) before scaler.step(optimizer)"
+        )

@@ -1,0 +1,442 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from regtorch import l1_penalty, l2_sp_penalty, optim
+
+# Each decay attached with a rate of 0.25, and what it subtracts from w = 2 or -2, from the step of
+# SGD with a learning rate of 0.5 and a gradient of 1, beside that step itself.
+FORMS = {
+    "l1": (lambda o, rate, mask=None: optim.add_l1_decay(o, rate, mask=mask), (0.125, -0.125)),
+    "l1 decoupled": (
+        lambda o, rate, mask=None: optim.add_l1_decay(o, rate, decoupled=True, mask=mask),
+        (0.125, -0.125),
+    ),
+    "l2_sp": (
+        lambda o, rate, mask=None: optim.add_l2_sp_decay(o, _ones(), rate, mask=mask),
+        (0.125, -0.375),
+    ),
+    "l2_sp decoupled": (
+        lambda o, rate, mask=None: optim.add_l2_sp_decay(
+            o, _ones(), rate, decoupled=True, mask=mask
+        ),
+        (0.125, -0.375),
+    ),
+    "independent": (
+        lambda o, rate, mask=None: optim.add_independent_weight_decay(o, rate, mask=mask),
+        (0.5, -0.5),
+    ),
+    "cautious": (
+        lambda o, rate, mask=None: optim.add_cautious_weight_decay(o, rate, mask=mask),
+        (0.25, 0.0),
+    ),
+}
+each_form = pytest.mark.parametrize(("attach", "shrinks"), FORMS.values(), ids=FORMS)
+each_attach = pytest.mark.parametrize("attach", [attach for attach, _ in FORMS.values()], ids=FORMS)
+each_coupled = pytest.mark.parametrize("form", ["l1", "l2_sp"])
+
+
+def _ones():
+    return {"kernel": torch.ones(2), "bias": torch.ones(1)}
+
+
+def _module(dtype=torch.float32):
+    module = nn.Module()
+    module.kernel = nn.Parameter(torch.tensor([2.0, -2.0], dtype=dtype))
+    module.bias = nn.Parameter(torch.tensor([2.0], dtype=dtype))
+    return module
+
+
+def _optimizer(module, make=torch.optim.SGD, **options):
+    return make(module.named_parameters(), **{"lr": 0.5, **options})
+
+
+def _step(optimizer, module, gradient=1.0):
+    for p in module.parameters():
+        p.grad = torch.full_like(p, gradient)
+    optimizer.step()
+
+
+@each_form
+def test_rule(attach, shrinks):
+    module = _module()
+    optimizer = _optimizer(module)
+    attach(optimizer, 0.25)
+    _step(optimizer, module)
+    assert module.kernel.tolist() == [1.5 - shrinks[0], -2.5 - shrinks[1]]
+    assert module.bias.tolist() == [1.5 - shrinks[0]]
+
+
+@pytest.mark.parametrize("mask", [{"kernel": True, "bias": False}, lambda name, p: name != "bias"])
+@each_form
+def test_mask_and_removal(attach, shrinks, mask):
+    module = _module()
+    optimizer = _optimizer(module)
+    handle = attach(optimizer, 0.25, mask)
+    _step(optimizer, module)
+    assert module.kernel.tolist() == [1.5 - shrinks[0], -2.5 - shrinks[1]]
+    assert module.bias.tolist() == [1.5]
+    handle.remove()
+    handle.remove()
+    before = module.kernel.tolist()
+    _step(optimizer, module)
+    assert module.kernel.tolist() == [w - 0.5 for w in before]
+
+
+def test_l1_keeps_zeros():
+    weight = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optim.add_l1_decay(optimizer, 0.5)
+    weight.grad = torch.zeros(2)
+    optimizer.step()
+    assert weight.tolist() == [0, 0]
+
+
+@each_attach
+def test_what_has_no_gradient_does_not_decay(attach):
+    module = _module()
+    optimizer = _optimizer(module)
+    attach(optimizer, 0.25)
+    module.kernel.grad = torch.zeros(2)
+    optimizer.step()
+    assert module.bias.tolist() == [2.0]
+    assert module.kernel[0].item() < 2
+
+
+@each_attach
+def test_a_schedule_counts_from_zero_and_is_saved(attach):
+    asked = []
+
+    def schedule(step):
+        asked.append(step)
+        return 0.25 / (1 + step)
+
+    module = _module()
+    optimizer = _optimizer(module, momentum=0.9)
+    attach(optimizer, schedule)
+    for _ in range(3):
+        _step(optimizer, module)
+    assert asked == [0, 1, 2]
+
+    buffer = io.BytesIO()
+    torch.save([module.state_dict(), optimizer.state_dict()], buffer)
+    buffer.seek(0)
+    model_state, state = torch.load(buffer)
+    for attach_first in (True, False):
+        again = _module()
+        again.load_state_dict(model_state)
+        resumed = _optimizer(again, momentum=0.9)
+        if attach_first:
+            attach(resumed, schedule)
+        resumed.load_state_dict(copy.deepcopy(state))
+        if not attach_first:
+            attach(resumed, schedule)
+        _step(resumed, again)
+        assert asked[-1] == 3
+    _step(optimizer, module)
+    assert torch.equal(module.kernel, again.kernel)
+
+
+def test_two_schedules_of_a_kind_have_a_count_each():
+    module, asked = _module(), ([], [])
+    optimizer = _optimizer(module)
+    schedules = [lambda step, i=i: asked[i].append(step) or 0.1 for i in (0, 1)]
+    optim.add_l1_decay(optimizer, schedules[0], mask=lambda name, p: name == "kernel")
+    second = optim.add_l1_decay(optimizer, schedules[1], mask=lambda name, p: name == "bias")
+    for _ in range(2):
+        _step(optimizer, module)
+    second.remove()
+    optim.add_l1_decay(optimizer, schedules[1])
+    _step(optimizer, module)
+    assert asked == ([0, 1, 2], [0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.SGD,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        torch.optim.Rprop,
+        torch.optim.Adafactor,
+    ],
+)
+@each_attach
+def test_any_optimizer_groups_and_scheduler(make, attach):
+    module = _module()
+    groups = [{"params": [("kernel", module.kernel)]}, {"params": [("bias", module.bias)], "lr": 0}]
+    optimizer = make(groups, lr=0.5)
+    attach(optimizer, 0.25)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.0)
+    _step(optimizer, module)
+    scheduler.step()
+    assert module.kernel[0].item() != 2
+    seen = module.kernel.detach().clone(), module.bias.detach().clone()
+    _step(optimizer, module)
+    if make is torch.optim.Rprop:
+        return  # its step sizes are no learning rates
+    independent = attach is FORMS["independent"][0]
+    # At a learning rate of 0 only the independent decay goes on.
+    assert torch.equal(module.kernel, seen[0]) != independent
+    assert seen[1].item() == (1.5 if independent else 2.0)
+
+
+def test_groups_decay_by_their_learning_rates():
+    module = _module()
+    groups = [
+        {"params": [("kernel", module.kernel)], "lr": 0.25},
+        {"params": [("bias", module.bias)], "lr": 0.5},
+    ]
+    optimizer = torch.optim.SGD(groups)
+    optim.add_l1_decay(optimizer, 1.0, decoupled=True)
+    _step(optimizer, module, 0.0)
+    assert module.kernel.tolist() == [1.75, -1.75]
+    assert module.bias.tolist() == [1.5]
+
+
+def test_a_group_that_comes_later_decays_too():
+    module, late = _module(), nn.Parameter(torch.tensor([4.0]))
+    optimizer = _optimizer(module)
+    optim.add_l1_decay(optimizer, 1.0)
+    optimizer.add_param_group({"params": [("late", late)]})
+    late.grad = torch.zeros(1)
+    optimizer.step()
+    assert late.tolist() == [3.5]
+
+
+def test_without_names_positions_are_the_names():
+    module, seen = _module(), []
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    optim.add_l1_decay(optimizer, 1.0, mask=lambda name, p: seen.append(name) or name == "1")
+    _step(optimizer, module, 0.0)
+    assert seen[:2] == ["0", "1"]
+    assert module.kernel.tolist() == [2.0, -2.0]
+    assert module.bias.tolist() == [1.5]
+    optim.add_l2_sp_decay(optimizer, [torch.ones(2), torch.ones(1)], 1.0)
+    with pytest.raises(ValueError, match="differ at '0': the reference has nothing there"):
+        optim.add_l2_sp_decay(optimizer, module, 1.0)
+
+
+def test_the_reference_is_copied():
+    module = _module()
+    optimizer = _optimizer(module)
+    optim.add_l2_sp_decay(optimizer, module, 0.5, mask={"kernel": True, "bias": True})
+    _step(optimizer, module)
+    assert module.bias.tolist() == [1.5]
+    _step(optimizer, module, 0.0)
+    assert module.bias.tolist() == [1.625]
+
+
+@each_coupled
+def test_maximize_still_shrinks(form):
+    module = _module()
+    optimizer = _optimizer(module, maximize=True)
+    FORMS[form][0](optimizer, 0.25)
+    _step(optimizer, module, 0.0)
+    assert module.kernel[0].item() == 1.875
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+@each_attach
+def test_dtypes(attach, dtype):
+    module = _module(dtype)
+    optimizer = _optimizer(module)
+    if attach is FORMS["cautious"][0] and dtype.is_complex:
+        with pytest.raises(TypeError, match="the parameter 'kernel' is complex"):
+            attach(optimizer, 0.25)
+        return
+    attach(optimizer, 0.25)
+    _step(optimizer, module, 0.0)
+    assert module.kernel.dtype == dtype
+    assert 0 < module.kernel[0].abs().item() < 2
+
+
+def test_half_types_are_rounded_once():
+    weight = torch.tensor([1.0], dtype=torch.bfloat16, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optim.add_l2_sp_decay(optimizer, [torch.tensor([1 + 2**-9])], 1.0)
+    weight.grad = torch.zeros(1, dtype=torch.bfloat16)
+    optimizer.step()
+    assert weight.grad.item() == -(2**-9)
+
+
+def test_coupled_decay_after_a_real_backward_is_the_penalty():
+    runs = []
+    for in_loss in (True, False):
+        torch.manual_seed(0)
+        model, x = nn.Linear(3, 2).double(), torch.randn(5, 3).double()
+        start = copy.deepcopy(model)
+        optimizer = torch.optim.Adam(model.named_parameters(), lr=0.1)
+        if not in_loss:
+            optim.add_l1_decay(optimizer, 0.1)
+            optim.add_l2_sp_decay(optimizer, start, 0.2)
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            if in_loss:
+                loss = loss + l1_penalty(model, 0.1) + l2_sp_penalty(model, start, 0.1)
+            loss.backward()
+            optimizer.step()
+        runs.append([p.detach() for p in model.parameters()])
+    torch.testing.assert_close(*runs, rtol=0, atol=1e-12)
+
+
+@each_coupled
+def test_coupled_decay_refuses_a_closure(form):
+    module = _module()
+    optimizer = _optimizer(module)
+    FORMS[form][0](optimizer, 0.25)
+    for call in ({"args": (lambda: None,)}, {"kwargs": {"closure": lambda: None}}):
+        with pytest.raises(ValueError, match=r"step\(closure\) makes the gradients after"):
+            optimizer.step(*call.get("args", ()), **call.get("kwargs", {}))
+
+
+@pytest.mark.parametrize("form", ["l1 decoupled", "independent", "cautious"])
+def test_other_decays_work_with_a_closure(form):
+    runs = []
+    for with_closure in (True, False):
+        module = _module()
+        optimizer = _optimizer(module)
+        FORMS[form][0](optimizer, 0.25)
+
+        def closure(module=module, optimizer=optimizer):
+            optimizer.zero_grad()
+            (module.kernel.sum() + module.bias.sum()).backward()
+
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        runs.append(module.kernel.tolist())
+    assert runs[0] == runs[1]
+
+
+def test_scaled_gradients_are_refused():
+    module = _module()
+    optimizer = _optimizer(module, torch.optim.AdamW, fused=True)
+    optim.add_l1_decay(optimizer, 0.25)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(module.kernel.sum() + module.bias.sum()).backward()
+    with pytest.raises(ValueError, match=r"still scaled, .* scaler\.unscale_\(optimizer\)"):
+        scaler.step(optimizer)
+
+
+def test_schedule_weight_decay():
+    module = _module()
+    groups = [
+        {"params": [("kernel", module.kernel)]},
+        {"params": [("bias", module.bias)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.5, weight_decay=0.5)
+    handle = optim.schedule_weight_decay(optimizer, lambda step: [0.0, 1.0, 2.0][step])
+    visited = []
+    for _ in range(3):
+        _step(optimizer, module, 0.0)
+        visited.append(module.kernel[0].item())
+    assert visited == [2.0, 1.5, 0.75]
+    assert module.bias.item() == 2
+    state = optimizer.state_dict()["param_groups"][0]
+    assert (state["initial_weight_decay"], state["scheduled_weight_decay_step"]) == (0.5, 3)
+    handle.remove()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert "initial_weight_decay" not in optimizer.param_groups[0]
+
+
+def test_schedule_of_a_decay_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="Rprop has no weight_decay in parameter group 0"):
+        optim.schedule_weight_decay(_optimizer(_module(), torch.optim.Rprop), lambda step: 1.0)
+    with pytest.raises(TypeError, match=r"multiplier must be a function .*, but it is 0\.5"):
+        optim.schedule_weight_decay(_optimizer(_module()), 0.5)
+
+
+def test_layerwise_groups():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    groups = optim.layerwise_groups(
+        model,
+        lambda name: int(name[0]),
+        lr=1.0,
+        lr_factor=0.5,
+        weight_decay=0.1,
+        decay_factor=0.25,
+        mask=lambda name, p: p.ndim > 1,
+    )
+    rates = [([n for n, _ in g["params"]], g["lr"], g["weight_decay"]) for g in groups]
+    assert rates == [
+        (["0.weight"], 0.5, 0.025),
+        (["0.bias"], 0.5, 0.0),
+        (["1.weight"], 1.0, 0.1),
+        (["1.bias"], 1.0, 0.0),
+    ]
+    deeper = optim.layerwise_groups(model, lambda name: 0, lr=1.0, lr_factor=0.5, depth=3)
+    assert [g["lr"] for g in deeper] == [0.125]
+    assert optim.layerwise_groups(nn.ReLU(), lambda name: 0, lr=1.0) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "depth", "error", "message"),
+    [
+        (-1, None, ValueError, r"layer_of\('kernel'\) must be not negative, but it is -1"),
+        (3, 2, ValueError, r"layer_of\('kernel'\) must be in \[0, depth=2\], but it is 3"),
+        (0.5, None, TypeError, r"layer_of\('kernel'\) must be an int, but it is 0\.5"),
+        (None, None, TypeError, "must be an int, but it is None"),
+    ],
+)
+def test_layer_that_is_none_is_refused(layer, depth, error, message):
+    with pytest.raises(error, match=message):
+        optim.layerwise_groups(_module(), lambda name: layer, lr=0.1, depth=depth)
+
+
+@pytest.mark.parametrize("name", ["lr", "lr_factor", "weight_decay", "decay_factor"])
+def test_rates_of_layers_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name} must be finite and not negative, but it is -1"):
+        optim.layerwise_groups(_module(), lambda _: 0, **{"lr": 0.1, name: -1.0})
+
+
+@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf])
+@each_attach
+def test_coefficient_out_of_range_is_refused(attach, value):
+    module = _module()
+    optimizer = _optimizer(module)
+    with pytest.raises(ValueError, match="weight_decay must be finite and not negative"):
+        attach(optimizer, value)
+    attach(optimizer, lambda step: value)
+    with pytest.raises(ValueError, match="weight_decay at step 0 must be finite and not negative"):
+        _step(optimizer, module)
+
+
+@pytest.mark.parametrize("value", [True, None, "0.1", torch.ones(2)])
+@each_attach
+def test_coefficient_that_is_no_number_is_refused(attach, value):
+    with pytest.raises(TypeError, match="weight_decay must be a real number"):
+        attach(_optimizer(_module()), value)
+
+
+@each_attach
+def test_mask_that_does_not_fit_is_refused_at_once(attach):
+    with pytest.raises(ValueError, match="at 'bias': the mask has nothing there"):
+        attach(_optimizer(_module()), 0.1, {"kernel": True})
+    with pytest.raises(TypeError, match="mask at 'kernel' must be a bool, but it is 1"):
+        attach(_optimizer(_module()), 0.1, lambda name, p: 1)
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        ({"kernel": torch.ones(2)}, ValueError, "at 'bias': the reference has nothing there"),
+        ({**_ones(), "bias": torch.ones(3)}, ValueError, r"'bias' has shape \(3,\)"),
+        ({**_ones(), "bias": 0.0}, TypeError, "reference at 'bias' must be a float"),
+        (0.5, TypeError, "reference must be a module, a tensor"),
+    ],
+)
+def test_reference_that_does_not_fit_is_refused_at_once(reference, error, message):
+    with pytest.raises(error, match=message):
+        optim.add_l2_sp_decay(_optimizer(_module()), reference, 0.1)
