@@ -1,4 +1,4 @@
-"""A small model in both frameworks that an optimizer trains: the problem whose gradients are real."""
+"""A small model in both frameworks for an optimizer to train: a problem with real gradients."""
 
 from __future__ import annotations
 

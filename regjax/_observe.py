@@ -82,10 +82,12 @@ class Observer:
     ) -> None:
         """Called by every dropout that draws."""
         order = next(self._orders)
+        exact = rate if isinstance(rate, float) else None  # what enters a program is rounded
 
         def record(key: Pair, rate: Any, mask: Any, entering: Any) -> None:
+            asked = float(rate) if exact is None else exact
             words = _integers(key)
-            self._record(Draw(order, words, float(rate), np.asarray(mask), np.asarray(entering)))
+            self._record(Draw(order, words, asked, np.asarray(mask), np.asarray(entering)))
 
         jax.debug.callback(record, key, rate, mask, entering)
 

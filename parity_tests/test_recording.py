@@ -1,0 +1,191 @@
+"""Two models that draw differently, in each way of going wrong: what the recorder says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import regjax
+import regtorch
+from parity_tests.compare import FLOAT32, FLOAT64
+from parity_tests.harness import JaxSide, TorchSide, compare_step, compare_training
+from parity_tests.recording import Drawn, Recorder, mask_differences, value_deviations
+
+ROOT = 7
+X = np.linspace(-1.0, 1.0, 4 * 8, dtype=np.float32).reshape(4, 8)
+
+
+class Original(torch.nn.Module):
+    """Two dropouts around an activation, as a user writes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(8))
+        self.first, self.second = torch.nn.Dropout(0.25), torch.nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x * self.scale)))
+
+
+def original() -> TorchSide:
+    model = regtorch.keyed.convert(Original())
+
+    def loss(model, batch, step):
+        regtorch.keyed.set_key(model, regtorch.key(ROOT), step)
+        return (model(torch.from_numpy(batch)) ** 2).mean()
+
+    return TorchSide(model, loss, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def site(name, step=0, root=ROOT):
+    return lambda now: regjax.site_key(jax.random.key(root), now + step, name)
+
+
+FIRST, SECOND = site("first"), site("second")
+
+
+def port(first=FIRST, second=SECOND, rate=0.5, act=jnp.tanh, **options):
+    """The same model in JAX; what is passed replaces a part of it."""
+
+    def loss(params, batch, step):
+        x = regjax.dropout(batch * params["scale"][None], 0.25, key=first(step))
+        x = regjax.dropout(act(x), rate, key=second(step), **options)
+        return (x**2).mean()
+
+    return JaxSide({"scale": jnp.ones(8)}, loss, optax.sgd(0.1))
+
+
+def inverted(key, keep_prob, shape, *, out_sharding=None):
+    return ~regjax.bernoulli(key, 1 - keep_prob, shape, out_sharding=out_sharding)
+
+
+def plain(number):
+    return lambda step: jax.random.fold_in(jax.random.key(number), step)
+
+
+WRONG = {
+    "nothing": ({}, None, ""),
+    "step": ({"second": site("second", 1)}, "second", "its key is that of step 1 in JAX and of 0"),
+    "name": ({"second": site("secnd")}, "second", "PyTorch draws a mask here, JAX does not, which"),
+    # By their names these are the right sites: it is the rates that are not theirs.
+    "swapped": (
+        {"first": site("second"), "second": site("first")},
+        "first",
+        "rate 0.5 in JAX and 0.25 in PyTorch",
+    ),
+    "root": ({"first": site("first", root=8)}, "first", "root key: (0, 8) in JAX and (0, 7)"),
+    "rate": ({"rate": 0.6}, "second", "rate 0.6 in JAX and 0.5 in PyTorch"),
+    "shared": ({"broadcast_dims": (0,)}, "second", "of shape [1, 8] in JAX and [4, 8]"),
+    "one key for two": ({"second": site("first")}, "second", "PyTorch draws a mask here, JAX does"),
+    "plain keys": (
+        {"first": plain(0), "second": plain(1)},
+        "first",
+        "another key: one that no site_key derived in JAX and first in PyTorch",
+    ),
+    "sampler": ({"sampler": inverted}, "second", "elements of the mask differ"),
+}
+
+
+@pytest.mark.parametrize(("change", "where", "what"), WRONG.values(), ids=WRONG)
+def test_a_wrong_mask_is_named_with_its_cause(change, where, what):
+    found = compare_training(port(**change), original(), [X] * 2, {"scale": "scale"})
+    if where is None:
+        assert found.agrees
+        assert found.sites == {"first": 2, "second": 2}
+        return
+    assert found.first is not None
+    assert (found.first.step, found.first.quantity, found.first.name) == (1, "mask", where)
+    assert what in found.first.detail
+
+
+def test_a_wrong_activation_is_named_by_the_site_that_it_enters():
+    found = compare_step(port(act=jnp.sin), original(), X, {"scale": "scale"})
+    assert found.first is not None
+    assert (found.first.quantity, found.first.name) == ("activation", "second")
+    assert "masks agree" in found.first.detail
+
+
+def test_a_difference_after_the_last_site_is_told_apart():
+    right = port()
+    wrong = dataclasses.replace(right, loss=lambda *args: right.loss(*args) * 1.01)
+    found = compare_step(wrong, original(), X, {"scale": "scale"})
+    assert found.first is not None
+    assert (found.first.quantity, found.first.name) == ("loss", "loss")
+    assert "so do the values that enter them up to the last, 'second'" in found.first.detail
+
+
+def test_a_dropout_of_another_library_is_said_not_to_be_seen():
+    def loss(params, batch, step):
+        return ((batch * params["scale"][None]) ** 2).mean()
+
+    found = compare_step(
+        JaxSide({"scale": jnp.ones(8)}, loss, optax.sgd(0.1)), original(), X, {"scale": "scale"}
+    )
+    assert found.notes == (
+        "Masks were not compared: 2 in PyTorch, and no dropout of regjax in JAX.",
+    )
+    assert found.notes[0] in str(found)
+    assert found.first is not None
+    assert found.first.quantity == "loss"
+
+
+def test_without_recording_only_values_are_compared():
+    found = compare_step(port(), original(), X, {"scale": "scale"}, record=False)
+    assert found.agrees
+    assert not found.sites
+    assert not found.deviations["mask"]
+
+
+def test_tolerances_by_quantity():
+    right = port()
+    wrong = dataclasses.replace(right, loss=lambda *args: right.loss(*args) + 1e-3)
+    pair = lambda: (wrong, original(), X, {"scale": "scale"})
+    assert not compare_step(*pair()).agrees
+    assert compare_step(*pair(), tolerances={"loss": 2e-3}).agrees
+    with pytest.raises(ValueError, match="tolerances has 'mask', but it may have: loss, gradient"):
+        compare_step(*pair(), tolerances={"mask": 1.0})
+    with pytest.raises(ValueError, match=r"tolerances\['loss'\] must be at least 0, but it is nan"):
+        compare_step(*pair(), tolerances={"loss": float("nan")})
+
+
+def drawn(name="a", key=(0, 1), mask=(True, False), entering=(1.0, 2.0), rate=0.5) -> Drawn:
+    return Drawn(name, key, None, rate, np.array(mask), np.array(entering))
+
+
+def test_masks_are_compared_where_sites_lie_in_another_order():
+    ours = [drawn("b", mask=(True, True)), drawn("a")]
+    assert not mask_differences(ours, ours[::-1])
+
+
+def test_layouts_may_differ():
+    """Channels last beside channels first: the mask of whole channels, and sorted values."""
+    channels = np.array([True, False, True])
+    x = np.random.default_rng(0).normal(size=(1, 2, 2, 3))
+    last = Drawn("a", (0, 1), None, 0.5, channels.reshape(1, 1, 1, 3), x)
+    first = Drawn("a", (0, 1), None, 0.5, channels.reshape(1, 3, 1, 1), x.transpose(0, 3, 1, 2))
+    assert not mask_differences([last], [first])
+    assert value_deviations([last], [first], FLOAT64) == {"a": 0.0}
+    other = dataclasses.replace(first, entering=first.entering + 1e-3)
+    assert value_deviations([last], [other], FLOAT64)["a"] > 1e-4
+
+
+def test_values_of_another_number_are_infinitely_far():
+    assert value_deviations([drawn()], [drawn(entering=(1.0,))], FLOAT32) == {"a": float("inf")}
+
+
+def test_a_forward_pass_made_again_counts_once():
+    recorder = Recorder()
+    key = jax.random.key(0)
+    with recorder.watching():
+        body = jax.checkpoint(lambda x: regjax.dropout(jnp.sin(x), 0.5, key=key))
+        jax.jit(jax.grad(lambda x: body(x).sum()))(jnp.ones(8))
+        ours, theirs = recorder.taken()
+        assert [each.site for each in ours] == ["dropout 1"]
+        assert theirs == []
+        assert recorder.taken() == ([], [])
