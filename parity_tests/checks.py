@@ -268,7 +268,7 @@ def _training(name: str) -> Callable[[bool], Outcome]:
 
         from parity_tests.compare import FLOAT64
         from parity_tests.harness import compare_training
-        from parity_tests.models import PAIRS, SHARED, batches, sides
+        from parity_tests.models import PAIRS, batches, sides
 
         steps = 20 if quick else 300
         tier = dataclasses.replace(FLOAT64, tolerance=1e-10)  # rounding adds up over the steps
@@ -278,7 +278,6 @@ def _training(name: str) -> Callable[[bool], Outcome]:
                 regjax.optim.adamw(1e-3),
                 lambda model: torch.optim.AdamW(model.parameters(), 1e-3),
                 dtype="float64",
-                sites=SHARED,
             )
             found = compare_training(*both, batches(steps, "float64"), PAIRS[name].names, tier=tier)
         apart = list(found.deviations["parameter"])

@@ -5,10 +5,10 @@
     python -m parity_tests.exactness --list     # the cases and their bounds
     python -m parity_tests.exactness --only sgd adamw
 
-Each case trains 10,062 parameters on gradients that are made up (synthetic), on those of a perceptron that torch
-trained with the same optimizer (recorded), and in training, where each side finds its own
-gradients. A deviation is in norm: the largest difference of two parameters, divided by the largest
-parameter of that step.
+Each case trains 10,062 parameters on gradients that are made up (synthetic), on those of a
+perceptron that torch trained with the same optimizer (recorded), and in training, where each side
+finds its own gradients. A deviation is in norm: the largest difference of two parameters, divided
+by the largest parameter of that step.
 
 Exit code: 0 if every bound holds at every step, 1 if one is broken.
 """

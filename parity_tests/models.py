@@ -34,12 +34,17 @@ class Pair:
         forward: `forward(params, x, drop)` in JAX, `drop(x, site)` being its dropout.
         module: makes the PyTorch module; its `forward(x, drop)` is the same.
         names: JAX path to PyTorch name.
+        shared: dimensions along which a site of the JAX model shares its mask, by site.
+        keyed: whether the PyTorch module knows nothing of keys, has the layers of `torch.nn`, and
+            is called as `forward(x)`: `regtorch.keyed.convert` then gives it keys.
     """
 
     params: Any
     forward: Callable[..., jax.Array]
     module: Callable[[], torch.nn.Module]
     names: Mapping[str, Leaf]
+    shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    keyed: bool = False
 
 
 def sides(
@@ -49,7 +54,6 @@ def sides(
     *,
     dtype: str = "float32",
     plant: str = "",
-    sites: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[JaxSide, TorchSide]:
     """Both sides of a pair, ready to be trained on batches `(x, labels)`.
 
@@ -59,11 +63,11 @@ def sides(
         torch_optimizer: makes that of the PyTorch side.
         dtype: of the parameters.
         plant: `"key"` moves one site's key by one step in JAX, `"rate"` takes 0.11 for 0.1 there.
-        sites: dimensions along which a site shares its mask, in JAX; in PyTorch see the module.
     """
     torch.manual_seed(0)
     model = pair.module().to(getattr(torch, dtype))
-    shared = sites or {}
+    if pair.keyed:
+        regtorch.keyed.convert(model)
 
     def jax_loss(params: Any, batch: Any, step: Any) -> jax.Array:
         def drop(x: jax.Array, site: str) -> jax.Array:
@@ -72,7 +76,7 @@ def sides(
                 x,
                 0.11 if plant == "rate" and site == "out" else RATE,
                 key=regjax.site_key(jax.random.key(ROOT), step + late, site),
-                broadcast_dims=shared.get(site, ()),
+                broadcast_dims=pair.shared.get(site, ()),
             )
 
         logits = pair.forward(params, batch[0], drop)
@@ -80,15 +84,14 @@ def sides(
         return losses.mean()
 
     def torch_loss(model: torch.nn.Module, batch: Any, step: int) -> torch.Tensor:
-        def drop(x: torch.Tensor, site: str, broadcast_dims: tuple[int, ...] = ()) -> torch.Tensor:
-            return regtorch.dropout(
-                x,
-                RATE,
-                key=regtorch.site_key(regtorch.key(ROOT), step, site),
-                broadcast_dims=broadcast_dims,
-            )
+        root, x = regtorch.key(ROOT), to_torch(batch[0])
 
-        logits = model(to_torch(batch[0]), drop)
+        def drop(x: torch.Tensor, site: str) -> torch.Tensor:
+            return regtorch.dropout(x, RATE, key=regtorch.site_key(root, step, site))
+
+        if pair.keyed:
+            regtorch.keyed.set_key(model, root, step)
+        logits = model(x) if pair.keyed else model(x, drop)
         return torch.nn.functional.cross_entropy(logits, to_torch(batch[1]).long())
 
     params = jax.tree.map(lambda shape: jnp.zeros(shape, dtype), pair.params, is_leaf=_is_shape)
@@ -146,15 +149,17 @@ DROPPED_BEFORE = dataclasses.replace(PERCEPTRON, forward=_perceptron_dropped_bef
 
 
 class _Convolutional(torch.nn.Module):
+    """As a user of PyTorch writes it: nothing in it knows of keys."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = torch.nn.Conv2d(1, 8, 3, padding=1)
+        self.channels, self.features = torch.nn.Dropout2d(RATE), torch.nn.Dropout(RATE)
         self.out = torch.nn.Linear(8, 10)
 
-    def forward(self, x: torch.Tensor, drop: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.nn.functional.silu(self.conv(x.reshape(-1, 1, 8, 8)))
-        x = drop(x, "channels", (2, 3))  # channels first: what torch.nn.Dropout2d drops
-        return self.out(drop(x.mean((2, 3)), "out"))
+        return self.out(self.features(self.channels(x).mean((2, 3))))
 
 
 def _convolutional(params: Any, x: jax.Array, drop: Any) -> jax.Array:
@@ -167,7 +172,7 @@ def _convolutional(params: Any, x: jax.Array, drop: Any) -> jax.Array:
     )
     x = jax.nn.silu(x + params["conv"]["bias"][None, None, None])
     x = drop(x, "channels")
-    return _linear(params["out"], drop(x.mean((1, 2)), "out"))
+    return _linear(params["out"], drop(x.mean((1, 2)), "features"))
 
 
 CONVOLUTIONAL = Pair(
@@ -182,6 +187,9 @@ CONVOLUTIONAL = Pair(
         "conv/bias": Leaf("conv.bias"),
         **_dense("out", "out"),
     },
+    # Whole channels, as torch.nn.Dropout2d drops them; in JAX they come last.
+    shared={"channels": (1, 2)},
+    keyed=True,
 )
 
 _WIDTH, _HEADS, _LENGTH = 16, 2, 8
@@ -251,8 +259,6 @@ ENCODER = Pair(
 )
 
 PAIRS = {"perceptron": PERCEPTRON, "convolutional": CONVOLUTIONAL, "encoder": ENCODER}
-# In JAX channels come last: the dimensions along which a mask is shared lie elsewhere.
-SHARED = {"channels": (1, 2)}
 
 
 def batches(
@@ -308,18 +314,5 @@ UNMODIFIED_ENCODER = Pair(
     }
     | {f"{n}/scale": Leaf(f"layer.{n}.weight") for n in _NORMS}
     | {f"{n}/bias": Leaf(f"layer.{n}.bias") for n in _NORMS},
+    keyed=True,
 )
-
-
-def converted(side: TorchSide) -> TorchSide:
-    """The PyTorch side of an unmodified model, whose dropouts are given keys."""
-    root = regtorch.key(ROOT)
-    regtorch.keyed.convert(side.model)
-
-    def loss(model: torch.nn.Module, batch: Any, step: int) -> torch.Tensor:
-        regtorch.keyed.set_key(model, root, step)
-        return torch.nn.functional.cross_entropy(
-            model(to_torch(batch[0])), to_torch(batch[1]).long()
-        )
-
-    return dataclasses.replace(side, loss=loss)

@@ -22,7 +22,7 @@ from parity_tests.harness import (
     compare_step,
     compare_training,
 )
-from parity_tests.models import DROPPED_BEFORE, PAIRS, PERCEPTRON, SHARED, batches, sides
+from parity_tests.models import DROPPED_BEFORE, PAIRS, PERCEPTRON, batches, sides
 
 OPTIMIZERS = {
     "sgd": (
@@ -53,7 +53,7 @@ def first_of(found: Comparison) -> Divergence:
 def run(name: str, optimizer: str, steps: int, tier: Tier, **options):
     pair = PAIRS[name]
     with jax.enable_x64(tier.dtype == "float64"):
-        both = sides(pair, *OPTIMIZERS[optimizer], dtype=tier.dtype, sites=SHARED)
+        both = sides(pair, *OPTIMIZERS[optimizer], dtype=tier.dtype)
         return compare_training(*both, batches(steps, tier.dtype), pair.names, tier=tier, **options)
 
 
@@ -81,14 +81,8 @@ def test_an_unmodified_transformer_layer_of_pytorch_trains_the_same(steps):
     """torch.nn.TransformerEncoderLayer, converted, beside attention written in JAX."""
     pair = models.UNMODIFIED_ENCODER
     with jax.enable_x64(True):
-        ours, theirs = sides(pair, *OPTIMIZERS["adamw"], dtype="float64")
-        found = compare_training(
-            ours,
-            models.converted(theirs),
-            batches(steps, "float64"),
-            pair.names,
-            tier=THOUSAND_STEPS,
-        )
+        both = sides(pair, *OPTIMIZERS["adamw"], dtype="float64")
+        found = compare_training(*both, batches(steps, "float64"), pair.names, tier=THOUSAND_STEPS)
     found.raise_if_different()
 
 

@@ -31,13 +31,16 @@ def _scaled_by(scale: Callable[[jax.Array], jax.Array]):
     def make(learning_rate, *, mask, **options):
         del mask, options
 
-        def update(updates, sums, params=None):
+        def init(params):
+            return optax.tree.zeros_like(params)
+
+        def update(updates, state, params=None):
             del params
-            sums = jax.tree.map(lambda g, s: s + g * g, updates, sums)
+            sums = jax.tree.map(lambda g, s: s + g * g, updates, state)
             updates = jax.tree.map(lambda g, s: -learning_rate * g * scale(s), updates, sums)
             return updates, sums
 
-        return optax.GradientTransformation(optax.tree.zeros_like, update)
+        return optax.GradientTransformation(init, update)
 
     return make
 
@@ -49,12 +52,13 @@ def _momentum_after_the_rate(learning_rate, *, momentum, mask):
 
 def _decayed_from_the_first_step(learning_rate, *, lr_decay, mask):
     return regjax.optim.adagrad(
-        lambda count: learning_rate / (1.0 + lr_decay * (count.astype(float) + 1.0)), mask=mask
+        lambda count: learning_rate / (1.0 + lr_decay * (jnp.asarray(count, float) + 1.0)),
+        mask=mask,
     )
 
 
 def _rate_in_the_mean_of_steps(learning_rate, *, mask):
-    """`1 / learning_rate` squared is what a mean of whole steps must be divided by."""
+    """Make Adadelta whose second mean sees the learning rate."""
     del mask
 
     def update(updates, state, params=None):
@@ -123,7 +127,7 @@ def test_planted_defect_is_caught_by_the_loosest_tier(defect):
         assert_same_at_every_step(ours, theirs, FLOAT32, names=("regjax", "torch"))
 
 
-# Where optax's own optimizers part from torch: why regjax.optim has a link, or an order, of its own.
+# Where optax's own optimizers part from torch: why regjax.optim has links, or an order, of its own.
 OPTAX = {
     "adagrad's defaults": (
         ADAGRAD,

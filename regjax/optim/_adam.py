@@ -16,6 +16,7 @@ from regjax.optim._links import (
     bias_correction,
     check_rates,
     decay_weights,
+    rounded,
     rounded_once,
 )
 
@@ -536,7 +537,7 @@ def _scale_by_adamax(
     ) -> tuple[PyTree, optax.ScaleByAdamState]:
         del params
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
+        mu = _first_moment(state.mu, updates, b1)
         nu = optax.tree.update_infinity_moment(updates, state.nu, b2, eps)
         c1 = bias_correction(b1, count)
         updates = jax.tree.map(lambda m, u: m / c1.astype(m.dtype) / u, mu, nu)
@@ -558,12 +559,23 @@ def _no_moments(params: PyTree) -> optax.ScaleByAdamState:
 
 
 def _with_moments(state: State, updates: PyTree, b1: ScalarLike, b2: ScalarLike) -> State:
-    """Count the step, and take its gradients into both moments."""
+    """Count the step, and take its gradients into both moments, in torch's order of rounding."""
+
+    def second(v: Array, g: Array) -> Array:
+        return rounded(b2 * v) + (1 - b2) * g * g
+
     return state._replace(
         count=optax.safe_increment(state.count),
-        mu=optax.tree.update_moment(updates, state.mu, b1, 1),
-        nu=optax.tree.update_moment(updates, state.nu, b2, 2),
+        mu=_first_moment(state.mu, updates, b1),
+        nu=jax.tree.map(second, state.nu, updates),
     )
+
+
+def _first_moment(mu: PyTree, updates: PyTree, b1: ScalarLike) -> PyTree:
+    # From the nearer end, as torch's lerp: a long way from the other would round the gradient off.
+    short = jnp.less(1 - b1, 0.5)
+    weight = jnp.where(short, 1 - b1, jnp.negative(b1))
+    return jax.tree.map(lambda m, g: jnp.where(short, m, g) + weight * (g - m), mu, updates)
 
 
 # Stands for a b2 of 0, whose logarithm is infinite.

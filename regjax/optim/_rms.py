@@ -13,6 +13,7 @@ from regjax._paths import named_leaves
 from regjax.optim._links import ascend, check_rates, decay_weights, is_zero, rounded_once
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Float, PyTree, ScalarLike
 
     from regjax.optim._links import Mask
@@ -275,7 +276,7 @@ def _decayed(learning_rate: optax.ScalarOrSchedule, lr_decay: ScalarLike) -> opt
     if is_zero(lr_decay):
         return learning_rate
 
-    def schedule(count: Array) -> Float[Array, ""]:
+    def schedule(count: ArrayLike) -> Float[Array, ""]:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
         # All in one dtype: strict promotion would not divide a float32 by a float64.
         rate, slope, steps = (jnp.asarray(value, float) for value in (rate, lr_decay, count))
