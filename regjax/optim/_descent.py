@@ -364,8 +364,8 @@ def _resilient(
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         del params
-        # Of the signs, not of the gradients: that product could underflow.
-        turns = jax.tree.map(lambda g, prev: jnp.sign(g) * jnp.sign(prev), updates, state.prev)
+        # Not of the signs alone: this product may underflow, and does so in torch.
+        turns = jax.tree.map(lambda g, prev: g * prev, updates, state.prev)
 
         def resized(turn: Array, size: Array) -> Array:
             size = jnp.where(turn > 0, size * grow, jnp.where(turn < 0, size * shrink, size))
