@@ -108,6 +108,8 @@ def recorded(
 ) -> Problem:
     """Train with torch by the very optimizer, and keep the gradients that it was given.
 
+    Gradients whose square would underflow are kept as zeros.
+
     Args:
         case: What trains.
         dtype: Dtype of parameters and gradients.
@@ -131,5 +133,11 @@ class _Recording(Training):
 
     def torch_gradient(self, params: Mapping[str, torch.Tensor], known: Leaves) -> dict[str, Any]:
         gradients = super().torch_gradient(params, known)
-        self.kept.append({name: leaf.numpy().copy() for name, leaf in gradients.items()})
+        self.kept.append({name: _without_dust(leaf.numpy()) for name, leaf in gradients.items()})
         return gradients
+
+
+def _without_dust(gradient: np.ndarray) -> np.ndarray:
+    # Of numbers whose square underflows, XLA makes zeros earlier than torch; a saturated softmax
+    # has many of them.
+    return np.where(np.abs(gradient) ** 2 < np.finfo(gradient.dtype).tiny, 0, gradient)

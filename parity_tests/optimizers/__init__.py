@@ -7,7 +7,6 @@ files imports JAX or PyTorch.
 from parity_tests.optimizers import adafactor as _adafactor
 from parity_tests.optimizers import adam as _adam
 from parity_tests.optimizers import descent as _descent
-from parity_tests.optimizers import muon as _muon
 from parity_tests.optimizers import rms as _rms
 from parity_tests.optimizers.adafactor import adafactor as adafactor
 from parity_tests.optimizers.adam import adam as adam

@@ -331,7 +331,8 @@ CASES = (
         {"lr": 0.01, "weight_decay": 1.0, "decoupled_weight_decay": True},
         float32=_SHRUNK,
     ),
-    Case("radam-betas", "RAdam", {"lr": 0.01, "betas": (0.5, 0.99999)}),
+    # With so long a memory torch's rho_t is off by 7e-8 of itself even in double.
+    Case("radam-betas", "RAdam", {"lr": 0.01, "betas": (0.5, 0.99999)}, float64=1e-11),
     Case("radam-short", "RAdam", {"lr": 0.01, "betas": (0.9, 0.5)}),
     Case("radam-betas-zero", "RAdam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),
     Case("radam-eps", "RAdam", {"lr": 0.01, "eps": 0.1}),

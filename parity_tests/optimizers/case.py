@@ -28,7 +28,7 @@ class Case:
         float64: Bound on the deviation in norm at every step.
         float32: The same in float32 over 1,000 steps; None asks for the same bits.
         stable: Steps to which the bound holds where the gradient follows the parameters (a model is
-            trained): beyond, the recursion blows up any rounding, in torch against itself too.
+            trained): beyond, the recursion blows up the rounding of gradients.
     """
 
     name: str

@@ -224,8 +224,9 @@ def rprop(
         TypeError: An argument is not a number; from `init`, complex parameters.
         ValueError: A number is out of its range.
 
-    PyTorch: on a CPU the same bits in float32, but for gradients below 1e-19, whose product torch
-    may round to zero. `optax.rprop` 0.2.8 is another optimizer: its update is the one that was due
+    PyTorch: on a CPU the same bits in float32, compiled or not, but for gradients below 1e-22: the
+    product of two underflows in torch, which then keeps the step size. (Below 1.2e-38, XLA takes a
+    gradient for zero.) `optax.rprop` 0.2.8 is another optimizer: its update is the one that was due
     at the step before; its first is zero.
 
     Examples:
@@ -364,8 +365,8 @@ def _resilient(
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         del params
-        # Not of the signs alone: this product may underflow, and does so in torch.
-        turns = jax.tree.map(lambda g, prev: g * prev, updates, state.prev)
+        # Of the signs: the product of two small gradients would underflow, as it does in torch.
+        turns = jax.tree.map(lambda g, prev: jnp.sign(g) * jnp.sign(prev), updates, state.prev)
 
         def resized(turn: Array, size: Array) -> Array:
             size = jnp.where(turn > 0, size * grow, jnp.where(turn < 0, size * shrink, size))

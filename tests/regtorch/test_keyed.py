@@ -90,10 +90,16 @@ def test_a_dropout_may_be_the_whole_model():
 
 @pytest.mark.parametrize("step", [0, 1, 2**32 + 5, 2**64 - 1])
 @pytest.mark.parametrize("root", [(0, 0), (0, 7), (2**32 - 1, 2**31)])
-def test_keys_from_integers_are_site_keys(root, step):
+def test_keys_from_integers_are_keys_from_tensors(root, step):
     for site in ("", "a", "encoder.layers.0.dropout#12"):
         tensor = torch.tensor(root, dtype=torch.uint32)
-        assert regtorch.site_key(tensor, step, site).tolist() == list(site_words(root, step, site))
+        words = list(site_words(root, step, site))
+        assert regtorch.site_key(tensor, step, site).tolist() == words
+        # Where a tensor has no one value, its words are worked on as tensors.
+        mapped = torch.func.vmap(
+            lambda key, step=step, site=site: regtorch.site_key(key, step, site)
+        )
+        assert mapped(tensor[None])[0].tolist() == words
 
 
 def test_training_without_a_key_names_set_key_and_the_site():

@@ -1,0 +1,128 @@
+"""The optimizers over 1,000 steps on 10,062 parameters, and that a defect in them would be seen."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import optax
+import pytest
+
+import regjax.optim
+from parity_tests import exactness, optimizers
+from parity_tests.exactness import SETTINGS, STEPS, Setting, measure, settings
+from parity_tests.optimizers.case import Case
+from regjax.optim import _descent
+
+SYNTHETIC, RECORDED = Setting("float32", "synthetic"), Setting("float32", "recorded")
+ADAM = Case("adam", "Adam", {"lr": 0.01}, stable=300)
+MOMENTUM = Case("momentum", "SGD", {"lr": 0.1, "momentum": 0.9}, float32=None)
+NESTEROV = Case(
+    "nesterov",
+    "SGD",
+    {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    float32=None,
+)
+RPROP = Case("rprop", "Rprop", {"lr": 0.01}, float32=None)
+
+EVERY = (*optimizers.CASES, *optimizers.CASES_2D)
+FAST = [
+    *[(case, SYNTHETIC) for case in EVERY if case.float32 is None],
+    (NESTEROV, RECORDED),
+    (RPROP, RECORDED),
+    (ADAM, Setting("float64", "recorded")),
+    (ADAM, Setting("float64", "trained")),
+    (ADAM, RECORDED),
+    (Case("asgd", "ASGD", {"lr": 0.1, "t0": 10}), Setting("float64", "trained")),
+]
+
+
+@pytest.mark.parametrize(("case", "setting"), FAST, ids=str)
+def test_a_thousand_steps(case, setting):
+    found = measure(case, setting, STEPS)
+    assert not found.broken, found
+    assert found.elements == 10_062
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_every_case_in_every_setting(case):
+    broken = [f for f in (measure(case, s, STEPS) for s in settings(case)) if f.broken]
+    assert not broken, "\n".join(map(str, broken))
+
+
+def _small_eps(learning_rate, *, mask):
+    return regjax.optim.adam(learning_rate, eps=1e-7, mask=mask)
+
+
+def _late(learning_rate, *, mask, **options):
+    """A schedule that is one step behind, in the last of a thousand steps only."""
+    rate = lambda count: jax.numpy.where(count == STEPS - 1, 1.01, 1.0) * learning_rate
+    return regjax.optim.sgd(rate, mask=mask, **options)
+
+
+def _optax_sgd(learning_rate, *, momentum, mask):
+    del mask
+    return optax.sgd(learning_rate, momentum)
+
+
+def _optax_rprop(learning_rate):
+    return optax.rprop(learning_rate)
+
+
+# A defect in JAX, and the bound that it must break.
+PLANTED = {
+    "eps 1e-7 for 1e-8": (ADAM, Setting("float64", "synthetic"), _small_eps),
+    "eps 1e-7 for 1e-8, recorded": (ADAM, Setting("float64", "recorded"), _small_eps),
+    "fused where torch rounds": (MOMENTUM, SYNTHETIC, _optax_sgd),
+    "update of the step before": (RPROP, SYNTHETIC, _optax_rprop),
+    "last step off": (MOMENTUM, SYNTHETIC, _late),
+}
+
+
+@pytest.mark.parametrize(("case", "setting", "make"), PLANTED.values(), ids=PLANTED)
+def test_planted_defect_is_caught(case, setting, make):
+    found = measure(case, setting, STEPS, make)
+    assert found.broken, found
+
+
+def test_no_guard_no_equal_bits(monkeypatch):
+    monkeypatch.setattr(_descent, "rounded", lambda product: product)
+    found = measure(MOMENTUM, SYNTHETIC, STEPS)
+    # Fused and rounded sums are close: only the bits tell.
+    assert found.broken
+    assert found.mismatches > 1000
+    assert found.deviation < 1e-6
+
+
+def test_settings_cover_both_dtypes_and_fused_kernels():
+    assert len(SETTINGS) == len(set(SETTINGS)) == 5
+    assert [*settings(MOMENTUM)] == [*SETTINGS]
+    assert sum(setting.fused for setting in settings(ADAM)) == 2
+
+
+def test_command_writes_what_it_found(tmp_path, capsys):
+    arguments = ["--quick", "--only", "sgd-nesterov-m", "--out", str(tmp_path)]
+    assert exactness.main(arguments) == 0
+    table = (tmp_path / "exactness.md").read_text()
+    assert "| sgd-nesterov-maximize | 1e-12 | 0 | 0 |" in table
+    record = json.loads((tmp_path / "exactness.json").read_text())
+    assert {finding["case"] for finding in record["findings"]} == {"sgd-nesterov-maximize"}
+    assert "torch" in record["versions"]
+    assert "5 of 5 comparisons within bounds" in capsys.readouterr().out
+
+
+def test_command_fails_where_a_bound_is_broken(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_descent, "rounded", lambda product: product)
+    arguments = ["--quick", "--only", "sgd-momentum", "--out", str(tmp_path)]
+    assert exactness.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "broken: sgd-momentum, float32 synthetic: equal bits asked" in printed
+    assert "**" in (tmp_path / "exactness.md").read_text()
+
+
+def test_command_names_its_cases(capsys):
+    assert exactness.main(["--list", "--only", "rprop"]) == 0
+    assert "rprop-etas" in capsys.readouterr().out
+    assert exactness.main(["--only", "nothing"]) == 1
+    assert "names no case; there are: sgd," in capsys.readouterr().out

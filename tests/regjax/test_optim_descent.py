@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from regjax import optim
+from regjax.optim._links import rounded
+
+PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([1.0, 2.0])}
+GRADIENT = {"kernel": jnp.array([[0.5, 1.0], [-1.0, 0.0]]), "bias": jnp.array([0.5, -1.0])}
+NO_BIAS = {"kernel": True, "bias": False}
+
+
+def _walk(optimizer, gradients, params):
+    state, visited = optimizer.init(params), []
+    for gradient in gradients:
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        visited.append(params)
+    return visited, state
+
+
+def _close(ours, theirs, rtol=1e-6):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), ours, theirs)
+
+
+# rounded: torch's kernels round a product before they add it, XLA's fusions do not.
+SPECIAL = np.array(
+    [0x7FC00000, 0xFFC00000, 0x7FC00123, 0x7F800000, 0xFF800000, 0, 0x80000000, 0x7F7FFFFF]
+    + [0x3FC00000, 0xBFC00000, 0x00800000, 0x80800000],
+    "uint32",
+).view("float32")
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"])
+def test_rounded_is_the_identity_for_every_value(wrap):
+    after = np.asarray(wrap(rounded)(jnp.asarray(SPECIAL)))
+    np.testing.assert_array_equal(after.view("uint32"), SPECIAL.view("uint32"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
+def test_rounded_keeps_other_dtypes(dtype):
+    x = jnp.array([1.5, -0.0, jnp.inf]).astype(dtype)
+    after = jax.jit(rounded)(x)
+    assert after.dtype == x.dtype
+    assert after.tobytes() == x.tobytes()
+
+
+def _fused(guard, dtype):
+    """How many of 10,000 sums were rounded but once, in a step and in a scan over two."""
+    a, b, c = np.random.default_rng(0).standard_normal((3, 10_000)).astype("float32")
+    a, b, c = (np.asarray(jnp.asarray(x).astype(dtype)) for x in (a, b, c))
+    wide = [x.astype("float32") for x in (a, b, c)]
+    expected = wide[0] * np.float32(0.3) * wide[1] + wide[2]
+
+    def step(a, b, c):
+        a, b, c = (x.astype(jnp.float32) for x in (a, b, c))
+        return guard(a * jnp.float32(0.3) * b) + c
+
+    def scanned(a, b, c):
+        stacked = [jnp.stack([x, x]) for x in (a, b, c)]
+        return jax.lax.scan(lambda carry, xs: (carry, step(*xs)), None, stacked)[1][1]
+
+    return [np.count_nonzero(jax.jit(f)(a, b, c) != expected) for f in (step, scanned)]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA on a CPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rounded_keeps_products_from_being_fused(dtype):
+    assert _fused(rounded, dtype) == [0, 0]
+    assert min(_fused(lambda product: product, dtype)) > 1000
+
+
+def test_rounded_has_the_derivatives_of_the_identity():
+    square = lambda x: rounded(x * x) + 3 * x
+    for x in (0.0, -2.0):
+        for derivative in (jax.jacfwd, jax.jacrev):
+            assert jax.jit(derivative(lambda x: rounded(2 * x)))(x) == 2
+            assert derivative(square)(x) == 2 * x + 3
+        assert jax.hessian(square)(x) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "defaults"),
+    [
+        (
+            optim.asgd,
+            "learning_rate lambd alpha t0 weight_decay maximize mask",
+            (1e-2, 1e-4, 0.75, 1e6, 0.0, False, None),
+        ),
+        (
+            optim.rprop,
+            "learning_rate etas step_sizes maximize",
+            (1e-2, (0.5, 1.2), (1e-6, 50.0), False),
+        ),
+    ],
+)
+def test_signature(make, names, defaults):
+    parameters = inspect.signature(make).parameters
+    assert " ".join(parameters) == names
+    assert tuple(p.default for p in parameters.values()) == defaults
+    assert parameters["maximize"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+# From w = -2 with gradient 1, worked out by hand.
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        # Step sizes 0.5 and 0.5 / (1 + 2 * 0.5).
+        (optim.asgd(0.5, lambd=2.0, alpha=1.0), [-0.5, -0.5 + 0.25]),
+        (optim.asgd(0.5, lambd=2.0, alpha=0.0), [-0.5, -0.5]),
+        (optim.asgd(0.5, lambd=0.0, weight_decay=0.25), [-2.25, -2.46875]),
+        (optim.asgd(0.5, lambd=0.0, weight_decay=0.25, maximize=True), [-1.25, -0.59375]),
+        (optim.rprop(0.5), [-2.5, -3.1]),
+        (optim.rprop(0.5, maximize=True), [-1.5, -0.9]),
+        (optim.rprop(0.5, etas=(0.5, 2.0)), [-2.5, -3.5]),
+        (optim.rprop(0.5, step_sizes=(0.0, 0.25)), [-2.25, -2.5]),
+        (optim.rprop(0.5, step_sizes=(1.0, 2.0)), [-3.0, -4.2]),
+    ],
+)
+def test_first_steps_by_hand(optimizer, expected):
+    visited, _ = _walk(optimizer, jnp.ones((2, 1)), jnp.array([-2.0]))
+    np.testing.assert_allclose(np.concatenate(visited), expected, rtol=1e-6)
+
+
+def test_asgd_averages_from_t0_on():
+    visited, states = [], []
+    optimizer = optim.asgd(0.1, t0=2)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(6):
+        updates, state = optimizer.update(GRADIENT, state, params)
+        params = optax.apply_updates(params, updates)
+        visited.append(params)
+        states.append(state[3].ax)
+    for step in range(4):
+        _close(states[step], visited[step])
+    # The fourth step is the last that replaces the average: 1 / max(1, 3 - t0) is 1.
+    for step in (4, 5):
+        mean = jax.tree.map(lambda *leaves: jnp.stack(leaves).mean(0), *visited[3 : step + 1])
+        _close(states[step], mean)
+
+
+def test_asgd_uses_the_rate_of_the_step_before():
+    rates = jnp.array([1.0, 0.5, 0.25])
+    optimizer = optim.asgd(lambda count: rates[count], lambd=0.0)
+    visited, _ = _walk(optimizer, jnp.ones((3, 1)), jnp.zeros(1))
+    np.testing.assert_array_equal(np.diff(np.concatenate([[0.0], *visited])), [-1.0, -1.0, -0.5])
+
+
+def test_asgd_masks_weight_decay_alone():
+    masked, full, none = (
+        _walk(optim.asgd(0.1, lambd=0.5, weight_decay=decay, mask=mask), [GRADIENT], PARAMS)[0][0]
+        for decay, mask in ((0.5, NO_BIAS), (0.5, None), (0.0, None))
+    )
+    _close(masked, {"kernel": full["kernel"], "bias": none["bias"]})
+    assert not jnp.array_equal(full["bias"], none["bias"])
+
+
+def test_asgd_needs_parameters():
+    optimizer = optim.asgd()
+    with pytest.raises(ValueError, match="params is None, but asgd shrinks and averages"):
+        optimizer.update(GRADIENT, optimizer.init(PARAMS))
+
+
+def test_rprop_waits_a_step_where_a_sign_turns():
+    gradients = jnp.array([1.0, 1.0, -1.0, -1.0, -1.0])[:, None]
+    visited, state = _walk(optim.rprop(1.0, etas=(0.5, 2.0)), gradients, jnp.zeros(1))
+    # Sizes 1, 2, 1 (but no step), 1, 2.
+    assert np.concatenate(visited).tolist() == [-1.0, -3.0, -3.0, -2.0, 0.0]
+    assert state[2].step_size == 2.0
+
+
+def test_rprop_takes_the_sign_of_small_gradients():
+    gradients = jnp.array([1e-30, 1e-30])[:, None]
+    visited, _ = _walk(optim.rprop(1.0, etas=(0.5, 2.0)), gradients, jnp.zeros(1))
+    assert np.concatenate(visited).tolist() == [-1.0, -3.0]
+
+
+def test_optax_rprop_is_a_step_late():
+    gradients = jnp.array([1.0, -1.0])[:, None]
+    with jax.numpy_dtype_promotion("standard"):
+        visited, _ = _walk(optax.rprop(1.0), gradients, jnp.zeros(1))
+    # If this fails, optax has mended it, and the docstring must say so.
+    assert visited[0] == 0.0
+    assert _walk(optim.rprop(1.0), gradients, jnp.zeros(1))[0][0] == -1.0
+
+
+VARIANTS = {
+    "sgd": lambda rate: optim.sgd(rate, 0.9, 0.1, weight_decay=0.1, maximize=True, mask=NO_BIAS),
+    "nesterov": lambda rate: optim.sgd(rate, 0.9, weight_decay=0.1, nesterov=True),
+    "asgd": lambda rate: optim.asgd(rate, 0.1, 0.5, 1.0, 0.1, maximize=True, mask=NO_BIAS),
+    "rprop": lambda rate: optim.rprop(rate),
+}
+each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+@each_variant
+def test_state_has_four_parts_that_keep_their_form(variant):
+    optimizer = variant(0.1)
+    state = optimizer.init(PARAMS)
+    after = optimizer.update(GRADIENT, state, PARAMS)[1]
+    assert len(state) == 4
+    kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
+    assert kinds[0] == kinds[1]
+    mapped = optax.tree.map_params(optimizer, lambda leaf: leaf + 1, state)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+
+
+def test_states_are_read_by_name():
+    assert isinstance(optim.sgd(momentum=0.9).init(PARAMS)[2], optax.TraceState)
+    assert optim.asgd().init(PARAMS)[3].ax.keys() == PARAMS.keys()
+    assert optim.asgd(0.5).init(PARAMS)[2].eta == 0.5
+    assert optim.rprop(0.5).init(PARAMS)[2].step_size["bias"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@each_variant
+def test_dtypes_are_kept(variant, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        params, gradient = (
+            jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)).astype(dtype), tree)
+            for tree in (PARAMS, GRADIENT)
+        )
+        optimizer = variant(0.125)
+        updates, after = optimizer.update(gradient, optimizer.init(params), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(after) if leaf.ndim} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optim.sgd(0.1, 0.9, weight_decay=0.1), optim.asgd(0.1, weight_decay=0.1), optim.rprop(0.1)],
+    ids=["sgd", "asgd", "rprop"],
+)
+def test_parameters_may_hold_none(optimizer):
+    params, gradient = {**PARAMS, "unused": None}, {**GRADIENT, "unused": None}
+    visited, _ = _walk(optimizer, [gradient] * 2, params)
+    assert visited[1]["unused"] is None
+
+
+@each_variant
+def test_a_step_and_a_scan_have_the_same_bits(variant):
+    optimizer = variant(0.1)
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.standard_normal((7, 37)), "bias": rng.standard_normal(37)}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    gradients = [jax.tree.map(lambda p, s=s: jnp.sin(9 * s * p), params) for s in range(1, 31)]
+
+    def train_step(carry, gradient):
+        params, state = carry
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), None
+
+    carry = (params, optimizer.init(params))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
+    scanned = jax.jit(lambda carry: jax.lax.scan(train_step, carry, stacked)[0])(carry)
+    stepped, step = carry, jax.jit(train_step)
+    for gradient in gradients:
+        stepped, _ = step(stepped, gradient)
+    assert step._cache_size() == 1
+    jax.tree.map(np.testing.assert_array_equal, stepped, scanned)
+    eager = carry
+    for gradient in gradients:
+        eager, _ = train_step(eager, gradient)
+    _close(eager[0], scanned[0], rtol=1e-5)
+
+
+@each_variant
+def test_a_traced_learning_rate(variant):
+    def after(rate):
+        return _walk(variant(rate), [GRADIENT] * 3, PARAMS)[0][-1]["kernel"]
+
+    _close(jax.jit(after)(0.1), after(0.1))
+    slope = jax.jit(jax.jacfwd(after))(0.1)
+    np.testing.assert_allclose(slope, (after(0.11) - after(0.09)) / 0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("make", [optim.asgd, optim.rprop])
+def test_injected_hyperparameters(make):
+    injected = optax.inject_hyperparams(make)(learning_rate=0.125)
+    state = injected.init(PARAMS)
+    updates, after = jax.jit(injected.update)(GRADIENT, state, PARAMS)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    plain = make(0.125)
+    _close(updates, plain.update(GRADIENT, plain.init(PARAMS), PARAMS)[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (optim.asgd, {"learning_rate": -0.1}, r"learning_rate must be .* is -0\.1"),
+        (optim.asgd, {"lambd": -0.1}, r"lambd must be .* is -0\.1: pass 0\.0"),
+        (optim.asgd, {"alpha": float("nan")}, "alpha must be .* is nan"),
+        (optim.asgd, {"t0": float("inf")}, "t0 must be .* is inf: pass 0 to average"),
+        (optim.asgd, {"weight_decay": -0.1}, r"weight_decay must be .* is -0\.1"),
+        (optim.rprop, {"learning_rate": -0.1}, r"learning_rate must be .* is -0\.1: it is the"),
+        (optim.rprop, {"etas": (0.0, 1.2)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.0"),
+        (optim.rprop, {"etas": (0.5, 1.0)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.5"),
+        (optim.rprop, {"etas": (1.0, 1.2)}, r"etas\[0\] must be in \[0, 1\), but it is 1\.0"),
+        (optim.rprop, {"step_sizes": (-1.0, 1.0)}, r"step_sizes\[0\] must be .* is -1\.0"),
+        (optim.rprop, {"step_sizes": (2.0, 1.0)}, r"step_sizes must be .* are \(2\.0, 1\.0\)"),
+    ],
+)
+def test_argument_out_of_range_is_refused(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(**arguments)
+
+
+def test_rprop_refuses_a_schedule_and_complex_parameters():
+    with pytest.raises(TypeError, match="learning_rate must be a real number, .* first step size"):
+        optim.rprop(lambda count: 0.1)
+    with pytest.raises(TypeError, match=r"complex parameter 'spectrum': .*split_real_and_imag"):
+        optim.rprop().init({"spectrum": jnp.array([1 + 2j])})
