@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,9 +197,15 @@ def _one_thread() -> Iterator[None]:
 
 def _problem(case: Case, setting: Setting, steps: int) -> Problem:
     if setting.source == "synthetic":
-        return synthetic(setting.dtype, _fitting(case, LARGE), steps)
+        return _synthetic(setting.dtype, steps, tuple(_fitting(case, LARGE).items()))
     make = recorded if setting.source == "recorded" else training
     return make(case, setting.dtype, steps, _fitting(case, SHAPES))
+
+
+# Both dtypes of one case; each takes up to 80 MB.
+@functools.lru_cache(maxsize=2)
+def _synthetic(dtype: str, steps: int, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Problem:
+    return synthetic(dtype, dict(shapes), steps)
 
 
 def _fitting(case: Case, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:

@@ -16,3 +16,7 @@ from regjax._penalty import elastic_net_penalty as elastic_net_penalty
 from regjax._penalty import l1_penalty as l1_penalty
 from regjax._penalty import l2_penalty as l2_penalty
 from regjax._penalty import l2_sp_penalty as l2_sp_penalty
+from regjax._rules import DecayTable as DecayTable
+from regjax._rules import decay_mask as decay_mask
+from regjax._rules import decay_rates as decay_rates
+from regjax._rules import decay_table as decay_table

@@ -22,3 +22,8 @@ from regtorch._penalty import elastic_net_penalty as elastic_net_penalty
 from regtorch._penalty import l1_penalty as l1_penalty
 from regtorch._penalty import l2_penalty as l2_penalty
 from regtorch._penalty import l2_sp_penalty as l2_sp_penalty
+from regtorch._rules import DecayTable as DecayTable
+from regtorch._rules import decay_groups as decay_groups
+from regtorch._rules import decay_mask as decay_mask
+from regtorch._rules import decay_rates as decay_rates
+from regtorch._rules import decay_table as decay_table

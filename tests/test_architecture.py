@@ -26,6 +26,7 @@ FLOORS = {
     "_paths": 0,
     "_decay": 1,
     "_penalty": 2,
+    "_rules": 2,
     "optim._links": 2,
     "optim._decays": 3,
     "optim._descent": 3,

@@ -72,11 +72,13 @@ def adam(
             `init`, a mask of another structure than the parameters; from `update`, no `params` to
             decay.
 
-    PyTorch: the same numbers to rounding. Two parts of optax would differ, and have a substitute
+    PyTorch: the same numbers to rounding; not the same bits, since a chain multiplies by the
+    learning rate last, and torch first. Three parts of optax would differ, and have a substitute
     here: its bias correction `1 - decay**count` is off in float32 (by 1e-5 of its value for
-    $\beta_2 = 0.999$, by 1e-3 for 0.99999), and `optax.amsgrad` takes the maximum of corrected
-    second moments, torch that of uncorrected ones. For complex parameters torch treats real and
-    imaginary part as two parameters: so does `optax.contrib.split_real_and_imaginary(adam(...))`.
+    $\beta_2 = 0.999$, by 1e-3 for 0.99999); `optax.amsgrad` takes the maximum of corrected second
+    moments, torch that of uncorrected ones; and its moments round in another order, which coupled
+    decay feeds back. For complex parameters torch treats real and imaginary part as two parameters:
+    so does `optax.contrib.split_real_and_imaginary(adam(...))`.
 
     Examples:
         >>> import jax.numpy as jnp, optax

@@ -71,6 +71,11 @@ def test_signature(make, names, defaults):
         (optim.nadam(0.1, (0.8, 0.9), 1.0, momentum_decay=0.0), -0.05 * (1 + 2 / 21)),
         # 0.96 ** 1e6 is nothing: mu is 0.8 from the first step on.
         (optim.nadam(0.1, (0.8, 0.9), momentum_decay=1e6), -0.1 * (0.16 / 0.36 + 1)),
+        # 0.96 ** psi is one half: mu is 0.6, then 0.7.
+        (
+            optim.nadam(0.1, (0.8, 0.9), momentum_decay=math.log(0.5) / math.log(0.96)),
+            -0.1 * (0.14 / 0.58 + 1),
+        ),
         (optim.nadam(0.1, (0.0, 0.9), weight_decay=1.0, decoupled_weight_decay=True), 0.1),
         (optim.nadam(0.1, (0.0, 0.9), weight_decay=0.25, maximize=True), 0.1),
         (optim.radam(0.1), -0.1),
@@ -132,6 +137,22 @@ def test_radams_length_keeps_its_digits_in_float32(b2, as_array):
         slack = 4e-8 / (1 - b2) if as_array else 0.0
         np.testing.assert_allclose(length, exact, rtol=2e-6 + slack)
         np.testing.assert_allclose(limit, 2 / (1 - b2) - 1, rtol=2e-6 + slack)
+
+
+def test_radam_meets_no_nan_that_it_would_drop():
+    # Below rho = 4 a root of a negative number lies, at a limit of 4 a pole.
+    with jax.debug_nans(True):
+        for b2 in (0.999, 0.6):
+            _steps(optim.radam(0.1, (0.9, b2)), 4)
+
+
+@each_optimizer
+def test_a_small_gradient_after_a_large_one_keeps_its_digits(make):
+    optimizer = make(betas=(0.0, 0.9))
+    state = optimizer.init(jnp.array(0.0))
+    for gradient in (1e8, 1.0):
+        _, state = optimizer.update(jnp.array(gradient), state)
+    assert state[2].mu == 1.0
 
 
 def test_nadams_product_is_of_all_momenta():

@@ -1,0 +1,225 @@
+"""Which JAX parameter is which PyTorch parameter, and of which group."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    Names = Mapping[str, "str | Leaf"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Where a JAX parameter is found in PyTorch.
+
+    Attributes:
+        name: The PyTorch parameter's name.
+        transpose: The order of its axes in JAX, as for `numpy.transpose`; None where it is the
+            same. A Flax kernel of a Linear weight is `(1, 0)`, of a Conv2d weight `(2, 3, 1, 0)`.
+
+    Examples:
+        >>> import numpy as np
+        >>> leaf = Leaf("fc.weight", (1, 0))
+        >>> leaf.to_jax(np.zeros((3, 5))).shape
+        (5, 3)
+    """
+
+    name: str
+    transpose: tuple[int, ...] | None = None
+
+    def to_jax(self, array: np.ndarray) -> np.ndarray:
+        """The PyTorch array as JAX holds it."""
+        return array if self.transpose is None else np.transpose(array, self.transpose)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """The JAX array as PyTorch holds it."""
+        if self.transpose is None:
+            return array
+        return np.transpose(array, np.argsort(self.transpose))
+
+
+@dataclasses.dataclass(frozen=True)
+class Located:
+    """A JAX parameter's counterpart: where it is found, and the tensor found there."""
+
+    leaf: Leaf
+    tensor: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Parameters that one optimizer trains: a group, or of a group those in one layout.
+
+    Attributes:
+        label: What it is called in the state.
+        index: Of the group.
+        kind: Class of the PyTorch optimizer.
+        group: The group's options.
+        leaves: By the path in JAX.
+        transposed: Whether they are matrices that JAX holds transposed; for Muon only.
+    """
+
+    label: str
+    index: int
+    kind: str
+    group: dict[str, Any]
+    leaves: dict[str, Located]
+    transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a PyTorch optimizer does to which JAX parameter.
+
+    Attributes:
+        parts: Those that are trained.
+        frozen: Paths of those that are not.
+    """
+
+    parts: tuple[Part, ...]
+    frozen: frozenset[str]
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """By the path in JAX, the label of its part."""
+        trained = {path: part.label for part in self.parts for path in part.leaves}
+        return trained | dict.fromkeys(self.frozen, FROZEN)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one optimizer trains everything."""
+        return len(self.parts) == 1 and not self.frozen
+
+
+FROZEN = "frozen"
+
+
+def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe:
+    """Find the counterpart of each JAX parameter, and its group.
+
+    Args:
+        torch_optimizer: A `torch.optim` optimizer.
+        names: By the path in JAX, the name in PyTorch or a `Leaf`.
+        model: The module whose parameters are trained; not needed where the optimizer knows names.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: Parameters have no names, or `names` does not fit them.
+    """
+    leaves = {path: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for path, leaf in names.items()}
+    tensors = _named_tensors(torch_optimizer, model)
+    _check_names(leaves, tensors, torch_optimizer.param_groups, by_model=model is not None)
+    path_of = {id(tensors[leaf.name]): path for path, leaf in leaves.items()}
+    kind, parts = type(torch_optimizer).__name__, []
+    for index, group in enumerate(torch_optimizer.param_groups):
+        # PyTorch skips what has no gradient.
+        trained = {path_of[id(p)]: p for p in group["params"] if p.requires_grad}
+        located = {path: Located(leaves[path], tensor) for path, tensor in trained.items()}
+        parts += _by_layout(Part(f"group{index}", index, kind, group, located))
+    trained = {path for part in parts for path in part.leaves}
+    return Recipe(tuple(parts), frozenset(set(leaves) - trained))
+
+
+def _by_layout(part: Part) -> Iterator[Part]:
+    """Parts of one layout each for Muon, whose step depends on which axis counts outputs."""
+    if part.kind != "Muon":
+        split = {False: part.leaves}
+    else:
+        split: dict[bool, dict[str, Located]] = {False: {}, True: {}}
+        for path, located in part.leaves.items():
+            split[located.leaf.transpose == (1, 0)][path] = located
+    split = {transposed: leaves for transposed, leaves in split.items() if leaves}
+    for transposed, leaves in split.items():
+        label = f"{part.label}_transposed" if transposed and len(split) > 1 else part.label
+        yield dataclasses.replace(part, label=label, leaves=leaves, transposed=transposed)
+
+
+def _named_tensors(torch_optimizer: Any, model: Any) -> dict[str, Any]:
+    if model is not None:
+        # A tensor that the model has under two names may be called either.
+        return dict(model.named_parameters(remove_duplicate=False))
+    named: dict[str, Any] = {}
+    for index, group in enumerate(torch_optimizer.param_groups):
+        if "param_names" not in group:
+            raise ValueError(
+                f"the parameters of group {index} have no names: pass model=, or make the "
+                "optimizer with model.named_parameters()"
+            )
+        named.update(zip(group["param_names"], group["params"], strict=True))
+    return named
+
+
+def _check_names(
+    leaves: Mapping[str, Leaf],
+    tensors: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    *,
+    by_model: bool,
+) -> None:
+    known = {id(tensor): name for name, tensor in tensors.items()}
+    grouped = [id(p) for group in groups for p in group["params"]]
+    if not set(grouped) <= set(known):
+        raise ValueError(
+            "the optimizer trains parameters that model does not have: pass the model that it was "
+            "made for"
+        )
+    strangers = {leaf.name for leaf in leaves.values()} - set(tensors)
+    paths: dict[int, list[str]] = {}
+    for path, leaf in leaves.items():
+        if leaf.name in tensors:
+            paths.setdefault(id(tensors[leaf.name]), []).append(path)
+    twice = {path for shared in paths.values() if len(shared) > 1 for path in shared}
+    where = "in the model" if by_model else "in the optimizer (see model=)"
+    report(
+        {
+            "PyTorch parameters that no JAX parameter is": {
+                known[p] for p in grouped if p not in paths
+            },
+            f"names of PyTorch parameters that are not {where}": strangers,
+            "JAX parameters that are the same PyTorch parameter": twice,
+        }
+    )
+
+
+def report(problems: Mapping[str, set[str]]) -> None:
+    """Refuse `names` with a list of all that is wrong with it, if anything is."""
+    found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
+    if found:
+        raise ValueError("names does not fit the parameters; " + "; ".join(found))
+
+
+def number(option: str, value: Any) -> float:
+    """A number that PyTorch holds as such, or as a tensor of one element.
+
+    Examples:
+        >>> number("lr", 0.1)
+        0.1
+    """
+    if isinstance(value, int | float):
+        return value
+    if not hasattr(value, "item"):
+        raise ValueError(f"{option} must be a number, but it is {value!r}")
+    if getattr(value, "requires_grad", False):
+        raise ValueError(
+            f"{option} is a tensor that requires a gradient, which has no counterpart in JAX: pass "
+            "a number"
+        )
+    return value.item()
+
+
+def check_class(thing: Any, known: Any, what: str) -> str:
+    """The name of a class of PyTorch, if it is a known one."""
+    name, home = type(thing).__name__, type(thing).__module__
+    if home.partition(".")[0] != "torch" or name not in known:
+        raise ValueError(
+            f"{home}.{name} is no {what} that can be carried over: these can be: "
+            f"{', '.join(sorted(known))}"
+        )
+    return name

@@ -1,0 +1,467 @@
+"""The parameters of a PyTorch model in the tree of a JAX model: who feeds whom, and in what layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax._paths import named_leaves, path_name
+from regjax.interop._leaves import Leaf
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from jaxtyping import PyTree
+
+    from regjax._paths import KeyPath
+
+# What PyTorch calls a leaf of Linen, NNX, Equinox or Haiku. Other leaves have one name in both.
+_TORCH_NAMES = {
+    **dict.fromkeys(("kernel", "w", "scale", "embedding", "embeddings", "weight"), "weight"),
+    **dict.fromkeys(("bias", "b", "offset"), "bias"),
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# These have the channels last; every other leaf has its axes as PyTorch has them.
+_CHANNELS_LAST = ("kernel", "w")
+# The parts of attention. PyTorch stacks the first three; Equinox appends `_proj` to them.
+_STACKED = ("query", "key", "value")
+_OUTPUTS = ("out", "output_proj", "linear")
+# What str(tensor.dtype) says of tensors that NumPy has no type for; jax.numpy has the same words.
+_SMALL = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+# Equinox's batch norm before its state is split off: mean and variance, and what says that they are
+# no fresh ones. After so many steps its correction for a start at zero is none.
+_STATISTIC = re.compile(r"(?:ema|batch)_state_index/init/([01])$")
+_SETTLED = {"ema_first_time_index/init": False, "batch_counter/init": 2**30}
+_TRANSPOSED = re.compile(r"conv.*transpose", re.IGNORECASE)
+_BUFFERS = ("running_mean", "running_var")
+
+
+def params_from_torch(
+    state_dict: Any,
+    params: PyTree,
+    names: Mapping[str, str | Leaf] = MappingProxyType({}),
+) -> PyTree:
+    """Carry the parameters and running statistics of a PyTorch model over into a JAX model.
+
+    What a leaf is, its name tells, never its shape: a `kernel` is transposed also where it is
+    square.
+
+    | JAX leaf, with its names in Linen, NNX, Equinox, Haiku | PyTorch entry |
+    |---|---|
+    | `kernel`, `w`: dense (in, out); convolution (*size, in / groups, out) | `weight`, in this order |
+    | `kernel` of several input or output axes: `DenseGeneral` | `weight`, transposed and unfolded |
+    | `weight` (Equinox), `embedding`, `embeddings`, `scale` (every norm) | `weight` as it is |
+    | `bias`, `b`, `offset`; (out, 1, 1) in Equinox's convolutions | `bias` in this shape |
+    | `mean` and `var` of a batch norm | `running_mean` and `running_var` |
+    | `query`, `key`, `value` of attention, or the same with `_proj` | a third of `in_proj_weight` \
+and `in_proj_bias`, or `q_proj_weight`, `k_proj_weight`, `v_proj_weight` |
+    | `out`, `output_proj`, `linear` of attention | `out_proj` |
+    | anything else | the entry of the same name, as it is |
+
+    Args:
+        state_dict: A module, or its `state_dict()`: tensors or NumPy arrays by name. Of the two, the
+            module alone can say that a convolution with as many inputs as outputs is transposed.
+        params: The tree to fill: variables or parameters of Linen, a state or module of NNX, an
+            Equinox module, dicts; arrays or `jax.ShapeDtypeStruct`s. Leaves that are no arrays stay
+            what they are, and so do random keys and the counts beside them.
+        names: Modules of `params`, such as `"Dense_0"`, to modules of PyTorch, such as `"hidden"`;
+            or single leaves, such as `"Dense_0/kernel"`, to entries (`"hidden.weight"`) or to
+            `Leaf`s, which state the order of axes themselves. Paths are those of the tree with
+            slashes; `params/` or `batch_stats/` in front and `/value` behind may be left out. `""`
+            is the whole. The longest path wins, and what is named alike in both needs no mention.
+
+    Returns:
+        A new tree with the structure of `params`. It shares no memory with PyTorch.
+
+    Raises:
+        ValueError: A leaf has no entry, or an entry no leaf (`num_batches_tracked` aside, which only
+            counts); they differ in shape or dtype; their layouts cannot be told, as of transposed
+            convolutions and recurrent layers; or `names` speaks of what is not there. All that is
+            wrong is listed, and nothing is carried over.
+
+    PyTorch: `load_state_dict(strict=True)`. Settings are not parameters and stay yours: the `eps` of
+    a norm (1e-5 in PyTorch, 1e-6 or 1e-5 in Flax), the `momentum` of a batch norm (0.1 in PyTorch
+    is 0.9 in JAX), biases that are there or not. `flax.linen.ConvTranspose` has the kernel
+    `Leaf(name, (2, 3, 1, 0))` if made with `transpose_kernel=True`; otherwise its kernel, and the
+    weight of Equinox's, is PyTorch's mirrored, and no order of axes does that. In Equinox, fill the
+    module before its state is split off: `equinox.nn.make_with_state(lambda: filled)()`.
+
+    Examples:
+        >>> import numpy as np
+        >>> state_dict = {"hidden.weight": np.array([[1.0, 2.0], [3.0, 4.0]], "float32")}
+        >>> params = {"params": {"Dense_0": {"kernel": np.zeros((2, 2), "float32")}}}
+        >>> params_from_torch(state_dict, params, {"Dense_0": "hidden"})
+        {'params': {'Dense_0': {'kernel': Array([[1., 3.],
+               [2., 4.]], dtype=float32)}}}
+    """
+    entries, sources = _matched(state_dict, params, names)
+    filled = [
+        jnp.array(sources[name].take(entries)) if name in sources else _unfed(name, leaf)
+        for name, leaf in named_leaves(params)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), filled)
+
+
+def leaves_from_torch(
+    state_dict: Any,
+    params: PyTree,
+    names: Mapping[str, str | Leaf] = MappingProxyType({}),
+) -> dict[str, Leaf]:
+    """Say where each parameter of a JAX model is found in PyTorch, as `params_from_torch` finds it.
+
+    What an optimizer keeps for a parameter, such as a moment, has its axes, and goes the same way.
+
+    Args:
+        state_dict: As for `params_from_torch`. Running statistics may be without a leaf in `params`,
+            since no optimizer knows them.
+        params: As for `params_from_torch`.
+        names: As for `params_from_torch`.
+
+    Returns:
+        By the path of a leaf, as `regjax` names it, its name and order of axes in PyTorch. Some of
+        them also unfold an axis: those of `DenseGeneral`, and biases of Equinox's convolutions.
+
+    Raises:
+        ValueError: As `params_from_torch` does, and where one tensor of PyTorch feeds several
+            leaves, as `in_proj_weight` of `torch.nn.MultiheadAttention` does: a `Leaf` stands for a
+            whole tensor.
+
+    PyTorch: a parameter group lists tensors; their names are those of `named_parameters()`.
+
+    Examples:
+        >>> import numpy as np
+        >>> state_dict = {"hidden.weight": np.ones((3, 2), "float32")}
+        >>> params = {"Dense_0": {"kernel": np.zeros((2, 3), "float32")}}
+        >>> leaves_from_torch(state_dict, params, {"Dense_0": "hidden"})
+        {'Dense_0/kernel': Leaf(name='hidden.weight', transpose=(1, 0))}
+    """
+    _, sources = _matched(state_dict, params, names, optional=_BUFFERS)
+    split = [
+        f"'{name}' has no Leaf: it is {source}, and a Leaf stands for a whole tensor"
+        for name, source in sources.items()
+        if source.part is not None
+    ]
+    _refuse(split)
+    return {name: source.leaf for name, source in sources.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unfolded(Leaf):
+    """A leaf of more axes than the tensor that feeds it.
+
+    Attributes:
+        folded: The tensor's shape once its axes are in order.
+        shape: The shape of the leaf.
+    """
+
+    folded: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+
+    def to_jax(self, array: np.ndarray) -> np.ndarray:
+        return super().to_jax(array).reshape(self.shape)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        return super().to_torch(array.reshape(self.folded))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What feeds a leaf: a tensor, or one of three equal parts along its first axis."""
+
+    leaf: Leaf
+    part: int | None = None
+
+    def take(self, entries: Mapping[str, np.ndarray]) -> np.ndarray:
+        return self.leaf.to_jax(_piece(entries[self.leaf.name], self.part))
+
+    def __str__(self) -> str:
+        return _described(self.leaf.name, self.part)
+
+
+def _piece(array: np.ndarray, part: int | None) -> np.ndarray:
+    if part is None:
+        return array
+    third = len(array) // 3
+    return array[part * third : (part + 1) * third]
+
+
+def _described(entry: str, part: int | None) -> str:
+    return f"'{entry}'" if part is None else f"the {_STACKED[part]} third of '{entry}'"
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        listed = "".join(f"\n- {problem}" for problem in problems)
+        raise ValueError(f"params cannot be filled from state_dict, nothing was done:{listed}")
+
+
+def _matched(
+    state_dict: Any,
+    params: PyTree,
+    names: Mapping[str, str | Leaf],
+    optional: Collection[str] = (),
+) -> tuple[dict[str, np.ndarray], dict[str, _Source]]:
+    """The entries of PyTorch, and for each leaf what feeds it."""
+    entries, transposed = _entries(state_dict), _transposed_in_torch(state_dict)
+    leaves = [(path_name(path), path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+    leaves = [(name, path, leaf) for name, path, leaf in leaves if _is_fed(name, leaf, params)]
+    problems = _misspelt(names, [name for name, _, _ in leaves])
+    sources: dict[str, _Source] = {}
+    taken: set[tuple[str, int | None]] = set()
+    for name, path, leaf in leaves:
+        try:
+            key, given, part = _find(name, names, entries)
+            entry = given if isinstance(given, str) else given.name
+            taken.add((entry, part))
+            if isinstance(given, str):
+                if entry.rpartition(".")[0] in transposed or _is_transposed(name, path, params):
+                    _refuse_transposed(name, entry, entries)
+                given = _laid_out(name, key, leaf.shape, entry, _piece(entries[entry], part))
+            sources[name] = _Source(given, part)
+            _check_form(name, leaf, sources[name], entries)
+        except ValueError as problem:
+            problems.append(str(problem))
+    _refuse(problems + _left_over(entries, taken, optional))
+    return entries, sources
+
+
+def _entries(state_dict: Any) -> dict[str, np.ndarray]:
+    if callable(getattr(state_dict, "state_dict", None)):
+        state_dict = state_dict.state_dict()
+    return {name: _array(value) for name, value in state_dict.items()}
+
+
+def _array(value: Any) -> np.ndarray:
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    value = value.detach().cpu()
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype in _SMALL:
+        return value.float().numpy().astype(getattr(jnp, dtype))
+    return value.numpy()
+
+
+def _is_fed(name: str, leaf: Any, params: PyTree) -> bool:
+    """Whether a leaf comes from PyTorch, and is no setting, random key or mark of Equinox."""
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or _settled(name) is not None:
+        return False
+    return not (_is_key(leaf) or name in _counts(params))
+
+
+def _unfed(name: str, leaf: Any) -> Any:
+    settled = _settled(name)
+    return leaf if settled is None else jnp.asarray(settled, leaf.dtype)
+
+
+def _settled(name: str) -> int | None:
+    return _SETTLED.get("/".join(name.split("/")[-2:]))
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _counts(params: PyTree) -> set[str]:
+    """The counts of NNX's random streams: they stand beside a key."""
+    keys = [name for name, leaf in named_leaves(params) if _is_key(leaf)]
+    return {re.sub(r"(^|/)key(/value)?$", r"\1count\2", name) for name in keys}
+
+
+def _spellings(name: str) -> list[str]:
+    """What a leaf may be called, from its path to the shortest."""
+    keys = name.split("/")
+    starts = (0, 1) if len(keys) > 1 and keys[0] in ("params", "batch_stats") else (0,)
+    ends = (0, 1) if len(keys) > 1 and keys[-1] == "value" else (0,)
+    spelt = ["/".join(keys[start : len(keys) - end]) for start in starts for end in ends]
+    statistic = _STATISTIC.sub(lambda found: ("mean", "var")[int(found[1])], name)
+    return spelt if statistic == name else [*spelt, statistic]
+
+
+def _misspelt(names: Mapping[str, str | Leaf], leaves: Collection[str]) -> list[str]:
+    spelt = [spelling.split("/") for name in leaves for spelling in _spellings(name)]
+    whole = {"/".join(keys) for keys in spelt}
+    modules = {"/".join(keys[:end]) for keys in spelt for end in range(len(keys))}
+    problems = []
+    for name, given in names.items():
+        if name not in whole | modules:
+            problems.append(f"names has '{name}', but params has no such leaf or module")
+        elif name not in whole and not isinstance(given, str):
+            problems.append(
+                f"names has a Leaf for '{name}', which is a module of params: name each"
+            )
+    return problems
+
+
+def _find(
+    name: str, names: Mapping[str, str | Leaf], entries: Collection[str]
+) -> tuple[str, str | Leaf, int | None]:
+    """The key that a leaf's layout is known by, the entry that feeds it, and which part of that."""
+    spellings = _spellings(name)
+    key = spellings[-1].rpartition("/")[2]
+    for spelling in spellings:
+        if spelling in names:
+            given = names[spelling]
+            entry = given if isinstance(given, str) else given.name
+            if entry not in entries:
+                raise ValueError(f"'{name}' has no entry: '{entry}' is not in state_dict")
+            return key, given, None
+    sought, recurrent = "", False
+    for spelling in spellings:
+        target, keys = _in_module(spelling, names)
+        candidates = list(_candidates(target, keys, entries))
+        for entry, part in candidates:
+            if entry in entries:
+                return keys[-1], entry, part
+        sought = candidates[0][0]
+        owners = [_joined(target, *keys[:end], "weight_ih") for end in range(len(keys))]
+        recurrent |= any(entry.startswith(owner) for owner in owners for entry in entries)
+    if recurrent:
+        raise ValueError(
+            f"'{name}' is of a recurrent layer, whose layout is unknown: PyTorch stacks the gates "
+            "and has two biases"
+        )
+    raise ValueError(f"'{name}' has no entry: '{sought}' is not in state_dict, see names")
+
+
+def _in_module(spelling: str, names: Mapping[str, str | Leaf]) -> tuple[str, list[str]]:
+    """The PyTorch module that the longest path in `names` leads to, and the rest of the path."""
+    keys = spelling.split("/")
+    for end in reversed(range(len(keys))):
+        module = names.get("/".join(keys[:end]))
+        if isinstance(module, str):
+            return module, keys[end:]
+    return "", keys
+
+
+def _candidates(
+    target: str, keys: Sequence[str], entries: Collection[str]
+) -> Iterator[tuple[str, int | None]]:
+    """Which entries a leaf may be fed by, and which part of them, the likeliest first."""
+    *modules, leaf = keys
+    kind = _TORCH_NAMES.get(leaf, leaf)
+    yield _joined(target, *modules, kind), None
+    yield _joined(target, *modules, leaf), None
+    if not modules:
+        return
+    *owners, role = modules
+    owner = _joined(target, *owners)
+    if not entries & {_joined(owner, "in_proj_weight"), _joined(owner, "q_proj_weight")}:
+        return
+    projection = role.removesuffix("_proj")
+    if projection in _STACKED:
+        yield _joined(owner, f"in_proj_{kind}"), _STACKED.index(projection)
+        yield _joined(owner, f"{projection[0]}_proj_{kind}"), None
+    elif role in _OUTPUTS:
+        yield _joined(owner, "out_proj", kind), None
+
+
+def _joined(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _laid_out(name: str, key: str, shape: tuple[int, ...], entry: str, array: np.ndarray) -> Leaf:
+    """The order of a tensor's axes in JAX, from the leaf's key; shapes only confirm it."""
+    same_name = key == entry.rpartition(".")[2]
+    channels_last = key in _CHANNELS_LAST and not same_name
+    known = same_name or key in _TORCH_NAMES or array.ndim < 2
+    if channels_last:
+        known = array.ndim == 2 or array.ndim == len(shape) > 2
+    if not known:
+        raise ValueError(
+            f"'{name}' of shape {shape} has an unknown layout beside '{entry}' of shape "
+            f"{array.shape}: name it with Leaf(name, transpose)"
+        )
+    order = (*range(2, array.ndim), 1, 0) if channels_last else None
+    leaf = Leaf(entry, order)
+    folded = leaf.to_jax(array).shape
+    if folded != shape and (array.ndim == 1 or channels_last) and _unfolds(folded, shape):
+        return _Unfolded(entry, order, folded, shape)
+    return leaf
+
+
+def _unfolds(folded: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether one or two axes can each be unfolded to axes that follow each other."""
+    if len(folded) == 1:
+        return math.prod(shape) == folded[0]
+    cuts = ((math.prod(shape[:cut]), math.prod(shape[cut:])) for cut in range(len(shape)))
+    return len(folded) == 2 and folded in cuts
+
+
+def _check_form(name: str, leaf: Any, source: _Source, entries: Mapping[str, np.ndarray]) -> None:
+    entry, order = entries[source.leaf.name], source.leaf.transpose
+    if order is not None and sorted(order) != list(range(entry.ndim)):
+        raise ValueError(f"'{name}': {source.leaf} does not order the axes of shape {entry.shape}")
+    arrived = source.take(entries)
+    if arrived.shape != leaf.shape:
+        raise ValueError(
+            f"'{name}' has shape {leaf.shape} in params, but {source} of shape {entry.shape} "
+            f"arrives as {arrived.shape}"
+        )
+    if arrived.dtype != leaf.dtype:
+        raise ValueError(
+            f"'{name}' is {leaf.dtype} in params, but {source} is {arrived.dtype}: cast one of them"
+        )
+    if jax.dtypes.canonicalize_dtype(arrived.dtype) != arrived.dtype:
+        raise ValueError(
+            f"'{name}' is {arrived.dtype}: see jax.config.update('jax_enable_x64', True)"
+        )
+
+
+def _transposed_in_torch(state_dict: Any) -> set[str]:
+    """The transposed convolutions of a module; a dict of tensors keeps silent about them."""
+    modules = state_dict.named_modules() if hasattr(state_dict, "named_modules") else ()
+    return {name for name, module in modules if getattr(module, "transposed", False)}
+
+
+def _is_transposed(name: str, path: KeyPath, params: PyTree) -> bool:
+    """Whether a leaf sits in a transposed convolution, by the names or types of its modules."""
+    node, kinds = params, [type(params).__name__]
+    for key in path[:-1]:
+        attribute = getattr(key, "name", None)
+        node = getattr(node, attribute, None) if attribute else _item(node, key)
+        kinds.append(type(node).__name__)
+    modules = _spellings(name)[-1].split("/")[:-1]
+    return any(map(_TRANSPOSED.search, [*kinds[-2:], *modules[-1:]]))
+
+
+def _item(node: Any, key: Any) -> Any:
+    place = getattr(key, "key", getattr(key, "idx", None))
+    return node[place] if hasattr(node, "__getitem__") else None
+
+
+def _refuse_transposed(name: str, entry: str, entries: Mapping[str, np.ndarray]) -> None:
+    """A kernel of a transposed convolution is mirrored, unless made with transpose_kernel=True."""
+    ndim = entries[entry].ndim
+    if ndim > 2:
+        leaf = Leaf(entry, (*range(2, ndim), 1, 0))
+        raise ValueError(
+            f"'{name}' is of a transposed convolution, whose layout cannot be told: in Flax with "
+            f"transpose_kernel=True it is {leaf}, otherwise mirrored, which is no order of axes"
+        )
+
+
+def _left_over(
+    entries: Mapping[str, np.ndarray],
+    taken: Collection[tuple[str, int | None]],
+    optional: Collection[str],
+) -> list[str]:
+    # num_batches_tracked only counts: no layer of JAX keeps it, and nothing is computed from it.
+    ignored = {"num_batches_tracked", *optional}
+    left = []
+    for entry in entries:
+        parts = {part for name, part in taken if name == entry}
+        if entry.rpartition(".")[2] in ignored or None in parts:
+            continue
+        missing = [part for part in range(3) if part not in parts] if parts else [None]
+        left += [_described(entry, part) for part in missing]
+    if not left:
+        return []
+    return [f"no leaf of params takes {', '.join(left)}: map them in names, or leave them out"]

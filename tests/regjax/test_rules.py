@@ -1,0 +1,524 @@
+"""Rules of decay on the trees that real layers of each library make."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import flax.linen as linen
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import regjax
+from regjax import decay_mask, decay_rates, decay_table
+from regjax._paths import matches, named_leaves, words
+
+KEY = jax.random.key(0)
+LAYER = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+NORM = {"scale": jnp.ones(3), "bias": jnp.ones(3)}
+PARAMS = {"encoder": [{"dense": LAYER, "norm": NORM}] * 2, "head": LAYER}
+
+
+class Linen(linen.Module):
+    @linen.compact
+    def __call__(self, tokens):
+        x = linen.Embed(5, 4)(tokens)
+        x = linen.MultiHeadDotProductAttention(2, name="attention")(linen.LayerNorm()(x))
+        x = linen.BatchNorm(use_running_average=False)(x)
+        x = linen.RMSNorm()(linen.GroupNorm(2)(linen.Conv(4, (3,))(x)))
+        x = linen.RNN(linen.GRUCell(4))(linen.PReLU()(x))
+        x = linen.WeightNorm(linen.Dense(4, name="inner"))(x)
+        x = x + self.param("pos_embedding", linen.initializers.zeros, (1, 3, 4))
+        return linen.DenseGeneral((2, 3), name="head")(x)
+
+
+class Block(linen.Module):
+    @linen.compact
+    def __call__(self, x, _):
+        return linen.Dense(4)(linen.LayerNorm()(x)), None
+
+
+class Scanned(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        stack = linen.scan(
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        return stack(name="layers")(x, None)[0]
+
+
+class Equinox(eqx.Module):
+    embed: eqx.nn.Embedding
+    # A linear layer, whatever it is called.
+    patch_embed: eqx.nn.Linear
+    layers: list
+    attention: eqx.nn.MultiheadAttention
+    cell: eqx.nn.LSTMCell
+    batch: eqx.nn.BatchNorm
+    slope: eqx.nn.PReLU
+    mlp: eqx.nn.MLP
+    nothing: Any = None
+
+
+def equinox_model() -> Equinox:
+    return Equinox(
+        eqx.nn.Embedding(3, 4, key=KEY),
+        eqx.nn.Linear(2, 3, key=KEY),
+        [eqx.nn.LayerNorm(4), eqx.nn.Conv2d(2, 2, 3, key=KEY), eqx.nn.GroupNorm(2, 4)],
+        eqx.nn.MultiheadAttention(2, 4, use_query_bias=True, key=KEY),
+        eqx.nn.LSTMCell(2, 3, key=KEY),
+        eqx.nn.BatchNorm(4, "batch", mode="batch"),
+        eqx.nn.PReLU(),
+        eqx.nn.MLP(2, 2, 3, 1, use_final_bias=False, key=KEY),
+    )
+
+
+def nnx_model() -> nnx.Module:
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(
+        nnx.Embed(5, 4, rngs=rngs),
+        nnx.LayerNorm(4, rngs=rngs),
+        nnx.MultiHeadAttention(2, 4, rngs=rngs),
+        nnx.BatchNorm(4, rngs=rngs),
+        nnx.Conv(4, 4, 3, rngs=rngs),
+        nnx.LoRA(4, 2, 4, rngs=rngs),
+        nnx.Dropout(0.1, rngs=rngs),
+    )
+
+
+def haiku_params() -> Any:
+    def forward(tokens):
+        x = hk.Embed(5, 4)(tokens)
+        x = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
+        x = hk.MultiHeadAttention(2, 2, w_init=hk.initializers.Constant(1.0), name="mha")(x, x, x)
+        x = hk.nets.MLP([4, 4])(hk.BatchNorm(True, True, 0.9)(x, True))
+        x, _ = hk.GRU(4)(x[0], jnp.zeros((3, 4)))
+        return hk.Bias()(hk.RMSNorm(-1)(x))
+
+    params, _ = hk.transform_with_state(forward).init(KEY, jnp.zeros((2, 3), jnp.int32))
+    return params
+
+
+def linen_variables() -> Any:
+    return Linen().init(KEY, jnp.zeros((2, 3), jnp.int32))
+
+
+def linen_params() -> Any:
+    return linen_variables()["params"]
+
+
+GRU = [f"GRUCell_0/{name}/kernel" for name in ("hn", "hr", "hz", "in", "ir", "iz")]
+HEADS = ("key", "out", "query", "value")
+LINEN = {
+    "Conv_0/kernel",
+    "head/kernel",
+    "inner/kernel",
+    *GRU,
+    *(f"attention/{name}/kernel" for name in HEADS),
+}
+NNX = {
+    "layers/4/kernel/value",
+    "layers/5/lora_a/value",
+    "layers/5/lora_b/value",
+    *(f"layers/2/{name}/kernel/value" for name in HEADS),
+}
+EQUINOX = {
+    "patch_embed/weight",
+    "layers/1/weight",
+    *(f"attention/{name}_proj/weight" for name in ("query", "key", "value", "output")),
+    "cell/weight_ih",
+    "cell/weight_hh",
+    "mlp/layers/0/weight",
+    "mlp/layers/1/weight",
+}
+HAIKU = {
+    "gru/w_h",
+    "gru/w_i",
+    *(f"mha/{name}/w" for name in ("key", "linear", "query", "value")),
+    "mlp/~/linear_0/w",
+    "mlp/~/linear_1/w",
+}
+
+
+# The tree, what of it decays, and how many parameters it has in all.
+MODELS = {
+    "linen-params": (linen_params, LINEN, 34),
+    "linen-variables": (linen_variables, {f"params/{name}" for name in LINEN}, 34),
+    "linen-scanned": (
+        lambda: Scanned().init(KEY, jnp.zeros((2, 4)))["params"],
+        {"layers/Dense_0/kernel"},
+        4,
+    ),
+    "nnx-state": (lambda: nnx.state(nnx_model(), nnx.Param), NNX, 17),
+    "nnx-whole-state": (lambda: nnx.state(nnx_model()), NNX, 17),
+    "nnx-module": (nnx_model, NNX, 17),
+    "equinox": (equinox_model, EQUINOX, 24),
+    "equinox-filtered": (lambda: eqx.filter(equinox_model(), eqx.is_inexact_array), EQUINOX, 24),
+    "haiku": (haiku_params, HAIKU, 21),
+}
+
+
+def decaying(params: Any, mask: Any) -> set[str]:
+    names = [name for name, _ in named_leaves(params)]
+    return {name for name, decays in zip(names, jax.tree.leaves(mask), strict=True) if decays}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kernels_of_real_layers_decay_and_nothing_else(name):
+    build, expected, parameters = MODELS[name]
+    params = build()
+    mask = decay_mask(params)
+    assert jax.tree.structure(mask) == jax.tree.structure(params)
+    assert all(type(leaf) is bool for leaf in jax.tree.leaves(mask))
+    assert decaying(params, mask) == expected
+    table = decay_table(params)
+    assert len(table) == parameters
+    assert {row.path for row in table if row.weight_decay} == {
+        path.removesuffix("/value") if name.startswith("nnx") else path for path in expected
+    }
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        # Of linen.scan, of eqx.filter_vmap, and stacked by hand.
+        Scanned().init(KEY, jnp.zeros((2, 4)))["params"],
+        eqx.filter_vmap(lambda k: [eqx.nn.Linear(2, 3, key=k), eqx.nn.LayerNorm(3)])(
+            jax.random.split(KEY, 4)
+        ),
+        jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), {"dense": LAYER, "norm": NORM}),
+    ],
+    ids=["linen", "equinox", "dict"],
+)
+def test_stacked_layers(params):
+    decays = decaying(params, decay_mask(params))
+    assert len(decays) == 1
+    assert {"kernel", "weight"} & set(words(min(decays)))
+    # The planted defect: the rule of ndim takes biases and scales of stacked layers for kernels.
+    by_dimensions = decaying(params, decay_mask(params, lambda path, leaf, kind: leaf.ndim > 1))
+    assert any("bias" in name for name in by_dimensions)
+    assert len(by_dimensions) == 4
+
+
+def test_plain_containers():
+    class Pair(NamedTuple):
+        kernel: Any
+        bias: Any
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class RMSNorm:
+        weight: Any
+        extra: Any = None
+
+    kernels = (jnp.ones((2, 2)), jnp.ones((2, 2)))
+    params = {"a": [Pair(jnp.ones((2, 3)), None)], "b": RMSNorm(jnp.ones(3)), "kernels": kernels}
+    assert decaying(params, decay_mask(params)) == {"a/0/kernel", "kernels/0", "kernels/1"}
+    assert decay_table(params).rows[1].kind == "norm"
+    assert decay_mask({}) == {}
+    assert decay_mask({"a": None}, "kernel") == {"a": None}
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("norm1/weight", (3,), "norm"),
+        ("encoder/ln_attn/w", (4, 3), "norm"),
+        ("input_layernorm/weight", (3,), "norm"),
+        ("ln_f/g", (3,), "norm"),
+        ("norm/kernel", (3, 3), "kernel"),
+        ("W1", (2, 3), "kernel"),
+        ("b1", (3,), "bias"),
+        ("w", (2, 3), "kernel"),
+        ("fc/w", (3,), "kernel"),
+        ("layers.0.norm.weight", (3,), "norm"),
+        ("layers.0.fc.weight", (3, 3), "kernel"),
+        ("embed/kernel", (3, 3), "kernel"),
+        ("wte/embedding", (3, 3), "embedding"),
+        ("cls_token", (1, 1, 3), "embedding"),
+        ("attention/relative_position_bias_table", (9, 2), "bias"),
+        ("logit_scale", (), "scale"),
+        ("layer_scale/gamma", (3,), "scale"),
+        ("text_projection", (3, 3), "kernel"),
+        ("self_attn/in_proj_bias", (9,), "bias"),
+        ("dense/lora_b", (2, 3), "kernel"),
+        ("a/b/beta", (3,), "bias"),
+    ],
+)
+def test_default_rule_by_name(path, shape, expected):
+    params: Any = jnp.ones(shape)
+    for part in reversed(path.split("/")):
+        params = {part: params}
+    (row,) = decay_table(params)
+    assert (row.path, row.rule, bool(row.weight_decay)) == (path, expected, expected == "kernel")
+
+
+@pytest.mark.parametrize(
+    ("params", "path"),
+    [
+        ({"head": {"temperature": jnp.ones(())}, "kernel": jnp.ones((2, 2))}, "head/temperature"),
+        ({"embed": {"w": jnp.ones((2, 2))}}, "embed/w"),
+        ({"embedding": {"weight": jnp.ones((2, 2))}}, "embedding/weight"),
+        ({"affine": {"weight": jnp.ones(3)}}, "affine/weight"),
+        ({"lora": {"A": jnp.ones((2, 2)), "kernel": jnp.ones(2)}}, "lora/A"),
+        ({"lora": {"B": jnp.ones((2, 2)), "kernel": jnp.ones(2)}}, "lora/B"),
+        ([jnp.ones((2, 2))], "0"),
+        (jnp.ones((2, 2)), ""),
+    ],
+)
+def test_default_rule_asks_where_it_cannot_tell(params, path):
+    with pytest.raises(
+        ValueError, match=rf"cannot tell what '{path}' .*rule=\[\('{path}', False\)"
+    ):
+        decay_mask(params)
+    # What it says to do helps, but for a leaf without a name, which no glob but ** matches.
+    if path:
+        assert not decaying(params, decay_mask(params, [(path, False), ("**", "default")])) & {path}
+
+
+def test_equinox_class_tells_what_a_name_does_not():
+    class MyEmbedding(eqx.nn.Embedding):
+        pass
+
+    class PatchEmbedding(eqx.Module):
+        weight: Any
+
+    assert decay_table({"x": MyEmbedding(2, 2, key=KEY)}).rows[0].rule == "embedding"
+    with pytest.raises(ValueError, match="cannot tell what 'x/weight'"):
+        decay_mask({"x": PatchEmbedding(jnp.ones((2, 2)))})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "expected"),
+    [
+        ("encoder/*/kernel", "encoder/0/kernel", True),
+        ("encoder/*/kernel", "encoder/0/dense/kernel", False),
+        ("encoder/**/kernel", "encoder/0/dense/kernel", True),
+        ("encoder/**/kernel", "encoder/kernel", True),
+        ("encoder/**", "decoder/kernel", False),
+        ("encoder/**", "my/encoder/kernel", False),
+        ("**/encoder/**", "my/encoder/kernel", True),
+        ("kernel", "a/b/kernel", True),
+        ("ker*", "kernel", True),
+        ("kernel", "a/kernel/b", False),
+        ("KERNEL", "a/kernel", False),
+        ("layer_[01]/*", "layer_1/w", True),
+        ("layer_?/w", "layer_12/w", False),
+        ("a.*.weight", "a/0/weight", True),
+        ("a/*/weight", "a.0.weight", True),
+        ("**", "", True),
+        ("*", "", False),
+        ("**", "a/b", True),
+    ],
+)
+def test_globs(pattern, path, expected):
+    assert matches(pattern, path) is expected
+
+
+def test_first_pair_wins():
+    special, general = ("encoder/0/**", 0.5), ("**/dense/kernel", 0.25)
+    rates = decay_rates(PARAMS, 1.0, [special, general, ("**", False)])
+    assert rates["encoder"][0]["dense"] == {"kernel": 0.5, "bias": 0.5}
+    assert rates["encoder"][1]["dense"] == {"kernel": 0.25, "bias": 0.0}
+    rates = decay_rates(PARAMS, 1.0, [general, special, ("**", False)])
+    assert rates["encoder"][0]["dense"] == {"kernel": 0.25, "bias": 0.5}
+
+
+def test_function_sees_path_leaf_and_kind():
+    seen = []
+
+    def rule(path, leaf, kind):
+        seen.append((path, leaf.shape, kind))
+        return kind == "norm"
+
+    mask = decay_mask({"Dense_0": LAYER, "LayerNorm_0": NORM}, rule)
+    assert mask["LayerNorm_0"] == {"bias": True, "scale": True}
+    assert seen[1:3] == [("Dense_0/kernel", (2, 3), "linear"), ("LayerNorm_0/bias", (3,), "norm")]
+    assert decay_table(PARAMS, 0.1, [("head/*", lambda *_: 0.5), ("**", rule)]).rows[-1][-1] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        (3, TypeError, "rule must be 'default', a glob .* but it is 3"),
+        ([], TypeError, r"rule must be .* but it is \[\]"),
+        ({"kernel": True}, TypeError, "rule must be .* but it is {'kernel': True}"),
+        (["kernel"], TypeError, r"rule\[0\] must be a pair .* but it is 'kernel'"),
+        ([("kernel", 1, 2)], TypeError, r"rule\[0\] must be a pair"),
+        ([(3, True)], TypeError, r"rule\[0\] must be a pair"),
+        ([("**", True), ("*", "no")], TypeError, r"rule\[1\], '\*', must be a real number.*'no'"),
+        ([("**", None)], TypeError, r"rule\[0\], '\*\*', must be a real number"),
+        ([("**", -0.1)], ValueError, r"rule\[0\], '\*\*', must be finite and not negative.*-0.1"),
+        ([("**", float("nan"))], ValueError, r"rule\[0\].*nan: give True, False, or the rate"),
+        (lambda path, leaf, kind: None, TypeError, "rule <lambda> at 'encoder/0/dense/bias' must"),
+        (
+            lambda path, leaf, kind: float("inf"),
+            ValueError,
+            "at 'encoder/0/dense/bias' must be fin",
+        ),
+        (lambda path, leaf, kind: False, ValueError, "rule <lambda> says False of all of 'encoder"),
+        ("decoder/**", ValueError, r"'decoder/\*\*', which matches none of 'encoder/0/dense/bias'"),
+        ("params/**", ValueError, r"\[3\], 'encoder/0/dense/kernel' \[2, 3\], .* \(10 in all\)"),
+        ([("kernel", True), ("weight", 0.1), ("**", False)], ValueError, "'weight', which match"),
+        ([("kernel", True), ("bias", False)], ValueError, "no pair for 'encoder/0/norm/scale'"),
+        ([("**", True), ("bias", False)], ValueError, r"'bias' behind '\*\*', which takes all"),
+        ([("head/*", 0.1), ("head/kernel", 1.0), ("**", False)], ValueError, r"behind 'head/\*'"),
+    ],
+)
+def test_bad_rules_are_refused(rule, error, message):
+    for function in (decay_rates, decay_table):
+        with pytest.raises(error, match=message):
+            function(PARAMS, 0.1, rule)
+    with pytest.raises(error, match=message):
+        decay_mask(PARAMS, rule)
+
+
+def test_a_mask_says_no_rates():
+    with pytest.raises(
+        TypeError, match=r"rule kernel gives 'encoder/0/dense/kernel' the rate 0\.5"
+    ):
+        decay_mask(PARAMS, [("kernel", 0.5), ("**", False)])
+    with pytest.raises(ValueError, match="weight_decay must be finite"):
+        decay_rates(PARAMS, -1.0)
+    with pytest.raises(TypeError, match="weight_decay must be a real number"):
+        decay_table(PARAMS, True)
+
+
+def test_frozen_parameters_do_not_decay():
+    mask = decay_mask(PARAMS, frozen=("encoder/0/**", "head/bias"))
+    assert decaying(PARAMS, mask) == {"encoder/1/dense/kernel", "head/kernel"}
+    table = decay_table(PARAMS, frozen="encoder/**")
+    assert {row.rule for row in table.rows[:-2]} == {"frozen"}
+    # A rule still matches what is frozen, and need not know it.
+    params = {"temperature": jnp.ones(()), "kernel": jnp.ones((2, 2))}
+    assert not decay_mask(params, frozen="temperature")["temperature"]
+    rates = decay_rates(PARAMS, 0.1, [("head/**", 0.5), ("**", True)], frozen="head/*")
+    assert rates["head"] == {"kernel": 0.0, "bias": 0.0}
+    with pytest.raises(ValueError, match=r"frozen has 'backbone/\*\*', which matches none of 'enc"):
+        decay_mask(PARAMS, frozen="backbone/**")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_frozen_parameters_stay_as_torch_leaves_them(name):
+    optimizer = getattr(regjax.optim, name)(
+        0.1, weight_decay=0.1, mask=lambda params: decay_mask(params, frozen="encoder/**")
+    )
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
+    moved = {name for name, update in named_leaves(updates) if np.any(np.asarray(update))}
+    assert moved == {"head/kernel"}
+
+
+@pytest.mark.parametrize("make", [optax.adamw, regjax.optim.adamw])
+@pytest.mark.parametrize("name", ["linen-params", "equinox-filtered", "nnx-state", "haiku"])
+def test_mask_goes_into_optimizers(make, name):
+    params = MODELS[name][0]()
+    for mask in (decay_mask, decay_mask(params)):
+        optimizer = make(0.1, weight_decay=0.5, mask=mask)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        ones = jax.tree.map(jnp.ones_like, params)
+        updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(ones), ones)
+        moved = {name for name, update in named_leaves(updates) if np.any(np.asarray(update))}
+        assert moved == MODELS[name][1]
+
+
+def test_mask_goes_into_penalties_and_nnx_optimizers():
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    assert float(regjax.l2_penalty(ones, 1.0, mask=decay_mask)) == 3 * 6
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    model.bias[...] = jnp.ones(3)
+    before = nnx.state(model, nnx.Param)
+    optimizer = nnx.Optimizer(model, optax.adamw(0.1, mask=decay_mask), wrt=nnx.Param)
+    optimizer.update(model, jax.tree.map(jnp.zeros_like, before))
+    after = nnx.state(model, nnx.Param)
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, after)
+    assert decaying(changed, changed) == {"kernel/value"}
+
+
+def test_names_shapes_and_dtypes_suffice():
+    shapes = jax.eval_shape(lambda: PARAMS)
+    assert decay_mask(shapes) == decay_mask(PARAMS)
+    assert decay_table(shapes) == decay_table(PARAMS)
+    traced = []
+    jax.jit(lambda params: traced.append(decay_mask(params)))(PARAMS)
+    assert traced == [decay_mask(PARAMS)]
+
+
+def test_what_is_no_parameter_is_false_and_not_asked_about():
+    params = {
+        "count": jnp.zeros((), jnp.int32),
+        "key": KEY,
+        "f": jnp.tanh,
+        "p": 0.5,
+        "kernel": LAYER,
+    }
+    mask = decay_mask(params, [("**", True)])
+    assert {name for name, value in mask.items() if value is False} == {"count", "key", "f", "p"}
+    assert mask["kernel"] == {"kernel": True, "bias": True}
+    with pytest.raises(ValueError, match="'count', which matches none of 'kernel/bias'"):
+        decay_mask(params, "count")
+    variables = {"params": LAYER, "batch_stats": {"kernel": jnp.ones((2, 2))}}
+    assert decay_mask(variables, "kernel")["batch_stats"] == {"kernel": False}
+
+
+def test_partitioned_linen_parameters():
+    init = linen.with_partitioning(linen.initializers.ones, (None, None))
+    params = linen.Dense(3, kernel_init=init).init(KEY, jnp.ones((1, 2)))
+    assert [row.path for row in decay_table(params)] == ["params/bias", "params/kernel"]
+    assert jax.tree.leaves(decay_mask(params, "params/kernel")) == [False, True]
+
+
+def test_rates_decay_each_leaf_by_its_own():
+    rule = [("head/kernel", 0.5), ("encoder/0/**", 0.25), ("**", "default")]
+    link = regjax.optim.add_decay_by_leaf(decay_rates(PARAMS, 0.1, rule))
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    ones = jax.tree.map(jnp.ones_like, PARAMS)
+    updates, _ = link.update(zeros, link.init(ones), ones)
+    found = {name: float(update.max()) for name, update in named_leaves(updates)}
+    expected = {row.path: row.weight_decay for row in decay_table(PARAMS, 0.1, rule)}
+    assert found == pytest.approx(expected)
+    assert sorted(set(expected.values())) == [0.0, 0.1, 0.25, 0.5]
+
+
+def test_traced_rate():
+    rates = jax.jit(lambda wd: decay_rates(LAYER, wd))(0.5)
+    assert rates == {"kernel": 0.5, "bias": 0.0}
+
+
+def test_table_as_data():
+    table = decay_table(PARAMS, 0.1)
+    row = table.rows[1]
+    assert row == ("encoder/0/dense/kernel", (2, 3), "float32", 6, "linear", "kernel", 0.1)
+    assert len(table) == len(list(table)) == 10
+    assert table.decaying == (3, 18)
+    assert table.exempt == (7, 21)
+    assert sum(table.decaying) + sum(table.exempt) == 10 + sum(
+        x.size for x in jax.tree.leaves(PARAMS)
+    )
+
+
+def test_table_lines_up():
+    head, *rows, last = str(decay_table(PARAMS | {"kernel": jnp.ones((10, 1000))}, 1e-2)).split(
+        "\n"
+    )
+    for title in ("path", "shape", "dtype", "kind", "rule"):
+        start = head.index(title)
+        assert all(row[start - 1] == " " != row[start] for row in rows if start)
+    assert {len(line) for line in (head, *rows)} == {len(head)}
+    assert "10,000" in rows[-1]
+    assert last == "decay: 4 of 11 leaves, 10,018 of 10,039 parameters"
+
+
+def test_table_in_markdown():
+    head, ruler, *rows, _, last = decay_table(LAYER, 0.1, "**/kernel").to_markdown().split("\n")
+    assert head == "| path | shape | dtype | size | kind | rule | weight_decay |"
+    assert ruler == "|---|---|---|---:|---|---|---:|"
+    assert rows[1] == r"| kernel | (2, 3) | float32 | 6 | - | \*\*/kernel | 0.1 |"
+    assert all(row.count("|") == head.count("|") for row in rows)
+    assert last.startswith("decay: 1 of 2 leaves")
