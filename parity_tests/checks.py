@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import regjax
+from parity_tests import optimizers
+from parity_tests.optimizers.case import Case
 
 _RATES = (0.1, 0.123, 0.15, 0.3, 0.45, 0.5, 0.9)
 
@@ -152,7 +154,7 @@ def _masks_of_torch(quick: bool) -> Outcome:
     return _equal_words(pairs(), "mask bits")
 
 
-def _values(dtype: str) -> Callable[[bool], Outcome]:
+def _values(dtype: str, name: str = "dropout", **options: Any) -> Callable[[bool], Outcome]:
     def run(quick: bool) -> Outcome:
         from parity_tests.wings import JAX, TORCH
 
@@ -164,11 +166,10 @@ def _values(dtype: str) -> Callable[[bool], Outcome]:
             for rate in _RATES:
                 sides = []
                 for wing in (JAX, TORCH):
-                    results = wing.vjp(
-                        functools.partial(wing.library.dropout, rate=rate, key=wing.key(1)),
-                        wing.array(x),
-                        wing.array(cotangent),
+                    function = functools.partial(
+                        getattr(wing.library, name), rate=rate, key=wing.key(1), **options
                     )
+                    results = wing.vjp(function, wing.array(x), wing.array(cotangent))
                     sides.append([wing.numpy(result) for result in results])
                 for ours, theirs in zip(*sides, strict=True):
                     compared += ours.size
@@ -238,28 +239,36 @@ def _fairness(quick: bool) -> Outcome:
     )
 
 
-def _decay(optimizer: str, **options: Any) -> Callable[[bool], Outcome]:
+def _optimizer(case: Case) -> Callable[[bool], Outcome]:
     def run(quick: bool) -> Outcome:
-        from parity_tests.compare import FLOAT64, deviation
-        from parity_tests.optimizers.case import Case
-        from parity_tests.trajectories import synthetic, walk_jax, walk_torch
+        from parity_tests.compare import deviation
+        from parity_tests.trajectories import SMALL, synthetic, walk_jax, walk_torch
 
-        del quick  # a hundred steps take a second
-        case = Case(optimizer, optimizer, {"weight_decay": 0.1, **options})
-        problem = synthetic(FLOAT64.dtype)
+        shapes = optimizers.MATRICES if case in optimizers.CASES_2D else SMALL
+        problem = synthetic("float64", shapes, 20 if quick else 100)
         ours, theirs = walk_jax(case, problem), walk_torch(case, problem)
         apart = [deviation([a], [b]) for a, b in zip(ours, theirs, strict=True)]
-        assert FLOAT64.tolerance is not None
         return Outcome(
             len(apart),
             "steps",
-            f"float64 within {FLOAT64.tolerance:g} in norm",
-            max(apart) <= FLOAT64.tolerance,
+            f"float64 within {case.float64:g} in norm",
+            max(apart) <= case.float64,
             difference=max(apart),
-            series={optimizer: apart},
+            series={case.optimizer: apart},
         )
 
     return run
+
+
+def _with_decay() -> dict[str, Case]:
+    """For each optimizer of torch a case in which it decays; Rprop never does."""
+    found: dict[str, Case] = {}
+    for case in (*optimizers.CASES, *optimizers.CASES_2D):
+        if case.optimizer not in found or (
+            "weight_decay" in case.options and "weight_decay" not in found[case.optimizer].options
+        ):
+            found[case.optimizer] = case
+    return found
 
 
 def _training(name: str) -> Callable[[bool], Outcome]:
@@ -304,6 +313,18 @@ def all_checks() -> list[Check]:
         )
         for dtype in ("float32", "float64", "bfloat16", "float16")
     ]
+    family = [
+        Check(
+            f"{name}/float32",
+            f"So have {about} and its gradient (float32).",
+            _values("float32", name, **options),
+        )
+        for name, about, options in (
+            ("feature_dropout", "dropout of whole channels", {"channel_axis": 1}),
+            ("alpha_dropout", "alpha dropout", {}),
+            ("feature_alpha_dropout", "alpha dropout of whole channels", {"channel_axis": 1}),
+        )
+    ]
     peers = [
         Check(
             f"peer/{name}",
@@ -319,15 +340,11 @@ def all_checks() -> list[Check]:
     ]
     decays = [
         Check(
-            f"decay/{name.lower()}",
+            f"optimizer/{name.lower()}",
             f"regjax.optim.{name.lower()} takes the steps of torch.optim.{name}, decay included.",
-            _decay(name, **options),
+            _optimizer(case),
         )
-        for name, options in (
-            ("SGD", {"lr": 0.1, "momentum": 0.9}),
-            ("Adam", {"lr": 0.01}),
-            ("AdamW", {"lr": 0.01}),
-        )
+        for name, case in _with_decay().items()
     ]
     trainings = [
         Check(
@@ -347,6 +364,7 @@ def all_checks() -> list[Check]:
         Check("masks/jax", "regjax.bernoulli is jax.random.bernoulli.", _masks_of_jax, needs=()),
         Check("masks/torch", "Both samplers draw the same masks in PyTorch.", _masks_of_torch),
         *values,
+        *family,
         *peers,
         Check("fairness", "Masks keep what they should, independently.", _fairness),
         *decays,

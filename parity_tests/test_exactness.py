@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import jax
+import numpy as np
 import optax
 import pytest
+import torch
 
 import regjax.optim
 from parity_tests import exactness, optimizers
+from parity_tests.compare import FLOAT64, assert_same_at_every_step, deviation
 from parity_tests.exactness import SETTINGS, STEPS, Setting, measure, settings
 from parity_tests.optimizers.case import Case
+from parity_tests.trajectories import synthetic, walk_torch
 from regjax.optim import _descent
 
 SYNTHETIC, RECORDED = Setting("float32", "synthetic"), Setting("float32", "recorded")
@@ -48,6 +53,43 @@ def test_a_thousand_steps(case, setting):
 def test_every_case_in_every_setting(case):
     broken = [f for f in (measure(case, s, STEPS) for s in settings(case)) if f.broken]
     assert not broken, "\n".join(map(str, broken))
+
+
+def _averages_of_jax(problem, options):
+    with jax.enable_x64(True):
+        optimizer = regjax.optim.asgd(**options)
+        params = {name: jax.numpy.asarray(leaf) for name, leaf in problem.params.items()}
+        state = optimizer.init(params)
+        for gradient in problem.gradients:
+            updates, state = optimizer.update(
+                jax.tree.map(jax.numpy.asarray, gradient), state, params
+            )
+            params = optax.apply_updates(params, updates)
+            yield {name: np.asarray(leaf) for name, leaf in state[3].ax.items()}
+
+
+def _averages_of_torch(problem, lr, options):
+    params = {name: torch.tensor(leaf, requires_grad=True) for name, leaf in problem.params.items()}
+    optimizer = torch.optim.ASGD(params.values(), lr, **options)
+    for gradient in problem.gradients:
+        for name, p in params.items():
+            p.grad = torch.tensor(gradient[name])
+        optimizer.step()
+        yield {name: optimizer.state[p]["ax"].numpy().copy() for name, p in params.items()}
+
+
+def test_asgd_keeps_the_average_of_torch():
+    problem, lr = synthetic("float64"), 0.1
+    options: dict[str, Any] = {"lambd": 1e-2, "t0": 10.0, "weight_decay": 0.1}
+    ours = [*_averages_of_jax(problem, {"learning_rate": lr, **options})]
+    theirs = [*_averages_of_torch(problem, lr, options)]
+    gradient = lambda params, step: problem.gradients[step]
+    walk = optimizers.asgd(problem.params, gradient, lr=lr, **options, averaged=True)
+    reference = [next(walk) for _ in problem.gradients]
+    assert_same_at_every_step(ours, theirs, FLOAT64, names=("regjax", "torch"))
+    assert_same_at_every_step(reference, theirs, FLOAT64, names=("NumPy", "torch"))
+    last = walk_torch(Case("asgd", "ASGD", {"lr": lr, **options}), problem)
+    assert deviation(last, theirs) > 1e-3  # the average is another point
 
 
 def _small_eps(learning_rate, *, mask):

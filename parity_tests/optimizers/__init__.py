@@ -18,6 +18,7 @@ from parity_tests.optimizers.descent import asgd as asgd
 from parity_tests.optimizers.descent import rprop as rprop
 from parity_tests.optimizers.descent import sgd as sgd
 from parity_tests.optimizers.muon import CASES_2D as CASES_2D
+from parity_tests.optimizers.muon import MATRICES as MATRICES
 from parity_tests.optimizers.muon import muon as muon
 from parity_tests.optimizers.rms import adadelta as adadelta
 from parity_tests.optimizers.rms import adagrad as adagrad

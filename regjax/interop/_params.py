@@ -1,7 +1,8 @@
-"""The parameters of a PyTorch model in the tree of a JAX model: who feeds whom, and in what layout."""
+"""The parameters of a PyTorch model in the tree of a JAX model: which feeds which, and how."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import re
@@ -49,26 +50,26 @@ def params_from_torch(
     params: PyTree,
     names: Mapping[str, str | Leaf] = MappingProxyType({}),
 ) -> PyTree:
-    """Carry the parameters and running statistics of a PyTorch model over into a JAX model.
+    r"""Carry the parameters and running statistics of a PyTorch model over into a JAX model.
 
     What a leaf is, its name tells, never its shape: a `kernel` is transposed also where it is
     square.
 
-    | JAX leaf, with its names in Linen, NNX, Equinox, Haiku | PyTorch entry |
+    | leaf in Linen, NNX, Equinox or Haiku | entry of PyTorch |
     |---|---|
-    | `kernel`, `w`: dense (in, out); convolution (*size, in / groups, out) | `weight`, in this order |
-    | `kernel` of several input or output axes: `DenseGeneral` | `weight`, transposed and unfolded |
-    | `weight` (Equinox), `embedding`, `embeddings`, `scale` (every norm) | `weight` as it is |
-    | `bias`, `b`, `offset`; (out, 1, 1) in Equinox's convolutions | `bias` in this shape |
-    | `mean` and `var` of a batch norm | `running_mean` and `running_var` |
-    | `query`, `key`, `value` of attention, or the same with `_proj` | a third of `in_proj_weight` \
-and `in_proj_bias`, or `q_proj_weight`, `k_proj_weight`, `v_proj_weight` |
+    | `kernel` or `w` (in, out) of a dense layer | `weight` (out, in) |
+    | `kernel` or `w` (\*size, in, out) of a convolution, grouped or not | `weight` (out, in, \*size) |
+    | `kernel` of several axes in or out, as of `DenseGeneral` | `weight` (out, in) |
+    | `weight` of Equinox, `embedding`, `embeddings`, `scale` of any norm | `weight` as it is |
+    | `bias`, `b`, `offset`; in Equinox's convolutions (out, 1, 1) | `bias` (out) |
+    | `mean`, `var` of a batch norm | `running_mean`, `running_var` |
+    | `query`, `key`, `value` of attention, in Equinox with `_proj` | a third of `in_proj_weight` |
     | `out`, `output_proj`, `linear` of attention | `out_proj` |
     | anything else | the entry of the same name, as it is |
 
     Args:
-        state_dict: A module, or its `state_dict()`: tensors or NumPy arrays by name. Of the two, the
-            module alone can say that a convolution with as many inputs as outputs is transposed.
+        state_dict: A module, or its `state_dict()`: tensors or NumPy arrays by name. Only a module
+            can say that a convolution with as many inputs as outputs is transposed.
         params: The tree to fill: variables or parameters of Linen, a state or module of NNX, an
             Equinox module, dicts; arrays or `jax.ShapeDtypeStruct`s. Leaves that are no arrays stay
             what they are, and so do random keys and the counts beside them.
@@ -82,17 +83,17 @@ and `in_proj_bias`, or `q_proj_weight`, `k_proj_weight`, `v_proj_weight` |
         A new tree with the structure of `params`. It shares no memory with PyTorch.
 
     Raises:
-        ValueError: A leaf has no entry, or an entry no leaf (`num_batches_tracked` aside, which only
-            counts); they differ in shape or dtype; their layouts cannot be told, as of transposed
+        ValueError: A leaf has no entry, or an entry no leaf (`num_batches_tracked` aside: it only
+            counts); they differ in shape or dtype; their layout cannot be told, as of transposed
             convolutions and recurrent layers; or `names` speaks of what is not there. All that is
             wrong is listed, and nothing is carried over.
 
-    PyTorch: `load_state_dict(strict=True)`. Settings are not parameters and stay yours: the `eps` of
-    a norm (1e-5 in PyTorch, 1e-6 or 1e-5 in Flax), the `momentum` of a batch norm (0.1 in PyTorch
-    is 0.9 in JAX), biases that are there or not. `flax.linen.ConvTranspose` has the kernel
-    `Leaf(name, (2, 3, 1, 0))` if made with `transpose_kernel=True`; otherwise its kernel, and the
-    weight of Equinox's, is PyTorch's mirrored, and no order of axes does that. In Equinox, fill the
-    module before its state is split off: `equinox.nn.make_with_state(lambda: filled)()`.
+    PyTorch: `load_state_dict(strict=True)`. Settings are no parameters and stay yours: the `eps`
+    of a norm (1e-5 in PyTorch; in Flax 1e-6, but 1e-5 for the batch norm), the `momentum` of a
+    batch norm (0.1 in PyTorch is 0.9 in JAX), biases that are there or not. The kernel of Flax's
+    `ConvTranspose` is `Leaf(name, (2, 3, 1, 0))` if made with `transpose_kernel=True`; otherwise it
+    is PyTorch's mirrored, as Equinox's weight is, and no order of axes does that. In Equinox, fill
+    the module before its state is split off: `equinox.nn.make_with_state(lambda: filled)()`.
 
     Examples:
         >>> import numpy as np
@@ -120,8 +121,8 @@ def leaves_from_torch(
     What an optimizer keeps for a parameter, such as a moment, has its axes, and goes the same way.
 
     Args:
-        state_dict: As for `params_from_torch`. Running statistics may be without a leaf in `params`,
-            since no optimizer knows them.
+        state_dict: As for `params_from_torch`. Running statistics may have no leaf in `params`: no
+            optimizer knows them.
         params: As for `params_from_torch`.
         names: As for `params_from_torch`.
 
@@ -130,9 +131,9 @@ def leaves_from_torch(
         them also unfold an axis: those of `DenseGeneral`, and biases of Equinox's convolutions.
 
     Raises:
-        ValueError: As `params_from_torch` does, and where one tensor of PyTorch feeds several
-            leaves, as `in_proj_weight` of `torch.nn.MultiheadAttention` does: a `Leaf` stands for a
-            whole tensor.
+        ValueError: As `params_from_torch` does; and where one tensor of PyTorch feeds several
+            leaves, as `in_proj_weight` of `torch.nn.MultiheadAttention` does: those have no `Leaf`,
+            which stands for a whole tensor of its own.
 
     PyTorch: a parameter group lists tensors; their names are those of `named_parameters()`.
 
@@ -144,12 +145,14 @@ def leaves_from_torch(
         {'Dense_0/kernel': Leaf(name='hidden.weight', transpose=(1, 0))}
     """
     _, sources = _matched(state_dict, params, names, optional=_BUFFERS)
-    split = [
-        f"'{name}' has no Leaf: it is {source}, and a Leaf stands for a whole tensor"
-        for name, source in sources.items()
-        if source.part is not None
-    ]
-    _refuse(split)
+    feeds = collections.Counter(source.leaf.name for source in sources.values())
+    _refuse(
+        [
+            f"'{name}' has no Leaf: it is {source}, which feeds other leaves too"
+            for name, source in sources.items()
+            if source.part is not None or feeds[source.leaf.name] > 1
+        ]
+    )
     return {name: source.leaf for name, source in sources.items()}
 
 
@@ -353,7 +356,7 @@ def _candidates(
         return
     *owners, role = modules
     owner = _joined(target, *owners)
-    if not entries & {_joined(owner, "in_proj_weight"), _joined(owner, "q_proj_weight")}:
+    if not any(_joined(owner, f"{kind}_proj_weight") in entries for kind in ("in", "q")):
         return
     projection = role.removesuffix("_proj")
     if projection in _STACKED:
@@ -433,8 +436,9 @@ def _is_transposed(name: str, path: KeyPath, params: PyTree) -> bool:
 
 
 def _item(node: Any, key: Any) -> Any:
-    place = getattr(key, "key", getattr(key, "idx", None))
-    return node[place] if hasattr(node, "__getitem__") else None
+    if isinstance(key, jax.tree_util.DictKey):
+        return node[key.key] if hasattr(node, "__getitem__") else getattr(node, str(key.key), None)
+    return node[key.idx] if isinstance(key, jax.tree_util.SequenceKey) else None
 
 
 def _refuse_transposed(name: str, entry: str, entries: Mapping[str, np.ndarray]) -> None:

@@ -26,3 +26,397 @@ if TYPE_CHECKING:
 
     Count = Int[Array, ""]
     Rate = Callable[[Count], Float[Array, ""]]
+
+
+def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[optax.Schedule]:
+    r"""Read the learning rates off a scheduler of PyTorch, one schedule per parameter group.
+
+    With $\eta$ the rate a group began with, $t$ steps of the scheduler later it is
+
+    $$\eta \gamma^{\lfloor t / s \rfloor} \text{ (StepLR)}, \qquad
+      \eta_{\min} + (\eta - \eta_{\min}) \cos^2 \frac{\pi t}{2 T} \text{ (CosineAnnealingLR)}$$
+
+    and so on: StepLR, MultiStepLR, ExponentialLR, CosineAnnealingLR, CosineAnnealingWarmRestarts,
+    LinearLR, ConstantLR, PolynomialLR, OneCycleLR, LambdaLR and MultiplicativeLR, and SequentialLR
+    of all but the last and OneCycleLR.
+
+    Args:
+        scheduler: A `torch.optim.lr_scheduler`, before its first step or anywhere in a run.
+        steps: For LambdaLR and MultiplicativeLR, whose functions JAX cannot trace, the steps to
+            tabulate. From there on the rate is NaN.
+
+    Returns:
+        For each group a function of the number of steps that the scheduler has taken since the
+        beginning of the run, so 0 is the first step of training, wherever the scheduler is now.
+
+    Raises:
+        ValueError: The scheduler is of another class, such as ReduceLROnPlateau, which follows the
+            loss; a number in it is not what it must be; a learning rate is a tensor; `steps` is
+            missing or too small; or a group's `lr` is not what the scheduler has made of it.
+
+    PyTorch: the same numbers to rounding. In float32 the rate is that of PyTorch's doubles to a few
+    units in the last place, also where it is a small difference of large ones. What is often
+    missed: the cosine rises again after `T_max` steps; the phases of OneCycleLR end at
+    `pct_start * total_steps - 1` and `total_steps - 1`, not at `optax.cosine_onecycle_schedule`'s
+    steps, and beyond `total_steps`, where PyTorch raises, the rate is NaN. OneCycleLR moves the
+    momentum too: `optimizer_from_torch` follows it there.
+
+    Examples:
+        >>> import torch
+        >>> weights = [torch.zeros(2, requires_grad=True)]
+        >>> optimizer = torch.optim.SGD(weights, lr=0.5)
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.5)
+        >>> [schedule] = schedule_from_torch(scheduler)
+        >>> [float(schedule(step)) for step in (0, 9, 10, 20)]
+        [0.5, 0.5, 0.25, 0.125]
+    """
+    rates = _rates(scheduler, steps)
+    for index, (group, rate) in enumerate(zip(scheduler.optimizer.param_groups, rates, strict=True)):
+        check_current(f"lr of group {index}", group["lr"], rate, scheduler)
+    return rates
+
+
+def momenta_from_torch(scheduler: Any) -> list[Rate] | None:
+    """What OneCycleLR makes of momentum or the first beta, by group; None where it leaves them.
+
+    Args:
+        scheduler: Any scheduler that `schedule_from_torch` takes.
+
+    Returns:
+        Functions as those of `schedule_from_torch`, or None.
+
+    Raises:
+        ValueError: A momentum is not what the scheduler has made of it.
+    """
+    if not getattr(scheduler, "cycle_momentum", False):
+        return None
+    momenta = []
+    for index, group in enumerate(scheduler.optimizer.param_groups):
+        momenta.append(_one_cycle(scheduler, group, "momentum"))
+        key = "betas" if scheduler.use_beta1 else "momentum"
+        current = group[key][0] if scheduler.use_beta1 else group[key]
+        check_current(f"{key} of group {index}", current, momenta[-1], scheduler)
+    return momenta
+
+
+def check_current(what: str, current: Any, rate: Rate, scheduler: Any) -> None:
+    """Refuse a scheduler that somebody overruled by hand."""
+    if not isinstance(current, int | float):
+        raise ValueError(
+            f"{what} is a tensor, in whose dtype the scheduler rounds from step to step: pass a "
+            "number"
+        )
+    wanted, start = in_double(rate, scheduler.last_epoch), in_double(rate, 0)
+    if math.isnan(wanted):
+        raise ValueError(
+            f"steps is too small: the scheduler has already taken {scheduler.last_epoch} steps"
+        )
+    # PyTorch's own rounding adds up from step to step, relative to where it began.
+    if not abs(wanted - current) <= 1e-6 * abs(wanted) + 1e-9 * abs(start):
+        raise ValueError(
+            f"{what} is {current}, but after {scheduler.last_epoch} steps of the "
+            f"{type(scheduler).__name__} it is {wanted}: it was changed by hand, or another "
+            "scheduler changes it too, and neither is carried over"
+        )
+
+
+def in_double(rate: Rate, step: int) -> float:
+    """The value at one step as PyTorch would hold it, whatever the precision of JAX is."""
+    with jax.enable_x64(True):
+        return float(rate(jnp.asarray(step)))
+
+
+def move_scheduler(scheduler: Any, rates: Sequence[Rate], step: int) -> None:
+    """Set a scheduler of PyTorch, and what it rules, to where it would be after some steps.
+
+    Args:
+        scheduler: The scheduler; it is changed, and so are the groups of its optimizer.
+        rates: What `schedule_from_torch` gave for it.
+        step: How many steps.
+    """
+    groups, momenta = scheduler.optimizer.param_groups, momenta_from_torch(scheduler)
+    for index, (group, rate) in enumerate(zip(groups, rates, strict=True)):
+        group["lr"] = in_double(rate, step)
+        if momenta is not None:
+            momentum = in_double(momenta[index], step)
+            if scheduler.use_beta1:
+                group["betas"] = (momentum, *group["betas"][1:])
+            else:
+                group["momentum"] = momentum
+    _place(scheduler, step, [group["lr"] for group in groups])
+
+
+def _place(scheduler: Any, step: int, last: list[float]) -> None:
+    if type(scheduler).__name__ == "SequentialLR":
+        active = bisect_right(scheduler._milestones, step)
+        starts = [0, *scheduler._milestones]
+        for later in scheduler._schedulers[active + 1 :]:
+            _place(later, 0, later._last_lr)
+        _place(scheduler._schedulers[active], step - starts[active], last)
+    else:
+        scheduler._step_count = step + 1
+    if type(scheduler).__name__ == "CosineAnnealingWarmRestarts":
+        starts, lengths = _restarts(scheduler.T_0, scheduler.T_mult, step)
+        scheduler.T_cur, scheduler.T_i = step - starts[-1], lengths[-1]
+    scheduler.last_epoch, scheduler._last_lr = step, list(last)
+
+
+def _rates(scheduler: Any, steps: int | None) -> list[Rate]:
+    name = check_class(scheduler, {*_FORMS, "SequentialLR", "OneCycleLR"}, "scheduler")
+    groups = scheduler.optimizer.param_groups
+    if name == "OneCycleLR":
+        return [_one_cycle(scheduler, group, "lr") for group in groups]
+    if name == "SequentialLR":
+        return _sequence(scheduler, steps)
+    rates = []
+    for index, base in enumerate(scheduler.base_lrs):
+        if not isinstance(base, int | float):
+            raise ValueError(
+                f"initial_lr of group {index} is a tensor, in whose dtype the scheduler rounds "
+                "from step to step: pass a number"
+            )
+        rates.append(_FORMS[name](scheduler, float(base), index, steps))
+    return rates
+
+
+def _sequence(scheduler: Any, steps: int | None) -> list[Rate]:
+    milestones = [_whole("milestones", m, least=0) for m in scheduler._milestones]
+    for inner in scheduler._schedulers:
+        if type(inner).__name__ not in _FORMS.keys() - {"MultiplicativeLR"}:
+            raise ValueError(
+                f"{type(inner).__name__} inside SequentialLR starts from what the scheduler before "
+                "it leaves behind, which is not carried over"
+            )
+    by_scheduler = [_rates(inner, steps) for inner in scheduler._schedulers]
+
+    def joined(rates: Sequence[Rate]) -> Rate:
+        def rate(count: Count) -> Float[Array, ""]:
+            count = jnp.asarray(count)
+            value = rates[0](count)
+            for start, later in zip(milestones, rates[1:], strict=True):
+                value = jnp.where(count < start, value, later(jnp.maximum(count - start, 0)))
+            return value
+
+        return rate
+
+    return [joined(rates) for rates in zip(*by_scheduler, strict=True)]
+
+
+def _step(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    del index, steps
+    size = _whole("step_size", scheduler.step_size)
+    power = _powers(base, number("gamma", scheduler.gamma))
+    return lambda count: power(jnp.asarray(count) // size)
+
+
+def _exponential(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    del index, steps
+    return _powers(base, number("gamma", scheduler.gamma))
+
+
+def _multi_step(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    del index, steps
+    milestones = [_whole("milestones", m, least=0) for m in sorted(scheduler.milestones.elements())]
+    gamma = number("gamma", scheduler.gamma)
+    table = np.array([base * gamma**passed for passed in range(len(milestones) + 1)])
+    starts = np.array(milestones, np.int32)
+
+    def rate(count: Count) -> Float[Array, ""]:
+        passed = jnp.searchsorted(starts, jnp.asarray(count, jnp.int32), side="right")
+        return jnp.asarray(table, float)[passed]
+
+    return rate
+
+
+def _constant(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    del index, steps
+    total = _whole("total_iters", scheduler.total_iters)
+    first = base * number("factor", scheduler.factor)
+    return lambda count: jnp.where(
+        jnp.asarray(count) < total, jnp.asarray(first, float), jnp.asarray(base, float)
+    )
+
+
+def _linear(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    del index, steps
+    total = _whole("total_iters", scheduler.total_iters)
+    start = base * number("start_factor", scheduler.start_factor)
+    end = base * number("end_factor", scheduler.end_factor)
+
+    def rate(count: Count) -> Float[Array, ""]:
+        passed = jnp.minimum(jnp.asarray(count), total)
+        return _between(start, end, passed, total - passed, total, cosine=False)
+
+    return rate
+
+
+def _polynomial(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    del index, steps
+    total = _whole("total_iters", scheduler.total_iters)
+    power = float(number("power", scheduler.power))
+
+    def rate(count: Count) -> Float[Array, ""]:
+        left = jnp.asarray(jnp.maximum(total - jnp.asarray(count), 0), float) / total
+        return jnp.asarray(base, float) * left**power
+
+    return rate
+
+
+def _cosine(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    del index, steps
+    half, least = _whole("T_max", scheduler.T_max), number("eta_min", scheduler.eta_min)
+
+    def rate(count: Count) -> Float[Array, ""]:
+        phase = jnp.asarray(count) % (2 * half)
+        passed = jnp.minimum(phase, 2 * half - phase)
+        return _between(base, least, passed, half - passed, half, cosine=True)
+
+    return rate
+
+
+def _warm_restarts(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    del index, steps
+    least = number("eta_min", scheduler.eta_min)
+    if scheduler.T_mult == 1:
+        period = scheduler.T_0
+
+        def rate_of_one(count: Count) -> Float[Array, ""]:
+            passed = jnp.asarray(count) % period
+            return _between(base, least, passed, period - passed, period, cosine=True)
+
+        return rate_of_one
+    starts, lengths = (
+        np.array(x, np.int32) for x in _restarts(scheduler.T_0, scheduler.T_mult, 2**29)
+    )
+
+    def rate(count: Count) -> Float[Array, ""]:
+        count = jnp.asarray(count, jnp.int32)
+        cycle = jnp.searchsorted(starts, count, side="right") - 1
+        passed, length = count - jnp.asarray(starts)[cycle], jnp.asarray(lengths)[cycle]
+        return _between(
+            base, least, passed, length - passed, jnp.asarray(length, float), cosine=True
+        )
+
+    return rate
+
+
+def _restarts(first: int, factor: int, step: int) -> tuple[list[int], list[int]]:
+    """Where the cycles up to a step begin, and how long they are."""
+    if factor == 1:
+        return [step - step % first], [first]
+    starts, lengths = [0], [first]
+    while starts[-1] + lengths[-1] <= step:
+        starts.append(starts[-1] + lengths[-1])
+        lengths.append(lengths[-1] * factor)
+    # A cycle too long for 32 bits ends after all that can be counted.
+    return starts, [min(length, 2**31 - 1) for length in lengths]
+
+
+def _lambda(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    function = scheduler.lr_lambdas[index]
+    return _table([base * float(function(step)) for step in range(_needed(scheduler, steps))])
+
+
+def _multiplicative(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
+    function, values = scheduler.lr_lambdas[index], [base]
+    for step in range(1, _needed(scheduler, steps)):
+        values.append(values[-1] * float(function(step)))
+    return _table(values)
+
+
+_FORMS: dict[str, Callable[[Any, float, int, int | None], Rate]] = {
+    "StepLR": _step,
+    "MultiStepLR": _multi_step,
+    "ExponentialLR": _exponential,
+    "CosineAnnealingLR": _cosine,
+    "CosineAnnealingWarmRestarts": _warm_restarts,
+    "LinearLR": _linear,
+    "ConstantLR": _constant,
+    "PolynomialLR": _polynomial,
+    "LambdaLR": _lambda,
+    "MultiplicativeLR": _multiplicative,
+}
+
+
+def _one_cycle(scheduler: Any, group: dict[str, Any], what: str) -> Rate:
+    """Of "lr" or "momentum"."""
+    cosine, total = scheduler._anneal_func_type == "cos", scheduler.total_steps
+    phases, start = [], 0.0
+    for phase in scheduler._schedule_phases:
+        ends = (group[phase[f"{end}_{what}"]] for end in ("start", "end"))
+        values = tuple(float(number(f"{what} of OneCycleLR", value)) for value in ends)
+        phases.append((start, phase["end_step"], *values))
+        start = phase["end_step"]
+
+    def rate(count: Count) -> Float[Array, ""]:
+        count = jnp.asarray(count)
+        value = jnp.asarray(math.nan, float)
+        for index, (begin, end, *values) in reversed(list(enumerate(phases))):
+            if end == begin:  # no step lies in it
+                continue
+            inside = _between(
+                *values, _apart(count, begin), -_apart(count, end), end - begin, cosine=cosine
+            )
+            last = total if index == len(phases) - 1 else math.floor(end)
+            value = jnp.where(count <= last, inside, value)
+        return value
+
+    return rate
+
+
+def _apart(count: Count, place: float) -> Float[Array, ""]:
+    """Compute `count - place`; the whole steps first, which are exact."""
+    whole = math.floor(place)
+    return jnp.asarray(count - whole, float) - jnp.asarray(place - whole, float)
+
+
+def _between(
+    start: float, end: float, passed: Any, left: Any, length: Any, *, cosine: bool
+) -> Float[Array, ""]:
+    """The value of a phase between its ends, as a sum of two shares.
+
+    Each share is computed from its own distance: as one minus the other, a small one would lose its
+    digits, and so would the small rates at the end of a run.
+    """
+    shares = (jnp.asarray(steps, float) / length for steps in (left, passed))
+    of_start, of_end = (
+        jnp.square(jnp.sin(0.5 * math.pi * share)) if cosine else share for share in shares
+    )
+    return jnp.asarray(start, float) * of_start + jnp.asarray(end, float) * of_end
+
+
+def _powers(base: float, gamma: float) -> Rate:
+    """Compute `base * gamma**n` as a product over the four bytes of n, each from a table."""
+    with np.errstate(over="ignore", under="ignore"):
+        tables = [np.power(gamma, 256.0**place * np.arange(256)) for place in range(4)]
+        tables[0] = base * tables[0]
+
+    def rate(count: Count) -> Float[Array, ""]:
+        count, value = jnp.asarray(count), jnp.asarray(1.0, float)
+        for place, table in enumerate(tables):
+            value = value * jnp.asarray(table, float)[(count >> 8 * place) & 255]
+        return value
+
+    return rate
+
+
+def _table(values: Sequence[float]) -> Rate:
+    table = np.array(values, np.float64)
+    return lambda count: jnp.asarray(table, float).at[jnp.asarray(count)].get(mode="fill")
+
+
+def _needed(scheduler: Any, steps: int | None) -> int:
+    if steps is None:
+        raise ValueError(
+            f"{type(scheduler).__name__} calls a function that JAX cannot trace: pass steps=, for "
+            "how many steps to tabulate it"
+        )
+    return _whole("steps", steps)
+
+
+def _whole(what: str, value: Any, *, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+        raise ValueError(f"{what} must be a whole number, but it is {value!r}")
+    if value < least:
+        raise ValueError(f"{what} must be at least {least}, but it is {value}")
+    return int(value)

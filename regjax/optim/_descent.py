@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
@@ -80,7 +81,9 @@ def sgd(
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("momentum", momentum, fix="pass 0.0 for none")
-    if nesterov and (is_zero(momentum) or not is_zero(dampening)):
+    # A traced dampening cannot be looked at.
+    damped = not isinstance(dampening, Tracer) and dampening != 0
+    if nesterov and (is_zero(momentum) or damped):
         raise ValueError(
             "nesterov=True needs momentum > 0 and dampening = 0, but they are "
             f"momentum={momentum} and dampening={dampening}: pass momentum=0.9, say, or leave "

@@ -293,6 +293,13 @@ def test_injected_hyperparameters(make):
     _close(updates, plain.update(GRADIENT, plain.init(PARAMS), PARAMS)[0])
 
 
+def test_nesterov_takes_injected_hyperparameters():
+    injected = optax.inject_hyperparams(optim.sgd)(0.125, momentum=0.9, nesterov=True)
+    updates, _ = jax.jit(injected.update)(GRADIENT, injected.init(PARAMS), PARAMS)
+    plain = optim.sgd(0.125, momentum=0.9, nesterov=True)
+    _close(updates, plain.update(GRADIENT, plain.init(PARAMS), PARAMS)[0])
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [

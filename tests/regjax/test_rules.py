@@ -148,8 +148,8 @@ HAIKU = {
 
 # The tree, what of it decays, and how many parameters it has in all.
 MODELS = {
-    "linen-params": (linen_params, LINEN, 34),
-    "linen-variables": (linen_variables, {f"params/{name}" for name in LINEN}, 34),
+    "linen-params": (linen_params, LINEN, 35),
+    "linen-variables": (linen_variables, {f"params/{name}" for name in LINEN}, 35),
     "linen-scanned": (
         lambda: Scanned().init(KEY, jnp.zeros((2, 4)))["params"],
         {"layers/Dense_0/kernel"},
@@ -158,9 +158,9 @@ MODELS = {
     "nnx-state": (lambda: nnx.state(nnx_model(), nnx.Param), NNX, 17),
     "nnx-whole-state": (lambda: nnx.state(nnx_model()), NNX, 17),
     "nnx-module": (nnx_model, NNX, 17),
-    "equinox": (equinox_model, EQUINOX, 24),
-    "equinox-filtered": (lambda: eqx.filter(equinox_model(), eqx.is_inexact_array), EQUINOX, 24),
-    "haiku": (haiku_params, HAIKU, 21),
+    "equinox": (equinox_model, EQUINOX, 23),
+    "equinox-filtered": (lambda: eqx.filter(equinox_model(), eqx.is_inexact_array), EQUINOX, 23),
+    "haiku": (haiku_params, HAIKU, 22),
 }
 
 
@@ -380,9 +380,7 @@ def test_bad_rules_are_refused(rule, error, message):
 
 
 def test_a_mask_says_no_rates():
-    with pytest.raises(
-        TypeError, match=r"rule kernel gives 'encoder/0/dense/kernel' the rate 0\.5"
-    ):
+    with pytest.raises(TypeError, match=r"kernel gives 'encoder/0/dense/kernel' the rate 0\.5"):
         decay_mask(PARAMS, [("kernel", 0.5), ("**", False)])
     with pytest.raises(ValueError, match="weight_decay must be finite"):
         decay_rates(PARAMS, -1.0)
@@ -423,7 +421,9 @@ def test_mask_goes_into_optimizers(make, name):
         optimizer = make(0.1, weight_decay=0.5, mask=mask)
         zeros = jax.tree.map(jnp.zeros_like, params)
         ones = jax.tree.map(jnp.ones_like, params)
-        updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(ones), ones)
+        # optax itself promotes dtypes in its bias correction.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(ones), ones)
         moved = {name for name, update in named_leaves(updates) if np.any(np.asarray(update))}
         assert moved == MODELS[name][1]
 
@@ -434,7 +434,7 @@ def test_mask_goes_into_penalties_and_nnx_optimizers():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     model.bias[...] = jnp.ones(3)
     before = nnx.state(model, nnx.Param)
-    optimizer = nnx.Optimizer(model, optax.adamw(0.1, mask=decay_mask), wrt=nnx.Param)
+    optimizer = nnx.Optimizer(model, regjax.optim.adamw(0.1, mask=decay_mask), wrt=nnx.Param)
     optimizer.update(model, jax.tree.map(jnp.zeros_like, before))
     after = nnx.state(model, nnx.Param)
     changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, after)
@@ -459,7 +459,7 @@ def test_what_is_no_parameter_is_false_and_not_asked_about():
         "kernel": LAYER,
     }
     mask = decay_mask(params, [("**", True)])
-    assert {name for name, value in mask.items() if value is False} == {"count", "key", "f", "p"}
+    assert {name for name, value in mask.items() if value is False} == set(others)
     assert mask["kernel"] == {"kernel": True, "bias": True}
     with pytest.raises(ValueError, match="'count', which matches none of 'kernel/bias'"):
         decay_mask(params, "count")

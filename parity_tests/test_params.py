@@ -1,0 +1,627 @@
+"""The parameters of PyTorch in Linen, NNX, Equinox and Haiku: the same outputs, or an error."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from parity_tests.compare import FLOAT32, FLOAT64
+from parity_tests.wings import from_torch
+from regjax._paths import named_leaves
+from regjax.interop._leaves import Leaf
+from regjax.interop._params import leaves_from_torch, params_from_torch
+
+WORDS, WIDTH, HEADS, LENGTH = 11, 8, 2, 5
+KEY = jax.random.key(0)
+TOLERANCES = {"float32": FLOAT32.tolerance, "float64": 1e-10}
+
+
+@pytest.fixture(autouse=True)
+def _as_the_frameworks_need_it() -> Iterator[None]:
+    """Flax and Equinox promote silently, and their layers are not what is tested here."""
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        torch.random.fork_rng(),
+        torch.no_grad(),
+    ):
+        torch.manual_seed(0)
+        yield
+
+
+def randomized(module: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:
+    """The module in evaluation, with no parameter or statistic as it comes: none, one, zero."""
+    module = module.to(getattr(torch, dtype)).eval()
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) - 0.4)
+    for name, tensor in module.named_buffers():
+        if name.endswith("running_var"):
+            tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return module
+
+
+class Original(torch.nn.Module):
+    """Every axis that could be confused with another is as long as that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(WORDS, WIDTH)
+        self.attention = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.norm = torch.nn.LayerNorm(WIDTH)
+        self.hidden = torch.nn.Linear(WIDTH, WIDTH)
+        self.conv = torch.nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.batch_norm = torch.nn.BatchNorm1d(WIDTH)
+        self.out = torch.nn.Linear(WIDTH, 3)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(words)
+        x = self.norm(x + self.attention(x, x, x)[0])
+        x = torch.tanh(self.hidden(x)).transpose(1, 2)
+        return self.out(torch.tanh(self.batch_norm(self.conv(x))).mean(2))
+
+
+class InLinen(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, words: jax.Array) -> jax.Array:
+        of = {"param_dtype": self.dtype}
+        x = nn.Embed(WORDS, WIDTH, **of)(words)
+        attended = nn.MultiHeadDotProductAttention(HEADS, deterministic=True, **of)(x)
+        x = nn.LayerNorm(1e-5, **of)(x + attended)
+        x = jnp.tanh(nn.Dense(WIDTH, **of)(x))
+        x = nn.Conv(WIDTH, (3,), **of)(x)
+        x = jnp.tanh(nn.BatchNorm(use_running_average=True, **of)(x))
+        return nn.Dense(3, **of)(x.mean(1))
+
+
+class InNNX(nnx.Module):
+    def __init__(self, dtype: Any, rngs: nnx.Rngs) -> None:
+        of = {"param_dtype": dtype, "rngs": rngs}
+        self.embed = nnx.Embed(WORDS, WIDTH, **of)
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, **of)
+        self.norm = nnx.LayerNorm(WIDTH, epsilon=1e-5, **of)
+        self.hidden = nnx.Linear(WIDTH, WIDTH, **of)
+        self.conv = nnx.Conv(WIDTH, WIDTH, (3,), **of)
+        self.batch_norm = nnx.BatchNorm(WIDTH, use_running_average=True, **of)
+        self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+        self.out = nnx.Linear(WIDTH, 3, **of)
+
+    def __call__(self, words: jax.Array) -> jax.Array:
+        x = self.embed(words)
+        x = self.drop(self.norm(x + self.attention(x)))
+        x = self.conv(jnp.tanh(self.hidden(x)))
+        return self.out(jnp.tanh(self.batch_norm(x)).mean(1))
+
+
+class InEquinox(eqx.Module):
+    embedding: eqx.nn.Embedding
+    attention: eqx.nn.MultiheadAttention
+    norm: eqx.nn.LayerNorm
+    hidden: eqx.nn.Linear
+    conv: eqx.nn.Conv1d
+    batch_norm: eqx.nn.BatchNorm
+    out: eqx.nn.Linear
+    activation: Callable[[Any], Any]
+
+    def __init__(self, dtype: Any, mode: Any = "batch") -> None:
+        of = {"dtype": dtype, "key": KEY}
+        bias = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
+        self.embedding = eqx.nn.Embedding(WORDS, WIDTH, **of)
+        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, **bias, **of)
+        self.norm = eqx.nn.LayerNorm(WIDTH, dtype=dtype)
+        self.hidden = eqx.nn.Linear(WIDTH, WIDTH, **of)
+        self.conv = eqx.nn.Conv1d(WIDTH, WIDTH, 3, padding=1, **of)
+        self.batch_norm = eqx.nn.BatchNorm(WIDTH, "batch", momentum=0.9, dtype=dtype, mode=mode)
+        self.out = eqx.nn.Linear(WIDTH, 3, **of)
+        self.activation = jnp.tanh
+
+    def __call__(self, words: jax.Array, state: Any) -> jax.Array:
+        x = jax.vmap(self.embedding)(words)
+        x = jax.vmap(self.norm)(x + self.attention(x, x, x))
+        x = self.conv(self.activation(jax.vmap(self.hidden)(x)).T)
+        x, _ = self.batch_norm(x, state, inference=True)
+        return self.out(self.activation(x).mean(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Port:
+    """A model of one framework.
+
+    Attributes:
+        params: makes the tree to fill, of a dtype.
+        forward: of the filled tree and the words.
+        names: to PyTorch's.
+    """
+
+    params: Callable[[str], Any]
+    forward: Callable[[Any, Any], jax.Array]
+    names: dict[str, str]
+
+
+def _linen_params(dtype: str) -> Any:
+    variables = InLinen(dtype).init(KEY, TOKENS)
+    # Linen's statistics are float32, whatever the parameters are.
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+
+
+def _nnx_forward(state: Any, words: jax.Array) -> jax.Array:
+    graph = nnx.graphdef(InNNX(jnp.float32, nnx.Rngs(0)))
+    return nnx.merge(graph, state)(words)
+
+
+def _equinox_forward(model: Any, words: jax.Array) -> jax.Array:
+    model, state = eqx.nn.make_with_state(lambda: model)()
+    return jax.vmap(model, in_axes=(0, None))(words, state)
+
+
+TOKENS = np.random.default_rng(0).integers(0, WORDS, (4, LENGTH)).astype(np.int32)
+LINEN = Port(
+    _linen_params,
+    lambda variables, words: jnp.asarray(InLinen(jnp.float32).apply(variables, words)),
+    {
+        "Embed_0": "embedding",
+        "MultiHeadDotProductAttention_0": "attention",
+        "LayerNorm_0": "norm",
+        "Dense_0": "hidden",
+        "Conv_0": "conv",
+        "BatchNorm_0": "batch_norm",
+        "Dense_1": "out",
+    },
+)
+PORTS = {
+    "linen": LINEN,
+    "nnx": Port(
+        lambda dtype: nnx.state(InNNX(dtype, nnx.Rngs(0))), _nnx_forward, {"embed": "embedding"}
+    ),
+    "nnx module": Port(
+        lambda dtype: InNNX(dtype, nnx.Rngs(0)),
+        lambda model, words: model(words),
+        {"embed": "embedding"},
+    ),
+    "equinox": Port(InEquinox, _equinox_forward, {}),
+    "equinox ema": Port(lambda dtype: InEquinox(dtype, "ema"), _equinox_forward, {}),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("port", PORTS.values(), ids=PORTS)
+def test_the_same_outputs(port, dtype):
+    model = randomized(Original(), dtype)
+    with jax.enable_x64(dtype == "float64"):
+        params = port.params(dtype)
+        filled = params_from_torch(model, params, port.names)
+        ours = port.forward(filled, jnp.asarray(TOKENS))
+        assert jax.tree.structure(filled) == jax.tree.structure(params)
+    theirs = from_torch(model(torch.from_numpy(TOKENS)))
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCES[dtype])
+
+
+# A layer of PyTorch, the same of a framework, and the shape of an input without batch, channels last.
+DENSE = Leaf("weight", (1, 0))
+SIZES = {1: (7,), 2: (5, 6), 3: (4, 3, 5)}
+CONVOLUTIONS = [(n, groups, channels) for n in SIZES for groups, channels in ((1, 4), (2, 4))]
+
+
+def _channels_first(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, -1, 1)
+
+
+@pytest.mark.parametrize(("axes", "groups", "channels"), CONVOLUTIONS)
+@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox", "haiku"])
+def test_convolutions(framework, axes, groups, channels):
+    # In groups, as many channels enter the kernel as there are steps along each of its axes.
+    size = (2, 3, 2)[:axes]
+    make = getattr(torch.nn, f"Conv{axes}d")
+    model = randomized(make(channels, channels, size, groups=groups))
+    x = np.random.default_rng(1).standard_normal((2, *SIZES[axes], channels)).astype(np.float32)
+    theirs = model(torch.from_numpy(_channels_first(x))).numpy()
+    if framework == "equinox":
+        layer = getattr(eqx.nn, f"Conv{axes}d")(channels, channels, size, groups=groups, key=KEY)
+        ours = jax.vmap(params_from_torch(model, layer))(_channels_first(x))
+    elif framework == "linen":
+        layer = nn.Conv(channels, size, feature_group_count=groups, padding="VALID")
+        params = layer.init(KEY, x)
+        ours = _channels_first(np.asarray(layer.apply(params_from_torch(model, params), x)))
+    elif framework == "nnx":
+        options = {"feature_group_count": groups, "padding": "VALID", "rngs": nnx.Rngs(0)}
+        layer = nnx.Conv(channels, channels, size, **options)
+        ours = _channels_first(np.asarray(params_from_torch(model, layer)(x)))
+    else:
+        layer = getattr(hk, f"Conv{axes}D")
+        apply = lambda x: layer(channels, size, feature_group_count=groups, padding="VALID")(x)
+        haiku = hk.transform(apply)
+        names = {f"conv{axes}_d": ""}
+        params = params_from_torch(model, haiku.init(KEY, x), names)
+        ours = _channels_first(np.asarray(haiku.apply(params, None, x)))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+NORMS = {
+    "linen GroupNorm": (torch.nn.GroupNorm(2, WIDTH), nn.GroupNorm(2, epsilon=1e-5)),
+    "linen RMSNorm": (torch.nn.RMSNorm(WIDTH, eps=1e-6), nn.RMSNorm()),
+    "linen DenseGeneral": (torch.nn.Linear(WIDTH, 6), nn.DenseGeneral((2, 3))),
+    "linen Dense": (torch.nn.Linear(WIDTH, WIDTH), nn.Dense(WIDTH)),
+    "linen Dense without bias": (
+        torch.nn.Linear(WIDTH, 2, bias=False),
+        nn.Dense(2, use_bias=False),
+    ),
+}
+
+
+@pytest.mark.parametrize(("theirs", "layer"), NORMS.values(), ids=NORMS)
+def test_layers_of_linen(theirs, layer):
+    x = np.random.default_rng(1).standard_normal((3, WIDTH)).astype(np.float32)
+    model = randomized(theirs)
+    params = params_from_torch(model, jax.eval_shape(layer.init, KEY, x))
+    ours = layer.apply(params, x)
+    expected = model(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(np.reshape(ours, expected.shape), expected, rtol=0, atol=1e-5)
+
+
+def test_haiku():
+    def forward(words):
+        x = hk.Embed(WORDS, WIDTH)(words)
+        mixed = hk.MultiHeadAttention(HEADS, WIDTH // HEADS, w_init=hk.initializers.Constant(1.0))
+        x = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x + mixed(x, x, x))
+        return hk.Linear(WIDTH)(x)
+
+    class Torch(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(WORDS, WIDTH)
+            self.multi_head_attention = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+            self.layer_norm, self.linear = torch.nn.LayerNorm(WIDTH), torch.nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, words):
+            x = self.embed(words)
+            return self.linear(self.layer_norm(x + self.multi_head_attention(x, x, x)[0]))
+
+    haiku, model = hk.transform(forward), randomized(Torch())
+    params = params_from_torch(model.state_dict(), haiku.init(KEY, TOKENS))
+    theirs = model(torch.from_numpy(TOKENS)).numpy()
+    np.testing.assert_allclose(haiku.apply(params, None, TOKENS), theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("framework", ["linen", "equinox"])
+def test_attention_of_other_widths(framework):
+    """PyTorch holds three weights then, but stacks the biases all the same."""
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.standard_normal((LENGTH, w)).astype(np.float32) for w in (WIDTH, 3, 4))
+    model = randomized(torch.nn.MultiheadAttention(WIDTH, HEADS, kdim=3, vdim=4))
+    if framework == "linen":
+        layer = nn.MultiHeadDotProductAttention(HEADS)
+        params = params_from_torch(model, layer.init(KEY, q, k, v))
+        ours = layer.apply(params, q, k, v)
+    else:
+        bias = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
+        sizes = {"query_size": WIDTH, "key_size": 3, "value_size": 4, "output_size": WIDTH}
+        layer = eqx.nn.MultiheadAttention(HEADS, **sizes, qk_size=4, vo_size=4, **bias, key=KEY)
+        ours = params_from_torch(model, layer)(q, k, v)
+    theirs = model(*map(torch.from_numpy, (q, k, v)))[0].numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+def test_statistics_of_equinox_go_on_where_pytorch_left_them(mode):
+    model = randomized(torch.nn.BatchNorm1d(WIDTH))
+    layer = eqx.nn.BatchNorm(WIDTH, "batch", momentum=0.9, mode=mode)
+    filled = params_from_torch(model, layer)
+    layer, state = eqx.nn.make_with_state(lambda: filled)()
+    x = np.random.default_rng(3).standard_normal((6, WIDTH)).astype(np.float32)
+    model.train()(torch.from_numpy(x))
+    step = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    mean, var = step(x, state)[1].get(getattr(layer, f"{mode}_state_index"))
+    np.testing.assert_allclose(mean, model.running_mean.numpy(), rtol=0, atol=1e-6)
+    # PyTorch adds the variance of a sample, JAX's layers that of a population.
+    biased = model.running_var.numpy() - 0.1 * x.var(0) / (len(x) - 1)
+    np.testing.assert_allclose(var, biased, rtol=0, atol=1e-6)
+
+
+def test_transposed_convolution_of_flax_with_a_leaf():
+    x = np.random.default_rng(1).standard_normal((2, 5, 6, 4)).astype(np.float32)
+    model = randomized(torch.nn.ConvTranspose2d(4, 4, (2, 3), stride=2))
+    layer = nn.ConvTranspose(4, (2, 3), (2, 2), padding="VALID", transpose_kernel=True)
+    names = {"kernel": Leaf("weight", (2, 3, 1, 0))}
+    params = params_from_torch(model, layer.init(KEY, x), names)
+    theirs = model(torch.from_numpy(_channels_first(x))).numpy()
+    ours = _channels_first(np.asarray(layer.apply(params, x)))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("plant", ["transposed", "key for query", "statistics"])
+def test_a_planted_defect_is_seen(plant):
+    """The test of the test: each of them fits in shape."""
+    model = randomized(Original())
+    names: dict[str, Any] = dict(LINEN.names)
+    entries = model.state_dict()
+    if plant == "transposed":
+        names["Dense_0/kernel"] = Leaf("hidden.weight")
+    elif plant == "key for query":
+        for name in ("attention.in_proj_weight", "attention.in_proj_bias"):
+            q, k, v = entries[name].chunk(3)
+            entries[name] = torch.cat([q, v, k])
+    else:
+        names["BatchNorm_0/mean"] = "batch_norm.running_var"
+        names["BatchNorm_0/var"] = "batch_norm.running_mean"
+    filled = params_from_torch(entries, LINEN.params("float32"), names)
+    theirs = model(torch.from_numpy(TOKENS)).numpy()
+    assert not np.abs(LINEN.forward(filled, TOKENS) - theirs).max() < 1e-2
+
+
+class Plain(torch.nn.Module):
+    """What has a Leaf for every parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(WORDS, WIDTH)
+        self.hidden = torch.nn.Linear(WIDTH, WIDTH)
+        self.conv = torch.nn.Conv2d(WIDTH, WIDTH, 3)
+        self.batch_norm = torch.nn.BatchNorm2d(WIDTH)
+
+
+def _plain_linen() -> Any:
+    kernel = lambda *shape: np.zeros(shape, np.float32)
+    vectors = {"bias": kernel(WIDTH)}
+    return {
+        "embedding": {"embedding": kernel(WORDS, WIDTH)},
+        "hidden": {"kernel": kernel(WIDTH, WIDTH), **vectors},
+        "conv": {"kernel": kernel(3, 3, WIDTH, WIDTH), **vectors},
+        "batch_norm": {"scale": kernel(WIDTH), **vectors},
+    }
+
+
+def _plain_equinox() -> Any:
+    return {
+        "embedding": eqx.nn.Embedding(WORDS, WIDTH, key=KEY),
+        "hidden": eqx.nn.Linear(WIDTH, WIDTH, key=KEY),
+        "conv": eqx.nn.Conv2d(WIDTH, WIDTH, 3, key=KEY),
+        "batch_norm": eqx.nn.LayerNorm(WIDTH),
+    }
+
+
+@pytest.mark.parametrize("params", [_plain_linen(), _plain_equinox()], ids=["linen", "equinox"])
+def test_leaves_carry_moments(params):
+    model = randomized(Plain())
+    parameters = {name: tensor.numpy() for name, tensor in model.named_parameters()}
+    statistics = ("batch_norm.running_mean", "batch_norm.running_var")
+    entries = {name: t for name, t in model.state_dict().items() if name not in statistics}
+    leaves = leaves_from_torch(model, params)
+    filled = dict(named_leaves(eqx.filter(params_from_torch(entries, params), eqx.is_array)))
+    assert leaves.keys() == filled.keys()
+    assert {leaf.name for leaf in leaves.values()} == parameters.keys()
+    for path, leaf in leaves.items():
+        there = leaf.to_jax(parameters[leaf.name])
+        np.testing.assert_array_equal(there, filled[path])
+        np.testing.assert_array_equal(leaf.to_torch(there), parameters[leaf.name])
+
+
+def test_leaves_are_plain_where_axes_are_only_ordered():
+    leaves = leaves_from_torch(Plain(), _plain_linen())
+    assert leaves["hidden/kernel"] == Leaf("hidden.weight", (1, 0))
+    assert leaves["conv/kernel"] == Leaf("conv.weight", (2, 3, 1, 0))
+    assert leaves["conv/bias"] == Leaf("conv.bias")
+
+
+def test_an_unfolded_leaf_goes_both_ways():
+    weight = np.arange(24, dtype=np.float32).reshape(6, 4)
+    params = {"kernel": np.zeros((4, 2, 3), np.float32)}
+    leaf = leaves_from_torch({"weight": weight}, params)["kernel"]
+    np.testing.assert_array_equal(leaf.to_jax(weight), weight.T.reshape(4, 2, 3))
+    np.testing.assert_array_equal(leaf.to_torch(leaf.to_jax(weight)), weight)
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["attention", "tied"])
+def test_what_feeds_several_leaves_has_no_leaf(weights):
+    if weights:
+        entries = {"a.weight": np.zeros((2, 2), np.float32)}
+        params = {name: {"kernel": np.zeros((2, 2), np.float32)} for name in ("a", "b")}
+        names = {"b": "a"}
+        assert params_from_torch(entries, params, names)["b"]["kernel"].shape == (2, 2)
+        message = "'b/kernel' has no Leaf: it is 'a.weight', which feeds other leaves too"
+    else:
+        entries, params, names = Original(), LINEN.params("float32"), LINEN.names
+        message = "the query third of 'attention.in_proj_weight'"
+    with pytest.raises(ValueError, match=message):
+        leaves_from_torch(entries, params, names)
+
+
+def _array(*shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+FC = {"fc.weight": _array(3, 2), "fc.bias": _array(3)}
+DENSE_3 = {"fc": {"kernel": _array(2, 3), "bias": _array(3)}}
+UP = torch.nn.ConvTranspose2d(4, 4, 2, bias=False)
+# Entries, params, names, and what the error says of them.
+ERRORS = {
+    "no entry": (
+        {"fc.weight": FC["fc.weight"]},
+        DENSE_3,
+        {},
+        ["'fc/bias' has no entry: 'fc.bias' is not in state_dict"],
+    ),
+    "no leaf": (
+        FC | {"other.weight": _array(1), "last": _array(1), "bn.num_batches_tracked": _array()},
+        DENSE_3,
+        {},
+        ["no leaf of params takes 'other.weight', 'last': map them"],
+    ),
+    "no leaf for a part": (
+        {"a.in_proj_weight": _array(12, 4)},
+        {"a": {"query": {"kernel": _array(4, 2, 2)}}},
+        {},
+        [
+            "takes the key third of 'a.in_proj_weight', the value third of 'a.in_proj_weight': map",
+        ],
+    ),
+    "no leaf for a statistic": (
+        {"bn.weight": _array(2), "bn.running_mean": _array(2), "bn.running_var": _array(2)},
+        {"bn": {"scale": _array(2)}},
+        {},
+        ["no leaf of params takes 'bn.running_mean', 'bn.running_var'"],
+    ),
+    "shape": (
+        FC,
+        {"fc": {"kernel": _array(2, 4), "bias": _array(4)}},
+        {},
+        [
+            "'fc/kernel' has shape (2, 4) in params, but 'fc.weight' of shape (3, 2) arrives as "
+            "(2, 3)",
+            "'fc/bias' has shape (4,) in params, but 'fc.bias' of shape (3,)",
+        ],
+    ),
+    "dtype": (
+        FC,
+        {"fc": {"kernel": _array(2, 3), "bias": _array(3, dtype=np.float16)}},
+        {},
+        ["'fc/bias' is float16 in params, but 'fc.bias' is float32: cast one of them"],
+    ),
+    "float64 without x64": (
+        {"w": _array(2, dtype=np.float64)},
+        {"w": _array(2, dtype=np.float64)},
+        {},
+        ["'w' is float64: see jax.config.update('jax_enable_x64', True)"],
+    ),
+    "unknown layout": (
+        FC,
+        {"projection": _array(2, 2), "bias": _array(3)},
+        {"projection": "fc.weight", "bias": "fc.bias"},
+        ["'projection' of shape (2, 2) has an unknown layout beside 'fc.weight' of shape (3, 2)"],
+    ),
+    "kernel of other rank": (
+        {"fc.weight": _array(3, 2, 1)},
+        {"fc": {"kernel": _array(2, 3)}},
+        {},
+        ["'fc/kernel' of shape (2, 3) has an unknown layout beside 'fc.weight' of shape (3, 2, 1)"],
+    ),
+    "kernel from a vector": (
+        {"fc.weight": _array(6)},
+        {"fc": {"kernel": _array(2, 3)}},
+        {},
+        ["has an unknown layout beside 'fc.weight' of shape (6,)"],
+    ),
+    "order of axes": (
+        FC,
+        DENSE_3,
+        {"fc/kernel": Leaf("fc.weight", (2, 0, 1))},
+        ["'fc/kernel': Leaf(name='fc.weight', transpose=(2, 0, 1)) does not order the axes of"],
+    ),
+    "misspelt module of params": (
+        FC,
+        DENSE_3,
+        {"fd": "fc"},
+        ["names has 'fd', but params has no such leaf or module"],
+    ),
+    "misspelt module of PyTorch": (
+        FC,
+        DENSE_3,
+        {"fc": "fd"},
+        ["'fc/kernel' has no entry: 'fd.weight' is not in", "takes 'fc.weight', 'fc.bias'"],
+    ),
+    "misspelt entry": (
+        FC,
+        DENSE_3,
+        {"fc/kernel": "fd.weight"},
+        ["'fc/kernel' has no entry: 'fd.weight' is not in"],
+    ),
+    "Leaf for a module": (
+        FC,
+        DENSE_3,
+        {"fc": Leaf("fc.weight")},
+        ["names has a Leaf for 'fc', which is a module of params"],
+    ),
+    "transposed convolution of a module": (
+        torch.nn.ModuleDict({"up": UP}),
+        {"up": {"kernel": _array(2, 2, 4, 4)}},
+        {},
+        [
+            "'up/kernel' is of a transposed convolution",
+            "Leaf(name='up.weight', transpose=(2, 3, 1, 0))",
+        ],
+    ),
+    "transposed convolution of Linen": (
+        {"up.weight": _array(4, 4, 2, 2)},
+        {"params": {"ConvTranspose_0": {"kernel": _array(2, 2, 4, 4)}}},
+        {"ConvTranspose_0": "up"},
+        ["'params/ConvTranspose_0/kernel' is of a transposed convolution"],
+    ),
+    "transposed convolution of NNX": (
+        {"up.weight": _array(4, 4, 2, 2)},
+        {"up": nnx.ConvTranspose(4, 4, (2, 2), use_bias=False, rngs=nnx.Rngs(0))},
+        {},
+        ["'up/kernel/value' is of a transposed convolution"],
+    ),
+    "transposed convolution of Equinox": (
+        {"up.weight": _array(4, 4, 2, 2)},
+        {"up": eqx.nn.ConvTranspose2d(4, 4, 2, use_bias=False, key=KEY)},
+        {},
+        ["'up/weight' is of a transposed convolution"],
+    ),
+    "recurrent": (
+        torch.nn.LSTM(4, 4),
+        nnx.OptimizedLSTMCell(4, 4, rngs=nnx.Rngs(0)),
+        {},
+        ["'dense_i/kernel/value' is of a recurrent layer, whose layout is unknown"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("entries", "params", "names", "messages"), ERRORS.values(), ids=ERRORS)
+def test_errors(entries, params, names, messages):
+    with pytest.raises(ValueError, match="cannot be filled from state_dict, nothing") as raised:
+        params_from_torch(entries, params, names)
+    assert all(message in str(raised.value) for message in messages), raised.value
+
+
+def test_no_memory_is_shared():
+    model = torch.nn.Linear(2, 2)
+    layer = eqx.nn.Linear(2, 2, key=KEY)
+    filled = params_from_torch(model, layer)
+    before = np.array(filled.weight)
+    model.weight.add_(1.0)
+    np.testing.assert_array_equal(filled.weight, before)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_small_types(dtype):
+    model = torch.nn.Linear(4, 4, bias=False).to(getattr(torch, dtype))
+    params = {"kernel": jax.ShapeDtypeStruct((4, 4), getattr(jnp, dtype))}
+    filled = params_from_torch(model, params)["kernel"]
+    assert filled.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(filled), from_torch(model.weight).T)
+
+
+def test_what_is_no_parameter_stays():
+    model = randomized(torch.nn.Linear(2, 2))
+    params = {
+        "weight": _array(2, 2),
+        "bias": _array(2),
+        "activation": jnp.tanh,
+        "rate": 0.5,
+        "none": None,
+        "rngs": {"key": jax.random.key(3), "count": jnp.uint32(7)},
+    }
+    filled = params_from_torch(model, params)
+    assert filled["activation"] is jnp.tanh
+    assert (filled["rate"], filled["none"], int(filled["rngs"]["count"])) == (0.5, None, 7)
+    assert filled["rngs"]["key"] == params["rngs"]["key"]
+
+
+def test_names_reach_a_wrapped_model():
+    wrapped = {"module.fc.weight": _array(3, 2) + 1, "module.fc.bias": _array(3)}
+    filled = params_from_torch(wrapped, {"params": DENSE_3}, {"": "module"})
+    np.testing.assert_array_equal(filled["params"]["fc"]["kernel"], np.ones((2, 3)))

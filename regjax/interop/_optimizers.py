@@ -1,0 +1,306 @@
+"""Optimizers of `torch.optim` as optax transformations, with all their parameter groups."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from regjax import optim
+from regjax._paths import named_leaves, path_name
+from regjax.interop._leaves import FROZEN, check_class, number, read_recipe, report
+from regjax.interop._schedules import momenta_from_torch, schedule_from_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Array, Int, PyTree
+
+    from regjax.interop._leaves import Names, Part, Recipe
+
+    Make = Callable[..., optax.GradientTransformation]
+
+
+def optimizer_from_torch(
+    torch_optimizer: Any,
+    names: Names,
+    *,
+    model: Any = None,
+    scheduler: Any = None,
+    steps: int | None = None,
+    steps_per_epoch: int = 1,
+) -> optax.GradientTransformation:
+    """Read an optimizer off one of PyTorch, with its parameter groups and its scheduler.
+
+    Every class of which `regjax.optim` has the function of the same name, so SGD, ASGD, Rprop,
+    Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, Adafactor and Muon, with every
+    option of every group. Nothing is carried over in part: what has no counterpart is an error.
+
+    Args:
+        torch_optimizer: A `torch.optim` optimizer; it is only read.
+        names: For each JAX parameter's path, such as `"dense/kernel"`, its name in PyTorch, or a
+            `Leaf` where its axes are ordered otherwise.
+        model: The module whose parameters are trained. Not needed where the optimizer was made with
+            `model.named_parameters()`.
+        scheduler: What moves the learning rates, if anything does: see `schedule_from_torch`.
+            OneCycleLR moves the momentum too, or the first beta.
+        steps: For LambdaLR and MultiplicativeLR, how many of the scheduler's steps to tabulate.
+        steps_per_epoch: How many steps the optimizer takes for one of the scheduler: 1 where
+            `scheduler.step()` follows each `optimizer.step()`, the number of batches where it is
+            called once per epoch.
+
+    Returns:
+        An optax transformation: the chain of `regjax.optim` where there is one group, and otherwise
+        `optax.partition` of one chain per group, labelled "group0", "group1" and so on. (Muon's
+        step depends on the layout, so a group with both gets another chain for the matrices that
+        JAX holds transposed, "group0_transposed".) Parameters that PyTorch does not train, since
+        they have `requires_grad=False` or are in no group, are "frozen": their updates are zero.
+        Where the momentum moves, a `ScheduledMomentumState` is around the state of the chain. The
+        state starts anew: `state_from_torch` fills it in.
+
+    Raises:
+        ValueError: The optimizer or scheduler is of another class; the parameters have no names;
+            `names` does not fit the parameters (from `init`, those of JAX); a group has an option
+            that is not known, `differentiable=True`, or a value that JAX cannot take; the optimizer
+            has hooks; it has a scheduler that was not passed, or the other way round; or Adafactor
+            is to factor axes that are not the last two in JAX.
+
+    PyTorch: `foreach`, `fused` and `capturable` say how a step is computed, not what, and have no
+    effect. A parameter without a gradient is skipped by PyTorch; in JAX its gradient is zero, and
+    it still decays.
+
+    Examples:
+        >>> import torch, jax.numpy as jnp
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> groups = [
+        ...     {"params": [("weight", layer.weight)], "weight_decay": 0.1},
+        ...     {"params": [("bias", layer.bias)], "lr": 0.5},
+        ... ]
+        >>> recipe = torch.optim.SGD(groups, lr=0.1)
+        >>> names = {"kernel": Leaf("weight", (1, 0)), "bias": "bias"}
+        >>> optimizer = optimizer_from_torch(recipe, names)
+        >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+        >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+        >>> updates["bias"], updates["kernel"][0].round(2)
+        (Array([-0.5, -0.5], dtype=float32), Array([-0.11, -0.11], dtype=float32))
+    """
+    check_class(torch_optimizer, _KINDS, "optimizer")
+    _check_whole(torch_optimizer, scheduler)
+    recipe = read_recipe(torch_optimizer, names, model)
+    rates = momenta = None
+    if scheduler is not None:
+        rates = schedule_from_torch(scheduler, steps=steps)
+        momenta = momenta_from_torch(scheduler)
+    for index, group in enumerate(torch_optimizer.param_groups):
+        _check_group(index, group, type(torch_optimizer).__name__, scheduler)
+    chains = {}
+    for part in recipe.parts:
+        if part.kind == "Adafactor":
+            _check_factored(part)
+        rate = rates and _every(rates[part.index], steps_per_epoch)
+        momentum = momenta and _every(momenta[part.index], steps_per_epoch)
+        chains[part.label] = _chain(part, rate, momentum)
+    return _over_tree(recipe, chains)
+
+
+class ScheduledMomentumState(NamedTuple):
+    """Steps taken, and the state of an optimizer whose momentum moves with them."""
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    inner_state: PyTree
+
+
+def _over_tree(
+    recipe: Recipe, chains: dict[str, optax.GradientTransformation]
+) -> optax.GradientTransformation:
+    labels = recipe.labels
+
+    def label(params: PyTree) -> PyTree:
+        return jax.tree.map_with_path(lambda path, _: labels[path_name(path)], params)
+
+    if recipe.is_single:
+        [inner] = chains.values()
+    else:
+        inner = optax.partition({**chains, FROZEN: optax.set_to_zero()}, label)
+
+    def init(params: PyTree) -> PyTree:
+        paths = {path for path, _ in named_leaves(params)}
+        # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
+        if paths:
+            report(
+                {
+                    "JAX parameters without a name in PyTorch": paths - set(labels),
+                    "names of JAX parameters that do not exist": set(labels) - paths,
+                }
+            )
+        return inner.init(params)
+
+    return optax.GradientTransformation(init, inner.update)
+
+
+def _chain(
+    part: Part, rate: optax.Schedule | None, momentum: optax.Schedule | None
+) -> optax.GradientTransformation:
+    make, known = _KINDS[part.kind]
+    options: dict[str, Any] = {name: _option(part, name) for name in known}
+    if part.kind == "Muon":
+        options["transposed"] = part.transposed
+    learning_rate = rate or _option(part, "lr")
+    if momentum is None:
+        return make(learning_rate, **options)
+    if "betas" in known:
+        second = options["betas"][1]
+        return _with_momentum(
+            lambda b1: make(learning_rate, **{**options, "betas": (b1, second)}), momentum
+        )
+    return _with_momentum(lambda m: make(learning_rate, **{**options, "momentum": m}), momentum)
+
+
+def _with_momentum(make: Make, momentum: optax.Schedule) -> optax.GradientTransformation:
+    """`optax.inject_hyperparams` of one number, in float32 beside half types."""
+
+    def value(count: Int[Array, ""], params: PyTree) -> Array:
+        dtype = jnp.promote_types(optax.tree.dtype(params, "highest"), jnp.float32)
+        return momentum(count).astype(dtype)
+
+    def init(params: PyTree) -> ScheduledMomentumState:
+        # What it is does not matter here, but it must not be a zero that needs no buffer.
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledMomentumState(count, make(jnp.asarray(0.5)).init(params))
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        inner = make(value(state.count, updates))
+        updates, inner_state = inner.update(updates, state.inner_state, params)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return updates, ScheduledMomentumState(count, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _every(rate: optax.Schedule, steps_per_epoch: int) -> optax.Schedule:
+    if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int):
+        raise ValueError(f"steps_per_epoch must be a whole number, but it is {steps_per_epoch!r}")
+    if steps_per_epoch < 1:
+        raise ValueError(f"steps_per_epoch must be at least 1, but it is {steps_per_epoch}")
+    if steps_per_epoch == 1:
+        return rate
+    return lambda count: rate(count // steps_per_epoch)
+
+
+def _option(part: Part, name: str) -> Any:
+    value, where = part.group[name], f"{name} of group {part.index}"
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(None if item is None else number(where, item) for item in value)
+    return number(where, value)
+
+
+def _check_whole(torch_optimizer: Any, scheduler: Any) -> None:
+    """Refuse an optimizer with more to it than its groups, or with another's scheduler."""
+    for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        if getattr(torch_optimizer, hooks, None):
+            raise ValueError(
+                "the optimizer has hooks, which are not carried over: remove them, and do in the "
+                "JAX loop what they do"
+            )
+    if scheduler is None:
+        return
+    if getattr(scheduler, "optimizer", None) is not torch_optimizer:
+        raise ValueError("scheduler belongs to another optimizer: pass the one that it was made for")
+    if type(torch_optimizer).__name__ == "Rprop":
+        raise ValueError(
+            "a scheduler has no effect on Rprop, whose lr is only the first step size: leave it "
+            "out, and remove 'initial_lr' from the groups"
+        )
+
+
+def _check_group(index: int, group: dict[str, Any], kind: str, scheduler: Any) -> None:
+    _, options = _KINDS[kind]
+    missing = {"params", "lr", *options} - group.keys()
+    if missing:
+        raise ValueError(f"group {index} has no {', '.join(sorted(missing))}")
+    if group.get("differentiable"):
+        raise ValueError(
+            f"group {index} has differentiable=True, which has no counterpart: optax updates can "
+            "always be differentiated; pass differentiable=False"
+        )
+    if scheduler is None and "initial_lr" in group:
+        raise ValueError(
+            f"group {index} has 'initial_lr', so a scheduler moves its learning rate: pass "
+            "scheduler=, or remove the entry if the scheduler is out of use"
+        )
+    known = {"params", "param_names", "lr", *options, *_NO_EFFECT}
+    if scheduler is not None:
+        known |= {"initial_lr", *_OF_SCHEDULER.get(type(scheduler).__name__, ())}
+    unknown = group.keys() - known
+    if unknown:
+        raise ValueError(
+            f"group {index} has {', '.join(sorted(unknown))}, which torch.optim.{kind} does not "
+            "know: what it does is not carried over; remove it"
+        )
+
+
+def _check_factored(part: Part) -> None:
+    for path, located in part.leaves.items():
+        order = located.leaf.transpose or tuple(range(located.tensor.ndim))
+        if set(order[-2:]) != set(range(located.tensor.ndim)[-2:]):
+            raise ValueError(
+                f"Adafactor factors the last two axes, but those of '{located.leaf.name}' are not "
+                f"the last two of '{path}', whose transpose is {order}: keep the parameter in "
+                "PyTorch's layout"
+            )
+    epsilon_of_first = part.group["eps"][0] is None
+    dtypes = {str(located.tensor.dtype) for located in part.leaves.values()}
+    if epsilon_of_first and len(dtypes) > 1:
+        raise ValueError(
+            f"group {part.index} mixes {', '.join(sorted(dtypes))}, and torch.optim.Adafactor "
+            "takes the epsilon of the first for all: pass eps, or a group for each dtype"
+        )
+
+
+_ADAM = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
+# The function, and the options that it takes under PyTorch's names.
+_KINDS: dict[str, tuple[Make, tuple[str, ...]]] = {
+    "SGD": (optim.sgd, ("momentum", "dampening", "weight_decay", "nesterov", "maximize")),
+    "ASGD": (optim.asgd, ("lambd", "alpha", "t0", "weight_decay", "maximize")),
+    "Rprop": (optim.rprop, ("etas", "step_sizes", "maximize")),
+    "Adam": (optim.adam, _ADAM),
+    # A group of torch.optim.AdamW has the flag too, and it is what decides.
+    "AdamW": (optim.adam, _ADAM),
+    "NAdam": (
+        optim.nadam,
+        ("betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize"),
+    ),
+    "RAdam": (
+        optim.radam,
+        ("betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize"),
+    ),
+    "Adamax": (optim.adamax, ("betas", "eps", "weight_decay", "maximize")),
+    "Adagrad": (
+        optim.adagrad,
+        ("lr_decay", "weight_decay", "initial_accumulator_value", "eps", "maximize"),
+    ),
+    "Adadelta": (optim.adadelta, ("rho", "eps", "weight_decay", "maximize")),
+    "RMSprop": (
+        optim.rmsprop,
+        ("alpha", "eps", "weight_decay", "momentum", "centered", "maximize"),
+    ),
+    "Adafactor": (optim.adafactor, ("beta2_decay", "eps", "d", "weight_decay", "maximize")),
+    "Muon": (
+        optim.muon,
+        (
+            "weight_decay",
+            "momentum",
+            "nesterov",
+            "ns_coefficients",
+            "eps",
+            "ns_steps",
+            "adjust_lr_fn",
+        ),
+    ),
+}
+_NO_EFFECT = ("foreach", "fused", "capturable", "differentiable")
+_OF_SCHEDULER = {"OneCycleLR": ("max_lr", "min_lr", "max_momentum", "base_momentum")}
