@@ -36,6 +36,7 @@ from parity_tests.recording import (
 )
 from parity_tests.wings import from_torch, to_torch
 from regjax._paths import named_leaves
+from regjax.interop import Leaf as Leaf
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -47,30 +48,6 @@ STATE = {
     "nu": "exp_avg_sq",
     "nu_max": "max_exp_avg_sq",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """Where a JAX parameter is found in PyTorch.
-
-    Attributes:
-        name: the PyTorch parameter's name.
-        transpose: the order of its axes in JAX, as for `numpy.transpose`; None where it is the
-            same. A Flax kernel of a Linear weight is `(1, 0)`, of a Conv2d weight `(2, 3, 1, 0)`.
-    """
-
-    name: str
-    transpose: tuple[int, ...] | None = None
-
-    def to_jax(self, array: np.ndarray) -> np.ndarray:
-        """The PyTorch array as JAX holds it."""
-        return array if self.transpose is None else np.transpose(array, self.transpose)
-
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """The JAX array as PyTorch holds it."""
-        if self.transpose is None:
-            return array
-        return np.transpose(array, np.argsort(self.transpose))
 
 
 @dataclasses.dataclass(frozen=True)

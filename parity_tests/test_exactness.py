@@ -65,7 +65,7 @@ def _averages_of_jax(problem, options):
                 jax.tree.map(jax.numpy.asarray, gradient), state, params
             )
             params = optax.apply_updates(params, updates)
-            yield {name: np.asarray(leaf) for name, leaf in state[3].ax.items()}
+            yield {name: np.asarray(leaf) for name, leaf in optax.tree.get(state, "ax").items()}
 
 
 def _averages_of_torch(problem, lr, options):

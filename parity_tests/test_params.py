@@ -16,7 +16,7 @@ import pytest
 import torch
 from flax import nnx
 
-from parity_tests.compare import FLOAT32, FLOAT64
+from parity_tests.compare import FLOAT32
 from parity_tests.wings import from_torch
 from regjax._paths import named_leaves
 from regjax.interop._leaves import Leaf
@@ -91,7 +91,11 @@ class InNNX(nnx.Module):
     def __init__(self, dtype: Any, rngs: nnx.Rngs) -> None:
         of = {"param_dtype": dtype, "rngs": rngs}
         self.embed = nnx.Embed(WORDS, WIDTH, **of)
-        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, **of)
+        # NNX's own goes through jax.nn.dot_product_attention, which is float32 in its middle.
+        attend = lambda q, k, v, **_: nn.dot_product_attention(q, k, v, deterministic=True)
+        self.attention = nnx.MultiHeadAttention(
+            HEADS, WIDTH, decode=False, attention_fn=attend, **of
+        )
         self.norm = nnx.LayerNorm(WIDTH, epsilon=1e-5, **of)
         self.hidden = nnx.Linear(WIDTH, WIDTH, **of)
         self.conv = nnx.Conv(WIDTH, WIDTH, (3,), **of)
@@ -151,14 +155,8 @@ class Port:
     names: dict[str, str]
 
 
-def _linen_params(dtype: str) -> Any:
-    variables = InLinen(dtype).init(KEY, TOKENS)
-    # Linen's statistics are float32, whatever the parameters are.
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-
-
 def _nnx_forward(state: Any, words: jax.Array) -> jax.Array:
-    graph = nnx.graphdef(InNNX(jnp.float32, nnx.Rngs(0)))
+    graph = nnx.graphdef(InNNX(state["hidden"]["kernel"][...].dtype, nnx.Rngs(0)))
     return nnx.merge(graph, state)(words)
 
 
@@ -169,7 +167,7 @@ def _equinox_forward(model: Any, words: jax.Array) -> jax.Array:
 
 TOKENS = np.random.default_rng(0).integers(0, WORDS, (4, LENGTH)).astype(np.int32)
 LINEN = Port(
-    _linen_params,
+    lambda dtype: jax.eval_shape(InLinen(dtype).init, KEY, TOKENS),
     lambda variables, words: jnp.asarray(InLinen(jnp.float32).apply(variables, words)),
     {
         "Embed_0": "embedding",
@@ -196,80 +194,94 @@ PORTS = {
 }
 
 
+def _cast(leaf: Any, dtype: str) -> Any:
+    """Flax's running statistics are float32, whatever its parameters are."""
+    if not hasattr(leaf, "dtype") or leaf.dtype != np.float32:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("port", PORTS.values(), ids=PORTS)
 def test_the_same_outputs(port, dtype):
     model = randomized(Original(), dtype)
     with jax.enable_x64(dtype == "float64"):
-        params = port.params(dtype)
+        params = jax.tree.map(lambda leaf: _cast(leaf, dtype), port.params(dtype))
         filled = params_from_torch(model, params, port.names)
-        ours = port.forward(filled, jnp.asarray(TOKENS))
+        ours = eqx.filter_jit(port.forward)(filled, jnp.asarray(TOKENS))
         assert jax.tree.structure(filled) == jax.tree.structure(params)
     theirs = from_torch(model(torch.from_numpy(TOKENS)))
     assert ours.dtype == theirs.dtype
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCES[dtype])
 
 
-# A layer of PyTorch, the same of a framework, and the shape of an input without batch, channels last.
-DENSE = Leaf("weight", (1, 0))
+# By the number of axes, the steps along each.
 SIZES = {1: (7,), 2: (5, 6), 3: (4, 3, 5)}
-CONVOLUTIONS = [(n, groups, channels) for n in SIZES for groups, channels in ((1, 4), (2, 4))]
+CONVOLUTIONS = [
+    (framework, axes, groups)
+    for framework, tried in {
+        "linen": (1, 2, 3),
+        "nnx": (2,),
+        "equinox": (1, 2, 3),
+        "haiku": (2,),
+    }.items()
+    for axes in tried
+    for groups in (1, 2)
+]
 
 
 def _channels_first(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(x, -1, 1)
 
 
-@pytest.mark.parametrize(("axes", "groups", "channels"), CONVOLUTIONS)
-@pytest.mark.parametrize("framework", ["linen", "nnx", "equinox", "haiku"])
-def test_convolutions(framework, axes, groups, channels):
-    # In groups, as many channels enter the kernel as there are steps along each of its axes.
-    size = (2, 3, 2)[:axes]
-    make = getattr(torch.nn, f"Conv{axes}d")
-    model = randomized(make(channels, channels, size, groups=groups))
+@pytest.mark.parametrize(("framework", "axes", "groups"), CONVOLUTIONS)
+def test_convolutions(framework, axes, groups):
+    # In two groups, as many channels enter the kernel as there are steps along its axes.
+    channels, size = 4, (2, 3, 2)[:axes]
+    model = randomized(getattr(torch.nn, f"Conv{axes}d")(channels, channels, size, groups=groups))
     x = np.random.default_rng(1).standard_normal((2, *SIZES[axes], channels)).astype(np.float32)
     theirs = model(torch.from_numpy(_channels_first(x))).numpy()
+    options = {"feature_group_count": groups, "padding": "VALID"}
     if framework == "equinox":
         layer = getattr(eqx.nn, f"Conv{axes}d")(channels, channels, size, groups=groups, key=KEY)
         ours = jax.vmap(params_from_torch(model, layer))(_channels_first(x))
-    elif framework == "linen":
-        layer = nn.Conv(channels, size, feature_group_count=groups, padding="VALID")
-        params = layer.init(KEY, x)
-        ours = _channels_first(np.asarray(layer.apply(params_from_torch(model, params), x)))
     elif framework == "nnx":
-        options = {"feature_group_count": groups, "padding": "VALID", "rngs": nnx.Rngs(0)}
-        layer = nnx.Conv(channels, channels, size, **options)
+        layer = nnx.Conv(channels, channels, size, **options, rngs=nnx.Rngs(0))
         ours = _channels_first(np.asarray(params_from_torch(model, layer)(x)))
     else:
-        layer = getattr(hk, f"Conv{axes}D")
-        apply = lambda x: layer(channels, size, feature_group_count=groups, padding="VALID")(x)
-        haiku = hk.transform(apply)
-        names = {f"conv{axes}_d": ""}
-        params = params_from_torch(model, haiku.init(KEY, x), names)
-        ours = _channels_first(np.asarray(haiku.apply(params, None, x)))
+        if framework == "linen":
+            layer = nn.Conv(channels, size, **options)
+            names = {}
+        else:
+            layer = hk.without_apply_rng(
+                hk.transform(lambda x: hk.Conv2D(channels, size, **options)(x))
+            )
+            names = {"conv2_d": ""}
+        params = params_from_torch(model, jax.eval_shape(layer.init, KEY, x), names)
+        ours = _channels_first(np.asarray(layer.apply(params, x)))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
-NORMS = {
-    "linen GroupNorm": (torch.nn.GroupNorm(2, WIDTH), nn.GroupNorm(2, epsilon=1e-5)),
-    "linen RMSNorm": (torch.nn.RMSNorm(WIDTH, eps=1e-6), nn.RMSNorm()),
-    "linen DenseGeneral": (torch.nn.Linear(WIDTH, 6), nn.DenseGeneral((2, 3))),
-    "linen Dense": (torch.nn.Linear(WIDTH, WIDTH), nn.Dense(WIDTH)),
-    "linen Dense without bias": (
+LAYERS = {
+    "GroupNorm": (torch.nn.GroupNorm(2, WIDTH), nn.GroupNorm(2, epsilon=1e-5)),
+    "RMSNorm": (torch.nn.RMSNorm(WIDTH, eps=1e-6), nn.RMSNorm()),
+    "DenseGeneral": (torch.nn.Linear(WIDTH, 6), nn.DenseGeneral((2, 3))),
+    "Dense": (torch.nn.Linear(WIDTH, WIDTH), nn.Dense(WIDTH)),
+    "Dense without bias": (
         torch.nn.Linear(WIDTH, 2, bias=False),
         nn.Dense(2, use_bias=False),
     ),
 }
 
 
-@pytest.mark.parametrize(("theirs", "layer"), NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize(("theirs", "layer"), LAYERS.values(), ids=LAYERS)
 def test_layers_of_linen(theirs, layer):
     x = np.random.default_rng(1).standard_normal((3, WIDTH)).astype(np.float32)
     model = randomized(theirs)
     params = params_from_torch(model, jax.eval_shape(layer.init, KEY, x))
-    ours = layer.apply(params, x)
+    ours = np.asarray(layer.apply(params, x))
     expected = model(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(np.reshape(ours, expected.shape), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(ours.reshape(expected.shape), expected, rtol=0, atol=1e-5)
 
 
 def test_haiku():
@@ -291,7 +303,8 @@ def test_haiku():
             return self.linear(self.layer_norm(x + self.multi_head_attention(x, x, x)[0]))
 
     haiku, model = hk.transform(forward), randomized(Torch())
-    params = params_from_torch(model.state_dict(), haiku.init(KEY, TOKENS))
+    template = jax.eval_shape(haiku.init, KEY, TOKENS)
+    params = params_from_torch(model.state_dict(), template)
     theirs = model(torch.from_numpy(TOKENS)).numpy()
     np.testing.assert_allclose(haiku.apply(params, None, TOKENS), theirs, rtol=0, atol=1e-5)
 
@@ -304,8 +317,8 @@ def test_attention_of_other_widths(framework):
     model = randomized(torch.nn.MultiheadAttention(WIDTH, HEADS, kdim=3, vdim=4))
     if framework == "linen":
         layer = nn.MultiHeadDotProductAttention(HEADS)
-        params = params_from_torch(model, layer.init(KEY, q, k, v))
-        ours = layer.apply(params, q, k, v)
+        params = params_from_torch(model, jax.eval_shape(layer.init, KEY, q, k, v))
+        ours = np.asarray(layer.apply(params, q, k, v))
     else:
         bias = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
         sizes = {"query_size": WIDTH, "key_size": 3, "value_size": 4, "output_size": WIDTH}
@@ -317,7 +330,7 @@ def test_attention_of_other_widths(framework):
 
 @pytest.mark.parametrize("mode", ["ema", "batch"])
 def test_statistics_of_equinox_go_on_where_pytorch_left_them(mode):
-    model = randomized(torch.nn.BatchNorm1d(WIDTH))
+    model: Any = randomized(torch.nn.BatchNorm1d(WIDTH))
     layer = eqx.nn.BatchNorm(WIDTH, "batch", momentum=0.9, mode=mode)
     filled = params_from_torch(model, layer)
     layer, state = eqx.nn.make_with_state(lambda: filled)()
@@ -336,7 +349,7 @@ def test_transposed_convolution_of_flax_with_a_leaf():
     model = randomized(torch.nn.ConvTranspose2d(4, 4, (2, 3), stride=2))
     layer = nn.ConvTranspose(4, (2, 3), (2, 2), padding="VALID", transpose_kernel=True)
     names = {"kernel": Leaf("weight", (2, 3, 1, 0))}
-    params = params_from_torch(model, layer.init(KEY, x), names)
+    params = params_from_torch(model, jax.eval_shape(layer.init, KEY, x), names)
     theirs = model(torch.from_numpy(_channels_first(x))).numpy()
     ours = _channels_first(np.asarray(layer.apply(params, x)))
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)

@@ -71,8 +71,8 @@ def decay_mask(
 
     Returns:
         A tree of bools with the structure of `params`. What is no parameter is False: leaves that
-        are no float or complex arrays, Flax collections beside `params`, variables of nnx that are
-        no `Param`.
+        are no float or complex arrays, Flax's `batch_stats`, `cache`, `intermediates` and
+        `perturbations` beside `params`, variables of nnx that are no `Param`, states of Equinox.
 
     Raises:
         TypeError: `rule` has another form, or says something else than True or False: for rates,
@@ -258,6 +258,12 @@ class DecayTable:
 
     Attributes:
         rows: One for each parameter, in the order of the model.
+
+    Examples:
+        >>> row = DecayRow("kernel", (2, 3), "float32", 6, "linear", "kernel", 0.1)
+        >>> table = DecayTable((row, row._replace(path="bias", weight_decay=0.0)))
+        >>> len(table), table.decaying, table.exempt.leaves
+        (2, Total(leaves=1, parameters=6), 1)
     """
 
     rows: tuple[DecayRow, ...]
@@ -349,10 +355,11 @@ def _judge(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, str]]
         (False, "frozen") if parameter.frozen else _verdict(parameter, *pairs[index or 0])
         for parameter, index in zip(parameters, taken, strict=True)
     ]
-    if callable(rule) and verdicts and all(verdict is False for verdict, _ in verdicts):
+    asked = [parameter for parameter in parameters if not parameter.frozen]
+    if callable(rule) and asked and all(verdict is False for verdict, _ in verdicts):
         raise ValueError(
-            f"rule {_named(rule)} says False of all of {_listed(parameters)}: for no decay at all, "
-            "pass [('**', False)]"
+            f"rule {_named(rule)} says False of all of {_listed(asked)}: for no decay at all, pass "
+            "[('**', False)]"
         )
     return verdicts
 
@@ -566,6 +573,10 @@ def _tree(
     return jax.tree.structure(params).unflatten(leaves)
 
 
+# What Flax keeps beside the parameters.
+_COLLECTIONS = {"batch_stats", "cache", "intermediates", "params_axes", "perturbations"}
+
+
 class _Node(NamedTuple):
     """Where a walk through a tree stands.
 
@@ -607,7 +618,7 @@ def _step(tree: PyTree, node: _Node, path: tuple[Any, ...]) -> _Node:
         owner = type(tree)
     is_parameter = node.is_parameter and type(tree).__name__ != "StateIndex"
     if not node.path and isinstance(tree, Mapping) and "params" in tree:
-        is_parameter = name == "params"
+        is_parameter = name not in _COLLECTIONS
     return _Node((*node.path, name), owner, is_parameter)
 
 

@@ -281,6 +281,12 @@ class DecayTable:
 
     Attributes:
         rows: One for each parameter, in the order of the model.
+
+    Examples:
+        >>> row = DecayRow("kernel", (2, 3), "float32", 6, "linear", "kernel", 0.1)
+        >>> table = DecayTable((row, row._replace(path="bias", weight_decay=0.0)))
+        >>> len(table), table.decaying, table.exempt.leaves
+        (2, Total(leaves=1, parameters=6), 1)
     """
 
     rows: tuple[DecayRow, ...]
@@ -372,10 +378,11 @@ def _judge(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, str]]
         (False, "frozen") if parameter.frozen else _verdict(parameter, *pairs[index or 0])
         for parameter, index in zip(parameters, taken, strict=True)
     ]
-    if callable(rule) and verdicts and all(verdict is False for verdict, _ in verdicts):
+    asked = [parameter for parameter in parameters if not parameter.frozen]
+    if callable(rule) and asked and all(verdict is False for verdict, _ in verdicts):
         raise ValueError(
-            f"rule {_named(rule)} says False of all of {_listed(parameters)}: for no decay at all, "
-            "pass [('**', False)]"
+            f"rule {_named(rule)} says False of all of {_listed(asked)}: for no decay at all, pass "
+            "[('**', False)]"
         )
     return verdicts
 

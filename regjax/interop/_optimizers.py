@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from regjax import optim
 from regjax._paths import named_leaves, path_name
 from regjax.interop._leaves import FROZEN, check_class, number, read_recipe, report
-from regjax.interop._schedules import momenta_from_torch, schedule_from_torch
+from regjax.interop._schedules import momenta_from_torch, schedule_from_torch, with_momentum
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Array, Int, PyTree
+    from jaxtyping import PyTree
 
     from regjax.interop._leaves import Names, Part, Recipe
+    from regjax.interop._schedules import Rate
 
     Make = Callable[..., optax.GradientTransformation]
 
@@ -73,6 +73,7 @@ def optimizer_from_torch(
 
     Examples:
         >>> import torch, jax.numpy as jnp
+        >>> from regjax.interop import Leaf
         >>> layer = torch.nn.Linear(3, 2)
         >>> groups = [
         ...     {"params": [("weight", layer.weight)], "weight_decay": 0.1},
@@ -99,17 +100,12 @@ def optimizer_from_torch(
     for part in recipe.parts:
         if part.kind == "Adafactor":
             _check_factored(part)
-        rate = rates and _every(rates[part.index], steps_per_epoch)
-        momentum = momenta and _every(momenta[part.index], steps_per_epoch)
-        chains[part.label] = _chain(part, rate, momentum)
+        moving = (
+            None if by_group is None else _every(by_group[part.index], steps_per_epoch)
+            for by_group in (rates, momenta)
+        )
+        chains[part.label] = _chain(part, *moving)
     return _over_tree(recipe, chains)
-
-
-class ScheduledMomentumState(NamedTuple):
-    """Steps taken, and the state of an optimizer whose momentum moves with them."""
-
-    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    inner_state: PyTree
 
 
 def _over_tree(
@@ -140,9 +136,7 @@ def _over_tree(
     return optax.GradientTransformation(init, inner.update)
 
 
-def _chain(
-    part: Part, rate: optax.Schedule | None, momentum: optax.Schedule | None
-) -> optax.GradientTransformation:
+def _chain(part: Part, rate: Rate | None, momentum: Rate | None) -> optax.GradientTransformation:
     make, known = _KINDS[part.kind]
     options: dict[str, Any] = {name: _option(part, name) for name in known}
     if part.kind == "Muon":
@@ -152,34 +146,13 @@ def _chain(
         return make(learning_rate, **options)
     if "betas" in known:
         second = options["betas"][1]
-        return _with_momentum(
+        return with_momentum(
             lambda b1: make(learning_rate, **{**options, "betas": (b1, second)}), momentum
         )
-    return _with_momentum(lambda m: make(learning_rate, **{**options, "momentum": m}), momentum)
+    return with_momentum(lambda m: make(learning_rate, **{**options, "momentum": m}), momentum)
 
 
-def _with_momentum(make: Make, momentum: optax.Schedule) -> optax.GradientTransformation:
-    """`optax.inject_hyperparams` of one number, in float32 beside half types."""
-
-    def value(count: Int[Array, ""], params: PyTree) -> Array:
-        dtype = jnp.promote_types(optax.tree.dtype(params, "highest"), jnp.float32)
-        return momentum(count).astype(dtype)
-
-    def init(params: PyTree) -> ScheduledMomentumState:
-        # What it is does not matter here, but it must not be a zero that needs no buffer.
-        count = jnp.zeros([], jnp.int32)
-        return ScheduledMomentumState(count, make(jnp.asarray(0.5)).init(params))
-
-    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        inner = make(value(state.count, updates))
-        updates, inner_state = inner.update(updates, state.inner_state, params)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, ScheduledMomentumState(count, inner_state)
-
-    return optax.GradientTransformation(init, update)
-
-
-def _every(rate: optax.Schedule, steps_per_epoch: int) -> optax.Schedule:
+def _every(rate: Rate, steps_per_epoch: int) -> Rate:
     if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int):
         raise ValueError(f"steps_per_epoch must be a whole number, but it is {steps_per_epoch!r}")
     if steps_per_epoch < 1:
@@ -209,7 +182,7 @@ def _check_whole(torch_optimizer: Any, scheduler: Any) -> None:
     if scheduler is None:
         return
     if getattr(scheduler, "optimizer", None) is not torch_optimizer:
-        raise ValueError("scheduler belongs to another optimizer: pass the one that it was made for")
+        raise ValueError("scheduler moves the rates of another optimizer: pass that one")
     if type(torch_optimizer).__name__ == "Rprop":
         raise ValueError(
             "a scheduler has no effect on Rprop, whose lr is only the first step size: leave it "

@@ -58,7 +58,7 @@ def params_from_torch(
     | leaf in Linen, NNX, Equinox or Haiku | entry of PyTorch |
     |---|---|
     | `kernel` or `w` (in, out) of a dense layer | `weight` (out, in) |
-    | `kernel` or `w` (\*size, in, out) of a convolution, grouped or not | `weight` (out, in, \*size) |
+    | `kernel` or `w` (\*size, in, out) of a convolution | `weight` (out, in, \*size) |
     | `kernel` of several axes in or out, as of `DenseGeneral` | `weight` (out, in) |
     | `weight` of Equinox, `embedding`, `embeddings`, `scale` of any norm | `weight` as it is |
     | `bias`, `b`, `offset`; in Equinox's convolutions (out, 1, 1) | `bias` (out) |
@@ -72,7 +72,8 @@ def params_from_torch(
             can say that a convolution with as many inputs as outputs is transposed.
         params: The tree to fill: variables or parameters of Linen, a state or module of NNX, an
             Equinox module, dicts; arrays or `jax.ShapeDtypeStruct`s. Leaves that are no arrays stay
-            what they are, and so do random keys and the counts beside them.
+            what they are, and so do random keys and the counts beside them. For a float64 model,
+            cast Flax's statistics: they are float32 whatever `param_dtype` is.
         names: Modules of `params`, such as `"Dense_0"`, to modules of PyTorch, such as `"hidden"`;
             or single leaves, such as `"Dense_0/kernel"`, to entries (`"hidden.weight"`) or to
             `Leaf`s, which state the order of axes themselves. Paths are those of the tree with
@@ -89,11 +90,12 @@ def params_from_torch(
             wrong is listed, and nothing is carried over.
 
     PyTorch: `load_state_dict(strict=True)`. Settings are no parameters and stay yours: the `eps`
-    of a norm (1e-5 in PyTorch; in Flax 1e-6, but 1e-5 for the batch norm), the `momentum` of a
-    batch norm (0.1 in PyTorch is 0.9 in JAX), biases that are there or not. The kernel of Flax's
-    `ConvTranspose` is `Leaf(name, (2, 3, 1, 0))` if made with `transpose_kernel=True`; otherwise it
-    is PyTorch's mirrored, as Equinox's weight is, and no order of axes does that. In Equinox, fill
-    the module before its state is split off: `equinox.nn.make_with_state(lambda: filled)()`.
+    of a norm (`LayerNorm`: 1e-5 in PyTorch, 1e-6 in Flax), the `momentum` of a batch norm (0.1 in
+    PyTorch is 0.9 in JAX), biases that are there or not. The kernel of a two-dimensional
+    `ConvTranspose` of Flax is `Leaf(name, (2, 3, 1, 0))` if made with `transpose_kernel=True`;
+    otherwise it is PyTorch's mirrored, as Equinox's weight is, and no order of axes does that. In
+    Equinox, fill the module before its state is split off, with
+    `equinox.nn.make_with_state(lambda: filled)()`.
 
     Examples:
         >>> import numpy as np

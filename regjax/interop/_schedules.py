@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from regjax.interop._leaves import check_class, number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import optax
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Float, Int, PyTree
 
     Count = Int[Array, ""]
-    Rate = Callable[[Count], Float[Array, ""]]
+    Rate = Callable[[Any], Any]
 
 
 def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[optax.Schedule]:
@@ -70,8 +70,8 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
         >>> [float(schedule(step)) for step in (0, 9, 10, 20)]
         [0.5, 0.5, 0.25, 0.125]
     """
-    rates = _rates(scheduler, steps)
-    for index, (group, rate) in enumerate(zip(scheduler.optimizer.param_groups, rates, strict=True)):
+    groups, rates = scheduler.optimizer.param_groups, _rates(scheduler, steps)
+    for index, (group, rate) in enumerate(zip(groups, rates, strict=True)):
         check_current(f"lr of group {index}", group["lr"], rate, scheduler)
     return rates
 
@@ -159,6 +159,36 @@ def _place(scheduler: Any, step: int, last: list[float]) -> None:
         starts, lengths = _restarts(scheduler.T_0, scheduler.T_mult, step)
         scheduler.T_cur, scheduler.T_i = step - starts[-1], lengths[-1]
     scheduler.last_epoch, scheduler._last_lr = step, list(last)
+
+
+class ScheduledMomentumState(NamedTuple):
+    """Steps taken, and the state of an optimizer whose momentum moves with them."""
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    inner_state: PyTree
+
+
+def with_momentum(
+    make: Callable[..., optax.GradientTransformation], momentum: Rate
+) -> optax.GradientTransformation:
+    """`optax.inject_hyperparams` of one number, in float32 beside half types."""
+
+    def value(count: Int[Array, ""], params: PyTree) -> Array:
+        dtype = jnp.promote_types(optax.tree.dtype(params, "highest"), jnp.float32)
+        return momentum(count).astype(dtype)
+
+    def init(params: PyTree) -> ScheduledMomentumState:
+        # What it is does not matter here, but it must not be a zero that needs no buffer.
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledMomentumState(count, make(jnp.asarray(0.5)).init(params))
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        inner = make(value(state.count, updates))
+        updates, inner_state = inner.update(updates, state.inner_state, params)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return updates, ScheduledMomentumState(count, inner_state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _rates(scheduler: Any, steps: int | None) -> list[Rate]:
@@ -344,21 +374,20 @@ def _one_cycle(scheduler: Any, group: dict[str, Any], what: str) -> Rate:
     phases, start = [], 0.0
     for phase in scheduler._schedule_phases:
         ends = (group[phase[f"{end}_{what}"]] for end in ("start", "end"))
-        values = tuple(float(number(f"{what} of OneCycleLR", value)) for value in ends)
-        phases.append((start, phase["end_step"], *values))
+        first, last = (float(number(f"{what} of OneCycleLR", value)) for value in ends)
+        phases.append((start, phase["end_step"], first, last))
         start = phase["end_step"]
 
     def rate(count: Count) -> Float[Array, ""]:
         count = jnp.asarray(count)
         value = jnp.asarray(math.nan, float)
-        for index, (begin, end, *values) in reversed(list(enumerate(phases))):
+        for index, (begin, end, first, last) in reversed(list(enumerate(phases))):
             if end == begin:  # no step lies in it
                 continue
-            inside = _between(
-                *values, _apart(count, begin), -_apart(count, end), end - begin, cosine=cosine
-            )
-            last = total if index == len(phases) - 1 else math.floor(end)
-            value = jnp.where(count <= last, inside, value)
+            passed, left = _apart(count, begin), -_apart(count, end)
+            inside = _between(first, last, passed, left, end - begin, cosine=cosine)
+            until = total if index == len(phases) - 1 else math.floor(end)
+            value = jnp.where(count <= until, inside, value)
         return value
 
     return rate

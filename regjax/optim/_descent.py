@@ -138,7 +138,7 @@ def asgd(
       \mu_t = \frac{1}{\max(1,\, t - 1 - t_0)}$$
 
     The average is what to evaluate with, once more than `t0 + 1` steps are taken; until then it
-    is the last parameters. It is kept in the state: `state[3].ax`.
+    is the last parameters. It is kept in the state: `state[3].ax`, `optax.tree.get(state, "ax")`.
 
     Args:
         learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it. As

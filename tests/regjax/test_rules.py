@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -66,6 +67,7 @@ class Equinox(eqx.Module):
     nothing: Any = None
 
 
+@functools.cache
 def equinox_model() -> Equinox:
     return Equinox(
         eqx.nn.Embedding(3, 4, key=KEY),
@@ -92,6 +94,7 @@ def nnx_model() -> nnx.Module:
     )
 
 
+@functools.cache
 def haiku_params() -> Any:
     def forward(tokens):
         x = hk.Embed(5, 4)(tokens)
@@ -105,6 +108,7 @@ def haiku_params() -> Any:
     return params
 
 
+@functools.cache
 def linen_variables() -> Any:
     return Linen().init(KEY, jnp.zeros((2, 3), jnp.int32))
 
@@ -433,7 +437,7 @@ def test_mask_goes_into_penalties_and_nnx_optimizers():
     assert float(regjax.l2_penalty(ones, 1.0, mask=decay_mask)) == 3 * 6
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     model.bias[...] = jnp.ones(3)
-    before = nnx.state(model, nnx.Param)
+    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
     optimizer = nnx.Optimizer(model, regjax.optim.adamw(0.1, mask=decay_mask), wrt=nnx.Param)
     optimizer.update(model, jax.tree.map(jnp.zeros_like, before))
     after = nnx.state(model, nnx.Param)
@@ -459,12 +463,15 @@ def test_what_is_no_parameter_is_false_and_not_asked_about():
         "kernel": LAYER,
     }
     mask = decay_mask(params, [("**", True)])
-    assert {name for name, value in mask.items() if value is False} == set(others)
+    assert {name for name, value in mask.items() if value is False} == {"count", "key", "f", "p"}
     assert mask["kernel"] == {"kernel": True, "bias": True}
     with pytest.raises(ValueError, match="'count', which matches none of 'kernel/bias'"):
         decay_mask(params, "count")
     variables = {"params": LAYER, "batch_stats": {"kernel": jnp.ones((2, 2))}}
     assert decay_mask(variables, "kernel")["batch_stats"] == {"kernel": False}
+    # Another name beside `params` is no collection of Flax, and is judged.
+    assert decay_mask({"params": LAYER, "critic": LAYER})["critic"]["kernel"]
+    assert not decay_mask({"net": {"params": LAYER, "cache": LAYER}})["net"]["params"]["bias"]
 
 
 def test_partitioned_linen_parameters():

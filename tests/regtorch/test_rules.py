@@ -96,7 +96,7 @@ class LlamaRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(3))
 
 
-class Affine(LlamaRMSNorm.__bases__[0]):
+class Affine(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(shape))
@@ -160,7 +160,7 @@ def test_tied_weights_are_one_parameter(head_first):
     assert len(decay_table(module)) == 1
     ((_, tensor),) = decay_groups(module, 0.1)[0]["params"]
     assert tensor is module.head.weight
-    with pytest.raises(ValueError, match="says .* of '.*' and '.*', which are one parameter"):
+    with pytest.raises(ValueError, match=r"says .* of '.*' and '.*', which are one parameter"):
         decay_mask(module, lambda path, leaf, kind: kind == "linear")
 
 
@@ -176,12 +176,8 @@ def test_frozen_parameters_are_left_out():
     assert decaying(module) == {"2.weight"}
     assert [row.rule for row in decay_table(module)][:2] == ["frozen", "frozen"]
     groups = decay_groups(module, 0.1)
-    assert [name for group in groups for name, _ in group["params"]] == [
-        "1.weight",
-        "1.bias",
-        "2.weight",
-        "2.bias",
-    ]
+    names = {name for group in groups for name, _ in group["params"]}
+    assert names == {"1.weight", "1.bias", "2.weight", "2.bias"}
     # A rule still matches what is frozen, and need not know it.
     assert decay_rates(module, 0.1, [("0/*", True), ("**", False)])["0.weight"] == 0.0
     assert decay_mask(nn.Sequential(Affine(3).requires_grad_(False))) == {"0.weight": False}
