@@ -1,22 +1,26 @@
-"""Port a PyTorch model with dropout and parameter groups to JAX, and prove that it is the same.
+"""Carry a PyTorch training run over to JAX in the middle, and prove that it goes on as before.
 
-    python -m examples.port_from_torch               # 200 steps in both frameworks; seconds
-    python -m examples.port_from_torch --mistake key # a defect built in, and where it is found
+    python -m examples.port_from_torch                 # 300 steps in PyTorch, 300 more in both
+    python -m examples.port_from_torch --mistake state # a defect built in, and where it is found
 
-The PyTorch model stays as it is: `regtorch.keyed.convert` gives each of its dropouts a key of its
-own, named after the module's path. The JAX model draws from the same keys, by the same names.
+The PyTorch model has dropouts, parameter groups with rates of their own and a one-cycle schedule.
+It stays as it is: `regtorch.keyed.convert` gives each of its dropouts a key, named after the
+module's path, and the JAX model draws from the same keys, by the same names. After the first half,
+`regjax.interop` reads the parameters, the optimizer with its groups and schedule, and the moments
+off PyTorch's objects. Then both train on, and every step is compared.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -25,18 +29,18 @@ from sklearn.datasets import load_digits
 import regjax
 import regtorch
 from parity_tests.harness import JaxSide, Leaf, TorchSide, compare_training, tensors
+from regjax import interop
 
 ROOT = 0
 RATES = {"1": 0.1, "4": 0.5}  # by the path of the torch.nn.Dropout in the model
-NAMES = {
-    "hidden/kernel": Leaf("0.weight", (1, 0)),
-    "hidden/bias": Leaf("0.bias"),
-    "middle/kernel": Leaf("2.weight", (1, 0)),
-    "middle/bias": Leaf("2.bias"),
-    "out/kernel": Leaf("5.weight", (1, 0)),
-    "out/bias": Leaf("5.bias"),
+LAYERS = {"hidden": "0", "middle": "2", "out": "5"}  # by the path of the torch.nn.Linear
+MISTAKES = {
+    "none": "the port as it should be",
+    "key": "one dropout draws with the key of the next step",
+    "rate": "one dropout has rate 0.51 for 0.5",
+    "bias": "the biases decay too",
+    "state": "the optimizer begins anew, without moments and schedule",
 }
-MISTAKES = ("none", "key", "rate", "bias")
 
 
 def torch_model() -> torch.nn.Module:
@@ -51,13 +55,22 @@ def torch_model() -> torch.nn.Module:
     )
 
 
-def torch_side() -> TorchSide:
-    """The original with its recipe: biases do not decay."""
+def torch_side(steps: int) -> TorchSide:
+    """The original with its recipe: biases learn faster and do not decay; one cycle of the rates.
+
+    Args:
+        steps: of the whole run.
+    """
     torch.manual_seed(0)
     model = regtorch.keyed.convert(torch_model())
-    kernels = [p for p in model.parameters() if p.ndim > 1]
-    biases = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": kernels}, {"params": biases, "weight_decay": 0.0}]
+    kernels = [(n, p) for n, p in model.named_parameters() if p.ndim > 1]
+    biases = [(n, p) for n, p in model.named_parameters() if p.ndim == 1]
+    groups = [
+        {"params": kernels, "lr": 2e-3, "weight_decay": 0.05},
+        {"params": biases, "lr": 4e-3, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [2e-3, 4e-3], total_steps=steps + 1)
     root = regtorch.key(ROOT)
 
     def loss(model: torch.nn.Module, batch: Any, step: int) -> torch.Tensor:
@@ -65,14 +78,41 @@ def torch_side() -> TorchSide:
         regtorch.keyed.set_key(model, root, step)
         return torch.nn.functional.cross_entropy(model(images), labels)
 
-    return TorchSide(model, loss, torch.optim.AdamW(groups, lr=2e-3, weight_decay=0.05))
+    return TorchSide(model, loss, optimizer, scheduler)
 
 
-def jax_side(mistake: str = "none") -> JaxSide:
-    """The port, with a mistake if one is asked for."""
+def train_in_torch(side: TorchSide, batches: Sequence[Any], on_step: Callable[[], None]) -> None:
+    """The first half: nothing but PyTorch."""
+    assert side.scheduler is not None
+    for step, batch in enumerate(batches):
+        side.optimizer.zero_grad()
+        side.loss(side.model, batch, step).backward()
+        side.optimizer.step()
+        side.scheduler.step()
+        on_step()
+
+
+def jax_side(original: TorchSide, mistake: str = "none") -> tuple[JaxSide, dict[str, Leaf]]:
+    """The port, from where the original stands, and which of its parameters is which.
+
+    Args:
+        original: after any number of steps.
+        mistake: one of `MISTAKES`.
+    """
     sizes = {"hidden": (64, 64), "middle": (64, 32), "out": (32, 10)}
-    params = {n: {"kernel": jnp.zeros(s), "bias": jnp.zeros(s[1])} for n, s in sizes.items()}
-    decays = {n: {"kernel": True, "bias": mistake == "bias"} for n in sizes}
+    template = {n: {"kernel": jnp.zeros(s), "bias": jnp.zeros(s[1])} for n, s in sizes.items()}
+    weights = original.model.state_dict()
+    params = interop.params_from_torch(weights, template, LAYERS)
+    names = interop.leaves_from_torch(weights, template, LAYERS)
+    recipe = {"scheduler": original.scheduler}
+    optimizer = interop.optimizer_from_torch(original.optimizer, names, **recipe)
+    state = interop.state_from_torch(original.optimizer, names, params, optimizer, **recipe)
+    if mistake == "bias":
+        biases = jax.tree.map(lambda p: p.ndim == 1, params)
+        late = regjax.optim.add_independent_weight_decay(1e-4, mask=biases)
+        optimizer, state = optax.chain(optimizer, late), (state, late.init(params))
+    if mistake == "state":
+        state = optimizer.init(params)
     root = jax.random.key(ROOT)
 
     def dense(params: Any, x: jax.Array) -> jax.Array:
@@ -90,7 +130,7 @@ def jax_side(mistake: str = "none") -> JaxSide:
         chances = jax.nn.log_softmax(dense(params["out"], x))
         return -jnp.take_along_axis(chances, labels[:, None], axis=1).mean()
 
-    return JaxSide(params, loss, regjax.optim.adamw(2e-3, weight_decay=0.05, mask=decays))
+    return JaxSide(params, loss, optimizer, state), names
 
 
 def batches(steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -102,21 +142,28 @@ def batches(steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains both, compares every step, and says whether they are the same."""
+    """Trains, carries over, trains on in both, and says whether they stay the same."""
     options = _parser().parse_args(argv)
     console = Console()
+    half, data = options.steps, batches(2 * options.steps)
+    original = torch_side(2 * half)
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("training both", total=options.steps)
+        first = progress.add_task("PyTorch alone", total=half)
+        train_in_torch(original, data[:half], lambda: progress.advance(first))
+        port, names = jax_side(original, options.mistake)
+        second = progress.add_task("JAX beside PyTorch", total=half)
         found = compare_training(
-            jax_side(options.mistake),
-            torch_side(),
-            batches(options.steps),
-            NAMES,
-            progress=lambda step: progress.update(task, completed=step),
+            port,
+            original,
+            data[half:],
+            names,
+            start=half,
+            progress=lambda step: progress.update(second, completed=step),
         )
     console.print(str(found), markup=False, soft_wrap=True)
     ours, theirs = found.losses[-1]
-    console.print(f"loss after {len(found.losses)} steps: JAX {ours:.6f}, PyTorch {theirs:.6f}")
+    taken = half + len(found.losses)
+    console.print(f"loss after {taken} steps: JAX {ours:.6f}, PyTorch {theirs:.6f}")
     picture = options.out / "port_from_torch.png"
     found.plot(picture)
     console.print(f"picture: {picture}", soft_wrap=True)
@@ -130,9 +177,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--steps", type=int, choices=range(1, 10_001), metavar="N", default=200, help="default: 200"
+        "--steps",
+        type=int,
+        choices=range(1, 10_001),
+        metavar="N",
+        default=300,
+        help="of each half (default: %(default)s)",
     )
-    parser.add_argument("--mistake", choices=MISTAKES, default="none", help="default: none")
+    what = "; ".join(f"{name}: {about}" for name, about in MISTAKES.items())
+    parser.add_argument("--mistake", choices=MISTAKES, default="none", metavar="NAME", help=what)
     parser.add_argument(
         "--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs"
     )

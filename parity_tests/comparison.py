@@ -53,6 +53,7 @@ class Comparison:
         first: where they part, or None.
         sites: how many masks of each site were compared.
         notes: what could not be compared, in words.
+        start: how many steps were taken before the first that is compared.
     """
 
     tier: Tier
@@ -61,6 +62,7 @@ class Comparison:
     first: Divergence | None
     sites: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
+    start: int = 0
 
     @property
     def agrees(self) -> bool:
@@ -81,7 +83,10 @@ class Comparison:
         for quantity, values in self.deviations.items():
             if values:
                 worst = int(np.argmax(values))
-                lines.append(f"| {quantity} | {len(values)} | {values[worst]:.2e} | {worst + 1} |")
+                lines.append(
+                    f"| {quantity} | {len(values)} | {values[worst]:.2e}"
+                    f" | {self.start + worst + 1} |"
+                )
         return "\n".join(lines) + "\n"
 
     def plot(self, path: str | Path) -> None:
@@ -90,13 +95,16 @@ class Comparison:
 
         figure = Figure(figsize=(11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        steps = range(1, len(self.losses) + 1)
+        first = self.start + 1
+        steps = range(first, first + len(self.losses))
         left.plot(steps, [ours for ours, _ in self.losses], label="JAX")
         left.plot(steps, [theirs for _, theirs in self.losses], "--", label="PyTorch")
         left.set_ylabel("loss")
         for quantity, values in self.deviations.items():
             # Equal bits have no place on a logarithmic axis: they lie below everything.
-            right.plot(range(1, len(values) + 1), [max(v, 1e-18) for v in values], label=quantity)
+            right.plot(
+                range(first, first + len(values)), [max(v, 1e-18) for v in values], label=quantity
+            )
         if self.tier.tolerance:
             right.axhline(self.tier.tolerance, color="#333333", linestyle=":", label="bound")
         right.set_yscale("log")

@@ -58,11 +58,14 @@ class JaxSide:
         params: a tree of parameters; replaced by those of the PyTorch model before the first step.
         loss: `loss(params, batch, step)`, a scalar. It is jitted here, with `step` traced.
         optimizer: an optax transformation.
+        state: the optimizer's state to go on from, as `regjax.interop.state_from_torch` makes it;
+            without one the run begins with the optimizer's first step.
     """
 
     params: PyTree
     loss: Callable[[Any, Any, Any], jax.Array]
     optimizer: optax.GradientTransformation
+    state: PyTree | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +76,13 @@ class TorchSide:
         model: a module; it is trained in place.
         loss: `loss(model, batch, step)`, a scalar tensor.
         optimizer: a `torch.optim` optimizer over the model's parameters.
+        scheduler: of its learning rate, if it has one; it steps after the optimizer.
     """
 
     model: torch.nn.Module
     loss: Callable[[torch.nn.Module, Any, int], torch.Tensor]
     optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
 
 def compare_forward(ours: Any, theirs: torch.Tensor, tier: Tier = FLOAT32) -> float:
@@ -123,6 +128,7 @@ def compare_training(
     tier: Tier = FLOAT32,
     tolerances: Mapping[str, float] = MappingProxyType({}),
     record: bool = True,
+    start: int = 0,
     stop_at_first: bool = True,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Comparison:
@@ -143,6 +149,7 @@ def compare_training(
             `"state"`, such as `{"loss": 1e-4, "gradient": math.inf}`.
         record: whether masks and the values they fall on are taken down; without it long runs are
             faster.
+        start: the number of the first step, which losses are given and keys are derived from.
         stop_at_first: whether to stop where the sides part, or to go on and see what becomes of it.
         progress: told of each step done.
 
@@ -159,7 +166,9 @@ def compare_training(
     deviations: dict[str, list[float]] = {quantity: [] for quantity in QUANTITIES}
     sites, notes = collections.Counter(), {}
     with recorder.watching() if record else contextlib.nullcontext():
-        for step, pairs in enumerate(_steps(jax_side, torch_side, batches, leaves), start=1):
+        for step, pairs in enumerate(
+            _steps(jax_side, torch_side, batches, leaves, start), start=start + 1
+        ):
             losses.append(tuple(float(side["loss"]) for side in pairs["loss"]))
             draws = _Draws(*recorder.taken())
             sites.update(draws.sites)
@@ -169,24 +178,28 @@ def compare_training(
             for quantity, values in apart.items():
                 deviations[quantity].append(max(values.values(), default=0.0))
             first = first or _first(step, found, draws)
-            progress(step)
+            progress(step - start)
             if first and stop_at_first:
                 break
     if not losses:
         raise ValueError("batches is empty: there is nothing to compare")
-    return Comparison(tier, deviations, losses, first, dict(sites), tuple(notes))
+    return Comparison(tier, deviations, losses, first, dict(sites), tuple(notes), start)
 
 
 def _steps(
-    jax_side: JaxSide, torch_side: TorchSide, batches: Iterable[Any], leaves: Mapping[str, Leaf]
+    jax_side: JaxSide,
+    torch_side: TorchSide,
+    batches: Iterable[Any],
+    leaves: Mapping[str, Leaf],
+    start: int,
 ) -> Iterator[dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]]:
     """Trains both sides; for each step and quantity, the arrays of JAX and of PyTorch by name."""
     model, optimizer = torch_side.model, torch_side.optimizer
     params = _moved(jax_side.params, model, leaves)
-    state = jax_side.optimizer.init(params)
+    state = jax_side.optimizer.init(params) if jax_side.state is None else jax_side.state
     gradient = jax.jit(jax.value_and_grad(jax_side.loss))
     update = jax.jit(jax_side.optimizer.update)
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(batches, start):
         ours_loss, ours_gradient = gradient(params, batch, step)
         updates, state = update(ours_gradient, state, params)
         params = optax.apply_updates(params, updates)
@@ -195,6 +208,8 @@ def _steps(
         theirs_loss.backward()
         theirs_gradient = _torch_arrays(model, leaves, lambda p: p.grad)
         optimizer.step()
+        if torch_side.scheduler is not None:
+            torch_side.scheduler.step()
         yield {
             "loss": ({"loss": np.asarray(ours_loss)}, {"loss": from_torch(theirs_loss)}),
             "gradient": (_jax_arrays(ours_gradient), theirs_gradient),

@@ -41,7 +41,7 @@ def _as_the_frameworks_need_it() -> Iterator[None]:
 
 
 def randomized(module: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:
-    """The module in evaluation, with no parameter or statistic as it comes: none, one, zero."""
+    """The module in evaluation, none of its parameters or statistics left at zero or one."""
     module = module.to(getattr(torch, dtype)).eval()
     for tensor in module.state_dict().values():
         if tensor.is_floating_point():
@@ -336,12 +336,13 @@ def test_statistics_of_equinox_go_on_where_pytorch_left_them(mode):
     layer, state = eqx.nn.make_with_state(lambda: filled)()
     x = np.random.default_rng(3).standard_normal((6, WIDTH)).astype(np.float32)
     model.train()(torch.from_numpy(x))
-    step = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-    mean, var = step(x, state)[1].get(getattr(layer, f"{mode}_state_index"))
-    np.testing.assert_allclose(mean, model.running_mean.numpy(), rtol=0, atol=1e-6)
+    mapped = {"in_axes": (0, None), "out_axes": (0, None), "axis_name": "batch"}
+    _, state = jax.vmap(layer, **mapped)(x, state)
+    ours, _ = jax.vmap(eqx.nn.inference_mode(layer), **mapped)(x, state)
     # PyTorch adds the variance of a sample, JAX's layers that of a population.
-    biased = model.running_var.numpy() - 0.1 * x.var(0) / (len(x) - 1)
-    np.testing.assert_allclose(var, biased, rtol=0, atol=1e-6)
+    model.running_var -= torch.from_numpy(0.1 * x.var(0) / (len(x) - 1))
+    theirs = model.eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_transposed_convolution_of_flax_with_a_leaf():
@@ -495,6 +496,20 @@ ERRORS = {
             "'fc/kernel' has shape (2, 4) in params, but 'fc.weight' of shape (3, 2) arrives as "
             "(2, 3)",
             "'fc/bias' has shape (4,) in params, but 'fc.bias' of shape (3,)",
+        ],
+    ),
+    "shape to unfold to": (
+        {"a.weight": _array(6, 4), "b.weight": _array(6, 1), "c.bias": _array(6)},
+        {
+            "a": {"kernel": _array(2, 4, 3)},
+            "b": {"kernel": _array(2, 3)},
+            "c": {"bias": _array(2, 4)},
+        },
+        {},
+        [
+            "'a/kernel' has shape (2, 4, 3) in params, but 'a.weight' of shape (6, 4)",
+            "'b/kernel' has shape (2, 3) in params, but 'b.weight' of shape (6, 1)",
+            "'c/bias' has shape (2, 4) in params, but 'c.bias' of shape (6,)",
         ],
     ),
     "dtype": (

@@ -1,4 +1,4 @@
-"""The example of a port: the same run in both frameworks, and mistakes that are found."""
+"""A run carried over from PyTorch in the middle: it goes on the same; mistakes are found."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ def test_the_port_is_the_same(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("mistake", "quantity"), [("key", "loss"), ("rate", "loss"), ("bias", "parameter")]
+    ("mistake", "where"),
+    [
+        ("key", "in the mask '4': its key is that of step 26 in JAX and of 25 in PyTorch"),
+        ("rate", "in the mask '4': rate 0.51 in JAX and 0.5 in PyTorch"),
+        ("bias", "in the parameter '"),
+        ("state", "in the parameter '"),
+    ],
 )
-def test_a_mistake_is_found_at_the_first_step(tmp_path, capsys, mistake, quantity):
+def test_a_mistake_is_found_at_the_first_step(tmp_path, capsys, mistake, where):
     assert run(tmp_path, "--mistake", mistake) == 1
-    assert f"part at step 1, in the {quantity}" in capsys.readouterr().out
+    assert f"part at step 26, {where}" in capsys.readouterr().out

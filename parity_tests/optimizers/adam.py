@@ -263,12 +263,17 @@ _SHRUNK = 1000 * 2.0**-25
 # twice; an optax update is one term.
 _TWICE = 5e-6
 
+# Coupled decay alone drives a parameter without a gradient to zero, where nothing but eps holds the
+# step back: with eps=1e-8, a start moved by 2e-16 of itself leads torch elsewhere in 40 steps.
+_DAMPED = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}
+
+# `stable`: in training, near the minimum, the step is a quotient of two numbers that both vanish.
 CASES = (
-    Case("adam", "Adam", {"lr": 0.01}),
+    Case("adam", "Adam", {"lr": 0.01}, stable=500),
     Case("adam-decay", "Adam", {"lr": 0.01, "weight_decay": 0.1}),
     Case("adam-amsgrad", "Adam", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
-    Case("adam-betas", "Adam", {"lr": 0.01, "betas": (0.5, 0.99999)}),
-    Case("adam-betas-zero", "Adam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),
+    Case("adam-betas", "Adam", {"lr": 0.01, "betas": (0.5, 0.99999)}, stable=200),
+    Case("adam-betas-zero", "Adam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}, stable=200),
     Case("adam-eps", "Adam", {"lr": 0.01, "eps": 0.1, "amsgrad": True}),
     Case("adam-maximize", "Adam", {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
     Case(
@@ -276,10 +281,11 @@ CASES = (
         "Adam",
         {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
         float32=_SHRUNK,
+        stable=500,
     ),
     Case("adam-schedule", "Adam", {"lr": 0.01, "weight_decay": 0.1}, half_life=30),
     Case("adam-mask", "Adam", {"lr": 0.01, "weight_decay": 0.1}, mask=no_bias),
-    Case("adamw", "AdamW", {"lr": 0.01}, float32=_SHRUNK),
+    Case("adamw", "AdamW", {"lr": 0.01}, float32=_SHRUNK, stable=500),
     Case(
         "adamw-amsgrad",
         "AdamW",
@@ -296,35 +302,36 @@ CASES = (
         "adamw-schedule", "AdamW", {"lr": 0.01, "weight_decay": 1.0}, half_life=30, float32=_SHRUNK
     ),
     Case("adamw-mask", "AdamW", {"lr": 0.01, "weight_decay": 1.0}, mask=no_bias, float32=_SHRUNK),
-    Case("nadam", "NAdam", {"lr": 0.01}, float32=_TWICE),
-    Case("nadam-decay", "NAdam", {"lr": 0.01, "weight_decay": 0.1}, float32=_TWICE),
+    Case("nadam", "NAdam", {"lr": 0.01}, float32=_TWICE, stable=400),
+    Case("nadam-decay", "NAdam", _DAMPED, float32=_TWICE),
     Case(
         "nadam-decoupled",
         "NAdam",
         {"lr": 0.01, "weight_decay": 1.0, "decoupled_weight_decay": True},
         float32=_SHRUNK,
     ),
-    Case("nadam-betas", "NAdam", {"lr": 0.01, "betas": (0.5, 0.99999)}, float32=_TWICE),
+    Case("nadam-betas", "NAdam", {"lr": 0.01, "betas": (0.5, 0.99999)}, float32=_TWICE, stable=100),
     Case(
         "nadam-momentum",
         "NAdam",
         {"lr": 0.01, "betas": (0.99, 0.999), "momentum_decay": 0.5},
         float32=_TWICE,
+        stable=500,
     ),
-    Case("nadam-betas-zero", "NAdam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),
+    Case("nadam-betas-zero", "NAdam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}, stable=200),
     Case("nadam-eps", "NAdam", {"lr": 0.01, "eps": 0.1}, float32=_TWICE),
     Case(
         "nadam-maximize",
         "NAdam",
-        {"lr": 0.01, "weight_decay": 0.1, "maximize": True},
+        {**_DAMPED, "maximize": True},
         float32=_TWICE,
     ),
     Case(
         "nadam-schedule", "NAdam", {"lr": 0.01, "weight_decay": 0.1}, half_life=30, float32=_TWICE
     ),
-    Case("nadam-mask", "NAdam", {"lr": 0.01, "weight_decay": 0.1}, mask=no_bias, float32=_TWICE),
+    Case("nadam-mask", "NAdam", _DAMPED, mask=no_bias, float32=_TWICE),
     Case("radam", "RAdam", {"lr": 0.01}),
-    Case("radam-decay", "RAdam", {"lr": 0.01, "weight_decay": 0.1}),
+    Case("radam-decay", "RAdam", _DAMPED),
     Case(
         "radam-decoupled",
         "RAdam",
@@ -332,17 +339,17 @@ CASES = (
         float32=_SHRUNK,
     ),
     # With so long a memory torch's rho_t is off by 7e-8 of itself even in double.
-    Case("radam-betas", "RAdam", {"lr": 0.01, "betas": (0.5, 0.99999)}, float64=1e-11),
+    Case("radam-betas", "RAdam", {"lr": 0.01, "betas": (0.5, 0.99999)}, float64=1e-10),
     Case("radam-short", "RAdam", {"lr": 0.01, "betas": (0.9, 0.5)}),
     Case("radam-betas-zero", "RAdam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),
     Case("radam-eps", "RAdam", {"lr": 0.01, "eps": 0.1}),
-    Case("radam-maximize", "RAdam", {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
+    Case("radam-maximize", "RAdam", {**_DAMPED, "maximize": True}),
     Case("radam-schedule", "RAdam", {"lr": 0.01, "weight_decay": 0.1}, half_life=30),
-    Case("radam-mask", "RAdam", {"lr": 0.01, "weight_decay": 0.1}, mask=no_bias),
+    Case("radam-mask", "RAdam", _DAMPED, mask=no_bias),
     Case("adamax", "Adamax", {"lr": 0.01}),
     Case("adamax-decay", "Adamax", {"lr": 0.01, "weight_decay": 0.1}),
     Case("adamax-betas", "Adamax", {"lr": 0.01, "betas": (0.5, 0.99999)}),
-    Case("adamax-betas-zero", "Adamax", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),
+    Case("adamax-betas-zero", "Adamax", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}, stable=200),
     Case("adamax-eps", "Adamax", {"lr": 0.01, "eps": 0.1}),
     Case("adamax-maximize", "Adamax", {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
     Case("adamax-schedule", "Adamax", {"lr": 0.01, "weight_decay": 0.1}, half_life=30),

@@ -32,6 +32,22 @@ class Leaf:
     name: str
     transpose: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        """Counts axes from the front.
+
+        Raises:
+            ValueError: `transpose` is no order of axes.
+        """
+        if self.transpose is not None:
+            ndim = len(self.transpose)
+            order = tuple(axis + ndim if axis < 0 else axis for axis in self.transpose)
+            if sorted(order) != list(range(ndim)):
+                raise ValueError(
+                    f"transpose of '{self.name}' must name each axis once, such as (1, 0), but it "
+                    f"is {self.transpose}"
+                )
+            object.__setattr__(self, "transpose", order)
+
     def to_jax(self, array: np.ndarray) -> np.ndarray:
         """The PyTorch array as JAX holds it."""
         return array if self.transpose is None else np.transpose(array, self.transpose)

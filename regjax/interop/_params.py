@@ -152,7 +152,7 @@ def leaves_from_torch(
         [
             f"'{name}' has no Leaf: it is {source}, which feeds other leaves too"
             for name, source in sources.items()
-            if source.part is not None or feeds[source.leaf.name] > 1
+            if feeds[source.leaf.name] > 1
         ]
     )
     return {name: source.leaf for name, source in sources.items()}
@@ -217,15 +217,16 @@ def _matched(
     """The entries of PyTorch, and for each leaf what feeds it."""
     entries, transposed = _entries(state_dict), _transposed_in_torch(state_dict)
     leaves = [(path_name(path), path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
-    leaves = [(name, path, leaf) for name, path, leaf in leaves if _is_fed(name, leaf, params)]
+    counts = _counts([name for name, _, leaf in leaves if _is_key(leaf)])
+    leaves = [at for at in leaves if _is_fed(at[0], at[2]) and at[0] not in counts]
     problems = _misspelt(names, [name for name, _, _ in leaves])
     sources: dict[str, _Source] = {}
-    taken: set[tuple[str, int | None]] = set()
+    taken: dict[str, set[int | None]] = {}
     for name, path, leaf in leaves:
         try:
             key, given, part = _find(name, names, entries)
             entry = given if isinstance(given, str) else given.name
-            taken.add((entry, part))
+            taken.setdefault(entry, set()).add(part)
             if isinstance(given, str):
                 if entry.rpartition(".")[0] in transposed or _is_transposed(name, path, params):
                     _refuse_transposed(name, entry, entries)
@@ -254,11 +255,10 @@ def _array(value: Any) -> np.ndarray:
     return value.numpy()
 
 
-def _is_fed(name: str, leaf: Any, params: PyTree) -> bool:
+def _is_fed(name: str, leaf: Any) -> bool:
     """Whether a leaf comes from PyTorch, and is no setting, random key or mark of Equinox."""
-    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or _settled(name) is not None:
-        return False
-    return not (_is_key(leaf) or name in _counts(params))
+    is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return is_array and _settled(name) is None and not _is_key(leaf)
 
 
 def _unfed(name: str, leaf: Any) -> Any:
@@ -274,9 +274,8 @@ def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _counts(params: PyTree) -> set[str]:
-    """The counts of NNX's random streams: they stand beside a key."""
-    keys = [name for name, leaf in named_leaves(params) if _is_key(leaf)]
+def _counts(keys: Sequence[str]) -> set[str]:
+    """Where the counts of NNX's random streams are: each stands beside a key."""
     return {re.sub(r"(^|/)key(/value)?$", r"\1count\2", name) for name in keys}
 
 
@@ -358,7 +357,7 @@ def _candidates(
         return
     *owners, role = modules
     owner = _joined(target, *owners)
-    if not any(_joined(owner, f"{kind}_proj_weight") in entries for kind in ("in", "q")):
+    if not any(_joined(owner, name) in entries for name in ("in_proj_weight", "q_proj_weight")):
         return
     projection = role.removesuffix("_proj")
     if projection in _STACKED:
@@ -396,7 +395,7 @@ def _unfolds(folded: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether one or two axes can each be unfolded to axes that follow each other."""
     if len(folded) == 1:
         return math.prod(shape) == folded[0]
-    cuts = ((math.prod(shape[:cut]), math.prod(shape[cut:])) for cut in range(len(shape)))
+    cuts = ((math.prod(shape[:cut]), math.prod(shape[cut:])) for cut in range(1, len(shape)))
     return len(folded) == 2 and folded in cuts
 
 
@@ -456,14 +455,14 @@ def _refuse_transposed(name: str, entry: str, entries: Mapping[str, np.ndarray])
 
 def _left_over(
     entries: Mapping[str, np.ndarray],
-    taken: Collection[tuple[str, int | None]],
+    taken: Mapping[str, Collection[int | None]],
     optional: Collection[str],
 ) -> list[str]:
     # num_batches_tracked only counts: no layer of JAX keeps it, and nothing is computed from it.
     ignored = {"num_batches_tracked", *optional}
     left = []
     for entry in entries:
-        parts = {part for name, part in taken if name == entry}
+        parts = taken.get(entry, ())
         if entry.rpartition(".")[2] in ignored or None in parts:
             continue
         missing = [part for part in range(3) if part not in parts] if parts else [None]

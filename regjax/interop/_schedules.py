@@ -174,8 +174,8 @@ def with_momentum(
     """`optax.inject_hyperparams` of one number, in float32 beside half types."""
 
     def value(count: Int[Array, ""], params: PyTree) -> Array:
-        dtype = jnp.promote_types(optax.tree.dtype(params, "highest"), jnp.float32)
-        return momentum(count).astype(dtype)
+        highest = jnp.finfo(optax.tree.dtype(params, "highest"))
+        return momentum(count).astype(jnp.float32 if highest.bits < 32 else highest.dtype)
 
     def init(params: PyTree) -> ScheduledMomentumState:
         # What it is does not matter here, but it must not be a zero that needs no buffer.

@@ -72,7 +72,7 @@ def state_from_torch(
         `optimizer.init(params)`. Of a group that has not taken a step it is that state.
 
     Raises:
-        ValueError: As `optimizer_from_torch` does; `optimizer` was made of something else; a
+        ValueError: As `optimizer_from_torch` does; `optimizer` was made of other arguments; a
             parameter lacks an entry that others of its group have, or has one that is not known; a
             tensor has another shape or dtype than the parameter in JAX; the parameters of a group
             were not all trained for the same number of steps; or that does not fit the scheduler.
@@ -105,9 +105,10 @@ def state_from_torch(
     }
     template = optimizer.init(params)
     _check_made_for(template, recipe)
+    _check_scheduled(template, recipe, scheduler)
 
     def filled(path: tuple[Any, ...], old: Any) -> Any:
-        label, place = _place(path, recipe, template)
+        label, place = _place(path, recipe)
         return read[label].value(place, old)
 
     return jax.tree.map_with_path(filled, template)
@@ -162,16 +163,19 @@ def state_to_torch(
     recipe = read_recipe(torch_optimizer, names, model)
     rates = None if scheduler is None else schedule_from_torch(scheduler, steps=steps)
     _check_made_for(state, recipe)
+    _check_scheduled(state, recipe, scheduler)
     written = {part.label: _Written(part, torch_optimizer.state) for part in recipe.parts}
     for path, value in jax.tree.leaves_with_path(state):
-        label, place = _place(path, recipe, state)
+        label, place = _place(path, recipe)
         written[label].take(place, np.asarray(value))
     entries = [entry for label in written for entry in written[label].entries(step)]
     counts = {count for label in written for count in written[label].scheduled}
     if scheduler is not None and len(counts) != 1:
         raise ValueError(f"the state must have one count for the scheduler, but has {counts or 0}")
     for tensor, entry in entries:
-        torch_optimizer.state[tensor] = entry
+        torch_optimizer.state.pop(tensor, None)
+        if entry:
+            torch_optimizer.state[tensor] = entry
     if rates is not None:
         move_scheduler(scheduler, rates, counts.pop() // steps_per_epoch)
 
@@ -184,7 +188,7 @@ class _Place(NamedTuple):
     path: str
 
 
-def _place(path: tuple[Any, ...], recipe: Recipe, state: PyTree) -> tuple[str, _Place]:
+def _place(path: tuple[Any, ...], recipe: Recipe) -> tuple[str, _Place]:
     """To which part of the recipe a leaf of the state belongs, and where it is in there."""
     label, rest = recipe.parts[0].label if recipe.parts else "", list(path)
     if not recipe.is_single:
@@ -219,6 +223,21 @@ def _check_made_for(state: Any, recipe: Recipe) -> None:
         raise ValueError(
             "the state is not that of the optimizer that optimizer_from_torch makes: pass that "
             "optimizer, or the part of the state that is its, without what is chained to it"
+        )
+
+
+def _check_scheduled(state: PyTree, recipe: Recipe, scheduler: Any) -> None:
+    """Refuse a scheduler that has no schedule in the state, and the other way round."""
+    parts = {part.label: part for part in recipe.parts}
+    scheduled = {label for label, part in parts.items() if _shares_count(part) and scheduler}
+    for path, _ in jax.tree.leaves_with_path(state):
+        label, place = _place(path, recipe)
+        if _role(parts[label], place) == "scheduled":
+            scheduled.add(label)
+    if scheduled != (set() if scheduler is None else set(parts)):
+        raise ValueError(
+            "optimizer_from_torch was given a scheduler, or was not, where this was not, or was: "
+            "pass the same arguments to both"
         )
 
 

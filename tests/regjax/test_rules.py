@@ -21,6 +21,7 @@ from regjax import decay_mask, decay_rates, decay_table
 from regjax._paths import matches, named_leaves, words
 
 KEY = jax.random.key(0)
+TOKENS = jnp.zeros((2, 3), jnp.int32)
 LAYER = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
 NORM = {"scale": jnp.ones(3), "bias": jnp.ones(3)}
 PARAMS = {"encoder": [{"dense": LAYER, "norm": NORM}] * 2, "head": LAYER}
@@ -104,13 +105,15 @@ def haiku_params() -> Any:
         x, _ = hk.GRU(4)(x[0], jnp.zeros((3, 4)))
         return hk.Bias()(hk.RMSNorm(-1)(x))
 
-    params, _ = hk.transform_with_state(forward).init(KEY, jnp.zeros((2, 3), jnp.int32))
+    # Haiku's moving averages promote dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        params, _ = jax.eval_shape(hk.transform_with_state(forward).init, KEY, TOKENS)
     return params
 
 
 @functools.cache
 def linen_variables() -> Any:
-    return Linen().init(KEY, jnp.zeros((2, 3), jnp.int32))
+    return jax.eval_shape(Linen().init, KEY, TOKENS)
 
 
 def linen_params() -> Any:
@@ -155,7 +158,7 @@ MODELS = {
     "linen-params": (linen_params, LINEN, 35),
     "linen-variables": (linen_variables, {f"params/{name}" for name in LINEN}, 35),
     "linen-scanned": (
-        lambda: Scanned().init(KEY, jnp.zeros((2, 4)))["params"],
+        lambda: jax.eval_shape(Scanned().init, KEY, jnp.zeros((2, 4)))["params"],
         {"layers/Dense_0/kernel"},
         4,
     ),
@@ -192,7 +195,7 @@ def test_kernels_of_real_layers_decay_and_nothing_else(name):
     "params",
     [
         # Of linen.scan, of eqx.filter_vmap, and stacked by hand.
-        Scanned().init(KEY, jnp.zeros((2, 4)))["params"],
+        jax.eval_shape(Scanned().init, KEY, jnp.zeros((2, 4)))["params"],
         eqx.filter_vmap(lambda k: [eqx.nn.Linear(2, 3, key=k), eqx.nn.LayerNorm(3)])(
             jax.random.split(KEY, 4)
         ),

@@ -1,0 +1,685 @@
+"""A run that moves from PyTorch to JAX and back, beside one that stays in PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from parity_tests.compare import BITWISE, FLOAT64, assert_same_at_every_step
+from parity_tests.harness import Leaf
+from parity_tests.optimizers.muon import BFLOAT16
+from parity_tests.trajectories import nested
+from parity_tests.wings import from_torch, to_torch
+from regjax._paths import named_leaves
+from regjax.interop import (
+    optimizer_from_torch,
+    schedule_from_torch,
+    state_from_torch,
+    state_to_torch,
+)
+
+SHAPES = {
+    "conv.weight": (2, 3, 2, 2),
+    "dense.weight": (4, 3),
+    "dense.bias": (4,),
+    "mix.weight": (3, 3),
+    "out.bias": (2,),
+}
+NAMES = {
+    "conv/kernel": Leaf("conv.weight", (2, 3, 1, 0)),
+    "dense/kernel": Leaf("dense.weight", (1, 0)),
+    "dense/bias": "dense.bias",
+    "mix/kernel": Leaf("mix.weight", (1, 0)),
+    "out/bias": Leaf("out.bias"),
+}
+# PyTorch's factors are of the last two axes, which must be those of JAX too.
+FACTORED = {**NAMES, "conv/kernel": Leaf("conv.weight", (1, 0, 3, 2))}
+MATRICES = {"dense/kernel": NAMES["dense/kernel"], "mix/kernel": Leaf("mix.weight")}
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer with two groups, whose options differ."""
+
+    kind: str
+    options: dict[str, Any]
+    second: dict[str, Any]
+    names: Any = None
+    tolerance: float = 1e-12
+    scheduler: Any = None
+    dtype: str = "float64"
+    steps_per_epoch: int = 1
+
+    @property
+    def leaves(self) -> dict[str, Leaf]:
+        names = self.names or NAMES
+        return {p: n if isinstance(n, Leaf) else Leaf(n) for p, n in names.items()}
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        if self.scheduler is None:
+            return {}
+        return {"steps": 100, "steps_per_epoch": self.steps_per_epoch}
+
+
+ADAM = {"lr": 0.02, "betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.1}
+ADAM_2 = {"lr": 0.005, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0.0}
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+CASES = {
+    "sgd": Case("SGD", SGD, {"lr": 0.02, "momentum": 0.5, "nesterov": True}),
+    "sgd-plain": Case("SGD", {"lr": 0.1}, {"lr": 0.02, "maximize": True}),
+    "sgd-dampening": Case("SGD", {**SGD, "dampening": 0.4}, {"momentum": 0.0}),
+    "asgd": Case("ASGD", {"lr": 0.1, "t0": 5}, {"lr": 0.02, "lambd": 0.1, "weight_decay": 0.1}),
+    "rprop": Case("Rprop", {"lr": 0.01}, {"lr": 0.1, "etas": (0.7, 1.5), "step_sizes": (1e-3, 1)}),
+    "adam": Case("Adam", ADAM, ADAM_2),
+    "adam-amsgrad": Case("Adam", {**ADAM, "amsgrad": True}, {**ADAM_2, "amsgrad": False}),
+    "adamw": Case("AdamW", ADAM, {**ADAM_2, "amsgrad": True}),
+    "nadam": Case(
+        "NAdam", {**ADAM, "decoupled_weight_decay": True}, {"lr": 0.005, "momentum_decay": 0.1}
+    ),
+    "radam": Case("RAdam", ADAM, {**ADAM_2, "decoupled_weight_decay": True}),
+    "adamax": Case("Adamax", ADAM, ADAM_2),
+    "adagrad": Case("Adagrad", {"lr": 0.1, "lr_decay": 0.1}, {"lr": 0.02, "lr_decay": 0.0}),
+    "adadelta": Case("Adadelta", {"lr": 1.0, "eps": 1e-3}, {"rho": 0.5, "weight_decay": 0.1}),
+    "rmsprop": Case(
+        "RMSprop",
+        {"lr": 0.01, "momentum": 0.9, "centered": True},
+        {"lr": 0.002, "alpha": 0.5, "momentum": 0.0, "centered": False},
+    ),
+    "adafactor": Case("Adafactor", {"lr": 0.1}, {"weight_decay": 0.1, "d": 2.0}, FACTORED),
+    "muon": Case("Muon", {"lr": 0.02}, {"lr": 0.1, "momentum": 0.5}, MATRICES, BFLOAT16),
+}
+
+
+def one_cycle(optimizer, **options):
+    return lr_scheduler.OneCycleLR(optimizer, [0.1, 0.02], total_steps=50, **options)
+
+
+def warm_up(optimizer):
+    first = lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5)
+    middle = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 4, 2)
+    last = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    return lr_scheduler.SequentialLR(optimizer, [first, middle, last], [6, 20])
+
+
+SCHEDULED = {
+    "sgd-one-cycle": replace(CASES["sgd"], scheduler=one_cycle),
+    "rmsprop-one-cycle": replace(CASES["rmsprop"], scheduler=one_cycle),
+    "adamw-one-cycle": replace(CASES["adamw"], scheduler=one_cycle),
+    "nadam-one-cycle": replace(CASES["nadam"], scheduler=one_cycle),
+    "radam-one-cycle": replace(CASES["radam"], scheduler=one_cycle),
+    "adamax-one-cycle": replace(CASES["adamax"], scheduler=one_cycle),
+    "muon-one-cycle": replace(CASES["muon"], scheduler=one_cycle),
+    "sgd-warm-up": replace(CASES["sgd-dampening"], scheduler=warm_up),
+    "adam-cosine": replace(
+        CASES["adam"], scheduler=lambda o: lr_scheduler.CosineAnnealingLR(o, 10, 1e-3)
+    ),
+    "adagrad-step": replace(CASES["adagrad"], scheduler=lambda o: lr_scheduler.StepLR(o, 5)),
+    "adafactor-linear": replace(
+        CASES["adafactor"], scheduler=lambda o: lr_scheduler.LinearLR(o, total_iters=30)
+    ),
+    "asgd-step": replace(CASES["asgd"], scheduler=lambda o: lr_scheduler.StepLR(o, 5, 0.5)),
+    "adadelta-lambda": replace(
+        CASES["adadelta"], scheduler=lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1))
+    ),
+    # The run moves in the midst of an epoch.
+    "adamw-per-epoch": replace(
+        CASES["adamw"],
+        scheduler=lambda o: lr_scheduler.ExponentialLR(o, 0.5),
+        steps_per_epoch=5,
+    ),
+    "adamw-multiplicative": replace(
+        CASES["adamw"], scheduler=lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9)
+    ),
+}
+
+
+class TorchRun:
+    """Parameters with a PyTorch optimizer, and maybe a scheduler."""
+
+    def __init__(self, case: Case) -> None:
+        rng = np.random.default_rng(0)
+        self.case = case
+        start = {name: rng.standard_normal(shape) for name, shape in SHAPES.items()}
+        used = {leaf.name for leaf in case.leaves.values()}
+        self.params = {
+            name: to_torch(array.astype(case.dtype)).requires_grad_()
+            for name, array in start.items()
+            if name in used
+        }
+        named = list(self.params.items())
+        groups = [{"params": named[::2]}, {"params": named[1::2], **case.second}]
+        self.optimizer = getattr(torch.optim, case.kind)(groups, **case.options)
+        self.scheduler = case.scheduler and case.scheduler(self.optimizer)
+
+    def walk(self, first: int, steps: int) -> list[dict[str, np.ndarray]]:
+        visited = []
+        for step in range(first, first + steps):
+            for name, p in self.params.items():
+                p.grad = to_torch(noise(step, name, self.case.dtype)) + 0.5 * p.detach()
+            self.optimizer.step()
+            if self.scheduler and (step + 1) % self.case.steps_per_epoch == 0:
+                self.scheduler.step()
+            visited.append({name: from_torch(p).copy() for name, p in self.params.items()})
+        return visited
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        return {"scheduler": self.scheduler, **self.case.keywords}
+
+    def to_jax(self) -> JaxRun:
+        arrays = {p: leaf.to_jax(from_torch(self.params[leaf.name])) for p, leaf in self.leaves}
+        params = nested({p: jnp.array(array) for p, array in arrays.items()})
+        names = self.case.names or NAMES
+        optimizer = optimizer_from_torch(self.optimizer, names, **self.shared)
+        state = state_from_torch(self.optimizer, names, params, optimizer, **self.shared)
+        return JaxRun(self.case, optimizer, params, state)
+
+    def from_jax(self, run: JaxRun) -> None:
+        state_to_torch(run.state, self.optimizer, self.case.names or NAMES, **self.shared)
+        arrays = dict(named_leaves(run.params))
+        with torch.no_grad():
+            for path, leaf in self.leaves:
+                self.params[leaf.name].copy_(to_torch(leaf.to_torch(np.asarray(arrays[path]))))
+
+    @property
+    def leaves(self):
+        return self.case.leaves.items()
+
+
+@dataclass
+class JaxRun:
+    """The same in JAX."""
+
+    case: Case
+    optimizer: optax.GradientTransformation
+    params: Any
+    state: Any
+
+    def walk(self, first: int, steps: int) -> list[dict[str, np.ndarray]]:
+        leaves, visited = self.case.leaves, []
+
+        @jax.jit
+        def train_step(params, state, noises):
+            gradient = jax.tree.map(lambda p, n: n + 0.5 * p, params, noises)
+            updates, state = self.optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), state
+
+        for step in range(first, first + steps):
+            noises = nested(
+                {p: x.to_jax(noise(step, x.name, self.case.dtype)) for p, x in leaves.items()}
+            )
+            self.params, self.state = train_step(self.params, self.state, noises)
+            arrays = dict(named_leaves(self.params))
+            visited.append({x.name: x.to_torch(np.asarray(arrays[p])) for p, x in leaves.items()})
+        return visited
+
+
+def noise(step: int, name: str, dtype: str) -> np.ndarray:
+    rng = np.random.default_rng([step, len(name), ord(name[0])])
+    return rng.standard_normal(SHAPES[name]).astype(dtype)
+
+
+def alone(case: Case, steps: int) -> list[dict[str, np.ndarray]]:
+    return TorchRun(case).walk(0, steps)
+
+
+def there_and_back(case: Case) -> list[dict[str, np.ndarray]]:
+    """A third in PyTorch, a third in JAX, and a third in an optimizer of PyTorch that is new."""
+    with jax.enable_x64(case.dtype == "float64"):
+        first, last = TorchRun(case), TorchRun(case)
+        visited = first.walk(0, STEPS)
+        middle = first.to_jax()
+        visited += middle.walk(STEPS, STEPS)
+        last.from_jax(middle)
+    return visited + last.walk(2 * STEPS, STEPS)
+
+
+# Compiling Muon in bfloat16 takes its time.
+SLOW = pytest.param("muon-one-cycle", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [*CASES, *(n for n in SCHEDULED if n != "muon-one-cycle"), SLOW])
+def test_a_run_goes_on_in_jax_and_back(name):
+    case = (CASES | SCHEDULED)[name]
+    tier = replace(FLOAT64, tolerance=case.tolerance)
+    names = ("there and back", "PyTorch alone")
+    assert_same_at_every_step(there_and_back(case), alone(case, 3 * STEPS), tier, names=names)
+
+
+@pytest.mark.parametrize("name", ["sgd", "sgd-dampening", "rprop"])
+def test_the_same_bits_in_float32(name):
+    case = replace(CASES[name], dtype="float32")
+    names = ("there and back", "PyTorch alone")
+    assert_same_at_every_step(there_and_back(case), alone(case, 3 * STEPS), BITWISE, names=names)
+
+
+@pytest.mark.parametrize("name", ["sgd-dampening", "adagrad", "nadam", "sgd-one-cycle"])
+def test_before_the_first_step_the_state_is_that_of_init(name):
+    case = (CASES | SCHEDULED)[name]
+    with jax.enable_x64(True):
+        run = TorchRun(case).to_jax()
+        start = run.optimizer.init(run.params)
+        jax.tree.map(np.testing.assert_array_equal, run.state, start)
+        other = TorchRun(case)
+        other.from_jax(run)
+    tier = replace(FLOAT64, tolerance=0.0)
+    assert_same_at_every_step(other.walk(0, STEPS), alone(case, STEPS), tier)
+
+
+def test_steps_that_do_not_fit_the_scheduler():
+    run = TorchRun(SCHEDULED["adamw-per-epoch"])
+    run.walk(0, STEPS)
+    run.case = replace(run.case, steps_per_epoch=4)
+    message = "group 0 have taken 12 steps, but the scheduler is at 2, which is step 8 with"
+    with jax.enable_x64(True), pytest.raises(ValueError, match=message):
+        run.to_jax()
+
+
+def test_a_count_that_is_the_step_of_the_schedule_too():
+    run = TorchRun(SCHEDULED["asgd-step"])
+    run.walk(0, 2)
+    run.scheduler.step()
+    message = "group 0 have taken 2 steps, but the scheduler is at 3"
+    with jax.enable_x64(True), pytest.raises(ValueError, match=message):
+        run.to_jax()
+
+
+def test_names_by_the_model_one_group_and_frozen_parameters():
+    first, last = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2)
+    model = torch.nn.Sequential(first, last).double()
+    first.bias.requires_grad_(False)
+    names = {
+        f"{i}/{kind}": Leaf(f"{i}.{name}", order)
+        for i in range(2)
+        for kind, name, order in (("kernel", "weight", (1, 0)), ("bias", "bias", None))
+    }
+    # The bias of the last layer is in no group: PyTorch does not train it either.
+    optimizer = torch.optim.Adam([*first.parameters(), last.weight], lr=0.1)
+    tensors = dict(model.named_parameters())
+    with jax.enable_x64(True):
+        arrays = {p: jnp.array(x.to_jax(from_torch(tensors[x.name]))) for p, x in names.items()}
+        params = nested(arrays)
+        ours = optimizer_from_torch(optimizer, names, model=model)
+        state = state_from_torch(optimizer, names, params, ours, model=model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.stack([(p**2).sum() for p in model.parameters()]).sum().backward()
+            optimizer.step()
+            updates, state = ours.update(jax.tree.map(lambda p: 2 * p, params), state, params)
+            params = optax.apply_updates(params, updates)
+    for path, array in named_leaves(params):
+        theirs = names[path].to_jax(from_torch(tensors[names[path].name]))
+        np.testing.assert_allclose(array, theirs, rtol=0, atol=1e-12)
+        moved = not np.array_equal(array, arrays[path])
+        assert moved == path.endswith("kernel")
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 7, 0.3),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [5, 5, 20], 0.3),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 25, 1e-3),
+    "CosineAnnealingLR to 0": lambda o: lr_scheduler.CosineAnnealingLR(o, 25),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 7, 2),
+    "CosineAnnealingWarmRestarts, one length": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(
+        o, 10, eta_min=1e-3
+    ),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, 0.9, 20),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.25, 20),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 50, 0.9),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, [0.1, 0.2, 0.3], total_steps=60),
+    "OneCycleLR, linear": lambda o: lr_scheduler.OneCycleLR(
+        o, [0.1, 0.2, 0.3], total_steps=60, anneal_strategy="linear", pct_start=0.37
+    ),
+    "OneCycleLR, three phases": lambda o: lr_scheduler.OneCycleLR(
+        o, [0.1, 0.2, 0.3], total_steps=61, three_phase=True, pct_start=0.27
+    ),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(
+        o, [lambda t: 0.9**t, lambda t: 1 / (t + 1), lambda t: 1.0]
+    ),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.95),
+    "SequentialLR": warm_up,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedules(name):
+    """To 1e-14 of the group's largest rate: PyTorch's own rounding is relative to that."""
+    rates = (0.1, 0.03, 0.7)
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in rates]
+    optimizer = torch.optim.SGD(groups, momentum=0.5)
+    scheduler = SCHEDULERS[name](optimizer)
+    schedules, theirs = schedule_from_torch(scheduler, steps=60), []
+    for _ in range(60):
+        theirs.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    theirs, counts = np.array(theirs), np.arange(60, dtype=np.int32)
+    single = np.stack([jax.jit(jax.vmap(s))(counts) for s in schedules], axis=1)
+    with jax.enable_x64(True):
+        double = np.stack([jax.jit(jax.vmap(s))(counts) for s in schedules], axis=1)
+    assert (single.dtype, double.dtype) == (np.float32, np.float64)
+    np.testing.assert_array_less(np.abs(double - theirs) / theirs.max(axis=0), 1e-14)
+    # Four units in the last place of float32, and of each rate, however small.
+    np.testing.assert_array_less(np.abs(single - double), 5e-7 * np.abs(double) + 1e-30)
+    # Wherever the scheduler is, the schedule is that of the whole run.
+    if "Lambda" not in name and "Multiplicative" not in name:
+        again = schedule_from_torch(scheduler)
+        assert [np.asarray(s(7)) for s in again] == [np.asarray(s(7)) for s in schedules]
+
+
+def planted(name: str, change: Any) -> None:
+    case = CASES[name]
+    with jax.enable_x64(True):
+        first = TorchRun(case)
+        visited = first.walk(0, STEPS)
+        run = first.to_jax()
+        change(first, run)
+        visited += run.walk(STEPS, STEPS)
+    assert_same_at_every_step(visited, alone(case, 2 * STEPS), FLOAT64)
+
+
+def second_rate_ignored(first: TorchRun, run: JaxRun) -> None:
+    first.optimizer.param_groups[1]["lr"] = first.optimizer.param_groups[0]["lr"]
+    run.optimizer = optimizer_from_torch(first.optimizer, NAMES)
+
+
+def transpose_forgotten(first: TorchRun, run: JaxRun) -> None:
+    # Of a square matrix, whose shape does not tell.
+    names = {**NAMES, "mix/kernel": Leaf("mix.weight")}
+    run.state = state_from_torch(first.optimizer, names, run.params, run.optimizer)
+
+
+def count_off_by_one(first: TorchRun, run: JaxRun) -> None:
+    del first
+    is_count = lambda path: getattr(path[-1], "name", "") == "count"
+    run.state = jax.tree.map_with_path(lambda p, x: x + 1 if is_count(p) else x, run.state)
+
+
+def started_anew(first: TorchRun, run: JaxRun) -> None:
+    del first
+    run.state = run.optimizer.init(run.params)
+
+
+@pytest.mark.parametrize(
+    "change", [second_rate_ignored, transpose_forgotten, count_off_by_one, started_anew]
+)
+@pytest.mark.parametrize("name", ["adam", "nadam"])
+def test_a_defect_is_caught(name, change):
+    """The test of the tests."""
+    planted(name, lambda first, run: None)
+    with pytest.raises(AssertionError, match="part at step 13"):
+        planted(name, change)
+
+
+def sgd(**options: Any) -> torch.optim.Optimizer:
+    named = [(name, torch.ones(shape, requires_grad=True)) for name, shape in SHAPES.items()]
+    return torch.optim.SGD(named, **options)
+
+
+def other_class(optimizer):
+    return torch.optim.SparseAdam([torch.zeros(1, requires_grad=True)])
+
+
+def other_home(optimizer):
+    mine = type("SGD", (torch.optim.SGD,), {"__module__": "mine"})
+    return mine(optimizer.param_groups)
+
+
+def without_names(optimizer):
+    return torch.optim.SGD(optimizer.param_groups[0]["params"])
+
+
+def with_entry(name, value):
+    def change(optimizer):
+        optimizer.param_groups[0][name] = value
+        return optimizer
+
+    return change
+
+
+def without_entry(optimizer):
+    del optimizer.param_groups[0]["nesterov"]
+    return optimizer
+
+
+def with_hook(optimizer):
+    optimizer.register_step_post_hook(lambda *args: None)
+    return optimizer
+
+
+def with_scheduler(optimizer):
+    lr_scheduler.StepLR(optimizer, 5)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_class, r"SparseAdam is no optimizer that can be carried over"),
+        (other_home, r"mine\.SGD is no optimizer"),
+        (without_names, r"group 0 have no names: pass model="),
+        (with_entry("differentiable", True), "differentiable=True"),
+        (with_entry("lr_scale", 0.5), "group 0 has lr_scale, which torch.optim.SGD does not know"),
+        (with_entry("lr", torch.tensor(0.1, requires_grad=True)), "lr of group 0 is a tensor that"),
+        (with_entry("momentum", "much"), "momentum"),
+        (without_entry, "group 0 has no nesterov"),
+        (with_hook, "hooks"),
+        (with_scheduler, "group 0 has 'initial_lr', so a scheduler .*pass scheduler="),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_cannot_be_carried_over_is_an_error(change, message):
+    optimizer = change(sgd(lr=0.1))
+    with pytest.raises((ValueError, TypeError), match=message):
+        optimizer_from_torch(optimizer, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"conv/kernel": "conv.weight"}, "that no JAX parameter is: dense.bias, dense.weight, mix"),
+        ({**NAMES, "more": "no.weight"}, r"not in the optimizer \(see model=\): no.weight"),
+        ({**NAMES, "more": "out.bias"}, "the same PyTorch parameter: more, out/bias"),
+    ],
+)
+def test_names_that_do_not_fit_are_listed(names, message):
+    with pytest.raises(ValueError, match=message):
+        optimizer_from_torch(sgd(), names)
+
+
+def test_parameters_of_jax_that_do_not_fit_are_listed():
+    params = nested({path: jnp.ones(1) for path in NAMES})
+    optimizer = optimizer_from_torch(sgd(), NAMES)
+    with pytest.raises(ValueError, match=r"without a name in PyTorch: more; names of .*: out/bias"):
+        optimizer.init({**params, "out": {}, "more": jnp.ones(1)})
+
+
+def test_a_parameter_that_the_model_lacks():
+    with pytest.raises(ValueError, match="model does not have"):
+        optimizer_from_torch(sgd(), NAMES, model=torch.nn.Linear(2, 2))
+
+
+def test_adafactor_of_other_axes():
+    named = zip(SHAPES, sgd().param_groups[0]["params"], strict=True)
+    optimizer = torch.optim.Adafactor(named)
+    with pytest.raises(ValueError, match=r"'conv.weight' are not the last two of 'conv/kernel'"):
+        optimizer_from_torch(optimizer, NAMES)
+
+
+def overruled(optimizer):
+    scheduler = lr_scheduler.StepLR(optimizer, 5)
+    optimizer.param_groups[0]["lr"] *= 1.001
+    return scheduler
+
+
+def in_sequence(inner):
+    def make(optimizer):
+        first = lr_scheduler.ConstantLR(optimizer)
+        return lr_scheduler.SequentialLR(optimizer, [first, inner(optimizer)], [5])
+
+    return make
+
+
+def broken_off(optimizer):
+    steps: Any = 2.5
+    return lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def of_another(optimizer):
+    return lr_scheduler.StepLR(sgd(), 5)
+
+
+def of_a_tensor(optimizer):
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1)
+    return lr_scheduler.StepLR(optimizer, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lr_scheduler.ReduceLROnPlateau, "ReduceLROnPlateau is no scheduler"),
+        (lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.2), "CyclicLR is no scheduler"),
+        (lambda o: lr_scheduler.LambdaLR(o, lambda t: 1.0), "LambdaLR .*pass steps="),
+        (
+            overruled,
+            r"lr of group 0 is 0\.1001, but after 0 steps of the StepLR it is 0\.1: it was",
+        ),
+        (of_another, "another optimizer"),
+        (of_a_tensor, "initial_lr of group 0 is a tensor"),
+        (lambda o: lr_scheduler.ConstantLR(o, total_iters=0), "total_iters must be at least 1"),
+        (broken_off, "T_max must be a whole number"),
+        (
+            in_sequence(lambda o: lr_scheduler.OneCycleLR(o, 0.1, 10)),
+            "OneCycleLR inside SequentialLR",
+        ),
+        (
+            in_sequence(lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9)),
+            "MultiplicativeLR inside SequentialLR",
+        ),
+    ],
+)
+def test_schedulers_that_cannot_be_carried_over(make, message):
+    optimizer = sgd(lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match=message):
+        optimizer_from_torch(optimizer, NAMES, scheduler=make(optimizer))
+
+
+def test_a_momentum_changed_by_hand():
+    optimizer = sgd(lr=0.1, momentum=0.9)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, 10)
+    optimizer.param_groups[0]["momentum"] = 0.9
+    with pytest.raises(ValueError, match=r"momentum of group 0 is 0\.9, but after 0 steps"):
+        optimizer_from_torch(optimizer, NAMES, scheduler=scheduler)
+
+
+def test_a_table_that_is_too_short():
+    optimizer = sgd(lr=0.1)
+    scheduler = lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    with pytest.raises(ValueError, match="already taken 3 steps"):
+        schedule_from_torch(scheduler, steps=3)
+    [schedule] = schedule_from_torch(scheduler, steps=4)
+    assert np.asarray(schedule(3)) == np.float32(0.1)
+    assert np.isnan(schedule(4))
+
+
+def steps_differ(run):
+    run.optimizer.state[run.params["dense.bias"]]["step"] += 1
+
+
+def entry_missing(run):
+    del run.optimizer.state[run.params["dense.bias"]]["exp_avg"]
+
+
+def never_trained(run):
+    del run.optimizer.state[run.params["dense.bias"]]
+
+
+def entry_unknown(run):
+    run.optimizer.state[run.params["dense.bias"]]["more"] = 1
+
+
+def other_shape(run):
+    run.optimizer.state[run.params["dense.weight"]]["exp_avg"] = torch.zeros(3, 4).double()
+
+
+def other_dtype(run):
+    state = run.optimizer.state[run.params["dense.weight"]]
+    state["exp_avg"] = state["exp_avg"].float()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (steps_differ, r"group 0 differ in 'step'.*'dense/bias' 3"),
+        (entry_missing, r"no 'exp_avg' for 'dense.bias' \('dense/bias'\)"),
+        (never_trained, r"no 'step' for 'dense.bias' \('dense/bias'\)"),
+        (entry_unknown, r"more for 'dense.bias' \('dense/bias'\)"),
+        (other_shape, r"'exp_avg' of 'dense.weight' arrives with shape .*see Leaf"),
+        (other_dtype, r"'exp_avg' of 'dense.weight' is float32, but 'dense/kernel' asks for float"),
+    ],
+)
+def test_states_that_cannot_be_carried_over(change, message):
+    run = TorchRun(CASES["adam"])
+    run.walk(0, 2)
+    change(run)
+    with jax.enable_x64(True), pytest.raises(ValueError, match=message):
+        run.to_jax()
+
+
+def without_scheduler(run):
+    return run.optimizer, {}
+
+
+def of_another_optimizer(run):
+    return optax.chain(optax.clip(1.0), run.optimizer), {}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("adam-cosine", without_scheduler, "pass the same arguments to both"),
+        ("adam", of_another_optimizer, "without what is chained to it"),
+    ],
+)
+def test_a_state_of_another_optimizer(name, change, message):
+    with jax.enable_x64(True):
+        first = TorchRun((CASES | SCHEDULED)[name])
+        run = first.to_jax()
+        optimizer, keywords = change(run)
+        with pytest.raises(ValueError, match=message):
+            state_from_torch(first.optimizer, NAMES, run.params, optimizer, **keywords)
+        with pytest.raises(ValueError, match=message):
+            state_to_torch(optimizer.init(run.params), first.optimizer, NAMES, **keywords)
+
+
+def test_nothing_is_assigned_before_everything_is_checked():
+    with jax.enable_x64(True):
+        first = TorchRun(SCHEDULED["adam-cosine"])
+        first.walk(0, 2)
+        run = first.to_jax()
+        before = {name: dict(first.optimizer.state[p]) for name, p in first.params.items()}
+        rate = first.optimizer.param_groups[0]["lr"]
+        run.walk(2, 2)
+        # The last leaf is of another shape.
+        bad = {**NAMES, "out/bias": Leaf("dense.bias"), "dense/bias": Leaf("out.bias")}
+        with pytest.raises(ValueError, match="'mu' of 'dense/bias' arrives with shape"):
+            state_to_torch(run.state, first.optimizer, bad, **first.shared)
+    for name, p in first.params.items():
+        for key, value in first.optimizer.state[p].items():
+            assert value is before[name][key]
+    assert first.optimizer.param_groups[0]["lr"] == rate
+    assert first.scheduler.last_epoch == 2
