@@ -308,15 +308,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             narrow = "equal bits" if case.float32 is None else f"{case.float32:g}"
             console.print(f"{case.name:24} float64 {case.float64:g}, float32 {narrow}")
         return 0
-    findings = []
+    findings, paths = [], []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("comparing", total=len(cases))
         for case in cases:
             progress.update(task, description=case.name)
             steps = QUICK if options.quick else STEPS
             findings += [measure(case, setting, steps) for setting in settings(case)]
+            paths = write(options.out, findings)  # each time: a run cut short keeps what it found
             progress.advance(task)
-    for path in write(options.out, findings):
+    for path in paths:
         console.print(f"written: {path}", soft_wrap=True)
     broken = [finding for finding in findings if finding.broken]
     for finding in broken:

@@ -108,7 +108,7 @@ def warm_up(optimizer):
     first = lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5)
     middle = lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 4, 2)
     last = lr_scheduler.ExponentialLR(optimizer, 0.9)
-    return lr_scheduler.SequentialLR(optimizer, [first, middle, last], [6, 20])
+    return lr_scheduler.SequentialLR(optimizer, [first, middle, last], [6, 30])
 
 
 SCHEDULED = {
@@ -185,7 +185,8 @@ class TorchRun:
         return JaxRun(self.case, optimizer, params, state)
 
     def from_jax(self, run: JaxRun) -> None:
-        state_to_torch(run.state, self.optimizer, self.case.names or NAMES, **self.shared)
+        names, options = self.case.names or NAMES, {**self.shared, "step": 2 * STEPS}
+        state_to_torch(run.state, self.optimizer, names, **options)
         arrays = dict(named_leaves(run.params))
         with torch.no_grad():
             for path, leaf in self.leaves:
@@ -233,7 +234,7 @@ def alone(case: Case, steps: int) -> list[dict[str, np.ndarray]]:
     return TorchRun(case).walk(0, steps)
 
 
-def there_and_back(case: Case) -> list[dict[str, np.ndarray]]:
+def there_and_back(case: Case) -> tuple[TorchRun, list[dict[str, np.ndarray]]]:
     """A third in PyTorch, a third in JAX, and a third in an optimizer of PyTorch that is new."""
     with jax.enable_x64(case.dtype == "float64"):
         first, last = TorchRun(case), TorchRun(case)
@@ -241,7 +242,28 @@ def there_and_back(case: Case) -> list[dict[str, np.ndarray]]:
         middle = first.to_jax()
         visited += middle.walk(STEPS, STEPS)
         last.from_jax(middle)
-    return visited + last.walk(2 * STEPS, STEPS)
+    return last, visited + last.walk(2 * STEPS, STEPS)
+
+
+def states(run: TorchRun) -> dict[str, np.ndarray]:
+    """All that PyTorch keeps, and what its groups are at."""
+    found = {
+        f"{key} of {name}": from_torch(value).astype(run.case.dtype)
+        for name, p in run.params.items()
+        for key, value in run.optimizer.state[p].items()
+    }
+    for index, group in enumerate(run.optimizer.param_groups):
+        numbers = {key: group[key] for key in ("lr", "momentum", "betas") if key in group}
+        found |= {f"{key} of group {index}": np.array(value) for key, value in numbers.items()}
+    return found
+
+
+def places(scheduler: Any) -> dict[Any, Any]:
+    """How far a scheduler and its parts are."""
+    if scheduler is None:
+        return {}
+    own = {k: v for k, v in vars(scheduler).items() if k in ("last_epoch", "T_cur")}
+    return {"": own, **{i: places(s) for i, s in enumerate(getattr(scheduler, "_schedulers", ()))}}
 
 
 # Compiling Muon in bfloat16 takes its time.
@@ -253,14 +275,18 @@ def test_a_run_goes_on_in_jax_and_back(name):
     case = (CASES | SCHEDULED)[name]
     tier = replace(FLOAT64, tolerance=case.tolerance)
     names = ("there and back", "PyTorch alone")
-    assert_same_at_every_step(there_and_back(case), alone(case, 3 * STEPS), tier, names=names)
+    (last, visited), whole = there_and_back(case), TorchRun(case)
+    assert_same_at_every_step(visited, whole.walk(0, 3 * STEPS), tier, names=names)
+    assert_same_at_every_step([states(last)], [states(whole)], tier, names=names)
+    assert places(last.scheduler) == places(whole.scheduler)
 
 
 @pytest.mark.parametrize("name", ["sgd", "sgd-dampening", "rprop"])
 def test_the_same_bits_in_float32(name):
     case = replace(CASES[name], dtype="float32")
     names = ("there and back", "PyTorch alone")
-    assert_same_at_every_step(there_and_back(case), alone(case, 3 * STEPS), BITWISE, names=names)
+    _, visited = there_and_back(case)
+    assert_same_at_every_step(visited, alone(case, 3 * STEPS), BITWISE, names=names)
 
 
 @pytest.mark.parametrize("name", ["sgd-dampening", "adagrad", "nadam", "sgd-one-cycle"])

@@ -148,10 +148,14 @@ def move_scheduler(scheduler: Any, rates: Sequence[Rate], step: int) -> None:
 
 def _place(scheduler: Any, step: int, last: list[float]) -> None:
     if type(scheduler).__name__ == "SequentialLR":
-        active = bisect_right(scheduler._milestones, step)
         starts = [0, *scheduler._milestones]
-        for later in scheduler._schedulers[active + 1 :]:
-            _place(later, 0, later._last_lr)
+        active = bisect_right(scheduler._milestones, step)
+        for index, inner in enumerate(scheduler._schedulers):
+            if index < active:
+                _place(inner, max(starts[index + 1] - starts[index] - 1, 0), inner._last_lr)
+            elif index > active:
+                _place(inner, 0, inner._last_lr)
+                inner.last_epoch = -1  # where it is until its turn comes
         _place(scheduler._schedulers[active], step - starts[active], last)
     else:
         scheduler._step_count = step + 1
@@ -380,23 +384,16 @@ def _one_cycle(scheduler: Any, group: dict[str, Any], what: str) -> Rate:
 
     def rate(count: Count) -> Float[Array, ""]:
         count = jnp.asarray(count)
-        value = jnp.asarray(math.nan, float)
+        at, value = jnp.asarray(count, float), jnp.asarray(math.nan, float)
         for index, (begin, end, first, last) in reversed(list(enumerate(phases))):
             if end == begin:  # no step lies in it
                 continue
-            passed, left = _apart(count, begin), -_apart(count, end)
-            inside = _between(first, last, passed, left, end - begin, cosine=cosine)
+            inside = _between(first, last, at - begin, end - at, end - begin, cosine=cosine)
             until = total if index == len(phases) - 1 else math.floor(end)
             value = jnp.where(count <= until, inside, value)
         return value
 
     return rate
-
-
-def _apart(count: Count, place: float) -> Float[Array, ""]:
-    """Compute `count - place`; the whole steps first, which are exact."""
-    whole = math.floor(place)
-    return jnp.asarray(count - whole, float) - jnp.asarray(place - whole, float)
 
 
 def _between(
