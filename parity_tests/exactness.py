@@ -33,6 +33,7 @@ from rich.progress import Progress
 from parity_tests import optimizers, report
 from parity_tests.compare import FLOAT64, deviation
 from parity_tests.optimizers.case import Case
+from parity_tests.optimizers.horizons import horizon
 from parity_tests.perceptron import SHAPES, recorded, training
 from parity_tests.trajectories import LARGE, Problem, Run, synthetic, walk_jax, walk_torch
 
@@ -78,7 +79,7 @@ class Finding:
         steps: How many were taken.
         required: How many of them must keep to the bound.
         holds: How many did, before the first that did not.
-        deviation: The largest one in norm of the steps that must hold.
+        deviation: The largest one in norm of the steps that held.
         mismatches: Elements with other bits after the last step.
         elements: Elements in all.
     """
@@ -139,7 +140,7 @@ def compare(
         "steps": steps,
         "required": required,
         "holds": holds,
-        "deviation": float(apart[:required].max()),
+        "deviation": float(apart[: max(holds, 1)].max()),
         "mismatches": mismatches(ours[-1], theirs[-1]),
         "elements": sum(leaf.size for leaf in theirs[-1].values()),
     }
@@ -180,7 +181,7 @@ def measure(
         theirs = walk_torch(case, problem, **({"fused": True} if setting.fused else {}))
     ours = walk_jax(case, problem, make)
     bound = case.float64 if setting.dtype == FLOAT64.dtype else case.float32
-    required = case.stable if setting.source == "trained" else None
+    required = horizon(case.name, f"{setting.dtype} {setting.source}", steps)
     return Finding(case.name, str(setting), **compare(ours, theirs, bound, required))
 
 
@@ -250,7 +251,8 @@ def as_markdown(findings: Sequence[Finding]) -> str:
     elements = f"{max(finding.elements for finding in findings):,}"
     lines = [
         f"Largest deviation in norm over {findings[0].steps:,} steps, {elements} parameters; in "
-        "float32 with the elements whose bits differ at the end. Trained: to the step named.",
+        "float32 with the elements whose bits differ at the end. Where a recursion cannot be "
+        "followed to the end, the step to which the bound was held is named.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|---" * len(HEADINGS) + "|",
@@ -275,8 +277,8 @@ def _cell(finding: Finding) -> str:
     text = f"{finding.deviation:.1e}" if finding.deviation else "0"
     if finding.setting.startswith("float32"):
         text = f"{finding.mismatches:,}; {text}"
-    if finding.setting.endswith("trained"):
-        text += f" to {min(finding.required, finding.holds):,}"
+    if finding.holds < finding.steps:
+        text += f" to {finding.holds:,}"
     return f"**{text}**" if finding.broken else text
 
 

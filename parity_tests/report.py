@@ -119,7 +119,8 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <title>Parity of regjax and regtorch</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem }}
+body {{ margin: 2rem auto; padding: 0 1rem }}
 table {{ border-collapse: collapse; font-size: 14px; width: 100% }}
 th, td {{ border-bottom: 1px solid #ccc; padding: .35rem .6rem; text-align: left }}
 .agrees {{ color: #00602b }} .differs {{ color: #b00020; font-weight: bold }}

@@ -20,7 +20,7 @@ from parity_tests.trajectories import synthetic, walk_torch
 from regjax.optim import _descent
 
 SYNTHETIC, RECORDED = Setting("float32", "synthetic"), Setting("float32", "recorded")
-ADAM = Case("adam", "Adam", {"lr": 0.01}, stable=300)
+ADAM = Case("adam", "Adam", {"lr": 0.01})
 MOMENTUM = Case("momentum", "SGD", {"lr": 0.1, "momentum": 0.9}, float32=None)
 NESTEROV = Case(
     "nesterov",

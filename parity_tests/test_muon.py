@@ -17,7 +17,7 @@ import torch
 
 from parity_tests.compare import FLOAT64, Tier, assert_same_at_every_step, deviation
 from parity_tests.optimizers import CASES_2D
-from parity_tests.optimizers.muon import BFLOAT16, MATRICES
+from parity_tests.optimizers._muon import BFLOAT16, MATRICES
 from parity_tests.trajectories import WALKS, synthetic, walk_jax, walk_torch
 from regjax import optim
 

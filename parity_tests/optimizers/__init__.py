@@ -4,24 +4,21 @@ A recursion is written as torch documents it, one parameter and one step at a ti
 files imports JAX or PyTorch.
 """
 
-from parity_tests.optimizers import adafactor as _adafactor
-from parity_tests.optimizers import adam as _adam
-from parity_tests.optimizers import descent as _descent
-from parity_tests.optimizers import rms as _rms
-from parity_tests.optimizers.adafactor import adafactor as adafactor
-from parity_tests.optimizers.adam import adam as adam
-from parity_tests.optimizers.adam import adamax as adamax
-from parity_tests.optimizers.adam import adamw as adamw
-from parity_tests.optimizers.adam import nadam as nadam
-from parity_tests.optimizers.adam import radam as radam
-from parity_tests.optimizers.descent import asgd as asgd
-from parity_tests.optimizers.descent import rprop as rprop
-from parity_tests.optimizers.descent import sgd as sgd
-from parity_tests.optimizers.muon import CASES_2D as CASES_2D
-from parity_tests.optimizers.muon import MATRICES as MATRICES
-from parity_tests.optimizers.muon import muon as muon
-from parity_tests.optimizers.rms import adadelta as adadelta
-from parity_tests.optimizers.rms import adagrad as adagrad
-from parity_tests.optimizers.rms import rmsprop as rmsprop
+from parity_tests.optimizers import _adafactor, _adam, _descent, _rms
+from parity_tests.optimizers._adafactor import adafactor as adafactor
+from parity_tests.optimizers._adam import adam as adam
+from parity_tests.optimizers._adam import adamax as adamax
+from parity_tests.optimizers._adam import adamw as adamw
+from parity_tests.optimizers._adam import nadam as nadam
+from parity_tests.optimizers._adam import radam as radam
+from parity_tests.optimizers._descent import asgd as asgd
+from parity_tests.optimizers._descent import rprop as rprop
+from parity_tests.optimizers._descent import sgd as sgd
+from parity_tests.optimizers._muon import CASES_2D as CASES_2D
+from parity_tests.optimizers._muon import MATRICES as MATRICES
+from parity_tests.optimizers._muon import muon as muon
+from parity_tests.optimizers._rms import adadelta as adadelta
+from parity_tests.optimizers._rms import adagrad as adagrad
+from parity_tests.optimizers._rms import rmsprop as rmsprop
 
 CASES = (*_descent.CASES, *_adam.CASES, *_rms.CASES, *_adafactor.CASES)

@@ -27,8 +27,6 @@ class Case:
         penalty: Coefficient of the L2 penalty in the loss, under the same mask.
         float64: Bound on the deviation in norm at every step.
         float32: The same in float32 over 1,000 steps; None asks for the same bits.
-        stable: Steps to which the bound holds where the gradient follows the parameters (a model is
-            trained): beyond, the recursion blows up the rounding of gradients.
     """
 
     name: str
@@ -39,7 +37,6 @@ class Case:
     penalty: float = 0.0
     float64: float = 1e-12
     float32: float | None = 1e-6
-    stable: int = 1000
 
     def __str__(self) -> str:
         return self.name

@@ -267,13 +267,12 @@ _TWICE = 5e-6
 # step back: with eps=1e-8, a start moved by 2e-16 of itself leads torch elsewhere in 40 steps.
 _DAMPED = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}
 
-# `stable`: in training, near the minimum, the step is a quotient of two numbers that both vanish.
 CASES = (
-    Case("adam", "Adam", {"lr": 0.01}, stable=500),
+    Case("adam", "Adam", {"lr": 0.01}),
     Case("adam-decay", "Adam", {"lr": 0.01, "weight_decay": 0.1}),
     Case("adam-amsgrad", "Adam", {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
-    Case("adam-betas", "Adam", {"lr": 0.01, "betas": (0.5, 0.99999)}, stable=200),
-    Case("adam-betas-zero", "Adam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}, stable=200),
+    Case("adam-betas", "Adam", {"lr": 0.01, "betas": (0.5, 0.99999)}),
+    Case("adam-betas-zero", "Adam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),
     Case("adam-eps", "Adam", {"lr": 0.01, "eps": 0.1, "amsgrad": True}),
     Case("adam-maximize", "Adam", {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
     Case(
@@ -281,11 +280,10 @@ CASES = (
         "Adam",
         {"lr": 0.01, "weight_decay": 0.1, "decoupled_weight_decay": True},
         float32=_SHRUNK,
-        stable=500,
     ),
     Case("adam-schedule", "Adam", {"lr": 0.01, "weight_decay": 0.1}, half_life=30),
     Case("adam-mask", "Adam", {"lr": 0.01, "weight_decay": 0.1}, mask=no_bias),
-    Case("adamw", "AdamW", {"lr": 0.01}, float32=_SHRUNK, stable=500),
+    Case("adamw", "AdamW", {"lr": 0.01}, float32=_SHRUNK),
     Case(
         "adamw-amsgrad",
         "AdamW",
@@ -302,7 +300,7 @@ CASES = (
         "adamw-schedule", "AdamW", {"lr": 0.01, "weight_decay": 1.0}, half_life=30, float32=_SHRUNK
     ),
     Case("adamw-mask", "AdamW", {"lr": 0.01, "weight_decay": 1.0}, mask=no_bias, float32=_SHRUNK),
-    Case("nadam", "NAdam", {"lr": 0.01}, float32=_TWICE, stable=400),
+    Case("nadam", "NAdam", {"lr": 0.01}, float32=_TWICE),
     Case("nadam-decay", "NAdam", _DAMPED, float32=_TWICE),
     Case(
         "nadam-decoupled",
@@ -310,15 +308,14 @@ CASES = (
         {"lr": 0.01, "weight_decay": 1.0, "decoupled_weight_decay": True},
         float32=_SHRUNK,
     ),
-    Case("nadam-betas", "NAdam", {"lr": 0.01, "betas": (0.5, 0.99999)}, float32=_TWICE, stable=100),
+    Case("nadam-betas", "NAdam", {"lr": 0.01, "betas": (0.5, 0.99999)}, float32=_TWICE),
     Case(
         "nadam-momentum",
         "NAdam",
         {"lr": 0.01, "betas": (0.99, 0.999), "momentum_decay": 0.5},
         float32=_TWICE,
-        stable=500,
     ),
-    Case("nadam-betas-zero", "NAdam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}, stable=200),
+    Case("nadam-betas-zero", "NAdam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),
     Case("nadam-eps", "NAdam", {"lr": 0.01, "eps": 0.1}, float32=_TWICE),
     Case(
         "nadam-maximize",
@@ -349,7 +346,7 @@ CASES = (
     Case("adamax", "Adamax", {"lr": 0.01}),
     Case("adamax-decay", "Adamax", {"lr": 0.01, "weight_decay": 0.1}),
     Case("adamax-betas", "Adamax", {"lr": 0.01, "betas": (0.5, 0.99999)}),
-    Case("adamax-betas-zero", "Adamax", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}, stable=200),
+    Case("adamax-betas-zero", "Adamax", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),
     Case("adamax-eps", "Adamax", {"lr": 0.01, "eps": 0.1}),
     Case("adamax-maximize", "Adamax", {"lr": 0.01, "weight_decay": 0.1, "maximize": True}),
     Case("adamax-schedule", "Adamax", {"lr": 0.01, "weight_decay": 0.1}, half_life=30),
