@@ -185,7 +185,7 @@ def _keep_mask(
     key: KeyLike,
     keep_prob: float | Float[Array, ""],
     settings: Settings,
-) -> Bool[Array, "..."]:
+) -> Bool[Array, ...]:
     """Of size 1 along the dimensions that share it."""
     dims = settings.broadcast_dims
     shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))

@@ -78,7 +78,7 @@ class Observer:
         jax.debug.callback(record, root, step, key)
 
     def draw(
-        self, key: Pair, rate: Any, mask: Bool[Array, "..."], entering: Inexact[Array, "..."]
+        self, key: Pair, rate: Any, mask: Bool[Array, ...], entering: Inexact[Array, ...]
     ) -> None:
         """Called by every dropout that draws."""
         order = next(self._orders)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from regjax._decay import check_coefficient, resolve_mask
 
@@ -61,19 +62,18 @@ def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
         # In double: float32(0.999) alone would cost 3e-5 of the logarithm.
         log_decay = math.log(decay) if decay > 0 else -math.inf
     else:
-        log_decay = jnp.log(decay)
+        log_decay = jnp.log(jnp.asarray(decay, float))
     return -jnp.expm1(jnp.asarray(count, float) * log_decay)
 
 
-@jax.custom_jvp
 def rounded(x: Inexact[Array, ...]) -> Inexact[Array, ...]:
     """Return `x`, and keep the compiler from fusing the product that `x` is into a sum.
 
     XLA on a CPU contracts `a * b + c` into one fused multiply-add, which rounds once where torch's
     kernels round twice. Neither `lax.optimization_barrier` nor `lax.reduce_precision` nor
     `--xla_allow_excess_precision=false` hinders it; an operation between product and sum does. This
-    one is the identity for every value (NaN, infinities and -0 too), costs nothing measurable, and
-    XLA does not see through it.
+    one is the identity for every value (NaN, infinities and -0 too) and so is its derivative; it
+    costs nothing measurable, and XLA does not see through it.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -81,14 +81,11 @@ def rounded(x: Inexact[Array, ...]) -> Inexact[Array, ...]:
         >>> jax.jit(lambda x: rounded(x * x) - x)(x) == x * x - x
         Array(True, dtype=bool)
     """
-    # copysign is for real numbers only; a complex product is a sum already.
-    return x if jnp.iscomplexobj(x) else jnp.copysign(jnp.abs(x), x)
-
-
-@rounded.defjvp
-def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
-    # Left to itself, the derivative of abs would be 0 at 0.
-    return rounded(*primals), tangents[0]
+    if jnp.iscomplexobj(x):  # which has no order; a complex product is a sum already
+        return x
+    # NaN is its own double. Of lax, not of jnp, whose functions are calls of their
+    # own: compiling a thousand leaves feels it.
+    return lax.select(lax.eq(x, x), x, lax.add(x, x))
 
 
 def rounded_once(inner: optax.GradientTransformation) -> optax.GradientTransformation:
