@@ -9,10 +9,10 @@ READY_DEV := $(VENV)/.ready-dev
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all parity bench bench-models lint format lock clean
+.PHONY: help demo figures test test-all parity exactness bench bench-optimizers bench-models lint format lock clean
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
 demo: $(READY)  ## Watch overfitting happen and be cured, in JAX and in PyTorch (ARGS="--help" for options)
 	$(RUN) -m examples.overfit $(ARGS)
@@ -29,11 +29,17 @@ test-all: $(READY)  ## Run every test
 parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for less)
 	$(RUN) -m parity_tests $(ARGS)
 
+exactness: $(READY)  ## How far each optimizer is from PyTorch's after each of 1,000 steps (ARGS="--quick" for 100)
+	$(RUN) -m parity_tests.exactness $(ARGS)
+
 bench: $(READY_DEV)  ## Race dropout against the libraries' own: tables, times, pictures (ARGS="--quick" to try)
 	$(RUN) -m benchmarks.dropout_speed --dtypes float32 bfloat16 $(ARGS)
 	$(RUN) -m benchmarks.overhead $(ARGS)
 	$(RUN) -m benchmarks.transformer_step $(ARGS)
 	$(RUN) -m benchmarks.torch_speed $(ARGS)
+
+bench-optimizers: $(READY_DEV)  ## What each optimizer costs beside optax's, at 100 M parameters (ARGS="--quick" to try)
+	$(RUN) -m benchmarks.optimizers $(ARGS)
 
 bench-models: $(READY_DEV)  ## What the compilers for TPU and GPU expect, where they are installed
 	$(RUN) -m benchmarks.tpu_model $(ARGS)

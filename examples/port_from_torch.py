@@ -104,9 +104,9 @@ def jax_side(original: TorchSide, mistake: str = "none") -> tuple[JaxSide, dict[
     weights = original.model.state_dict()
     params = interop.params_from_torch(weights, template, LAYERS)
     names = interop.leaves_from_torch(weights, template, LAYERS)
-    recipe = {"scheduler": original.scheduler}
-    optimizer = interop.optimizer_from_torch(original.optimizer, names, **recipe)
-    state = interop.state_from_torch(original.optimizer, names, params, optimizer, **recipe)
+    recipe, scheduler = original.optimizer, original.scheduler
+    optimizer = interop.optimizer_from_torch(recipe, names, scheduler=scheduler)
+    state = interop.state_from_torch(recipe, names, params, optimizer, scheduler=scheduler)
     if mistake == "bias":
         biases = jax.tree.map(lambda p: p.ndim == 1, params)
         late = regjax.optim.add_independent_weight_decay(1e-4, mask=biases)

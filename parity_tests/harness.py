@@ -37,18 +37,10 @@ from parity_tests.recording import (
 from parity_tests.wings import from_torch, to_torch
 from regjax._paths import named_leaves
 from regjax.interop import Leaf as Leaf
+from regjax.interop._states import MOMENTS
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
-
-# What optimizers keep, in optax's words and in PyTorch's.
-STATE = {
-    "trace": "momentum_buffer",
-    "mu": "exp_avg",
-    "nu": "exp_avg_sq",
-    "nu_max": "max_exp_avg_sq",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class JaxSide:
@@ -358,16 +350,18 @@ def _states(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Moments and momenta that both sides keep, by parameter."""
     tensors = dict(side.model.named_parameters())
-    kinds = "|".join(STATE)
+    kept_as = MOMENTS.get(type(side.optimizer).__name__, {})
+    kinds = "|".join(kept_as)
     ours, theirs = {}, {}
-    for place, array in named_leaves(state):
+    for place, array in named_leaves(state) if kinds else ():
         for path, leaf in leaves.items():
             match = re.search(rf"(?:^|/)({kinds})/{re.escape(path)}$", place)
             if not match:
                 continue
-            kept = side.optimizer.state.get(tensors[leaf.name], {}).get(STATE[match[1]])
-            if kept is not None:
-                name = f"{STATE[match[1]]} of {path}"
+            kept = side.optimizer.state.get(tensors[leaf.name], {}).get(kept_as[match[1]])
+            # Adafactor's rows are columns where JAX holds a matrix transposed: left out there.
+            if kept is not None and np.shape(array) == leaf.to_jax(from_torch(kept)).shape:
+                name = f"{kept_as[match[1]]} of {path}"
                 ours[name], theirs[name] = np.asarray(array), leaf.to_jax(from_torch(kept).copy())
     return ours, theirs
 

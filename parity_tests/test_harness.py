@@ -227,3 +227,14 @@ def test_a_nan_on_one_side_is_a_difference():
     both = sides(PERCEPTRON, optax.sgd(np.nan), lambda m: torch.optim.SGD(m.parameters(), 0.1))
     found = compare_training(*both, batches(1), PERCEPTRON.names)
     assert first_of(found).quantity == "parameter"
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "Adamax", "Adadelta", "NAdam", "ASGD"])
+def test_the_state_of_other_optimizers_is_compared_too(name):
+    make = getattr(regjax.optim, name.lower())
+    theirs = lambda m: getattr(torch.optim, name)(m.parameters(), 1e-2)
+    with jax.enable_x64(True):
+        both = sides(PERCEPTRON, make(1e-2), theirs, dtype="float64")
+        found = compare_training(*both, batches(5, "float64"), PERCEPTRON.names, tier=FLOAT64)
+        found.raise_if_different()
+        assert max(found.deviations["state"]) > 0  # rounding: so it was looked at

@@ -93,7 +93,7 @@ def state_from_torch(
         >>> int(state[2].count), state[2].mu["kernel"].shape
         (1, (3, 2))
     """
-    check_class(torch_optimizer, _MOMENTS, "optimizer")
+    check_class(torch_optimizer, MOMENTS, "optimizer")
     recipe = read_recipe(torch_optimizer, names, model)
     epoch = None
     if scheduler is not None:
@@ -159,7 +159,7 @@ def state_to_torch(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    check_class(torch_optimizer, _MOMENTS, "optimizer")
+    check_class(torch_optimizer, MOMENTS, "optimizer")
     recipe = read_recipe(torch_optimizer, names, model)
     rates = None if scheduler is None else schedule_from_torch(scheduler, steps=steps)
     _check_made_for(state, recipe)
@@ -269,7 +269,7 @@ class _Read:
         self.scheduled = self._scheduled(epoch, steps_per_epoch)
 
     def value(self, place: _Place, old: Any) -> Any:
-        torch_name = _MOMENTS[self.part.kind].get(place.field)
+        torch_name = MOMENTS[self.part.kind].get(place.field)
         if torch_name is not None:
             return self._moment(place, torch_name, old) if self.has_begun else old
         role = _role(self.part, place)
@@ -330,7 +330,7 @@ class _Read:
         return next(iter(found.values()))
 
     def _check_known(self) -> None:
-        known = {*_MOMENTS[self.part.kind].values(), *_NUMBERS.get(self.part.kind, ()), "step"}
+        known = {*MOMENTS[self.part.kind].values(), *_NUMBERS.get(self.part.kind, ()), "step"}
         for path, state in self.states.items():
             if unknown := state.keys() - known:
                 raise ValueError(
@@ -372,7 +372,7 @@ class _Written:
         return {int(x) for x in self.numbers.get("scheduled", shared)}
 
     def take(self, place: _Place, array: np.ndarray) -> None:
-        torch_name = _MOMENTS[self.part.kind].get(place.field)
+        torch_name = MOMENTS[self.part.kind].get(place.field)
         if torch_name is None:
             self.numbers.setdefault(_role(self.part, place), set()).add(array.item())
             return
@@ -463,7 +463,7 @@ def _wanted(part: Part, located: Located) -> set[str]:
             "grad_avg": lambda: group["centered"],
         },
     }.get(kind, {"max_exp_avg_sq": lambda: group.get("amsgrad", False)})
-    return {name for name in _MOMENTS[kind].values() if optional.get(name, lambda: True)()}
+    return {name for name in MOMENTS[kind].values() if optional.get(name, lambda: True)()}
 
 
 def _as_held(located: Located, torch_name: str) -> str:
@@ -507,7 +507,7 @@ def _check_dtype(what: str, found: str, where: str, wanted: str) -> None:
 
 _ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq"}
 # By optimizer, the fields of optax's state that have a parameter's shape, and PyTorch's name.
-_MOMENTS: dict[str, dict[str, str]] = {
+MOMENTS: dict[str, dict[str, str]] = {
     "SGD": {"trace": "momentum_buffer"},
     "ASGD": {"ax": "ax"},
     "Rprop": {"prev": "prev", "step_size": "step_size"},

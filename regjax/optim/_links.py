@@ -66,7 +66,7 @@ def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
     return -jnp.expm1(jnp.asarray(count, float) * log_decay)
 
 
-def rounded(x: Inexact[Array, ...]) -> Inexact[Array, ...]:
+def rounded(x: Inexact[ArrayLike, ...]) -> Inexact[Array, ...]:
     """Return `x`, and keep the compiler from fusing the product that `x` is into a sum.
 
     XLA on a CPU contracts `a * b + c` into one fused multiply-add, which rounds once where torch's
@@ -82,7 +82,7 @@ def rounded(x: Inexact[Array, ...]) -> Inexact[Array, ...]:
         Array(True, dtype=bool)
     """
     if jnp.iscomplexobj(x):  # which has no order; a complex product is a sum already
-        return x
+        return jnp.asarray(x)
     # NaN is its own double. Of lax, not of jnp, whose functions are calls of their
     # own: compiling a thousand leaves feels it.
     return lax.select(lax.eq(x, x), x, lax.add(x, x))
