@@ -42,6 +42,7 @@ from regjax.interop._states import MOMENTS
 if TYPE_CHECKING:
     from jaxtyping import PyTree
 
+
 @dataclasses.dataclass(frozen=True)
 class JaxSide:
     """The port.
