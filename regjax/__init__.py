@@ -3,6 +3,7 @@
 `regtorch` is the PyTorch twin of this package, file by file; `parity_tests` proves that they agree.
 """
 
+from regjax import interop as interop
 from regjax import optim as optim
 from regjax._alpha import alpha_dropout as alpha_dropout
 from regjax._alpha import feature_alpha_dropout as feature_alpha_dropout
