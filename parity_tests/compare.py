@@ -73,8 +73,7 @@ def assert_same_at_every_step(
     for step, (ours, theirs) in enumerate(zip(left, right, strict=True), start=1):
         _assert_same_form(ours, theirs, f"{first} and {second} at step {step}")
         apart = deviations(ours, theirs, tier)
-        # argmax stops at the first NaN, max would step over it.
-        name = list(apart)[int(np.argmax(list(apart.values())))]
+        name = furthest(apart)
         limit = tier.tolerance or 0.0
         # Written so that NaN fails.
         if not apart[name] <= limit:
@@ -125,3 +124,14 @@ def deviations(ours: Leaves, theirs: Leaves, tier: Tier) -> dict[str, float]:
         name: float(np.abs(leaf - theirs[name]).max(initial=0.0) / scale)
         for name, leaf in ours.items()
     }
+
+
+def furthest(apart: Mapping[str, float]) -> str:
+    """The name of the leaf that is furthest off; of NaN, which is off by anything, the first.
+
+    Examples:
+        >>> furthest({"a": 1.0, "b": 2.0}), furthest({"a": 1.0, "b": float("nan"), "c": 2.0})
+        ('b', 'b')
+    """
+    # argmax stops at the first NaN, max would step over it.
+    return list(apart)[int(np.argmax(list(apart.values())))]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from parity_tests.compare import Tier
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The order in which one thing causes the next within a step.
 QUANTITIES = ("mask", "activation", "loss", "gradient", "parameter", "state")
@@ -91,30 +95,38 @@ class Comparison:
 
     def plot(self, path: str | Path) -> None:
         """Draws losses of both sides, and the deviations over the steps with the tier's bound."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.figure().savefig(path, dpi=110)
+
+    def figure(self) -> Figure:
+        """What `plot` saves."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
-        first = self.start + 1
-        steps = range(first, first + len(self.losses))
-        left.plot(steps, [ours for ours, _ in self.losses], label="JAX")
-        left.plot(steps, [theirs for _, theirs in self.losses], "--", label="PyTorch")
+        steps = range(self.start + 1, self.start + 1 + len(self.losses))
+        marker = "o" if len(steps) == 1 else ""  # of one point there is no line
+        left.plot(steps, [ours for ours, _ in self.losses], label="JAX", marker=marker)
+        left.plot(
+            steps, [theirs for _, theirs in self.losses], "--", label="PyTorch", marker=marker
+        )
         left.set_ylabel("loss")
         for quantity, values in self.deviations.items():
-            # Equal bits have no place on a logarithmic axis: they lie below everything.
-            right.plot(
-                range(first, first + len(values)), [max(v, 1e-18) for v in values], label=quantity
-            )
+            if values:
+                # Equal bits have no place on a logarithmic axis: they lie below everything.
+                heights = [max(value, 1e-18) for value in values]
+                right.plot(steps, heights, label=quantity, marker=marker)
         if self.tier.tolerance:
             right.axhline(self.tier.tolerance, color="#333333", linestyle=":", label="bound")
         right.set_yscale("log")
         right.set_ylabel("largest deviation of JAX and PyTorch")
         for axes in (left, right):
             axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        return figure
 
     def __str__(self) -> str:
         """The verdict and the table."""

@@ -37,6 +37,7 @@ from parity_tests.recording import (
 from parity_tests.wings import from_torch, to_torch
 from regjax._paths import named_leaves
 from regjax.interop import Leaf as Leaf
+from regjax.interop._leaves import report
 from regjax.interop._states import MOMENTS
 
 if TYPE_CHECKING:
@@ -218,8 +219,7 @@ def _exceeding(
     found = {}
     for quantity, values in apart.items():
         if values:
-            # argmax stops at the first NaN, max would step over it.
-            name = list(values)[int(np.argmax(list(values.values())))]
+            name = compare.furthest(values)
             if not values[name] <= bounds[quantity]:
                 found[quantity] = Difference(name, values[name], "")
     return found
@@ -316,15 +316,14 @@ def _check_names(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], leaves: Mapping[str, Leaf]
 ) -> None:
     mapped = {leaf.name for leaf in leaves.values()}
-    problems = {
-        "JAX parameters without a name in PyTorch": set(ours) - set(leaves),
-        "names of JAX parameters that do not exist": set(leaves) - set(ours),
-        "PyTorch parameters that no JAX parameter is": set(theirs) - mapped,
-        "names of PyTorch parameters that do not exist": mapped - set(theirs),
-    }
-    found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
-    if found:
-        raise ValueError("names does not fit the parameters; " + "; ".join(found))
+    report(
+        {
+            "JAX parameters without a name in PyTorch": set(ours) - set(leaves),
+            "names of JAX parameters that do not exist": set(leaves) - set(ours),
+            "PyTorch parameters that no JAX parameter is": set(theirs) - mapped,
+            "names of PyTorch parameters that do not exist": mapped - set(theirs),
+        }
+    )
 
 
 def _jax_arrays(tree: PyTree) -> dict[str, np.ndarray]:

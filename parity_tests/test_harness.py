@@ -185,6 +185,15 @@ def test_table_and_plot(tmp_path):
     assert (tmp_path / "runs.png").stat().st_size > 10_000
 
 
+def test_a_run_of_one_step_can_be_seen():
+    """A line through one point is none, and a run that parts at once has one."""
+    found = compare_step(*sides(PERCEPTRON, **SGD, plant="rate"), batches(1)[0], PERCEPTRON.names)
+    losses, apart = found.figure().axes
+    for line in [*losses.lines, *apart.lines[: len(found.deviations)]]:
+        assert np.size(line.get_xdata()) == 1
+        assert line.get_marker() == "o"
+
+
 def test_progress_is_told():
     steps = []
     compare_training(*sides(PERCEPTRON, **SGD), batches(3), PERCEPTRON.names, progress=steps.append)

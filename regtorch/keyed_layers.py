@@ -92,7 +92,7 @@ class _KeyedDropout(Keyed):
     p: float
     inplace: bool
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name
         if not self.training or self.p == 0:
             return super().forward(input)
         key = self.sites[0].key(input.device)
@@ -251,19 +251,19 @@ class _KeyedRecurrent(Keyed):
         between = module.num_layers - 1 if module.dropout else 0
         return [".".join(filter(None, [path, str(layer)])) for layer in range(between)]
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002 - torch.nn's
         """The arguments and results of PyTorch's layer."""
         if not self.training or self.dropout == 0:
             return super().forward(input, hx)
-        states = []
+        x, states = input, []
         for index in range(self.num_layers):
             if index:
-                input = self._drop(input, self.sites[index - 1])  # noqa: A001
-            input, state = self._layer(index).forward(input, self._state_of(hx, index))  # noqa: A001
+                x = self._drop(x, self.sites[index - 1])
+            x, state = self._layer(index).forward(x, self._state_of(hx, index))
             states.append(state)
         if isinstance(states[0], tuple):
-            return input, tuple(torch.cat(parts) for parts in zip(*states, strict=True))
-        return input, torch.cat(states)
+            return x, tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+        return x, torch.cat(states)
 
     def _drop(self, x: Any, site: Site) -> Any:
         if isinstance(x, PackedSequence):
