@@ -44,7 +44,12 @@ def bits(key: Key, indices: Iterable[int]) -> np.ndarray:
 
 def bernoulli(key: Key, keep_prob: float, shape: Sequence[int]) -> np.ndarray:
     """The keep mask: a float32 uniform from the upper 23 bits, compared with float32(keep_prob)."""
-    drawn = bits(key, range(math.prod(shape))).reshape(tuple(shape))
+    return bernoulli_at(key, keep_prob, range(math.prod(shape))).reshape(tuple(shape))
+
+
+def bernoulli_at(key: Key, keep_prob: float, indices: Iterable[int]) -> np.ndarray:
+    """The elements of the keep mask at the given row-major indices."""
+    drawn = bits(key, map(int, indices))
     uniform = ((drawn >> np.uint32(9)) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1)
     return uniform < np.float32(keep_prob)
 

@@ -9,7 +9,9 @@ import pytest
 
 from parity_tests import reference
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from regjax import _masks as jax_masks
 from regjax import _threefry as jax_threefry
+from regtorch import _masks as torch_masks
 from regtorch import _threefry as torch_threefry
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
@@ -159,3 +161,17 @@ def test_a_hundred_million_elements_are_the_same_in_both_wings(seed):
         WINGS[0].bernoulli(seed, 0.9 - 0.1 * seed, shape),
         WINGS[1].bernoulli(seed, 0.9 - 0.1 * seed, shape),
     )
+
+
+def test_a_mask_can_be_read_at_any_index():
+    """As the reference has it, beyond 32 bits too, at every keep probability."""
+    index = np.array(
+        [0, 1, 77, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 5, *range(2**33, 2**33 + 99)]
+    )
+    words = tuple(jnp.asarray((index >> shift).astype(np.uint32)) for shift in (32, 0))
+    for keep_prob in KEEP_PROBS:
+        expected = reference.bernoulli_at(JAX.words(JAX.key(5)), keep_prob, index)
+        ours = jax_masks.bernoulli_at(JAX.key(5), keep_prob, words)
+        theirs = torch_masks.bernoulli_at(TORCH.key(5), keep_prob, TORCH.array(index))
+        np.testing.assert_array_equal(JAX.numpy(ours), expected)
+        np.testing.assert_array_equal(TORCH.numpy(theirs), expected)

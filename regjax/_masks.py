@@ -18,14 +18,14 @@ import numpy as np
 from jax.core import Tracer
 
 from regjax._keys import check_key, consume, key_words
-from regjax._threefry import counter_bits
+from regjax._threefry import counter_bits, threefry2x32
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, UInt32
 
     from regjax._keys import KeyLike
-    from regjax._threefry import Layout
+    from regjax._threefry import Layout, Words
 
 _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
 # A subnormal probability counts as 0: CPUs and TPUs flush it, others do not, and the mask must not
@@ -97,6 +97,23 @@ def _threshold_mask(
     consume(key)
     bits = counter_bits(key_words(key), shape, out_sharding=out_sharding)
     return (bits >> np.uint32(32 - _MANTISSA)) < threshold
+
+
+def bernoulli_at(
+    key: KeyLike, keep_prob: float | Float[Array, ""], index: Words
+) -> Bool[Array, "*shape"]:
+    """The elements of `bernoulli`'s mask at given row-major indices, whatever its shape.
+
+    What makes a mask piece by piece, or of a few rows only, without the rest of it.
+
+    Args:
+        key: one key, as `bernoulli` takes it.
+        keep_prob: the probability of True, checked by `check_probability`.
+        index: 64-bit indices, as a high and a low word that broadcast against each other.
+    """
+    consume(key)
+    out0, out1 = threefry2x32(key_words(key), index)
+    return ((out0 ^ out1) >> np.uint32(32 - _MANTISSA)) < _threshold(keep_prob)
 
 
 def _threshold(keep_prob: float | Float[Array, ""]) -> np.uint32 | UInt32[Array, ""]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from regtorch._keys import key_words
-from regtorch._threefry import in_pieces, range_bits, shift_right
+from regtorch._threefry import in_pieces, range_bits, shift_right, threefry2x32
 
 _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
 # A subnormal probability counts as 0: some devices flush it, others do not, and the mask must not
@@ -70,6 +70,22 @@ def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> T
         return shift_right(range_bits(words, start, stop), 32 - _MANTISSA) < threshold
 
     return in_pieces(mask, shape, key.device)
+
+
+def bernoulli_at(key: Tensor, keep_prob: float | Tensor, index: Tensor) -> Tensor:
+    """The elements of `bernoulli`'s mask at given row-major indices, whatever its shape.
+
+    What makes a mask piece by piece, or of a few rows only, without the rest of it.
+
+    Args:
+        key: one key, as `bernoulli` takes it.
+        keep_prob: the probability of True, checked by `check_probability`.
+        index: of dtype int64, on the key's device.
+    """
+    # The conversion keeps the lower 32 bits, whose sign is only how they are read.
+    counter = ((index >> 32).to(torch.int32), index.to(torch.int32))
+    out0, out1 = threefry2x32(key_words(key), counter)
+    return shift_right(out0 ^ out1, 32 - _MANTISSA) < _threshold(keep_prob)
 
 
 def _threshold(keep_prob: float | Tensor) -> int | Tensor:
