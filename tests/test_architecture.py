@@ -44,10 +44,15 @@ FLOORS = {
     "interop._states": 6,
     "interop.__init__": 7,
     "_alpha": 5,
-    "nn": 6,
-    "keyed_layers": 7,
-    "keyed": 8,
-    "__init__": 9,
+    "nn._layer": 6,
+    "nn._alpha": 7,
+    "nn._dropout": 7,
+    "nn._features": 7,
+    "nn": 8,
+    "nn.__init__": 8,
+    "keyed_layers": 9,
+    "keyed": 10,
+    "__init__": 11,
 }
 
 

@@ -1,0 +1,8 @@
+"""Modules over the functions: the settings live in the module, the work in the function."""
+
+from regtorch.nn._alpha import AlphaDropout as AlphaDropout
+from regtorch.nn._alpha import FeatureAlphaDropout as FeatureAlphaDropout
+from regtorch.nn._dropout import Dropout as Dropout
+from regtorch.nn._features import Dropout1d as Dropout1d
+from regtorch.nn._features import Dropout2d as Dropout2d
+from regtorch.nn._features import Dropout3d as Dropout3d

@@ -1,0 +1,71 @@
+"""Dropout of elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regtorch._dropout import dropout
+from regtorch.nn._layer import Layer
+
+
+class Dropout(Layer):
+    """`torch.nn.Dropout` whose masks come from an explicit key or generator.
+
+    In training it zeroes each element with probability `rate` and divides the others by `1 - rate`;
+    after `eval()` it returns its input itself. See `regtorch.dropout`.
+
+    Attributes:
+        rate: the probability that an element is zeroed; `p` in `torch.nn.Dropout`.
+        broadcast_dims: dimensions along which one mask is shared.
+        generator: where a call without a key draws one from. A key cannot live here: the same key
+            at every step would be the same mask at every step.
+
+    PyTorch:
+        `torch.nn.Dropout(p=rate)`, which draws from the global generator.
+
+    JAX:
+        `regjax.dropout(x, rate, key=key, deterministic=not training)` gives the same result bit for
+        bit.
+
+    Example:
+        >>> import torch, regtorch
+        >>> layer = regtorch.nn.Dropout(0.5)
+        >>> layer(torch.arange(1.0, 7.0), key=regtorch.key(0))
+        tensor([ 0.,  0.,  6.,  8.,  0., 12.])
+        >>> layer.eval()(torch.arange(1.0, 7.0))
+        tensor([1., 2., 3., 4., 5., 6.])
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8),
+        ...     regtorch.nn.Dropout(0.1, generator=torch.Generator().manual_seed(0)),
+        ... )
+        >>> model(torch.ones(2, 4)).shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        rate: float = 0.5,
+        *,
+        broadcast_dims: Sequence[int] = (),
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(rate, generator=generator)
+        self.broadcast_dims = tuple(broadcast_dims)
+
+    @classmethod
+    def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
+        """`regtorch.dropout`."""
+        return dropout(x, rate, **options)
+
+    def options(self) -> dict[str, Any]:
+        """The dimensions that share a mask."""
+        return {"broadcast_dims": self.broadcast_dims}
+
+    def extra_repr(self) -> str:
+        """What stands between the parentheses of the printed module."""
+        shared = f", broadcast_dims={self.broadcast_dims}" if self.broadcast_dims else ""
+        return super().extra_repr() + shared

@@ -1,0 +1,102 @@
+"""Dropout of whole channels."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from regtorch._features import feature_dropout
+from regtorch.nn._layer import Layer
+
+
+class FeatureLayer(Layer):
+    """Dropout of whole channels, of inputs that have as many dimensions as the layer knows."""
+
+    # Number of dimensions of the input -> which of them is the channel's. 0: there is no batch.
+    channel_axes: ClassVar[dict[int, int]]
+
+    @classmethod
+    def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
+        """`regtorch.feature_dropout`, the channel's dimension taken from the number of them."""
+        if x.ndim not in cls.channel_axes:
+            known = " or ".join(f"{ndim}-D" for ndim in cls.channel_axes)
+            raise RuntimeError(
+                f"x must be {known} for {cls.__name__}; got a {x.ndim}-D input of shape "
+                f"{tuple(x.shape)}. Use Dropout for elements, or regtorch.feature_dropout with a "
+                "channel_axis."
+            )
+        return feature_dropout(x, rate, channel_axis=cls.channel_axes[x.ndim], **options)
+
+
+class Dropout1d(FeatureLayer):
+    """`torch.nn.Dropout1d` whose masks come from an explicit key or generator.
+
+    In training it zeroes each channel of (N, C, L), or of (C, L), with probability `rate` and
+    divides the others by `1 - rate`. See `regtorch.feature_dropout`.
+
+    Attributes:
+        rate: the probability that a channel is zeroed; `p` in PyTorch.
+        generator: where a call without a key draws one from.
+
+    Raises:
+        RuntimeError: when called on an input that is not 2-D or 3-D, as PyTorch does.
+
+    Example:
+        >>> import torch, regtorch
+        >>> layer = regtorch.nn.Dropout1d(0.5)
+        >>> layer(torch.ones(4, 2), key=regtorch.key(0))
+        tensor([[0., 0.],
+                [0., 0.],
+                [2., 2.],
+                [2., 2.]])
+    """
+
+    channel_axes: ClassVar[dict[int, int]] = {2: 0, 3: 1}
+
+
+class Dropout2d(FeatureLayer):
+    """`torch.nn.Dropout2d` whose masks come from an explicit key or generator.
+
+    In training it zeroes each channel of (N, C, H, W) with probability `rate` and divides the
+    others by `1 - rate`. See `regtorch.feature_dropout`. A 3-D input is (N, C, L) and not
+    (C, H, W): PyTorch takes it so, with a warning.
+
+    Attributes:
+        rate: the probability that a channel is zeroed; `p` in PyTorch.
+        generator: where a call without a key draws one from.
+
+    Raises:
+        RuntimeError: when called on an input that is not 3-D or 4-D; PyTorch warns that it will.
+
+    Example:
+        >>> import torch, regtorch
+        >>> layer = regtorch.nn.Dropout2d(0.5)
+        >>> layer(torch.ones(1, 4, 3, 3), key=regtorch.key(0))[0, :, 0, 0]
+        tensor([0., 0., 2., 2.])
+    """
+
+    channel_axes: ClassVar[dict[int, int]] = {3: 1, 4: 1}
+
+
+class Dropout3d(FeatureLayer):
+    """`torch.nn.Dropout3d` whose masks come from an explicit key or generator.
+
+    In training it zeroes each channel of (N, C, D, H, W), or of (C, D, H, W), with probability
+    `rate` and divides the others by `1 - rate`. See `regtorch.feature_dropout`.
+
+    Attributes:
+        rate: the probability that a channel is zeroed; `p` in PyTorch.
+        generator: where a call without a key draws one from.
+
+    Raises:
+        RuntimeError: when called on an input that is not 4-D or 5-D; PyTorch warns that it will.
+
+    Example:
+        >>> import torch, regtorch
+        >>> layer = regtorch.nn.Dropout3d(0.5)
+        >>> layer(torch.ones(4, 1, 1, 1), key=regtorch.key(0)).flatten()
+        tensor([0., 0., 2., 2.])
+    """
+
+    channel_axes: ClassVar[dict[int, int]] = {4: 0, 5: 1}

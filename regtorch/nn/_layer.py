@@ -1,0 +1,37 @@
+"""What every module of the family shares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regtorch._masks import check_probability
+
+
+class Layer(nn.Module):
+    """What the family shares: the settings, and where the key comes from."""
+
+    def __init__(self, rate: float = 0.5, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.rate = check_probability("rate", rate)
+        self.generator = generator
+
+    def forward(self, x: Tensor, *, key: Tensor | torch.Generator | None = None) -> Tensor:
+        """Drops in training, nothing in evaluation; `key` comes before the generator."""
+        key = self.generator if key is None else key
+        return self.drop(x, self.rate, key=key, deterministic=not self.training, **self.options())
+
+    @classmethod
+    def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
+        """The function that the layer calls, after its own rule for the shape of `x`."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """What it passes to the function besides the rate, the key and the mode."""
+        return {}
+
+    def extra_repr(self) -> str:
+        """What stands between the parentheses of the printed module."""
+        return f"rate={self.rate}"
