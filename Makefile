@@ -7,6 +7,8 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 ARGS ?=
+# Tests compile more than they compute, each on one core: several processes share them.
+SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo figures test test-all parity exactness bench bench-optimizers bench-models lint format lock clean
@@ -21,10 +23,10 @@ figures: $(READY)  ## Make the picture and the table that README shows
 	$(RUN) -m examples.overfit --out docs/overfit
 
 test: $(READY)  ## Run the tests, without the slow ones
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(RUN) -m pytest $(SHARED) -m "not slow" $(ARGS)
 
 test-all: $(READY)  ## Run every test
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(SHARED) $(ARGS)
 
 parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for less)
 	$(RUN) -m parity_tests $(ARGS)
