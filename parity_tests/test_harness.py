@@ -57,8 +57,19 @@ def run(name: str, optimizer: str, steps: int, tier: Tier, **options):
         return compare_training(*both, batches(steps, tier.dtype), pair.names, tier=tier, **options)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", PAIRS)
+# Every optimizer on the smallest model, every model under one optimizer; the others are slow.
+RUNS = [
+    pytest.param(
+        name,
+        optimizer,
+        marks=[] if name == "perceptron" or optimizer == "adamw" else pytest.mark.slow,
+    )
+    for name in PAIRS
+    for optimizer in OPTIMIZERS
+]
+
+
+@pytest.mark.parametrize(("name", "optimizer"), RUNS)
 def test_float64_runs_are_the_same(name, optimizer):
     found = run(name, optimizer, 20, FLOAT64)
     found.raise_if_different()
@@ -67,7 +78,9 @@ def test_float64_runs_are_the_same(name, optimizer):
     assert found.deviations["state"]
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(
+    "name", ["perceptron", "convolutional", pytest.param("encoder", marks=pytest.mark.slow)]
+)
 def test_float32_losses_are_the_same(name):
     found = run(name, "adamw", 30, LOSSES)
     assert max(found.deviations["loss"]) < 1e-4

@@ -46,7 +46,7 @@ def specs(shape: tuple[int, ...], names: tuple[str, ...], sizes: dict[str, int])
 
 @pytest.mark.parametrize(
     "mesh_shape",
-    [*(pytest.param((n,), marks=pytest.mark.slow) for n in (1, 2, 4)), (8,), (2, 4)],
+    [*(pytest.param((n,), marks=pytest.mark.slow) for n in (1, 2, 4, 8)), (2, 4)],
     ids=str,
 )
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
