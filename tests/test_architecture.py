@@ -15,6 +15,8 @@ FOREIGN = {
     "regjax": {"torch", "flax", "equinox", "haiku", "regtorch", "parity_tests", "jaxtyping"},
     "regtorch": {"jax", "jaxlib", "optax", "numpy", "regjax", "parity_tests"},
 }
+# The layers of a framework: each of these files may import its own, no other file any of them.
+LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku"}
 # A file may import those of its own wing that stand on a lower floor than itself.
 FLOORS = {
     "_threefry": 0,
@@ -26,7 +28,9 @@ FLOORS = {
     "_paths": 0,
     "_decay": 1,
     "_penalty": 2,
-    "_rules": 2,
+    "_verdicts": 2,
+    "_table": 3,
+    "_rules": 4,
     "optim._links": 2,
     "optim._decays": 3,
     "optim._descent": 3,
@@ -53,6 +57,10 @@ FLOORS = {
     "keyed_layers": 9,
     "keyed": 10,
     "__init__": 11,
+    "linen": 12,
+    "nnx": 12,
+    "equinox": 12,
+    "haiku": 12,
 }
 
 
@@ -76,6 +84,12 @@ def climbing(wing: str, name: str, source: str) -> set[str]:
     inside = {t.removeprefix(wing + ".") for t in imports(source) if t.startswith(wing + ".")}
     inside |= {f"{target}.__init__" for target in inside}  # a package is its __init__
     return {target for target in inside & FLOORS.keys() if FLOORS[target] >= FLOORS[name]}
+
+
+def foreign(wing: str, name: str, source: str) -> set[str]:
+    """The frameworks that a file imports though it may not."""
+    own = {LAYERS[name]} if wing == "regjax" and name in LAYERS else set()
+    return {target.partition(".")[0] for target in imports(source)} & FOREIGN[wing] - own
 
 
 def files(wing: str) -> list[str]:
@@ -125,13 +139,18 @@ def test_a_wing_does_not_load_the_other_framework(wing):
     assert wing in loaded
     # torch itself loads NumPy where it is installed; regtorch does not ask for it.
     assert not loaded & (FOREIGN[wing] - {"numpy"})
-    assert not FOREIGN[wing] & {
-        target.partition(".")[0]
-        for name in files(wing)
-        for target in imports(source_of(wing, name))
-    }
+    assert not [name for name in files(wing) if foreign(wing, name, source_of(wing, name))]
+
+
+def test_the_layers_of_a_framework_are_there_when_asked_for():
+    """And only then: the test above sees `import regjax` load none of the frameworks."""
+    loaded = loaded_after("\n".join(f"import regjax.{name}" for name in LAYERS))
+    assert loaded >= set(LAYERS.values())
 
 
 def test_a_foreign_framework_is_seen():
     """The test of the test."""
     assert "torch" in loaded_after("import regjax, torch")
+    assert foreign("regjax", "_dropout", "from flax import linen") == {"flax"}
+    assert foreign("regjax", "nnx", "from flax import nnx\nimport haiku") == {"haiku"}
+    assert not foreign("regjax", "nnx", "from flax import nnx")
