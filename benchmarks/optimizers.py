@@ -1,11 +1,16 @@
 """What regjax.optim's optimizers cost beside optax's own, where a model is large.
 
-python -m benchmarks.optimizers          # 100 M parameters in 1,000 leaves; some ten minutes
-python -m benchmarks.optimizers --quick  # 1 M in 10 leaves, to see that it runs; with Muon
+python -m benchmarks.optimizers             # 100 M parameters in 1,000 leaves; half an hour
+python -m benchmarks.optimizers --only sgd  # that row anew; a minute or two
+python -m benchmarks.optimizers --quick     # 1 M in 10 leaves, to see that it runs
 
 Each step updates and applies, in one jitted call that may write over parameters and state. Where
 optax has the optimizer, its own chain with the same decay is raced beside ours; the L2 term of the
 loss is raced beside the decay of the optimizer.
+
+Rows are written as they come. `--only` keeps the others that an earlier run has left in the folder,
+if machine, versions and number of leaves were the same: so the table can be had in pieces. After a
+change of code, measure all that it concerns again.
 """
 
 from __future__ import annotations
@@ -13,7 +18,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,13 +30,15 @@ from rich.progress import Progress
 
 import regjax
 from benchmarks import cli
-from benchmarks.race import Result, environment, race
-from benchmarks.report import publish
+from benchmarks.race import Result, environment, race, save
+from benchmarks.report import draw
 from regjax import optim
 
 OURS, PEER = "regjax", "optax"
 DECAY = 0.01
 LEAF = (250, 400)
+SIZE = LEAF[0] * LEAF[1]
+# Muon takes some thirty times as long as the others: its row has fewer leaves, and says so.
 MOST_MATRICES = 100
 
 Make = Callable[[], optax.GradientTransformation]
@@ -81,6 +90,10 @@ PAIRS: dict[str, tuple[Make, Make | None]] = {
 }
 
 
+LOSS_TERM = "loss term"
+NAMES = (*PAIRS, LOSS_TERM)
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One optimizer beside optax's.
@@ -97,6 +110,11 @@ class Row:
     build: Result
     temporary: dict[str, int]
 
+    @property
+    def leaves(self) -> int:
+        """How many leaves the parameters had."""
+        return self.update.elements // SIZE
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Races, prints the table, and writes it as Markdown, JSON and a picture."""
@@ -104,32 +122,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     leaves = 10 if options.quick else options.leaves
     rounds = 2 if options.quick else options.rounds
-    # Muon's iterations are unrolled: over many leaves XLA compiles them for minutes.
-    few = leaves <= MOST_MATRICES
-    names = options.only or [name for name in (*PAIRS, "loss term") if few or name != "muon"]
-    rows = []
+    names = options.only or NAMES
+    stem = options.out / "optimizers"
+    rows = _left(stem.with_suffix(".json"), leaves) if options.only else {}
     with Progress(console=console) as progress:
         task = progress.add_task("racing", total=len(names) * 2 * rounds)
         for name in names:
             progress.update(task, description=name)
-            rows.append(_row(name, leaves, rounds, functools.partial(progress.advance, task)))
-            # Each as it comes: a run cut short has shown what it found.
-            progress.console.print(_line(rows[-1]), markup=False, soft_wrap=True)
-    shown = [row for row in rows if len(row.update.seconds) > 1]
-    publish(
-        options.out / "optimizers",
-        [result for row in rows for result in (row.update, row.build)],
-        markdown(rows, leaves),
-        [
-            (f"{title}, time over optax's", {_shown(row): _ratio(get(row)) for row in shown})
-            for title, get in (("update", lambda r: r.update), ("compilation", lambda r: r.build))
-        ],
-        unit="ratio (lower is better)",
-        own=[_shown(row) for row in shown],
-        digits=2,
-        console=console,
-    )
+            few = min(leaves, MOST_MATRICES) if name == "muon" else leaves
+            rows[name] = _row(name, few, rounds, functools.partial(progress.advance, task))
+            _save(stem.with_suffix(".json"), rows, leaves)
+            progress.console.print(_line(rows[name], leaves), markup=False, soft_wrap=True)
+    _show(stem, [rows[name] for name in NAMES if name in rows], leaves, console)
     return 0
+
+
+def _save(path: Path, rows: Mapping[str, Row], leaves: int) -> None:
+    save(
+        path,
+        [result for row in rows.values() for result in (row.update, row.build)],
+        temporary={name: row.temporary for name, row in rows.items()},
+        **_settings(leaves),
+    )
+
+
+def _left(path: Path, leaves: int) -> dict[str, Row]:
+    """The rows of an earlier run, if it measured the same under the same circumstances."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    now = {"environment": environment(), **_settings(leaves)}
+    if {key: record.get(key) for key in now} != now:
+        return {}
+    results = {result["title"]: Result(**result) for result in record["results"]}
+    return {
+        name: Row(name, results[f"{name}, update"], results[f"{name}, build"], temporary)
+        for name, temporary in record["temporary"].items()
+    }
+
+
+def _settings(leaves: int) -> dict[str, Any]:
+    return {"leaves": leaves, "optax": optax.__version__}
+
+
+def _show(stem: Path, rows: Sequence[Row], leaves: int, console: Console) -> None:
+    """Writes the table as Markdown and the ratios as a picture."""
+    text = markdown(rows, leaves)
+    stem.with_suffix(".md").write_text(text)
+    raced = [row for row in rows if len(row.update.seconds) > 1]
+    if raced:
+        panels = [
+            (f"{title}, time over optax's", {_shown(row): _ratio(get(row)) for row in raced})
+            for title, get in (("update", lambda r: r.update), ("compilation", lambda r: r.build))
+        ]
+        own = [_shown(row) for row in raced]
+        picture, unit = stem.with_suffix(".png"), "ratio (lower is better)"
+        draw(picture, panels, unit=unit, own=own, digits=2)
+    console.print(text, soft_wrap=True, markup=False)
+    console.print(f"Table, times and picture: {stem}.{{md,json,png}}", soft_wrap=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,7 +190,11 @@ def _parser() -> argparse.ArgumentParser:
         help="leaves of 100,000 parameters (default: %(default)s)",
     )
     parser.add_argument(
-        "--only", nargs="+", choices=[*PAIRS, "loss term"], metavar="NAME", help="some of them"
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        metavar="NAME",
+        help="some rows, beside those that are there",
     )
     return parser
 
@@ -152,7 +204,7 @@ Step = Callable[[Any, Any, Any], Any]
 
 def _steps(name: str) -> dict[str, tuple[optax.GradientTransformation, Step]]:
     """By candidate, its optimizer and the step it takes."""
-    if name == "loss term":
+    if name == LOSS_TERM:
         plain, decayed = optim.sgd(1e-3, 0.9), optim.sgd(1e-3, 0.9, weight_decay=2 * DECAY)
         # Of the loss only the term itself: what it adds to a step, not what a model costs.
         return {
@@ -189,7 +241,7 @@ def _row(name: str, leaves: int, rounds: int, on_round: Callable[[], None]) -> R
         compiled[side] = jitted.lower(params, state, gradient).compile()
         runs[side] = _Walk(compiled[side], params, state, gradient)
         del params, state
-    elements = leaves * LEAF[0] * LEAF[1]
+    elements = leaves * SIZE
     update = race(f"{name}, update", runs, elements=elements, rounds=rounds, on_round=on_round)
     shapes = {
         side: jax.eval_shape(lambda walk=walk: (walk.params, walk.state))
@@ -229,7 +281,7 @@ def _tree(leaves: int, size: float) -> dict[str, jax.Array]:
 
 def _shown(row: Row) -> str:
     """The name of a row in the picture; the loss term has another base than its neighbours."""
-    return "L2 in the loss\nover sgd's decay" if row.name == "loss term" else row.name
+    return "L2 in the loss\nover sgd's decay" if row.name == LOSS_TERM else row.name
 
 
 def _ratio(result: Result) -> float:
@@ -238,17 +290,17 @@ def _ratio(result: Result) -> float:
 
 def markdown(rows: Sequence[Row], leaves: int) -> str:
     """A table: one optimizer a line."""
-    elements = leaves * LEAF[0] * LEAF[1]
+    elements = leaves * SIZE
     lines = [
         f"| {elements / 1e6:,.0f} M parameters in {leaves:,} leaves, {environment()['cores']} cores"
         " | ns per parameter | update / optax | compile, s | compile / optax"
         " | temporary, MB | optax's, MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    return "\n".join([*lines, *map(_line, rows)]) + "\n"
+    return "\n".join([*lines, *(_line(row, leaves) for row in rows)]) + "\n"
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, leaves: int) -> str:
     both = len(row.update.seconds) > 1
     ratios = [f"{_ratio(result):.2f}" if both else "" for result in (row.update, row.build)]
     memory = [
@@ -256,7 +308,9 @@ def _line(row: Row) -> str:
         for side in (OURS, PEER)
     ]
     seconds = row.build.nanoseconds(OURS) / 1e9
-    title = "L2 in the loss / in `sgd`" if row.name == "loss term" else f"`{row.name}`"
+    title = "L2 in the loss / in `sgd`" if row.name == LOSS_TERM else f"`{row.name}`"
+    if row.leaves != leaves:
+        title += f", {row.leaves:,} leaves"
     return (
         f"| {title} | {row.update.nanoseconds(OURS):.2f} | {ratios[0]} | {seconds:.1f}"
         f" | {ratios[1]} | {memory[0]} | {memory[1]} |"

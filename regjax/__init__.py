@@ -7,8 +7,14 @@ from regjax import interop as interop
 from regjax import optim as optim
 from regjax._alpha import alpha_dropout as alpha_dropout
 from regjax._alpha import feature_alpha_dropout as feature_alpha_dropout
+from regjax._blocks import drop_block as drop_block
 from regjax._dropout import dropout as dropout
+from regjax._embedding import embedding_dropout as embedding_dropout
 from regjax._features import feature_dropout as feature_dropout
+from regjax._findings import DropoutProblem as DropoutProblem
+from regjax._findings import DropoutReport as DropoutReport
+from regjax._guards import DropoutGuard as DropoutGuard
+from regjax._guards import check_dropout as check_dropout
 from regjax._keys import site_key as site_key
 from regjax._masks import bernoulli as bernoulli
 from regjax._observe import observing as observing
@@ -17,7 +23,11 @@ from regjax._penalty import elastic_net_penalty as elastic_net_penalty
 from regjax._penalty import l1_penalty as l1_penalty
 from regjax._penalty import l2_penalty as l2_penalty
 from regjax._penalty import l2_sp_penalty as l2_sp_penalty
+from regjax._recurrent import variational_dropout as variational_dropout
 from regjax._rules import DecayTable as DecayTable
 from regjax._rules import decay_mask as decay_mask
 from regjax._rules import decay_rates as decay_rates
 from regjax._rules import decay_table as decay_table
+from regjax._uncertainty import Prediction as Prediction
+from regjax._uncertainty import mc_dropout as mc_dropout
+from regjax._weights import drop_connect as drop_connect

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -94,13 +94,33 @@ def masked(
     deterministic: ArrayLike,
     settings: Settings,
 ) -> Inexact[Array, "*shape"]:
-    """The dropout of the whole family: checks, shortcuts, then the mask."""
+    """Dropout whose mask a sampler draws: an element each, or shared along dimensions."""
     x = check_inexact(x)
+    dims = check_dims(settings.broadcast_dims, x.ndim)
+    settings = dataclasses.replace(settings, broadcast_dims=dims)
+    return drawn(x, rate, key, deterministic, settings)
+
+
+def drawn(
+    x: Inexact[Array, "*shape"],
+    rate: ArrayLike,
+    key: KeyLike | None,
+    deterministic: ArrayLike,
+    kind: Kind,
+    *arrays: Array,
+) -> Inexact[Array, "*shape"]:
+    """The frame of the whole family: checks, shortcuts, the key, who watches, then the mask.
+
+    Args:
+        x: what is dropped, checked by `check_inexact`.
+        rate: as `dropout` takes it, like `key` and `deterministic`.
+        key: see there.
+        deterministic: see there.
+        kind: what is drawn, and what becomes of `x`.
+        *arrays: what the mask depends on besides.
+    """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
-    settings = dataclasses.replace(
-        settings, broadcast_dims=check_dims(settings.broadcast_dims, x.ndim)
-    )
     if deterministic is True or _is_number(rate, 0):
         return x
 
@@ -109,12 +129,26 @@ def masked(
             return jnp.zeros_like(x)
         one_key = require_key(key)
         if watching := observer():
-            keep = _keep_mask(x, one_key, _keep_prob(rate, x.dtype), settings)
+            keep = kind.keep(x, one_key, rate, *arrays)
             watching.draw(key_words(one_key), rate, keep, x)
-        jitted = _drop_at_tracer if isinstance(rate, jax.Array) else _drop_at_number
-        return jitted(x, one_key, rate, settings)
+        return made(x, one_key, rate, kind, *arrays)
 
     return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
+
+
+def made(
+    x: Inexact[Array, "*shape"],
+    key: KeyLike,
+    rate: float | Float[Array, ""],
+    kind: Kind,
+    *arrays: Array,
+) -> Inexact[Array, "*shape"]:
+    """What `kind` makes of `x`; of a traced rate outside [0, 1], NaN.
+
+    The backward pass has nothing but the key, and draws again.
+    """
+    jitted = _drop_at_tracer if isinstance(rate, jax.Array) else _drop_at_number
+    return jitted(x, key, rate, kind, *arrays)
 
 
 def inverse(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
@@ -126,9 +160,26 @@ def inverse(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating
     return real(1) / real(keep_prob)
 
 
+class Kind(Protocol):
+    """What of a dropout is no array: one value, static under jit."""
+
+    def keep(self, *args: Any, **kwargs: Any) -> Bool[Array, ...]:
+        """Draws the mask for `x`, from a key, a rate and what else it depends on: True keeps.
+
+        Of size 1 along dimensions that share it.
+        """
+        ...
+
+    def apply(
+        self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
+    ) -> Inexact[Array, "*shape"]:
+        """Masks and scales."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What of a dropout is no array: one value, static under jit.
+    """A mask from a sampler, a scale from the rate: of dropout and what differs in those only.
 
     An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
 
@@ -144,26 +195,37 @@ class Settings:
     scale: Callable[..., Any] = inverse
     offsets: Callable[..., Any] | None = None
 
+    def keep(
+        self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> Bool[Array, ...]:
+        """Draws the mask."""
+        return _keep_mask(x, key, _keep_prob(rate, x.dtype), self)
+
+    def apply(
+        self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
+    ) -> Inexact[Array, "*shape"]:
+        """Masks, shifts and scales."""
+        realised = realised_keep_prob(self.sampler, _keep_prob(rate, x.dtype))
+        scale = self.scale(realised, x.dtype)
+        if self.offsets is None:
+            return selected(keep, x, scale)
+        shift, fill = self.offsets(realised, x.dtype)
+        # The sum before the product: no compiler can contract these two to one rounding.
+        kept = (x.astype(scale.dtype) + shift) * scale
+        return jnp.where(keep, kept, fill).astype(x.dtype)
+
 
 def _drop(
     x: Inexact[Array, "*shape"],
     key: KeyLike,
     rate: float | Float[Array, ""],
-    settings: Settings,
+    kind: Kind,
+    *arrays: Array,
 ) -> Inexact[Array, "*shape"]:
-    def masked(x: Inexact[Array, "*shape"], key: KeyLike) -> Inexact[Array, "*shape"]:
-        keep_prob = _keep_prob(rate, x.dtype)
-        keep = _keep_mask(x, key, keep_prob, settings)
-        realised = realised_keep_prob(settings.sampler, keep_prob)
-        scale = settings.scale(realised, x.dtype)
-        # A selection, not a product: a dropped NaN or infinity must become 0.
-        if settings.offsets is None:
-            dropped = jnp.where(keep, _scaled(x, scale), jnp.zeros((), x.dtype))
-        else:
-            shift, fill = settings.offsets(realised, x.dtype)
-            # The sum before the product: no compiler can contract these two to one rounding.
-            kept = (x.astype(scale.dtype) + shift) * scale
-            dropped = jnp.where(keep, kept, fill).astype(x.dtype)
+    def masked(
+        x: Inexact[Array, "*shape"], key: KeyLike, *arrays: Array
+    ) -> Inexact[Array, "*shape"]:
+        dropped = kind.apply(x, kind.keep(x, key, rate, *arrays), rate)
         if isinstance(rate, jax.Array):
             in_range = (rate >= 0) & (rate <= 1)
             dropped = jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype))
@@ -171,7 +233,7 @@ def _drop(
 
     # What the backward pass needs of the forward one is the mask; under checkpoint it is made again
     # from the key. prevent_cse=False, because its barriers would keep XLA from fusing the mask.
-    return jax.checkpoint(masked, prevent_cse=False)(x, key)
+    return jax.checkpoint(masked, prevent_cse=False)(x, key, *arrays)
 
 
 # The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
@@ -203,6 +265,14 @@ def _keep_prob(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float
 def real_dtype(dtype: np.dtype) -> type[np.floating]:
     """The type in which elements of `dtype` are scaled, before they are rounded once."""
     return np.float64 if dtype in _DOUBLE else np.float32
+
+
+def selected(
+    keep: Bool[Array, ...], x: Inexact[Array, "*shape"], scale: np.floating | Float[Array, ""]
+) -> Inexact[Array, "*shape"]:
+    """The elements that are kept, scaled, and zeros."""
+    # A selection, not a product: a dropped NaN or infinity must become 0.
+    return jnp.where(keep, _scaled(x, scale), jnp.zeros((), x.dtype))
 
 
 def _scaled(

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,11 @@ class Draw:
         rate: the probability that an element is zeroed.
         mask: what it keeps; of size 1 along dimensions that share it.
         entering: the values that it masks.
+        function: the function of the library that draws, such as `"dropout"`.
+        where: the line of code that called it, `"path/model.py:42"`: the innermost one that is not
+            in the library or in a framework.
+        scope: the names of the modules around it, `"encoder/layer_0"`, where the framework gives
+            them to JAX as Linen and Haiku do, or `jax.named_scope`.
     """
 
     order: int
@@ -55,6 +62,9 @@ class Draw:
     rate: float
     mask: np.ndarray
     entering: np.ndarray
+    function: str
+    where: str
+    scope: str
 
 
 class Observer:
@@ -81,13 +91,13 @@ class Observer:
         self, key: Pair, rate: Any, mask: Bool[Array, ...], entering: Inexact[Array, ...]
     ) -> None:
         """Called by every dropout that draws."""
-        order = next(self._orders)
+        order, (where, function), scope = next(self._orders), _place(), _scope()
         exact = rate if isinstance(rate, float) else None  # what enters a program is rounded
 
         def record(key: Pair, rate: Any, mask: Any, entering: Any) -> None:
             asked = float(rate) if exact is None else exact
-            words = _integers(key)
-            self._record(Draw(order, words, asked, np.asarray(mask), np.asarray(entering)))
+            arrays = np.asarray(mask), np.asarray(entering)
+            self._record(Draw(order, _integers(key), asked, *arrays, function, where, scope))
 
         jax.debug.callback(record, key, rate, mask, entering)
 
@@ -118,9 +128,41 @@ def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
         >>> [(type(event).__name__, event.rate, event.mask.tolist()) for event in drawn]
         [('Draw', 0.5, [False, False, True])]
     """
-    watching = Observer(record)
+    with watched_by(Observer(record)) as watching:
+        yield watching
+
+
+@contextlib.contextmanager
+def watched_by(watching: Observer) -> Iterator[Observer]:
+    """Lets an observer watch; what one traced in one such block is used again in its next."""
     with _observer(watching):
         yield watching
+
+
+# Code of these is not the user's.
+_LIBRARIES = {"regjax", "jax", "flax", "equinox", "haiku", "contextlib"}
+
+
+def _place() -> tuple[str, str]:
+    """The line of the user's code that is running, and the function of this library it called."""
+    frame, function = sys._getframe(1), ""
+    while frame.f_back:
+        module = frame.f_globals.get("__name__", "")
+        typed = frame.f_code.co_filename.startswith("<")  # at a prompt, or in a doctest
+        if typed or module.partition(".")[0] not in _LIBRARIES:
+            break
+        if module.startswith("regjax._"):
+            function = frame.f_code.co_name
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}", function
+
+
+def _scope() -> str:
+    """The name stack, `jvp(encoder)/layer_0`, without the transformations."""
+    # Here and not above: JAX may change it, and nobody needs it who does not watch.
+    from jax.extend import source_info_util
+
+    return re.sub(r"\w+\(|\)", "", str(source_info_util.current_name_stack()))
 
 
 def _integers(words: Pair) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -85,13 +85,33 @@ def masked(
     deterministic: bool | Tensor,
     settings: Settings,
 ) -> Tensor:
-    """The dropout of the whole family: checks, shortcuts, then the mask."""
+    """Dropout whose mask a sampler draws: an element each, or shared along dimensions."""
     x = check_inexact(x)
+    dims = check_dims(settings.broadcast_dims, x.ndim)
+    settings = dataclasses.replace(settings, broadcast_dims=dims)
+    return drawn(x, rate, key, deterministic, settings)
+
+
+def drawn(
+    x: Tensor,
+    rate: float | Tensor,
+    key: Tensor | torch.Generator | None,
+    deterministic: bool | Tensor,
+    kind: Kind,
+    *tensors: Tensor,
+) -> Tensor:
+    """The frame of the whole family: checks, shortcuts, the key, who watches, then the mask.
+
+    Args:
+        x: what is dropped, checked by `check_inexact`.
+        rate: as `dropout` takes it, like `key` and `deterministic`.
+        key: see there.
+        deterministic: see there.
+        kind: what is drawn, and what becomes of `x`.
+        *tensors: what the mask depends on besides.
+    """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
-    settings = dataclasses.replace(
-        settings, broadcast_dims=check_dims(settings.broadcast_dims, x.ndim)
-    )
     if deterministic is True or _is_number(rate, 0):
         return x
     if _is_number(rate, 1):
@@ -100,9 +120,8 @@ def masked(
     else:
         one_key = require_key(key).to(x.device)
         if watching := observer():
-            keep = _keep_mask(x, one_key, _keep_prob(rate, x.dtype), settings)
-            watching.draw(one_key, rate, keep, x)
-        dropped = _drop(x, one_key, rate, settings)
+            watching.draw(one_key, rate, kind.keep(x, one_key, rate, *tensors), x)
+        dropped = made(x, one_key, rate, kind, *tensors)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, dropped)
     return dropped
@@ -117,9 +136,28 @@ def inverse(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return (1 / torch.tensor(keep_prob, dtype=real)).item()
 
 
+class Kind(Protocol):
+    """What of a dropout is no tensor: one value, into which no transform looks."""
+
+    def keep(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Draws the mask for `x`, from a key, a rate and what else it depends on: True keeps.
+
+        Of size 1 along dimensions that share it.
+        """
+        ...
+
+    def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
+        """Masks and scales."""
+        ...
+
+    def slope(self) -> Kind:
+        """The kind whose `apply` is the derivative of this one's: linear in `x`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What of a dropout is no tensor: one value, into which no transform looks.
+    """A mask from a sampler, a scale from the rate: of dropout and what differs in those only.
 
     An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
 
@@ -135,44 +173,57 @@ class Settings:
     scale: Callable[..., Any] = inverse
     offsets: Callable[..., Any] | None = None
 
+    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
+        """Draws the mask."""
+        return _keep_mask(x, key, _keep_prob(rate, x.dtype), self)
 
-def _masked(x: Tensor, key: Tensor, rate: float | Tensor, settings: Settings) -> Tensor:
-    keep_prob = _keep_prob(rate, x.dtype)
-    keep = _keep_mask(x, key, keep_prob, settings)
-    realised = realised_keep_prob(settings.sampler, keep_prob)
-    scale = settings.scale(realised, x.dtype)
-    # A selection, not a product: a dropped NaN or infinity must become 0.
-    if settings.offsets is None:
-        return _scaled(torch.where(keep, x, 0), scale)
-    shift, fill = settings.offsets(realised, x.dtype)
-    # The sum before the product: no compiler can contract these two to one rounding.
-    kept = (x.to(real_dtype(x.dtype)) + shift) * scale
-    return torch.where(keep, kept, fill).to(x.dtype)
+    def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
+        """Masks, shifts and scales."""
+        realised = realised_keep_prob(self.sampler, _keep_prob(rate, x.dtype))
+        scale = self.scale(realised, x.dtype)
+        if self.offsets is None:
+            return selected(keep, x, scale)
+        shift, fill = self.offsets(realised, x.dtype)
+        # The sum before the product: no compiler can contract these two to one rounding.
+        kept = (x.to(real_dtype(x.dtype)) + shift) * scale
+        return torch.where(keep, kept, fill).to(x.dtype)
+
+    def slope(self) -> Settings:
+        """Without the offsets."""
+        return dataclasses.replace(self, offsets=None)
+
+
+def _masked(x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, *tensors: Tensor) -> Tensor:
+    return kind.apply(x, kind.keep(x, key, rate, *tensors), rate)
 
 
 class _Drop(torch.autograd.Function):
     """Masks and scales; affine in `x`, so that derivatives of every kind are the same again.
 
-    Nothing is kept for them but the key, and the rate where it is a tensor: the mask is made anew.
+    Nothing is kept for them but the key, the rate where it is a tensor, and what the mask depends
+    on besides: the mask is made anew.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, key: Tensor, rate: float | Tensor, settings: Settings) -> Tensor:
-        return _masked(x, key, rate, settings)
+    def forward(
+        x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, *tensors: Tensor
+    ) -> Tensor:
+        return _masked(x, key, rate, kind, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, key, rate, ctx.settings = inputs
+        _, key, rate, ctx.kind, *tensors = inputs
         ctx.rate = None if isinstance(rate, Tensor) else rate
-        tensors = (key, rate) if isinstance(rate, Tensor) else (key,)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        saved = (key, *tensors, *([rate] if isinstance(rate, Tensor) else []))
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return _Drop.again(ctx, *grad_outputs), None, None, None
+        nothing = [None] * (len(ctx.needs_input_grad) - 1)
+        return _Drop.again(ctx, *grad_outputs), *nothing
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
@@ -181,20 +232,25 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def again(ctx: Any, x: Tensor) -> Tensor:
         """The same mask and scale on another tensor, without the offsets."""
-        key, *rate = ctx.saved_tensors
-        linear = dataclasses.replace(ctx.settings, offsets=None)
-        return _Drop.apply(x, key, rate[0] if rate else ctx.rate, linear)
+        key, *tensors = ctx.saved_tensors
+        rate = tensors.pop() if ctx.rate is None else ctx.rate
+        return _Drop.apply(x, key, rate, ctx.kind.slope(), *tensors)
 
 
-def _drop(x: Tensor, key: Tensor, rate: float | Tensor, settings: Settings) -> Tensor:
+def made(x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, *tensors: Tensor) -> Tensor:
+    """What `kind` makes of `x`; of a tensor rate outside [0, 1], NaN.
+
+    The backward pass has nothing but the key, and draws again.
+    """
     # A compiler sees through the plain function and settles by itself what to keep; it cannot trace
     # a Function that has a forward-mode rule.
     apply = _masked if torch.compiler.is_compiling() else _Drop.apply
     if not isinstance(rate, Tensor):
-        return apply(x, key, rate, settings)
+        return apply(x, key, rate, kind, *tensors)
     rate = rate.detach()
     nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
-    return torch.where((rate >= 0) & (rate <= 1), apply(x, key, rate, settings), nan)
+    dropped = apply(x, key, rate, kind, *tensors)
+    return torch.where((rate >= 0) & (rate <= 1), dropped, nan)
 
 
 def _keep_mask(x: Tensor, key: Tensor, keep_prob: float | Tensor, settings: Settings) -> Tensor:
@@ -215,6 +271,12 @@ def _keep_prob(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which elements of `dtype` are scaled, before they are rounded once."""
     return torch.float64 if dtype in _DOUBLE else torch.float32
+
+
+def selected(keep: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
+    """The elements that are kept, scaled, and zeros."""
+    # A selection, not a product: a dropped NaN or infinity must become 0.
+    return _scaled(torch.where(keep, x, 0), scale)
 
 
 def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:

@@ -9,7 +9,9 @@ import contextlib
 import contextvars
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +39,16 @@ class Draw:
     """A dropout drew a mask.
 
     Attributes:
-        order: how many dropouts drew before it.
+        order: how many dropouts drew before it; the rows of a `torch.func.vmap` have one number.
         key: the two words of its key.
         rate: the probability that an element is zeroed.
         mask: what it keeps; of size 1 along dimensions that share it.
         entering: the values that it masks.
+        function: the function of the library that draws, such as `"dropout"`.
+        where: the line of code that called it, `"path/model.py:42"`: the innermost one that is not
+            in the library or in PyTorch.
+        remade: True where a checkpoint makes a forward pass again for the backward one, whose line
+            of code it then is.
     """
 
     order: int
@@ -49,6 +56,9 @@ class Draw:
     rate: float
     mask: Tensor
     entering: Tensor
+    function: str
+    where: str
+    remade: bool
 
 
 class Observer:
@@ -64,10 +74,40 @@ class Observer:
 
     def draw(self, key: Tensor, rate: float | Tensor, mask: Tensor, entering: Tensor) -> None:
         """Called by every dropout that draws."""
-        high, low = key.tolist()
-        # A copy: the model may go on to write into the tensor.
-        entering = entering.detach().clone()
-        self._record(Draw(next(self._orders), (high, low), float(rate), mask, entering))
+        order, (where, function) = next(self._orders), _place()
+        remade = torch._C._current_graph_task_id() != -1  # a backward pass is running
+
+        def record(key: Tensor, rate: float | Tensor, mask: Tensor, entering: Tensor) -> None:
+            high, low = key.tolist()
+            # A copy: the model may go on to write into the tensor.
+            values = mask, entering.clone()
+            draw = Draw(order, (high, low), float(rate), *values, function, where, remade)
+            self._record(draw)
+
+        _Tell.apply(record, key, rate, mask, entering.detach())
+
+
+class _Tell(torch.autograd.Function):
+    """Calls a function with the values behind `torch.func`'s transforms; under vmap row by row."""
+
+    @staticmethod
+    def forward(record: Callable[..., None], *values: Any) -> Tensor:
+        record(*values)
+        return torch.empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, None]:
+        for row in range(info.batch_size):
+            at_row = (
+                arg if dim is None else arg.select(dim, row)
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+            _Tell.apply(*at_row)
+        return torch.empty(0), None
 
 
 _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer")
@@ -93,9 +133,33 @@ def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
         >>> [(type(event).__name__, event.rate, event.mask.tolist()) for event in drawn]
         [('Draw', 0.5, [False, False, True])]
     """
-    watching = Observer(record)
+    with watched_by(Observer(record)) as watching:
+        yield watching
+
+
+@contextlib.contextmanager
+def watched_by(watching: Observer) -> Iterator[Observer]:
+    """Lets an observer watch."""
     token = _observer.set(watching)
     try:
         yield watching
     finally:
         _observer.reset(token)
+
+
+# Code of these is not the user's.
+_LIBRARIES = {"regtorch", "torch", "contextlib"}
+
+
+def _place() -> tuple[str, str]:
+    """The line of the user's code that is running, and the function of this library it called."""
+    frame, function = sys._getframe(1), ""
+    while frame.f_back:
+        module = frame.f_globals.get("__name__", "")
+        typed = frame.f_code.co_filename.startswith("<")  # at a prompt, or in a doctest
+        if typed or module.partition(".")[0] not in _LIBRARIES:
+            break
+        if module.startswith("regtorch._"):
+            function = frame.f_code.co_name
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}", function

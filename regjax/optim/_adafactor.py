@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
-from regjax.optim._links import ascend, check_rates, decay_weights, rounded_once
+from regjax.optim._links import ascend, check_rates, decay_weights, rounded_once, widest
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -167,7 +167,7 @@ def _scale_by_factored_rms(
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         del params
         count = optax.safe_increment(state.count)
-        share = jnp.asarray(count, float) ** beta2_decay
+        share = jnp.asarray(count, float) ** widest(beta2_decay)
 
         def average(g: Array, old: Any, axis: int | None) -> Any:
             if isinstance(old, optax.MaskedNode):

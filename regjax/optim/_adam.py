@@ -16,8 +16,9 @@ from regjax.optim._links import (
     bias_correction,
     check_rates,
     decay_weights,
-    rounded,
     rounded_once,
+    rounded_product,
+    widest,
 )
 
 if TYPE_CHECKING:
@@ -457,15 +458,14 @@ def _scale_by_nadam(
         del params
         new_state = _with_moments(state, updates, b1, b2)
         step = jnp.asarray(new_state.count, float)
-        short, short_next = (
-            0.5 * b1 * jnp.exp(math.log(0.96) * momentum_decay * t) for t in (step, step + 1)
-        )
-        product = state.mu_product * jnp.asarray(b1 - short, jnp.float32)
+        limit, growth = widest(b1), math.log(0.96) * widest(momentum_decay)
+        short, short_next = (0.5 * limit * jnp.exp(growth * t) for t in (step, step + 1))
+        product = state.mu_product * jnp.asarray(limit - short, jnp.float32)
         new_state = new_state._replace(mu_product=product)
         product = product.astype(step.dtype)
-        mu_next = b1 - short_next
+        mu_next = limit - short_next
         # Of 1 - mu each term is positive: nothing cancels where b1 is close to 1.
-        of_gradient = (1 - b1 + short) / (1 - product)
+        of_gradient = (1 - limit + short) / (1 - product)
         of_moment = mu_next / (1 - product * mu_next)
         c2 = bias_correction(b2, new_state.count)
 
@@ -564,7 +564,7 @@ def _with_moments(state: State, updates: PyTree, b1: ScalarLike, b2: ScalarLike)
     """Count the step, and take its gradients into both moments, in torch's order of rounding."""
 
     def second(v: Array, g: Array) -> Array:
-        return rounded(b2 * v) + (1 - b2) * g * g
+        return rounded_product(v, b2) + (1 - b2) * g * g
 
     return state._replace(
         count=optax.safe_increment(state.count),
@@ -575,9 +575,18 @@ def _with_moments(state: State, updates: PyTree, b1: ScalarLike, b2: ScalarLike)
 
 def _first_moment(mu: PyTree, updates: PyTree, b1: ScalarLike) -> PyTree:
     # From the nearer end, as torch's lerp: a long way from the other would round the gradient off.
-    short = jnp.less(1 - b1, 0.5)
-    weight = jnp.where(short, 1 - b1, jnp.negative(b1))
-    return jax.tree.map(lambda m, g: jnp.where(short, m, g) + weight * (g - m), mu, updates)
+    def from_moment(m: Array, g: Array) -> Array:
+        return m + (1 - b1) * (g - m)
+
+    def from_gradient(m: Array, g: Array) -> Array:
+        return g - b1 * (g - m)
+
+    def from_either(m: Array, g: Array) -> Array:
+        return jnp.where(jnp.greater(b1, 0.5), from_moment(m, g), from_gradient(m, g))
+
+    is_known = isinstance(b1, int | float)
+    lerp = from_either if not is_known else from_moment if b1 > 0.5 else from_gradient
+    return jax.tree.map(lerp, mu, updates)
 
 
 # Stands for a b2 of 0, whose logarithm is infinite.

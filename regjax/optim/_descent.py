@@ -7,11 +7,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
+from jax import lax
 
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
-from regjax.optim._links import ascend, check_rates, decay_weights, is_zero, rounded, rounded_once
+from regjax.optim._links import (
+    ascend,
+    check_rates,
+    decay_weights,
+    in_dtype_of,
+    is_known,
+    is_zero,
+    rounded_once,
+    rounded_product,
+    widest,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PyTree, ScalarLike
@@ -81,8 +91,7 @@ def sgd(
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("momentum", momentum, fix="pass 0.0 for none")
-    # A traced dampening cannot be looked at.
-    damped = not isinstance(dampening, Tracer) and dampening != 0
+    damped = is_known(dampening) and dampening != 0
     if nesterov and (is_zero(momentum) or damped):
         raise ValueError(
             "nesterov=True needs momentum > 0 and dampening = 0, but they are "
@@ -282,7 +291,9 @@ def _trace(momentum: ScalarLike, nesterov: bool) -> optax.GradientTransformation
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         del params
-        trace = jax.tree.map(lambda g, b: g + rounded(momentum * b), updates, state.trace)
+        trace = jax.tree.map(
+            lambda g, b: lax.add(g, rounded_product(b, momentum)), updates, state.trace
+        )
         ahead = jax.tree.map(lambda g, b: g + momentum * b, updates, trace) if nesterov else trace
         return ahead, optax.TraceState(trace)
 
@@ -312,13 +323,13 @@ def _descend_and_shrink(
 
         def step(g: Array, p: Array) -> Array:
             eta = state.eta.astype(jnp.finfo(p.dtype).dtype)
-            shrunk = rounded(p * (1.0 - rounded(lambd * eta)))
+            shrunk = rounded_product(p, 1.0 - rounded_product(eta, lambd))
             return (shrunk - p) - eta * g
 
         count = jnp.asarray(optax.safe_increment(state.count))
         eta = rate(state.count)
         # (1 + x)^alpha, and no digit of a small x lost.
-        eta = eta / jnp.exp(alpha * jnp.log1p(lambd * eta * count.astype(float)))
+        eta = eta / jnp.exp(widest(alpha) * jnp.log1p(widest(lambd) * eta * count.astype(float)))
         return jax.tree.map(step, updates, params), DescendState(count, eta.astype(jnp.float32))
 
     return optax.GradientTransformation(init, update)
@@ -332,7 +343,7 @@ def _average(t0: ScalarLike) -> optax.GradientTransformation:
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         new = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
-        past = jnp.maximum(1.0, state.count.astype(float) - t0)
+        past = jnp.maximum(1.0, state.count.astype(float) - widest(t0))
         mu = (1.0 / past).astype(jnp.float32)
 
         def average(ax: Array, p: Array) -> Array:
@@ -368,15 +379,23 @@ def _resilient(
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         del params
-        # Of the signs: the product of two small gradients would underflow, as it does in torch.
-        turns = jax.tree.map(lambda g, prev: jnp.sign(g) * jnp.sign(prev), updates, state.prev)
 
-        def resized(turn: Array, size: Array) -> Array:
-            size = jnp.where(turn > 0, size * grow, jnp.where(turn < 0, size * shrink, size))
-            return jnp.clip(size, smallest, largest)
+        def clipped(size: Array) -> Array:
+            return lax.clamp(in_dtype_of(size, smallest), size, in_dtype_of(size, largest))
 
-        step_size = jax.tree.map(resized, turns, state.step_size)
-        prev = jax.tree.map(lambda turn, g: jnp.where(turn < 0, 0.0, g), turns, updates)
+        def resized(g: Array, prev: Array, size: Array) -> Array:
+            # Of the signs: the product of two small gradients would underflow, as it does in torch.
+            turn = jnp.sign(g) * jnp.sign(prev)
+            other = jnp.where(turn < 0, size * shrink, size)
+            # Not one clip of both: XLA would do that again for the step, from a copy of `size`.
+            return jnp.where(turn > 0, clipped(size * grow), clipped(other))
+
+        def remembered(g: Array, prev: Array, size: Array) -> Array:
+            # The new size turns no sign, but comes first: `prev` is then free to be written over.
+            return jnp.where(size * jnp.sign(g) * jnp.sign(prev) < 0, 0.0, g)
+
+        step_size = jax.tree.map(resized, updates, state.prev, state.step_size)
+        prev = jax.tree.map(remembered, updates, state.prev, step_size)
         steps = jax.tree.map(lambda size, g: size * jnp.sign(g), step_size, prev)
         return steps, RpropState(prev, step_size)
 
@@ -389,9 +408,9 @@ def _check_rprop(etas: tuple[Any, Any], step_sizes: tuple[Any, Any]) -> None:
     check_coefficient("etas[1]", etas[1], fix=fix)
     check_coefficient("step_sizes[0]", step_sizes[0], fix="pass 1e-6, say")
     check_coefficient("step_sizes[1]", step_sizes[1], fix="pass 50.0, say")
-    if is_zero(etas[0]) or not etas[1] > 1:
+    if is_known(*etas) and (etas[0] == 0 or etas[1] <= 1):
         raise ValueError(f"etas must be 0 < etas[0] < 1 < etas[1], but they are {etas}: {fix}")
-    if step_sizes[0] > step_sizes[1]:
+    if is_known(*step_sizes) and step_sizes[0] > step_sizes[1]:
         raise ValueError(
             f"step_sizes must be the smallest and the largest step, but they are {step_sizes}: "
             "pass (1e-6, 50.0), say"

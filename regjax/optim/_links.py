@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
+from jax.core import Tracer
 
 from regjax._decay import check_coefficient, resolve_mask
 
@@ -62,30 +64,29 @@ def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
         # In double: float32(0.999) alone would cost 3e-5 of the logarithm.
         log_decay = math.log(decay) if decay > 0 else -math.inf
     else:
-        log_decay = jnp.log(jnp.asarray(decay, float))
+        log_decay = jnp.log(widest(decay))
     return -jnp.expm1(jnp.asarray(count, float) * log_decay)
 
 
-def rounded(x: Inexact[ArrayLike, ...]) -> Inexact[Array, ...]:
-    """Return `x`, and keep the compiler from fusing the product that `x` is into a sum.
+def rounded_product(x: Inexact[Array, ...], factor: ScalarLike) -> Inexact[Array, ...]:
+    """Multiply, and keep the compiler from fusing the product into a sum that it enters.
 
     XLA on a CPU contracts `a * b + c` into one fused multiply-add, which rounds once where torch's
     kernels round twice. Neither `lax.optimization_barrier` nor `lax.reduce_precision` nor
-    `--xla_allow_excess_precision=false` hinders it; an operation between product and sum does. This
-    one is the identity for every value (NaN, infinities and -0 too) and so is its derivative; it
-    costs nothing measurable, and XLA does not see through it.
+    `--xla_allow_excess_precision=false` hinders it; an operation between product and sum does. Here
+    it is the sum of two halves, which rounds nothing (a half below 1.2e-38, though, is zero to
+    XLA). It costs nothing measurable, and XLA does not see through it.
 
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> x = jnp.float32(1 + 2**-12)
-        >>> jax.jit(lambda x: rounded(x * x) - x)(x) == x * x - x
+        >>> jax.jit(lambda x: rounded_product(x, x) - x)(x) == x * x - x
         Array(True, dtype=bool)
     """
-    if jnp.iscomplexobj(x):  # which has no order; a complex product is a sum already
-        return jnp.asarray(x)
-    # NaN is its own double. Of lax, not of jnp, whose functions are calls of their
-    # own: compiling a thousand leaves feels it.
-    return lax.select(lax.eq(x, x), x, lax.add(x, x))
+    # Of lax, not of jnp, whose functions are calls of their own: compiling a thousand leaves feels
+    # it.
+    half = lax.mul(x, 0.5 * in_dtype_of(x, factor))
+    return lax.add(half, half)
 
 
 def rounded_once(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -98,14 +99,32 @@ def rounded_once(inner: optax.GradientTransformation) -> optax.GradientTransform
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         results = inner.update(*jax.tree.map(_widened, (updates, state, params)))
-        return optax.tree.cast_like(results, (updates, state))
+        return jax.tree.map(_cast_like, results, (updates, state))
 
     return optax.GradientTransformation(inner.init, update)
 
 
 def _widened(leaf: Any) -> Any:
-    is_half = jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32
+    is_half = leaf.dtype.itemsize < 4 and jnp.issubdtype(leaf.dtype, jnp.floating)
     return leaf.astype(jnp.float32) if is_half else leaf
+
+
+def _cast_like(leaf: Any, like: Any) -> Any:
+    # Asked first: over a thousand leaves, casts that do nothing take time to trace.
+    return leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype)
+
+
+def in_dtype_of(x: Inexact[Array, ...], coefficient: ScalarLike) -> Inexact[ArrayLike, ""]:
+    """Make a coefficient what functions of lax, which promote nothing, take beside `x`."""
+    if isinstance(coefficient, int | float):
+        return np.asarray(coefficient, x.dtype)
+    return jnp.asarray(coefficient).astype(x.dtype)
+
+
+def widest(coefficient: ScalarLike) -> ScalarLike:
+    """Bring an array into the default float, to meet a step count in it; a number meets any."""
+    is_number = isinstance(coefficient, int | float)
+    return coefficient if is_number else jnp.asarray(coefficient, float)
 
 
 def check_rates(
@@ -115,6 +134,11 @@ def check_rates(
         check_coefficient("learning_rate", learning_rate, fix="to ascend, pass maximize=True")
     if not callable(weight_decay):
         check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+
+
+def is_known(*values: Any) -> bool:
+    """Tell values that can be compared now from those that are traced."""
+    return not any(isinstance(value, Tracer) for value in values)
 
 
 def is_zero(value: Any) -> bool:

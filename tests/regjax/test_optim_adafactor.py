@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import math
 
 import jax
@@ -10,43 +9,7 @@ import optax
 import pytest
 
 from regjax import optim
-
-PARAMS = {
-    "kernel": jnp.array([[1.0, -2.0, 0.5], [0.5, 3.0, -1.0]]),
-    "bias": jnp.array([1.0, 2.0, -0.5]),
-}
-GRADIENT = {
-    "kernel": jnp.array([[0.5, 1.0, -0.25], [-1.0, 0.0, 2.0]]),
-    "bias": jnp.array([0.5, -1.0, 0.25]),
-}
-
-
-def _matrices(tree):
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
-
-
-def _first_update(optimizer, params=PARAMS, gradient=GRADIENT):
-    return optimizer.update(gradient, optimizer.init(params), params)[0]
-
-
-def _walk(optimizer, steps=3, params=PARAMS, gradient=GRADIENT):
-    state = optimizer.init(params)
-    for _ in range(steps):
-        updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
-
-
-def _assert_close(ours, theirs, atol=0.0):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), ours, theirs)
-
-
-def test_signature():
-    parameters = inspect.signature(optim.adafactor).parameters
-    assert " ".join(parameters) == "learning_rate beta2_decay eps d weight_decay maximize mask"
-    defaults = (1e-2, -0.8, (None, 1e-3), 1.0, 0.0, False, None)
-    assert tuple(p.default for p in parameters.values()) == defaults
-    assert parameters["maximize"].kind is inspect.Parameter.KEYWORD_ONLY
+from tests.regjax.optimizers import GRADIENT, PARAMS, assert_close, first_update, matrices, walk
 
 
 # The first step from w = -2 with gradient 1, worked out by hand: u = 1, RMS(w) = 2.
@@ -67,7 +30,7 @@ def test_signature():
 )
 def test_first_step_by_hand(options, expected):
     optimizer = optim.adafactor(**{"learning_rate": 0.1, **options})
-    update = _first_update(optimizer, jnp.array([-2.0]), jnp.array([1.0]))
+    update = first_update(optimizer, jnp.array([-2.0]), jnp.array([1.0]))
     np.testing.assert_allclose(update, [expected], rtol=1e-6)
 
 
@@ -76,10 +39,10 @@ def test_first_step_of_a_matrix_by_hand():
     # Rows and columns (9/2, 1/2), their mean 5/2: v = ((8.1, 0.9), (0.9, 0.1)), RMS(u) = 5/3.
     u = np.array([[3 / math.sqrt(8.1), 0.0], [0.0, 1 / math.sqrt(0.1)]])
     for d, divisor in ((1.0, 5 / 3), (1.25, 4 / 3), (math.inf, 1.0)):
-        update = _first_update(optim.adafactor(0.1, d=d), params, gradient)
+        update = first_update(optim.adafactor(0.1, d=d), params, gradient)
         np.testing.assert_allclose(update, -0.2 * u / divisor, rtol=1e-6)
     # Bounded by 5 from below, the mean makes v half as large; and no root is below 5.
-    update = _first_update(optim.adafactor(0.1, d=math.inf, eps=(5.0, 1e-3)), params, gradient)
+    update = first_update(optim.adafactor(0.1, d=math.inf, eps=(5.0, 1e-3)), params, gradient)
     np.testing.assert_allclose(update, -0.2 * gradient / 5, rtol=1e-6)
 
 
@@ -104,7 +67,7 @@ def test_the_learning_rate_is_capped_by_the_root_of_the_step():
 
 def test_state_of_a_matrix_is_its_rows_and_columns():
     params = {"conv": jnp.ones((2, 3, 4, 5)), "kernel": jnp.ones((6, 7)), "bias": jnp.ones(8)}
-    optimizer = optim.adafactor(weight_decay=0.1, mask=_matrices)
+    optimizer = optim.adafactor(weight_decay=0.1, mask=matrices)
     state = optimizer.init(params)
     assert len(state) == 4
     factored = state[1][0]
@@ -118,7 +81,7 @@ def test_state_of_a_matrix_is_its_rows_and_columns():
     }
     kernel_alone = optimizer.init({"kernel": params["kernel"]})
     assert sum(leaf.size for leaf in jax.tree.leaves(kernel_alone) if leaf.ndim) == 6 + 7
-    after = optimizer.update(params, state, params)[1]
+    after = jax.eval_shape(optimizer.update, params, state, params)[1]
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     mapped = optax.tree.map_params(optimizer, lambda leaf: leaf + 1, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
@@ -127,37 +90,13 @@ def test_state_of_a_matrix_is_its_rows_and_columns():
 
 def test_the_layout_of_a_matrix_makes_no_difference():
     transposed = [jax.tree.map(jnp.transpose, tree) for tree in (PARAMS, GRADIENT)]
-    ours = _walk(optim.adafactor(0.1))[0]
-    theirs = _walk(optim.adafactor(0.1), 3, *transposed)[0]
-    _assert_close(ours, jax.tree.map(jnp.transpose, theirs), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "mask", [{"kernel": True, "bias": False}, _matrices, lambda params: _matrices(params)]
-)
-def test_mask(mask):
-    masked = _first_update(optim.adafactor(0.1, weight_decay=0.5, mask=mask))
-    full = _first_update(optim.adafactor(0.1, weight_decay=0.5))
-    none = _first_update(optim.adafactor(0.1))
-    _assert_close(masked, {"kernel": full["kernel"], "bias": none["bias"]})
-    assert not jnp.array_equal(full["kernel"], none["kernel"])
-
-
-def test_mask_that_does_not_fit_is_refused_by_init():
-    optimizer = optim.adafactor(weight_decay=0.1, mask={"kernel": True})
-    with pytest.raises(ValueError, match=r"at 'bias': the mask has nothing there"):
-        optimizer.init(PARAMS)
-
-
-def test_parameters_may_hold_none():
-    params, gradient = {**PARAMS, "unused": None}, {**GRADIENT, "unused": None}
-    for mask in (None, {"kernel": True, "bias": False, "unused": None}):
-        updates = _first_update(optim.adafactor(0.1, weight_decay=0.5, mask=mask), params, gradient)
-        assert updates["unused"] is None
+    ours, _ = walk(optim.adafactor(0.1), [GRADIENT] * 3)
+    theirs, _ = walk(optim.adafactor(0.1), [transposed[1]] * 3, transposed[0])
+    assert_close(ours[-1], jax.tree.map(jnp.transpose, theirs[-1]), atol=1e-6)
 
 
 def test_scalars_are_vectors():
-    scalar = _first_update(optim.adafactor(0.1), jnp.array(-2.0), jnp.array(1.0))
+    scalar = first_update(optim.adafactor(0.1), jnp.array(-2.0), jnp.array(1.0))
     np.testing.assert_allclose(scalar, -0.2, rtol=1e-6)
 
 
@@ -168,40 +107,12 @@ def test_update_always_needs_parameters(weight_decay):
         optimizer.update(GRADIENT, optimizer.init(PARAMS))
 
 
-RATES = {
-    "float": 0.125,
-    "schedule": lambda count: jnp.float32(0.125),
-    "array": jnp.float32(0.125),
-}
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("rate", RATES.values(), ids=RATES)
-def test_dtypes_are_kept(rate, dtype):
-    params, gradient = jax.tree.map(lambda leaf: leaf.astype(dtype), (PARAMS, GRADIENT))
-    optimizer = optim.adafactor(rate, weight_decay=0.1)
-    state = optimizer.init(params)
-    updates, after = jax.eval_shape(optimizer.update, gradient, state, params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-    assert {leaf.dtype for leaf in jax.tree.leaves(after) if leaf.ndim} == {jnp.dtype(dtype)}
-    kinds = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (state, after)]
-    assert kinds[0] == kinds[1]
-
-
-@pytest.mark.parametrize("rate", [0.125, RATES["schedule"]])
-def test_float64_is_kept_under_x64(rate):
-    with jax.enable_x64(True):
-        params = jax.tree.map(lambda leaf: np.asarray(leaf, "float64"), PARAMS)
-        updates = _first_update(optim.adafactor(rate, weight_decay=0.1), params, params)
-        assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype("float64")}
-
-
 def test_the_machine_epsilon_is_that_of_each_leaf():
     # 2**-10 lies below the epsilon of bfloat16, 2**-7, and above that of float32.
     params = {"half": jnp.ones(1, "bfloat16"), "single": jnp.ones(1)}
     gradient = jax.tree.map(lambda p: p * 2**-10, params)
-    updates = _first_update(optim.adafactor(0.5), params, gradient)
-    _assert_close(updates, {"half": jnp.full(1, -0.5 / 8, "bfloat16"), "single": jnp.full(1, -0.5)})
+    updates = first_update(optim.adafactor(0.5), params, gradient)
+    assert_close(updates, {"half": jnp.full(1, -0.5 / 8, "bfloat16"), "single": jnp.full(1, -0.5)})
 
 
 def test_bfloat16_is_rounded_once():
@@ -219,68 +130,9 @@ def test_bfloat16_is_rounded_once():
     assert v != held + jnp.bfloat16(share) * (squared - held)
 
 
-def _variant(rate):
-    return optim.adafactor(rate, weight_decay=0.1, maximize=True, mask=_matrices)
-
-
-def test_one_compilation_for_all_steps():
-    optimizer = _variant(lambda count: 0.1 / (1.0 + count.astype(float)))
-    traces = []
-
-    @jax.jit
-    def train_step(params, state):
-        traces.append(None)
-        updates, state = optimizer.update(GRADIENT, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params, state = PARAMS, optimizer.init(PARAMS)
-    for _ in range(4):
-        params, state = train_step(params, state)
-    assert len(traces) == 1
-    assert train_step._cache_size() == 1
-
-
-def test_scan_walks_as_a_loop_does():
-    optimizer = _variant(0.1)
-
-    def train_step(carry, _):
-        params, state = carry
-        updates, state = optimizer.update(GRADIENT, state, params)
-        return (optax.apply_updates(params, updates), state), None
-
-    scanned, _ = jax.lax.scan(train_step, (PARAMS, optimizer.init(PARAMS)), length=3)
-    _assert_close(scanned, _walk(optimizer), atol=1e-6)
-
-
-def test_a_traced_learning_rate():
-    def after(rate):
-        return _walk(_variant(rate), steps=2)[0]["kernel"]
-
-    compiled, step = jax.jit(after), 1e-2
-    _assert_close(compiled(0.1), after(0.1), atol=1e-6)
-    slope = jax.jit(jax.jacfwd(after))(0.1)
-    difference = (compiled(0.1 + step) - compiled(0.1 - step)) / (2 * step)
-    _assert_close(slope, difference, atol=0.02)
-    assert np.all(np.isfinite(jax.jacfwd(after)(0.0)))
-
-
-def test_injected_hyperparameters():
-    injected = optax.inject_hyperparams(optim.adafactor)(learning_rate=0.1, weight_decay=0.5)
-    state = injected.init(PARAMS)
-    updates, after = jax.jit(injected.update)(GRADIENT, state, PARAMS)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    _assert_close(updates, _first_update(optim.adafactor(0.1, weight_decay=0.5)), atol=1e-6)
-    after.hyperparams["learning_rate"] = jnp.float32(0.0)
-    _assert_close(injected.update(GRADIENT, after, PARAMS)[0], jax.tree.map(jnp.zeros_like, PARAMS))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"learning_rate": -0.1}, r"learning_rate must be .* is -0\.1: .*maximize=True"),
-        ({"learning_rate": math.nan}, "learning_rate must be .* is nan"),
-        ({"weight_decay": -0.1}, r"weight_decay must be .* is -0\.1: pass 0\.0"),
-        ({"weight_decay": math.nan}, "weight_decay must be .* is nan"),
         ({"beta2_decay": 0.8}, r"beta2_decay must lie in \[-inf, 0\], .* is 0\.8: pass -0\.8"),
         ({"beta2_decay": math.nan}, "beta2_decay must lie in .* is nan"),
         ({"eps": (-1e-8, 1e-3)}, r"eps\[0\] must be .* is -1e-08: pass None"),
@@ -298,7 +150,7 @@ def test_argument_out_of_range_is_refused(arguments, message):
 
 
 @pytest.mark.parametrize("value", [True, None, "0.1", jnp.ones(2)])
-@pytest.mark.parametrize("argument", ["learning_rate", "weight_decay", "beta2_decay", "d"])
+@pytest.mark.parametrize("argument", ["beta2_decay", "d"])
 def test_argument_that_is_no_number_is_refused(argument, value):
     with pytest.raises(TypeError, match=f"{argument} must be a real number, but it is"):
         optim.adafactor(**{argument: value})

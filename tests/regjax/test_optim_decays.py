@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from regjax import optim
+from tests.regjax.optimizers import assert_close
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 0.0]]), "bias": jnp.array([1.0, 2.0])}
 GRADIENT = {"kernel": jnp.array([[0.5, 1.0], [0.0, 0.0]]), "bias": jnp.array([0.5, -1.0])}
@@ -38,16 +39,12 @@ def _update(link, params=PARAMS, gradient=GRADIENT):
     return link.update(gradient, link.init(params), params)[0]
 
 
-def _assert_close(ours, theirs, atol=0.0):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), ours, theirs)
-
-
 @each_link
 def test_rule(make, rule):
     expected = jax.tree.map(rule, GRADIENT, PARAMS, SCALE)
-    _assert_close(_update(make(0.25)), expected)
+    assert_close(_update(make(0.25)), expected)
     compiled = jax.jit(make(0.25).update)(GRADIENT, make(0.25).init(PARAMS), PARAMS)[0]
-    _assert_close(compiled, expected)
+    assert_close(compiled, expected)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +54,9 @@ def test_rule(make, rule):
 @each_link
 def test_mask(make, rule, mask):
     updates = _update(make(0.25, mask))
-    _assert_close(updates["bias"], GRADIENT["bias"])
+    assert_close(updates["bias"], GRADIENT["bias"])
     expected = rule(GRADIENT["kernel"], PARAMS["kernel"], SCALE["kernel"])
-    _assert_close(updates["kernel"], expected)
+    assert_close(updates["kernel"], expected)
 
 
 @each_make
@@ -69,7 +66,7 @@ def test_a_schedule_counts_from_zero(make):
     assert isinstance(state, optax.ScaleByScheduleState)
     for rate in (0.0, 0.25, 0.5):
         updates, state = link.update(GRADIENT, state, PARAMS)
-        _assert_close(updates, _update(make(rate)))
+        assert_close(updates, _update(make(rate)))
     assert state.count == 3
 
 
@@ -86,16 +83,16 @@ def test_scan_under_jit(make):
     scanned, _ = jax.jit(lambda carry: jax.lax.scan(train_step, carry, length=3))(carry)
     for _ in range(3):
         carry, _ = train_step(carry, None)
-    _assert_close(scanned, carry, atol=1e-6)
+    assert_close(scanned, carry, atol=1e-6)
 
 
 @each_make
 def test_a_traced_coefficient_and_an_injected_one(make):
     traced = jax.jit(lambda rate: _update(make(rate)))
-    _assert_close(traced(0.25), _update(make(0.25)))
+    assert_close(traced(0.25), _update(make(0.25)))
     assert traced._cache_size() == 1
     injected = optax.inject_hyperparams(lambda weight_decay: make(weight_decay))(weight_decay=0.25)
-    _assert_close(_update(injected), _update(make(0.25)))
+    assert_close(_update(injected), _update(make(0.25)))
 
 
 @pytest.mark.parametrize("rate", [0.125, jnp.float32(0.125), lambda count: jnp.float32(0.125)])
@@ -158,7 +155,7 @@ def test_state_is_what_optax_tools_know(make):
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     parts = {"kernel": optax.chain(optim.add_l1_decay(0.1), optim.sgd(0.1)), "bias": optim.sgd(0.1)}
     updates = _update(optax.partition(parts, {"kernel": "kernel", "bias": "bias"}))
-    _assert_close(updates["bias"], -0.1 * GRADIENT["bias"], atol=1e-7)
+    assert_close(updates["bias"], -0.1 * GRADIENT["bias"], atol=1e-7)
 
 
 def test_l1_keeps_zeros():
@@ -183,7 +180,7 @@ def test_cautious_decay_needs_real_parameters():
 
 def test_the_reference_can_be_an_argument_of_a_compiled_step():
     step = jax.jit(lambda reference: _update(optim.add_l2_sp_decay(reference, 0.25)))
-    _assert_close(step(REFERENCE), _update(optim.add_l2_sp_decay(REFERENCE, 0.25)))
+    assert_close(step(REFERENCE), _update(optim.add_l2_sp_decay(REFERENCE, 0.25)))
 
 
 def test_layerwise_scale():

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,24 +8,15 @@ import pytest
 
 from regjax import optim
 from regjax.optim._links import rounded
-
-PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "bias": jnp.array([1.0, 2.0])}
-GRADIENT = {"kernel": jnp.array([[0.5, 1.0], [-1.0, 0.0]]), "bias": jnp.array([0.5, -1.0])}
-NO_BIAS = {"kernel": True, "bias": False}
-
-
-def _walk(optimizer, gradients, params):
-    state, visited = optimizer.init(params), []
-    for gradient in gradients:
-        updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        visited.append(params)
-    return visited, state
-
-
-def _close(ours, theirs, atol=1e-7):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=atol), ours, theirs)
-
+from tests.regjax.optimizers import (
+    GRADIENT,
+    NO_BIAS,
+    PARAMS,
+    assert_close,
+    first_update,
+    scalar_updates,
+    walk,
+)
 
 # rounded: torch's kernels round a product before they add it, XLA's fusions do not.
 SPECIAL = np.array(
@@ -87,29 +76,50 @@ def test_rounded_has_the_derivatives_of_the_identity():
         assert jax.hessian(square)(x) == 2
 
 
+# The first step from w = -2 with gradient 1, worked out by hand.
 @pytest.mark.parametrize(
-    ("make", "names", "defaults"),
+    ("optimizer", "expected"),
     [
-        (
-            optim.asgd,
-            "learning_rate lambd alpha t0 weight_decay maximize mask",
-            (1e-2, 1e-4, 0.75, 1e6, 0.0, False, None),
-        ),
-        (
-            optim.rprop,
-            "learning_rate etas step_sizes maximize",
-            (1e-2, (0.5, 1.2), (1e-6, 50.0), False),
-        ),
+        (optim.sgd(0.1), -0.1),
+        (optim.sgd(0.1, weight_decay=0.25), -0.05),
+        (optim.sgd(0.1, weight_decay=0.25, maximize=True), 0.15),
+        (optim.sgd(0.1, 0.5, weight_decay=0.25), -0.05),
+        (optim.sgd(0.1, 0.5, 0.5, weight_decay=0.25), -0.05),
+        (optim.sgd(0.1, 0.5, weight_decay=0.25, nesterov=True), -0.075),
+        (optim.sgd(0.1, weight_decay=lambda count: jnp.where(count == 0, 0.25, 0.0)), -0.05),
     ],
 )
-def test_signature(make, names, defaults):
-    parameters = inspect.signature(make).parameters
-    assert " ".join(parameters) == names
-    assert tuple(p.default for p in parameters.values()) == defaults
-    assert parameters["maximize"].kind is inspect.Parameter.KEYWORD_ONLY
+def test_first_step_of_sgd_by_hand(optimizer, expected):
+    update = first_update(optimizer, jnp.array([-2.0]), jnp.array([1.0]))
+    np.testing.assert_allclose(update, [expected], rtol=1e-6)
 
 
-# From w = -2 with gradient 1, worked out by hand.
+def test_the_first_gradient_is_not_damped():
+    optimizer = optim.sgd(1.0, momentum=0.5, dampening=0.75)
+    assert scalar_updates(optimizer, [1.0] * 3)[0] == [-1.0, -0.75, -0.625]
+
+
+def test_bfloat16_is_rounded_once():
+    # Rounded to bfloat16 first, the coefficient would be 0.988.
+    held, gradient = jnp.bfloat16(243 / 128), jnp.bfloat16(0.0)
+    optimizer = optim.sgd(momentum=0.99)
+    state = (*optimizer.init(held)[:2], optax.TraceState(held), optax.EmptyState())
+    trace = optimizer.update(gradient, state)[1][2].trace
+    assert trace == jnp.bfloat16(0.99 * 243 / 128) != held * jnp.bfloat16(0.99)
+
+
+def test_sgd_takes_complex_parameters():
+    params = {"spectrum": jnp.array([1 + 2j, -1j])}
+    for momentum in (0.0, 0.5):
+        optimizer = optim.sgd(0.5, momentum, weight_decay=0.5)
+        visited, _ = walk(optimizer, [params] * 2, params)
+        first = 0.25 * params["spectrum"]
+        assert_close(visited[0], {"spectrum": first})
+        second = momentum * 1.5 * params["spectrum"] + params["spectrum"] + 0.5 * first
+        assert_close(visited[1], {"spectrum": first - 0.5 * second})
+
+
+# Two steps from there.
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
@@ -126,7 +136,7 @@ def test_signature(make, names, defaults):
     ],
 )
 def test_first_steps_by_hand(optimizer, expected):
-    visited, _ = _walk(optimizer, jnp.ones((2, 1)), jnp.array([-2.0]))
+    visited, _ = walk(optimizer, jnp.ones((2, 1)), jnp.array([-2.0]))
     np.testing.assert_allclose(np.concatenate(visited), expected, rtol=1e-6)
 
 
@@ -140,56 +150,48 @@ def test_asgd_averages_from_t0_on():
         visited.append(params)
         states.append(state[3].ax)
     for step in range(4):
-        _close(states[step], visited[step])
+        assert_close(states[step], visited[step], atol=1e-6)
     # The fourth step is the last that replaces the average: 1 / max(1, 3 - t0) is 1.
     for step in (4, 5):
         mean = jax.tree.map(lambda *leaves: jnp.stack(leaves).mean(0), *visited[3 : step + 1])
-        _close(states[step], mean)
+        assert_close(states[step], mean, atol=1e-6)
 
 
 def test_asgd_uses_the_rate_of_the_step_before():
     rates = jnp.array([1.0, 0.5, 0.25])
     optimizer = optim.asgd(lambda count: rates[count], lambd=0.0)
-    visited, _ = _walk(optimizer, jnp.ones((3, 1)), jnp.zeros(1))
-    np.testing.assert_array_equal(np.diff(np.concatenate([[0.0], *visited])), [-1.0, -1.0, -0.5])
-
-
-def test_asgd_masks_weight_decay_alone():
-    masked, full, none = (
-        _walk(optim.asgd(0.1, lambd=0.5, weight_decay=decay, mask=mask), [GRADIENT], PARAMS)[0][0]
-        for decay, mask in ((0.5, NO_BIAS), (0.5, None), (0.0, None))
-    )
-    _close(masked, {"kernel": full["kernel"], "bias": none["bias"]})
-    assert not jnp.array_equal(full["bias"], none["bias"])
-
-
-def test_asgd_needs_parameters():
-    optimizer = optim.asgd()
-    with pytest.raises(ValueError, match="params is None, but asgd shrinks and averages"):
-        optimizer.update(GRADIENT, optimizer.init(PARAMS))
+    assert scalar_updates(optimizer, [1.0] * 3)[0] == [-1.0, -1.0, -0.5]
 
 
 def test_rprop_waits_a_step_where_a_sign_turns():
     gradients = jnp.array([1.0, 1.0, -1.0, -1.0, -1.0])[:, None]
-    visited, state = _walk(optim.rprop(1.0, etas=(0.5, 2.0)), gradients, jnp.zeros(1))
+    visited, state = walk(optim.rprop(1.0, etas=(0.5, 2.0)), gradients, jnp.zeros(1))
     # Sizes 1, 2, 1 (but no step), 1, 2.
     assert np.concatenate(visited).tolist() == [-1.0, -3.0, -3.0, -2.0, 0.0]
     assert state[2].step_size == 2.0
 
 
+def test_rprop_keeps_its_step_sizes_in_bounds():
+    gradients = jnp.array([1.0, 1.0, -1.0, -1.0, -1.0])[:, None]
+    optimizer = optim.rprop(1.0, etas=(0.5, 2.0), step_sizes=(1.0, 1.5))
+    visited, _ = walk(optimizer, gradients, jnp.zeros(1))
+    # Sizes 1, 1.5, 1 (but no step), 1, 1.5.
+    assert np.concatenate(visited).tolist() == [-1.0, -2.5, -2.5, -1.5, 0.0]
+
+
 def test_rprop_takes_the_sign_of_small_gradients():
     gradients = jnp.array([1e-30, 1e-30])[:, None]
-    visited, _ = _walk(optim.rprop(1.0, etas=(0.5, 2.0)), gradients, jnp.zeros(1))
+    visited, _ = walk(optim.rprop(1.0, etas=(0.5, 2.0)), gradients, jnp.zeros(1))
     assert np.concatenate(visited).tolist() == [-1.0, -3.0]
 
 
 def test_optax_rprop_is_a_step_late():
     gradients = jnp.array([1.0, -1.0])[:, None]
     with jax.numpy_dtype_promotion("standard"):
-        visited, _ = _walk(optax.rprop(1.0), gradients, jnp.zeros(1))
+        visited, _ = walk(optax.rprop(1.0), gradients, jnp.zeros(1))
     # If this fails, optax has mended it, and the docstring must say so.
     assert visited[0] == 0.0
-    assert _walk(optim.rprop(1.0), gradients, jnp.zeros(1))[0][0] == -1.0
+    assert walk(optim.rprop(1.0), gradients, jnp.zeros(1))[0][0] == -1.0
 
 
 VARIANTS = {
@@ -201,48 +203,10 @@ VARIANTS = {
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
-@each_variant
-def test_state_has_four_parts_that_keep_their_form(variant):
-    optimizer = variant(0.1)
-    state = optimizer.init(PARAMS)
-    after = optimizer.update(GRADIENT, state, PARAMS)[1]
-    assert len(state) == 4
-    kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
-    assert kinds[0] == kinds[1]
-    mapped = optax.tree.map_params(optimizer, lambda leaf: leaf + 1, state)
-    assert jax.tree.structure(mapped) == jax.tree.structure(state)
-
-
 def test_states_are_read_by_name():
-    assert isinstance(optim.sgd(momentum=0.9).init(PARAMS)[2], optax.TraceState)
     assert optim.asgd().init(PARAMS)[3].ax.keys() == PARAMS.keys()
     assert optim.asgd(0.5).init(PARAMS)[2].eta == 0.5
-    assert optim.rprop(0.5).init(PARAMS)[2].step_size["bias"].tolist() == [0.5, 0.5]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@each_variant
-def test_dtypes_are_kept(variant, dtype):
-    with jax.enable_x64(dtype == "float64"):
-        params, gradient = (
-            jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)).astype(dtype), tree)
-            for tree in (PARAMS, GRADIENT)
-        )
-        optimizer = variant(0.125)
-        updates, after = optimizer.update(gradient, optimizer.init(params), params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
-    assert {leaf.dtype for leaf in jax.tree.leaves(after) if leaf.ndim} == {jnp.dtype(dtype)}
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [optim.sgd(0.1, 0.9, weight_decay=0.1), optim.asgd(0.1, weight_decay=0.1), optim.rprop(0.1)],
-    ids=["sgd", "asgd", "rprop"],
-)
-def test_parameters_may_hold_none(optimizer):
-    params, gradient = {**PARAMS, "unused": None}, {**GRADIENT, "unused": None}
-    visited, _ = _walk(optimizer, [gradient] * 2, params)
-    assert visited[1]["unused"] is None
+    assert optim.rprop(0.5).init(PARAMS)[2].step_size["bias"].tolist() == [0.5] * 3
 
 
 @each_variant
@@ -267,47 +231,23 @@ def test_a_step_and_a_scan_have_the_same_bits(variant):
         stepped, _ = step(stepped, gradient)
     assert step._cache_size() == 1
     jax.tree.map(np.testing.assert_array_equal, stepped, scanned)
-    eager = carry
-    for gradient in gradients:
-        eager, _ = train_step(eager, gradient)
-    _close(eager[0], scanned[0], atol=1e-5)
-
-
-@each_variant
-def test_a_traced_learning_rate(variant):
-    def after(rate):
-        return _walk(variant(rate), [GRADIENT] * 3, PARAMS)[0][-1]["kernel"]
-
-    _close(jax.jit(after)(0.1), after(0.1))
-    slope = jax.jit(jax.jacfwd(after))(0.1)
-    np.testing.assert_allclose(slope, (after(0.11) - after(0.09)) / 0.02, atol=0.02)
-
-
-@pytest.mark.parametrize("make", [optim.asgd, optim.rprop])
-def test_injected_hyperparameters(make):
-    injected = optax.inject_hyperparams(make)(learning_rate=0.125)
-    state = injected.init(PARAMS)
-    updates, after = jax.jit(injected.update)(GRADIENT, state, PARAMS)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
-    plain = make(0.125)
-    _close(updates, plain.update(GRADIENT, plain.init(PARAMS), PARAMS)[0])
-
-
-def test_nesterov_takes_injected_hyperparameters():
-    injected = optax.inject_hyperparams(optim.sgd)(0.125, momentum=0.9, nesterov=True)
-    updates, _ = jax.jit(injected.update)(GRADIENT, injected.init(PARAMS), PARAMS)
-    plain = optim.sgd(0.125, momentum=0.9, nesterov=True)
-    _close(updates, plain.update(GRADIENT, plain.init(PARAMS), PARAMS)[0])
+    eager, _ = walk(optimizer, gradients, params)
+    assert_close(eager[-1], scanned[0], atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (optim.asgd, {"learning_rate": -0.1}, r"learning_rate must be .* is -0\.1"),
+        (optim.sgd, {"momentum": -0.5}, r"momentum must be .* is -0\.5"),
+        (optim.sgd, {"nesterov": True}, r"nesterov=True needs .* momentum=0\.0 and dampening=0\.0"),
+        (
+            optim.sgd,
+            {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
+            r"nesterov=True needs .* momentum=0\.9 and dampening=0\.1",
+        ),
         (optim.asgd, {"lambd": -0.1}, r"lambd must be .* is -0\.1: pass 0\.0"),
         (optim.asgd, {"alpha": float("nan")}, "alpha must be .* is nan"),
         (optim.asgd, {"t0": float("inf")}, "t0 must be .* is inf: pass 0 to average"),
-        (optim.asgd, {"weight_decay": -0.1}, r"weight_decay must be .* is -0\.1"),
         (optim.rprop, {"learning_rate": -0.1}, r"learning_rate must be .* is -0\.1: it is the"),
         (optim.rprop, {"etas": (0.0, 1.2)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.0"),
         (optim.rprop, {"etas": (0.5, 1.0)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.5"),

@@ -1,0 +1,164 @@
+"""Dropout of the state of an LSTM, with one mask for all timesteps: in Flax and in PyTorch.
+
+    python -m examples.recurrent_dropout
+
+Three times the same recipe, `dropout` of the state with one key for the whole sequence. In Linen
+`nn.RNN` is told not to split the key along time; in NNX the key is made before the loop and lies
+beside the weights; in PyTorch it is an argument of the loop. What is printed is what was drawn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import linen, nnx
+from flax.nnx.nn.recurrent import RNNCellBase
+from rich.console import Console
+
+import regjax
+import regtorch
+
+RATE, BATCH, TIME, FEATURES, HIDDEN = 0.5, 1, 5, 3, 16
+
+
+class LinenDroppedState(linen.RNNCellBase):
+    """A cell of Linen whose hidden state is dropped on its way into each step.
+
+    Attributes:
+        cell: any cell whose carry is `(c, h)`.
+        rate: the probability that an element of the state is zeroed.
+        deterministic: True in evaluation.
+    """
+
+    cell: linen.RNNCellBase
+    rate: float
+    deterministic: bool = False
+
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        """One step of the cell."""
+        c, h = carry
+        key = None if self.deterministic else self.make_rng("dropout")
+        h = regjax.dropout(h, self.rate, key=key, deterministic=self.deterministic)
+        return self.cell((c, h), inputs)
+
+    @linen.nowrap
+    def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Any:
+        """As the cell does."""
+        return self.cell.initialize_carry(rng, input_shape)
+
+    @property
+    def num_feature_axes(self) -> int:
+        """As the cell says."""
+        return self.cell.num_feature_axes
+
+
+def linen_lstm(deterministic: bool = False) -> linen.RNN:
+    """With `"dropout": True` every step would draw a mask of its own."""
+    cell = LinenDroppedState(linen.OptimizedLSTMCell(HIDDEN), RATE, deterministic)
+    return linen.RNN(cell, split_rngs={"params": False, "dropout": False})
+
+
+class NnxDroppedState(RNNCellBase):
+    """A cell of NNX whose hidden state is dropped on its way into each step.
+
+    Attributes:
+        cell: any cell whose carry is `(c, h)`.
+        rate: the probability that an element of the state is zeroed.
+        key: of the sequence at hand.
+        deterministic: True in evaluation; `nnx.Module.eval` sets it.
+    """
+
+    def __init__(self, cell: Any, rate: float, *, rngs: nnx.Rngs) -> None:
+        self.cell = cell
+        self.rate = rate
+        self.key = nnx.Variable(rngs.dropout())
+        self.deterministic = False
+
+    def __call__(self, carry: Any, inputs: Any) -> Any:
+        """One step of the cell."""
+        c, h = carry
+        h = regjax.dropout(h, self.rate, key=self.key[...], deterministic=self.deterministic)
+        return self.cell((c, h), inputs)
+
+    def initialize_carry(
+        self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
+    ) -> Any:
+        """As the cell does."""
+        return self.cell.initialize_carry(input_shape, rngs, carry_init)
+
+    @property
+    def num_feature_axes(self) -> int:
+        """As the cell says."""
+        return self.cell.num_feature_axes
+
+
+class NnxLstm(nnx.Module):
+    """It gives its cell a new key for each batch of sequences.
+
+    Attributes:
+        rnn: the loop over time.
+        rngs: where the keys come from.
+    """
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        cell = nnx.OptimizedLSTMCell(FEATURES, HIDDEN, rngs=rngs)
+        self.rnn = nnx.RNN(NnxDroppedState(cell, RATE, rngs=rngs), rngs=rngs)
+        self.rngs = rngs.dropout.fork()
+
+    def __call__(self, xs: Any) -> Any:
+        """From (batch, time, features) to (batch, time, hidden)."""
+        cell = self.rnn.cell
+        assert isinstance(cell, NnxDroppedState)
+        cell.key[...] = self.rngs()
+        return self.rnn(xs)
+
+
+def torch_lstm(
+    cell: torch.nn.LSTMCell, xs: torch.Tensor, key: torch.Tensor, deterministic: bool = False
+) -> torch.Tensor:
+    """From (time, batch, features) to (time, batch, hidden)."""
+    h = c = xs.new_zeros(xs.shape[1], cell.hidden_size)
+    states = []
+    for x in xs:
+        h = regtorch.dropout(h, RATE, key=key, deterministic=deterministic)
+        h, c = cell(x, (h, c))
+        states.append(h)
+    return torch.stack(states)
+
+
+def masks() -> dict[str, np.ndarray]:
+    """What each of the three draws at every timestep."""
+    xs = jnp.ones((BATCH, TIME, FEATURES))
+    drawn: dict[str, list[Any]] = {name: [] for name in ("Linen", "NNX", "PyTorch")}
+    in_linen, key = linen_lstm(), jax.random.key(0)
+    weights = in_linen.init({"params": key, "dropout": key}, xs)
+    with regjax.observing(drawn["Linen"].append):
+        in_linen.apply(weights, xs, rngs={"dropout": key})
+        jax.effects_barrier()
+    in_nnx = NnxLstm(nnx.Rngs(0))
+    with regjax.observing(drawn["NNX"].append):
+        nnx.jit(lambda model, xs: model(xs))(in_nnx, xs)
+        jax.effects_barrier()
+    cell = torch.nn.LSTMCell(FEATURES, HIDDEN)
+    with regtorch.observing(drawn["PyTorch"].append):
+        torch_lstm(cell, torch.ones(TIME, BATCH, FEATURES), regtorch.key(0))
+    return {
+        name: np.stack([np.asarray(draw.mask) for draw in draws]) for name, draws in drawn.items()
+    }
+
+
+def main() -> None:
+    """Prints the masks of one sequence, a line for each timestep."""
+    console = Console()
+    for name, mask in masks().items():
+        console.print(name)
+        for step, row in enumerate(mask[:, 0]):
+            console.print(f"  t={step}  {''.join('█' if kept else '·' for kept in row)}")
+
+
+if __name__ == "__main__":
+    main()

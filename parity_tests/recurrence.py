@@ -1,0 +1,53 @@
+"""An LSTM in JAX that computes what PyTorch's does, to compare what is dropped in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from parity_tests.wings import from_torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+    Weights = dict[str, Array]
+
+
+def lstm(
+    weights: Weights,
+    xs: Float[Array, "time batch features"],
+    drop: Callable[[Float[Array, "batch hidden"]], Float[Array, "batch hidden"]] = lambda h: h,
+) -> Float[Array, "time batch hidden"]:
+    """The hidden states of `torch.nn.LSTM`, from zeros.
+
+    Args:
+        weights: by the names of `torch.nn.LSTM`, one layer.
+        xs: the sequences.
+        drop: what becomes of the hidden state before it enters a step.
+    """
+    hidden = weights["weight_hh_l0"].shape[1]
+    bias = weights["bias_ih_l0"] + weights["bias_hh_l0"]
+
+    def step(
+        carry: tuple[Array, Array], x: Float[Array, "batch features"]
+    ) -> tuple[tuple[Array, Array], Array]:
+        h, c = carry
+        z = x @ weights["weight_ih_l0"].T + drop(h) @ weights["weight_hh_l0"].T + bias[None]
+        i, f, g, o = jnp.split(z, 4, axis=1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    zeros = jnp.zeros((xs.shape[1], hidden), xs.dtype)
+    return jax.lax.scan(step, (zeros, zeros), xs)[1]
+
+
+def assert_close(ours: Array, theirs: torch.Tensor) -> None:
+    """At 1e-12 in norm, of the norm or of 1."""
+    array, twin = np.asarray(ours), from_torch(theirs)
+    assert np.linalg.norm(array - twin) <= 1e-12 * max(1, np.linalg.norm(twin))

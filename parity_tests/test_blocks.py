@@ -1,0 +1,255 @@
+"""DropBlock: the same bits in both wings, those of the published formula."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from parity_tests import reference
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+DTYPES = [np.dtype(dtype) for dtype in (np.float64, ml_dtypes.bfloat16, np.float16, np.complex64)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A feature map, channels last, and its blocks."""
+
+    shape: tuple[int, ...]
+    block_size: int
+    share_channels: bool = False
+
+    @property
+    def block(self) -> int:
+        """No longer than the shortest dimension."""
+        return min(self.block_size, *self.shape[1:-1])
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """How many places a block can start at: row, channel, then along each dimension."""
+        channels = 1 if self.share_channels else self.shape[-1]
+        return (self.shape[0], channels, *(size - self.block + 1 for size in self.shape[1:-1]))
+
+    def gamma(self, rate: float) -> float:
+        """How probably a block starts at a place, as the paper has it."""
+        fraction = math.prod(self.shape[1:-1]) / math.prod(self.starts[2:])
+        return rate / self.block ** (len(self.shape) - 2) * fraction
+
+
+CASES = [
+    Case((2, 9, 8, 3), 3),
+    Case((2, 9, 8, 3), 3, share_channels=True),
+    Case((3, 6, 10, 2), 4),  # an even block
+    Case((2, 4, 9, 3), 7),  # larger than the map in one dimension
+    Case((2, 5, 5, 3), 1),
+    Case((3, 20, 4), 5),  # one dimension
+    Case((2, 5, 6, 4, 2), 2),  # three
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def channels_first(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(array, -1, 1))
+
+
+def run(wing: Wing, x: np.ndarray, ct: np.ndarray, rate: Any, case: Case, seed: int = 11):
+    """Result and gradient of a channels-last array, in the order that each framework prefers."""
+    there = channels_first if wing is TORCH else np.asarray
+    options = {"block_size": case.block_size, "share_channels": case.share_channels}
+    function = functools.partial(wing.library.drop_block, key=wing.key(seed), **options)
+
+    def at(rate):
+        arrays = (wing.array(there(array)) for array in (x, ct))
+        return wing.vjp(lambda x: function(x, rate), *arrays)
+
+    results = wing.traced(at)(rate) if isinstance(rate, np.generic) else at(rate)
+    back = (lambda a: np.moveaxis(a, 1, -1)) if wing is TORCH else np.asarray
+    return [back(wing.numpy(array)) for array in results]
+
+
+def inputs(shape: tuple[int, ...], dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.normal(size=shape).astype(dtype) for _ in range(2))
+    return x, cotangent
+
+
+def oracle(case: Case, rate: float, seed: int = 11) -> np.ndarray:
+    """The mask of the published algorithm, block by block, channels last."""
+    starts = ~reference.bernoulli((0, seed), 1 - case.gamma(rate), case.starts)
+    keep = np.ones((*case.starts[:2], *case.shape[1:-1]), bool)
+    for row, channel, *place in np.argwhere(starts):
+        block = (slice(start, start + case.block) for start in place)
+        keep[(row, channel, *block)] = False
+    return np.broadcast_to(np.moveaxis(keep, 1, -1), case.shape)
+
+
+@each_case
+@both_wings
+def test_the_mask_and_the_scale_are_those_of_the_published_formula(wing: Wing, case):
+    x, ct = inputs(case.shape)
+    keep = oracle(case, 0.3)
+    assert 0 < keep.sum() < keep.size
+    counted = keep[..., :1] if case.share_channels else keep
+    scale = np.float32(counted.size) / np.float32(counted.sum())
+    for result, array in zip(run(wing, x, ct, 0.3, case), (x, ct), strict=True):
+        np.testing.assert_array_equal(result, np.where(keep, array * scale, np.float32(0)))
+
+
+@both_wings
+def test_the_scale_is_one_exact_division_of_the_counts(wing: Wing):
+    x = wing.array(np.ones((1, 7, 7, 3), np.float32))
+    for seed in range(12):
+        drop = functools.partial(wing.library.drop_block, block_size=2, channel_axis=-1)
+        y = wing.numpy(drop(x, 0.3, key=wing.key(seed)))
+        assert y.max() == np.float32(y.size) / np.float32(np.count_nonzero(y))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward_agree_in_every_bit_of_every_type(dtype):
+    case = CASES[2]
+    with jax.enable_x64(dtype.itemsize == 8):
+        ours, theirs = (run(wing, *inputs(case.shape, dtype), 0.4, case) for wing in WINGS)
+    for array, twin in zip(ours, theirs, strict=True):
+        assert array.dtype == twin.dtype == dtype
+        np.testing.assert_array_equal(array, twin)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
+def test_a_changing_rate_draws_the_mask_of_the_number(rate):
+    case = CASES[0]
+    x, ct = inputs(case.shape)
+    numbers = run(JAX, x, ct, rate, case)
+    for wing in WINGS:
+        for array, twin in zip(run(wing, x, ct, np.float32(rate), case), numbers, strict=True):
+            np.testing.assert_array_equal(array, twin)
+
+
+@both_wings
+def test_channels_first_and_channels_last_draw_the_same_mask(wing: Wing):
+    x, _ = inputs((2, 9, 8, 3))
+    drop = functools.partial(wing.library.drop_block, rate=0.3, block_size=3, key=wing.key(5))
+    first = wing.numpy(drop(wing.array(channels_first(x)), channel_axis=1))
+    last = wing.numpy(drop(wing.array(x), channel_axis=-1))
+    np.testing.assert_array_equal(first, channels_first(last))
+
+
+@both_wings
+def test_whoever_watches_sees_what_is_kept(wing: Wing):
+    drawn = []
+    case = CASES[1]
+    x, ct = inputs(case.shape)
+    with wing.library.observing(drawn.append):
+        y, _ = run(wing, x, ct, 0.3, case)
+        jax.effects_barrier()
+    mask = wing.numpy(drawn[0].mask) if wing is TORCH else drawn[0].mask
+    mask = np.moveaxis(mask, 1, -1) if wing is TORCH else mask
+    np.testing.assert_array_equal(np.broadcast_to(mask, y.shape), y != 0)
+    assert (drawn[0].rate, drawn[0].key) == (0.3, (0, 11))
+
+
+@both_wings
+def test_the_corners_are_those_of_dropout(wing: Wing):
+    drop = wing.library.drop_block
+    x = wing.array(np.full((4, 6, 6, 6), np.inf, np.float32))
+    key = wing.key(0)
+    assert drop(x, 0) is x
+    assert drop(x, 0.5, deterministic=True) is x
+    assert not wing.numpy(drop(x, 1)).any()
+    at = wing.traced(lambda rate: drop(x, rate, block_size=3, key=key))
+    assert not wing.numpy(at(np.float32(1))).any()
+    np.testing.assert_array_equal(wing.numpy(at(np.float32(0))), wing.numpy(x))
+    for rate in (-0.1, 1.5, np.nan):
+        assert np.isnan(wing.numpy(at(np.float32(rate)))).all()
+    y = wing.numpy(drop(x, 0.3, block_size=3, key=key))
+    assert set(np.unique(y)) == {0, np.inf}
+    for shape in ((0, 5, 5, 3), (2, 0, 5, 3), (2, 5, 0, 3), (2, 5, 5, 0)):
+        empty = wing.array(np.ones(shape, np.float32))
+        assert drop(empty, 0.3, key=key).shape == shape
+
+
+@both_wings
+def test_where_nothing_is_left_there_are_zeros_and_zero_gradients(wing: Wing):
+    case = Case((1, 5, 5, 1), 5)  # one place for a block, which covers the map
+    results = [run(wing, *inputs(case.shape), 0.9, case, seed) for seed in range(8)]
+    emptied = [not y.any() for y, _ in results]
+    assert any(emptied)
+    for is_empty, (y, gradient) in zip(emptied, results, strict=True):
+        assert np.isfinite(y).all()
+        assert gradient.any() != is_empty
+
+
+@both_wings
+@pytest.mark.parametrize(
+    ("shape", "options", "error", "message"),
+    [
+        ((2, 5, 5, 3), {"block_size": 0}, ValueError, "block_size must be at least 1; got 0"),
+        ((2, 5, 5, 3), {"block_size": 2.5}, TypeError, "integer"),
+        ((2, 5, 5, 3), {"channel_axis": 4}, ValueError, "channel_axis .* has 4; got 4"),
+        ((2, 5, 5, 3), {"channel_axis": 0}, ValueError, "x must have a batch dimension"),
+        ((5, 3), {}, ValueError, r"at least one spatial dimension; got shape \(5, 3\)"),
+        ((2, 5, 5, 3), {"rate": 2}, ValueError, r"rate must lie in \[0, 1\]; got 2"),
+        ((2, 5, 5, 3), {"key": None}, ValueError, "key is missing"),
+        ((2, 5, 5, 3), {"dtype": np.int32}, TypeError, "x must be floating"),
+    ],
+)
+def test_wrong_arguments_are_refused(wing: Wing, shape, options, error, message):
+    options = {"rate": 0.3, "key": wing.key(0), **options}
+    x = wing.array(np.ones(shape, options.pop("dtype", np.float32)))
+    with pytest.raises(error, match=message):
+        wing.library.drop_block(x, **options)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_the_share_of_zeros_and_their_shape(rate):
+    """Of 4000 maps: the share within 5 sigma of its expectation, p < 6e-7; squares, by the oracle.
+
+    An element is kept if none of the blocks that reach it starts. The variance is that of maps,
+    which are independent.
+    """
+    case = Case((1000, 10, 12, 4), 3)
+    y = np.asarray(
+        JAX.library.drop_block(np.ones(case.shape, np.float32), rate, block_size=3, key=JAX.key(2))
+    )
+    down, across = (np.convolve(np.ones(size - 2), np.ones(3)) for size in (10, 12))
+    reach = np.outer(down, across)  # how many blocks reach an element
+    expected = 1 - ((1 - case.gamma(rate)) ** reach).mean()
+    shares = (y == 0).mean((1, 2))
+    sigma = shares.std() / shares.size**0.5
+    assert abs(shares.mean() - expected) < 5 * sigma
+    # What the paper's gamma is for: `rate` blocks on an element on average.
+    assert case.gamma(rate) * reach.mean() == pytest.approx(rate)
+    # Planted: a gamma without the correction for the places at the border.
+    uncorrected = 1 - ((1 - rate / 9) ** reach).mean()
+    assert abs(shares.mean() - uncorrected) > 5 * sigma
+    assert y.mean() == pytest.approx(1, abs=1e-5)
+    assert all_zeros_lie_in_blocks(y[:50], 3)
+
+
+def all_zeros_lie_in_blocks(y: np.ndarray, block: int) -> bool:
+    """Whether every zero is in a square of zeros of this size."""
+    windows = functools.partial(
+        np.lib.stride_tricks.sliding_window_view, window_shape=(block, block), axis=(1, 2)
+    )
+    starts = windows(y == 0).all((-1, -2))
+    around = np.pad(starts, [(0, 0), (block - 1, block - 1), (block - 1, block - 1), (0, 0)])
+    return bool((windows(around).any((-1, -2)) == (y == 0)).all())
+
+
+def test_under_vmap_every_row_has_its_own_scale():
+    """As each row is a batch: the sum of a row of ones is what it was."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    drop = functools.partial(JAX.library.drop_block, rate=0.4, block_size=3)
+    rows = jax.vmap(lambda x, key: drop(x[None], key=key)[0])(jnp.ones((5, 8, 8, 3)), keys)
+    np.testing.assert_allclose(rows.mean((1, 2, 3)), 1, rtol=1e-5)
+    whole = drop(jnp.ones((5, 8, 8, 3)), key=keys[0])
+    assert np.ptp(np.asarray(whole).mean((1, 2, 3))) > 0.01
+    assert float(whole.mean()) == pytest.approx(1, rel=1e-5)

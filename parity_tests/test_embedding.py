@@ -1,0 +1,180 @@
+"""Dropout of words: the same bits in both wings, and those of dropout of the table's rows."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from parity_tests import reference
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+CASES = [
+    (np.dtype(np.float32), 0.1),
+    (np.dtype(np.float64), 0.123),
+    (np.dtype(ml_dtypes.bfloat16), 0.5),
+    (np.dtype(np.float16), 0.9),
+]
+VOCABULARY = 30
+
+
+def table(dtype: Any = np.float32) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(VOCABULARY, 5)).astype(dtype)
+
+
+def words(shape: tuple[int, ...] = (6, 11), dtype: Any = np.int32) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, VOCABULARY, shape).astype(dtype)
+
+
+def of_words(wing: Wing, ids: np.ndarray, rate: Any, weights: Any) -> Any:
+    """What enters the network: rows of the table, whole words of them dropped."""
+    there = wing.array(ids)
+    rows = weights[there.long() if wing is TORCH else there]
+    return wing.library.embedding_dropout(rows, there, rate, key=wing.key(11))
+
+
+def of_rows(wing: Wing, ids: np.ndarray, rate: Any, weights: Any) -> Any:
+    """The same by dropout of the whole table."""
+    there = wing.array(ids)
+    dropped = wing.library.dropout(weights, rate, key=wing.key(11), broadcast_dims=(1,))
+    return dropped[there.long() if wing is TORCH else there]
+
+
+@pytest.mark.parametrize(("dtype", "rate"), CASES, ids=str)
+def test_forward_and_backward_are_those_of_dropout_of_the_table(dtype, rate):
+    """Every bit of the result. The gradient adds up rows in an order of its own: to rounding."""
+    ids = words()
+    ct = np.random.default_rng(2).normal(size=(*ids.shape, 5)).astype(dtype)
+    with jax.enable_x64(dtype.itemsize == 8):
+        results = [
+            [*map(wing.numpy, wing.vjp(functools.partial(of, wing, ids, rate), *arrays))]
+            for wing in WINGS
+            for arrays in [[wing.array(array) for array in (table(dtype), ct)]]
+            for of in (of_words, of_rows)
+        ]
+    expected, gradient = results[0]
+    keep = reference.bernoulli((0, 11), 1 - rate, (VOCABULARY, 1))[ids]
+    np.testing.assert_array_equal(expected != 0, np.broadcast_to(keep, expected.shape))
+    limit = 20 * float(ml_dtypes.finfo(dtype).eps)
+    for y, dw in results[1:]:
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(y, expected)
+        difference = (dw.astype(np.float64) - gradient.astype(np.float64)).ravel()
+        assert np.linalg.norm(difference) <= limit * np.linalg.norm(gradient.astype(np.float64))
+
+
+@both_wings
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4), (0,)], ids=str)
+def test_ids_of_any_shape(wing: Wing, shape):
+    ids = words(shape)
+    weights = wing.array(table())
+    y = wing.numpy(of_words(wing, ids, 0.5, weights))
+    np.testing.assert_array_equal(y, wing.numpy(of_rows(wing, ids, 0.5, weights)))
+    assert y.shape == (*shape, 5)
+
+
+@both_wings
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint8], ids=str)
+def test_ids_of_any_integer_type(wing: Wing, dtype):
+    with jax.enable_x64(True):
+        weights = wing.array(table())
+        expected = wing.numpy(of_words(wing, words(), 0.5, weights))
+        y = wing.numpy(of_words(wing, words(dtype=dtype), 0.5, weights))
+        np.testing.assert_array_equal(y, expected)
+
+
+@both_wings
+def test_nothing_of_the_size_of_the_vocabulary_is_made(wing: Wing):
+    """Words far beyond any table, which no memory would hold a mask of."""
+    ids = np.array([2**31 - 1, 2**40 + 5, 2**62, *range(2**40 + 6, 2**40 + 40)])
+    with jax.enable_x64(True):
+        x = wing.array(np.ones((len(ids), 3), np.float32))
+        y = wing.library.embedding_dropout(x, wing.array(ids), 0.5, key=wing.key(4))
+        keep = reference.bernoulli_at((0, 4), 0.5, ids)
+        np.testing.assert_array_equal(wing.numpy(y), np.repeat(2 * keep[:, None], 3, axis=1))
+
+
+@both_wings
+def test_a_word_is_dropped_everywhere_or_nowhere(wing: Wing):
+    ids = words((40, 50))
+    x = wing.array(np.random.default_rng(3).normal(size=(40, 50, 4)).astype(np.float32))
+    y = wing.numpy(wing.library.embedding_dropout(x, wing.array(ids), 0.5, key=wing.key(0)))
+    fates = [set((y[ids == word] != 0).ravel()) for word in range(VOCABULARY)]
+    assert all(len(fate) == 1 for fate in fates)
+    assert {True} in fates
+    assert {False} in fates
+    # Planted: dropout of the places and not of the words.
+    z = wing.numpy(wing.library.dropout(x, 0.5, key=wing.key(0), broadcast_dims=(2,)))
+    assert any(len(set((z[ids == word] != 0).ravel())) == 2 for word in range(VOCABULARY))
+
+
+@both_wings
+def test_a_changing_rate_is_that_of_the_number(wing: Wing):
+    weights = wing.array(table())
+    at = wing.traced(lambda rate: of_words(wing, words(), rate, weights))
+    for rate in (0.0, 0.25, 0.5, 1.0):  # whose arithmetic is exact
+        number = wing.numpy(of_words(wing, words(), rate, weights))
+        np.testing.assert_array_equal(wing.numpy(at(np.float32(rate))), number)
+    assert np.isnan(wing.numpy(at(np.float32(2)))).all()
+
+
+@both_wings
+def test_whoever_watches_sees_the_words(wing: Wing):
+    drawn = []
+    ids = words()
+    with wing.library.observing(drawn.append):
+        y = wing.numpy(of_words(wing, ids, 0.5, wing.array(table())))
+        jax.effects_barrier()
+    mask = np.asarray(drawn[0].mask)
+    assert mask.shape == (*ids.shape, 1)
+    np.testing.assert_array_equal(np.broadcast_to(mask, y.shape), y != 0)
+
+
+@both_wings
+def test_the_corners_are_those_of_dropout(wing: Wing):
+    drop = functools.partial(wing.library.embedding_dropout, ids=wing.array(words((8,))))
+    x = wing.array(np.full((8, 4), np.nan, np.float32))
+    assert drop(x, rate=0) is x
+    assert drop(x, rate=0.5, deterministic=True) is x
+    assert not wing.numpy(drop(x, rate=1)).any()
+    assert (wing.numpy(drop(x, rate=0.5, key=wing.key(0))) == 0).any()
+
+
+@both_wings
+@pytest.mark.parametrize(
+    ("ids", "options", "error", "message"),
+    [
+        (np.array([0, -1]), {}, ValueError, "ids must not be negative; got -1"),
+        (np.array([0.0, 1.0], np.float32), {}, TypeError, "ids must be .*integers.*float32"),
+        (np.array([True, False]), {}, TypeError, "ids must be .*integers.*bool"),
+        (np.array([0, 1, 2]), {}, ValueError, r"shape \(2, 4\) with ids of shape \(3,\)"),
+        (np.array([0, 1]), {"rate": 2}, ValueError, r"rate must lie in \[0, 1\]; got 2"),
+        (np.array([0, 1]), {"key": None}, ValueError, "key is missing"),
+    ],
+)
+def test_wrong_arguments_are_refused(wing: Wing, ids, options, error, message):
+    options = {"rate": 0.5, "key": wing.key(0), **options}
+    x = wing.array(np.ones((2, 4), np.float32))
+    with pytest.raises(error, match=message):
+        wing.library.embedding_dropout(x, wing.array(ids), **options)
+
+
+def test_under_transforms_ids_are_taken_as_they_are():
+    """A negative one is a word of its own, the same one throughout."""
+    ids = np.array([[3, -1, -1], [-1, 3, 2]])
+    x = np.ones((2, 3, 4), np.float32)
+
+    def run(wing: Wing, transform: Any) -> np.ndarray:
+        drop = functools.partial(wing.library.embedding_dropout, rate=0.5, key=wing.key(0))
+        return wing.numpy(transform(drop)(wing.array(x), wing.array(ids)))
+
+    ours, theirs = run(JAX, jax.jit), run(TORCH, torch.func.vmap)
+    for y in (ours, theirs):
+        assert len({tuple(row) for row in y[ids == -1]}) == 1
+    np.testing.assert_array_equal(ours[ids >= 0], theirs[ids >= 0])

@@ -1,0 +1,250 @@
+"""The same bugs in both wings: the same report of each, to the letter."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from parity_tests.wings import JAX, WINGS, Wing
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+X = np.linspace(-1.0, 1.0, 8 * 16, dtype=np.float32).reshape(8, 16)
+Step = Callable[..., Any]
+
+
+def model(wing: Wing, w: Any, keys: Any, *, rate: Any = 0.5, **options: Any) -> Any:
+    h = wing.array(X) @ w
+    for _ in range(2):
+        h = wing.library.dropout(h, rate, key=keys["layer"], **options)  # layer
+    h = wing.library.feature_dropout(h, 0.25, key=keys["last"], **options)  # last
+    return (h**2).sum()
+
+
+def trainer(wing: Wing, keys_of: Callable[..., Any], **options: Any) -> Step:
+    """A step of gradient descent that carries its weights; in JAX it is jitted."""
+
+    def train_step(w: Any, step: Any) -> Any:
+        keys = keys_of(wing, step)
+        loss = lambda w: model(wing, w, keys, **options)
+        return w - 0.1 * wing.vjp(loss, w, wing.array(np.array(1.0, np.float32)))[1]
+
+    return jax.jit(train_step) if wing is JAX else train_step
+
+
+def keys_of(
+    wing: Wing, step: Any, *, names: tuple[str, str] = ("layer", "last"), stays: bool = False
+) -> dict[str, Any]:
+    at = 0 if stays else step
+    made = (wing.library.site_key(wing.key(7), at, name) for name in names)
+    return dict(zip(("layer", "last"), made, strict=True))
+
+
+def constant(wing: Wing, step: Any) -> dict[str, Any]:
+    return dict.fromkeys(("layer", "last"), wing.key(7))
+
+
+def healthy(wing: Wing, w: Any) -> Any:
+    return model(wing, w, dict.fromkeys(("layer", "last")), deterministic=True)
+
+
+def forgetful(wing: Wing, w: Any) -> Any:
+    return model(wing, w, keys_of(wing, 9))
+
+
+stuck = functools.partial(keys_of, stays=True)
+shared = functools.partial(keys_of, names=("one", "one"))
+# The keys of the step, the model's options, those of the check, and the problems to be found.
+CASES: dict[str, tuple[Any, ...]] = {
+    "loop over layers": (keys_of, {}, {}, ["REPEATED_MASK"]),
+    "allowed": (keys_of, {}, {"allow": ["layer"]}, []),
+    "stuck": (stuck, {}, {}, ["SAME_MASK"] * 2 + ["REPEATED_MASK"]),
+    "shared": (shared, {}, {}, ["REPEATED_MASK", "SHARED_KEY"]),
+    "constant": (
+        constant,
+        {},
+        {},
+        ["SAME_MASK"] * 2 + ["REPEATED_MASK", "SHARED_KEY"],
+    ),
+    "never active": (keys_of, {"deterministic": True}, {}, ["NEVER_ACTIVE"]),
+    "expected": (
+        keys_of,
+        {"rate": 0.0},
+        {"expect": ["layer", "last"]},
+        ["NEVER_ACTIVE"],
+    ),
+    "another rate": (
+        keys_of,
+        {},
+        {"expect": {"la*": 0.5}, "allow": ["layer"]},
+        ["OTHER_RATE"],
+    ),
+    "evaluation": (keys_of, {}, {"allow": ["layer"], "evaluate": healthy}, []),
+    "active in evaluation": (
+        keys_of,
+        {},
+        {"allow": ["layer"], "evaluate": forgetful},
+        ["ACTIVE_IN_EVALUATION"],
+    ),
+}
+
+
+def check(wing: Wing, keys_of: Any, options: Any, how: dict[str, Any]) -> Any:
+    if "evaluate" in how:
+        how = {**how, "evaluate": functools.partial(how["evaluate"], wing)}
+    w = wing.array(np.eye(16, dtype=np.float32))
+    return wing.library.check_dropout(trainer(wing, keys_of, **options), w, **how)
+
+
+def without_advice(report: Any) -> str:
+    return str(dataclasses.replace(report, advice=dict.fromkeys(report.advice, "…")))
+
+
+@pytest.mark.parametrize(("keys_of", "options", "how", "expected"), CASES.values(), ids=CASES)
+def test_both_wings_report_the_same(keys_of, options, how, expected):
+    ours, theirs = (check(wing, keys_of, options, how) for wing in WINGS)
+    assert [finding.problem.name for finding in ours.findings] == expected
+    assert ours.rows == theirs.rows
+    for here, there in zip(ours.findings, theirs.findings, strict=True):
+        assert here.problem.value == there.problem.value
+        assert here[1:] == there[1:]
+    assert without_advice(ours) == without_advice(theirs)
+
+
+def test_what_is_printed():
+    ours = check(JAX, *CASES["stuck"][:3])
+    first, last = (
+        f"test_guards.py:{number}"
+        for number, text in enumerate(Path(__file__).read_text().splitlines(), 1)
+        if text.endswith(("  # layer", "  # last"))
+    )
+    assert without_advice(ours) == "\n".join([
+        "site   where              function         shape    rate  draws  evaluation",
+        f"layer  {first}  dropout          (8, 16)  0.5   2 + 2  -",
+        f"last   {last}  feature_dropout  (8, 16)  0.25  1 + 1  -",
+        "",
+        "same mask in two steps",
+        f"  layer ({first}): the key of 'layer' at step 0 drew in steps 0 and 1",
+        f"  last ({last}): the key of 'last' at step 0 drew in steps 0 and 1",
+        "  -> …",
+        "",
+        "same mask again within a step",
+        f"  layer ({first}): the key of 'layer' at step 0 drew 2 times in a step",
+        "  -> …",
+    ])  # fmt: skip
+
+
+@both_wings
+def test_every_problem_has_its_advice(wing: Wing):
+    assert set(wing.library._guards.ADVICE) == set(wing.library.DropoutProblem)
+
+
+@both_wings
+def test_a_constant_or_total_mask_is_named(wing: Wing):
+    shape = X.shape
+    masks = {
+        "IGNORED_KEY": np.random.default_rng(0).random(shape) < 0.5,
+        "ALL_OR_NOTHING": np.zeros(shape, bool),
+    }
+    for problem, mask in masks.items():
+        sampler = lambda *_, mask=mask, **__: wing.array(mask)
+
+        def step(number, sampler=sampler):
+            key = wing.library.site_key(wing.key(7), number, "it")
+            wing.library.dropout(wing.array(X), 0.5, key=key, sampler=sampler)
+
+        (finding,) = wing.library.check_dropout(step).findings
+        assert finding.problem.name == problem
+        # 128 fair bits: equal to given ones, or all zero, once in 2**128.
+        assert finding.chance == 2.0**-128
+
+
+@both_wings
+def test_a_rate_out_of_range_is_named(wing: Wing):
+    def step(number):
+        key = wing.library.site_key(wing.key(7), number, "it")
+        wing.traced(lambda rate: wing.library.dropout(wing.array(X), rate, key=key))(
+            np.float32(np.nan)
+        )
+
+    (finding,) = wing.library.check_dropout(step).findings
+    assert (finding.problem.name, finding.detail) == ("INVALID_RATE", "rate nan gives NaN")
+
+
+@both_wings
+def test_a_loop_of_one_s_own_is_watched(wing: Wing):
+    guard = wing.library.DropoutGuard()
+    root, x = wing.key(7), wing.array(X)
+
+    def run(number):
+        return wing.library.dropout(x, 0.5, key=wing.library.site_key(root, number, "it"))
+
+    def broken():
+        with guard.training():
+            run(0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        broken()
+    with pytest.raises(ValueError, match=r"0 steps of training .* guard.training\(\)"):
+        guard.report()
+    for number in range(3):
+        with guard.training():
+            run(number)
+        run(number)  # between the blocks nobody watches
+    with guard.evaluation():
+        wing.library.dropout(x, 0.5, deterministic=True)
+    (row,) = guard.report().rows
+    assert (row.draws, row.evaluation) == ((1, 1, 1), 0)
+    with guard.training():
+        run(1)
+    (finding,) = guard.report().findings
+    assert finding.detail == "the key of 'it' at step 1 drew in steps 1 and 3"
+
+
+@both_wings
+def test_what_is_asked_wrongly_is_refused(wing: Wing):
+    lib, x = wing.library, wing.array(X)
+
+    def step(*carry_and_number):
+        key = lib.site_key(wing.key(7), carry_and_number[-1], "it")
+        lib.dropout(x, 0.5, key=key)
+        return carry_and_number[:-1]
+
+    with pytest.raises(TypeError, match=r"expect must be a collection of globs: \['it'\]"):
+        lib.check_dropout(step, expect="it")
+    with pytest.raises(ValueError, match=r"allow has 'that', which matches none of it \("):
+        lib.check_dropout(step, allow=["that"])
+    with pytest.raises(ValueError, match="got a tuple of 1"):
+        lib.check_dropout(step, x)
+    with pytest.raises(ValueError, match="a tuple of 2 values"):
+        lib.check_dropout(lambda a, b, number: a, x, x)
+    lib.check_dropout(step, x, x).raise_if_wrong()
+
+
+def test_the_wings_judge_by_the_same_rules():
+    """`_findings.py` knows no framework: it is the same file, but for the name of its wing."""
+    ours, theirs = (inspect.getsource(wing.library._findings) for wing in WINGS)
+    assert ours.replace("regjax", "regtorch") == theirs
+
+
+def test_watching_sees_the_rows_of_a_torch_vmap():
+    """Watching changes nothing: `torch.func.vmap` over keys goes on as it did."""
+    jax_keys = jax.random.split(JAX.key(7), 8)
+    drawn: list[Any] = []
+    library = WINGS[1].library
+    with library.observing(drawn.append):
+        y = torch.func.vmap(lambda x, key: library.dropout(x, 0.5, key=key))(
+            torch.from_numpy(X), library.split(library.key(7), 8)
+        )
+    expected = jax.vmap(lambda x, key: JAX.library.dropout(x, 0.5, key=key))(X, jax_keys)
+    np.testing.assert_array_equal(y.numpy(), expected)
+    np.testing.assert_array_equal(np.stack([draw.mask for draw in drawn]), expected != 0)

@@ -1,0 +1,270 @@
+"""Monte Carlo dropout: the same passes in both wings, and NumPy's statistics of them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import regjax
+import regtorch
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+KINDS = ("logits", "probabilities", "values")
+FIELDS = ("mean", "std", "entropy", "expected_entropy", "mutual_information", "samples")
+SAMPLES = 13
+CHUNKS = (1, 4, 13, None)
+# Of the largest entry. In float32 the product of matrices rounds differently in each wing.
+BOUNDS = {np.dtype(np.float64): 1e-12, np.dtype(np.float32): 2e-6}
+
+
+def sizes(dtype: np.dtype) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Images and the weights, biases and running averages of a network that normalises."""
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (6, 16), "b0": (16,), "mean": (16,), "w1": (16, 4), "b1": (4,)}
+    params = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+    params["var"] = rng.uniform(0.5, 2, 16).astype(dtype)
+    return rng.normal(size=(5, 6)).astype(dtype), params
+
+
+def in_jax(params: Any, x: Any, *, key: Any, kind: str, shared: bool = False) -> Any:
+    """The network with running averages, and dropout before the norm and after it."""
+    root = jax.random.key(0) if shared else key
+    y = x @ params["w0"] + params["b0"][None]
+    y = regjax.dropout(y, 0.3, key=regjax.site_key(root, 0, "1"))
+    y = (y - params["mean"][None]) * jax.lax.rsqrt(params["var"] + 1e-5)[None]
+    y = regjax.dropout(jax.nn.relu(y), 0.5, key=regjax.site_key(root, 0, "4"))
+    y = y @ params["w1"] + params["b1"][None]
+    return jax.nn.softmax(y) if kind == "probabilities" else y
+
+
+def in_torch(params: dict[str, np.ndarray], kind: str) -> torch.nn.Module:
+    """The same network as a model in training mode."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 16),
+        torch.nn.Dropout(0.3),
+        torch.nn.BatchNorm1d(16),
+        torch.nn.ReLU(),
+        torch.nn.Dropout(0.5),
+        torch.nn.Linear(16, 4),
+        torch.nn.Softmax(-1) if kind == "probabilities" else torch.nn.Identity(),
+    ).to(TORCH.array(params["w0"]).dtype)
+    names = {"0.bias": "b0", "2.running_mean": "mean", "2.running_var": "var", "5.bias": "b1"}
+    state = {name: TORCH.array(params[key]) for name, key in names.items()}
+    state |= {
+        name: TORCH.array(params[key].T) for name, key in (("0.weight", "w0"), ("5.weight", "w1"))
+    }
+    model.load_state_dict(state, strict=False)
+    return regtorch.keyed.convert(model)
+
+
+def predictions(dtype: np.dtype, kind: str, chunk_size: int | None) -> tuple[Any, Any]:
+    """What both wings say, fields as NumPy arrays."""
+    x, params = sizes(dtype)
+    options = {"outputs": kind, "samples": SAMPLES, "keep_samples": True}
+    predict = functools.partial(in_jax, kind=kind)
+    ours = regjax.mc_dropout(predict, params, x, key=JAX.key(7), chunk_size=chunk_size, **options)
+    theirs = regtorch.mc_dropout(
+        in_torch(params, kind), TORCH.array(x), key=TORCH.key(7), **options
+    )
+    return as_numpy(JAX, ours), as_numpy(TORCH, theirs)
+
+
+def as_numpy(wing: Wing, prediction: Any) -> dict[str, np.ndarray | None]:
+    fields = {name: getattr(prediction, name) for name in FIELDS}
+    return {name: None if v is None else wing.numpy(v) for name, v in fields.items()}
+
+
+def in_numpy(samples: np.ndarray, kind: str) -> dict[str, np.ndarray | None]:
+    """The reference: NumPy in double, all passes at once."""
+    y = samples.astype(np.float64)
+    if kind == "logits":
+        y = np.exp(y - y.max(-1, keepdims=True))
+        y /= y.sum(-1, keepdims=True)
+    whole = {"mean": y.mean(0), "std": y.std(0), "samples": samples}
+    if kind == "values":
+        return whole | dict.fromkeys(("entropy", "expected_entropy", "mutual_information"))
+    entropy, expected = -(y.mean(0) * np.log(y.mean(0))).sum(-1), -(y * np.log(y)).sum(-1).mean(0)
+    more = {"entropy": entropy, "expected_entropy": expected}
+    return whole | more | {"mutual_information": entropy - expected}
+
+
+def assert_close(one: dict[str, Any], other: dict[str, Any], bound: float) -> None:
+    assert one.keys() == other.keys() == set(FIELDS)
+    for name, array in one.items():
+        twin = other[name]
+        assert (array is None) == (twin is None), name
+        if array is not None:
+            assert array.shape == twin.shape, name
+            assert np.abs(array - twin).max() <= bound * max(1, np.abs(twin).max()), name
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_wings_agree_with_each_other_and_with_numpy(kind, dtype):
+    with jax.enable_x64(dtype.itemsize == 8):
+        for chunk_size in CHUNKS if kind == "logits" else CHUNKS[1:2]:
+            ours, theirs = predictions(dtype, kind, chunk_size)
+            assert ours["mean"].dtype == theirs["mean"].dtype == dtype
+            assert_close(ours, theirs, BOUNDS[dtype])
+            assert_close(ours, in_numpy(ours["samples"], kind), BOUNDS[dtype])
+    assert (ours["std"] > 1e-3).all()
+
+
+def shares_one_key(params: Any, x: Any, *, key: Any) -> Any:
+    return in_jax(params, x, key=key, kind="logits", shared=True)
+
+
+def test_passes_that_share_a_key_are_found():
+    x, params = sizes(np.dtype(np.float32))
+    with pytest.raises(ValueError, match="all passes are the same"):
+        regjax.mc_dropout(shares_one_key, params, x, key=JAX.key(7), outputs="logits")
+    fixed = lambda x, *, key: regtorch.dropout(x, 0.5, key=TORCH.key(7))
+    with pytest.warns(UserWarning, match="all passes returned the same"):
+        y = regtorch.mc_dropout(fixed, TORCH.array(x), key=TORCH.key(0), outputs="values")
+    assert not y.std.any()
+
+
+def test_a_norm_in_training_mode_would_be_seen():
+    """The test of the tests above: statistics of the batch make another prediction."""
+    x, params = sizes(np.dtype(np.float32))
+    model, options = in_torch(params, "logits"), {"key": TORCH.key(7), "outputs": "logits"}
+    right = regtorch.mc_dropout(model, TORCH.array(x), **options)
+
+    def wrong(x: torch.Tensor, *, key: torch.Tensor) -> torch.Tensor:
+        regtorch.keyed.set_key(model.train(), key, 0)
+        return model(x)
+
+    y = regtorch.mc_dropout(wrong, TORCH.array(x), **options)
+    assert (y.mean - right.mean).abs().max() > 0.01
+
+
+def noise(wing: Wing, shape: tuple[int, ...], scale: float = 1.0, shift: float = 0.0) -> Any:
+    """A pass that is nothing but a mask: 0 and 2, scaled and shifted."""
+    ones = np.ones(shape, np.float32)
+    return lambda *, key: wing.library.dropout(wing.array(ones), 0.5, key=key) * scale + shift
+
+
+def run(wing: Wing, predict: Any, **options: Any) -> Any:
+    options = {"key": wing.key(3), "outputs": "values", "samples": 10} | options
+    return wing.library.mc_dropout(predict, **options)
+
+
+def test_the_masks_are_the_same_bits_for_any_chunks_and_any_number_of_passes():
+    keys = [regtorch.site_key(TORCH.key(3), i, "mc_dropout") for i in range(10)]
+    masks = np.stack([2.0 * TORCH.numpy(regtorch.bernoulli(key, 0.5, (4, 9))) for key in keys])
+    torch_samples = run(TORCH, noise(TORCH, (4, 9)), keep_samples=True).samples
+    np.testing.assert_array_equal(TORCH.numpy(torch_samples), masks)
+    for options in ({"chunk_size": 1}, {"chunk_size": 3}, {"chunk_size": 99}, {"samples": 4}):
+        samples = run(JAX, noise(JAX, (4, 9)), keep_samples=True, **options).samples
+        np.testing.assert_array_equal(samples, masks[: options.get("samples")])
+
+
+@both_wings
+def test_the_deviation_of_nearly_equal_values_keeps_its_digits(wing: Wing):
+    """In float32: at 1,000 apart by 1e-3, where a sum of squares would lose every digit."""
+    scale, shift, n = 2.0**-11, 1000.0, 500
+    y = run(wing, noise(wing, (50,), scale, shift), samples=n, keep_samples=True)
+    exact = wing.numpy(y.samples).astype(np.float64)
+    assert set(np.unique(exact)) == {shift, shift + 2 * scale}
+    np.testing.assert_allclose(wing.numpy(y.std), exact.std(0), rtol=1e-5)
+    np.testing.assert_allclose(wing.numpy(y.mean), exact.mean(0), rtol=1e-7)
+    naive = np.square(exact.astype(np.float32)).mean(0) - np.square(
+        exact.astype(np.float32).mean(0)
+    )
+    assert np.abs(naive - exact.var(0)).max() > exact.var(0).max()
+
+
+@both_wings
+def test_half_types_are_summed_in_single(wing: Wing):
+    def half(*, key: Any) -> Any:
+        y = noise(wing, (3, 5))(key=key)
+        return y.astype(jnp.bfloat16) if wing is JAX else y.bfloat16()
+
+    y = run(wing, half, outputs="logits", keep_samples=True)
+    assert wing.numpy(y.mean).dtype == np.float32
+    assert str(y.samples.dtype).endswith("bfloat16")
+    np.testing.assert_allclose(wing.numpy(y.mean).sum(-1), 1, rtol=1e-6)
+
+
+@both_wings
+def test_certain_and_uncertain(wing: Wing):
+    """Passes that agree have no mutual information; passes that contradict have nothing else."""
+
+    def contradict(*, key: Any) -> Any:
+        one = noise(wing, (200, 1), 500.0)(key=key)
+        zero = one * 0 + 500
+        return jnp.concatenate([one, zero], 1) if wing is JAX else torch.cat([one, zero], 1)
+
+    y = run(wing, contradict, outputs="logits", samples=64)
+    np.testing.assert_allclose(wing.numpy(y.expected_entropy), 0, atol=1e-6)
+    np.testing.assert_array_equal(wing.numpy(y.mutual_information), wing.numpy(y.entropy))
+    # Of 64 fair coins fewer than 12 fall on one side once in 3e7 times; this for each of 200.
+    assert wing.numpy(y.entropy).min() > -(12 / 64) * np.log(12 / 64) - (52 / 64) * np.log(52 / 64)
+    one_pass = run(wing, contradict, outputs="logits", samples=1)
+    assert not wing.numpy(one_pass.std).any()
+    assert not wing.numpy(one_pass.mutual_information).any()
+
+
+@both_wings
+@pytest.mark.parametrize("axis", [1, -3])
+def test_the_classes_may_lie_along_any_axis(wing: Wing, axis):
+    y = run(wing, noise(wing, (2, 4, 3, 5)), outputs="logits", class_axis=axis)
+    assert y.mean.shape == (2, 4, 3, 5)
+    assert y.entropy.shape == (2, 3, 5)
+    np.testing.assert_allclose(wing.numpy(y.mean).sum(1), 1, rtol=1e-6)
+
+
+CORNERS = [
+    ({"samples": 0}, ValueError, "samples must be at least 1; got 0"),
+    ({"samples": True}, TypeError, "samples must be an integer; got True"),
+    ({"samples": 1.5}, TypeError, "samples must be an integer"),
+    ({"outputs": "softmax"}, ValueError, "outputs must say what predict returns"),
+    ({"outputs": "probabilities"}, ValueError, "sum to 1 along class_axis=-1"),
+    ({"outputs": "logits", "class_axis": 2}, ValueError, "class_axis must be a dimension"),
+    ({"outputs": "logits", "class_axis": 1}, ValueError, "at least two classes"),
+    ({"key": None}, TypeError, "key must be a"),
+    ({"key": "batch"}, ValueError, "got a batch of keys"),
+]
+
+
+@both_wings
+@pytest.mark.parametrize(("options", "error", "message"), CORNERS, ids=str)
+def test_what_is_wrong_is_refused(wing: Wing, options, error, message):
+    if options.get("key") == "batch":
+        split = jax.random.split if wing is JAX else regtorch.split
+        options = {"key": split(wing.key(0), 3)}
+    with pytest.raises(error, match=message):
+        run(wing, noise(wing, (2, 1) if options.get("class_axis") == 1 else (2, 3)), **options)
+
+
+def several(wing: Wing) -> Any:
+    return lambda *, key: (noise(wing, (2, 3))(key=key),) * 2
+
+
+def classes(wing: Wing) -> Any:
+    return lambda *, key: noise(wing, (2, 3))(key=key).argmax(-1)
+
+
+@both_wings
+@pytest.mark.parametrize("make", [several, classes])
+def test_a_pass_returns_one_floating_array(wing: Wing, make):
+    with pytest.raises(TypeError, match="predict must return one floating"):
+        run(wing, make(wing), outputs="logits")
+
+
+@both_wings
+def test_probabilities_that_are_negative_are_refused(wing: Wing):
+    def negative(*, key: Any) -> Any:
+        y = noise(wing, (2, 1))(key=key)
+        pair = (y, 1 - y)
+        return jnp.concatenate(pair, 1) if wing is JAX else torch.cat(pair, 1)
+
+    with pytest.raises(ValueError, match="outputs='probabilities' must be at least 0"):
+        run(wing, negative, outputs="probabilities")

@@ -1,0 +1,180 @@
+"""DropConnect: the same masks by the names of the weights, and the same training, in both wings."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import regjax
+import regtorch
+from parity_tests.recurrence import assert_close, lstm
+from parity_tests.wings import JAX, TORCH, WINGS, Wing, from_torch, to_torch
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+SHAPES = {
+    "dense/kernel": (4, 6),
+    "dense/bias": (6,),
+    "norm/scale": (6,),
+    "cells/0/kernel": (2, 6, 3),
+    "embedder/embedding": (5, 6),
+}
+KERNELS = {"dense/kernel", "cells/0/kernel"}
+
+
+def a_tree(wing: Wing) -> Any:
+    """The same weights as each framework names them."""
+    rng = np.random.default_rng(0)
+    flat = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+    if wing is TORCH:
+        return {name.replace("/", "."): to_torch(array) for name, array in flat.items()}
+    arrays = {name: jnp.asarray(array) for name, array in flat.items()}
+    return {
+        "dense": {"kernel": arrays["dense/kernel"], "bias": arrays["dense/bias"]},
+        "norm": {"scale": arrays["norm/scale"]},
+        "cells": [{"kernel": arrays["cells/0/kernel"]}],
+        "embedder": {"embedding": arrays["embedder/embedding"]},
+    }
+
+
+def flat(wing: Wing, tree: Any) -> dict[str, Any]:
+    if wing is TORCH:
+        return {name.replace(".", "/"): leaf for name, leaf in tree.items()}
+    named = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
+
+
+@both_wings
+@pytest.mark.parametrize("name", ["bernoulli", "packed_bernoulli"])
+def test_kernels_are_dropped_by_name_and_nothing_else(wing: Wing, name):
+    weights = a_tree(wing)
+    key, sampler = wing.key(3), getattr(wing.library, name)
+    dropped = flat(wing, wing.library.drop_connect(weights, 0.5, key=key, sampler=sampler))
+    for path, leaf in flat(wing, weights).items():
+        if path in KERNELS:
+            its_key = wing.library.site_key(key, 0, path)
+            expected = wing.library.dropout(leaf, 0.5, key=its_key, sampler=sampler)
+            np.testing.assert_array_equal(wing.numpy(dropped[path]), wing.numpy(expected))
+            assert (wing.numpy(expected) == 0).any()
+        else:
+            assert dropped[path] is leaf
+
+
+@pytest.mark.parametrize("rule", ["default", "**", "cells/**", [("bias", True), ("**", False)]])
+def test_both_wings_drop_the_same_weights(rule):
+    ours, theirs = (
+        flat(wing, wing.library.drop_connect(a_tree(wing), 0.3, key=wing.key(3), rule=rule))
+        for wing in WINGS
+    )
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        np.testing.assert_array_equal(np.asarray(leaf), from_torch(theirs[path]))
+
+
+@both_wings
+def test_one_array_is_dropped_as_by_dropout(wing: Wing):
+    kernel = wing.array(np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
+    y = wing.library.drop_connect(kernel, 0.3, key=wing.key(3))
+    expected = wing.library.dropout(kernel, 0.3, key=wing.key(3))
+    np.testing.assert_array_equal(wing.numpy(y), wing.numpy(expected))
+
+
+@both_wings
+def test_the_corners_are_those_of_dropout(wing: Wing):
+    weights = a_tree(wing)
+    drop = functools.partial(wing.library.drop_connect, weights)
+    assert drop(0) is weights
+    assert drop(0.5, deterministic=True) is weights
+    emptied = flat(wing, drop(1))
+    assert {path for path, leaf in emptied.items() if not wing.numpy(leaf).any()} == KERNELS
+    for rate in (np.float32(0.25), np.float32(2)):
+        at = wing.traced(lambda rate: drop(rate, key=wing.key(3)))
+        leaf = wing.numpy(flat(wing, at(rate))["dense/kernel"])
+        number = flat(wing, drop(float(rate), key=wing.key(3))) if rate < 1 else {}
+        expected = number.get("dense/kernel", np.full((4, 6), np.nan))
+        np.testing.assert_array_equal(leaf, np.asarray(expected))
+
+
+@both_wings
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"rule": "decoder/**"}, ValueError, "rule has 'decoder/.*matches none"),
+        ({"rule": [("**", False)]}, ValueError, "nothing to drop"),
+        ({"rule": [("**", 0.5)]}, TypeError, "only whether"),
+        ({"rate": 1.5}, ValueError, r"rate must lie in \[0, 1\]; got 1\.5"),
+        ({"key": None}, ValueError, "key is missing"),
+        ({"deterministic": 1}, TypeError, "deterministic must be one boolean"),
+    ],
+)
+def test_wrong_arguments_are_refused(wing: Wing, options, error, message):
+    options = {"rate": 0.5, "key": wing.key(0), **options}
+    with pytest.raises(error, match=message):
+        wing.library.drop_connect(a_tree(wing), **options)
+
+
+@both_wings
+def test_a_weight_of_which_nothing_is_known_is_not_dropped_in_silence(wing: Wing):
+    weights = {"mystery": wing.array(np.ones((2, 2), np.float32))}
+    with pytest.raises(ValueError, match="cannot tell what 'mystery'"):
+        wing.library.drop_connect(weights, 0.5, key=wing.key(0))
+
+
+def test_a_mask_for_each_example():
+    """`vmap` over keys: row i is that of its own kernel."""
+    x, kernel = (np.random.default_rng(i).normal(size=(4, 6)).astype(np.float32) for i in range(2))
+    keys = jax.random.split(JAX.key(0), 4)
+    row = lambda x, key: (x[None] * regjax.drop_connect(kernel, 0.5, key=key)).sum()
+    ours = np.asarray(jax.vmap(row)(jnp.asarray(x), keys))
+    row = lambda x, key: (x * regtorch.drop_connect(to_torch(kernel), 0.5, key=key)).sum()
+    theirs = torch.func.vmap(row)(to_torch(x), regtorch.split(TORCH.key(0), 4))
+    np.testing.assert_allclose(ours, from_torch(theirs), rtol=1e-5)
+    assert len(np.unique(ours)) == 4
+
+
+MODULES = {
+    "linear": (lambda: torch.nn.Linear(5, 3), "default"),
+    "recurrent": (lambda: torch.nn.LSTM(5, 3), "weight_hh_*"),
+    "lstm": (lambda: torch.nn.LSTM(5, 3), "default"),
+}
+XS = np.random.default_rng(0).normal(size=(6, 4, 5))  # time, batch, features
+
+
+def linear(weights: Any, xs: Any) -> Any:
+    return xs @ weights["weight"].T + weights["bias"][None, None]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_training_with_a_wrapped_module_is_that_of_the_tree(name):
+    """Five steps of SGD: states, losses and gradients of both wings at 1e-12 in norm each."""
+    make, rule = MODULES[name]
+    torch.manual_seed(0)
+    layer = regtorch.nn.DropConnect(make().double(), 0.4, rule=rule)
+    apply = linear if name == "linear" else lstm
+    with jax.enable_x64(True):
+        weights = {n: jnp.asarray(from_torch(p)) for n, p in layer.module.named_parameters()}
+
+        @jax.jit
+        def loss(weights, key):
+            states = apply(regjax.drop_connect(weights, 0.4, key=key, rule=rule), jnp.asarray(XS))
+            return (states**2).sum(), states
+
+        for step in range(5):
+            (_, states), gradients = jax.value_and_grad(loss, has_aux=True)(
+                weights, regjax.site_key(JAX.key(7), step, "layer")
+            )
+            y = layer(to_torch(XS), key=regtorch.site_key(TORCH.key(7), step, "layer"))
+            y = y[0] if isinstance(y, tuple) else y
+            slopes = torch.autograd.grad((y**2).sum(), list(layer.parameters()))
+            assert_close(states, y)
+            for (leaf, parameter), slope in zip(
+                layer.module.named_parameters(), slopes, strict=True
+            ):
+                assert_close(gradients[leaf], slope)
+                parameter.data -= 0.1 * slope
+            weights = jax.tree.map(lambda w, g: w - 0.1 * g, weights, gradients)

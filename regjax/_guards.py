@@ -1,0 +1,237 @@
+"""Guard rails: dropout that is wrong in silence, made loud.
+
+A key that is not advanced, a key that two layers share, a flag that evaluation forgets: training
+goes on, only worse, and nothing says so. Here a few steps are watched, and the masks that their
+dropouts drew are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax._findings import Drawn, DropoutProblem, DropoutReport, Site, judge, program
+from regjax._observe import Draw, Observer, SiteKey, watched_by
+
+if TYPE_CHECKING:
+    from regjax._findings import Expected, Step
+
+
+def check_dropout(
+    train_step: Callable[..., Any],
+    *carry: Any,
+    evaluate: Callable[..., Any] | None = None,
+    expect: Expected = (),
+    allow: Collection[str] = (),
+) -> DropoutReport:
+    """Runs a training step twice, and says what is wrong with its dropout.
+
+    What is looked for stands at `DropoutProblem`: sites that drew the same mask in both steps, or
+    at every timestep; sites that share a key; dropout that is not active in training, or is in
+    evaluation. Seen are the functions of `regjax` and the layers made from them, and no other
+    library's. Where a loop does not fit the arguments, watch it with a `DropoutGuard`.
+
+    Give it real data. A site that draws from one key for the same values again counts once, as it
+    does under a checkpoint: the rows of a batch of ones could not be told apart.
+
+    The step is compiled once more, for both runs; what was compiled before is used again after.
+
+    Args:
+        train_step: called as `train_step(*carry, step)` with step 0 and 1; jitted or not. It
+            returns what takes the place of `carry`, as several values in a tuple. Without a carry,
+            what it returns does not matter.
+        *carry: what training carries along: parameters, optimizer, keys. Each call gets what the
+            last returned, so that a step may donate its arguments.
+        evaluate: called once as `evaluate(*carry)`, where dropout has to be off.
+        expect: names of sites that have to draw, or a dict from them to their rates. A site has the
+            name that `site_key` was given, or the path of its module in Flax Linen and Haiku; each
+            is also known by its line of code, `"model.py:42"`. Globs do.
+        allow: names of sites of which nothing is to be found, such as one whose mask is the same at
+            every timestep on purpose. Globs do; one that matches nothing is an error.
+
+    Returns:
+        A report to print; `.raise_if_wrong()` ends a program or a test with it.
+
+    Raises:
+        TypeError: `expect` or `allow` is a string.
+        ValueError: `train_step` does not return what it was called with, or a glob of `allow`
+            matches nothing.
+
+    PyTorch:
+        `regtorch.check_dropout` finds the same.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> root = jax.random.key(0)
+        >>> @jax.jit
+        ... def train_step(w, step):
+        ...     key = regjax.site_key(root, 0, "hidden")  # forgets the step
+        ...     return w - 0.1 * jax.grad(lambda w: regjax.dropout(w, 0.5, key=key).sum())(w)
+        >>> report = regjax.check_dropout(train_step, jnp.ones(8))
+        >>> [finding.problem.name for finding in report.findings]
+        ['SAME_MASK']
+        >>> report.findings[0].detail
+        "the key of 'hidden' at step 0 drew in steps 0 and 1"
+    """
+    guard = DropoutGuard()
+    for step in range(2):
+        with guard.training():
+            carry = _carried(train_step(*carry, step), carry)
+    if evaluate is not None:
+        with guard.evaluation():
+            evaluate(*carry)
+    return guard.report(expect=expect, allow=allow)
+
+
+class DropoutGuard:
+    """Watches the dropout of a loop: some steps of training, and evaluation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> key = jax.random.key(0)
+        >>> guard = regjax.DropoutGuard()
+        >>> for step in range(2):
+        ...     with guard.training():
+        ...         key, now = jax.random.split(key)
+        ...         y = regjax.dropout(jnp.ones(8), 0.5, key=now)
+        >>> with guard.evaluation():
+        ...     y = regjax.dropout(jnp.ones(8), 0.5, key=now)  # forgets deterministic=True
+        >>> [finding.problem.value for finding in guard.report().findings]
+        ['active in evaluation']
+    """
+
+    def __init__(self) -> None:
+        self._observer = Observer(self._record)
+        self._events: list[SiteKey | Drawn] = []
+        self._steps: list[Step] = []
+        self._evaluations: list[Step] = []
+        self._derived: set[str] = set()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Watches one step of training; a report needs two of them."""
+        with self._watching() as events:
+            yield
+        self._steps.append(program(events))
+        self._derived |= {event.site for event in events if isinstance(event, SiteKey)}
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Watches an evaluation, in which nothing is to be dropped."""
+        with self._watching() as events:
+            yield
+        self._evaluations.append(program(events))
+
+    def report(self, *, expect: Expected = (), allow: Collection[str] = ()) -> DropoutReport:
+        """Says what is wrong with what was seen so far.
+
+        Args:
+            expect: names of sites that have to draw; see `check_dropout`.
+            allow: names of sites of which nothing is to be found.
+
+        Raises:
+            TypeError: `expect` or `allow` is a string.
+            ValueError: fewer than two steps were seen, or a glob of `allow` matches nothing.
+        """
+        if len(self._steps) < 2:
+            raise ValueError(
+                f"{len(self._steps)} steps of training were watched, and masks are compared between"
+                " two: run each of two steps in a block of its own, with guard.training(): …"
+            )
+        return judge(self._steps, self._evaluations, self._derived, ADVICE, expect, allow)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[list[SiteKey | Drawn]]:
+        before, self._events = self._events, []
+        try:
+            # The same observer each time: a jitted step is compiled once for all blocks.
+            with watched_by(self._observer):
+                yield self._events
+        finally:
+            jax.effects_barrier()  # also after an error: no event may be late, and meet the next
+            self._events = before
+
+    def _record(self, event: SiteKey | Draw) -> None:
+        self._events.append(event if isinstance(event, SiteKey) else _summary(event))
+
+
+# A step may draw gigabytes. So many elements tell a mask, or what it falls on, from any other.
+_SAMPLE = 2**11
+
+
+def _summary(draw: Draw) -> Drawn:
+    values = _some(draw.entering)
+    if np.iscomplexobj(values):
+        values = np.concatenate([np.real(values), np.imag(values)])
+    values = values.astype(float)
+    return Drawn(
+        order=draw.order,
+        site=Site(draw.scope, draw.where),
+        key=draw.key,
+        origin="",
+        function=draw.function,
+        rate=draw.rate,
+        shape=draw.entering.shape,
+        size=draw.mask.size,
+        kept=int(np.count_nonzero(draw.mask)),
+        sample=_some(draw.mask).tobytes(),
+        values=array("d", values[np.isfinite(values)].tobytes()),
+        digits=float(jnp.finfo(draw.entering.dtype).eps),
+    )
+
+
+def _some(x: np.ndarray) -> np.ndarray:
+    """So many elements of an array, evenly spread."""
+    return x.ravel()[:: max(1, x.size // _SAMPLE)][:_SAMPLE]
+
+
+ADVICE = {
+    DropoutProblem.SAME_MASK: (
+        "Its key does not change with the step. Pass the step, regjax.site_key(root, step, name), "
+        "or split the key and carry the new one out of the step, as the state of nnx has to be."
+    ),
+    DropoutProblem.REPEATED_MASK: (
+        "Give each timestep, layer, row or device its own key: jax.random.split and scan or vmap "
+        "over the keys; in shard_map, fold jax.lax.axis_index into the key. If it is meant, allow "
+        "the site."
+    ),
+    DropoutProblem.SHARED_KEY: (
+        "The masks depend on each other. Derive a key for each site, regjax.site_key(root, step, "
+        "name) or jax.random.split, and do not add the numbers of a step and of a layer."
+    ),
+    DropoutProblem.IGNORED_KEY: (
+        "Its sampler does not use the key; drawn with NumPy, a mask is a constant under jit."
+    ),
+    DropoutProblem.NEVER_ACTIVE: (
+        "Pass deterministic=False in training, and look at the rate. Only regjax is seen: "
+        "regjax.dropout and the layers of regjax.linen, nnx, equinox and haiku."
+    ),
+    DropoutProblem.ACTIVE_IN_EVALUATION: "Pass deterministic=True in evaluation.",
+    DropoutProblem.OTHER_RATE: "Look at how the rate reaches the site.",
+    DropoutProblem.INVALID_RATE: "Look at the schedule of the rate.",
+    DropoutProblem.ALL_OR_NOTHING: "Look at its sampler.",
+}
+
+
+def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the next call of a step takes."""
+    if len(carry) < 2:
+        if carry and isinstance(result, tuple) and not isinstance(carry[0], tuple):
+            raise ValueError(
+                "train_step must return what takes the place of its one argument before the step; "
+                f"got a tuple of {len(result)}. Pick it: lambda state, step: train_step(…)[0]."
+            )
+        return (result,) if carry else ()
+    if not isinstance(result, tuple) or len(result) != len(carry):
+        got = f"{len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        raise ValueError(
+            f"train_step must return a tuple of {len(carry)} values, which take the place of its "
+            f"arguments before the step; got {got}."
+        )
+    return result

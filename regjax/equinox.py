@@ -1,0 +1,592 @@
+"""Layers for Equinox: `Dropout` in place of Equinox's own, and the rest of the family.
+
+In a model written with `import equinox as eqx`, import
+
+    from regjax.equinox import Dropout
+
+and write `Dropout` for `eqx.nn.Dropout`: nothing else changes, and no float32 bit of what the model
+computes. The layers are thin: what each does stands at the function of its name in `regjax`.
+
+As everywhere in Equinox, a layer is called on one example, with channels first and no batch, and is
+mapped over a batch with `jax.vmap` and a key for each example. What the functions decide for each
+row of a batch, the layers therefore decide once a call.
+
+Every layer has its amount (`p`, the probability that something is dropped, or `stddev`) and
+`inference`, both leaves of the model: `equinox.nn.inference_mode` switches all layers at once, and
+`equinox.tree_at` changes an amount. While `p` is a Python number, another `p` is another
+compilation; as an array it is not:
+
+    >>> import equinox as eqx, jax, jax.numpy as jnp
+    >>> from regjax.equinox import Dropout
+    >>> @eqx.filter_jit
+    ... def call(layer, x, key):
+    ...     print("traced")
+    ...     return layer(x, key=key)
+    >>> layer, x, key = Dropout(), jnp.ones(6), jax.random.key(0)
+    >>> for p in (0.0, 0.5, 0.75):
+    ...     layer = eqx.tree_at(lambda layer: layer.p, layer, jnp.asarray(p))
+    ...     print(call(layer, x, key))
+    traced
+    [1. 1. 1. 1. 1. 1.]
+    [0. 0. 2. 2. 0. 2.]
+    [0. 0. 4. 0. 0. 4.]
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from regjax._alpha import alpha_dropout
+from regjax._blocks import drop_block
+from regjax._dropout import Settings, _keep_prob, check_inexact, drawn, dropout
+from regjax._embedding import embedding_dropout
+from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
+from regjax._recurrent import variational_dropout
+from regjax._weights import drop_connect
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, Inexact, Integer, PyTree
+
+    from regjax._keys import KeyLike
+    from regjax._verdicts import Rule
+
+
+class Layer(eqx.Module):
+    """What all layers share: when they drop, and that it takes a key."""
+
+    if TYPE_CHECKING:
+        inference: bool
+
+    def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
+        """The function behind the layer; `how` holds `key` and `deterministic`."""
+        raise NotImplementedError
+
+    def _call(
+        self,
+        inputs: Sequence[Any],
+        amount: ArrayLike,
+        key: KeyLike | None,
+        inference: ArrayLike | None,
+    ) -> Any:
+        flag = self.inference if inference is None else inference
+        flag = flag if isinstance(flag, Tracer) else bool(flag)
+        if flag is True or (isinstance(amount, int | float) and amount == 0):
+            return inputs[0]
+        name = type(self).__name__
+        if key is None:
+            raise RuntimeError(
+                f"key is missing: {name} in training needs one. Pass key=jax.random.key(seed), or "
+                "evaluate with equinox.nn.inference_mode(model)."
+            )
+        with jax.named_scope(f"regjax.equinox.{name}"):
+            return self.drop(*inputs, amount, key=key, deterministic=flag)
+
+
+class RateLayer(Layer):
+    """A layer whose amount is a rate.
+
+    Attributes:
+        p: the probability that something is dropped, in [0, 1]; a number or an array.
+        inference: True in evaluation.
+    """
+
+    p: float | Float[Array, ""] = 0.5
+    inference: bool = False
+
+    def __check_init__(self) -> None:
+        """Refuses a rate out of range."""
+        check_probability("p", self.p)
+
+    def __call__(
+        self,
+        x: Inexact[Array, "*shape"],
+        *,
+        key: KeyLike | None = None,
+        inference: ArrayLike | None = None,
+    ) -> Inexact[Array, "*shape"]:
+        """Drops in training, and returns `x` itself in evaluation.
+
+        Args:
+            x: one example, without a batch dimension.
+            key: the random key; needed in training, unless `p` is the number 0.
+            inference: comes before the attribute, unless None. It may be traced.
+        """
+        return self._call((x,), self.p, key, inference)
+
+
+class Dropout(RateLayer, eqx.nn.Dropout):
+    """`equinox.nn.Dropout`, faster: the same mask from the same key.
+
+    In training it zeroes each element with probability `p` and divides the others by `1 - p`. It is
+    an instance of `equinox.nn.Dropout` too, for code that looks for one, and has its leaves, so
+    that a file of `equinox.tree_serialise_leaves` fits either.
+
+    In float32 the result is that of Equinox bit for bit, gradients too: eager and under `jit`,
+    `vmap`, `scan` and `checkpoint`, whether `p` is a number, an array, or traced. (Tried on CPUs,
+    under JAX's default configuration. An eager call on a single element may differ in the last
+    bit.) Half types differ, since Equinox divides in them; ours are scaled in float32 and rounded
+    once.
+
+    Where Equinox errs, this does not: at `p` = 1 gradients are 0 and not NaN, a traced `inference`
+    works, integers are refused and not turned into floats, and so is a `p` outside of [0, 1], or
+    NaN if it is traced.
+
+    Attributes:
+        p: the probability that an element is zeroed, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+        sampler: what draws the mask: `regjax.bernoulli`, `regjax.packed_bernoulli`, or a function
+            with their arguments. The one addition.
+
+    Raises:
+        RuntimeError: when called in training without a key, as theirs.
+        TypeError: when called on an integer or boolean array; or `key` is not a key.
+        ValueError: `p` is a number outside of [0, 1], or `key` is a batch of keys.
+
+    Example:
+        >>> import equinox as eqx, jax, jax.numpy as jnp
+        >>> from regjax.equinox import Dropout
+        >>> key = jax.random.key(0)
+        >>> model = eqx.nn.Sequential([eqx.nn.Linear(4, 8, key=key), Dropout(0.1)])
+        >>> jax.vmap(model)(jnp.ones((2, 4)), key=jax.random.split(key, 2)).shape
+        (2, 8)
+        >>> Dropout(0.5)(jnp.arange(1.0, 7.0), key=key)
+        Array([ 0.,  0.,  6.,  8.,  0., 12.], dtype=float32)
+
+        In a model whose layers are made elsewhere, such as the dropout inside of attention:
+
+        >>> def ours(node):
+        ...     is_theirs = isinstance(node, eqx.nn.Dropout)
+        ...     return Dropout(node.p, node.inference) if is_theirs else node
+        >>> attention = eqx.nn.MultiheadAttention(2, 8, dropout_p=0.1, key=key)
+        >>> attention = jax.tree.map(ours, attention, is_leaf=lambda x: ours(x) is not x)
+        >>> type(attention.dropout).__module__
+        'regjax.equinox'
+    """
+
+    sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
+
+    def __init__(
+        self,
+        p: float | Float[Array, ""] = 0.5,
+        inference: bool = False,
+        *,
+        deterministic: bool | None = None,
+        sampler: Sampler = bernoulli,
+    ) -> None:
+        eqx.nn.Dropout.__init__(self, p, inference, deterministic=deterministic)
+        self.sampler = sampler
+
+    def __call__(
+        self,
+        x: Inexact[Array, "*shape"],
+        *,
+        key: KeyLike | None = None,
+        inference: ArrayLike | None = None,
+        deterministic: ArrayLike | None = None,
+    ) -> Inexact[Array, "*shape"]:
+        """Drops in training, and returns `x` itself in evaluation.
+
+        Args:
+            x: floating or complex, of any shape.
+            key: the random key; needed in training, unless `p` is the number 0.
+            inference: comes before the attribute, unless None. It may be traced.
+            deterministic: the deprecated name of `inference`.
+        """
+        if deterministic is not None:
+            warnings.warn(
+                "Dropout()(deterministic=...) is deprecated: it is called inference.", stacklevel=2
+            )
+            inference = deterministic
+        return self._call((x,), self.p, key, inference)
+
+    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+        """`regjax.dropout`, with the roundings of Equinox."""
+        x = check_inexact(x)
+        if isinstance(p, Tracer):
+            if x.dtype == jnp.float32:
+                return drawn(x, p, **how, kind=_Divided((), self.sampler))
+        elif isinstance(lax.stop_gradient(p), Tracer):
+            # Under jit theirs computes `1 - p` in float32, and otherwise in Python's doubles.
+            p = float(jnp.result_type(float).type(p))
+        return dropout(x, p, sampler=self.sampler, **how)
+
+
+class FeatureDropout(RateLayer):
+    """Zeroes whole channels of one example: `regjax.feature_dropout`.
+
+    Attributes:
+        p: the probability that a channel is zeroed, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+        channel_axis: the dimension of the channels: 0, as Equinox's convolutions have them.
+        sampler: what draws the mask.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `Dropout`; or `channel_axis` is not a dimension of the input.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.equinox import FeatureDropout
+        >>> images = jnp.ones((2, 4, 3, 3))  # batch, channels, height, width
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> jax.vmap(lambda x, key: FeatureDropout(0.5)(x, key=key))(images, keys)[:, :, 0, 0]
+        Array([[0., 2., 2., 2.],
+               [2., 2., 0., 2.]], dtype=float32)
+    """
+
+    channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
+    sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
+
+    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+        """`regjax.dropout`, shared along every other dimension: one example has no rows."""
+        dims = _all_but(self.channel_axis, jnp.ndim(x))
+        return dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
+
+
+class AlphaDropout(RateLayer):
+    """Dropout for self-normalising networks: `regjax.alpha_dropout`.
+
+    Attributes:
+        p: the probability that an element is dropped, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+        sampler: what draws the mask.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `Dropout`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.equinox import AlphaDropout
+        >>> AlphaDropout(0.5)(jnp.zeros(4), key=jax.random.key(0))
+        Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
+    """
+
+    sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
+
+    def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+        """`regjax.alpha_dropout`."""
+        return alpha_dropout(x, p, sampler=self.sampler, **how)
+
+
+class FeatureAlphaDropout(RateLayer):
+    """Alpha dropout of whole channels of one example: `regjax.feature_alpha_dropout`.
+
+    Attributes:
+        p: the probability that a channel is dropped, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+        channel_axis: the dimension of the channels: 0, as Equinox's convolutions have them.
+        sampler: what draws the mask.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `Dropout`; or `channel_axis` is not a dimension of the input.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.equinox import FeatureAlphaDropout
+        >>> FeatureAlphaDropout(0.5)(jnp.zeros((4, 3)), key=jax.random.key(0))[:, 0]
+        Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
+    """
+
+    channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
+    sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
+
+    def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+        """`regjax.alpha_dropout`, shared along every other dimension: one example has no rows."""
+        dims = _all_but(self.channel_axis, jnp.ndim(x))
+        return alpha_dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
+
+
+class DropPath(RateLayer):
+    """Zeroes what one example adds on its way, or keeps all of it: `regjax.drop_path`.
+
+    One decision a call. Mapped over a batch with a key for each example, that is one for each row.
+
+    Attributes:
+        p: the probability that the path is zeroed, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+        scale_by_keep: whether a path that is kept is divided by `1 - p`.
+        sampler: what draws the decision.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `Dropout`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.equinox import DropPath
+        >>> keys = jax.random.split(jax.random.key(0), 4)
+        >>> jax.vmap(lambda x, key: DropPath(0.5)(x, key=key))(jnp.ones((4, 2)), keys)
+        Array([[2., 2.],
+               [0., 0.],
+               [0., 0.],
+               [0., 0.]], dtype=float32)
+    """
+
+    scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
+    sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
+
+    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+        """`regjax.drop_path`, with one decision for the whole example."""
+        options = {"scale_by_keep": self.scale_by_keep, "sampler": self.sampler}
+        return drop_path(x, p, mode="batch", **options, **how)
+
+
+class DropBlock(RateLayer):
+    """Zeroes blocks of neighbouring elements of one example: `regjax.drop_block`.
+
+    Each example is scaled by what is left of itself, whatever is left of others.
+
+    Attributes:
+        p: about the share of elements that is zeroed, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+        block_size: how many elements a block has along each spatial dimension.
+        channel_axis: the dimension of the channels: 0, as Equinox's convolutions have them.
+        share_channels: whether all channels have one mask.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `regjax.drop_block`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.equinox import DropBlock
+        >>> layer = DropBlock(0.3, block_size=3)
+        >>> images, keys = jnp.ones((2, 1, 5, 8)), jax.random.split(jax.random.key(1), 2)
+        >>> y = jax.vmap(lambda x, key: layer(x, key=key))(images, keys)
+        >>> (y[0, 0] > 0).astype(int)
+    """
+
+    block_size: int = eqx.field(default=7, static=True, kw_only=True)
+    channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
+    share_channels: bool = eqx.field(default=False, static=True, kw_only=True)
+
+    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+        """`regjax.drop_block` of a batch of one."""
+        axis = self.channel_axis + (self.channel_axis >= 0)
+        options = {"block_size": self.block_size, "share_channels": self.share_channels}
+        return drop_block(x[None], p, channel_axis=axis, **options, **how)[0]
+
+
+class VariationalDropout(RateLayer):
+    """Zeroes features of one sequence, at every timestep alike: `regjax.variational_dropout`.
+
+    Attributes:
+        p: the probability that a feature is zeroed, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+        time_axis: the dimension of time: 0 of (time, features).
+        sampler: what draws the mask.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `Dropout`; or `time_axis` is not a dimension of the input.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.equinox import VariationalDropout
+        >>> VariationalDropout(0.5)(jnp.ones((2, 6)), key=jax.random.key(0))
+        Array([[0., 0., 2., 2., 0., 2.],
+               [0., 0., 2., 2., 0., 2.]], dtype=float32)
+    """
+
+    time_axis: int = eqx.field(default=0, static=True, kw_only=True)
+    sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
+
+    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+        """`regjax.variational_dropout`."""
+        return variational_dropout(x, p, time_axis=self.time_axis, sampler=self.sampler, **how)
+
+
+class DropConnect(RateLayer):
+    """Dropout of weights: `regjax.drop_connect` of an array, or of the kernels of a layer.
+
+    It is called on what holds the weights, and returns the same with some of them zeroed.
+
+    Attributes:
+        p: the probability that a weight is zeroed, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+        rule: which leaves of a layer are dropped; see `regjax.drop_connect`.
+        sampler: what draws the masks.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `regjax.drop_connect`.
+
+    Example:
+        >>> import equinox as eqx, jax, jax.numpy as jnp
+        >>> from regjax.equinox import DropConnect
+        >>> key = jax.random.key(0)
+        >>> linear, drop = eqx.nn.Linear(4, 3, key=key), DropConnect(0.5)
+        >>> (drop(linear, key=key).weight != 0).astype(int)
+        Array([[1, 1, 0, 0],
+               [0, 0, 0, 1],
+               [0, 0, 0, 1]], dtype=int32)
+        >>> drop(linear, key=key)(jnp.ones(4)).shape
+        (3,)
+    """
+
+    rule: Rule = eqx.field(default="default", static=True, kw_only=True)
+    sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
+
+    def drop(self, weights: PyTree, p: ArrayLike, **how: Any) -> Any:
+        """`regjax.drop_connect`."""
+        return drop_connect(weights, p, rule=self.rule, sampler=self.sampler, **how)
+
+
+class EmbeddingDropout(RateLayer):
+    """Zeroes words, wherever they occur in one example: `regjax.embedding_dropout`.
+
+    With one key for all examples of a batch, a word is zeroed in all of them or in none; with a key
+    for each, examples decide for themselves.
+
+    Attributes:
+        p: the probability that a word is zeroed, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `regjax.embedding_dropout`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.equinox import EmbeddingDropout
+        >>> ids, table = jnp.array([0, 2, 0, 3]), jnp.ones((4, 2))
+        >>> EmbeddingDropout(0.5)(table[ids], ids, key=jax.random.key(0))
+        Array([[0., 0.],
+               [2., 2.],
+               [0., 0.],
+               [2., 2.]], dtype=float32)
+    """
+
+    def __call__(
+        self,
+        x: Inexact[Array, "*ids features"],
+        ids: Integer[Array, "*ids"],
+        *,
+        key: KeyLike | None = None,
+        inference: ArrayLike | None = None,
+    ) -> Inexact[Array, "*ids features"]:
+        """Drops in training, and returns `x` itself in evaluation.
+
+        Args:
+            x: the embeddings of the words of one example.
+            ids: the words.
+            key: the random key; needed in training, unless `p` is the number 0.
+            inference: comes before the attribute, unless None. It may be traced.
+        """
+        return self._call((x, ids), self.p, key, inference)
+
+    def drop(
+        self,
+        x: Inexact[Array, "*ids features"],
+        ids: Integer[Array, "*ids"],
+        p: ArrayLike,
+        **how: Any,
+    ) -> Any:
+        """`regjax.embedding_dropout`."""
+        return embedding_dropout(x, ids, p, **how)
+
+
+class GaussianDropout(RateLayer):
+    """Multiplies each element by a normal number of mean 1: `regjax.gaussian_dropout`.
+
+    Attributes:
+        p: what the variance `p / (1 - p)` is made of, in [0, 1); a number or an array.
+        inference: True in evaluation, which returns its input itself.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `regjax.gaussian_dropout`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.equinox import GaussianDropout
+        >>> GaussianDropout(0.5)(jnp.ones(3), key=jax.random.key(0))
+    """
+
+    def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+        """`regjax.gaussian_dropout`."""
+        return gaussian_dropout(x, p, **how)
+
+
+class GaussianNoise(Layer):
+    """Adds a normal number to each element: `regjax.gaussian_noise`.
+
+    Attributes:
+        stddev: the standard deviation; a number or an array.
+        inference: True in evaluation, which returns its input itself.
+
+    Raises:
+        RuntimeError: when called in training without a key.
+        ValueError: as `regjax.gaussian_noise`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.equinox import GaussianNoise
+        >>> GaussianNoise(0.5)(jnp.zeros(3), key=jax.random.key(0))
+    """
+
+    stddev: float | Float[Array, ""]
+    inference: bool = False
+
+    def __call__(
+        self,
+        x: Float[Array, "*shape"],
+        *,
+        key: KeyLike | None = None,
+        inference: ArrayLike | None = None,
+    ) -> Float[Array, "*shape"]:
+        """Adds noise in training, and returns `x` itself in evaluation.
+
+        Args:
+            x: one example, without a batch dimension.
+            key: the random key; needed in training, unless `stddev` is the number 0.
+            inference: comes before the attribute, unless None. It may be traced.
+        """
+        return self._call((x,), self.stddev, key, inference)
+
+    def drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **how: Any) -> Any:
+        """`regjax.gaussian_noise`."""
+        return gaussian_noise(x, stddev, **how)
+
+
+class _Divided(Settings):
+    """`dropout` that divides where it would multiply by the inverse: at a traced rate, as theirs.
+
+    XLA makes such a product of a division by a scalar that nothing else needs. In theirs the mask
+    needs it too.
+    """
+
+    def apply(
+        self, x: Float[Array, "*shape"], keep: Bool[Array, "*shape"], rate: Float[Array, ""]
+    ) -> Float[Array, "*shape"]:
+        """Masks and divides."""
+        keep_prob = realised_keep_prob(self.sampler, _keep_prob(rate, x.dtype))
+        divisor = jnp.where(keep_prob > 0, keep_prob, 1)  # by 0, gradients would be NaN
+        return jnp.where(keep.astype(x.dtype) >= divisor, x / divisor, 0)
+
+
+def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:
+    """Every dimension but the channels.
+
+    Raises:
+        TypeError: `channel_axis` is not an integer.
+        ValueError: it is not one of `ndim` dimensions.
+    """
+    axis = operator.index(channel_axis)
+    if not -ndim <= axis < ndim:
+        raise ValueError(
+            f"channel_axis must be a dimension of x, which has {ndim}; got {channel_axis}."
+        )
+    return tuple(dim for dim in range(ndim) if dim != axis % ndim)

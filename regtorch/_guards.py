@@ -1,0 +1,230 @@
+"""Guard rails: dropout that is wrong in silence, made loud.
+
+A key that is not advanced, a key that two layers share, a flag that evaluation forgets: training
+goes on, only worse, and nothing says so. Here a few steps are watched, and the masks that their
+dropouts drew are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from regtorch._findings import Drawn, DropoutProblem, DropoutReport, Site, judge, program
+from regtorch._observe import Draw, Observer, SiteKey, watched_by
+
+if TYPE_CHECKING:
+    from regtorch._findings import Expected, Step
+
+
+def check_dropout(
+    train_step: Callable[..., Any],
+    *carry: Any,
+    evaluate: Callable[..., Any] | None = None,
+    expect: Expected = (),
+    allow: Collection[str] = (),
+) -> DropoutReport:
+    """Runs a training step twice, and says what is wrong with its dropout.
+
+    What is looked for stands at `DropoutProblem`: sites that drew the same mask in both steps, or
+    at every timestep; sites that share a key; dropout that is not active in training, or is in
+    evaluation. Seen are the functions of `regtorch` and the layers made from them, and no other
+    library's. Where a loop does not fit the arguments, watch it with a `DropoutGuard`.
+
+    Give it real data. A site that draws from one key for the same values again counts once, as it
+    does under a checkpoint: the rows of a batch of ones could not be told apart.
+
+    Args:
+        train_step: called as `train_step(step)` with step 0 and 1. Of a functional program
+            `train_step(*carry, step)`, which returns what takes the place of `carry`, as several
+            values in a tuple.
+        *carry: what training carries along, where it is not the state of a module.
+        evaluate: called once as `evaluate(*carry)`, where dropout has to be off.
+        expect: names of sites that have to draw, or a dict from them to their rates, such as
+            `regtorch.keyed.sites(model)`. A site has the name that `site_key` was given, and is
+            also known by its line of code, `"model.py:42"`. Globs do.
+        allow: names of sites of which nothing is to be found, such as one whose mask is the same at
+            every timestep on purpose. Globs do; one that matches nothing is an error.
+
+    Returns:
+        A report to print; `.raise_if_wrong()` ends a program or a test with it.
+
+    Raises:
+        TypeError: `expect` or `allow` is a string.
+        ValueError: `train_step` does not return what it was called with, or a glob of `allow`
+            matches nothing.
+
+    JAX:
+        `regjax.check_dropout` finds the same.
+
+    Example:
+        >>> import torch, regtorch
+        >>> model = regtorch.keyed.convert(torch.nn.Sequential(torch.nn.Dropout(0.5)))
+        >>> def train_step(step):
+        ...     regtorch.keyed.set_key(model, regtorch.key(0), 0)  # forgets the step
+        ...     model(torch.ones(8, requires_grad=True)).sum().backward()
+        >>> report = regtorch.check_dropout(train_step)
+        >>> [finding.problem.name for finding in report.findings]
+        ['SAME_MASK']
+        >>> report.findings[0].detail
+        "the key of '0' at step 0 drew in steps 0 and 1"
+    """
+    guard = DropoutGuard()
+    for step in range(2):
+        with guard.training():
+            carry = _carried(train_step(*carry, step), carry)
+    if evaluate is not None:
+        with guard.evaluation():
+            evaluate(*carry)
+    return guard.report(expect=expect, allow=allow)
+
+
+class DropoutGuard:
+    """Watches the dropout of a loop: some steps of training, and evaluation.
+
+    Example:
+        >>> import torch, regtorch
+        >>> root = regtorch.key(0)
+        >>> guard = regtorch.DropoutGuard()
+        >>> for step in range(2):
+        ...     with guard.training():
+        ...         key = regtorch.site_key(root, step, "hidden")
+        ...         y = regtorch.dropout(torch.ones(8), 0.5, key=key)
+        >>> with guard.evaluation():
+        ...     y = regtorch.dropout(torch.ones(8), 0.5, key=key)  # forgets deterministic=True
+        >>> [finding.problem.value for finding in guard.report().findings]
+        ['active in evaluation']
+    """
+
+    def __init__(self) -> None:
+        self._observer = Observer(self._record)
+        self._events: list[SiteKey | Drawn] = []
+        self._steps: list[Step] = []
+        self._evaluations: list[Step] = []
+        self._derived: set[str] = set()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Watches one step of training; a report needs two of them."""
+        with self._watching() as events:
+            yield
+        self._steps.append(program(events))
+        self._derived |= {event.site for event in events if isinstance(event, SiteKey)}
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Watches an evaluation, in which nothing is to be dropped."""
+        with self._watching() as events:
+            yield
+        self._evaluations.append(program(events))
+
+    def report(self, *, expect: Expected = (), allow: Collection[str] = ()) -> DropoutReport:
+        """Says what is wrong with what was seen so far.
+
+        Args:
+            expect: names of sites that have to draw; see `check_dropout`.
+            allow: names of sites of which nothing is to be found.
+
+        Raises:
+            TypeError: `expect` or `allow` is a string.
+            ValueError: fewer than two steps were seen, or a glob of `allow` matches nothing.
+        """
+        if len(self._steps) < 2:
+            raise ValueError(
+                f"{len(self._steps)} steps of training were watched, and masks are compared between"
+                " two: run each of two steps in a block of its own, with guard.training(): …"
+            )
+        return judge(self._steps, self._evaluations, self._derived, ADVICE, expect, allow)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[list[SiteKey | Drawn]]:
+        before, self._events = self._events, []
+        try:
+            with watched_by(self._observer):
+                yield self._events
+        finally:
+            self._events = before
+
+    def _record(self, event: SiteKey | Draw) -> None:
+        if isinstance(event, SiteKey):
+            self._events.append(event)
+        elif not event.remade:
+            self._events.append(_summary(event))
+
+
+# A step may draw gigabytes. So many elements tell a mask, or what it falls on, from any other.
+_SAMPLE = 2**11
+
+
+def _summary(draw: Draw) -> Drawn:
+    values = _some(draw.entering)
+    values = torch.view_as_real(values) if values.is_complex() else values.to(torch.float64)
+    return Drawn(
+        order=draw.order,
+        site=Site("", draw.where),
+        key=draw.key,
+        origin="",
+        function=draw.function,
+        rate=draw.rate,
+        shape=tuple(draw.entering.shape),
+        size=draw.mask.numel(),
+        kept=int(draw.mask.count_nonzero()),
+        sample=bytes(_some(draw.mask).tolist()),
+        values=array("d", values[values.isfinite()].tolist()),
+        digits=torch.finfo(draw.entering.dtype).eps,
+    )
+
+
+def _some(x: Tensor) -> Tensor:
+    """So many elements of a tensor, evenly spread."""
+    return x.flatten()[:: max(1, x.numel() // _SAMPLE)][:_SAMPLE]
+
+
+ADVICE = {
+    DropoutProblem.SAME_MASK: (
+        "Its key does not change with the step. Call regtorch.keyed.set_key(model, root, step) "
+        "before each step, or pass the step: regtorch.site_key(root, step, name)."
+    ),
+    DropoutProblem.REPEATED_MASK: (
+        "Give each timestep, layer, row or call its own key: regtorch.split, and torch.func.vmap "
+        "over the keys. If it is meant, allow the site."
+    ),
+    DropoutProblem.SHARED_KEY: (
+        "The masks depend on each other. Derive a key for each site, regtorch.site_key(root, step, "
+        "name) or regtorch.split, and do not add the numbers of a step and of a layer."
+    ),
+    DropoutProblem.IGNORED_KEY: "Its sampler does not use the key.",
+    DropoutProblem.NEVER_ACTIVE: (
+        "Call model.train() before training, and look at the rate. Only regtorch is seen: models "
+        "that regtorch.keyed converted, regtorch.nn and the functions; and not in torch.compile."
+    ),
+    DropoutProblem.ACTIVE_IN_EVALUATION: (
+        "Call model.eval(), or pass deterministic=True, in evaluation."
+    ),
+    DropoutProblem.OTHER_RATE: "Look at how the rate reaches the site.",
+    DropoutProblem.INVALID_RATE: "Look at the schedule of the rate.",
+    DropoutProblem.ALL_OR_NOTHING: "Look at its sampler.",
+}
+
+
+def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the next call of a step takes."""
+    if len(carry) < 2:
+        if carry and isinstance(result, tuple) and not isinstance(carry[0], tuple):
+            raise ValueError(
+                "train_step must return what takes the place of its one argument before the step; "
+                f"got a tuple of {len(result)}. Pick it: lambda state, step: train_step(…)[0]."
+            )
+        return (result,) if carry else ()
+    if not isinstance(result, tuple) or len(result) != len(carry):
+        got = f"{len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        raise ValueError(
+            f"train_step must return a tuple of {len(carry)} values, which take the place of its "
+            f"arguments before the step; got {got}."
+        )
+    return result

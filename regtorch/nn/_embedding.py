@@ -1,0 +1,49 @@
+"""Dropout of words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from regtorch._embedding import embedding_dropout
+from regtorch._masks import check_probability
+
+
+class EmbeddingDropout(nn.Module):
+    """Dropout of whole words: a word that is dropped is dropped wherever it occurs in the batch.
+
+    It stands behind an embedding, and takes the ids beside the vectors. See
+    `regtorch.embedding_dropout`.
+
+    Attributes:
+        rate: the probability that a word is zeroed.
+        generator: where a call without a key draws one from.
+
+    JAX:
+        `regjax.embedding_dropout(x, ids, rate, key=key, deterministic=not training)` gives the same
+        result bit for bit.
+
+    Example:
+        >>> import torch, regtorch
+        >>> embedding = torch.nn.Embedding(4, 2, _weight=torch.ones(4, 2))
+        >>> layer = regtorch.nn.EmbeddingDropout(0.5)
+        >>> ids = torch.tensor([0, 2, 0, 3])
+        >>> layer(embedding(ids), ids, key=regtorch.key(0))[:, 0].tolist()
+        [0.0, 2.0, 0.0, 2.0]
+    """
+
+    def __init__(self, rate: float = 0.1, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.rate = check_probability("rate", rate)
+        self.generator = generator
+
+    def forward(
+        self, x: Tensor, ids: Tensor, *, key: Tensor | torch.Generator | None = None
+    ) -> Tensor:
+        """Drops in training, nothing in evaluation; `key` comes before the generator."""
+        key = self.generator if key is None else key
+        return embedding_dropout(x, ids, self.rate, key=key, deterministic=not self.training)
+
+    def extra_repr(self) -> str:
+        """What stands between the parentheses of the printed module."""
+        return f"rate={self.rate}"

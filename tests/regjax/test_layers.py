@@ -1,0 +1,59 @@
+"""Small masks are drawn by Flax's operations, and are those of `regjax.bernoulli` all the same."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import pytest
+
+import regjax
+from regjax.layers import as_flax_draws, wrapped_dims
+
+KEY = jax.random.key(5)
+KEYS = {
+    "threefry": lambda: KEY,
+    "raw": lambda: jax.random.PRNGKey(5),
+    "rbg": lambda: jax.random.key(5, impl="rbg"),
+    "raw rbg": lambda: jax.random.key_data(jax.random.key(5, impl="rbg")),
+}
+SETTINGS = {
+    "defaults": jax.threefry_partitionable(True),
+    "x64": jax.enable_x64(True),
+    "not partitionable": jax.threefry_partitionable(False),
+    "rbg": jax.default_prng_impl("rbg"),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("key", KEYS)
+def test_no_setting_and_no_kind_of_key_changes_a_mask(key, setting):
+    one = KEYS[key]()
+    expected = regjax.bernoulli(one, 0.3, (65, 63))
+    with SETTINGS[setting]:
+        for shape in ((65, 63), (3, 7)):
+            mask = as_flax_draws(regjax.bernoulli)(one, 0.3, shape)
+            chex.assert_trees_all_equal(mask, expected.reshape(-1)[: mask.size].reshape(shape))
+
+
+def test_small_masks_are_drawn_by_the_operations_of_flax():
+    def operations(size):
+        draw = lambda key: as_flax_draws(regjax.bernoulli)(key, 0.3, (size,))
+        return f"random_bits[bit_width=32 shape=({size},)]" in str(jax.make_jaxpr(draw)(KEY))
+
+    assert operations(4095)
+    assert not operations(4096)
+
+
+def test_another_sampler_is_left_alone():
+    assert as_flax_draws(regjax.packed_bernoulli) is regjax.packed_bernoulli
+
+
+@pytest.mark.parametrize(("dims", "wrapped"), [((), ()), ([1], (1,)), ((-1, 2, -3), (0, 2))])
+def test_dims_count_from_the_end(dims, wrapped):
+    assert tuple(sorted(wrapped_dims(dims, 3))) == wrapped
+
+
+@pytest.mark.parametrize("dim", [3, -4])
+def test_a_dim_that_is_not_there_is_refused(dim):
+    with pytest.raises(IndexError, match=r"broadcast_dims must be dimensions of inputs, .* has 3"):
+        wrapped_dims((dim,), 3)

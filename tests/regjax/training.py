@@ -1,0 +1,77 @@
+"""What the tests of the layers for other frameworks share: data, and whole runs of training."""
+
+from __future__ import annotations
+
+import zlib
+from pydoc_data.topics import topics
+
+import jax
+import numpy as np
+
+
+def digits(steps, size=32):
+    """Batches of scikit-learn's handwritten digits, shaped as those of MNIST: (N, 8, 8, 1)."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    order = np.random.default_rng(0).integers(0, len(labels), (steps, size))
+    return [(images[chosen], labels[chosen].astype(np.int32)) for chosen in order]
+
+
+def text(steps, size=8, length=16):
+    """Batches of Python's own documentation, character by character, and the characters to come."""
+    letters = np.frombuffer(topics["for"].encode("ascii", "replace"), np.uint8).astype(np.int32)
+    starts = np.random.default_rng(0).integers(0, len(letters) - length, (steps, size))
+    windows = np.lib.stride_tricks.sliding_window_view(letters, length + 1)[starts]
+    return [(window[:, :-1], window[:, 1:]) for window in windows]
+
+
+def filled(shapes):
+    """Values for a state of these shapes, without a compilation: a scale is near 1, keys differ."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.key(zlib.crc32(name.encode()))
+        if not jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating):
+            return jax.numpy.zeros(leaf.shape, leaf.dtype)
+        values = rng.normal(size=leaf.shape) / np.sqrt(max(leaf.shape[0], 8))
+        return jax.numpy.asarray(values + ("scale" in name), leaf.dtype)
+
+    return jax.tree.map_with_path(fill, shapes)
+
+
+def train(step, state, batches):
+    """Walk along the batches; return the loss and the state after each step.
+
+    `step(state, batch, number)` returns the next state and the loss; it is jitted here.
+    """
+    step, walked = jax.jit(step), []
+    for number, batch in enumerate(batches):
+        state, loss = step(state, batch, number)
+        walked.append(snapshot((loss, state)))
+    return walked
+
+
+def snapshot(tree):
+    """The values of a tree, keys among them, as arrays of NumPy."""
+
+    def array(leaf):
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+
+    return jax.tree.map(array, tree)
+
+
+def assert_same_training(ours, theirs):
+    """Every bit of every loss and state, at every step; and something was learnt."""
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert jax.tree.structure(mine) == jax.tree.structure(other)
+        leaves = jax.tree.leaves_with_path(mine)
+        for (path, one), two in zip(leaves, jax.tree.leaves(other), strict=True):
+            same = one.dtype == two.dtype and one.tobytes() == two.tobytes()
+            assert same, f"step {number}: {jax.tree_util.keystr(path)} differs"
+    losses = [float(loss) for loss, _ in ours]
+    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])

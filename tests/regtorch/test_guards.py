@@ -1,0 +1,208 @@
+"""Bugs planted in the training loops of modules, each with what the guard must say; sound loops."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import regtorch
+from regtorch import DropoutProblem as Problem
+
+ROOT = regtorch.key(3)
+X = torch.linspace(-1.0, 1.0, 8 * 16).reshape(8, 16)
+
+
+def line(marker: str) -> str:
+    """Where this file has a comment, as a report says it."""
+    lines = Path(__file__).read_text().splitlines()
+    (number,) = [n for n, text in enumerate(lines, 1) if text.endswith(f"  # {marker}")]
+    return f"test_guards.py:{number}"
+
+
+def found(report):
+    return [(finding.problem, finding.sites) for finding in report.findings]
+
+
+def converted():
+    torch.manual_seed(0)
+    layers = nn.Linear(16, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 16), nn.Dropout(0.25)
+    return regtorch.keyed.convert(nn.Sequential(*layers))
+
+
+def trainer(model, step_of=lambda step: step):
+    """A step of gradient descent on a converted model."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def train_step(step):
+        regtorch.keyed.set_key(model, ROOT, step_of(step))
+        loss = (model(X) ** 2).mean()  # model
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return train_step
+
+
+def in_evaluation():
+    model = converted()
+    return regtorch.check_dropout(trainer(model.eval()))
+
+
+def one_layer_in_evaluation():
+    model = converted()
+    model[2].eval()
+    return regtorch.check_dropout(trainer(model), expect=regtorch.keyed.sites(model))
+
+
+def never_evaluated():
+    model = converted()
+    return regtorch.check_dropout(trainer(model), evaluate=lambda: model(X))  # evaluated
+
+
+def reseeded():
+    layer = regtorch.nn.Dropout(0.5)
+    return regtorch.check_dropout(
+        lambda step: layer(X, key=torch.Generator().manual_seed(7))  # reseeded
+    )
+
+
+NAMES = [f"{name} ({line('model')})" for name in ("2", "4")]
+PLANTED = {
+    "a step that stays": (
+        lambda: regtorch.check_dropout(trainer(converted(), step_of=lambda step: 0)),
+        [(Problem.SAME_MASK, (name,)) for name in NAMES],
+    ),
+    "a model left in evaluation": (in_evaluation, [(Problem.NEVER_ACTIVE, ())]),
+    "a layer left in evaluation": (one_layer_in_evaluation, [(Problem.NEVER_ACTIVE, ("2",))]),
+    "a model left in training": (
+        never_evaluated,
+        [
+            (Problem.ACTIVE_IN_EVALUATION, (f"{name} ({line('evaluated')})",))
+            for name in ("2#1", "4#1")
+        ],
+    ),
+    "a generator seeded in the step": (reseeded, [(Problem.SAME_MASK, (line("reseeded"),))]),
+    "another rate": (
+        lambda: regtorch.check_dropout(trainer(converted()), expect={"2": 0.1, "4": 0.25}),
+        [(Problem.OTHER_RATE, NAMES[:1])],
+    ),
+}
+
+
+@pytest.mark.parametrize(("run", "expected"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_bug_is_named_with_its_site(run, expected):
+    report = run()
+    assert found(report) == [(problem, tuple(sites)) for problem, sites in expected]
+    with pytest.raises(RuntimeError, match=expected[0][0].value):
+        report.raise_if_wrong()
+
+
+def dropped(x, key, **options):
+    return regtorch.dropout(x, 0.5, key=key, **options)  # dropped
+
+
+def rows(key, *, same):
+    if same:
+        return torch.func.vmap(lambda x: dropped(x, key))(X)
+    return torch.func.vmap(dropped)(X, regtorch.split(key, len(X)))
+
+
+def layers(key, *, same):
+    h = X
+    for layer in range(3):
+        h = dropped(torch.tanh(h), key if same else regtorch.fold_in(key, layer))
+    return h
+
+
+REPEATED = {"vmap over rows": rows, "layers": layers}
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["planted", "sound"])
+@pytest.mark.parametrize("run", REPEATED.values(), ids=REPEATED)
+def test_one_key_for_everything_in_a_step(run, same):
+    report = regtorch.check_dropout(lambda step: run(regtorch.fold_in(ROOT, step), same=same))
+    assert found(report) == ([(Problem.REPEATED_MASK, (line("dropped"),))] if same else [])
+
+
+def checkpointed():
+    model = converted()
+    part = functools.partial(checkpoint, model[:3], use_reentrant=False)
+    whole = lambda x: model[3:](part(x))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def train_step(step):
+        regtorch.keyed.set_key(model, ROOT, step)
+        optimizer.zero_grad()
+        (whole(X) ** 2).mean().backward()
+        optimizer.step()
+
+    return regtorch.check_dropout(train_step)
+
+
+def accumulated():
+    model = converted()
+
+    def train_step(step):
+        regtorch.keyed.set_key(model, ROOT, step)
+        for batch in X.split(2):
+            (model(batch) ** 2).mean().backward()
+
+    return regtorch.check_dropout(train_step)
+
+
+def functional():
+    """Weights that are carried along, and a loss that is computed again beside its gradient."""
+
+    def train_step(w, step):
+        key = regtorch.site_key(ROOT, step, "it")
+        loss = lambda w: (dropped(torch.tanh(X @ w), key) ** 2).mean()
+        loss(w)
+        return w - 0.1 * torch.func.grad(loss)(w)
+
+    return regtorch.check_dropout(train_step, torch.eye(16), evaluate=lambda w: w.sum())
+
+
+def generated():
+    generator = torch.Generator().manual_seed(7)
+    return regtorch.check_dropout(lambda step: dropped(X, generator))
+
+
+def evaluated():
+    model = converted()
+    return regtorch.check_dropout(trainer(model), evaluate=lambda: model.eval()(X))
+
+
+SOUND = {
+    "a converted model": lambda: regtorch.check_dropout(trainer(converted())),
+    "evaluation": evaluated,
+    "a checkpoint": checkpointed,
+    "micro-batches": accumulated,
+    "a functional step": functional,
+    "a generator": generated,
+    "complex and half types": lambda: regtorch.check_dropout(
+        lambda step: [
+            dropped(X.to(dtype), regtorch.site_key(ROOT, step, str(dtype)))
+            for dtype in (torch.bfloat16, torch.complex64)
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("run", SOUND.values(), ids=SOUND)
+def test_a_sound_step_gives_an_empty_report(run):
+    """Keys of 64 bits do not meet; masks that agree are judged by their chance, below 1e-9."""
+    report = run()
+    assert report.rows
+    assert found(report) == []
+    report.raise_if_wrong()
+
+
+def test_a_key_that_was_never_set_is_an_error_of_its_own():
+    model = converted()
+    with pytest.raises(ValueError, match="has no key"):
+        regtorch.check_dropout(lambda step: model(X))
