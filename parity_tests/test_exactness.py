@@ -127,7 +127,7 @@ def test_planted_defect_is_caught(case, setting, make):
 
 
 def test_no_guard_no_equal_bits(monkeypatch):
-    monkeypatch.setattr(_descent, "rounded", lambda product: product)
+    monkeypatch.setattr(_descent, "rounded_product", lambda x, factor: factor * x)
     found = measure(MOMENTUM, SYNTHETIC, STEPS)
     # Fused and rounded sums are close: only the bits tell.
     assert found.broken
@@ -153,7 +153,7 @@ def test_command_writes_what_it_found(tmp_path, capsys):
 
 
 def test_command_fails_where_a_bound_is_broken(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_descent, "rounded", lambda product: product)
+    monkeypatch.setattr(_descent, "rounded_product", lambda x, factor: factor * x)
     arguments = ["--quick", "--only", "sgd-momentum", "--out", str(tmp_path)]
     assert exactness.main(arguments) == 1
     printed = capsys.readouterr().out

@@ -223,10 +223,14 @@ def test_what_is_asked_wrongly_is_refused(wing: Wing):
         lib.check_dropout(step, expect="it")
     with pytest.raises(ValueError, match=r"allow has 'that', which matches none of it \("):
         lib.check_dropout(step, allow=["that"])
-    with pytest.raises(ValueError, match="got a tuple of 1"):
-        lib.check_dropout(step, x)
-    with pytest.raises(ValueError, match="a tuple of 2 values"):
-        lib.check_dropout(lambda a, b, number: a, x, x)
+    for wrong, carry, got in [
+        (step, (x,), "a tuple of 1"),
+        (lambda a, number: None, (x,), "NoneType"),
+        (lambda a, b, number: a, (x, x), type(x).__name__),
+        (lambda a, b, number: (a, b, a), (x, x), "a tuple of 3"),
+    ]:
+        with pytest.raises(ValueError, match=rf"train_step must return .* got {got}\."):
+            lib.check_dropout(wrong, *carry)
     lib.check_dropout(step, x, x).raise_if_wrong()
 
 

@@ -19,7 +19,6 @@ both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
 KINDS = ("logits", "probabilities", "values")
 FIELDS = ("mean", "std", "entropy", "expected_entropy", "mutual_information", "samples")
 SAMPLES = 13
-CHUNKS = (1, 4, 13, None)
 # Of the largest entry. In float32 the product of matrices rounds differently in each wing.
 BOUNDS = {np.dtype(np.float64): 1e-12, np.dtype(np.float32): 2e-6}
 
@@ -57,9 +56,8 @@ def in_torch(params: dict[str, np.ndarray], kind: str) -> torch.nn.Module:
     ).to(TORCH.array(params["w0"]).dtype)
     names = {"0.bias": "b0", "2.running_mean": "mean", "2.running_var": "var", "5.bias": "b1"}
     state = {name: TORCH.array(params[key]) for name, key in names.items()}
-    state |= {
-        name: TORCH.array(params[key].T) for name, key in (("0.weight", "w0"), ("5.weight", "w1"))
-    }
+    kernels = {"0.weight": "w0", "5.weight": "w1"}
+    state |= {name: TORCH.array(params[key].T) for name, key in kernels.items()}
     model.load_state_dict(state, strict=False)
     return regtorch.keyed.convert(model)
 
@@ -70,9 +68,8 @@ def predictions(dtype: np.dtype, kind: str, chunk_size: int | None) -> tuple[Any
     options = {"outputs": kind, "samples": SAMPLES, "keep_samples": True}
     predict = functools.partial(in_jax, kind=kind)
     ours = regjax.mc_dropout(predict, params, x, key=JAX.key(7), chunk_size=chunk_size, **options)
-    theirs = regtorch.mc_dropout(
-        in_torch(params, kind), TORCH.array(x), key=TORCH.key(7), **options
-    )
+    model = in_torch(params, kind)
+    theirs = regtorch.mc_dropout(model, TORCH.array(x), key=TORCH.key(7), **options)
     return as_numpy(JAX, ours), as_numpy(TORCH, theirs)
 
 
@@ -109,12 +106,13 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], bound: float) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_wings_agree_with_each_other_and_with_numpy(kind, dtype):
     with jax.enable_x64(dtype.itemsize == 8):
-        for chunk_size in CHUNKS if kind == "logits" else CHUNKS[1:2]:
+        # 13 passes in chunks of 4: one pass and three chunks.
+        for chunk_size in (4, 1, None) if kind == "logits" and dtype.itemsize == 8 else (4,):
             ours, theirs = predictions(dtype, kind, chunk_size)
+            assert ours["std"].max() > 0.1
             assert ours["mean"].dtype == theirs["mean"].dtype == dtype
             assert_close(ours, theirs, BOUNDS[dtype])
             assert_close(ours, in_numpy(ours["samples"], kind), BOUNDS[dtype])
-    assert (ours["std"] > 1e-3).all()
 
 
 def shares_one_key(params: Any, x: Any, *, key: Any) -> Any:
@@ -175,9 +173,8 @@ def test_the_deviation_of_nearly_equal_values_keeps_its_digits(wing: Wing):
     assert set(np.unique(exact)) == {shift, shift + 2 * scale}
     np.testing.assert_allclose(wing.numpy(y.std), exact.std(0), rtol=1e-5)
     np.testing.assert_allclose(wing.numpy(y.mean), exact.mean(0), rtol=1e-7)
-    naive = np.square(exact.astype(np.float32)).mean(0) - np.square(
-        exact.astype(np.float32).mean(0)
-    )
+    rounded = exact.astype(np.float32)
+    naive = np.square(rounded).mean(0) - np.square(rounded.mean(0))
     assert np.abs(naive - exact.var(0)).max() > exact.var(0).max()
 
 

@@ -251,7 +251,7 @@ def _keep_mask(
     """Of size 1 along the dimensions that share it."""
     dims = settings.broadcast_dims
     shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-    return settings.sampler(key, keep_prob, shape, out_sharding=_mask_sharding(x, dims))
+    return settings.sampler(key, keep_prob, shape, out_sharding=mask_sharding(x, dims))
 
 
 def _keep_prob(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:
@@ -284,7 +284,7 @@ def _scaled(
     return (x.astype(scale.dtype) * scale).astype(x.dtype)
 
 
-def _mask_sharding(
+def mask_sharding(
     x: Inexact[Array, "*shape"], broadcast_dims: tuple[int, ...]
 ) -> NamedSharding | None:
     """The layout of `x` for its mask: made without one, a mask is built whole on every device."""

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax._findings import Drawn, DropoutProblem, DropoutReport, Site, judge, program
+from regjax._findings import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
 from regjax._observe import Draw, Observer, SiteKey, watched_by
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def check_dropout(
 
     What is looked for stands at `DropoutProblem`: sites that drew the same mask in both steps, or
     at every timestep; sites that share a key; dropout that is not active in training, or is in
-    evaluation. Seen are the functions of `regjax` and the layers made from them, and no other
-    library's. Where a loop does not fit the arguments, watch it with a `DropoutGuard`.
+    evaluation. Seen are the masks that `regjax` draws, in its functions and in the layers made from
+    them; no other library's, and no Gaussian noise, which has none. Where a loop does not fit the
+    arguments, watch it with a `DropoutGuard`.
 
     Give it real data. A site that draws from one key for the same values again counts once, as it
     does under a checkpoint: the rows of a batch of ones could not be told apart.
@@ -48,7 +49,8 @@ def check_dropout(
             what it returns does not matter.
         *carry: what training carries along: parameters, optimizer, keys. Each call gets what the
             last returned, so that a step may donate its arguments.
-        evaluate: called once as `evaluate(*carry)`, where dropout has to be off.
+        evaluate: called once as `evaluate(*carry)`; dropout has to be off in it.
+            What a flag turns off that `jax.vmap` maps over counts as drawn.
         expect: names of sites that have to draw, or a dict from them to their rates. A site has the
             name that `site_key` was given, or the path of its module in Flax Linen and Haiku; each
             is also known by its line of code, `"model.py:42"`. Globs do.
@@ -118,7 +120,7 @@ class DropoutGuard:
         """Watches one step of training; a report needs two of them."""
         with self._watching() as events:
             yield
-        self._steps.append(program(events))
+        self._steps.append(draws_of(events))
         self._derived |= {event.site for event in events if isinstance(event, SiteKey)}
 
     @contextlib.contextmanager
@@ -126,7 +128,7 @@ class DropoutGuard:
         """Watches an evaluation, in which nothing is to be dropped."""
         with self._watching() as events:
             yield
-        self._evaluations.append(program(events))
+        self._evaluations.append(draws_of(events))
 
     def report(self, *, expect: Expected = (), allow: Collection[str] = ()) -> DropoutReport:
         """Says what is wrong with what was seen so far.
@@ -220,18 +222,21 @@ ADVICE = {
 
 
 def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the next call of a step takes."""
-    if len(carry) < 2:
-        if carry and isinstance(result, tuple) and not isinstance(carry[0], tuple):
-            raise ValueError(
-                "train_step must return what takes the place of its one argument before the step; "
-                f"got a tuple of {len(result)}. Pick it: lambda state, step: train_step(…)[0]."
-            )
-        return (result,) if carry else ()
-    if not isinstance(result, tuple) or len(result) != len(carry):
-        got = f"{len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+    """What the next call of a step takes in place of `carry`."""
+    if not carry:
+        return ()
+    first, *others = carry
+    if others:
+        fits = isinstance(result, tuple) and len(result) == len(carry)
+    else:
+        # As far as one can tell: a state with metrics is a tuple, and nothing is None.
+        fits = isinstance(result, tuple) == isinstance(first, tuple)
+        fits = fits and (result is None) == (first is None)
+    if not fits:
+        got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
         raise ValueError(
-            f"train_step must return a tuple of {len(carry)} values, which take the place of its "
-            f"arguments before the step; got {got}."
+            f"train_step must return what takes the place of the {len(carry)} it was called with "
+            "before the step, such as lambda state, step: update(state, batch)[0] of a pair; got "
+            f"{got}."
         )
-    return result
+    return result if others else (result,)

@@ -10,7 +10,7 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, UInt32
 
     Layout: TypeAlias = NamedSharding | PartitionSpec | None
@@ -108,6 +109,33 @@ def row_major_index(
             along = (_along_in_place if in_place else _along)(shape, axis, out_sharding)
             hi, lo = _add_product((hi, lo), along, stride, carries=math.prod(shape) > _WORD)
     return hi, jnp.broadcast_to(lo, shape, out_sharding=out_sharding)
+
+
+def slice_index(
+    whole: tuple[int, ...],
+    shape: tuple[int, ...],
+    starts: Mapping[int, ArrayLike],
+    *,
+    out_sharding: Layout = None,
+) -> Words:
+    """Each element's row-major index in a larger array, of which a slice of `shape` is looked at.
+
+    Args:
+        whole: the shape of the larger array.
+        shape: of the slice.
+        starts: by axis, where the slice begins; 0 where nothing is said. They may be traced.
+        out_sharding: the layout of the slice.
+    """
+    hi = lo = jnp.zeros((), jnp.uint32)
+    stride = math.prod(whole)
+    for axis, size in enumerate(whole):
+        if size > 1:
+            stride //= size
+            along = _along(shape, axis, out_sharding)
+            if axis in starts:
+                along = along + jnp.asarray(starts[axis]).astype(jnp.uint32)
+            hi, lo = _add_product((hi, lo), along, stride, carries=math.prod(whole) > _WORD)
+    return hi, lo
 
 
 def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Array, "*shape"]:

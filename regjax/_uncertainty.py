@@ -15,6 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.scipy.special import entr
 
+from regjax._dropout import real_dtype
 from regjax._keys import check_key, site_key
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def _moments(
     y: Float[Array, "passes ..."], settings: _Settings, origin: Float[Array, "*shape"] | None
 ) -> _Moments:
     """The moments of one chunk of passes."""
-    y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    y = y.astype(real_dtype(y.dtype))
     entropy, improper = None, jnp.zeros((), bool)
     if settings.outputs != "values":
         axis = settings.class_axis % (y.ndim - 1) + 1

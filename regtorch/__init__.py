@@ -8,7 +8,9 @@ from regtorch import nn as nn
 from regtorch import optim as optim
 from regtorch._alpha import alpha_dropout as alpha_dropout
 from regtorch._alpha import feature_alpha_dropout as feature_alpha_dropout
+from regtorch._attention import dot_product_attention as dot_product_attention
 from regtorch._blocks import drop_block as drop_block
+from regtorch._depth import drop_path as drop_path
 from regtorch._dropout import dropout as dropout
 from regtorch._embedding import embedding_dropout as embedding_dropout
 from regtorch._features import feature_dropout as feature_dropout
@@ -22,6 +24,9 @@ from regtorch._keys import key as key
 from regtorch._keys import site_key as site_key
 from regtorch._keys import split as split
 from regtorch._masks import bernoulli as bernoulli
+from regtorch._noise import gaussian_dropout as gaussian_dropout
+from regtorch._noise import gaussian_noise as gaussian_noise
+from regtorch._normal import normal as normal
 from regtorch._observe import observing as observing
 from regtorch._packed import packed_bernoulli as packed_bernoulli
 from regtorch._penalty import elastic_net_penalty as elastic_net_penalty
@@ -34,6 +39,10 @@ from regtorch._rules import decay_groups as decay_groups
 from regtorch._rules import decay_mask as decay_mask
 from regtorch._rules import decay_rates as decay_rates
 from regtorch._rules import decay_table as decay_table
+from regtorch._schedules import constant_rate as constant_rate
+from regtorch._schedules import cosine_rate as cosine_rate
+from regtorch._schedules import depth_rates as depth_rates
+from regtorch._schedules import linear_rate as linear_rate
 from regtorch._uncertainty import Prediction as Prediction
 from regtorch._uncertainty import dropout_only as dropout_only
 from regtorch._uncertainty import mc_dropout as mc_dropout

@@ -69,14 +69,24 @@ def drop_path(
     return masked(x, rate, key, deterministic, Settings(_shared_dims(x.ndim, mode), sampler, scale))
 
 
-def _shared_dims(ndim: int, mode: str) -> tuple[int, ...]:
+def check_mode(mode: str) -> str:
+    """Returns the mode if it is one.
+
+    Raises:
+        ValueError: it is none.
+    """
     if mode not in ("row", "batch"):
         raise ValueError(f'mode must be "row" or "batch"; got {mode!r}.')
-    if mode == "row" and ndim == 0:
+    return mode
+
+
+def _shared_dims(ndim: int, mode: str) -> tuple[int, ...]:
+    by_row = check_mode(mode) == "row"
+    if by_row and ndim == 0:
         raise ValueError(
             'x has no dimension, and so no rows. Give it a batch dimension, or pass mode="batch".'
         )
-    return tuple(range(mode == "row", ndim))
+    return tuple(range(by_row, ndim))
 
 
 def _one(keep_prob: float | Tensor, dtype: torch.dtype) -> float:

@@ -153,12 +153,18 @@ class DropoutRow(NamedTuple):
 class DropoutReport:
     """What every dropout did in the steps that were watched, and what is wrong with it.
 
-    `print` it to read it.
-
     Attributes:
         rows: one for each site, in the order of the program.
         findings: what is wrong; empty if nothing is.
         advice: what to do about each kind of problem.
+
+    Example:
+        >>> row = DropoutRow("hidden", "model.py:42", ("dropout",), ((16, 32),), (0.5,), (1, 1), 0)
+        >>> print(DropoutReport((row,), (), {}))
+        site    where        function  shape     rate  draws  evaluation
+        hidden  model.py:42  dropout   (16, 32)  0.5   1 + 1  -
+        <BLANKLINE>
+        nothing is wrong
     """
 
     rows: tuple[DropoutRow, ...]
@@ -185,7 +191,7 @@ class DropoutReport:
         return "\n".join(lines if self.findings else [*lines, "", "nothing is wrong"])
 
 
-def program(events: Iterable[SiteKey | Drawn]) -> Step:
+def draws_of(events: Iterable[SiteKey | Drawn]) -> Step:
     """What one step drew, in the order of the program, with the names of its keys.
 
     A dropout that draws from one key for the same values once more counts once: a checkpoint makes

@@ -16,6 +16,7 @@ from torch.special import entr
 
 from regtorch import keyed
 from regtorch import nn as layers
+from regtorch._dropout import real_dtype
 from regtorch._keys import check_key, site_key
 from regtorch.keyed_layers import KEYED, Keyed, Site
 
@@ -208,7 +209,13 @@ def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
     hooks = []
 
     def one_pass(*inputs: Any, key: Tensor) -> Tensor:
-        keyed.set_key(model, key, 0)
+        keyed.set_key(model, key, 0)  # a layer that drops and is not converted ends it here
+        if not sites and not own:
+            raise ValueError(
+                "predict is a model without a layer that drops, so that all passes would be the "
+                "same. If its forward calls regtorch.dropout, pass a function of (*inputs, key) "
+                "that calls the model under regtorch.dropout_only(model)."
+            )
         high, low = key.tolist()
         for site in own.values():
             site.root, site.calls = (high, low), 0
@@ -216,21 +223,13 @@ def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
 
     def give_key(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if options.get("key") is None:
-            options = options | {"key": own[module].key(args[0].device)}
+            options = options | {"key": own[module].key(torch.device("cpu"))}
         return args, options
 
     try:
         for module in own:
             hooks.append(module.register_forward_pre_hook(give_key, with_kwargs=True))
         with dropout_only(model):
-            # First of all: a module that drops and is not converted is the better news.
-            keyed.set_key(model, torch.zeros(2, dtype=torch.uint32), 0)
-            if not sites and not own:
-                raise ValueError(
-                    "predict is a model without a layer that drops, so that all passes would be "
-                    "the same. If its forward calls regtorch.dropout, pass a function "
-                    "(*inputs, key) that calls the model under regtorch.dropout_only(model)."
-                )
             yield one_pass
     finally:
         for hook in hooks:
@@ -252,7 +251,7 @@ class _Moments(NamedTuple):
 
 def _moments(y: Tensor, outputs: str, class_axis: int) -> _Moments:
     """The moments of one pass, which is its own origin."""
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    y = y.to(real_dtype(y.dtype))
     entropy, improper = None, torch.zeros((), dtype=torch.bool, device=y.device)
     if outputs != "values":
         if outputs == "logits":

@@ -85,7 +85,7 @@ def rounded_product(x: Inexact[Array, ...], factor: ScalarLike) -> Inexact[Array
     """
     # Of lax, not of jnp, whose functions are calls of their own: compiling a thousand leaves feels
     # it.
-    half = lax.mul(x, 0.5 * in_dtype_of(x, factor))
+    half = lax.mul(x, in_dtype_of(x, 0.5 * factor))
     return lax.add(half, half)
 
 

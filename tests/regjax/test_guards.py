@@ -130,11 +130,11 @@ def dropped(x, key, rate=0.5, **options):
     return regjax.dropout(x, rate, key=key, **options)  # dropped
 
 
-def layers(step_key, *, same, block=lambda x: x):
+def layers(step_key, *, same, block=lambda x: x, w=W):
     """Three layers in a scan."""
 
     def body(h, key):
-        return dropped(jnp.tanh(h @ W), step_key if same else key), None
+        return dropped(jnp.tanh(h @ w), step_key if same else key), None
 
     def loss(x):
         return jax.lax.scan(block(body), x, jax.random.split(step_key, 3))[0].sum()
@@ -336,6 +336,14 @@ SOUND = {
     "several steps in one": lambda: regjax.check_dropout(epoch),
     "a loss computed again": lambda: regjax.check_dropout(evaluated_again),
     "the rest of the family": lambda: regjax.check_dropout(family),
+    "NaN under a checkpoint": lambda: regjax.check_dropout(
+        lambda step: layers(
+            regjax.site_key(ROOT, step, "it"),
+            same=False,
+            block=jax.checkpoint,
+            w=W.at[0].set(jnp.nan),
+        )
+    ),
     "a few elements": lambda: regjax.check_dropout(
         lambda step: [dropped(X[0, :1], jax.random.fold_in(ROOT, 99 * step + i)) for i in range(9)]
     ),

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from regjax import optim
-from regjax.optim._links import rounded
+from regjax.optim._links import rounded_product
 from tests.regjax.optimizers import (
     GRADIENT,
     NO_BIAS,
@@ -18,60 +18,63 @@ from tests.regjax.optimizers import (
     walk,
 )
 
-# rounded: torch's kernels round a product before they add it, XLA's fusions do not.
+# rounded_product: torch's kernels round a product before they add it, XLA's fusions do not.
 SPECIAL = np.array(
     [
         *[0x7FC00000, 0xFFC00000, 0x7FC00123, 0x7F800000, 0xFF800000],  # NaNs, infinities
-        *[0, 0x80000000, 0x7F7FFFFF, 0x3FC00000, 0xBFC00000, 0x00800000, 0x80800000],
+        # Zeros, and between the largest number whose double is one and the smallest whose half is.
+        *[0, 0x80000000, 0x7EFFFFFF, 0x3FC00000, 0xBFC00000, 0x01000000, 0x81000000],
     ],
     "uint32",
 ).view("float32")
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.vmap], ids=["eager", "jit", "vmap"])
-def test_rounded_is_the_identity_for_every_value(wrap):
-    after = np.asarray(wrap(rounded)(jnp.asarray(SPECIAL)))
-    np.testing.assert_array_equal(after.view("uint32"), SPECIAL.view("uint32"))
+def test_rounded_product_is_the_product(wrap):
+    once = np.asarray(wrap(lambda x: rounded_product(x, 1.0))(jnp.asarray(SPECIAL)))
+    np.testing.assert_array_equal(once.view("uint32"), SPECIAL.view("uint32"))
+    numbers = np.random.default_rng(0).standard_normal(10_000).astype("float32")
+    for factor in (0.9, 1.5, jnp.float32(0.9)):
+        product = wrap(lambda x, factor=factor: rounded_product(x, factor))(numbers)
+        np.testing.assert_array_equal(product, numbers * np.float32(factor))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
-def test_rounded_keeps_other_dtypes(dtype):
-    x = jnp.array([1.5, -0.0, jnp.inf]).astype(dtype)
-    after = jax.jit(rounded)(x)
+def test_rounded_product_keeps_other_dtypes(dtype):
+    x = jnp.array([1.5, -0.0, 3.0]).astype(dtype)
+    after = jax.jit(lambda x: rounded_product(x, 1.0))(x)
     assert after.dtype == x.dtype
-    assert after.tobytes() == x.tobytes()
+    np.testing.assert_array_equal(after, x)
 
 
-def _fused(guard, dtype):
+def _fused(product, dtype):
     """How many of 10,000 sums were rounded but once, in a step and in a scan over two."""
-    a, b, c = np.random.default_rng(0).standard_normal((3, 10_000)).astype("float32")
-    a, b, c = (np.asarray(jnp.asarray(x).astype(dtype)) for x in (a, b, c))
-    wide = [x.astype("float32") for x in (a, b, c)]
-    expected = wide[0] * np.float32(0.3) * wide[1] + wide[2]
+    x, y = np.random.default_rng(0).standard_normal((2, 10_000)).astype("float32")
+    x, y = (np.asarray(jnp.asarray(leaf).astype(dtype)) for leaf in (x, y))
+    expected = x.astype("float32") * np.float32(0.3) + y.astype("float32")
 
-    def step(a, b, c):
-        a, b, c = (x.astype(jnp.float32) for x in (a, b, c))
-        return guard(a * jnp.float32(0.3) * b) + c
+    def step(x, y):
+        return product(x.astype(jnp.float32), 0.3) + y.astype(jnp.float32)
 
-    def scanned(a, b, c):
-        stacked = [jnp.stack([x, x]) for x in (a, b, c)]
+    def scanned(x, y):
+        stacked = [jnp.stack([leaf, leaf]) for leaf in (x, y)]
         return jax.lax.scan(lambda carry, xs: (carry, step(*xs)), None, stacked)[1][1]
 
-    return [np.count_nonzero(jax.jit(f)(a, b, c) != expected) for f in (step, scanned)]
+    return [np.count_nonzero(jax.jit(f)(x, y) != expected) for f in (step, scanned)]
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA on a CPU")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rounded_keeps_products_from_being_fused(dtype):
-    assert _fused(rounded, dtype) == [0, 0]
-    assert min(_fused(lambda product: product, dtype)) > 1000
+def test_rounded_product_is_not_fused(dtype):
+    assert _fused(rounded_product, dtype) == [0, 0]
+    assert min(_fused(lambda x, factor: x * factor, dtype)) > 1000
 
 
-def test_rounded_has_the_derivatives_of_the_identity():
-    square = lambda x: rounded(x * x) + 3 * x
+def test_rounded_product_has_the_derivatives_of_the_product():
+    square = lambda x: rounded_product(x, x) + 3 * x
     for x in (0.0, -2.0):
         for derivative in (jax.jacfwd, jax.jacrev):
-            assert jax.jit(derivative(lambda x: rounded(2 * x)))(x) == 2
+            assert jax.jit(derivative(lambda x: rounded_product(x, 2.0)))(x) == 2
             assert derivative(square)(x) == 2 * x + 3
         assert jax.hessian(square)(x) == 2
 

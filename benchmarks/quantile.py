@@ -1,0 +1,124 @@
+"""Makes the tables from which `normal` computes: `python -m benchmarks.quantile > TABLE`.
+
+What it prints is the text of `regjax/_quantile_tables.py` and `regtorch/_quantile_tables.py`. Each
+polynomial interpolates at the Chebyshev nodes of its interval, which comes within a small factor of
+the best one of its degree; it is computed with 50 digits and rounded once. mpmath comes with
+PyTorch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mpmath as mp
+import numpy as np
+
+# Degree of the logarithm, the edges between the pieces, degree of each piece; so that what the
+# polynomials neglect is less than half of the last bit of what they make.
+PLANS: dict[str, tuple[type[np.floating], int, Sequence[float], int]] = {
+    "SINGLE": (np.float32, 8, (0, 7, 23), 9),
+    "DOUBLE": (np.float64, 20, (0, 7, 23, 52), 22),
+}
+
+HEADER = '''"""Polynomials for the quantile function of the normal distribution.
+
+Made by `python -m benchmarks.quantile`, which says how; the same file in both wings. Coefficients
+go up from the constant term.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """A polynomial for quantile(u) / u in w - centre, for w = -log2(1 - u**2) from `edge` on."""
+
+    edge: float
+    centre: float
+    coefficients: tuple[float, ...]
+
+
+class Table(NamedTuple):
+    """The pieces, and a polynomial for log2(1 + x) / x from sqrt(1/2) - 1 to sqrt(2) - 1."""
+
+    logarithm: tuple[float, ...]
+    pieces: tuple[Piece, ...]
+
+
+'''
+
+
+def ratio(w: Any) -> Any:
+    """How far out of 2 Phi(n) - 1 = u its n lies, relative to u, where u = sqrt(1 - 2**-w)."""
+    if w == 0:
+        return mp.sqrt(mp.pi / 2)
+    u = mp.sqrt(-mp.expm1(-w * mp.log(2)))
+    tail = mp.log(mp.mpf(2) ** -w / (1 + u))  # both sides' 1 - u, without cancellation
+    n = mp.sqrt(w) if w > 1 else u * mp.sqrt(mp.pi / 2)
+    for _ in range(100):  # Newton's iteration on the logarithm of the tail, which is concave
+        outside = mp.erfc(n / mp.sqrt(2))
+        slope = -mp.sqrt(2 / mp.pi) * mp.exp(-n * n / 2) / outside
+        change = (mp.log(outside) - tail) / slope
+        n -= change
+        if abs(change) < mp.mpf(10) ** -45 * n:
+            return n / u
+    raise ArithmeticError(f"no quantile found at w = {w}")
+
+
+def log_ratio(x: Any) -> Any:
+    """log2(1 + x) / x."""
+    return (mp.log1p(x) / x if x else 1) / mp.log(2)
+
+
+def interpolated(
+    f: Callable[[Any], Any], low: Any, high: Any, centre: Any, degree: int
+) -> list[Any]:
+    """Coefficients in `x - centre`, from the constant term up."""
+    ends = [mp.mpf(low) - centre, mp.mpf(high) - centre]
+    return mp.chebyfit(lambda x: f(x + centre), ends, degree + 1)[::-1]
+
+
+def lines(dtype: type[np.floating], log_degree: int, edges: Any, degree: int) -> Iterator[str]:
+    """A table as the lines of its source."""
+
+    def numbers(coefficients: Sequence[Any], indent: str) -> Iterator[str]:
+        for number in coefficients:
+            # In float32 the shortest decimal that rounds to it.
+            yield f"{indent}{dtype(mp.nstr(number, 40))!s},"
+
+    root = mp.sqrt(2)
+    yield "    logarithm=("
+    yield from numbers(interpolated(log_ratio, 1 / root - 1, root - 1, 0, log_degree), " " * 8)
+    yield "    ),"
+    yield "    pieces=("
+    for low, high in itertools.pairwise(edges):
+        centre = (low + high) / 2
+        yield "        Piece("
+        yield f"            edge={float(low)},"
+        yield f"            centre={centre},"
+        yield "            coefficients=("
+        yield from numbers(interpolated(ratio, low, high, centre, degree), " " * 16)
+        yield "            ),"
+        yield "        ),"
+    yield "    ),"
+
+
+def source() -> str:
+    """The text of the tables' file."""
+    with mp.workdps(50):
+        tables = [
+            "\n".join([f"{name} = Table(", *lines(*plan), ")"]) for name, plan in PLANS.items()
+        ]
+    return HEADER + "\n\n".join(tables) + "\n"
+
+
+def main() -> None:
+    """Prints the file."""
+    print(source(), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The command line: options, and the order of things."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from examples.overfit.cli import INTERRUPTED, prepare_folder, require
+from examples.uncertainty.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from examples.uncertainty.study import Study
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        argv: The options; those of the process if left out.
+
+    Returns:
+        The exit code: 0, or 130 if interrupted.
+
+    Raises:
+        SystemExit: After --help (0), or where an option is wrong or a package is missing (2).
+    """
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    try:
+        prepare_folder(options.out)
+        require("jax", "optax", "torch", "scipy", "sklearn", "matplotlib", "rich")
+    except OSError as error:
+        parser.error(f"argument --out: cannot write to {str(options.out)!r} ({error.strerror})")
+    except ImportError as error:
+        parser.error(f"{error}: pip install 'regjax[examples]'")
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    try:
+        _run(settings, options.out)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of all options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.uncertainty",
+        description="Trains a network with dropout on handwritten digits, spoils the digits it has "
+        "not seen, and compares what it says with dropout off and with dropout on, many times: is "
+        "it less certain where it is wrong?",
+        allow_abbrev=False,
+    )
+    for name, low, high, text in (
+        ("steps", 1, 100_000, "optimizer steps of training"),
+        ("samples", 1, 10_000, "stochastic passes of each prediction"),
+        ("width", 1, 4096, "units of each hidden layer"),
+        ("train-size", 10, 1000, "training images"),
+        ("seed", 0, 2**31 - 1, "seed of images, initial weights, masks and corruptions"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=int,
+            choices=range(low, high + 1),
+            metavar="N",
+            default=getattr(Settings, name.replace("-", "_")),
+            help=f"{text}, {low} to {high} (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--rate",
+        type=_rate,
+        metavar="RATE",
+        default=Settings.rate,
+        help="probability of a zero, above 0 and below 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        default=Path("outputs/uncertainty"),
+        help="where tables and picture go (default: %(default)s)",
+    )
+    return parser
+
+
+def _rate(text: str) -> float:
+    rate = float(text)  # argparse turns a ValueError into its own words
+    if not 0 < rate < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 1; got {text!r}")
+    return rate
+
+
+def _run(settings: Settings, folder: Path) -> None:
+    # Only now: each of these needs a package that `require` has seen to.
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from examples.uncertainty import plots, report, study
+    from examples.uncertainty.corruptions import CORRUPTIONS
+
+    messages = Console(stderr=True)
+    with Progress(console=messages, transient=True, disable=not messages.is_terminal) as progress:
+        training = progress.add_task("training", total=settings.steps)
+        looking = progress.add_task("corruptions", total=sum(len(c.strengths) for c in CORRUPTIONS))
+        found = study.run(
+            settings,
+            on_step=lambda step: progress.update(training, completed=step),
+            on_scene=lambda scene: progress.advance(looking),
+        )
+    report.save(folder, found)
+    plots.save_picture(folder, found)
+    _present(Console(highlight=False, markup=False), found, folder)
+
+
+def _present(console: Console, study: Study, folder: Path) -> None:
+    from examples.uncertainty.report import sentences, terminal_tables
+    from examples.uncertainty.study import distance_to_torch
+
+    if not console.is_terminal:
+        console.width = 120
+    for table in terminal_tables(study):
+        console.print(table)
+        console.print()
+    for line in sentences(study):
+        console.print(line)
+    console.print(
+        "PyTorch, with the same weights and the same masks: its mean probabilities and mutual "
+        f"information on clean images differ by at most {distance_to_torch(study):.0e}."
+    )
+    console.print(f"\nTables and picture: {folder}", soft_wrap=True)

@@ -1,0 +1,298 @@
+"""Attention with dropout: one mask in both wings and in every form, values at stated tiers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import linen
+
+import regjax
+import regtorch
+from parity_tests import reference
+from parity_tests.wings import JAX, TORCH, WINGS, Wing, to_torch
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+BATCH, QUERIES, KEYS, HEADS, DEPTH = 2, 7, 11, 4, 8
+RATE, SEED = 0.3, 5
+
+RNG = np.random.default_rng(0)
+PADDING = np.arange(KEYS)[None, None, None] < np.array([KEYS, 6])[:, None, None, None]
+NOTHING_TO_SEE = np.broadcast_to(np.arange(QUERIES)[:, None] != 2, (QUERIES, KEYS))
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "padding": {"mask": PADDING},
+    "a query that sees nothing": {"mask": NOTHING_TO_SEE},
+    "bias": {"bias": RNG.normal(size=(1, HEADS, QUERIES, KEYS))},
+    "bias of -inf": {"bias": np.where(PADDING, 0.0, -np.inf)},
+    "grouped": {"kv_heads": 2, "is_causal": True},
+    "one key head": {"kv_heads": 1},
+    "no batch": {"batch": ()},
+    "two batches": {"batch": (2, 3), "bias": RNG.normal(size=(QUERIES, KEYS))},
+    "shared mask": {"broadcast_dropout": True},
+    "scale": {"scale": 0.2},
+    "rate 0.9": {"dropout_rate": 0.9},
+    "no dropout": {"dropout_rate": 0.0},
+    "evaluation": {"deterministic": True},
+}
+BLOCKS = (None, 1, 4, KEYS, 100)
+case = pytest.mark.parametrize("name", CASES)
+
+
+def inputs(batch=(BATCH,), kv_heads=HEADS, **options: Any) -> tuple[list[np.ndarray], dict]:
+    """Query, key, value, a cotangent; and what the function takes besides."""
+    rng = np.random.default_rng(1)
+    shapes = [
+        (*batch, QUERIES, HEADS, DEPTH),
+        (*batch, KEYS, kv_heads, DEPTH),
+        (*batch, KEYS, kv_heads, 3),
+        (*batch, QUERIES, HEADS, 3),
+    ]
+    return [rng.normal(size=shape) for shape in shapes], {"dropout_rate": RATE} | options
+
+
+def run(
+    wing: Wing, arrays: list[np.ndarray], options: dict, dtype: str, *, gradients=True, **how: Any
+):
+    """The result and the gradients of query, key, value and, where there is one, bias."""
+    *qkv, ct = (wing.array(array.astype(dtype)) for array in arrays)
+    options = dict(options)
+    if "mask" in options:
+        options["mask"] = wing.array(np.array(options["mask"]))
+    bias = [wing.array(options.pop("bias").astype(dtype))] if "bias" in options else []
+    how = options | {"dropout_rng": wing.key(SEED)} | how
+
+    def attend(*differentiated):
+        return wing.library.dot_product_attention(*differentiated, **how)
+
+    if not gradients:
+        return [wing.numpy(attend(*qkv, *bias))]
+    if wing is JAX:
+        y, pull_back = jax.vjp(jax.jit(attend), *qkv, *bias)
+        return [np.asarray(x) for x in (y, *pull_back(ct))]
+    leaves = [x.requires_grad_() for x in (*qkv, *bias)]
+    y = attend(*leaves)
+    gradients = torch.autograd.grad(y, leaves, ct)
+    return [wing.numpy(x) for x in (y, *gradients)]
+
+
+def assert_close(ours, theirs, bound: float) -> None:
+    """In norm: the largest difference over the largest magnitude."""
+    for array, twin in zip(ours, theirs, strict=True):
+        assert np.abs(array - twin).max() <= bound * max(1, np.abs(twin).max())
+
+
+def expected(arrays: list[np.ndarray], options: dict, seed: int = SEED) -> np.ndarray:
+    """Attention in NumPy, in double, with the mask of the reference."""
+    q, k, v, _ = arrays
+    groups = HEADS // k.shape[-2]
+    k, v = (np.repeat(x, groups, axis=-2) for x in (k, v))
+    scores = np.einsum("...qhd,...khd->...hqk", q, k) * options.get("scale", DEPTH**-0.5)
+    scores = scores + options.get("bias", 0.0)
+    seen = np.broadcast_to(options.get("mask", True), scores.shape)
+    if options.get("is_causal"):
+        seen = seen & np.tri(QUERIES, KEYS, dtype=bool)
+    powers = np.where(seen, np.exp(scores), 0)
+    total = powers.sum(-1, keepdims=True)
+    weights = powers / np.where(total > 0, total, 1)
+    rate = 0 if options.get("deterministic") else options["dropout_rate"]
+    shape = (*[1] * (scores.ndim - 2), *scores.shape[-2:])
+    shape = shape if options.get("broadcast_dropout") else scores.shape
+    keep = reference.bernoulli(JAX.words(JAX.key(seed)), 1 - rate, shape)
+    return np.einsum("...hqk,...khd->...qhd", np.where(keep, weights / (1 - rate), 0), v)
+
+
+@case
+@both_wings
+def test_it_is_attention(wing: Wing, name):
+    """Against NumPy, in the whole form and in every size of block: float64, 1e-12 in norm."""
+    arrays, options = inputs(**CASES[name])
+    with jax.enable_x64(True):
+        for block_size in (None, 4):
+            (y,) = run(wing, arrays, options, "float64", gradients=False, block_size=block_size)
+            assert_close([y], [expected(arrays, options)], 1e-12)
+    if not options.get("deterministic") and options["dropout_rate"]:
+        # Another key gives something else, so that the mask is part of what was compared.
+        assert np.abs(expected(arrays, options, SEED + 1) - y).max() > 0.1
+
+
+BACKWARD = ("causal", "a query that sees nothing", "two batches", "grouped", "shared mask")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*BACKWARD, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in BACKWARD)],
+)
+def test_the_wings_agree_forward_and_backward(name):
+    """float64 within 1e-12 in norm, and float32 within 2e-6, in the whole form and in blocks."""
+    arrays, options = inputs(**CASES[name])
+    with jax.enable_x64(True):
+        whole = run(JAX, arrays, options, "float64")
+        for wing, block_size in ((TORCH, None), (JAX, 4), (TORCH, 4)):
+            assert_close(run(wing, arrays, options, "float64", block_size=block_size), whole, 1e-12)
+    for wing, block_size in ((JAX, 4), (TORCH, None)):
+        found = run(wing, arrays, options, "float32", block_size=block_size)
+        assert_close(found, [array.astype(np.float32) for array in whole], 2e-6)
+
+
+@both_wings
+@pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
+def test_every_form_drops_the_same_weights(wing: Wing, shared):
+    """Read off values that are unit vectors: what is zero was dropped; p < 2e-7 of an accident."""
+    arrays, options = inputs(broadcast_dropout=shared)
+    unit = np.eye(KEYS)[None, :, None].repeat(BATCH, 0).repeat(HEADS, 2)
+    shape = (1, 1, QUERIES, KEYS) if shared else (BATCH, HEADS, QUERIES, KEYS)
+    keep = np.broadcast_to(wing.bernoulli(SEED, 1 - RATE, shape), (BATCH, HEADS, QUERIES, KEYS))
+    for block_size in BLOCKS:
+        y = wing.library.dot_product_attention(
+            *(wing.array(x.astype(np.float32)) for x in (*arrays[:2], unit)),
+            dropout_rng=wing.key(SEED),
+            block_size=block_size,
+            **options,
+        )
+        np.testing.assert_array_equal(wing.numpy(y).transpose(0, 2, 1, 3) != 0, keep)
+
+
+@both_wings
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_half_types_have_their_softmax_in_float32(wing: Wing, dtype, block_size):
+    """Scores of 40 and more, whose sums of powers half types cannot hold."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=(1, 64, 2, 16)) * size for size in (4, 4, 1)]
+    arrays = [array.astype(jnp.dtype(dtype)) for array in arrays]
+    how = {"dropout_rng": wing.key(SEED), "dropout_rate": RATE, "block_size": block_size}
+    attend = wing.library.dot_product_attention
+    y = wing.numpy(attend(*map(wing.array, arrays), **how))
+    wide = wing.numpy(attend(*(wing.array(x.astype(np.float32)) for x in arrays), **how))
+    assert y.dtype == jnp.dtype(dtype)
+    eps = float(jnp.finfo(dtype).eps)
+    assert np.abs(y.astype(np.float32) - wide).max() < 2 * eps * np.abs(wide).max()
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "padding", "a query that sees nothing"])
+def test_without_dropout_it_is_the_attention_of_pytorch(name):
+    arrays, options = (
+        inputs(**CASES[name], dropout_rate=0.0)
+        if "dropout" in name
+        else inputs(**{**CASES[name], "dropout_rate": 0.0})
+    )
+    q, k, v = (to_torch(x).transpose(1, 2) for x in arrays[:3])
+    mask = to_torch(np.array(np.broadcast_to(options.get("mask", True), (BATCH, 1, QUERIES, KEYS))))
+    if options.get("is_causal"):
+        mask = mask & torch.ones(QUERIES, KEYS, dtype=torch.bool).tril()
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    with jax.enable_x64(True):
+        ours = run(JAX, arrays, options, "float64", gradients=False)
+    assert_close(ours, [theirs.transpose(1, 2).numpy()], 1e-12)
+
+
+def test_a_layer_of_pytorch_is_a_layer_of_flax():
+    """torch.nn.MultiheadAttention, unmodified but for its key, beside Linen's with our function."""
+    torch.manual_seed(0)
+    width = HEADS * DEPTH
+    theirs = torch.nn.MultiheadAttention(width, HEADS, dropout=RATE, batch_first=True)
+    torch.nn.init.normal_(theirs.in_proj_bias)
+    regtorch.keyed.set_key(regtorch.keyed.convert(theirs), regtorch.key(SEED), 3)
+    x = np.random.default_rng(0).normal(size=(BATCH, QUERIES, width)).astype(np.float32)
+    y, _ = theirs(*[to_torch(x)] * 3)
+
+    ours = linen.MultiHeadDotProductAttention(
+        HEADS,
+        dropout_rate=RATE,
+        broadcast_dropout=False,
+        deterministic=False,
+        attention_fn=regjax.dot_product_attention,
+    )
+    params = {}
+    kernels = theirs.in_proj_weight.detach().numpy().reshape(3, HEADS, DEPTH, width)
+    biases = theirs.in_proj_bias.detach().numpy().reshape(3, HEADS, DEPTH)
+    for name, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True):
+        params[name] = {"kernel": kernel.transpose(2, 0, 1), "bias": bias}
+    out = theirs.out_proj.weight.detach().numpy().T.reshape(HEADS, DEPTH, width)
+    params["out"] = {"kernel": out, "bias": theirs.out_proj.bias.detach().numpy()}
+    key = regjax.site_key(jax.random.key(SEED), 3, "")
+    with jax.numpy_rank_promotion("allow"):  # Linen's own layers lean on it
+        z = ours.apply({"params": params}, x, dropout_rng=key)
+    np.testing.assert_allclose(np.asarray(z), y.detach().numpy(), atol=1e-6)
+
+
+BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
+    "key's depth": (
+        {"key": (2, 11, 4, 7)},
+        r"key must have the batch .* and the depth 8",
+        ValueError,
+    ),
+    "key's batch": ({"key": (3, 11, 4, 8)}, r"key must have the batch \(2,\)", ValueError),
+    "value": ({"value": (2, 10, 4, 8)}, "value must have key's shape", ValueError),
+    "heads": (
+        {"key": (2, 11, 3, 8), "value": (2, 11, 3, 8)},
+        "4 heads, not a multiple",
+        ValueError,
+    ),
+    "rank": ({"query": (7, 8)}, r"query must have shape \(..., length, heads", ValueError),
+    "mask": ({"mask": np.ones((7, 10), bool)}, "mask must broadcast", ValueError),
+    "bias": ({"bias": np.ones((1, 2, 4, 7, 11))}, "bias must broadcast", ValueError),
+    "mask of numbers": ({"mask": np.ones((7, 11))}, "mask must be boolean", TypeError),
+    "no key": ({"dropout_rng": None}, "key is missing", ValueError),
+    "rate": ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\]; got 1.5", ValueError),
+    "block": ({"block_size": 0}, "block_size must be at least 1; got 0", ValueError),
+    "flag": ({"deterministic": 1}, "deterministic must be one boolean", TypeError),
+}
+
+
+@both_wings
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_what_does_not_fit_is_named(wing: Wing, name, block_size):
+    change, message, error = BAD[name]
+    shapes = {"query": (2, 7, 4, 8), "key": (2, 11, 4, 8), "value": (2, 11, 4, 8)}
+    how: dict[str, Any] = {"dropout_rng": wing.key(0), "dropout_rate": RATE}
+    how |= {"block_size": block_size} | {n: np.ones(s, np.float32) for n, s in shapes.items()}
+    how |= {n: np.ones(c, np.float32) if isinstance(c, tuple) else c for n, c in change.items()}
+    how = {n: wing.array(x) if isinstance(x, np.ndarray) else x for n, x in how.items()}
+    with pytest.raises(error, match=message):
+        wing.library.dot_product_attention(**how)
+
+
+@both_wings
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_a_changing_rate(wing: Wing, block_size):
+    """As a number to float32, without a gradient; NaN out of range; 0 and 1 are exact."""
+    arrays, _ = inputs()
+    q, k, v = (wing.array(x.astype(np.float32)) for x in arrays[:3])
+
+    def at(rate):
+        return wing.library.dot_product_attention(
+            q, k, v, dropout_rng=wing.key(SEED), dropout_rate=rate, block_size=block_size
+        )
+
+    changing = wing.traced(at)
+    for rate in (0.25, 0.5):
+        np.testing.assert_allclose(
+            wing.numpy(changing(np.float32(rate))), wing.numpy(at(rate)), atol=1e-6
+        )
+    for rate in (-0.5, 1.5, np.nan):
+        assert np.isnan(wing.numpy(changing(np.float32(rate)))).all()
+    assert not wing.numpy(changing(np.float32(1))).any()
+    assert not wing.numpy(at(1)).any()
+    np.testing.assert_allclose(wing.numpy(changing(np.float32(0))), wing.numpy(at(0)), atol=1e-6)
+
+
+@both_wings
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_who_watches_is_told_the_whole_mask(wing: Wing, block_size):
+    arrays, options = inputs()
+    told = []
+    with wing.library.observing(told.append):
+        run(wing, arrays, options, "float32", gradients=False, block_size=block_size)
+        jax.effects_barrier()
+    shape = (BATCH, HEADS, QUERIES, KEYS)
+    assert len(told) == 1
+    np.testing.assert_array_equal(np.asarray(told[0].mask), wing.bernoulli(SEED, 1 - RATE, shape))
+    assert np.asarray(told[0].entering).shape == shape

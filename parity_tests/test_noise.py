@@ -1,0 +1,232 @@
+"""Gaussian dropout and Gaussian noise: the same bits in both wings, and the statistics of Keras."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from parity_tests.wings import JAX, WINGS, Wing
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+DTYPES = [
+    np.dtype(dtype)
+    for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e5m2)
+]
+AMOUNTS = [
+    ("gaussian_dropout", 0.1),
+    ("gaussian_dropout", 0.9),
+    ("gaussian_noise", 0.123),
+    ("gaussian_noise", 7.0),
+]
+each_amount = pytest.mark.parametrize(("name", "amount"), AMOUNTS)
+each_name = pytest.mark.parametrize("name", ["gaussian_dropout", "gaussian_noise"])
+
+
+def inputs(dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.normal(size=(7, 33, 5)).astype(dtype) for _ in range(2))
+    return x, cotangent
+
+
+def words(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def vjp(wing: Wing, name: str, amount: Any, x: np.ndarray, cotangent: np.ndarray):
+    """A function and its gradient, from NumPy to NumPy; a NumPy scalar as the amount is traced."""
+    function = functools.partial(getattr(wing.library, name), key=wing.key(11))
+
+    def at(amount):
+        return wing.vjp(lambda x: function(x, amount), wing.array(x), wing.array(cotangent))
+
+    y, gradient = wing.traced(at)(amount) if isinstance(amount, np.generic) else at(amount)
+    return wing.numpy(y), wing.numpy(gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_amount
+def test_forward_and_backward_agree_in_every_bit(name, amount, dtype):
+    for value in (amount, np.float32(amount)):
+        with jax.enable_x64(dtype.itemsize == 8):
+            ours, theirs = (vjp(wing, name, value, *inputs(dtype)) for wing in WINGS)
+        for array, twin in zip(ours, theirs, strict=True):
+            assert array.dtype == twin.dtype == dtype
+            np.testing.assert_array_equal(words(array), words(twin))
+
+
+@both_wings
+@each_amount
+def test_the_formula(wing: Wing, name, amount):
+    x, cotangent = inputs()
+    y, gradient = vjp(wing, name, amount, x, cotangent)
+    n = wing.numpy(wing.library.normal(wing.key(11), x.shape)).astype(np.float64)
+    if name == "gaussian_dropout":
+        factor = 1 + math.sqrt(amount / (1 - amount)) * n
+        expected, slope = x * factor, cotangent * factor
+    else:
+        expected, slope = x + amount * n, cotangent
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [lambda x: x * x, lambda x: 1 - x, lambda x: (x * 100).round() * (1 / 255)],
+    ids=["square", "difference", "image"],
+)
+@each_amount
+def test_fused_with_arithmetic_before_and_after(name, amount, before):
+    """XLA joins products and sums where it can: here it must not."""
+    x, bias = inputs()
+
+    def run(wing: Wing) -> np.ndarray:
+        function = getattr(wing.library, name)
+        whole = lambda x, b: function(before(x), amount, key=wing.key(3)) + b
+        whole = jax.jit(whole) if wing is JAX else whole
+        return wing.numpy(whole(wing.array(x), wing.array(bias)))
+
+    ours, theirs = map(run, WINGS)
+    np.testing.assert_array_equal(words(ours), words(theirs))
+
+
+def test_noise_on_bytes_scaled_in_the_same_function():
+    """Of a product that was made from integers LLVM knows that it is not NaN."""
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
+    scaled = lambda x: (x.astype(np.float32) if isinstance(x, jax.Array) else x.float()) * (1 / 255)
+
+    def run(wing: Wing) -> np.ndarray:
+        whole = lambda x: wing.library.gaussian_noise(scaled(x), 0.1, key=wing.key(3))
+        return wing.numpy((jax.jit(whole) if wing is JAX else whole)(wing.array(images)))
+
+    ours, theirs = map(run, WINGS)
+    np.testing.assert_array_equal(words(ours), words(theirs))
+
+
+@both_wings
+@each_name
+def test_corners(wing: Wing, name):
+    function = getattr(wing.library, name)
+    x = wing.array(inputs()[0])
+    assert function(x, 0) is x
+    assert function(x, 0.5, deterministic=True) is x
+    assert function(wing.array(np.zeros((0, 3), np.float32)), 0.5, key=wing.key(0)).shape == (0, 3)
+    assert function(wing.array(np.float32(1)), 0.5, key=wing.key(0)).shape == ()
+    with pytest.raises(ValueError, match="key is missing"):
+        function(x, 0.5)
+    with pytest.raises(TypeError, match="x must be floating"):
+        function(wing.array(np.ones(3, np.int32)), 0.5, key=wing.key(0))
+    with pytest.raises(TypeError, match="x must be real for Gaussian noise; got dtype"):
+        function(wing.array(np.ones(3, np.complex64)), 0.5, key=wing.key(0))
+    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+        function(x, 0.5, key=wing.key(0), deterministic=1)
+    bad = np.array([np.nan, np.inf, -np.inf], np.float32)
+    y = wing.numpy(function(wing.array(bad), 0.1, key=wing.key(0)))
+    np.testing.assert_array_equal(np.isfinite(y), False)
+
+
+@both_wings
+@pytest.mark.parametrize(
+    ("name", "amount", "error", "message"),
+    [
+        ("gaussian_dropout", 1, ValueError, "rate must be below 1, where the variance is infinite"),
+        ("gaussian_dropout", 1.5, ValueError, r"rate must lie in \[0, 1\]; got 1.5"),
+        ("gaussian_dropout", math.nan, ValueError, "rate must lie in"),
+        ("gaussian_dropout", "a", TypeError, "rate must be a real number"),
+        ("gaussian_noise", -0.1, ValueError, "stddev must be finite and at least 0; got -0.1"),
+        ("gaussian_noise", math.inf, ValueError, "stddev must be finite and at least 0; got inf"),
+        ("gaussian_noise", math.nan, ValueError, "stddev must be finite and at least 0; got nan"),
+        ("gaussian_noise", 1j, TypeError, "stddev must be a real number"),
+        ("gaussian_noise", True, TypeError, "stddev must be a real number"),
+    ],
+)
+def test_amounts_that_are_refused(wing: Wing, name, amount, error, message):
+    x = wing.array(inputs()[0])
+    for options in ({"key": wing.key(0)}, {"deterministic": True}):
+        with pytest.raises(error, match=message):
+            getattr(wing.library, name)(x, amount, **options)
+
+
+@both_wings
+@pytest.mark.parametrize(
+    ("name", "amount", "finite"),
+    [
+        ("gaussian_dropout", 0.0, True),
+        ("gaussian_dropout", 1.0, False),
+        ("gaussian_dropout", -0.1, False),
+        ("gaussian_dropout", math.nan, False),
+        ("gaussian_noise", 0.0, True),
+        ("gaussian_noise", -0.1, False),
+        ("gaussian_noise", math.inf, False),
+        ("gaussian_noise", math.nan, False),
+    ],
+)
+def test_a_changing_amount_out_of_range_gives_nan(wing: Wing, name, amount, finite):
+    x, _ = inputs()
+    y, gradient = vjp(wing, name, np.float32(amount), x, x)
+    if finite:
+        np.testing.assert_array_equal(y, x)
+        np.testing.assert_array_equal(gradient, x)
+    else:
+        assert np.isnan(y).all()
+
+
+@both_wings
+@each_name
+def test_no_gradient_flows_to_a_changing_amount(wing: Wing, name):
+    x = wing.array(inputs()[0])
+    loss = lambda amount: (getattr(wing.library, name)(x, amount, key=wing.key(0)) ** 2).sum()
+    if wing is JAX:
+        assert jax.grad(loss)(0.3) == 0
+    else:
+        assert not loss(wing.array(np.float32(0.3)).requires_grad_()).requires_grad
+
+
+# Mean and standard deviation of outputs at x = 2, in standard deviations of those figures.
+KERAS = """
+import json, sys
+import keras, numpy as np
+x, outputs = np.full((512, 1024), 2.0, "float32"), {}
+for name, amount in json.loads(sys.argv[1]):
+    layer = {"gaussian_dropout": keras.layers.GaussianDropout,
+             "gaussian_noise": keras.layers.GaussianNoise}[name](amount, seed=1)
+    y = np.asarray(layer(x, training=True), np.float64)
+    outputs[f"{name} {amount}"] = y.mean(), y.std()
+print(json.dumps(outputs))
+"""
+
+
+def figures(name: str, amount: float, mean: float, std: float, size: int) -> list[float]:
+    """How far mean and standard deviation of `size` outputs at x = 2 lie from what they should."""
+    true = 2 * math.sqrt(amount / (1 - amount)) if name == "gaussian_dropout" else amount
+    return [(mean - 2) / true * math.sqrt(size), (std / true - 1) * math.sqrt(2 * size)]
+
+
+@pytest.mark.slow
+def test_mean_and_deviation_are_those_of_keras():
+    """18 figures at 5 sigma: a false alarm in 95,000 runs, and by the fixed seeds none."""
+    size, amounts = 512 * 1024, [(name, amount) for name, amount in AMOUNTS if amount < 1]
+    result = subprocess.run(
+        [sys.executable, "-c", KERAS, json.dumps(amounts)],
+        env=os.environ | {"KERAS_BACKEND": "jax"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    theirs = json.loads(result.stdout.splitlines()[-1])
+    for name, amount in amounts:
+        found = [figures(name, amount, *theirs[f"{name} {amount}"], size)]
+        for wing in WINGS:
+            x = wing.array(np.full((512, 1024), 2, np.float32))
+            y = wing.numpy(getattr(wing.library, name)(x, amount, key=wing.key(0)))
+            found.append(figures(name, amount, y.mean(dtype=float), y.std(dtype=float), size))
+        assert np.abs(found).max() < 5, (name, amount, found)

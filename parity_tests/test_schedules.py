@@ -1,0 +1,175 @@
+"""Rates that change: the same bits at every step in both wings, and one compilation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+import regjax
+import regtorch
+from parity_tests.wings import JAX, WINGS, Wing
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+ENDS = [(0.0, 0.5), (0.5, 0.0), (0.123, 0.9), (0.0, 1.0), (0.3, 0.3), (1e-30, 1e-20)]
+STEPS = (1, 3, 1000, 10**6, 2**31 - 1)
+
+
+def formula(name: str, start: float, end: float, progress: np.ndarray) -> np.ndarray:
+    waved = (1 - np.cos(math.pi * progress)) / 2
+    return start + (end - start) * (progress if name == "linear_rate" else waved)
+
+
+def rates(wing: Wing, name: str, start: float, end: float, steps: int, at: np.ndarray):
+    """The rate at each of several steps, in one call."""
+    schedule = getattr(wing.library, name)(start, end, steps)
+    if wing is JAX:
+        return np.asarray(jax.jit(jax.vmap(schedule))(at))
+    return torch.func.vmap(schedule)(torch.from_numpy(at)).numpy()
+
+
+@pytest.mark.parametrize("name", ["linear_rate", "cosine_rate"])
+@pytest.mark.parametrize("steps", STEPS)
+def test_the_same_bits_at_every_step(name, steps):
+    at = np.unique(np.linspace(-3, min(steps * 1.1, 2**31 - 1), 10_000).astype(np.int32))
+    at = np.r_[at, np.int32(steps - 1), np.int32(steps)]
+    for start, end in ENDS:
+        ours, theirs = (rates(wing, name, start, end, steps, at) for wing in WINGS)
+        assert ours.dtype == theirs.dtype == np.float32
+        np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
+        expected = formula(name, start, end, np.clip(at / steps, 0, 1))
+        np.testing.assert_allclose(ours, expected, atol=2e-7, rtol=1e-6)
+        np.testing.assert_array_equal(ours[at <= 0], np.float32(start))
+        np.testing.assert_array_equal(ours[at >= steps], np.float32(end))
+        low, high = sorted([np.float32(start), np.float32(end)])
+        assert low <= ours.min() <= ours.max() <= high
+
+
+@both_wings
+def test_steps_of_every_kind(wing: Wing):
+    schedule = wing.library.cosine_rate(0.1, 0.6, 1000)
+    expected = np.asarray(jax.jit(regjax.cosine_rate(0.1, 0.6, 1000))(300))
+    for kind in (np.int8, np.int32, np.uint8, np.int64):
+        with jax.enable_x64(kind is np.int64):
+            step = wing.array(np.asarray(100, kind))
+            assert wing.numpy(schedule(step * 3 if kind in (np.int32, np.int64) else step)) > 0.1
+    assert wing.numpy(schedule(300)) == wing.numpy(schedule(wing.array(np.int32(300)))) == expected
+    assert wing.numpy(schedule(-5)) == np.float32(0.1)
+    assert wing.numpy(schedule(10**30)) == np.float32(0.6)
+    assert wing.numpy(wing.library.constant_rate(0.3)(7)) == np.float32(0.3)
+
+
+@both_wings
+def test_what_is_refused(wing: Wing):
+    library = wing.library
+    for name in ("linear_rate", "cosine_rate"):
+        schedule = getattr(library, name)
+        with pytest.raises(ValueError, match=r"start must lie in \[0, 1\]; got -0.1"):
+            schedule(-0.1, 0.5, 10)
+        with pytest.raises(ValueError, match=r"end must lie in \[0, 1\]; got 1.5"):
+            schedule(0.1, 1.5, 10)
+        with pytest.raises(ValueError, match="steps must be at least 1"):
+            schedule(0.1, 0.5, 0)
+        with pytest.raises(TypeError):
+            schedule(0.1, 0.5, 10.0)
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]; got 2"):
+        library.constant_rate(2)
+    rate = library.linear_rate(0.1, 0.5, 10)
+    for step in (1.0, True, wing.array(np.float32(1))):
+        with pytest.raises(TypeError, match="step must be an integer"):
+            rate(step)
+    with pytest.raises(ValueError, match="step must be a scalar"):
+        rate(wing.array(np.zeros(2, np.int32)))
+
+
+@both_wings
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((0.5, 5), (0.0, 0.125, 0.25, 0.375, 0.5)),
+        ((0.1, 1), (0.0,)),
+        ((0.1, 2), (0.0, 0.1)),
+        ((0.0, 3), (0.0, 0.0, 0.0)),
+    ],
+)
+def test_rates_of_depth(wing: Wing, arguments, expected):
+    assert wing.library.depth_rates(*arguments) == expected
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12, 1000])
+@pytest.mark.parametrize("rate", [0.1, 0.3, 1.0, 1 / 3])
+def test_rates_of_depth_are_the_same_in_both_wings_and_timm_s(rate, depth):
+    ours = regjax.depth_rates(rate, depth)
+    assert ours == regtorch.depth_rates(rate, depth)
+    assert ours[0] == 0
+    assert depth == 1 or ours[-1] == rate
+    np.testing.assert_allclose(ours, torch.linspace(0, rate, depth), rtol=1e-6)
+    paper = [rate * layer / depth for layer in range(1, depth + 1)]
+    np.testing.assert_allclose(regjax.depth_rates(rate, depth + 1)[1:], paper, rtol=1e-15)
+    assert regjax.depth_rates(rate, depth, shape="constant") == (rate,) * depth
+
+
+@both_wings
+def test_depths_that_are_refused(wing: Wing):
+    depth_rates = wing.library.depth_rates
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
+        depth_rates(1.1, 3)
+    with pytest.raises(ValueError, match="depth must be at least 1"):
+        depth_rates(0.1, 0)
+    with pytest.raises(TypeError):
+        depth_rates(0.1, 3.0)
+    with pytest.raises(ValueError, match='shape must be "linear" or "constant"; got \'cubic\''):
+        depth_rates(0.1, 3, shape="cubic")
+
+
+def family(library: Any, x: Any, rate: Any, key: Any, step: Any) -> list[Any]:
+    """Each function that takes a rate, at its own site."""
+    at = lambda site: library.site_key(key, step, site)
+    return [
+        library.dropout(x, rate, key=at("dropout")),
+        library.drop_path(x, rate, key=at("drop_path")),
+        library.gaussian_dropout(x, rate, key=at("gaussian")),
+        library.alpha_dropout(x, rate, key=at("alpha")),
+    ]
+
+
+def test_a_changing_rate_goes_through_the_family_in_one_compilation():
+    x = np.random.default_rng(0).normal(size=(32, 8)).astype(np.float32)
+    ours, theirs = (wing.library.cosine_rate(0.0, 0.5, 40) for wing in WINGS)
+    traces = []
+
+    @jax.jit
+    def run(x, step):
+        traces.append(None)
+        return family(regjax, x, ours(step), jax.random.key(0), step)
+
+    for step in range(50):
+        results = run(x, jnp.int32(step))
+        twins = family(regtorch, torch.from_numpy(x), theirs(step), regtorch.key(0), step)
+        *exact, alpha = zip(map(np.asarray, results), (twin.numpy() for twin in twins), strict=True)
+        for array, twin in exact:
+            np.testing.assert_array_equal(array.view(np.uint32), twin.view(np.uint32))
+        # Its constants are no correctly rounded operations of the rate; its mask is the same.
+        np.testing.assert_allclose(*alpha, rtol=1e-6, atol=1e-6)
+    assert len(traces) == 1
+
+
+def test_a_schedule_of_optax_is_a_rate_too():
+    rate, traces = optax.linear_schedule(0.0, 0.5, 40), []
+
+    @jax.jit
+    def run(x, step):
+        traces.append(None)
+        return regjax.dropout(x, rate(step), key=jax.random.key(0))
+
+    for step in (0, 20, 40, 60):
+        y = np.asarray(run(jnp.ones((64, 64)), jnp.int32(step)))
+        expected = regjax.dropout(jnp.ones((64, 64)), min(step, 40) / 80, key=jax.random.key(0))
+        np.testing.assert_array_equal(y, expected)
+    assert len(traces) == 1

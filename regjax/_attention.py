@@ -1,0 +1,474 @@
+"""Attention with dropout: with the whole matrix of weights, or block by block without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import sys
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from regjax._dropout import (
+    _keep_prob,
+    check_flag,
+    check_inexact,
+    dropout,
+    inverse,
+    mask_sharding,
+    real_dtype,
+    require_key,
+)
+from regjax._keys import key_words
+from regjax._masks import bernoulli, bernoulli_at, check_probability
+from regjax._observe import observer
+from regjax._threefry import slice_index
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike, DTypeLike
+    from jaxtyping import Array, Bool, Float
+
+    from regjax._keys import KeyLike
+
+    Bias = Float[ArrayLike, "*#batch #heads #queries #keys"] | None
+    Mask = Bool[ArrayLike, "*#batch #heads #queries #keys"] | None
+
+
+def dot_product_attention(
+    query: Float[ArrayLike, "*batch queries heads depth"],
+    key: Float[ArrayLike, "*batch keys kv_heads depth"],
+    value: Float[ArrayLike, "*batch keys kv_heads features"],
+    bias: Bias = None,
+    mask: Mask = None,
+    *,
+    dropout_rng: KeyLike | None = None,
+    dropout_rate: ArrayLike = 0.0,
+    deterministic: ArrayLike = False,
+    broadcast_dropout: bool = False,
+    is_causal: bool = False,
+    scale: float | None = None,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+    module: Any = None,
+) -> Float[Array, "*batch queries heads features"]:
+    """Attention whose weights are dropped in training.
+
+        weights = softmax(scale * query . key + bias), 0 where the mask is False
+        result  = dropout(weights) . value
+
+    The softmax, and the dropout of its weights, are in float32 for half types. A query that may
+    look at no key gives 0.
+
+    With `block_size` the weights never exist as a whole: they are made `block_size` keys at a time,
+    forward and backward, and the memory grows with the length and not with its square. The mask of
+    a block is made from the places of its elements in the whole, so that **the two forms drop the
+    same elements, bit for bit**, whatever the size of a block.
+
+    Args:
+        query: of shape (..., queries, heads, depth), with any number of batch dimensions.
+        key: of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
+            heads, one after the other (grouped queries).
+        value: of shape (..., keys, kv_heads, features).
+        bias: added to the scores; broadcasts against (..., heads, queries, keys).
+        mask: True where a query may look at a key; broadcasts likewise.
+        dropout_rng: the random key; see `dropout`. It has Flax's name, as `key` is taken here.
+        dropout_rate: the probability that a weight is zeroed, in [0, 1]; may be traced.
+        deterministic: True in evaluation; may be traced.
+        broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
+            they are told otherwise. PyTorch draws one for each.
+        is_causal: whether query i may look at keys 0 to i only.
+        scale: what the products are multiplied by; without it, `1 / sqrt(depth)`.
+        block_size: how many keys are looked at at a time; without it, all of them.
+        dtype: that of the computation; without it, the arrays must agree in theirs.
+        precision: of the products; see `jax.lax.Precision`.
+        module: a Linen or NNX module that the weights, before dropout, are sown into.
+
+    Returns:
+        An array of shape (..., queries, heads, features) in the dtype of the arrays.
+
+    Raises:
+        TypeError: the arrays are not floating or differ in dtype, `mask` is not boolean, or as
+            `dropout`.
+        ValueError: shapes do not fit, named with the argument; `block_size` is below 1, or given
+            along with `module`; or as `dropout`. A traced rate out of range gives NaN.
+
+    PyTorch:
+        `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
+        enable_gqa=True)`, whose heads come before the lengths. `regtorch.dot_product_attention`
+        has this layout, and with the same key the same mask.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 4, 8))
+        >>> how = dict(dropout_rng=jax.random.key(1), dropout_rate=0.1, is_causal=True)
+        >>> y = regjax.dot_product_attention(q, k, v, **how)
+        >>> y.shape
+        (2, 100, 4, 8)
+        >>> blockwise = regjax.dot_product_attention(q, k, v, block_size=32, **how)
+        >>> bool(jnp.allclose(y, blockwise, atol=1e-5))
+        True
+
+        In Flax's modules:
+
+        >>> from flax import linen as nn
+        >>> layer = nn.MultiHeadDotProductAttention(
+        ...     num_heads=4,
+        ...     dropout_rate=0.1,
+        ...     broadcast_dropout=False,
+        ...     attention_fn=regjax.dot_product_attention,
+        ... )
+
+    Source: Vaswani et al., "Attention is all you need", NeurIPS 2017; the form in blocks: Rabe,
+    Staats, "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention",
+    NeurIPS 2022.
+    """
+    query, key, value = _arrays(query, key, value, dtype=dtype)
+    bias, mask = (None if x is None else jnp.asarray(x) for x in (bias, mask))
+    _check_shapes(query, key, value, bias, mask)
+    bias, mask = (x if x is None else _with_rank(x, query.ndim) for x in (bias, mask))
+    rate = check_probability("dropout_rate", dropout_rate)
+    flag = check_flag(deterministic)
+    scores = _Scores(
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        is_causal=bool(is_causal),
+        precision=precision,
+    )
+    if block_size is None:
+        weights = _softmax(scores(query, key, bias, mask, 0))
+        if module is not None:
+            _sow(module, weights.astype(query.dtype))
+        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        weights = dropout(weights, rate, key=dropout_rng, deterministic=flag, broadcast_dims=shared)
+        return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
+    if module is not None:
+        raise ValueError(
+            "module takes the whole matrix of weights, which is never made with "
+            f"block_size={block_size}. Leave one of the two out."
+        )
+    size = _check_block(block_size, key.shape[-3])
+    blocks = _Blocks(scores, size, key.shape[-3], bool(broadcast_dropout))
+    attend = functools.partial(_blockwise, blocks, query, key, value, bias, mask)
+    if flag is True or _is_number(rate, 0):
+        return attend()
+    if _is_number(rate, 1):
+        return jnp.zeros_like(value, shape=(*query.shape[:-1], value.shape[-1]))
+    one_key = require_key(dropout_rng)
+    if watching := observer():
+        keep = bernoulli(one_key, _keep_prob(rate, query.dtype), blocks.shape(query))
+        whole = _softmax(scores(query, key, bias, mask, 0))
+        watching.draw(key_words(one_key), rate, keep, whole)
+    drop = functools.partial(attend, one_key, rate)
+    return drop() if flag is False else lax.cond(flag, attend, drop)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """The scores of a run of keys, -inf where a query may not look.
+
+    Attributes:
+        scale: what products are multiplied by.
+        is_causal: whether query i may look at keys 0 to i only.
+        precision: of the products.
+    """
+
+    scale: float
+    is_causal: bool
+    precision: Any
+
+    def __call__(
+        self, query: Array, key: Array, bias: Any, mask: Any, first: int | Array, keys: int = 0
+    ) -> Float[Array, "*batch heads queries keys"]:
+        """Of the keys from `first` on; where `keys` is given, those from there on are padding."""
+        heads, kv_heads = query.shape[-2], key.shape[-2]
+        wide = real_dtype(query.dtype)
+        if heads == kv_heads:
+            scores = jnp.einsum(
+                "...qhd,...khd->...hqk",
+                query,
+                key,
+                precision=self.precision,
+                preferred_element_type=wide,
+            )
+        else:
+            grouped = query.reshape(*query.shape[:-2], kv_heads, -1, query.shape[-1])
+            scores = jnp.einsum(
+                "...qhgd,...khd->...hgqk",
+                grouped,
+                key,
+                precision=self.precision,
+                preferred_element_type=wide,
+            )
+            scores = scores.reshape(*scores.shape[:-4], heads, *scores.shape[-2:])
+        scores = scores * wide(self.scale)
+        if bias is not None:
+            scores = scores + bias.astype(wide)
+        allowed = [] if mask is None else [mask]
+        along = lax.broadcasted_iota(np.int32, scores.shape[-2:], 1) + first
+        if self.is_causal:
+            allowed.append(along <= lax.broadcasted_iota(np.int32, scores.shape[-2:], 0))
+        if keys:
+            allowed.append(along < keys)
+        for each in allowed:
+            scores = jnp.where(_with_rank(each, scores.ndim), scores, -jnp.inf)
+        return scores
+
+
+def _softmax(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Along the last axis; zeros where all scores are -inf, with gradients that are zeros too."""
+    top = lax.stop_gradient(_finite(scores.max(-1, keepdims=True, initial=-jnp.inf)))
+    powers = jnp.exp(scores - top)
+    total = powers.sum(-1, keepdims=True)
+    return powers / jnp.where(total > 0, total, 1)
+
+
+def _finite(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jnp.where(x == -jnp.inf, 0, x)
+
+
+def _mixed(
+    weights: Float[Array, "*batch heads queries keys"],
+    value: Float[Array, "*batch keys kv_heads features"],
+    precision: Any,
+) -> Float[Array, "*batch queries heads features"]:
+    heads, kv_heads = weights.shape[-3], value.shape[-2]
+    how = {"precision": precision, "preferred_element_type": real_dtype(value.dtype)}
+    if heads == kv_heads:
+        return jnp.einsum("...hqk,...khd->...qhd", weights, value, **how)
+    grouped = weights.reshape(*weights.shape[:-3], kv_heads, -1, *weights.shape[-2:])
+    mixed = jnp.einsum("...hgqk,...khd->...qhgd", grouped, value, **how)
+    return mixed.reshape(*mixed.shape[:-3], heads, mixed.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """What of the form in blocks is no array: one value, static under jit.
+
+    Attributes:
+        scores: of a block.
+        size: how many keys it has.
+        keys: how many there are; those of the last block may be padding.
+        broadcast_dropout: whether rows and heads share one mask.
+    """
+
+    scores: _Scores
+    size: int
+    keys: int
+    broadcast_dropout: bool
+
+    def firsts(self) -> Array:
+        """The first key of each block."""
+        return jnp.arange(0, self.keys, self.size, dtype=np.int32)
+
+    def shape(self, query: Array) -> tuple[int, ...]:
+        """Of the whole mask."""
+        *batch, queries, heads, _ = query.shape
+        rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
+        return (*rows, queries, self.keys)
+
+    def dropped(self, weights: Array, query: Array, draw: Any, first: Array) -> Array:
+        """The weights of a block with zeros where the mask has them, not yet scaled."""
+        if draw is None:
+            return weights
+        words, keep_prob = draw
+        whole = self.shape(query)
+        layout = mask_sharding(weights, tuple(i for i, n in enumerate(whole) if n == 1))
+        shape = (*whole[:-1], self.size)
+        index = slice_index(whole, shape, {len(whole) - 1: first}, out_sharding=layout)
+        return jnp.where(bernoulli_at(words, keep_prob, index), weights, 0)
+
+
+# The softmax needs to know two numbers of each row before it can weigh anything: the largest score
+# and the sum. Forward they are found on the way, as in FlashAttention. The derivative has both, so
+# that it is a sum over blocks that need nothing from one another: a scan without a state to store,
+# which JAX transposes and differentiates again by itself.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(
+    blocks: _Blocks, query: Array, key: Array, value: Array, bias: Any, mask: Any, draw: Any
+) -> tuple[Array, Array]:
+    """The result, not scaled for dropout, in float32 or wider, and the logarithm of each row's sum.
+
+    `key`, `value`, `bias` and `mask` are padded to whole blocks; `draw` is the words of the key and
+    the keep probability, or None.
+    """
+    # Made from the query, whose layout over devices they take.
+    rows = jnp.swapaxes(jnp.zeros_like(query[..., 0], real_dtype(query.dtype)), -1, -2)
+    features = (*query.shape[:-1], value.shape[-1])
+    start = jnp.full_like(rows, -jnp.inf), rows, jnp.broadcast_to(_per_query(rows), features)
+
+    def block(state: tuple[Array, Array, Array], first: Array) -> tuple[Any, None]:
+        top, total, result = state
+        part = functools.partial(_part, first=first, size=blocks.size)
+        scores = blocks.scores(query, part(key, -3), part(bias), part(mask), first, blocks.keys)
+        new_top = jnp.maximum(top, scores.max(-1))
+        shrink = jnp.exp(top - _finite(new_top))
+        powers = jnp.exp(scores - _finite(new_top)[..., None])
+        dropped = blocks.dropped(powers, query, draw, first).astype(value.dtype)
+        mixed = _mixed(dropped, part(value, -3), blocks.scores.precision)
+        total = total * shrink + powers.sum(-1)
+        return (new_top, total, result * _per_query(shrink) + mixed), None
+
+    (top, total, result), _ = lax.scan(block, start, blocks.firsts())
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    return result / _per_query(total), jnp.where(seen, _finite(top) + jnp.log(total), 0)
+
+
+@_attend.defjvp
+def _attend_jvp(blocks: _Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    result, log_total = _attend(blocks, *primals)
+    *dots, _, _ = tangents
+
+    # Made again in the backward pass, block by block, and never stored.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def block(primals: Any, dots: Any, log_total: Array, first: Array) -> tuple[Array, Array]:
+        query, key, value, bias, mask, draw = primals
+        part = functools.partial(_part, first=first, size=blocks.size)
+        allowed = part(mask)
+
+        def scores_of(query: Array, key: Array, bias: Any) -> Array:
+            return blocks.scores(query, part(key, -3), part(bias), allowed, first, blocks.keys)
+
+        def mixed(weights: Array, value: Array) -> Array:
+            dropped = blocks.dropped(weights, query, draw, first).astype(value.dtype)
+            return _mixed(dropped, part(value, -3), blocks.scores.precision)
+
+        dot_query, dot_key, dot_value, dot_bias = dots
+        scores, dot_scores = jax.jvp(scores_of, (query, key, bias), (dot_query, dot_key, dot_bias))
+        weights = jnp.exp(scores - log_total[..., None])
+        changes = weights * dot_scores
+        return mixed(changes, value) + mixed(weights, dot_value), changes.sum(-1)
+
+    def step(sums: Any, first: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, block(primals, dots, log_total, first)), None
+
+    zeros = (jnp.zeros_like(result), jnp.zeros_like(log_total))
+    (dot_result, dot_log_total), _ = lax.scan(step, zeros, blocks.firsts())
+    dot_result -= result * _per_query(dot_log_total)
+    return (result, log_total), (dot_result, dot_log_total)
+
+
+def _blockwise(
+    blocks: _Blocks,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Any,
+    mask: Any,
+    dropout_rng: KeyLike | None = None,
+    rate: float | Float[Array, ""] = 0.0,
+) -> Array:
+    padding = -blocks.keys % blocks.size
+    pad = functools.partial(_padded, padding=padding)
+    wide = real_dtype(query.dtype)
+    draw, scale = None, wide(1)
+    if dropout_rng is not None:
+        keep_prob = _keep_prob(rate, query.dtype)
+        draw = jnp.stack(key_words(dropout_rng)), jnp.asarray(keep_prob, np.float32)
+        scale = inverse(keep_prob, query.dtype)
+    result, _ = _attend(blocks, query, pad(key, -3), pad(value, -3), pad(bias), pad(mask), draw)
+    result = result * scale
+    if isinstance(rate, jax.Array):
+        result = jnp.where((rate >= 0) & (rate <= 1), result, jnp.nan)
+    return result.astype(value.dtype)
+
+
+def _part(x: Any, axis: int = -1, *, first: Array, size: int) -> Any:
+    """The part of an array that belongs to a block of keys; the array where it is one for all."""
+    if x is None or x.shape[axis] == 1:
+        return x
+    return lax.dynamic_slice_in_dim(x, first, size, axis % x.ndim)
+
+
+def _padded(x: Any, axis: int = -1, *, padding: int) -> Any:
+    if x is None or not padding or (axis == -1 and x.shape[axis] == 1):
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, padding)
+    return jnp.pad(x, widths)
+
+
+def _with_rank(x: Array, ndim: int) -> Array:
+    """As broadcasting would do in silence."""
+    return x.reshape(*[1] * (ndim - x.ndim), *x.shape)
+
+
+def _per_query(x: Float[Array, "*batch heads queries"]) -> Float[Array, "*batch queries heads 1"]:
+    return jnp.swapaxes(x, -1, -2)[..., None]
+
+
+def _is_number(rate: float | Float[Array, ""], number: int) -> bool:
+    return not isinstance(rate, jax.Array) and rate == number
+
+
+def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
+    found = [check_inexact(array) for array in arrays]
+    names = ("query", "key", "value")
+    for name, array in zip(names, found, strict=True):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating; got dtype {array.dtype}.")
+        if array.ndim < 3:
+            raise ValueError(
+                f"{name} must have shape (..., length, heads, features); got {array.shape}."
+            )
+    if dtype is not None:
+        return [array.astype(dtype) for array in found]
+    if len({array.dtype for array in found}) > 1:
+        dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, found, strict=True))
+        raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Pass dtype=.")
+    return found
+
+
+def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) -> None:
+    """Refuses what does not fit together, by name.
+
+    Raises:
+        TypeError: `mask` is not boolean.
+        ValueError: a shape does not fit.
+    """
+    *batch, queries, heads, depth = query.shape
+    *key_batch, keys, kv_heads, key_depth = key.shape
+    if key_batch != batch or key_depth != depth:
+        raise ValueError(
+            f"key must have the batch {tuple(batch)} and the depth {depth} of query; got shape "
+            f"{key.shape}."
+        )
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"value must have key's shape {key.shape[:-1]} but for the features; got {value.shape}."
+        )
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"query has {heads} heads, not a multiple of key's {kv_heads}.")
+    whole = (*batch, heads, queries, keys)
+    if mask is not None and mask.dtype != np.bool_:
+        raise TypeError(f"mask must be boolean, True to look; got {mask.dtype}. Or pass bias.")
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is None:
+            continue
+        pairs = zip(array.shape[::-1], whole[::-1], strict=False)
+        if array.ndim > len(whole) or any(size not in (1, full) for size, full in pairs):
+            raise ValueError(
+                f"{name} must broadcast to (..., heads, queries, keys) = {whole}; got "
+                f"{array.shape}."
+            )
+
+
+def _check_block(block_size: int, keys: int) -> int:
+    size = operator.index(block_size)
+    if size < 1:
+        raise ValueError(f"block_size must be at least 1; got {block_size}.")
+    return max(1, min(size, keys))
+
+
+def _sow(module: Any, weights: Array) -> None:
+    """Puts the weights where Flax's own function puts them."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    collection = "intermediates"
+    if nnx is not None and isinstance(module, nnx.Module):
+        collection = nnx.Intermediate
+    module.sow(collection, "attention_weights", weights)

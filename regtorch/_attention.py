@@ -1,0 +1,395 @@
+"""Attention with dropout: with the whole matrix of weights, or block by block without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from regtorch._dropout import (
+    _keep_prob,
+    check_flag,
+    check_inexact,
+    dropout,
+    inverse,
+    real_dtype,
+    require_key,
+)
+from regtorch._masks import bernoulli, bernoulli_at, check_probability
+from regtorch._observe import observer
+
+
+def dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    dropout_rng: Tensor | torch.Generator | None = None,
+    dropout_rate: float | Tensor = 0.0,
+    deterministic: bool | Tensor = False,
+    broadcast_dropout: bool = False,
+    is_causal: bool = False,
+    scale: float | None = None,
+    block_size: int | None = None,
+) -> Tensor:
+    """Attention whose weights are dropped in training.
+
+        weights = softmax(scale * query . key + bias), 0 where the mask is False
+        result  = dropout(weights) . value
+
+    The softmax, and the dropout of its weights, are in float32 for half types. A query that may
+    look at no key gives 0.
+
+    With `block_size` the weights never exist as a whole: they are made `block_size` keys at a time,
+    forward and backward, and the memory grows with the length and not with its square. The mask of
+    a block is made from the places of its elements in the whole, so that **the two forms drop the
+    same elements, bit for bit**, whatever the size of a block. In blocks it has derivatives of the
+    first order, in reverse mode; for others, leave `block_size` out.
+
+    Args:
+        query: of shape (..., queries, heads, depth), with any number of batch dimensions.
+        key: of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
+            heads, one after the other (grouped queries).
+        value: of shape (..., keys, kv_heads, features).
+        bias: added to the scores; broadcasts against (..., heads, queries, keys).
+        mask: True where a query may look at a key; broadcasts likewise.
+        dropout_rng: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
+        dropout_rate: the probability that a weight is zeroed, in [0, 1]; a number or a 0-d tensor.
+        deterministic: True in evaluation.
+        broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
+            they are told otherwise. PyTorch draws one for each.
+        is_causal: whether query i may look at keys 0 to i only.
+        scale: what the products are multiplied by; without it, `1 / sqrt(depth)`.
+        block_size: how many keys are looked at at a time; without it, all of them.
+
+    Returns:
+        A tensor of shape (..., queries, heads, features) in the dtype of the tensors.
+
+    Raises:
+        TypeError: the tensors are not floating or differ in dtype, `mask` is not boolean, or as
+            `dropout`.
+        ValueError: shapes do not fit, named with the argument; `block_size` is below 1; or as
+            `dropout`. A rate out of range in a tensor gives NaN.
+
+    PyTorch:
+        `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
+        enable_gqa=True)`, whose heads come before the lengths.
+
+    JAX:
+        `regjax.dot_product_attention` with the same key drops the same weights.
+
+    Example:
+        >>> import torch, regtorch
+        >>> q, k, v = torch.randn(3, 2, 100, 4, 8, generator=torch.Generator().manual_seed(0))
+        >>> how = dict(dropout_rng=regtorch.key(1), dropout_rate=0.1, is_causal=True)
+        >>> y = regtorch.dot_product_attention(q, k, v, **how)
+        >>> y.shape
+        torch.Size([2, 100, 4, 8])
+        >>> blockwise = regtorch.dot_product_attention(q, k, v, block_size=32, **how)
+        >>> torch.allclose(y, blockwise, atol=1e-5)
+        True
+
+    Source: Vaswani et al., "Attention is all you need", NeurIPS 2017; the form in blocks: Rabe,
+    Staats, "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention",
+    NeurIPS 2022.
+    """
+    _check_arrays(query, key, value)
+    _check_shapes(query, key, value, bias, mask)
+    rate = check_probability("dropout_rate", dropout_rate)
+    flag = check_flag(deterministic)
+    scores = _Scores(
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        is_causal=bool(is_causal),
+    )
+    if block_size is None:
+        weights = _softmax(scores(query, key, bias, mask))
+        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        weights = dropout(weights, rate, key=dropout_rng, deterministic=flag, broadcast_dims=shared)
+        return _mixed(weights.to(value.dtype), value)
+    size = _check_block(block_size, key.shape[-3])
+    blocks = _Blocks(scores, size, key.shape[-3], bool(broadcast_dropout))
+    arrays = (query, key, value, bias, mask)
+    if flag is True or _is_number(rate, 0):
+        return _blockwise(blocks, *arrays)
+    if _is_number(rate, 1):
+        # In the graph, so that its gradient is zeros and not an error.
+        return _blockwise(blocks, *arrays).mul(0)
+    one_key = require_key(dropout_rng).to(query.device)
+    if watching := observer():
+        keep = bernoulli(one_key, _keep_prob(rate, real_dtype(query.dtype)), blocks.shape(query))
+        watching.draw(one_key, rate, keep, _softmax(scores(query, key, bias, mask)))
+    dropped = _blockwise(blocks, *arrays, one_key, rate)
+    if isinstance(flag, Tensor):
+        return torch.where(flag, _blockwise(blocks, *arrays), dropped)
+    return dropped
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """The scores of a run of keys, -inf where a query may not look.
+
+    Attributes:
+        scale: what products are multiplied by.
+        is_causal: whether query i may look at keys 0 to i only.
+    """
+
+    scale: float
+    is_causal: bool
+
+    def __call__(
+        self, query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, first: int = 0
+    ) -> Tensor:
+        """Of the keys from `first` on, of shape (..., heads, queries, keys)."""
+        heads, kv_heads = query.shape[-2], key.shape[-2]
+        wide = real_dtype(query.dtype)
+        grouped = query.to(wide).unflatten(-2, (kv_heads, heads // kv_heads))
+        scores = torch.einsum("...qhgd,...khd->...hgqk", grouped, key.to(wide)).flatten(-4, -3)
+        scores = scores * self.scale
+        if bias is not None:
+            scores = scores + bias.to(wide)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        if self.is_causal:
+            queries, keys = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
+            scores = scores.masked_fill(keys + first > queries[:, None], -math.inf)
+        return scores
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Along the last axis; zeros where all scores are -inf, with gradients that are zeros too."""
+    if not scores.shape[-1]:
+        return scores
+    powers = torch.exp(scores - _finite(scores.detach().amax(-1, keepdim=True)))
+    total = powers.sum(-1, keepdim=True)
+    return powers / torch.where(total > 0, total, 1.0)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x == -math.inf, 0.0, x)
+
+
+def _mixed(weights: Tensor, value: Tensor) -> Tensor:
+    heads, kv_heads = weights.shape[-3], value.shape[-2]
+    grouped = weights.unflatten(-3, (kv_heads, heads // kv_heads))
+    return torch.einsum("...hgqk,...khd->...qhgd", grouped, value).flatten(-3, -2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """What of the form in blocks is no tensor.
+
+    Attributes:
+        scores: of a block.
+        size: how many keys it has; the last may have fewer.
+        keys: how many there are.
+        broadcast_dropout: whether rows and heads share one mask.
+    """
+
+    scores: _Scores
+    size: int
+    keys: int
+    broadcast_dropout: bool
+
+    def __iter__(self) -> Any:
+        """The first key of each block, and the number of its keys."""
+        return ((i, min(self.size, self.keys - i)) for i in range(0, self.keys, self.size))
+
+    def shape(self, query: Tensor) -> tuple[int, ...]:
+        """Of the whole mask."""
+        *batch, queries, heads, _ = query.shape
+        rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
+        return (*rows, queries, self.keys)
+
+    def dropped(
+        self, weights: Tensor, query: Tensor, key: Tensor | None, keep_prob: Any, first: int
+    ) -> Tensor:
+        """The weights of a block with zeros where the mask has them, not yet scaled."""
+        if key is None:
+            return weights
+        rows = self.shape(query)[:-1]
+        row = torch.arange(math.prod(rows), device=query.device).reshape(*rows, 1)
+        along = torch.arange(first, first + weights.shape[-1], device=query.device)
+        return torch.where(bernoulli_at(key, keep_prob, row * self.keys + along), weights, 0.0)
+
+
+class _Attend(torch.autograd.Function):
+    """The result, not scaled for dropout, in float32 or wider.
+
+    For the backward pass the largest score and the sum of each row are kept as one number, its
+    logarithm; the weights of a block and their mask are made again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        blocks: _Blocks,
+        keep_prob: float | Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        words: Tensor | None,
+    ) -> Tensor:
+        wide = real_dtype(query.dtype)
+        rows = (*query.shape[:-3], query.shape[-2], query.shape[-3])
+        top = query.new_full(rows, -math.inf, dtype=wide)
+        total = query.new_zeros(rows, dtype=wide)
+        result = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=wide)
+        for first, size in blocks:
+            _, *rest = _parts((query, key, value, bias), first, size)
+            part_of_key, part_of_value, part_of_bias = rest
+            seen = _part(mask, -1, first, size)
+            scores = blocks.scores(query, part_of_key, part_of_bias, seen, first)
+            new_top = torch.maximum(top, scores.amax(-1))
+            shrink = torch.exp(top - _finite(new_top))
+            powers = torch.exp(scores - _finite(new_top)[..., None])
+            dropped = blocks.dropped(powers, query, words, keep_prob, first).to(value.dtype)
+            mixed = _mixed(dropped, part_of_value)
+            top, total = new_top, total * shrink + powers.sum(-1)
+            result = result * _per_query(shrink) + mixed
+        saw = total > 0
+        total = torch.where(saw, total, 1.0)
+        result = result / _per_query(total)
+        log_total = torch.where(saw, _finite(top) + torch.log(total), 0.0)
+        ctx.blocks, ctx.keep_prob = blocks, keep_prob
+        ctx.save_for_backward(query, key, value, bias, mask, words, result, log_total)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as it is decorated
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        *inputs, mask, words, result, log_total = ctx.saved_tensors
+        (cotangent,) = grad_outputs
+        # What the sum of a row takes from each of its weights.
+        toll = -(cotangent * result).sum(-1).transpose(-1, -2)[..., None]
+        gradients = [None if x is None else torch.zeros_like(x) for x in inputs]
+        for first, size in ctx.blocks:
+            leaves = [_leaf(x) for x in _parts(inputs, first, size)]
+            query, key, value, bias = leaves
+            with torch.enable_grad():
+                seen = _part(mask, -1, first, size)
+                scores = ctx.blocks.scores(query, key, bias, seen, first)
+                weights = torch.exp(scores - log_total[..., None])
+                dropped = ctx.blocks.dropped(weights, query, words, ctx.keep_prob, first)
+                mixed = _mixed(dropped.to(value.dtype), value)
+            along = (cotangent.to(mixed.dtype), toll.expand_as(weights))
+            wanted = [x for x in leaves if x is not None]
+            found = iter(torch.autograd.grad((mixed, weights), wanted, along))
+            for total in _parts(gradients, first, size):
+                if total is not None:
+                    total += next(found)
+        return None, None, *gradients, None, None
+
+
+def _blockwise(
+    blocks: _Blocks,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout_rng: Tensor | None = None,
+    rate: float | Tensor = 0.0,
+) -> Tensor:
+    wide = real_dtype(query.dtype)
+    rate = rate.detach() if isinstance(rate, Tensor) else rate
+    keep_prob = _keep_prob(rate, wide)
+    result = _Attend.apply(blocks, keep_prob, query, key, value, bias, mask, dropout_rng)
+    if dropout_rng is not None:
+        result = result * inverse(keep_prob, wide)
+    if isinstance(rate, Tensor):
+        result = torch.where((rate >= 0) & (rate <= 1), result, math.nan)
+    return result.to(value.dtype)
+
+
+def _parts(inputs: Sequence[Any], first: int, size: int) -> tuple[Any, Any, Any, Any]:
+    """What belongs to a block of keys, as views: all of the query, and parts of the others."""
+    query, key, value, bias = inputs
+    key, value = (_part(x, -3, first, size) for x in (key, value))
+    return query, key, value, _part(bias, -1, first, size)
+
+
+def _part(x: Any, dim: int, first: int, size: int) -> Any:
+    """The part of a tensor that belongs to a block of keys; all of it where it is one for all."""
+    return x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
+
+
+def _leaf(x: Any) -> Any:
+    return None if x is None else x.detach().requires_grad_()
+
+
+def _per_query(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2)[..., None]
+
+
+def _is_number(rate: float | Tensor, number: int) -> bool:
+    return not isinstance(rate, Tensor) and rate == number
+
+
+def _check_arrays(*arrays: Tensor) -> None:
+    names = ("query", "key", "value")
+    for name, array in zip(names, arrays, strict=True):
+        if not check_inexact(array).is_floating_point():
+            raise TypeError(f"{name} must be floating; got dtype {array.dtype}.")
+        if array.ndim < 3:
+            raise ValueError(
+                f"{name} must have shape (..., length, heads, features); got {tuple(array.shape)}."
+            )
+    if len({array.dtype for array in arrays}) > 1:
+        dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, arrays, strict=True))
+        raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Cast them.")
+
+
+def _check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> None:
+    """Refuses what does not fit together, by name.
+
+    Raises:
+        TypeError: `mask` is not boolean.
+        ValueError: a shape does not fit.
+    """
+    *batch, queries, heads, depth = query.shape
+    *key_batch, keys, kv_heads, key_depth = key.shape
+    if key_batch != batch or key_depth != depth:
+        raise ValueError(
+            f"key must have the batch {tuple(batch)} and the depth {depth} of query; got shape "
+            f"{tuple(key.shape)}."
+        )
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"value must have key's shape {tuple(key.shape[:-1])} but for the features; got "
+            f"{tuple(value.shape)}."
+        )
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"query has {heads} heads, not a multiple of key's {kv_heads}.")
+    whole = (*batch, heads, queries, keys)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True to look; got {mask.dtype}. Or pass bias.")
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is None:
+            continue
+        pairs = zip(array.shape[::-1], whole[::-1], strict=False)
+        if array.ndim > len(whole) or any(size not in (1, full) for size, full in pairs):
+            raise ValueError(
+                f"{name} must broadcast to (..., heads, queries, keys) = {whole}; got "
+                f"{tuple(array.shape)}."
+            )
+
+
+def _check_block(block_size: int, keys: int) -> int:
+    size = operator.index(block_size)
+    if size < 1:
+        raise ValueError(f"block_size must be at least 1; got {block_size}.")
+    return max(1, min(size, keys))

@@ -1,0 +1,70 @@
+"""Stochastic depth."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from regtorch._depth import check_mode, drop_path
+from regtorch.nn._layer import Layer
+
+
+class DropPath(Layer):
+    """Stochastic depth, on what a residual branch adds: `h + drop_path(branch(h))`.
+
+    In training it zeroes each row of the batch with probability `rate` and divides the others by
+    `1 - rate`. See `regtorch.drop_path`; `regtorch.depth_rates` gives the rates of a stack of
+    layers.
+
+    Attributes:
+        rate: the probability that a row is zeroed; timm's `drop_prob`, whose default is 0 too. A
+            number or a 0-d tensor may be assigned to it at any step, as `linear_rate` makes one.
+        mode: "row" decides for each row, "batch" once for all of them.
+        scale_by_keep: False leaves what is kept as it is.
+        generator: where a call without a key draws one from.
+
+    Raises:
+        ValueError: `mode` is neither of the two.
+
+    PyTorch:
+        `timm.layers.DropPath(rate, scale_by_keep)` and
+        `torchvision.ops.StochasticDepth(rate, mode)`.
+
+    Example:
+        >>> import torch, regtorch
+        >>> layer = regtorch.nn.DropPath(0.5)
+        >>> layer(torch.ones(4, 2), key=regtorch.key(0))
+        tensor([[0., 0.],
+                [0., 0.],
+                [2., 2.],
+                [2., 2.]])
+    """
+
+    def __init__(
+        self,
+        rate: float = 0.0,
+        *,
+        mode: Literal["row", "batch"] = "row",
+        scale_by_keep: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(rate, generator=generator)
+        self.mode = check_mode(mode)
+        self.scale_by_keep = scale_by_keep
+
+    @classmethod
+    def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
+        """`regtorch.drop_path`."""
+        return drop_path(x, rate, **options)
+
+    def options(self) -> dict[str, Any]:
+        """What is decided at once, and whether what is kept is scaled."""
+        return {"mode": self.mode, "scale_by_keep": self.scale_by_keep}
+
+    def extra_repr(self) -> str:
+        """What stands between the parentheses of the printed module."""
+        mode = "" if self.mode == "row" else f", mode={self.mode!r}"
+        scale = "" if self.scale_by_keep else ", scale_by_keep=False"
+        return super().extra_repr() + mode + scale

@@ -1,0 +1,201 @@
+"""Attention in JAX alone: in Flax's modules, under transforms, its memory, many devices."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import regjax
+from regjax._threefry import slice_index
+
+KEY = jax.random.key(3)
+both_forms = pytest.mark.parametrize("block_size", [None, 3], ids=["whole", "blocks"])
+
+
+def qkv(batch: int = 2, length: int = 7, heads: int = 2, depth: int = 4):
+    return jax.random.normal(jax.random.key(0), (3, batch, length, heads, depth))
+
+
+def attend(q, k, v, key=KEY, rate=0.3, **how):
+    return regjax.dot_product_attention(q, k, v, dropout_rng=key, dropout_rate=rate, **how)
+
+
+@both_forms
+def test_derivatives_of_every_kind(block_size):
+    """jvp against a difference quotient, and the second derivative against the first."""
+    with jax.enable_x64(True):
+        q, k, v = (x.astype(np.float64) for x in qkv(1, 5))
+
+        def f(x):
+            return attend(x, k + x, v * x, block_size=block_size).sum()
+
+        direction = jnp.cos(q)
+        value, slope = jax.jvp(f, (q,), (direction,))
+        step = 1e-6
+        quotient = (f(q + step * direction) - f(q - step * direction)) / (2 * step)
+        assert abs(slope - quotient) < 1e-8 * abs(value)
+        assert abs((jax.grad(f)(q) * direction).sum() - slope) < 1e-12 * abs(slope)
+        _, second = jax.jvp(jax.grad(f), (q,), (direction,))
+        again = (jax.grad(f)(q + step * direction) - jax.grad(f)(q - step * direction)) / (2 * step)
+        assert abs(second - again).max() < 1e-8
+
+
+@both_forms
+def test_vmap_scan_and_remat_change_nothing(block_size):
+    q, k, v = qkv()
+    run = functools.partial(attend, block_size=block_size)
+    keys = jax.random.split(KEY, 2)
+    mapped = jax.vmap(run)(q, k, v, keys)
+    alone = jnp.stack([run(q[i], k[i], v[i], keys[i]) for i in range(2)])
+    np.testing.assert_allclose(mapped, alone, atol=1e-6)
+
+    def loss(q, wrap):
+        def layer(x, key):
+            return wrap(run)(x, k, v, key), None
+
+        return (jax.lax.scan(layer, q, keys)[0] ** 2).sum()
+
+    plain, remade = (jax.grad(loss)(q, wrap) for wrap in (lambda f: f, jax.checkpoint))
+    np.testing.assert_allclose(plain, remade, atol=1e-5)
+
+
+@both_forms
+def test_a_traced_flag_and_rate_compile_once(block_size):
+    q, k, v = qkv()
+    traces = []
+
+    @jax.jit
+    def run(rate, deterministic):
+        traces.append(1)
+        return attend(q, k, v, rate=rate, deterministic=deterministic, block_size=block_size)
+
+    off = regjax.dot_product_attention(q, k, v)
+    np.testing.assert_allclose(run(0.3, True), off, atol=1e-6)
+    np.testing.assert_allclose(run(0.3, False), attend(q, k, v), atol=1e-6)
+    np.testing.assert_allclose(run(0.5, False), attend(q, k, v, rate=0.5), atol=1e-6)
+    assert len(traces) == 1
+
+
+def test_evaluation_asks_for_no_key_and_draws_nothing():
+    q, k, v = qkv()
+    for block_size in (None, 3):
+        for how in ({"deterministic": True, "dropout_rate": 0.5}, {"dropout_rate": 0.0}):
+            run = functools.partial(regjax.dot_product_attention, block_size=block_size, **how)
+            assert "xor" not in str(jax.make_jaxpr(run)(q, k, v))
+    assert "xor" in str(jax.make_jaxpr(attend)(q, k, v))  # the test of the test
+
+
+def temporary_bytes(length: int, block_size: int | None) -> int:
+    x = jax.ShapeDtypeStruct((1, length, 2, 16), np.float32)
+    loss = lambda q, k, v: attend(q, k, v, block_size=block_size, is_causal=True).sum()
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    return step.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_in_blocks_grows_with_the_length_and_not_with_its_square():
+    """Forward and backward, by XLA's own account."""
+    blocks = [temporary_bytes(length, 64) for length in (512, 1024, 2048)]
+    whole = [temporary_bytes(length, None) for length in (512, 1024)]
+    assert blocks[1] < 2.1 * blocks[0]
+    assert blocks[2] < 2.1 * blocks[1]
+    assert whole[1] > 3.5 * whole[0]  # the test of the test
+    assert whole[1] > 8 * blocks[1]
+
+
+def test_places_beyond_32_bits():
+    """A mask of 2**50 elements, of which a corner is looked at: the index carries."""
+    whole, shape = (2**10, 2**20, 2**20), (2, 3, 4)
+    starts = {0: 1000, 1: 2**20 - 3, 2: jnp.int32(2**20 - 4)}
+    high, low = slice_index(whole, shape, starts)
+    a, b, c = np.meshgrid(
+        *(np.arange(s, s + n) for s, n in zip((1000, 2**20 - 3, 2**20 - 4), shape, strict=True)),
+        indexing="ij",
+    )
+    expected = (a * 2**20 + b) * 2**20 + c
+    np.testing.assert_array_equal(np.broadcast_to(high, shape), expected >> 32)
+    np.testing.assert_array_equal(np.broadcast_to(low, shape), expected & 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "each"])
+def test_in_linen_the_mask_is_that_of_linen_s_own_function(shared):
+    """float32 within 1e-6: the softmax is summed up otherwise; another mask would be 0.1 apart."""
+    x = jax.random.normal(jax.random.key(1), (2, 6, 8))
+    make = functools.partial(
+        linen.MultiHeadDotProductAttention, 2, dropout_rate=0.4, broadcast_dropout=shared
+    )
+    ours = make(deterministic=False, attention_fn=regjax.dot_product_attention)
+    theirs = make(deterministic=False)
+    mask = linen.make_causal_mask(x[..., 0]).astype(bool)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        params = theirs.init(jax.random.key(2), x)
+        y, z = (
+            layer.apply(params, x, mask=mask, rngs={"dropout": KEY}) for layer in (ours, theirs)
+        )
+        np.testing.assert_allclose(y, z, atol=1e-6)
+        other = theirs.apply(params, x, mask=mask, rngs={"dropout": jax.random.key(9)})
+    assert abs(y - other).max() > 0.1
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "plain"])
+def test_in_nnx_the_mask_is_that_of_nnx_s_own_function(is_causal):
+    x = jax.random.normal(jax.random.key(1), (2, 6, 8))
+
+    def layer(**how):
+        return nnx.MultiHeadAttention(
+            2, 8, dropout_rate=0.4, deterministic=False, decode=False, rngs=nnx.Rngs(0), **how
+        )
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        ours = layer(attention_fn=regjax.dot_product_attention)(x, is_causal=is_causal)
+        theirs = layer()(x, is_causal=is_causal)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_weights_are_sown_where_flax_sows_them():
+    x = jax.random.normal(jax.random.key(1), (2, 6, 8))
+    attention = linen.MultiHeadDotProductAttention(2, attention_fn=regjax.dot_product_attention)
+    with jax.numpy_rank_promotion("allow"):
+        params = attention.init(jax.random.key(0), x)
+        _, sown = attention.apply(params, x, sow_weights=True, mutable="intermediates")
+        module = nnx.MultiHeadAttention(
+            2,
+            8,
+            decode=False,
+            rngs=nnx.Rngs(0),
+            attention_fn=regjax.dot_product_attention,
+        )
+        _, seen = nnx.capture(module, nnx.Intermediate)(x, sow_weights=True)
+    weights = sown["intermediates"]["attention_weights"][0]
+    assert weights.shape == (2, 2, 6, 6)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+    assert jax.tree.leaves(seen)[0].shape == (2, 2, 6, 6)
+    with pytest.raises(ValueError, match="module takes the whole matrix"):
+        regjax.dot_product_attention(*qkv(), module=module, block_size=3)
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@both_forms
+def test_rows_and_heads_on_many_devices(kind, block_size):
+    """The result of one device on every device, and nothing sent between them."""
+    mesh = jax.make_mesh((4, 2), ("rows", "heads"), axis_types=(kind,) * 2)
+    q, k, v = qkv(batch=4)
+    alone = attend(q, k, v, block_size=block_size)
+    with jax.set_mesh(mesh):
+        layout = NamedSharding(mesh, P("rows", None, "heads"))
+        arrays = jax.device_put((q, k, v), layout)
+        run = jax.jit(functools.partial(attend, block_size=block_size))
+        compiled = run.lower(*arrays).compile()
+        y = compiled(*arrays)
+    np.testing.assert_allclose(y, alone, atol=1e-6)
+    assert y.sharding.is_equivalent_to(layout, 4)
+    assert not [word for word in COLLECTIVES if f"{word}(" in compiled.as_text()]

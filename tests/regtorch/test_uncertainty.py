@@ -1,0 +1,179 @@
+"""Monte Carlo dropout of PyTorch models: only dropout is on, and afterwards all is as before."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import regtorch
+from regtorch import keyed
+
+KEY = regtorch.key(0)
+X = torch.linspace(-2.0, 3.0, 48).reshape(6, 8)
+
+
+def mc(predict, *inputs, key=KEY, outputs="values", samples=6, **options):
+    return regtorch.mc_dropout(
+        predict, *inputs, key=key, outputs=outputs, samples=samples, **options
+    )
+
+
+def pass_key(index: int, name: str) -> torch.Tensor:
+    return regtorch.site_key(regtorch.site_key(KEY, index, "mc_dropout"), 0, name)
+
+
+class Block(nn.Module):
+    """Norms, and a dropout of each library, one of them called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8, momentum=0.5)
+        self.first = nn.Dropout(0.5)
+        self.inner = nn.Sequential(nn.LayerNorm(8), nn.InstanceNorm1d(6, track_running_stats=True))
+        self.second = regtorch.nn.Dropout(0.3)
+
+    def forward(self, x):
+        x = self.inner(self.first(self.norm(x))[None])[0]
+        return self.second(self.second(x))
+
+
+def expected(model: Block, index: int) -> torch.Tensor:
+    """A pass by hand: the model in evaluation, its dropouts written out."""
+    x = regtorch.dropout(model.norm(X), 0.5, key=pass_key(index, "first"))
+    x = model.inner(x[None])[0]
+    x = regtorch.dropout(x, 0.3, key=pass_key(index, "second"))
+    return regtorch.dropout(x, 0.3, key=pass_key(index, "second#1"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_in_any_mode(training):
+    model = keyed.convert(Block())
+    model.norm(2 * X + 1)  # averages of its own
+    if not training:
+        model.eval().inner.train()
+    by_hand = copy.deepcopy(model).eval()
+    by_hand = [expected(by_hand, index) for index in range(6)]
+    keyed.set_key(model, regtorch.key(5), 3)
+    state = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    y = mc(model, X, keep_samples=True)
+    assert torch.equal(y.samples, torch.stack(by_hand))
+    assert not y.mean.requires_grad
+    # And nothing of it is left.
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    (site,) = model.first.sites
+    assert (site.root, site.step, site.calls) == ((0, 5), 3, 0)
+    assert not model.second._forward_pre_hooks
+
+
+def test_an_error_leaves_nothing_behind_either():
+    model = keyed.convert(Block())
+    with pytest.raises(RuntimeError):
+        mc(model, torch.ones(6, 7))
+    assert all(module.training for module in model.modules())
+    assert not model.second._forward_pre_hooks
+    assert model.first.sites[0].root is None
+
+
+KINDS = {
+    "attention": lambda: nn.MultiheadAttention(8, 2, 0.5),
+    "recurrent": lambda: nn.LSTM(8, 4, 2, dropout=0.5),
+    "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True),
+    "alpha": lambda: nn.AlphaDropout(0.5),
+    "channels": lambda: nn.Dropout1d(0.5),
+    "ours": lambda: regtorch.nn.AlphaDropout(0.5),
+    "ours, around another": lambda: regtorch.nn.DropConnect(nn.Linear(8, 8), 0.5),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_that_drops_does_so(kind):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = KINDS[kind](), nn.BatchNorm1d(6)
+
+        def forward(self, x):
+            x = self.norm(x[None])
+            x = self.layer(x, x, x) if kind == "attention" else self.layer(x)
+            return x[0] if isinstance(x, tuple) else x
+
+    # As a whole model and, under the context, as part of a function.
+    model = keyed.convert(Model()).eval()
+    assert mc(model, X).std.any()
+    with regtorch.dropout_only(model):
+        assert not model.norm.training
+
+        def predict(x, *, key):
+            keyed.set_key(model, key, 0)
+            return model(x)
+
+        if not kind.startswith("ours"):
+            assert torch.equal(mc(predict, X).std, mc(model, X).std)
+
+
+def test_the_encoder_layer_would_pass_by_its_dropouts():
+    """The test of the test above: in evaluation the layer is one kernel, without them."""
+    layer = keyed.convert(KINDS["encoder"]()).eval()
+    for module in layer.modules():
+        module.training = isinstance(module, keyed.Keyed)
+
+    def predict(x, *, key):
+        keyed.set_key(layer, key, 0)
+        return layer(x[None])
+
+    with pytest.warns(UserWarning, match="all passes returned the same"):
+        mc(predict, X)
+
+
+def test_an_encoder_with_padding_drops():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True)
+    model = keyed.convert(nn.TransformerEncoder(layer, 2))
+    padding = torch.tensor([[False] * 4 + [True] * 2])
+    y = mc(lambda x, *, key: encode(model, x, padding, key), X[None])
+    assert y.std[0, :4].all()
+
+
+def encode(model, x, padding, key):
+    with regtorch.dropout_only(model):
+        keyed.set_key(model, key, 0)
+        return model(x, src_key_padding_mask=padding)
+
+
+def unconverted():
+    return nn.Sequential(nn.Linear(8, 4), nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize(
+    ("predict", "message"),
+    [
+        (unconverted(), r"module '1' \(Dropout\) is not converted"),
+        (nn.Linear(8, 4), "a model without a layer that drops"),
+        (keyed.convert(nn.Sequential(nn.Dropout(0.5, inplace=True))), "writes into its inputs"),
+    ],
+)
+def test_a_model_that_cannot_be_right_is_refused(predict, message):
+    with pytest.raises(ValueError, match=message):
+        mc(predict, X.clone())
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_equal_passes_are_said_once_they_are_all_there(rate):
+    model = keyed.convert(nn.Sequential(nn.Linear(8, 4), nn.Dropout(rate)))
+    if rate:
+        assert mc(model, X).std.any()
+        return
+    with pytest.warns(UserWarning, match="all passes returned the same"):
+        assert not mc(model, X).std.any()
+    mc(model, X, samples=1)  # one pass equals nothing
+
+
+def test_in_inference_mode():
+    model = keyed.convert(unconverted())
+    with torch.inference_mode():
+        assert torch.equal(mc(model, X * 1).mean, mc(model, X * 1).mean)
+    assert torch.equal(mc(model, X).mean, mc(model, X).mean)

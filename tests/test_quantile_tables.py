@@ -1,0 +1,21 @@
+"""The numbers from which `normal` computes are those that `benchmarks.quantile` makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import quantile
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def source() -> str:
+    return quantile.source()
+
+
+@pytest.mark.parametrize("wing", ["regjax", "regtorch"])
+def test_the_tables_are_made_again(source, wing):
+    assert (ROOT / wing / "_quantile_tables.py").read_text() == source
