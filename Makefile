@@ -11,7 +11,7 @@ ARGS ?=
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all parity exactness bench bench-optimizers bench-models lint format lock clean
+.PHONY: help demo figures test test-all parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -39,6 +39,9 @@ bench: $(READY_DEV)  ## Race dropout against the libraries' own: tables, times, 
 	$(RUN) -m benchmarks.overhead $(ARGS)
 	$(RUN) -m benchmarks.transformer_step $(ARGS)
 	$(RUN) -m benchmarks.torch_speed $(ARGS)
+
+bench-attention: $(READY_DEV)  ## What dropout costs in attention, in time and memory (ARGS="--quick" to try)
+	$(RUN) -m benchmarks.attention $(ARGS)
 
 bench-optimizers: $(READY_DEV)  ## What each optimizer costs beside optax's, at 100 M parameters (ARGS="--quick" to try)
 	$(RUN) -m benchmarks.optimizers $(ARGS)

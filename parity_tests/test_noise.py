@@ -120,7 +120,7 @@ def test_corners(wing: Wing, name):
     assert function(x, 0) is x
     assert function(x, 0.5, deterministic=True) is x
     assert function(wing.array(np.zeros((0, 3), np.float32)), 0.5, key=wing.key(0)).shape == (0, 3)
-    assert function(wing.array(np.float32(1)), 0.5, key=wing.key(0)).shape == ()
+    assert function(wing.array(np.array(1, np.float32)), 0.5, key=wing.key(0)).shape == ()
     with pytest.raises(ValueError, match="key is missing"):
         function(x, 0.5)
     with pytest.raises(TypeError, match="x must be floating"):
@@ -188,7 +188,7 @@ def test_no_gradient_flows_to_a_changing_amount(wing: Wing, name):
     if wing is JAX:
         assert jax.grad(loss)(0.3) == 0
     else:
-        assert not loss(wing.array(np.float32(0.3)).requires_grad_()).requires_grad
+        assert not loss(wing.array(np.array(0.3, np.float32)).requires_grad_()).requires_grad
 
 
 # Mean and standard deviation of outputs at x = 2, in standard deviations of those figures.
@@ -224,7 +224,8 @@ def test_mean_and_deviation_are_those_of_keras():
     )
     theirs = json.loads(result.stdout.splitlines()[-1])
     for name, amount in amounts:
-        found = [figures(name, amount, *theirs[f"{name} {amount}"], size)]
+        mean, std = theirs[f"{name} {amount}"]
+        found = [figures(name, amount, mean, std, size)]
         for wing in WINGS:
             x = wing.array(np.full((512, 1024), 2, np.float32))
             y = wing.numpy(getattr(wing.library, name)(x, amount, key=wing.key(0)))

@@ -24,7 +24,7 @@ from regjax._dropout import (
     real_dtype,
     require_key,
 )
-from regjax._keys import key_words
+from regjax._keys import consume, key_words
 from regjax._masks import bernoulli, bernoulli_at, check_probability
 from regjax._observe import observer
 from regjax._threefry import slice_index
@@ -322,7 +322,9 @@ def _attend(
 @_attend.defjvp
 def _attend_jvp(blocks: _Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]:
     result, log_total = _attend(blocks, *primals)
-    *dots, _, _ = tangents
+    dot_query, *dots, _, _ = tangents
+    # Wide, and cast inside a block: so the blocks' shares of a query's gradient add up in float32.
+    dots = (dot_query.astype(result.dtype), *dots)
 
     # Made again in the backward pass, block by block, and never stored.
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -339,6 +341,7 @@ def _attend_jvp(blocks: _Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]
             return _mixed(dropped, part(value, -3), blocks.scores.precision)
 
         dot_query, dot_key, dot_value, dot_bias = dots
+        dot_query = dot_query.astype(query.dtype)
         scores, dot_scores = jax.jvp(scores_of, (query, key, bias), (dot_query, dot_key, dot_bias))
         weights = jnp.exp(scores - log_total[..., None])
         changes = weights * dot_scores
@@ -351,6 +354,10 @@ def _attend_jvp(blocks: _Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]
     (dot_result, dot_log_total), _ = lax.scan(step, zeros, blocks.firsts())
     dot_result -= result * _per_query(dot_log_total)
     return (result, log_total), (dot_result, dot_log_total)
+
+
+# Outside of any jit each call would make another scan, and compile it.
+_attend_in_one = jax.jit(_attend, static_argnums=0)
 
 
 def _blockwise(
@@ -369,9 +376,11 @@ def _blockwise(
     draw, scale = None, wide(1)
     if dropout_rng is not None:
         keep_prob = _keep_prob(rate, query.dtype)
+        consume(dropout_rng)
         draw = jnp.stack(key_words(dropout_rng)), jnp.asarray(keep_prob, np.float32)
         scale = inverse(keep_prob, query.dtype)
-    result, _ = _attend(blocks, query, pad(key, -3), pad(value, -3), pad(bias), pad(mask), draw)
+    arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
+    result, _ = _attend_in_one(blocks, *arrays, draw)
     result = result * scale
     if isinstance(rate, jax.Array):
         result = jnp.where((rate >= 0) & (rate <= 1), result, jnp.nan)

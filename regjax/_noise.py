@@ -1,4 +1,7 @@
-"""Gaussian noise: multiplied with the activations, or added to them."""
+"""Gaussian noise: multiplied with the activations, or added to them.
+
+`observing` tells of masks. Here there is none, and it tells nothing.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from regjax._exact import rounded
 from regjax._masks import check_probability
@@ -41,6 +42,7 @@ def constant_rate(rate: float) -> Schedule:
         >>> regjax.constant_rate(0.5)(7)
         Array(0.5, dtype=float32)
     """
+    rate = float(check_probability("rate", rate))
     return _between(rate, rate, 1, lambda progress: progress)
 
 
@@ -191,14 +193,14 @@ def _half_wave(progress: Float[Array, ""]) -> Float[Array, ""]:
 
 def _count(step: ArrayLike, steps: int) -> Float[Array, ""]:
     """The step as a float32: exact below 2**24, and beyond to seven digits."""
-    if isinstance(step, int) and not isinstance(step, bool):
-        step = np.int32(min(max(step, 0), steps))
-    step = jnp.asarray(step)
-    if not jnp.issubdtype(step.dtype, jnp.integer):
+    number = step if isinstance(step, Tracer) else np.asarray(step)
+    if not jnp.issubdtype(number.dtype, jnp.integer):
         raise TypeError(f"step must be an integer; got {step!r}.")
-    if step.ndim:
-        raise ValueError(f"step must be a scalar; got shape {step.shape}. Map with jax.vmap.")
-    return step.astype(jnp.float32)
+    if number.ndim:
+        raise ValueError(f"step must be a scalar; got shape {number.shape}. Map with jax.vmap.")
+    if not isinstance(number, Tracer):
+        number = jnp.int32(min(max(int(number), 0), steps))
+    return number.astype(jnp.float32)
 
 
 def _check_count(name: str, count: int) -> int:

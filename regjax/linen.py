@@ -33,7 +33,7 @@ compilation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen
@@ -41,17 +41,19 @@ from jax.core import Tracer
 
 from regjax._alpha import alpha_dropout, feature_alpha_dropout
 from regjax._blocks import drop_block
+from regjax._depth import drop_path
 from regjax._dropout import check_flag, dropout
 from regjax._embedding import embedding_dropout
 from regjax._features import feature_dropout
 from regjax._masks import Sampler, bernoulli, check_probability
+from regjax._noise import check_noise_rate, check_stddev, gaussian_dropout, gaussian_noise
 from regjax._recurrent import variational_dropout
 from regjax._weights import drop_connect
 from regjax.layers import as_flax_draws, wrapped_dims
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Inexact, Integer
+    from jaxtyping import Array, Float, Inexact, Integer
 
     from regjax._keys import KeyLike
     from regjax._verdicts import Rule
@@ -103,7 +105,7 @@ class RateLayer(Layer):
 
     def __post_init__(self) -> None:
         """Refuses a rate out of range."""
-        check_probability("rate", self.rate)
+        self._rate(None)
         super().__post_init__()
 
     @linen.compact  # as Linen's own: outside of a model it is refused
@@ -252,6 +254,43 @@ class FeatureAlphaDropout(RateLayer, kw_only=True):
         return feature_alpha_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
 
 
+class DropPath(RateLayer, kw_only=True):
+    """Zeroes what a row adds on its way, or keeps all of it: `regjax.drop_path`.
+
+    Attributes:
+        rate: the probability that a path is zeroed, in [0, 1].
+        mode: "row" decides for each row, "batch" once for all.
+        scale_by_keep: whether a path that is kept is divided by `1 - rate`.
+        sampler: what draws the decisions.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from regjax.linen import DropPath
+        >>> layer = DropPath(0.5, deterministic=False)
+        >>> layer.apply({}, jnp.ones((4, 2)), rngs={"dropout": jax.random.key(0)})
+        Array([[0., 0.],
+               [2., 2.],
+               [2., 2.],
+               [0., 0.]], dtype=float32)
+    """
+
+    mode: Literal["row", "batch"] = "row"
+    scale_by_keep: bool = True
+    sampler: Sampler = bernoulli
+
+    @linen.nowrap
+    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+        """`regjax.drop_path`."""
+        return drop_path(
+            x,
+            rate,
+            mode=self.mode,
+            scale_by_keep=self.scale_by_keep,
+            sampler=self.sampler,
+            **how,
+        )
+
+
 class DropBlock(RateLayer, kw_only=True):
     """Dropout of blocks of feature maps: `regjax.drop_block`.
 
@@ -277,48 +316,6 @@ class DropBlock(RateLayer, kw_only=True):
             share_channels=self.share_channels,
             **how,
         )
-
-
-class EmbeddingDropout(RateLayer):
-    """Dropout of words, wherever they occur in the batch: `regjax.embedding_dropout`.
-
-    Attributes:
-        rate: the probability that a word is zeroed, in [0, 1].
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import linen as nn
-        >>> from regjax.linen import EmbeddingDropout
-        >>> class Words(nn.Module):
-        ...     @nn.compact
-        ...     def __call__(self, ids, train):
-        ...         x = nn.Embed(100, 2)(ids)
-        ...         return EmbeddingDropout(0.5, deterministic=not train)(x, ids)
-        >>> ids = jnp.array([5, 6, 5])
-        >>> rngs = {"params": jax.random.key(0), "dropout": jax.random.key(5)}
-        >>> Words().init_with_output(rngs, ids, train=True)[0] != 0
-        Array([[False, False],
-               [ True,  True],
-               [False, False]], dtype=bool)
-    """
-
-    @linen.compact
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
-        self,
-        inputs: Inexact[ArrayLike, "*ids features"],
-        ids: Integer[ArrayLike, "*ids"],
-        deterministic: ArrayLike | None = None,
-        rng: KeyLike | None = None,
-        *,
-        rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*ids features"]:
-        """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
-        return self._call((inputs, ids), self._rate(rate), deterministic, rng)
-
-    @linen.nowrap
-    def drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.embedding_dropout`."""
-        return embedding_dropout(x, ids, rate, **how)
 
 
 class VariationalDropout(RateLayer, kw_only=True):
@@ -371,3 +368,98 @@ class DropConnect(RateLayer, kw_only=True):
     def drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_connect`."""
         return drop_connect(weights, rate, rule=self.rule, sampler=self.sampler, **how)
+
+
+class EmbeddingDropout(RateLayer):
+    """Dropout of words, wherever they occur in the batch: `regjax.embedding_dropout`.
+
+    Attributes:
+        rate: the probability that a word is zeroed, in [0, 1].
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> from regjax.linen import EmbeddingDropout
+        >>> class Words(nn.Module):
+        ...     @nn.compact
+        ...     def __call__(self, ids, train):
+        ...         x = nn.Embed(100, 2)(ids)
+        ...         return EmbeddingDropout(0.5, deterministic=not train)(x, ids)
+        >>> ids = jnp.array([5, 6, 5])
+        >>> rngs = {"params": jax.random.key(0), "dropout": jax.random.key(5)}
+        >>> Words().init_with_output(rngs, ids, train=True)[0] != 0
+        Array([[False, False],
+               [ True,  True],
+               [False, False]], dtype=bool)
+    """
+
+    @linen.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
+        self,
+        inputs: Inexact[ArrayLike, "*ids features"],
+        ids: Integer[ArrayLike, "*ids"],
+        deterministic: ArrayLike | None = None,
+        rng: KeyLike | None = None,
+        *,
+        rate: ArrayLike | None = None,
+    ) -> Inexact[Array, "*ids features"]:
+        """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
+        return self._call((inputs, ids), self._rate(rate), deterministic, rng)
+
+    @linen.nowrap
+    def drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
+        """`regjax.embedding_dropout`."""
+        return embedding_dropout(x, ids, rate, **how)
+
+
+class GaussianDropout(RateLayer):
+    """Multiplies each element by a normal number of mean 1: `regjax.gaussian_dropout`.
+
+    Attributes:
+        rate: what the variance `rate / (1 - rate)` is made of, in [0, 1).
+    """
+
+    def __post_init__(self) -> None:
+        """Refuses a rate out of range."""
+        check_noise_rate(self._rate(None))
+        super().__post_init__()
+
+    @linen.nowrap
+    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+        """`regjax.gaussian_dropout`."""
+        return gaussian_dropout(x, rate, **how)
+
+
+class GaussianNoise(Layer):
+    """Adds a normal number to each element: `regjax.gaussian_noise`.
+
+    Attributes:
+        stddev: the standard deviation.
+    """
+
+    stddev: float
+
+    certain: ClassVar[tuple[float, ...]] = (0,)
+
+    def __post_init__(self) -> None:
+        """Refuses a negative standard deviation."""
+        check_stddev(self.stddev)
+        super().__post_init__()
+
+    @linen.compact
+    def __call__(
+        self,
+        inputs: Float[ArrayLike, "*shape"],
+        deterministic: ArrayLike | None = None,
+        rng: KeyLike | None = None,
+        *,
+        stddev: ArrayLike | None = None,
+    ) -> Float[Array, "*shape"]:
+        """Adds noise in training, and returns `inputs` itself in evaluation."""
+        stddev = check_stddev(self.stddev if stddev is None else stddev)
+        return self._call((inputs,), stddev, deterministic, rng)
+
+    @linen.nowrap
+    def drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
+        """`regjax.gaussian_noise`."""
+        return gaussian_noise(x, stddev, **how)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,17 +40,19 @@ from jax.core import Tracer
 
 from regjax._alpha import alpha_dropout, feature_alpha_dropout
 from regjax._blocks import drop_block
+from regjax._depth import drop_path
 from regjax._dropout import check_flag, dropout
 from regjax._embedding import embedding_dropout
 from regjax._features import feature_dropout
 from regjax._masks import Sampler, bernoulli, check_probability
+from regjax._noise import check_noise_rate, check_stddev, gaussian_dropout, gaussian_noise
 from regjax._recurrent import variational_dropout
 from regjax._weights import drop_connect
 from regjax.layers import as_flax_draws, wrapped_dims
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Inexact, Integer
+    from jaxtyping import Array, Float, Inexact, Integer
 
     from regjax._keys import KeyLike
     from regjax._verdicts import Rule
@@ -83,6 +85,15 @@ class Layer(nnx.Module):
             self.rngs = self.rngs.fork()
         elif self.rngs is not None:
             raise TypeError(f"rngs must be an Rngs, an RngStream or None; got {self.rngs!r}.")
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: True in evaluation.
+        """  # indented as `nnx.view_info` reads it
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
         """The function behind the layer; `how` holds `key` and `deterministic`."""
@@ -166,16 +177,13 @@ class RateLayer(Layer):
         Args:
           deterministic: True in evaluation.
           rate: the probability that something is dropped, in [0, 1].
-        """  # indented as `nnx.view_info` reads it
-        if deterministic is not None:
-            self.deterministic = deterministic
+        """
+        super().set_view(deterministic)
         if rate is not None:
-            self.rate = nnx.data(rate) if isinstance(rate, jax.Array) else rate
+            self.rate = _settable(rate)
 
     def _rate(self, rate: ArrayLike | None) -> ArrayLike:
-        chosen = self.rate if rate is None else rate
-        chosen = chosen.get_value() if isinstance(chosen, nnx.Variable) else chosen
-        return check_probability("rate", chosen)
+        return check_probability("rate", _number(self.rate if rate is None else rate))
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -303,6 +311,43 @@ class FeatureAlphaDropout(RateLayer):
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class DropPath(RateLayer):
+    """Zeroes what a row adds on its way, or keeps all of it: `regjax.drop_path`.
+
+    Attributes:
+        rate: the probability that a path is zeroed, in [0, 1].
+        mode: "row" decides for each row, "batch" once for all.
+        scale_by_keep: whether a path that is kept is divided by `1 - rate`.
+        sampler: what draws the decisions.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from regjax.nnx import DropPath
+        >>> DropPath(0.5, rngs=nnx.Rngs(0))(jnp.ones((4, 2)))
+        Array([[2., 2.],
+               [0., 0.],
+               [2., 2.],
+               [0., 0.]], dtype=float32)
+    """
+
+    mode: Literal["row", "batch"] = "row"
+    scale_by_keep: bool = True
+    sampler: Sampler = bernoulli
+
+    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+        """`regjax.drop_path`."""
+        return drop_path(
+            x,
+            rate,
+            mode=self.mode,
+            scale_by_keep=self.scale_by_keep,
+            sampler=self.sampler,
+            **how,
+        )
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class DropBlock(RateLayer):
     """Dropout of blocks of feature maps: `regjax.drop_block`.
 
@@ -327,42 +372,6 @@ class DropBlock(RateLayer):
             share_channels=self.share_channels,
             **how,
         )
-
-
-@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
-class EmbeddingDropout(RateLayer):
-    """Dropout of words, wherever they occur in the batch: `regjax.embedding_dropout`.
-
-    Attributes:
-        rate: the probability that a word is zeroed, in [0, 1].
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from regjax.nnx import EmbeddingDropout
-        >>> rngs, ids = nnx.Rngs(2), jnp.array([5, 6, 5])
-        >>> embed, dropout = nnx.Embed(100, 2, rngs=rngs), EmbeddingDropout(0.5, rngs=rngs)
-        >>> dropout(embed(ids), ids) != 0
-        Array([[False, False],
-               [ True,  True],
-               [False, False]], dtype=bool)
-    """
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
-        self,
-        inputs: Inexact[ArrayLike, "*ids features"],
-        ids: Integer[ArrayLike, "*ids"],
-        *,
-        deterministic: ArrayLike | None = None,
-        rngs: Source | None = None,
-        rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*ids features"]:
-        """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
-        return self._call((inputs, ids), self._rate(rate), deterministic, rngs)
-
-    def drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.embedding_dropout`."""
-        return embedding_dropout(x, ids, rate, **how)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -411,3 +420,111 @@ class DropConnect(RateLayer):
     def drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_connect`."""
         return drop_connect(weights, rate, rule=self.rule, sampler=self.sampler, **how)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class EmbeddingDropout(RateLayer):
+    """Dropout of words, wherever they occur in the batch: `regjax.embedding_dropout`.
+
+    Attributes:
+        rate: the probability that a word is zeroed, in [0, 1].
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from regjax.nnx import EmbeddingDropout
+        >>> rngs, ids = nnx.Rngs(2), jnp.array([5, 6, 5])
+        >>> embed, dropout = nnx.Embed(100, 2, rngs=rngs), EmbeddingDropout(0.5, rngs=rngs)
+        >>> dropout(embed(ids), ids) != 0
+        Array([[False, False],
+               [ True,  True],
+               [False, False]], dtype=bool)
+    """
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
+        self,
+        inputs: Inexact[ArrayLike, "*ids features"],
+        ids: Integer[ArrayLike, "*ids"],
+        *,
+        deterministic: ArrayLike | None = None,
+        rngs: Source | None = None,
+        rate: ArrayLike | None = None,
+    ) -> Inexact[Array, "*ids features"]:
+        """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
+        return self._call((inputs, ids), self._rate(rate), deterministic, rngs)
+
+    def drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
+        """`regjax.embedding_dropout`."""
+        return embedding_dropout(x, ids, rate, **how)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class GaussianDropout(RateLayer):
+    """Multiplies each element by a normal number of mean 1: `regjax.gaussian_dropout`.
+
+    Attributes:
+        rate: what the variance `rate / (1 - rate)` is made of, in [0, 1).
+    """
+
+    def __post_init__(self) -> None:
+        """Refuses a rate out of range."""
+        check_noise_rate(self._rate(None))
+        super().__post_init__()
+
+    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+        """`regjax.gaussian_dropout`."""
+        return gaussian_dropout(x, rate, **how)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class GaussianNoise(Layer):
+    """Adds a normal number to each element: `regjax.gaussian_noise`.
+
+    Attributes:
+        stddev: the standard deviation; a number, or an `nnx.Variable` that holds one.
+    """
+
+    stddev: ArrayLike | nnx.Variable[Any] = dataclasses.field(kw_only=False)
+
+    certain: ClassVar[tuple[float, ...]] = (0,)
+
+    def __post_init__(self) -> None:
+        """Refuses a negative standard deviation."""
+        check_stddev(_number(self.stddev))
+        super().__post_init__()
+
+    def __call__(
+        self,
+        inputs: Float[ArrayLike, "*shape"],
+        *,
+        deterministic: ArrayLike | None = None,
+        rngs: Source | None = None,
+        stddev: ArrayLike | None = None,
+    ) -> Float[Array, "*shape"]:
+        """Adds noise in training, and returns `inputs` itself in evaluation."""
+        stddev = check_stddev(_number(self.stddev if stddev is None else stddev))
+        return self._call((inputs,), stddev, deterministic, rngs)
+
+    def set_view(self, deterministic: bool | None = None, stddev: ArrayLike | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          deterministic: True in evaluation.
+          stddev: the standard deviation.
+        """
+        super().set_view(deterministic)
+        if stddev is not None:
+            self.stddev = _settable(stddev)
+
+    def drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
+        """`regjax.gaussian_noise`."""
+        return gaussian_noise(x, stddev, **how)
+
+
+def _number(amount: ArrayLike | nnx.Variable[Any]) -> ArrayLike:
+    return amount.get_value() if isinstance(amount, nnx.Variable) else amount
+
+
+def _settable(amount: ArrayLike) -> Any:
+    # What was a number at construction may become an array only if it is declared.
+    return nnx.data(amount) if isinstance(amount, jax.Array) else amount

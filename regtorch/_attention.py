@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from regtorch._dropout import (
     _keep_prob,
@@ -51,8 +50,8 @@ def dot_product_attention(
     With `block_size` the weights never exist as a whole: they are made `block_size` keys at a time,
     forward and backward, and the memory grows with the length and not with its square. The mask of
     a block is made from the places of its elements in the whole, so that **the two forms drop the
-    same elements, bit for bit**, whatever the size of a block. In blocks it has derivatives of the
-    first order, in reverse mode; for others, leave `block_size` out.
+    same elements, bit for bit**, whatever the size of a block. In blocks it has derivatives of
+    every order, in reverse mode; for forward mode, leave `block_size` out.
 
     Args:
         query: of shape (..., queries, heads, depth), with any number of batch dimensions.
@@ -148,11 +147,8 @@ class _Scores:
         self, query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, first: int = 0
     ) -> Tensor:
         """Of the keys from `first` on, of shape (..., heads, queries, keys)."""
-        heads, kv_heads = query.shape[-2], key.shape[-2]
         wide = real_dtype(query.dtype)
-        grouped = query.to(wide).unflatten(-2, (kv_heads, heads // kv_heads))
-        scores = torch.einsum("...qhgd,...khd->...hgqk", grouped, key.to(wide)).flatten(-4, -3)
-        scores = scores * self.scale
+        scores = _products(query.to(wide), key.to(wide)) * self.scale
         if bias is not None:
             scores = scores + bias.to(wide)
         if mask is not None:
@@ -176,10 +172,29 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x == -math.inf, 0.0, x)
 
 
+# The three products of attention, each of which is the derivative of the two others. A key's head
+# serves a group of the query's.
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Of each query with each key: (..., heads, queries, keys)."""
+    return torch.einsum("...qhgd,...khd->...hgqk", _grouped(query, key, -2), key).flatten(-4, -3)
+
+
 def _mixed(weights: Tensor, value: Tensor) -> Tensor:
-    heads, kv_heads = weights.shape[-3], value.shape[-2]
-    grouped = weights.unflatten(-3, (kv_heads, heads // kv_heads))
+    """For each query the weighted sum of the values: (..., queries, heads, features)."""
+    grouped = _grouped(weights, value, -3)
     return torch.einsum("...hgqk,...khd->...qhgd", grouped, value).flatten(-3, -2)
+
+
+def _gathered(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """For each key the weighted sum of the queries: (..., keys, kv_heads, depth)."""
+    grouped = _grouped(weights, key, -3), _grouped(query, key, -2)
+    return torch.einsum("...hgqk,...qhgd->...khd", *grouped)
+
+
+def _grouped(x: Tensor, key: Tensor, dim: int) -> Tensor:
+    """With the heads of `x` by the head of the key that serves them."""
+    kv_heads = key.shape[-2]
+    return x.unflatten(dim, (kv_heads, x.shape[dim] // kv_heads))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,28 +223,27 @@ class _Blocks:
         rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
         return (*rows, queries, self.keys)
 
-    def dropped(
-        self, weights: Tensor, query: Tensor, key: Tensor | None, keep_prob: Any, first: int
-    ) -> Tensor:
-        """The weights of a block with zeros where the mask has them, not yet scaled."""
-        if key is None:
-            return weights
+    def keep(
+        self, query: Tensor, words: Tensor | None, keep_prob: Any, first: int, size: int
+    ) -> Tensor | None:
+        """The part of the whole mask that belongs to a block; None without dropout."""
+        if words is None:
+            return None
         rows = self.shape(query)[:-1]
         row = torch.arange(math.prod(rows), device=query.device).reshape(*rows, 1)
-        along = torch.arange(first, first + weights.shape[-1], device=query.device)
-        return torch.where(bernoulli_at(key, keep_prob, row * self.keys + along), weights, 0.0)
+        along = torch.arange(first, first + size, device=query.device)
+        return bernoulli_at(words, keep_prob, row * self.keys + along)
 
 
 class _Attend(torch.autograd.Function):
-    """The result, not scaled for dropout, in float32 or wider.
+    """The result, not scaled for dropout, and the logarithm of each row's sum; float32 or wider.
 
-    For the backward pass the largest score and the sum of each row are kept as one number, its
-    logarithm; the weights of a block and their mask are made again.
+    Nothing else is kept for the backward pass: the weights of a block and their mask are made
+    again. It is made of plain operations, so that it can be differentiated in turn.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
         blocks: _Blocks,
         keep_prob: float | Tensor,
         query: Tensor,
@@ -238,58 +252,61 @@ class _Attend(torch.autograd.Function):
         bias: Tensor | None,
         mask: Tensor | None,
         words: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         wide = real_dtype(query.dtype)
         rows = (*query.shape[:-3], query.shape[-2], query.shape[-3])
         top = query.new_full(rows, -math.inf, dtype=wide)
         total = query.new_zeros(rows, dtype=wide)
         result = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=wide)
         for first, size in blocks:
-            _, *rest = _parts((query, key, value, bias), first, size)
-            part_of_key, part_of_value, part_of_bias = rest
-            seen = _part(mask, -1, first, size)
-            scores = blocks.scores(query, part_of_key, part_of_bias, seen, first)
+            part_of_key, part_of_value, *rest = _parts(key, value, bias, mask, first, size)
+            scores = blocks.scores(query, part_of_key, *rest, first)
             new_top = torch.maximum(top, scores.amax(-1))
             shrink = torch.exp(top - _finite(new_top))
             powers = torch.exp(scores - _finite(new_top)[..., None])
-            dropped = blocks.dropped(powers, query, words, keep_prob, first).to(value.dtype)
-            mixed = _mixed(dropped, part_of_value)
             top, total = new_top, total * shrink + powers.sum(-1)
-            result = result * _per_query(shrink) + mixed
+            kept = _selected(blocks.keep(query, words, keep_prob, first, size), powers)
+            result = result * _per_query(shrink) + _mixed(kept.to(value.dtype), part_of_value)
         saw = total > 0
         total = torch.where(saw, total, 1.0)
-        result = result / _per_query(total)
         log_total = torch.where(saw, _finite(top) + torch.log(total), 0.0)
-        ctx.blocks, ctx.keep_prob = blocks, keep_prob
-        ctx.save_for_backward(query, key, value, bias, mask, words, result, log_total)
-        return result
+        return result / _per_query(total), log_total
 
     @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # as it is decorated
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        *inputs, mask, words, result, log_total = ctx.saved_tensors
-        (cotangent,) = grad_outputs
-        # What the sum of a row takes from each of its weights.
-        toll = -(cotangent * result).sum(-1).transpose(-1, -2)[..., None]
-        gradients = [None if x is None else torch.zeros_like(x) for x in inputs]
-        for first, size in ctx.blocks:
-            leaves = [_leaf(x) for x in _parts(inputs, first, size)]
-            query, key, value, bias = leaves
-            with torch.enable_grad():
-                seen = _part(mask, -1, first, size)
-                scores = ctx.blocks.scores(query, key, bias, seen, first)
-                weights = torch.exp(scores - log_total[..., None])
-                dropped = ctx.blocks.dropped(weights, query, words, ctx.keep_prob, first)
-                mixed = _mixed(dropped.to(value.dtype), value)
-            along = (cotangent.to(mixed.dtype), toll.expand_as(weights))
-            wanted = [x for x in leaves if x is not None]
-            found = iter(torch.autograd.grad((mixed, weights), wanted, along))
-            for total in _parts(gradients, first, size):
-                if total is not None:
-                    total += next(found)
-        return None, None, *gradients, None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.blocks, ctx.keep_prob, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, mask, words, result, log_total = ctx.saved_tensors
+        blocks, wide = ctx.blocks, result.dtype
+        of_result, of_log_total = grad_outputs
+        # What a row's sum gives back to each of its weights.
+        shared = of_log_total - (of_result * result).sum(-1).transpose(-1, -2)
+        # Wide: every block has a share in the gradient of every query.
+        of_query = torch.zeros_like(query, dtype=wide)
+        others = [
+            torch.zeros_like(x) if wanted else None
+            for x, wanted in zip((key, value, bias), ctx.needs_input_grad[3:6], strict=True)
+        ]
+        for first, size in blocks:
+            part_of_key, part_of_value, *rest = _parts(key, value, bias, mask, first, size)
+            scores = blocks.scores(query, part_of_key, *rest, first)
+            weights = torch.exp(scores - log_total[..., None])
+            keep = blocks.keep(query, words, ctx.keep_prob, first, size)
+            of_weights = _selected(keep, _products(of_result, part_of_value.to(wide)))
+            of_scores = weights * (of_weights + shared[..., None])
+            of_products = of_scores * blocks.scores.scale
+            of_query = of_query + _mixed(of_products, part_of_key.to(wide))
+            of_key, of_value, of_bias, _ = _parts(*others, None, first, size)
+            if of_key is not None:
+                of_key += _gathered(of_products, query.to(wide), part_of_key)
+            if of_value is not None:
+                of_value += _gathered(_selected(keep, weights), of_result, part_of_value)
+            if of_bias is not None:
+                of_bias += of_scores.sum_to_size(of_bias.shape)
+        return None, None, of_query.to(query.dtype), *others, None, None
 
 
 def _blockwise(
@@ -305,7 +322,7 @@ def _blockwise(
     wide = real_dtype(query.dtype)
     rate = rate.detach() if isinstance(rate, Tensor) else rate
     keep_prob = _keep_prob(rate, wide)
-    result = _Attend.apply(blocks, keep_prob, query, key, value, bias, mask, dropout_rng)
+    result, _ = _Attend.apply(blocks, keep_prob, query, key, value, bias, mask, dropout_rng)
     if dropout_rng is not None:
         result = result * inverse(keep_prob, wide)
     if isinstance(rate, Tensor):
@@ -313,20 +330,17 @@ def _blockwise(
     return result.to(value.dtype)
 
 
-def _parts(inputs: Sequence[Any], first: int, size: int) -> tuple[Any, Any, Any, Any]:
-    """What belongs to a block of keys, as views: all of the query, and parts of the others."""
-    query, key, value, bias = inputs
-    key, value = (_part(x, -3, first, size) for x in (key, value))
-    return query, key, value, _part(bias, -1, first, size)
+def _parts(key: Any, value: Any, bias: Any, mask: Any, first: int, size: int) -> list[Any]:
+    """What belongs to a block of keys, as views; all of it where it is one for all keys."""
+    dims = (-3, -3, -1, -1)
+    return [
+        x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
+        for x, dim in zip((key, value, bias, mask), dims, strict=True)
+    ]
 
 
-def _part(x: Any, dim: int, first: int, size: int) -> Any:
-    """The part of a tensor that belongs to a block of keys; all of it where it is one for all."""
-    return x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
-
-
-def _leaf(x: Any) -> Any:
-    return None if x is None else x.detach().requires_grad_()
+def _selected(keep: Tensor | None, weights: Tensor) -> Tensor:
+    return weights if keep is None else torch.where(keep, weights, 0.0)
 
 
 def _per_query(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Callable
 from typing import Literal, TypeAlias
@@ -15,6 +16,7 @@ from regtorch._masks import check_probability
 
 Schedule: TypeAlias = Callable[[int | Tensor], Tensor]
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Of sin(pi z) / 2 = z * polynomial in z**2: for |z| up to 1/2, what follows is below 1e-11.
 _SINE = [(-1) ** k * math.pi ** (2 * k + 1) / math.factorial(2 * k + 1) / 2 for k in range(8)]
 
@@ -37,6 +39,7 @@ def constant_rate(rate: float) -> Schedule:
         >>> regtorch.constant_rate(0.5)(7)
         tensor(0.5000)
     """
+    rate = float(check_probability("rate", rate))
     return _between(rate, rate, 1, lambda progress: progress)
 
 
@@ -180,11 +183,9 @@ def _half_wave(progress: Tensor) -> Tensor:
 
 def _count(step: int | Tensor, steps: int) -> Tensor:
     """The step as a float32: exact below 2**24, and beyond to seven digits."""
-    if not isinstance(step, Tensor):
-        if isinstance(step, bool):
-            raise TypeError(f"step must be an integer; got {step!r}.")
-        step = torch.tensor(min(max(operator.index(step), 0), steps))
-    if step.is_floating_point() or step.is_complex() or step.dtype == torch.bool:
+    if isinstance(step, numbers.Integral) and not isinstance(step, bool):
+        step = torch.tensor(min(max(int(step), 0), steps))
+    if not isinstance(step, Tensor) or step.dtype not in _INTEGERS:
         raise TypeError(f"step must be an integer; got {step!r}.")
     if step.ndim:
         raise ValueError(

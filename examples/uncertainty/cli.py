@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,7 @@ from examples.overfit.cli import INTERRUPTED, prepare_folder, require
 from examples.uncertainty.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
@@ -67,8 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         parser.add_argument(
             f"--{name}",
-            type=int,
-            choices=range(low, high + 1),
+            type=_integer(low, high),
             metavar="N",
             default=getattr(Settings, name.replace("-", "_")),
             help=f"{text}, {low} to {high} (default: %(default)s)",
@@ -90,10 +90,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(
+                f"must be an integer from {low} to {high}; got {text!r}"
+            )
+        return number
+
+    return convert
+
+
 def _rate(text: str) -> float:
-    rate = float(text)  # argparse turns a ValueError into its own words
-    if not 0 < rate < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and below 1; got {text!r}")
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < 1:  # NaN is neither
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and below 1; got {text!r}")
     return rate
 
 

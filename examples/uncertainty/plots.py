@@ -79,9 +79,8 @@ def draw(study: Study) -> Figure:
         "One digit, spoilt more and more: what the mean of many passes takes it for,\n"
         "and its entropy in nats (bar; the dark part is mutual information)"
     )
-    right.suptitle(
-        f"Means over {len(study.scenes[0].pixels)} digits; MC: many passes, dropout on; off: one pass"
-    )
+    count = len(study.scenes[0].pixels)
+    right.suptitle(f"Means over {count} digits. MC: many passes, dropout on. Off: one pass.")
     curves[0, 0].legend(loc="upper right", fontsize=8)
     curves[-1, 1].legend(loc="lower left", fontsize=8)
     return figure

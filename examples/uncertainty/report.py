@@ -73,14 +73,15 @@ def verdicts(study: Study) -> list[str]:
     calibrated = sum(s.many.calibration_error < s.one.calibration_error for s in spoilt)
     likelier = sum(s.many.log_loss < s.one.log_loss for s in spoilt)
     lines = [
-        f"On clean images the calibration error is {clean.one.calibration_error:.3f} off "
-        f"and {clean.many.calibration_error:.3f} with MC. Of {len(spoilt)} kinds of spoilt images, "
-        f"MC is better calibrated on {calibrated}, and has the lower log loss on {likelier}."
+        "On clean images the calibration error is "
+        f"{clean.one.calibration_error:.3f} with dropout off and "
+        f"{clean.many.calibration_error:.3f} with MC. Of {len(spoilt)} kinds of spoilt images, MC "
+        f"is better calibrated on {calibrated}, and has the lower log loss on {likelier}."
     ]
     headings, rows = detection_rows(study)
-    for name, *scores in rows:
-        best = headings[1 + int(np.argmax([float(score) for score in scores]))]
-        lines.append(f"Best score for finding errors, {name}: {best}.")
+    best = {name: headings[1 + int(np.argmax(list(map(float, cells))))] for name, *cells in rows}
+    winners = "; ".join(f"{name}, {score}" for name, score in best.items())
+    lines.append(f"The score that tells errors best: {winners}.")
     for corruption in CORRUPTIONS:
         entropies = [scene.many.entropy.mean() for scene in study.of(corruption)]
         peak = int(np.argmax(entropies))

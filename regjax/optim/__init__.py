@@ -9,7 +9,8 @@ and most others) and after them where it is decoupled (AdamW, Adafactor, Muon):
 A link that has nothing to do is `optax.identity()`, so a state always has four parts. Updates and
 state have the dtypes of gradients and parameters, whatever the dtype of a schedule. On half
 precision a step is computed in float32 and rounded once at its end, where PyTorch rounds after each
-kernel: there the two agree to rounding, but rounding shows.
+kernel: there the two agree to rounding, but rounding shows. `optax.inject_hyperparams` would round
+the hyperparameters too, 0.99 to 0.988: give it `hyperparam_dtype=jnp.float32`.
 
 `weight_decay` adds `weight_decay * w` to the gradient, while the penalty
 `regjax.l2_penalty(params, c)` has the gradient `2 * c * w`. Decays that PyTorch does not have are

@@ -291,9 +291,7 @@ def _trace(momentum: ScalarLike, nesterov: bool) -> optax.GradientTransformation
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         del params
-        trace = jax.tree.map(
-            lambda g, b: lax.add(g, rounded_product(b, momentum)), updates, state.trace
-        )
+        trace = jax.tree.map(lambda g, b: g + rounded_product(b, momentum), updates, state.trace)
         ahead = jax.tree.map(lambda g, b: g + momentum * b, updates, trace) if nesterov else trace
         return ahead, optax.TraceState(trace)
 

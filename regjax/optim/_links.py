@@ -83,8 +83,7 @@ def rounded_product(x: Inexact[Array, ...], factor: ScalarLike) -> Inexact[Array
         >>> jax.jit(lambda x: rounded_product(x, x) - x)(x) == x * x - x
         Array(True, dtype=bool)
     """
-    # Of lax, not of jnp, whose functions are calls of their own: compiling a thousand leaves feels
-    # it.
+    # Of lax, not of jnp, whose functions take longer to trace: a thousand leaves feel it.
     half = lax.mul(x, in_dtype_of(x, 0.5 * factor))
     return lax.add(half, half)
 

@@ -354,10 +354,13 @@ FAMILY = {  # settings, inputs, the function behind the layer
     "FeatureDropout": ({"channel_axis": 1}, (IMAGES,), regjax.feature_dropout),
     "AlphaDropout": ({"broadcast_dims": (1,)}, (X,), regjax.alpha_dropout),
     "FeatureAlphaDropout": ({"channel_axis": 1}, (IMAGES,), regjax.feature_alpha_dropout),
+    "DropPath": ({"mode": "row", "scale_by_keep": False}, (X,), regjax.drop_path),
     "DropBlock": ({"block_size": 3, "share_channels": True}, (IMAGES,), regjax.drop_block),
-    "EmbeddingDropout": ({}, (X, IDS), regjax.embedding_dropout),
     "VariationalDropout": ({"time_axis": 0}, (X,), regjax.variational_dropout),
     "DropConnect": ({"rule": "**"}, ({"a": X, "b": X},), regjax.drop_connect),
+    "EmbeddingDropout": ({}, (X, IDS), regjax.embedding_dropout),
+    "GaussianDropout": ({}, (X,), regjax.gaussian_dropout),
+    "GaussianNoise": ({}, (X,), regjax.gaussian_noise),
 }
 AMOUNT = {"GaussianNoise": "stddev"}
 every_layer = pytest.mark.parametrize("name", FAMILY)

@@ -111,3 +111,297 @@ def test_a_run_of_training_has_the_same_bits(name, batches):
         ]
 
     assert_same_training(walk(OURS), walk(THEIRS))
+
+
+def rngs():
+    return nnx.Rngs(0, dropout=1, noise=2)
+
+
+class Sampled(nnx.Module):
+    """Two layers, one of them called twice."""
+
+    def __init__(self, Dropout, rngs):
+        self.first = Dropout(0.3, broadcast_dims=(-1,), rngs=rngs)
+        self.second = Dropout(0.4, rng_collection="noise", rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.stack([self.first(x), self.second(x), self.second(x)])
+
+
+def looped(Dropout):
+    layers = [Dropout(rate, rngs=rngs()) for rate in (0.0, 1.0, 0.3)]  # at 0 and 1 no key is taken
+    return jnp.stack([layer(X) for layer in layers for _ in range(2)])
+
+
+def scanned(Dropout):
+    @nnx.scan(in_axes=(nnx.Carry, None), out_axes=nnx.Carry)
+    def repeat(x, model):
+        return model(x).max(0)
+
+    @nnx.split_rngs(splits=3)
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    def stack(x, layer):
+        return layer(x)
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def layers(rngs):
+        return Dropout(0.2, rngs=rngs)
+
+    return stack(X, layers(rngs()))
+
+
+def mapped(Dropout):
+    @nnx.split_rngs(splits=6)
+    @nnx.vmap(in_axes=(0, 0))
+    def each(layer, x):
+        return layer(x)
+
+    return each(Dropout(0.5, rngs=rngs()), X)
+
+
+def split_and_merged(Dropout):
+    graph, state = nnx.split(Sampled(Dropout, rngs()))
+    model = nnx.merge(graph, state)
+    return jnp.stack([model(X), nnx.clone(model)(X), model(X)])
+
+
+def in_evaluation(Dropout):
+    model = Sampled(Dropout, rngs())
+    model.eval()
+    still = model(X)
+    view = nnx.view(model, deterministic=False)
+    moving = view(X)
+    model.train()
+    model.set_attributes(nnx.Dropout, deterministic=True)  # the filter knows both
+    also_still = model(X)
+    model.set_attributes(deterministic=False)
+    return jnp.stack([still, moving, also_still, model(X)])  # views share the streams
+
+
+one = lambda Dropout, **options: Dropout(0.5, rngs=rngs(), **options)
+PLACES = {
+    "alone": lambda D: one(D)(X),
+    "a stream": lambda D: D(0.5, rngs=rngs().noise)(X),
+    "rngs in the call": lambda D: one(D)(X, rngs=nnx.Rngs(7)),
+    "a stream in the call": lambda D: one(D)(X, rngs=nnx.Rngs(7).dropout),
+    "a key in the call": lambda D: D(0.5)(X, rngs=KEY),
+    "a raw key in the call": lambda D: D(0.5)(X, rngs=jax.random.PRNGKey(3)),
+    "collection": lambda D: one(D, rng_collection="noise")(X),
+    "the default stream": lambda D: one(D, rng_collection="other")(X),
+    "mode in the call": lambda D: one(D, deterministic=True)(X, deterministic=False),
+    "dims": lambda D: one(D, broadcast_dims=(1, -1))(X),
+    "two layers": lambda D: Sampled(D, rngs())(X),
+    "jit": lambda D: nnx.jit(lambda model: model(X))(Sampled(D, rngs())),
+    "remat": lambda D: nnx.remat(lambda model, x: model(x))(Sampled(D, rngs()), X),
+    "sequential": lambda D: nnx.Sequential(one(D), one(D))(X),
+    "loop": looped,
+    "scan": scanned,
+    "vmap": mapped,
+    "split and merge": split_and_merged,
+    "evaluation": in_evaluation,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_same_streams_give_the_same_values(place):
+    ours, theirs = PLACES[place](OURS), PLACES[place](THEIRS)
+    chex.assert_trees_all_equal(ours, theirs)
+    assert (ours == 0).any()
+    assert (ours != 0).any()
+
+
+@pytest.mark.parametrize(("shape", "rate"), [((63, 65), 0.123), ((64, 64), 0.1)], ids=str)
+def test_a_given_key_gives_the_values_and_gradients(shape, rate):
+    """Either side of the size from which the layer draws for itself."""
+    x = jnp.linspace(-2.0, 3.0, shape[0] * shape[1]).reshape(shape)
+
+    def run(Dropout):
+        layer = lambda x: Dropout(rate)(x, rngs=KEY)
+        return layer(x), *jax.jit(lambda x: jax.vjp(layer, x)[1](x) + (layer(x),))(x)
+
+    chex.assert_trees_all_equal(run(OURS), run(THEIRS))
+
+
+def test_the_state_is_that_of_the_layer_it_replaces_and_is_restored_from_it():
+    ours, theirs = (Sampled(Dropout, rngs()) for Dropout in (OURS, THEIRS))
+    for _ in range(2):
+        theirs(X)
+    state = nnx.state(theirs)
+    assert jax.tree.structure(state) == jax.tree.structure(nnx.state(ours))
+    nnx.update(ours, nnx.from_flat_state(nnx.to_flat_state(state)))
+    chex.assert_trees_all_equal(ours(X), theirs(X))
+    chex.assert_trees_all_equal(*(snapshot(nnx.state(model)) for model in (ours, theirs)))
+
+
+ERRORS = {
+    "no rngs": (lambda D: D(0.5)(X), ValueError),
+    "no mode": (lambda D: D(0.5, deterministic=None)(X), ValueError),
+    "rngs are a number": (lambda D: D(0.5, rngs=0), TypeError),
+    "rngs are a key": (lambda D: D(0.5, rngs=KEY), TypeError),
+    "rngs in the call are a number": (lambda D: D(0.5)(X, rngs=0), TypeError),
+    "no such stream": (lambda D: D(0.5, rngs=nnx.Rngs(params=0)), AttributeError),
+    "no rate": (lambda D: D(), TypeError),
+    "two numbers": (lambda D: D(0.5, (0,)), TypeError),
+    "no number": (lambda D: one(D).__class__("0.5")(X, rngs=KEY), TypeError),
+    "a large dim": (lambda D: one(D, broadcast_dims=(2,))(X), IndexError),
+    "a small dim": (lambda D: one(D, broadcast_dims=(-3,))(X), IndexError),
+    "one dim": (lambda D: one(D, broadcast_dims=1)(X), TypeError),
+    "integers": (lambda D: one(D)(X.astype(int)), TypeError),
+    "no key": (lambda D: D(0.5)(X, rngs=X), TypeError),
+    "many keys": (lambda D: D(0.5)(X, rngs=jax.random.split(KEY)), ValueError),
+}
+
+
+@both
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_those_of_the_layer_it_replaces(Dropout, case):
+    call, error = ERRORS[case]
+    with pytest.raises(error):
+        call(Dropout)
+
+
+@both
+@pytest.mark.parametrize("flag", [True, np.True_, jnp.bool_(True)], ids=["bool", "numpy", "jax"])
+def test_evaluation_returns_what_it_is_given(Dropout, flag):
+    for x in (X, np.asarray(X), X.astype(int)):
+        assert Dropout(0.5, deterministic=flag)(x) is x
+        assert Dropout(0.5)(x, deterministic=flag) is x
+    assert Dropout(0.0)(X) is X
+    assert not Dropout(1.0)(X).any()
+    assert not jax.grad(lambda x: Dropout(1.0)(x).sum())(X).any()
+
+
+def test_the_constructor_and_the_call_take_what_the_others_take():
+    for method in ("__init__", "__call__", "set_view"):
+        mine, other = (inspect.signature(getattr(D, method)).parameters for D in (OURS, THEIRS))
+        for name, parameter in other.items():
+            assert mine[name].default == parameter.default
+            assert mine[name].kind == parameter.kind
+    assert vars(OURS(0.5)).keys() - vars(THEIRS(0.5)).keys() == {"sampler"}
+    assert issubclass(OURS, THEIRS)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_a_rate_out_of_range_is_refused_and_a_traced_one_gives_nan(rate):
+    layer = OURS(0.5)
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
+        OURS(rate)
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
+        layer(X, rngs=KEY, rate=rate)
+    assert jnp.isnan(jax.jit(lambda rate: layer(X, rngs=KEY, rate=rate))(rate)).all()
+    layer.rate = rate
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
+        layer(X, rngs=KEY)
+
+
+@pytest.mark.parametrize("flag", [0, "False", jnp.zeros(2, bool)], ids=str)
+def test_a_flag_that_is_no_boolean_is_refused(flag):
+    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+        OURS(0.5)(X, deterministic=flag, rngs=KEY)
+
+
+def test_a_changing_rate_and_flag_cost_one_compilation():
+    traces = []
+
+    @nnx.jit
+    def step(layer, rate, flag):
+        traces.append(None)
+        by_call = layer(X, deterministic=flag, rngs=KEY, rate=rate)
+        return by_call, nnx.view(layer, rate=rate)(X, deterministic=flag, rngs=KEY)
+
+    for rate in (0.0, 0.25, 1.0):
+        for flag in (False, True):
+            expected = X if flag else regjax.dropout(X, rate, key=KEY)
+            for y in step(OURS(0.9), jnp.float32(rate), jnp.bool_(flag)):
+                chex.assert_trees_all_equal(y, expected)
+    assert len(traces) == 1
+
+
+def test_the_rate_may_be_a_variable_of_the_model():
+    layer = OURS(nnx.Variable(jnp.float32(0.25)))
+    step = nnx.jit(lambda layer: layer(X, rngs=KEY))
+    for rate in (0.25, 0.75):
+        layer.rate[...] = jnp.float32(rate)
+        for y in (step(layer), layer(X, rngs=KEY)):
+            chex.assert_trees_all_equal(y, regjax.dropout(X, rate, key=KEY))
+
+
+def test_half_types_are_rounded_once():
+    half = X.astype(jnp.bfloat16)
+    ours, theirs = (Dropout(0.1)(half, rngs=KEY) for Dropout in (OURS, THEIRS))
+    chex.assert_trees_all_equal(ours, regjax.dropout(half, 0.1, key=KEY))
+    assert (ours != theirs).any()
+
+
+def test_a_mask_is_laid_out_as_what_it_masks():
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+    x = jnp.ones((16, 4))
+    layer = OURS(0.5, broadcast_dims=(0,))
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("a")))
+        y = jax.jit(lambda x: layer(x, rngs=KEY))(sharded)
+        assert y.sharding.is_equivalent_to(sharded.sharding, 2)
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(layer(x, rngs=KEY)))
+
+
+IDS = jnp.arange(6) % 4
+IMAGES = jnp.ones((2, 9, 9, 3))
+FAMILY = {  # settings, inputs, the function behind the layer
+    "Dropout": ({"broadcast_dims": (0,)}, (X,), regjax.dropout),
+    "FeatureDropout": ({"channel_axis": 1}, (IMAGES,), regjax.feature_dropout),
+    "AlphaDropout": ({"broadcast_dims": (1,)}, (X,), regjax.alpha_dropout),
+    "FeatureAlphaDropout": ({"channel_axis": 1}, (IMAGES,), regjax.feature_alpha_dropout),
+    "DropPath": ({"mode": "row", "scale_by_keep": False}, (X,), regjax.drop_path),
+    "DropBlock": ({"block_size": 3, "share_channels": True}, (IMAGES,), regjax.drop_block),
+    "VariationalDropout": ({"time_axis": 0}, (X,), regjax.variational_dropout),
+    "DropConnect": ({"rule": "**"}, ({"a": X, "b": X},), regjax.drop_connect),
+    "EmbeddingDropout": ({}, (X, IDS), regjax.embedding_dropout),
+    "GaussianDropout": ({}, (X,), regjax.gaussian_dropout),
+    "GaussianNoise": ({}, (X,), regjax.gaussian_noise),
+}
+AMOUNT = {"GaussianNoise": "stddev"}
+every_layer = pytest.mark.parametrize("name", FAMILY)
+
+
+@every_layer
+def test_a_layer_is_its_function(name):
+    settings, inputs, function = FAMILY[name]
+    layer = getattr(regjax.nnx, name)(0.3, rngs=rngs(), **settings)
+    by_stream = layer(*inputs)
+    key = rngs().dropout.fork()()
+    chex.assert_trees_all_equal(by_stream, function(*inputs, 0.3, key=key, **settings))
+    by_key = layer(*inputs, rngs=KEY)
+    chex.assert_trees_all_equal(by_key, function(*inputs, 0.3, key=KEY, **settings))
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(by_key, by_stream)
+    assert layer(*inputs, deterministic=True) is inputs[0]
+    layer.eval()
+    assert layer(*inputs) is inputs[0]
+
+
+@every_layer
+def test_the_amount_of_the_call_comes_first(name):
+    settings, inputs, function = FAMILY[name]
+    amount = AMOUNT.get(name, "rate")
+    layer = getattr(regjax.nnx, name)(0.9, **settings)
+    assert f"{amount}: ArrayLike | None = None" in nnx.view_info(layer)
+    view = lambda value, *inputs: nnx.view(layer, **{amount: value})(*inputs, rngs=KEY)
+    call = lambda value, *inputs: layer(*inputs, rngs=KEY, **{amount: value})
+    expected = function(*inputs, 0.3, key=KEY, **settings)
+    for y in jax.jit(lambda *args: (view(*args), call(*args)))(0.3, *inputs):
+        chex.assert_trees_all_close(y, expected, rtol=1e-6)
+    chex.assert_trees_all_equal(view(0.3, *inputs), expected)
+    assert layer(*inputs, **{amount: 0.0}) is inputs[0]
+
+
+@every_layer
+def test_a_layer_asks_for_what_is_missing(name):
+    settings, inputs, _ = FAMILY[name]
+    layer = getattr(regjax.nnx, name)
+    with pytest.raises(ValueError, match=f"rngs is missing: {name} in training needs a key"):
+        layer(0.3, **settings)(*inputs)
+    with pytest.raises(ValueError, match=f"deterministic is missing: {name} is told neither"):
+        layer(0.3, deterministic=None, **settings)(*inputs, rngs=KEY)
+    with pytest.raises(ValueError, match=f"{AMOUNT.get(name, 'rate')} must"):
+        layer(-1.0, **settings)

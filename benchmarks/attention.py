@@ -1,0 +1,264 @@
+"""What dropout costs in attention, in time and in memory, over sequences of growing length.
+
+python -m benchmarks.attention          # up to 4,096 positions; a few minutes
+python -m benchmarks.attention --quick  # short sequences, to see that it runs
+
+All are over jax.nn.dot_product_attention, which has no dropout. The memory is what XLA sets aside
+beyond arguments and results; PyTorch gives no such account.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+import regjax
+from benchmarks import cli
+from benchmarks.race import Result, environment, race, save
+from benchmarks.report import draw
+
+WORK = {False: "forward", True: "forward + backward"}
+BASE = "no dropout"
+WHOLE = "regjax"
+PEER = "Flax Linen"
+TORCH = "PyTorch"
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the attention is of.
+
+    Attributes:
+        batch: how many sequences.
+        length: of queries and keys.
+        heads: how many.
+        depth: of each head.
+    """
+
+    batch: int
+    length: int
+    heads: int
+    depth: int
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return self.batch * self.heads * self.length**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The race at one length.
+
+    Attributes:
+        length: of the sequences.
+        backward: whether the gradients were made too.
+        times: of all candidates.
+        temporary: bytes beyond arguments and results, of those in JAX.
+    """
+
+    length: int
+    backward: bool
+    times: Result
+    temporary: dict[str, int]
+
+    def time_ratios(self) -> dict[str, float]:
+        """Each candidate's time over that without dropout."""
+        return {name: self.times.ratio(name, BASE) for name in self.times.seconds}
+
+    def memory_ratios(self) -> dict[str, float]:
+        """Each candidate's memory over that without dropout."""
+        return {name: size / self.temporary[BASE] for name, size in self.temporary.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Races, prints the tables, and writes them as Markdown, JSON and a picture."""
+    options = _parser().parse_args(argv)
+    lengths, rounds = ([64, 256], 2) if options.quick else (options.lengths, options.rounds)
+    console = Console()
+    rows = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("racing", total=len(lengths) * len(WORK) * rounds)
+        for length in lengths:
+            for backward in WORK:
+                progress.update(task, description=f"{length:,} positions, {WORK[backward]}")
+                shape = Shape(options.batch, length, options.heads, options.depth)
+                runs, temporary = in_jax(
+                    candidates(options.rate, options.blocks, progress.console.print),
+                    shape,
+                    backward=backward,
+                )
+                runs |= in_torch(options.rate, shape, progress.console.print, backward=backward)
+                times = race(
+                    f"{length} positions, {WORK[backward]}",
+                    runs,
+                    elements=shape.weights,
+                    rounds=rounds,
+                    on_round=functools.partial(progress.advance, task),
+                )
+                rows.append(Row(length, backward, times, temporary))
+    stem = options.out / "attention"
+    settings = {name: getattr(options, name) for name in ("batch", "heads", "depth", "rate")}
+    save(
+        stem.with_suffix(".json"),
+        [row.times for row in rows],
+        temporary={row.times.title: row.temporary for row in rows},
+        **settings,
+    )
+    text = markdown(rows, **settings)
+    stem.with_suffix(".md").write_text(text)
+    draw(
+        stem.with_suffix(".png"),
+        panels(rows),
+        unit=f"over {BASE} (lower is better)",
+        own=[name for name in rows[0].times.seconds if name.startswith(WHOLE)],
+        digits=2,
+    )
+    console.print(text, soft_wrap=True, markup=False)
+    console.print(f"Table, times and picture: {stem}.{{md,json,png}}", soft_wrap=True)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser("attention", __doc__, rounds=5)
+    numbers = {"type": cli.whole, "metavar": "N"}
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        default=[256, 1024, 2048, 4096],
+        help="positions of a sequence (default: 256 to 4096)",
+        **numbers,
+    )
+    parser.add_argument(
+        "--blocks",
+        nargs="+",
+        default=[64, 128, 256],
+        help="sizes of a block (default: 64, 128 and 256)",
+        **numbers,
+    )
+    parser.add_argument("--batch", default=1, help="sequences (default: %(default)s)", **numbers)
+    parser.add_argument("--heads", default=4, help="heads (default: %(default)s)", **numbers)
+    parser.add_argument("--depth", default=64, help="of a head (default: %(default)s)", **numbers)
+    parser.add_argument("--rate", type=cli.rate, default=0.1, help="(default: %(default)s)")
+    return parser
+
+
+def candidates(rate: float, blocks: Sequence[int], say: Callable[[str], None]) -> dict[str, Attend]:
+    """By name, attention in JAX: without dropout, ours in both forms, Flax's."""
+
+    def ours(q: Any, k: Any, v: Any, key: jax.Array, block_size: int | None = None) -> jax.Array:
+        return regjax.dot_product_attention(
+            q, k, v, dropout_rng=key, dropout_rate=rate, block_size=block_size
+        )
+
+    found: dict[str, Attend] = {
+        BASE: lambda q, k, v, key: jax.nn.dot_product_attention(q, k, v),
+        WHOLE: ours,
+    }
+    found |= {f"{WHOLE}, blocks of {n}": functools.partial(ours, block_size=n) for n in blocks}
+    try:
+        from flax import linen
+    except ImportError as error:
+        say(f"left out: {PEER} ({error})")
+        return found
+    found[PEER] = lambda q, k, v, key: linen.dot_product_attention(
+        q, k, v, dropout_rng=key, dropout_rate=rate, broadcast_dropout=False
+    )
+    return found
+
+
+def in_jax(
+    attends: Mapping[str, Attend], shape: Shape, *, backward: bool
+) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    """Compiled and bound to their arguments, and the temporary memory of each."""
+    arrays = [jax.numpy.asarray(array) for array in _inputs(shape)]
+    key = jax.random.key(0)
+    runs, temporary = {}, {}
+    for name, attend in attends.items():
+        apply = functools.partial(_with_backward, attend) if backward else attend
+        compiled = jax.jit(apply).lower(*arrays, key).compile()
+        runs[name] = functools.partial(
+            lambda run: jax.block_until_ready(run(*arrays, key)), compiled
+        )
+        temporary[name] = int(compiled.memory_analysis().temp_size_in_bytes)
+    return runs, temporary
+
+
+def _with_backward(attend: Attend, q: Any, k: Any, v: Any, key: jax.Array) -> Any:
+    y, pull_back = jax.vjp(lambda q, k, v: attend(q, k, v, key), q, k, v)
+    return y, pull_back(q)  # the values of the cotangent do not matter
+
+
+def in_torch(
+    rate: float, shape: Shape, say: Callable[[str], None], *, backward: bool
+) -> dict[str, Callable[[], object]]:
+    """PyTorch's own function, eager."""
+    try:
+        import torch
+    except ImportError as error:
+        say(f"left out: {TORCH} ({error})")
+        return {}
+    q, k, v = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in _inputs(shape))
+    leaves = [x.requires_grad_(backward) for x in (q, k, v)]
+
+    def run() -> object:
+        y = torch.nn.functional.scaled_dot_product_attention(*leaves, dropout_p=rate)
+        return torch.autograd.grad(y, leaves, q.detach()) if backward else y
+
+    return {TORCH: run}
+
+
+def _inputs(shape: Shape) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    size = (shape.batch, shape.length, shape.heads, shape.depth)
+    return [rng.standard_normal(size, np.float32) for _ in range(3)]
+
+
+def markdown(rows: Sequence[Row], *, batch: int, heads: int, depth: int, rate: float) -> str:
+    """A table of times and one of memory: a race a line, a candidate a column."""
+    names = list(rows[0].times.seconds)
+    in_jax = list(rows[0].temporary)
+    setting = (
+        f"{batch} x {heads} heads of depth {depth}, rate {rate}, {environment()['cores']} cores"
+    )
+    times = [
+        [f"{row.times.nanoseconds(BASE) * row.times.elements / 1e6:,.1f} ms"]
+        + [f"{row.time_ratios()[name]:.2f}" for name in names if name != BASE]
+        for row in rows
+    ]
+    memory = [[f"{row.temporary[name] / 1e6:,.1f}" for name in in_jax] for row in rows]
+    over = [f"{name} / {BASE}" for name in names if name != BASE]
+    lines = _table([f"Time; {setting}", BASE, *over], rows, times)
+    lines += ["", *_table(["Temporary memory, MB", *in_jax], rows, memory)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: list[str], rows: Sequence[Row], cells: Sequence[list[str]]) -> list[str]:
+    titles = [f"{row.length:,} positions, {WORK[row.backward]}" for row in rows]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines += [[title, *line] for title, line in zip(titles, cells, strict=True)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def panels(rows: Sequence[Row]) -> list[tuple[str, Mapping[str, float]]]:
+    """Of each length, forward and backward: time on the left, memory on the right."""
+    return [
+        (f"{row.length:,} positions: {what}", ratios)
+        for row in rows
+        if row.backward
+        for what, ratios in (("time", row.time_ratios()), ("memory", row.memory_ratios()))
+    ]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
