@@ -186,7 +186,7 @@ def in_jax(
     runs, temporary = {}, {}
     for name, attend in attends.items():
         apply = functools.partial(_with_backward, attend) if backward else attend
-        compiled = jax.jit(apply).lower(*arrays, key).compile()
+        compiled: Any = jax.jit(apply).lower(*arrays, key).compile()
         runs[name] = functools.partial(
             lambda run: jax.block_until_ready(run(*arrays, key)), compiled
         )

@@ -162,7 +162,7 @@ def dot_product_attention(
     if watching := observer():
         keep = bernoulli(one_key, _keep_prob(rate, query.dtype), blocks.shape(query))
         whole = _softmax(scores(query, key, bias, mask, 0))
-        watching.draw(key_words(one_key), rate, keep, whole)
+        watching.draw(key_words(one_key), rate, keep, whole, flag)
     drop = functools.partial(attend, one_key, rate)
     return drop() if flag is False else lax.cond(flag, attend, drop)
 

@@ -130,7 +130,7 @@ def drawn(
         one_key = require_key(key)
         if watching := observer():
             keep = kind.keep(x, one_key, rate, *arrays)
-            watching.draw(key_words(one_key), rate, keep, x)
+            watching.draw(key_words(one_key), rate, keep, x, deterministic)
         return made(x, one_key, rate, kind, *arrays)
 
     return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)

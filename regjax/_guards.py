@@ -50,7 +50,6 @@ def check_dropout(
         *carry: what training carries along: parameters, optimizer, keys. Each call gets what the
             last returned, so that a step may donate its arguments.
         evaluate: called once as `evaluate(*carry)`; dropout has to be off in it.
-            What a flag turns off that `jax.vmap` maps over counts as drawn.
         expect: names of sites that have to draw, or a dict from them to their rates. A site has the
             name that `site_key` was given, or the path of its module in Flax Linen and Haiku; each
             is also known by its line of code, `"model.py:42"`. Globs do.

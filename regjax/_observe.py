@@ -88,18 +88,25 @@ class Observer:
         jax.debug.callback(record, root, step, key)
 
     def draw(
-        self, key: Pair, rate: Any, mask: Bool[Array, ...], entering: Inexact[Array, ...]
+        self,
+        key: Pair,
+        rate: Any,
+        mask: Bool[Array, ...],
+        entering: Inexact[Array, ...],
+        off: Any = False,
     ) -> None:
-        """Called by every dropout that draws."""
+        """Called by every dropout that draws; where `off` is True, the mask is not used."""
         order, (where, function), scope = next(self._orders), _place(), _scope()
         exact = rate if isinstance(rate, float) else None  # what enters a program is rounded
 
-        def record(key: Pair, rate: Any, mask: Any, entering: Any) -> None:
+        def record(key: Pair, rate: Any, mask: Any, entering: Any, off: Any) -> None:
+            if off:  # under vmap of the flag, which cannot branch
+                return
             asked = float(rate) if exact is None else exact
             arrays = np.asarray(mask), np.asarray(entering)
             self._record(Draw(order, _integers(key), asked, *arrays, function, where, scope))
 
-        jax.debug.callback(record, key, rate, mask, entering)
+        jax.debug.callback(record, key, rate, mask, entering, off)
 
 
 # Part of the key of every cache of traces: a function that was jitted before anybody watched is

@@ -47,11 +47,14 @@ from jax.core import Tracer
 
 from regjax._alpha import alpha_dropout
 from regjax._blocks import drop_block
+from regjax._depth import drop_path
 from regjax._dropout import Settings, _keep_prob, check_inexact, drawn, dropout
 from regjax._embedding import embedding_dropout
 from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
+from regjax._noise import check_noise_rate, check_stddev, gaussian_dropout, gaussian_noise
 from regjax._recurrent import variational_dropout
 from regjax._weights import drop_connect
+from regjax.layers import as_flax_draws
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -211,14 +214,14 @@ class Dropout(RateLayer, eqx.nn.Dropout):
 
     def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, with the roundings of Equinox."""
-        x = check_inexact(x)
+        x, sampler = check_inexact(x), as_flax_draws(self.sampler)
         if isinstance(p, Tracer):
             if x.dtype == jnp.float32:
-                return drawn(x, p, **how, kind=_Divided((), self.sampler))
+                return drawn(x, p, **how, kind=_Divided((), sampler))
         elif isinstance(lax.stop_gradient(p), Tracer):
             # Under jit theirs computes `1 - p` in float32, and otherwise in Python's doubles.
             p = float(jnp.result_type(float).type(p))
-        return dropout(x, p, sampler=self.sampler, **how)
+        return dropout(x, p, sampler=sampler, **how)
 
 
 class FeatureDropout(RateLayer):

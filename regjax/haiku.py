@@ -29,15 +29,25 @@ where it is traced:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 
-from regjax import _alpha, _blocks, _dropout, _embedding, _features, _recurrent, _weights
+from regjax import (
+    _alpha,
+    _blocks,
+    _depth,
+    _embedding,
+    _features,
+    _noise,
+    _recurrent,
+    _weights,
+)
 from regjax._dropout import Settings, _keep_prob, check_inexact, drawn
 from regjax._keys import check_key
 from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
+from regjax.layers import as_flax_draws
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -109,9 +119,8 @@ def dropout(
     dims = _counted(broadcast_dims, x.ndim)
     if not is_traced and rate == 0:
         return x
-    settings = (_Product if is_traced or dims else Settings)(dims, sampler)
-    if x.dtype != jnp.float32:
-        settings = Settings(dims, sampler)
+    is_plain = x.dtype != jnp.float32 or not (is_traced or dims)
+    settings = (Settings if is_plain else _Product)(dims, as_flax_draws(sampler))
     return drawn(x, rate, check_key(rng), False, settings)
 
 

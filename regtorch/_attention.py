@@ -124,7 +124,8 @@ def dot_product_attention(
     one_key = require_key(dropout_rng).to(query.device)
     if watching := observer():
         keep = bernoulli(one_key, _keep_prob(rate, real_dtype(query.dtype)), blocks.shape(query))
-        watching.draw(one_key, rate, keep, _softmax(scores(query, key, bias, mask)))
+        whole = _softmax(scores(query, key, bias, mask))
+        watching.draw(one_key, rate, keep, whole, flag)
     dropped = _blockwise(blocks, *arrays, one_key, rate)
     if isinstance(flag, Tensor):
         return torch.where(flag, _blockwise(blocks, *arrays), dropped)
@@ -238,8 +239,8 @@ class _Blocks:
 class _Attend(torch.autograd.Function):
     """The result, not scaled for dropout, and the logarithm of each row's sum; float32 or wider.
 
-    Nothing else is kept for the backward pass: the weights of a block and their mask are made
-    again. It is made of plain operations, so that it can be differentiated in turn.
+    Nothing else is kept for the backward pass, which makes the weights of a block and their mask
+    again, of operations that can be differentiated in turn.
     """
 
     @staticmethod
@@ -259,14 +260,14 @@ class _Attend(torch.autograd.Function):
         total = query.new_zeros(rows, dtype=wide)
         result = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=wide)
         for first, size in blocks:
-            part_of_key, part_of_value, *rest = _parts(key, value, bias, mask, first, size)
-            scores = blocks.scores(query, part_of_key, *rest, first)
+            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
+            scores = blocks.scores(query, keys, added, seen, first)
             new_top = torch.maximum(top, scores.amax(-1))
             shrink = torch.exp(top - _finite(new_top))
             powers = torch.exp(scores - _finite(new_top)[..., None])
             top, total = new_top, total * shrink + powers.sum(-1)
             kept = _selected(blocks.keep(query, words, keep_prob, first, size), powers)
-            result = result * _per_query(shrink) + _mixed(kept.to(value.dtype), part_of_value)
+            result = result * _per_query(shrink) + _mixed(kept.to(value.dtype), values)
         saw = total > 0
         total = torch.where(saw, total, 1.0)
         log_total = torch.where(saw, _finite(top) + torch.log(total), 0.0)
@@ -291,19 +292,19 @@ class _Attend(torch.autograd.Function):
             for x, wanted in zip((key, value, bias), ctx.needs_input_grad[3:6], strict=True)
         ]
         for first, size in blocks:
-            part_of_key, part_of_value, *rest = _parts(key, value, bias, mask, first, size)
-            scores = blocks.scores(query, part_of_key, *rest, first)
+            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
+            scores = blocks.scores(query, keys, added, seen, first)
             weights = torch.exp(scores - log_total[..., None])
             keep = blocks.keep(query, words, ctx.keep_prob, first, size)
-            of_weights = _selected(keep, _products(of_result, part_of_value.to(wide)))
+            of_weights = _selected(keep, _products(of_result, values.to(wide)))
             of_scores = weights * (of_weights + shared[..., None])
             of_products = of_scores * blocks.scores.scale
-            of_query = of_query + _mixed(of_products, part_of_key.to(wide))
-            of_key, of_value, of_bias, _ = _parts(*others, None, first, size)
+            of_query = of_query + _mixed(of_products, keys.to(wide))
+            of_key, of_value, of_bias, _ = _parts((*others, None), first, size)
             if of_key is not None:
-                of_key += _gathered(of_products, query.to(wide), part_of_key)
+                of_key += _gathered(of_products, query.to(wide), keys)
             if of_value is not None:
-                of_value += _gathered(_selected(keep, weights), of_result, part_of_value)
+                of_value += _gathered(_selected(keep, weights), of_result, values)
             if of_bias is not None:
                 of_bias += of_scores.sum_to_size(of_bias.shape)
         return None, None, of_query.to(query.dtype), *others, None, None
@@ -330,13 +331,13 @@ def _blockwise(
     return result.to(value.dtype)
 
 
-def _parts(key: Any, value: Any, bias: Any, mask: Any, first: int, size: int) -> list[Any]:
-    """What belongs to a block of keys, as views; all of it where it is one for all keys."""
+def _parts(inputs: Sequence[Any], first: int, size: int) -> tuple[Any, ...]:
+    """Of key, value, bias and mask what belongs to a block, as views; all where all share it."""
     dims = (-3, -3, -1, -1)
-    return [
+    return tuple(
         x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
-        for x, dim in zip((key, value, bias, mask), dims, strict=True)
-    ]
+        for x, dim in zip(inputs, dims, strict=True)
+    )
 
 
 def _selected(keep: Tensor | None, weights: Tensor) -> Tensor:

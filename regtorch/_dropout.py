@@ -120,7 +120,8 @@ def drawn(
     else:
         one_key = require_key(key).to(x.device)
         if watching := observer():
-            watching.draw(one_key, rate, kind.keep(x, one_key, rate, *tensors), x)
+            keep = kind.keep(x, one_key, rate, *tensors)
+            watching.draw(one_key, rate, keep, x, deterministic)
         dropped = made(x, one_key, rate, kind, *tensors)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, dropped)

@@ -46,7 +46,6 @@ def check_dropout(
             values in a tuple.
         *carry: what training carries along, where it is not the state of a module.
         evaluate: called once as `evaluate(*carry)`; dropout has to be off in it.
-            What a tensor as a flag turns off counts as drawn.
         expect: names of sites that have to draw, or a dict from them to their rates, such as
             `regtorch.keyed.sites(model)`. A site has the name that `site_key` was given, and is
             also known by its line of code, `"model.py:42"`. Globs do.

@@ -72,19 +72,30 @@ class Observer:
         """Called where the key of a site is derived."""
         self._record(SiteKey(site, root, step, key))
 
-    def draw(self, key: Tensor, rate: float | Tensor, mask: Tensor, entering: Tensor) -> None:
-        """Called by every dropout that draws."""
+    def draw(
+        self,
+        key: Tensor,
+        rate: float | Tensor,
+        mask: Tensor,
+        entering: Tensor,
+        off: bool | Tensor = False,
+    ) -> None:
+        """Called by every dropout that draws; where `off` is True, the mask is not used."""
         order, (where, function) = next(self._orders), _place()
         remade = torch._C._current_graph_task_id() != -1  # a backward pass is running
 
-        def record(key: Tensor, rate: float | Tensor, mask: Tensor, entering: Tensor) -> None:
+        def record(
+            key: Tensor, rate: float | Tensor, mask: Tensor, entering: Tensor, off: bool | Tensor
+        ) -> None:
+            if off:  # a tensor as a flag does not branch
+                return
             high, low = key.tolist()
             # A copy: the model may go on to write into the tensor.
             values = mask, entering.clone()
             draw = Draw(order, (high, low), float(rate), *values, function, where, remade)
             self._record(draw)
 
-        _Tell.apply(record, key, rate, mask, entering.detach())
+        _Tell.apply(record, key, rate, mask, entering.detach(), off)
 
 
 class _Tell(torch.autograd.Function):

@@ -159,7 +159,7 @@ def mc_dropout(
             same = same and torch.equal(first, y)
             if keep_samples:
                 kept.append(y)
-    if False:
+    if same:
         warnings.warn(
             "all passes returned the same: does predict use its key, and is dropout on in it "
             "(deterministic=False, training mode, a rate above 0)?",

@@ -18,25 +18,39 @@ SMALL = Settings(steps=300, samples=20, width=64)
 BY_NAME = {corruption.name: corruption for corruption in CORRUPTIONS}
 
 
+STEPS: list[int] = []
+SCENES: list[study.Scene] = []
+
+
 @cache
 def small_study() -> study.Study:
-    return study.run(SMALL)
+    return study.run(SMALL, STEPS.append, SCENES.append)
 
 
-def test_it_writes_tables_and_a_picture(tmp_path, capsys):
-    argv = ["--steps", "3", "--samples", "2", "--width", "8", "--out", str(tmp_path)]
+def test_it_writes_tables_and_a_picture(tmp_path, capsys, monkeypatch):
+    chosen = []
+    small = small_study()
+    monkeypatch.setattr(study, "run", lambda settings, **_: chosen.append(settings) or small)
+    argv = ["--steps", "300", "--samples", "20", "--width", "64", "--out", str(tmp_path)]
     assert cli.main(argv) == 0
+    assert chosen == [SMALL]
     assert {path.name for path in tmp_path.iterdir()} == {TABLE_FILE, RESULTS_FILE, PICTURE}
     printed = capsys.readouterr().out
     assert "AUROC" in printed
     assert "PyTorch, with the same weights and the same masks" in printed
     results = json.loads((tmp_path / RESULTS_FILE).read_text())
-    assert results["settings"]["samples"] == 2
+    assert results["settings"]["samples"] == 20
     assert len(results["scenes"]) == sum(len(c.strengths) for c in CORRUPTIONS)
     for scene in results["scenes"]:
         for view in (scene["one_pass"], scene["mc"]):
             assert 0 <= view["accuracy"] <= 1
             assert 0 <= view["entropy"] <= np.log(10) + 1e-6
+
+
+def test_progress_is_told():
+    small_study()
+    assert list(range(50, 301, 50)) == STEPS
+    assert small_study().scenes == SCENES
 
 
 @pytest.mark.parametrize(

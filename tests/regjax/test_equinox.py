@@ -494,7 +494,7 @@ def training(make, data, Dropout, *, changing: bool, steps: int = 12) -> list[An
     optimizer = optax.adamw(1e-2)
 
     @eqx.filter_jit
-    def step(model, state, factor, key):
+    def step(model, state, x, y, factor, key):
         @eqx.filter_value_and_grad
         def loss(model):
             if changing:
@@ -509,7 +509,7 @@ def training(make, data, Dropout, *, changing: bool, steps: int = 12) -> list[An
 
     state, history = optimizer.init(eqx.filter(model, eqx.is_array)), []
     for i, key in enumerate(jax.random.split(jax.random.key(1), steps)):
-        value, model, state = step(model, state, jnp.float32((i + 1) / steps), key)
+        value, model, state = step(model, state, x, y, jnp.float32((i + 1) / steps), key)
         history.append((value, eqx.filter(model, eqx.is_array)))
     return history
 

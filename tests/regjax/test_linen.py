@@ -18,11 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 import regjax
 import regjax.linen
+from tests.regjax.family import AMOUNT, FAMILY, X
 from tests.regjax.training import assert_same_training, digits, filled, text, train
 
 KEY = jax.random.key(3)
 RNGS = {"dropout": KEY}
-X = jnp.linspace(-2.0, 3.0, 6 * 8).reshape(6, 8)
 OURS, THEIRS = regjax.linen.Dropout, nn.Dropout
 both = pytest.mark.parametrize("Dropout", [OURS, THEIRS], ids=["ours", "theirs"])
 
@@ -203,9 +203,11 @@ def test_a_given_key_gives_the_values_and_gradients(key, shape, rate):
 
     def run(Dropout):
         layer = lambda x: Dropout(rate).apply({}, x, deterministic=False, rng=key)
-        return layer(x), *jax.jit(lambda x: jax.vjp(layer, x)[1](x) + (layer(x),))(x)
+        return layer(x), *jax.jit(lambda x: (*jax.vjp(layer, x)[1](x), layer(x)))(x)
 
     chex.assert_trees_all_equal(run(OURS), run(THEIRS))
+    ours = lambda x: OURS(rate).apply({}, x, deterministic=False, rng=key)
+    chex.assert_trees_all_equal(jax.vjp(ours, x)[0], ours(x))  # not so of theirs
 
 
 @both
@@ -347,22 +349,6 @@ def test_code_that_looks_for_the_replaced_layer_finds_it():
     assert seen[1:] == [(True, "__call__")] * 2  # and no method besides
 
 
-IDS = jnp.arange(6) % 4
-IMAGES = jnp.ones((2, 9, 9, 3))
-FAMILY = {  # settings, inputs, the function behind the layer
-    "Dropout": ({"broadcast_dims": (0,)}, (X,), regjax.dropout),
-    "FeatureDropout": ({"channel_axis": 1}, (IMAGES,), regjax.feature_dropout),
-    "AlphaDropout": ({"broadcast_dims": (1,)}, (X,), regjax.alpha_dropout),
-    "FeatureAlphaDropout": ({"channel_axis": 1}, (IMAGES,), regjax.feature_alpha_dropout),
-    "DropPath": ({"mode": "row", "scale_by_keep": False}, (X,), regjax.drop_path),
-    "DropBlock": ({"block_size": 3, "share_channels": True}, (IMAGES,), regjax.drop_block),
-    "VariationalDropout": ({"time_axis": 0}, (X,), regjax.variational_dropout),
-    "DropConnect": ({"rule": "**"}, ({"a": X, "b": X},), regjax.drop_connect),
-    "EmbeddingDropout": ({}, (X, IDS), regjax.embedding_dropout),
-    "GaussianDropout": ({}, (X,), regjax.gaussian_dropout),
-    "GaussianNoise": ({}, (X,), regjax.gaussian_noise),
-}
-AMOUNT = {"GaussianNoise": "stddev"}
 every_layer = pytest.mark.parametrize("name", FAMILY)
 
 
@@ -391,7 +377,7 @@ def test_a_layer_is_its_function(name):
 @every_layer
 def test_the_amount_of_the_call_comes_first(name):
     settings, inputs, function = FAMILY[name]
-    amount = AMOUNT.get(name, "rate")
+    amount = AMOUNT[name]
     layer = getattr(regjax.linen, name)(0.9, deterministic=False, **settings)
     call = jax.jit(lambda rate, *inputs: layer.apply({}, *inputs, rng=KEY, **{amount: rate}))
     expected = function(*inputs, 0.3, key=KEY, **settings)
@@ -407,5 +393,5 @@ def test_a_layer_asks_for_what_is_missing(name):
         layer(0.3, **settings).apply({}, *inputs, deterministic=False)
     with pytest.raises(ValueError, match="deterministic"):
         layer(0.3, **settings).apply({}, *inputs, rng=KEY)
-    with pytest.raises(ValueError, match=f"{AMOUNT.get(name, 'rate')} must"):
+    with pytest.raises(ValueError, match=f"{AMOUNT[name]} must"):
         layer(-1.0, **settings)

@@ -112,3 +112,18 @@ def test_after_an_error_nobody_watches():
     drop(X)
     jax.effects_barrier()
     assert events == []
+
+
+@pytest.mark.parametrize("flags", [[False], [True], [True, False]], ids=str)
+def test_what_a_traced_flag_turns_off_is_not_told(flags):
+    """Also under vmap of the flag, where both branches run."""
+
+    def at(flag):
+        return regjax.dropout(X, 0.5, key=KEY, deterministic=flag)
+
+    events = []
+    with regjax.observing(events.append):
+        run = jax.vmap(at) if len(flags) > 1 else lambda flags: at(flags[0])
+        jax.jit(run)(jnp.array(flags))
+        jax.effects_barrier()
+    assert len(events) == flags.count(False)

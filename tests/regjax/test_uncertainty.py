@@ -70,7 +70,8 @@ def test_arrays_that_predict_closes_over_may_change():
     before = mc(closing, X, keep_samples=True)
     held["w"] = W + 1
     assert_same(before, usual(), atol=1e-6)
-    assert_same(mc(closing, X).mean, mc(predict, W + 1, X).mean, atol=1e-6)
+    after = mc(closing, X, keep_samples=True)
+    assert_same(after, mc(predict, W + 1, X, keep_samples=True), atol=1e-6)
 
 
 def test_inside_of_jit_predict_may_close_over_what_is_traced():
@@ -81,10 +82,14 @@ def test_inside_of_jit_predict_may_close_over_what_is_traced():
     assert_same(whole(W, X, KEY), usual(), atol=1e-6)
 
 
-def test_under_vmap_and_grad():
+def test_under_vmap():
     rows = jax.vmap(lambda x: mc(predict, W, x[None], chunk_size=3).mean)(X)
-    assert_same(rows[0], mc(predict, W, X[:1]).mean, atol=1e-6)
+    # A row alone has the mask of the first of a batch.
+    np.testing.assert_allclose(rows[0], usual().mean[:1], rtol=0, atol=1e-6)
+    assert rows.shape == (4, 1, 3)
 
+
+def test_gradients_flow_through_every_statistic():
     def loss(w):
         y = mc(predict, w, X, chunk_size=3)  # 2 passes, then 3 and 3
         return (y.mean[:, 0] + y.std[:, 1] + y.mutual_information).sum()
@@ -154,10 +159,10 @@ def test_predict_must_be_hashable():
         mc(Unhashable(), X)
 
 
-def attention(x, *, key):
-    x = x.reshape(8, -1, 32)
-    chances = jax.nn.softmax(x @ x.transpose(0, 2, 1))
-    return (regjax.dropout(chances, 0.1, key=key) @ x)[:, 0, :10]
+@jax.jit
+def bottleneck(x, *, key):
+    """Much within an inner jit, little that comes out of it; and a sort, which nothing fuses."""
+    return jnp.sort(regjax.dropout(jnp.tile(x, 8), 0.5, key=key))[:, :10]
 
 
 def loop(x, *, key):
@@ -167,7 +172,7 @@ def loop(x, *, key):
     return jax.lax.scan(layer, x, jnp.arange(4))[0][:, :10]
 
 
-@pytest.mark.parametrize("model", [attention, loop])
+@pytest.mark.parametrize("model", [bottleneck, loop])
 def test_a_chunk_stays_within_the_budget(model):
     """By XLA's own count of what a compiled call needs besides its inputs and outputs."""
 

@@ -91,3 +91,15 @@ def test_of_two_observers_the_inner_one_is_told_and_after_an_error_nobody():
         nested()
     drop(X)
     assert (len(outer), len(inner)) == (0, 1)
+
+
+@pytest.mark.parametrize("flags", [[False], [True], [True, False]], ids=str)
+def test_what_a_tensor_as_a_flag_turns_off_is_not_told(flags):
+    """Also row by row under vmap."""
+
+    def at(flag):
+        return regtorch.dropout(X, 0.5, key=KEY, deterministic=flag)
+
+    flags = torch.tensor(flags)
+    drawn, _ = watch(lambda: torch.func.vmap(at)(flags) if len(flags) > 1 else at(flags[0]))
+    assert len(drawn) == int((~flags).sum())
