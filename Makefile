@@ -19,8 +19,9 @@ help:  ## Show this list
 demo: $(READY)  ## Watch overfitting happen and be cured, in JAX and in PyTorch (ARGS="--help" for options)
 	$(RUN) -m examples.overfit $(ARGS)
 
-figures: $(READY)  ## Make the picture and the table that README shows
+figures: $(READY)  ## Make the pictures and the tables of the examples that README shows
 	$(RUN) -m examples.overfit --out docs/overfit
+	$(RUN) -m examples.uncertainty --out docs/uncertainty
 
 test: $(READY)  ## Run the tests, without the slow ones
 	$(RUN) -m pytest $(SHARED) -m "not slow" $(ARGS)

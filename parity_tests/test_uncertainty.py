@@ -102,12 +102,15 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], bound: float) -> No
             assert np.abs(array - twin).max() <= bound * max(1, np.abs(twin).max()), name
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*((kind, np.dtype(np.float64)) for kind in KINDS), ("logits", np.dtype(np.float32))],
+    ids=str,
+)
 def test_the_wings_agree_with_each_other_and_with_numpy(kind, dtype):
     with jax.enable_x64(dtype.itemsize == 8):
         # 13 passes in chunks of 4: one pass and three chunks.
-        for chunk_size in (4, 1, None) if kind == "logits" and dtype.itemsize == 8 else (4,):
+        for chunk_size in (4, None) if kind == "logits" else (4,):
             ours, theirs = predictions(dtype, kind, chunk_size)
             assert ours["std"].max() > 0.1
             assert ours["mean"].dtype == theirs["mean"].dtype == dtype
@@ -159,7 +162,7 @@ def test_the_masks_are_the_same_bits_for_any_chunks_and_any_number_of_passes():
     masks = np.stack([2.0 * TORCH.numpy(regtorch.bernoulli(key, 0.5, (4, 9))) for key in keys])
     torch_samples = run(TORCH, noise(TORCH, (4, 9)), keep_samples=True).samples
     np.testing.assert_array_equal(TORCH.numpy(torch_samples), masks)
-    for options in ({"chunk_size": 1}, {"chunk_size": 3}, {"chunk_size": 99}, {"samples": 4}):
+    for options in ({"chunk_size": 1}, {"chunk_size": 3}, {"samples": 4}):
         samples = run(JAX, noise(JAX, (4, 9)), keep_samples=True, **options).samples
         np.testing.assert_array_equal(samples, masks[: options.get("samples")])
 
@@ -232,7 +235,9 @@ CORNERS = [
 
 
 @both_wings
-@pytest.mark.parametrize(("options", "error", "message"), CORNERS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "error", "message"), CORNERS, ids=[message for *_, message in CORNERS]
+)
 def test_what_is_wrong_is_refused(wing: Wing, options, error, message):
     if options.get("key") == "batch":
         split = jax.random.split if wing is JAX else regtorch.split

@@ -370,7 +370,8 @@ def _blockwise(
     dropout_rng: KeyLike | None = None,
     rate: float | Float[Array, ""] = 0.0,
 ) -> Array:
-    padding = -blocks.keys % blocks.size
+    # One block at least, also where there are no keys: a scan looks at one before it runs.
+    padding = max(-blocks.keys % blocks.size, blocks.size - blocks.keys)
     pad = functools.partial(_padded, padding=padding)
     wide = real_dtype(query.dtype)
     draw, scale = None, wide(1)

@@ -34,9 +34,11 @@ compilation; as an array it is not:
 
 from __future__ import annotations
 
+import functools
+import math
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -44,23 +46,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.custom_batching import custom_vmap
 
 from regjax._alpha import alpha_dropout
 from regjax._blocks import drop_block
 from regjax._depth import drop_path
-from regjax._dropout import Settings, _keep_prob, check_inexact, drawn, dropout
+from regjax._dropout import Settings, _keep_prob, check_flag, check_inexact, drawn, dropout
 from regjax._embedding import embedding_dropout
 from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
-from regjax._noise import check_noise_rate, check_stddev, gaussian_dropout, gaussian_noise
+from regjax._noise import check_stddev, gaussian_dropout, gaussian_noise
 from regjax._recurrent import variational_dropout
 from regjax._weights import drop_connect
-from regjax.layers import as_flax_draws
+from regjax.layers import _OWN_KERNEL, as_flax_draws
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Inexact, Integer, PyTree
 
     from regjax._keys import KeyLike
+    from regjax._threefry import Layout
     from regjax._verdicts import Rule
 
 
@@ -82,7 +86,10 @@ class Layer(eqx.Module):
         inference: ArrayLike | None,
     ) -> Any:
         flag = self.inference if inference is None else inference
-        flag = flag if isinstance(flag, Tracer) else bool(flag)
+        try:
+            flag = check_flag(flag)
+        except TypeError:
+            raise TypeError(f"inference must be one boolean; got {flag!r}.") from None
         if flag is True or (isinstance(amount, int | float) and amount == 0):
             return inputs[0]
         name = type(self).__name__
@@ -214,7 +221,8 @@ class Dropout(RateLayer, eqx.nn.Dropout):
 
     def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, with the roundings of Equinox."""
-        x, sampler = check_inexact(x), as_flax_draws(self.sampler)
+        x = check_inexact(x)
+        sampler = _bernoulli if self.sampler is bernoulli else self.sampler
         if isinstance(p, Tracer):
             if x.dtype == jnp.float32:
                 return drawn(x, p, **how, kind=_Divided((), sampler))
@@ -543,6 +551,10 @@ class GaussianNoise(Layer):
     stddev: float | Float[Array, ""]
     inference: bool = False
 
+    def __check_init__(self) -> None:
+        """Refuses a negative standard deviation."""
+        check_stddev(self.stddev)
+
     def __call__(
         self,
         x: Float[Array, "*shape"],
@@ -578,6 +590,35 @@ class _Divided(Settings):
         keep_prob = realised_keep_prob(self.sampler, _keep_prob(rate, x.dtype))
         divisor = jnp.where(keep_prob > 0, keep_prob, 1)  # by 0, gradients would be NaN
         return jnp.where(keep.astype(x.dtype) >= divisor, x / divisor, 0)
+
+
+def _bernoulli(
+    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
+) -> Bool[Array, "*shape"]:
+    """`bernoulli`, its small masks drawn by theirs, so that XLA adds up what they mask as there.
+
+    `vmap` hides how many examples there are: a mask is small if all of them together are.
+    """
+    traced = [keep_prob] if isinstance(keep_prob, Tracer) else []
+
+    def draw(size: int, key: KeyLike, *traced: Array) -> Bool[Array, "*shape"]:
+        sampler = as_flax_draws(bernoulli) if size < _OWN_KERNEL else bernoulli
+        return sampler(key, *traced or [keep_prob], shape, out_sharding=out_sharding)
+
+    return _counting(draw, math.prod(shape))(key, *traced)
+
+
+def _counting(draw: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """`draw(size, …)`, where `vmap` multiplies the size by how many it maps over."""
+    counted = custom_vmap(functools.partial(draw, size))
+
+    @counted.def_vmap
+    def _(number: int, is_mapped: Sequence[bool], *args: Any) -> tuple[Any, bool]:
+        axes = [0 if mapped else None for mapped in is_mapped]
+        several = lambda size, *args: jax.vmap(functools.partial(draw, size), axes)(*args)
+        return _counting(several, number * size)(*args), True
+
+    return counted
 
 
 def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ and write `Dropout` for `nn.Dropout`: nothing else changes, and no float32 bit o
 computes. The layers are thin: what each does stands at the function of its name in `regjax`.
 
 Every layer takes its amount in the call, too, where it comes before that of the constructor. It may
-be traced: a rate that changes with the step, or from layer to layer of a scanned stack, costs one
-compilation.
+be traced, so that a rate that changes with the step (`regjax.linear_rate` makes one), or from layer
+to layer of a scanned stack (`regjax.depth_rates`), costs one compilation.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import linen as nn
@@ -140,11 +140,11 @@ class Dropout(RateLayer, linen.Dropout):
     it the same mask. It is a `flax.linen.Dropout` too, for code that looks for one.
 
     What is the same, and where: with x64 off and threefry keys, the defaults of JAX, every value
-    and gradient of float32 under `jit`. XLA adds up in an order that depends on the program around
-    a sum, so masks of fewer than 4,096 elements are drawn by Flax's own operations, at their speed;
-    of what is summed along a short odd axis of a larger array, as in `(1024, 5)`, a last bit may
-    differ. Outside of `jit` Flax's own layer rounds otherwise under `grad` than it does under
-    `jit`; this one does not.
+    and gradient of float32 under `jit`, on CPU. XLA adds up in an order that depends on the program
+    around a sum, so masks of fewer than 4,096 elements are drawn by Flax's own operations, at their
+    speed. A last bit may still differ where a larger array is summed along a short odd axis, as in
+    `(1024, 5)`, and where the input is a constant of the program, which XLA scales ahead of time.
+    Outside of `jit`, Flax's own layer rounds otherwise under `grad`; this one does not.
 
     What is better: half types are scaled in float32 and rounded once, where Flax divides in
     bfloat16, which shifts the mean; `rate` and `deterministic` may be traced, where Flax's own

@@ -1,4 +1,4 @@
-"""What the tests of the layers for other frameworks share: each layer and the function behind it."""
+"""What the tests of the layers for Flax share: each layer, and the function behind it."""
 
 from __future__ import annotations
 

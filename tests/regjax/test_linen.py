@@ -48,18 +48,15 @@ def models(Dropout):
 
     class CNN(nn.Module):
         def setup(self):
-            self.convolutions = [nn.Conv(8, (3, 3)), nn.Conv(16, (3, 3))]
+            self.convolution = nn.Conv(8, (3, 3))
             self.channels = Dropout(0.1, broadcast_dims=(1, 2))
             self.features = Dropout(0.3)
             self.out = nn.Dense(10)
 
         def __call__(self, images, train):
-            x = images
-            for convolution in self.convolutions:
-                x = nn.avg_pool(nn.relu(convolution(x)), (2, 2), strides=(2, 2))
-                x = self.channels(x, deterministic=not train)
-            x = self.features(x.reshape(len(x), -1), not train)
-            return self.out(x)
+            x = self.channels(nn.relu(self.convolution(images)), deterministic=not train)
+            x = nn.avg_pool(x, (2, 2), strides=(2, 2))
+            return self.out(self.features(x.reshape(len(x), -1), not train))
 
     class Block(nn.Module):
         @nn.compact
@@ -372,6 +369,12 @@ def test_a_layer_is_its_function(name):
     chex.assert_trees_all_equal(by_key, function(*inputs, 0.3, key=KEY, **settings))
     with pytest.raises(AssertionError):
         chex.assert_trees_all_equal(by_key, by_rngs)
+
+
+def test_noise_of_standard_deviation_1_needs_a_key():
+    """Where a rate of 1 needs none."""
+    with pytest.raises(flax.errors.InvalidRngError):
+        regjax.linen.GaussianNoise(1.0).apply({}, X, deterministic=False)
 
 
 @every_layer

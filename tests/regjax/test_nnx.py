@@ -45,17 +45,14 @@ def models(Dropout):
 
     class CNN(nnx.Module):
         def __init__(self, rngs):
-            self.first = nnx.Conv(1, 8, (3, 3), rngs=rngs)
-            self.second = nnx.Conv(8, 16, (3, 3), rngs=rngs)
+            self.convolution = nnx.Conv(1, 8, (3, 3), rngs=rngs)
             self.channels = Dropout(0.1, broadcast_dims=(1, 2), rngs=rngs)
             self.features = Dropout(0.3, rngs=rngs)
-            self.out = nnx.Linear(64, 10, rngs=rngs)
+            self.out = nnx.Linear(128, 10, rngs=rngs)
 
         def __call__(self, images):
-            x = images
-            for convolution in (self.first, self.second):
-                x = nnx.avg_pool(nnx.relu(convolution(x)), (2, 2), strides=(2, 2))
-                x = self.channels(x)
+            x = self.channels(nnx.relu(self.convolution(images)))
+            x = nnx.avg_pool(x, (2, 2), strides=(2, 2))
             return self.out(self.features(x.reshape(len(x), -1)))
 
     class Block(nnx.Module):
@@ -359,6 +356,12 @@ def test_a_layer_is_its_function(name):
     assert layer(*inputs) is inputs[0]
 
 
+def test_noise_of_standard_deviation_1_needs_a_key():
+    """Where a rate of 1 needs none."""
+    with pytest.raises(ValueError, match="rngs is missing"):
+        regjax.nnx.GaussianNoise(1.0)(X)
+
+
 @every_layer
 def test_the_amount_of_the_call_comes_first(name):
     settings, inputs, function = FAMILY[name]
@@ -371,6 +374,7 @@ def test_the_amount_of_the_call_comes_first(name):
     for y in jax.jit(lambda *args: (view(*args), call(*args)))(0.3, *inputs):
         chex.assert_trees_all_close(y, expected, rtol=1e-6)
     chex.assert_trees_all_equal(view(0.3, *inputs), expected)
+    chex.assert_trees_all_close(view(jnp.float32(0.3), *inputs), expected, rtol=1e-6)
     assert layer(*inputs, **{amount: 0.0}) is inputs[0]
 
 

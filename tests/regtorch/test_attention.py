@@ -63,9 +63,9 @@ def largest_and_saved(length: int, block_size: int | None) -> tuple[int, int]:
 
 def test_memory_in_blocks_grows_with_the_length_and_not_with_its_square():
     """By the largest tensor of both passes, and by all that is kept between them."""
-    short, long = (largest_and_saved(length, 8) for length in (64, 256))
+    short, long = (largest_and_saved(length, 8) for length in (32, 128))
     assert all(more <= 4 * few for few, more in zip(short, long, strict=True))
-    assert all(size >= 2 * 256**2 for size in largest_and_saved(256, None))  # the test of the test
+    assert all(size >= 2 * 128**2 for size in largest_and_saved(128, None))  # the test of the test
 
 
 @both_forms
@@ -86,10 +86,8 @@ def test_layout_in_memory_changes_nothing(block_size):
     both = [[x.requires_grad_() for x in arrays] for arrays in (plain, strided)]
     y, z = (attend(*arrays, block_size=block_size) for arrays in both)
     torch.testing.assert_close(y, z)
-    for x, twin in zip(
-        *(torch.autograd.grad(y.sum(), xs) for y, xs in zip((y, z), both, strict=True)), strict=True
-    ):
-        torch.testing.assert_close(x, twin)
+    gradients = (torch.autograd.grad(y.sum(), x) for y, x in zip((y, z), both, strict=True))
+    torch.testing.assert_close(*gradients)
 
 
 @both_forms
@@ -101,7 +99,7 @@ def test_functional_gradients(block_size):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @both_forms
 def test_compiled_in_one_graph(block_size):
     arrays = inputs(torch.float32)
