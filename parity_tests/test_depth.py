@@ -39,7 +39,7 @@ def vjp(wing: Wing, x: np.ndarray, cotangent: np.ndarray, rate: Any, **options: 
 def test_forward_and_backward_agree_in_every_bit(dtype, options):
     rng = np.random.default_rng(0)
     x, cotangent = (rng.normal(size=(33, 5, 3)).astype(dtype) for _ in range(2))
-    for rate in (0.15, np.float32(0.15), 0.5):
+    for rate in (0.15, np.float32(0.15)):
         with jax.enable_x64(dtype == np.float64):
             ours, theirs = (vjp(wing, x, cotangent, rate, **options) for wing in WINGS)
         for array, twin in zip(ours, theirs, strict=True):

@@ -21,7 +21,7 @@ from parity_tests.wings import JAX, WINGS, Wing
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
 ENDS = [(0.0, 0.5), (0.5, 0.0), (0.123, 0.9), (0.0, 1.0), (0.3, 0.3), (1e-30, 1e-20)]
-STEPS = (1, 3, 1000, 10**6, 2**31 - 1)
+STEPS = (1, 41, 1000, 10**6, 2**31 - 1)  # 41 * (1 / 41) is below 1 in float32
 
 
 def formula(name: str, start: float, end: float, progress: np.ndarray) -> np.ndarray:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def quantile(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The n for which a standard normal variable lies in [-|n|, |n|] with probability |u|.
 
-    It has the sign of `u`. In float32 it is off by less than 8e-7 wherever `u` is a multiple of
-    2**-24, in float64 by less than 4e-15 wherever it is a multiple of 2**-53.
+    It has the sign of `u`. In float32 it is off by less than 8e-7 at every `u` that `normal` draws;
+    in float64 by less than 4e-15, at the 64,000 of them that a test looks at.
 
     Args:
         u: in (-1, 1), of dtype float32 or float64.

@@ -34,11 +34,9 @@ compilation; as an array it is not:
 
 from __future__ import annotations
 
-import functools
-import math
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
@@ -46,25 +44,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.custom_batching import custom_vmap
 
 from regjax._alpha import alpha_dropout
 from regjax._blocks import drop_block
 from regjax._depth import drop_path
-from regjax._dropout import Settings, _keep_prob, check_flag, check_inexact, drawn, dropout
+from regjax._dropout import _keep_prob, check_flag, check_inexact, dropout, mask_sharding
 from regjax._embedding import embedding_dropout
-from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
+from regjax._keys import check_key, key_words
+from regjax._masks import Sampler, bernoulli, check_probability
 from regjax._noise import check_stddev, gaussian_dropout, gaussian_noise
+from regjax._observe import observer
 from regjax._recurrent import variational_dropout
 from regjax._weights import drop_connect
-from regjax.layers import _OWN_KERNEL, as_flax_draws
+from regjax.layers import compared, uniform
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Inexact, Integer, PyTree
 
     from regjax._keys import KeyLike
-    from regjax._threefry import Layout
     from regjax._verdicts import Rule
 
 
@@ -222,10 +220,10 @@ class Dropout(RateLayer, eqx.nn.Dropout):
     def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, with the roundings of Equinox."""
         x = check_inexact(x)
-        sampler = _bernoulli if self.sampler is bernoulli else self.sampler
+        sampler = compared if self.sampler is bernoulli else self.sampler
         if isinstance(p, Tracer):
-            if x.dtype == jnp.float32:
-                return drawn(x, p, **how, kind=_Divided((), sampler))
+            if x.dtype == jnp.float32 and self.sampler is bernoulli:
+                return _divided(x, p, **how)
         elif isinstance(lax.stop_gradient(p), Tracer):
             # Under jit theirs computes `1 - p` in float32, and otherwise in Python's doubles.
             p = float(jnp.result_type(float).type(p))
@@ -576,61 +574,34 @@ class GaussianNoise(Layer):
         return gaussian_noise(x, stddev, **how)
 
 
-class _Divided(Settings):
-    """`dropout` that divides where it would multiply by the inverse: at a traced rate, as theirs.
+def _divided(
+    x: Float[Array, "*shape"],
+    p: Float[Array, ""],
+    *,
+    key: KeyLike,
+    deterministic: bool | Bool[Array, ""],
+) -> Float[Array, "*shape"]:
+    """`dropout` at a traced rate, where Equinox divides and does not multiply by the inverse."""
 
-    XLA makes such a product of a division by a scalar that nothing else needs. In theirs the mask
-    needs it too.
-    """
+    def drop() -> Float[Array, "*shape"]:
+        if watching := observer():
+            keep = bernoulli(key, _keep_prob(p, x.dtype), x.shape)
+            watching.draw(key_words(key), p, keep, x)
+        return _divide(x, check_key(key), p)
 
-    def apply(
-        self, x: Float[Array, "*shape"], keep: Bool[Array, "*shape"], rate: Float[Array, ""]
-    ) -> Float[Array, "*shape"]:
-        """Masks and divides."""
-        keep_prob = realised_keep_prob(self.sampler, _keep_prob(rate, x.dtype))
-        divisor = jnp.where(keep_prob > 0, keep_prob, 1)  # by 0, gradients would be NaN
-        return jnp.where(keep.astype(x.dtype) >= divisor, x / divisor, 0)
-
-
-def _bernoulli(
-    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
-) -> Bool[Array, "*shape"]:
-    """`bernoulli`, its small masks drawn by theirs, so that XLA adds up what they mask as there.
-
-    `vmap` hides how many examples there are: a mask is small if all of them together are.
-    """
-    traced = [keep_prob] if isinstance(keep_prob, Tracer) else []
-
-    def draw(size: int, key: KeyLike, *traced: Array) -> Bool[Array, "*shape"]:
-        sampler = as_flax_draws(bernoulli) if size < _OWN_KERNEL else bernoulli
-        return sampler(key, *traced or [keep_prob], shape, out_sharding=out_sharding)
-
-    return _counting(draw, math.prod(shape))(key, *traced)
+    return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
 
 
-def _counting(draw: Callable[..., Any], size: int) -> Callable[..., Any]:
-    """`draw(size, …)`, where `vmap` multiplies the size by how many it maps over."""
-    counted = custom_vmap(functools.partial(draw, size))
-
-    @counted.def_vmap
-    def _(number: int, is_mapped: Sequence[bool], *args: Any) -> tuple[Any, bool]:
-        axes = [0 if mapped else None for mapped in is_mapped]
-        several = lambda size, *args: jax.vmap(functools.partial(draw, size), axes)(*args)
-        return _counting(several, number * size)(*args), True
-
-    return counted
-
-
-def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:
-    """Every dimension but the channels.
-
-    Raises:
-        TypeError: `channel_axis` is not an integer.
-        ValueError: it is not one of `ndim` dimensions.
-    """
-    axis = operator.index(channel_axis)
-    if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"channel_axis must be a dimension of x, which has {ndim}; got {channel_axis}."
+@jax.jit
+def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Float[Array, "*shape"]:
+    def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
+        q = _keep_prob(p, x.dtype)
+        # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN of the
+        # gradient.
+        q = jnp.where((q > 0) & (q <= 1), q, -1)
+        dropped = jnp.where((p >= 0) & (p <= 1), 0.0, jnp.nan)
+        return jnp.where(
+            uniform(key, x.shape, out_sharding=mask_sharding(x, ())) < q, x / q, dropped
         )
-    return tuple(dim for dim in range(ndim) if dim != axis % ndim)
+
+    return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as `dropout` does: nothing is stored

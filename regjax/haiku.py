@@ -38,16 +38,18 @@ from regjax import (
     _alpha,
     _blocks,
     _depth,
+    _dropout,
     _embedding,
     _features,
     _noise,
     _recurrent,
     _weights,
 )
-from regjax._dropout import Settings, _keep_prob, check_inexact, drawn
-from regjax._keys import check_key
-from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
-from regjax.layers import as_flax_draws
+from regjax._dropout import Settings, _keep_prob, check_inexact, mask_sharding
+from regjax._keys import check_key, key_words
+from regjax._masks import Sampler, bernoulli, check_probability
+from regjax._observe import observer
+from regjax.layers import compared, uniform
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -119,9 +121,14 @@ def dropout(
     dims = _counted(broadcast_dims, x.ndim)
     if not is_traced and rate == 0:
         return x
-    is_plain = x.dtype != jnp.float32 or not (is_traced or dims)
-    settings = (Settings if is_plain else _Product)(dims, as_flax_draws(sampler))
-    return drawn(x, rate, check_key(rng), False, settings)
+    key = check_key(rng)
+    if x.dtype != jnp.float32 or sampler is not bernoulli or not (is_traced or dims):
+        sampler = compared if sampler is bernoulli else sampler
+        return _dropout.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
+    if watching := observer():
+        keep = Settings(dims, sampler).keep(x, key, rate)
+        watching.draw(key_words(key), rate, keep, x)
+    return (_at_tracer if is_traced else _at_number)(x, key, rate, dims)
 
 
 def feature_dropout(
@@ -466,21 +473,28 @@ def gaussian_noise(
     return _noise.gaussian_noise(x, stddev, key=rng)
 
 
-class _Product(Settings):
-    """`dropout` in the very operations of Haiku, where XLA rounds those otherwise than ours."""
+def _as_theirs(
+    x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
+) -> Float[Array, "*shape"]:
+    """`dropout` in the operations of Haiku, where XLA rounds those otherwise than ours."""
 
-    def apply(
-        self, x: Float[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
-    ) -> Float[Array, "*shape"]:
-        """Multiplies by the mask and divides."""
-        divisor = realised_keep_prob(self.sampler, _keep_prob(rate, x.dtype))
-        if isinstance(divisor, jax.Array):
-            divisor = jnp.where(divisor > 0, divisor, 1)  # 0 / 0 would be NaN
-            # A division by a scalar that nothing else needs is for XLA a product with its inverse.
-            # In theirs the mask needs it, and is compared with it, as here.
-            keep = keep.astype(x.dtype) >= divisor
+    def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
+        q = _keep_prob(rate, x.dtype)
+        if isinstance(q, jax.Array):
+            # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
+            q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
+        shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
+        keep = uniform(key, shape, out_sharding=mask_sharding(x, dims)) < q
+        if not dims:
+            return jnp.where(keep, x, 0) / q
         keep = jnp.broadcast_to(keep, x.shape)
-        return keep.astype(x.dtype) * _finite(x, keep) / divisor
+        return keep.astype(x.dtype) * _finite(x, keep) / q
+
+    return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as in `regjax.dropout`
+
+
+_at_number = jax.jit(_as_theirs, static_argnums=(2, 3))
+_at_tracer = jax.jit(_as_theirs, static_argnums=3)
 
 
 @jax.custom_jvp

@@ -16,7 +16,8 @@ FOREIGN = {
     "regtorch": {"jax", "jaxlib", "optax", "numpy", "regjax", "parity_tests"},
 }
 # The layers of a framework: each of these files may import its own, no other file any of them.
-LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku"}
+# (Those for Haiku are functions, and need no Haiku.)
+LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox"}
 # A file may import those of its own wing that stand on a lower floor than itself.
 FLOORS = {
     "_threefry": 0,

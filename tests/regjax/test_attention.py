@@ -140,7 +140,8 @@ def test_in_blocks_a_key_used_twice_is_seen():
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey], ids=["typed", "raw"])
 def test_keys_of_every_kind(kind, make):
     key: Any = make(3, impl=kind)
-    whole, blocks = (attend(*qkv(), key, block_size=size) for size in (None, 3))
+    q, k, v = qkv()
+    whole, blocks = (attend(q, k, v, key, block_size=size) for size in (None, 3))
     np.testing.assert_allclose(whole, blocks, atol=1e-6)
 
 

@@ -127,16 +127,6 @@ def test_noise_on_the_device_of_the_input_without_a_copy_of_the_table():
         assert (y.device.type, y.shape) == ("meta", meta.shape)
 
 
-def test_pieces_are_joined():
-    """More variates than are made at a time are those that are made one by one."""
-    size = 7 * 18725  # a few more than 2**17
-    for dtype in (torch.float32, torch.float64):
-        whole = regtorch.normal(KEY, (size,), dtype)
-        assert torch.equal(whole[:100], regtorch.normal(KEY, (100,), dtype))
-        assert torch.equal(whole.reshape(-1, 7), regtorch.normal(KEY, (size // 7, 7), dtype))
-        assert whole.unique().numel() > 0.95 * size
-
-
 def test_rounding_is_the_identity():
     x = torch.tensor([0.0, -0.0, 1.0, -1.0, 0.3, 3e38, torch.inf, -torch.inf])
     assert torch.equal(rounded(x), x)
