@@ -162,7 +162,11 @@ def _values(dtype: str, name: str = "dropout", **options: Any) -> Callable[[bool
         rng = np.random.default_rng(0)
         compared, worst, difference = 0, 0, 0.0
         with jax.enable_x64(dtype == "float64"):
-            x, cotangent = (rng.normal(size=shape).astype(jnp.dtype(dtype)) for _ in range(2))
+            x, cotangent = (
+                # Rows, channels or timesteps, and what lies along them.
+                rng.normal(size=shape).astype(jnp.dtype(dtype)).reshape(-1, 8, shape[1])
+                for _ in range(2)
+            )
             for rate in _RATES:
                 sides = []
                 for wing in (JAX, TORCH):
@@ -323,6 +327,11 @@ def all_checks() -> list[Check]:
             ("feature_dropout", "dropout of whole channels", {"channel_axis": 1}),
             ("alpha_dropout", "alpha dropout", {}),
             ("feature_alpha_dropout", "alpha dropout of whole channels", {"channel_axis": 1}),
+            ("drop_path", "dropout of whole samples", {}),
+            ("variational_dropout", "dropout alike at all timesteps", {}),
+            ("drop_block", "dropout of blocks", {"channel_axis": 1, "block_size": 5}),
+            ("drop_connect", "dropout of weights", {"rule": "**"}),
+            ("gaussian_dropout", "multiplication by Gaussian noise", {}),
         )
     ]
     peers = [
