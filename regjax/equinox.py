@@ -605,3 +605,18 @@ def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Flo
         )
 
     return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as `dropout` does: nothing is stored
+
+
+def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:
+    """Every dimension but the channels.
+
+    Raises:
+        TypeError: `channel_axis` is not an integer.
+        ValueError: it is not one of `ndim` dimensions.
+    """
+    axis = operator.index(channel_axis)
+    if not -ndim <= axis < ndim:
+        raise ValueError(
+            f"channel_axis must be a dimension of x, which has {ndim}; got {channel_axis}."
+        )
+    return tuple(dim for dim in range(ndim) if dim != axis % ndim)

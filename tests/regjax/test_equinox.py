@@ -22,7 +22,6 @@ from tests.regjax.training import assert_same_training, digits, filled, text, tr
 KEY = jax.random.key(11)
 KEYS = jax.random.split(KEY, 33)
 X, RESIDUAL = jax.random.normal(jax.random.key(1), (2, 33, 65))
-RATES = (0.1, 0.37)
 both = pytest.mark.parametrize("Dropout", [eqx.nn.Dropout, ours.Dropout], ids=["theirs", "ours"])
 
 
@@ -95,10 +94,8 @@ for f in (call, slope, deep, mapped, again, sums):
 
 @pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
 def test_in_every_situation_the_bits_are_theirs(situation, leaning):
-    for p in RATES:
-        layers = [Dropout(p) for Dropout in (eqx.nn.Dropout, ours.Dropout)]
-        theirs, mine = (situation(layer, X) for layer in layers)
-        assert same_bits(mine, theirs), p
+    theirs, mine = (situation(Dropout(0.1), X) for Dropout in (eqx.nn.Dropout, ours.Dropout))
+    assert same_bits(mine, theirs)
 
 
 def test_the_constructor_the_call_and_the_leaves_are_theirs():
@@ -264,7 +261,7 @@ def test_a_changing_rate_costs_one_compilation():
         traces.append(layer)
         return layer(X, key=key)
 
-    for p in RATES:
+    for p in (0.1, 0.37):
         layer = array(ours.Dropout(p))
         assert abs(float((run(layer, KEY) == 0).mean()) - p) < 0.06  # 5 sigma: p < 6e-7
     assert len(traces) == 1
@@ -364,7 +361,7 @@ def test_mapped_over_a_batch_with_traced_leaves_each_example_draws_for_itself(na
         return jax.vmap(lambda key: one.call(layer, X, key=key))(keys)
 
     np.testing.assert_allclose(several(one.layer), alone, rtol=2e-6, atol=1e-6)
-    assert same_bits(several(eqx.nn.inference_mode(one.layer)), [X] * 8)
+    assert (several(eqx.nn.inference_mode(one.layer)) == X[None]).all()
     assert len({np.asarray(y).tobytes() for y in alone}) > 1
     assert several._cache_size() == 1
 
@@ -448,27 +445,21 @@ class Transformer(eqx.Module):
         return jax.vmap(self.dense[2])(jax.vmap(self.norms[2])(x))
 
 
-def walk(Model, batches, Dropout, *, changing):
-    """Losses and states of a run; `changing`: every rate is an array, and another at each step."""
+def walk(Model, batches, Dropout):
+    """Losses and states of a run, in which every second rate is an array, new at each step."""
     like = eqx.filter_eval_shape(Model, Dropout)
     model = filled(eqx.filter(like, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)))
-    model = eqx.combine(model, like)
-    params, rest = eqx.partition(model, eqx.is_array)
-    rates = [layer.p for layer in dropouts(rest)]
+    params, rest = eqx.partition(eqx.combine(model, like), eqx.is_array)
+    where = lambda model: [layer.p for layer in dropouts(model)[::2]]
     optimizer, data = optax.adamw(1e-2), batches(steps=15)
-    data = [
-        (*batch, [jnp.float32(p * (i + 1) / 15) for p in rates]) for i, batch in enumerate(data)
-    ]
+    rates = [[jnp.float32(p * step / 15) for p in where(rest)] for step in range(15)]
 
     def step(state, batch, number):
-        x, y, now = batch
+        (x, y), rates = batch
         keys = jax.random.split(jax.random.fold_in(KEY, number), len(x))
 
         def loss(params):
-            model = eqx.combine(params, rest)
-            if changing:
-                where = lambda model: [layer.p for layer in dropouts(model)]
-                model = eqx.tree_at(where, model, now)
+            model = eqx.tree_at(where, eqx.combine(params, rest), rates)
             logits = jax.vmap(model)(x, keys)
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
@@ -477,21 +468,13 @@ def walk(Model, batches, Dropout, *, changing):
         updates, state = optimizer.update(gradient, state, params)
         return (eqx.apply_updates(params, updates), state), value
 
-    return train(step, (params, optimizer.init(params)), data)
+    walked = train(step, (params, optimizer.init(params)), list(zip(data, rates, strict=True)))
+    return [(loss, jax.tree.leaves(state)) for loss, state in walked]
 
 
 @pytest.mark.parametrize(
-    ("Model", "batches", "changing"),
-    [
-        (Perceptron, digits, False),
-        (Convolutional, digits, False),
-        (Transformer, text, False),
-        (Transformer, text, True),
-    ],
+    ("Model", "batches"), [(Perceptron, digits), (Convolutional, digits), (Transformer, text)]
 )
-def test_a_run_of_training_has_the_same_bits(Model, batches, changing, leaning):
-    theirs, mine = (
-        [jax.tree.leaves(state) for state in walk(Model, batches, Dropout, changing=changing)]
-        for Dropout in (eqx.nn.Dropout, ours.Dropout)
-    )
+def test_a_run_of_training_has_the_same_bits(Model, batches, leaning):
+    theirs, mine = (walk(Model, batches, Dropout) for Dropout in (eqx.nn.Dropout, ours.Dropout))
     assert_same_training(mine, theirs)

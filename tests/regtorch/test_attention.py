@@ -100,6 +100,8 @@ def test_functional_gradients(block_size):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+# The compiler's own: it makes an instance of every autograd.Function that it looks into.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @both_forms
 def test_compiled_in_one_graph(block_size):
     arrays = inputs(torch.float32)
