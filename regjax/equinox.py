@@ -132,7 +132,7 @@ class RateLayer(Layer):
         return self._call((x,), self.p, key, inference)
 
 
-class Dropout(RateLayer, eqx.nn.Dropout):
+class Dropout(RateLayer, eqx.nn.Dropout):  # pyright: ignore[reportIncompatibleVariableOverride]  # p may be an array
     """`equinox.nn.Dropout`, faster: the same mask from the same key.
 
     In training it zeroes each element with probability `p` and divides the others by `1 - p`. It is
@@ -191,7 +191,8 @@ class Dropout(RateLayer, eqx.nn.Dropout):
         deterministic: bool | None = None,
         sampler: Sampler = bernoulli,
     ) -> None:
-        eqx.nn.Dropout.__init__(self, p, inference, deterministic=deterministic)
+        theirs: Any = eqx.nn.Dropout  # whose annotation of p leaves arrays out
+        theirs.__init__(self, p, inference, deterministic=deterministic)
         self.sampler = sampler
 
     def __call__(
@@ -478,7 +479,7 @@ class EmbeddingDropout(RateLayer):
                [2., 2.]], dtype=float32)
     """
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
         self,
         x: Inexact[Array, "*ids features"],
         ids: Integer[Array, "*ids"],

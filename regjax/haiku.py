@@ -49,7 +49,7 @@ from regjax._dropout import Settings, _keep_prob, check_inexact, mask_sharding
 from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability
 from regjax._observe import observer
-from regjax.layers import compared, uniform
+from regjax.layers import uniform
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -122,8 +122,7 @@ def dropout(
     if not is_traced and rate == 0:
         return x
     key = check_key(rng)
-    if x.dtype != jnp.float32 or sampler is not bernoulli or not (is_traced or dims):
-        sampler = compared if sampler is bernoulli else sampler
+    if x.dtype != jnp.float32 or sampler is not bernoulli:
         return _dropout.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
     if watching := observer():
         keep = Settings(dims, sampler).keep(x, key, rate)
@@ -486,7 +485,7 @@ def _as_theirs(
         shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
         keep = uniform(key, shape, out_sharding=mask_sharding(x, dims)) < q
         if not dims:
-            return jnp.where(keep, x, 0) / q
+            return keep.astype(x.dtype) * x / q
         keep = jnp.broadcast_to(keep, x.shape)
         return keep.astype(x.dtype) * _finite(x, keep) / q
 
