@@ -485,7 +485,7 @@ def _as_theirs(
         shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
         keep = uniform(key, shape, out_sharding=mask_sharding(x, dims)) < q
         if not dims:
-            return keep.astype(x.dtype) * x / q
+            return keep.astype(x.dtype) * _finite(x, keep) / q
         keep = jnp.broadcast_to(keep, x.shape)
         return keep.astype(x.dtype) * _finite(x, keep) / q
 
