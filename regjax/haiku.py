@@ -23,7 +23,7 @@ where it is traced:
     traced
     [1. 1. 1. 1. 1. 1.]
     [2. 2. 0. 2. 2. 2.]
-    [4. 4. 0. 0. 4. 0.]
+    [4. 4. 0. 0. 4. 4.]
 """
 
 from __future__ import annotations
@@ -443,6 +443,7 @@ def gaussian_dropout(
         >>> import jax, jax.numpy as jnp
         >>> from regjax.haiku import gaussian_dropout
         >>> gaussian_dropout(jax.random.key(0), 0.5, jnp.ones(3))
+        Array([2.622642  , 3.0252647 , 0.56640565], dtype=float32)
     """
     return _noise.gaussian_dropout(x, rate, key=rng)
 
@@ -468,6 +469,7 @@ def gaussian_noise(
         >>> import jax, jax.numpy as jnp
         >>> from regjax.haiku import gaussian_noise
         >>> gaussian_noise(jax.random.key(0), 0.5, jnp.zeros(3))
+        Array([ 0.811321  ,  1.0126324 , -0.21679717], dtype=float32)
     """
     return _noise.gaussian_noise(x, stddev, key=rng)
 
@@ -485,7 +487,7 @@ def _as_theirs(
         shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
         keep = uniform(key, shape, out_sharding=mask_sharding(x, dims)) < q
         if not dims:
-            return keep.astype(x.dtype) * _finite(x, keep) / q
+            return jnp.where(keep, x, 0) / q
         keep = jnp.broadcast_to(keep, x.shape)
         return keep.astype(x.dtype) * _finite(x, keep) / q
 
