@@ -203,7 +203,11 @@ def test_gradients_of_half_types_do_not_wear_with_the_number_of_blocks(wing: Win
 @pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=str)
 def test_where_nothing_is_there_the_result_is_zeros(wing: Wing, block_size, sizes):
     batch, queries, keys = sizes
-    shapes = [(batch, n, 2, d) for n, d in ((queries, 4), (keys, 4), (keys, 3), (queries, 3))]
+    shapes = [
+        (batch, queries, 2, 4),
+        *((batch, keys, 1, d) for d in (4, 3)),
+        (batch, queries, 2, 3),
+    ]
     arrays = [np.ones(shape) for shape in shapes]
     y, *gradients = run(wing, arrays, {"dropout_rate": RATE}, "float32", block_size=block_size)
     assert y.shape == shapes[3]
@@ -270,8 +274,10 @@ BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "rank": ({"query": (7, 8)}, r"query must have shape \(..., length, heads", ValueError),
     "mask": ({"mask": np.ones((7, 10), bool)}, "mask must broadcast", ValueError),
     "bias": ({"bias": np.ones((1, 2, 4, 7, 11))}, "bias must broadcast", ValueError),
-    "mask of numbers": ({"mask": np.ones((7, 11))}, "mask must be boolean", TypeError),
-    "no key": ({"dropout_rng": None}, "key is missing", ValueError),
+    "mask of numbers": ({"mask": np.full((7, 11), -np.inf)}, "mask must be boolean", TypeError),
+    "integers": ({"query": np.ones((2, 7, 4, 8), np.int32)}, "query must be floating", TypeError),
+    "no key": ({"dropout_rng": None}, "dropout_rng is missing", ValueError),
+    "what is no key": ({"dropout_rng": 0}, "dropout_rng: key must be a", TypeError),
     "rate": ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\]; got 1.5", ValueError),
     "block": ({"block_size": 0}, "block_size must be at least 1; got 0", ValueError),
     "flag": ({"deterministic": 1}, "deterministic must be one boolean", TypeError),

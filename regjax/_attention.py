@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from regjax._dropout import (
     _keep_prob,
     check_flag,
-    check_inexact,
     dropout,
     inverse,
     mask_sharding,
@@ -56,6 +56,8 @@ def dot_product_attention(
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     module: Any = None,
+    qk_attn_weights_einsum: None = None,
+    attn_weights_value_einsum: None = None,
 ) -> Float[Array, "*batch queries heads features"]:
     """Attention whose weights are dropped in training.
 
@@ -70,13 +72,18 @@ def dot_product_attention(
     a block is made from the places of its elements in the whole, so that **the two forms drop the
     same elements, bit for bit**, whatever the size of a block.
 
+    Batch, heads and queries may be shared out over devices, which then send one another nothing;
+    keys and values of one head may not. Inside `shard_map` the shape is that of one device: fold
+    `jax.lax.axis_index` into `dropout_rng`.
+
     Args:
         query: of shape (..., queries, heads, depth), with any number of batch dimensions.
         key: of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
             heads, one after the other (grouped queries).
         value: of shape (..., keys, kv_heads, features).
         bias: added to the scores; broadcasts against (..., heads, queries, keys).
-        mask: True where a query may look at a key; broadcasts likewise.
+        mask: True where a query may look at a key; broadcasts likewise. Zeros and ones of another
+            dtype are taken too, as Flax's `make_causal_mask` and its decoding make them.
         dropout_rng: the random key; see `dropout`. It has Flax's name, as `key` is taken here.
         dropout_rate: the probability that a weight is zeroed, in [0, 1]; may be traced.
         deterministic: True in evaluation; may be traced.
@@ -88,15 +95,19 @@ def dot_product_attention(
         dtype: that of the computation; without it, the arrays must agree in theirs.
         precision: of the products; see `jax.lax.Precision`.
         module: a Linen or NNX module that the weights, before dropout, are sown into.
+        qk_attn_weights_einsum: refused. Linen has a place for other einsums, and would leave them
+            out in silence if this function had no name for them.
+        attn_weights_value_einsum: likewise.
 
     Returns:
         An array of shape (..., queries, heads, features) in the dtype of the arrays.
 
     Raises:
-        TypeError: the arrays are not floating or differ in dtype, `mask` is not boolean, or as
-            `dropout`.
+        TypeError: the arrays are not floating or differ in dtype, `mask` has numbers other than 0
+            and 1 (a traced one is not checked), or as `dropout`.
         ValueError: shapes do not fit, named with the argument; `block_size` is below 1, or given
-            along with `module`; or as `dropout`. A traced rate out of range gives NaN.
+            along with `module`; an einsum is given; or as `dropout`. A traced rate out of range
+            gives NaN.
 
     PyTorch:
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
@@ -128,23 +139,31 @@ def dot_product_attention(
     Staats, "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention",
     NeurIPS 2022.
     """
+    if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
+        raise ValueError(
+            "qk_attn_weights_einsum and attn_weights_value_einsum are not for this function. Leave "
+            "them out, or take Linen's own attention_fn."
+        )
     query, key, value = _arrays(query, key, value, dtype=dtype)
-    bias, mask = (None if x is None else jnp.asarray(x) for x in (bias, mask))
+    bias = None if bias is None else jnp.asarray(bias)
+    mask = None if mask is None else _boolean(jnp.asarray(mask))
     _check_shapes(query, key, value, bias, mask)
     bias, mask = (x if x is None else _with_rank(x, query.ndim) for x in (bias, mask))
     rate = check_probability("dropout_rate", dropout_rate)
     flag = check_flag(deterministic)
+    evaluates = flag is True or _is_number(rate, 0)
+    one_key = None if evaluates or _is_number(rate, 1) else _require_rng(dropout_rng)
     scores = _Scores(
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
         is_causal=bool(is_causal),
         precision=precision,
     )
     if block_size is None:
-        weights = _softmax(scores(query, key, bias, mask, 0))
+        weights = _weights(scores, query, key, bias, mask)
         if module is not None:
             _sow(module, weights.astype(query.dtype))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        weights = dropout(weights, rate, key=dropout_rng, deterministic=flag, broadcast_dims=shared)
+        weights = dropout(weights, rate, key=one_key, deterministic=flag, broadcast_dims=shared)
         return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
     if module is not None:
         raise ValueError(
@@ -154,14 +173,13 @@ def dot_product_attention(
     size = _check_block(block_size, key.shape[-3])
     blocks = _Blocks(scores, size, key.shape[-3], bool(broadcast_dropout))
     attend = functools.partial(_blockwise, blocks, query, key, value, bias, mask)
-    if flag is True or _is_number(rate, 0):
+    if evaluates:
         return attend()
-    if _is_number(rate, 1):
+    if one_key is None:
         return jnp.zeros_like(value, shape=(*query.shape[:-1], value.shape[-1]))
-    one_key = require_key(dropout_rng)
     if watching := observer():
         keep = bernoulli(one_key, _keep_prob(rate, query.dtype), blocks.shape(query))
-        whole = _softmax(scores(query, key, bias, mask, 0))
+        whole = _weights(scores, query, key, bias, mask)
         watching.draw(key_words(one_key), rate, keep, whole, flag)
     drop = functools.partial(attend, one_key, rate)
     return drop() if flag is False else lax.cond(flag, attend, drop)
@@ -196,7 +214,8 @@ class _Scores:
                 preferred_element_type=wide,
             )
         else:
-            grouped = query.reshape(*query.shape[:-2], kv_heads, -1, query.shape[-1])
+            split = kv_heads, heads // kv_heads
+            grouped = query.reshape(*query.shape[:-2], *split, query.shape[-1])
             scores = jnp.einsum(
                 "...qhgd,...khd->...hgqk",
                 grouped,
@@ -217,6 +236,14 @@ class _Scores:
         for each in allowed:
             scores = jnp.where(_with_rank(each, scores.ndim), scores, -jnp.inf)
         return scores
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(
+    scores: _Scores, query: Array, key: Array, bias: Any, mask: Any
+) -> Float[Array, "*batch heads queries keys"]:
+    """All of them at once, in one dispatch where nothing else is jitted."""
+    return _softmax(scores(query, key, bias, mask, 0))
 
 
 def _softmax(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -240,7 +267,8 @@ def _mixed(
     how = {"precision": precision, "preferred_element_type": real_dtype(value.dtype)}
     if heads == kv_heads:
         return jnp.einsum("...hqk,...khd->...qhd", weights, value, **how)
-    grouped = weights.reshape(*weights.shape[:-3], kv_heads, -1, *weights.shape[-2:])
+    split = kv_heads, heads // kv_heads
+    grouped = weights.reshape(*weights.shape[:-3], *split, *weights.shape[-2:])
     mixed = jnp.einsum("...hgqk,...khd->...qhgd", grouped, value, **how)
     return mixed.reshape(*mixed.shape[:-3], heads, mixed.shape[-1])
 
@@ -417,11 +445,14 @@ def _is_number(rate: float | Float[Array, ""], number: int) -> bool:
 
 
 def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
-    found = [check_inexact(array) for array in arrays]
+    found = [jnp.asarray(array) for array in arrays]
     names = ("query", "key", "value")
     for name, array in zip(names, found, strict=True):
         if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating; got dtype {array.dtype}.")
+            raise TypeError(
+                f"{name} must be floating; got dtype {array.dtype}. Cast it: "
+                f"{name}.astype(jnp.float32)."
+            )
         if array.ndim < 3:
             raise ValueError(
                 f"{name} must have shape (..., length, heads, features); got {array.shape}."
@@ -438,7 +469,6 @@ def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) 
     """Refuses what does not fit together, by name.
 
     Raises:
-        TypeError: `mask` is not boolean.
         ValueError: a shape does not fit.
     """
     *batch, queries, heads, depth = query.shape
@@ -455,8 +485,6 @@ def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) 
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"query has {heads} heads, not a multiple of key's {kv_heads}.")
     whole = (*batch, heads, queries, keys)
-    if mask is not None and mask.dtype != np.bool_:
-        raise TypeError(f"mask must be boolean, True to look; got {mask.dtype}. Or pass bias.")
     for name, array in (("bias", bias), ("mask", mask)):
         if array is None:
             continue
@@ -473,6 +501,37 @@ def _check_block(block_size: int, keys: int) -> int:
     if size < 1:
         raise ValueError(f"block_size must be at least 1; got {block_size}.")
     return max(1, min(size, keys))
+
+
+def _boolean(mask: Array) -> Bool[Array, "*shape"]:
+    """A mask of zeros and ones as one of booleans.
+
+    Raises:
+        TypeError: it has other numbers, where they can be read: perhaps it is meant to be added.
+    """
+    if mask.dtype == np.bool_:
+        return mask
+    readable = not isinstance(mask, Tracer) and mask.is_fully_addressable
+    if readable and not np.isin(np.asarray(mask), (0, 1)).all():
+        raise TypeError(
+            f"mask must be boolean, True to look, or 0 and 1; got other numbers, of {mask.dtype}. "
+            "What is added to the scores is bias."
+        )
+    return mask != 0
+
+
+def _require_rng(dropout_rng: KeyLike | None) -> KeyLike:
+    """As `require_key`, under the name that it has here, where `key` is another argument."""
+    if dropout_rng is None:
+        raise ValueError(
+            "dropout_rng is missing: dropout in training needs a random key. Pass "
+            "dropout_rng=jax.random.key(seed), or dropout_rng=regjax.site_key(root, step, site) "
+            "inside a training loop, or deterministic=True to evaluate."
+        )
+    try:
+        return require_key(dropout_rng)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"dropout_rng: {error}") from None
 
 
 def _sow(module: Any, weights: Array) -> None:

@@ -486,8 +486,6 @@ def _as_theirs(
             q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
         shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
         keep = uniform(key, shape, out_sharding=mask_sharding(x, dims)) < q
-        if not dims:
-            return jnp.where(keep, x, 0) / q
         keep = jnp.broadcast_to(keep, x.shape)
         return keep.astype(x.dtype) * _finite(x, keep) / q
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from regtorch._dropout import (
     _keep_prob,
     check_flag,
-    check_inexact,
     dropout,
     inverse,
     real_dtype,
@@ -104,6 +103,9 @@ def dot_product_attention(
     _check_shapes(query, key, value, bias, mask)
     rate = check_probability("dropout_rate", dropout_rate)
     flag = check_flag(deterministic)
+    evaluates = flag is True or _is_number(rate, 0)
+    draws = not evaluates and not _is_number(rate, 1)
+    one_key = _require_rng(dropout_rng).to(query.device) if draws else None
     scores = _Scores(
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
         is_causal=bool(is_causal),
@@ -111,17 +113,16 @@ def dot_product_attention(
     if block_size is None:
         weights = _softmax(scores(query, key, bias, mask))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        weights = dropout(weights, rate, key=dropout_rng, deterministic=flag, broadcast_dims=shared)
+        weights = dropout(weights, rate, key=one_key, deterministic=flag, broadcast_dims=shared)
         return _mixed(weights.to(value.dtype), value)
     size = _check_block(block_size, key.shape[-3])
     blocks = _Blocks(scores, size, key.shape[-3], bool(broadcast_dropout))
     arrays = (query, key, value, bias, mask)
-    if flag is True or _is_number(rate, 0):
+    if evaluates:
         return _blockwise(blocks, *arrays)
-    if _is_number(rate, 1):
+    if one_key is None:
         # In the graph, so that its gradient is zeros and not an error.
         return _blockwise(blocks, *arrays).mul(0)
-    one_key = require_key(dropout_rng).to(query.device)
     if watching := observer():
         keep = bernoulli(one_key, _keep_prob(rate, real_dtype(query.dtype)), blocks.shape(query))
         whole = _softmax(scores(query, key, bias, mask))
@@ -355,8 +356,13 @@ def _is_number(rate: float | Tensor, number: int) -> bool:
 def _check_arrays(*arrays: Tensor) -> None:
     names = ("query", "key", "value")
     for name, array in zip(names, arrays, strict=True):
-        if not check_inexact(array).is_floating_point():
-            raise TypeError(f"{name} must be floating; got dtype {array.dtype}.")
+        if not isinstance(array, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {array!r}.")
+        if not array.is_floating_point():
+            raise TypeError(
+                f"{name} must be floating; got dtype {array.dtype}. Cast it: "
+                f"{name}.to(torch.float32)."
+            )
         if array.ndim < 3:
             raise ValueError(
                 f"{name} must have shape (..., length, heads, features); got {tuple(array.shape)}."
@@ -401,6 +407,20 @@ def _check_shapes(
                 f"{name} must broadcast to (..., heads, queries, keys) = {whole}; got "
                 f"{tuple(array.shape)}."
             )
+
+
+def _require_rng(dropout_rng: Tensor | torch.Generator | None) -> Tensor:
+    """As `require_key`, under the name that it has here, where `key` is another argument."""
+    if dropout_rng is None:
+        raise ValueError(
+            "dropout_rng is missing: dropout in training needs a random key. Pass "
+            "dropout_rng=regtorch.key(seed), or dropout_rng=regtorch.site_key(root, step, site) "
+            "inside a training loop, or a torch.Generator, or deterministic=True to evaluate."
+        )
+    try:
+        return require_key(dropout_rng)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"dropout_rng: {error}") from None
 
 
 def _check_block(block_size: int, keys: int) -> int:

@@ -168,7 +168,7 @@ def test_in_linen_the_mask_is_that_of_linen_s_own_function(shared):
     )
     ours = make(deterministic=False, attention_fn=regjax.dot_product_attention)
     theirs = make(deterministic=False)
-    mask = linen.make_causal_mask(x[..., 0]).astype(bool)
+    mask = linen.make_causal_mask(x[..., 0])  # of float32, as Flax makes them
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         params = jax.jit(theirs.init)(jax.random.key(2), x)
         run = lambda layer, key: layer.apply(params, x, mask=mask, rngs={"dropout": key})
@@ -191,6 +191,46 @@ def test_in_nnx_the_mask_is_that_of_nnx_s_own_function():
         ours = layer(attention_fn=regjax.dot_product_attention)(x, is_causal=True)
         theirs = layer()(x, is_causal=True)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_in_decoding_layers_of_flax():
+    """One position at a time, behind a mask that Flax makes: as with Flax's own function."""
+    x = jax.random.normal(jax.random.key(1), (2, 6, 8))
+    results = []
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        for how in ({"attention_fn": regjax.dot_product_attention}, {}):
+            layer = linen.MultiHeadDotProductAttention(2, decode=True, **how)
+            variables = jax.jit(layer.init)(jax.random.key(2), x)
+            step = jax.jit(functools.partial(layer.apply, mutable="cache"))
+            _, cache = step(variables, x[:, :1])
+            y, _ = step(variables | cache, x[:, 1:2])
+            module = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0), **how)
+            module.init_cache(x.shape)
+            results.append((y, module(x[:, :1])))
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@both_forms
+def test_a_mask_of_zeros_and_ones_is_a_mask(block_size):
+    q, k, v = qkv()
+    mask = np.tri(7, dtype=np.float32)
+    seen = attend(q, k, v, mask=mask, block_size=block_size)
+    same = attend(q, k, v, mask=mask.astype(bool), block_size=block_size)
+    np.testing.assert_array_equal(seen, same)
+    causal = attend(q, k, v, is_causal=True, block_size=block_size)
+    np.testing.assert_allclose(seen, causal, atol=1e-6)
+    with pytest.raises(TypeError, match=r"mask must be boolean.*What is added .* is bias"):
+        attend(q, k, v, mask=np.where(mask, 0.0, -np.inf), block_size=block_size)
+
+
+@pytest.mark.parametrize("name", ["qk_attn_weights_einsum", "attn_weights_value_einsum"])
+def test_einsums_of_linen_s_are_refused_and_not_left_out(name):
+    layer: Any = linen.MultiHeadDotProductAttention(
+        2, attention_fn=regjax.dot_product_attention, **{f"{name}_cls": lambda: jnp.einsum}
+    )
+    with pytest.raises(ValueError, match=f"{name}.* not for this function"):
+        layer.init(jax.random.key(0), jnp.ones((2, 6, 8)))
 
 
 def test_weights_are_sown_where_flax_sows_them():
@@ -218,16 +258,23 @@ def test_weights_are_sown_where_flax_sows_them():
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute")
 
 
+LAYOUTS = {
+    "rows and heads": [P("a", None, "b")] * 3,
+    "rows and queries": [P("a", "b"), P("a"), P("a")],
+}
+
+
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.parametrize("specs", LAYOUTS.values(), ids=LAYOUTS)
 @both_forms
-def test_rows_and_heads_on_many_devices(kind, block_size):
+def test_on_many_devices(specs, kind, block_size):
     """The result of one device on every device, and nothing sent between them."""
-    mesh = jax.make_mesh((4, 2), ("rows", "heads"), axis_types=(kind,) * 2)
-    q, k, v = qkv(batch=4)
-    alone = attend(q, k, v, block_size=block_size)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
+    arrays = qkv(batch=4, length=8)
+    alone = attend(*arrays, block_size=block_size)
     with jax.set_mesh(mesh):
-        layout = NamedSharding(mesh, P("rows", None, "heads"))
-        arrays = jax.device_put((q, k, v), layout)
+        layout, *_ = layouts = [NamedSharding(mesh, spec) for spec in specs]
+        arrays = jax.device_put(tuple(arrays), tuple(layouts))
         run = jax.jit(functools.partial(attend, block_size=block_size))
         compiled: Any = run.lower(*arrays).compile()
         y = compiled(*arrays)
