@@ -334,3 +334,19 @@ def test_who_watches_is_told_the_whole_mask(wing: Wing, block_size):
     assert len(told) == 1
     np.testing.assert_array_equal(np.asarray(told[0].mask), wing.bernoulli(SEED, 1 - RATE, shape))
     assert np.asarray(told[0].entering).shape == shape
+
+
+@both_wings
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_who_watches_is_not_told_what_a_changing_flag_turns_off(wing: Wing, block_size):
+    arrays, options = inputs()
+    qkv = [wing.array(x.astype(np.float32)) for x in arrays[:3]]
+    options |= {"dropout_rng": wing.key(SEED), "block_size": block_size}
+    attend = wing.library.dot_product_attention
+    changing = wing.traced(lambda flag: attend(*qkv, deterministic=flag, **options))
+    told = []
+    with wing.library.observing(told.append):
+        for flag, times in ((True, 0), (False, 1)):
+            changing(flag)
+            jax.effects_barrier()
+            assert len(told) == times
