@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax._dropout import Settings, check_inexact, masked, real_dtype
+from regjax._dropout import Settings, check_real, masked, real_dtype
 from regjax._features import shared_dims
 from regjax._masks import Sampler, bernoulli
 
@@ -156,10 +156,5 @@ def _double_scale(keep_prob: float) -> float:
 
 
 def _check_real(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    x = check_inexact(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(
-            f"x must be real for alpha dropout; got dtype {x.dtype}. Use regjax.dropout, or drop "
-            "in x.real and x.imag."
-        )
-    return x
+    advice = "Use regjax.dropout, or drop in x.real and x.imag."
+    return check_real(x, "alpha dropout", advice)

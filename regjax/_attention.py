@@ -16,10 +16,11 @@ from jax import lax
 from jax.core import Tracer
 
 from regjax._dropout import (
-    _keep_prob,
     check_flag,
     dropout,
     inverse,
+    is_number,
+    keep_prob_of,
     mask_sharding,
     real_dtype,
     require_key,
@@ -151,8 +152,8 @@ def dot_product_attention(
     bias, mask = (x if x is None else _with_rank(x, query.ndim) for x in (bias, mask))
     rate = check_probability("dropout_rate", dropout_rate)
     flag = check_flag(deterministic)
-    evaluates = flag is True or _is_number(rate, 0)
-    one_key = None if evaluates or _is_number(rate, 1) else _require_rng(dropout_rng)
+    evaluates = flag is True or is_number(rate, 0)
+    one_key = None if evaluates or is_number(rate, 1) else _require_rng(dropout_rng)
     scores = _Scores(
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
         is_causal=bool(is_causal),
@@ -178,7 +179,7 @@ def dot_product_attention(
     if one_key is None:
         return jnp.zeros_like(value, shape=(*query.shape[:-1], value.shape[-1]))
     if watching := observer():
-        keep = bernoulli(one_key, _keep_prob(rate, query.dtype), blocks.shape(query))
+        keep = bernoulli(one_key, keep_prob_of(rate, query.dtype), blocks.shape(query))
         whole = _weights(scores, query, key, bias, mask)
         watching.draw(key_words(one_key), rate, keep, whole, flag)
     drop = functools.partial(attend, one_key, rate)
@@ -404,7 +405,7 @@ def _blockwise(
     wide = real_dtype(query.dtype)
     draw, scale = None, wide(1)
     if dropout_rng is not None:
-        keep_prob = _keep_prob(rate, query.dtype)
+        keep_prob = keep_prob_of(rate, query.dtype)
         consume(dropout_rng)
         draw = jnp.stack(key_words(dropout_rng)), jnp.asarray(keep_prob, np.float32)
         scale = inverse(keep_prob, query.dtype)
@@ -438,10 +439,6 @@ def _with_rank(x: Array, ndim: int) -> Array:
 
 def _per_query(x: Float[Array, "*batch heads queries"]) -> Float[Array, "*batch queries heads 1"]:
     return jnp.swapaxes(x, -1, -2)[..., None]
-
-
-def _is_number(rate: float | Float[Array, ""], number: int) -> bool:
-    return not isinstance(rate, jax.Array) and rate == number
 
 
 def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from regjax._dropout import check_inexact, drawn, real_dtype, selected
+from regjax._dropout import check_axis, check_inexact, drawn, real_dtype, selected
 from regjax._masks import bernoulli
 
 if TYPE_CHECKING:
@@ -185,14 +185,10 @@ def _spread(keep: Bool[Array, ...], dim: int, size: int) -> Bool[Array, ...]:
 def _check_blocks(
     shape: tuple[int, ...], block_size: int, channel_axis: int, share_channels: bool
 ) -> _Blocks:
-    size, axis, ndim = operator.index(block_size), operator.index(channel_axis), len(shape)
+    size, ndim = operator.index(block_size), len(shape)
     if size < 1:
         raise ValueError(f"block_size must be at least 1; got {block_size}.")
-    if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"channel_axis must be a dimension of x, which has {ndim}; got {channel_axis}."
-        )
-    axis %= ndim
+    axis = check_axis("channel_axis", channel_axis, ndim)
     if ndim < 3 or axis == 0:
         raise ValueError(
             "x must have a batch dimension, which comes first, a channel dimension and at least "

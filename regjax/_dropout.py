@@ -121,11 +121,11 @@ def drawn(
     """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
-    if deterministic is True or _is_number(rate, 0):
+    if deterministic is True or is_number(rate, 0):
         return x
 
     def drop() -> Inexact[Array, "*shape"]:
-        if _is_number(rate, 1):
+        if is_number(rate, 1):
             return jnp.zeros_like(x)
         one_key = require_key(key)
         if watching := observer():
@@ -199,13 +199,13 @@ class Settings:
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> Bool[Array, ...]:
         """Draws the mask."""
-        return _keep_mask(x, key, _keep_prob(rate, x.dtype), self)
+        return _keep_mask(x, key, keep_prob_of(rate, x.dtype), self)
 
     def apply(
         self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
     ) -> Inexact[Array, "*shape"]:
         """Masks, shifts and scales."""
-        realised = realised_keep_prob(self.sampler, _keep_prob(rate, x.dtype))
+        realised = realised_keep_prob(self.sampler, keep_prob_of(rate, x.dtype))
         scale = self.scale(realised, x.dtype)
         if self.offsets is None:
             return selected(keep, x, scale)
@@ -254,7 +254,7 @@ def _keep_mask(
     return settings.sampler(key, keep_prob, shape, out_sharding=mask_sharding(x, dims))
 
 
-def _keep_prob(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:
+def keep_prob_of(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:
     """1 - rate, rounded once to the precision that `dtype` is scaled in."""
     real = real_dtype(dtype)
     if isinstance(rate, jax.Array):
@@ -325,6 +325,18 @@ def check_inexact(x: Inexact[ArrayLike, "*shape"]) -> Inexact[Array, "*shape"]:
     return x
 
 
+def check_real(x: Inexact[ArrayLike, "*shape"], what: str, advice: str) -> Float[Array, "*shape"]:
+    """Returns `x` as an array if it is real and floating.
+
+    Raises:
+        TypeError: it is of another dtype.
+    """
+    x = check_inexact(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"x must be real for {what}; got dtype {x.dtype}. {advice}")
+    return x
+
+
 def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
     """Returns a concrete flag as a Python bool, a traced one as it is.
 
@@ -356,5 +368,19 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
     return dims
 
 
-def _is_number(rate: float | Float[Array, ""], number: int) -> bool:
+def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
+    """Returns a dimension of `x`, counted from the end if negative, as one counted from 0.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is not one of `ndim` dimensions; `advice` says what to do.
+    """
+    index = operator.index(axis)
+    if not -ndim <= index < ndim:
+        raise ValueError(f"{name} must be a dimension of x, which has {ndim}; got {axis}.{advice}")
+    return index % ndim
+
+
+def is_number(rate: float | Float[Array, ""], number: int) -> bool:
+    """Whether a rate is known, and this number."""
     return not isinstance(rate, jax.Array) and rate == number

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from regjax._dropout import _keep_prob, check_inexact, drawn, inverse, selected
+from regjax._dropout import check_inexact, drawn, inverse, keep_prob_of, selected
 from regjax._masks import bernoulli_at
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class _Words:
         """The elements of a mask over the vocabulary, at the words' indices."""
         high = (ids >> 32) if ids.dtype.itemsize == 8 else jnp.zeros_like(ids)
         index = (high.astype(jnp.uint32), ids.astype(jnp.uint32))
-        return bernoulli_at(key, _keep_prob(rate, x.dtype), index)[..., None]
+        return bernoulli_at(key, keep_prob_of(rate, x.dtype), index)[..., None]
 
     def apply(
         self,
@@ -94,7 +94,7 @@ class _Words:
         rate: float | Float[Array, ""],
     ) -> Inexact[Array, "*ids features"]:
         """Masks and scales as dropout does."""
-        return selected(keep, x, inverse(_keep_prob(rate, x.dtype), x.dtype))
+        return selected(keep, x, inverse(keep_prob_of(rate, x.dtype), x.dtype))
 
 
 def _check_ids(ids: Integer[ArrayLike, "*ids"], shape: tuple[int, ...]) -> Integer[Array, "*ids"]:

@@ -63,7 +63,7 @@ def key_words(key: KeyLike) -> Words:
     key = check_key(key)
     data = jnp.asarray(jax.random.key_data(key) if _is_typed(key) else key)
     words = [data[i] for i in range(data.shape[0])]
-    if _is_threefry(key):
+    if is_threefry(key):
         return words[0], words[1]
     blocks = max(2, -(-len(words) // 2))
     words += [jnp.zeros((), jnp.uint32)] * (2 * blocks - len(words))
@@ -154,7 +154,7 @@ def _is_typed(key: KeyLike) -> bool:
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
-def _is_threefry(key: KeyLike) -> bool:
+def is_threefry(key: KeyLike) -> bool:
     return str(jax.random.key_impl(key)) == _THREEFRY if _is_typed(key) else key.shape == (2,)
 
 

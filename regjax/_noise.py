@@ -17,7 +17,7 @@ from jax.core import Tracer
 
 from regjax._dropout import (
     check_flag,
-    check_inexact,
+    check_real,
     made,
     mask_sharding,
     real_dtype,
@@ -236,9 +236,4 @@ def check_stddev(stddev: ArrayLike) -> float | Float[Array, ""]:
 
 
 def _check_real(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
-    x = check_inexact(x)
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(
-            f"x must be real for Gaussian noise; got dtype {x.dtype}. Add it to x.real and x.imag."
-        )
-    return x
+    return check_real(x, "Gaussian noise", "Add it to x.real and x.imag.")

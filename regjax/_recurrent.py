@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING
 
-from regjax._dropout import Settings, check_inexact, masked
+from regjax._dropout import Settings, check_axis, check_inexact, masked
 from regjax._masks import Sampler, bernoulli
 
 if TYPE_CHECKING:
@@ -13,6 +12,9 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Inexact
 
     from regjax._keys import KeyLike
+
+
+_ADVICE = " Of a single timestep, use dropout, with the same key at every step."
 
 
 def variational_dropout(
@@ -89,14 +91,5 @@ def variational_dropout(
     networks", NeurIPS 2016.
     """
     x = check_inexact(x)
-    return masked(x, rate, key, deterministic, Settings((_check_axis(time_axis, x.ndim),), sampler))
-
-
-def _check_axis(time_axis: int, ndim: int) -> int:
-    axis = operator.index(time_axis)
-    if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"time_axis must be a dimension of x, which has {ndim}; got {time_axis}. Of a single "
-            "timestep, use dropout, with the same key at every step."
-        )
-    return axis % ndim
+    axis = check_axis("time_axis", time_axis, x.ndim, _ADVICE)
+    return masked(x, rate, key, deterministic, Settings((axis,), sampler))

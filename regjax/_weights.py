@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from regjax._dropout import check_flag, dropout
+from regjax._dropout import check_flag, dropout, is_number
 from regjax._keys import site_key
 from regjax._masks import Sampler, bernoulli, check_probability
 from regjax._paths import components, path_name
@@ -88,7 +88,7 @@ def drop_connect(
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     chosen = _chosen(weights, rule)
-    if deterministic is True or (not isinstance(rate, jax.Array) and rate == 0):
+    if deterministic is True or is_number(rate, 0):
         return weights
 
     def leaf(path: KeyPath, weight: Any, is_chosen: bool) -> Any:

@@ -34,7 +34,6 @@ compilation; as an array it is not:
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,14 @@ from jax.core import Tracer
 from regjax._alpha import alpha_dropout
 from regjax._blocks import drop_block
 from regjax._depth import drop_path
-from regjax._dropout import _keep_prob, check_flag, check_inexact, dropout, mask_sharding
+from regjax._dropout import (
+    check_axis,
+    check_flag,
+    check_inexact,
+    dropout,
+    keep_prob_of,
+    mask_sharding,
+)
 from regjax._embedding import embedding_dropout
 from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability
@@ -589,7 +595,7 @@ def _divided(
 
     def drop() -> Float[Array, "*shape"]:
         if watching := observer():
-            keep = bernoulli(key, _keep_prob(p, x.dtype), x.shape)
+            keep = bernoulli(key, keep_prob_of(p, x.dtype), x.shape)
             watching.draw(key_words(key), p, keep, x)
         return _divide(x, check_key(key), p)
 
@@ -599,7 +605,7 @@ def _divided(
 @jax.jit
 def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Float[Array, "*shape"]:
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        q = _keep_prob(p, x.dtype)
+        q = keep_prob_of(p, x.dtype)
         # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN of the
         # gradient.
         q = jnp.where((q > 0) & (q <= 1), q, -1)
@@ -612,15 +618,6 @@ def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Flo
 
 
 def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:
-    """Every dimension but the channels.
-
-    Raises:
-        TypeError: `channel_axis` is not an integer.
-        ValueError: it is not one of `ndim` dimensions.
-    """
-    axis = operator.index(channel_axis)
-    if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"channel_axis must be a dimension of x, which has {ndim}; got {channel_axis}."
-        )
-    return tuple(dim for dim in range(ndim) if dim != axis % ndim)
+    """Every dimension but the channels."""
+    axis = check_axis("channel_axis", channel_axis, ndim)
+    return tuple(dim for dim in range(ndim) if dim != axis)

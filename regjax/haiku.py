@@ -45,11 +45,11 @@ from regjax import (
     _recurrent,
     _weights,
 )
-from regjax._dropout import Settings, _keep_prob, check_inexact, mask_sharding
+from regjax._dropout import Settings, check_inexact, keep_prob_of, mask_sharding
 from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability
 from regjax._observe import observer
-from regjax.layers import uniform
+from regjax.layers import uniform, wrapped_dims
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -118,7 +118,7 @@ def dropout(
     if not is_traced and rate == 1:
         raise ValueError(f"rate must lie in [0, 1); got {rate}.")
     x = check_inexact(x)
-    dims = _counted(broadcast_dims, x.ndim)
+    dims = wrapped_dims(broadcast_dims, x.ndim, of="x", error=ValueError)
     if not is_traced and rate == 0:
         return x
     key = check_key(rng)
@@ -194,7 +194,7 @@ def alpha_dropout(
         >>> alpha_dropout(jax.random.key(0), 0.5, jnp.zeros(4))
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
     """
-    dims = _counted(broadcast_dims, jnp.ndim(x))
+    dims = wrapped_dims(broadcast_dims, jnp.ndim(x), of="x", error=ValueError)
     return _alpha.alpha_dropout(x, rate, key=rng, broadcast_dims=dims, sampler=sampler)
 
 
@@ -480,7 +480,7 @@ def _as_theirs(
     """`dropout` in the operations of Haiku, where XLA rounds those otherwise than ours."""
 
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        q = _keep_prob(rate, x.dtype)
+        q = keep_prob_of(rate, x.dtype)
         if isinstance(q, jax.Array):
             # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
             q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
@@ -506,13 +506,3 @@ def _finite(x: Float[Array, "*shape"], keep: Bool[Array, "*shape"]) -> Float[Arr
 def _finite_jvp(primals, tangents):
     # The identity: a selection would keep XLA from contracting the product with a following sum.
     return _finite(*primals), tangents[0]
-
-
-def _counted(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
-    """`broadcast_dims` counted from 0, each of them once, as Haiku takes them."""
-    if any(not -ndim <= dim < ndim for dim in broadcast_dims):
-        raise ValueError(
-            f"broadcast_dims must be dimensions of x, which has {ndim}; got "
-            f"{tuple(broadcast_dims)}."
-        )
-    return tuple(sorted({dim % ndim for dim in broadcast_dims}))

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from regjax._keys import _is_threefry, check_key, consume, key_words
+from regjax._keys import check_key, consume, is_threefry, key_words
 from regjax._masks import Sampler, bernoulli
 from regjax._threefry import counter_bits
 
@@ -34,18 +34,30 @@ def as_flax_draws(sampler: Sampler) -> Sampler:
     return _bernoulli if sampler is bernoulli else sampler
 
 
-def wrapped_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
-    """`broadcast_dims` as Flax understands them: negative ones count from the end.
+def wrapped_dims(
+    broadcast_dims: Sequence[int],
+    ndim: int,
+    *,
+    of: str = "inputs",
+    error: type[Exception] = IndexError,
+) -> tuple[int, ...]:
+    """`broadcast_dims` as Flax and Haiku take them: negative ones count from the end.
+
+    Args:
+        broadcast_dims: as they were given.
+        ndim: how many dimensions there are.
+        of: what has these dimensions, by the name that the framework gives it.
+        error: what the framework raises.
 
     Raises:
-        IndexError: one of them is not a dimension.
+        IndexError: one of them is not a dimension; or another `error`.
     """
     if any(not -ndim <= dim < ndim for dim in broadcast_dims):
-        raise IndexError(
-            f"broadcast_dims must be dimensions of inputs, which has {ndim}; got "
+        raise error(
+            f"broadcast_dims must be dimensions of {of}, which has {ndim}; got "
             f"{tuple(broadcast_dims)}."
         )
-    return tuple({dim % ndim for dim in broadcast_dims})
+    return tuple(sorted({dim % ndim for dim in broadcast_dims}))
 
 
 def _bernoulli(
@@ -113,4 +125,4 @@ def _is_default(key: KeyLike) -> bool:
     """Whether JAX would draw from this key what is drawn here."""
     settings: Any = jax.config
     default = settings.jax_threefry_partitionable and not settings.jax_enable_x64
-    return default and _is_threefry(check_key(key))
+    return default and is_threefry(check_key(key))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regtorch._dropout import Settings, check_inexact, masked, real_dtype
+from regtorch._dropout import Settings, check_real, masked, real_dtype
 from regtorch._features import shared_dims
 from regtorch._masks import Sampler, bernoulli
 
@@ -154,10 +154,5 @@ def _rounded(value: float, dtype: torch.dtype) -> float:
 
 
 def _check_real(x: Tensor) -> Tensor:
-    x = check_inexact(x)
-    if x.is_complex():
-        raise TypeError(
-            f"x must be real for alpha dropout; got dtype {x.dtype}. Use regtorch.dropout, or drop "
-            "in torch.view_as_real(x)."
-        )
-    return x
+    advice = "Use regtorch.dropout, or drop in torch.view_as_real(x)."
+    return check_real(x, "alpha dropout", advice)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from regtorch._dropout import (
-    _keep_prob,
     check_flag,
     dropout,
     inverse,
+    is_number,
+    keep_prob_of,
     real_dtype,
     require_key,
 )
@@ -103,8 +104,8 @@ def dot_product_attention(
     _check_shapes(query, key, value, bias, mask)
     rate = check_probability("dropout_rate", dropout_rate)
     flag = check_flag(deterministic)
-    evaluates = flag is True or _is_number(rate, 0)
-    draws = not evaluates and not _is_number(rate, 1)
+    evaluates = flag is True or is_number(rate, 0)
+    draws = not evaluates and not is_number(rate, 1)
     one_key = _require_rng(dropout_rng).to(query.device) if draws else None
     scores = _Scores(
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
@@ -124,7 +125,7 @@ def dot_product_attention(
         # In the graph, so that its gradient is zeros and not an error.
         return _blockwise(blocks, *arrays).mul(0)
     if watching := observer():
-        keep = bernoulli(one_key, _keep_prob(rate, real_dtype(query.dtype)), blocks.shape(query))
+        keep = bernoulli(one_key, keep_prob_of(rate, real_dtype(query.dtype)), blocks.shape(query))
         whole = _softmax(scores(query, key, bias, mask))
         watching.draw(one_key, rate, keep, whole, flag)
     dropped = _blockwise(blocks, *arrays, one_key, rate)
@@ -323,7 +324,7 @@ def _blockwise(
 ) -> Tensor:
     wide = real_dtype(query.dtype)
     rate = rate.detach() if isinstance(rate, Tensor) else rate
-    keep_prob = _keep_prob(rate, wide)
+    keep_prob = keep_prob_of(rate, wide)
     result, _ = _Attend.apply(blocks, keep_prob, query, key, value, bias, mask, dropout_rng)
     if dropout_rng is not None:
         result = result * inverse(keep_prob, wide)
@@ -347,10 +348,6 @@ def _selected(keep: Tensor | None, weights: Tensor) -> Tensor:
 
 def _per_query(x: Tensor) -> Tensor:
     return x.transpose(-1, -2)[..., None]
-
-
-def _is_number(rate: float | Tensor, number: int) -> bool:
-    return not isinstance(rate, Tensor) and rate == number
 
 
 def _check_arrays(*arrays: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from regtorch._dropout import check_inexact, drawn, real_dtype, selected
+from regtorch._dropout import check_axis, check_inexact, drawn, real_dtype, selected
 from regtorch._masks import bernoulli
 
 
@@ -150,12 +150,8 @@ def _spread(keep: Tensor, dim: int, size: int) -> Tensor:
 def _check_blocks(
     shape: tuple[int, ...], block_size: int, channel_axis: int, share_channels: bool
 ) -> _Blocks:
-    size, axis, ndim = check_block_size(block_size), operator.index(channel_axis), len(shape)
-    if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"channel_axis must be a dimension of x, which has {ndim}; got {channel_axis}."
-        )
-    axis %= ndim
+    size, ndim = check_block_size(block_size), len(shape)
+    axis = check_axis("channel_axis", channel_axis, ndim)
     if ndim < 3 or axis == 0:
         raise ValueError(
             "x must have a batch dimension, which comes first, a channel dimension and at least "

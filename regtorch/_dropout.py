@@ -112,9 +112,9 @@ def drawn(
     """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
-    if deterministic is True or _is_number(rate, 0):
+    if deterministic is True or is_number(rate, 0):
         return x
-    if _is_number(rate, 1):
+    if is_number(rate, 1):
         # Not zeros_like: the result stays in the graph, and its gradient is zeros, not an error.
         dropped = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
     else:
@@ -176,11 +176,11 @@ class Settings:
 
     def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
         """Draws the mask."""
-        return _keep_mask(x, key, _keep_prob(rate, x.dtype), self)
+        return _keep_mask(x, key, keep_prob_of(rate, x.dtype), self)
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Masks, shifts and scales."""
-        realised = realised_keep_prob(self.sampler, _keep_prob(rate, x.dtype))
+        realised = realised_keep_prob(self.sampler, keep_prob_of(rate, x.dtype))
         scale = self.scale(realised, x.dtype)
         if self.offsets is None:
             return selected(keep, x, scale)
@@ -261,7 +261,7 @@ def _keep_mask(x: Tensor, key: Tensor, keep_prob: float | Tensor, settings: Sett
     return settings.sampler(key, keep_prob, shape)
 
 
-def _keep_prob(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+def keep_prob_of(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """1 - rate, rounded once to the precision that `dtype` is scaled in."""
     real = real_dtype(dtype)
     if isinstance(rate, Tensor):
@@ -320,6 +320,18 @@ def check_inexact(x: Tensor) -> Tensor:
     return x
 
 
+def check_real(x: Tensor, what: str, advice: str) -> Tensor:
+    """Returns `x` if it is a real floating tensor.
+
+    Raises:
+        TypeError: it is of another dtype, or not a tensor.
+    """
+    x = check_inexact(x)
+    if x.is_complex():
+        raise TypeError(f"x must be real for {what}; got dtype {x.dtype}. {advice}")
+    return x
+
+
 def check_flag(deterministic: bool | Tensor) -> bool | Tensor:
     """Returns the flag if it is a bool or a 0-d boolean tensor.
 
@@ -350,5 +362,19 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
     return dims
 
 
-def _is_number(rate: float | Tensor, number: int) -> bool:
+def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
+    """Returns a dimension of `x`, counted from the end if negative, as one counted from 0.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is not one of `ndim` dimensions; `advice` says what to do.
+    """
+    index = operator.index(axis)
+    if not -ndim <= index < ndim:
+        raise ValueError(f"{name} must be a dimension of x, which has {ndim}; got {axis}.{advice}")
+    return index % ndim
+
+
+def is_number(rate: float | Tensor, number: int) -> bool:
+    """Whether a rate is known, and this number."""
     return not isinstance(rate, Tensor) and rate == number

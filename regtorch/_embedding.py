@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from regtorch._dropout import _keep_prob, check_inexact, drawn, inverse, selected
+from regtorch._dropout import check_inexact, drawn, inverse, keep_prob_of, selected
 from regtorch._masks import bernoulli_at
 
 
@@ -69,11 +69,11 @@ class _Words:
 
     def keep(self, x: Tensor, key: Tensor, rate: float | Tensor, ids: Tensor) -> Tensor:
         """The elements of a mask over the vocabulary, at the words' indices."""
-        return bernoulli_at(key, _keep_prob(rate, x.dtype), ids.to(torch.int64))[..., None]
+        return bernoulli_at(key, keep_prob_of(rate, x.dtype), ids.to(torch.int64))[..., None]
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Masks and scales as dropout does."""
-        return selected(keep, x, inverse(_keep_prob(rate, x.dtype), x.dtype))
+        return selected(keep, x, inverse(keep_prob_of(rate, x.dtype), x.dtype))
 
     def slope(self) -> _Words:
         """The same: linear as it is."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor
 
-from regtorch._dropout import Settings, check_inexact, masked
+from regtorch._dropout import Settings, check_axis, check_inexact, masked
 from regtorch._masks import Sampler, bernoulli
 
 
@@ -76,9 +74,5 @@ def shared_dims(ndim: int, channel_axis: int) -> tuple[int, ...]:
         TypeError: `channel_axis` is not an integer.
         ValueError: it is not one of `ndim` dimensions.
     """
-    axis = operator.index(channel_axis)
-    if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"channel_axis must be a dimension of x, which has {ndim}; got {channel_axis}."
-        )
-    return tuple(dim for dim in range(1, ndim) if dim != axis % ndim)
+    axis = check_axis("channel_axis", channel_axis, ndim)
+    return tuple(dim for dim in range(1, ndim) if dim != axis)

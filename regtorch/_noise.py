@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from regtorch._dropout import check_flag, check_inexact, made, real_dtype, require_key
+from regtorch._dropout import check_flag, check_real, made, real_dtype, require_key
 from regtorch._exact import rounded
 from regtorch._masks import check_probability
 from regtorch._normal import normal
@@ -211,9 +211,4 @@ def check_stddev(stddev: float | Tensor) -> float | Tensor:
 
 
 def _check_real(x: Tensor) -> Tensor:
-    x = check_inexact(x)
-    if x.is_complex():
-        raise TypeError(
-            f"x must be real for Gaussian noise; got dtype {x.dtype}. Add it to x.real and x.imag."
-        )
-    return x
+    return check_real(x, "Gaussian noise", "Add it to x.real and x.imag.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from regtorch._dropout import check_flag, dropout, require_key
+from regtorch._dropout import check_flag, dropout, is_number, require_key
 from regtorch._keys import site_key
 from regtorch._masks import Sampler, bernoulli, check_probability
 from regtorch._paths import components, words
@@ -102,7 +102,7 @@ def drop_connect(
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     chosen = _chosen(weights, rule)
-    if deterministic is True or (not isinstance(rate, Tensor) and rate == 0):
+    if deterministic is True or is_number(rate, 0):
         return weights
     root = None if key is None else require_key(key)  # a generator is asked once for all
 
