@@ -87,6 +87,11 @@ class Part:
     leaves: dict[str, Located]
     transposed: bool = False
 
+    @property
+    def decoupled(self) -> bool:
+        """Whether the decay goes past the moments."""
+        return self.group.get("decoupled_weight_decay", self.kind in ("Adafactor", "Muon"))
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:

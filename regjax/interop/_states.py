@@ -251,8 +251,9 @@ def _role(part: Part, place: _Place) -> str:
         return "started"
     if place.link == 3 and part.kind == "Adagrad" and part.group["lr_decay"] != 0:
         return "step"
-    # Of the average of ASGD, whose fourth link is no schedule.
-    return "step" if place.link < 3 or part.kind == "ASGD" else "scheduled"
+    # Decoupled decay stands behind the learning rate; the fourth link of ASGD is no schedule.
+    of_rate = 2 if part.decoupled else 3
+    return "step" if place.link < of_rate or part.kind == "ASGD" else "scheduled"
 
 
 class _Read:

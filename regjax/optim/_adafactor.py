@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
-from regjax.optim._links import ascend, check_rates, decay_weights, rounded_once, widest
+from regjax.optim._links import add_in_turn, ascend, check_rates, rounded_once, widest
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -121,8 +121,8 @@ def adafactor(
                 optax.scale_by_param_block_rms(eps2),
                 _cap_learning_rate(learning_rate),
             ),
-            decay_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
+            add_in_turn(learning_rate, weight_decay, mask),
         )
 
     def init(params: PyTree) -> PyTree:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +48,77 @@ def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.Gra
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
-        if params is None:
-            raise ValueError(
-                f"params is None, but weight_decay={weight_decay} needs the parameters: call "
-                "update(updates, state, params), or pass weight_decay=0.0"
-            )
+        _check_given(params, weight_decay)
         return decay(params).update(updates, state, params)
 
     return optax.GradientTransformation(init, update)
+
+
+class Terms(NamedTuple):
+    """Two terms of a parameter's step, in the order in which torch adds them."""
+
+    early: Array
+    late: Array
+
+
+def add_in_turn(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule, mask: Mask
+) -> optax.GradientTransformation:
+    """Shrink the parameters, then add the terms of their steps, rounding between as torch does.
+
+    The last link of a chain, behind the learning rate. What reaches it is a term or `Terms` for
+    each parameter. What leaves it is their sum with the decay, in which all but the last term are
+    rounded to the digits of the parameter, and so is `1 - learning_rate * weight_decay`: without
+    this a run in float32 is 2e-5 from torch's after a thousand steps.
+    """
+    decaying = not is_zero(weight_decay)
+    scheduled = decaying and (callable(learning_rate) or callable(weight_decay))
+
+    def decays(params: PyTree) -> PyTree[bool]:
+        return resolve_mask(mask if decaying else False, params)
+
+    def init(params: PyTree) -> PyTree:
+        # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
+        if jax.tree.leaves(params):
+            decays(params)
+        first = jnp.zeros([], jnp.int32)
+        return optax.ScaleByScheduleState(first) if scheduled else optax.EmptyState()
+
+    def share(state: Any) -> ScalarLike:
+        rate, decay = (x(state.count) if callable(x) else x for x in (learning_rate, weight_decay))
+        return 1 - widest(rate) * widest(decay)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        if decaying:
+            _check_given(params, weight_decay)
+        elif params is None:
+            return jax.tree.map(_sum, updates, is_leaf=lambda x: isinstance(x, Terms)), state
+        kept = share(state) if decaying else 1.0
+
+        def total(p: Array, is_decaying: bool, step: Array | Terms) -> Array:
+            early, late = step if isinstance(step, Terms) else (None, step)
+            old = _cast_like(p, late)
+            new = rounded_product(old, kept) if is_decaying else old
+            new = new if early is None else lax.add(new, early)
+            return late if new is old else lax.add(lax.sub(new, old), late)
+
+        if scheduled:
+            state = optax.ScaleByScheduleState(optax.safe_increment(state.count))
+        return jax.tree.map(total, params, decays(params), updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _sum(step: Array | Terms) -> Array:
+    return lax.add(step.early, step.late) if isinstance(step, Terms) else step
+
+
+def _check_given(params: PyTree | None, weight_decay: optax.ScalarOrSchedule) -> None:
+    if params is None:
+        raise ValueError(
+            f"params is None, but weight_decay={weight_decay} needs the parameters: call "
+            "update(updates, state, params), or pass weight_decay=0.0"
+        )
 
 
 def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:

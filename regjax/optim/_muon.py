@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
-from regjax.optim._links import ascend, check_rates, decay_weights, rounded_once
+from regjax.optim._links import add_in_turn, ascend, check_rates, rounded_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,8 +152,8 @@ def muon(
         optax.chain(
             ascend(maximize=False),  # torch's Muon only descends
             optax.chain(_average(momentum, nesterov), _on_matrices(step)),
-            decay_weights(weight_decay, mask),
             optax.scale_by_learning_rate(learning_rate),
+            add_in_turn(learning_rate, weight_decay, mask),
         )
     )
 
