@@ -54,6 +54,34 @@ def test_penalty_is_not_the_decoupled_weight_decay(walk):
     assert deviation(in_loss, in_optimizer) > 0.1
 
 
+DECOUPLED = {"lr": 0.003, "weight_decay": 0.1, "decoupled_weight_decay": True}
+SHRINKING = [
+    Case("adam", "Adam", DECOUPLED),
+    Case("nadam", "NAdam", DECOUPLED),
+    Case("radam", "RAdam", DECOUPLED),
+    Case("adamw", "AdamW", {"lr": 0.003, "weight_decay": 0.1}),
+    Case("adamw-schedule", "AdamW", {"lr": 0.5, "weight_decay": 0.5}, half_life=1),
+    Case("adamw-mask", "AdamW", {"lr": 0.003, "weight_decay": 0.1}, mask=no_bias),
+    Case("adafactor", "Adafactor", {"lr": 0.003, "weight_decay": 0.1}),
+    Case("muon", "Muon", {"lr": 0.003, "weight_decay": 0.1}),
+]
+
+
+# Without a gradient the decay is all there is: 1 - lr * wd is rounded, and then the product.
+@pytest.mark.parametrize("case", SHRINKING, ids=str)
+def test_decoupled_decay_has_the_bits_of_torch(case):
+    # A matrix, which Muon asks for.
+    problem = synthetic("float32", {"a/kernel": (40, 50), "a/bias": (1, 9)}, steps=30)
+    still = [{name: 0 * g for name, g in step.items()} for step in problem.gradients]
+    ours, theirs = (
+        WALKS[side](case, replace(problem, gradients=still)) for side in ("jax", "torch")
+    )
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        for name, leaf in other.items():
+            np.testing.assert_array_equal(mine[name], leaf, f"step {step}: {name}", strict=True)
+    assert np.abs(ours[-1]["a/kernel"]).max() < np.abs(problem.params["a/kernel"]).max()
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_complex_parameters(name):
     start, gradient = np.array([1 + 2j, -1j, 3]), np.array([0.5 - 1j, 2 + 1j, 1j])

@@ -128,6 +128,20 @@ def test_nadams_product_is_of_all_momenta():
     assert state[2].mu_product.dtype == "float32"
 
 
+# Each term is less than half of the last digit of 1, both together are more; torch loses both.
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_nadam_rounds_between_its_terms(decoupled):
+    optimizer = optim.nadam(
+        0.96 * 2**-24, (0.8, 0.9), momentum_decay=0.0, decoupled_weight_decay=decoupled
+    )
+    params, gradient = jnp.array([1.0]), jnp.array([-1.0])
+    state = optimizer.init(params)
+    step, _ = optimizer.update(gradient, state, params)
+    assert optax.apply_updates(params, step) == 1.0
+    whole, _ = optimizer.update(gradient, state)
+    assert optax.apply_updates(params, whole) == 1.0 + 2**-23
+
+
 @each_optimizer
 def test_a_state_is_good_for_any_number_of_steps(make):
     optimizer = make(0.1)
