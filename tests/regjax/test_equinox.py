@@ -92,6 +92,16 @@ for f in (call, slope, deep, mapped, again, sums):
     SITUATIONS[f"filter_jit, array, {f.__name__}"] = lambda layer, x, f=jitted: f(array(layer), x)
 
 
+@pytest.mark.parametrize("name", ["eager", "eager vmap", "closed over", "filter_jit, call"])
+def test_where_1_minus_p_rounds_otherwise_the_bits_are_theirs(name):
+    # Under jit theirs subtracts in float32, where this one has another last bit.
+    assert np.float32(1 - 0.16) != 1 - np.float32(0.16)
+    theirs, mine = (
+        SITUATIONS[name](Dropout(0.16), X) for Dropout in (eqx.nn.Dropout, ours.Dropout)
+    )
+    assert same_bits(mine, theirs)
+
+
 @pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS)
 def test_in_every_situation_the_bits_are_theirs(situation, leaning):
     theirs, mine = (situation(Dropout(0.1), X) for Dropout in (eqx.nn.Dropout, ours.Dropout))

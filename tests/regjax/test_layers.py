@@ -1,12 +1,15 @@
-"""Small masks are drawn by Flax's operations, and are those of `regjax.bernoulli` all the same."""
+"""What the layers of all frameworks share: small masks, dimensions, and what is kept."""
 
 from __future__ import annotations
 
 import chex
+import flax.nnx
 import jax
+import jax.numpy as jnp
 import pytest
 
 import regjax
+from regjax import equinox, haiku, linen, nnx
 from regjax.layers import as_flax_draws, wrapped_dims
 
 KEY = jax.random.key(5)
@@ -59,3 +62,26 @@ def test_dims_count_from_the_end(dims, wrapped):
 def test_a_dim_that_is_not_there_is_refused(dim):
     with pytest.raises(IndexError, match=r"broadcast_dims must be dimensions of inputs, .* has 3"):
         wrapped_dims((dim,), 3)
+
+
+# By framework, a layer at a rate that may be traced.
+LAYERS = {
+    "linen": lambda x, rate: linen.Dropout(rate, deterministic=False).apply(
+        {}, x, rngs={"dropout": KEY}
+    ),
+    "nnx": lambda x, rate: nnx.Dropout(rate, rngs=flax.nnx.Rngs(0))(x),
+    "equinox": lambda x, rate: equinox.Dropout(rate)(x, key=KEY),
+    "haiku": lambda x, rate: haiku.dropout(KEY, rate, x),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["number", "traced"])
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_only_the_key_and_the_rate_are_kept_for_the_backward_pass(layer, traced):
+    def kept(x, rate):
+        _, pull = jax.vjp(lambda x: layer(x, rate), x)
+        return sum(leaf.size for leaf in jax.tree.leaves(pull))
+
+    x = jnp.ones((64, 128))
+    elements = jax.jit(kept)(x, jnp.float32(0.3)) if traced else kept(x, 0.3)
+    assert elements <= 2
