@@ -10,7 +10,7 @@ import pytest
 
 import regjax
 from regjax import equinox, haiku, linen, nnx
-from regjax.layers import as_flax_draws, wrapped_dims
+from regjax.layers import as_flax_draws, uniform, wrapped_dims
 
 KEY = jax.random.key(5)
 KEYS = {
@@ -85,3 +85,28 @@ def test_only_the_key_and_the_rate_are_kept_for_the_backward_pass(layer, traced)
     x = jnp.ones((64, 128))
     elements = jax.jit(kept)(x, jnp.float32(0.3)) if traced else kept(x, 0.3)
     assert elements <= 2
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["number", "traced"])
+@pytest.mark.parametrize("layer", ["equinox", "haiku"])
+def test_key_reuse_is_still_seen(layer, traced):
+    drop, x = LAYERS[layer], jnp.ones((64, 128))
+    twice = lambda x, rate: drop(drop(x, rate), rate)
+    with jax.debug_key_reuse(True), pytest.raises(jax.errors.KeyReuseError):
+        jax.jit(twice, static_argnums=() if traced else 1)(x, 0.3)
+
+
+def test_vmap_counts_what_all_keys_draw():
+    """By the operations of `jax.random`, which are slow, only as long as all together are few."""
+
+    def counts(*keys):
+        draw = lambda key: uniform(key, (8,))
+        for _ in keys:
+            draw = jax.vmap(draw)
+        # The other way counts the elements.
+        return "iota" in str(jax.make_jaxpr(draw)(jax.random.split(KEY, keys)))
+
+    assert not counts(3)
+    assert not counts(20, 20)
+    assert counts(600)
+    assert counts(24, 25)
