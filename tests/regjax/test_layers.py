@@ -96,6 +96,15 @@ def test_key_reuse_is_still_seen(layer, traced):
         jax.jit(twice, static_argnums=() if traced else 1)(x, 0.3)
 
 
+@pytest.mark.parametrize("shape", [(8,), (64, 128)], ids=str)
+def test_key_reuse_is_seen_outside_of_jit_too(shape):
+    with jax.debug_key_reuse(True):
+        key = jax.random.key(1)
+        uniform(key, shape)
+        with pytest.raises(jax.errors.KeyReuseError):
+            uniform(key, shape)
+
+
 def test_vmap_counts_what_all_keys_draw():
     """By the operations of `jax.random`, which are slow, only as long as all together are few."""
 
