@@ -496,6 +496,13 @@ _at_number = jax.jit(_as_theirs, static_argnums=(2, 3))
 _at_tracer = jax.jit(_as_theirs, static_argnums=3)
 
 
+@jax.custom_jvp
 def _finite(x: Float[Array, "*shape"], keep: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x`, and 0 for what is dropped and not finite, which the product would turn into NaN."""
     return jnp.where(keep | jnp.isfinite(x), x, 0)
+
+
+@_finite.defjvp
+def _finite_jvp(primals, tangents):
+    # The identity: the derivative of a selection would keep `x` for the backward pass.
+    return _finite(*primals), tangents[0]
