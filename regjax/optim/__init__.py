@@ -4,7 +4,12 @@ Each is one chain of four links. The decay comes before the moments where it is 
 and most others) and after them where it is decoupled (AdamW, Adafactor, Muon):
 
     maximize?  ->  add_decayed_weights  ->  momentum or moments  ->  scale_by_learning_rate
-    maximize?  ->  moments  ->  add_decayed_weights  ->  scale_by_learning_rate
+    maximize?  ->  moments  ->  scale_by_learning_rate  ->  learning_rate * weight_decay
+
+The last of these is a link of our own, which rounds as PyTorch does: it multiplies a parameter by
+the rounded number `1 - learning_rate * weight_decay`, and rounds the product before it adds the
+step. `optax.adamw` adds decay and step to each other first, and parts from PyTorch by 2e-5 in a
+thousand steps of float32.
 
 A link that has nothing to do is `optax.identity()`, so a state always has four parts. Updates and
 state have the dtypes of gradients and parameters, whatever the dtype of a schedule. On half

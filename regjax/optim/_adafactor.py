@@ -73,8 +73,8 @@ def adafactor(
             1; from `init`, a mask of another structure than the parameters; from `update`, no
             `params`.
 
-    PyTorch: the same numbers to rounding, with one exception: where `eps[0]` is `None` and a group
-    mixes dtypes, torch takes the epsilon of the first one for all.
+    PyTorch: the same numbers to rounding, and the decay as in `adamw`, with one exception: where
+    `eps[0]` is `None` and a group mixes dtypes, torch takes the epsilon of the first one for all.
 
     What is optax's: the clipping by `d` (`optax.clip_by_block_rms`) and the factor
     $\max(\epsilon_2, \operatorname{RMS}(w))$ (`optax.scale_by_param_block_rms`). What

@@ -149,7 +149,7 @@ def adamw(
     $1 - \eta\lambda$, and so does this: of a small decay it keeps few digits (0.14 % are lost at
     $\eta\lambda = 10^{-5}$), and below $3 \cdot 10^{-8}$ none; where they matter, chain
     `add_independent_weight_decay` or `optax.add_decayed_weights`, which keep them. `optax.adamw`
-    does, so that a run in float32 leaves torch's by 1e-5 in a thousand steps; it has another
+    does, so that a run in float32 leaves torch's by 2e-5 in a thousand steps; it has another
     default, `weight_decay=1e-4`, and the differences that `adam` names.
 
     Examples:

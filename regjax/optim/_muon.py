@@ -93,7 +93,7 @@ def muon(
 
     PyTorch: the same to what bfloat16 leaves: each party sums in its own order, and five steps
     enlarge a rounding by up to $a^5 \approx 480$. All else agrees to rounding: where both iterate
-    in float64, to 1e-12. Torch has no `ns_dtype` and no `transposed`.
+    in float64, to 1e-12; the decay is that of `adamw`. Torch has no `ns_dtype` and no `transposed`.
 
     What `optax.contrib.muon` does otherwise, so that momentum and iteration are our own:
 
