@@ -37,6 +37,7 @@ exactness: $(READY)  ## How far each optimizer is from PyTorch's after each of 1
 
 bench: $(READY_DEV)  ## Race dropout against the libraries' own: tables, times, pictures (ARGS="--quick" to try)
 	$(RUN) -m benchmarks.dropout_speed --dtypes float32 bfloat16 $(ARGS)
+	$(RUN) -m benchmarks.shared_masks $(ARGS)
 	$(RUN) -m benchmarks.overhead $(ARGS)
 	$(RUN) -m benchmarks.transformer_step $(ARGS)
 	$(RUN) -m benchmarks.torch_speed $(ARGS)

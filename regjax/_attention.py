@@ -17,6 +17,7 @@ from jax.core import Tracer
 
 from regjax._dropout import (
     check_flag,
+    drawn_once,
     dropout,
     inverse,
     is_number,
@@ -309,7 +310,8 @@ class _Blocks:
         layout = mask_sharding(weights, tuple(i for i, n in enumerate(whole) if n == 1))
         shape = (*whole[:-1], self.size)
         index = slice_index(whole, shape, {len(whole) - 1: first}, out_sharding=layout)
-        return jnp.where(bernoulli_at(words, keep_prob, index), weights, 0)
+        make = functools.partial(bernoulli_at, words, keep_prob, index)
+        return jnp.where(drawn_once(make) if self.broadcast_dropout else make(), weights, 0)
 
 
 # The softmax needs to know two numbers of each row before it can weigh anything: the largest score

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -251,7 +253,26 @@ def _keep_mask(
     """Of size 1 along the dimensions that share it."""
     dims = settings.broadcast_dims
     shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-    return settings.sampler(key, keep_prob, shape, out_sharding=mask_sharding(x, dims))
+    layout = mask_sharding(x, dims)
+    draw = functools.partial(settings.sampler, key, keep_prob, shape, out_sharding=layout)
+    first = min((dim for dim in dims if x.shape[dim] > 1), default=x.ndim)
+    # Shared along the last dimensions only, an element of the mask stays in a register.
+    is_redrawn = math.prod(shape[first:]) > 1
+    return drawn_once(draw) if is_redrawn else draw()
+
+
+def drawn_once(draw: Callable[[], Bool[Array, ...]]) -> Bool[Array, ...]:
+    """Draws a mask before it is read, where a CPU would draw it for each element that shares it.
+
+    XLA counts the operations of a draw as cheap, and repeats them in every loop that reads a mask.
+    Into the branches of a conditional it does not look; the barrier keeps it from seeing that
+    there is nothing to decide.
+    """
+
+    def in_a_branch() -> Bool[Array, ...]:
+        return lax.cond(lax.optimization_barrier(True), draw, lambda: jnp.zeros_like(draw()))
+
+    return lax.platform_dependent(cpu=in_a_branch, default=draw)
 
 
 def keep_prob_of(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:

@@ -28,6 +28,7 @@ where it is traced:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -45,11 +46,11 @@ from regjax import (
     _recurrent,
     _weights,
 )
-from regjax._dropout import Settings, check_inexact, keep_prob_of, mask_sharding
+from regjax._dropout import Settings, check_inexact, drawn_once, keep_prob_of, mask_sharding
 from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability
 from regjax._observe import observer
-from regjax.layers import uniform, wrapped_dims
+from regjax.layers import compared, wrapped_dims
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -485,7 +486,8 @@ def _as_theirs(
             # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
             q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
         shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-        keep = uniform(key, shape, out_sharding=mask_sharding(x, dims)) < q
+        draw = functools.partial(compared, key, q, shape, out_sharding=mask_sharding(x, dims))
+        keep = drawn_once(draw) if dims else draw()
         keep = jnp.broadcast_to(keep, x.shape)
         return keep.astype(x.dtype) * _finite(x, keep) / q
 

@@ -188,3 +188,33 @@ def test_a_mask_is_laid_out_as_what_it_masks(axis_type, spec):
             np.testing.assert_array_equal(np.asarray(y), np.asarray(wanted))
             compiled = run.lower(sharded).compile().as_text()
             assert not any(name in compiled for name in ("all-gather", "all-reduce", "permute("))
+
+
+def draws_while_reading(f, x, key):
+    """Whether a loop over all elements of `x` draws bits, by the program that XLA makes."""
+    program = jax.jit(f).lower(x, key).compile().as_text()
+    whole = f"f32[{','.join(map(str, x.shape))}]"
+    return any("xor(" in loop and whole in loop for loop in program.split("\n\n"))
+
+
+def shared(dims):
+    return lambda x, key: regjax.dropout(x, 0.3, key=key, broadcast_dims=dims)
+
+
+def mapped(dims):
+    return jax.vmap(shared(dims))
+
+
+def slope(dims):
+    return jax.grad(lambda x, key: (shared(dims)(x, key) * x).sum())
+
+
+@pytest.mark.parametrize("form", [shared, mapped, slope])
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
+def test_a_shared_mask_is_drawn_once(form, dims):
+    """XLA would draw it for each element: to draw is cheap in its books."""
+    x, key = jnp.ones((16, 32, 64)), KEY
+    if form is mapped:
+        x, key = jnp.ones((8, *x.shape)), jax.random.split(KEY, 8)
+    assert draws_while_reading(form(()), x, key)
+    assert not draws_while_reading(form(dims), x, key)

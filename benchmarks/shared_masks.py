@@ -1,0 +1,123 @@
+"""How fast dropout is whose mask is shared along dimensions, over a copy of the array.
+
+python -m benchmarks.shared_masks          # 16.8 M elements, as README quotes it
+python -m benchmarks.shared_masks --quick  # 1 M elements, to see that it runs
+
+Such a mask has few elements. What it costs shows whether each is drawn once, or again for every
+element that shares it. Of the JAX libraries three can share masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import Progress
+
+import regjax
+from benchmarks import candidates as field
+from benchmarks import cli
+from benchmarks.race import Result, environment, race
+from benchmarks.report import publish
+
+RATE = 0.1
+WORK = {False: "forward", True: "forward + backward"}
+Dims = tuple[int, ...]
+
+
+def cases(batch: int) -> dict[str, tuple[tuple[int, ...], Dims]]:
+    """By what shares a mask: the shape of the array, and the dimensions that share."""
+    return {
+        "all timesteps": ((batch, 256, 256), (1,)),
+        "all pixels, channels last": ((batch, 32, 32, 64), (1, 2)),
+        "all pixels, channels first": ((batch, 64, 32, 32), (2, 3)),
+        "all rows": ((batch * 16, 4096), (0,)),
+    }
+
+
+def _ours(dims: Dims) -> field.Apply:
+    return lambda x, key: regjax.dropout(x, RATE, key=key, broadcast_dims=dims)
+
+
+def _linen(dims: Dims) -> field.Apply:
+    from flax import linen
+
+    layer = linen.Dropout(RATE, broadcast_dims=dims, deterministic=False)
+    return lambda x, key: layer.apply({}, x, rngs={"dropout": key})
+
+
+def _nnx(dims: Dims) -> field.Apply:
+    from flax import nnx
+
+    layer = nnx.Dropout(RATE, broadcast_dims=dims, deterministic=False)
+    return lambda x, key: layer(x, rngs=nnx.Rngs(dropout=key))
+
+
+def _haiku(dims: Dims) -> field.Apply:
+    import haiku
+
+    return lambda x, key: haiku.dropout(key, RATE, x, broadcast_dims=dims)
+
+
+CANDIDATES: Mapping[str, Callable[[Dims], field.Apply]] = {
+    field.OURS: _ours,
+    "Flax Linen": _linen,
+    "Flax NNX": _nnx,
+    "Haiku": _haiku,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Races, prints the table, and writes it as Markdown, JSON and a picture."""
+    options = cli.parser("shared_masks", __doc__, rounds=11).parse_args(argv)
+    batch, rounds = (16, 3) if options.quick else (256, options.rounds)
+    console = Console()
+    shapes = cases(batch)
+    results = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("racing", total=len(shapes) * len(WORK) * rounds)
+        for name, (shape, dims) in shapes.items():
+            x, key = jnp.ones(shape), jax.random.key(0)
+            applies = {field.COPY: field.copy}
+            applies |= {name: make(dims) for name, make in CANDIDATES.items()}
+            for backward, work in WORK.items():
+                results.append(
+                    race(
+                        f"{name}, {work}",
+                        field.in_jax(applies, x, key, backward=backward),
+                        elements=x.size,
+                        rounds=rounds,
+                        on_round=lambda: progress.advance(task),
+                    )
+                )
+    publish(
+        options.out / "shared_masks",
+        results,
+        markdown(results),
+        [(r.title, {name: r.ratio(name, field.COPY) for name in r.seconds}) for r in results],
+        unit="time over a copy of the array (lower is better)",
+        own=field.OWN,
+        digits=2,
+        console=console,
+    )
+    return 0
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """Each candidate's time over that of a copy."""
+    names = [name for name in results[0].seconds if name != field.COPY]
+    size = f"{results[0].elements / 1e6:.1f} M elements on {environment()['cores']} cores"
+    lines = [
+        f"| mask shared by; {size} | " + " | ".join(f"{name} / copy" for name in names) + " |",
+        "| --- " + "| ---: " * len(names) + "|",
+    ]
+    for result in results:
+        ratios = " | ".join(f"{result.ratio(name, field.COPY):.2f}" for name in names)
+        lines.append(f"| {result.title} | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
