@@ -165,8 +165,14 @@ def dot_product_attention(
         if module is not None:
             _sow(module, weights.astype(query.dtype))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        weights = dropout(weights, rate, key=one_key, deterministic=flag, broadcast_dims=shared)
-        return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
+
+        # The backward pass drops again, and keeps the weights only as they were before.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def mixed(weights: Array, value: Array, rng: Any) -> Array:
+            weights = dropout(weights, rate, key=rng, deterministic=flag, broadcast_dims=shared)
+            return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
+
+        return mixed(weights, value, one_key)
     if module is not None:
         raise ValueError(
             "module takes the whole matrix of weights, which is never made with "
@@ -248,12 +254,22 @@ def _weights(
     return _softmax(scores(query, key, bias, mask, 0))
 
 
+@jax.custom_jvp
 def _softmax(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Along the last axis; zeros where all scores are -inf, with gradients that are zeros too."""
-    top = lax.stop_gradient(_finite(scores.max(-1, keepdims=True, initial=-jnp.inf)))
+    # Of a row with a finite score the sum is at least 1: the bounds move others only.
+    limits = jnp.finfo(scores.dtype)
+    top = jnp.maximum(scores.max(-1, keepdims=True, initial=-jnp.inf), limits.min)
     powers = jnp.exp(scores - top)
-    total = powers.sum(-1, keepdims=True)
-    return powers / jnp.where(total > 0, total, 1)
+    return powers / jnp.maximum(powers.sum(-1, keepdims=True), limits.tiny)
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    # By the result, which the backward pass has anyway: by its parts it would keep those as well.
+    weights = _softmax(*primals)
+    changes = weights * tangents[0]
+    return weights, changes - weights * changes.sum(-1, keepdims=True)
 
 
 def _finite(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

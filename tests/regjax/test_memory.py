@@ -97,3 +97,22 @@ def test_in_shard_map_each_shard_folds_its_index_into_the_key(sampler):
             jnp.ones((64, 64)), 0.5, key=jax.random.fold_in(KEY, i), sampler=sampler
         )
         np.testing.assert_array_equal(shards[i], expected)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_a_scan_of_attention_stores_one_matrix_of_weights_for_each_layer(rate):
+    """And neither the dropped ones nor the parts of the softmax: the backward pass makes them."""
+    layers, length, heads = 8, 256, 2
+    q, k, v = jnp.ones((3, 1, length, heads, 8))
+
+    def loss(q, k, v):
+        def layer(x, key):
+            how = {"dropout_rng": key, "dropout_rate": rate}
+            return jnp.tanh(regjax.dot_product_attention(x, k, v, **how)), None
+
+        return jax.lax.scan(layer, q, jax.random.split(KEY, layers))[0].sum()
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v).compile()
+    matrix = heads * length**2 * 4
+    # Besides the stored ones, the matrices of the layer at work.
+    assert compiled.memory_analysis().temp_size_in_bytes < (layers + 7) * matrix
