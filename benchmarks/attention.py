@@ -22,10 +22,9 @@ from rich.progress import Progress
 
 import regjax
 from benchmarks import cli
-from benchmarks.race import Result, environment, race, save
+from benchmarks.race import WORK, Result, environment, race, save
 from benchmarks.report import draw
 
-WORK = {False: "forward", True: "forward + backward"}
 BASE = "no dropout"
 WHOLE = "regjax"
 PEER = "Flax Linen"
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     draw(
         stem.with_suffix(".png"),
         panels(rows),
-        unit=f"over {BASE} (lower is better)",
+        unit=f"{WORK[True]}, over {BASE} (lower is better)",
         own=[name for name in rows[0].times.seconds if name.startswith(WHOLE)],
         digits=2,
     )

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import regjax
 
 Apply = Callable[[jax.Array, jax.Array], Any]
+Dims = tuple[int, ...]
 
 COPY = "copy"
 OURS = "regjax"
@@ -29,42 +30,43 @@ def copy(x: jax.Array, key: jax.Array) -> jax.Array:
     return x * jnp.asarray(1.5, x.dtype)
 
 
-def ours(rate: float) -> dict[str, Apply]:
+def ours(rate: float, dims: Dims = ()) -> dict[str, Apply]:
     """Both samplers of regjax."""
+    drop = functools.partial(regjax.dropout, rate=rate, broadcast_dims=dims)
     return {
-        OURS: lambda x, key: regjax.dropout(x, rate, key=key),
-        PACKED: lambda x, key: regjax.dropout(x, rate, key=key, sampler=regjax.packed_bernoulli),
+        OURS: lambda x, key: drop(x, key=key),
+        PACKED: lambda x, key: drop(x, key=key, sampler=regjax.packed_bernoulli),
     }
 
 
-def _flax_linen(rate: float) -> Apply:
+def _flax_linen(rate: float, dims: Dims) -> Apply:
     from flax import linen
 
-    layer = linen.Dropout(rate, deterministic=False)
+    layer = linen.Dropout(rate, broadcast_dims=dims, deterministic=False)
     return lambda x, key: layer.apply({}, x, rngs={"dropout": key})
 
 
-def _flax_nnx(rate: float) -> Apply:
+def _flax_nnx(rate: float, dims: Dims) -> Apply:
     from flax import nnx
 
-    layer = nnx.Dropout(rate, deterministic=False)
+    layer = nnx.Dropout(rate, broadcast_dims=dims, deterministic=False)
     return lambda x, key: layer(x, rngs=nnx.Rngs(dropout=key))
 
 
-def _equinox(rate: float) -> Apply:
+def _equinox(rate: float, _: Dims) -> Apply:
     import equinox
 
     layer = equinox.nn.Dropout(rate)
     return lambda x, key: layer(x, key=key)
 
 
-def _haiku(rate: float) -> Apply:
+def _haiku(rate: float, dims: Dims) -> Apply:
     import haiku
 
-    return lambda x, key: haiku.dropout(key, rate, x)
+    return lambda x, key: haiku.dropout(key, rate, x, broadcast_dims=dims)
 
 
-def _keras(rate: float) -> Apply:
+def _keras(rate: float, _: Dims) -> Apply:
     os.environ.setdefault("KERAS_BACKEND", "jax")
     import keras
 
@@ -85,14 +87,19 @@ PEERS = {
     "Haiku": _haiku,
     "Keras": _keras,
 }
+# Those whose masks can be shared along dimensions.
+SHARING = ("Flax Linen", "Flax NNX", "Haiku")
 
 
-def peers(rate: float, say: Callable[[str], None]) -> dict[str, Apply]:
-    """The JAX libraries that are installed; `say` is told of the others."""
+def peers(rate: float, say: Callable[[str], None], dims: Dims = ()) -> dict[str, Apply]:
+    """The JAX libraries that are installed, and can share masks along `dims`.
+
+    `say` is told of those that are not installed.
+    """
     found = {}
-    for name, make in PEERS.items():
+    for name in SHARING if dims else PEERS:
         try:
-            found[name] = make(rate)
+            found[name] = PEERS[name](rate, dims)
         except ImportError as error:
             say(f"left out: {name} ({error})")
     return found

@@ -17,10 +17,9 @@ from rich.table import Table
 
 from benchmarks import candidates as field
 from benchmarks import cli
-from benchmarks.race import Result, environment, race
+from benchmarks.race import WORK, Result, environment, race
 from benchmarks.report import Panels, publish
 
-WORK = {False: "forward", True: "forward + backward"}
 COLUMNS = 4096
 
 

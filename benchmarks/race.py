@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+# By whether the gradient is made too.
+WORK = {False: "forward", True: "forward + backward"}
 PACKAGES = ("jax", "flax", "equinox", "dm-haiku", "keras", "torch", "numpy")
 
 

@@ -9,25 +9,22 @@ element that shares it. Of the JAX libraries three can share masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import Progress
 
-import regjax
 from benchmarks import candidates as field
 from benchmarks import cli
-from benchmarks.race import Result, environment, race
+from benchmarks.race import WORK, Result, environment, race
 from benchmarks.report import publish
 
 RATE = 0.1
-WORK = {False: "forward", True: "forward + backward"}
-Dims = tuple[int, ...]
 
 
-def cases(batch: int) -> dict[str, tuple[tuple[int, ...], Dims]]:
+def cases(batch: int) -> dict[str, tuple[tuple[int, ...], field.Dims]]:
     """By what shares a mask: the shape of the array, and the dimensions that share."""
     return {
         "all timesteps": ((batch, 256, 256), (1,)),
@@ -35,38 +32,6 @@ def cases(batch: int) -> dict[str, tuple[tuple[int, ...], Dims]]:
         "all pixels, channels first": ((batch, 64, 32, 32), (2, 3)),
         "all rows": ((batch * 16, 4096), (0,)),
     }
-
-
-def _ours(dims: Dims) -> field.Apply:
-    return lambda x, key: regjax.dropout(x, RATE, key=key, broadcast_dims=dims)
-
-
-def _linen(dims: Dims) -> field.Apply:
-    from flax import linen
-
-    layer = linen.Dropout(RATE, broadcast_dims=dims, deterministic=False)
-    return lambda x, key: layer.apply({}, x, rngs={"dropout": key})
-
-
-def _nnx(dims: Dims) -> field.Apply:
-    from flax import nnx
-
-    layer = nnx.Dropout(RATE, broadcast_dims=dims, deterministic=False)
-    return lambda x, key: layer(x, rngs=nnx.Rngs(dropout=key))
-
-
-def _haiku(dims: Dims) -> field.Apply:
-    import haiku
-
-    return lambda x, key: haiku.dropout(key, RATE, x, broadcast_dims=dims)
-
-
-CANDIDATES: Mapping[str, Callable[[Dims], field.Apply]] = {
-    field.OURS: _ours,
-    "Flax Linen": _linen,
-    "Flax NNX": _nnx,
-    "Haiku": _haiku,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         task = progress.add_task("racing", total=len(shapes) * len(WORK) * rounds)
         for name, (shape, dims) in shapes.items():
             x, key = jnp.ones(shape), jax.random.key(0)
-            applies = {field.COPY: field.copy}
-            applies |= {name: make(dims) for name, make in CANDIDATES.items()}
+            applies = {field.COPY: field.copy, **field.ours(RATE, dims)}
+            applies |= field.peers(RATE, progress.console.print, dims)
             for backward, work in WORK.items():
                 results.append(
                     race(

@@ -17,13 +17,12 @@ from rich.progress import Progress
 
 import regtorch
 from benchmarks import cli
-from benchmarks.race import Result, environment, race
+from benchmarks.race import WORK, Result, environment, race
 from benchmarks.report import publish
 
 THEIRS = "torch F.dropout"
 OURS = "regtorch"
 PACKED = "regtorch, packed"
-WORK = {False: "forward", True: "forward + backward"}
 _STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 Apply = Callable[[torch.Tensor], torch.Tensor]

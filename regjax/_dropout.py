@@ -201,7 +201,7 @@ class Settings:
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> Bool[Array, ...]:
         """Draws the mask."""
-        return _keep_mask(x, key, keep_prob_of(rate, x.dtype), self)
+        return keep_mask(x, key, keep_prob_of(rate, x.dtype), self.broadcast_dims, self.sampler)
 
     def apply(
         self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
@@ -244,17 +244,17 @@ _drop_at_number = jax.jit(_drop, static_argnums=(2, 3))
 _drop_at_tracer = jax.jit(_drop, static_argnums=3)
 
 
-def _keep_mask(
+def keep_mask(
     x: Inexact[Array, "*shape"],
     key: KeyLike,
     keep_prob: float | Float[Array, ""],
-    settings: Settings,
+    dims: tuple[int, ...],
+    sampler: Sampler,
 ) -> Bool[Array, ...]:
-    """Of size 1 along the dimensions that share it."""
-    dims = settings.broadcast_dims
+    """A mask for `x`, of size 1 along the dimensions that share it and laid out as the others."""
     shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
     layout = mask_sharding(x, dims)
-    draw = functools.partial(settings.sampler, key, keep_prob, shape, out_sharding=layout)
+    draw = functools.partial(sampler, key, keep_prob, shape, out_sharding=layout)
     first = min((dim for dim in dims if x.shape[dim] > 1), default=x.ndim)
     # Shared along the last dimensions only, an element of the mask stays in a register.
     is_redrawn = math.prod(shape[first:]) > 1

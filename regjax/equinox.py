@@ -52,8 +52,8 @@ from regjax._dropout import (
     check_flag,
     check_inexact,
     dropout,
+    keep_mask,
     keep_prob_of,
-    mask_sharding,
 )
 from regjax._embedding import embedding_dropout
 from regjax._keys import check_key, key_words
@@ -62,7 +62,7 @@ from regjax._noise import check_stddev, gaussian_dropout, gaussian_noise
 from regjax._observe import observer
 from regjax._recurrent import variational_dropout
 from regjax._weights import drop_connect
-from regjax.layers import compared, uniform
+from regjax.layers import compared
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -595,7 +595,7 @@ def _divided(
 
     def drop() -> Float[Array, "*shape"]:
         if watching := observer():
-            keep = bernoulli(key, keep_prob_of(p, x.dtype), x.shape)
+            keep = keep_mask(x, key, keep_prob_of(p, x.dtype), (), bernoulli)
             watching.draw(key_words(key), p, keep, x)
         return _divide(x, check_key(key), p)
 
@@ -610,9 +610,7 @@ def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Flo
         # gradient.
         q = jnp.where((q > 0) & (q <= 1), q, -1)
         dropped = jnp.where((p >= 0) & (p <= 1), 0.0, jnp.nan)
-        return jnp.where(
-            uniform(key, x.shape, out_sharding=mask_sharding(x, ())) < q, x / q, dropped
-        )
+        return jnp.where(keep_mask(x, key, q, (), compared), x / q, dropped)
 
     return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as `dropout` does: nothing is stored
 

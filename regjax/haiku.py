@@ -28,7 +28,6 @@ where it is traced:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -46,7 +45,7 @@ from regjax import (
     _recurrent,
     _weights,
 )
-from regjax._dropout import Settings, check_inexact, drawn_once, keep_prob_of, mask_sharding
+from regjax._dropout import check_inexact, keep_mask, keep_prob_of
 from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability
 from regjax._observe import observer
@@ -126,7 +125,7 @@ def dropout(
     if x.dtype != jnp.float32 or sampler is not bernoulli:
         return _dropout.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
     if watching := observer():
-        keep = Settings(dims, sampler).keep(x, key, rate)
+        keep = keep_mask(x, key, keep_prob_of(rate, x.dtype), dims, sampler)
         watching.draw(key_words(key), rate, keep, x)
     return (_at_tracer if is_traced else _at_number)(x, key, rate, dims)
 
@@ -485,10 +484,7 @@ def _as_theirs(
         if isinstance(q, jax.Array):
             # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
             q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
-        shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-        draw = functools.partial(compared, key, q, shape, out_sharding=mask_sharding(x, dims))
-        keep = drawn_once(draw) if dims else draw()
-        keep = jnp.broadcast_to(keep, x.shape)
+        keep = jnp.broadcast_to(keep_mask(x, key, q, dims, compared), x.shape)
         return keep.astype(x.dtype) * _finite(x, keep) / q
 
     return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as in `regjax.dropout`

@@ -245,7 +245,7 @@ def nadam(
         mask,
         maximize,
         decoupled_weight_decay,
-        in_turn=True,
+        two_terms=True,
     )
 
 
@@ -416,14 +416,14 @@ def _chain(
     mask: Mask,
     maximize: bool,
     decoupled: bool = False,
-    in_turn: bool = False,
+    two_terms: bool = False,
 ) -> optax.GradientTransformation:
     step = optax.scale_by_learning_rate(learning_rate)
-    if in_turn and not decoupled:
-        step = optax.chain(step, add_in_turn(learning_rate, 0.0, None))
     if decoupled:
-        links = moments, step, add_in_turn(learning_rate, weight_decay, mask)
+        links = moments, step, add_in_turn(learning_rate, weight_decay, mask, two_terms)
     else:
+        if two_terms:
+            step = optax.chain(step, add_in_turn(learning_rate, 0.0, None, two_terms))
         links = decay_weights(weight_decay, mask), moments, step
     return rounded_once(optax.chain(ascend(maximize), *links))
 

@@ -62,16 +62,21 @@ class Terms(NamedTuple):
 
 
 def add_in_turn(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule, mask: Mask
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: optax.ScalarOrSchedule,
+    mask: Mask,
+    two_terms: bool = False,
 ) -> optax.GradientTransformation:
     """Shrink the parameters, then add the terms of their steps, rounding between as torch does.
 
-    The last link of a chain, behind the learning rate. What reaches it is a term or `Terms` for
-    each parameter. What leaves it is their sum with the decay, in which all but the last term are
-    rounded to the digits of the parameter, and so is `1 - learning_rate * weight_decay`: without
-    this a run in float32 is 2e-5 from torch's after a thousand steps.
+    The last link of a chain, behind the learning rate. What reaches it is a term for each
+    parameter, or `Terms` with `two_terms`. What leaves it is their sum with the decay, in which all
+    but the last term are rounded to the digits of the parameter, and so is `1 - learning_rate *
+    weight_decay`: without this a run in float32 is 2e-5 from torch's after a thousand steps.
     """
     decaying = not is_zero(weight_decay)
+    if not decaying and not two_terms:
+        return optax.identity()
     scheduled = decaying and (callable(learning_rate) or callable(weight_decay))
 
     def decays(params: PyTree) -> PyTree[bool]:

@@ -16,26 +16,12 @@ from jax import lax
 
 import regjax
 from regjax import haiku as ours
-from tests.regjax.training import assert_same_training, digits, filled, text, train
+from tests.regjax.training import assert_same_training, digits, filled, same_bits, text, train
 
 KEY = jax.random.key(11)
 KEYS = jax.random.split(KEY, 65)
 X, RESIDUAL = jax.random.normal(jax.random.key(1), (2, 65, 66))
 both = pytest.mark.parametrize("dropout", [hk.dropout, ours.dropout], ids=["theirs", "ours"])
-
-
-def same_bits(tree: Any, other: Any) -> bool:
-    """Whether two trees of float32 have the same bits, the signs of zeros included."""
-    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
-    words = [[np.asarray(leaf).view(np.uint32) for leaf in pair] for pair in pairs]
-    return all(np.array_equal(*pair) for pair in words)
-
-
-@pytest.fixture
-def leaning():
-    """Theirs leans on promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def call(dropout, rate, x, dims=()):

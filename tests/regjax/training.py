@@ -65,6 +65,13 @@ def snapshot(tree):
     return jax.tree.map(array, tree)
 
 
+def same_bits(tree, other):
+    """Whether two trees of float32 have the same bits, the signs of zeros included."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    words = [[np.asarray(leaf).view(np.uint32) for leaf in pair] for pair in pairs]
+    return all(np.array_equal(*pair) for pair in words)
+
+
 def assert_same_training(ours, theirs):
     """Every bit of every loss and state, at every step; and something was learnt."""
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
