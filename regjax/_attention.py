@@ -29,7 +29,7 @@ from regjax._dropout import (
 from regjax._keys import consume, key_words
 from regjax._masks import bernoulli, bernoulli_at, check_probability
 from regjax._observe import observer
-from regjax._threefry import slice_index
+from regjax._threefry import at_most, slice_index
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike, DTypeLike
@@ -418,7 +418,8 @@ def _blockwise(
     rate: float | Float[Array, ""] = 0.0,
 ) -> Array:
     # One block at least, also where there are no keys: a scan looks at one before it runs.
-    padding = max(-blocks.keys % blocks.size, blocks.size - blocks.keys)
+    whole = blocks.size * (-(-blocks.keys // blocks.size) if blocks.keys else 1)
+    padding = whole - blocks.keys
     pad = functools.partial(_padded, padding=padding)
     wide = real_dtype(query.dtype)
     draw, scale = None, wide(1)
@@ -515,7 +516,7 @@ def _check_block(block_size: int, keys: int) -> int:
     size = operator.index(block_size)
     if size < 1:
         raise ValueError(f"block_size must be at least 1; got {block_size}.")
-    return max(1, min(size, keys))
+    return max(1, keys) if at_most(keys, size) else size
 
 
 def _boolean(mask: Array) -> Bool[Array, "*shape"]:

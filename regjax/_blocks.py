@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec
 
 from regjax._dropout import check_axis, check_inexact, drawn, real_dtype, selected
 from regjax._masks import bernoulli
+from regjax._threefry import is_number as is_known
+from regjax._threefry import product_words
 
 if TYPE_CHECKING:
     from jax.sharding import NamedSharding
@@ -151,15 +153,18 @@ class _Blocks:
     ) -> Inexact[Array, "*shape"]:
         """Masks, and scales by elements / elements kept."""
         del rate
-        if keep.size >= 2**32:
+        high, size = product_words(keep.shape)
+        if not isinstance(high, jax.Array) and high:
             raise ValueError(
-                f"x has {keep.size} elements to mask, 2**32 or more, which are not counted. Map "
-                "over rows with jax.vmap, or pass share_channels=True."
+                f"x must have fewer than 2**32 elements to mask; got {keep.size}, which are not "
+                "counted. Map over rows with jax.vmap, or pass share_channels=True."
             )
         real = real_dtype(x.dtype)
         kept = jnp.sum(keep, dtype=jnp.uint32)
         # Two exact integers, rounded where they are large, and one division.
-        scale = jnp.where(kept > 0, real(keep.size) / jnp.maximum(kept, 1).astype(real), 0)
+        scale = jnp.where(kept > 0, size.astype(real) / jnp.maximum(kept, 1).astype(real), 0)
+        if isinstance(high, jax.Array):  # a symbolic size, known too late for an error
+            scale = jnp.where(high > 0, jnp.nan, scale)
         return selected(keep, x, scale.astype(real))
 
 
@@ -194,6 +199,13 @@ def _check_blocks(
             "x must have a batch dimension, which comes first, a channel dimension and at least "
             f"one spatial dimension; got shape {shape} with channel_axis={channel_axis}."
         )
-    # Of an empty map no block is left, but its mask still has a shape.
-    sizes = [max(1, length) for dim, length in enumerate(shape) if dim not in (0, axis)]
+    sizes = [length for dim, length in enumerate(shape) if dim not in (0, axis)]
+    if not all(is_known(length) for length in sizes):
+        raise ValueError(
+            "x must have spatial dimensions of known size, on which the probability of a block "
+            f"depends; got shape {shape}. Export one program for each size: only the batch and the "
+            "channels may be symbolic."
+        )
+    # An empty map has no place for a block, but its mask still has a shape.
+    sizes = [max(1, length) for length in sizes]
     return _Blocks(min(size, *sizes), axis, bool(share_channels))

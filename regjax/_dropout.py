@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
 from regjax._observe import observer
+from regjax._threefry import at_most
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -255,9 +256,9 @@ def keep_mask(
     shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
     layout = mask_sharding(x, dims)
     draw = functools.partial(sampler, key, keep_prob, shape, out_sharding=layout)
-    first = min((dim for dim in dims if x.shape[dim] > 1), default=x.ndim)
+    first = min((dim for dim in dims if not at_most(x.shape[dim], 1)), default=x.ndim)
     # Shared along the last dimensions only, an element of the mask stays in a register.
-    is_redrawn = math.prod(shape[first:]) > 1
+    is_redrawn = not at_most(math.prod(shape[first:]), 1)
     return drawn_once(draw) if is_redrawn else draw()
 
 

@@ -6,9 +6,10 @@ For accelerators, where the random words are what dropout costs. The exact sampl
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,7 +20,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax._keys import check_key, consume, key_words
 from regjax._masks import check_probability, realises
-from regjax._threefry import counter_bits, row_major_index, threefry2x32
+from regjax._threefry import (
+    counter_bits,
+    is_number,
+    product_words,
+    row_major_index,
+    threefry2x32,
+)
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -113,13 +120,38 @@ def _mask(
     out_sharding: Layout,
 ) -> Bool[Array, "*shape"]:
     consume(key)
-    axis = packed_axis(shape)
-    if axis is None:
-        drawn = counter_bits(key_words(key), shape, out_sharding=out_sharding)
-        return _below(drawn >> np.uint32(32 - bits), threshold, bits)
-    group = Group(shape, axis, out_sharding)
     words = key_words(key)
-    return group.spread(_stored(_compared(words, threshold, bits, group), words[0]))
+
+    def draw(axis: int | None) -> Bool[Array, "*shape"]:
+        if axis is None:
+            drawn = counter_bits(words, shape, out_sharding=out_sharding)
+            return _below(drawn >> np.uint32(32 - bits), threshold, bits)
+        group = Group(shape, axis, out_sharding)
+        return group.spread(_stored(_compared(words, threshold, bits, group), words[0]))
+
+    return _at_packed_axis(draw, shape)
+
+
+def _at_packed_axis(draw: Callable[[int | None], Any], shape: tuple[int, ...]) -> Any:
+    """Return `draw(packed_axis(shape))`, where a symbolic shape of `jax.export` decides at run time.
+
+    The axis depends on the sizes, and so does the mask. An exported program therefore contains a
+    branch for every axis that may be packed.
+    """
+    if all(is_number(size) for size in shape):
+        return draw(packed_axis(shape))
+    axes = [
+        axis for axis, size in enumerate(shape[:-1]) if not is_number(size) or size % _LANES == 0
+    ]
+    branch = longest = jnp.uint32(0)
+    for number, axis in enumerate(axes, 1):
+        size = product_words(shape[axis : axis + 1])[1]
+        is_longer = (size % _LANES == 0) & (size >= longest)
+        branch = jnp.where(is_longer, np.uint32(number), branch)
+        longest = jnp.where(is_longer, size, longest)
+    high, low = product_words(shape)
+    branch = jnp.where((high == 0) & (low < _SMALLEST_PACKED), 0, branch)
+    return lax.switch(branch, [functools.partial(draw, axis) for axis in (None, *axes)])
 
 
 # A concrete threshold is static, so that only the words that it needs are drawn.
@@ -242,7 +274,8 @@ class Group:
     @property
     def words_shape(self) -> tuple[int, ...]:
         """The shape of the words: a 32nd along the axis."""
-        return self._replace_axis(self.shape, self.shape[self.axis] // _LANES)
+        # A symbolic size may be none of 32's multiples; rounded up, there is at least one word.
+        return self._replace_axis(self.shape, -(-self.shape[self.axis] // _LANES))
 
     @property
     def words_sharding(self) -> Layout:
@@ -262,6 +295,8 @@ class Group:
 
     def spread(self, words: UInt32[Array, "*words"]) -> Bool[Array, "*shape"]:
         """Gives each element its bit of its word."""
+        if not is_number(self.shape[self.axis]):
+            return self._gathered(words)
         sharding = lanes_sharding = self.words_sharding
         if isinstance(sharding, NamedSharding):
             spec = self._replace_axis(tuple(sharding.spec), sharding.spec[self.axis], None)
@@ -274,6 +309,14 @@ class Group:
         mask = jnp.reshape(bits, self.shape, out_sharding=sharding)
         whole = self.out_sharding is None or jax.typeof(mask).sharding == self.out_sharding
         return mask if whole else jax.sharding.reshard(mask, self.out_sharding)
+
+    def _gathered(self, words: UInt32[Array, "*words"]) -> Bool[Array, "*shape"]:
+        """As `spread`, along an axis of symbolic length, which cannot be split into words."""
+        sizes = [size if axis == self.axis else 1 for axis, size in enumerate(self.shape)]
+        along = lax.broadcasted_iota(np.uint32, sizes, self.axis)
+        at = jnp.reshape(along // np.uint32(_LANES), (sizes[self.axis],))
+        own = jnp.take(words, at, axis=self.axis, mode="clip")
+        return (own >> along % np.uint32(_LANES)) & np.uint32(1) != 0
 
     def _bits(
         self, parts: tuple[UInt[Array, "*words"], ...], sharding: Layout

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -66,7 +67,7 @@ def counter_bits(
     Equal to `jax.random.bits(key, shape, "uint32")` under JAX's default (partitionable) threefry.
     """
     shape = tuple(shape)
-    if math.prod(shape) > _WORD:
+    if not at_most(math.prod(shape), _WORD):
         out0, out1 = threefry2x32(key, row_major_index(shape, out_sharding))
     else:
         # The key first and the index added to it: an index of its own is the same at every turn of
@@ -100,14 +101,14 @@ def row_major_index(
         in_place: whether XLA:TPU is kept from making the index along each axis beforehand, in a
             kernel of its own. Worth some more arithmetic where the array is small.
     """
+    along = _along_in_place if in_place else _along
+    carries = not at_most(math.prod(shape), _WORD)
     hi = jnp.zeros((), jnp.uint32)
     lo = hi if start is None else start
-    stride = math.prod(shape)
     for axis, size in enumerate(shape):
-        if size > 1:
-            stride //= size
-            along = (_along_in_place if in_place else _along)(shape, axis, out_sharding)
-            hi, lo = _add_product((hi, lo), along, stride, carries=math.prod(shape) > _WORD)
+        if not at_most(size, 1):
+            index = along(shape, axis, out_sharding)
+            hi, lo = _add_product((hi, lo), index, product_words(shape[axis + 1 :]), carries)
     return hi, jnp.broadcast_to(lo, shape, out_sharding=out_sharding)
 
 
@@ -126,16 +127,47 @@ def slice_index(
         starts: by axis, where the slice begins; 0 where nothing is said. They may be traced.
         out_sharding: the layout of the slice.
     """
+    carries = not at_most(math.prod(whole), _WORD)
     hi = lo = jnp.zeros((), jnp.uint32)
-    stride = math.prod(whole)
     for axis, size in enumerate(whole):
-        if size > 1:
-            stride //= size
+        if not at_most(size, 1):
             along = _along(shape, axis, out_sharding)
             if axis in starts:
                 along = along + jnp.asarray(starts[axis]).astype(jnp.uint32)
-            hi, lo = _add_product((hi, lo), along, stride, carries=math.prod(whole) > _WORD)
+            hi, lo = _add_product((hi, lo), along, product_words(whole[axis + 1 :]), carries)
     return hi, lo
+
+
+def at_most(size: int, limit: int) -> bool:
+    """Return whether a size is known to be at most `limit`.
+
+    A symbolic size of `jax.export` may be unknown. Every caller treats False as "perhaps larger"
+    and draws the same mask in both cases.
+    """
+    try:
+        return bool(size <= limit)
+    except jax.errors.InconclusiveDimensionOperation:
+        return False
+
+
+def product_words(sizes: Sequence[int]) -> tuple[Any, Any]:
+    """Return the product of sizes modulo 2**64 as a high and a low word.
+
+    NumPy scalars where every size is a number. A symbolic size has its value at run time only, and
+    the words of a product that contains one are arrays.
+    """
+    known = math.prod(size for size in sizes if is_number(size))
+    high, low = np.uint32(known // _WORD % _WORD), np.uint32(known % _WORD)
+    for size in sizes:
+        if not is_number(size):
+            factor = jnp.asarray(size).astype(jnp.uint32)
+            high, low = factor * high + _multiply_high(factor, low), factor * low
+    return high, low
+
+
+def is_number(size: int) -> bool:
+    """Return whether a size is a number, not a symbol of `jax.export`."""
+    return isinstance(size, int | np.integer)
 
 
 def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Array, "*shape"]:
@@ -166,25 +198,25 @@ def _along_in_place(
 
 
 def _add_product(
-    total: Words, along: UInt32[Array, "*shape"], stride: int, *, carries: bool
+    total: Words, along: UInt32[Array, "*shape"], stride: tuple[Any, Any], carries: bool
 ) -> Words:
     """Total + along * stride modulo 2**64; without `carries` the high word is known to stay 0."""
     hi, lo = total
-    product = along * np.uint32(stride % _WORD)
+    stride_hi, stride_lo = stride
+    product = along * stride_lo
     new_lo = lo + product
     if not carries:
         return hi, new_lo
     overflow = (new_lo < product).astype(jnp.uint32)
-    high_of_product = _multiply_high(along, stride % _WORD) + along * np.uint32(stride // _WORD)
-    return hi + high_of_product + overflow, new_lo
+    return hi + _multiply_high(along, stride_lo) + along * stride_hi + overflow, new_lo
 
 
-def _multiply_high(x: UInt32[Array, "*shape"], factor: int) -> UInt32[Array, "*shape"]:
+def _multiply_high(x: UInt32[Array, "*shape"], factor: Any) -> UInt32[Array, "*shape"]:
     """The upper 32 bits of x * factor, by schoolbook multiplication of 16-bit halves."""
     half = np.uint32(16)
     mask = np.uint32(0xFFFF)
     x_hi, x_lo = x >> half, x & mask
-    f_hi, f_lo = np.uint32(factor >> 16), np.uint32(factor & 0xFFFF)
+    f_hi, f_lo = factor >> half, factor & mask
     middle = x_hi * f_lo + ((x_lo * f_lo) >> half)  # at most 2**32 - 1 - 2**16: no overflow
     cross = (middle & mask) + x_lo * f_hi
     return x_hi * f_hi + (middle >> half) + (cross >> half)

@@ -15,7 +15,7 @@ from jax.custom_batching import custom_vmap
 
 from regjax._keys import check_key, consume, is_threefry, key_words
 from regjax._masks import Sampler, bernoulli
-from regjax._threefry import counter_bits
+from regjax._threefry import at_most, counter_bits
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from regjax._keys import KeyLike
     from regjax._threefry import Layout
 
-# From here on XLA sums on CPU in a kernel of its own. A smaller sum it fuses with what it sums, and
-# then the order of the terms depends on all that the loop does: on how a mask is drawn, too.
-_OWN_KERNEL = 4096
+# A larger sum XLA computes on CPU in a kernel of its own. A smaller one it fuses with its terms, and
+# then the order of the additions depends on everything in the loop, the drawing of masks included.
+_LARGEST_FUSED = 4095
 
 
 def as_flax_draws(sampler: Sampler) -> Sampler:
@@ -67,7 +67,7 @@ def _bernoulli(
 
     The mask is the same. Where the operations would give another one, they are not used.
     """
-    if _is_default(key) and math.prod(shape) < _OWN_KERNEL:
+    if _is_default(key) and at_most(math.prod(shape), _LARGEST_FUSED):
         if key.dtype == jnp.uint32:  # raw: it may be threefry's where that is not the default
             key = jax.random.wrap_key_data(key, impl="threefry2x32")
         return jax.random.bernoulli(key, keep_prob, tuple(shape), out_sharding=out_sharding)
@@ -96,7 +96,7 @@ def uniform(
     shape, is_default = tuple(shape), _is_default(key)
 
     def draw(size: int, key: KeyLike) -> Float32[Array, "*shape"]:
-        if is_default and size < _OWN_KERNEL:
+        if is_default and at_most(size, _LARGEST_FUSED):
             return jax.random.uniform(key, shape, jnp.float32, out_sharding=out_sharding)
         consume(key)
         bits = counter_bits(key_words(key), shape, out_sharding=out_sharding)

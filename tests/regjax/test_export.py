@@ -1,0 +1,167 @@
+"""Every function and layer exports with a symbolic batch, and draws the mask of the actual size."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import regjax
+from regjax import equinox, haiku, linen, nnx
+from regjax._threefry import slice_index
+from tests.regjax.family import FAMILY
+
+KEY = jax.random.key_data(jax.random.key(3))
+
+
+def attend(block_size, **options):
+    def call(x, key):
+        return regjax.dot_product_attention(
+            x, x, x, dropout_rng=key, dropout_rate=0.4, block_size=block_size, **options
+        )
+
+    return call
+
+
+ids = lambda x: (x[..., 0] > 0.5).astype(jnp.int32)
+PACKED = {"sampler": regjax.packed_bernoulli}
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "bernoulli": (lambda x, key: jnp.where(regjax.bernoulli(key, 0.7, x.shape), x, 0), (5,)),
+    "packed_bernoulli": (
+        lambda x, key: jnp.where(regjax.packed_bernoulli(key, 0.7, x.shape), x, 0),
+        (5,),
+    ),
+    "normal": (lambda x, key: x * regjax.normal(key, x.shape), (5,)),
+    "dropout": (lambda x, key: regjax.dropout(x, 0.4, key=key), (3, 5)),
+    "dropout-traced": (lambda x, key: regjax.dropout(x, x[0, 0] * 0.4, key=key), (5,)),
+    "dropout-shared": (lambda x, key: regjax.dropout(x, 0.4, key=key, broadcast_dims=(0,)), (5,)),
+    "dropout-packed": (
+        lambda x, key: regjax.dropout(x, 0.4, key=key, **PACKED),
+        (64, 3),
+        30,
+        64,
+        96,
+    ),
+    "feature_dropout": (lambda x, key: regjax.feature_dropout(x, 0.4, key=key), (4, 5)),
+    "alpha_dropout": (lambda x, key: regjax.alpha_dropout(x, 0.4, key=key), (5,)),
+    "feature_alpha": (lambda x, key: regjax.feature_alpha_dropout(x, 0.4, key=key), (4, 5)),
+    "drop_path": (lambda x, key: regjax.drop_path(x, 0.4, key=key), (5,)),
+    "drop_block": (lambda x, key: regjax.drop_block(x, 0.4, key=key, block_size=3), (6, 7, 2)),
+    "variational": (lambda x, key: regjax.variational_dropout(x, 0.4, key=key), (4, 5)),
+    "drop_connect": (lambda x, key: regjax.drop_connect(x, 0.4, key=key), (5,)),
+    "embedding": (lambda x, key: regjax.embedding_dropout(x, ids(x), 0.4, key=key), (5,)),
+    "gaussian_dropout": (lambda x, key: regjax.gaussian_dropout(x, 0.4, key=key), (5,)),
+    "gaussian_noise": (lambda x, key: regjax.gaussian_noise(x, 0.4, key=key), (5,)),
+    "attention": (attend(None), (6, 2, 4)),
+    "attention-shared": (attend(None, broadcast_dropout=True), (6, 2, 4)),
+    "attention-blockwise": (attend(4, is_causal=True), (6, 2, 4)),
+    "attention-blockwise-shared": (attend(4, broadcast_dropout=True), (6, 2, 4)),
+}
+
+
+def exported(function, shape):
+    """The exported program of `function(x, key)`; `shape` names the symbolic sizes of x."""
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
+    return export.export(jax.jit(function))(x, KEY).call
+
+
+def check(function, features, batches):
+    """The exported program and the plain function: the same zeros in the result and gradient."""
+
+    def both(x, key):
+        y, gradient_of = jax.vjp(lambda x: function(x, key), x)
+        return y, gradient_of(jax.tree.map(lambda y: 1 + y, y))[0]
+
+    call = exported(both, ", ".join(["b", *map(str, features)]))
+    for batch in batches:
+        size = batch * math.prod(features)
+        x = jnp.linspace(0.5, 1.0, size).reshape(batch, *features)
+        pairs = zip(*map(jax.tree.leaves, (call(x, KEY), both(x, KEY))), strict=True)
+        for array, expected in pairs:
+            np.testing.assert_array_equal(array == 0, expected == 0)
+            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_exports_with_a_symbolic_batch(name):
+    function, features, *batches = FUNCTIONS[name]
+    check(function, features, batches or (1, 32))
+
+
+def linen_layers(x, key):
+    return {
+        name: getattr(linen, name)(0.4, deterministic=False, **settings).apply(
+            {}, *inputs_of(name, x), rngs={"dropout": key}
+        )
+        for name, (settings, _, _) in FAMILY.items()
+    }
+
+
+def nnx_layers(x, key):
+    return {
+        name: getattr(nnx, name)(0.4, **settings)(*inputs_of(name, x), rngs=key)
+        for name, (settings, _, _) in FAMILY.items()
+    }
+
+
+def equinox_layers(x, key):
+    return {
+        name: getattr(equinox, name)(0.4)(*inputs_of(name, x), key=key)
+        for name in FAMILY
+        if name != "DropBlock"  # whose spatial dimensions are the first ones
+    }
+
+
+def haiku_functions(x, key):
+    return {
+        name: getattr(haiku, function.__name__)(key, 0.4, *inputs_of(name, x))
+        for name, (_, _, function) in FAMILY.items()
+    }
+
+
+def inputs_of(name, x):
+    """The inputs of a layer: the batch of x is symbolic."""
+    if name == "EmbeddingDropout":
+        return x, ids(x)
+    return (x.reshape(x.shape[0], 8, 8, 2),) if "Block" in name else (x,)
+
+
+@pytest.mark.parametrize(
+    "layers", [linen_layers, nnx_layers, equinox_layers, haiku_functions], ids=lambda f: f.__name__
+)
+def test_layers_export_with_a_symbolic_batch(layers):
+    check(layers, (128,), (1, 32))  # on both sides of 4,096 elements, where layers differ
+
+
+def test_attention_exports_with_symbolic_lengths():
+    for block_size in (None, 4):
+        call = exported(attend(block_size), "b, s, 2, 4")
+        x = jnp.linspace(0.5, 1.0, 3 * 9 * 8).reshape(3, 9, 2, 4)
+        np.testing.assert_allclose(call(x, KEY), attend(block_size)(x, KEY), rtol=1e-5)
+
+
+def test_counters_of_symbolic_sizes_carry_into_the_high_word():
+    def last(x, _):
+        whole = (x.shape[0],) * 4
+        starts = dict.fromkeys(range(4), jnp.asarray(whole[0] - 2))
+        return jax.tree.map(
+            lambda word: jnp.broadcast_to(word, (2,) * 4), slice_index(whole, (2,) * 4, starts)
+        )
+
+    for size in (7, 60_000):  # 60,000 ** 4 is nearly 2 ** 64
+        x = jnp.zeros(size)
+        for word, expected in zip(exported(last, "b")(x, KEY), last(x, KEY), strict=True):
+            np.testing.assert_array_equal(word, expected)
+
+
+def test_a_symbolic_map_is_refused_where_the_mask_depends_on_it():
+    drop = lambda x, key: regjax.drop_block(x, 0.4, key=key)
+    with pytest.raises(
+        ValueError, match=r"x must have spatial dimensions of known size.*Export one"
+    ):
+        exported(drop, "b, h, 8, 3")
