@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from regjax._checks import check_integers
 from regjax._dropout import Settings, check_real, masked, real_dtype
 from regjax._features import shared_dims
 from regjax._masks import Sampler, bernoulli
@@ -77,7 +78,7 @@ def alpha_dropout(
     Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
     NeurIPS 2017.
     """
-    settings = Settings(tuple(broadcast_dims), sampler, _scale, _offsets)
+    settings = Settings(check_integers("broadcast_dims", broadcast_dims), sampler, _scale, _offsets)
     return masked(_check_real(x), rate, key, deterministic, settings)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,13 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from regjax._checks import (
+    check_array,
+    check_bool,
+    check_floating_dtype,
+    check_integer,
+    check_number,
+)
 from regjax._dropout import (
     check_flag,
     drawn_once,
@@ -147,17 +153,18 @@ def dot_product_attention(
             "them out, or take Linen's own attention_fn."
         )
     query, key, value = _arrays(query, key, value, dtype=dtype)
-    bias = None if bias is None else jnp.asarray(bias)
-    mask = None if mask is None else _boolean(jnp.asarray(mask))
+    bias = None if bias is None else _check_bias(check_array("bias", bias))
+    mask = None if mask is None else _boolean(check_array("mask", mask))
     _check_shapes(query, key, value, bias, mask)
     bias, mask = (x if x is None else _with_rank(x, query.ndim) for x in (bias, mask))
     rate = check_probability("dropout_rate", dropout_rate)
     flag = check_flag(deterministic)
     evaluates = flag is True or is_number(rate, 0)
     one_key = None if evaluates or is_number(rate, 1) else _require_rng(dropout_rng)
+    broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
     scores = _Scores(
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        is_causal=bool(is_causal),
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else check_number("scale", scale),
+        is_causal=check_bool("is_causal", is_causal),
         precision=precision,
     )
     if block_size is None:
@@ -179,7 +186,7 @@ def dot_product_attention(
             f"block_size={block_size}. Leave one of the two out."
         )
     size = _check_block(block_size, key.shape[-3])
-    blocks = _Blocks(scores, size, key.shape[-3], bool(broadcast_dropout))
+    blocks = _Blocks(scores, size, key.shape[-3], broadcast_dropout)
     attend = functools.partial(_blockwise, blocks, query, key, value, bias, mask)
     if evaluates:
         return attend()
@@ -461,8 +468,8 @@ def _per_query(x: Float[Array, "*batch heads queries"]) -> Float[Array, "*batch 
 
 
 def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
-    found = [jnp.asarray(array) for array in arrays]
     names = ("query", "key", "value")
+    found = [check_array(name, array) for name, array in zip(names, arrays, strict=True)]
     for name, array in zip(names, found, strict=True):
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise TypeError(
@@ -474,7 +481,7 @@ def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
                 f"{name} must have shape (..., length, heads, features); got {array.shape}."
             )
     if dtype is not None:
-        return [array.astype(dtype) for array in found]
+        return [array.astype(check_floating_dtype("dtype", dtype)) for array in found]
     if len({array.dtype for array in found}) > 1:
         dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, found, strict=True))
         raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Pass dtype=.")
@@ -513,10 +520,19 @@ def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) 
 
 
 def _check_block(block_size: int, keys: int) -> int:
-    size = operator.index(block_size)
-    if size < 1:
-        raise ValueError(f"block_size must be at least 1; got {block_size}.")
+    size = check_integer("block_size", block_size, minimum=1)
     return max(1, keys) if at_most(keys, size) else size
+
+
+def _check_bias(bias: Array) -> Array:
+    """Refuses a mask that was passed as a bias.
+
+    Raises:
+        TypeError: it is boolean, or complex.
+    """
+    if bias.dtype == np.bool_ or jnp.issubdtype(bias.dtype, jnp.complexfloating):
+        raise TypeError(f"bias must be real numbers; got dtype {bias.dtype}. Or pass mask.")
+    return bias
 
 
 def _boolean(mask: Array) -> Bool[Array, "*shape"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from typing import TYPE_CHECKING
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from regjax._checks import check_bool, check_integer
 from regjax._dropout import check_axis, check_inexact, drawn, real_dtype, selected
 from regjax._masks import bernoulli
 from regjax._threefry import is_number as is_known
@@ -190,7 +190,7 @@ def _spread(keep: Bool[Array, ...], dim: int, size: int) -> Bool[Array, ...]:
 def _check_blocks(
     shape: tuple[int, ...], block_size: int, channel_axis: int, share_channels: bool
 ) -> _Blocks:
-    size, ndim = operator.index(block_size), len(shape)
+    size, ndim = check_integer("block_size", block_size, minimum=1), len(shape)
     if size < 1:
         raise ValueError(f"block_size must be at least 1; got {block_size}.")
     axis = check_axis("channel_axis", channel_axis, ndim)
@@ -208,4 +208,4 @@ def _check_blocks(
         )
     # An empty map has no place for a block, but its mask still has a shape.
     sizes = [max(1, length) for length in sizes]
-    return _Blocks(min(size, *sizes), axis, bool(share_channels))
+    return _Blocks(min(size, *sizes), axis, check_bool("share_channels", share_channels))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from regjax._checks import check_bool, check_choice
 from regjax._dropout import Settings, check_inexact, inverse, masked, real_dtype
 from regjax._masks import Sampler, bernoulli
 
@@ -68,7 +69,7 @@ def drop_path(
     which multiplies by `1 - rate` in evaluation instead.
     """
     x = check_inexact(x)
-    scale = inverse if scale_by_keep else _one
+    scale = inverse if check_bool("scale_by_keep", scale_by_keep) else _one
     return masked(x, rate, key, deterministic, Settings(_shared_dims(x.ndim, mode), sampler, scale))
 
 
@@ -78,9 +79,7 @@ def _check_mode(mode: str) -> str:
     Raises:
         ValueError: it is none.
     """
-    if mode not in ("row", "batch"):
-        raise ValueError(f'mode must be "row" or "batch"; got {mode!r}.')
-    return mode
+    return check_choice("mode", mode, ("row", "batch"))
 
 
 def _shared_dims(ndim: int, mode: str) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
+from regjax._checks import check_array, check_callable, check_integer, check_integers
 from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
 from regjax._observe import observer
@@ -87,7 +87,13 @@ def dropout(
     Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
     prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
     """
-    return masked(x, rate, key, deterministic, Settings(tuple(broadcast_dims), sampler))
+    return masked(
+        x,
+        rate,
+        key,
+        deterministic,
+        Settings(check_integers("broadcast_dims", broadcast_dims), sampler),
+    )
 
 
 def masked(
@@ -99,6 +105,7 @@ def masked(
 ) -> Inexact[Array, "*shape"]:
     """Dropout whose mask a sampler draws: an element each, or shared along dimensions."""
     x = check_inexact(x)
+    check_callable("sampler", settings.sampler, "(key, keep_prob, shape)")
     dims = check_dims(settings.broadcast_dims, x.ndim)
     settings = dataclasses.replace(settings, broadcast_dims=dims)
     return drawn(x, rate, key, deterministic, settings)
@@ -339,7 +346,7 @@ def check_inexact(x: Inexact[ArrayLike, "*shape"]) -> Inexact[Array, "*shape"]:
     Raises:
         TypeError: it is of another dtype.
     """
-    x = x if isinstance(x, jax.Array) else jnp.asarray(x)  # asarray takes microseconds of its own
+    x = check_array("x", x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"x must be floating or complex; got dtype {x.dtype}. Cast it: x.astype(jnp.float32)."
@@ -381,7 +388,7 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
     Raises:
         ValueError: one of them is negative, too large, or there twice.
     """
-    dims = tuple(sorted(operator.index(dim) for dim in broadcast_dims))
+    dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
             "broadcast_dims must be distinct dimensions of x, counted from 0 and below "
@@ -397,7 +404,7 @@ def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
         TypeError: it is not an integer.
         ValueError: it is not one of `ndim` dimensions; `advice` says what to do.
     """
-    index = operator.index(axis)
+    index = check_integer(name, axis)
     if not -ndim <= index < ndim:
         raise ValueError(f"{name} must be a dimension of x, which has {ndim}; got {axis}.{advice}")
     return index % ndim

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from regjax._checks import check_array
 from regjax._dropout import check_inexact, drawn, inverse, keep_prob_of, selected
 from regjax._masks import bernoulli_at
 
@@ -98,7 +98,7 @@ class _Words:
 
 
 def _check_ids(ids: Integer[ArrayLike, "*ids"], shape: tuple[int, ...]) -> Integer[Array, "*ids"]:
-    ids = ids if isinstance(ids, jax.Array) else jnp.asarray(ids)
+    ids = check_array("ids", ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids must be integers, as an embedding takes them; got dtype {ids.dtype}.")
     if not shape or shape[:-1] != ids.shape:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import NamedTuple
 
+from regjax._checks import check_strings
 from regjax._observe import SiteKey
 from regjax._paths import matches
 
@@ -255,8 +256,7 @@ def judge(
     """
     sites = _sites([*steps, *evaluations])
     for name, patterns in (("expect", expect), ("allow", allow)):
-        if isinstance(patterns, str):
-            raise TypeError(f"{name} must be a collection of globs: [{patterns!r}].")
+        check_strings(name, patterns)
     for pattern in allow:
         if not any(site.fits(pattern) for site in sites):
             known = ", ".join(map(str, sites)) or "no site at all"

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from regjax._checks import check_callable
 from regjax._findings import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
 from regjax._observe import Draw, Observer, SiteKey, watched_by
 
@@ -80,6 +81,9 @@ def check_dropout(
         >>> report.findings[0].detail
         "the key of 'hidden' at step 0 drew in steps 0 and 1"
     """
+    check_callable("train_step", train_step, "(*carry, step)")
+    if evaluate is not None:
+        check_callable("evaluate", evaluate, "(*carry)")
     guard = DropoutGuard()
     for step in range(2):
         with guard.training():

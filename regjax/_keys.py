@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from regjax._checks import as_number, check_string, describe
 from regjax._observe import observer
 from regjax._threefry import threefry2x32
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 _THREEFRY = "threefry2x32"
 
 
-def check_key(key: KeyLike) -> KeyLike:
-    """Returns the key if it is one single key, typed or raw.
+def check_key(key: KeyLike, name: str = "key") -> KeyLike:
+    """Returns the key if it is one single key, typed or raw; `name` is that of the argument.
 
     Raises:
         TypeError: it is not a key at all.
@@ -38,17 +39,17 @@ def check_key(key: KeyLike) -> KeyLike:
     is_array = isinstance(key, jax.Array | np.ndarray)
     if not is_array or not (_is_typed(key) or key.dtype == np.uint32):
         raise TypeError(
-            "key must be a JAX random key, as jax.random.key(seed) makes one; got "
-            f"{_describe(key)}."
+            f"{name} must be a JAX random key, as jax.random.key(seed) makes one; got "
+            f"{describe(key)}."
         )
     if key.ndim != (0 if _is_typed(key) else 1):
         raise ValueError(
-            f"key must be one single key; got a batch of keys, {_describe(key)}. To use one key "
+            f"{name} must be one single key; got a batch of keys, {describe(key)}. To use one key "
             "for each row, map over both with jax.vmap; to use one of them, index it."
         )
     if not _is_typed(key) and key.shape[0] not in (2, 4):
         raise ValueError(
-            f"a raw key is uint32 of shape (2,) or, for rbg, (4,); got {_describe(key)}."
+            f"{name} must have shape (2,) or, for rbg, (4,) if it is raw; got {describe(key)}."
         )
     return key
 
@@ -113,9 +114,8 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
         >>> [regjax.dropout(x, 0.5, key=key).tolist() for key in at_step]
         [[0.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]]
     """
-    if not isinstance(site, str):
-        raise TypeError(f"site must be a string that names the place; got {site!r}.")
-    typed = _is_typed(check_key(root))
+    check_string("site", site)
+    typed = _is_typed(check_key(root, "root"))
     at_step = _step_words(step)
     words = _site_words(root, site_hash(site), at_step)
     if watching := observer():
@@ -136,7 +136,7 @@ def _site_words(root: KeyLike, site: Words, step: Words) -> UInt32[Array, " word
 
 
 def _step_words(step: ArrayLike) -> Words:
-    number = step if isinstance(step, Tracer) else np.asarray(step)
+    number = as_number("step", step)
     if not jnp.issubdtype(number.dtype, jnp.integer):
         raise TypeError(f"step must be an integer; got {step!r}.")
     if number.ndim:
@@ -156,9 +156,3 @@ def _is_typed(key: KeyLike) -> bool:
 
 def is_threefry(key: KeyLike) -> bool:
     return str(jax.random.key_impl(key)) == _THREEFRY if _is_typed(key) else key.shape == (2,)
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, jax.Array | np.ndarray):
-        return f"an array of dtype {value.dtype} and shape {value.shape}"
-    return repr(value)

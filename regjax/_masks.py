@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from regjax._checks import as_number, check_layout, check_shape
 from regjax._keys import check_key, consume, key_words
 from regjax._threefry import counter_bits, threefry2x32
 
@@ -85,7 +86,8 @@ def bernoulli(
         True
     """
     threshold = _threshold(check_probability("keep_prob", keep_prob))
-    return _threshold_mask(check_key(key), threshold, tuple(shape), out_sharding)
+    shape, layout = check_shape("shape", shape), check_layout("out_sharding", out_sharding)
+    return _threshold_mask(check_key(key), threshold, shape, layout)
 
 
 # The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
@@ -162,7 +164,7 @@ def check_probability(name: str, value: ArrayLike) -> float | Float[Array, ""]:
         TypeError: it is not a real number.
         ValueError: it is not a scalar, or concrete and not in [0, 1].
     """
-    number = value if isinstance(value, Tracer) else np.asarray(value)
+    number = as_number(name, value)
     if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"{name} must be a real number in [0, 1]; got {value!r}.")
     if number.ndim:

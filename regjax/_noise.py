@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from regjax._checks import as_number
 from regjax._dropout import (
     check_flag,
     check_real,
@@ -223,7 +224,7 @@ def check_stddev(stddev: ArrayLike) -> float | Float[Array, ""]:
         TypeError: it is not a real number.
         ValueError: it is not a scalar, or concrete and negative, infinite or NaN.
     """
-    number = stddev if isinstance(stddev, Tracer) else np.asarray(stddev)
+    number = as_number("stddev", stddev)
     if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"stddev must be a real number of at least 0; got {stddev!r}.")
     if number.ndim:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from regjax._checks import check_floating_dtype, check_layout, check_shape
 from regjax._keys import check_key, consume, key_words
 from regjax._quantile import quantile
 from regjax._threefry import counter_bits, row_major_index, threefry2x32
@@ -69,7 +70,8 @@ def normal(
 
     Source: inversion, as in Devroye, "Non-uniform random variate generation", 1986, chapter II.
     """
-    return _normal(check_key(key), tuple(shape), _check_dtype(dtype), out_sharding)
+    shape, layout = check_shape("shape", shape), check_layout("out_sharding", out_sharding)
+    return _normal(check_key(key), shape, _check_dtype(dtype), layout)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -90,7 +92,7 @@ def _normal(
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype:
-    dtype = np.dtype(dtype)
+    dtype = check_floating_dtype("dtype", dtype)
     if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype}.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from regjax._checks import check_callable
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Inexact
 
@@ -135,7 +137,7 @@ def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
         >>> [(type(event).__name__, event.rate, event.mask.tolist()) for event in drawn]
         [('Draw', 0.5, [False, False, True])]
     """
-    with watched_by(Observer(record)) as watching:
+    with watched_by(Observer(check_callable("record", record, "(event)"))) as watching:
         yield watching
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from regjax._checks import check_integer, check_layout, check_shape
 from regjax._keys import check_key, consume, key_words
 from regjax._masks import check_probability, realises
 from regjax._threefry import (
@@ -95,9 +95,11 @@ def packed_bernoulli(
         >>> sorted(set(y.ravel().tolist())), round(float(y.mean()), 2)
         ([0.0, 4.0], 1.0)
     """
-    threshold = _threshold(check_probability("keep_prob", keep_prob), _check_bits(bits))
+    bits = _check_bits(bits)
+    threshold = _threshold(check_probability("keep_prob", keep_prob), bits)
     draw = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
-    return draw(check_key(key), threshold, tuple(shape), bits, out_sharding)
+    shape, layout = check_shape("shape", shape), check_layout("out_sharding", out_sharding)
+    return draw(check_key(key), threshold, shape, bits, layout)
 
 
 def packed_axis(shape: Sequence[int]) -> int | None:
@@ -178,10 +180,7 @@ def _threshold(keep_prob: float | Float[Array, ""], bits: int) -> int | Float[Ar
 
 
 def _check_bits(bits: int) -> int:
-    bits = operator.index(bits)
-    if not 1 <= bits <= 32:
-        raise ValueError(f"bits must lie in 1..32; got {bits}.")
-    return bits
+    return check_integer("bits", bits, minimum=1, maximum=32)
 
 
 def _below(

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from regjax._checks import check_strings
 from regjax._paths import components, matches, path_name, words
 from regjax._table import DecayTable, table_of
 from regjax._verdicts import (
@@ -198,7 +199,7 @@ def decay_table(
 def _parameters(params: PyTree, frozen: str | Sequence[str]) -> list[Parameter | None]:
     """List the leaves in the order of `jax.tree.leaves`, and None for what is no parameter."""
     leaves = list(_leaves(params, _Node()))
-    patterns = [frozen] if isinstance(frozen, str) else list(frozen)
+    patterns = [frozen] if isinstance(frozen, str) else check_strings("frozen", frozen)
     present = _present(leaves)
     for pattern in patterns:
         if present and not any(matches(pattern, leaf.path) for leaf in present):

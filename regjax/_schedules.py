@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from regjax._checks import as_number, check_choice, check_integer
 from regjax._exact import rounded
 from regjax._masks import check_probability
 
@@ -151,8 +151,7 @@ def depth_rates(
     """
     rate = float(check_probability("rate", rate))
     depth = _check_count("depth", depth)
-    if shape not in ("linear", "constant"):
-        raise ValueError(f'shape must be "linear" or "constant"; got {shape!r}.')
+    check_choice("shape", shape, ("linear", "constant"))
     # The quotient first: that of the last layer is 1, and its rate is `rate` itself.
     last = max(1, depth - 1)
     return tuple(rate * (layer / last) if shape == "linear" else rate for layer in range(depth))
@@ -193,7 +192,7 @@ def _half_wave(progress: Float[Array, ""]) -> Float[Array, ""]:
 
 def _count(step: ArrayLike, steps: int) -> Float[Array, ""]:
     """The step as a float32: exact below 2**24, and beyond to seven digits."""
-    number = step if isinstance(step, Tracer) else np.asarray(step)
+    number = as_number("step", step)
     if not jnp.issubdtype(number.dtype, jnp.integer):
         raise TypeError(f"step must be an integer; got {step!r}.")
     if number.ndim:
@@ -204,7 +203,4 @@ def _count(step: ArrayLike, steps: int) -> Float[Array, ""]:
 
 
 def _check_count(name: str, count: int) -> int:
-    number = operator.index(count)
-    if not 1 <= number < 2**31:
-        raise ValueError(f"{name} must be at least 1, and below 2**31; got {count}.")
-    return number
+    return check_integer(name, count, minimum=1, maximum=2**31 - 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -15,6 +14,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.scipy.special import entr
 
+from regjax._checks import check_bool, check_callable, check_choice, check_integer
 from regjax._dropout import real_dtype
 from regjax._keys import check_key, site_key
 
@@ -139,18 +139,15 @@ def mc_dropout(
     classification and preference learning", arXiv:1112.5745, 2011; sums of deviations: Chan, Golub,
     LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
-    if outputs not in _KINDS:
-        raise ValueError(
-            f"outputs must say what predict returns: {', '.join(map(repr, _KINDS))}; got "
-            f"{outputs!r}."
-        )
+    check_callable("predict", predict, "(*inputs, key) that returns an array")
+    check_choice("outputs", outputs, _KINDS)
     settings = _Settings(
         outputs=outputs,
         samples=_at_least_one("samples", samples),
-        class_axis=operator.index(class_axis),
+        class_axis=check_integer("class_axis", class_axis),
         memory_budget=_at_least_one("memory_budget", memory_budget),
         chunk_size=None if chunk_size is None else _at_least_one("chunk_size", chunk_size),
-        keep_samples=bool(keep_samples),
+        keep_samples=check_bool("keep_samples", keep_samples),
     )
     run = _compiled(predict, settings, inputs, check_key(key))
     prediction, improper = run(inputs, key)
@@ -387,12 +384,4 @@ def _inner(eqn: Any) -> list[Any]:
 
 
 def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer; got {value!r}.")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer known before tracing; got {value!r}.") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1; got {number}.")
-    return number
+    return check_integer(name, value, minimum=1)

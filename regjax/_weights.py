@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from regjax._checks import naming
 from regjax._dropout import check_flag, dropout, is_number
-from regjax._keys import site_key
+from regjax._keys import check_key, site_key
 from regjax._masks import Sampler, bernoulli, check_probability
 from regjax._paths import components, path_name
 from regjax._rules import decay_mask
@@ -90,13 +91,15 @@ def drop_connect(
     chosen = _chosen(weights, rule)
     if deterministic is True or is_number(rate, 0):
         return weights
+    key = None if key is None else check_key(key)
 
     def leaf(path: KeyPath, weight: Any, is_chosen: bool) -> Any:
         if not is_chosen:
             return weight
         name = "/".join(components(path_name(path)))
         leaf_key = site_key(key, 0, name) if path and key is not None else key
-        return dropout(weight, rate, key=leaf_key, deterministic=deterministic, sampler=sampler)
+        with naming(x="weights"):
+            return dropout(weight, rate, key=leaf_key, deterministic=deterministic, sampler=sampler)
 
     return jax.tree.map_with_path(leaf, weights, chosen)
 

@@ -46,6 +46,7 @@ from jax.core import Tracer
 
 from regjax._alpha import alpha_dropout
 from regjax._blocks import drop_block
+from regjax._checks import check_array, check_settings
 from regjax._depth import drop_path
 from regjax._dropout import (
     check_axis,
@@ -77,6 +78,10 @@ class Layer(eqx.Module):
 
     if TYPE_CHECKING:
         inference: bool
+
+    def __check_init__(self) -> None:
+        """Refuses a setting of a wrong type."""
+        check_settings(self)
 
     def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
         """The function behind the layer; `how` holds `key` and `deterministic`."""
@@ -265,7 +270,7 @@ class FeatureDropout(RateLayer):
 
     def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, shared along every other dimension: one example has no rows."""
-        dims = _all_but(self.channel_axis, jnp.ndim(x))
+        dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         return dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
 
 
@@ -320,7 +325,7 @@ class FeatureAlphaDropout(RateLayer):
 
     def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`, shared along every other dimension: one example has no rows."""
-        dims = _all_but(self.channel_axis, jnp.ndim(x))
+        dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         return alpha_dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
 
 
@@ -393,7 +398,7 @@ class DropBlock(RateLayer):
         """`regjax.drop_block` of a batch of one."""
         axis = self.channel_axis + (self.channel_axis >= 0)
         options = {"block_size": self.block_size, "share_channels": self.share_channels}
-        return drop_block(x[None], p, channel_axis=axis, **options, **how)[0]
+        return drop_block(check_array("x", x)[None], p, channel_axis=axis, **options, **how)[0]
 
 
 class VariationalDropout(RateLayer):

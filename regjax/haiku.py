@@ -45,6 +45,7 @@ from regjax import (
     _recurrent,
     _weights,
 )
+from regjax._checks import check_array, naming
 from regjax._dropout import check_inexact, keep_mask, keep_prob_of
 from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from regjax._verdicts import Rule
 
 
+@naming(key="rng")
 def dropout(
     rng: KeyLike,
     rate: ArrayLike,
@@ -130,6 +132,7 @@ def dropout(
     return (_at_tracer if is_traced else _at_number)(x, key, rate, dims)
 
 
+@naming(key="rng")
 def feature_dropout(
     rng: KeyLike,
     rate: ArrayLike,
@@ -164,6 +167,7 @@ def feature_dropout(
     return _features.feature_dropout(x, rate, key=rng, channel_axis=channel_axis, sampler=sampler)
 
 
+@naming(key="rng")
 def alpha_dropout(
     rng: KeyLike,
     rate: ArrayLike,
@@ -194,10 +198,11 @@ def alpha_dropout(
         >>> alpha_dropout(jax.random.key(0), 0.5, jnp.zeros(4))
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
     """
-    dims = wrapped_dims(broadcast_dims, jnp.ndim(x), of="x", error=ValueError)
+    dims = wrapped_dims(broadcast_dims, check_array("x", x).ndim, of="x", error=ValueError)
     return _alpha.alpha_dropout(x, rate, key=rng, broadcast_dims=dims, sampler=sampler)
 
 
+@naming(key="rng")
 def feature_alpha_dropout(
     rng: KeyLike,
     rate: ArrayLike,
@@ -233,6 +238,7 @@ def feature_alpha_dropout(
     )
 
 
+@naming(key="rng")
 def drop_path(
     rng: KeyLike,
     rate: ArrayLike,
@@ -273,6 +279,7 @@ def drop_path(
     )
 
 
+@naming(key="rng")
 def drop_block(
     rng: KeyLike,
     rate: ArrayLike,
@@ -314,6 +321,7 @@ def drop_block(
     return _blocks.drop_block(x, rate, key=rng, channel_axis=channel_axis, **options)
 
 
+@naming(key="rng")
 def variational_dropout(
     rng: KeyLike,
     rate: ArrayLike,
@@ -349,6 +357,7 @@ def variational_dropout(
     return _recurrent.variational_dropout(x, rate, key=rng, time_axis=time_axis, sampler=sampler)
 
 
+@naming(key="rng")
 def embedding_dropout(
     rng: KeyLike,
     rate: ArrayLike,
@@ -380,6 +389,7 @@ def embedding_dropout(
     return _embedding.embedding_dropout(x, ids, rate, key=rng)
 
 
+@naming(key="rng")
 def drop_connect(
     rng: KeyLike,
     rate: ArrayLike,
@@ -422,6 +432,7 @@ def drop_connect(
     return _weights.drop_connect(weights, rate, key=rng, rule=rule, sampler=sampler)
 
 
+@naming(key="rng")
 def gaussian_dropout(
     rng: KeyLike, rate: ArrayLike, x: Float[ArrayLike, "*shape"]
 ) -> Float[Array, "*shape"]:
@@ -448,6 +459,7 @@ def gaussian_dropout(
     return _noise.gaussian_dropout(x, rate, key=rng)
 
 
+@naming(key="rng")
 def gaussian_noise(
     rng: KeyLike, stddev: ArrayLike, x: Float[ArrayLike, "*shape"]
 ) -> Float[Array, "*shape"]:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from regjax._checks import check_integers
 from regjax._keys import check_key, consume, is_threefry, key_words
 from regjax._masks import Sampler, bernoulli
 from regjax._threefry import at_most, counter_bits
@@ -52,10 +53,10 @@ def wrapped_dims(
     Raises:
         IndexError: one of them is not a dimension; or another `error`.
     """
+    broadcast_dims = check_integers("broadcast_dims", broadcast_dims)
     if any(not -ndim <= dim < ndim for dim in broadcast_dims):
         raise error(
-            f"broadcast_dims must be dimensions of {of}, which has {ndim}; got "
-            f"{tuple(broadcast_dims)}."
+            f"broadcast_dims must be dimensions of {of}, which has {ndim}; got {broadcast_dims}."
         )
     return tuple(sorted({dim % ndim for dim in broadcast_dims}))
 

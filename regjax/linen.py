@@ -35,12 +35,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import jax.numpy as jnp
 from flax import linen
 from jax.core import Tracer
 
 from regjax._alpha import alpha_dropout, feature_alpha_dropout
 from regjax._blocks import drop_block
+from regjax._checks import check_array, check_settings, naming
 from regjax._depth import drop_path
 from regjax._dropout import check_flag, dropout
 from regjax._embedding import embedding_dropout
@@ -73,6 +73,11 @@ class Layer(linen.Module, kw_only=True):
     # Amounts that leave nothing to chance: no key is asked for.
     certain: ClassVar[tuple[float, ...]] = (0, 1)
 
+    def __post_init__(self) -> None:
+        """Refuses a setting of a wrong type."""
+        check_settings(self)
+        super().__post_init__()
+
     @linen.nowrap
     def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
         """The function behind the layer; `how` holds `key` and `deterministic`."""
@@ -91,7 +96,8 @@ class Layer(linen.Module, kw_only=True):
             return inputs[0]
         if rng is None and (isinstance(amount, Tracer) or amount not in self.certain):
             rng = self.make_rng(self.rng_collection)
-        return self.drop(*inputs, amount, key=rng, deterministic=flag)
+        with naming(x="inputs", weights="inputs", key="rng"):
+            return self.drop(*inputs, amount, key=rng, deterministic=flag)
 
 
 class RateLayer(Layer):
@@ -185,7 +191,7 @@ class Dropout(RateLayer, linen.Dropout):
     @linen.nowrap
     def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`."""
-        dims = wrapped_dims(self.broadcast_dims, jnp.ndim(x))
+        dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
         return dropout(x, rate, broadcast_dims=dims, sampler=as_flax_draws(self.sampler), **how)
 
 
@@ -231,7 +237,7 @@ class AlphaDropout(RateLayer, kw_only=True):
     @linen.nowrap
     def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`."""
-        dims = wrapped_dims(self.broadcast_dims, jnp.ndim(x))
+        dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
         return alpha_dropout(x, rate, broadcast_dims=dims, sampler=self.sampler, **how)
 
 

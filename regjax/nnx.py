@@ -34,12 +34,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
 from regjax._alpha import alpha_dropout, feature_alpha_dropout
 from regjax._blocks import drop_block
+from regjax._checks import check_array, check_settings, naming
 from regjax._depth import drop_path
 from regjax._dropout import check_flag, dropout
 from regjax._embedding import embedding_dropout
@@ -79,6 +79,7 @@ class Layer(nnx.Module):
 
     def __post_init__(self) -> None:
         """Forks a stream."""
+        check_settings(self)
         if isinstance(self.rngs, nnx.Rngs):
             self.rngs = self.rngs[self.rng_collection].fork()
         elif isinstance(self.rngs, nnx.RngStream):
@@ -119,7 +120,8 @@ class Layer(nnx.Module):
         key = None
         if isinstance(amount, Tracer) or amount not in self.certain:
             key = self._key(self.rngs if rngs is None else rngs)
-        return self.drop(*inputs, amount, key=key, deterministic=flag)
+        with naming(x="inputs", weights="inputs", key="rngs"):
+            return self.drop(*inputs, amount, key=key, deterministic=flag)
 
     def _key(self, rngs: Source | None) -> KeyLike:
         if isinstance(rngs, nnx.Rngs):
@@ -241,7 +243,7 @@ class Dropout(RateLayer, nnx.Dropout):
 
     def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`."""
-        dims = wrapped_dims(self.broadcast_dims, jnp.ndim(x))
+        dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
         return dropout(x, rate, broadcast_dims=dims, sampler=as_flax_draws(self.sampler), **how)
 
 
@@ -287,7 +289,7 @@ class AlphaDropout(RateLayer):
 
     def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`."""
-        dims = wrapped_dims(self.broadcast_dims, jnp.ndim(x))
+        dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
         return alpha_dropout(x, rate, broadcast_dims=dims, sampler=self.sampler, **how)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_integers
 from regtorch._dropout import Settings, check_real, masked, real_dtype
 from regtorch._features import shared_dims
 from regtorch._masks import Sampler, bernoulli
@@ -70,7 +71,7 @@ def alpha_dropout(
     Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
     NeurIPS 2017.
     """
-    settings = Settings(tuple(broadcast_dims), sampler, _scale, _offsets)
+    settings = Settings(check_integers("broadcast_dims", broadcast_dims), sampler, _scale, _offsets)
     return masked(_check_real(x), rate, key, deterministic, settings)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_bool, check_integer, check_number, check_tensor
 from regtorch._dropout import (
     check_flag,
     dropout,
@@ -107,9 +107,10 @@ def dot_product_attention(
     evaluates = flag is True or is_number(rate, 0)
     draws = not evaluates and not is_number(rate, 1)
     one_key = _require_rng(dropout_rng).to(query.device) if draws else None
+    broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
     scores = _Scores(
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        is_causal=bool(is_causal),
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else check_number("scale", scale),
+        is_causal=check_bool("is_causal", is_causal),
     )
     if block_size is None:
         weights = _softmax(scores(query, key, bias, mask))
@@ -117,7 +118,7 @@ def dot_product_attention(
         weights = dropout(weights, rate, key=one_key, deterministic=flag, broadcast_dims=shared)
         return _mixed(weights.to(value.dtype), value)
     size = _check_block(block_size, key.shape[-3])
-    blocks = _Blocks(scores, size, key.shape[-3], bool(broadcast_dropout))
+    blocks = _Blocks(scores, size, key.shape[-3], broadcast_dropout)
     arrays = (query, key, value, bias, mask)
     if evaluates:
         return _blockwise(blocks, *arrays)
@@ -353,8 +354,7 @@ def _per_query(x: Tensor) -> Tensor:
 def _check_arrays(*arrays: Tensor) -> None:
     names = ("query", "key", "value")
     for name, array in zip(names, arrays, strict=True):
-        if not isinstance(array, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {array!r}.")
+        check_tensor(name, array)
         if not array.is_floating_point():
             raise TypeError(
                 f"{name} must be floating; got dtype {array.dtype}. Cast it: "
@@ -393,7 +393,9 @@ def _check_shapes(
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"query has {heads} heads, not a multiple of key's {kv_heads}.")
     whole = (*batch, heads, queries, keys)
-    if mask is not None and mask.dtype != torch.bool:
+    if bias is not None and (check_tensor("bias", bias).is_complex() or bias.dtype == torch.bool):
+        raise TypeError(f"bias must be real numbers; got {bias.dtype}. Or pass mask.")
+    if mask is not None and check_tensor("mask", mask).dtype != torch.bool:
         raise TypeError(f"mask must be boolean, True to look; got {mask.dtype}. Or pass bias.")
     for name, array in (("bias", bias), ("mask", mask)):
         if array is None:
@@ -421,7 +423,4 @@ def _require_rng(dropout_rng: Tensor | torch.Generator | None) -> Tensor:
 
 
 def _check_block(block_size: int, keys: int) -> int:
-    size = operator.index(block_size)
-    if size < 1:
-        raise ValueError(f"block_size must be at least 1; got {block_size}.")
-    return max(1, min(size, keys))
+    return max(1, min(check_integer("block_size", block_size, minimum=1), keys))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from regtorch._checks import check_bool, check_integer
 from regtorch._dropout import check_axis, check_inexact, drawn, real_dtype, selected
 from regtorch._masks import bernoulli
 
@@ -159,7 +159,7 @@ def _check_blocks(
         )
     # Of an empty map no block is left, but its mask still has a shape.
     sizes = [max(1, length) for dim, length in enumerate(shape) if dim not in (0, axis)]
-    return _Blocks(min(size, *sizes), axis, bool(share_channels))
+    return _Blocks(min(size, *sizes), axis, check_bool("share_channels", share_channels))
 
 
 def check_block_size(block_size: int) -> int:
@@ -169,7 +169,4 @@ def check_block_size(block_size: int) -> int:
         TypeError: it is not an integer.
         ValueError: it is below 1.
     """
-    size = operator.index(block_size)
-    if size < 1:
-        raise ValueError(f"block_size must be at least 1; got {block_size}.")
-    return size
+    return check_integer("block_size", block_size, minimum=1)

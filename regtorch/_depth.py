@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_bool, check_choice
 from regtorch._dropout import Settings, check_inexact, inverse, masked
 from regtorch._masks import Sampler, bernoulli
 
@@ -65,7 +66,7 @@ def drop_path(
     which multiplies by `1 - rate` in evaluation instead.
     """
     x = check_inexact(x)
-    scale = inverse if scale_by_keep else _one
+    scale = inverse if check_bool("scale_by_keep", scale_by_keep) else _one
     return masked(x, rate, key, deterministic, Settings(_shared_dims(x.ndim, mode), sampler, scale))
 
 
@@ -75,9 +76,7 @@ def check_mode(mode: str) -> str:
     Raises:
         ValueError: it is none.
     """
-    if mode not in ("row", "batch"):
-        raise ValueError(f'mode must be "row" or "batch"; got {mode!r}.')
-    return mode
+    return check_choice("mode", mode, ("row", "batch"))
 
 
 def _shared_dims(ndim: int, mode: str) -> tuple[int, ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_callable, check_integer, check_integers, check_tensor
 from regtorch._keys import check_key, generator_key
 from regtorch._masks import Sampler, bernoulli, check_probability, realised_keep_prob
 from regtorch._observe import observer
@@ -75,7 +75,13 @@ def dropout(
     Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
     prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
     """
-    return masked(x, rate, key, deterministic, Settings(tuple(broadcast_dims), sampler))
+    return masked(
+        x,
+        rate,
+        key,
+        deterministic,
+        Settings(check_integers("broadcast_dims", broadcast_dims), sampler),
+    )
 
 
 def masked(
@@ -87,6 +93,7 @@ def masked(
 ) -> Tensor:
     """Dropout whose mask a sampler draws: an element each, or shared along dimensions."""
     x = check_inexact(x)
+    check_callable("sampler", settings.sampler, "(key, keep_prob, shape)")
     dims = check_dims(settings.broadcast_dims, x.ndim)
     settings = dataclasses.replace(settings, broadcast_dims=dims)
     return drawn(x, rate, key, deterministic, settings)
@@ -311,8 +318,7 @@ def check_inexact(x: Tensor) -> Tensor:
     Raises:
         TypeError: it is of another dtype, or not a tensor.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor; got {x!r}. Make one: torch.as_tensor(x).")
+    check_tensor("x", x)
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
             f"x must be floating or complex; got dtype {x.dtype}. Cast it: x.to(torch.float32)."
@@ -353,7 +359,7 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
     Raises:
         ValueError: one of them is negative, too large, or there twice.
     """
-    dims = tuple(sorted(operator.index(dim) for dim in broadcast_dims))
+    dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
             "broadcast_dims must be distinct dimensions of x, counted from 0 and below "
@@ -369,7 +375,7 @@ def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
         TypeError: it is not an integer.
         ValueError: it is not one of `ndim` dimensions; `advice` says what to do.
     """
-    index = operator.index(axis)
+    index = check_integer(name, axis)
     if not -ndim <= index < ndim:
         raise ValueError(f"{name} must be a dimension of x, which has {ndim}; got {axis}.{advice}")
     return index % ndim

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_callable
 from regtorch._findings import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
 from regtorch._observe import Draw, Observer, SiteKey, watched_by
 
@@ -75,6 +76,9 @@ def check_dropout(
         >>> report.findings[0].detail
         "the key of '0' at step 0 drew in steps 0 and 1"
     """
+    check_callable("train_step", train_step, "(*carry, step)")
+    if evaluate is not None:
+        check_callable("evaluate", evaluate, "(*carry)")
     guard = DropoutGuard()
     for step in range(2):
         with guard.training():

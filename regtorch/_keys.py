@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_integer, check_shape, check_string, describe
 from regtorch._observe import observer
 from regtorch._threefry import Words, counter_bits, encrypt, threefry2x32
 
@@ -39,7 +39,7 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
         >>> regtorch.key(7)
         tensor([0, 7], dtype=torch.uint32)
     """
-    seed = _integer("seed", seed)
+    seed = check_integer("seed", seed)
     if not -(2**31) <= seed < 2**32:
         raise ValueError(f"seed must lie in [-2**31, 2**32); got {seed}.")
     return torch.tensor([0, seed % 2**32], dtype=torch.uint32, device=device)
@@ -64,7 +64,8 @@ def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
         >>> regtorch.split(regtorch.key(0)).shape
         torch.Size([2, 2])
     """
-    shape = tuple(num) if isinstance(num, Sequence) else (_integer("num", num),)
+    is_shape = isinstance(num, Sequence) and not isinstance(num, str)
+    shape = check_shape("num", num if is_shape else (check_integer("num", num),))
     words = key_words(key)
     low = torch.arange(math.prod(shape), dtype=torch.int32, device=key.device)
     return _key_of(threefry2x32(words, (torch.zeros_like(low), low))).reshape(*shape, 2)
@@ -90,7 +91,7 @@ def fold_in(key: Tensor, data: int) -> Tensor:
         >>> bool((regtorch.fold_in(key, 1) == regtorch.split(key, 2)[1]).all())
         True
     """
-    data = _integer("data", data)
+    data = check_integer("data", data)
     if not -(2**31) <= data < 2**32:
         raise ValueError(f"data must lie in [-2**31, 2**32); got {data}.")
     return _key_of(threefry2x32(key_words(key), _words(data % 2**32, key.device)))
@@ -115,7 +116,7 @@ def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
         >>> regtorch.bits(regtorch.key(0), (2,))
         tensor([4070199207, 4202968722], dtype=torch.uint32)
     """
-    return counter_bits(key_words(key), shape).view(torch.uint32)
+    return counter_bits(key_words(key), check_shape("shape", shape)).view(torch.uint32)
 
 
 def site_key(root: Tensor, step: int, site: str) -> Tensor:
@@ -145,9 +146,8 @@ def site_key(root: Tensor, step: int, site: str) -> Tensor:
         >>> regtorch.site_key(regtorch.key(0), 0, "hidden")
         tensor([ 944907536, 2436547292], dtype=torch.uint32)
     """
-    if not isinstance(site, str):
-        raise TypeError(f"site must be a string that names the place; got {site!r}.")
-    root, step = check_key(root), check_step(step)
+    root, step = check_key(root, "root"), check_step(step)
+    check_string("site", site)
     words = _host_words(root)
     if words:
         return torch.tensor(site_words(words, step, site), dtype=torch.uint32)
@@ -187,7 +187,7 @@ def check_step(step: int) -> int:
         TypeError: it is not an integer.
         ValueError: it is negative, or takes more than 64 bits.
     """
-    step = _integer("step", step)
+    step = check_integer("step", step)
     if not 0 <= step < 2**64:
         raise ValueError(f"step must lie in [0, 2**64); got {step}.")
     return step
@@ -199,8 +199,8 @@ def generator_key(generator: torch.Generator) -> Tensor:
     return words.to(torch.uint32)
 
 
-def check_key(key: Tensor) -> Tensor:
-    """Returns the key if it is one single key.
+def check_key(key: Tensor, name: str = "key") -> Tensor:
+    """Returns the key if it is one single key; `name` is that of the argument.
 
     Raises:
         TypeError: it is not a key at all.
@@ -208,12 +208,12 @@ def check_key(key: Tensor) -> Tensor:
     """
     if not isinstance(key, Tensor) or key.dtype != torch.uint32 or key.shape[-1:] != (2,):
         raise TypeError(
-            "key must be a key, as regtorch.key(seed) makes one (uint32 of shape (2,)); got "
-            f"{_describe(key)}."
+            f"{name} must be a key, as regtorch.key(seed) makes one (uint32 of shape (2,)); got "
+            f"{describe(key)}."
         )
     if key.ndim != 1:
         raise ValueError(
-            f"key must be one single key; got a batch of keys, {_describe(key)}. To use one key "
+            f"{name} must be one single key; got a batch of keys, {describe(key)}. To use one key "
             "for each row, map over both with torch.func.vmap; to use one of them, index it."
         )
     return key
@@ -234,18 +234,3 @@ def _words(value: int, device: torch.device) -> Words:
     halves = torch.tensor([value >> 32, value & 0xFFFFFFFF], dtype=torch.int64, device=device)
     high, low = halves.to(torch.int32)  # keeps the lower 32 bits
     return high, low
-
-
-def _integer(name: str, value: int) -> int:
-    if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
-        raise TypeError(f"{name} must be an integer; got {value!r}.")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer; got {value!r}.") from None
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
-    return repr(value)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_shape
 from regtorch._keys import key_words
 from regtorch._threefry import in_pieces, range_bits, shift_right, threefry2x32
 
@@ -64,7 +65,7 @@ def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> T
         [False, False, True, True, False, True]
     """
     threshold = _threshold(check_probability("keep_prob", keep_prob))
-    words = key_words(key)
+    words, shape = key_words(key), check_shape("shape", shape)
 
     def mask(start: int, stop: int) -> Tensor:
         return shift_right(range_bits(words, start, stop), 32 - _MANTISSA) < threshold

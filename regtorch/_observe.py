@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_callable
+
 
 @dataclasses.dataclass(frozen=True)
 class SiteKey:
@@ -144,7 +146,7 @@ def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
         >>> [(type(event).__name__, event.rate, event.mask.tolist()) for event in drawn]
         [('Draw', 0.5, [False, False, True])]
     """
-    with watched_by(Observer(record)) as watching:
+    with watched_by(Observer(check_callable("record", record, "(event)"))) as watching:
         yield watching
 
 

@@ -6,12 +6,12 @@ The mirror of `regjax._packed`, which says why. The exact sampler is `_masks`.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_integer, check_shape
 from regtorch._keys import key_words
 from regtorch._masks import check_probability, realises
 from regtorch._threefry import Words, counter_bits, shift_right, threefry2x32
@@ -68,8 +68,9 @@ def packed_bernoulli(
         >>> y.unique().tolist()
         [0.0, 4.0]
     """
-    threshold = _threshold(check_probability("keep_prob", keep_prob), _check_bits(bits))
-    words, shape = key_words(key), tuple(shape)
+    bits = _check_bits(bits)
+    threshold = _threshold(check_probability("keep_prob", keep_prob), bits)
+    words, shape = key_words(key), check_shape("shape", shape)
     axis = packed_axis(shape)
     if axis is None:
         return _below(shift_right(counter_bits(words, shape), 32 - bits), threshold, bits)
@@ -103,10 +104,7 @@ def _threshold(keep_prob: float | Tensor, bits: int) -> int | Tensor:
 
 
 def _check_bits(bits: int) -> int:
-    bits = operator.index(bits)
-    if not 1 <= bits <= 32:
-        raise ValueError(f"bits must lie in 1..32; got {bits}.")
-    return bits
+    return check_integer("bits", bits, minimum=1, maximum=32)
 
 
 def _below(drawn: Tensor, threshold: int | Tensor, bits: int) -> Tensor:

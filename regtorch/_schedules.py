@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_choice, check_integer
 from regtorch._exact import rounded
 from regtorch._masks import check_probability
 
@@ -146,8 +146,7 @@ def depth_rates(
     """
     rate = float(check_probability("rate", rate))
     depth = _check_count("depth", depth)
-    if shape not in ("linear", "constant"):
-        raise ValueError(f'shape must be "linear" or "constant"; got {shape!r}.')
+    check_choice("shape", shape, ("linear", "constant"))
     # The quotient first: that of the last layer is 1, and its rate is `rate` itself.
     last = max(1, depth - 1)
     return tuple(rate * (layer / last) if shape == "linear" else rate for layer in range(depth))
@@ -195,7 +194,4 @@ def _count(step: int | Tensor, steps: int) -> Tensor:
 
 
 def _check_count(name: str, count: int) -> int:
-    number = operator.index(count)
-    if not 1 <= number < 2**31:
-        raise ValueError(f"{name} must be at least 1, and below 2**31; got {count}.")
-    return number
+    return check_integer(name, count, minimum=1, maximum=2**31 - 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -16,6 +15,13 @@ from torch.special import entr
 
 from regtorch import keyed
 from regtorch import nn as layers
+from regtorch._checks import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_integer,
+    check_module,
+)
 from regtorch._dropout import real_dtype
 from regtorch._keys import check_key, site_key
 from regtorch.keyed_layers import KEYED, Keyed, Site
@@ -134,12 +140,11 @@ def mc_dropout(
     classification and preference learning", arXiv:1112.5745, 2011; sums of deviations: Chan, Golub,
     LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
-    if outputs not in _KINDS:
-        raise ValueError(
-            f"outputs must say what predict returns: {', '.join(map(repr, _KINDS))}; got "
-            f"{outputs!r}."
-        )
-    samples, class_axis = _at_least_one("samples", samples), operator.index(class_axis)
+    check_callable("predict", predict, "(*inputs, key), or a module")
+    check_choice("outputs", outputs, _KINDS)
+    samples = check_integer("samples", samples, minimum=1)
+    class_axis = check_integer("class_axis", class_axis)
+    keep_samples = check_bool("keep_samples", keep_samples)
     check_key(key)
     function = _passes(predict) if isinstance(predict, nn.Module) else nullcontext(predict)
     with torch.no_grad(), function as one_pass:
@@ -188,6 +193,7 @@ def dropout_only(model: _M) -> Iterator[_M]:
         >>> [module.training for module in model]
         [True, True]
     """
+    check_module("model", model)
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -329,15 +335,3 @@ def _versions(inputs: tuple[Any, ...]) -> list[int]:
     """How often each of the tensors has been written to."""
     tensors = (x for x in inputs if isinstance(x, Tensor) and not x.is_inference())
     return [x._version for x in tensors]
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer; got {value!r}.")
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer; got {value!r}.") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1; got {number}.")
-    return number

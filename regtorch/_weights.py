@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
+from regtorch._checks import describe
 from regtorch._dropout import check_flag, dropout, is_number, require_key
 from regtorch._keys import site_key
 from regtorch._masks import Sampler, bernoulli, check_probability
@@ -121,9 +122,16 @@ def drop_connect(
 def _chosen(weights: Tensor | Mapping[str, Tensor], rule: Rule) -> set[str]:
     """The names of the tensors that are dropped."""
     if isinstance(weights, Tensor):
+        if not (weights.is_floating_point() or weights.is_complex()):
+            raise TypeError(f"weights must be floating or complex; got {describe(weights)}.")
         if isinstance(rule, str) and rule == "default":
             return {""}
         weights = {"": weights}
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            "weights must be one tensor, or a dict from names to tensors such as "
+            f"dict(module.named_parameters()); got {describe(weights)}."
+        )
     for name, weight in weights.items():
         if not isinstance(weight, Tensor):
             raise TypeError(

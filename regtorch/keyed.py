@@ -35,6 +35,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from regtorch._checks import check_module
 from regtorch._keys import check_key, check_step
 from regtorch.keyed_layers import KEYED, ORIGINAL, Keyed, Site
 
@@ -76,7 +77,7 @@ def convert(model: _M) -> _M:
         True
     """
     found = []
-    for path, module in model.named_modules():
+    for path, module in check_module("model", model).named_modules():
         _refuse_unknown(path, module)
         _refuse_renamed(path, module)
         keyed = KEYED.get(type(module))
@@ -156,7 +157,8 @@ def set_key(model: nn.Module, root: Tensor, step: int) -> None:
         >>> model(torch.ones(6))
         tensor([0., 2., 2., 2., 0., 2.])
     """
-    high, low = check_key(root).tolist()
+    check_module("model", model)
+    high, low = check_key(root, "root").tolist()
     step = check_step(step)
     for path, module in model.named_modules():
         keyed = KEYED.get(type(module))
@@ -197,6 +199,7 @@ def replay(
         >>> torch.equal(x.grad, y)
         True
     """
+    check_module("model", model)
     begun: list[Site] = []
 
     @contextlib.contextmanager
@@ -223,7 +226,9 @@ def _write(places: list[Site], states: list[Site]) -> None:
 
 
 def _keyed_modules(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, Keyed)]
+    return [
+        module for module in check_module("model", model).modules() if isinstance(module, Keyed)
+    ]
 
 
 def _sites(model: nn.Module) -> Iterator[Site]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regtorch._blocks import check_block_size, drop_block
+from regtorch._checks import check_bool, check_tensor
 from regtorch.nn._layer import Layer
 
 
@@ -33,12 +34,12 @@ class BlockLayer(Layer):
     ) -> None:
         super().__init__(rate, generator=generator)
         self.block_size = check_block_size(block_size)
-        self.share_channels = share_channels
+        self.share_channels = check_bool("share_channels", share_channels)
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
         """`regtorch.drop_block`, of as many dimensions as the layer is made for."""
-        if x.ndim != cls.spatial_dims + 2:
+        if check_tensor("x", x).ndim != cls.spatial_dims + 2:
             raise ValueError(
                 f"x must be {cls.spatial_dims + 2}-D for {cls.__name__}, with the batch first and "
                 f"the channels second; got a {x.ndim}-D input of shape {tuple(x.shape)}."

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_bool
 from regtorch._depth import check_mode, drop_path
 from regtorch.nn._layer import Layer
 
@@ -52,7 +53,7 @@ class DropPath(Layer):
     ) -> None:
         super().__init__(rate, generator=generator)
         self.mode = check_mode(mode)
-        self.scale_by_keep = scale_by_keep
+        self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_integers
 from regtorch._dropout import dropout
 from regtorch.nn._layer import Layer
 
@@ -54,7 +55,7 @@ class Dropout(Layer):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(rate, generator=generator)
-        self.broadcast_dims = tuple(broadcast_dims)
+        self.broadcast_dims = check_integers("broadcast_dims", broadcast_dims)
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from regtorch._checks import check_tensor
 from regtorch._features import feature_dropout
 from regtorch.nn._layer import Layer
 
@@ -19,7 +20,7 @@ class FeatureLayer(Layer):
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
         """`regtorch.feature_dropout`, the channel's dimension taken from the number of them."""
-        if x.ndim not in cls.channel_axes:
+        if check_tensor("x", x).ndim not in cls.channel_axes:
             known = " or ".join(f"{ndim}-D" for ndim in cls.channel_axes)
             raise RuntimeError(
                 f"x must be {known} for {cls.__name__}; got a {x.ndim}-D input of shape "

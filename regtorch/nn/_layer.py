@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regtorch._checks import check_generator
 from regtorch._masks import check_probability
 
 
@@ -16,7 +17,7 @@ class Layer(nn.Module):
     def __init__(self, rate: float = 0.5, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.rate = check_probability("rate", rate)
-        self.generator = generator
+        self.generator = check_generator("generator", generator)
 
     def forward(self, x: Tensor, *, key: Tensor | torch.Generator | None = None) -> Tensor:
         """Drops in training, nothing in evaluation; `key` comes before the generator."""

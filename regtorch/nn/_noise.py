@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regtorch._checks import check_generator
 from regtorch._noise import check_noise_rate, check_stddev, gaussian_dropout, gaussian_noise
 from regtorch.nn._layer import Layer
 
@@ -72,7 +73,7 @@ class GaussianNoise(nn.Module):
     def __init__(self, stddev: float, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.stddev = check_stddev(stddev)
-        self.generator = generator
+        self.generator = check_generator("generator", generator)
 
     def forward(self, x: Tensor, *, key: Tensor | torch.Generator | None = None) -> Tensor:
         """Adds noise in training, nothing in evaluation; `key` comes before the generator."""

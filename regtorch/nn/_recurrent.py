@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regtorch._checks import check_integer
 from regtorch._recurrent import variational_dropout
 from regtorch.nn._layer import Layer
 
@@ -42,7 +43,7 @@ class VariationalDropout(Layer):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(rate, generator=generator)
-        self.time_axis = time_axis
+        self.time_axis = check_integer("time_axis", time_axis)
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regtorch._checks import check_generator
 from regtorch._masks import check_probability
 from regtorch._rules import decay_mask
 from regtorch._weights import drop_connect
@@ -73,7 +74,7 @@ class DropConnect(nn.Module):
                 f"module has no parameter that rule {rule!r} says True of, so there is nothing to "
                 "drop"
             )
-        self.generator = generator
+        self.generator = check_generator("generator", generator)
 
     def forward(
         self, *args: Any, key: Tensor | torch.Generator | None = None, **kwargs: Any
