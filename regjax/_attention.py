@@ -27,7 +27,7 @@ from regjax._dropout import (
     require_key,
 )
 from regjax._keys import consume, key_words
-from regjax._masks import bernoulli, bernoulli_at, check_probability
+from regjax._masks import bernoulli, bernoulli_at, check_probability, exact_keep_prob
 from regjax._observe import observer
 from regjax._threefry import at_most, slice_index
 
@@ -427,7 +427,7 @@ def _blockwise(
         keep_prob = keep_prob_of(rate, query.dtype)
         consume(dropout_rng)
         draw = jnp.stack(key_words(dropout_rng)), jnp.asarray(keep_prob, np.float32)
-        scale = inverse(keep_prob, query.dtype)
+        scale = inverse(exact_keep_prob(keep_prob), query.dtype)
     arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
     result, _ = _attend_in_one(blocks, *arrays, draw)
     result = result * scale

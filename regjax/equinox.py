@@ -57,7 +57,7 @@ from regjax._dropout import (
 )
 from regjax._embedding import embedding_dropout
 from regjax._keys import check_key, key_words
-from regjax._masks import Sampler, bernoulli, check_probability
+from regjax._masks import Sampler, bernoulli, check_probability, exact_keep_prob
 from regjax._noise import check_stddev, gaussian_dropout, gaussian_noise
 from regjax._observe import observer
 from regjax._recurrent import variational_dropout
@@ -71,6 +71,10 @@ if TYPE_CHECKING:
     from regjax._keys import KeyLike
     from regjax._verdicts import Rule
 
+# Bound once: this class may be assigned to `eqx.nn.Dropout`, which must not become its own base.
+# Any, as the annotation of its p leaves arrays out.
+_EquinoxDropout: Any = eqx.nn.Dropout
+
 
 class Layer(eqx.Module):
     """What all layers share: when they drop, and that it takes a key."""
@@ -78,7 +82,7 @@ class Layer(eqx.Module):
     if TYPE_CHECKING:
         inference: bool
 
-    def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
+    def _drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
         """The function behind the layer; `how` holds `key` and `deterministic`."""
         raise NotImplementedError
 
@@ -103,7 +107,7 @@ class Layer(eqx.Module):
                 "evaluate with equinox.nn.inference_mode(model)."
             )
         with jax.named_scope(f"regjax.equinox.{name}"):
-            return self.drop(*inputs, amount, key=key, deterministic=flag)
+            return self._drop(*inputs, amount, key=key, deterministic=flag)
 
 
 class RateLayer(Layer):
@@ -138,7 +142,7 @@ class RateLayer(Layer):
         return self._call((x,), self.p, key, inference)
 
 
-class Dropout(RateLayer, eqx.nn.Dropout):  # pyright: ignore[reportIncompatibleVariableOverride]  # p may be an array
+class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatibleVariableOverride]  # p may be an array
     """`equinox.nn.Dropout`, faster: the same mask from the same key.
 
     In training it zeroes each element with probability `p` and divides the others by `1 - p`. It is
@@ -197,8 +201,7 @@ class Dropout(RateLayer, eqx.nn.Dropout):  # pyright: ignore[reportIncompatibleV
         deterministic: bool | None = None,
         sampler: Sampler = bernoulli,
     ) -> None:
-        theirs: Any = eqx.nn.Dropout  # whose annotation of p leaves arrays out
-        theirs.__init__(self, p, inference, deterministic=deterministic)
+        _EquinoxDropout.__init__(self, p, inference, deterministic=deterministic)
         self.sampler = sampler
 
     def __call__(
@@ -224,7 +227,7 @@ class Dropout(RateLayer, eqx.nn.Dropout):  # pyright: ignore[reportIncompatibleV
             inference = deterministic
         return self._call((x,), self.p, key, inference)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, with the roundings of Equinox."""
         x = check_inexact(x)
         sampler = compared if self.sampler is bernoulli else self.sampler
@@ -263,7 +266,7 @@ class FeatureDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, jnp.ndim(x))
         return dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
@@ -290,7 +293,7 @@ class AlphaDropout(RateLayer):
 
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`."""
         return alpha_dropout(x, p, sampler=self.sampler, **how)
 
@@ -318,7 +321,7 @@ class FeatureAlphaDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, jnp.ndim(x))
         return alpha_dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
@@ -353,7 +356,7 @@ class DropPath(RateLayer):
     scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_path`, with one decision for the whole example."""
         options = {"scale_by_keep": self.scale_by_keep, "sampler": self.sampler}
         return drop_path(x, p, mode="batch", **options, **how)
@@ -389,7 +392,7 @@ class DropBlock(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     share_channels: bool = eqx.field(default=False, static=True, kw_only=True)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_block` of a batch of one."""
         axis = self.channel_axis + (self.channel_axis >= 0)
         options = {"block_size": self.block_size, "share_channels": self.share_channels}
@@ -420,7 +423,7 @@ class VariationalDropout(RateLayer):
     time_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.variational_dropout`."""
         return variational_dropout(x, p, time_axis=self.time_axis, sampler=self.sampler, **how)
 
@@ -456,7 +459,7 @@ class DropConnect(RateLayer):
     rule: Rule = eqx.field(default="default", static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, weights: PyTree, p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, weights: PyTree, p: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_connect`."""
         return drop_connect(weights, p, rule=self.rule, sampler=self.sampler, **how)
 
@@ -504,7 +507,7 @@ class EmbeddingDropout(RateLayer):
         """
         return self._call((x, ids), self.p, key, inference)
 
-    def drop(
+    def _drop(
         self,
         x: Inexact[Array, "*ids features"],
         ids: Integer[Array, "*ids"],
@@ -533,7 +536,7 @@ class GaussianDropout(RateLayer):
         Array([2.622642  , 3.0252647 , 0.56640565], dtype=float32)
     """
 
-    def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_dropout`."""
         return gaussian_dropout(x, p, **how)
 
@@ -579,7 +582,7 @@ class GaussianNoise(Layer):
         """
         return self._call((x,), self.stddev, key, inference)
 
-    def drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_noise`."""
         return gaussian_noise(x, stddev, **how)
 
@@ -593,7 +596,7 @@ def _divided(
 ) -> Float[Array, "*shape"]:
     """`dropout` at a traced rate, where Equinox divides and does not multiply by the inverse."""
 
-    def drop() -> Float[Array, "*shape"]:
+    def _drop() -> Float[Array, "*shape"]:
         if watching := observer():
             keep = keep_mask(x, key, keep_prob_of(p, x.dtype), (), bernoulli)
             watching.draw(key_words(key), p, keep, x)
@@ -605,7 +608,7 @@ def _divided(
 @jax.jit
 def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Float[Array, "*shape"]:
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        q = keep_prob_of(p, x.dtype)
+        q = exact_keep_prob(keep_prob_of(p, x.dtype))
         # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN of the
         # gradient.
         q = jnp.where((q > 0) & (q <= 1), q, -1)

@@ -47,7 +47,7 @@ from regjax import (
 )
 from regjax._dropout import check_inexact, keep_mask, keep_prob_of
 from regjax._keys import check_key, key_words
-from regjax._masks import Sampler, bernoulli, check_probability
+from regjax._masks import Sampler, bernoulli, check_probability, exact_keep_prob
 from regjax._observe import observer
 from regjax.layers import compared, wrapped_dims
 
@@ -480,7 +480,7 @@ def _as_theirs(
     """`dropout` in the operations of Haiku, where XLA rounds those otherwise than ours."""
 
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        q = keep_prob_of(rate, x.dtype)
+        q = exact_keep_prob(keep_prob_of(rate, x.dtype))
         if isinstance(q, jax.Array):
             # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
             q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)

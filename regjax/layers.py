@@ -14,7 +14,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from regjax._keys import check_key, consume, is_threefry, key_words
-from regjax._masks import Sampler, bernoulli
+from regjax._masks import Sampler, bernoulli, exact_keep_prob, realises
 from regjax._threefry import at_most, counter_bits
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def wrapped_dims(
     return tuple(sorted({dim % ndim for dim in broadcast_dims}))
 
 
+@realises(exact_keep_prob)
 def _bernoulli(
     key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> Bool[Array, "*shape"]:
@@ -74,6 +75,7 @@ def _bernoulli(
     return bernoulli(key, keep_prob, shape, out_sharding=out_sharding)
 
 
+@realises(exact_keep_prob)
 def compared(
     key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> Bool[Array, "*shape"]:

@@ -74,7 +74,7 @@ class Layer(linen.Module, kw_only=True):
     certain: ClassVar[tuple[float, ...]] = (0, 1)
 
     @linen.nowrap
-    def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
+    def _drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
         """The function behind the layer; `how` holds `key` and `deterministic`."""
         raise NotImplementedError
 
@@ -91,7 +91,7 @@ class Layer(linen.Module, kw_only=True):
             return inputs[0]
         if rng is None and (isinstance(amount, Tracer) or amount not in self.certain):
             rng = self.make_rng(self.rng_collection)
-        return self.drop(*inputs, amount, key=rng, deterministic=flag)
+        return self._drop(*inputs, amount, key=rng, deterministic=flag)
 
 
 class RateLayer(Layer):
@@ -183,7 +183,7 @@ class Dropout(RateLayer, linen.Dropout):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`."""
         dims = wrapped_dims(self.broadcast_dims, jnp.ndim(x))
         return dropout(x, rate, broadcast_dims=dims, sampler=as_flax_draws(self.sampler), **how)
@@ -210,7 +210,7 @@ class FeatureDropout(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.feature_dropout`."""
         axis, sampler = self.channel_axis, self.sampler
         return feature_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
@@ -229,7 +229,7 @@ class AlphaDropout(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`."""
         dims = wrapped_dims(self.broadcast_dims, jnp.ndim(x))
         return alpha_dropout(x, rate, broadcast_dims=dims, sampler=self.sampler, **how)
@@ -248,7 +248,7 @@ class FeatureAlphaDropout(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.feature_alpha_dropout`."""
         axis, sampler = self.channel_axis, self.sampler
         return feature_alpha_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
@@ -279,7 +279,7 @@ class DropPath(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_path`."""
         return drop_path(
             x,
@@ -306,7 +306,7 @@ class DropBlock(RateLayer, kw_only=True):
     share_channels: bool = False
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_block`."""
         return drop_block(
             x,
@@ -331,7 +331,7 @@ class VariationalDropout(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.variational_dropout`."""
         axis, sampler = self.time_axis, self.sampler
         return variational_dropout(x, rate, time_axis=axis, sampler=sampler, **how)
@@ -365,7 +365,7 @@ class DropConnect(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_connect`."""
         return drop_connect(weights, rate, rule=self.rule, sampler=self.sampler, **how)
 
@@ -407,7 +407,7 @@ class EmbeddingDropout(RateLayer):
         return self._call((inputs, ids), self._rate(rate), deterministic, rng)
 
     @linen.nowrap
-    def drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.embedding_dropout`."""
         return embedding_dropout(x, ids, rate, **how)
 
@@ -425,7 +425,7 @@ class GaussianDropout(RateLayer):
         super().__post_init__()
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_dropout`."""
         return gaussian_dropout(x, rate, **how)
 
@@ -460,6 +460,6 @@ class GaussianNoise(Layer):
         return self._call((inputs,), stddev, deterministic, rng)
 
     @linen.nowrap
-    def drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_noise`."""
         return gaussian_noise(x, stddev, **how)

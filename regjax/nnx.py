@@ -95,7 +95,7 @@ class Layer(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
+    def _drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
         """The function behind the layer; `how` holds `key` and `deterministic`."""
         raise NotImplementedError
 
@@ -119,7 +119,7 @@ class Layer(nnx.Module):
         key = None
         if isinstance(amount, Tracer) or amount not in self.certain:
             key = self._key(self.rngs if rngs is None else rngs)
-        return self.drop(*inputs, amount, key=key, deterministic=flag)
+        return self._drop(*inputs, amount, key=key, deterministic=flag)
 
     def _key(self, rngs: Source | None) -> KeyLike:
         if isinstance(rngs, nnx.Rngs):
@@ -239,7 +239,7 @@ class Dropout(RateLayer, nnx.Dropout):
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`."""
         dims = wrapped_dims(self.broadcast_dims, jnp.ndim(x))
         return dropout(x, rate, broadcast_dims=dims, sampler=as_flax_draws(self.sampler), **how)
@@ -266,7 +266,7 @@ class FeatureDropout(RateLayer):
     channel_axis: int = -1
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.feature_dropout`."""
         axis, sampler = self.channel_axis, self.sampler
         return feature_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
@@ -285,7 +285,7 @@ class AlphaDropout(RateLayer):
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`."""
         dims = wrapped_dims(self.broadcast_dims, jnp.ndim(x))
         return alpha_dropout(x, rate, broadcast_dims=dims, sampler=self.sampler, **how)
@@ -304,7 +304,7 @@ class FeatureAlphaDropout(RateLayer):
     channel_axis: int = -1
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.feature_alpha_dropout`."""
         axis, sampler = self.channel_axis, self.sampler
         return feature_alpha_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
@@ -335,7 +335,7 @@ class DropPath(RateLayer):
     scale_by_keep: bool = True
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_path`."""
         return drop_path(
             x,
@@ -362,7 +362,7 @@ class DropBlock(RateLayer):
     channel_axis: int = -1
     share_channels: bool = False
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_block`."""
         return drop_block(
             x,
@@ -387,7 +387,7 @@ class VariationalDropout(RateLayer):
     time_axis: int = 1
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.variational_dropout`."""
         axis, sampler = self.time_axis, self.sampler
         return variational_dropout(x, rate, time_axis=axis, sampler=sampler, **how)
@@ -417,7 +417,7 @@ class DropConnect(RateLayer):
     rule: Rule = "default"
     sampler: Sampler = bernoulli
 
-    def drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_connect`."""
         return drop_connect(weights, rate, rule=self.rule, sampler=self.sampler, **how)
 
@@ -453,7 +453,7 @@ class EmbeddingDropout(RateLayer):
         """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
         return self._call((inputs, ids), self._rate(rate), deterministic, rngs)
 
-    def drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.embedding_dropout`."""
         return embedding_dropout(x, ids, rate, **how)
 
@@ -471,7 +471,7 @@ class GaussianDropout(RateLayer):
         check_noise_rate(self._rate(None))
         super().__post_init__()
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_dropout`."""
         return gaussian_dropout(x, rate, **how)
 
@@ -516,7 +516,7 @@ class GaussianNoise(Layer):
         if stddev is not None:
             self.stddev = _settable(stddev)
 
-    def drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_noise`."""
         return gaussian_noise(x, stddev, **how)
 

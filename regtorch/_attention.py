@@ -20,7 +20,7 @@ from regtorch._dropout import (
     real_dtype,
     require_key,
 )
-from regtorch._masks import bernoulli, bernoulli_at, check_probability
+from regtorch._masks import bernoulli, bernoulli_at, check_probability, exact_keep_prob
 from regtorch._observe import observer
 
 
@@ -327,7 +327,7 @@ def _blockwise(
     keep_prob = keep_prob_of(rate, wide)
     result, _ = _Attend.apply(blocks, keep_prob, query, key, value, bias, mask, dropout_rng)
     if dropout_rng is not None:
-        result = result * inverse(keep_prob, wide)
+        result = result * inverse(exact_keep_prob(keep_prob), wide)
     if isinstance(rate, Tensor):
         result = torch.where((rate >= 0) & (rate <= 1), result, math.nan)
     return result.to(value.dtype)
