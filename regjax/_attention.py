@@ -53,7 +53,7 @@ def dot_product_attention(
     deterministic: ArrayLike = False,
     broadcast_dropout: bool = False,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     block_size: int | None = None,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
@@ -92,7 +92,8 @@ def dot_product_attention(
         broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
             they are told otherwise. PyTorch draws one for each.
         is_causal: whether query i may look at keys 0 to i only.
-        scale: what the products are multiplied by; without it, `1 / sqrt(depth)`.
+        scale: the number that multiplies the products, `1 / sqrt(depth)` by default. A traced
+            scalar multiplies the query instead, so that it can be learned; NaN then gives NaN.
         block_size: how many keys are looked at at a time; without it, all of them.
         dtype: that of the computation; without it, the arrays must agree in theirs.
         precision: of the products; see `jax.lax.Precision`.
@@ -105,9 +106,9 @@ def dot_product_attention(
         An array of shape (..., queries, heads, features) in the dtype of the arrays.
 
     Raises:
-        TypeError: the arrays are not floating or differ in dtype, `mask` has numbers other than 0
+        TypeError: the arrays are not floating or differ in dtype, `scale` is no number, `mask` has numbers other than 0
             and 1 (a traced one is not checked), or as `dropout`.
-        ValueError: shapes do not fit, named with the argument; `block_size` is below 1, or given
+        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size` is below 1, or given
             along with `module`; an einsum is given; or as `dropout`. A traced rate out of range
             gives NaN.
 
@@ -155,8 +156,9 @@ def dot_product_attention(
     flag = check_flag(deterministic)
     evaluates = flag is True or is_number(rate, 0)
     one_key = None if evaluates or is_number(rate, 1) else _require_rng(dropout_rng)
+    query, factor = _scaled(query, scale)
     scores = _Scores(
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        scale=factor,
         is_causal=bool(is_causal),
         precision=precision,
     )
@@ -479,6 +481,30 @@ def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
         dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, found, strict=True))
         raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Pass dtype=.")
     return found
+
+
+def _scaled(query: Array, scale: ArrayLike | None) -> tuple[Array, float]:
+    """Return the query and the number that multiplies its products.
+
+    A traced scale multiplies the query, so that gradients flow to it and NaN gives NaN.
+
+    Raises:
+        TypeError: The scale is not a real number.
+        ValueError: The scale is not a scalar, or a concrete one is infinite or NaN.
+    """
+    if scale is None:
+        return query, 1 / math.sqrt(query.shape[-1])
+    number = scale if isinstance(scale, Tracer) else np.asarray(scale)
+    if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"scale must be a real number; got {scale!r}.")
+    if number.ndim:
+        raise ValueError(f"scale must be a scalar; got shape {number.shape}.")
+    if isinstance(number, Tracer):
+        wide = real_dtype(query.dtype)
+        return (query.astype(wide) * number.astype(wide)).astype(query.dtype), 1.0
+    if not np.isfinite(number):
+        raise ValueError(f"scale must be finite; got {scale}.")
+    return query, float(number)
 
 
 def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) -> None:

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from regjax._keys import check_key, consume, key_words
 from regjax._masks import check_probability, realises
 from regjax._threefry import (
+    check_size,
     counter_bits,
     is_number,
     product_words,
@@ -119,6 +120,7 @@ def _mask(
     bits: int,
     out_sharding: Layout,
 ) -> Bool[Array, "*shape"]:
+    check_size(shape)
     consume(key)
     words = key_words(key)
 

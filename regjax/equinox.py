@@ -596,7 +596,7 @@ def _divided(
 ) -> Float[Array, "*shape"]:
     """`dropout` at a traced rate, where Equinox divides and does not multiply by the inverse."""
 
-    def _drop() -> Float[Array, "*shape"]:
+    def drop() -> Float[Array, "*shape"]:
         if watching := observer():
             keep = keep_mask(x, key, keep_prob_of(p, x.dtype), (), bernoulli)
             watching.draw(key_words(key), p, keep, x)

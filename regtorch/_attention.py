@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,7 @@ def dot_product_attention(
     deterministic: bool | Tensor = False,
     broadcast_dropout: bool = False,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     block_size: int | None = None,
 ) -> Tensor:
     """Attention whose weights are dropped in training.
@@ -66,17 +67,18 @@ def dot_product_attention(
         broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
             they are told otherwise. PyTorch draws one for each.
         is_causal: whether query i may look at keys 0 to i only.
-        scale: what the products are multiplied by; without it, `1 / sqrt(depth)`.
+        scale: the number that multiplies the products, `1 / sqrt(depth)` by default. A 0-d tensor
+            multiplies the query instead, so that it can be learned; NaN then gives NaN.
         block_size: how many keys are looked at at a time; without it, all of them.
 
     Returns:
         A tensor of shape (..., queries, heads, features) in the dtype of the tensors.
 
     Raises:
-        TypeError: the tensors are not floating or differ in dtype, `mask` is not boolean, or as
-            `dropout`.
-        ValueError: shapes do not fit, named with the argument; `block_size` is below 1; or as
-            `dropout`. A rate out of range in a tensor gives NaN.
+        TypeError: the tensors are not floating or differ in dtype, `scale` is no number, `mask` is
+            not boolean, or as `dropout`.
+        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size`
+            is below 1; or as `dropout`. A rate out of range in a tensor gives NaN.
 
     PyTorch:
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
@@ -107,8 +109,9 @@ def dot_product_attention(
     evaluates = flag is True or is_number(rate, 0)
     draws = not evaluates and not is_number(rate, 1)
     one_key = _require_rng(dropout_rng).to(query.device) if draws else None
+    query, factor = _scaled(query, scale)
     scores = _Scores(
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        scale=factor,
         is_causal=bool(is_causal),
     )
     if block_size is None:
@@ -367,6 +370,31 @@ def _check_arrays(*arrays: Tensor) -> None:
     if len({array.dtype for array in arrays}) > 1:
         dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, arrays, strict=True))
         raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Cast them.")
+
+
+def _scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
+    """Return the query and the number that multiplies its products.
+
+    A tensor multiplies the query, so that gradients flow to it and NaN gives NaN.
+
+    Raises:
+        TypeError: The scale is not a real number.
+        ValueError: The scale is a tensor with dimensions, or an infinite number or NaN.
+    """
+    if scale is None:
+        return query, 1 / math.sqrt(query.shape[-1])
+    is_tensor = isinstance(scale, Tensor) and not scale.is_complex() and scale.dtype != torch.bool
+    is_real = isinstance(scale, numbers.Real) and not isinstance(scale, bool)
+    if not (is_tensor or is_real):
+        raise TypeError(f"scale must be a real number; got {scale!r}.")
+    if isinstance(scale, Tensor):
+        if scale.ndim:
+            raise ValueError(f"scale must be a scalar; got shape {tuple(scale.shape)}.")
+        wide = real_dtype(query.dtype)
+        return (query.to(wide) * scale.to(wide)).to(query.dtype), 1.0
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite; got {scale}.")
+    return query, float(scale)
 
 
 def _check_shapes(
