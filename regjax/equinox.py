@@ -373,6 +373,9 @@ class DropBlock(RateLayer):
         block_size: how many elements a block has along each spatial dimension.
         channel_axis: the dimension of the channels: 0, as Equinox's convolutions have them.
         share_channels: whether all channels have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
 
     Raises:
         RuntimeError: when called in training without a key.
@@ -391,11 +394,20 @@ class DropBlock(RateLayer):
     block_size: int = eqx.field(default=7, static=True, kw_only=True)
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     share_channels: bool = eqx.field(default=False, static=True, kw_only=True)
+    gamma_scale: float = eqx.field(default=1.0, static=True, kw_only=True)
+    scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
+    with_noise: bool = eqx.field(default=False, static=True, kw_only=True)
 
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_block` of a batch of one."""
         axis = self.channel_axis + (self.channel_axis >= 0)
-        options = {"block_size": self.block_size, "share_channels": self.share_channels}
+        options = {
+            "block_size": self.block_size,
+            "share_channels": self.share_channels,
+            "gamma_scale": self.gamma_scale,
+            "scale_by_keep": self.scale_by_keep,
+            "with_noise": self.with_noise,
+        }
         return drop_block(x[None], p, channel_axis=axis, **options, **how)[0]
 
 

@@ -281,6 +281,9 @@ def drop_block(
     channel_axis: int = -1,
     *,
     share_channels: bool = False,
+    gamma_scale: float = 1.0,
+    scale_by_keep: bool = True,
+    with_noise: bool = False,
 ) -> Inexact[Array, "*shape"]:
     """`regjax.drop_block` in Haiku's order: zeroes blocks of neighbouring elements.
 
@@ -291,6 +294,9 @@ def drop_block(
         block_size: how many elements a block has along each spatial dimension.
         channel_axis: the dimension of the channels: the last, as Haiku's convolutions have them.
         share_channels: whether all channels of a row have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
 
     Returns:
         An array of the shape and dtype of `x`.
@@ -310,8 +316,17 @@ def drop_block(
                [0, 0, 0, 1, 1, 1, 1, 1],
                [1, 1, 1, 1, 1, 1, 1, 1]], dtype=int32)
     """
-    options = {"block_size": block_size, "share_channels": share_channels}
-    return _blocks.drop_block(x, rate, key=rng, channel_axis=channel_axis, **options)
+    return _blocks.drop_block(
+        x,
+        rate,
+        key=rng,
+        block_size=block_size,
+        channel_axis=channel_axis,
+        share_channels=share_channels,
+        gamma_scale=gamma_scale,
+        scale_by_keep=scale_by_keep,
+        with_noise=with_noise,
+    )
 
 
 def variational_dropout(

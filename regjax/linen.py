@@ -299,11 +299,17 @@ class DropBlock(RateLayer, kw_only=True):
         block_size: the width of a block.
         channel_axis: the dimension of the channels.
         share_channels: whether all channels drop the same blocks.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
     """
 
     block_size: int = 7
     channel_axis: int = -1
     share_channels: bool = False
+    gamma_scale: float = 1.0
+    scale_by_keep: bool = True
+    with_noise: bool = False
 
     @linen.nowrap
     def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
@@ -314,6 +320,9 @@ class DropBlock(RateLayer, kw_only=True):
             block_size=self.block_size,
             channel_axis=self.channel_axis,
             share_channels=self.share_channels,
+            gamma_scale=self.gamma_scale,
+            scale_by_keep=self.scale_by_keep,
+            with_noise=self.with_noise,
             **how,
         )
 
