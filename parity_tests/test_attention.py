@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bias": {"bias": RNG.normal(size=(1, HEADS, QUERIES, KEYS))},
     "bias of -inf": {"bias": np.where(PADDING, 0.0, -np.inf)},
     "grouped": {"kv_heads": 2, "is_causal": True},
+    "eight heads over two": {"heads": 8, "kv_heads": 2},
     "one key head": {"kv_heads": 1},
     "no batch": {"batch": ()},
     "two batches": {"batch": (2, 3), "bias": RNG.normal(size=(QUERIES, KEYS))},
@@ -44,14 +45,16 @@ BLOCKS = (None, 1, 4, KEYS, 100)
 case = pytest.mark.parametrize("name", CASES)
 
 
-def inputs(batch=(BATCH,), kv_heads=HEADS, **options: Any) -> tuple[list[np.ndarray], dict]:
+def inputs(
+    batch=(BATCH,), heads=HEADS, kv_heads=HEADS, **options: Any
+) -> tuple[list[np.ndarray], dict]:
     """Query, key, value, a cotangent; and what the function takes besides."""
     rng = np.random.default_rng(1)
     shapes = [
-        (*batch, QUERIES, HEADS, DEPTH),
+        (*batch, QUERIES, heads, DEPTH),
         (*batch, KEYS, kv_heads, DEPTH),
         (*batch, KEYS, kv_heads, 3),
-        (*batch, QUERIES, HEADS, 3),
+        (*batch, QUERIES, heads, 3),
     ]
     return [rng.normal(size=shape) for shape in shapes], {"dropout_rate": RATE} | options
 
@@ -94,7 +97,7 @@ def assert_close(ours, theirs, bound: float) -> None:
 def expected(arrays: list[np.ndarray], options: dict, seed: int = SEED) -> np.ndarray:
     """Attention in NumPy, in double, with the mask of the reference."""
     q, k, v, _ = arrays
-    groups = HEADS // k.shape[-2]
+    groups = q.shape[-2] // k.shape[-2]
     k, v = (np.repeat(x, groups, axis=-2) for x in (k, v))
     scores = np.einsum("...qhd,...khd->...hqk", q, k) * options.get("scale", DEPTH**-0.5)
     scores = scores + options.get("bias", 0.0)
@@ -126,7 +129,7 @@ def test_it_is_attention(wing: Wing, name):
         assert np.abs(expected(arrays, options, SEED + 1) - y).max() > 0.1
 
 
-BACKWARD = ("a query that sees nothing", "two batches", "grouped")
+BACKWARD = ("a query that sees nothing", "two batches", "eight heads over two")
 
 
 @pytest.mark.parametrize(
@@ -350,3 +353,28 @@ def test_who_watches_is_not_told_what_a_changing_flag_turns_off(wing: Wing, bloc
             changing(flag)
             jax.effects_barrier()
             assert len(told) == times
+
+
+@both_wings
+@pytest.mark.parametrize(
+    ("scale", "error"),
+    [(np.nan, ValueError), (np.inf, ValueError), (-np.inf, ValueError), (np.ones(2), Exception)]
+    + [("0.5", TypeError), (True, TypeError), (1j, TypeError)],
+)
+def test_a_scale_that_is_no_finite_number_is_refused(wing: Wing, scale, error):
+    (q, k, v, _), _ = inputs()
+    with pytest.raises(error, match="scale must be"):
+        wing.library.dot_product_attention(*map(wing.array, (q, k, v)), scale=scale)
+
+
+@both_wings
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_a_changing_scale_is_that_of_the_number_and_of_nan_nan(wing: Wing, block_size):
+    q, k, v = (wing.array(x.astype(np.float32)) for x in inputs()[0][:3])
+    attend = lambda scale: wing.library.dot_product_attention(
+        q, k, v, scale=scale, block_size=block_size
+    )
+    for scale in (0.2, -1.0, 0.0):
+        y = wing.numpy(wing.traced(attend)(np.float32(scale)))
+        np.testing.assert_allclose(y, wing.numpy(attend(scale)), rtol=1e-4, atol=1e-5)
+    assert np.isnan(wing.numpy(wing.traced(attend)(np.float32(np.nan)))).all()

@@ -27,6 +27,7 @@ class Case:
     shape: tuple[int, ...]
     block_size: int
     share_channels: bool = False
+    gamma_scale: float = 1.0
 
     @property
     def block(self) -> int:
@@ -42,7 +43,7 @@ class Case:
     def gamma(self, rate: float) -> float:
         """How probably a block starts at a place, as the paper has it."""
         fraction = math.prod(self.shape[1:-1]) / math.prod(self.starts[2:])
-        return rate / self.block ** (len(self.shape) - 2) * fraction
+        return min(1.0, self.gamma_scale * rate / self.block ** (len(self.shape) - 2) * fraction)
 
 
 CASES = [
@@ -61,10 +62,13 @@ def channels_first(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(array, -1, 1))
 
 
-def run(wing: Wing, x: np.ndarray, ct: np.ndarray, rate: Any, case: Case, seed: int = 11):
+def run(
+    wing: Wing, x: np.ndarray, ct: np.ndarray, rate: Any, case: Case, seed: int = 11, **options: Any
+):
     """Result and gradient of a channels-last array, in the order that each framework prefers."""
     there = channels_first if wing is TORCH else np.asarray
-    options = {"block_size": case.block_size, "share_channels": case.share_channels}
+    options |= {name: getattr(case, name) for name in ("block_size", "share_channels")}
+    options["gamma_scale"] = case.gamma_scale
     function = functools.partial(wing.library.drop_block, key=wing.key(seed), **options)
 
     def at(rate):
@@ -102,6 +106,75 @@ def test_the_mask_and_the_scale_are_those_of_the_published_formula(wing: Wing, c
     scale = np.float32(counted.size) / np.float32(counted.sum())
     for result, array in zip(run(wing, x, ct, 0.3, case), (x, ct), strict=True):
         np.testing.assert_array_equal(result, np.where(keep, array * scale, np.float32(0)))
+
+
+@both_wings
+@pytest.mark.parametrize(
+    ("rate", "gamma_scale", "options"),
+    [
+        (0.3, 0.5, {}),
+        (0.3, 100.0, {}),  # more than 1: everything goes
+        (np.float32(0.3), 2.0, {"scale_by_keep": False}),
+        (0.3, 1.0, {"scale_by_keep": False}),
+        (0.3, 2.0, {"with_noise": True}),
+        (np.float32(0.3), 1.0, {"with_noise": True}),
+        (1.0, 0.5, {"with_noise": True}),
+        (np.float32(1), 0.0, {"with_noise": True}),
+    ],
+)
+def test_the_options_of_timm(wing: Wing, rate, gamma_scale, options):
+    """More or fewer blocks; no scale; noise in place of zeros, with the gradient of the mask."""
+    case = Case((2, 9, 8, 3), 3, gamma_scale=gamma_scale)
+    x, ct = inputs(case.shape)
+    keep = oracle(case, float(rate)) if rate < 1 else np.zeros(case.shape, bool)
+    scale = 1 if options else np.float32(keep.size) / np.float32(max(1, keep.sum()))
+    noise = np.zeros(case.shape, np.float32)
+    if "with_noise" in options:
+        own_key = reference.threefry2x32((0, 11), (2**32 - 1, 2**32 - 1))
+        first = wing.library.normal(raw_key(wing, own_key), (2, 3, 9, 8))
+        noise = np.moveaxis(wing.numpy(first), 1, -1)
+    y, gradient = run(wing, x, ct, rate, case, **options)
+    np.testing.assert_array_equal(y, np.where(keep, x * np.float32(scale), noise))
+    np.testing.assert_array_equal(gradient, np.where(keep, ct * np.float32(scale), np.float32(0)))
+
+
+def raw_key(wing: Wing, words: tuple[int, int]) -> Any:
+    return wing.array(np.array(words, np.uint32))
+
+
+@both_wings
+def test_noise_is_left_out_in_evaluation_and_needs_a_key_in_training(wing: Wing):
+    x = wing.array(np.ones((1, 5, 5, 3), np.float32))
+    drop = functools.partial(wing.library.drop_block, x, with_noise=True, block_size=2)
+    assert drop(0) is x
+    assert drop(0.5, deterministic=True) is x
+    at = wing.traced(lambda flag: drop(0.5, key=wing.key(0), deterministic=flag))
+    assert (wing.numpy(at(np.bool_(True))) == 1).all()
+    np.testing.assert_array_equal(
+        wing.numpy(at(np.bool_(False))), wing.numpy(drop(0.5, key=wing.key(0)))
+    )
+    with pytest.raises(ValueError, match="key is missing"):
+        drop(1)
+
+
+@both_wings
+def test_an_error_of_a_thousandth_in_gamma_is_seen(wing: Wing):
+    """An error of 1e-3 in gamma moves a few of the starts at 100,000 places."""
+    case = Case((1, 100, 102, 10), 3)
+    x, ct = inputs(case.shape)
+    y, _ = run(wing, x, ct, 0.5, case)
+    threshold = np.float32(1 - case.gamma(0.5))
+    draws = np.asarray(regjax_bits(case.starts)) >> 9
+    starts = draws >= math.ceil(float(threshold) * 2**23)
+    pad = [(0, 0), (0, 0), (2, 2), (2, 2)]
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(starts, pad), (3, 3), axis=(2, 3))
+    np.testing.assert_array_equal(y == 0, np.moveaxis(windows.any((-1, -2)), 1, -1))
+    moved = draws >= math.ceil(float(np.float32(1 - 1.001 * case.gamma(0.5))) * 2**23)
+    assert (moved != starts).any()  # the test of the test
+
+
+def regjax_bits(shape: tuple[int, ...]) -> Any:
+    return jax.random.bits(JAX.key(11), shape, "uint32")
 
 
 @both_wings
@@ -193,6 +266,10 @@ def test_where_nothing_is_left_there_are_zeros_and_zero_gradients(wing: Wing):
     [
         ((2, 5, 5, 3), {"block_size": 0}, ValueError, "block_size must be at least 1; got 0"),
         ((2, 5, 5, 3), {"block_size": 2.5}, TypeError, "integer"),
+        ((2, 5, 5, 3), {"gamma_scale": -1.0}, ValueError, "gamma_scale must be finite and at"),
+        ((2, 5, 5, 3), {"gamma_scale": np.nan}, ValueError, "gamma_scale must be finite and at"),
+        ((2, 5, 5, 3), {"gamma_scale": "2"}, TypeError, "gamma_scale must be a real number"),
+        ((2, 5, 5, 3), {"with_noise": True, "dtype": np.complex64}, TypeError, "x must be real"),
         ((2, 5, 5, 3), {"channel_axis": 4}, ValueError, "channel_axis .* has 4; got 4"),
         ((2, 5, 5, 3), {"channel_axis": 0}, ValueError, "x must have a batch dimension"),
         ((5, 3), {}, ValueError, r"at least one spatial dimension; got shape \(5, 3\)"),

@@ -175,3 +175,22 @@ def test_a_mask_can_be_read_at_any_index():
         theirs = torch_masks.bernoulli_at(TORCH.key(5), keep_prob, TORCH.array(index))
         np.testing.assert_array_equal(JAX.numpy(ours), expected)
         np.testing.assert_array_equal(TORCH.numpy(theirs), expected)
+
+
+@both_wings
+@pytest.mark.parametrize("shape", [(2**40, 2**40), (2**62, 2)])
+def test_a_shape_that_no_array_has_is_refused(wing: Wing, shape):
+    library, key = wing.library, wing.key(0)
+    for draw in (
+        lambda: library.bernoulli(key, 0.5, shape),
+        lambda: library.packed_bernoulli(key, 0.5, shape),
+        lambda: library.normal(key, shape),
+    ):
+        with pytest.raises(ValueError, match=r"shape must have fewer than 2\*\*63 elements; got"):
+            draw()
+
+
+@pytest.mark.parametrize("draw", [TORCH.library.bernoulli, TORCH.library.packed_bernoulli])
+def test_pytorch_refuses_what_does_not_fit_before_it_draws(draw):
+    with pytest.raises(RuntimeError, match="memory"):
+        draw(TORCH.key(0), 0.5, (2**25, 2**25))  # more than addresses can name

@@ -20,6 +20,7 @@ from regjax._checks import (
     check_floating_dtype,
     check_integer,
     check_number,
+    describe,
 )
 from regjax._dropout import (
     check_flag,
@@ -33,7 +34,7 @@ from regjax._dropout import (
     require_key,
 )
 from regjax._keys import consume, key_words
-from regjax._masks import bernoulli, bernoulli_at, check_probability
+from regjax._masks import bernoulli, bernoulli_at, check_probability, exact_keep_prob
 from regjax._observe import observer
 from regjax._threefry import at_most, slice_index
 
@@ -59,7 +60,7 @@ def dot_product_attention(
     deterministic: ArrayLike = False,
     broadcast_dropout: bool = False,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: ArrayLike | None = None,
     block_size: int | None = None,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
@@ -98,7 +99,8 @@ def dot_product_attention(
         broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
             they are told otherwise. PyTorch draws one for each.
         is_causal: whether query i may look at keys 0 to i only.
-        scale: what the products are multiplied by; without it, `1 / sqrt(depth)`.
+        scale: the number that multiplies the products, `1 / sqrt(depth)` by default. A traced
+            scalar multiplies the query instead, so that it can be learned; NaN then gives NaN.
         block_size: how many keys are looked at at a time; without it, all of them.
         dtype: that of the computation; without it, the arrays must agree in theirs.
         precision: of the products; see `jax.lax.Precision`.
@@ -111,11 +113,11 @@ def dot_product_attention(
         An array of shape (..., queries, heads, features) in the dtype of the arrays.
 
     Raises:
-        TypeError: the arrays are not floating or differ in dtype, `mask` has numbers other than 0
-            and 1 (a traced one is not checked), or as `dropout`.
-        ValueError: shapes do not fit, named with the argument; `block_size` is below 1, or given
-            along with `module`; an einsum is given; or as `dropout`. A traced rate out of range
-            gives NaN.
+        TypeError: the arrays are not floating or differ in dtype, `scale` is not a number, `mask`
+            has numbers other than 0 and 1 (a traced one is not checked), or as `dropout`.
+        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size`
+            is below 1, or given along with `module`; an einsum is given; or as `dropout`. A traced
+            rate out of range gives NaN.
 
     PyTorch:
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
@@ -162,8 +164,9 @@ def dot_product_attention(
     evaluates = flag is True or is_number(rate, 0)
     one_key = None if evaluates or is_number(rate, 1) else _require_rng(dropout_rng)
     broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
+    query, factor = _scaled(query, scale)
     scores = _Scores(
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else check_number("scale", scale),
+        scale=factor,
         is_causal=check_bool("is_causal", is_causal),
         precision=precision,
     )
@@ -434,7 +437,7 @@ def _blockwise(
         keep_prob = keep_prob_of(rate, query.dtype)
         consume(dropout_rng)
         draw = jnp.stack(key_words(dropout_rng)), jnp.asarray(keep_prob, np.float32)
-        scale = inverse(keep_prob, query.dtype)
+        scale = inverse(exact_keep_prob(keep_prob), query.dtype)
     arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
     result, _ = _attend_in_one(blocks, *arrays, draw)
     result = result * scale
@@ -486,6 +489,25 @@ def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
         dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, found, strict=True))
         raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Pass dtype=.")
     return found
+
+
+def _scaled(query: Array, scale: ArrayLike | None) -> tuple[Array, float]:
+    """Return the query and the number that multiplies its products.
+
+    A traced scale multiplies the query, so that gradients flow to it and NaN gives NaN.
+
+    Raises:
+        TypeError: The scale is not a real number.
+        ValueError: The scale is not a scalar, or a concrete one is infinite or NaN.
+    """
+    if scale is None:
+        return query, 1 / math.sqrt(query.shape[-1])
+    if not isinstance(scale, Tracer):
+        return query, check_number("scale", scale)
+    if scale.ndim or not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise TypeError(f"scale must be a real scalar; got {describe(scale)}.")
+    wide = real_dtype(query.dtype)
+    return (query.astype(wide) * scale.astype(wide)).astype(query.dtype), 1.0
 
 
 def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) -> None:

@@ -12,11 +12,25 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from regjax._checks import check_bool, check_integer
-from regjax._dropout import check_axis, check_inexact, drawn, real_dtype, selected
-from regjax._masks import bernoulli
+from regjax._checks import check_bool, check_integer, check_number
+from regjax._dropout import (
+    check_axis,
+    check_flag,
+    check_inexact,
+    check_real,
+    drawn,
+    is_number,
+    made,
+    mask_sharding,
+    real_dtype,
+    require_key,
+    selected,
+)
+from regjax._keys import key_words
+from regjax._masks import bernoulli, check_probability
+from regjax._normal import normal
 from regjax._threefry import is_number as is_known
-from regjax._threefry import product_words
+from regjax._threefry import product_words, threefry2x32
 
 if TYPE_CHECKING:
     from jax.sharding import NamedSharding
@@ -35,6 +49,9 @@ def drop_block(
     deterministic: ArrayLike = False,
     channel_axis: int = -1,
     share_channels: bool = False,
+    gamma_scale: float = 1.0,
+    scale_by_keep: bool = True,
+    with_noise: bool = False,
 ) -> Inexact[Array, "*shape"]:
     """Zeroes blocks of neighbouring elements of feature maps, and scales up what is left.
 
@@ -64,13 +81,21 @@ def drop_block(
         deterministic: True in evaluation: `x` itself.
         channel_axis: the dimension of the channels, counted from the end if negative.
         share_channels: whether all channels of a row have one mask; each has its own otherwise.
+        gamma_scale: a factor of gamma, finite and at least 0: how many more blocks start than the
+            formula gives. A gamma above 1 counts as 1, and a rate of 1 drops everything.
+        scale_by_keep: False leaves the elements that are kept as they are, and the mean falls.
+        with_noise: whether a dropped element becomes a standard normal variate instead of 0. The
+            elements that are kept are then not scaled. Variates come from a key of their own, made
+            from `key`; element (n, c, *s) has the same one wherever the channels lie.
 
     Returns:
         An array of the shape, dtype and sharding of `x`. If nothing is left, zeros.
 
     Raises:
-        TypeError: as `dropout`, or `block_size` or `channel_axis` is not an integer.
-        ValueError: as `dropout`; `block_size` is below 1; `channel_axis` is not a dimension of `x`,
+        TypeError: as `dropout`; `block_size` or `channel_axis` is not an integer; `gamma_scale` is
+            not a real number; or `x` is complex with noise.
+        ValueError: as `dropout`; `block_size` is below 1; `gamma_scale` is negative, infinite or
+            NaN; `channel_axis` is not a dimension of `x`,
             or the batch's; `x` has no spatial dimension; or the mask has 2**32 elements or more,
             which are not counted.
 
@@ -78,7 +103,10 @@ def drop_block(
         `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in this way too,
         for blocks that are odd and fit into the map. `regtorch.drop_block`, whose channels are
         first by default: with the same key the same blocks of the same rows are zeroed, and the
-        results agree bit for bit.
+        results agree bit for bit. `gamma_scale`, `scale_by_keep` and `with_noise` are those of
+        `timm.layers.drop_block_2d`, which lets blocks reach over the border and draws its masks
+        and its noise from a hidden generator; its `couple_channels` is `share_channels`, and its
+        noise is added where nothing is kept, as here.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -106,6 +134,13 @@ def drop_block(
     """
     x = check_inexact(x)
     blocks = _check_blocks(x.shape, block_size, channel_axis, share_channels)
+    blocks = dataclasses.replace(
+        blocks,
+        gamma_scale=_check_gamma_scale(gamma_scale),
+        scale_by_keep=check_bool("scale_by_keep", scale_by_keep) and not with_noise,
+    )
+    if check_bool("with_noise", with_noise):
+        return _noisy(x, rate, key, deterministic, blocks)
     return drawn(x, rate, key, deterministic, blocks)
 
 
@@ -117,26 +152,33 @@ class _Blocks:
         size: how many elements a block has along each spatial dimension.
         channel_axis: the dimension of the channels, counted from 0.
         share_channels: whether all channels of a row have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
     """
 
     size: int
     channel_axis: int
     share_channels: bool
+    gamma_scale: float = 1.0
+    scale_by_keep: bool = True
 
     def keep(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> Bool[Array, ...]:
         """Draws where blocks start, and spreads them."""
-        dims = [0, self.channel_axis]
-        dims += [dim for dim in range(x.ndim) if dim not in dims]
-        batch, channels, *sizes = (x.shape[dim] for dim in dims)
+        batch, channels, *sizes = (x.shape[dim] for dim in self.order(x.ndim))
         starts = [size - self.size + 1 for size in sizes]
         shape = (batch, 1 if self.share_channels else channels, *starts)
-        keep_prob = _start_keep_prob(rate, self.size, sizes)
+        keep_prob = _start_keep_prob(rate, self.size, sizes, self.gamma_scale)
         keep = bernoulli(key, keep_prob, shape, out_sharding=self._layout(x))
         for dim in range(2, keep.ndim):
             keep = _spread(keep, dim, self.size)
         return jnp.moveaxis(keep, 1, self.channel_axis)
+
+    def order(self, ndim: int) -> tuple[int, ...]:
+        """The dimensions with the channels second, the order in which elements are numbered."""
+        first = (0, self.channel_axis)
+        return (*first, *(dim for dim in range(ndim) if dim not in first))
 
     def _layout(self, x: Inexact[Array, "*shape"]) -> NamedSharding | None:
         """Rows and channels lie where those of `x` do; blocks reach over the borders of shards."""
@@ -153,13 +195,15 @@ class _Blocks:
     ) -> Inexact[Array, "*shape"]:
         """Masks, and scales by elements / elements kept."""
         del rate
+        real = real_dtype(x.dtype)
+        if not self.scale_by_keep:
+            return selected(keep, x, real(1))
         high, size = product_words(keep.shape)
         if not isinstance(high, jax.Array) and high:
             raise ValueError(
                 f"x must have fewer than 2**32 elements to mask; got {keep.size}, which are not "
                 "counted. Map over rows with jax.vmap, or pass share_channels=True."
             )
-        real = real_dtype(x.dtype)
         kept = jnp.sum(keep, dtype=jnp.uint32)
         # Two exact integers, rounded where they are large, and one division.
         scale = jnp.where(kept > 0, size.astype(real) / jnp.maximum(kept, 1).astype(real), 0)
@@ -168,15 +212,81 @@ class _Blocks:
         return selected(keep, x, scale.astype(real))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Dropped:
+    """The complement of a mask of blocks: it keeps what they drop, and does not scale."""
+
+    blocks: _Blocks
+
+    def keep(
+        self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> Bool[Array, ...]:
+        """Draws the mask of the blocks."""
+        return ~self.blocks.keep(x, key, rate)
+
+    def apply(
+        self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
+    ) -> Inexact[Array, "*shape"]:
+        """Masks."""
+        return self.blocks.apply(x, keep, rate)
+
+
+def _noisy(
+    x: Inexact[Array, "*shape"],
+    rate: ArrayLike,
+    key: KeyLike | None,
+    deterministic: ArrayLike,
+    blocks: _Blocks,
+) -> Inexact[Array, "*shape"]:
+    """DropBlock, and noise in place of the zeros: two masked terms, of which one is 0."""
+    x = check_real(x, "noise", "Leave with_noise out, or drop in x.real and x.imag.")
+    rate, flag = check_probability("rate", rate), check_flag(deterministic)
+    if flag is True or is_number(rate, 0):
+        return x
+    one_key = require_key(key)
+    kept = drawn(x, rate, one_key, flag, blocks)
+
+    words = jnp.stack(key_words(one_key))  # the key itself counts as used after `drawn`
+
+    def noise() -> Float[Array, "*shape"]:
+        variates = _noise(x, words, blocks.order(x.ndim))
+        at_1 = is_number(rate, 1)
+        return variates if at_1 else made(variates, words, rate, _Dropped(blocks))
+
+    if flag is False:
+        return kept + noise()
+    return kept + lax.cond(flag, lambda: jnp.zeros_like(x), noise)
+
+
+def _noise(
+    x: Float[Array, "*shape"], key: KeyLike, order: tuple[int, ...]
+) -> Float[Array, "*shape"]:
+    """Variates for all elements, numbered in an order of the dimensions.
+
+    Their key is the block of the last counter, which no mask has an element for.
+    """
+    last = jnp.uint32(2**32 - 1)
+    own_key = jnp.stack(threefry2x32(key_words(key), (last, last)))
+    layout = mask_sharding(x, ())
+    if layout is not None:
+        layout = layout.update(spec=PartitionSpec(*(layout.spec[dim] for dim in order)))
+    shape = tuple(x.shape[dim] for dim in order)
+    variates = normal(own_key, shape, real_dtype(x.dtype), out_sharding=layout)
+    return jnp.transpose(variates, np.argsort(order)).astype(x.dtype)
+
+
 def _start_keep_prob(
-    rate: float | Float[Array, ""], block: int, sizes: list[int]
+    rate: float | Float[Array, ""], block: int, sizes: list[int], gamma_scale: float = 1.0
 ) -> float | Float[Array, ""]:
     """1 - gamma: how probably no block starts at a place."""
     gamma_of_1 = math.prod([size / (block * (size - block + 1)) for size in sizes if size])
+    gamma_of_1 *= gamma_scale
     if isinstance(rate, jax.Array):
         single = lax.stop_gradient(rate).astype(jnp.float32)
-        return jnp.where(single >= 1, 0, 1 - single * np.float32(gamma_of_1))
-    return 1 - rate * gamma_of_1
+        # A NaN stays one.
+        some = jnp.maximum(1 - single * np.float32(gamma_of_1), 0)
+        return jnp.where(single >= 1, 0, some)
+    return max(0.0, 1 - rate * gamma_of_1)
 
 
 def _spread(keep: Bool[Array, ...], dim: int, size: int) -> Bool[Array, ...]:
@@ -185,6 +295,18 @@ def _spread(keep: Bool[Array, ...], dim: int, size: int) -> Bool[Array, ...]:
     window[dim], ends[dim] = size, (size - 1, size - 1)
     strides = [1] * keep.ndim
     return lax.reduce_window(keep, np.bool_(True), lax.bitwise_and, window, strides, ends)
+
+
+def _check_gamma_scale(gamma_scale: float) -> float:
+    """Returns the factor as a Python float.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is negative, infinite or NaN.
+    """
+    if check_number("gamma_scale", gamma_scale) < 0:
+        raise ValueError(f"gamma_scale must be at least 0; got {gamma_scale}.")
+    return float(gamma_scale)
 
 
 def _check_blocks(

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from regjax._checks import check_array
 from regjax._dropout import check_inexact, drawn, inverse, keep_prob_of, selected
-from regjax._masks import bernoulli_at
+from regjax._masks import bernoulli_at, exact_keep_prob
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -94,7 +94,8 @@ class _Words:
         rate: float | Float[Array, ""],
     ) -> Inexact[Array, "*ids features"]:
         """Masks and scales as dropout does."""
-        return selected(keep, x, inverse(keep_prob_of(rate, x.dtype), x.dtype))
+        share = exact_keep_prob(keep_prob_of(rate, x.dtype))
+        return selected(keep, x, inverse(share, x.dtype))
 
 
 def _check_ids(ids: Integer[ArrayLike, "*ids"], shape: tuple[int, ...]) -> Integer[Array, "*ids"]:

@@ -21,6 +21,7 @@ from regjax._checks import check_integer, check_layout, check_shape
 from regjax._keys import check_key, consume, key_words
 from regjax._masks import check_probability, realises
 from regjax._threefry import (
+    check_size,
     counter_bits,
     is_number,
     product_words,
@@ -121,6 +122,7 @@ def _mask(
     bits: int,
     out_sharding: Layout,
 ) -> Bool[Array, "*shape"]:
+    check_size(shape)
     consume(key)
     words = key_words(key)
 
@@ -135,7 +137,7 @@ def _mask(
 
 
 def _at_packed_axis(draw: Callable[[int | None], Any], shape: tuple[int, ...]) -> Any:
-    """Return `draw(packed_axis(shape))`, where a symbolic shape of `jax.export` decides at run time.
+    """Return `draw(packed_axis(shape))`; a symbolic shape of `jax.export` decides at run time.
 
     The axis depends on the sizes, and so does the mask. An exported program therefore contains a
     branch for every axis that may be packed.

@@ -101,6 +101,7 @@ def row_major_index(
         in_place: whether XLA:TPU is kept from making the index along each axis beforehand, in a
             kernel of its own. Worth some more arithmetic where the array is small.
     """
+    check_size(shape)
     along = _along_in_place if in_place else _along
     carries = not at_most(math.prod(shape), _WORD)
     hi = jnp.zeros((), jnp.uint32)
@@ -148,6 +149,17 @@ def at_most(size: int, limit: int) -> bool:
         return bool(size <= limit)
     except jax.errors.InconclusiveDimensionOperation:
         return False
+
+
+def check_size(shape: Sequence[int]) -> None:
+    """Refuse a shape that no array can have; XLA would end the process.
+
+    Raises:
+        ValueError: The shape has 2**63 elements or more.
+    """
+    known = math.prod(size for size in shape if is_number(size))
+    if known >= 2**63:
+        raise ValueError(f"shape must have fewer than 2**63 elements; got {tuple(shape)}.")
 
 
 def product_words(sizes: Sequence[int]) -> tuple[Any, Any]:

@@ -58,7 +58,7 @@ from regjax._dropout import (
 )
 from regjax._embedding import embedding_dropout
 from regjax._keys import check_key, key_words
-from regjax._masks import Sampler, bernoulli, check_probability
+from regjax._masks import Sampler, bernoulli, check_probability, exact_keep_prob
 from regjax._noise import check_stddev, gaussian_dropout, gaussian_noise
 from regjax._observe import observer
 from regjax._recurrent import variational_dropout
@@ -72,6 +72,10 @@ if TYPE_CHECKING:
     from regjax._keys import KeyLike
     from regjax._verdicts import Rule
 
+# Bound once: this class may be assigned to `eqx.nn.Dropout`, which must not become its own base.
+# Any, as the annotation of its p leaves arrays out.
+_EquinoxDropout: Any = eqx.nn.Dropout
+
 
 class Layer(eqx.Module):
     """What all layers share: when they drop, and that it takes a key."""
@@ -83,7 +87,7 @@ class Layer(eqx.Module):
         """Refuses a setting of a wrong type."""
         check_settings(self)
 
-    def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
+    def _drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
         """The function behind the layer; `how` holds `key` and `deterministic`."""
         raise NotImplementedError
 
@@ -108,7 +112,7 @@ class Layer(eqx.Module):
                 "evaluate with equinox.nn.inference_mode(model)."
             )
         with jax.named_scope(f"regjax.equinox.{name}"):
-            return self.drop(*inputs, amount, key=key, deterministic=flag)
+            return self._drop(*inputs, amount, key=key, deterministic=flag)
 
 
 class RateLayer(Layer):
@@ -143,7 +147,7 @@ class RateLayer(Layer):
         return self._call((x,), self.p, key, inference)
 
 
-class Dropout(RateLayer, eqx.nn.Dropout):  # pyright: ignore[reportIncompatibleVariableOverride]  # p may be an array
+class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatibleVariableOverride]  # p may be an array
     """`equinox.nn.Dropout`, faster: the same mask from the same key.
 
     In training it zeroes each element with probability `p` and divides the others by `1 - p`. It is
@@ -202,8 +206,7 @@ class Dropout(RateLayer, eqx.nn.Dropout):  # pyright: ignore[reportIncompatibleV
         deterministic: bool | None = None,
         sampler: Sampler = bernoulli,
     ) -> None:
-        theirs: Any = eqx.nn.Dropout  # whose annotation of p leaves arrays out
-        theirs.__init__(self, p, inference, deterministic=deterministic)
+        _EquinoxDropout.__init__(self, p, inference, deterministic=deterministic)
         self.sampler = sampler
 
     def __call__(
@@ -229,7 +232,7 @@ class Dropout(RateLayer, eqx.nn.Dropout):  # pyright: ignore[reportIncompatibleV
             inference = deterministic
         return self._call((x,), self.p, key, inference)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, with the roundings of Equinox."""
         x = check_inexact(x)
         sampler = compared if self.sampler is bernoulli else self.sampler
@@ -268,7 +271,7 @@ class FeatureDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         return dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
@@ -295,7 +298,7 @@ class AlphaDropout(RateLayer):
 
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`."""
         return alpha_dropout(x, p, sampler=self.sampler, **how)
 
@@ -323,7 +326,7 @@ class FeatureAlphaDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         return alpha_dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
@@ -358,7 +361,7 @@ class DropPath(RateLayer):
     scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_path`, with one decision for the whole example."""
         options = {"scale_by_keep": self.scale_by_keep, "sampler": self.sampler}
         return drop_path(x, p, mode="batch", **options, **how)
@@ -375,6 +378,9 @@ class DropBlock(RateLayer):
         block_size: how many elements a block has along each spatial dimension.
         channel_axis: the dimension of the channels: 0, as Equinox's convolutions have them.
         share_channels: whether all channels have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
 
     Raises:
         RuntimeError: when called in training without a key.
@@ -393,11 +399,20 @@ class DropBlock(RateLayer):
     block_size: int = eqx.field(default=7, static=True, kw_only=True)
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     share_channels: bool = eqx.field(default=False, static=True, kw_only=True)
+    gamma_scale: float = eqx.field(default=1.0, static=True, kw_only=True)
+    scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
+    with_noise: bool = eqx.field(default=False, static=True, kw_only=True)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_block` of a batch of one."""
         axis = self.channel_axis + (self.channel_axis >= 0)
-        options = {"block_size": self.block_size, "share_channels": self.share_channels}
+        options = {
+            "block_size": self.block_size,
+            "share_channels": self.share_channels,
+            "gamma_scale": self.gamma_scale,
+            "scale_by_keep": self.scale_by_keep,
+            "with_noise": self.with_noise,
+        }
         return drop_block(check_array("x", x)[None], p, channel_axis=axis, **options, **how)[0]
 
 
@@ -425,7 +440,7 @@ class VariationalDropout(RateLayer):
     time_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.variational_dropout`."""
         return variational_dropout(x, p, time_axis=self.time_axis, sampler=self.sampler, **how)
 
@@ -461,7 +476,7 @@ class DropConnect(RateLayer):
     rule: Rule = eqx.field(default="default", static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def drop(self, weights: PyTree, p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, weights: PyTree, p: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_connect`."""
         return drop_connect(weights, p, rule=self.rule, sampler=self.sampler, **how)
 
@@ -509,7 +524,7 @@ class EmbeddingDropout(RateLayer):
         """
         return self._call((x, ids), self.p, key, inference)
 
-    def drop(
+    def _drop(
         self,
         x: Inexact[Array, "*ids features"],
         ids: Integer[Array, "*ids"],
@@ -538,7 +553,7 @@ class GaussianDropout(RateLayer):
         Array([2.622642  , 3.0252647 , 0.56640565], dtype=float32)
     """
 
-    def drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_dropout`."""
         return gaussian_dropout(x, p, **how)
 
@@ -584,7 +599,7 @@ class GaussianNoise(Layer):
         """
         return self._call((x,), self.stddev, key, inference)
 
-    def drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_noise`."""
         return gaussian_noise(x, stddev, **how)
 
@@ -610,7 +625,7 @@ def _divided(
 @jax.jit
 def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Float[Array, "*shape"]:
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        q = keep_prob_of(p, x.dtype)
+        q = exact_keep_prob(keep_prob_of(p, x.dtype))
         # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN of the
         # gradient.
         q = jnp.where((q > 0) & (q <= 1), q, -1)

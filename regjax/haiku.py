@@ -48,7 +48,7 @@ from regjax import (
 from regjax._checks import check_array, naming
 from regjax._dropout import check_inexact, keep_mask, keep_prob_of
 from regjax._keys import check_key, key_words
-from regjax._masks import Sampler, bernoulli, check_probability
+from regjax._masks import Sampler, bernoulli, check_probability, exact_keep_prob
 from regjax._observe import observer
 from regjax.layers import compared, wrapped_dims
 
@@ -288,6 +288,9 @@ def drop_block(
     channel_axis: int = -1,
     *,
     share_channels: bool = False,
+    gamma_scale: float = 1.0,
+    scale_by_keep: bool = True,
+    with_noise: bool = False,
 ) -> Inexact[Array, "*shape"]:
     """`regjax.drop_block` in Haiku's order: zeroes blocks of neighbouring elements.
 
@@ -298,6 +301,9 @@ def drop_block(
         block_size: how many elements a block has along each spatial dimension.
         channel_axis: the dimension of the channels: the last, as Haiku's convolutions have them.
         share_channels: whether all channels of a row have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
 
     Returns:
         An array of the shape and dtype of `x`.
@@ -317,8 +323,17 @@ def drop_block(
                [0, 0, 0, 1, 1, 1, 1, 1],
                [1, 1, 1, 1, 1, 1, 1, 1]], dtype=int32)
     """
-    options = {"block_size": block_size, "share_channels": share_channels}
-    return _blocks.drop_block(x, rate, key=rng, channel_axis=channel_axis, **options)
+    return _blocks.drop_block(
+        x,
+        rate,
+        key=rng,
+        block_size=block_size,
+        channel_axis=channel_axis,
+        share_channels=share_channels,
+        gamma_scale=gamma_scale,
+        scale_by_keep=scale_by_keep,
+        with_noise=with_noise,
+    )
 
 
 @naming(key="rng")
@@ -492,7 +507,7 @@ def _as_theirs(
     """`dropout` in the operations of Haiku, where XLA rounds those otherwise than ours."""
 
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        q = keep_prob_of(rate, x.dtype)
+        q = exact_keep_prob(keep_prob_of(rate, x.dtype))
         if isinstance(q, jax.Array):
             # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
             q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)

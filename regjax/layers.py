@@ -15,7 +15,7 @@ from jax.custom_batching import custom_vmap
 
 from regjax._checks import check_integers
 from regjax._keys import check_key, consume, is_threefry, key_words
-from regjax._masks import Sampler, bernoulli
+from regjax._masks import Sampler, bernoulli, exact_keep_prob, realises
 from regjax._threefry import at_most, counter_bits
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from regjax._keys import KeyLike
     from regjax._threefry import Layout
 
-# A larger sum XLA computes on CPU in a kernel of its own. A smaller one it fuses with its terms, and
-# then the order of the additions depends on everything in the loop, the drawing of masks included.
+# On CPUs XLA computes a larger sum in a kernel of its own. It fuses a smaller one with its terms,
+# and then the order of the additions depends on everything in the loop, also on how masks are drawn.
 _LARGEST_FUSED = 4095
 
 
@@ -61,6 +61,7 @@ def wrapped_dims(
     return tuple(sorted({dim % ndim for dim in broadcast_dims}))
 
 
+@realises(exact_keep_prob)
 def _bernoulli(
     key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> Bool[Array, "*shape"]:
@@ -75,6 +76,7 @@ def _bernoulli(
     return bernoulli(key, keep_prob, shape, out_sharding=out_sharding)
 
 
+@realises(exact_keep_prob)
 def compared(
     key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> Bool[Array, "*shape"]:

@@ -79,7 +79,7 @@ class Layer(linen.Module, kw_only=True):
         super().__post_init__()
 
     @linen.nowrap
-    def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
+    def _drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
         """The function behind the layer; `how` holds `key` and `deterministic`."""
         raise NotImplementedError
 
@@ -97,7 +97,7 @@ class Layer(linen.Module, kw_only=True):
         if rng is None and (isinstance(amount, Tracer) or amount not in self.certain):
             rng = self.make_rng(self.rng_collection)
         with naming(x="inputs", weights="inputs", key="rng"):
-            return self.drop(*inputs, amount, key=rng, deterministic=flag)
+            return self._drop(*inputs, amount, key=rng, deterministic=flag)
 
 
 class RateLayer(Layer):
@@ -189,7 +189,7 @@ class Dropout(RateLayer, linen.Dropout):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`."""
         dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
         return dropout(x, rate, broadcast_dims=dims, sampler=as_flax_draws(self.sampler), **how)
@@ -216,7 +216,7 @@ class FeatureDropout(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.feature_dropout`."""
         axis, sampler = self.channel_axis, self.sampler
         return feature_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
@@ -235,7 +235,7 @@ class AlphaDropout(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`."""
         dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
         return alpha_dropout(x, rate, broadcast_dims=dims, sampler=self.sampler, **how)
@@ -254,7 +254,7 @@ class FeatureAlphaDropout(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.feature_alpha_dropout`."""
         axis, sampler = self.channel_axis, self.sampler
         return feature_alpha_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
@@ -285,7 +285,7 @@ class DropPath(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_path`."""
         return drop_path(
             x,
@@ -305,14 +305,20 @@ class DropBlock(RateLayer, kw_only=True):
         block_size: the width of a block.
         channel_axis: the dimension of the channels.
         share_channels: whether all channels drop the same blocks.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
     """
 
     block_size: int = 7
     channel_axis: int = -1
     share_channels: bool = False
+    gamma_scale: float = 1.0
+    scale_by_keep: bool = True
+    with_noise: bool = False
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_block`."""
         return drop_block(
             x,
@@ -320,6 +326,9 @@ class DropBlock(RateLayer, kw_only=True):
             block_size=self.block_size,
             channel_axis=self.channel_axis,
             share_channels=self.share_channels,
+            gamma_scale=self.gamma_scale,
+            scale_by_keep=self.scale_by_keep,
+            with_noise=self.with_noise,
             **how,
         )
 
@@ -337,7 +346,7 @@ class VariationalDropout(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.variational_dropout`."""
         axis, sampler = self.time_axis, self.sampler
         return variational_dropout(x, rate, time_axis=axis, sampler=sampler, **how)
@@ -371,7 +380,7 @@ class DropConnect(RateLayer, kw_only=True):
     sampler: Sampler = bernoulli
 
     @linen.nowrap
-    def drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_connect`."""
         return drop_connect(weights, rate, rule=self.rule, sampler=self.sampler, **how)
 
@@ -413,7 +422,7 @@ class EmbeddingDropout(RateLayer):
         return self._call((inputs, ids), self._rate(rate), deterministic, rng)
 
     @linen.nowrap
-    def drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.embedding_dropout`."""
         return embedding_dropout(x, ids, rate, **how)
 
@@ -431,7 +440,7 @@ class GaussianDropout(RateLayer):
         super().__post_init__()
 
     @linen.nowrap
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_dropout`."""
         return gaussian_dropout(x, rate, **how)
 
@@ -466,6 +475,6 @@ class GaussianNoise(Layer):
         return self._call((inputs,), stddev, deterministic, rng)
 
     @linen.nowrap
-    def drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_noise`."""
         return gaussian_noise(x, stddev, **how)

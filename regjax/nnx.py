@@ -96,7 +96,7 @@ class Layer(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
+    def _drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
         """The function behind the layer; `how` holds `key` and `deterministic`."""
         raise NotImplementedError
 
@@ -121,7 +121,7 @@ class Layer(nnx.Module):
         if isinstance(amount, Tracer) or amount not in self.certain:
             key = self._key(self.rngs if rngs is None else rngs)
         with naming(x="inputs", weights="inputs", key="rngs"):
-            return self.drop(*inputs, amount, key=key, deterministic=flag)
+            return self._drop(*inputs, amount, key=key, deterministic=flag)
 
     def _key(self, rngs: Source | None) -> KeyLike:
         if isinstance(rngs, nnx.Rngs):
@@ -241,7 +241,7 @@ class Dropout(RateLayer, nnx.Dropout):
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`."""
         dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
         return dropout(x, rate, broadcast_dims=dims, sampler=as_flax_draws(self.sampler), **how)
@@ -268,7 +268,7 @@ class FeatureDropout(RateLayer):
     channel_axis: int = -1
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.feature_dropout`."""
         axis, sampler = self.channel_axis, self.sampler
         return feature_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
@@ -287,7 +287,7 @@ class AlphaDropout(RateLayer):
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`."""
         dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
         return alpha_dropout(x, rate, broadcast_dims=dims, sampler=self.sampler, **how)
@@ -306,7 +306,7 @@ class FeatureAlphaDropout(RateLayer):
     channel_axis: int = -1
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.feature_alpha_dropout`."""
         axis, sampler = self.channel_axis, self.sampler
         return feature_alpha_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
@@ -337,7 +337,7 @@ class DropPath(RateLayer):
     scale_by_keep: bool = True
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_path`."""
         return drop_path(
             x,
@@ -358,13 +358,19 @@ class DropBlock(RateLayer):
         block_size: the width of a block.
         channel_axis: the dimension of the channels.
         share_channels: whether all channels drop the same blocks.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
     """
 
     block_size: int = 7
     channel_axis: int = -1
     share_channels: bool = False
+    gamma_scale: float = 1.0
+    scale_by_keep: bool = True
+    with_noise: bool = False
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_block`."""
         return drop_block(
             x,
@@ -372,6 +378,9 @@ class DropBlock(RateLayer):
             block_size=self.block_size,
             channel_axis=self.channel_axis,
             share_channels=self.share_channels,
+            gamma_scale=self.gamma_scale,
+            scale_by_keep=self.scale_by_keep,
+            with_noise=self.with_noise,
             **how,
         )
 
@@ -389,7 +398,7 @@ class VariationalDropout(RateLayer):
     time_axis: int = 1
     sampler: Sampler = bernoulli
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.variational_dropout`."""
         axis, sampler = self.time_axis, self.sampler
         return variational_dropout(x, rate, time_axis=axis, sampler=sampler, **how)
@@ -419,7 +428,7 @@ class DropConnect(RateLayer):
     rule: Rule = "default"
     sampler: Sampler = bernoulli
 
-    def drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.drop_connect`."""
         return drop_connect(weights, rate, rule=self.rule, sampler=self.sampler, **how)
 
@@ -455,7 +464,7 @@ class EmbeddingDropout(RateLayer):
         """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
         return self._call((inputs, ids), self._rate(rate), deterministic, rngs)
 
-    def drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.embedding_dropout`."""
         return embedding_dropout(x, ids, rate, **how)
 
@@ -473,7 +482,7 @@ class GaussianDropout(RateLayer):
         check_noise_rate(self._rate(None))
         super().__post_init__()
 
-    def drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_dropout`."""
         return gaussian_dropout(x, rate, **how)
 
@@ -518,7 +527,7 @@ class GaussianNoise(Layer):
         if stddev is not None:
             self.stddev = _settable(stddev)
 
-    def drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
         """`regjax.gaussian_noise`."""
         return gaussian_noise(x, stddev, **how)
 

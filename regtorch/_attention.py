@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regtorch._checks import check_bool, check_integer, check_number, check_tensor
+from regtorch._checks import check_bool, check_integer, check_number, check_tensor, describe
 from regtorch._dropout import (
     check_flag,
     dropout,
@@ -20,7 +20,7 @@ from regtorch._dropout import (
     real_dtype,
     require_key,
 )
-from regtorch._masks import bernoulli, bernoulli_at, check_probability
+from regtorch._masks import bernoulli, bernoulli_at, check_probability, exact_keep_prob
 from regtorch._observe import observer
 
 
@@ -36,7 +36,7 @@ def dot_product_attention(
     deterministic: bool | Tensor = False,
     broadcast_dropout: bool = False,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     block_size: int | None = None,
 ) -> Tensor:
     """Attention whose weights are dropped in training.
@@ -66,17 +66,18 @@ def dot_product_attention(
         broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
             they are told otherwise. PyTorch draws one for each.
         is_causal: whether query i may look at keys 0 to i only.
-        scale: what the products are multiplied by; without it, `1 / sqrt(depth)`.
+        scale: the number that multiplies the products, `1 / sqrt(depth)` by default. A 0-d tensor
+            multiplies the query instead, so that it can be learned; NaN then gives NaN.
         block_size: how many keys are looked at at a time; without it, all of them.
 
     Returns:
         A tensor of shape (..., queries, heads, features) in the dtype of the tensors.
 
     Raises:
-        TypeError: the tensors are not floating or differ in dtype, `mask` is not boolean, or as
-            `dropout`.
-        ValueError: shapes do not fit, named with the argument; `block_size` is below 1; or as
-            `dropout`. A rate out of range in a tensor gives NaN.
+        TypeError: the tensors are not floating or differ in dtype, `scale` is no number, `mask` is
+            not boolean, or as `dropout`.
+        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size`
+            is below 1; or as `dropout`. A rate out of range in a tensor gives NaN.
 
     PyTorch:
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
@@ -108,8 +109,9 @@ def dot_product_attention(
     draws = not evaluates and not is_number(rate, 1)
     one_key = _require_rng(dropout_rng).to(query.device) if draws else None
     broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
+    query, factor = _scaled(query, scale)
     scores = _Scores(
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else check_number("scale", scale),
+        scale=factor,
         is_causal=check_bool("is_causal", is_causal),
     )
     if block_size is None:
@@ -328,7 +330,7 @@ def _blockwise(
     keep_prob = keep_prob_of(rate, wide)
     result, _ = _Attend.apply(blocks, keep_prob, query, key, value, bias, mask, dropout_rng)
     if dropout_rng is not None:
-        result = result * inverse(keep_prob, wide)
+        result = result * inverse(exact_keep_prob(keep_prob), wide)
     if isinstance(rate, Tensor):
         result = torch.where((rate >= 0) & (rate <= 1), result, math.nan)
     return result.to(value.dtype)
@@ -367,6 +369,25 @@ def _check_arrays(*arrays: Tensor) -> None:
     if len({array.dtype for array in arrays}) > 1:
         dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, arrays, strict=True))
         raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Cast them.")
+
+
+def _scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
+    """Return the query and the number that multiplies its products.
+
+    A tensor multiplies the query, so that gradients flow to it and NaN gives NaN.
+
+    Raises:
+        TypeError: The scale is not a real number.
+        ValueError: The scale is a tensor with dimensions, or an infinite number or NaN.
+    """
+    if scale is None:
+        return query, 1 / math.sqrt(query.shape[-1])
+    if not isinstance(scale, Tensor):
+        return query, check_number("scale", scale)
+    if scale.ndim or not scale.is_floating_point():
+        raise TypeError(f"scale must be a real scalar; got {describe(scale)}.")
+    wide = real_dtype(query.dtype)
+    return (query.to(wide) * scale.to(wide)).to(query.dtype), 1.0
 
 
 def _check_shapes(

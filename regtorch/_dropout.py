@@ -123,7 +123,7 @@ def drawn(
         return x
     if is_number(rate, 1):
         # Not zeros_like: the result stays in the graph, and its gradient is zeros, not an error.
-        dropped = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
+        dropped = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
     else:
         one_key = require_key(key).to(x.device)
         if watching := observer():
@@ -194,7 +194,7 @@ class Settings:
         shift, fill = self.offsets(realised, x.dtype)
         # The sum before the product: no compiler can contract these two to one rounding.
         kept = (x.to(real_dtype(x.dtype)) + shift) * scale
-        return torch.where(keep, kept, fill).to(x.dtype)
+        return torch.where(laid_out(keep, x), kept, fill).to(x.dtype)
 
     def slope(self) -> Settings:
         """Without the offsets."""
@@ -284,7 +284,19 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 def selected(keep: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
     """The elements that are kept, scaled, and zeros."""
     # A selection, not a product: a dropped NaN or infinity must become 0.
-    return _scaled(torch.where(keep, x, 0), scale)
+    return _scaled(torch.where(laid_out(keep, x), x, 0), scale)
+
+
+def laid_out(keep: Tensor, x: Tensor) -> Tensor:
+    """Return a mask with the order of strides of `x`, such as channels last.
+
+    A mask is drawn in row-major order, and the result of `torch.where` has the layout of its mask.
+    """
+    if x.is_contiguous() or 0 in x.stride():  # an expanded dimension has no place in an order
+        return keep
+    order = sorted(range(x.ndim), key=x.stride, reverse=True)
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return keep.permute(order).contiguous().permute(back)
 
 
 def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:

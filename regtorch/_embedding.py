@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regtorch._dropout import check_inexact, drawn, inverse, keep_prob_of, selected
-from regtorch._masks import bernoulli_at
+from regtorch._masks import bernoulli_at, exact_keep_prob
 
 
 def embedding_dropout(
@@ -73,7 +73,8 @@ class _Words:
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Masks and scales as dropout does."""
-        return selected(keep, x, inverse(keep_prob_of(rate, x.dtype), x.dtype))
+        share = exact_keep_prob(keep_prob_of(rate, x.dtype))
+        return selected(keep, x, inverse(share, x.dtype))
 
     def slope(self) -> _Words:
         """The same: linear as it is."""

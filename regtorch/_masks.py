@@ -24,6 +24,7 @@ _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.ra
 # A subnormal probability counts as 0: some devices flush it, others do not, and the mask must not
 # depend on which it runs on.
 _SMALLEST = torch.finfo(torch.float32).smallest_normal
+_TINY = 2.0**-12  # below it, the share that is kept may differ from the request
 
 _REALISED = "realised_keep_prob"
 _S = TypeVar("_S")
@@ -37,6 +38,45 @@ class Sampler(Protocol):
         ...
 
 
+def realised_keep_prob(sampler: Sampler, keep_prob: float | Tensor) -> float | Tensor:
+    """What share a sampler keeps when asked for `keep_prob`: what the kept elements are divided by.
+
+    A sampler that rounds says so with `realises`.
+    """
+    options = {}
+    if isinstance(sampler, functools.partial):
+        sampler, options = sampler.func, sampler.keywords
+    realise = getattr(sampler, _REALISED, None)
+    return realise(keep_prob, **options) if realise else keep_prob
+
+
+def realises(realise: Callable[..., Any]) -> Callable[[_S], _S]:
+    """Marks a sampler that rounds: `realise(keep_prob, **options)` is what it really keeps.
+
+    The options are those that a `functools.partial` gave the sampler.
+    """
+
+    def mark(sampler: _S) -> _S:
+        vars(sampler)[_REALISED] = realise
+        return sampler
+
+    return mark
+
+
+def exact_keep_prob(keep_prob: float | Tensor, **_: Any) -> float | Tensor:
+    """Return the share that `bernoulli` keeps, where it is over 2**-11 of `keep_prob` away from it.
+
+    A mask keeps a whole number of 2**-23. For ordinary probabilities the difference is rounding,
+    and `keep_prob` itself is what other libraries divide by. The share of a tiny one can be many
+    times the request: 2**-23 for 1e-10.
+    """
+    if isinstance(keep_prob, Tensor):
+        share = _threshold(keep_prob).to(keep_prob.dtype) * 2.0**-_MANTISSA
+        return torch.where(keep_prob < _TINY, share, keep_prob)
+    return _threshold(keep_prob) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
+
+
+@realises(exact_keep_prob)
 def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
     """Draws a keep mask: each element is True with probability `keep_prob`, independently.
 
@@ -98,31 +138,6 @@ def _threshold(keep_prob: float | Tensor) -> int | Tensor:
         return torch.where(probability >= _SMALLEST, scaled, 0.0).to(torch.int32)
     probability = torch.tensor(keep_prob, dtype=torch.float32).item()
     return math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0
-
-
-def realised_keep_prob(sampler: Sampler, keep_prob: float | Tensor) -> float | Tensor:
-    """What share a sampler keeps when asked for `keep_prob`: what the kept elements are divided by.
-
-    A sampler that rounds says so with `realises`.
-    """
-    options = {}
-    if isinstance(sampler, functools.partial):
-        sampler, options = sampler.func, sampler.keywords
-    realise = getattr(sampler, _REALISED, None)
-    return realise(keep_prob, **options) if realise else keep_prob
-
-
-def realises(realise: Callable[..., Any]) -> Callable[[_S], _S]:
-    """Marks a sampler that rounds: `realise(keep_prob, **options)` is what it really keeps.
-
-    The options are those that a `functools.partial` gave the sampler.
-    """
-
-    def mark(sampler: _S) -> _S:
-        vars(sampler)[_REALISED] = realise
-        return sampler
-
-    return mark
 
 
 def check_probability(name: str, value: float | Tensor) -> float | Tensor:

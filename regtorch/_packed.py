@@ -14,7 +14,7 @@ from torch import Tensor
 from regtorch._checks import check_integer, check_shape
 from regtorch._keys import key_words
 from regtorch._masks import check_probability, realises
-from regtorch._threefry import Words, counter_bits, shift_right, threefry2x32
+from regtorch._threefry import Words, check_size, counter_bits, shift_right, threefry2x32
 
 _LANES = 32
 _SMALLEST_PACKED = 2**12
@@ -71,6 +71,7 @@ def packed_bernoulli(
     bits = _check_bits(bits)
     threshold = _threshold(check_probability("keep_prob", keep_prob), bits)
     words, shape = key_words(key), check_shape("shape", shape)
+    check_size(shape, key.device)
     axis = packed_axis(shape)
     if axis is None:
         return _below(shift_right(counter_bits(words, shape), 32 - bits), threshold, bits)

@@ -92,11 +92,26 @@ def in_pieces(
     PyTorch runs operation by operation, and threefry has a hundred: piece by piece, what lies
     between them stays in the cache and takes no memory to speak of. A compiler fuses them anyway.
     """
+    check_size(shape, device)
     size, piece = math.prod(shape), _PIECE if device.type == "cpu" else _PIECE_ON_DEVICE
     if size <= piece or torch.compiler.is_compiling():
         return make(0, size).reshape(tuple(shape))
     starts = range(0, size, piece)
     return torch.cat([make(i, min(i + piece, size)) for i in starts]).reshape(tuple(shape))
+
+
+def check_size(shape: Sequence[int], device: torch.device) -> None:
+    """Refuse a shape for which there is no memory before anything is drawn.
+
+    Raises:
+        ValueError: No tensor can have so many elements.
+        RuntimeError: PyTorch's own error, with the number of bytes.
+    """
+    size = math.prod(shape)
+    if size >= 2**63:
+        raise ValueError(f"shape must have fewer than 2**63 elements; got {tuple(shape)}.")
+    if size > _LONGEST:
+        torch.empty(size, dtype=torch.bool, device=device)
 
 
 def range_bits(key: Words, start: int, stop: int) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from regtorch import nn as layers
+from regtorch._alpha import alpha_dropout, feature_alpha_dropout
 from regtorch._dropout import dropout
+from regtorch._features import feature_dropout
 from regtorch._keys import site_words
 
 
@@ -88,52 +90,78 @@ class Keyed(nn.Module):
 
 
 class _KeyedDropout(Keyed):
-    twin: ClassVar[type[Any]]
+    twin_function: ClassVar[Callable[..., Tensor]]
     p: float
     inplace: bool
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name
         if not self.training or self.p == 0:
             return super().forward(input)
-        key = self.sites[0].key(input.device)
-        y = self.twin.drop(input, self.p, key=key, deterministic=False)
+        y = self._drop(input)
         return input.copy_(y) if self.inplace else y
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return self.twin_function(x, self.p, key=self.sites[0].key(x.device))
+
+
+class _KeyedFeatureDropout(_KeyedDropout):
+    """Dropout of whole channels, of every shape that PyTorch's own layer accepts."""
+
+    original: ClassVar[Callable[..., Tensor]]
+    twin_function = staticmethod(feature_dropout)
+    # The number of dimensions of a batch where other inputs have none; 0 where all have one.
+    batched_ndim: ClassVar[int] = 0
+
+    def _drop(self, x: Tensor) -> Tensor:
+        self.original(x, self.p, training=False)  # for PyTorch's warnings and errors about a shape
+        channel_axis = 1 if self.batched_ndim in (0, x.ndim) else 0
+        if x.ndim <= channel_axis:
+            raise RuntimeError(
+                f"input must have at least {channel_axis + 1} dimensions for "
+                f"{ORIGINAL[type(self)].__name__}; got shape {tuple(x.shape)}. Use Dropout for "
+                "elements."
+            )
+        key = self.sites[0].key(x.device)
+        return self.twin_function(x, self.p, key=key, channel_axis=channel_axis)
 
 
 class KeyedDropout(_KeyedDropout, nn.Dropout):
     """`torch.nn.Dropout` at a site."""
 
-    twin = layers.Dropout
+    twin_function = staticmethod(dropout)
 
 
-class KeyedDropout1d(_KeyedDropout, nn.Dropout1d):
+class KeyedDropout1d(_KeyedFeatureDropout, nn.Dropout1d):
     """`torch.nn.Dropout1d` at a site."""
 
-    twin = layers.Dropout1d
+    original = staticmethod(F.dropout1d)
+    batched_ndim = 3
 
 
-class KeyedDropout2d(_KeyedDropout, nn.Dropout2d):
+class KeyedDropout2d(_KeyedFeatureDropout, nn.Dropout2d):
     """`torch.nn.Dropout2d` at a site."""
 
-    twin = layers.Dropout2d
+    original = staticmethod(F.dropout2d)
 
 
-class KeyedDropout3d(_KeyedDropout, nn.Dropout3d):
+class KeyedDropout3d(_KeyedFeatureDropout, nn.Dropout3d):
     """`torch.nn.Dropout3d` at a site."""
 
-    twin = layers.Dropout3d
+    original = staticmethod(F.dropout3d)
+    batched_ndim = 5
 
 
 class KeyedAlphaDropout(_KeyedDropout, nn.AlphaDropout):
     """`torch.nn.AlphaDropout` at a site."""
 
-    twin = layers.AlphaDropout
+    twin_function = staticmethod(alpha_dropout)
 
 
-class KeyedFeatureAlphaDropout(_KeyedDropout, nn.FeatureAlphaDropout):
+class KeyedFeatureAlphaDropout(_KeyedFeatureDropout, nn.FeatureAlphaDropout):
     """`torch.nn.FeatureAlphaDropout` at a site."""
 
-    twin = layers.FeatureAlphaDropout
+    original = staticmethod(F.feature_alpha_dropout)
+    twin_function = staticmethod(feature_alpha_dropout)
 
 
 class KeyedMultiheadAttention(Keyed, nn.MultiheadAttention):

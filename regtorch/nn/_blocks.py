@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from regtorch._blocks import check_block_size, drop_block
+from regtorch._blocks import check_block_size, check_gamma_scale, drop_block
 from regtorch._checks import check_bool, check_tensor
 from regtorch.nn._layer import Layer
 
@@ -19,6 +19,9 @@ class BlockLayer(Layer):
         rate: about the share of elements that are zeroed; `p` in torchvision.
         block_size: how many elements a block has along each spatial dimension.
         share_channels: whether all channels of a row have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
         generator: where a call without a key draws one from.
     """
 
@@ -30,11 +33,17 @@ class BlockLayer(Layer):
         block_size: int = 7,
         *,
         share_channels: bool = False,
+        gamma_scale: float = 1.0,
+        scale_by_keep: bool = True,
+        with_noise: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(rate, generator=generator)
         self.block_size = check_block_size(block_size)
         self.share_channels = check_bool("share_channels", share_channels)
+        self.gamma_scale = check_gamma_scale(gamma_scale)
+        self.scale_by_keep = check_bool("scale_by_keep", scale_by_keep)
+        self.with_noise = check_bool("with_noise", with_noise)
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
@@ -47,13 +56,25 @@ class BlockLayer(Layer):
         return drop_block(x, rate, **options)
 
     def options(self) -> dict[str, Any]:
-        """The shape of the blocks."""
-        return {"block_size": self.block_size, "share_channels": self.share_channels}
+        """The shape of the blocks, and what becomes of them and of the rest."""
+        return {
+            "block_size": self.block_size,
+            "share_channels": self.share_channels,
+            "gamma_scale": self.gamma_scale,
+            "scale_by_keep": self.scale_by_keep,
+            "with_noise": self.with_noise,
+        }
 
     def extra_repr(self) -> str:
         """What stands between the parentheses of the printed module."""
-        shared = ", share_channels=True" if self.share_channels else ""
-        return f"{super().extra_repr()}, block_size={self.block_size}{shared}"
+        shown = {"share_channels": False, "gamma_scale": 1.0, "scale_by_keep": True}
+        shown |= {"with_noise": False}
+        others = [
+            f", {name}={getattr(self, name)}"
+            for name in shown
+            if getattr(self, name) != shown[name]
+        ]
+        return f"{super().extra_repr()}, block_size={self.block_size}{''.join(others)}"
 
 
 class DropBlock1d(BlockLayer):
@@ -65,6 +86,9 @@ class DropBlock1d(BlockLayer):
         rate: about the share of elements that are zeroed.
         block_size: how many elements a block has.
         share_channels: whether all channels of a row have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
         generator: where a call without a key draws one from.
 
     Raises:
@@ -90,6 +114,9 @@ class DropBlock2d(BlockLayer):
         rate: about the share of elements that are zeroed; `p` in torchvision.
         block_size: how many elements a block has along each spatial dimension.
         share_channels: whether all channels of a row have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
         generator: where a call without a key draws one from.
 
     Raises:
@@ -120,6 +147,9 @@ class DropBlock3d(BlockLayer):
         rate: about the share of elements that are zeroed; `p` in torchvision.
         block_size: how many elements a block has along each spatial dimension.
         share_channels: whether all channels of a row have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+        with_noise: whether dropped elements become normal variates, not 0.
         generator: where a call without a key draws one from.
 
     Raises:

@@ -15,7 +15,11 @@ FAMILY = {  # settings, inputs, the function behind the layer
     "AlphaDropout": ({"broadcast_dims": (1,)}, (X,), regjax.alpha_dropout),
     "FeatureAlphaDropout": ({"channel_axis": 1}, (IMAGES,), regjax.feature_alpha_dropout),
     "DropPath": ({"mode": "row", "scale_by_keep": False}, (X,), regjax.drop_path),
-    "DropBlock": ({"block_size": 3, "share_channels": True}, (IMAGES,), regjax.drop_block),
+    "DropBlock": (
+        {"block_size": 3, "share_channels": True, "gamma_scale": 2.0, "with_noise": True},
+        (IMAGES,),
+        regjax.drop_block,
+    ),
     "VariationalDropout": ({"time_axis": 0}, (X,), regjax.variational_dropout),
     "DropConnect": ({"rule": "**"}, ({"a": X, "b": X},), regjax.drop_connect),
     "EmbeddingDropout": ({}, (X, IDS), regjax.embedding_dropout),

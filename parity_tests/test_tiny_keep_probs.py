@@ -1,0 +1,89 @@
+"""Keep probabilities near the resolution of a mask, 2**-23: the mean stays right in both packages."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+
+from parity_tests.wings import JAX, WINGS, Wing
+from regjax import equinox, haiku, linen, nnx
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+LUCKY = 780_233  # element 0 of this key is below every threshold, element 1 is not
+RATES = [1 - 1e-10, 1 - 1.5 * 2**-23, 1 - 1e-5, 0.9999, 0.9]
+
+
+def attend(library, block_size):
+    """Two rows, each of which attends to one key."""
+
+    def call(x, rate, key):
+        query = x.reshape(2, 1, 1, 2)
+        options = {"dropout_rng": key, "dropout_rate": rate, "block_size": block_size}
+        return library.dot_product_attention(query, query, query, **options)[:, 0, 0, 0]
+
+    return call
+
+
+def family(wing: Wing):
+    """Functions of x, of shape (2, 2), whose two results depend on elements 0 and 1 of the mask."""
+    library, ids = wing.library, wing.array(np.arange(2))
+    shared = {"broadcast_dims": (1,)}
+    return {
+        "dropout": lambda x, rate, key: library.dropout(x, rate, key=key, **shared)[:, 0],
+        "variational": lambda x, rate, key: library.variational_dropout(x, rate, key=key)[:, 0],
+        "drop_path": lambda x, rate, key: library.drop_path(x, rate, key=key)[:, 0],
+        "feature": lambda x, rate, key: library.feature_dropout(x, rate, key=key)[0],
+        "drop_connect": lambda x, rate, key: library.drop_connect(x, rate, key=key)[0],
+        "alpha": lambda x, rate, key: library.alpha_dropout(x, rate, key=key, **shared)[:, 0],
+        "feature_alpha": lambda x, rate, key: library.feature_alpha_dropout(x, rate, key=key)[0],
+        "embedding": lambda x, rate, key: library.embedding_dropout(x, ids, rate, key=key)[:, 0],
+        "attention": attend(library, None),
+        "attention-blockwise": attend(library, 1),
+    }
+
+
+LAYERS = {
+    "linen": lambda x, rate, key: linen.Dropout(0.0, deterministic=False).apply(
+        {}, x, rng=key, rate=rate
+    )[0],
+    "nnx": lambda x, rate, key: nnx.Dropout(0.0)(x, rngs=key, rate=rate)[0],
+    "equinox": lambda x, rate, key: equinox.Dropout(rate)(x, key=key)[0],
+    "haiku": lambda x, rate, key: haiku.dropout(key, rate, x)[0],
+}
+CASES = [(wing, *each) for wing in WINGS for each in family(wing).items()]
+CASES += [(JAX, *each) for each in LAYERS.items()]
+IDS = [f"{wing}-{name}" for wing, name, _ in CASES]
+
+
+@pytest.mark.parametrize(("wing", "name", "function"), CASES, ids=IDS)
+def test_the_mean_is_that_of_the_input(wing: Wing, name, function):
+    """Element 0 is kept, element 1 is not: weighed by their probabilities they give the mean."""
+    value = 0.0 if "alpha" in name else 1.0  # the mean that alpha dropout preserves
+    x = wing.array(np.full((2, 2), value, np.float32))
+    at_number = functools.partial(function, x, key=wing.key(LUCKY))
+    at_tracer = wing.traced(at_number)
+    for drop, rate in [(at_number, r) for r in RATES] + [(at_tracer, np.float32(r)) for r in RATES]:
+        p = math.ceil(float(np.float32(1 - rate)) * 2**23) / 2**23
+        kept, dropped = (float(each) for each in drop(rate))
+        assert (kept != dropped) == (p > 0)
+        mean = p * kept + (1 - p) * dropped if p else value  # nothing is kept at a rate of 1
+        assert mean == pytest.approx(value, rel=2**-10, abs=2**-10)
+
+
+@both_wings
+def test_ordinary_scales_are_the_inverse_of_the_keep_probability(wing: Wing):
+    for rate in (0.1, 0.5, 0.999, 1 - 2**-12):
+        y = wing.dropout(np.ones(1, np.float32), rate, seed=LUCKY)
+        assert y[0] == np.float32(1) / np.float32(1 - rate)
+
+
+@both_wings
+def test_a_subnormal_probability_keeps_nothing_and_the_smallest_normal_one_does(wing: Wing):
+    smallest = np.finfo(np.float32).smallest_normal
+    for keep_prob, is_kept in ((smallest, True), (np.nextafter(smallest, np.float32(0)), False)):
+        draw = lambda p: wing.library.bernoulli(wing.key(LUCKY), p, (1,))
+        assert wing.numpy(draw(float(keep_prob))).item() is is_kept
+        assert wing.numpy(wing.traced(draw)(keep_prob)).item() is is_kept
