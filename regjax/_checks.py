@@ -132,14 +132,14 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def check_string(name: str, value: Any) -> str:
-    """Return a string.
+def check_string(name: str, value: Any, wanted: str = "a string") -> str:
+    """Return a string; `wanted` describes it for the message.
 
     Raises:
         TypeError: `value` is not a string.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string; got {describe(value)}.")
+        raise TypeError(f"{name} must be {wanted}; got {describe(value)}.")
     return value
 
 
