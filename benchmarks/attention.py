@@ -24,6 +24,7 @@ import regjax
 from benchmarks import cli
 from benchmarks.race import WORK, Result, environment, race, save
 from benchmarks.report import draw
+from parity_tests.output import write_atomically
 
 BASE = "no dropout"
 WHOLE = "regjax"
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **settings,
     )
     text = markdown(rows, **settings)
-    stem.with_suffix(".md").write_text(text)
+    write_atomically(stem.with_suffix(".md"), text)
     draw(
         stem.with_suffix(".png"),
         panels(rows),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-OUT = Path("outputs/benchmarks")
+from parity_tests import output
+
+OUT = "outputs/benchmarks"
 
 
 def parser(name: str, about: str | None, *, rounds: int) -> argparse.ArgumentParser:
@@ -16,11 +17,7 @@ def parser(name: str, about: str | None, *, rounds: int) -> argparse.ArgumentPar
         about: its docstring.
         rounds: how many times each candidate runs unless told otherwise.
     """
-    made = argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = output.Parser(f"python -m benchmarks.{name}", about)
     made.add_argument(
         "--rounds",
         type=whole,
@@ -29,9 +26,7 @@ def parser(name: str, about: str | None, *, rounds: int) -> argparse.ArgumentPar
         help="runs of each (default: %(default)s)",
     )
     made.add_argument("--quick", action="store_true", help="small and few, to see that it runs")
-    made.add_argument(
-        "--out", type=Path, default=OUT, metavar="DIR", help="folder (default: %(default)s)"
-    )
+    made.add_out(OUT, "table, times and picture")
     return made
 
 

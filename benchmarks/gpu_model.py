@@ -17,10 +17,10 @@ import os
 import re
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
-from pathlib import Path
 from typing import Any
 
 from benchmarks import modelled
+from parity_tests import output
 
 # The host computes on its CPU; the plug-in only compiles, and would look for a GPU otherwise.
 PLATFORMS = "cpu"
@@ -84,14 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = output.Parser("python -m benchmarks.gpu_model", __doc__)
     parser.add_argument(
         "--gpus", type=int, default=4, metavar="N", help="GPUs of one host (default: %(default)s)"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/benchmarks"), help="folder (default: %(default)s)"
-    )
+    parser.add_out("outputs/benchmarks", "table, JSON and picture")
     return parser
 
 

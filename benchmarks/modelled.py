@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parity_tests.output import replacing, write_atomically
+
 if TYPE_CHECKING:
     import jax
     from matplotlib.axes import Axes
@@ -253,12 +255,11 @@ def save(
         note: what a reader of the table must know besides.
         steps: training steps, for a table of their own.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
     parts = [markdown(rows, unit), steps and markdown_of_steps(steps), note and f"{note}\n"]
     text = "\n".join(part for part in parts if part)
     record = {"programs": [asdict(row) for row in rows], "steps": [asdict(step) for step in steps]}
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text)
+    write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_atomically(stem.with_suffix(".md"), text)
     draw(stem.with_suffix(".png"), rows, unit)
     return text
 
@@ -323,8 +324,8 @@ def draw(path: Path, rows: Sequence[Row], unit: str) -> None:
         axes.set_xlabel(f"{unit} over a copy of the array: compiler model, not timed")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def _draw_kind(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ import regjax
 from benchmarks import cli
 from benchmarks.race import Result, environment, race, save
 from benchmarks.report import draw
+from parity_tests.output import write_atomically
 from regjax import optim
 
 OURS, PEER = "regjax", "optax"
@@ -166,7 +167,7 @@ def _settings(leaves: int) -> dict[str, Any]:
 def _show(stem: Path, rows: Sequence[Row], leaves: int, console: Console) -> None:
     """Writes the table as Markdown and the ratios as a picture."""
     text = markdown(rows, leaves)
-    stem.with_suffix(".md").write_text(text)
+    write_atomically(stem.with_suffix(".md"), text)
     raced = [row for row in rows if len(row.update.seconds) > 1]
     if raced:
         panels = [

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from parity_tests.output import write_atomically
+
 # By whether the gradient is made too.
 WORK = {False: "forward", True: "forward + backward"}
 PACKAGES = ("jax", "flax", "equinox", "dm-haiku", "keras", "torch", "numpy")
@@ -115,5 +117,4 @@ def save(path: Path, results: Iterable[Result], **extra: object) -> None:
         ],
         **extra,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_atomically(path, json.dumps(record, indent=1) + "\n")

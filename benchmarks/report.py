@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.race import Result, save
+from parity_tests.output import replacing, write_atomically
 
 Panels = Sequence[tuple[str, Mapping[str, float]]]
 
@@ -39,7 +40,7 @@ def publish(
         console: where to print.
     """
     save(stem.with_suffix(".json"), results)
-    stem.with_suffix(".md").write_text(text)
+    write_atomically(stem.with_suffix(".md"), text)
     draw(stem.with_suffix(".png"), panels, unit=unit, own=own, digits=digits)
     console.print(text, soft_wrap=True, markup=False)
     console.print(f"Table, times and picture: {stem}.{{md,json,png}}", soft_wrap=True)
@@ -68,5 +69,5 @@ def draw(path: Path, panels: Panels, *, unit: str, own: Collection[str], digits:
         axes.axvline(0, color="#333333", linewidth=1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -17,10 +17,10 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import modelled
+from parity_tests import output
 
 LIBTPU = {
     "JAX_PLATFORMS": "cpu",  # the host computes on its CPU; libtpu only compiles
@@ -56,14 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu_model", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = output.Parser("python -m benchmarks.tpu_model", __doc__)
     parser.add_argument(
         "--chips", nargs="+", default=CHIPS, metavar="KIND:GRID", help=f"default: {' '.join(CHIPS)}"
     )
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs/benchmarks"), help="folder (default: %(default)s)"
-    )
+    parser.add_out("outputs/benchmarks", "table, JSON and picture")
     return parser
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,7 @@ from sklearn.datasets import load_digits
 
 import regjax
 import regtorch
+from parity_tests import output
 from parity_tests.harness import JaxSide, Leaf, TorchSide, compare_training, tensors
 from regjax import interop
 
@@ -171,11 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.port_from_torch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = output.Parser("python -m examples.port_from_torch", __doc__)
     parser.add_argument(
         "--steps",
         type=int,
@@ -186,9 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = "; ".join(f"{name}: {about}" for name, about in MISTAKES.items())
     parser.add_argument("--mistake", choices=MISTAKES, default="none", metavar="NAME", help=what)
-    parser.add_argument(
-        "--out", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs"
-    )
+    parser.add_out("outputs", "the picture")
     return parser
 
 

@@ -15,13 +15,12 @@ import importlib.util
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from parity_tests import report
+from parity_tests import output, report
 from parity_tests.checks import Check, all_checks
 from parity_tests.report import Entry
 
@@ -55,11 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m parity_tests",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = output.Parser("python -m parity_tests", __doc__)
     parser.add_argument("--quick", action="store_true", help="fewer draws and steps")
     parser.add_argument("--list", action="store_true", help="name the checks and stop")
     parser.add_argument(
@@ -69,13 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="checks by name, or by how the name begins",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("outputs/parity"),
-        metavar="DIR",
-        help="folder for JSON and HTML (default: %(default)s)",
-    )
+    parser.add_out("outputs/parity", "JSON and HTML")
     return parser
 
 

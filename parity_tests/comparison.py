@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity_tests.compare import Tier
+from parity_tests.output import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,8 +96,10 @@ class Comparison:
 
     def plot(self, path: str | Path) -> None:
         """Draws losses of both sides, and the deviations over the steps with the tier's bound."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.figure().savefig(path, dpi=110)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            self.figure().savefig(temporary, format=path.suffix[1:] or None, dpi=110)
 
     def figure(self) -> Figure:
         """What `plot` saves."""

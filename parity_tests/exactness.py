@@ -34,6 +34,7 @@ from parity_tests import optimizers, report
 from parity_tests.compare import FLOAT64, deviation
 from parity_tests.optimizers.case import Case
 from parity_tests.optimizers.horizons import horizon
+from parity_tests.output import Parser, write_atomically
 from parity_tests.perceptron import SHAPES, recorded, training
 from parity_tests.trajectories import LARGE, Problem, Run, synthetic, walk_jax, walk_torch
 
@@ -284,14 +285,13 @@ def _cell(finding: Finding) -> str:
 
 def write(folder: Path, findings: Sequence[Finding]) -> list[Path]:
     """Write `exactness.md` and `exactness.json`; returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "exactness.md", folder / "exactness.json"]
-    paths[0].write_text(as_markdown(findings))
+    write_atomically(paths[0], as_markdown(findings))
     record = {
         "versions": report.versions(),
         "findings": [{**asdict(finding), "broken": finding.broken} for finding in findings],
     }
-    paths[1].write_text(json.dumps(record, indent=1) + "\n")
+    write_atomically(paths[1], json.dumps(record, indent=1) + "\n")
     return paths
 
 
@@ -329,11 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m parity_tests.exactness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m parity_tests.exactness", __doc__)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} steps")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     parser.add_argument(
@@ -343,13 +339,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="cases by name, or by how the name begins",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("outputs/exactness"),
-        metavar="FOLDER",
-        help="folder for Markdown and JSON (default: %(default)s)",
-    )
+    parser.add_out("outputs/exactness", "Markdown and JSON")
     return parser
 
 

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from parity_tests.checks import Check, Outcome
+from parity_tests.output import write_atomically
 
 PACKAGES = ("regjax", "jax", "jaxlib", "optax", "torch", "flax", "equinox", "dm-haiku", "numpy")
 
@@ -200,13 +201,12 @@ def _plots(series: Mapping[str, Sequence[float]]) -> str:
 
 def write(folder: Path, entries: Sequence[Entry]) -> list[Path]:
     """Writes `parity.json` and, where matplotlib is installed, `parity.html`; returns the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "parity.json"]
-    paths[0].write_text(as_json(entries))
+    write_atomically(paths[0], as_json(entries))
     try:
         page = as_html(entries)
     except ImportError:
         return paths
     paths.append(folder / "parity.html")
-    paths[1].write_text(page)
+    write_atomically(paths[1], page)
     return paths

@@ -225,7 +225,7 @@ CORNERS = [
     ({"samples": 0}, ValueError, "samples must be at least 1; got 0"),
     ({"samples": True}, TypeError, "samples must be an integer; got True"),
     ({"samples": 1.5}, TypeError, "samples must be an integer"),
-    ({"outputs": "softmax"}, ValueError, "outputs must say what predict returns"),
+    ({"outputs": "softmax"}, ValueError, 'outputs must be "logits", "probabilities" or "values"'),
     ({"outputs": "probabilities"}, ValueError, "sum to 1 along class_axis=-1"),
     ({"outputs": "logits", "class_axis": 2}, ValueError, "class_axis must be a dimension"),
     ({"outputs": "logits", "class_axis": 1}, ValueError, "at least two classes"),

@@ -114,7 +114,7 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
         >>> [regjax.dropout(x, 0.5, key=key).tolist() for key in at_step]
         [[0.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]]
     """
-    check_string("site", site)
+    check_string("site", site, "a string that names the place")
     typed = _is_typed(check_key(root, "root"))
     at_step = _step_words(step)
     words = _site_words(root, site_hash(site), at_step)

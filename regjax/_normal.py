@@ -92,9 +92,10 @@ def _normal(
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype:
-    dtype = check_floating_dtype("dtype", dtype)
+    wanted = "float16, bfloat16, float32 or float64"
+    dtype = check_floating_dtype("dtype", dtype, wanted)
     if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
-        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype}.")
+        raise TypeError(f"dtype must be {wanted}; got {dtype}.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
             'dtype float64 needs double precision: jax.config.update("jax_enable_x64", True).'

@@ -46,7 +46,7 @@ from jax.core import Tracer
 
 from regjax._alpha import alpha_dropout
 from regjax._blocks import drop_block
-from regjax._checks import check_array, check_settings
+from regjax._checks import check_array, check_settings, naming
 from regjax._depth import drop_path
 from regjax._dropout import (
     check_axis,
@@ -111,7 +111,7 @@ class Layer(eqx.Module):
                 f"key is missing: {name} in training needs one. Pass key=jax.random.key(seed), or "
                 "evaluate with equinox.nn.inference_mode(model)."
             )
-        with jax.named_scope(f"regjax.equinox.{name}"):
+        with jax.named_scope(f"regjax.equinox.{name}"), naming(weights="x"):
             return self._drop(*inputs, amount, key=key, deterministic=flag)
 
 

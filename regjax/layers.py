@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from regjax._threefry import Layout
 
 # On CPUs XLA computes a larger sum in a kernel of its own. It fuses a smaller one with its terms,
-# and then the order of the additions depends on everything in the loop, also on how masks are drawn.
+# and then the order of the additions depends on the whole loop, the drawing of masks included.
 _LARGEST_FUSED = 4095
 
 

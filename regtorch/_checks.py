@@ -22,12 +22,12 @@ def describe(value: object) -> str:
     """Describe a wrong value in a few words: a tensor by dtype and shape, not by its numbers."""
     if isinstance(value, Tensor):
         return f"a tensor of dtype {value.dtype} and shape {tuple(value.shape)}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_integer(
-    name: str, value: Any, minimum: int | None = None, maximum: int | None = None, fix: str = ""
+    name: str, value: Any, minimum: int | None = None, maximum: int | None = None
 ) -> int:
     """Return an integer as a Python int.
 
@@ -36,25 +36,22 @@ def check_integer(
         value: A Python or NumPy integer, or a 0-d tensor of an integer type; not a bool.
         minimum: The smallest value allowed.
         maximum: The largest value allowed.
-        fix: What to pass instead, as a sentence.
 
     Raises:
         TypeError: `value` is not an integer.
         ValueError: `value` is out of range.
     """
-    advice = f" {fix}" if fix else ""
     if type(value) is not int:
         try:
             if _is_bool(value) or getattr(value, "ndim", 0):
                 raise TypeError
             value = operator.index(value)
         except TypeError:
-            raise TypeError(f"{name} must be an integer; got {describe(value)}.{advice}") from None
-    if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-        allowed = (
-            f"lie in [{minimum}, {maximum}]" if maximum is not None else f"be at least {minimum}"
-        )
-        raise ValueError(f"{name} must {allowed}; got {value}.{advice}")
+            raise TypeError(f"{name} must be an integer; got {describe(value)}.") from None
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}; got {value}.")
     return value
 
 
@@ -132,14 +129,14 @@ def check_strings(name: str, value: Any) -> list[str]:
     return list(value)
 
 
-def check_string(name: str, value: Any) -> str:
-    """Return a string.
+def check_string(name: str, value: Any, wanted: str = "a string") -> str:
+    """Return a string; `wanted` describes it for the message.
 
     Raises:
         TypeError: `value` is not a string.
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string; got {describe(value)}.")
+        raise TypeError(f"{name} must be {wanted}; got {describe(value)}.")
     return value
 
 

@@ -147,7 +147,7 @@ def site_key(root: Tensor, step: int, site: str) -> Tensor:
         tensor([ 944907536, 2436547292], dtype=torch.uint32)
     """
     root, step = check_key(root, "root"), check_step(step)
-    check_string("site", site)
+    check_string("site", site, "a string that names the place")
     words = _host_words(root)
     if words:
         return torch.tensor(site_words(words, step, site), dtype=torch.uint32)

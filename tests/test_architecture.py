@@ -141,6 +141,16 @@ def test_the_core_files_have_the_same_names_in_both_wings():
     assert private[0] == private[1]
 
 
+@pytest.mark.parametrize("wing", WINGS)
+def test_arguments_are_checked_in_one_place(wing):
+    """An error of `operator.index` does not name the argument that is wrong."""
+    sources = {name: source_of(wing, name) for name in files(wing)}
+    users = [
+        n for n, s in sources.items() if "operator.index" in s or "operator.index" in imports(s)
+    ]
+    assert users == ["_checks"]
+
+
 def test_climbing_is_seen():
     """The test of the test."""
     assert climbing("regjax", "_keys", "from regjax._masks import bernoulli") == {"_masks"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from examples.overfit.settings import FRAMEWORKS, LARGEST_TRAIN_SIZE, OPTIMIZERS, Settings
+from parity_tests import output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -74,13 +74,7 @@ def parse(argv: Sequence[str]) -> tuple[Settings, tuple[str, ...], Path]:
             f"'{options.batch_size}'"
         )
     frameworks = FRAMEWORKS if options.framework == "both" else (options.framework,)
-    try:
-        prepare_folder(options.out)
-    except OSError as error:
-        parser.error(
-            f"argument --out: must be a folder that can be written; got {str(options.out)!r} "
-            f"({error.strerror})"
-        )
+    output.prepare(parser, options.out)
     try:
         require(*(p for f in frameworks for p in _PACKAGES[f]), "sklearn", "matplotlib", "rich")
     except ImportError as error:
@@ -140,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=_folder,
+        type=output.folder,
         metavar="FOLDER",
         default=Path("outputs/overfit"),
         help="where curves, table and pictures go (default: %(default)s)",
@@ -176,12 +170,6 @@ def _number(allowed: str, accept: Callable[[float], bool]) -> Callable[[str], fl
     return convert
 
 
-def _folder(text: str) -> Path:
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"must name a folder; got {text!r}")
-    return Path(text)
-
-
 def _with_negative_values_attached(argv: Iterable[str]) -> list[str]:
     """Writes `--rate -inf` as `--rate=-inf`, or argparse would take the value for an option."""
     joined: list[str] = []
@@ -199,17 +187,6 @@ def _negative(text: str) -> bool:
     except ValueError:
         return False
     return text.startswith("-")
-
-
-def prepare_folder(folder: Path) -> None:
-    """Makes the folder, and writes into it for a try: permissions alone do not say it all.
-
-    Raises:
-        OSError: It cannot be made or written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def require(*packages: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import groupby
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples.overfit.curves import largest_difference
 from examples.overfit.settings import FRAMEWORK_LABELS
+from parity_tests.output import write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -92,16 +92,6 @@ def versions(frameworks: Iterable[str]) -> dict[str, str]:
     for framework in frameworks:
         names += _DISTRIBUTIONS[framework]
     return {"python": python_version()} | {name: version(name) for name in names}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside the file first, then puts it in its place in one move."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def headings(curves: Sequence[Curve]) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from examples.overfit.cli import INTERRUPTED, prepare_folder, require
+from examples.overfit.cli import INTERRUPTED, require
 from examples.uncertainty.settings import Settings
+from parity_tests import output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,11 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = make_parser()
     options = parser.parse_args(argv)
+    output.prepare(parser, options.out)
     try:
-        prepare_folder(options.out)
         require("jax", "optax", "torch", "scipy", "sklearn", "matplotlib", "rich")
-    except OSError as error:
-        parser.error(f"argument --out: cannot write to {str(options.out)!r} ({error.strerror})")
     except ImportError as error:
         parser.error(f"{error}: pip install 'regjax[examples]'")
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
@@ -82,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output.folder,
         metavar="FOLDER",
         default=Path("outputs/uncertainty"),
         help="where tables and picture go (default: %(default)s)",

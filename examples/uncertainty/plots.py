@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -10,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from examples.uncertainty.corruptions import CORRUPTIONS, SIDE
+from parity_tests.output import replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,14 +49,8 @@ def save_picture(folder: Path, study: Study) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    path = folder / PICTURE
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with mpl.rc_context(_STYLE):
-            draw(study).savefig(temporary, format="png")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with mpl.rc_context(_STYLE), replacing(folder / PICTURE) as temporary:
+        draw(study).savefig(temporary, format="png")
 
 
 def draw(study: Study) -> Figure:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from examples.overfit.report import write_atomically
 from examples.uncertainty.corruptions import CORRUPTIONS
 from examples.uncertainty.study import detection
+from parity_tests.output import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -117,7 +117,7 @@ def test_set_key_refuses_what_is_not_converted_and_what_is_no_key():
     model = keyed.convert(model)
     with pytest.raises(ValueError, match="step must lie in"):
         keyed.set_key(model, ROOT, -1)
-    with pytest.raises(TypeError, match="key must be a key"):
+    with pytest.raises(TypeError, match="root must be a key"):
         keyed.set_key(model, 0, 0)
 
 
