@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from regjax._dropout import check_axis, check_inexact, drawn, real_dtype, selected
+from regjax._exact import rounded
 from regjax._masks import bernoulli
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _start_keep_prob(
     gamma_of_1 = math.prod([size / (block * (size - block + 1)) for size in sizes if size])
     if isinstance(rate, jax.Array):
         single = lax.stop_gradient(rate).astype(jnp.float32)
-        return jnp.where(single >= 1, 0, 1 - single * np.float32(gamma_of_1))
+        return jnp.where(single >= 1, 0, 1 - rounded(single * np.float32(gamma_of_1)))
     return 1 - rate * gamma_of_1
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from regtorch._dropout import check_axis, check_inexact, drawn, real_dtype, selected
+from regtorch._exact import rounded
 from regtorch._masks import bernoulli
 
 
@@ -135,7 +136,7 @@ def _start_keep_prob(rate: float | Tensor, block: int, sizes: list[int]) -> floa
     gamma_of_1 = math.prod([size / (block * (size - block + 1)) for size in sizes if size])
     if isinstance(rate, Tensor):
         single = rate.to(torch.float32)
-        return torch.where(single >= 1, 0, 1 - single * gamma_of_1)
+        return torch.where(single >= 1, 0, 1 - rounded(single * gamma_of_1))
     return 1 - rate * gamma_of_1
 
 
