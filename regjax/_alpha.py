@@ -12,6 +12,7 @@ import numpy as np
 
 from regjax._checks import check_integers
 from regjax._dropout import Settings, check_real, masked, real_dtype
+from regjax._exact import exact_sqrt, rounded
 from regjax._features import shared_dims
 from regjax._masks import Sampler, bernoulli
 
@@ -45,14 +46,13 @@ def alpha_dropout(
 
     The constants are computed in double and rounded once; the sum and the product follow in
     float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum
-    comes first, because XLA could contract a product and a sum to one rounding; it still may, where
-    `x` itself is a product, or a sum with a constant, of the same jitted function.
+    comes first, because XLA could contract a product and a sum to one rounding.
 
     Args:
         x: real floating, of any shape, also 0-d and empty.
         rate: the probability that an element is dropped, in [0, 1]; a number or a traced scalar.
-            The constants of the latter are computed in float32 and may differ in their last bits,
-            also between JAX and PyTorch. At 1 everything is 0, the limit of the formula.
+            The constants of the latter are computed in float32, in double for float64, and may
+            differ from those in their last bits. At 1 everything is 0, the limit of the formula.
         key: the random key; see `dropout`.
         deterministic: True in evaluation: `x` itself.
         broadcast_dims: dimensions along which one mask is shared.
@@ -67,7 +67,8 @@ def alpha_dropout(
 
     PyTorch:
         `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)`, whose product
-        comes before the sum; the results differ by rounding.
+        comes before the sum; the results differ by rounding. `regtorch.alpha_dropout` with the same
+        key gives the same result bit for bit.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -133,8 +134,8 @@ def _scale(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating 
     if isinstance(keep_prob, jax.Array):
         variance = (real(_ONE_MORE) - keep_prob) * keep_prob
         positive = variance > 0
-        root = jnp.sqrt(jnp.where(positive, variance, 1))
-        return jnp.where(positive, real(1 / _ALPHA) * (1 / root), 0).astype(real)
+        root = exact_sqrt(jnp.where(positive, variance, 1))
+        return jnp.where(positive, real(1 / _ALPHA) * (1 / root), 0)
     return real(_double_scale(keep_prob))
 
 
@@ -145,13 +146,13 @@ def _offsets(
     real = real_dtype(dtype)
     if isinstance(keep_prob, jax.Array):
         fill = (keep_prob * real(-_ALPHA)) * _scale(keep_prob, dtype)
-        return (1 - keep_prob) * real(_ALPHA), fill
+        return rounded((1 - keep_prob) * real(_ALPHA)), fill
     fill = -_ALPHA * keep_prob * _double_scale(keep_prob)
     return real(_ALPHA * (1 - keep_prob)), real(fill)
 
 
 def _double_scale(keep_prob: float) -> float:
-    # In Python's doubles, which round the same in both wings.
+    # In Python's doubles, which round the same in both packages.
     variance = (1 + _ALPHA**2 * (1 - keep_prob)) * keep_prob
     return 1 / math.sqrt(variance) if variance else 0.0
 

@@ -33,6 +33,7 @@ from regjax._dropout import (
     real_dtype,
     require_key,
 )
+from regjax._exact import rounded
 from regjax._keys import consume, key_words
 from regjax._masks import bernoulli, bernoulli_at, check_probability, exact_keep_prob
 from regjax._observe import observer
@@ -434,6 +435,7 @@ def _blockwise(
     wide = real_dtype(query.dtype)
     draw, scale = None, wide(1)
     if dropout_rng is not None:
+        rate = rounded(rate) if isinstance(rate, jax.Array) else rate
         keep_prob = keep_prob_of(rate, query.dtype)
         consume(dropout_rng)
         draw = jnp.stack(key_words(dropout_rng)), jnp.asarray(keep_prob, np.float32)

@@ -26,6 +26,7 @@ from regjax._dropout import (
     require_key,
     selected,
 )
+from regjax._exact import rounded
 from regjax._keys import key_words
 from regjax._masks import bernoulli, check_probability
 from regjax._normal import normal
@@ -284,7 +285,7 @@ def _start_keep_prob(
     if isinstance(rate, jax.Array):
         single = lax.stop_gradient(rate).astype(jnp.float32)
         # A NaN stays one.
-        some = jnp.maximum(1 - single * np.float32(gamma_of_1), 0)
+        some = jnp.maximum(1 - rounded(single * np.float32(gamma_of_1)), 0)
         return jnp.where(single >= 1, 0, some)
     return max(0.0, 1 - rate * gamma_of_1)
 

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax._checks import check_array, check_callable, check_integer, check_integers
+from regjax._exact import rounded
 from regjax._keys import check_key, key_words
 from regjax._masks import Sampler, bernoulli, check_probability, realised_keep_prob
 from regjax._observe import observer
@@ -216,12 +217,15 @@ class Settings:
     ) -> Inexact[Array, "*shape"]:
         """Masks, shifts and scales."""
         realised = realised_keep_prob(self.sampler, keep_prob_of(rate, x.dtype))
+        if isinstance(realised, jax.Array):
+            realised = realised.astype(real_dtype(x.dtype))
         scale = self.scale(realised, x.dtype)
         if self.offsets is None:
             return selected(keep, x, scale)
         shift, fill = self.offsets(realised, x.dtype)
-        # The sum before the product: no compiler can contract these two to one rounding.
-        kept = (x.astype(scale.dtype) + shift) * scale
+        # The sum before the product: no compiler can contract these two to one rounding. `x` may be
+        # a product itself.
+        kept = (rounded(x.astype(scale.dtype)) + shift) * scale
         return jnp.where(keep, kept, fill).astype(x.dtype)
 
 
@@ -232,6 +236,9 @@ def _drop(
     kind: Kind,
     *arrays: Array,
 ) -> Inexact[Array, "*shape"]:
+    if isinstance(rate, jax.Array):
+        rate = rounded(rate)  # a product of the user's, perhaps, from which differences are made
+
     def masked(
         x: Inexact[Array, "*shape"], key: KeyLike, *arrays: Array
     ) -> Inexact[Array, "*shape"]:

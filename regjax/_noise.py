@@ -24,7 +24,7 @@ from regjax._dropout import (
     real_dtype,
     require_key,
 )
-from regjax._exact import rounded
+from regjax._exact import exact_sqrt, rounded
 from regjax._masks import check_probability
 from regjax._normal import normal
 
@@ -53,13 +53,15 @@ def gaussian_dropout(
 
     Nothing but the key is stored for the backward pass, which draws the same factors again.
 
-    The root is computed in double and rounded once; the rest follows in float32, in double for
-    float64; half and 8-bit types are rounded once, at the end.
+    The root is computed in double and rounded once, that of a traced rate by three correctly
+    rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
+    rounded once, at the end.
 
     Args:
         x: real floating, of any shape, also 0-d and empty.
         rate: that of the dropout it resembles, at least 0 and below 1; a number or a traced scalar.
-            The root of the latter is computed in float32. No gradient flows to it.
+            The root of the latter is computed in float32, in double for float64. No gradient flows
+            to it.
         key: the random key; see `dropout`. Needed unless `deterministic`, or `rate` is the number
             0.
         deterministic: True in evaluation: `x` itself.
@@ -183,7 +185,7 @@ def _deviation(rate: float | Float[Array, ""], dtype: np.dtype) -> np.floating |
     real = real_dtype(dtype)
     if isinstance(rate, jax.Array):
         rate = lax.stop_gradient(rate).astype(real)
-        return jnp.where(rate < 1, jnp.sqrt(rate / (1 - rate)), jnp.nan)
+        return jnp.where(rate < 1, exact_sqrt(rate / (1 - rate)), jnp.nan)
     return real(math.sqrt(rate / (1 - rate)))
 
 

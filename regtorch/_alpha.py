@@ -10,6 +10,7 @@ from torch import Tensor
 
 from regtorch._checks import check_integers
 from regtorch._dropout import Settings, check_real, masked, real_dtype
+from regtorch._exact import exact_sqrt, rounded
 from regtorch._features import shared_dims
 from regtorch._masks import Sampler, bernoulli
 
@@ -42,8 +43,8 @@ def alpha_dropout(
     Args:
         x: real floating, of any shape, also 0-d and empty.
         rate: the probability that an element is dropped, in [0, 1]; a number or a 0-d tensor.
-            The constants of the latter are computed in float32 and may differ in their last bits,
-            also between JAX and PyTorch. At 1 everything is 0, the limit of the formula.
+            The constants of the latter are computed in float32, in double for float64, and may
+            differ from those in their last bits. At 1 everything is 0, the limit of the formula.
         key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
         deterministic: True in evaluation: `x` itself.
         broadcast_dims: dimensions along which one mask is shared.
@@ -128,8 +129,8 @@ def _scale(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     if isinstance(keep_prob, Tensor):
         variance = (_ONE_MORE - keep_prob) * keep_prob
         positive = variance > 0
-        root = torch.sqrt(torch.where(positive, variance, 1.0))
-        return torch.where(positive, (1 / _ALPHA) * (1 / root), 0.0).to(real_dtype(dtype))
+        root = exact_sqrt(torch.where(positive, variance, 1.0))
+        return torch.where(positive, (1 / _ALPHA) * (1 / root), 0.0)
     return _rounded(_double_scale(keep_prob), dtype)
 
 
@@ -139,13 +140,13 @@ def _offsets(
     """What is added to a kept element before the scale, and what a dropped one becomes."""
     if isinstance(keep_prob, Tensor):
         fill = (keep_prob * -_ALPHA) * _scale(keep_prob, dtype)
-        return (1 - keep_prob) * _ALPHA, fill
+        return rounded((1 - keep_prob) * _ALPHA), fill
     fill = -_ALPHA * keep_prob * _double_scale(keep_prob)
     return _rounded(_ALPHA * (1 - keep_prob), dtype), _rounded(fill, dtype)
 
 
 def _double_scale(keep_prob: float) -> float:
-    # In Python's doubles, which round the same in both wings.
+    # In Python's doubles, which round the same in both packages.
     variance = (1 + _ALPHA**2 * (1 - keep_prob)) * keep_prob
     return 1 / math.sqrt(variance) if variance else 0.0
 

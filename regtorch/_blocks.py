@@ -22,6 +22,7 @@ from regtorch._dropout import (
     require_key,
     selected,
 )
+from regtorch._exact import rounded
 from regtorch._keys import key_words
 from regtorch._masks import bernoulli, check_probability
 from regtorch._normal import normal
@@ -232,7 +233,7 @@ def _start_keep_prob(
     gamma_of_1 *= gamma_scale
     if isinstance(rate, Tensor):
         single = rate.to(torch.float32)
-        some = torch.clamp(1 - single * gamma_of_1, min=0)  # a NaN stays one
+        some = torch.clamp(1 - rounded(single * gamma_of_1), min=0)  # a NaN stays one
         return torch.where(single >= 1, 0, some)
     return max(0.0, 1 - rate * gamma_of_1)
 

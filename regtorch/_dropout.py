@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regtorch._checks import check_callable, check_integer, check_integers, check_tensor
+from regtorch._exact import rounded
 from regtorch._keys import check_key, generator_key
 from regtorch._masks import Sampler, bernoulli, check_probability, realised_keep_prob
 from regtorch._observe import observer
@@ -188,12 +189,15 @@ class Settings:
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Masks, shifts and scales."""
         realised = realised_keep_prob(self.sampler, keep_prob_of(rate, x.dtype))
+        if isinstance(realised, Tensor):
+            realised = realised.to(real_dtype(x.dtype))
         scale = self.scale(realised, x.dtype)
         if self.offsets is None:
             return selected(keep, x, scale)
         shift, fill = self.offsets(realised, x.dtype)
-        # The sum before the product: no compiler can contract these two to one rounding.
-        kept = (x.to(real_dtype(x.dtype)) + shift) * scale
+        # The sum before the product: no compiler can contract these two to one rounding. `x` may be
+        # a product itself.
+        kept = (rounded(x.to(real_dtype(x.dtype))) + shift) * scale
         return torch.where(laid_out(keep, x), kept, fill).to(x.dtype)
 
     def slope(self) -> Settings:
@@ -255,7 +259,7 @@ def made(x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, *tensors: Ten
     apply = _masked if torch.compiler.is_compiling() else _Drop.apply
     if not isinstance(rate, Tensor):
         return apply(x, key, rate, kind, *tensors)
-    rate = rate.detach()
+    rate = rounded(rate.detach())  # a product of the user's, perhaps
     nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
     dropped = apply(x, key, rate, kind, *tensors)
     return torch.where((rate >= 0) & (rate <= 1), dropped, nan)

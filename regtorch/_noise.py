@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regtorch._dropout import check_flag, check_real, made, real_dtype, require_key
-from regtorch._exact import rounded
+from regtorch._exact import exact_sqrt, rounded
 from regtorch._masks import check_probability
 from regtorch._normal import normal
 
@@ -35,13 +35,15 @@ def gaussian_dropout(
 
     Nothing but the key is stored for the backward pass, which draws the same factors again.
 
-    The root is computed in double and rounded once; the rest follows in float32, in double for
-    float64; half and 8-bit types are rounded once, at the end.
+    The root is computed in double and rounded once, that of a tensor rate by three correctly
+    rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
+    rounded once, at the end.
 
     Args:
         x: real floating, of any shape, also 0-d and empty.
         rate: that of the dropout it resembles, at least 0 and below 1; a number or a 0-d tensor.
-            The root of the latter is computed in float32. No gradient flows to it.
+            The root of the latter is computed in float32, in double for float64. No gradient flows
+            to it.
         key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`. Needed
             unless `deterministic`, or `rate` is the number 0.
         deterministic: True in evaluation: `x` itself.
@@ -158,7 +160,7 @@ def _deviation(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """sqrt(rate / (1 - rate)); NaN at 1."""
     if isinstance(rate, Tensor):
         rate = rate.to(real_dtype(dtype))
-        return torch.where(rate < 1, torch.sqrt(rate / (1 - rate)), torch.nan)
+        return torch.where(rate < 1, exact_sqrt(rate / (1 - rate)), torch.nan)
     return math.sqrt(rate / (1 - rate))
 
 

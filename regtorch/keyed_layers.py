@@ -262,7 +262,9 @@ class _KeyedRecurrent(Keyed):
     """In training layer by layer, with a site after each but the last: `path.0`, `path.1`, ….
 
     One layer is PyTorch's own forward on a copy that shares the parameters: packed sequences,
-    missing batches, projections and directions are its business.
+    missing batches, projections and directions are its business. Where nothing is dropped, the
+    result has the bits of PyTorch's layer; with an initial state it agrees to rounding, since the
+    order of PyTorch's own sums depends on the address of the state.
     """
 
     original: ClassVar[type[nn.RNNBase]]

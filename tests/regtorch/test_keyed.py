@@ -277,11 +277,13 @@ def test_recurrent_layers_run_one_by_one_as_in_pytorch(kind, bidirectional, form
     if form == "packed":
         x = pack_padded_sequence(x, torch.tensor([4, 6, 2]), True, enforce_sorted=False)
     (y, state), (given, given_state) = plain(x), model(x)
-    for _ in range(2):  # without and with a state of the beginning
-        assert torch.equal(getattr(given, "data", given), getattr(y, "data", y))
-        pairs = zip(state, given_state, strict=True)
-        assert all(torch.equal(one, other) for one, other in pairs)
-        (y, state), (given, given_state) = plain(x, state), model(x, given_state)
+    same_bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+    # PyTorch's own sums follow another order where the state lies at another address.
+    same_to_rounding = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
+    for check in (same_bits, same_to_rounding):  # without and with an initial state
+        check(getattr(given, "data", given), getattr(y, "data", y))
+        check(given_state, state)
+        (y, state), (given, given_state) = plain(x, state), model(x, state)
     weights = [
         functools.reduce(torch.add, (p.sum() for p in m.parameters())) for m in (plain, model)
     ]

@@ -1,0 +1,506 @@
+"""Every promise of equal bits that README and the docstrings make, as a table that can be checked.
+
+A promise yields pairs of arrays, each pair with a label, that must have the same bits. Which
+instruction set computes them is up to the process: `parity_tests.instruction_sets` starts one for
+each setting. Streams of random numbers are compared with digests too, and so across processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import torch
+
+import regjax
+import regjax.optim
+import regtorch
+from parity_tests.optimizers import CASES
+from parity_tests.optimizers.case import Case
+from parity_tests.trajectories import WALKS, synthetic
+from parity_tests.wings import JAX, WINGS, Wing
+
+Pairs = Iterator[tuple[str, Any, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """A promise of equal bits.
+
+    Attributes:
+        name: What is promised, in a few words.
+        place: Where it is promised.
+        pairs: Yields a label and two arrays, or two bytes, that must be equal.
+        package: The optional package that it is about.
+        needs_fma: Whether it is promised only where both frameworks have fused multiply-adds.
+        is_core: Whether `make test` checks it under other instruction sets, too.
+    """
+
+    name: str
+    place: str
+    pairs: Callable[[], Pairs]
+    package: str | None = None
+    needs_fma: bool = False
+    is_core: bool = False
+
+    def broken(self) -> list[str]:
+        """Return what differs, one line for each pair; nothing where the promise is kept."""
+        return [line for label, *pair in self.pairs() if (line := _difference(label, *pair))]
+
+    def is_installed(self) -> bool:
+        """Whether the package that the promise is about can be imported."""
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+
+def _difference(label: str, one: Any, other: Any) -> str:
+    if isinstance(one, str):
+        return "" if one == other else f"{label}: digest {one}, not {other}"
+    one, other = np.asarray(one), np.asarray(other)
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return f"{label}: {one.dtype}{one.shape} beside {other.dtype}{other.shape}"
+    # The sign of a NaN is not promised.
+    words = (np.where(x == x, x, np.nan).astype(x.dtype).view(f"u{x.itemsize}") for x in (one, other))
+    different = int(np.count_nonzero(np.not_equal(*words)))
+    return f"{label}: {different} of {one.size} elements" if different else ""
+
+
+# The family of dropout -----------------------------------------------------------------------
+
+SHAPE = (16, 6, 4, 48)  # rows, two spatial dimensions, channels; 4,608 elements fill packed masks
+
+
+def _ids(wing: Wing) -> Any:
+    return wing.array(np.random.default_rng(1).integers(0, 50, SHAPE[:-1]))
+
+
+def _embedding(wing: Wing, x: Any, rate: Any) -> Any:
+    return wing.library.embedding_dropout(x, _ids(wing), rate, key=wing.key(3))
+
+
+def _drop_connect(wing: Wing, x: Any, rate: Any) -> Any:
+    return wing.library.drop_connect({"kernel": x}, rate, key=wing.key(3))["kernel"]
+
+
+def _call(name: str, wing: Wing, x: Any, rate: Any, **options: Any) -> Any:
+    if isinstance(sampler := options.get("sampler"), str):
+        options["sampler"] = getattr(wing.library, sampler)
+    return getattr(wing.library, name)(x, rate, key=wing.key(3), **options)
+
+
+def _member(name: str, **options: Any) -> Callable[[Wing, Any, Any], Any]:
+    return functools.partial(_call, name, **options)
+
+
+FAMILY: dict[str, Callable[[Wing, Any, Any], Any]] = {
+    "dropout": _member("dropout"),
+    "dropout, packed": _member("dropout", sampler="packed_bernoulli"),
+    "dropout, shared mask": _member("dropout", broadcast_dims=(1, 3)),
+    "feature_dropout": _member("feature_dropout", channel_axis=3),
+    "drop_path": _member("drop_path"),
+    "variational_dropout": _member("variational_dropout", time_axis=1),
+    "embedding_dropout": _embedding,
+    "alpha_dropout": _member("alpha_dropout"),
+    "alpha_dropout, packed": _member("alpha_dropout", sampler="packed_bernoulli"),
+    "feature_alpha_dropout": _member("feature_alpha_dropout", channel_axis=3),
+    "gaussian_dropout": _member("gaussian_dropout"),
+    "gaussian_noise": _member("gaussian_noise"),
+    "drop_block": _member("drop_block", block_size=3, channel_axis=3),
+    "drop_connect": _drop_connect,
+}
+
+
+def inputs(dtype: Any, shape: tuple[int, ...] = SHAPE) -> list[np.ndarray]:
+    """Return an input and a cotangent."""
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=shape).astype(dtype) for _ in range(2)]
+
+
+def _forward_and_backward(
+    member: Callable[..., Any], wing: Wing, dtype: Any
+) -> Callable[[Any], list[np.ndarray]]:
+    """Return a function from a rate; a NumPy scalar is traced, or a tensor."""
+    arrays = [wing.array(array) for array in inputs(dtype)]
+
+    def run(rate: Any) -> Any:
+        return wing.vjp(lambda x: member(wing, x, rate), *arrays)
+
+    traced = jax.jit(run) if wing is JAX else lambda rate: run(torch.tensor(rate))
+
+    def call(rate: Any) -> list[np.ndarray]:
+        pair = traced(rate) if isinstance(rate, np.generic) else run(rate)
+        return [wing.numpy(array) for array in pair]
+
+    return call
+
+
+def family(
+    rates: Iterable[Any], dtypes: Iterable[Any] = (np.float32,), names: Iterable[str] = FAMILY
+) -> Pairs:
+    """Each function, forward and backward, at numbers and at traced rates."""
+    for dtype in map(np.dtype, dtypes):
+        with jax.enable_x64(dtype.itemsize == 8):
+            for name in names:
+                ours, theirs = (_forward_and_backward(FAMILY[name], w, dtype) for w in WINGS)
+                for rate in rates:
+                    label = f"{name}, {dtype}, {type(rate).__name__} {rate}"
+                    for direction, *pair in zip("yg", ours(rate), theirs(rate), strict=True):
+                        yield f"{label}, {direction}", *pair
+
+
+def compiled(names: Iterable[str] = FAMILY) -> Pairs:
+    """Each function between products and sums of the same jitted function, its rate a product."""
+    x, other = inputs(np.float32)
+    for name in names:
+        for rate in (0.3, np.float32(0.3)):
+
+            def run(wing: Wing, x: Any, other: Any, part: Any, rate: Any = rate) -> Any:
+                share = rate if isinstance(rate, float) else part * part
+                return FAMILY[name](wing, x * other, share) + other  # noqa: B023 - called at once
+
+            part = np.sqrt(np.float32(0.3))
+            ours = jax.jit(functools.partial(run, JAX))(x, other, part)
+            arrays = map(torch.tensor, (x, other, part))
+            theirs = run(WINGS[1], *arrays)
+            yield f"{name}, {type(rate).__name__} {rate}", ours, theirs.numpy()
+
+
+def many_rates(count: int, dtypes: Iterable[Any] = (np.float32, np.float64)) -> Pairs:
+    """Traced rates from 0.001 to 0.999 where the scale is made by more than a quotient."""
+    values = np.random.default_rng(2).uniform(0.001, 0.999, count)
+    names = ["dropout", "alpha_dropout", "gaussian_dropout"]
+    members = {name: FAMILY[name] for name in names}
+    for dtype in map(np.dtype, dtypes):
+        with jax.enable_x64(dtype.itemsize == 8):
+            x = np.ones((2,), dtype)
+            for name, member in members.items():
+                ours = jax.jit(lambda r, x=x, member=member: member(JAX, jnp.asarray(x), r))
+                rates = values.astype(dtype)
+                one = np.stack([np.asarray(ours(rate)) for rate in rates])
+                tensors = torch.tensor(rates)
+                two = [member(WINGS[1], torch.tensor(x), rate).numpy() for rate in tensors]
+                yield f"{name}, {dtype}, traced", one, np.stack(two)
+                eager = [member(JAX, jnp.asarray(x), jnp.asarray(rate)) for rate in rates[:50]]
+                twins = [member(WINGS[1], torch.tensor(x), float(rate)) for rate in rates[:50]]
+                yield f"{name}, {dtype}, eager", np.stack(eager), np.stack(twins)
+
+
+# Streams of random numbers -------------------------------------------------------------------
+
+KEEP_PROBS = (0.0, 1e-7, 0.123, 0.5, 0.7, 0.999, 1.0)
+# Halves of SHA-256, of arrays that the tests compare with the NumPy reference.
+DIGESTS: dict[str, str] = {}
+
+
+def digest(arrays: Iterable[np.ndarray]) -> str:
+    """Return half of the SHA-256 of the bytes of some arrays."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()[:32]
+
+
+def _stream(name: str, draw: Callable[[Wing], list[np.ndarray]]) -> Pairs:
+    """Both packages beside each other, and each beside a digest that never changes."""
+    drawn = [draw(wing) for wing in WINGS]
+    for number, pair in enumerate(zip(*drawn, strict=True)):
+        yield f"{name} {number}", *pair
+    for wing, arrays in zip(WINGS, drawn, strict=True):
+        yield f"{name} of {wing}", digest(arrays), DIGESTS.get(name, "none")
+
+
+def masks(sampler: str) -> Pairs:
+    """Masks at numbers and at traced probabilities."""
+
+    def draw(wing: Wing) -> list[np.ndarray]:
+        sample = getattr(wing.library, sampler)
+        keep_probs = KEEP_PROBS if sampler == "bernoulli" else KEEP_PROBS[2:]
+        found = []
+        for shape in ((33, 65), (64, 96)):
+            at = lambda keep_prob, shape=shape: sample(wing.key(7), keep_prob, shape)
+            traced = wing.traced(at)
+            for keep_prob in keep_probs:
+                found += [at(keep_prob), traced(np.float32(keep_prob))]
+        return [wing.numpy(mask) for mask in found]
+
+    yield from _stream(sampler, draw)
+    keys = jax.random.key(7)
+    for keep_prob in KEEP_PROBS[2:-1]:
+        if sampler == "bernoulli":
+            other = jax.random.bernoulli(keys, keep_prob, (33, 65))
+            yield f"jax.random.bernoulli {keep_prob}", regjax.bernoulli(keys, keep_prob, (33, 65)), other
+
+
+def normals() -> Pairs:
+    """Normal variates, half a million of the float32."""
+
+    def draw(wing: Wing) -> list[np.ndarray]:
+        library = jnp if wing is JAX else torch
+        sizes = {"float32": 2**19, "float64": 2**15, "bfloat16": 2**10, "float16": 2**10}
+        with jax.enable_x64(True):
+            return [
+                wing.numpy(wing.library.normal(wing.key(5), (size,), getattr(library, dtype)))
+                for dtype, size in sizes.items()
+            ]
+
+    yield from _stream("normal", draw)
+
+
+def keys() -> Pairs:
+    """Keys of sites and steps, `split` and `fold_in`."""
+
+    def draw(wing: Wing) -> list[np.ndarray]:
+        root = wing.key(2**32 - 1)
+        step = np.int32(12)
+        of_site = lambda step: wing.library.site_key(root, step, "encoder/3")
+        if wing is JAX:
+            found = [*jax.random.split(root, 5), jax.random.fold_in(root, 17)]
+        else:
+            found = [*regtorch.split(root, 5), regtorch.fold_in(root, 17)]
+        found += [of_site(0), of_site(2**40 + 5), wing.traced(of_site)(step)]
+        return [np.array(wing.words(key), np.uint32) for key in found]
+
+    yield from _stream("keys", draw)
+
+
+def schedules() -> Pairs:
+    """Every step of three lengths, at numbers and traced."""
+    at = np.arange(-2, 1203, dtype=np.int32)
+
+    def draw(wing: Wing) -> list[np.ndarray]:
+        found = []
+        for name in ("linear_rate", "cosine_rate"):
+            for start, end, steps in ((0.0, 0.5, 1000), (0.9, 0.123, 41), (0.1, 1.0, 1)):
+                schedule = getattr(wing.library, name)(start, end, steps)
+                if wing is JAX:
+                    found.append(np.asarray(jax.jit(jax.vmap(schedule))(at)))
+                else:
+                    found.append(torch.func.vmap(schedule)(torch.tensor(at)).numpy())
+                found.append(np.stack([wing.numpy(schedule(step)) for step in range(0, 40, 3)]))
+        return found
+
+    yield from _stream("schedules", draw)
+    for depth in (1, 12, 100):
+        one, two = (np.array(w.library.depth_rates(0.3, depth)) for w in WINGS)
+        yield f"depth_rates {depth}", one, two
+
+
+# The rest ------------------------------------------------------------------------------------
+
+
+def embedding_of_rows() -> Pairs:
+    """`embedding_dropout` beside dropout of whole rows of the table."""
+    table = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    for wing in WINGS:
+        rows, ids = wing.array(table), _ids(wing)
+        one = wing.library.embedding_dropout(rows[ids], ids, 0.3, key=wing.key(3))
+        two = wing.library.dropout(rows, 0.3, key=wing.key(3), broadcast_dims=(1,))[ids]
+        yield str(wing), wing.numpy(one), wing.numpy(two)
+
+
+def attention() -> Pairs:
+    """Which weights are dropped: whole and by blocks, in both packages, traced or not."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(2, n, 3, 8)).astype(np.float32) for n in (24, 40))
+    v = np.broadcast_to(np.eye(40, dtype=np.float32)[:, None], (2, 40, 3, 40)).copy()
+    for shared in (False, True):
+        found = []
+        for wing in WINGS:
+            arrays = [wing.array(array) for array in (q, k, v)]
+            for block_size in (None, 16, 7):
+
+                def at(rate: Any, wing: Wing = wing, arrays: Any = arrays, size: Any = block_size):
+                    options = {"broadcast_dropout": shared, "block_size": size}  # noqa: B023
+                    return wing.library.dot_product_attention(
+                        *arrays, dropout_rng=wing.key(3), dropout_rate=rate, **options
+                    )
+
+                for result in (at(0.3), wing.traced(at)(np.float32(0.3))):
+                    found.append((f"{wing} {block_size} {shared}", wing.numpy(result) != 0))
+        for label, mask in found[1:]:
+            yield label, mask, found[0][1]
+
+
+def descent() -> Pairs:
+    """SGD and Rprop beside `torch.optim`, compiled with `apply_updates`."""
+    problem = synthetic("float32", steps=60)
+    for case in CASES:
+        if case.float32 is None:
+            yield from _walks(case, problem)
+
+
+def decoupled_decay() -> Pairs:
+    """The decay alone, without a gradient, beside `torch.optim`."""
+    problem = synthetic("float32", {"a/kernel": (40, 50), "a/bias": (1, 9)}, steps=20)
+    still = [{name: 0 * g for name, g in step.items()} for step in problem.gradients]
+    options = {"lr": 0.003, "weight_decay": 0.1}
+    for name in ("AdamW", "Adafactor", "Muon", "NAdam", "RAdam"):
+        extra = {"decoupled_weight_decay": True} if name in ("NAdam", "RAdam") else {}
+        case = Case(name.lower(), name, options | extra)
+        yield from _walks(case, dataclasses.replace(problem, gradients=still))
+
+
+def _walks(case: Case, problem: Any) -> Pairs:
+    ours, theirs = (WALKS[side](case, problem)[-1] for side in ("jax", "torch"))
+    for name, leaf in theirs.items():
+        yield f"{case} {name}", ours[name], leaf
+
+
+def converted_layers() -> Pairs:
+    """Converted layers of `regtorch.keyed` in evaluation, and recurrent ones without dropout."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 8)
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
+    plain = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    model = regtorch.keyed.convert(copy.deepcopy(plain))
+    yield "transformer", model(x).detach().numpy(), plain(x).detach().numpy()
+    for kind in (torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU):
+        plain = kind(8, 5, 3, dropout=0.5, batch_first=True).eval()
+        model = regtorch.keyed.convert(copy.deepcopy(plain))
+        yield kind.__name__, model(x)[0].detach().numpy(), plain(x)[0].detach().numpy()
+
+
+# Layers of the frameworks --------------------------------------------------------------------
+
+_X, _Y = inputs(np.float32, (96, 64))
+
+
+def _training(loss: Callable[..., Any], params: Any, steps: int = 3) -> list[np.ndarray]:
+    """Walk a jitted training step; return every leaf and loss of every step."""
+    optimizer = optax.adam(0.01)
+
+    @jax.jit
+    def step(params: Any, state: Any, number: Any) -> Any:
+        key = jax.random.fold_in(jax.random.key(3), number)
+        value, gradient = jax.value_and_grad(loss)(params, key)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state, walked = optimizer.init(params), []
+    for number in range(steps):
+        params, state, value = step(params, state, number)
+        walked += [np.asarray(leaf) for leaf in jax.tree.leaves((params, value))]
+    return walked
+
+
+def _both(name: str, run: Callable[[Any], list[np.ndarray]], *layers: Any) -> Pairs:
+    for number, pair in enumerate(zip(*map(run, layers), strict=True)):
+        yield f"{name} {number}", *pair
+
+
+def linen() -> Pairs:
+    """A training run of Flax Linen with either layer."""
+    from flax import linen as nn
+
+    from regjax.linen import Dropout
+
+    def run(layer: Any) -> list[np.ndarray]:
+        dropout = layer(0.3, deterministic=False)
+        model = nn.Sequential([nn.Dense(64), nn.relu, dropout, nn.Dense(64)])
+        params = model.init({"params": jax.random.key(0), "dropout": jax.random.key(0)}, _X)
+
+        def loss(params: Any, key: Any) -> Any:
+            return ((model.apply(params, _X, rngs={"dropout": key}) - _Y) ** 2).mean()
+
+        return _training(loss, params)
+
+    return _both("linen", run, Dropout, nn.Dropout)
+
+
+def nnx() -> Pairs:
+    """A training run of Flax NNX with either layer."""
+    from flax import nnx as nn
+
+    from regjax.nnx import Dropout
+
+    def run(layer: Any) -> list[np.ndarray]:
+        rngs = nn.Rngs(0)
+        parts = nn.Linear(64, 64, rngs=rngs), nn.relu, layer(0.3), nn.Linear(64, 64, rngs=rngs)
+        graph, params, rest = nn.split(nn.List(parts), nn.Param, ...)
+
+        def loss(params: Any, key: Any) -> Any:
+            first, relu, dropout, last = nn.merge(graph, params, rest)
+            return ((last(dropout(relu(first(_X)), rngs=nn.Rngs(key))) - _Y) ** 2).mean()
+
+        return _training(loss, params)
+
+    return _both("nnx", run, Dropout, nn.Dropout)
+
+
+def equinox() -> Pairs:
+    """A training run of Equinox with either layer."""
+    import equinox as eqx
+
+    from regjax.equinox import Dropout
+
+    def run(layer: Any) -> list[np.ndarray]:
+        first, last = (eqx.nn.Linear(64, 64, key=key) for key in jax.random.split(jax.random.key(0)))
+        params, static = eqx.partition((first, last), eqx.is_inexact_array)
+        dropout = layer(0.3)
+
+        def loss(params: Any, key: Any) -> Any:
+            first, last = eqx.combine(params, static)
+            hidden = dropout(jax.nn.relu(jax.vmap(first)(_X)), key=key)
+            return ((jax.vmap(last)(hidden) - _Y) ** 2).mean()
+
+        return _training(loss, params)
+
+    return _both("equinox", run, Dropout, eqx.nn.Dropout)
+
+
+def haiku() -> Pairs:
+    """A training run of Haiku with either function."""
+    import haiku as hk
+
+    from regjax.haiku import dropout
+
+    def run(function: Any) -> list[np.ndarray]:
+        def network(x: Any) -> Any:
+            hidden = jax.nn.relu(hk.Linear(64)(x))
+            return hk.Linear(64)(function(hk.next_rng_key(), 0.3, hidden))
+
+        model = hk.transform(network)
+        loss = lambda params, key: ((model.apply(params, key, _X) - _Y) ** 2).mean()
+        return _training(loss, model.init(jax.random.key(0), _X))
+
+    return _both("haiku", run, dropout, hk.dropout)
+
+
+HALVES = (ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e5m2)
+TRACED = tuple(np.float32([0.0, 0.1, 0.3, 0.77, 0.95]))
+PROMISES = [
+    Promise("masks, exact", "README, mask stream v1", lambda: masks("bernoulli"), is_core=True),
+    Promise("masks, packed", "packed_bernoulli", lambda: masks("packed_bernoulli"), is_core=True),
+    Promise("normal variates", "README, normal stream v1", normals, is_core=True),
+    Promise("keys of sites and steps", "site_key, split, fold_in", keys, is_core=True),
+    Promise("schedules", "linear_rate, cosine_rate, depth_rates", schedules, is_core=True),
+    Promise("family, numbers as rates", "README, the family", lambda: family((0.1, 0.77))),
+    Promise("family, traced rates", "README, the family", lambda: family(TRACED)),
+    Promise(
+        "family, float64",
+        "README, the family",
+        lambda: family((0.3, np.float64(0.3), np.float32(0.3)), [np.float64]),
+    ),
+    Promise("family, half types", "README, the family", lambda: family((0.3, TRACED[2]), HALVES)),
+    Promise("family, compiled with its neighbors", "README, the family", compiled),
+    Promise("2,000 traced rates", "dropout, alpha_dropout, gaussian_dropout", lambda: many_rates(2000)),
+    Promise("200 traced rates", "the same", lambda: many_rates(200, [np.float32]), is_core=True),
+    Promise("embedding dropout as rows", "embedding_dropout", embedding_of_rows),
+    Promise("attention, one mask in all forms", "README, attention", attention),
+    Promise("SGD and Rprop of torch.optim", "README, optimizers", descent, needs_fma=True),
+    Promise("decoupled decay of torch.optim", "test_optimizers", decoupled_decay),
+    Promise("converted layers in evaluation", "regtorch.keyed.convert", converted_layers),
+    Promise("Linen training run", "README, in your framework", linen, "flax"),
+    Promise("NNX training run", "README, in your framework", nnx, "flax"),
+    Promise("Equinox training run", "README, in your framework", equinox, "equinox"),
+    Promise("Haiku training run", "README, in your framework", haiku, "haiku"),
+]
