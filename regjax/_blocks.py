@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +120,7 @@ class _Blocks:
     size: int
     channel_axis: int
     share_channels: bool
+    name: ClassVar[str] = "drop_block"
 
     def keep(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
