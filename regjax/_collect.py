@@ -35,7 +35,8 @@ class Collected:
         block = block.reshape(self._rows, block.shape[-1] if self.shape else 1)
         block = block[:, : self._length - first]
         end = first + block.shape[1]
-        self.nonzero += int(np.count_nonzero(block))
+        if block.dtype == bool:
+            self.nonzero += int(np.count_nonzero(block))
         values = self._stored(block.dtype)
         if self._sampled:
             here = (first <= self._column) & (self._column < end)

@@ -51,9 +51,10 @@ def check_dropout(
         *carry: what training carries along: parameters, optimizer, keys. Each call gets what the
             last returned, so that a step may donate its arguments.
         evaluate: called once as `evaluate(*carry)`; dropout has to be off in it.
-        expect: names of sites that have to draw, or a dict from them to their rates. A site has the
-            name that `site_key` was given, or the path of its module in Flax Linen and Haiku; each
-            is also known by its line of code, `"model.py:42"`. Globs do.
+        expect: names of sites that have to draw, or a dict from names to their rates, 0 for a site
+            that must not draw. A site has the name that `site_key` was given, or the path of its
+            module in Flax Linen and Haiku; each is also known by its line of code, `"model.py:42"`.
+            Globs do.
         allow: names of sites of which nothing is to be found, such as one whose mask is the same at
             every timestep on purpose. Globs do; one that matches nothing is an error.
 
@@ -64,6 +65,7 @@ def check_dropout(
         TypeError: `expect` or `allow` is a string.
         ValueError: `train_step` does not return what it was called with, or a glob of `allow`
             matches nothing.
+        RuntimeError: called inside a function that is traced, as by `jax.jit`.
 
     PyTorch:
         `regtorch.check_dropout` finds the same.
@@ -93,6 +95,9 @@ def check_dropout(
 
 class DropoutGuard:
     """Watches the dropout of a loop: some steps of training, and evaluation.
+
+    Blocks of different guards may be nested, and `check_dropout` may be called inside a block: each
+    guard sees all masks drawn inside its own blocks.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax

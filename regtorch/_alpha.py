@@ -70,7 +70,7 @@ def alpha_dropout(
     Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
     NeurIPS 2017.
     """
-    settings = Settings(tuple(broadcast_dims), sampler, _scale, _offsets)
+    settings = Settings("alpha_dropout", tuple(broadcast_dims), sampler, _scale, _offsets)
     return masked(_check_real(x), rate, key, deterministic, settings)
 
 
@@ -118,7 +118,8 @@ def feature_alpha_dropout(
     NeurIPS 2017.
     """
     x = _check_real(x)
-    settings = Settings(shared_dims(x.ndim, channel_axis), sampler, _scale, _offsets)
+    shared = shared_dims(x.ndim, channel_axis)
+    settings = Settings("feature_alpha_dropout", shared, sampler, _scale, _offsets)
     return masked(x, rate, key, deterministic, settings)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -103,6 +104,7 @@ class _Blocks:
     size: int
     channel_axis: int
     share_channels: bool
+    name: ClassVar[str] = "drop_block"
 
     def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
         """Draws where blocks start, and spreads them."""

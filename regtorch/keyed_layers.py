@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from regtorch import nn as layers
 from regtorch._dropout import dropout
 from regtorch._keys import site_words
+from regtorch._observe import observer
 
 
 @dataclasses.dataclass
@@ -94,6 +95,8 @@ class _KeyedDropout(Keyed):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name
         if not self.training or self.p == 0:
+            if self.training and (watching := observer()):
+                watching.idle(self.sites[0].name)
             return super().forward(input)
         key = self.sites[0].key(input.device)
         y = self.twin.drop(input, self.p, key=key, deterministic=False)
