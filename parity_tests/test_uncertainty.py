@@ -127,9 +127,8 @@ def test_passes_that_share_a_key_are_found():
     with pytest.raises(ValueError, match="all passes are the same"):
         regjax.mc_dropout(shares_one_key, params, x, key=JAX.key(7), outputs="logits")
     fixed = lambda x, *, key: regtorch.dropout(x, 0.5, key=TORCH.key(7))
-    with pytest.warns(UserWarning, match="all passes returned the same"):
-        y = regtorch.mc_dropout(fixed, TORCH.array(x), key=TORCH.key(0), outputs="values")
-    assert not y.std.any()
+    with pytest.raises(ValueError, match="all passes are the same"):
+        regtorch.mc_dropout(fixed, TORCH.array(x), key=TORCH.key(0), outputs="values")
 
 
 def test_a_norm_in_training_mode_would_be_seen():

@@ -79,7 +79,8 @@ def alpha_dropout(
     Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
     NeurIPS 2017.
     """
-    settings = Settings(check_integers("broadcast_dims", broadcast_dims), sampler, _scale, _offsets)
+    dims = check_integers("broadcast_dims", broadcast_dims)
+    settings = Settings("alpha_dropout", dims, sampler, _scale, _offsets)
     return masked(_check_real(x), rate, key, deterministic, settings)
 
 
@@ -124,7 +125,8 @@ def feature_alpha_dropout(
     NeurIPS 2017.
     """
     x = _check_real(x)
-    settings = Settings(shared_dims(x.ndim, channel_axis), sampler, _scale, _offsets)
+    shared = shared_dims(x.ndim, channel_axis)
+    settings = Settings("feature_alpha_dropout", shared, sampler, _scale, _offsets)
     return masked(x, rate, key, deterministic, settings)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,16 @@ from regjax._checks import (
     check_number,
     describe,
 )
+from regjax._collect import BlockwisePlan
 from regjax._dropout import (
+    Settings,
     check_flag,
     drawn_once,
-    dropout,
     inverse,
     is_number,
     keep_prob_of,
     mask_sharding,
+    masked,
     real_dtype,
     require_key,
 )
@@ -176,13 +178,15 @@ def dot_product_attention(
         if module is not None:
             _sow(module, weights.astype(query.dtype))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        settings = Settings("dot_product_attention", shared, bernoulli)
 
-        # The backward pass drops again, and keeps the weights only as they were before.
-        @functools.partial(jax.checkpoint, prevent_cse=False)
         def mixed(weights: Array, value: Array, rng: Any) -> Array:
-            weights = dropout(weights, rate, key=rng, deterministic=flag, broadcast_dims=shared)
+            weights = masked(weights, rate, rng, flag, settings)
             return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
 
+        if not observer():  # who would record the mask again
+            # The backward pass drops again, and keeps the weights only as they were before.
+            mixed = jax.checkpoint(mixed, prevent_cse=False)
         return mixed(weights, value, one_key)
     if module is not None:
         raise ValueError(
@@ -196,11 +200,12 @@ def dot_product_attention(
         return attend()
     if one_key is None:
         return jnp.zeros_like(value, shape=(*query.shape[:-1], value.shape[-1]))
+    watched = None
     if watching := observer():
-        keep = bernoulli(one_key, keep_prob_of(rate, query.dtype), blocks.shape(query))
-        whole = _weights(scores, query, key, bias, mask)
-        watching.draw(key_words(one_key), rate, keep, whole, flag)
-    drop = functools.partial(attend, one_key, rate)
+        plan = blocks.plan(query, rate)
+        ticket = watching.expect_blocks("dot_product_attention", plan)
+        watched = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
+    drop = functools.partial(attend, one_key, rate, watched)
     return drop() if flag is False else lax.cond(flag, attend, drop)
 
 
@@ -328,17 +333,42 @@ class _Blocks:
         rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
         return (*rows, queries, self.keys)
 
-    def dropped(self, weights: Array, query: Array, draw: Any, first: Array) -> Array:
-        """The weights of a block with zeros where the mask has them, not yet scaled."""
+    def plan(self, query: Array, rate: float | Float[Array, ""]) -> BlockwisePlan:
+        """What observers know of the mask before it is drawn."""
+        *batch, queries, heads, _ = query.shape
+        scores = (*batch, heads, queries, self.keys)
+        number = rate if isinstance(rate, float) else None
+        return BlockwisePlan(self.shape(query), scores, -(-self.keys // self.size), number)
+
+    def keep(self, weights: Array, query: Array, draw: _Draw | None, first: Array) -> Array | None:
+        """The mask of the weights of a block; None without dropout."""
         if draw is None:
-            return weights
-        words, keep_prob = draw
+            return None
         whole = self.shape(query)
         layout = mask_sharding(weights, tuple(i for i, n in enumerate(whole) if n == 1))
         shape = (*whole[:-1], self.size)
         index = slice_index(whole, shape, {len(whole) - 1: first}, out_sharding=layout)
-        make = functools.partial(bernoulli_at, words, keep_prob, index)
-        return jnp.where(drawn_once(make) if self.broadcast_dropout else make(), weights, 0)
+        make = functools.partial(bernoulli_at, draw.words, draw.keep_prob, index)
+        return drawn_once(make) if self.broadcast_dropout else make()
+
+
+class _Draw(NamedTuple):
+    """The arrays that a mask is made from.
+
+    Attributes:
+        words: the words of the key.
+        keep_prob: the probability that a weight is kept.
+        watched: for observers, the ticket of this call, the flag that turns it off and the rate.
+    """
+
+    words: Array
+    keep_prob: Array
+    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None
+
+
+def _where_kept(keep: Array | None, weights: Array) -> Array:
+    """The weights with zeros where the mask has them, not yet scaled."""
+    return weights if keep is None else jnp.where(keep, weights, 0)
 
 
 # The softmax needs to know two numbers of each row before it can weigh anything: the largest score
@@ -351,8 +381,7 @@ def _attend(
 ) -> tuple[Array, Array]:
     """The result, not scaled for dropout, in float32 or wider, and the logarithm of each row's sum.
 
-    `key`, `value`, `bias` and `mask` are padded to whole blocks; `draw` is the words of the key and
-    the keep probability, or None.
+    `key`, `value`, `bias` and `mask` are padded to whole blocks; `draw` is a `_Draw`, or None.
     """
     # Made from the query, whose layout over devices they take.
     rows = jnp.swapaxes(jnp.zeros_like(query[..., 0], real_dtype(query.dtype)), -1, -2)
@@ -366,15 +395,24 @@ def _attend(
         new_top = jnp.maximum(top, scores.max(-1))
         shrink = jnp.exp(top - _finite(new_top))
         powers = jnp.exp(scores - _finite(new_top)[..., None])
-        dropped = blocks.dropped(powers, query, draw, first).astype(value.dtype)
+        keep = blocks.keep(powers, query, draw, first)
+        if watching:
+            watching.block(ticket, tuple(draw.words), off, first, keep, scores)
+        dropped = _where_kept(keep, powers).astype(value.dtype)
         mixed = _mixed(dropped, part(value, -3), blocks.scores.precision)
         total = total * shrink + powers.sum(-1)
         return (new_top, total, result * _per_query(shrink) + mixed), None
 
+    # The derivative makes the same masks again, and records nothing.
+    watching = observer() if draw is not None and draw.watched is not None else None
+    ticket, off, rate = draw.watched if watching else (None, None, None)
     (top, total, result), _ = lax.scan(block, start, blocks.firsts())
     seen = total > 0
     total = jnp.where(seen, total, 1)
-    return result / _per_query(total), jnp.where(seen, _finite(top) + jnp.log(total), 0)
+    log_total = jnp.where(seen, _finite(top) + jnp.log(total), 0)
+    if watching:
+        watching.end(ticket, tuple(draw.words), off, rate, log_total)
+    return result / _per_query(total), log_total
 
 
 @_attend.defjvp
@@ -395,7 +433,8 @@ def _attend_jvp(blocks: _Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]
             return blocks.scores(query, part(key, -3), part(bias), allowed, first, blocks.keys)
 
         def mixed(weights: Array, value: Array) -> Array:
-            dropped = blocks.dropped(weights, query, draw, first).astype(value.dtype)
+            keep = blocks.keep(weights, query, draw, first)
+            dropped = _where_kept(keep, weights).astype(value.dtype)
             return _mixed(dropped, part(value, -3), blocks.scores.precision)
 
         dot_query, dot_key, dot_value, dot_bias = dots
@@ -427,6 +466,7 @@ def _blockwise(
     mask: Any,
     dropout_rng: KeyLike | None = None,
     rate: float | Float[Array, ""] = 0.0,
+    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
 ) -> Array:
     # One block at least, also where there are no keys: a scan looks at one before it runs.
     whole = blocks.size * (-(-blocks.keys // blocks.size) if blocks.keys else 1)
@@ -438,7 +478,8 @@ def _blockwise(
         rate = rounded(rate) if isinstance(rate, jax.Array) else rate
         keep_prob = keep_prob_of(rate, query.dtype)
         consume(dropout_rng)
-        draw = jnp.stack(key_words(dropout_rng)), jnp.asarray(keep_prob, np.float32)
+        words = jnp.stack(key_words(dropout_rng))
+        draw = _Draw(words, jnp.asarray(keep_prob, np.float32), watched)
         scale = inverse(exact_keep_prob(keep_prob), query.dtype)
     arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
     result, _ = _attend_in_one(blocks, *arrays, draw)

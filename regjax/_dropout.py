@@ -88,13 +88,8 @@ def dropout(
     Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
     prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
     """
-    return masked(
-        x,
-        rate,
-        key,
-        deterministic,
-        Settings(check_integers("broadcast_dims", broadcast_dims), sampler),
-    )
+    settings = Settings("dropout", check_integers("broadcast_dims", broadcast_dims), sampler)
+    return masked(x, rate, key, deterministic, settings)
 
 
 def masked(
@@ -140,8 +135,9 @@ def drawn(
             return jnp.zeros_like(x)
         one_key = require_key(key)
         if watching := observer():
-            keep = kind.keep(x, one_key, rate, *arrays)
-            watching.draw(key_words(one_key), rate, keep, x, deterministic)
+            dropped, keep = made_with_mask(x, one_key, rate, kind, *arrays)
+            watching.draw(kind.name, key_words(one_key), rate, keep, x, deterministic)
+            return dropped
         return made(x, one_key, rate, kind, *arrays)
 
     return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
@@ -162,6 +158,18 @@ def made(
     return jitted(x, key, rate, kind, *arrays)
 
 
+def made_with_mask(
+    x: Inexact[Array, "*shape"],
+    key: KeyLike,
+    rate: float | Float[Array, ""],
+    kind: Kind,
+    *arrays: Array,
+) -> tuple[Inexact[Array, "*shape"], Bool[Array, ...]]:
+    """Return the same as `made`, and the mask that was applied, which is kept for the backward."""
+    jitted = _masked_at_tracer if isinstance(rate, jax.Array) else _masked_at_number
+    return jitted(x, key, rate, kind, *arrays)
+
+
 def inverse(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
     """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
     real = real_dtype(dtype)
@@ -172,7 +180,14 @@ def inverse(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating
 
 
 class Kind(Protocol):
-    """What of a dropout is no array: one value, static under jit."""
+    """What of a dropout is no array: one value, static under jit.
+
+    Attributes:
+        name: the name of the function, for observers.
+    """
+
+    @property
+    def name(self) -> str: ...
 
     def keep(self, *args: Any, **kwargs: Any) -> Bool[Array, ...]:
         """Draws the mask for `x`, from a key, a rate and what else it depends on: True keeps.
@@ -195,12 +210,14 @@ class Settings:
     An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
 
     Attributes:
+        name: the name of the function, for observers.
         broadcast_dims: dimensions along which one mask is shared.
         sampler: what draws the mask.
         scale: makes the scale from the keep probability and the dtype.
         offsets: makes `(shift, fill)` from the same; both are 0 without it.
     """
 
+    name: str
     broadcast_dims: tuple[int, ...]
     sampler: Sampler
     scale: Callable[..., Any] = inverse
@@ -242,21 +259,34 @@ def _drop(
     def masked(
         x: Inexact[Array, "*shape"], key: KeyLike, *arrays: Array
     ) -> Inexact[Array, "*shape"]:
-        dropped = kind.apply(x, kind.keep(x, key, rate, *arrays), rate)
-        if isinstance(rate, jax.Array):
-            in_range = (rate >= 0) & (rate <= 1)
-            dropped = jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype))
-        return dropped
+        return _apply_mask(x, key, rate, kind, *arrays)[0]
 
     # What the backward pass needs of the forward one is the mask; under checkpoint it is made again
     # from the key. prevent_cse=False, because its barriers would keep XLA from fusing the mask.
     return jax.checkpoint(masked, prevent_cse=False)(x, key, *arrays)
 
 
+def _apply_mask(
+    x: Inexact[Array, "*shape"],
+    key: KeyLike,
+    rate: float | Float[Array, ""],
+    kind: Kind,
+    *arrays: Array,
+) -> tuple[Inexact[Array, "*shape"], Bool[Array, ...]]:
+    keep = kind.keep(x, key, rate, *arrays)
+    dropped = kind.apply(x, keep, rate)
+    if isinstance(rate, jax.Array):
+        in_range = (rate >= 0) & (rate <= 1)
+        dropped = jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype))
+    return dropped, keep
+
+
 # The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
 # agree in shape and rate share one trace and one lowering.
 _drop_at_number = jax.jit(_drop, static_argnums=(2, 3))
 _drop_at_tracer = jax.jit(_drop, static_argnums=3)
+_masked_at_number = jax.jit(_apply_mask, static_argnums=(2, 3))
+_masked_at_tracer = jax.jit(_apply_mask, static_argnums=3)
 
 
 def keep_mask(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +74,8 @@ def embedding_dropout(
 @dataclasses.dataclass(frozen=True)
 class _Words:
     """The mask of the words that are there."""
+
+    name: ClassVar[str] = "embedding_dropout"
 
     def keep(
         self,

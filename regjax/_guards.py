@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from regjax._checks import check_callable
 from regjax._findings import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
-from regjax._observe import Draw, Observer, SiteKey, watched_by
+from regjax._observe import Observer, SampledDraw, SiteKey, observed_by
 
 if TYPE_CHECKING:
     from regjax._findings import Expected, Step
@@ -51,9 +52,10 @@ def check_dropout(
         *carry: what training carries along: parameters, optimizer, keys. Each call gets what the
             last returned, so that a step may donate its arguments.
         evaluate: called once as `evaluate(*carry)`; dropout has to be off in it.
-        expect: names of sites that have to draw, or a dict from them to their rates. A site has the
-            name that `site_key` was given, or the path of its module in Flax Linen and Haiku; each
-            is also known by its line of code, `"model.py:42"`. Globs do.
+        expect: names of sites that have to draw, or a dict from names to their rates, 0 for a site
+            that must not draw. A site has the name that `site_key` was given, or the path of its
+            module in Flax Linen and Haiku; each is also known by its line of code, `"model.py:42"`.
+            Globs do.
         allow: names of sites of which nothing is to be found, such as one whose mask is the same at
             every timestep on purpose. Globs do; one that matches nothing is an error.
 
@@ -64,6 +66,7 @@ def check_dropout(
         TypeError: `expect` or `allow` is a string.
         ValueError: `train_step` does not return what it was called with, or a glob of `allow`
             matches nothing.
+        RuntimeError: called inside a function that is traced, as by `jax.jit`.
 
     PyTorch:
         `regtorch.check_dropout` finds the same.
@@ -97,6 +100,9 @@ def check_dropout(
 class DropoutGuard:
     """Watches the dropout of a loop: some steps of training, and evaluation.
 
+    Blocks of different guards may be nested, and `check_dropout` may be called inside a block: each
+    guard sees all masks drawn inside its own blocks.
+
     Example:
         >>> import jax, jax.numpy as jnp, regjax
         >>> key = jax.random.key(0)
@@ -112,8 +118,8 @@ class DropoutGuard:
     """
 
     def __init__(self) -> None:
-        self._observer = Observer(self._record)
-        self._events: list[SiteKey | Drawn] = []
+        self._observer = Observer(self._record, sample=_SAMPLE)
+        self._events: list[SiteKey | Drawn] | None = None
         self._steps: list[Step] = []
         self._evaluations: list[Step] = []
         self._derived: set[str] = set()
@@ -153,25 +159,40 @@ class DropoutGuard:
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[list[SiteKey | Drawn]]:
-        before, self._events = self._events, []
+        if isinstance(jnp.zeros(()), Tracer):
+            raise RuntimeError(
+                "dropout is checked while a program runs, so check_dropout and the blocks of a "
+                "DropoutGuard must be outside of jax.jit, and of jax.lax's loops and branches; got "
+                "a call while a function is traced. Check the jitted step from outside: "
+                "regjax.check_dropout(jax.jit(train_step), …)."
+            )
+        if self._events is not None:
+            raise RuntimeError(
+                "guard.training() and guard.evaluation() must not be nested in one another; got a "
+                "block inside a block of the same guard. End the first one before, or use a second "
+                "DropoutGuard, which may be nested."
+            )
+        self._events = events = []
         try:
             # The same observer each time: a jitted step is compiled once for all blocks.
-            with watched_by(self._observer):
-                yield self._events
+            with observed_by(self._observer):
+                yield events
         finally:
             jax.effects_barrier()  # also after an error: no event may be late, and meet the next
-            self._events = before
+            self._observer.forget_unfinished()
+            self._events = None
 
-    def _record(self, event: SiteKey | Draw) -> None:
-        self._events.append(event if isinstance(event, SiteKey) else _summary(event))
+    def _record(self, event: Any) -> None:
+        if self._events is not None:
+            self._events.append(event if isinstance(event, SiteKey) else _summary(event))
 
 
-# A step may draw gigabytes. So many elements tell a mask, or what it falls on, from any other.
+# A step may draw gigabytes. This many elements distinguish a mask, or the values under it.
 _SAMPLE = 2**11
 
 
-def _summary(draw: Draw) -> Drawn:
-    values = _some(draw.entering)
+def _summary(draw: SampledDraw) -> Drawn:
+    values = draw.entering
     if np.iscomplexobj(values):
         values = np.concatenate([np.real(values), np.imag(values)])
     values = values.astype(float)
@@ -182,18 +203,13 @@ def _summary(draw: Draw) -> Drawn:
         origin="",
         function=draw.function,
         rate=draw.rate,
-        shape=draw.entering.shape,
-        size=draw.mask.size,
-        kept=int(np.count_nonzero(draw.mask)),
-        sample=_some(draw.mask).tobytes(),
+        shape=draw.shape,
+        size=draw.size,
+        kept=draw.kept,
+        sample=draw.mask.tobytes(),
         values=array("d", values[np.isfinite(values)].tobytes()),
         digits=float(jnp.finfo(draw.entering.dtype).eps),
     )
-
-
-def _some(x: np.ndarray) -> np.ndarray:
-    """So many elements of an array, evenly spread."""
-    return x.ravel()[:: max(1, x.size // _SAMPLE)][:_SAMPLE]
 
 
 ADVICE = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +157,8 @@ def _noisy(
 @dataclasses.dataclass(frozen=True)
 class _Factors:
     """Factors around 1 in place of a mask."""
+
+    name: ClassVar[str] = "gaussian_dropout"
 
     def keep(
         self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]

@@ -1,6 +1,7 @@
-"""Watching what every dropout draws: for comparisons between frameworks, and for guard rails.
+"""Record what every dropout draws, for comparisons between frameworks and for guard rails.
 
-Nothing here changes a value. While nobody watches, a dropout pays for one look at a flag.
+Recording changes no value, and the recorded mask is the array that is applied. A dropout that
+nobody observes pays for one look at a flag.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import dataclasses
 import itertools
 import re
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ import jax
 import numpy as np
 
 from regjax._checks import check_callable
+from regjax._collect import BlockwiseDraw, BlockwisePlan, Collected
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Inexact
@@ -46,13 +50,14 @@ class Draw:
     """A dropout drew a mask.
 
     Attributes:
-        order: where in the program it stands, counted from 0: a dropout inside a loop draws several
-            times under one number.
+        order: the place of the call in the program, counted from 0; a dropout inside a loop draws
+            several times under one number.
         key: the two words of its key.
         rate: the probability that an element is zeroed.
-        mask: what it keeps; of size 1 along dimensions that share it.
+        mask: the mask that was applied, True where an element is kept; of size 1 along dimensions
+            that share it.
         entering: the values that it masks.
-        function: the function of the library that draws, such as `"dropout"`.
+        function: the name of the function, such as `"dropout"`; a layer has that of its function.
         where: the line of code that called it, `"path/model.py:42"`: the innermost one that is not
             in the library or in a framework.
         scope: the names of the modules around it, `"encoder/layer_0"`, where the framework gives
@@ -69,46 +74,184 @@ class Draw:
     scope: str
 
 
-class Observer:
-    """Who watches: takes events, and counts the dropouts of the program.
+@dataclasses.dataclass(frozen=True)
+class SampledDraw(Draw):
+    """A `Draw` for an observer of samples: `mask` and `entering` are one-dimensional samples.
 
-    Events come from wherever the program runs, in no order: wait for `jax.effects_barrier()` before
-    reading them.
+    Attributes:
+        shape: the shape of the values that were masked.
+        size: the number of elements of the mask.
+        kept: the number of elements that are kept.
     """
 
-    def __init__(self, record: Callable[[SiteKey | Draw], None]) -> None:
-        self._record = record
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a dropout function, as one observer counts it."""
+
+    order: int
+    function: str
+    where: str
+    scope: str
+
+
+class Observer:
+    """Receives events, and counts the dropouts of the program.
+
+    Events arrive from wherever the program runs, in no particular order: call
+    `jax.effects_barrier()` before reading them.
+
+    Args:
+        record: called with each event.
+        sample: the number of elements, evenly spread, to keep of each mask and of the values that
+            it is applied to; None keeps all of them.
+    """
+
+    def __init__(
+        self, record: Callable[[SiteKey | Draw], None], *, sample: int | None = None
+    ) -> None:
+        self.record = record
+        self._sample = sample
         self._orders = itertools.count()
+        self._blockwise: dict[int, tuple[_Call, BlockwisePlan]] = {}
+        self._unfinished = defaultdict[Any, list[BlockwiseDraw]](list)
+        self._lock = threading.Lock()  # each device calls back from a thread of its own
+
+    def called(self, function: str, where: str, scope: str) -> _Call:
+        """Counts a call."""
+        return _Call(next(self._orders), function, where, scope)
+
+    def draw(
+        self, call: _Call, key: tuple[int, int], rate: float, mask: np.ndarray, entering: np.ndarray
+    ) -> None:
+        """Records a mask that was applied at once."""
+        arrays = (Collected(array.shape, self._sample).add(array) for array in (mask, entering))
+        self._record_draw(call, key, rate, *arrays)
+
+    def expect_blocks(self, ticket: int, call: _Call, plan: BlockwisePlan) -> None:
+        """Announces the call whose blocks arrive under a ticket."""
+        self._blockwise[ticket] = call, plan
+
+    def part(self, ticket: int, key: tuple[int, int], add: Callable[[BlockwiseDraw], bool]) -> None:
+        """Adds a part to the oldest draw of its call and key that lacks it.
+
+        The rows of a `vmap` over one key share call and key; their parts arrive row by row.
+        """
+        call, plan = self._blockwise[ticket]
+        with self._lock:
+            waiting = self._unfinished[ticket, key]
+            draw = next((draw for draw in waiting if add(draw)), None)
+            if draw is None:
+                draw = BlockwiseDraw(plan, self._sample)
+                add(draw)
+                waiting.append(draw)
+            if draw.is_complete():
+                waiting.remove(draw)
+        if draw.rate is not None and draw.is_complete():
+            self._record_draw(call, key, draw.rate, draw.mask, draw.weights)
+
+    def forget_unfinished(self) -> None:
+        """Drops the parts that a program left behind when it failed."""
+        self._unfinished.clear()
+
+    def _record_draw(
+        self, call: _Call, key: tuple[int, int], rate: float, mask: Collected, entering: Collected
+    ) -> None:
+        names = call.function, call.where, call.scope
+        fields = call.order, key, rate, mask.values, entering.values, *names
+        if self._sample is None:
+            self.record(Draw(*fields))
+        else:
+            self.record(SampledDraw(*fields, entering.shape, mask.size, mask.nonzero))
+
+
+# Shared by all observers: a compiled function may serve several of them, one after the other.
+_tickets = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Observers:
+    """All observers at a place in the program; equal if they are the same ones."""
+
+    members: tuple[Observer, ...]
 
     def site_key(self, site: str, root: Pair, step: Pair, key: Pair) -> None:
-        """Called by `site_key`, with two words of each."""
+        """Records a derived key; called by `site_key` with two words of each."""
 
         def record(root: Pair, step: Pair, key: Pair) -> None:
             high, low = _integers(step)
-            self._record(SiteKey(site, _integers(root), (high << 32) | low, _integers(key)))
+            event = SiteKey(site, _integers(root), (high << 32) | low, _integers(key))
+            for member in self.members:
+                member.record(event)
 
         jax.debug.callback(record, root, step, key)
 
     def draw(
         self,
+        function: str,
         key: Pair,
         rate: Any,
         mask: Bool[Array, ...],
         entering: Inexact[Array, ...],
         off: Any = False,
     ) -> None:
-        """Called by every dropout that draws; where `off` is True, the mask is not used."""
-        order, (where, function), scope = next(self._orders), _place(), _scope()
-        exact = rate if isinstance(rate, float) else None  # what enters a program is rounded
+        """Records the mask that a dropout applies; where `off` is True, the result is not used."""
+        calls = self._calls(function)
+        exact = rate if isinstance(rate, float) else None  # an operand is rounded to float32
 
         def record(key: Pair, rate: Any, mask: Any, entering: Any, off: Any) -> None:
             if off:  # under vmap of the flag, which cannot branch
                 return
-            asked = float(rate) if exact is None else exact
+            words, number = _integers(key), float(rate) if exact is None else exact
             arrays = np.asarray(mask), np.asarray(entering)
-            self._record(Draw(order, _integers(key), asked, *arrays, function, where, scope))
+            for member, call in calls:
+                member.draw(call, words, number, *arrays)
 
         jax.debug.callback(record, key, rate, mask, entering, off)
+
+    def expect_blocks(self, function: str, plan: BlockwisePlan) -> np.ndarray:
+        """Announces a mask that is applied block by block.
+
+        Returns:
+            A ticket for its parts. The program takes it as an operand, so that calls of equal
+            shapes share one compiled function.
+        """
+        ticket = next(_tickets)
+        for member, call in self._calls(function):
+            member.expect_blocks(ticket, call, plan)
+        return np.asarray(ticket, np.uint32)
+
+    def block(self, ticket: Any, key: Pair, off: Any, first: Any, keep: Any, scores: Any) -> None:
+        """Records a block of a mask, which begins at the index `first`, and the scores under it."""
+
+        def record(ticket: Any, key: Pair, off: Any, first: Any, keep: Any, scores: Any) -> None:
+            arrays = int(first), np.asarray(keep), np.asarray(scores)
+            if not off:
+                self._part(ticket, key, lambda draw: draw.add_block(*arrays))
+
+        jax.debug.callback(record, ticket, key, off, first, keep, scores)
+
+    def end(self, ticket: Any, key: Pair, off: Any, rate: Any, log_total: Any) -> None:
+        """Records the rate of the blocks, and the logarithm of each row's sum."""
+
+        def record(ticket: Any, key: Pair, off: Any, rate: Any, log_total: Any) -> None:
+            if not off:
+                number, total = float(rate), np.asarray(log_total)
+                self._part(ticket, key, lambda draw: draw.add_end(number, total))
+
+        jax.debug.callback(record, ticket, key, off, rate, log_total)
+
+    def _part(self, ticket: Any, key: Pair, add: Callable[[BlockwiseDraw], bool]) -> None:
+        for member in self.members:
+            member.part(int(ticket), _integers(key), add)
+
+    def _calls(self, function: str) -> list[tuple[Observer, _Call]]:
+        names = function, _user_line(), _scope()
+        return [(member, member.called(*names)) for member in self.members]
 
 
 # Part of the key of every cache of traces: a function that was jitted before anybody watched is
@@ -116,14 +259,17 @@ class Observer:
 _observer = jax.make_user_context(None)
 
 
-def observer() -> Observer | None:
-    """Who watches, if anybody does."""
+def observer() -> Observers | None:
+    """Return all who observe here, or None."""
     return _observer.value
 
 
 @contextlib.contextmanager
 def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
-    """Tells `record` of every key that `site_key` derives and every mask that a dropout draws.
+    """Pass `record` every key that `site_key` derives and every mask that a dropout applies.
+
+    Blocks nest: events inside both go to both. Under `jax.checkpoint` the forward pass that runs
+    again for the backward one is recorded again.
 
     Args:
         record: called with each event, under jit at run time.
@@ -137,33 +283,32 @@ def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
         >>> [(type(event).__name__, event.rate, event.mask.tolist()) for event in drawn]
         [('Draw', 0.5, [False, False, True])]
     """
-    with watched_by(Observer(check_callable("record", record, "(event)"))) as watching:
-        yield watching
+    with observed_by(Observer(check_callable("record", record, "(event)"))) as added:
+        yield added
 
 
 @contextlib.contextmanager
-def watched_by(watching: Observer) -> Iterator[Observer]:
-    """Lets an observer watch; what one traced in one such block is used again in its next."""
-    with _observer(watching):
-        yield watching
+def observed_by(added: Observer) -> Iterator[Observer]:
+    """Add an observer; functions traced in one such block are reused in the next."""
+    outer = _observer.value
+    with _observer(Observers((*(outer.members if outer else ()), added))):
+        yield added
 
 
 # Code of these is not the user's.
 _LIBRARIES = {"regjax", "jax", "flax", "equinox", "haiku", "contextlib"}
 
 
-def _place() -> tuple[str, str]:
-    """The line of the user's code that is running, and the function of this library it called."""
-    frame, function = sys._getframe(1), ""
+def _user_line() -> str:
+    """The innermost line of code that is running outside of the libraries."""
+    frame = sys._getframe(1)
     while frame.f_back:
         module = frame.f_globals.get("__name__", "")
         typed = frame.f_code.co_filename.startswith("<")  # at a prompt, or in a doctest
         if typed or module.partition(".")[0] not in _LIBRARIES:
             break
-        if module.startswith("regjax._"):
-            function = frame.f_code.co_name
         frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}", function
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
 def _scope() -> str:

@@ -325,12 +325,22 @@ def _check_outputs(one_pass: Callable[..., Any], settings: _Settings) -> None:
 
 
 def _depends_on_index(one_pass: Callable[[Any], Any]) -> bool:
-    """Asks vmap, which knows what depends on the thing that is mapped, through any transform."""
-    try:
-        jax.eval_shape(jax.vmap(one_pass, out_axes=None), jnp.zeros(2, jnp.uint32))
-    except ValueError:  # a mapped output where none was asked for
-        return True
-    return False
+    """Whether vmap batches the output, which it does where it depends on what is mapped."""
+    batched: list[bool] = []
+
+    # vmap calls the rule of a function whose argument is batched. (out_axes=None would raise for
+    # such an output, and the failed trace would count as a leak under jax_check_tracer_leaks.)
+    @jax.custom_batching.custom_vmap
+    def output(y: Array) -> Array:
+        return y
+
+    @output.def_vmap
+    def note(axis_size: int, in_batched: list[bool], y: Array) -> tuple[Array, bool]:
+        batched.extend(in_batched)
+        return y, in_batched[0]
+
+    jax.eval_shape(jax.vmap(lambda index: output(one_pass(index))), jnp.zeros(2, jnp.uint32))
+    return any(batched)
 
 
 def _fitting(chunk: Callable[..., Any], settings: _Settings) -> int:

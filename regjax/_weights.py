@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from regjax._checks import naming
-from regjax._dropout import check_flag, dropout, is_number
+from regjax._dropout import Settings, check_flag, is_number, masked
 from regjax._keys import check_key, site_key
 from regjax._masks import Sampler, bernoulli, check_probability
 from regjax._paths import components, path_name
@@ -89,6 +89,7 @@ def drop_connect(
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     chosen = _chosen(weights, rule)
+    settings = Settings("drop_connect", (), sampler)
     if deterministic is True or is_number(rate, 0):
         return weights
     key = None if key is None else check_key(key)
@@ -99,7 +100,7 @@ def drop_connect(
         name = "/".join(components(path_name(path)))
         leaf_key = site_key(key, 0, name) if path and key is not None else key
         with naming(x="weights"):
-            return dropout(weight, rate, key=leaf_key, deterministic=deterministic, sampler=sampler)
+            return masked(weight, rate, leaf_key, deterministic, settings)
 
     return jax.tree.map_with_path(leaf, weights, chosen)
 

@@ -615,8 +615,9 @@ def _divided(
 
     def drop() -> Float[Array, "*shape"]:
         if watching := observer():
-            keep = keep_mask(x, key, keep_prob_of(p, x.dtype), (), bernoulli)
-            watching.draw(key_words(key), p, keep, x)
+            dropped, keep = _divide_with_mask(x, check_key(key), p)
+            watching.draw("dropout", key_words(key), p, keep, x, deterministic)
+            return dropped
         return _divide(x, check_key(key), p)
 
     return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
@@ -625,14 +626,25 @@ def _divided(
 @jax.jit
 def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Float[Array, "*shape"]:
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        q = exact_keep_prob(keep_prob_of(p, x.dtype))
-        # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN of the
-        # gradient.
-        q = jnp.where((q > 0) & (q <= 1), q, -1)
-        dropped = jnp.where((p >= 0) & (p <= 1), 0.0, jnp.nan)
-        return jnp.where(keep_mask(x, key, q, (), compared), x / q, dropped)
+        return _mask_and_divide(x, key, p)[0]
 
     return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as `dropout` does: nothing is stored
+
+
+def _mask_and_divide(
+    x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
+    """Return the result, and the mask."""
+    q = exact_keep_prob(keep_prob_of(p, x.dtype))
+    # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN of the
+    # gradient.
+    q = jnp.where((q > 0) & (q <= 1), q, -1)
+    keep = keep_mask(x, key, q, (), compared)
+    dropped = jnp.where((p >= 0) & (p <= 1), 0.0, jnp.nan)
+    return jnp.where(keep, x / q, dropped), keep
+
+
+_divide_with_mask = jax.jit(_mask_and_divide)
 
 
 def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:

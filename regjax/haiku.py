@@ -127,8 +127,10 @@ def dropout(
     if x.dtype != jnp.float32 or sampler is not bernoulli:
         return _dropout.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
     if watching := observer():
-        keep = keep_mask(x, key, keep_prob_of(rate, x.dtype), dims, sampler)
-        watching.draw(key_words(key), rate, keep, x)
+        watched = _masked_at_tracer if is_traced else _masked_at_number
+        dropped, keep = watched(x, key, rate, dims)
+        watching.draw("dropout", key_words(key), rate, keep, x)
+        return dropped
     return (_at_tracer if is_traced else _at_number)(x, key, rate, dims)
 
 
@@ -507,18 +509,28 @@ def _as_theirs(
     """`dropout` in the operations of Haiku, where XLA rounds those otherwise than ours."""
 
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        q = exact_keep_prob(keep_prob_of(rate, x.dtype))
-        if isinstance(q, jax.Array):
-            # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
-            q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
-        keep = jnp.broadcast_to(keep_mask(x, key, q, dims, compared), x.shape)
-        return keep.astype(x.dtype) * _finite(x, keep) / q
+        return _apply_mask(x, key, rate, dims)[0]
 
     return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as in `regjax.dropout`
 
 
+def _apply_mask(
+    x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
+) -> tuple[Float[Array, "*shape"], Bool[Array, ...]]:
+    """Return the result, and the mask."""
+    q = exact_keep_prob(keep_prob_of(rate, x.dtype))
+    if isinstance(q, jax.Array):
+        # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
+        q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
+    keep = keep_mask(x, key, q, dims, compared)
+    every = jnp.broadcast_to(keep, x.shape)
+    return every.astype(x.dtype) * _finite(x, every) / q, keep
+
+
 _at_number = jax.jit(_as_theirs, static_argnums=(2, 3))
 _at_tracer = jax.jit(_as_theirs, static_argnums=3)
+_masked_at_number = jax.jit(_apply_mask, static_argnums=(2, 3))
+_masked_at_tracer = jax.jit(_apply_mask, static_argnums=3)
 
 
 @jax.custom_jvp

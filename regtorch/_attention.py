@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from regtorch._checks import check_bool, check_integer, check_number, check_tensor, describe
+from regtorch._collect import BlockwisePlan
 from regtorch._dropout import (
+    Settings,
     check_flag,
-    dropout,
     inverse,
     is_number,
     keep_prob_of,
+    masked,
     real_dtype,
     require_key,
 )
@@ -117,7 +119,8 @@ def dot_product_attention(
     if block_size is None:
         weights = _softmax(scores(query, key, bias, mask))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        weights = dropout(weights, rate, key=one_key, deterministic=flag, broadcast_dims=shared)
+        settings = Settings("dot_product_attention", shared, bernoulli)
+        weights = masked(weights, rate, one_key, flag, settings)
         return _mixed(weights.to(value.dtype), value)
     size = _check_block(block_size, key.shape[-3])
     blocks = _Blocks(scores, size, key.shape[-3], broadcast_dropout)
@@ -127,11 +130,10 @@ def dot_product_attention(
     if one_key is None:
         # In the graph, so that its gradient is zeros and not an error.
         return _blockwise(blocks, *arrays).mul(0)
+    record = None
     if watching := observer():
-        keep = bernoulli(one_key, keep_prob_of(rate, real_dtype(query.dtype)), blocks.shape(query))
-        whole = _softmax(scores(query, key, bias, mask))
-        watching.draw(one_key, rate, keep, whole, flag)
-    dropped = _blockwise(blocks, *arrays, one_key, rate)
+        record = watching.blockwise("dot_product_attention", rate, blocks.plan(query), flag)
+    dropped = _blockwise(blocks, *arrays, one_key, rate, record)
     if isinstance(flag, Tensor):
         return torch.where(flag, _blockwise(blocks, *arrays), dropped)
     return dropped
@@ -229,6 +231,11 @@ class _Blocks:
         rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
         return (*rows, queries, self.keys)
 
+    def plan(self, query: Tensor) -> BlockwisePlan:
+        """The shapes of the whole mask, and of the scores."""
+        *batch, queries, heads, _ = query.shape
+        return BlockwisePlan(self.shape(query), (*batch, heads, queries, self.keys))
+
     def keep(
         self, query: Tensor, words: Tensor | None, keep_prob: Any, first: int, size: int
     ) -> Tensor | None:
@@ -252,6 +259,7 @@ class _Attend(torch.autograd.Function):
     def forward(
         blocks: _Blocks,
         keep_prob: float | Tensor,
+        record: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -271,16 +279,21 @@ class _Attend(torch.autograd.Function):
             shrink = torch.exp(top - _finite(new_top))
             powers = torch.exp(scores - _finite(new_top)[..., None])
             top, total = new_top, total * shrink + powers.sum(-1)
-            kept = _selected(blocks.keep(query, words, keep_prob, first, size), powers)
+            keep = blocks.keep(query, words, keep_prob, first, size)
+            if record:
+                record.block(first, keep, scores)
+            kept = _selected(keep, powers)
             result = result * _per_query(shrink) + _mixed(kept.to(value.dtype), values)
         saw = total > 0
         total = torch.where(saw, total, 1.0)
         log_total = torch.where(saw, _finite(top) + torch.log(total), 0.0)
+        if record:
+            record.end(words, log_total)
         return result / _per_query(total), log_total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.blocks, ctx.keep_prob, *tensors = inputs
+        ctx.blocks, ctx.keep_prob, _, *tensors = inputs
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
@@ -294,8 +307,9 @@ class _Attend(torch.autograd.Function):
         of_query = torch.zeros_like(query, dtype=wide)
         others = [
             torch.zeros_like(x) if wanted else None
-            for x, wanted in zip((key, value, bias), ctx.needs_input_grad[3:6], strict=True)
+            for x, wanted in zip((key, value, bias), ctx.needs_input_grad[4:7], strict=True)
         ]
+        # The masks are made again, and not recorded.
         for first, size in blocks:
             keys, values, added, seen = _parts((key, value, bias, mask), first, size)
             scores = blocks.scores(query, keys, added, seen, first)
@@ -312,7 +326,7 @@ class _Attend(torch.autograd.Function):
                 of_value += _gathered(_selected(keep, weights), of_result, values)
             if of_bias is not None:
                 of_bias += of_scores.sum_to_size(of_bias.shape)
-        return None, None, of_query.to(query.dtype), *others, None, None
+        return None, None, None, of_query.to(query.dtype), *others, None, None
 
 
 def _blockwise(
@@ -324,11 +338,12 @@ def _blockwise(
     mask: Tensor | None,
     dropout_rng: Tensor | None = None,
     rate: float | Tensor = 0.0,
+    record: Any = None,
 ) -> Tensor:
     wide = real_dtype(query.dtype)
     rate = rate.detach() if isinstance(rate, Tensor) else rate
     keep_prob = keep_prob_of(rate, wide)
-    result, _ = _Attend.apply(blocks, keep_prob, query, key, value, bias, mask, dropout_rng)
+    result, _ = _Attend.apply(blocks, keep_prob, record, query, key, value, bias, mask, dropout_rng)
     if dropout_rng is not None:
         result = result * inverse(exact_keep_prob(keep_prob), wide)
     if isinstance(rate, Tensor):

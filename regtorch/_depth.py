@@ -67,7 +67,8 @@ def drop_path(
     """
     x = check_inexact(x)
     scale = inverse if check_bool("scale_by_keep", scale_by_keep) else _one
-    return masked(x, rate, key, deterministic, Settings(_shared_dims(x.ndim, mode), sampler, scale))
+    settings = Settings("drop_path", _shared_dims(x.ndim, mode), sampler, scale)
+    return masked(x, rate, key, deterministic, settings)
 
 
 def check_mode(mode: str) -> str:

@@ -76,13 +76,8 @@ def dropout(
     Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
     prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
     """
-    return masked(
-        x,
-        rate,
-        key,
-        deterministic,
-        Settings(check_integers("broadcast_dims", broadcast_dims), sampler),
-    )
+    settings = Settings("dropout", check_integers("broadcast_dims", broadcast_dims), sampler)
+    return masked(x, rate, key, deterministic, settings)
 
 
 def masked(
@@ -129,8 +124,10 @@ def drawn(
         one_key = require_key(key).to(x.device)
         if watching := observer():
             keep = kind.keep(x, one_key, rate, *tensors)
-            watching.draw(one_key, rate, keep, x, deterministic)
-        dropped = made(x, one_key, rate, kind, *tensors)
+            watching.draw(kind.name, one_key, rate, keep, x, deterministic)
+            dropped = made(x, one_key, rate, _Drawn(kind), keep)
+        else:
+            dropped = made(x, one_key, rate, kind, *tensors)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, dropped)
     return dropped
@@ -146,7 +143,14 @@ def inverse(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 class Kind(Protocol):
-    """What of a dropout is no tensor: one value, into which no transform looks."""
+    """What of a dropout is no tensor: one value, into which no transform looks.
+
+    Attributes:
+        name: the name of the function, for observers.
+    """
+
+    @property
+    def name(self) -> str: ...
 
     def keep(self, *args: Any, **kwargs: Any) -> Tensor:
         """Draws the mask for `x`, from a key, a rate and what else it depends on: True keeps.
@@ -171,12 +175,14 @@ class Settings:
     An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
 
     Attributes:
+        name: the name of the function, for observers.
         broadcast_dims: dimensions along which one mask is shared.
         sampler: what draws the mask.
         scale: makes the scale from the keep probability and the dtype.
         offsets: makes `(shift, fill)` from the same; both are 0 without it.
     """
 
+    name: str
     broadcast_dims: tuple[int, ...]
     sampler: Sampler
     scale: Callable[..., Any] = inverse
@@ -263,6 +269,30 @@ def made(x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, *tensors: Ten
     nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
     dropped = apply(x, key, rate, kind, *tensors)
     return torch.where((rate >= 0) & (rate <= 1), dropped, nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """A kind whose mask is drawn already: observers get the very tensor that is applied."""
+
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return self.kind.name
+
+    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor, keep: Tensor) -> Tensor:
+        """The mask."""
+        return keep
+
+    def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
+        """Masks and scales as the kind does."""
+        return self.kind.apply(x, keep, rate)
+
+    def slope(self) -> _Drawn:
+        """The same with the kind's slope."""
+        return _Drawn(self.kind.slope())
 
 
 def _keep_mask(x: Tensor, key: Tensor, keep_prob: float | Tensor, settings: Settings) -> Tensor:

@@ -64,7 +64,8 @@ def feature_dropout(
     """
     x = check_inexact(x)
     shared = shared_dims(x.ndim, channel_axis)
-    return masked(x, rate, key, deterministic, Settings(shared, sampler))
+    settings = Settings("feature_dropout", shared, sampler)
+    return masked(x, rate, key, deterministic, settings)
 
 
 def shared_dims(ndim: int, channel_axis: int) -> tuple[int, ...]:

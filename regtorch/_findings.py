@@ -239,6 +239,7 @@ def judge(
     advice: Mapping[DropoutProblem, str],
     expect: Expected,
     allow: Collection[str],
+    idle: Collection[str] = (),
 ) -> DropoutReport:
     """Makes a report of what was drawn.
 
@@ -247,8 +248,10 @@ def judge(
         evaluations: what was drawn in each evaluation.
         derived: the names of sites that keys were derived for in training.
         advice: what to do about each kind of problem.
-        expect: globs of sites that have to draw, and perhaps with which rate.
+        expect: globs of sites that have to draw, and perhaps with which rate; at the rate 0, they
+            must not.
         allow: globs of sites of which nothing is to be found.
+        idle: the names of layers that were called in training at the rate 0.
 
     Raises:
         TypeError: `expect` or `allow` is a string.
@@ -265,8 +268,8 @@ def judge(
     found = [
         *_reused_keys(steps),
         *_odd_masks(steps),
-        *_inactive(steps, derived),
-        *_unexpected(steps, expect),
+        *_inactive(steps, derived, expect, idle),
+        *_unexpected(steps, expect, idle),
         *_active(evaluations),
     ]
     found = [each for each in found if not each.sites or not allowed.issuperset(each.sites)]
@@ -345,23 +348,36 @@ def _oddity(same: Sequence[Drawn]) -> tuple[DropoutProblem, str, float] | None:
     return DropoutProblem.IGNORED_KEY, detail, chance
 
 
-def _inactive(steps: Sequence[Step], derived: Collection[str]) -> Iterator[DropoutFinding]:
-    if not any(steps):
+def _inactive(
+    steps: Sequence[Step], derived: Collection[str], expect: Expected, idle: Collection[str]
+) -> Iterator[DropoutFinding]:
+    none_expected = expect and all(_expects_nothing(expect, each, idle) for each in expect)
+    if not any(steps) and not none_expected:
         detail = f"no mask was drawn in {len(steps)} steps"
         if derived:
             detail += f"; keys were derived for {', '.join(sorted(derived))}, and not used"
         yield DropoutFinding(DropoutProblem.NEVER_ACTIVE, (), detail)
 
 
-def _unexpected(steps: Sequence[Step], expect: Expected) -> Iterator[DropoutFinding]:
+def _expects_nothing(expect: Expected, pattern: str, idle: Collection[str]) -> bool:
+    """Whether a pattern stands for sites whose rate is 0, on purpose or as a layer has it."""
+    rate = expect[pattern] if isinstance(expect, Mapping) else None
+    return rate == 0 or (rate is None and any(matches(pattern, name) for name in idle))
+
+
+def _unexpected(
+    steps: Sequence[Step], expect: Expected, idle: Collection[str]
+) -> Iterator[DropoutFinding]:
     rates = defaultdict[Site, set[float]](set)
     for drawn in (drawn for step in steps for drawn in step):
         rates[drawn.site].add(drawn.rate)
     for pattern in expect:
         rate = expect[pattern] if isinstance(expect, Mapping) else None
         sites = [site for site in rates if site.fits(pattern)]
-        if not sites:
+        if not sites and not _expects_nothing(expect, pattern, idle):
             detail = "no mask was drawn there"
+            if rate is not None and any(matches(pattern, name) for name in idle):
+                detail += f", as the rate of the layer is 0, and {rate:g} was expected"
             yield DropoutFinding(DropoutProblem.NEVER_ACTIVE, (pattern,), detail)
         if rate is not None:
             yield from _other_rates({site: rates[site] for site in sites}, rate)

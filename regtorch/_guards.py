@@ -13,11 +13,10 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from regtorch._checks import check_callable
 from regtorch._findings import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
-from regtorch._observe import Draw, Observer, SiteKey, watched_by
+from regtorch._observe import Observer, SampledDraw, SiteKey, observed_by
 
 if TYPE_CHECKING:
     from regtorch._findings import Expected, Step
@@ -47,9 +46,11 @@ def check_dropout(
             values in a tuple.
         *carry: what training carries along, where it is not the state of a module.
         evaluate: called once as `evaluate(*carry)`; dropout has to be off in it.
-        expect: names of sites that have to draw, or a dict from them to their rates, such as
-            `regtorch.keyed.sites(model)`. A site has the name that `site_key` was given, and is
-            also known by its line of code, `"model.py:42"`. Globs do.
+        expect: names of sites that have to draw, such as `regtorch.keyed.sites(model)`, or a dict
+            from names to their rates, 0 for a site that must not draw. A converted layer that is
+            called at the rate 0 need not draw, unless the dict has another rate. A site has the
+            name that `site_key` was given, and is also known by its line of code, `"model.py:42"`.
+            Globs do.
         allow: names of sites of which nothing is to be found, such as one whose mask is the same at
             every timestep on purpose. Globs do; one that matches nothing is an error.
 
@@ -60,6 +61,7 @@ def check_dropout(
         TypeError: `expect` or `allow` is a string.
         ValueError: `train_step` does not return what it was called with, or a glob of `allow`
             matches nothing.
+        RuntimeError: called inside `torch.compile`.
 
     JAX:
         `regjax.check_dropout` finds the same.
@@ -92,6 +94,9 @@ def check_dropout(
 class DropoutGuard:
     """Watches the dropout of a loop: some steps of training, and evaluation.
 
+    Blocks of different guards may be nested, and `check_dropout` may be called inside a block: each
+    guard sees all masks drawn inside its own blocks.
+
     Example:
         >>> import torch, regtorch
         >>> root = regtorch.key(0)
@@ -107,8 +112,8 @@ class DropoutGuard:
     """
 
     def __init__(self) -> None:
-        self._observer = Observer(self._record)
-        self._events: list[SiteKey | Drawn] = []
+        self._observer = Observer(self._record, sample=_SAMPLE)
+        self._events: list[SiteKey | Drawn] | None = None
         self._steps: list[Step] = []
         self._evaluations: list[Step] = []
         self._derived: set[str] = set()
@@ -144,30 +149,45 @@ class DropoutGuard:
                 f"{len(self._steps)} steps of training were watched, and masks are compared between"
                 " two: run each of two steps in a block of its own, with guard.training(): …"
             )
-        return judge(self._steps, self._evaluations, self._derived, ADVICE, expect, allow)
+        seen = self._steps, self._evaluations, self._derived
+        return judge(*seen, ADVICE, expect, allow, self._observer.idle)
 
     @contextlib.contextmanager
     def _watching(self) -> Iterator[list[SiteKey | Drawn]]:
-        before, self._events = self._events, []
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "check_dropout and the blocks of a DropoutGuard must be outside of torch.compile, "
+                "which nobody can observe; got a call while a function is compiled. Check the step "
+                "before it is compiled: regtorch.check_dropout(train_step, …)."
+            )
+        if self._events is not None:
+            raise RuntimeError(
+                "guard.training() and guard.evaluation() must not be nested in one another; got a "
+                "block inside a block of the same guard. End the first one before, or use a second "
+                "DropoutGuard, which may be nested."
+            )
+        self._events = events = []
         try:
-            with watched_by(self._observer):
-                yield self._events
+            with observed_by(self._observer):
+                yield events
         finally:
-            self._events = before
+            self._events = None
 
-    def _record(self, event: SiteKey | Draw) -> None:
+    def _record(self, event: Any) -> None:
+        if self._events is None:
+            return
         if isinstance(event, SiteKey):
             self._events.append(event)
         elif not event.remade:
             self._events.append(_summary(event))
 
 
-# A step may draw gigabytes. So many elements tell a mask, or what it falls on, from any other.
+# A step may draw gigabytes. This many elements distinguish a mask, or the values under it.
 _SAMPLE = 2**11
 
 
-def _summary(draw: Draw) -> Drawn:
-    values = _some(draw.entering)
+def _summary(draw: SampledDraw) -> Drawn:
+    values = draw.entering
     values = torch.view_as_real(values) if values.is_complex() else values.to(torch.float64)
     return Drawn(
         order=draw.order,
@@ -176,18 +196,13 @@ def _summary(draw: Draw) -> Drawn:
         origin="",
         function=draw.function,
         rate=draw.rate,
-        shape=tuple(draw.entering.shape),
-        size=draw.mask.numel(),
-        kept=int(draw.mask.count_nonzero()),
-        sample=bytes(_some(draw.mask).tolist()),
+        shape=draw.shape,
+        size=draw.size,
+        kept=draw.kept,
+        sample=bytes(draw.mask.tolist()),
         values=array("d", values[values.isfinite()].tolist()),
         digits=torch.finfo(draw.entering.dtype).eps,
     )
-
-
-def _some(x: Tensor) -> Tensor:
-    """So many elements of a tensor, evenly spread."""
-    return x.flatten()[:: max(1, x.numel() // _SAMPLE)][:_SAMPLE]
 
 
 ADVICE = {

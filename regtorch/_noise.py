@@ -9,6 +9,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -138,6 +139,8 @@ def _noisy(
 @dataclasses.dataclass(frozen=True)
 class _Factors:
     """Factors around 1 in place of a mask."""
+
+    name: ClassVar[str] = "gaussian_dropout"
 
     def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
         """Draws the factors."""

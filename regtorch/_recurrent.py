@@ -88,4 +88,5 @@ def variational_dropout(
     """
     x = check_inexact(x)
     axis = check_axis("time_axis", time_axis, x.ndim, _ADVICE)
-    return masked(x, rate, key, deterministic, Settings((axis,), sampler))
+    settings = Settings("variational_dropout", (axis,), sampler)
+    return masked(x, rate, key, deterministic, settings)

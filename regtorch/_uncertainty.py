@@ -24,6 +24,7 @@ from regtorch._checks import (
 )
 from regtorch._dropout import real_dtype
 from regtorch._keys import check_key, site_key
+from regtorch._observe import Draw, Observer, SiteKey, observed_by
 from regtorch.keyed_layers import KEYED, Keyed, Site
 
 Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
@@ -109,11 +110,12 @@ def mc_dropout(
             or `class_axis` is not an integer.
         ValueError: `samples` is below 1; `outputs` is none of the three; `class_axis` is not a
             dimension of the outputs, or has a single class; `key` is a batch of keys; the
-            probabilities are negative or do not sum to 1; `predict` writes into its inputs; or a
-            module of the model drops and is not converted, or none does.
+            probabilities are negative or do not sum to 1; `predict` writes into its inputs; a
+            module of the model drops and is not converted, or none does; or all passes, of which
+            there are at least two, are the same, as they are where dropout is off.
 
     Warns:
-        UserWarning: all passes returned the same, as they do where dropout is off.
+        UserWarning: all passes returned the same although they drew from different keys.
 
     JAX:
         `regjax.mc_dropout`, which runs the passes side by side within a budget of memory.
@@ -148,7 +150,7 @@ def mc_dropout(
     check_key(key)
     function = _passes(predict) if isinstance(predict, nn.Module) else nullcontext(predict)
     with torch.no_grad(), function as one_pass:
-        versions = _versions(inputs)
+        versions, one_pass = _versions(inputs), _Watched(one_pass)
         first = one_pass(*inputs, key=site_key(key, 0, _SITE))
         _check_outputs(first, outputs, class_axis)
         if _versions(inputs) != versions:
@@ -164,13 +166,45 @@ def mc_dropout(
             same = same and torch.equal(first, y)
             if keep_samples:
                 kept.append(y)
+    if same and one_pass.repeats_its_keys():
+        raise ValueError(
+            "all passes are the same: what predict returns does not depend on its key. Turn "
+            "dropout on in it (deterministic=False, training mode, a rate above 0) and give it the "
+            "key."
+        )
     if same:
         warnings.warn(
-            "all passes returned the same: does predict use its key, and is dropout on in it "
-            "(deterministic=False, training mode, a rate above 0)?",
+            "all passes returned the same, although their keys differ: at a rate this small, take "
+            "more samples; or what is dropped does not reach the output.",
             stacklevel=2,
         )
     return _prediction(moments, torch.stack(kept) if keep_samples else None, class_axis)
+
+
+class _Watched:
+    """A pass whose first two calls are watched for the keys of their masks."""
+
+    def __init__(self, one_pass: Callable[..., Tensor]) -> None:
+        self._one_pass = one_pass
+        self._keys: list[list[tuple[int, int]]] = []
+
+    def __call__(self, *inputs: Any, key: Tensor) -> Tensor:
+        if len(self._keys) == 2:
+            return self._one_pass(*inputs, key=key)
+        keys: list[tuple[int, int]] = []
+        self._keys.append(keys)
+
+        def record(event: SiteKey | Draw) -> None:
+            if isinstance(event, Draw):
+                keys.append(event.key)
+
+        with observed_by(Observer(record, sample=0)):
+            return self._one_pass(*inputs, key=key)
+
+    def repeats_its_keys(self) -> bool:
+        """Whether both calls drew from the same keys, or no masks at all."""
+        first, second = self._keys
+        return first == second
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from regtorch._checks import describe
-from regtorch._dropout import check_flag, dropout, is_number, require_key
+from regtorch._dropout import Settings, check_flag, is_number, masked, require_key
 from regtorch._keys import site_key
 from regtorch._masks import Sampler, bernoulli, check_probability
 from regtorch._paths import components, words
@@ -103,6 +103,7 @@ def drop_connect(
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     chosen = _chosen(weights, rule)
+    settings = Settings("drop_connect", (), sampler)
     if deterministic is True or is_number(rate, 0):
         return weights
     root = None if key is None else require_key(key)  # a generator is asked once for all
@@ -110,7 +111,7 @@ def drop_connect(
     def leaf(name: str, weight: Tensor) -> Tensor:
         site = "/".join(components(name))
         leaf_key = site_key(root, 0, site) if name and root is not None else root
-        return dropout(weight, rate, key=leaf_key, deterministic=deterministic, sampler=sampler)
+        return masked(weight, rate, leaf_key, deterministic, settings)
 
     if isinstance(weights, Tensor):
         return leaf("", weights)

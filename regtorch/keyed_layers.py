@@ -22,6 +22,7 @@ from regtorch._alpha import alpha_dropout, feature_alpha_dropout
 from regtorch._dropout import dropout
 from regtorch._features import feature_dropout
 from regtorch._keys import site_words
+from regtorch._observe import observer
 
 
 @dataclasses.dataclass
@@ -96,6 +97,8 @@ class _KeyedDropout(Keyed):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name
         if not self.training or self.p == 0:
+            if self.training and (watching := observer()):
+                watching.idle(self.sites[0].name)
             return super().forward(input)
         y = self._drop(input)
         return input.copy_(y) if self.inplace else y

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regtorch._checks import check_generator
 from regtorch._embedding import embedding_dropout
 from regtorch._masks import check_probability
+from regtorch.nn._layer import GeneratorModule
 
 
-class EmbeddingDropout(nn.Module):
+class EmbeddingDropout(GeneratorModule):
     """Dropout of whole words: a word that is dropped is dropped wherever it occurs in the batch.
 
     It stands behind an embedding, and takes the ids beside the vectors. See

@@ -11,7 +11,26 @@ from regtorch._checks import check_generator
 from regtorch._masks import check_probability
 
 
-class Layer(nn.Module):
+class GeneratorModule(nn.Module):
+    """A module that draws a key from its generator where a call is given none."""
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """The generator, or None."""
+        return self.__dict__["generator"]
+
+    @generator.setter
+    def generator(self, generator: torch.Generator | None) -> None:
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError(
+                f"generator must be a torch.Generator or None; got {generator!r}. A layer that held "
+                "a key would draw the same mask at every step: pass a new key to each call, "
+                "layer(x, key=key), or torch.Generator().manual_seed(seed) here."
+            )
+        self.__dict__["generator"] = generator
+
+
+class Layer(GeneratorModule):
     """What the family shares: the settings, and where the key comes from."""
 
     def __init__(self, rate: float = 0.5, *, generator: torch.Generator | None = None) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regtorch._checks import check_generator
 from regtorch._noise import check_noise_rate, check_stddev, gaussian_dropout, gaussian_noise
-from regtorch.nn._layer import Layer
+from regtorch.nn._layer import GeneratorModule, Layer
 
 
 class GaussianDropout(Layer):
@@ -46,7 +46,7 @@ class GaussianDropout(Layer):
         return gaussian_dropout(x, rate, **options)
 
 
-class GaussianNoise(nn.Module):
+class GaussianNoise(GeneratorModule):
     """Adds normal variates in training.
 
     See `regtorch.gaussian_noise`.

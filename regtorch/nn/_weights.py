@@ -11,12 +11,13 @@ from regtorch._checks import check_generator
 from regtorch._masks import check_probability
 from regtorch._rules import decay_mask
 from regtorch._weights import drop_connect
+from regtorch.nn._layer import GeneratorModule
 
 if TYPE_CHECKING:
     from regtorch._verdicts import Rule
 
 
-class DropConnect(nn.Module):
+class DropConnect(GeneratorModule):
     """A module whose weights are dropped in training, with one mask for each call.
 
     In training each call runs the wrapped module with `regtorch.drop_connect` of its weights; after

@@ -93,7 +93,7 @@ def test_a_function_jitted_before_is_seen_and_leaves_no_trace_after():
     assert "callback" not in str(jax.make_jaxpr(outer)(X))
 
 
-def test_of_two_observers_the_inner_one_is_told():
+def test_nested_observers_both_receive_events():
     outer, inner = [], []
     with regjax.observing(outer.append):
         with regjax.observing(inner.append):
@@ -101,7 +101,7 @@ def test_of_two_observers_the_inner_one_is_told():
             jax.effects_barrier()
         drop(X, rate=0.1)
         jax.effects_barrier()
-    assert [event.rate for event in outer] == [0.1]
+    assert [event.rate for event in outer] == [0.5, 0.1]
     assert [event.rate for event in inner] == [0.5]
 
 

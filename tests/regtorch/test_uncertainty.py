@@ -126,7 +126,7 @@ def test_the_encoder_layer_would_pass_by_its_dropouts():
         keyed.set_key(layer, key, 0)
         return layer(x[None])
 
-    with pytest.warns(UserWarning, match="all passes returned the same"):
+    with pytest.raises(ValueError, match="all passes are the same"):
         mc(predict, X)
 
 
@@ -167,9 +167,15 @@ def test_equal_passes_are_said_once_they_are_all_there(rate):
     if rate:
         assert mc(model, X).std.any()
         return
-    with pytest.warns(UserWarning, match="all passes returned the same"):
-        assert not mc(model, X).std.any()
-    mc(model, X, samples=1)  # one pass equals nothing
+    with pytest.raises(ValueError, match="all passes are the same"):
+        mc(model, X)
+    mc(model, X, samples=1)  # nothing to compare with
+
+
+def test_passes_that_are_equal_by_chance_are_a_warning():
+    """Their keys differ; at this rate 8 elements are all kept but once in a million times."""
+    with pytest.warns(UserWarning, match="although their keys differ"):
+        mc(lambda x, *, key: regtorch.dropout(x, 1e-7, key=key), X[:1], samples=2)
 
 
 def test_in_inference_mode():

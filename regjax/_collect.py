@@ -1,0 +1,115 @@
+"""Arrays of a compiled program that arrive on the host block by block, or as samples."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Collected:
+    """An array that arrives in blocks along its last axis.
+
+    Args:
+        shape: the shape of the whole array.
+        sample: the number of elements to keep, evenly spread; None keeps all of them.
+    """
+
+    def __init__(self, shape: tuple[int, ...], sample: int | None) -> None:
+        self.shape, self.size, self.nonzero = shape, math.prod(shape), 0
+        self._rows, self._length = math.prod(shape[:-1]), shape[-1] if shape else 1
+        self._sampled = sample is not None
+        places = np.arange(0, self.size, max(1, self.size // (sample or 1)))[: sample or 0]
+        self._row, self._column = np.divmod(places, max(1, self._length))
+        self._values: np.ndarray | None = None
+
+    @property
+    def values(self) -> np.ndarray:
+        """The elements in the shape of the array; a sample of them is one-dimensional."""
+        values = self._stored(np.dtype(bool))
+        return values if self._sampled else values.reshape(self.shape)
+
+    def add(self, block: np.ndarray, first: int = 0) -> Collected:
+        """Stores the block at index `first` of the last axis; its end may be padding."""
+        block = block.reshape(self._rows, block.shape[-1] if self.shape else 1)
+        block = block[:, : self._length - first]
+        end = first + block.shape[1]
+        if block.dtype == bool:
+            self.nonzero += int(np.count_nonzero(block))
+        values = self._stored(block.dtype)
+        if self._sampled:
+            here = (first <= self._column) & (self._column < end)
+            values[here] = block[self._row[here], self._column[here] - first]
+        else:
+            values[:, first:end] = block
+        return self
+
+    def normalize(self, log_total: np.ndarray) -> Collected:
+        """Replaces scores by the weights of a softmax, from the logarithm of each row's sum."""
+        total = log_total.reshape(self._rows)
+        total = total[self._row] if self._sampled else total[:, None]
+        values = self._stored(log_total.dtype)
+        with np.errstate(all="ignore"):  # the program may have computed infinities
+            np.exp(np.subtract(values, total, out=values), out=values)
+        return self
+
+    def _stored(self, dtype: np.dtype) -> np.ndarray:
+        if self._values is None:
+            shape = self._row.shape if self._sampled else (self._rows, self._length)
+            self._values = np.zeros(shape, dtype)
+        return self._values
+
+
+class BlockwisePlan(NamedTuple):
+    """What is known of a mask that is applied block by block before the program runs.
+
+    Attributes:
+        mask: its shape.
+        scores: the shape of the scores that it belongs to.
+        blocks: the number of blocks.
+        rate: the rate, unless it is traced.
+    """
+
+    mask: tuple[int, ...]
+    scores: tuple[int, ...]
+    blocks: int
+    rate: float | None
+
+
+class BlockwiseDraw:
+    """The parts of one blockwise draw, which arrive in any order."""
+
+    def __init__(self, plan: BlockwisePlan, sample: int | None) -> None:
+        self.mask = Collected(plan.mask, sample)
+        self.weights = Collected(plan.scores, sample)
+        self.rate: float | None = None
+        self._plan = plan
+        self._firsts: set[int] = set()
+
+    def add_block(self, first: int, keep: np.ndarray, scores: np.ndarray) -> bool:
+        """Stores a block, unless it is there already; returns whether it did."""
+        if first in self._firsts:
+            return False
+        self._firsts.add(first)
+        self.mask.add(keep, first)
+        self.weights.add(scores, first)
+        self._finish()
+        return True
+
+    def add_end(self, rate: float, log_total: np.ndarray) -> bool:
+        """Stores the rate and the rows' sums, unless they are there; returns whether it did."""
+        if self.rate is not None:
+            return False
+        self.rate = rate if self._plan.rate is None else self._plan.rate
+        self._log_total = log_total
+        self._finish()
+        return True
+
+    def is_complete(self) -> bool:
+        """Whether all parts have arrived."""
+        return self.rate is not None and len(self._firsts) == self._plan.blocks
+
+    def _finish(self) -> None:
+        if self.is_complete():
+            self.weights.normalize(self._log_total)
