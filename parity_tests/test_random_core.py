@@ -1,0 +1,229 @@
+"""The random core in small: each step from key and index to mask, against the NumPy reference.
+
+These are the cheapest tests that catch a changed operation in it; `make mutants` runs them first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from parity_tests import reference
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from regjax import _keys as jax_keys
+from regjax import _masks as jax_masks
+from regjax import _packed as jax_packed
+from regjax import _threefry as jax_threefry
+from regtorch import _keys as torch_keys
+from regtorch import _masks as torch_masks
+from regtorch import _packed as torch_packed
+from regtorch import _threefry as torch_threefry
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+KEY = (0x13198A2E, 0x83707344)
+SMALLEST = 2.0**-126
+
+
+def jax_words(*words: int) -> tuple[jax.Array, ...]:
+    return tuple(jnp.uint32(word) for word in words)
+
+
+def torch_words(*words: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(np.uint32(word).view(np.int32).item()) for word in words)
+
+
+def combined(high: jax.Array, low: jax.Array) -> np.ndarray:
+    """64-bit indices from their words."""
+    return (np.asarray(high).astype(np.uint64) << 32) | np.asarray(low).astype(np.uint64)
+
+
+def row_major(shape: tuple[int, ...], places: tuple[np.ndarray, ...]) -> np.ndarray:
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return sum(np.uint64(s) * p.astype(np.uint64) for s, p in zip(strides, places, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 5), (2, 1, 7), (2, 3, 4)], ids=str)
+def test_every_element_takes_the_bits_of_its_own_index(shape):
+    expected = reference.bits(KEY, range(math.prod(shape))).reshape(shape)
+    ours = jax.jit(lambda: jax_threefry.counter_bits(jax_words(*KEY), shape))()
+    np.testing.assert_array_equal(np.asarray(ours), expected)
+    theirs = torch_threefry.counter_bits(torch_words(*KEY), shape)
+    np.testing.assert_array_equal(theirs.numpy().view(np.uint32), expected)
+    for in_place in (False, True):
+        index = jax.jit(lambda: jax_threefry.row_major_index(shape, None, in_place=in_place))()  # noqa: B023
+        expected = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
+        np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
+
+
+WHOLES = [(3, 5, 2), (7, 2**31, 5), (5, 2**17, 2**16, 3), (2**33 // 2**2, 4), (2**20 + 7, 3 * 2**20)]
+
+
+@pytest.mark.parametrize("whole", WHOLES, ids=str)
+def test_a_slice_knows_where_it_lies(whole):
+    """Also where the index passes 2**32: the high word takes the product and both carries."""
+    shape = tuple(min(size, 3) for size in whole)
+    for far in (0.0, 0.3, 0.999, 1.0):
+        starts = {i: int((n - s) * far) for i, (n, s) in enumerate(zip(whole, shape, strict=True))}
+        given = starts if far else {}
+        index = jax.jit(lambda: jax_threefry.slice_index(whole, shape, given))()  # noqa: B023
+        places = np.indices(shape)
+        expected = row_major(whole, tuple(p + starts[i] for i, p in enumerate(places)))
+        np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
+
+
+def test_the_upper_half_of_a_product():
+    rng = np.random.default_rng(0)
+    x = np.append(rng.integers(0, 2**32, 200, np.uint32), np.uint32([0, 1, 2**16, 2**32 - 1]))
+    for factor in (0, 1, 0xFFFF, 0x10000, 0x89ABCDEF, 2**32 - 1):
+        high = jax.jit(jax_threefry._multiply_high, static_argnums=1)(x, factor)
+        np.testing.assert_array_equal(np.asarray(high), (x.astype(np.uint64) * factor) >> 32)
+
+
+def test_more_than_a_word_of_elements():
+    """The first shape whose index takes two words, and the last whose index takes one."""
+    for shape in ((2**16, 2**16), (2**16, 2**16 + 1)):
+        rows = [0, 1, 2**15, 2**16 - 1]
+        draw = lambda: jax_threefry.counter_bits(jax_words(*KEY), shape)[jnp.array(rows), -2:]  # noqa: B023
+        index = [[row * shape[1] + column for column in (shape[1] - 2, shape[1] - 1)] for row in rows]
+        expected = reference.bits(KEY, np.ravel(np.array(index, object))).reshape(4, 2)
+        np.testing.assert_array_equal(np.asarray(jax.jit(draw)()), expected)
+
+
+@pytest.mark.parametrize("start", [0, 2**30 - 2, 2**31 - 2, 2**32 - 2, 3 * 2**32 + 2**31 - 2])
+def test_a_range_of_bits(start):
+    drawn = torch_threefry.range_bits(torch_words(*KEY), start, start + 4).numpy()
+    np.testing.assert_array_equal(drawn.view(np.uint32), reference.bits(KEY, range(start, start + 4)))
+
+
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_pieces_join(extra):
+    """Pieces neither overlap nor leave a gap, and none is longer than promised."""
+    size, made = 2 * 2**17 + extra, []
+
+    def make(start: int, stop: int) -> torch.Tensor:
+        made.append(stop - start)
+        return torch.arange(start, stop)
+
+    whole = torch_threefry.in_pieces(make, (size, 1), torch.device("cpu"))
+    np.testing.assert_array_equal(whole.numpy(), np.arange(size)[:, None])
+    assert max(made) <= 2**17
+    assert len(made) == -(-size // 2**17)
+
+
+def test_shifts_fill_with_zeros():
+    x = np.uint32([0, 1, 2**31, 2**32 - 1, 0x89ABCDEF])
+    for distance in (1, 9, 31):
+        shifted = torch_threefry.shift_right(torch.from_numpy(x.view(np.int32)), distance)
+        np.testing.assert_array_equal(shifted.numpy().view(np.uint32), x >> np.uint32(distance))
+
+
+def test_the_block_on_integers_is_the_block_on_tensors():
+    for key, counter in itertools.product([(0, 0), KEY, (2**32 - 1,) * 2], repeat=2):
+        expected = reference.threefry2x32(key, counter)
+        assert torch_threefry.encrypt(key, counter) == expected
+        out = torch_threefry.threefry2x32(torch_words(*key), torch_words(*counter))
+        assert tuple(int(word) & 0xFFFFFFFF for word in out) == expected
+        out = jax_threefry.threefry2x32(jax_words(*key), jax_words(*counter))
+        assert tuple(int(word) for word in out) == expected
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "threefry2x32"])
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_words_of_every_kind_of_key(impl, raw):
+    """The first two words encrypt the last two; a threefry key is its own words."""
+    key = jax.random.key(5, impl=impl)
+    data = [0x13198A2E, 0x83707344, 0xA4093822, 0x299F31D0][: 2 if impl == "threefry2x32" else 4]
+    key = jnp.array(data, jnp.uint32)
+    key = key if raw else jax.random.wrap_key_data(key, impl=impl)
+    expected = tuple(data[:2])
+    if len(data) == 4:
+        expected = reference.threefry2x32(expected, tuple(data[2:]))
+    assert tuple(int(word) for word in jax_keys.key_words(key)) == expected
+    assert jax_keys.is_threefry(key) == (impl == "threefry2x32")
+
+
+def test_halves_of_a_step():
+    for step in (0, 2**31 - 1):
+        words = jax.jit(jax_keys._step_words)(jnp.int32(step))
+        assert tuple(int(word) for word in words) == (0, step)
+    with jax.enable_x64(True):
+        words = jax.jit(jax_keys._step_words)(jnp.uint64(2**40 + 2**31 + 5))
+    assert tuple(int(word) for word in words) == (2**8, 2**31 + 5)
+    assert torch_keys._words(2**40 + 2**31 + 5, torch.device("cpu"))[0] == 2**8
+    assert torch_keys.check_step(2**64 - 1) == 2**64 - 1
+    expected = reference.site_key((0, 1), 2**64 - 1, "site")
+    for wing in WINGS:
+        step = np.uint64(2**64 - 1)
+        assert wing.words(wing.library.site_key(wing.key(1), step, "site")) == expected
+
+
+PROBABILITIES = [0.0, 1e-45, float(np.nextafter(np.float32(SMALLEST), np.float32(0))), SMALLEST]
+PROBABILITIES += [1e-9, 2.0**-24, 2.0**-23, 0.123, 0.5, 0.9, 1 - 2.0**-24, 1.0]
+
+
+@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, -1.0, 2.0, math.nan])
+def test_thresholds(keep_prob):
+    """`ceil(p * 2**23)`, and nothing below the smallest normal number, as a number and changing."""
+    inside = min(keep_prob, 1.0) if keep_prob >= SMALLEST else 0.0
+    expected = math.ceil(float(np.float32(inside)) * 2**23)
+    assert int(jax.jit(jax_masks._threshold)(jnp.float32(keep_prob))) == expected
+    assert int(torch_masks._threshold(torch.tensor(keep_prob))) == expected
+    if 0 <= keep_prob <= 1:
+        assert jax_masks._threshold(keep_prob) == expected
+        assert torch_masks._threshold(keep_prob) == expected
+
+
+@pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])
+@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, 1e-3, 0.75, -1.0, 2.0, math.nan])
+def test_packed_thresholds(bits, keep_prob):
+    """`round(p * 2**bits)`, kept off both ends where the probability is."""
+    exact = float(np.float32(keep_prob))
+    rounded = round(exact * 2**bits) if math.isfinite(exact) else 0
+    expected = min(max(rounded, 1), 2**bits - 1) if 0 < exact < 1 else 2**bits * (exact >= 1)
+    if 0 <= keep_prob <= 1 and (rounded == expected or not 0 < keep_prob < 1):
+        assert jax_packed._threshold(keep_prob, bits) == expected
+        assert torch_packed._threshold(keep_prob, bits) == expected
+    elif 0 <= keep_prob <= 1:
+        for packed in (jax_packed, torch_packed):
+            with pytest.raises(ValueError, match=f"rounds to {rounded >> bits} in {bits} bits"):
+                packed._threshold(keep_prob, bits)
+    if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush what is smaller
+        changing = jax.jit(jax_packed._threshold, static_argnums=1)
+        assert float(changing(jnp.float32(keep_prob), bits)) == expected
+        assert float(torch_packed._threshold(torch.tensor(keep_prob), bits)) == expected
+
+
+@both_wings
+@pytest.mark.parametrize("shape", [(64, 64), (4, 32, 40)], ids=str)
+@pytest.mark.parametrize(("threshold", "bits"), [(1, 1), (5, 3), (200, 8), (0x2A95, 16), (7, 18)])
+def test_packed_words(wing: Wing, shape, threshold, bits):
+    keep_prob = threshold / 2**bits
+    expected = reference.packed_bernoulli((0, 9), threshold, shape, bits)
+    draw = lambda prob: wing.library.packed_bernoulli(wing.key(9), prob, shape, bits=bits)
+    np.testing.assert_array_equal(wing.numpy(draw(keep_prob)), expected)
+    changing = wing.traced(draw)(np.float32(keep_prob))
+    np.testing.assert_array_equal(wing.numpy(changing), expected)
+
+
+def test_which_axis_packs():
+    cases = {(64, 64): 0, (64, 63): None, (4, 32, 32): 1, (128, 32, 4): 0, (64, 64, 2): 1}
+    cases |= {(32, 64, 2): 1, (4096,): None, (33, 128): None, (2, 64, 64): 1, (0, 64): None}
+    for shape, axis in cases.items():
+        assert (jax_packed.packed_axis(shape), torch_packed.packed_axis(shape)) == (axis, axis)
+
+
+@both_wings
+@pytest.mark.parametrize("bits", [1, 8, 32])
+def test_without_words_to_share(wing: Wing, bits):
+    drawn = reference.bits((0, 9), range(99)) >> np.uint32(32 - bits)
+    for threshold in {0, 1, 2 ** (bits - 1), 2**bits}:
+        draw = lambda p: wing.library.packed_bernoulli(wing.key(9), p, (99,), bits=bits)
+        changing = wing.traced(draw)(np.float32(threshold / 2**bits))
+        for mask in (draw(threshold / 2**bits), changing):
+            np.testing.assert_array_equal(wing.numpy(mask), drawn < threshold)
