@@ -106,11 +106,11 @@ def dot_product_attention(
         An array of shape (..., queries, heads, features) in the dtype of the arrays.
 
     Raises:
-        TypeError: the arrays are not floating or differ in dtype, `scale` is no number, `mask` has numbers other than 0
-            and 1 (a traced one is not checked), or as `dropout`.
-        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size` is below 1, or given
-            along with `module`; an einsum is given; or as `dropout`. A traced rate out of range
-            gives NaN.
+        TypeError: the arrays are not floating or differ in dtype, `scale` is no number, `mask` has
+            numbers other than 0 and 1 (a traced one is not checked), or as `dropout`.
+        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size`
+            is below 1, or given along with `module`; an einsum is given; or as `dropout`. A traced
+            rate out of range gives NaN.
 
     PyTorch:
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from regjax._keys import KeyLike
     from regjax._threefry import Layout
 
-# A larger sum XLA computes on CPU in a kernel of its own. A smaller one it fuses with its terms, and
-# then the order of the additions depends on everything in the loop, the drawing of masks included.
+# On CPU, XLA computes a larger sum in a kernel of its own. It fuses a smaller sum with its terms;
+# the order of the additions then depends on everything in the loop, the drawing of masks included.
 _LARGEST_FUSED = 4095
 
 
