@@ -88,7 +88,7 @@ def exact_keep_prob(keep_prob: float | Float[Array, ""], **_: Any) -> float | Fl
     """
     if isinstance(keep_prob, jax.Array):
         share = _threshold(keep_prob).astype(keep_prob.dtype) * 2.0**-_MANTISSA
-        return jnp.where(keep_prob < _TINY, share, keep_prob)
+        return jnp.where((keep_prob > 0) & (keep_prob < _TINY), share, keep_prob)
     return float(_threshold(keep_prob)) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
 
 

@@ -71,7 +71,7 @@ def exact_keep_prob(keep_prob: float | Tensor, **_: Any) -> float | Tensor:
     """
     if isinstance(keep_prob, Tensor):
         share = torch.as_tensor(_threshold(keep_prob)).to(keep_prob.dtype) * 2.0**-_MANTISSA
-        return torch.where(keep_prob < _TINY, share, keep_prob)
+        return torch.where((keep_prob > 0) & (keep_prob < _TINY), share, keep_prob)
     return _threshold(keep_prob) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
 
 
