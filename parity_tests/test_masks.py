@@ -180,7 +180,7 @@ def test_a_mask_can_be_read_at_any_index():
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_a_key_of_four_words_is_hashed_block_by_block(impl):
-    data = np.array([1, 2**31, 3, 2**32 - 1], np.uint32)
+    data = jnp.array([1, 2**31, 3, 2**32 - 1], jnp.uint32)
     expected = reference.threefry2x32((1, 2**31), (3, 2**32 - 1))
     for key in (jax.random.wrap_key_data(data, impl=impl), data):
         assert tuple(map(int, jax_keys.key_words(key))) == expected
