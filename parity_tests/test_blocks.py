@@ -168,7 +168,8 @@ def test_an_error_of_a_thousandth_in_gamma_is_seen(wing: Wing):
     starts = draws >= math.ceil(float(threshold) * 2**23)
     pad = [(0, 0), (0, 0), (2, 2), (2, 2)]
     windows = np.lib.stride_tricks.sliding_window_view(np.pad(starts, pad), (3, 3), axis=(2, 3))
-    np.testing.assert_array_equal(y == 0, np.moveaxis(windows.any((-1, -2)), 1, -1))
+    dropped = np.asarray(windows.any((-1, -2)))
+    np.testing.assert_array_equal(y == 0, np.moveaxis(dropped, 1, -1))
     moved = draws >= math.ceil(float(np.float32(1 - 1.001 * case.gamma(0.5))) * 2**23)
     assert (moved != starts).any()  # the test of the test
 
@@ -266,8 +267,8 @@ def test_where_nothing_is_left_there_are_zeros_and_zero_gradients(wing: Wing):
     [
         ((2, 5, 5, 3), {"block_size": 0}, ValueError, "block_size must be at least 1; got 0"),
         ((2, 5, 5, 3), {"block_size": 2.5}, TypeError, "integer"),
-        ((2, 5, 5, 3), {"gamma_scale": -1.0}, ValueError, "gamma_scale must be finite and at"),
-        ((2, 5, 5, 3), {"gamma_scale": np.nan}, ValueError, "gamma_scale must be finite and at"),
+        ((2, 5, 5, 3), {"gamma_scale": -1.0}, ValueError, "gamma_scale must be finite scalar"),
+        ((2, 5, 5, 3), {"gamma_scale": np.nan}, ValueError, "gamma_scale must be finite scalar"),
         ((2, 5, 5, 3), {"gamma_scale": "2"}, TypeError, "gamma_scale must be a real number"),
         ((2, 5, 5, 3), {"with_noise": True, "dtype": np.complex64}, TypeError, "x must be real"),
         ((2, 5, 5, 3), {"channel_axis": 4}, ValueError, "channel_axis .* has 4; got 4"),

@@ -1,4 +1,4 @@
-"""Keep probabilities near the resolution of a mask, 2**-23: the mean stays right in both packages."""
+"""Keep probabilities near the resolution of a mask, 2**-23: the mean stays that of the input."""
 
 from __future__ import annotations
 

@@ -275,7 +275,8 @@ def _noise(
         layout = layout.update(spec=PartitionSpec(*(layout.spec[dim] for dim in order)))
     shape = tuple(x.shape[dim] for dim in order)
     variates = normal(own_key, shape, real_dtype(x.dtype), out_sharding=layout)
-    return jnp.transpose(variates, np.argsort(order)).astype(x.dtype)
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return jnp.transpose(variates, back).astype(x.dtype)
 
 
 def _start_keep_prob(

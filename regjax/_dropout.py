@@ -48,7 +48,9 @@ def dropout(
     which makes the same mask again.
 
     The division is a multiplication by `float32(1) / float32(1 - rate)`; in double for float64 and
-    complex128; half and 8-bit types are scaled in float32 and rounded once.
+    complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
+    with a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12, the scale is the
+    inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
         x: floating or complex, of any shape, also 0-d and empty.

@@ -81,15 +81,15 @@ def realises(realise: Callable[..., Any]) -> Callable[[_S], _S]:
 
 
 def exact_keep_prob(keep_prob: float | Float[Array, ""], **_: Any) -> float | Float[Array, ""]:
-    """Return the share that `bernoulli` keeps, where it is over 2**-11 of `keep_prob` away from it.
+    """Return the probability with which `bernoulli` keeps an element, for the scale.
 
-    A mask keeps a whole number of 2**-23. For ordinary probabilities the difference is rounding,
-    and `keep_prob` itself is what other libraries divide by. The share of a tiny one can be many
-    times the request: 2**-23 for 1e-10.
+    It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
+    and the scale uses `keep_prob` itself, as other libraries do. Below, the difference can be
+    large: an element that is to be kept with probability 1e-10 is kept with 2**-23.
     """
     if isinstance(keep_prob, jax.Array):
         share = _threshold(keep_prob).astype(keep_prob.dtype) * 2.0**-_MANTISSA
-        return jnp.where(keep_prob < _TINY, share, keep_prob)
+        return jnp.where((keep_prob > 0) & (keep_prob < _TINY), share, keep_prob)
     return float(_threshold(keep_prob)) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
 
 

@@ -137,10 +137,10 @@ def _mask(
 
 
 def _at_packed_axis(draw: Callable[[int | None], Any], shape: tuple[int, ...]) -> Any:
-    """Return `draw(packed_axis(shape))`; a symbolic shape of `jax.export` decides at run time.
+    """Return `draw(packed_axis(shape))`.
 
-    The axis depends on the sizes, and so does the mask. An exported program therefore contains a
-    branch for every axis that may be packed.
+    The axis, and with it the mask, depends on the sizes. Where `jax.export` has a symbol for one of
+    them, the program contains a branch for every axis that may be packed.
     """
     if all(is_number(size) for size in shape):
         return draw(packed_axis(shape))

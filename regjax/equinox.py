@@ -160,9 +160,10 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
     bit.) Half types differ, since Equinox divides in them; ours are scaled in float32 and rounded
     once.
 
-    Where Equinox errs, this does not: at `p` = 1 gradients are 0 and not NaN, a traced `inference`
-    works, integers are refused and not turned into floats, and so is a `p` outside of [0, 1], or
-    NaN if it is traced.
+    Where Equinox errs, this does not: the mean is right above `p` = 1 - 2**-12 too, where Equinox
+    divides by less than the share that it keeps; at `p` = 1 gradients are 0 and not NaN, a traced
+    `inference` works, integers are refused and not turned into floats, and so is a `p` outside of
+    [0, 1], or NaN if it is traced.
 
     Attributes:
         p: the probability that an element is zeroed, in [0, 1]; a number or an array.

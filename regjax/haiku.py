@@ -79,10 +79,12 @@ def dropout(
     so may those of `broadcast_dims` inside a `scan`.) Half types differ, since Haiku divides in
     them; ours are scaled in float32 and rounded once.
 
-    Where Haiku errs, this does not: a dropped NaN is 0 also with `broadcast_dims`; a traced rate of
-    1 gives zeros and not NaN, and one out of range NaN and not plausible numbers; a NaN for a rate
-    is refused, and so are integers, which Haiku turns into floats. A rate of lower precision, such
-    as `np.float16(0.1)`, which draws other masks in Haiku, is rounded to float32 here.
+    Where Haiku errs, this does not: the mean is right at rates above 1 - 2**-12 too, where Haiku
+    divides by less than the share that it keeps; a dropped NaN is 0 also with `broadcast_dims`; a
+    traced rate of 1 gives zeros and not NaN, and one out of range NaN and not plausible numbers; a
+    NaN for a rate is refused, and so are integers, which Haiku turns into floats. A rate of lower
+    precision, such as `np.float16(0.1)`, which draws other masks in Haiku, is rounded to float32
+    here.
 
     Args:
         rng: the random key; `hk.next_rng_key()` inside a transformed function. Not looked at where

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from regjax._keys import KeyLike
     from regjax._threefry import Layout
 
-# On CPUs XLA computes a larger sum in a kernel of its own. It fuses a smaller one with its terms,
-# and then the order of the additions depends on the whole loop, the drawing of masks included.
+# On CPU, XLA computes a larger sum in a kernel of its own. It fuses a smaller sum with its terms;
+# the order of the additions then depends on everything in the loop, the drawing of masks included.
 _LARGEST_FUSED = 4095
 
 

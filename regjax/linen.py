@@ -153,10 +153,11 @@ class Dropout(RateLayer, linen.Dropout):
     Outside of `jit`, Flax's own layer rounds otherwise under `grad`; this one does not.
 
     What is better: half types are scaled in float32 and rounded once, where Flax divides in
-    bfloat16, which shifts the mean; `rate` and `deterministic` may be traced, where Flax's own
-    fails; a rate out of range is a `ValueError`, where Flax scales by a negative number;
-    `deterministic` must be a boolean, where Flax takes `"False"` for True; masks are laid out
-    over devices as what they mask.
+    bfloat16, which shifts the mean; the mean is right at rates above 1 - 2**-12 too, where Flax
+    divides by less than the share that it keeps; `rate` and `deterministic` may be traced, where
+    Flax's own fails; a rate out of range is a `ValueError`, where Flax scales by a negative number;
+    `deterministic` must be a boolean, where Flax takes `"False"` for True; masks are laid out over
+    devices as what they mask.
 
     Attributes:
         rate: the probability that an element is zeroed, in [0, 1].

@@ -204,10 +204,11 @@ class Dropout(RateLayer, nnx.Dropout):
     Outside of `jit`, Flax's own layer rounds otherwise under `grad`; this one does not.
 
     What is better: half types are scaled in float32 and rounded once, where Flax divides in
-    bfloat16, which shifts the mean; `rate` and `deterministic` may be traced, where Flax's own
-    fails; a rate out of range is a `ValueError`, where Flax scales by a negative number;
-    `deterministic` must be a boolean, where Flax takes `"False"` for True; a mask shared
-    along sharded dimensions is laid out without them.
+    bfloat16, which shifts the mean; the mean is right at rates above 1 - 2**-12 too, where Flax
+    divides by less than the share that it keeps; `rate` and `deterministic` may be traced, where
+    Flax's own fails; a rate out of range is a `ValueError`, where Flax scales by a negative number;
+    `deterministic` must be a boolean, where Flax takes `"False"` for True; a mask shared along
+    sharded dimensions is laid out without them.
 
     Attributes:
         rate: the probability that an element is zeroed, in [0, 1]; a number, or an `nnx.Variable`

@@ -34,7 +34,9 @@ def dropout(
     `x` itself. A dropped NaN or infinity is 0.
 
     The division is a multiplication by `float32(1) / float32(1 - rate)`; in double for float64 and
-    complex128; half and 8-bit types are scaled in float32 and rounded once.
+    complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
+    with a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12, the scale is the
+    inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
         x: floating or complex, of any shape, also 0-d and empty.
@@ -51,7 +53,7 @@ def dropout(
             arguments.
 
     Returns:
-        A tensor of the shape, dtype and device of `x`.
+        A tensor of the shape, dtype, device and memory layout of `x`.
 
     Raises:
         TypeError: `x` is of an integer or boolean dtype, `rate` is not a real number, `key` is not

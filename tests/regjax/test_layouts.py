@@ -15,6 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
+from regjax import _packed
+from regjax._threefry import row_major_index
 
 SAMPLERS = {"exact": regjax.bernoulli, "packed": regjax.packed_bernoulli}
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
@@ -103,6 +105,47 @@ def test_each_device_makes_its_own_part_and_no_more(name, kind, axis):
 
     with jax.set_mesh(mesh):
         assert operations(P(*[None] * axis, "a")) < 1.1 * operations(P()) / 8
+
+
+@pytest.mark.parametrize("shared", [(0,), (1,), (0, 1), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+def test_a_dimension_that_shares_a_mask_may_be_sharded(kind, shared):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
+    key, x = jax.random.key(4), jnp.ones((2, 8, 16))
+    drop = jax.jit(lambda x: regjax.dropout(x, 0.3, key=key, broadcast_dims=shared))
+    alone = np.asarray(drop(x))
+    with jax.set_mesh(mesh):
+        for spec in (P("a", "b"), P(None, "a", "b"), P("a", ("b",), None)):
+            y = drop(jax.device_put(x, NamedSharding(mesh, spec)))
+            np.testing.assert_array_equal(np.asarray(y), alone)
+
+
+def test_a_packed_mask_computes_no_index_apart_from_its_words():
+    """Every iota has the full shape: XLA for TPUs would compute a smaller one in its own kernel."""
+    shape = (4, 6, 8)
+    find = lambda in_place: jax.make_jaxpr(
+        lambda: row_major_index(shape, None, in_place=in_place)
+    )()
+    iotas = lambda jaxpr: [
+        e.outvars[0].aval.shape for e in jaxpr.eqns if "iota" in e.primitive.name
+    ]
+    assert set(iotas(find(in_place=True))) == {shape}
+    assert set(iotas(find(in_place=False))) == {(4, 1, 1), (1, 6, 1), (1, 1, 8)}
+    plain, in_place = (row_major_index(shape, None, in_place=flag)[1] for flag in (False, True))
+    np.testing.assert_array_equal(in_place, plain)
+    np.testing.assert_array_equal(plain, np.arange(4 * 6 * 8).reshape(shape))
+
+
+def test_packed_masks_ask_for_indices_in_place(monkeypatch):
+    asked = []
+
+    def spy(*arguments, **options):
+        asked.append(options)
+        return row_major_index(*arguments, **options)
+
+    monkeypatch.setattr(_packed, "row_major_index", spy)
+    regjax.packed_bernoulli(jax.random.key(0), 0.3, (64, 3, 64))
+    assert asked == [{"in_place": True}]
 
 
 def test_a_collective_is_seen():
