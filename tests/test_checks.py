@@ -77,6 +77,7 @@ def test_what_a_framework_accepts_is_accepted():
     assert layer.apply({}, x, deterministic=np.True_) is x
     assert layer.apply({}, x, False, rng=jax.random.key(0)).shape == (2, 3)
     assert linen.Dropout(0.0, deterministic=False).apply({}, x, rng=7) is x
-    kept = regjax.drop_path(x, 0.5, key=jax.random.key(0), scale_by_keep=np.False_)
+    rows = jnp.ones((4, 2))
+    kept = regjax.drop_path(rows, 0.5, key=jax.random.key(0), scale_by_keep=np.False_)
     assert kept.max() == 1
     assert regtorch.bernoulli(regtorch.key(0), 0.5, np.array([2, 3])).shape == (2, 3)
