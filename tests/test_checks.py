@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,12 +74,12 @@ def test_a_long_value_is_cut_and_an_array_described():
 
 def test_what_a_framework_accepts_is_accepted():
     """Flax looks at neither the key nor the input where it has nothing to drop."""
-    x = jnp.ones((2, 3))
-    layer = linen.Dropout(0.5, deterministic=None, broadcast_dims=[np.int64(-1)])
+    x, dims, off = jnp.ones((2, 3)), [np.int64(-1)], np.False_
+    layer: Any = linen.Dropout(0.5, deterministic=None, broadcast_dims=cast("Any", dims))
     assert layer.apply({}, x, deterministic=np.True_) is x
     assert layer.apply({}, x, False, rng=jax.random.key(0)).shape == (2, 3)
     assert linen.Dropout(0.0, deterministic=False).apply({}, x, rng=7) is x
-    rows = jnp.ones((4, 2))
-    kept = regjax.drop_path(rows, 0.5, key=jax.random.key(0), scale_by_keep=np.False_)
-    assert kept.max() == 1
-    assert regtorch.bernoulli(regtorch.key(0), 0.5, np.array([2, 3])).shape == (2, 3)
+    rows, key = jnp.ones((4, 2)), jax.random.key(0)
+    assert regjax.drop_path(rows, 0.5, key=key, scale_by_keep=cast("Any", off)).max() == 1
+    shape = cast("Any", np.array([2, 3]))
+    assert regtorch.bernoulli(regtorch.key(0), 0.5, shape).shape == (2, 3)
