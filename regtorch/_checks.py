@@ -65,7 +65,7 @@ def check_integers(name: str, value: Any) -> tuple[int, ...]:
     return tuple(check_integer(f"{name}[{i}]", item) for i, item in enumerate(items))
 
 
-def check_shape(name: str, value: Any) -> tuple[int, ...]:
+def check_shape(name: str, value: Any) -> tuple[Any, ...]:
     """Return a shape as a tuple of sizes.
 
     Args:

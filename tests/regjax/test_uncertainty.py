@@ -155,6 +155,9 @@ def test_predict_must_be_hashable():
     class Unhashable:
         __hash__ = None
 
+        def __call__(self, x, *, key):
+            return predict(x, key=key)
+
     with pytest.raises(TypeError, match="Wrap it"):
         mc(Unhashable(), X)
 
