@@ -200,8 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines = [f"skipped: {found}"] if isinstance(found, str) else broken(setting, found)
             failures += [] if isinstance(found, str) else lines
             print(f"{len(results):3d}  {setting}: {'; '.join(lines) or 'all kept'}", flush=True)
-    if options.out:
-        options.out.write_text(page(results))
+            if options.out:
+                options.out.write_text(page(results))
     return bool(failures)
 
 

@@ -58,7 +58,12 @@ class Promise:
 
     def broken(self) -> list[str]:
         """Return what differs, one line for each pair; nothing where the promise is kept."""
-        return [line for label, *pair in self.pairs() if (line := _difference(label, *pair))]
+        lines: list[str] = []
+        try:
+            lines.extend(_difference(label, *pair) for label, *pair in self.pairs())
+        except Exception as error:  # one that fails is one that is not kept
+            lines.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return list(filter(None, lines))
 
     def is_installed(self) -> bool:
         """Whether the package that the promise is about can be imported."""
@@ -225,7 +230,7 @@ KEEP_PROBS = (0.0, 1e-7, 0.123, 0.5, 0.7, 0.999, 1.0)
 DIGESTS = {
     "bernoulli": "f03999b46a20f33afc521bc337d4b97e",
     "packed_bernoulli": "ac0fc0f70dae4641bdbca4bd0b9bebb4",
-    "normal": "3f6ff9fd32f171d870e0076a8ea8a308",
+    "normal": "d56a958dafcbe9ffce867ae82b3d540e",
     "keys": "90281c0a101d43dbc05fc383ecbc64a7",
     "schedules": "485450d5b4ff35ab3d2504609c93b750",
 }
@@ -277,7 +282,7 @@ def normals() -> Pairs:
 
     def draw(wing: Wing) -> list[np.ndarray]:
         library = jnp if wing is JAX else torch
-        sizes = {"float32": 2**17, "float64": 2**15, "bfloat16": 2**10, "float16": 2**10}
+        sizes = {"float32": 2**17, "float64": 2**15, "bfloat16": 2**10}
         with jax.enable_x64(True):
             return [
                 wing.numpy(wing.library.normal(wing.key(5), (size,), getattr(library, dtype)))
