@@ -74,7 +74,10 @@ def _covering() -> Iterator[Setting]:
 
 
 COVERING = tuple(_covering())
-EVERY = tuple(Setting(*levels, n) for *levels, n in itertools.product(*[LEVELS] * 3, (1, 2)))
+EVERY = tuple(
+    Setting(ours, theirs, third, threads)
+    for ours, theirs, third, threads in itertools.product(LEVELS, LEVELS, LEVELS, (1, 2))
+)
 CORE = (Setting("default", "default", "default", 1), Setting("avx2", "avx2", "avx2", 2))
 
 

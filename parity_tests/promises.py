@@ -171,8 +171,8 @@ def family(
                 ours, theirs = (_forward_and_backward(FAMILY[name], w, dtype) for w in WINGS)
                 for rate in rates:
                     label = f"{name}, {dtype}, {type(rate).__name__} {rate}"
-                    for direction, *pair in zip("yg", ours(rate), theirs(rate), strict=True):
-                        yield f"{label}, {direction}", *pair
+                    for direction, one, two in zip("yg", ours(rate), theirs(rate), strict=True):
+                        yield f"{label}, {direction}", one, two
 
 
 # Where a scale and a sum that follows may be contracted, which the docstring of `dropout` says.
@@ -468,7 +468,7 @@ def nnx() -> Pairs:
         graph, params, rest = nn.split(nn.List(parts), nn.Param, ...)
 
         def loss(params: Any, key: Any) -> Any:
-            first, relu, dropout, last = nn.merge(graph, params, rest)
+            first, relu, dropout, last = tuple[Any, ...](nn.merge(graph, params, rest))
             return ((last(dropout(relu(first(_X)), rngs=nn.Rngs(key))) - _Y) ** 2).mean()
 
         return _training(loss, params)
@@ -521,7 +521,7 @@ def haiku() -> Pairs:
 
 
 BY_ARITHMETIC = ("dropout", "alpha_dropout, packed", "gaussian_dropout", "gaussian_noise")
-TRACED = tuple(np.float32([0.0, 0.3, 0.95]))
+TRACED = tuple(map(np.float32, (0.0, 0.3, 0.95)))
 FAMILY_PLACE = "README, The family"
 LAYERS_PLACE = "README, In your framework"
 
