@@ -73,8 +73,8 @@ def sgd(
     `optax.apply_updates` are compiled together; one by one, each product is rounded before it is
     added, and the two agree to rounding. So do they where only one framework has fused
     multiply-adds, as under `ATEN_CPU_CAPABILITY=default`, and below 2.4e-38, half of which XLA
-    takes for zero. One part of optax would differ, and has a substitute here: compiled, `optax.trace` adds
-    the gradient to a product that is not rounded.
+    takes for zero. One part of optax would differ, and has a substitute here: compiled,
+    `optax.trace` adds the gradient to a product that is not rounded.
 
     Examples:
         >>> import jax.numpy as jnp, optax
