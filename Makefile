@@ -11,7 +11,7 @@ ARGS ?=
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
+.PHONY: help demo figures test test-all test-isa parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -28,6 +28,9 @@ test: $(READY)  ## Run the tests, without the slow ones
 
 test-all: $(READY)  ## Run every test
 	$(RUN) -m pytest $(SHARED) $(ARGS)
+
+test-isa: $(READY)  ## Every promise of equal bits under every instruction set of this CPU, as a table
+	$(RUN) -m parity_tests.instruction_sets --jobs 2 --out docs/instruction_sets.md $(ARGS)
 
 parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for less)
 	$(RUN) -m parity_tests $(ARGS)

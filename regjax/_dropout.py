@@ -78,6 +78,8 @@ def dropout(
     PyTorch:
         `torch.nn.functional.dropout(x, p=rate, training=not deterministic)`, whose masks come from
         a hidden generator. `regtorch.dropout` with the same key gives the same result bit for bit.
+        Inside a larger jitted function, XLA may contract the scale of a shared mask with a sum that
+        follows, which then rounds once.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax

@@ -71,9 +71,10 @@ def sgd(
 
     PyTorch: on a CPU the same bits in float32, step after step, where `update` and
     `optax.apply_updates` are compiled together; one by one, each product is rounded before it is
-    added, and the two agree to rounding. So do they below 2.4e-38, half of which XLA takes for
-    zero. One part of optax would differ, and has a substitute here: compiled, `optax.trace` adds
-    the gradient to a product that is not rounded.
+    added, and the two agree to rounding. So do they where only one framework has fused
+    multiply-adds, as under `ATEN_CPU_CAPABILITY=default`, and below 2.4e-38, half of which XLA
+    takes for zero. One part of optax would differ, and has a substitute here: compiled,
+    `optax.trace` adds the gradient to a product that is not rounded.
 
     Examples:
         >>> import jax.numpy as jnp, optax

@@ -1,0 +1,212 @@
+"""Every promise of equal bits under every instruction set, as a command.
+
+PyTorch, XLA and oneDNN each choose their kernels by what the CPU can do, and each can be held to
+less. `python -m parity_tests.instruction_sets` checks the table of `parity_tests.promises` in one
+process for each combination, and writes a page about it. A setting that the CPU does not support is
+skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import torch
+
+from parity_tests.promises import PROMISES
+
+LEVELS = ("default", "avx2", "avx512")  # as PyTorch calls them
+XLA = {"default": "SSE4_2", "avx2": "AVX2", "avx512": "AVX512"}
+ONEDNN = {"default": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE"}
+VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "XLA_FLAGS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What the frameworks may use of the CPU: one of `LEVELS` each, and a number of threads."""
+
+    torch: str
+    xla: str
+    onednn: str
+    threads: int
+
+    def __str__(self) -> str:
+        names = self.torch, XLA[self.xla], ONEDNN[self.onednn]
+        return f"{' / '.join(names)} / {self.threads}"
+
+    @property
+    def has_equal_fma(self) -> bool:
+        """Whether both frameworks have fused multiply-adds, or neither."""
+        return (self.torch == "default") == (self.xla == "default")
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of a process under this setting."""
+        return os.environ | {
+            "ATEN_CPU_CAPABILITY": self.torch,
+            "ONEDNN_MAX_CPU_ISA": ONEDNN[self.onednn],
+            "XLA_FLAGS": f"--xla_cpu_max_isa={XLA[self.xla]}",
+            "JAX_PLATFORMS": "cpu",
+            "OMP_NUM_THREADS": str(self.threads),
+        }
+
+    def missing(self, host: str) -> str:
+        """Return why the CPU cannot run this setting, or nothing where it can."""
+        needed = max((self.torch, self.xla, self.onednn), key=LEVELS.index)
+        return f"needs {needed}" if LEVELS.index(needed) > LEVELS.index(host) else ""
+
+
+def _covering() -> Iterator[Setting]:
+    """Each pair of levels of two frameworks together once at least, by 1 and by 2 threads."""
+    for number, (ours, theirs) in enumerate(itertools.product(LEVELS, LEVELS)):
+        third = LEVELS[(LEVELS.index(ours) + LEVELS.index(theirs)) % 3]
+        yield Setting(ours, theirs, third, 1 + number % 2)
+
+
+COVERING = tuple(_covering())
+EVERY = tuple(
+    Setting(ours, theirs, third, threads)
+    for ours, theirs, third, threads in itertools.product(LEVELS, LEVELS, LEVELS, (1, 2))
+)
+CORE = (Setting("default", "default", "default", 1), Setting("avx2", "avx2", "avx2", 2))
+
+
+def host_level() -> str:
+    """Return the highest of `LEVELS` that this CPU has, whatever the environment limits it to."""
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    clean = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True
+    )
+    found = run.stdout.strip().lower()
+    return found if found in LEVELS else "default"
+
+
+def check(setting: Setting, *, is_core: bool = False) -> dict[str, list[str] | None]:
+    """Check the promises in a process of its own.
+
+    Args:
+        setting: What the process may use of the CPU.
+        is_core: Whether to check those only that are cheap.
+
+    Returns:
+        For each promise what differs, one line for each pair of arrays: none where it is kept, and
+        None where its package is not installed.
+
+    Raises:
+        RuntimeError: The process failed.
+    """
+    # The number of CPUs that a process may use is the number of XLA's threads.
+    code = (
+        "import os, runpy; cpus = sorted(getattr(os, 'sched_getaffinity', lambda _: ())(0));"
+        f"cpus and os.sched_setaffinity(0, cpus[: {setting.threads}]);"
+        "runpy.run_module('parity_tests.promises', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, *(["--core"] if is_core else [])]
+    run = subprocess.run(command, env=setting.environment(), capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{setting}: the process failed with {run.returncode}.\n{run.stderr}")
+    rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return {row["name"]: row["broken"] for row in rows}
+
+
+def broken(setting: Setting, found: dict[str, list[str] | None]) -> list[str]:
+    """Return the promises that are not kept where they are made."""
+    made = {p.name for p in PROMISES if setting.has_equal_fma or not p.needs_fma}
+    return [
+        f"{setting}: {name}: {line}"
+        for name, lines in found.items()
+        if name in made
+        for line in lines or ()
+    ]
+
+
+def page(results: dict[Setting, dict[str, list[str] | None] | str]) -> str:
+    """Return the Markdown page of a matrix: results, or why a setting was skipped."""
+    versions = (
+        f"jax {jax.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
+    settings = list(results)
+    lines = [
+        "# Equal bits under every instruction set",
+        "",
+        "Written by `make test-isa`. Each column is a process under one setting:",
+        "`ATEN_CPU_CAPABILITY` / `--xla_cpu_max_isa` / `ONEDNN_MAX_CPU_ISA` / threads.",
+        "",
+        f"{_processor()}; {versions}; {datetime.date.today().isoformat()}.",
+        "",
+        *(f"- **{number}**: {setting}" for number, setting in enumerate(settings, 1)),
+        "",
+        "`=`: all bits are equal. `(n)`: n arrays differ, nothing is promised. `n !`: n arrays",
+        "differ and a promise is broken. `-`: skipped, since the CPU or a package is missing.",
+        "",
+        "| promise | made in | " + " | ".join(str(n) for n, _ in enumerate(settings, 1)) + " |",
+        "| --- | --- |" + " :---: |" * len(settings),
+    ]
+    for promise in PROMISES:
+        cells = [_cell(promise.name, setting, results[setting]) for setting in settings]
+        lines.append(f"| {promise.name} | {promise.place} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_NOTES, ""])
+
+
+_NOTES = (
+    "SGD and Rprop have the bits of `torch.optim` where both frameworks fuse products with sums or",
+    "neither does: where PyTorch is held to `default` and XLA is not, or the other way round, they",
+    "agree to rounding. XLA compiles no float16 under SSE4_2.",
+)
+
+
+def _cell(name: str, setting: Setting, found: dict[str, list[str] | None] | str) -> str:
+    if isinstance(found, str) or (lines := found.get(name)) is None:
+        return "-"
+    if not lines:
+        return "="
+    return f"{len(lines)} !" if broken(setting, {name: lines}) else f"({len(lines)})"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the matrix, print each setting as it ends, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", action="store_true", help="all 54 combinations")
+    parser.add_argument("--core", action="store_true", help="the cheap promises only")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--out", type=Path, help="where to write the page")
+    options = parser.parse_args(arguments)
+    settings, host = EVERY if options.every else COVERING, host_level()
+    results: dict[Setting, dict[str, list[str] | None] | str] = {}
+    failures = []
+    print(f"{len(settings)} settings; this CPU has {host}", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        futures = {
+            setting: setting.missing(host) or pool.submit(check, setting, is_core=options.core)
+            for setting in settings
+        }
+        for setting, future in futures.items():
+            results[setting] = found = future if isinstance(future, str) else future.result()
+            lines = [f"skipped: {found}"] if isinstance(found, str) else broken(setting, found)
+            failures += [] if isinstance(found, str) else lines
+            print(f"{len(results):3d}  {setting}: {'; '.join(lines) or 'all kept'}", flush=True)
+            if options.out:
+                options.out.write_text(page(results))
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

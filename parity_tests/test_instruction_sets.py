@@ -1,0 +1,104 @@
+"""Promises of equal bits: the traced rates here, the cheap ones under other instruction sets."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax import lax
+
+import regjax._exact
+import regtorch._exact
+from parity_tests import instruction_sets, promises
+from parity_tests.instruction_sets import CORE, COVERING, EVERY, Setting, broken, page
+from parity_tests.promises import PROMISES, many_rates
+
+
+@functools.cache
+def host() -> str:
+    return instruction_sets.host_level()
+
+
+@pytest.mark.parametrize("setting", CORE, ids=str)
+def test_core_promises_under_other_instruction_sets(setting):
+    if reason := setting.missing(host()):
+        pytest.skip(f"this CPU {reason}")
+    found = instruction_sets.check(setting, is_core=True)
+    assert set(found) == {promise.name for promise in PROMISES if promise.is_core}
+    assert broken(setting, found) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_traced_rates_have_the_same_bits(dtype):
+    promise = promises.Promise("traced rates", "", lambda: many_rates(60, [dtype]))
+    assert promise.broken() == []
+
+
+def test_rates_and_inputs_that_are_products_have_the_same_bits():
+    names = ["dropout", "alpha_dropout", "gaussian_dropout", "drop_block"]
+    assert promises.Promise("compiled", "", lambda: promises.compiled(names)).broken() == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_square_roots_are_correctly_rounded(dtype):
+    rng = np.random.default_rng(0)
+    x = np.r_[2.0 ** rng.uniform(-60, 60, 20_000), rng.uniform(0, 8, 20_000), 0, 1, 4, np.inf]
+    x = x.astype(dtype)
+    with jax.enable_x64(dtype == np.float64):
+        ours = np.asarray(jax.jit(regjax._exact.exact_sqrt)(x))
+    np.testing.assert_array_equal(ours, np.sqrt(x))
+    theirs = regtorch._exact.exact_sqrt(torch.tensor(x))
+    np.testing.assert_array_equal(theirs.numpy(), np.sqrt(x))
+
+
+@pytest.mark.parametrize("ulps", [-1, 1])
+def test_a_root_off_by_one_is_mended(monkeypatch, ulps):
+    x = np.random.default_rng(0).uniform(0.01, 8, 20_000).astype(np.float32)
+
+    def shifted(x):
+        return lax.bitcast_convert_type(
+            lax.bitcast_convert_type(jnp.sqrt(x), np.int32) + np.int32(ulps), np.float32
+        )
+
+    monkeypatch.setattr(regjax._exact.lax, "sqrt", shifted)
+    ours = jax.jit(lambda x: regjax._exact.exact_sqrt(x))(x)
+    np.testing.assert_array_equal(np.asarray(ours), np.sqrt(x))
+
+
+def test_a_broken_promise_is_found(monkeypatch):
+    monkeypatch.setattr("regtorch._noise.exact_sqrt", lambda x: x.sqrt().nextafter(x.new_tensor(9)))
+    promise = promises.Promise("traced rates", "", lambda: many_rates(3, [np.float32]))
+    assert [line.split(":")[0] for line in promise.broken()] == [
+        "gaussian_dropout, float32, traced"
+    ]
+
+
+def test_settings_cover_every_pair_of_levels():
+    for pair in (("torch", "xla"), ("torch", "onednn"), ("xla", "onednn")):
+        assert len({tuple(getattr(setting, name) for name in pair) for setting in COVERING}) == 9
+    assert {setting.threads for setting in COVERING} == {1, 2}
+    assert len(set(EVERY)) == 54
+    assert set(COVERING) | set(CORE) <= set(EVERY)
+
+
+def test_settings_that_the_cpu_has_not_are_skipped():
+    wide = Setting("avx2", "avx512", "default", 1)
+    assert wide.missing("avx512") == ""
+    assert wide.missing("avx2") == wide.missing("default") == "needs avx512"
+
+
+def test_the_page_marks_what_is_broken_and_what_is_not_promised():
+    unequal, equal = Setting("default", "avx2", "avx2", 1), Setting("avx2", "avx2", "avx2", 2)
+    fused = next(promise.name for promise in PROMISES if promise.needs_fma)
+    found = {promise.name: [] for promise in PROMISES} | {fused: ["w: 1 of 2 elements"]}
+    rows = {
+        line.split(" | ")[0].removeprefix("| "): line.split(" | ")[2:]
+        for line in page({unequal: found, equal: found, COVERING[-1]: "needs avx512"}).splitlines()
+        if line.startswith("| ")
+    }
+    assert rows[fused] == ["(1)", "1 !", "- |"]
+    assert rows[PROMISES[0].name] == ["=", "=", "- |"]
