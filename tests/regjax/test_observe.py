@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import regjax
+import regjax.equinox
+import regjax.haiku
+import regjax.linen
+import regjax.nnx
 from regjax._observe import Draw, SiteKey
+from tests.regjax.family import FAMILY
+from tests.regjax.family import X as X2
 
 KEY = jax.random.key(0)
 X = jnp.arange(1.0, 9.0)
@@ -57,7 +64,7 @@ def test_every_draw_is_told_once(run, draws):
     assert np.array_equal(run(X), before)
 
 
-def test_what_is_told_is_what_was_drawn():
+def test_the_recorded_mask_is_the_applied_one():
     y = drop(X, rate=0.25)
     ((event,), _) = watch(lambda: drop(X, rate=0.25))
     assert (event.key, event.rate) == ((0, 0), 0.25)
@@ -127,3 +134,106 @@ def test_what_a_traced_flag_turns_off_is_not_told(flags):
         jax.jit(run)(jnp.array(flags))
         jax.effects_barrier()
     assert len(events) == flags.count(False)
+
+
+MASKS = np.random.default_rng(0)
+
+
+def impure(key, keep_prob, shape, *, out_sharding=None):
+    """A sampler that draws another mask each time the program runs, whatever the key."""
+    draw = lambda _: MASKS.random(shape) < 0.5
+    words = jax.random.key_data(key)
+    return jax.pure_callback(draw, jax.ShapeDtypeStruct(shape, bool), words)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("rate", [0.5, jnp.float32(0.5)], ids=["number", "traced"])
+def test_of_an_impure_sampler_the_applied_mask_is_recorded(jit, rate):
+    """One mask makes the value, the gradient and the record."""
+    loss = lambda x, rate: (lambda y: (y.sum(), y))(drop(x, rate=rate, sampler=impure))
+    step = jax.grad(loss, has_aux=True)
+    # A number stays one, and does not become an argument of the compiled function.
+    run = jit(step) if isinstance(rate, jax.Array) else jit(lambda x, _: step(x, rate))
+    results = []
+    ((event,), _) = watch(lambda: results.append(run(X, rate)))
+    ((gradient, y),) = results
+    assert 0 < event.mask.sum() < X.size
+    np.testing.assert_array_equal(gradient, np.where(event.mask, 2.0, 0.0))
+    np.testing.assert_array_equal(y, np.where(event.mask, 2 * X, 0.0))
+
+
+def runs_of(framework):
+    """A call of each function or layer that drops, from a key, and the name of the function."""
+    for name, (settings, inputs, function) in FAMILY.items():
+        if name.startswith("Gaussian"):  # no mask
+            continue
+        if framework == "regjax":
+            run = lambda key, f=function, i=inputs, s=settings: f(*i, 0.5, key=key, **s)
+        elif framework == "haiku":
+            draw = getattr(regjax.haiku, function.__name__)
+            run = lambda key, f=draw, i=inputs, s=settings: f(key, 0.5, *i, **s)
+        elif framework == "equinox":  # one example, without a batch
+            settings = {"block_size": 3} if name == "DropBlock" else {}
+            layer = getattr(regjax.equinox, name)(0.5, **settings)
+            inputs = (X2, *inputs[1:])
+            run = lambda key, f=layer, i=inputs: f(*i, key=key)
+        else:
+            options = {"deterministic": False, **settings}
+            layer = getattr(getattr(regjax, framework), name)(0.5, **options)
+            if framework == "linen":
+                run = lambda key, f=layer, i=inputs: f.apply({}, *i, rngs={"dropout": key})
+            else:
+                run = lambda key, f=layer, i=inputs: f(*i, rngs=nnx.Rngs(dropout=key))
+        yield function.__name__, run
+
+
+FRAMEWORKS = ["regjax", "linen", "nnx", "equinox", "haiku"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_every_layer_is_recorded_under_the_name_of_its_function(framework):
+    for name, run in runs_of(framework):
+        drawn, _ = watch(functools.partial(run, KEY))
+        assert {event.function for event in drawn} == {name}
+        assert {event.where.rpartition(":")[0] for event in drawn} == {__file__}
+
+
+def attention(key, **options):
+    q, k, v = (jnp.sin(jnp.arange(x, x + 32.0)).reshape(1, 8, 2, 2) for x in range(3))
+    options = {"dropout_rng": key, "dropout_rate": 0.5, **options}
+    return regjax.dot_product_attention(q, k, v, **options)
+
+
+# One run of each way to a mask: the other layers are layers over these.
+CHECKED = {framework: next(runs_of(framework))[1] for framework in FRAMEWORKS}
+CHECKED |= {"attention": attention, "blockwise": functools.partial(attention, block_size=4)}
+SETTINGS = {"key reuse": jax.debug_key_reuse, "tracer leaks": jax.check_tracer_leaks}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("run", CHECKED.values(), ids=CHECKED)
+def test_observers_and_guards_under_the_checks_of_jax(run, setting):
+    """What is observed uses each key once, and leaves no tracer behind."""
+    root = jax.random.key(0)
+    step = lambda number: run(regjax.site_key(root, number, "site"))
+    with setting(True):
+        assert not regjax.check_dropout(jax.jit(step)).findings
+        drawn, _ = watch(lambda: step(0))  # eager
+    assert len(drawn) == 1
+
+
+def watched_bytes(block_size):
+    """The temporary memory of attention over 512 keys, by XLA's analysis: alone and observed."""
+    x = jnp.ones((1, 512, 8, 4))
+    options = {"dropout_rate": 0.1, "dropout_rng": KEY, "block_size": block_size}
+    loss = lambda q, k, v: regjax.dot_product_attention(q, k, v, **options).sum()
+    measure = lambda: jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    alone = measure().memory_analysis().temp_size_in_bytes
+    with regjax.observing(lambda event: None):
+        return alone, measure().memory_analysis().temp_size_in_bytes
+
+
+def test_observed_attention_in_blocks_keeps_its_memory():
+    """The whole matrix has 8 MiB, and its mask 2."""
+    alone, observed = watched_bytes(64)
+    assert observed < 1.5 * alone < 2**22
