@@ -21,6 +21,7 @@ LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox"}
 # A file may import those of its own wing that stand on a lower floor than itself.
 FLOORS = {
     "_threefry": 0,
+    "_collect": -1,
     "_observe": 0,
     "_exact": 0,
     "_quantile_tables": 0,
