@@ -13,6 +13,7 @@ import regjax.equinox
 import regjax.haiku
 import regjax.linen
 import regjax.nnx
+from regjax import _observe
 from regjax._observe import Draw, SiteKey
 from tests.regjax.family import FAMILY
 from tests.regjax.family import X as X2
@@ -190,12 +191,26 @@ def runs_of(framework):
 FRAMEWORKS = ["regjax", "linen", "nnx", "equinox", "haiku"]
 
 
+class Names:
+    """Stands for the observers while a program is traced, which is faster than running it."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def draw(self, function, *_):
+        self.seen.add(function)
+
+    def site_key(self, *_):
+        pass
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_layer_is_recorded_under_the_name_of_its_function(framework):
     for name, run in runs_of(framework):
-        drawn, _ = watch(functools.partial(run, KEY))
-        assert {event.function for event in drawn} == {name}
-        assert {event.where.rpartition(":")[0] for event in drawn} == {__file__}
+        names = Names()
+        with _observe._observer(names):
+            jax.eval_shape(run, KEY)
+        assert names.seen == {name}
 
 
 def attention(key, **options):
@@ -222,18 +237,14 @@ def test_observers_and_guards_under_the_checks_of_jax(run, setting):
     assert len(drawn) == 1
 
 
-def watched_bytes(block_size):
-    """The temporary memory of attention over 512 keys, by XLA's analysis: alone and observed."""
-    x = jnp.ones((1, 512, 8, 4))
-    options = {"dropout_rate": 0.1, "dropout_rng": KEY, "block_size": block_size}
-    loss = lambda q, k, v: regjax.dot_product_attention(q, k, v, **options).sum()
-    measure = lambda: jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
-    alone = measure().memory_analysis().temp_size_in_bytes
+def test_observed_attention_in_blocks_takes_hardly_more_memory():
+    """By XLA's analysis. The whole matrix would take 8 MiB, and its mask 2 MiB."""
+    x = jnp.ones((1, 1024, 2, 4))
+    options = {"dropout_rate": 0.1, "dropout_rng": KEY, "block_size": 64}
+    attend = lambda x: regjax.dot_product_attention(x, x, x, **options)
+    measured = lambda: jax.jit(attend).lower(x).compile().memory_analysis().temp_size_in_bytes
+    alone = measured()
     with regjax.observing(lambda event: None):
-        return alone, measure().memory_analysis().temp_size_in_bytes
-
-
-def test_observed_attention_in_blocks_keeps_its_memory():
-    """The whole matrix has 8 MiB, and its mask 2."""
-    alone, observed = watched_bytes(64)
-    assert observed < 1.5 * alone < 2**22
+        observed = measured()
+    assert alone < 2**21
+    assert observed < 1.25 * alone
