@@ -479,7 +479,7 @@ def test_a_check_inside_a_traced_function_is_refused(transform):
         regjax.check_dropout(lambda step: dropped(X, jax.random.fold_in(ROOT, step)))
         return X
 
-    with pytest.raises(RuntimeError, match=r"outside of jax.jit.* check_dropout\(jax.jit\("):
+    with pytest.raises(RuntimeError, match=r"outside of jax.jit.* regjax.check_dropout\(jax.jit"):
         transform(inside)()
 
 

@@ -213,6 +213,10 @@ def test_every_layer_is_recorded_under_the_name_of_its_function(framework):
         assert names.seen == {name}
 
 
+def drop_with(key):
+    return jax.grad(lambda x: drop(x, key).sum())(X)
+
+
 def attention(key, **options):
     q, k, v = (jnp.sin(jnp.arange(x, x + 32.0)).reshape(1, 8, 2, 2) for x in range(3))
     options = {"dropout_rng": key, "dropout_rate": 0.5, **options}
@@ -220,8 +224,12 @@ def attention(key, **options):
 
 
 # One run of each way to a mask: the other layers are layers over these.
-CHECKED = {framework: next(runs_of(framework))[1] for framework in FRAMEWORKS}
-CHECKED |= {"attention": attention, "blockwise": functools.partial(attention, block_size=4)}
+CHECKED = {framework: jax.jit(next(runs_of(framework))[1]) for framework in FRAMEWORKS}
+CHECKED |= {
+    "eager": drop_with,
+    "attention": jax.jit(attention),
+    "blockwise": jax.jit(functools.partial(attention, block_size=4)),
+}
 SETTINGS = {"key reuse": jax.debug_key_reuse, "tracer leaks": jax.check_tracer_leaks}
 
 
@@ -229,12 +237,12 @@ SETTINGS = {"key reuse": jax.debug_key_reuse, "tracer leaks": jax.check_tracer_l
 @pytest.mark.parametrize("run", CHECKED.values(), ids=CHECKED)
 def test_observers_and_guards_under_the_checks_of_jax(run, setting):
     """What is observed uses each key once, and leaves no tracer behind."""
-    root = jax.random.key(0)
+    root, reports = jax.random.key(0), []
     step = lambda number: run(regjax.site_key(root, number, "site"))
     with setting(True):
-        assert not regjax.check_dropout(jax.jit(step)).findings
-        drawn, _ = watch(lambda: step(0))  # eager
-    assert len(drawn) == 1
+        drawn, _ = watch(lambda: reports.append(regjax.check_dropout(step)))
+    assert len(drawn) == 2
+    assert not reports[0].findings
 
 
 def test_observed_attention_in_blocks_takes_hardly_more_memory():
