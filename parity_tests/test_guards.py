@@ -281,12 +281,14 @@ def test_the_mask_that_is_applied_is_the_one_that_is_judged(wing: Wing):
 
 @both_wings
 def test_guards_may_be_nested_and_blocks_of_one_may_not(wing: Wing):
-    outer = wing.library.DropoutGuard()
+    outer, inner = wing.library.DropoutGuard(), []
     for number in range(2):
         with outer.training():
             once(wing, number)
-            inner = wing.library.check_dropout(lambda step, n=number: once(wing, 2 + 2 * n + step))
-    assert [row.draws for row in (*inner.rows, *outer.report().rows)] == [(1, 1), (3, 3)]
+            step = lambda step, n=number: once(wing, 2 + 2 * n + step)
+            inner += wing.library.check_dropout(step).rows
+    assert [row.draws for row in inner] == [(1, 1)] * 2
+    assert [row.draws for row in outer.report().rows] == [(3, 3)]
     with (
         outer.training(),
         pytest.raises(RuntimeError, match="a block inside a block of the same guard"),

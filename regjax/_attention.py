@@ -385,22 +385,26 @@ def _attend(
         shrink = jnp.exp(top - _finite(new_top))
         powers = jnp.exp(scores - _finite(new_top)[..., None])
         keep = blocks.keep(powers, query, draw, first)
-        if watching:
-            watching.block(ticket, tuple(draw.words), off, first, keep, scores)
+        if record_block:
+            record_block(first, keep, scores)
         dropped = _where_kept(keep, powers).astype(value.dtype)
         mixed = _mixed(dropped, part(value, -3), blocks.scores.precision)
         total = total * shrink + powers.sum(-1)
         return (new_top, total, result * _per_query(shrink) + mixed), None
 
     # The derivative makes the same masks again, and records nothing.
-    watching = observer() if draw is not None and draw.watched is not None else None
-    ticket, off, rate = draw.watched if watching else (None, None, None)
+    record_block = record_end = None
+    if draw is not None and draw.watched is not None and (watching := observer()):
+        ticket, off, rate = draw.watched
+        call = ticket, (draw.words[0], draw.words[1]), off
+        record_block = functools.partial(watching.block, *call)
+        record_end = functools.partial(watching.end, *call, rate)
     (top, total, result), _ = lax.scan(block, start, blocks.firsts())
     seen = total > 0
     total = jnp.where(seen, total, 1)
     log_total = jnp.where(seen, _finite(top) + jnp.log(total), 0)
-    if watching:
-        watching.end(ticket, tuple(draw.words), off, rate, log_total)
+    if record_end:
+        record_end(log_total)
     return result / _per_query(total), log_total
 
 

@@ -73,6 +73,21 @@ def test_the_recorded_mask_is_the_applied_one():
     np.testing.assert_array_equal(np.where(event.mask, X / 0.75, 0), y)
 
 
+PORTS = {
+    "haiku": lambda rate: regjax.haiku.dropout(KEY, 0.5, X),
+    "haiku, traced": lambda rate: regjax.haiku.dropout(KEY, rate, X),
+    "equinox, traced": lambda rate: regjax.equinox.Dropout(rate)(X, key=KEY),
+}
+
+
+@pytest.mark.parametrize("run", PORTS.values(), ids=PORTS)
+def test_the_mask_of_a_port_is_the_applied_one(run):
+    before, results = jax.jit(run)(0.5), []
+    ((event,), _) = watch(lambda: results.append(jax.jit(run)(0.5)))
+    np.testing.assert_array_equal(results[0], before)
+    np.testing.assert_array_equal(results[0], np.where(event.mask, 2 * X, 0))
+
+
 def test_a_shared_mask_is_told_as_it_is():
     ((event,), _) = watch(lambda: drop(X.reshape(2, 4), broadcast_dims=(0,)))
     assert event.mask.shape == (1, 4)
@@ -81,8 +96,8 @@ def test_a_shared_mask_is_told_as_it_is():
 def test_keys_of_sites_are_told_with_what_they_were_derived_from():
     root = jax.random.key(7)
     _, events = watch(lambda: jax.jit(lambda s: regjax.site_key(root, s, "hidden"))(5))
-    words = jax.random.key_data(regjax.site_key(root, 5, "hidden"))
-    assert events == [SiteKey("hidden", (0, 7), 5, tuple(int(word) for word in words))]
+    high, low = jax.random.key_data(regjax.site_key(root, 5, "hidden"))
+    assert events == [SiteKey("hidden", (0, 7), 5, (int(high), int(low)))]
 
 
 def test_a_function_jitted_before_is_seen_and_leaves_no_trace_after():
@@ -217,10 +232,23 @@ def drop_with(key):
     return jax.grad(lambda x: drop(x, key).sum())(X)
 
 
-def attention(key, **options):
+def attention(key, factor=1.0, **options):
     q, k, v = (jnp.sin(jnp.arange(x, x + 32.0)).reshape(1, 8, 2, 2) for x in range(3))
     options = {"dropout_rng": key, "dropout_rate": 0.5, **options}
-    return regjax.dot_product_attention(q, k, v, **options)
+    return regjax.dot_product_attention(q * factor, k, v, **options)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_attention_is_recorded_once_for_each_row_under_a_gradient(block_size):
+    """Rows share one key: the blocks of each are put together all the same."""
+    loss = lambda factor: attention(KEY, factor, block_size=block_size).sum()
+    factors = jnp.arange(3.0)
+    drawn, _ = watch(lambda: jax.jit(jax.vmap(jax.grad(loss)))(factors))
+    alone = [watch(functools.partial(attention, KEY, factor))[0][0] for factor in factors]
+    assert len(drawn) == 3
+    for event, other in zip(drawn, alone, strict=True):
+        np.testing.assert_array_equal(event.mask, other.mask)
+        np.testing.assert_allclose(event.entering, other.entering, rtol=1e-6)
 
 
 # One run of each way to a mask: the other layers are layers over these.
@@ -250,7 +278,12 @@ def test_observed_attention_in_blocks_takes_hardly_more_memory():
     x = jnp.ones((1, 1024, 2, 4))
     options = {"dropout_rate": 0.1, "dropout_rng": KEY, "block_size": 64}
     attend = lambda x: regjax.dot_product_attention(x, x, x, **options)
-    measured = lambda: jax.jit(attend).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    def measured() -> int:
+        analysis = jax.jit(attend).lower(x).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
     alone = measured()
     with regjax.observing(lambda event: None):
         observed = measured()
