@@ -30,7 +30,7 @@ from regjax._dropout import (
 )
 from regjax._keys import consume, key_words
 from regjax._masks import bernoulli, bernoulli_at, check_probability
-from regjax._observe import observer
+from regjax._observe import BlockwiseCall, observer
 from regjax._threefry import slice_index
 
 if TYPE_CHECKING:
@@ -396,9 +396,10 @@ def _attend(
     record_block = record_end = None
     if draw is not None and draw.watched is not None and (watching := observer()):
         ticket, off, rate = draw.watched
-        call = ticket, (draw.words[0], draw.words[1]), off
-        record_block = functools.partial(watching.block, *call)
-        record_end = functools.partial(watching.end, *call, rate)
+        words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
+        call = BlockwiseCall(ticket, words, inputs, off)
+        record_block = functools.partial(watching.block, call)
+        record_end = functools.partial(watching.end, call, rate)
     (top, total, result), _ = lax.scan(block, start, blocks.firsts())
     seen = total > 0
     total = jnp.where(seen, total, 1)
@@ -478,6 +479,20 @@ def _blockwise(
     if isinstance(rate, jax.Array):
         result = jnp.where((rate >= 0) & (rate <= 1), result, jnp.nan)
     return result.astype(value.dtype)
+
+
+def _hash(*arrays: Array | None) -> Array:
+    """A number by which arrays can be told apart: of their bits, weighted by their places."""
+    total = jnp.zeros((), jnp.uint32)
+    for x in arrays:
+        if x is not None:
+            width = min(32, 8 * x.dtype.itemsize)
+            bits = x if x.dtype == np.bool_ else lax.bitcast_convert_type(x, f"uint{width}")
+            for dim in range(bits.ndim):  # one dimension at a time keeps the layout over devices
+                places = lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+                bits = bits.astype(jnp.uint32) * (np.uint32(2654435761) * places + np.uint32(1))
+            total = total * np.uint32(31) + bits.sum(dtype=jnp.uint32)
+    return total
 
 
 def _part(x: Any, axis: int = -1, *, first: Array, size: int) -> Any:

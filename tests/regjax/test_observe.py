@@ -240,12 +240,13 @@ def attention(key, factor=1.0, **options):
 
 @pytest.mark.parametrize("block_size", [None, 3])
 def test_attention_is_recorded_once_for_each_row_under_a_gradient(block_size):
-    """Rows share one key: the blocks of each are put together all the same."""
+    """Rows share one key and arrive in any order; the blocks of each are put together."""
     loss = lambda factor: attention(KEY, factor, block_size=block_size).sum()
     factors = jnp.arange(3.0)
     drawn, _ = watch(lambda: jax.jit(jax.vmap(jax.grad(loss)))(factors))
     alone = [watch(functools.partial(attention, KEY, factor))[0][0] for factor in factors]
     assert len(drawn) == 3
+    drawn, alone = (sorted(each, key=lambda e: e.entering.max()) for each in (drawn, alone))
     for event, other in zip(drawn, alone, strict=True):
         np.testing.assert_array_equal(event.mask, other.mask)
         np.testing.assert_allclose(event.entering, other.entering, rtol=1e-6)
