@@ -335,8 +335,17 @@ def test_who_watches_is_told_the_whole_mask(wing: Wing, block_size):
         jax.effects_barrier()
     shape = (BATCH, HEADS, QUERIES, KEYS)
     assert len(told) == 1
+    assert told[0].function == "dot_product_attention"
     np.testing.assert_array_equal(np.asarray(told[0].mask), wing.bernoulli(SEED, 1 - RATE, shape))
+    # The weights of the whole matrix, with which PyTorch's twin is compared above.
+    whole = []
+    with wing.library.observing(whole.append):
+        run(wing, arrays, options, "float32", gradients=False, block_size=None)
+        jax.effects_barrier()
+    entering = (np.asarray(draw.entering) for draw in (told[0], whole[0]))
+    np.testing.assert_allclose(*entering, rtol=1e-5, atol=1e-7)
     assert np.asarray(told[0].entering).shape == shape
+    assert told[0].rate == RATE
 
 
 @both_wings

@@ -252,3 +252,56 @@ def test_watching_sees_the_rows_of_a_torch_vmap():
     expected = jax.vmap(lambda x, key: JAX.library.dropout(x, 0.5, key=key))(X, jax_keys)
     np.testing.assert_array_equal(y.numpy(), expected)
     np.testing.assert_array_equal(np.stack([draw.mask for draw in drawn]), expected != 0)
+
+
+def once(wing: Wing, number: Any, **options: Any) -> Any:
+    key = wing.library.site_key(wing.key(7), number, "it")
+    return wing.library.dropout(wing.array(X), 0.5, key=key, **options)
+
+
+@both_wings
+def test_the_mask_that_is_applied_is_the_one_that_is_judged(wing: Wing):
+    """Of a sampler that is not pure another draw would not do."""
+    masks = np.random.default_rng(0)
+    results, events = [], []
+
+    def step(number: int) -> None:
+        # Another function for each step: JAX would compile the mask of a step into the next.
+        sampler = lambda key, keep_prob, shape, **_: wing.array(masks.random(shape) < 0.5)
+        results.append(wing.numpy(once(wing, number, sampler=sampler)))
+
+    with wing.library.observing(events.append):
+        wing.library.check_dropout(step).raise_if_wrong()
+        jax.effects_barrier()
+    draws = [event for event in events if hasattr(event, "mask")]
+    assert len(draws) == len(results) == 2
+    for draw, y in zip(draws, results, strict=True):
+        np.testing.assert_array_equal(y, np.where(wing.numpy(draw.mask), 2 * X, 0))
+
+
+@both_wings
+def test_guards_may_be_nested_and_blocks_of_one_may_not(wing: Wing):
+    outer, inner = wing.library.DropoutGuard(), []
+    for number in range(2):
+        with outer.training():
+            once(wing, number)
+            step = lambda step, n=number: once(wing, 2 + 2 * n + step)
+            inner += wing.library.check_dropout(step).rows
+    assert [row.draws for row in inner] == [(1, 1)] * 2
+    assert [row.draws for row in outer.report().rows] == [(3, 3)]
+    with (
+        outer.training(),
+        pytest.raises(RuntimeError, match="a block inside a block of the same guard"),
+        outer.evaluation(),
+    ):
+        pass
+    assert [row.draws for row in outer.report().rows] == [(3, 3, 0)]
+
+
+@both_wings
+def test_a_site_that_is_expected_at_rate_0_must_not_draw(wing: Wing):
+    check = wing.library.check_dropout
+    silent = lambda number: once(wing, number, deterministic=True)
+    check(silent, expect={"it": 0.0}).raise_if_wrong()
+    (finding,) = check(lambda number: once(wing, number), expect={"it": 0.0}).findings
+    assert finding.detail == "its rate is 0.5, and 0 was expected"

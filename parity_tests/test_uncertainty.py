@@ -269,3 +269,20 @@ def test_probabilities_that_are_negative_are_refused(wing: Wing):
 
     with pytest.raises(ValueError, match="outputs='probabilities' must be at least 0"):
         run(wing, negative, outputs="probabilities")
+
+
+@both_wings
+def test_mutual_information_is_never_negative(wing: Wing):
+    """Passes that hardly differ: the difference of the entropies is rounding, of either sign."""
+    x = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
+    x, small = wing.array(x), wing.array(np.full((500, 4), 1e-6, np.float32))
+
+    def predict(x: Any, *, key: Any) -> Any:
+        return x + wing.library.dropout(small, 0.5, key=key)
+
+    y = wing.library.mc_dropout(predict, x, key=wing.key(0), outputs="logits", samples=4)
+    entropy, expected, mutual = map(
+        wing.numpy, (y.entropy, y.expected_entropy, y.mutual_information)
+    )
+    assert (entropy - expected).min() < 0
+    assert mutual.min() == 0

@@ -80,8 +80,8 @@ def alpha_dropout(
     NeurIPS 2017.
     """
     dims = check_integers("broadcast_dims", broadcast_dims)
-    settings = Settings("alpha_dropout", dims, sampler, _scale, _offsets)
-    return masked(_check_real(x), rate, key, deterministic, settings)
+    how = {"key": key, "deterministic": deterministic}
+    return alpha_masked("alpha_dropout", x, rate, dims, sampler, **how)
 
 
 def feature_alpha_dropout(
@@ -125,9 +125,23 @@ def feature_alpha_dropout(
     NeurIPS 2017.
     """
     x = _check_real(x)
-    shared = shared_dims(x.ndim, channel_axis)
-    settings = Settings("feature_alpha_dropout", shared, sampler, _scale, _offsets)
-    return masked(x, rate, key, deterministic, settings)
+    shared, how = shared_dims(x.ndim, channel_axis), {"key": key, "deterministic": deterministic}
+    return alpha_masked("feature_alpha_dropout", x, rate, shared, sampler, **how)
+
+
+def alpha_masked(
+    name: str,
+    x: Float[ArrayLike, "*shape"],
+    rate: ArrayLike,
+    broadcast_dims: tuple[int, ...],
+    sampler: Sampler,
+    *,
+    key: KeyLike | None,
+    deterministic: ArrayLike,
+) -> Float[Array, "*shape"]:
+    """Alpha dropout under the name of the function that calls it."""
+    settings = Settings(name, broadcast_dims, sampler, _scale, _offsets)
+    return masked(_check_real(x), rate, key, deterministic, settings)
 
 
 def _scale(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:

@@ -38,7 +38,7 @@ from regjax._dropout import (
 from regjax._exact import rounded
 from regjax._keys import consume, key_words
 from regjax._masks import bernoulli, bernoulli_at, check_probability, exact_keep_prob
-from regjax._observe import observer
+from regjax._observe import BlockwiseCall, observer
 from regjax._threefry import at_most, slice_index
 
 if TYPE_CHECKING:
@@ -396,22 +396,27 @@ def _attend(
         shrink = jnp.exp(top - _finite(new_top))
         powers = jnp.exp(scores - _finite(new_top)[..., None])
         keep = blocks.keep(powers, query, draw, first)
-        if watching:
-            watching.block(ticket, tuple(draw.words), off, first, keep, scores)
+        if record_block:
+            record_block(first, keep, scores)
         dropped = _where_kept(keep, powers).astype(value.dtype)
         mixed = _mixed(dropped, part(value, -3), blocks.scores.precision)
         total = total * shrink + powers.sum(-1)
         return (new_top, total, result * _per_query(shrink) + mixed), None
 
     # The derivative makes the same masks again, and records nothing.
-    watching = observer() if draw is not None and draw.watched is not None else None
-    ticket, off, rate = draw.watched if watching else (None, None, None)
+    record_block = record_end = None
+    if draw is not None and draw.watched is not None and (watching := observer()):
+        ticket, off, rate = draw.watched
+        words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
+        call = BlockwiseCall(ticket, words, inputs, off)
+        record_block = functools.partial(watching.block, call)
+        record_end = functools.partial(watching.end, call, rate)
     (top, total, result), _ = lax.scan(block, start, blocks.firsts())
     seen = total > 0
     total = jnp.where(seen, total, 1)
     log_total = jnp.where(seen, _finite(top) + jnp.log(total), 0)
-    if watching:
-        watching.end(ticket, tuple(draw.words), off, rate, log_total)
+    if record_end:
+        record_end(log_total)
     return result / _per_query(total), log_total
 
 
@@ -487,6 +492,20 @@ def _blockwise(
     if isinstance(rate, jax.Array):
         result = jnp.where((rate >= 0) & (rate <= 1), result, jnp.nan)
     return result.astype(value.dtype)
+
+
+def _hash(*arrays: Array | None) -> Array:
+    """A number by which arrays can be told apart: of their bits, weighted by their places."""
+    total = jnp.zeros((), jnp.uint32)
+    for x in arrays:
+        if x is not None:
+            width = min(32, 8 * x.dtype.itemsize)
+            bits = x if x.dtype == np.bool_ else lax.bitcast_convert_type(x, f"uint{width}")
+            for dim in range(bits.ndim):  # one dimension at a time keeps the layout over devices
+                places = lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+                bits = bits.astype(jnp.uint32) * (np.uint32(2654435761) * places + np.uint32(1))
+            total = total * np.uint32(31) + bits.sum(dtype=jnp.uint32)
+    return total
 
 
 def _part(x: Any, axis: int = -1, *, first: Array, size: int) -> Any:

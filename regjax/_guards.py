@@ -161,9 +161,9 @@ class DropoutGuard:
     def _watching(self) -> Iterator[list[SiteKey | Drawn]]:
         if isinstance(jnp.zeros(()), Tracer):
             raise RuntimeError(
-                "dropout is checked while a program runs, so check_dropout and the blocks of a "
-                "DropoutGuard must be outside of jax.jit, and of jax.lax's loops and branches; got "
-                "a call while a function is traced. Check the jitted step from outside: "
+                "check_dropout and the blocks of a DropoutGuard must be outside of jax.jit and of "
+                "jax.lax's loops and branches; got a call in a function that is being traced, "
+                "which draws its masks later. Check the jitted step from outside: "
                 "regjax.check_dropout(jax.jit(train_step), …)."
             )
         if self._events is not None:

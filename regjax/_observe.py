@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -136,14 +136,21 @@ class Observer:
         """Announces the call whose blocks arrive under a ticket."""
         self._blockwise[ticket] = call, plan
 
-    def part(self, ticket: int, key: tuple[int, int], add: Callable[[BlockwiseDraw], bool]) -> None:
-        """Adds a part to the oldest draw of its call and key that lacks it.
+    def part(
+        self,
+        ticket: int,
+        key: tuple[int, int],
+        inputs: int,
+        add: Callable[[BlockwiseDraw], bool],
+    ) -> None:
+        """Adds a part to the oldest draw of its call, key and inputs that lacks it.
 
-        The rows of a `vmap` over one key share call and key; their parts arrive row by row.
+        The rows of a `vmap` over one key share call and key, and their parts arrive in any order;
+        `inputs` is a hash of what else the draw depends on.
         """
         call, plan = self._blockwise[ticket]
         with self._lock:
-            waiting = self._unfinished[ticket, key]
+            waiting = self._unfinished[ticket, key, inputs]
             draw = next((draw for draw in waiting if add(draw)), None)
             if draw is None:
                 draw = BlockwiseDraw(plan, self._sample)
@@ -167,6 +174,22 @@ class Observer:
             self.record(Draw(*fields))
         else:
             self.record(SampledDraw(*fields, entering.shape, mask.size, mask.nonzero))
+
+
+class BlockwiseCall(NamedTuple):
+    """What tells the parts of one blockwise draw from those of another, as operands.
+
+    Attributes:
+        ticket: from `Observers.expect_blocks`.
+        key: the two words of the key.
+        inputs: a hash of the arrays that the scores are made from.
+        off: True where the result is not used.
+    """
+
+    ticket: Any
+    key: Pair
+    inputs: Any
+    off: Any
 
 
 # Shared by all observers: a compiled function may serve several of them, one after the other.
@@ -225,29 +248,29 @@ class Observers:
             member.expect_blocks(ticket, call, plan)
         return np.asarray(ticket, np.uint32)
 
-    def block(self, ticket: Any, key: Pair, off: Any, first: Any, keep: Any, scores: Any) -> None:
+    def block(self, draw: BlockwiseCall, first: Any, keep: Any, scores: Any) -> None:
         """Records a block of a mask, which begins at the index `first`, and the scores under it."""
 
-        def record(ticket: Any, key: Pair, off: Any, first: Any, keep: Any, scores: Any) -> None:
+        def record(draw: BlockwiseCall, first: Any, keep: Any, scores: Any) -> None:
             arrays = int(first), np.asarray(keep), np.asarray(scores)
-            if not off:
-                self._part(ticket, key, lambda draw: draw.add_block(*arrays))
+            self._part(draw, lambda parts: parts.add_block(*arrays))
 
-        jax.debug.callback(record, ticket, key, off, first, keep, scores)
+        jax.debug.callback(record, draw, first, keep, scores)
 
-    def end(self, ticket: Any, key: Pair, off: Any, rate: Any, log_total: Any) -> None:
+    def end(self, draw: BlockwiseCall, rate: Any, log_total: Any) -> None:
         """Records the rate of the blocks, and the logarithm of each row's sum."""
 
-        def record(ticket: Any, key: Pair, off: Any, rate: Any, log_total: Any) -> None:
-            if not off:
-                number, total = float(rate), np.asarray(log_total)
-                self._part(ticket, key, lambda draw: draw.add_end(number, total))
+        def record(draw: BlockwiseCall, rate: Any, log_total: Any) -> None:
+            number, total = float(rate), np.asarray(log_total)
+            self._part(draw, lambda parts: parts.add_end(number, total))
 
-        jax.debug.callback(record, ticket, key, off, rate, log_total)
+        jax.debug.callback(record, draw, rate, log_total)
 
-    def _part(self, ticket: Any, key: Pair, add: Callable[[BlockwiseDraw], bool]) -> None:
+    def _part(self, draw: BlockwiseCall, add: Callable[[BlockwiseDraw], bool]) -> None:
+        if draw.off:
+            return
         for member in self.members:
-            member.part(int(ticket), _integers(key), add)
+            member.part(int(draw.ticket), _integers(draw.key), int(draw.inputs), add)
 
     def _calls(self, function: str) -> list[tuple[Observer, _Call]]:
         names = function, _user_line(), _scope()

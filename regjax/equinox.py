@@ -44,17 +44,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from regjax._alpha import alpha_dropout
+from regjax._alpha import alpha_dropout, alpha_masked
 from regjax._blocks import drop_block
 from regjax._checks import check_array, check_settings, naming
 from regjax._depth import drop_path
 from regjax._dropout import (
+    Settings,
     check_axis,
     check_flag,
     check_inexact,
     dropout,
     keep_mask,
     keep_prob_of,
+    masked,
 )
 from regjax._embedding import embedding_dropout
 from regjax._keys import check_key, key_words
@@ -275,7 +277,8 @@ class FeatureDropout(RateLayer):
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
-        return dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
+        settings = Settings("feature_dropout", dims, self.sampler)
+        return masked(x, p, settings=settings, **how)
 
 
 class AlphaDropout(RateLayer):
@@ -330,7 +333,7 @@ class FeatureAlphaDropout(RateLayer):
     def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
-        return alpha_dropout(x, p, broadcast_dims=dims, sampler=self.sampler, **how)
+        return alpha_masked("feature_alpha_dropout", x, p, dims, self.sampler, **how)
 
 
 class DropPath(RateLayer):

@@ -22,6 +22,7 @@ LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox"}
 FLOORS = {
     "_checks": -1,
     "_threefry": 0,
+    "_collect": -1,
     "_observe": 0,
     "_exact": 0,
     "_quantile_tables": 0,

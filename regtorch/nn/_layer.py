@@ -23,8 +23,8 @@ class GeneratorModule(nn.Module):
     def generator(self, generator: torch.Generator | None) -> None:
         if not isinstance(generator, torch.Generator | None):
             raise TypeError(
-                f"generator must be a torch.Generator or None; got {generator!r}. A layer that held "
-                "a key would draw the same mask at every step: pass a new key to each call, "
+                f"generator must be a torch.Generator or None; got {generator!r}. A key in a layer "
+                "would draw the same mask at every step: pass a new key to each call, "
                 "layer(x, key=key), or torch.Generator().manual_seed(seed) here."
             )
         self.__dict__["generator"] = generator

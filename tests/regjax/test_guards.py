@@ -469,3 +469,22 @@ def test_keys_that_were_derived_and_not_used_are_told():
     assert finding.detail == (
         "no mask was drawn in 2 steps; keys were derived for first, second, and not used"
     )
+
+
+@pytest.mark.parametrize("transform", [jax.jit, lambda f: lambda: jax.lax.cond(True, f, f)])
+def test_a_check_inside_a_traced_function_is_refused(transform):
+    """Nothing is drawn there before the compiled function runs, when the report is made already."""
+
+    def inside():
+        regjax.check_dropout(lambda step: dropped(X, jax.random.fold_in(ROOT, step)))
+        return X
+
+    with pytest.raises(RuntimeError, match=r"outside of jax.jit.* regjax.check_dropout\(jax.jit"):
+        transform(inside)()
+
+
+def test_a_check_inside_an_eager_transform_sees_what_is_drawn():
+    checked = lambda x: regjax.check_dropout(lambda step: dropped(x, key_of(step))) and x.sum()
+    key_of = functools.partial(jax.random.fold_in, ROOT)
+    np.testing.assert_array_equal(jax.grad(checked)(X), jnp.ones_like(X))
+    assert len(regjax.check_dropout(lambda step: dropped(X, key_of(step))).rows) == 1

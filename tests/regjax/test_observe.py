@@ -6,9 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import regjax
+import regjax.equinox
+import regjax.haiku
+import regjax.linen
+import regjax.nnx
+from regjax import _observe
 from regjax._observe import Draw, SiteKey
+from tests.regjax.family import FAMILY
+from tests.regjax.family import X as X2
 
 KEY = jax.random.key(0)
 X = jnp.arange(1.0, 9.0)
@@ -57,12 +65,27 @@ def test_every_draw_is_told_once(run, draws):
     assert np.array_equal(run(X), before)
 
 
-def test_what_is_told_is_what_was_drawn():
+def test_the_recorded_mask_is_the_applied_one():
     y = drop(X, rate=0.25)
     ((event,), _) = watch(lambda: drop(X, rate=0.25))
     assert (event.key, event.rate) == ((0, 0), 0.25)
     np.testing.assert_array_equal(event.entering, X)
     np.testing.assert_array_equal(np.where(event.mask, X / 0.75, 0), y)
+
+
+PORTS = {
+    "haiku": lambda rate: regjax.haiku.dropout(KEY, 0.5, X),
+    "haiku, traced": lambda rate: regjax.haiku.dropout(KEY, rate, X),
+    "equinox, traced": lambda rate: regjax.equinox.Dropout(rate)(X, key=KEY),
+}
+
+
+@pytest.mark.parametrize("run", PORTS.values(), ids=PORTS)
+def test_the_mask_of_a_port_is_the_applied_one(run):
+    before, results = jax.jit(run)(0.5), []
+    ((event,), _) = watch(lambda: results.append(jax.jit(run)(0.5)))
+    np.testing.assert_array_equal(results[0], before)
+    np.testing.assert_array_equal(results[0], np.where(event.mask, 2 * X, 0))
 
 
 def test_a_shared_mask_is_told_as_it_is():
@@ -73,8 +96,8 @@ def test_a_shared_mask_is_told_as_it_is():
 def test_keys_of_sites_are_told_with_what_they_were_derived_from():
     root = jax.random.key(7)
     _, events = watch(lambda: jax.jit(lambda s: regjax.site_key(root, s, "hidden"))(5))
-    words = jax.random.key_data(regjax.site_key(root, 5, "hidden"))
-    assert events == [SiteKey("hidden", (0, 7), 5, tuple(int(word) for word in words))]
+    high, low = jax.random.key_data(regjax.site_key(root, 5, "hidden"))
+    assert events == [SiteKey("hidden", (0, 7), 5, (int(high), int(low)))]
 
 
 def test_a_function_jitted_before_is_seen_and_leaves_no_trace_after():
@@ -127,3 +150,143 @@ def test_what_a_traced_flag_turns_off_is_not_told(flags):
         jax.jit(run)(jnp.array(flags))
         jax.effects_barrier()
     assert len(events) == flags.count(False)
+
+
+MASKS = np.random.default_rng(0)
+
+
+def impure(key, keep_prob, shape, *, out_sharding=None):
+    """A sampler that draws another mask each time the program runs, whatever the key."""
+    draw = lambda _: MASKS.random(shape) < 0.5
+    words = jax.random.key_data(key)
+    return jax.pure_callback(draw, jax.ShapeDtypeStruct(shape, bool), words)
+
+
+@pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("rate", [0.5, jnp.float32(0.5)], ids=["number", "traced"])
+def test_of_an_impure_sampler_the_applied_mask_is_recorded(jit, rate):
+    """One mask makes the value, the gradient and the record."""
+    loss = lambda x, rate: (lambda y: (y.sum(), y))(drop(x, rate=rate, sampler=impure))
+    step = jax.grad(loss, has_aux=True)
+    # A number stays one, and does not become an argument of the compiled function.
+    run = jit(step) if isinstance(rate, jax.Array) else jit(lambda x, _: step(x, rate))
+    results = []
+    ((event,), _) = watch(lambda: results.append(run(X, rate)))
+    ((gradient, y),) = results
+    assert 0 < event.mask.sum() < X.size
+    np.testing.assert_array_equal(gradient, np.where(event.mask, 2.0, 0.0))
+    np.testing.assert_array_equal(y, np.where(event.mask, 2 * X, 0.0))
+
+
+def runs_of(framework):
+    """A call of each function or layer that drops, from a key, and the name of the function."""
+    for name, (settings, inputs, function) in FAMILY.items():
+        if name.startswith("Gaussian"):  # no mask
+            continue
+        if framework == "regjax":
+            run = lambda key, f=function, i=inputs, s=settings: f(*i, 0.5, key=key, **s)
+        elif framework == "haiku":
+            draw = getattr(regjax.haiku, function.__name__)
+            run = lambda key, f=draw, i=inputs, s=settings: f(key, 0.5, *i, **s)
+        elif framework == "equinox":  # one example, without a batch
+            settings = {"block_size": 3} if name == "DropBlock" else {}
+            layer = getattr(regjax.equinox, name)(0.5, **settings)
+            inputs = (X2, *inputs[1:])
+            run = lambda key, f=layer, i=inputs: f(*i, key=key)
+        else:
+            options = {"deterministic": False, **settings}
+            layer = getattr(getattr(regjax, framework), name)(0.5, **options)
+            if framework == "linen":
+                run = lambda key, f=layer, i=inputs: f.apply({}, *i, rngs={"dropout": key})
+            else:
+                run = lambda key, f=layer, i=inputs: f(*i, rngs=nnx.Rngs(dropout=key))
+        yield function.__name__, run
+
+
+FRAMEWORKS = ["regjax", "linen", "nnx", "equinox", "haiku"]
+
+
+class Names:
+    """Stands for the observers while a program is traced, which is faster than running it."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def draw(self, function, *_):
+        self.seen.add(function)
+
+    def site_key(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_every_layer_is_recorded_under_the_name_of_its_function(framework):
+    for name, run in runs_of(framework):
+        names = Names()
+        with _observe._observer(names):
+            jax.eval_shape(run, KEY)
+        assert names.seen == {name}
+
+
+def drop_with(key):
+    return jax.grad(lambda x: drop(x, key).sum())(X)
+
+
+def attention(key, factor=1.0, **options):
+    q, k, v = (jnp.sin(jnp.arange(x, x + 32.0)).reshape(1, 8, 2, 2) for x in range(3))
+    options = {"dropout_rng": key, "dropout_rate": 0.5, **options}
+    return regjax.dot_product_attention(q * factor, k, v, **options)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_attention_is_recorded_once_for_each_row_under_a_gradient(block_size):
+    """Rows share one key and arrive in any order; the blocks of each are put together."""
+    loss = lambda factor: attention(KEY, factor, block_size=block_size).sum()
+    factors = jnp.arange(3.0)
+    drawn, _ = watch(lambda: jax.jit(jax.vmap(jax.grad(loss)))(factors))
+    alone = [watch(functools.partial(attention, KEY, factor))[0][0] for factor in factors]
+    assert len(drawn) == 3
+    drawn, alone = (sorted(each, key=lambda e: e.entering.max()) for each in (drawn, alone))
+    for event, other in zip(drawn, alone, strict=True):
+        np.testing.assert_array_equal(event.mask, other.mask)
+        np.testing.assert_allclose(event.entering, other.entering, rtol=1e-6)
+
+
+# One run of each way to a mask: the other layers are layers over these.
+CHECKED = {framework: jax.jit(next(runs_of(framework))[1]) for framework in FRAMEWORKS}
+CHECKED |= {
+    "eager": drop_with,
+    "attention": jax.jit(attention),
+    "blockwise": jax.jit(functools.partial(attention, block_size=4)),
+}
+SETTINGS = {"key reuse": jax.debug_key_reuse, "tracer leaks": jax.check_tracer_leaks}
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("run", CHECKED.values(), ids=CHECKED)
+def test_observers_and_guards_under_the_checks_of_jax(run, setting):
+    """What is observed uses each key once, and leaves no tracer behind."""
+    root, reports = jax.random.key(0), []
+    step = lambda number: run(regjax.site_key(root, number, "site"))
+    with setting(True):
+        drawn, _ = watch(lambda: reports.append(regjax.check_dropout(step)))
+    assert len(drawn) == 2
+    assert not reports[0].findings
+
+
+def test_observed_attention_in_blocks_takes_hardly_more_memory():
+    """By XLA's analysis. The whole matrix would take 8 MiB, and its mask 2 MiB."""
+    x = jnp.ones((1, 1024, 2, 4))
+    options = {"dropout_rate": 0.1, "dropout_rng": KEY, "block_size": 64}
+    attend = lambda x: regjax.dot_product_attention(x, x, x, **options)
+
+    def measured() -> int:
+        analysis = jax.jit(attend).lower(x).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    alone = measured()
+    with regjax.observing(lambda event: None):
+        observed = measured()
+    assert alone < 2**21
+    assert observed < 1.25 * alone

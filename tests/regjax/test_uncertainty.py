@@ -369,3 +369,13 @@ def test_norms_stay_in_evaluation_in_every_framework(make):
     np.testing.assert_allclose(np.asarray(y.samples)[kept], twice[kept], rtol=1e-6)
     # The test of the test: the batch's own averages would be another prediction.
     assert np.abs(trained - evaluated).max() > 0.1
+
+
+@pytest.mark.parametrize("setting", [jax.debug_key_reuse, jax.check_tracer_leaks])
+def test_under_the_checks_of_jax(setting):
+    predict = lambda x, *, key: regjax.dropout(x, 0.5, key=key)
+    options = {"key": jax.random.key(0), "outputs": "values", "samples": 3, "chunk_size": 1}
+    with setting(True):
+        y = regjax.mc_dropout(predict, jnp.ones(4), **options)
+        z = jax.jit(lambda x: regjax.mc_dropout(predict, x, **options))(jnp.ones(4))
+    np.testing.assert_array_equal(y.mean, z.mean)

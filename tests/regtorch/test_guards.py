@@ -206,3 +206,52 @@ def test_a_key_that_was_never_set_is_an_error_of_its_own():
     model = converted()
     with pytest.raises(ValueError, match="has no key"):
         regtorch.check_dropout(lambda step: model(X))
+
+
+def partly_off():
+    torch.manual_seed(0)
+    return regtorch.keyed.convert(nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.0), nn.Dropout()))
+
+
+def test_a_layer_at_rate_0_need_not_draw():
+    """It is one of `keyed.sites`, and off on purpose; with an expected rate it is not."""
+    model = partly_off()
+    names = regtorch.keyed.sites(model)
+    assert names == ["1", "2"]
+    check = functools.partial(regtorch.check_dropout, trainer(model))
+    assert found(check(expect=names)) == []
+    assert found(check(expect={"1": 0.0, "2": 0.5})) == []
+    (finding,) = check(expect={"1": 0.1, "2": 0.5}).findings
+    assert (finding.problem, finding.sites) == (Problem.NEVER_ACTIVE, ("1",))
+    assert finding.detail.endswith("the rate of the layer is 0, and 0.1 was expected")
+    setattr(model[2], "p", 0.0)  # noqa: B010 - a module of a Sequential has no known type
+    assert found(check(expect=names)) == []
+    assert found(check()) == [(Problem.NEVER_ACTIVE, ())]
+    model[1].eval()  # no longer known to be off by its rate
+    assert found(regtorch.check_dropout(trainer(model), expect=names)) != []
+
+
+def test_a_check_inside_a_compiled_function_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(RuntimeError, match=r"outside of torch\.compile"):
+        regtorch.check_dropout(lambda step: dropped(X, ROOT))
+
+
+def test_of_attention_in_blocks_a_guard_keeps_the_sample_of_the_whole():
+    q, k, v = torch.randn(3, 1, 64, 2, 4, generator=torch.Generator().manual_seed(0))
+    options = {"dropout_rate": 0.5, "dropout_rng": ROOT}
+    seen = []
+    for block_size in (None, 7, 64):
+        guard = regtorch.DropoutGuard()
+        with guard.training():
+            regtorch.dot_product_attention(q, k, v, block_size=block_size, **options)
+        (drawn,) = guard._steps[0]
+        seen.append(drawn)
+    for drawn in seen[1:]:
+        assert (drawn.shape, drawn.kept, drawn.sample) == (
+            seen[0].shape,
+            seen[0].kept,
+            seen[0].sample,
+        )
+        assert len(drawn.values) == 2**11
+        assert drawn.values.tolist() == pytest.approx(seen[0].values.tolist(), abs=1e-6)

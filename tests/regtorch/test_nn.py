@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -139,3 +140,24 @@ def test_alpha_dropout_saves_nothing_but_the_key():
 def test_a_wrong_channel_axis_is_refused(function, axis):
     with pytest.raises(ValueError, match=rf"channel_axis .* has 4; got {axis}"):
         function(torch.ones(2, 3, 4, 5), 0.5, key=KEY, channel_axis=axis)
+
+
+LAYERS = [kind for kind in vars(regtorch.nn).values() if isinstance(kind, type)]
+
+
+@pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
+def test_a_generator_is_a_generator(kind):
+    """A key in a layer would draw one mask for ever."""
+    first = [torch.nn.Linear(2, 2)] if kind.__name__ == "DropConnect" else []
+    make = functools.partial(kind, *first, 0.5)
+    message = r"generator must be a torch.Generator or None; got .* layer\(x, key=key\)"
+    for wrong in (regtorch.key(0), 7):
+        with pytest.raises(TypeError, match=message):
+            make(generator=wrong)
+        with pytest.raises(TypeError, match=message):
+            make().generator = wrong
+    generator = torch.Generator()
+    layer = make(generator=generator)
+    assert layer.generator is generator
+    layer.generator = None
+    assert copy.deepcopy(layer).generator is None
