@@ -34,7 +34,7 @@ from regjax._decay import (
     resolve_scale,
 )
 from regjax._paths import named_leaves, path_name
-from regjax.optim._links import rounded_once
+from regjax.optim._links import check_mask, is_zero, rounded_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -415,6 +415,8 @@ def _decay(
     """
     if not callable(weight_decay):
         check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+    if not is_zero(weight_decay):
+        check_mask(mask, weight_decay)
 
     def trees(params: PyTree) -> tuple[PyTree[bool], PyTree]:
         decays = resolve_mask(mask, params)

@@ -11,9 +11,21 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from regjax._checks import check_bool
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
-from regjax.optim._links import add_in_turn, ascend, check_rates, rounded_once
+from regjax.optim._gradients import check_arrays
+from regjax.optim._links import (
+    add_in_turn,
+    ascend,
+    cast_like,
+    check_float_dtype,
+    check_pair,
+    check_rates,
+    promoted,
+    rounded_once,
+    zeros_like,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +52,7 @@ def muon(
     mask: Mask = None,
     ns_dtype: DTypeLike = "bfloat16",
     transposed: bool = False,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Make `torch.optim.Muon`: momentum made orthogonal, and decoupled weight decay.
 
@@ -78,6 +91,8 @@ def muon(
             update is off by 1 to 3 % of its length; "float32" gives its digits.
         transposed: The matrices are (inputs, outputs), as Flax keeps kernels, and not (outputs,
             inputs), as torch keeps weights. Only the "original" $s$ can tell.
+        mu_dtype: The dtype in which $b$ is stored, as in `optax.contrib.muon`; `None` for that of
+            the parameters. It is rounded to it at the end of a step, which uses it unrounded.
 
     Returns:
         An optax transformation; part 1 of its state begins with an `optax.EmaState`, which holds
@@ -130,6 +145,10 @@ def muon(
     check_rates(learning_rate, weight_decay)
     check_coefficient("momentum", momentum, fix="pass 0.95, say")
     check_coefficient("eps", eps, fix="pass 1e-7, say")
+    check_bool("nesterov", nesterov)
+    check_bool("transposed", transposed)
+    check_float_dtype("mu_dtype", mu_dtype)
+    check_pair("ns_coefficients", ns_coefficients, fix="Pass (3.4445, -4.7750, 2.0315).", length=3)
     _check_coefficients(ns_coefficients)
     check_coefficient("ns_steps", ns_steps, fix="pass 5, say", below=100)
     if adjust_lr_fn not in _SCALES:
@@ -151,7 +170,7 @@ def muon(
     return rounded_once(
         optax.chain(
             ascend(maximize=False),  # torch's Muon only descends
-            optax.chain(_average(momentum, nesterov), _on_matrices(step)),
+            optax.chain(_average(momentum, nesterov, mu_dtype), _on_matrices(step)),
             optax.scale_by_learning_rate(learning_rate),
             add_in_turn(learning_rate, weight_decay, mask),
         )
@@ -213,19 +232,28 @@ def orthogonalize(
     return (x.T if is_tall else x).astype(u.dtype)
 
 
-def _average(momentum: ScalarLike, nesterov: bool) -> optax.GradientTransformation:
+def _average(
+    momentum: ScalarLike, nesterov: bool, dtype: DTypeLike | None
+) -> optax.GradientTransformation:
     """`optax.ema` without bias correction; with `nesterov`, mixed with the gradient once more."""
     ema = optax.ema(momentum, debias=False)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        average, state = ema.update(updates, state, params)
-        return optax.tree.update_moment(updates, average, momentum, 1), state
+    def init(params: PyTree) -> optax.EmaState:
+        return optax.EmaState(jnp.zeros([], jnp.int32), zeros_like(params, dtype))
 
-    return optax.GradientTransformation(ema.init, update) if nesterov else ema
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        gradients, old = promoted(updates, state.ema)
+        average, state = ema.update(gradients, state._replace(ema=old), params)
+        if nesterov:
+            average = optax.tree.update_moment(gradients, average, momentum, 1)
+        return cast_like(average, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _on_matrices(function: Callable[[Matrix], Matrix]) -> optax.GradientTransformation:
     def init(params: PyTree) -> optax.EmptyState:
+        check_arrays(params)
         for name, leaf in named_leaves(params):
             if jnp.iscomplexobj(leaf):
                 raise TypeError(
@@ -249,11 +277,6 @@ def _on_matrices(function: Callable[[Matrix], Matrix]) -> optax.GradientTransfor
 
 def _check_coefficients(coefficients: Any) -> None:
     numbers = tuple(coefficients)
-    if len(numbers) != 3:
-        raise ValueError(
-            f"ns_coefficients must be three numbers, but they are {coefficients}: pass "
-            "(3.4445, -4.7750, 2.0315), say"
-        )
     known = [x for x in numbers if not isinstance(x, Tracer)]
     if not np.all(np.isfinite([float(x) for x in known])):
         raise ValueError(
