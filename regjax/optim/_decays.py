@@ -34,6 +34,7 @@ from regjax._decay import (
     resolve_scale,
 )
 from regjax._paths import named_leaves, path_name
+from regjax.optim._gradients import is_array
 from regjax.optim._links import check_mask, is_zero, rounded_once
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def add_l2_sp_decay(
 
     def origins(params: PyTree, decays: PyTree[bool]) -> PyTree:
         def check(path: Any, decay: bool, w: Any, origin: Any) -> None:
-            if decay:
+            if decay and is_array(w):
                 check_reference(path_name(path), w, origin)
 
         resolved = resolve_reference(reference, params)
@@ -231,7 +232,7 @@ def add_cautious_weight_decay(
 
     def refuse_complex(params: PyTree, decays: PyTree[bool]) -> None:
         for (name, leaf), decay in zip(named_leaves(params), jax.tree.leaves(decays), strict=True):
-            if decay and jnp.iscomplexobj(leaf):
+            if decay and is_array(leaf) and jnp.iscomplexobj(leaf):
                 raise TypeError(
                     f"cautious decay compares signs, but the parameter '{name}' is complex: use "
                     "optax.add_decayed_weights, or give it False in `mask`"

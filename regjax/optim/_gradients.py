@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.tree_util import GetAttrKey
 
 from regjax._paths import named_leaves, path_name
@@ -42,7 +43,7 @@ def check_arrays(params: PyTree) -> None:
         eqx.filter(model, eqx.is_array), or leave the leaf out with optax.masked.
     """
     for name, leaf in named_leaves(params):
-        if not _is_array(leaf):
+        if not is_array(leaf):
             raise TypeError(
                 f"params must hold only arrays; got {leaf!r}{_at(name)}. Pass "
                 "eqx.filter(model, eqx.is_array), or leave the leaf out with optax.masked."
@@ -86,7 +87,7 @@ def state_without(gaps: Gaps, state: PyTree) -> PyTree:
     def keep(path: KeyPath, leaf: Any) -> Any:
         return None if _of_parameter(path) in gaps else leaf
 
-    return jax.tree.map_with_path(keep, state)
+    return jax.tree.map_with_path(keep, state, is_leaf=_is_masked)
 
 
 def put_back(gaps: Gaps, updates: PyTree, new_updates: PyTree) -> PyTree:
@@ -102,9 +103,10 @@ def put_back(gaps: Gaps, updates: PyTree, new_updates: PyTree) -> PyTree:
 def put_state_back(gaps: Gaps, state: PyTree, new_state: PyTree) -> PyTree:
     """Insert the state of parameters without a gradient, which stays as it is."""
     rest = iter(jax.tree.leaves(new_state))
-    leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_masked)
     return structure.unflatten(
-        leaf if _of_parameter(path) in gaps else next(rest) for path, leaf in leaves
+        leaf if _of_parameter(path) in gaps or _is_masked(leaf) else next(rest)
+        for path, leaf in leaves
     )
 
 
@@ -126,7 +128,7 @@ def _compare(what: str, updates: PyTree, tree: PyTree) -> Gaps:
             gaps[path] = None
             continue
         where = f"{_describe(gradient)}{_at(path_name(path))}, where the {what} is "
-        if not _is_array(leaf) or not _is_array(gradient):
+        if not is_array(leaf) or not is_array(gradient):
             kind = ValueError if leaf is None else TypeError
             raise kind(
                 f"updates must be arrays where the parameters are; got {where}{_describe(leaf)}. "
@@ -181,18 +183,22 @@ def _of_parameter(path: KeyPath) -> KeyPath | None:
     return None
 
 
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
 def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
 
 
 def _describe(leaf: Any) -> str:
     if leaf is _NOTHING:
         return "nothing"
-    if _is_array(leaf):
+    if is_array(leaf):
         return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
     return repr(leaf)
 

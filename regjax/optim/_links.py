@@ -293,7 +293,10 @@ def promoted(updates: PyTree, moments: PyTree) -> tuple[PyTree, PyTree]:
     """Cast gradients and moments, which may be stored in another dtype, to the wider of both."""
 
     def wider(g: Array, m: Array) -> Any:
-        return g.dtype if g.dtype == m.dtype else jnp.promote_types(g.dtype, m.dtype)
+        if g.dtype == m.dtype:
+            return g.dtype
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.promote_types(g.dtype, m.dtype)
 
     dtypes = jax.tree.map(wider, updates, moments)
     cast = lambda x, dtype: x if x.dtype == dtype else x.astype(dtype)  # noqa: E731
