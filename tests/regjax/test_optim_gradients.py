@@ -133,7 +133,9 @@ def _of(state, name):
     return [leaf for path, leaf in leaves if path[-1] == jax.tree_util.DictKey(name)]
 
 
-@pytest.mark.parametrize("leaf", [jax.nn.relu, "relu", object()], ids=["function", "text", "object"])
+@pytest.mark.parametrize(
+    "leaf", [jax.nn.relu, "relu", object()], ids=["function", "text", "object"]
+)
 @pytest.mark.parametrize("name", LINKS)
 def test_a_leaf_that_is_no_array(name, leaf):
     link, params = LINKS[name], {**PARAMS, "other": leaf}
