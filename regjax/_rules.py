@@ -202,9 +202,9 @@ def _parameters(params: PyTree, frozen: str | Sequence[str]) -> list[Parameter |
     if jax.tree_util.all_leaves([params]) and not _is_inexact(params):
         found = f"{params.dtype}{list(params.shape)}" if hasattr(params, "dtype") else repr(params)
         raise TypeError(
-            f"params must be a pytree of parameters; got {found}. If this was called as the "
-            "mask of an optimizer under optax.inject_hyperparams, which takes a function for a schedule, pass "
-            "static_args=('mask',)."
+            f"params must be a pytree of parameters; got {found}. If this was called as the mask "
+            "of an optimizer under optax.inject_hyperparams, which takes a function for a "
+            "schedule, pass static_args=('mask',)."
         )
     leaves = list(_leaves(params, _Node()))
     patterns = [frozen] if isinstance(frozen, str) else list(frozen)

@@ -52,7 +52,8 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
     Raises:
         ValueError: The scheduler is of another class, such as ReduceLROnPlateau, which follows the
             loss; a number in it is not what it must be; a learning rate is a tensor; `steps` is
-            missing, too small, or given where nothing is tabulated; or a group's `lr` is not what the scheduler has made of it.
+            missing, too small, or given where nothing is tabulated; or a group's `lr` is not what
+            the scheduler has made of it.
 
     PyTorch: the same numbers to rounding. In float32 the rate is that of PyTorch's doubles to a few
     units in the last place, also where it is a small difference of large ones. What is often

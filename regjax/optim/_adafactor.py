@@ -80,8 +80,8 @@ def adafactor(
         has no array for a leaf, `optax.MaskedNode()` stands. So an (m, n) leaf costs m + n numbers.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, `beta2_decay` above 0 or `d` below
             1; from `init`, a mask of another structure than the parameters; from `update`, no
             `params`.

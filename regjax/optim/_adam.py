@@ -82,8 +82,8 @@ def adam(
         in part 2 of its state, or 1 where the decay is decoupled, holds $m$ and $v$.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, or a beta outside [0, 1); from
             `init`, a mask of another structure than the parameters; from `update`, no `params` to
             decay.

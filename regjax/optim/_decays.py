@@ -70,8 +70,8 @@ def add_l1_decay(
 
     Raises:
         TypeError: `weight_decay` is not a number, or a leaf of the mask not a bool.
-        ValueError: `weight_decay` is negative, infinite or NaN; from `init`, a mask of another
-            structure than the parameters; from `update`, no `params`.
+        ValueError: `weight_decay` is negative, infinite or NaN; a mask that is False for all; from
+            `init`, a mask of another structure than the parameters; from `update`, no `params`.
 
     PyTorch: `regtorch.optim.add_l1_decay(optimizer, weight_decay)`; torch itself has no L1 decay.
     Before `maximize=True`, which negates all that reaches it, the decay would grow the parameters:

@@ -78,7 +78,7 @@ def sgd(
         dampening, part 2 is a pair, `optax.ScaleByScheduleState` (the step count) before it.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool.
         ValueError: A coefficient is negative, infinite or NaN; `nesterov` without momentum or with
             dampening; from `init`, a mask of another structure than the parameters; from `update`,
             no `params` to decay.
@@ -183,7 +183,7 @@ def asgd(
         part 3 the average in `ax`.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool.
         ValueError: A coefficient is negative, infinite or NaN; from `init`, a mask of another
             structure than the parameters; from `update`, no `params`.
 

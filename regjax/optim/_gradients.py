@@ -120,8 +120,9 @@ def _compare(what: str, updates: PyTree, tree: PyTree) -> Gaps:
             f"is {_describe(leaves.get(path, _NOTHING))}. {_FIX}"
         )
     gaps = {}
+    gradient: Any
     for path, gradient in gradients.items():
-        leaf = leaves[path]
+        leaf: Any = leaves[path]
         if leaf is None and gradient is None:
             continue
         if gradient is None:

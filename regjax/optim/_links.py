@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # A zero that optax.inject_hyperparams leaves as it is, since it is neither a float nor an array: a
 # hyperparameter that nobody passed is not injected, so it allocates nothing.
-OFF: ScalarLike = np.float32(0.0)  # pyright: ignore[reportAssignmentType]
+OFF: Any = np.float32(0.0)
 
 
 def ascend(maximize: bool) -> optax.GradientTransformation:

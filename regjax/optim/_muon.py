@@ -99,8 +99,8 @@ def muon(
         $b$.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, `ns_coefficients` are not three
             finite numbers, `ns_steps` lies outside [0, 100), `adjust_lr_fn` is unknown or
             `ns_dtype` no dtype of floats; from `init`, a parameter that is not a matrix, or a mask

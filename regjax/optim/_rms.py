@@ -56,8 +56,8 @@ def adagrad(
         `lr_decay` or a schedule, part 3 is `optax.ScaleByScheduleState`, the step count.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN; from `init`, a mask of another
             structure than the parameters; from `update`, no `params` to decay.
 
@@ -130,8 +130,8 @@ def adadelta(
         `e_g`, and $u$, as `e_x`.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, or `rho` outside [0, 1); from
             `init`, a mask of another structure than the parameters; from `update`, no `params` to
             decay.
@@ -212,8 +212,8 @@ def rmsprop(
         `optax.TraceState` after it, which holds $b$.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, or `alpha` outside [0, 1); from
             `init`, a mask of another structure than the parameters; from `update`, no `params` to
             decay.
