@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +192,7 @@ def _is_none(leaf: Any) -> bool:
     return leaf is None
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> TypeGuard[Any]:
     return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
 
 
