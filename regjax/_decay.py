@@ -186,9 +186,6 @@ def _broadcast(
     if _is_box(tree) and not _same_node(tree, params):
         return _broadcast(name, judge, path, _content(tree), params)
     children, structure = _children(params)
-    if _is_box(params) and not _is_box(tree):
-        content = _broadcast(name, judge, path, tree, _content(params))
-        return structure.unflatten([content])
     tree_children, tree_structure = _children(tree)
     if tree_structure != structure:
         raise ValueError(_difference(name, path, tree, params))
@@ -224,7 +221,7 @@ def _as_number(path: KeyPath, leaf: Any, params: PyTree) -> Any:
 
 def _as_it_is(path: KeyPath, leaf: Any, params: PyTree) -> Any:
     # A parameter that is left out, such as one without a gradient, needs no reference.
-    if params is not None and not _is_leaf(params):
+    if params is not None and not _is_leaf(_content(params) if _is_box(params) else params):
         raise ValueError(_difference("reference", path, leaf, params))
     return leaf
 
@@ -273,7 +270,8 @@ def _same_node(tree: Any, other: Any) -> bool:
 def _is_box(tree: Any) -> bool:
     """Recognize a variable of Flax, or metadata around an array, without importing Flax."""
     ancestors = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(tree).__mro__}
-    return bool(ancestors & {"flax.Variable", "flax.AxisMetadata"}) and len(_children(tree)[0]) == 1
+    is_of_flax = bool(ancestors & {"flax.Variable", "flax.AxisMetadata"})
+    return is_of_flax and not _is_leaf(tree) and len(_children(tree)[0]) == 1
 
 
 def _content(box: Any) -> Any:

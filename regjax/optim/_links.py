@@ -320,16 +320,18 @@ def check_pair(name: str, value: Any, *, fix: str, length: int = 2) -> None:
 
 
 def check_float_dtype(name: str, dtype: DTypeLike | None) -> None:
-    if dtype is None:
-        return
-    try:
-        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
-    except TypeError:
-        is_float = False
-    if not is_float:
+    if dtype is not None and not is_dtype_of(jnp.inexact, dtype):
         raise TypeError(
             f"{name} must be a float dtype or None; got {dtype!r}. Pass 'bfloat16' or 'float32'."
         )
+
+
+def is_dtype_of(kind: Any, dtype: Any) -> bool:
+    """Tell whether a value is a dtype of a kind, and not something else altogether."""
+    try:
+        return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), kind)
+    except TypeError:
+        return False
 
 
 def check_bounds(

@@ -22,6 +22,7 @@ from regjax.optim._links import (
     check_float_dtype,
     check_pair,
     check_rates,
+    is_dtype_of,
     promoted,
     rounded_once,
     zeros_like,
@@ -151,12 +152,12 @@ def muon(
     check_pair("ns_coefficients", ns_coefficients, fix="Pass (3.4445, -4.7750, 2.0315).", length=3)
     _check_coefficients(ns_coefficients)
     check_coefficient("ns_steps", ns_steps, fix="pass 5, say", below=100)
-    if adjust_lr_fn not in _SCALES:
+    if not isinstance(adjust_lr_fn, str | None) or adjust_lr_fn not in _SCALES:
         raise ValueError(
             f'adjust_lr_fn must be None, "original" or "match_rms_adamw", but it is '
             f"{adjust_lr_fn!r}"
         )
-    if not jnp.issubdtype(ns_dtype, jnp.floating):
+    if not is_dtype_of(jnp.floating, ns_dtype):
         raise ValueError(
             f'ns_dtype must be a dtype of floats, but it is {ns_dtype!r}: pass "bfloat16" or '
             '"float32"'

@@ -345,6 +345,14 @@ def test_a_mask_that_is_taken_for_a_schedule_is_refused(name, make, mask):
     jax.eval_shape(lambda: first_update(fixed, LAYER, LAYER))
 
 
+def test_a_rule_of_a_step_count_is_refused():
+    message = r"params must be a pytree of parameters; got int32\[\]\. .* static_args=\('mask',\)"
+    with pytest.raises(TypeError, match=message):
+        optax.inject_hyperparams(optax.adamw)(0.1, mask=regjax.decay_mask).init(LAYER)
+    with pytest.raises(TypeError, match=message):
+        jax.jit(regjax.decay_rates)(jnp.int32(0))
+
+
 @pytest.mark.parametrize("mask", [False, {"a": False, "b": False}, np.bool_(False)])
 @pytest.mark.parametrize(("name", "make"), DECAYING.items(), ids=DECAYING)
 def test_a_mask_that_is_false_for_all_is_refused(name, make, mask):

@@ -154,6 +154,9 @@ def test_bfloat16_is_rounded_once():
         ({"ns_coefficients": (1.0, 2.0)}, r"must be three numbers; got \(1\.0, 2\.0\)"),
         ({"ns_coefficients": (1.0, 2.0, math.nan)}, r"must be finite, but they are .*nan"),
         ({"adjust_lr_fn": "adamw"}, r"adjust_lr_fn must be None, .* but it is 'adamw'"),
+        ({"adjust_lr_fn": ["original"]}, r"adjust_lr_fn must be None, .* but it is \['original'\]"),
+        ({"ns_dtype": "no dtype"}, "ns_dtype must be a dtype of floats, but it is 'no dtype'"),
+        ({"ns_dtype": None}, "ns_dtype must be a dtype of floats, but it is None"),
         ({"ns_dtype": "int32"}, "ns_dtype must be a dtype of floats, but it is 'int32'"),
     ],
 )

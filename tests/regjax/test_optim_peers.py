@@ -225,7 +225,18 @@ def test_static_masks_in_nnx_optimizer(make):
     assert_close(results[0], results[2])
     assert_close(results[1], results[2])
     penalties = [
-        regjax.l2_penalty(t, 0.5, mask=regjax.decay_mask(state))
-        for t in (state, nnx.as_pure(state))
+        regjax.l2_penalty(params, 0.5, mask=regjax.decay_mask(state))
+        for params in (state, nnx.as_pure(state))
     ]
     assert_close(*penalties)
+
+
+def test_static_references_in_nnx_optimizer():
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    for reference in (zeros, nnx.as_pure(zeros)):
+        trained = nnx.clone(model)
+        link = optax.chain(optim.add_l2_sp_decay(reference, 0.5), optim.sgd(0.5))
+        nnx.Optimizer(trained, link, wrt=nnx.Param).update(trained, zeros)
+        assert_close(trained.kernel[...], 0.75 * model.kernel[...], rtol=1e-6)
