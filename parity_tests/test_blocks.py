@@ -267,7 +267,7 @@ def test_where_nothing_is_left_there_are_zeros_and_zero_gradients(wing: Wing):
     [
         ((2, 5, 5, 3), {"block_size": 0}, ValueError, "block_size must be at least 1; got 0"),
         ((2, 5, 5, 3), {"block_size": 2.5}, TypeError, "integer"),
-        ((2, 5, 5, 3), {"gamma_scale": -1.0}, ValueError, "gamma_scale must be a finite scalar"),
+        ((2, 5, 5, 3), {"gamma_scale": -1.0}, ValueError, "gamma_scale must be at least 0"),
         ((2, 5, 5, 3), {"gamma_scale": np.nan}, ValueError, "gamma_scale must be a finite scalar"),
         ((2, 5, 5, 3), {"gamma_scale": "2"}, TypeError, "gamma_scale must be a real number"),
         ((2, 5, 5, 3), {"with_noise": True, "dtype": np.complex64}, TypeError, "x must be real"),

@@ -254,12 +254,14 @@ _SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "block_size": lambda name, value: check_integer(name, value, minimum=1),
     "broadcast_dims": check_integers,
     "channel_axis": check_integer,
+    "gamma_scale": check_number,
     "mode": lambda name, value: check_choice(name, value, ("row", "batch")),
     "rng_collection": check_string,
     "sampler": lambda name, value: check_callable(name, value, "(key, keep_prob, shape)"),
     "scale_by_keep": check_bool,
     "share_channels": check_bool,
     "time_axis": check_integer,
+    "with_noise": check_bool,
 }
 
 

@@ -61,6 +61,8 @@ def resolve_mask(
     Args:
         mask: `None` (every leaf), or a tree of bools that has the structure of `params` or is a
             prefix of it (one bool for a whole subtree), or a function from `params` to such a tree.
+            A variable of Flax and its bare value fit each other: `flax.nnx.Optimizer` passes the
+            one to `init` and the other to `update`.
         params: The parameters. `None` in them is an empty subtree, as everywhere in JAX: a bool of
             the mask may stand over it, and a `None` of the mask must meet a `None`.
 
@@ -181,8 +183,10 @@ def _broadcast(
     if _is_leaf(tree):
         verdict = judge(path, tree, params)
         return jax.tree.map(lambda _: verdict, params)
-    tree_children, tree_structure = _children(tree)
+    if _is_box(tree) and not _same_node(tree, params):
+        return _broadcast(name, judge, path, _content(tree), params)
     children, structure = _children(params)
+    tree_children, tree_structure = _children(tree)
     if tree_structure != structure:
         raise ValueError(_difference(name, path, tree, params))
     return structure.unflatten(
@@ -216,7 +220,8 @@ def _as_number(path: KeyPath, leaf: Any, params: PyTree) -> Any:
 
 
 def _as_it_is(path: KeyPath, leaf: Any, params: PyTree) -> Any:
-    if not _is_leaf(params):
+    # A parameter that is left out, such as one without a gradient, needs no reference.
+    if params is not None and not _is_leaf(_content(params) if _is_box(params) else params):
         raise ValueError(_difference("reference", path, leaf, params))
     return leaf
 
@@ -256,6 +261,22 @@ def _describe(tree: Any) -> str:
 
 def _at(path: KeyPath) -> str:
     return f" at '{path_name(path)}'" if path else " at the root"
+
+
+def _same_node(tree: Any, other: Any) -> bool:
+    return not _is_leaf(other) and _children(tree)[1] == _children(other)[1]
+
+
+def _is_box(tree: Any) -> bool:
+    """Recognize a variable of Flax, or metadata around an array, without importing Flax."""
+    ancestors = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(tree).__mro__}
+    is_of_flax = bool(ancestors & {"flax.Variable", "flax.AxisMetadata"})
+    return is_of_flax and not _is_leaf(tree) and len(_children(tree)[0]) == 1
+
+
+def _content(box: Any) -> Any:
+    [(_, content)] = _children(box)[0]
+    return content
 
 
 def _is_leaf(tree: Any) -> bool:

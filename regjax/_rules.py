@@ -63,7 +63,8 @@ def decay_mask(
     """Say of each parameter whether it decays.
 
     For the `mask` of `regjax.optim`, of optax and of `regjax.l2_penalty`; the function itself is a
-    mask too, `mask=regjax.decay_mask`, which `flax.nnx.Optimizer` needs.
+    mask too, `mask=regjax.decay_mask`; under `optax.inject_hyperparams`, which takes a function for
+    a schedule, name it in `static_args=("mask",)`.
 
     Args:
         params: Plain containers, dataclasses, Flax variables, an `nnx.State` or module, an Equinox
@@ -82,7 +83,8 @@ def decay_mask(
         `perturbations` beside `params`, variables of nnx that are no `Param`, states of Equinox.
 
     Raises:
-        TypeError: `rule` has another form, or says something else than True or False: for rates,
+        TypeError: `params` is a single leaf that is no parameter, such as a step count; `rule` has
+            another form, or says something else than True or False: for rates,
             see `decay_rates`.
         ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
             know one; a function says False of everything. The message names the glob and paths.
@@ -198,6 +200,13 @@ def decay_table(
 
 def _parameters(params: PyTree, frozen: str | Sequence[str]) -> list[Parameter | None]:
     """List the leaves in the order of `jax.tree.leaves`, and None for what is no parameter."""
+    if jax.tree_util.all_leaves([params]) and not _is_inexact(params):
+        found = f"{params.dtype}{list(params.shape)}" if hasattr(params, "dtype") else repr(params)
+        raise TypeError(
+            f"params must be a pytree of parameters; got {found}. If this was called as the mask "
+            "of an optimizer under optax.inject_hyperparams, which takes a function for a "
+            "schedule, pass static_args=('mask',)."
+        )
     leaves = list(_leaves(params, _Node()))
     patterns = [frozen] if isinstance(frozen, str) else check_strings("frozen", frozen)
     present = _present(leaves)
@@ -243,14 +252,17 @@ class _Node(NamedTuple):
 
 def _leaves(tree: PyTree, node: _Node) -> Iterator[Parameter | None]:
     if jax.tree_util.all_leaves([tree]):
-        dtype = getattr(tree, "dtype", None)
-        is_array = dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
-        yield _parameter(tree, node) if node.is_parameter and is_array else None
+        yield _parameter(tree, node) if node.is_parameter and _is_inexact(tree) else None
         return
     children, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
     for path, child in children:
         if path:  # not the child of a None, which has none
             yield from _leaves(child, _step(tree, node, path))
+
+
+def _is_inexact(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _step(tree: PyTree, node: _Node, path: tuple[Any, ...]) -> _Node:

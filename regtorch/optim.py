@@ -29,10 +29,12 @@ refuses, and a penalty in the loss does the same there. L2 itself is the `weight
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from regtorch._checks import check_bool
 from regtorch._decay import (
     check_coefficient,
     check_reference,
@@ -107,11 +109,11 @@ def add_l1_decay(
         A handle to remove the decay.
 
     Raises:
-        TypeError: `weight_decay` is not a number, or the mask says something else than True or
-            False.
+        TypeError: `weight_decay` is not a number, `decoupled` is not a bool, or the mask says
+            something else than True or False.
         ValueError: `weight_decay` is negative, infinite or NaN, also later from `step`, of a
-            schedule; the mask does not fit the parameters; from `step`, coupled, a closure or
-            gradients that are still scaled.
+            schedule; the mask does not fit the parameters, or is False for all of them; from
+            `step`, coupled, a closure or gradients that are still scaled.
 
     JAX: `regjax.optim.add_l1_decay(weight_decay)`, ahead of the optimizer in `optax.chain`, or
     decoupled ahead of the learning rate. With `maximize=True` the parameters still shrink here.
@@ -129,6 +131,7 @@ def add_l1_decay(
     References:
         Tibshirani, "Regression Shrinkage and Selection via the Lasso", JRSS B 58(1), 1996.
     """
+    check_bool("decoupled", decoupled)
     decay = _Decay(optimizer, "l1_decay", weight_decay, mask, lambda w, u, other: w.sgn())
     return decay.decouple() if decoupled else decay.couple()
 
@@ -183,6 +186,7 @@ def add_l2_sp_decay(
         Li, Grandvalet and Davoine, [Explicit Inductive Bias for Transfer Learning with
         Convolutional Networks](https://arxiv.org/abs/1802.01483), ICML 2018.
     """
+    check_bool("decoupled", decoupled)
     leaves = [(name, p) for name, p, _ in _parameters(optimizer)]
     decays = resolve_mask(mask, leaves)
     copies: dict[str, Any] = {}
@@ -430,6 +434,7 @@ def layerwise_groups(
     check_coefficient("lr_factor", lr_factor, fix="pass 1.0 for the same in all layers")
     check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
     check_coefficient("decay_factor", decay_factor, fix="pass 1.0 for the same in all layers")
+    _check_mask(mask, weight_decay)
     leaves = named_leaves(params)
     layers = [_layer(name, layer_of(name), depth) for name, _ in leaves]
     top = max(layers, default=0) if depth is None else depth
@@ -455,6 +460,22 @@ def _layer(name: str, layer: Any, depth: int | None) -> int:
     return layer
 
 
+def _check_mask(mask: Mask, weight_decay: Schedule) -> None:
+    """Refuse a mask, other than a function, with which nothing decays."""
+    if isinstance(mask, Mapping):
+        leaves = list(mask.values())
+    elif isinstance(mask, Sequence) and not isinstance(mask, str):
+        leaves = list(mask)
+    else:
+        return
+    is_zero = isinstance(weight_decay, int | float) and weight_decay == 0
+    if leaves and not is_zero and all(leaf is False for leaf in leaves):
+        raise ValueError(
+            "mask must be True for some parameter, since weight_decay is not 0; got False for all "
+            f"of {len(leaves)}, with which nothing decays. For no decay, pass weight_decay=0.0."
+        )
+
+
 class _Decay:
     """A decay of some parameters of an optimizer, in one direction."""
 
@@ -469,6 +490,7 @@ class _Decay:
     ) -> None:
         if not callable(weight_decay):
             check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+        _check_mask(mask, weight_decay)
         self.optimizer, self.weight_decay, self.mask = optimizer, weight_decay, mask
         self.direction, self.others = direction, others
         # The checks of the mask, now and not at the first step.

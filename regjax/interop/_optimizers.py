@@ -10,7 +10,12 @@ import optax
 from regjax import optim
 from regjax._paths import named_leaves, path_name
 from regjax.interop._leaves import FROZEN, check_class, number, read_recipe, report
-from regjax.interop._schedules import momenta_from_torch, schedule_from_torch, with_momentum
+from regjax.interop._schedules import (
+    check_scheduler_options,
+    momenta_from_torch,
+    schedule_from_torch,
+    with_momentum,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,10 +51,11 @@ def optimizer_from_torch(
             `model.named_parameters()`.
         scheduler: What moves the learning rates, if anything does: see `schedule_from_torch`.
             OneCycleLR moves the momentum too, or the first beta.
-        steps: For LambdaLR and MultiplicativeLR, how many of the scheduler's steps to tabulate.
+        steps: For LambdaLR and MultiplicativeLR, how many of the scheduler's steps to tabulate;
+            None for every other scheduler and without one.
         steps_per_epoch: How many steps the optimizer takes for one of the scheduler: 1 where
             `scheduler.step()` follows each `optimizer.step()`, the number of batches where it is
-            called once per epoch.
+            called once per epoch. 1 without a scheduler.
 
     Returns:
         An optax transformation: the chain of `regjax.optim` where there is one group, and otherwise
@@ -89,6 +95,7 @@ def optimizer_from_torch(
     """
     check_class(torch_optimizer, _KINDS, "optimizer")
     _check_whole(torch_optimizer, scheduler)
+    check_scheduler_options(scheduler, steps, steps_per_epoch)
     recipe = read_recipe(torch_optimizer, names, model)
     rates = momenta = None
     if scheduler is not None:
@@ -133,7 +140,8 @@ def _over_tree(
             )
         return inner.init(params)
 
-    return optax.GradientTransformation(init, inner.update)
+    # An optimizer of regjax.optim and a partition both take extra arguments.
+    return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(inner).update)
 
 
 def _chain(part: Part, rate: Rate | None, momentum: Rate | None) -> optax.GradientTransformation:
@@ -153,10 +161,6 @@ def _chain(part: Part, rate: Rate | None, momentum: Rate | None) -> optax.Gradie
 
 
 def _every(rate: Rate, steps_per_epoch: int) -> Rate:
-    if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int):
-        raise ValueError(f"steps_per_epoch must be a whole number, but it is {steps_per_epoch!r}")
-    if steps_per_epoch < 1:
-        raise ValueError(f"steps_per_epoch must be at least 1, but it is {steps_per_epoch}")
     if steps_per_epoch == 1:
         return rate
     return lambda count: rate(count // steps_per_epoch)

@@ -43,7 +43,7 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
     Args:
         scheduler: A `torch.optim.lr_scheduler`, before its first step or anywhere in a run.
         steps: For LambdaLR and MultiplicativeLR, whose functions JAX cannot trace, the steps to
-            tabulate. From there on the rate is NaN.
+            tabulate. From there on the rate is NaN. None for every other scheduler.
 
     Returns:
         For each group a function of the number of steps that the scheduler has taken since the
@@ -52,7 +52,8 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
     Raises:
         ValueError: The scheduler is of another class, such as ReduceLROnPlateau, which follows the
             loss; a number in it is not what it must be; a learning rate is a tensor; `steps` is
-            missing or too small; or a group's `lr` is not what the scheduler has made of it.
+            missing, too small, or given where nothing is tabulated; or a group's `lr` is not what
+            the scheduler has made of it.
 
     PyTorch: the same numbers to rounding. In float32 the rate is that of PyTorch's doubles to a few
     units in the last place, also where it is a small difference of large ones. What is often
@@ -71,6 +72,11 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
         [0.5, 0.5, 0.25, 0.125]
     """
     groups, rates = scheduler.optimizer.param_groups, _rates(scheduler, steps)
+    if steps is not None and not _tabulates(scheduler):
+        raise ValueError(
+            f"steps must be None for {type(scheduler).__name__}, whose schedule has no last step; "
+            f"got {steps}. It is only for LambdaLR and MultiplicativeLR, which are tabulated."
+        )
     for index, (group, rate) in enumerate(zip(groups, rates, strict=True)):
         check_current(f"lr of group {index}", group["lr"], rate, scheduler)
     return rates
@@ -97,6 +103,19 @@ def momenta_from_torch(scheduler: Any) -> list[Rate] | None:
         current = group[key][0] if scheduler.use_beta1 else group[key]
         check_current(f"{key} of group {index}", current, momenta[-1], scheduler)
     return momenta
+
+
+def check_scheduler_options(scheduler: Any, steps: Any, steps_per_epoch: Any) -> None:
+    """Refuse options that have no effect, since there is no scheduler, or are out of range."""
+    if isinstance(steps_per_epoch, float):
+        raise ValueError(f"steps_per_epoch must be an int; got {steps_per_epoch}. Pass 1.")
+    _whole("steps_per_epoch", steps_per_epoch)
+    for name, value, default in (("steps", steps, None), ("steps_per_epoch", steps_per_epoch, 1)):
+        if scheduler is None and value != default:
+            raise ValueError(
+                f"{name} must be {default} without a scheduler; got {value}. Pass scheduler=, or "
+                f"leave {name} out."
+            )
 
 
 def check_current(what: str, current: Any, rate: Rate, scheduler: Any) -> None:
@@ -211,6 +230,11 @@ def _rates(scheduler: Any, steps: int | None) -> list[Rate]:
             )
         rates.append(_FORMS[name](scheduler, float(base), index, steps))
     return rates
+
+
+def _tabulates(scheduler: Any) -> bool:
+    schedulers = getattr(scheduler, "_schedulers", [scheduler])
+    return any(type(each).__name__ in ("LambdaLR", "MultiplicativeLR") for each in schedulers)
 
 
 def _sequence(scheduler: Any, steps: int | None) -> list[Rate]:

@@ -14,6 +14,7 @@ from regjax._paths import path_name
 from regjax.interop._leaves import check_class, read_recipe
 from regjax.interop._schedules import (
     ScheduledMomentumState,
+    check_scheduler_options,
     move_scheduler,
     schedule_from_torch,
 )
@@ -94,6 +95,7 @@ def state_from_torch(
         (1, (3, 2))
     """
     check_class(torch_optimizer, MOMENTS, "optimizer")
+    check_scheduler_options(scheduler, steps, steps_per_epoch)
     recipe = read_recipe(torch_optimizer, names, model)
     epoch = None
     if scheduler is not None:
@@ -160,6 +162,7 @@ def state_to_torch(
                 [1., 1., 1.]])
     """
     check_class(torch_optimizer, MOMENTS, "optimizer")
+    check_scheduler_options(scheduler, steps, steps_per_epoch)
     recipe = read_recipe(torch_optimizer, names, model)
     rates = None if scheduler is None else schedule_from_torch(scheduler, steps=steps)
     _check_made_for(state, recipe)

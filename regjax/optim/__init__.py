@@ -17,6 +17,20 @@ precision a step is computed in float32 and rounded once at its end, where PyTor
 kernel: there the two agree to rounding, but rounding shows. `optax.inject_hyperparams` would round
 the hyperparameters too, 0.99 to 0.988: give it `hyperparam_dtype=jnp.float32`.
 
+Every `update` compares its gradients with the parameters, or with the state where no parameters are
+passed. Another structure, another shape, a complex gradient of a real parameter, and a gradient of
+an integer are errors that name the leaf; the comparison is static, so it costs nothing under `jit`.
+A leaf whose gradient is None, or `float0`, keeps its value and its state, as in PyTorch. That
+covers the integers, functions and strings in an Equinox model: pass `eqx.filter(model,
+eqx.is_array)` to `init`, and the gradients of `eqx.filter_grad` to `update`. Arguments other than
+the usual three, such as `value`, are accepted and ignored.
+
+`optax.inject_hyperparams` injects each hyperparameter that is passed, and the defaults other than
+the zeros that switch something off: `sgd(0.1)` keeps no momentum buffer there, `sgd(0.1,
+momentum=0.0)` keeps one, since an injected number may change. Pass `betas` as an array of two
+numbers, or a schedule of such arrays, to inject them. A mask that is a function must be named,
+`static_args=("mask",)`, or optax calls it with the step count; such a mask is refused.
+
 `weight_decay` adds `weight_decay * w` to the gradient, while the penalty
 `regjax.l2_penalty(params, c)` has the gradient `2 * c * w`. Decays that PyTorch does not have are
 links of their own: `add_l1_decay` and those beside it.

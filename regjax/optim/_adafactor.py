@@ -6,15 +6,28 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
+from regjax._checks import check_bool
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
-from regjax.optim._links import add_in_turn, ascend, check_rates, rounded_once, widest
+from regjax.optim._gradients import check_arrays
+from regjax.optim._links import (
+    OFF,
+    add_in_turn,
+    ascend,
+    check_bounds,
+    check_mask,
+    check_pair,
+    check_rates,
+    is_zero,
+    rounded_once,
+    widest,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, PyTree, ScalarLike
 
@@ -26,7 +39,7 @@ def adafactor(
     beta2_decay: ScalarLike = -0.8,
     eps: tuple[ScalarLike | None, ScalarLike] = (None, 1e-3),
     d: ScalarLike = 1.0,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
@@ -67,8 +80,8 @@ def adafactor(
         has no array for a leaf, `optax.MaskedNode()` stands. So an (m, n) leaf costs m + n numbers.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, `beta2_decay` above 0 or `d` below
             1; from `init`, a mask of another structure than the parameters; from `update`, no
             `params`.
@@ -105,14 +118,28 @@ def adafactor(
         Cost](https://arxiv.org/abs/1804.04235), ICML 2018.
     """
     check_rates(learning_rate, weight_decay)
-    _check_bounds("beta2_decay", beta2_decay, high=0.0, fix="pass -0.8, say")
+    check_bounds("beta2_decay", beta2_decay, high=0.0, fix="pass -0.8, say")
+    check_pair("eps", eps, fix="Pass (None, 1e-3).")
     eps1, eps2 = eps
     if eps1 is not None:
         check_coefficient("eps[0]", eps1, fix="pass None for the machine epsilon")
     check_coefficient("eps[1]", eps2, fix="pass 1e-3, say")
-    _check_bounds("d", d, low=1.0, fix="pass 1.0, or math.inf for no clipping")
+    check_bounds("d", d, low=1.0, fix="pass 1.0, or math.inf for no clipping")
 
-    def chain(floors: PyTree) -> optax.GradientTransformation:
+    def floor(leaf: Array) -> ScalarLike:
+        return float(jnp.finfo(leaf.dtype).eps) if eps1 is None else eps1
+
+    def chain(params: PyTree | None) -> optax.GradientTransformation:
+        if params is None:
+            raise ValueError(
+                "params is None, but Adafactor's step is relative to the parameters: call "
+                "update(updates, state, params)"
+            )
+
+        # Read here: inside, half types are float32, whose epsilon is another.
+        def floors() -> PyTree[ScalarLike]:
+            return jax.tree.map(floor, params)
+
         return optax.chain(
             ascend(maximize),
             optax.chain(
@@ -125,32 +152,19 @@ def adafactor(
             add_in_turn(learning_rate, weight_decay, mask),
         )
 
-    def init(params: PyTree) -> PyTree:
-        return chain(None).init(params)
-
-    def update(
-        updates: PyTree, state: PyTree, params: PyTree | None = None
-    ) -> tuple[PyTree, PyTree]:
-        if params is None:
-            raise ValueError(
-                "params is None, but Adafactor's step is relative to the parameters: call "
-                "update(updates, state, params)"
-            )
-        # Read here: inside, half types are float32, whose epsilon is another.
-        floors = jax.tree.map(
-            lambda p: float(jnp.finfo(p.dtype).eps) if eps1 is None else eps1, params
-        )
-        return rounded_once(chain(floors)).update(updates, state, params)
-
-    return optax.GradientTransformation(init, update)
+    check_bool("maximize", maximize)
+    if not is_zero(weight_decay):
+        check_mask(mask, weight_decay)
+    return rounded_once(chain)
 
 
 def _scale_by_factored_rms(
-    beta2_decay: ScalarLike, floors: PyTree[ScalarLike]
+    beta2_decay: ScalarLike, floors: Callable[[], PyTree[ScalarLike]]
 ) -> optax.GradientTransformation:
     """`optax.scale_by_factored_rms` on the last two axes, with torch's lower bounds."""
 
     def init(params: PyTree) -> optax.FactoredState:
+        check_arrays(params)
         for name, leaf in named_leaves(params):
             if jnp.iscomplexobj(leaf):
                 raise TypeError(
@@ -185,7 +199,7 @@ def _scale_by_factored_rms(
         v_row = jax.tree.map(lambda g, old: average(g, old, -1), updates, state.v_row)
         v_col = jax.tree.map(lambda g, old: average(g, old, -2), updates, state.v_col)
         v = jax.tree.map(lambda g, old: average(g, old, None), updates, state.v)
-        scaled = jax.tree.map(scale, updates, v_row, v_col, v, floors)
+        scaled = jax.tree.map(scale, updates, v_row, v_col, v, floors())
         return scaled, optax.FactoredState(count, v_row, v_col, v)
 
     return optax.GradientTransformation(init, update)
@@ -194,10 +208,9 @@ def _scale_by_factored_rms(
 def _zeros(leaf: Array, axis: int | None, *, if_factored: bool) -> Array | optax.MaskedNode:
     if (leaf.ndim > 1) != if_factored:
         return optax.MaskedNode()
-    shape = list(leaf.shape)
-    if axis is not None:
-        shape[axis] = 1
-    return jnp.zeros(shape, leaf.dtype)
+    zeros = jnp.zeros_like(leaf)
+    # A mean, as at each update, so that the factor is sharded as its parameter is.
+    return zeros if axis is None else zeros.mean(axis, keepdims=True)
 
 
 def _cap_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -210,17 +223,3 @@ def _cap_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientT
         return 1 / jnp.maximum(1.0, jnp.asarray(rate, root.dtype) * root)
 
     return optax.scale_by_schedule(factor)
-
-
-def _check_bounds(
-    name: str, value: Any, *, fix: str, low: float = -np.inf, high: float = np.inf
-) -> None:
-    if isinstance(value, Tracer):
-        return
-    is_scalar = isinstance(value, int | float | np.generic) or (
-        isinstance(value, jax.Array | np.ndarray) and value.shape == ()
-    )
-    if not is_scalar or isinstance(value, bool):
-        raise TypeError(f"{name} must be a real number, but it is {value!r}: {fix}")
-    if not low <= float(value) <= high:
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], but it is {value}: {fix}")

@@ -9,21 +9,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from regjax._checks import check_bool
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
+from regjax.optim._gradients import check_arrays
 from regjax.optim._links import (
+    OFF,
     Terms,
     add_in_turn,
     ascend,
     bias_correction,
+    cast_like,
+    check_float_dtype,
+    check_pair,
     check_rates,
     decay_weights,
+    promoted,
     rounded_once,
     rounded_product,
     widest,
+    zeros_like,
 )
 
 if TYPE_CHECKING:
+    from jax.typing import DTypeLike
     from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
     from regjax.optim._links import Mask
@@ -35,12 +44,13 @@ def adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule = OFF,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
     mask: Mask = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Make `torch.optim.Adam`, whose weight decay is coupled unless told otherwise.
 
@@ -55,7 +65,8 @@ def adam(
 
     Args:
         learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
-        betas: $\beta_1, \beta_2$, each in [0, 1).
+        betas: $\beta_1, \beta_2$, each in [0, 1): a pair of numbers, or an array of two, which
+            `optax.inject_hyperparams` injects, as it does a schedule that returns such an array.
         eps: $\epsilon$, added outside the root.
         weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
         amsgrad: Divide by the largest second moment so far.
@@ -63,14 +74,16 @@ def adam(
         decoupled_weight_decay: Decay as `adamw` does.
         mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
             of it, or a function from the parameters to such a tree. Torch: parameter groups.
+        mu_dtype: The dtype in which $m$ is stored, as in `optax.adam`; `None` for that of the
+            parameters. It is rounded to it at the end of a step, which uses it unrounded.
 
     Returns:
         An optax transformation; `optax.ScaleByAdamState` (with amsgrad `optax.ScaleByAmsgradState`)
         in part 2 of its state, or 1 where the decay is decoupled, holds $m$ and $v$.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, or a beta outside [0, 1); from
             `init`, a mask of another structure than the parameters; from `update`, no `params` to
             decay.
@@ -98,8 +111,9 @@ def adam(
         Beyond](https://openreview.net/forum?id=ryQu7f-RZ), ICLR 2018.
     """
     _check(learning_rate, betas, eps, weight_decay)
+    check_float_dtype("mu_dtype", mu_dtype)
     return _chain(
-        _scale_by_adam(*betas, eps, amsgrad),
+        _scale_by_adam(*betas, eps, check_bool("amsgrad", amsgrad), mu_dtype),
         learning_rate,
         weight_decay,
         mask,
@@ -117,6 +131,7 @@ def adamw(
     *,
     maximize: bool = False,
     mask: Mask = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Make `torch.optim.AdamW`: Adam with decoupled weight decay.
 
@@ -136,6 +151,8 @@ def adamw(
         maximize: Ascend. The decay still shrinks the parameters.
         mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
             of it, or a function from the parameters to such a tree. Torch: parameter groups.
+        mu_dtype: The dtype in which $m$ is stored, as in `optax.adam`; `None` for that of the
+            parameters. It is rounded to it at the end of a step, which uses it unrounded.
 
     Returns:
         An optax transformation; `optax.ScaleByAdamState` (with amsgrad `optax.ScaleByAmsgradState`)
@@ -174,6 +191,7 @@ def adamw(
         maximize=maximize,
         decoupled_weight_decay=True,
         mask=mask,
+        mu_dtype=mu_dtype,
     )
 
 
@@ -181,12 +199,13 @@ def nadam(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
     betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule = OFF,
     momentum_decay: ScalarLike = 4e-3,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
     mask: Mask = None,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Make `torch.optim.NAdam`: Adam that looks ahead along a momentum which warms up.
 
@@ -208,6 +227,8 @@ def nadam(
         maximize: Ascend. The decay still shrinks the parameters.
         mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
             of it, or a function from the parameters to such a tree. Torch: parameter groups.
+        mu_dtype: The dtype in which $m$ is stored, as in `optax.adam`; `None` for that of the
+            parameters. It is rounded to it at the end of a step, which uses it unrounded.
 
     Returns:
         An optax transformation; `ScaleByNadamState` in part 2 of its state, or 1 where the decay is
@@ -237,9 +258,10 @@ def nadam(
         Adam](https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ), ICLR workshop 2016.
     """
     _check(learning_rate, betas, eps, weight_decay)
+    check_float_dtype("mu_dtype", mu_dtype)
     check_coefficient("momentum_decay", momentum_decay, fix="pass 4e-3, say")
     return _chain(
-        _scale_by_nadam(*betas, eps, momentum_decay),
+        _scale_by_nadam(*betas, eps, momentum_decay, mu_dtype),
         learning_rate,
         weight_decay,
         mask,
@@ -253,7 +275,7 @@ def radam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule = OFF,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
@@ -324,7 +346,7 @@ def adamax(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
     betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
@@ -404,6 +426,7 @@ def _check(
 ) -> None:
     check_rates(learning_rate, weight_decay)
     check_coefficient("eps", eps, fix="pass 1e-8, say")
+    check_pair("betas", betas, fix="Pass (0.9, 0.999).")
     b1, b2 = betas
     check_coefficient("betas[0]", b1, fix="pass 0.9, say", below=1.0)
     check_coefficient("betas[1]", b2, fix="pass 0.999, say", below=1.0)
@@ -418,6 +441,7 @@ def _chain(
     decoupled: bool = False,
     two_terms: bool = False,
 ) -> optax.GradientTransformation:
+    check_bool("decoupled_weight_decay", decoupled)
     step = optax.scale_by_learning_rate(learning_rate)
     if decoupled:
         links = moments, step, add_in_turn(learning_rate, weight_decay, mask, two_terms)
@@ -429,14 +453,14 @@ def _chain(
 
 
 def _scale_by_adam(
-    b1: ScalarLike, b2: ScalarLike, eps: ScalarLike, amsgrad: bool
+    b1: ScalarLike, b2: ScalarLike, eps: ScalarLike, amsgrad: bool, mu_dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with an exact bias correction, and the maximum that torch takes."""
 
     def init(params: PyTree) -> optax.ScaleByAdamState | optax.ScaleByAmsgradState:
-        start = _no_moments(params)
+        start = _no_moments(params, mu_dtype)
         if amsgrad:
-            largest = optax.tree.zeros_like(params)
+            largest = zeros_like(params)
             return optax.ScaleByAmsgradState(**start._asdict(), nu_max=largest)
         return start
 
@@ -450,7 +474,7 @@ def _scale_by_adam(
         c1, c2 = bias_correction(b1, new_state.count), bias_correction(b2, new_state.count)
         updates = jax.tree.map(
             lambda m, v: (m / c1.astype(m.dtype)) / (jnp.sqrt(v / c2.astype(v.dtype)) + eps),
-            new_state.mu,
+            cast_like(new_state.mu, divisor),
             divisor,
         )
         return updates, new_state
@@ -459,10 +483,14 @@ def _scale_by_adam(
 
 
 def _scale_by_nadam(
-    b1: ScalarLike, b2: ScalarLike, eps: ScalarLike, momentum_decay: ScalarLike
+    b1: ScalarLike,
+    b2: ScalarLike,
+    eps: ScalarLike,
+    momentum_decay: ScalarLike,
+    mu_dtype: DTypeLike | None,
 ) -> optax.GradientTransformation:
     def init(params: PyTree) -> ScaleByNadamState:
-        start: Any = _no_moments(params)
+        start: Any = _no_moments(params, mu_dtype)
         return ScaleByNadamState(*start, mu_product=jnp.ones([], jnp.float32))
 
     def update(
@@ -487,7 +515,8 @@ def _scale_by_nadam(
             first = of_gradient.astype(g.dtype) * g / root
             return Terms(first, of_moment.astype(g.dtype) * m / root)
 
-        return jax.tree.map(directions, updates, new_state.mu, new_state.nu), new_state
+        mu = cast_like(new_state.mu, updates)
+        return jax.tree.map(directions, updates, mu, new_state.nu), new_state
 
     return optax.GradientTransformation(init, update)
 
@@ -562,7 +591,8 @@ def _scale_by_adamax(
     return optax.GradientTransformation(_no_moments, update)
 
 
-def _no_moments(params: PyTree) -> optax.ScaleByAdamState:
+def _no_moments(params: PyTree, mu_dtype: DTypeLike | None = None) -> optax.ScaleByAdamState:
+    check_arrays(params)
     for name, leaf in named_leaves(params):
         if jnp.iscomplexobj(leaf):
             raise TypeError(
@@ -570,8 +600,8 @@ def _no_moments(params: PyTree) -> optax.ScaleByAdamState:
                 "real and imaginary part as two parameters, and so does "
                 "optax.contrib.split_real_and_imaginary around this optimizer"
             )
-    zeros = optax.tree.zeros_like
-    return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros(params), zeros(params))
+    count = jnp.zeros([], jnp.int32)
+    return optax.ScaleByAdamState(count, zeros_like(params, mu_dtype), zeros_like(params))
 
 
 def _with_moments(state: State, updates: PyTree, b1: ScalarLike, b2: ScalarLike) -> State:
@@ -600,6 +630,7 @@ def _first_moment(mu: PyTree, updates: PyTree, b1: ScalarLike) -> PyTree:
 
     is_known = isinstance(b1, int | float)
     lerp = from_either if not is_known else from_moment if b1 > 0.5 else from_gradient
+    updates, mu = promoted(updates, mu)
     return jax.tree.map(lerp, mu, updates)
 
 

@@ -34,7 +34,8 @@ from regjax._decay import (
     resolve_scale,
 )
 from regjax._paths import named_leaves, path_name
-from regjax.optim._links import rounded_once
+from regjax.optim._gradients import is_array
+from regjax.optim._links import check_mask, is_zero, rounded_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -69,8 +70,8 @@ def add_l1_decay(
 
     Raises:
         TypeError: `weight_decay` is not a number, or a leaf of the mask not a bool.
-        ValueError: `weight_decay` is negative, infinite or NaN; from `init`, a mask of another
-            structure than the parameters; from `update`, no `params`.
+        ValueError: `weight_decay` is negative, infinite or NaN; a mask that is False for all; from
+            `init`, a mask of another structure than the parameters; from `update`, no `params`.
 
     PyTorch: `regtorch.optim.add_l1_decay(optimizer, weight_decay)`; torch itself has no L1 decay.
     Before `maximize=True`, which negates all that reaches it, the decay would grow the parameters:
@@ -134,7 +135,7 @@ def add_l2_sp_decay(
 
     def origins(params: PyTree, decays: PyTree[bool]) -> PyTree:
         def check(path: Any, decay: bool, w: Any, origin: Any) -> None:
-            if decay:
+            if decay and is_array(w):
                 check_reference(path_name(path), w, origin)
 
         resolved = resolve_reference(reference, params)
@@ -231,7 +232,7 @@ def add_cautious_weight_decay(
 
     def refuse_complex(params: PyTree, decays: PyTree[bool]) -> None:
         for (name, leaf), decay in zip(named_leaves(params), jax.tree.leaves(decays), strict=True):
-            if decay and jnp.iscomplexobj(leaf):
+            if decay and is_array(leaf) and jnp.iscomplexobj(leaf):
                 raise TypeError(
                     f"cautious decay compares signs, but the parameter '{name}' is complex: use "
                     "optax.add_decayed_weights, or give it False in `mask`"
@@ -415,6 +416,8 @@ def _decay(
     """
     if not callable(weight_decay):
         check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+    if not is_zero(weight_decay):
+        check_mask(mask, weight_decay)
 
     def trees(params: PyTree) -> tuple[PyTree[bool], PyTree]:
         decays = resolve_mask(mask, params)

@@ -9,21 +9,30 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from regjax._checks import check_bool
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
+from regjax.optim._gradients import check_arrays
 from regjax.optim._links import (
+    OFF,
     ascend,
+    check_bounds,
+    check_float_dtype,
+    check_pair,
     check_rates,
     decay_weights,
     in_dtype_of,
     is_known,
     is_zero,
+    promoted,
     rounded_once,
     rounded_product,
     widest,
+    zeros_like,
 )
 
 if TYPE_CHECKING:
+    from jax.typing import DTypeLike
     from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
     from regjax.optim._links import Mask
@@ -31,13 +40,14 @@ if TYPE_CHECKING:
 
 def sgd(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    momentum: ScalarLike = 0.0,
-    dampening: ScalarLike = 0.0,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    momentum: ScalarLike = OFF,
+    dampening: ScalarLike = OFF,
+    weight_decay: optax.ScalarOrSchedule = OFF,
     nesterov: bool = False,
     *,
     maximize: bool = False,
     mask: Mask = None,
+    accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Make `torch.optim.SGD`: gradient descent with momentum and coupled weight decay.
 
@@ -51,20 +61,24 @@ def sgd(
 
     Args:
         learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
-        momentum: $\mu$. With 0.0 no buffer is kept and `dampening` has no effect.
+        momentum: $\mu$. With 0.0 no buffer is kept and `dampening` has no effect. A momentum that
+            is an array may change, so it always has a buffer: `optax.inject_hyperparams` makes one
+            of a number that is passed, also of 0.0, and leaves the default as it is.
         dampening: $\tau$. As in torch, the first gradient enters the buffer undamped.
         weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
         nesterov: Look ahead along the buffer; needs momentum and no dampening.
         maximize: Ascend. The decay still shrinks the parameters.
         mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
             of it, or a function from the parameters to such a tree. Torch: parameter groups.
+        accumulator_dtype: The dtype in which $b$ is stored, as in `optax.sgd`; `None` for that of
+            the parameters. It is rounded to it at the end of a step, which uses it unrounded.
 
     Returns:
         An optax transformation; `optax.TraceState` in part 2 of its state holds $b$. With
         dampening, part 2 is a pair, `optax.ScaleByScheduleState` (the step count) before it.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool.
         ValueError: A coefficient is negative, infinite or NaN; `nesterov` without momentum or with
             dampening; from `init`, a mask of another structure than the parameters; from `update`,
             no `params` to decay.
@@ -92,6 +106,9 @@ def sgd(
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("momentum", momentum, fix="pass 0.0 for none")
+    check_bounds("dampening", dampening, fix="pass 0.0 for none")
+    check_bool("nesterov", nesterov)
+    check_float_dtype("accumulator_dtype", accumulator_dtype)
     damped = is_known(dampening) and dampening != 0
     if nesterov and (is_zero(momentum) or damped):
         raise ValueError(
@@ -103,7 +120,7 @@ def sgd(
         optax.chain(
             ascend(maximize),
             decay_weights(weight_decay, mask),
-            _accumulate(momentum, dampening, nesterov),
+            _accumulate(momentum, dampening, nesterov, accumulator_dtype),
             optax.scale_by_learning_rate(learning_rate),
         )
     )
@@ -135,7 +152,7 @@ def asgd(
     lambd: ScalarLike = 1e-4,
     alpha: ScalarLike = 0.75,
     t0: ScalarLike = 1e6,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
@@ -167,7 +184,7 @@ def asgd(
         part 3 the average in `ax`.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool.
         ValueError: A coefficient is negative, infinite or NaN; from `init`, a mask of another
             structure than the parameters; from `update`, no `params`.
 
@@ -270,19 +287,21 @@ def rprop(
 
 
 def _accumulate(
-    momentum: ScalarLike, dampening: ScalarLike, nesterov: bool
+    momentum: ScalarLike, dampening: ScalarLike, nesterov: bool, dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
     """Keep torch's momentum buffer, whose first gradient is not damped."""
     if is_zero(momentum):
         return optax.identity()
-    trace = _trace(momentum, nesterov)
+    trace = _trace(momentum, nesterov, dtype)
     if is_zero(dampening):
         return trace
     damp = optax.scale_by_schedule(lambda count: jnp.where(count == 0, 1.0, 1.0 - dampening))
     return optax.chain(damp, trace)
 
 
-def _trace(momentum: ScalarLike, nesterov: bool) -> optax.GradientTransformation:
+def _trace(
+    momentum: ScalarLike, nesterov: bool, dtype: DTypeLike | None
+) -> optax.GradientTransformation:
     """`optax.trace`, rounded where torch rounds.
 
     torch scales the buffer in a kernel of its own, so that product is rounded. Its other products,
@@ -290,13 +309,17 @@ def _trace(momentum: ScalarLike, nesterov: bool) -> optax.GradientTransformation
     XLA fuses them too where update and `optax.apply_updates` are compiled together.
     """
 
+    def init(params: PyTree) -> optax.TraceState:
+        return optax.TraceState(zeros_like(params, dtype))
+
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         del params
-        trace = jax.tree.map(lambda g, b: g + rounded_product(b, momentum), updates, state.trace)
+        updates, old = promoted(updates, state.trace)
+        trace = jax.tree.map(lambda g, b: g + rounded_product(b, momentum), updates, old)
         ahead = jax.tree.map(lambda g, b: g + momentum * b, updates, trace) if nesterov else trace
         return ahead, optax.TraceState(trace)
 
-    return optax.GradientTransformation(optax.trace(momentum).init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def _descend_and_shrink(
@@ -338,7 +361,7 @@ def _average(t0: ScalarLike) -> optax.GradientTransformation:
     """Keep the average of the parameters to come, and leave the update as it is."""
 
     def init(params: PyTree) -> AverageState:
-        return AverageState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+        return AverageState(jnp.zeros([], jnp.int32), zeros_like(params))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         new = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
@@ -365,6 +388,7 @@ def _resilient(
     smallest, largest = step_sizes
 
     def init(params: PyTree) -> RpropState:
+        check_arrays(params)
         for name, leaf in named_leaves(params):
             if jnp.iscomplexobj(leaf):
                 raise TypeError(
@@ -403,6 +427,8 @@ def _resilient(
 
 def _check_rprop(etas: tuple[Any, Any], step_sizes: tuple[Any, Any]) -> None:
     fix = "pass (0.5, 1.2), say"
+    check_pair("etas", etas, fix="Pass (0.5, 1.2).")
+    check_pair("step_sizes", step_sizes, fix="Pass (1e-6, 50.0).")
     check_coefficient("etas[0]", etas[0], fix=fix, below=1.0)
     check_coefficient("etas[1]", etas[1], fix=fix)
     check_coefficient("step_sizes[0]", step_sizes[0], fix="pass 1e-6, say")

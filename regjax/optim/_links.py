@@ -12,19 +12,34 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
+from regjax._checks import check_bool
 from regjax._decay import check_coefficient, resolve_mask
+from regjax.optim._gradients import (
+    check_arrays,
+    check_gradients,
+    put_back,
+    put_state_back,
+    state_without,
+    without,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jax.typing import ArrayLike
+    from jax.typing import ArrayLike, DTypeLike
     from jaxtyping import Array, Float, Inexact, PyTree, ScalarLike
 
     Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
 
 
+# A zero that optax.inject_hyperparams leaves as it is, since it is neither a float nor an array: a
+# hyperparameter that nobody passed is not injected, so it allocates nothing.
+OFF: Any = np.float32(0.0)
+
+
 def ascend(maximize: bool) -> optax.GradientTransformation:
-    return optax.scale(-1.0) if maximize else optax.identity()
+    is_ascent = check_bool("maximize", maximize)
+    return optax.scale(-1.0) if is_ascent else optax.identity()
 
 
 def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.GradientTransformation:
@@ -35,6 +50,7 @@ def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.Gra
     """
     if is_zero(weight_decay):
         return optax.identity()
+    check_mask(mask, weight_decay)
 
     def decay(params: PyTree) -> optax.GradientTransformation:
         # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
@@ -52,6 +68,42 @@ def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.Gra
         return decay(params).update(updates, state, params)
 
     return optax.GradientTransformation(init, update)
+
+
+def check_mask(mask: Mask, weight_decay: optax.ScalarOrSchedule) -> None:
+    """Refuse a mask that is certainly not one over the parameters.
+
+    `optax.inject_hyperparams` takes a callable mask for a schedule, and passes on what it returns
+    for a step count. That is one bool, beside a weight decay that is an array.
+
+    Raises:
+        ValueError: No leaf of a static mask is True, or it is a single bool under injection.
+    """
+    leaves = jax.tree.leaves(mask)
+    is_static = bool(leaves) and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
+    if not is_static:
+        return
+    fix = (
+        "If mask is a function, name it to optax.inject_hyperparams, which otherwise takes it for "
+        "a schedule: static_args=('mask',)."
+    )
+    if not any(leaves):
+        raise ValueError(
+            "mask must be True for some parameter, since weight_decay is not 0; got "
+            f"{_shortened(mask)}, with which nothing decays. {fix} For no decay, pass "
+            "weight_decay=0.0."
+        )
+    is_injected = isinstance(weight_decay, jax.Array)
+    if is_injected and isinstance(mask, bool | np.bool_):
+        raise ValueError(
+            "mask must be a tree of bools over the parameters, or a function that returns one; "
+            f"got {mask}. {fix} To decay all parameters, pass mask=None."
+        )
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 class Terms(NamedTuple):
@@ -75,6 +127,8 @@ def add_in_turn(
     weight_decay`: without this a run in float32 is 2e-5 from torch's after a thousand steps.
     """
     decaying = not is_zero(weight_decay)
+    if decaying:
+        check_mask(mask, weight_decay)
     if not decaying and not two_terms:
         return optax.identity()
     scheduled = decaying and (callable(learning_rate) or callable(weight_decay))
@@ -156,22 +210,57 @@ def rounded_product(x: Inexact[Array, ...], factor: ScalarLike) -> Inexact[Array
     return lax.add(half, half)
 
 
-def rounded_once(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Do the arithmetic on half types in float32, and round updates and state once at the end.
+def rounded_once(
+    inner: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+    """Finish a public transformation: check its gradients, and round once at the end.
 
-    In bfloat16 itself a momentum of 0.99 is 0.988, which sums up 85 gradients in place of 100.
+    Half types are computed in float32, and rounded to their dtypes when all is done: in bfloat16
+    itself a momentum of 0.99 is 0.988, which sums up 85 gradients in place of 100.
+
+    Arguments beyond optax's three, such as `value` for a line search in the same chain, are
+    ignored. A parameter whose gradient is None keeps its value and its state, as in PyTorch.
+
+    Args:
+        inner: The transformation, or a function that makes it from the parameters, in their own
+            dtypes.
     """
 
+    def chain(params: PyTree | None) -> optax.GradientTransformation:
+        return inner if isinstance(inner, optax.GradientTransformation) else inner(params)
+
+    def init(params: PyTree) -> PyTree:
+        params = jax.tree.map(_as_array, params)
+        return chain(params).init(params)
+
     def update(
-        updates: PyTree, state: PyTree, params: PyTree | None = None
+        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, PyTree]:
-        results = inner.update(*jax.tree.map(_widened, (updates, state, params)))
+        del extra_args
+        updates, state, params = jax.tree.map(_as_array, (updates, state, params))
+        gaps = check_gradients(updates, state, params)
+        if not gaps:
+            return rounded(updates, state, params)
+        new_updates, new_state = rounded(
+            without(gaps, updates), state_without(gaps, state), without(gaps, params)
+        )
+        return put_back(gaps, updates, new_updates), put_state_back(gaps, state, new_state)
+
+    def rounded(updates: PyTree, state: PyTree, params: PyTree | None) -> tuple[PyTree, PyTree]:
+        results = chain(params).update(*jax.tree.map(_widened, (updates, state, params)))
         return jax.tree.map(_cast_like, results, (updates, state))
 
-    return optax.GradientTransformation(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_array(leaf: Any) -> Any:
+    is_number = isinstance(leaf, int | float | complex | np.ndarray | np.generic)
+    return jnp.asarray(leaf) if is_number else leaf
 
 
 def _widened(leaf: Any) -> Any:
+    if not hasattr(leaf, "dtype"):
+        return leaf
     is_half = leaf.dtype.itemsize < 4 and jnp.issubdtype(leaf.dtype, jnp.floating)
     return leaf.astype(jnp.float32) if is_half else leaf
 
@@ -194,6 +283,72 @@ def widest(coefficient: ScalarLike) -> ScalarLike:
     return coefficient if is_number else jnp.asarray(coefficient, float)
 
 
+def zeros_like(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
+    """Return zeros with the shapes and the sharding of the parameters, in one dtype if given."""
+    check_arrays(params)
+    return optax.tree.zeros_like(params, dtype=dtype and jnp.dtype(dtype))
+
+
+def promoted(updates: PyTree, moments: PyTree) -> tuple[PyTree, PyTree]:
+    """Cast gradients and moments, which may be stored in another dtype, to the wider of both."""
+
+    def wider(g: Array, m: Array) -> Any:
+        if g.dtype == m.dtype:
+            return g.dtype
+        with jax.numpy_dtype_promotion("standard"):
+            return jnp.promote_types(g.dtype, m.dtype)
+
+    dtypes = jax.tree.map(wider, updates, moments)
+    cast = lambda x, dtype: x if x.dtype == dtype else x.astype(dtype)  # noqa: E731
+    return jax.tree.map(cast, updates, dtypes), jax.tree.map(cast, moments, dtypes)
+
+
+def cast_like(tree: PyTree, like: PyTree) -> PyTree:
+    return jax.tree.map(_cast_like, tree, like)
+
+
+def check_pair(name: str, value: Any, *, fix: str, length: int = 2) -> None:
+    """Refuse anything that is not a sequence of so many numbers, or an array of them."""
+    count = {2: "two", 3: "three"}[length]
+    if isinstance(value, jax.Array | np.ndarray):
+        fits = value.shape == (length,)
+    else:
+        fits = isinstance(value, tuple | list) and len(value) == length
+    if not fits:
+        kind = ValueError if isinstance(value, tuple | list | jax.Array | np.ndarray) else TypeError
+        raise kind(f"{name} must be {count} numbers; got {value!r}. {fix}")
+
+
+def check_float_dtype(name: str, dtype: DTypeLike | None) -> None:
+    if dtype is not None and not is_dtype_of(jnp.inexact, dtype):
+        raise TypeError(
+            f"{name} must be a float dtype or None; got {dtype!r}. Pass 'bfloat16' or 'float32'."
+        )
+
+
+def is_dtype_of(kind: Any, dtype: Any) -> bool:
+    """Tell whether a value is a dtype of a kind, and not something else altogether."""
+    try:
+        return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), kind)
+    except TypeError:
+        return False
+
+
+def check_bounds(
+    name: str, value: Any, *, fix: str, low: float = -np.inf, high: float = np.inf
+) -> None:
+    """Refuse a number outside of `[low, high]`; a traced one cannot be looked at."""
+    if isinstance(value, Tracer):
+        return
+    is_scalar = isinstance(value, int | float | np.generic) or (
+        isinstance(value, jax.Array | np.ndarray) and value.shape == ()
+    )
+    if not is_scalar or isinstance(value, bool):
+        raise TypeError(f"{name} must be a real number, but it is {value!r}: {fix}")
+    if not low <= float(value) <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], but it is {value}: {fix}")
+
+
 def check_rates(
     learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule
 ) -> None:
@@ -210,4 +365,4 @@ def is_known(*values: Any) -> bool:
 
 def is_zero(value: Any) -> bool:
     """Tell a zero known when the chain is made: an array may change, so it counts as non-zero."""
-    return isinstance(value, int | float) and value == 0
+    return isinstance(value, int | float | np.generic) and value == 0

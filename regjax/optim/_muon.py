@@ -11,9 +11,22 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from regjax._checks import check_bool
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
-from regjax.optim._links import add_in_turn, ascend, check_rates, rounded_once
+from regjax.optim._gradients import check_arrays
+from regjax.optim._links import (
+    add_in_turn,
+    ascend,
+    cast_like,
+    check_float_dtype,
+    check_pair,
+    check_rates,
+    is_dtype_of,
+    promoted,
+    rounded_once,
+    zeros_like,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +53,7 @@ def muon(
     mask: Mask = None,
     ns_dtype: DTypeLike = "bfloat16",
     transposed: bool = False,
+    mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
     r"""Make `torch.optim.Muon`: momentum made orthogonal, and decoupled weight decay.
 
@@ -78,14 +92,16 @@ def muon(
             update is off by 1 to 3 % of its length; "float32" gives its digits.
         transposed: The matrices are (inputs, outputs), as Flax keeps kernels, and not (outputs,
             inputs), as torch keeps weights. Only the "original" $s$ can tell.
+        mu_dtype: The dtype in which $b$ is stored, as in `optax.contrib.muon`; `None` for that of
+            the parameters. It is rounded to it at the end of a step, which uses it unrounded.
 
     Returns:
         An optax transformation; part 1 of its state begins with an `optax.EmaState`, which holds
         $b$.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, `ns_coefficients` are not three
             finite numbers, `ns_steps` lies outside [0, 100), `adjust_lr_fn` is unknown or
             `ns_dtype` no dtype of floats; from `init`, a parameter that is not a matrix, or a mask
@@ -130,14 +146,18 @@ def muon(
     check_rates(learning_rate, weight_decay)
     check_coefficient("momentum", momentum, fix="pass 0.95, say")
     check_coefficient("eps", eps, fix="pass 1e-7, say")
+    check_bool("nesterov", nesterov)
+    check_bool("transposed", transposed)
+    check_float_dtype("mu_dtype", mu_dtype)
+    check_pair("ns_coefficients", ns_coefficients, fix="Pass (3.4445, -4.7750, 2.0315).", length=3)
     _check_coefficients(ns_coefficients)
     check_coefficient("ns_steps", ns_steps, fix="pass 5, say", below=100)
-    if adjust_lr_fn not in _SCALES:
+    if not isinstance(adjust_lr_fn, str | None) or adjust_lr_fn not in _SCALES:
         raise ValueError(
             f'adjust_lr_fn must be None, "original" or "match_rms_adamw", but it is '
             f"{adjust_lr_fn!r}"
         )
-    if not jnp.issubdtype(ns_dtype, jnp.floating):
+    if not is_dtype_of(jnp.floating, ns_dtype):
         raise ValueError(
             f'ns_dtype must be a dtype of floats, but it is {ns_dtype!r}: pass "bfloat16" or '
             '"float32"'
@@ -151,7 +171,7 @@ def muon(
     return rounded_once(
         optax.chain(
             ascend(maximize=False),  # torch's Muon only descends
-            optax.chain(_average(momentum, nesterov), _on_matrices(step)),
+            optax.chain(_average(momentum, nesterov, mu_dtype), _on_matrices(step)),
             optax.scale_by_learning_rate(learning_rate),
             add_in_turn(learning_rate, weight_decay, mask),
         )
@@ -213,19 +233,28 @@ def orthogonalize(
     return (x.T if is_tall else x).astype(u.dtype)
 
 
-def _average(momentum: ScalarLike, nesterov: bool) -> optax.GradientTransformation:
+def _average(
+    momentum: ScalarLike, nesterov: bool, dtype: DTypeLike | None
+) -> optax.GradientTransformation:
     """`optax.ema` without bias correction; with `nesterov`, mixed with the gradient once more."""
     ema = optax.ema(momentum, debias=False)
 
-    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        average, state = ema.update(updates, state, params)
-        return optax.tree.update_moment(updates, average, momentum, 1), state
+    def init(params: PyTree) -> optax.EmaState:
+        return optax.EmaState(jnp.zeros([], jnp.int32), zeros_like(params, dtype))
 
-    return optax.GradientTransformation(ema.init, update) if nesterov else ema
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        gradients, old = promoted(updates, state.ema)
+        average, state = ema.update(gradients, state._replace(ema=old), params)
+        if nesterov:
+            average = optax.tree.update_moment(gradients, average, momentum, 1)
+        return cast_like(average, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _on_matrices(function: Callable[[Matrix], Matrix]) -> optax.GradientTransformation:
     def init(params: PyTree) -> optax.EmptyState:
+        check_arrays(params)
         for name, leaf in named_leaves(params):
             if jnp.iscomplexobj(leaf):
                 raise TypeError(
@@ -249,11 +278,6 @@ def _on_matrices(function: Callable[[Matrix], Matrix]) -> optax.GradientTransfor
 
 def _check_coefficients(coefficients: Any) -> None:
     numbers = tuple(coefficients)
-    if len(numbers) != 3:
-        raise ValueError(
-            f"ns_coefficients must be three numbers, but they are {coefficients}: pass "
-            "(3.4445, -4.7750, 2.0315), say"
-        )
     known = [x for x in numbers if not isinstance(x, Tracer)]
     if not np.all(np.isfinite([float(x) for x in known])):
         raise ValueError(

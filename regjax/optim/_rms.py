@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from regjax._checks import check_bool
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
-from regjax.optim._links import ascend, check_rates, decay_weights, is_zero, rounded_once
+from regjax.optim._gradients import check_arrays
+from regjax.optim._links import OFF, ascend, check_rates, decay_weights, is_zero, rounded_once
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 def adagrad(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
-    lr_decay: ScalarLike = 0.0,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    lr_decay: ScalarLike = OFF,
+    weight_decay: optax.ScalarOrSchedule = OFF,
     initial_accumulator_value: ScalarLike = 0.0,
     eps: ScalarLike = 1e-10,
     *,
@@ -54,8 +56,8 @@ def adagrad(
         `lr_decay` or a schedule, part 3 is `optax.ScaleByScheduleState`, the step count.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN; from `init`, a mask of another
             structure than the parameters; from `update`, no `params` to decay.
 
@@ -98,7 +100,7 @@ def adadelta(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     rho: ScalarLike = 0.9,
     eps: ScalarLike = 1e-6,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay: optax.ScalarOrSchedule = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
@@ -128,8 +130,8 @@ def adadelta(
         `e_g`, and $u$, as `e_x`.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, or `rho` outside [0, 1); from
             `init`, a mask of another structure than the parameters; from `update`, no `params` to
             decay.
@@ -172,8 +174,8 @@ def rmsprop(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     alpha: ScalarLike = 0.99,
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.0,
-    momentum: ScalarLike = 0.0,
+    weight_decay: optax.ScalarOrSchedule = OFF,
+    momentum: ScalarLike = OFF,
     centered: bool = False,
     *,
     maximize: bool = False,
@@ -197,7 +199,7 @@ def rmsprop(
         alpha: $\alpha$, in [0, 1).
         eps: $\epsilon$, added outside the root.
         weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
-        momentum: $\mu$. With 0.0 no buffer is kept.
+        momentum: $\mu$. With 0.0 no buffer is kept; see `sgd` for `optax.inject_hyperparams`.
         centered: Divide by the standard deviation. As in torch, a gradient that stays the same for
             some $10 / (1 - \alpha)$ steps ends in NaN: rounding may take the variance below zero.
         maximize: Ascend. The decay still shrinks the parameters.
@@ -210,8 +212,8 @@ def rmsprop(
         `optax.TraceState` after it, which holds $b$.
 
     Raises:
-        TypeError: An argument is not a number, or a leaf of the mask not a bool; from `init`,
-            complex parameters.
+        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
+            `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, or `alpha` outside [0, 1); from
             `init`, a mask of another structure than the parameters; from `update`, no `params` to
             decay.
@@ -242,7 +244,7 @@ def rmsprop(
     check_coefficient("alpha", alpha, fix="pass 0.99, say", below=1.0)
     check_coefficient("eps", eps, fix="pass 1e-8, say")
     check_coefficient("momentum", momentum, fix="pass 0.0 for none")
-    scale = optax.scale_by_stddev if centered else optax.scale_by_rms
+    scale = optax.scale_by_stddev if check_bool("centered", centered) else optax.scale_by_rms
     scaled = scale(alpha, eps, eps_in_sqrt=False)
     return rounded_once(
         _of_real_parameters(
@@ -291,6 +293,7 @@ def _of_real_parameters(
     """Refuse complex parameters, of which optax's means of squares are not torch's."""
 
     def init(params: PyTree) -> PyTree:
+        check_arrays(params)
         for path, leaf in named_leaves(params):
             if jnp.iscomplexobj(leaf):
                 raise TypeError(

@@ -178,6 +178,29 @@ def test_steps_per_epoch_is_a_positive_whole_number(steps_per_epoch):
         optimizer_from_torch(recipe, {"w": "p0"}, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 3}, "steps must be None without a scheduler; got 3"),
+        ({"steps_per_epoch": 3}, "steps_per_epoch must be 1 without a scheduler; got 3"),
+        ({"scheduler": lr_scheduler.StepLR, "steps": 3}, "steps must be None for StepLR, .* got 3"),
+    ],
+)
+@pytest.mark.parametrize("function", ["optimizer", "from", "to"])
+def test_an_option_without_effect_is_refused(function, options, message):
+    recipe, names, params = torch_sgd(2, lr=0.1), {"w": "p0"}, {"w": jnp.ones(2)}
+    if "scheduler" in options:
+        options = {**options, "scheduler": options["scheduler"](recipe, 5)}
+    optimizer = optax.sgd(0.1)
+    calls = {
+        "optimizer": lambda: optimizer_from_torch(recipe, names, **options),
+        "from": lambda: state_from_torch(recipe, names, params, optimizer, **options),
+        "to": lambda: state_to_torch((), recipe, names, **options),
+    }
+    with pytest.raises(ValueError, match=message):
+        calls[function]()
+
+
 def test_step_counts_that_only_torch_keeps():
     named = [("w", torch.ones(2, requires_grad=True))]
     recipe = torch.optim.RMSprop(named, lr=0.1)

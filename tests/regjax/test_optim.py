@@ -31,8 +31,8 @@ from tests.regjax.optimizers import (
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 SIGNATURES = {
     "sgd": (
-        "learning_rate momentum dampening weight_decay nesterov maximize mask",
-        (1e-3, 0.0, 0.0, 0.0, False, False, None),
+        "learning_rate momentum dampening weight_decay nesterov maximize mask accumulator_dtype",
+        (1e-3, 0.0, 0.0, 0.0, False, False, None, None),
     ),
     "asgd": (
         "learning_rate lambd alpha t0 weight_decay maximize mask",
@@ -43,16 +43,18 @@ SIGNATURES = {
         (1e-2, (0.5, 1.2), (1e-6, 50.0), False),
     ),
     "adam": (
-        "learning_rate betas eps weight_decay amsgrad maximize decoupled_weight_decay mask",
-        (1e-3, (0.9, 0.999), 1e-8, 0.0, False, False, False, None),
+        "learning_rate betas eps weight_decay amsgrad maximize decoupled_weight_decay mask "
+        "mu_dtype",
+        (1e-3, (0.9, 0.999), 1e-8, 0.0, False, False, False, None, None),
     ),
     "adamw": (
-        "learning_rate betas eps weight_decay amsgrad maximize mask",
-        (1e-3, (0.9, 0.999), 1e-8, 1e-2, False, False, None),
+        "learning_rate betas eps weight_decay amsgrad maximize mask mu_dtype",
+        (1e-3, (0.9, 0.999), 1e-8, 1e-2, False, False, None, None),
     ),
     "nadam": (
-        "learning_rate betas eps weight_decay momentum_decay decoupled_weight_decay maximize mask",
-        (2e-3, (0.9, 0.999), 1e-8, 0.0, 4e-3, False, False, None),
+        "learning_rate betas eps weight_decay momentum_decay decoupled_weight_decay maximize mask "
+        "mu_dtype",
+        (2e-3, (0.9, 0.999), 1e-8, 0.0, 4e-3, False, False, None, None),
     ),
     "radam": (
         "learning_rate betas eps weight_decay decoupled_weight_decay maximize mask",
@@ -80,8 +82,8 @@ SIGNATURES = {
     ),
     "muon": (
         "learning_rate weight_decay momentum nesterov ns_coefficients eps ns_steps adjust_lr_fn "
-        "mask ns_dtype transposed",
-        (1e-3, 0.1, 0.95, True, _QUINTIC, 1e-7, 5, None, None, "bfloat16", False),
+        "mask ns_dtype transposed mu_dtype",
+        (1e-3, 0.1, 0.95, True, _QUINTIC, 1e-7, 5, None, None, "bfloat16", False, None),
     ),
 }
 

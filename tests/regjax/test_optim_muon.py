@@ -151,9 +151,12 @@ def test_bfloat16_is_rounded_once():
         ({"eps": math.nan}, "eps must be .* is nan"),
         ({"ns_steps": -1}, r"ns_steps must be in \[0, 100\), but it is -1: pass 5"),
         ({"ns_steps": 100}, r"ns_steps must be in \[0, 100\), but it is 100"),
-        ({"ns_coefficients": (1.0, 2.0)}, r"must be three numbers, but they are \(1\.0, 2\.0\)"),
+        ({"ns_coefficients": (1.0, 2.0)}, r"must be three numbers; got \(1\.0, 2\.0\)"),
         ({"ns_coefficients": (1.0, 2.0, math.nan)}, r"must be finite, but they are .*nan"),
         ({"adjust_lr_fn": "adamw"}, r"adjust_lr_fn must be None, .* but it is 'adamw'"),
+        ({"adjust_lr_fn": ["original"]}, r"adjust_lr_fn must be None, .* but it is \['original'\]"),
+        ({"ns_dtype": "no dtype"}, "ns_dtype must be a dtype of floats, but it is 'no dtype'"),
+        ({"ns_dtype": None}, "ns_dtype must be a dtype of floats, but it is None"),
         ({"ns_dtype": "int32"}, "ns_dtype must be a dtype of floats, but it is 'int32'"),
     ],
 )

@@ -440,3 +440,28 @@ def test_mask_that_does_not_fit_is_refused_at_once(attach):
 def test_reference_that_does_not_fit_is_refused_at_once(reference, error, message):
     with pytest.raises(error, match=message):
         optim.add_l2_sp_decay(_optimizer(_module()), reference, 0.1)
+
+
+@pytest.mark.parametrize("mask", [{"kernel": False, "bias": False}, [False, False]])
+@each_attach
+def test_a_mask_that_is_false_for_all_is_refused(attach, mask):
+    module = _module()
+    named = isinstance(mask, dict)
+    optimizer = torch.optim.SGD(module.named_parameters() if named else module.parameters(), lr=0.5)
+    if not named and attach in (FORMS["l2_sp"][0], FORMS["l2_sp decoupled"][0]):
+        pytest.skip("the reference has names")
+    message = "mask must be True for some parameter, since weight_decay is not 0; got False for all"
+    for rate in (0.25, lambda step: 0.25):
+        with pytest.raises(ValueError, match=message):
+            attach(optimizer, rate, mask)
+    attach(optimizer, 0.0, mask).remove()
+
+
+@pytest.mark.parametrize("value", ["False", "no", 1, None])
+def test_decoupled_must_be_a_bool(value):
+    optimizer = _optimizer(_module())
+    message = f"^decoupled must be True or False; got {value!r}.$"
+    with pytest.raises(TypeError, match=message):
+        optim.add_l1_decay(optimizer, 0.25, decoupled=value)
+    with pytest.raises(TypeError, match=message):
+        optim.add_l2_sp_decay(optimizer, _ones(), 0.25, decoupled=value)

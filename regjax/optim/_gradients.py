@@ -1,0 +1,208 @@
+"""Checks of parameters and gradients, and parameters that have no gradient."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import GetAttrKey
+
+from regjax._paths import named_leaves, path_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from jaxtyping import PyTree
+
+    from regjax._paths import KeyPath
+
+    # By path in the parameters, the update of a parameter without a gradient.
+    Gaps = Mapping[KeyPath, Any]
+
+
+# The fields of a state that hold a tree with the structure and the shapes of the parameters ...
+_WHOLE = {"trace", "mu", "nu", "nu_max", "sum_of_squares", "e_g", "e_x", "ema", "prev"}
+_WHOLE |= {"step_size", "ax"}
+# ... and those of Adafactor, whose leaves have other shapes.
+_FIELDS = _WHOLE | {"v_row", "v_col", "v"}
+
+
+def check_arrays(params: PyTree) -> None:
+    """Refuse leaves for which no moments can be kept.
+
+    Raises:
+        TypeError: A leaf is not an array, such as a function or a string.
+
+    Examples:
+        >>> check_arrays({"activation": "relu"})
+        Traceback (most recent call last):
+        TypeError: params must hold only arrays; got 'relu' at 'activation'. Pass
+        eqx.filter(model, eqx.is_array), or leave the leaf out with optax.masked.
+    """
+    for name, leaf in named_leaves(params):
+        if not is_array(leaf):
+            raise TypeError(
+                f"params must hold only arrays; got {leaf!r}{_at(name)}. Pass "
+                "eqx.filter(model, eqx.is_array), or leave the leaf out with optax.masked."
+            )
+
+
+def check_gradients(updates: PyTree, state: PyTree, params: PyTree | None) -> Gaps:
+    """Refuse gradients that are not those of the parameters, and find those that are missing.
+
+    Only structure, shapes and dtypes are compared, so nothing is computed under `jit`.
+
+    Args:
+        updates: The gradients.
+        state: The state of the optimizer.
+        params: The parameters, where they are given.
+
+    Returns:
+        By path, the update of each parameter without a gradient: None for None, and zeros for the
+        `float0` that JAX returns for an integer.
+
+    Raises:
+        TypeError: The parameter is not an array, or an integer, or it is real and its gradient
+            complex.
+        ValueError: Structure or shape differ.
+    """
+    gaps: dict[KeyPath, Any] = {}
+    for what, tree in (("parameter", params), ("optimizer state", _moments(state))):
+        if tree is not None:
+            gaps |= _compare(what, updates, tree)
+    return gaps
+
+
+def without(gaps: Gaps, tree: PyTree) -> PyTree:
+    """Replace the leaves of parameters without a gradient by None."""
+    return jax.tree.map_with_path(lambda path, leaf: None if path in gaps else leaf, tree)
+
+
+def state_without(gaps: Gaps, state: PyTree) -> PyTree:
+    """Do the same in a state."""
+
+    def keep(path: KeyPath, leaf: Any) -> Any:
+        return None if _of_parameter(path) in gaps else leaf
+
+    return jax.tree.map_with_path(keep, state, is_leaf=_is_masked)
+
+
+def put_back(gaps: Gaps, updates: PyTree, new_updates: PyTree) -> PyTree:
+    """Insert the updates of parameters without a gradient."""
+    rest = iter(jax.tree.leaves(new_updates))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_none)
+    return structure.unflatten(
+        gaps[path] if path in gaps else None if leaf is None else next(rest)
+        for path, leaf in leaves
+    )
+
+
+def put_state_back(gaps: Gaps, state: PyTree, new_state: PyTree) -> PyTree:
+    """Insert the state of parameters without a gradient, which stays as it is."""
+    rest = iter(jax.tree.leaves(new_state))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_masked)
+    return structure.unflatten(
+        leaf if _of_parameter(path) in gaps or _is_masked(leaf) else next(rest)
+        for path, leaf in leaves
+    )
+
+
+def _compare(what: str, updates: PyTree, tree: PyTree) -> Gaps:
+    gradients, leaves = _by_path(updates), _by_path(tree)
+    if gradients.keys() != leaves.keys():
+        path = next(p for p in (*leaves, *gradients) if p not in gradients or p not in leaves)
+        raise ValueError(
+            f"updates must have the structure of the parameters; got "
+            f"{_describe(gradients.get(path, _NOTHING))}{_at(path_name(path))}, where the {what} "
+            f"is {_describe(leaves.get(path, _NOTHING))}. {_FIX}"
+        )
+    gaps = {}
+    gradient: Any
+    for path, gradient in gradients.items():
+        leaf: Any = leaves[path]
+        if leaf is None and gradient is None:
+            continue
+        if gradient is None:
+            gaps[path] = None
+            continue
+        where = f"{_describe(gradient)}{_at(path_name(path))}, where the {what} is "
+        if not is_array(leaf) or not is_array(gradient):
+            kind = ValueError if leaf is None else TypeError
+            raise kind(
+                f"updates must be arrays where the parameters are; got {where}{_describe(leaf)}. "
+                "Pass None as the gradient of a leaf that is not trained."
+            )
+        if jnp.shape(gradient) != jnp.shape(leaf):
+            raise ValueError(
+                f"updates must have the shapes of the parameters; got {where}{_describe(leaf)}. "
+                f"{_FIX}"
+            )
+        if gradient.dtype == jax.dtypes.float0:
+            gaps[path] = jnp.zeros_like(leaf)
+        elif not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"params must be float or complex to be trained; got {_describe(leaf)}"
+                f"{_at(path_name(path))}. Pass None as its gradient, which leaves it as it is, or "
+                "send it to optax.set_to_zero() with optax.partition."
+            )
+        elif jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"updates must be real where the parameters are; got {where}{_describe(leaf)}. "
+                "Pass the real part."
+            )
+    return gaps
+
+
+_FIX = "Pass the gradient of these parameters, jax.grad(loss)(params)."
+_NOTHING = object()
+
+
+def _by_path(tree: PyTree) -> dict[KeyPath, Any]:
+    return dict(jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_none)[0])
+
+
+def _moments(state: PyTree) -> PyTree | None:
+    """Find a tree in the state that has the shapes of the parameters."""
+
+    def fields(node: Any) -> list[str]:
+        return [field for field in getattr(node, "_fields", ()) if field in _WHOLE]
+
+    for node in jax.tree.leaves(state, is_leaf=lambda node: bool(fields(node))):
+        for field in fields(node):
+            return getattr(node, field)
+    return None
+
+
+def _of_parameter(path: KeyPath) -> KeyPath | None:
+    """Return the path in the parameters of a leaf of the state, or None for what is shared."""
+    for place, key in enumerate(path):
+        if isinstance(key, GetAttrKey) and key.name in _FIELDS:
+            return path[place + 1 :]
+    return None
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def is_array(leaf: Any) -> TypeGuard[Any]:
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+
+
+def _describe(leaf: Any) -> str:
+    if leaf is _NOTHING:
+        return "nothing"
+    if is_array(leaf):
+        return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+    return repr(leaf)
+
+
+def _at(name: str) -> str:
+    return f" at '{name}'" if name else ""
