@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from regjax._compat import make_user_context
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Inexact
 
@@ -111,7 +113,7 @@ class Observer:
 
 # Part of the key of every cache of traces: a function that was jitted before anybody watched is
 # traced anew, and what was traced while somebody watched is not used afterwards.
-_observer = jax.make_user_context(None)
+_observer = make_user_context()
 
 
 def observer() -> Observer | None:
