@@ -25,7 +25,7 @@ FLOOR = [
     "chex==0.1.90",
     "dm-haiku==0.0.16",
     "equinox==0.13.2",
-    "flax==0.12.4",
+    "flax==0.12.6",
     "jax==0.8.1",
     "jaxlib==0.8.1",
     "numpy<2.4",
