@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11 with pip, and make: each prepares .venv
+# `make demo` and `make test` need nothing but Python 3.11 or newer with pip, and make: each prepares .venv
 # once (again only when pyproject.toml or constraints.txt changes) and then does its job.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ ARGS ?=
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all test-isa parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
+.PHONY: help demo figures test test-all test-isa test-versions parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -31,6 +31,9 @@ test-all: $(READY)  ## Run every test
 
 test-isa: $(READY)  ## Every promise of equal bits under every instruction set of this CPU, as a table
 	$(RUN) -m parity_tests.instruction_sets --jobs 2 --out docs/instruction_sets.md $(ARGS)
+
+test-versions: $(READY_DEV)  ## Run the tests on each supported Python and JAX (ARGS="-s floor -- --cases 2" for a part)
+	$(RUN) -m nox $(ARGS)
 
 parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for less)
 	$(RUN) -m parity_tests $(ARGS)

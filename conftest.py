@@ -38,6 +38,28 @@ def _compiles_float16() -> bool:
     return True
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cases", type=int, default=0, help="run at most this many cases of each test (0: all)"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (limit := config.getoption("--cases")):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    # Evenly spaced, the first and the last included: tables group similar cases.
+    for test in cases.values():
+        gaps = max(limit - 1, 1)
+        chosen = {i * (len(test) - 1) // gaps for i in range(min(limit, len(test)))}
+        test[:] = [item for i, item in enumerate(test) if i in chosen]
+    kept = {item for test in cases.values() for item in test}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _let_go_of_programs() -> Iterator[None]:
     """What a module has compiled is of no use to the next, and adds up to gigabytes."""

@@ -23,6 +23,7 @@ from regjax._checks import (
     describe,
 )
 from regjax._collect import BlockwisePlan
+from regjax._compat import scan_linear
 from regjax._dropout import (
     Settings,
     check_flag,
@@ -449,11 +450,11 @@ def _attend_jvp(blocks: _Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]
         changes = weights * dot_scores
         return mixed(changes, value) + mixed(weights, dot_value), changes.sum(-1)
 
-    def step(sums: Any, first: Array) -> tuple[Any, None]:
+    def step(dots: Any, sums: Any, first: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, block(primals, dots, log_total, first)), None
 
     zeros = (jnp.zeros_like(result), jnp.zeros_like(log_total))
-    (dot_result, dot_log_total), _ = lax.scan(step, zeros, blocks.firsts())
+    (dot_result, dot_log_total), _ = scan_linear(step, dots, zeros, blocks.firsts())
     dot_result -= result * _per_query(dot_log_total)
     return (result, log_total), (dot_result, dot_log_total)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from regjax._checks import check_callable
 from regjax._collect import BlockwiseDraw, BlockwisePlan, Collected
+from regjax._compat import make_user_context
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Inexact
@@ -279,7 +280,7 @@ class Observers:
 
 # Part of the key of every cache of traces: a function that was jitted before anybody watched is
 # traced anew, and what was traced while somebody watched is not used afterwards.
-_observer = jax.make_user_context(None)
+_observer = make_user_context()
 
 
 def observer() -> Observers | None:

@@ -21,6 +21,7 @@ LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox"}
 # A file may import those of its own wing that stand on a lower floor than itself.
 FLOORS = {
     "_checks": -1,
+    "_compat": -1,
     "_threefry": 0,
     "_collect": -1,
     "_observe": 0,
@@ -139,7 +140,56 @@ def test_init_only_re_exports(wing):
 
 def test_the_core_files_have_the_same_names_in_both_wings():
     private = [{name for name in files(wing) if name.startswith("_")} for wing in WINGS]
-    assert private[0] == private[1]
+    assert private[0] - {"_compat"} == private[1]
+
+
+def version_switches(source: str) -> set[str]:
+    """Where a file looks at a version, or reaches for names that only some versions of JAX have."""
+    found = {target for target in imports(source) if target.startswith("jax._src")}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            is_private = ast.unparse(node).startswith("jax._src")
+            is_version = node.attr in ("__version__", "__version_info__", "make_user_context")
+            found |= {ast.unparse(node)} if is_private or is_version else set()
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("hasattr", "getattr"):
+            module = ast.unparse(node.args[0])
+            is_library = module.partition(".")[0] in ("jax", "jnp", "lax", "nnx", "eqx", "optax")
+            is_fixed = isinstance(node.args[1], ast.Constant)
+            found |= {ast.unparse(node)} if is_library and is_fixed else set()
+        elif isinstance(node, ast.ExceptHandler) and node.type:
+            caught = ast.unparse(node.type)
+            found |= {f"except {caught}"} if "ImportError" in caught else set()
+    return found
+
+
+def test_one_file_holds_all_that_depends_on_the_version_of_jax():
+    names = [name for name in files("regjax") if name != "_compat"]
+    assert not {name: found for name in names if (found := version_switches_of(name))}
+    assert version_switches_of("_compat")
+
+
+def version_switches_of(name: str) -> set[str]:
+    return version_switches(source_of("regjax", name))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import jax._src.config",
+        "from jax._src import core",
+        "x = jax._src.core.Tracer",
+        "if jax.__version__ > '0.9': pass",
+        "new = jax.__version_info__ >= (0, 9)",
+        "x = getattr(jax, 'enable_x64', None)",
+        "if hasattr(jax.sharding, 'reshard'): pass",
+        "try:\n    from jax import enable_x64\nexcept ImportError: pass",
+        "context = jax.make_user_context(None)",
+    ],
+)
+def test_a_version_switch_is_seen(source):
+    """The test of the test."""
+    assert version_switches(source)
+    assert not version_switches("x = getattr(module, 'rate')\ny = jax.typeof(x).sharding")
 
 
 @pytest.mark.parametrize("wing", WINGS)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
+from tests.regjax.versions import debug_key_reuse
 
 KEY = jax.random.key(0)
 X = jnp.linspace(-2.0, 3.0, 48).reshape(6, 8)
@@ -155,7 +156,7 @@ def test_a_site_key_of_a_raw_root_is_raw():
 
 
 def test_key_reuse_is_still_seen():
-    with jax.debug_key_reuse(True):
+    with debug_key_reuse():
         key = jax.random.key(1)
         apply(X, key)
         with pytest.raises(jax.errors.KeyReuseError):

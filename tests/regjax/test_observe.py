@@ -70,7 +70,7 @@ def test_the_recorded_mask_is_the_applied_one():
     ((event,), _) = watch(lambda: drop(X, rate=0.25))
     assert (event.key, event.rate) == ((0, 0), 0.25)
     np.testing.assert_array_equal(event.entering, X)
-    np.testing.assert_array_equal(np.where(event.mask, X / 0.75, 0), y)
+    np.testing.assert_array_equal(np.where(event.mask, X * np.float32(1 / 0.75), 0), y)
 
 
 PORTS = {

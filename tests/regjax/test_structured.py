@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
+from tests.regjax.versions import debug_key_reuse
 
 KEY = jax.random.key(0)
 MAPS = jnp.linspace(-2.0, 3.0, 4 * 8 * 8 * 4).reshape(4, 8, 8, 4)
@@ -93,7 +94,7 @@ def test_nothing_random_is_traced_where_nothing_is_random(drop, x):
 
 @each
 def test_key_reuse_is_still_seen(drop, x):
-    with jax.debug_key_reuse(True):
+    with debug_key_reuse():
         key = jax.random.key(1)
         drop(x, 0.3, key=key)
         with pytest.raises(jax.errors.KeyReuseError):

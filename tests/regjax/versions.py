@@ -1,0 +1,32 @@
+"""How the tests depend on the version of JAX: the only file of the tests that compares versions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+# Outside of jit, JAX before 0.10 divides by a number where it otherwise multiplies by its inverse:
+# the layers of Flax, Equinox and Haiku then differ from themselves under jit in the last bit.
+EAGER_DIVISION_IS_EXACT = jax.__version_info__ < (0, 10)
+
+
+def assert_same_eagerly(mine: Any, theirs: Any) -> None:
+    """Assert equal bits outside of jit; before JAX 0.10, equality to one unit in the last place."""
+    for one, two in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+        if EAGER_DIVISION_IS_EXACT:
+            np.testing.assert_array_max_ulp(np.asarray(one), np.asarray(two), maxulp=1)
+        else:
+            assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
+
+
+@contextlib.contextmanager
+def debug_key_reuse() -> Iterator[None]:
+    """Check the reuse of keys, also in compiled functions, which JAX before 0.10 overlooks."""
+    if jax.__version_info__ < (0, 10):
+        jax.clear_caches()
+    with jax.debug_key_reuse(True):
+        yield
