@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from parity_tests import reference
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from parity_tests.wings import WINGS, Wing
 from regjax import _keys as jax_keys
 from regjax import _masks as jax_masks
 from regjax import _packed as jax_packed
@@ -61,7 +61,13 @@ def test_every_element_takes_the_bits_of_its_own_index(shape):
         np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
 
 
-WHOLES = [(3, 5, 2), (7, 2**31, 5), (5, 2**17, 2**16, 3), (2**33 // 2**2, 4), (2**20 + 7, 3 * 2**20)]
+WHOLES = [
+    (3, 5, 2),
+    (7, 2**31, 5),
+    (5, 2**17, 2**16, 3),
+    (2**33 // 2**2, 4),
+    (2**20 + 7, 3 * 2**20),
+]
 
 
 @pytest.mark.parametrize("whole", WHOLES, ids=str)
@@ -90,7 +96,9 @@ def test_more_than_a_word_of_elements():
     for shape in ((2**16, 2**16), (2**16, 2**16 + 1)):
         rows = [0, 1, 2**15, 2**16 - 1]
         draw = lambda: jax_threefry.counter_bits(jax_words(*KEY), shape)[jnp.array(rows), -2:]  # noqa: B023
-        index = [[row * shape[1] + column for column in (shape[1] - 2, shape[1] - 1)] for row in rows]
+        index = [
+            [row * shape[1] + column for column in (shape[1] - 2, shape[1] - 1)] for row in rows
+        ]
         expected = reference.bits(KEY, np.ravel(np.array(index, object))).reshape(4, 2)
         np.testing.assert_array_equal(np.asarray(jax.jit(draw)()), expected)
 
@@ -98,7 +106,9 @@ def test_more_than_a_word_of_elements():
 @pytest.mark.parametrize("start", [0, 2**30 - 2, 2**31 - 2, 2**32 - 2, 3 * 2**32 + 2**31 - 2])
 def test_a_range_of_bits(start):
     drawn = torch_threefry.range_bits(torch_words(*KEY), start, start + 4).numpy()
-    np.testing.assert_array_equal(drawn.view(np.uint32), reference.bits(KEY, range(start, start + 4)))
+    np.testing.assert_array_equal(
+        drawn.view(np.uint32), reference.bits(KEY, range(start, start + 4))
+    )
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])

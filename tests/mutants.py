@@ -45,8 +45,16 @@ OPERATORS = (
 )
 
 # The tests responsible for each file, the cheapest first.
-_BITS = ["parity_tests/test_golden.py", "parity_tests/test_random_core.py", "parity_tests/test_masks.py"]
-_PACKED = ["parity_tests/test_golden.py", "parity_tests/test_random_core.py", "parity_tests/test_packed.py"]
+_BITS = [
+    "parity_tests/test_golden.py",
+    "parity_tests/test_random_core.py",
+    "parity_tests/test_masks.py",
+]
+_PACKED = [
+    "parity_tests/test_golden.py",
+    "parity_tests/test_random_core.py",
+    "parity_tests/test_packed.py",
+]
 _DROPOUT = [
     "parity_tests/test_golden.py",
     "parity_tests/test_random_core.py",
@@ -169,7 +177,7 @@ def start(mutant: Mutant | None, judges: Sequence[str]) -> int:
         os.dup2(null, 2)
         path, get_code = str(ROOT / mutant.file), SourceFileLoader.get_code
 
-        def mutated(self: SourceFileLoader, fullname: str):  # noqa: ANN202
+        def mutated(self: SourceFileLoader, fullname: str):
             if self.path != path:
                 return get_code(self, fullname)
             return compile(mutant.source, path, "exec", dont_inherit=True)
@@ -177,7 +185,17 @@ def start(mutant: Mutant | None, judges: Sequence[str]) -> int:
         SourceFileLoader.get_code = mutated
     import pytest
 
-    options = "-x -q -p no:cacheprovider -p no:xdist -p no:randomly --no-header".split()
+    options = [
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:randomly",
+        "--no-header",
+    ]
     try:
         code = pytest.main([*options, "-m", "not slow", *judges])
     except BaseException:
