@@ -47,17 +47,17 @@ OPERATORS = (
 # The tests responsible for each file, the cheapest first.
 _BITS = [
     "parity_tests/test_golden.py",
-    "parity_tests/test_random_core.py",
+    "tests/test_random_core.py",
     "parity_tests/test_masks.py",
 ]
 _PACKED = [
     "parity_tests/test_golden.py",
-    "parity_tests/test_random_core.py",
+    "tests/test_random_core.py",
     "parity_tests/test_packed.py",
 ]
 _DROPOUT = [
     "parity_tests/test_golden.py",
-    "parity_tests/test_random_core.py",
+    "tests/test_random_core.py",
     "parity_tests/test_corners.py",
     "tests/{package}/test_dropout.py",
 ]
@@ -185,17 +185,7 @@ def start(mutant: Mutant | None, judges: Sequence[str]) -> int:
         SourceFileLoader.get_code = mutated
     import pytest
 
-    options = [
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:randomly",
-        "--no-header",
-    ]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
     try:
         code = pytest.main([*options, "-m", "not slow", *judges])
     except BaseException:
