@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from parity_tests import reference
-from parity_tests.wings import WINGS, Wing
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
 from regjax import _keys as jax_keys
 from regjax import _masks as jax_masks
 from regjax import _packed as jax_packed
@@ -237,3 +237,19 @@ def test_without_words_to_share(wing: Wing, bits):
         changing = wing.traced(draw)(np.float32(threshold / 2**bits))
         for mask in (draw(threshold / 2**bits), changing):
             np.testing.assert_array_equal(wing.numpy(mask), drawn < threshold)
+
+
+def test_a_uniform_equal_to_the_threshold_is_dropped():
+    """The threshold of one element, exactly: it falls on the side of the dropped ones."""
+    (drawn,) = reference.bits((0, 9), [4])
+    for kept, uniform in enumerate((drawn >> 9, (drawn >> 9) + 1)):
+        keep_prob = float(uniform) / 2**23
+        for wing in WINGS:
+            assert wing.bernoulli(9, keep_prob, (5,))[4] == kept
+        assert bool(jax_masks.bernoulli_at(JAX.key(9), keep_prob, jax_words(0, 4))) == kept
+        assert torch_masks.bernoulli_at(TORCH.key(9), keep_prob, torch.tensor(4)) == kept
+
+
+def test_words_as_signed_integers():
+    for word in (0, 1, 2**31 - 1, 2**31, 2**32 - 1):
+        assert torch_threefry._signed(word) == np.uint32(word).view(np.int32)

@@ -469,7 +469,12 @@ def walk(Model, batches, Dropout):
 
 
 @pytest.mark.parametrize(
-    ("Model", "batches"), [(Perceptron, digits), (Convolutional, digits), (Transformer, text)]
+    ("Model", "batches"),
+    [
+        (Perceptron, digits),
+        (Convolutional, digits),
+        pytest.param(Transformer, text, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_of_training_has_the_same_bits(Model, batches, leaning):
     theirs, mine = (walk(Model, batches, Dropout) for Dropout in (eqx.nn.Dropout, ours.Dropout))
