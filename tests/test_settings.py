@@ -2,8 +2,8 @@
 
 One matrix: cases x settings. A case returns the output and the gradient. Under each setting it must
 trace to the program of JAX's defaults, instruction by instruction, which implies the same bits and
-costs no compilation; where the programs differ, their results must have the same bits. Settings that
-act at run time run the program as well.
+costs no compilation; where the programs differ, their results must have the same bits. Settings
+that act at run time run the program as well.
 """
 
 from __future__ import annotations
