@@ -6,12 +6,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
+READY_MUTANTS := $(VENV)/.ready-mutants
 ARGS ?=
 # Tests compile more than they compute, each on one core: several processes share them.
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all test-isa test-versions parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
+.PHONY: help demo figures test test-all test-isa test-versions mutants parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -26,8 +27,11 @@ figures: $(READY)  ## Make the pictures and the tables of the examples that READ
 test: $(READY)  ## Run the tests, without the slow ones
 	$(RUN) -m pytest $(SHARED) -m "not slow" $(ARGS)
 
-test-all: $(READY)  ## Run every test
-	$(RUN) -m pytest $(SHARED) $(ARGS)
+test-all: $(READY)  ## Run every test, and each property on twenty times as many examples
+	PROPERTIES=thorough $(RUN) -m pytest $(SHARED) $(ARGS)
+
+mutants: $(READY_MUTANTS)  ## Plant a defect at a time in the core and see it caught (ARGS="FILE ... --every 10" for less)
+	$(RUN) -m tests.mutants $(ARGS)
 
 test-isa: $(READY)  ## Every promise of equal bits under every instruction set of this CPU, as a table
 	$(RUN) -m parity_tests.instruction_sets --jobs 2 --out docs/instruction_sets.md $(ARGS)
@@ -86,4 +90,8 @@ $(READY): pyproject.toml constraints.txt | $(RUN)
 
 $(READY_DEV): pyproject.toml constraints.txt | $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(READY_MUTANTS): pyproject.toml constraints.txt | $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
 	@touch $@

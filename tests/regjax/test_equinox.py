@@ -480,7 +480,11 @@ def walk(Model, batches, Dropout):
     ("Model", "batches", "tolerance"),
     # XLA may fuse the gradient of the convolutions with the mask, and then contracts other products
     # and sums than in a program that draws the mask apart: JAX 0.12 does.
-    [(Perceptron, digits, 0), (Convolutional, digits, 2e-5), (Transformer, text, 0)],
+    [
+        (Perceptron, digits, 0),
+        (Convolutional, digits, 2e-5),
+        pytest.param(Transformer, text, 0, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_of_training_has_the_same_bits(Model, batches, tolerance, leaning):
     theirs, mine = (walk(Model, batches, Dropout) for Dropout in (eqx.nn.Dropout, ours.Dropout))

@@ -288,7 +288,7 @@ def walk(network, rates, batches, dropout):
     [
         (perceptron, (0.1, 0.2), digits),
         (convolutional, (0.15, 0.37), digits),
-        (transformer, (0.1, 0.1, 0.3, 0.2), text),
+        pytest.param(transformer, (0.1, 0.1, 0.3, 0.2), text, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_of_training_has_the_same_bits(network, rates, batches, leaning):

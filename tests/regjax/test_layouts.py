@@ -21,6 +21,9 @@ from regjax._threefry import row_major_index
 SAMPLERS = {"exact": regjax.bernoulli, "packed": regjax.packed_bernoulli}
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 SHAPES = [(8, 512, 64), (8, 128), (1, 2048, 32), (64, 96), (7, 9), (8,), (0, 8), ()]
+# One that packs along an axis that devices share, one too small to pack, and one without elements:
+# each pair of shape and layout is a program of its own.
+FEW = [(8, 512, 64), (8, 128), (0, 8)]
 
 
 @cache
@@ -47,20 +50,25 @@ def specs(shape: tuple[int, ...], names: tuple[str, ...], sizes: dict[str, int])
 
 
 @pytest.mark.parametrize(
-    "mesh_shape",
-    [*(pytest.param((n,), marks=pytest.mark.slow) for n in (1, 2, 4, 8)), (2, 4)],
-    ids=str,
+    ("mesh_shape", "shapes"),
+    [
+        pytest.param((2, 4), FEW, id="(2, 4)-few"),
+        *(
+            pytest.param(mesh, SHAPES, id=str(mesh), marks=pytest.mark.slow)
+            for mesh in ((1,), (2,), (4,), (8,), (2, 4))
+        ),
+    ],
 )
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape):
+def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape, shapes):
     names = ("a", "b")[: len(mesh_shape)]
     mesh = jax.make_mesh(mesh_shape, names, axis_types=(kind,) * len(names))
     sizes = dict(zip(names, mesh_shape, strict=True))
     key, scale = jax.random.key(4), np.float32(2)
     run = jax.jit(lambda x: regjax.dropout(x, 0.3, key=key, sampler=SAMPLERS[name]))
     with jax.set_mesh(mesh):
-        for shape in SHAPES:
+        for shape in shapes:
             for spec in specs(shape, names, sizes):
                 x = jax.device_put(jnp.full(shape, scale), NamedSharding(mesh, spec))
                 compiled = run.lower(x).compile()

@@ -61,7 +61,13 @@ def test_every_element_takes_the_bits_of_its_own_index(shape):
         np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
 
 
-WHOLES = [(3, 5, 2), (7, 2**31, 5), (5, 2**17, 2**16, 3), (2**33 // 2**2, 4), (2**20 + 7, 3 * 2**20)]
+WHOLES = [
+    (3, 5, 2),
+    (7, 2**31, 5),
+    (5, 2**17, 2**16, 3),
+    (2**33 // 2**2, 4),
+    (2**20 + 7, 3 * 2**20),
+]
 
 
 @pytest.mark.parametrize("whole", WHOLES, ids=str)
@@ -90,7 +96,9 @@ def test_more_than_a_word_of_elements():
     for shape in ((2**16, 2**16), (2**16, 2**16 + 1)):
         rows = [0, 1, 2**15, 2**16 - 1]
         draw = lambda: jax_threefry.counter_bits(jax_words(*KEY), shape)[jnp.array(rows), -2:]  # noqa: B023
-        index = [[row * shape[1] + column for column in (shape[1] - 2, shape[1] - 1)] for row in rows]
+        index = [
+            [row * shape[1] + column for column in (shape[1] - 2, shape[1] - 1)] for row in rows
+        ]
         expected = reference.bits(KEY, np.ravel(np.array(index, object))).reshape(4, 2)
         np.testing.assert_array_equal(np.asarray(jax.jit(draw)()), expected)
 
@@ -98,7 +106,9 @@ def test_more_than_a_word_of_elements():
 @pytest.mark.parametrize("start", [0, 2**30 - 2, 2**31 - 2, 2**32 - 2, 3 * 2**32 + 2**31 - 2])
 def test_a_range_of_bits(start):
     drawn = torch_threefry.range_bits(torch_words(*KEY), start, start + 4).numpy()
-    np.testing.assert_array_equal(drawn.view(np.uint32), reference.bits(KEY, range(start, start + 4)))
+    np.testing.assert_array_equal(
+        drawn.view(np.uint32), reference.bits(KEY, range(start, start + 4))
+    )
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
@@ -227,3 +237,19 @@ def test_without_words_to_share(wing: Wing, bits):
         changing = wing.traced(draw)(np.float32(threshold / 2**bits))
         for mask in (draw(threshold / 2**bits), changing):
             np.testing.assert_array_equal(wing.numpy(mask), drawn < threshold)
+
+
+def test_a_uniform_equal_to_the_threshold_is_dropped():
+    """The threshold of one element, exactly: it falls on the side of the dropped ones."""
+    (drawn,) = reference.bits((0, 9), [4])
+    for kept, uniform in enumerate((drawn >> 9, (drawn >> 9) + 1)):
+        keep_prob = float(uniform) / 2**23
+        for wing in WINGS:
+            assert wing.bernoulli(9, keep_prob, (5,))[4] == kept
+        assert bool(jax_masks.bernoulli_at(JAX.key(9), keep_prob, jax_words(0, 4))) == kept
+        assert torch_masks.bernoulli_at(TORCH.key(9), keep_prob, torch.tensor(4)) == kept
+
+
+def test_words_as_signed_integers():
+    for word in (0, 1, 2**31 - 1, 2**31, 2**32 - 1):
+        assert torch_threefry._signed(word) == np.uint32(word).view(np.int32)
