@@ -155,8 +155,8 @@ def test_a_changing_rate_goes_through_the_family_in_one_compilation():
         results = run(x, jnp.int32(step))
         twins = family(regtorch, torch.from_numpy(x), theirs(step), regtorch.key(0), step)
         for array, twin in zip(results, twins, strict=True):
-            words = (np.asarray(y).view(np.uint32) for y in (array, twin.numpy()))
-            np.testing.assert_array_equal(*words)
+            word, twin_word = (np.asarray(y).view(np.uint32) for y in (array, twin.numpy()))
+            np.testing.assert_array_equal(word, twin_word)
     assert len(traces) == 1
 
 

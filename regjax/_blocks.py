@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +162,7 @@ class _Blocks:
     share_channels: bool
     gamma_scale: float = 1.0
     scale_by_keep: bool = True
-    name: ClassVar[str] = "drop_block"
+    name: str = "drop_block"
 
     def keep(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
@@ -219,7 +219,7 @@ class _Dropped:
     """The complement of a mask of blocks: it keeps what they drop, and does not scale."""
 
     blocks: _Blocks
-    name: ClassVar[str] = "drop_block"
+    name: str = "drop_block"
 
     def keep(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]

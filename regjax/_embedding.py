@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,7 +75,7 @@ def embedding_dropout(
 class _Words:
     """The mask of the words that are there."""
 
-    name: ClassVar[str] = "embedding_dropout"
+    name: str = "embedding_dropout"
 
     def keep(
         self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +158,7 @@ def _noisy(
 class _Factors:
     """Factors around 1 in place of a mask."""
 
-    name: ClassVar[str] = "gaussian_dropout"
+    name: str = "gaussian_dropout"
 
     def keep(
         self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -144,7 +143,7 @@ class _Blocks:
     share_channels: bool
     gamma_scale: float = 1.0
     scale_by_keep: bool = True
-    name: ClassVar[str] = "drop_block"
+    name: str = "drop_block"
 
     def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
         """Draws where blocks start, and spreads them."""
@@ -182,7 +181,7 @@ class _Dropped:
     """The complement of a mask of blocks: it keeps what they drop, and does not scale."""
 
     blocks: _Blocks
-    name: ClassVar[str] = "drop_block"
+    name: str = "drop_block"
 
     def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
         """Draws the mask of the blocks."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -68,7 +67,7 @@ def embedding_dropout(
 class _Words:
     """The mask of the words that are there."""
 
-    name: ClassVar[str] = "embedding_dropout"
+    name: str = "embedding_dropout"
 
     def keep(self, x: Tensor, key: Tensor, rate: float | Tensor, ids: Tensor) -> Tensor:
         """The elements of a mask over the vocabulary, at the words' indices."""

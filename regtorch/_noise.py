@@ -9,7 +9,6 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -140,7 +139,7 @@ def _noisy(
 class _Factors:
     """Factors around 1 in place of a mask."""
 
-    name: ClassVar[str] = "gaussian_dropout"
+    name: str = "gaussian_dropout"
 
     def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
         """Draws the factors."""
