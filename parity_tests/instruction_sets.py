@@ -18,7 +18,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -131,7 +131,7 @@ def broken(setting: Setting, found: dict[str, list[str] | None]) -> list[str]:
     ]
 
 
-def page(results: dict[Setting, dict[str, list[str] | None] | str]) -> str:
+def page(results: Mapping[Setting, Mapping[str, list[str] | None] | str]) -> str:
     """Return the Markdown page of a matrix: results, or why a setting was skipped."""
     versions = (
         f"jax {jax.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
