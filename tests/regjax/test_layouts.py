@@ -173,7 +173,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 import regjax
 
-mesh = jax.make_mesh((8,), ("a",))
+mesh = jax.make_mesh((8,), ("a",), axis_types=(jax.sharding.AxisType.Explicit,))
 for sampler in (regjax.bernoulli, regjax.packed_bernoulli):
     for shape, spec in (((8, 512, 64), P("a")), ((8, 512, 64), P(None, "a")), ((64, 96), P("a"))):
         whole = np.asarray(sampler(jax.random.key(4), 0.7, shape))

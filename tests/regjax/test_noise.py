@@ -15,6 +15,7 @@ from regjax._exact import rounded
 from regjax._keys import key_words
 from regjax._quantile import quantile
 from regjax._threefry import threefry2x32
+from tests.regjax.versions import debug_key_reuse
 
 KEY = jax.random.key(0)
 X = jnp.linspace(-2.0, 3.0, 8 * 6 * 4).reshape(8, 6, 4)
@@ -91,7 +92,7 @@ def test_nothing_random_is_traced_where_nothing_is_random(noise):
 
 @each
 def test_key_reuse_is_still_seen(noise):
-    with jax.debug_key_reuse(True):
+    with debug_key_reuse():
         key = jax.random.key(1)
         noise(X, 0.3, key=key)
         with pytest.raises(jax.errors.KeyReuseError):

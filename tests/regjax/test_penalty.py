@@ -119,7 +119,11 @@ def test_jit_vmap_and_differentiation():
 
 
 def test_sharded_parameters():
-    with jax.set_mesh(jax.make_mesh((jax.device_count(),), ("data",))):
+    with jax.set_mesh(
+        jax.make_mesh(
+            (jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Explicit,)
+        )
+    ):
         params = jax.device_put(jnp.ones((8, 2)), jax.P("data"))
         assert l2_penalty({"a": params, "b": jnp.ones(2)}, 1.0) == 18
 
