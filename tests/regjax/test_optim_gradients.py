@@ -248,6 +248,13 @@ def test_a_step_uses_the_moment_unrounded_and_stores_it_rounded():
     assert dtypes((updates, state[2].trace)) == dtypes((expected, reference[0].trace))
 
 
+def test_a_narrow_moment_rounds_no_gradient():
+    with jax.enable_x64(True):
+        gradient = jnp.array([1 / 3], "float64")
+        updates = first_update(optim.sgd(1.0, 0.5, accumulator_dtype="float32"), gradient, gradient)
+        assert_close(updates, -gradient)
+
+
 @pytest.mark.parametrize("dtype", ["int32", "no dtype", 3.0])
 @pytest.mark.parametrize(("make", "option", "options", "field"), DTYPES.values(), ids=DTYPES)
 def test_a_moment_needs_a_float_dtype(make, option, options, field, dtype):
