@@ -131,7 +131,7 @@ def broken(setting: Setting, found: dict[str, list[str] | None]) -> list[str]:
     ]
 
 
-def page(results: Mapping[Setting, Mapping[str, list[str] | None] | str]) -> str:
+def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
     """Return the Markdown page of a matrix: results, or why a setting was skipped."""
     versions = (
         f"jax {jax.__version__}, torch {torch.__version__}, Python {platform.python_version()}"

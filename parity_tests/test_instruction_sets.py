@@ -94,7 +94,8 @@ def test_settings_that_the_cpu_has_not_are_skipped():
 def test_the_page_marks_what_is_broken_and_what_is_not_promised():
     unequal, equal = Setting("default", "avx2", "avx2", 1), Setting("avx2", "avx2", "avx2", 2)
     fused = next(promise.name for promise in PROMISES if promise.needs_fma)
-    found = {promise.name: [] for promise in PROMISES} | {fused: ["w: 1 of 2 elements"]}
+    found: dict[str, list[str] | None] = {promise.name: [] for promise in PROMISES}
+    found[fused] = ["w: 1 of 2 elements"]
     rows = {
         line.split(" | ")[0].removeprefix("| "): line.split(" | ")[2:]
         for line in page({unequal: found, equal: found, COVERING[-1]: "needs avx512"}).splitlines()
