@@ -4,8 +4,9 @@ In a model written with `import equinox as eqx`, import
 
     from regjax.equinox import Dropout
 
-and write `Dropout` for `eqx.nn.Dropout`: nothing else changes, and no float32 bit of what the model
-computes. The layers are thin: what each does stands at the function of its name in `regjax`.
+and write `Dropout` for `eqx.nn.Dropout`. Nothing else changes: a jitted model computes the same
+float32 bits, with the exceptions that `Dropout` lists. The layers are thin: the function of the
+same name in `regjax` documents each.
 
 As everywhere in Equinox, a layer is called on one example, with channels first and no batch, and is
 mapped over a batch with `jax.vmap` and a key for each example. What the functions decide for each
