@@ -42,6 +42,7 @@ FLOORS = {
     "_verdicts": 2,
     "_table": 3,
     "_rules": 4,
+    "optim._gradients": 1,
     "optim._links": 2,
     "optim._decays": 3,
     "optim._descent": 3,

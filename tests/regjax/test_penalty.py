@@ -246,7 +246,7 @@ def test_a_wider_reference_is_cast():
         (
             {**REFERENCE, "bias": [jnp.zeros(2), jnp.zeros(2)]},
             ValueError,
-            "another structure than the parameters at 'bias/1': the reference has an array",
+            r"reference at 'bias/0' has shape \(2,\)",
         ),
         (
             {**REFERENCE, "kernel": jnp.ones(2)},
