@@ -71,7 +71,7 @@ format: $(READY_DEV)  ## Let ruff format and fix
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-lock: $(READY_DEV)  ## Write the installed versions to constraints.txt
+lock: $(READY_DEV) $(READY_MUTANTS)  ## Write the installed versions to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(RUN) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	@mv constraints.new constraints.txt
