@@ -27,6 +27,15 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
         raise
 
 
+@pytest.fixture(scope="session")
+def contracts() -> bool:
+    """Whether XLA contracts a product and a sum, as it does where the CPU has fused multiply-adds."""
+    import jax
+
+    x = jax.numpy.float32(1 + 2**-12)
+    return bool(jax.jit(lambda x: x * x - x)(x) != x * x - x)
+
+
 @functools.cache
 def _compiles_float16() -> bool:
     import jax

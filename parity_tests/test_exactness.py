@@ -130,17 +130,18 @@ PLANTED = {
 
 
 @pytest.mark.parametrize(("case", "setting", "make"), PLANTED.values(), ids=PLANTED)
-def test_planted_defect_is_caught(case, setting, make):
+def test_planted_defect_is_caught(case, setting, make, contracts):
     found = measure(case, setting, STEPS, make)
-    assert found.broken, found
+    # Without fused multiply-adds there is nothing to fuse.
+    assert found.broken == (contracts or make is not _optax_sgd), found
 
 
-def test_no_guard_no_equal_bits(monkeypatch):
+def test_no_guard_no_equal_bits(monkeypatch, contracts):
     monkeypatch.setattr(_descent, "rounded_product", lambda x, factor: factor * x)
     found = measure(MOMENTUM, SYNTHETIC, STEPS)
-    # Fused and rounded sums are close: only the bits tell.
-    assert found.broken
-    assert found.mismatches > 1000
+    # Fused and rounded sums are close: only the bits differ, where XLA fuses.
+    assert found.broken == contracts
+    assert (found.mismatches > 1000) == contracts
     assert found.deviation < 1e-6
 
 
@@ -169,7 +170,7 @@ def test_command_writes_what_it_found(tmp_path, capsys):
 
 
 def test_command_fails_where_a_bound_is_broken(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_descent, "rounded_product", lambda x, factor: factor * x)
+    monkeypatch.setattr(_descent, "rounded_product", lambda x, factor: 1.001 * factor * x)
     arguments = ["--quick", "--only", "sgd-momentum", "--out", str(tmp_path)]
     assert exactness.main(arguments) == 1
     printed = capsys.readouterr().out

@@ -185,7 +185,7 @@ def dot_product_attention(
             weights = masked(weights, rate, rng, flag, settings)
             return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
 
-        if not observer():  # who would record the mask again
+        if not observer():  # under a checkpoint, an observer would record the mask twice
             # The backward pass drops again, and keeps the weights only as they were before.
             mixed = jax.checkpoint(mixed, prevent_cse=False)
         return mixed(weights, value, one_key)
@@ -200,7 +200,8 @@ def dot_product_attention(
     if evaluates:
         return attend()
     if one_key is None:
-        return jnp.zeros_like(value, shape=(*query.shape[:-1], value.shape[-1]))
+        zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
+        return zeros() if flag is False else lax.cond(flag, attend, zeros)
     watched = None
     if watching := observer():
         plan = blocks.plan(query, rate)

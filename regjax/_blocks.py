@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -135,12 +136,13 @@ def drop_block(
     """
     x = check_inexact(x)
     blocks = _check_blocks(x.shape, block_size, channel_axis, share_channels)
+    with_noise = check_bool("with_noise", with_noise)
     blocks = dataclasses.replace(
         blocks,
         gamma_scale=_check_gamma_scale(gamma_scale),
         scale_by_keep=check_bool("scale_by_keep", scale_by_keep) and not with_noise,
     )
-    if check_bool("with_noise", with_noise):
+    if with_noise:
         return _noisy(x, rate, key, deterministic, blocks)
     return drawn(x, rate, key, deterministic, blocks)
 
@@ -261,6 +263,7 @@ def _noisy(
     return kept + lax.cond(flag, lambda: jnp.zeros_like(x), noise)
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _noise(
     x: Float[Array, "*shape"], key: KeyLike, order: tuple[int, ...]
 ) -> Float[Array, "*shape"]:
@@ -308,17 +311,13 @@ def _check_gamma_scale(gamma_scale: float) -> float:
         TypeError: it is not a real number.
         ValueError: it is negative, infinite or NaN.
     """
-    if check_number("gamma_scale", gamma_scale) < 0:
-        raise ValueError(f"gamma_scale must be at least 0; got {gamma_scale}.")
-    return float(gamma_scale)
+    return check_number("gamma_scale", gamma_scale, minimum=0)
 
 
 def _check_blocks(
     shape: tuple[int, ...], block_size: int, channel_axis: int, share_channels: bool
 ) -> _Blocks:
     size, ndim = check_integer("block_size", block_size, minimum=1), len(shape)
-    if size < 1:
-        raise ValueError(f"block_size must be at least 1; got {block_size}.")
     axis = check_axis("channel_axis", channel_axis, ndim)
     if ndim < 3 or axis == 0:
         raise ValueError(

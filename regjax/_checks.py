@@ -7,6 +7,7 @@ wrong value a ValueError. The two packages have the same checks.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -156,7 +157,7 @@ def check_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
 
     Args:
         name: The name of the argument.
-        value: Anything that can be called and hashed, as JAX requires of what is static.
+        value: Anything that can be called.
         signature: What it takes, for the message.
 
     Raises:
@@ -167,8 +168,8 @@ def check_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
     return value
 
 
-def check_number(name: str, value: Any) -> float:
-    """Return a finite real number as a Python float.
+def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
+    """Return a finite real number, not below `minimum`, as a Python float.
 
     Raises:
         TypeError: `value` is not a real number, or it is traced.
@@ -182,6 +183,8 @@ def check_number(name: str, value: Any) -> float:
         )
     if number.ndim or not np.isfinite(number):
         raise ValueError(f"{name} must be a finite scalar; got {describe(value)}.")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}.")
     return float(number)
 
 
@@ -254,7 +257,7 @@ _SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "block_size": lambda name, value: check_integer(name, value, minimum=1),
     "broadcast_dims": check_integers,
     "channel_axis": check_integer,
-    "gamma_scale": check_number,
+    "gamma_scale": lambda name, value: check_number(name, value, minimum=0),
     "mode": lambda name, value: check_choice(name, value, ("row", "batch")),
     "rng_collection": check_string,
     "sampler": lambda name, value: check_callable(name, value, "(key, keep_prob, shape)"),
@@ -287,10 +290,12 @@ def naming(**names: str) -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError) as error:
-        argument = str(error).partition(" ")[0]
-        if argument not in names or type(error) not in (TypeError, ValueError):
+        # An inner function may have put its own name ahead already, with a colon.
+        argument, _, rest = str(error).partition(" ")
+        name, is_nested = argument.removesuffix(":"), argument.endswith(":")
+        if name not in names or type(error) not in (TypeError, ValueError):
             raise
-        raise type(error)(f"{names[argument]}: {error}") from None
+        raise type(error)(f"{names[name]}: {rest if is_nested else error}") from None
 
 
 def _is_bool(value: object) -> bool:

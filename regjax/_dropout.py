@@ -257,9 +257,6 @@ def _drop(
     kind: Kind,
     *arrays: Array,
 ) -> Inexact[Array, "*shape"]:
-    if isinstance(rate, jax.Array):
-        rate = rounded(rate)  # a product of the user's, perhaps, from which differences are made
-
     def masked(
         x: Inexact[Array, "*shape"], key: KeyLike, *arrays: Array
     ) -> Inexact[Array, "*shape"]:
@@ -277,6 +274,8 @@ def _apply_mask(
     kind: Kind,
     *arrays: Array,
 ) -> tuple[Inexact[Array, "*shape"], Bool[Array, ...]]:
+    if isinstance(rate, jax.Array):
+        rate = rounded(rate)  # the caller may pass a product, from which differences are made
     keep = kind.keep(x, key, rate, *arrays)
     dropped = kind.apply(x, keep, rate)
     if isinstance(rate, jax.Array):

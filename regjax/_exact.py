@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @jax.custom_jvp
 def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns `x`, and keeps a product that `x` is from being joined with a sum that it goes into.
+    """Return `x`, and prevent a compiler from contracting the product `x` with a later sum.
 
     XLA contracts `a * b + c` to one operation that rounds once, where PyTorch rounds twice, and
     neither `lax.optimization_barrier` nor `lax.reduce_precision` hinders it. An operation between

@@ -159,6 +159,8 @@ class Observer:
                 waiting.append(draw)
             if draw.is_complete():
                 waiting.remove(draw)
+                if not waiting:
+                    del self._unfinished[ticket, key, inputs]
         if draw.rate is not None and draw.is_complete():
             self._record_draw(call, key, draw.rate, draw.mask, draw.weights)
 

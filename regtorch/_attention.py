@@ -129,7 +129,9 @@ def dot_product_attention(
         return _blockwise(blocks, *arrays)
     if one_key is None:
         # In the graph, so that its gradient is zeros and not an error.
-        return _blockwise(blocks, *arrays).mul(0)
+        whole = _blockwise(blocks, *arrays)
+        keep = flag if isinstance(flag, Tensor) else torch.tensor(False, device=whole.device)
+        return torch.where(keep, whole, 0)
     record = None
     if watching := observer():
         record = watching.blockwise("dot_product_attention", rate, blocks.plan(query), flag)

@@ -116,12 +116,13 @@ def drop_block(
     """
     x = check_inexact(x)
     blocks = _check_blocks(tuple(x.shape), block_size, channel_axis, share_channels)
+    with_noise = check_bool("with_noise", with_noise)
     blocks = dataclasses.replace(
         blocks,
         gamma_scale=check_gamma_scale(gamma_scale),
         scale_by_keep=check_bool("scale_by_keep", scale_by_keep) and not with_noise,
     )
-    if check_bool("with_noise", with_noise):
+    if with_noise:
         return _noisy(x, rate, key, deterministic, blocks)
     return drawn(x, rate, key, deterministic, blocks)
 
@@ -212,7 +213,7 @@ def _noisy(
     noise = _noise(x, one_key, blocks.order(x.ndim))
     if not is_number(rate, 1):
         noise = made(noise, one_key, rate, _Dropped(blocks))
-    noisy = drawn(x, rate, one_key, False, blocks) + noise
+    noisy = drawn(x, rate, one_key, flag, blocks) + noise
     return torch.where(flag, x, noisy) if isinstance(flag, Tensor) else noisy
 
 
@@ -270,9 +271,7 @@ def check_gamma_scale(gamma_scale: float) -> float:
         TypeError: it is not a real number.
         ValueError: it is negative, infinite or NaN.
     """
-    if check_number("gamma_scale", gamma_scale) < 0:
-        raise ValueError(f"gamma_scale must be at least 0; got {gamma_scale}.")
-    return float(gamma_scale)
+    return check_number("gamma_scale", gamma_scale, minimum=0)
 
 
 def check_block_size(block_size: int) -> int:

@@ -77,6 +77,8 @@ def check_shape(name: str, value: Any) -> tuple[Any, ...]:
         TypeError: `value` is not a sequence of integers.
         ValueError: A size is negative.
     """
+    if type(value) is tuple and all(type(n) is int and n >= 0 for n in value):
+        return value
     items = _items(name, value, Sequence, "a sequence of sizes, such as (2, 3)")
     return tuple(
         n if isinstance(n, torch.SymInt) else check_integer(f"{name}[{i}]", n, minimum=0)
@@ -156,8 +158,8 @@ def check_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
     return value
 
 
-def check_number(name: str, value: Any) -> float:
-    """Return a finite real number as a Python float.
+def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
+    """Return a finite real number, not below `minimum`, as a Python float.
 
     Raises:
         TypeError: `value` is not a real number.
@@ -169,6 +171,8 @@ def check_number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a real number; got {describe(value)}.")
     if (is_tensor and value.ndim) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite scalar; got {describe(value)}.")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}.")
     return float(value)
 
 

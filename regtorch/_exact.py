@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Returns `x`, and keeps a product that `x` is from being joined with a sum that it goes into.
+    """Return `x`, and prevent a compiler from contracting the product `x` with a later sum.
 
     PyTorch runs operation by operation and rounds each. A compiler may contract `a * b + c` to one
     operation that rounds once, unless there is another one between the two. This one is the

@@ -20,7 +20,9 @@ the hyperparameters too, 0.99 to 0.988: give it `hyperparam_dtype=jnp.float32`.
 Every `update` compares its gradients with the parameters, or with the state where no parameters are
 passed. Another structure, another shape, a complex gradient of a real parameter, and a gradient of
 an integer are errors that name the leaf; the comparison is static, so it costs nothing under `jit`.
-A leaf whose gradient is None, or `float0`, keeps its value and its state, as in PyTorch. That
+A leaf whose gradient is None keeps its state, and its update is None: apply the updates with
+`equinox.apply_updates`, since `optax.apply_updates` raises on None. A `float0` gradient gives an
+update of zero. The step count is shared by all leaves, where PyTorch keeps one for each parameter. This
 covers the integers, functions and strings in an Equinox model: pass `eqx.filter(model,
 eqx.is_array)` to `init`, and the gradients of `eqx.filter_grad` to `update`. Arguments other than
 the usual three, such as `value`, are accepted and ignored.

@@ -209,8 +209,8 @@ def _zeros(leaf: Array, axis: int | None, *, if_factored: bool) -> Array | optax
     if (leaf.ndim > 1) != if_factored:
         return optax.MaskedNode()
     zeros = jnp.zeros_like(leaf)
-    # A mean, as at each update, so that the factor is sharded as its parameter is.
-    return zeros if axis is None else zeros.mean(axis, keepdims=True)
+    # A reduction, as at each update, so that the factor is sharded as its parameter is.
+    return zeros if axis is None else zeros.max(axis, keepdims=True, initial=0)
 
 
 def _cap_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -106,7 +106,7 @@ def sgd(
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("momentum", momentum, fix="pass 0.0 for none")
-    check_bounds("dampening", dampening, fix="pass 0.0 for none")
+    check_bounds("dampening", dampening, low=-1e30, high=1e30, fix="pass 0.0 for none")
     check_bool("nesterov", nesterov)
     check_float_dtype("accumulator_dtype", accumulator_dtype)
     damped = is_known(dampening) and dampening != 0

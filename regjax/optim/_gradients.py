@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.tree_util import GetAttrKey
 
@@ -72,8 +71,27 @@ def check_gradients(updates: PyTree, state: PyTree, params: PyTree | None) -> Ga
     gaps: dict[KeyPath, Any] = {}
     for what, tree in (("parameter", params), ("optimizer state", _moments(state))):
         if tree is not None:
-            gaps |= _compare(what, updates, tree)
+            gaps = _compare(what, updates, tree) | gaps  # the dtype of a parameter is its own
     return gaps
+
+
+def fill(gaps: Gaps, updates: PyTree, params: PyTree | None) -> tuple[PyTree, Gaps]:
+    """Give float parameters without a gradient a zero one, so that a mask function sees them.
+
+    Returns:
+        The gradients, and the remaining gaps, whose parameters no mask function looks at.
+    """
+    floats = {
+        path: leaf
+        for path, leaf in ({} if params is None else _by_path(params)).items()
+        if path in gaps and is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+    removed = {path: update for path, update in gaps.items() if path not in floats}
+
+    def filled(path: KeyPath, gradient: Any) -> Any:
+        return jnp.zeros_like(floats[path]) if path in floats else gradient
+
+    return jax.tree.map_with_path(filled, updates, is_leaf=_is_none), removed
 
 
 def without(gaps: Gaps, tree: PyTree) -> PyTree:
@@ -82,7 +100,7 @@ def without(gaps: Gaps, tree: PyTree) -> PyTree:
 
 
 def state_without(gaps: Gaps, state: PyTree) -> PyTree:
-    """Do the same in a state."""
+    """Replace the state of parameters without a gradient by None."""
 
     def keep(path: KeyPath, leaf: Any) -> Any:
         return None if _of_parameter(path) in gaps else leaf
@@ -90,24 +108,32 @@ def state_without(gaps: Gaps, state: PyTree) -> PyTree:
     return jax.tree.map_with_path(keep, state, is_leaf=_is_masked)
 
 
-def put_back(gaps: Gaps, updates: PyTree, new_updates: PyTree) -> PyTree:
+def put_back(gaps: Gaps, removed: Gaps, updates: PyTree, new_updates: PyTree) -> PyTree:
     """Insert the updates of parameters without a gradient."""
     rest = iter(jax.tree.leaves(new_updates))
     leaves, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=_is_none)
-    return structure.unflatten(
-        gaps[path] if path in gaps else None if leaf is None else next(rest)
-        for path, leaf in leaves
-    )
+
+    def update(path: KeyPath, leaf: Any) -> Any:
+        is_missing = path in removed or (leaf is None and path not in gaps)
+        computed = None if is_missing else next(rest)
+        return gaps.get(path, computed)
+
+    return structure.unflatten([update(path, leaf) for path, leaf in leaves])
 
 
-def put_state_back(gaps: Gaps, state: PyTree, new_state: PyTree) -> PyTree:
+def put_state_back(gaps: Gaps, removed: Gaps, state: PyTree, new_state: PyTree) -> PyTree:
     """Insert the state of parameters without a gradient, which stays as it is."""
     rest = iter(jax.tree.leaves(new_state))
     leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_masked)
-    return structure.unflatten(
-        leaf if _of_parameter(path) in gaps or _is_masked(leaf) else next(rest)
-        for path, leaf in leaves
-    )
+
+    def part(path: KeyPath, leaf: Any) -> Any:
+        parameter = _of_parameter(path)
+        if parameter in removed or _is_masked(leaf):
+            return leaf
+        computed = next(rest)
+        return leaf if parameter in gaps else computed
+
+    return structure.unflatten([part(path, leaf) for path, leaf in leaves])
 
 
 def _compare(what: str, updates: PyTree, tree: PyTree) -> Gaps:
@@ -128,16 +154,19 @@ def _compare(what: str, updates: PyTree, tree: PyTree) -> Gaps:
         if gradient is None:
             gaps[path] = None
             continue
-        where = f"{_describe(gradient)}{_at(path_name(path))}, where the {what} is "
+
+        def where(gradient: Any = gradient, path: KeyPath = path) -> str:
+            return f"{_describe(gradient)}{_at(path_name(path))}, where the {what} is "
+
         if not is_array(leaf) or not is_array(gradient):
             kind = ValueError if leaf is None else TypeError
             raise kind(
-                f"updates must be arrays where the parameters are; got {where}{_describe(leaf)}. "
+                f"updates must be arrays where the parameters are; got {where()}{_describe(leaf)}. "
                 "Pass None as the gradient of a leaf that is not trained."
             )
         if jnp.shape(gradient) != jnp.shape(leaf):
             raise ValueError(
-                f"updates must have the shapes of the parameters; got {where}{_describe(leaf)}. "
+                f"updates must have the shapes of the parameters; got {where()}{_describe(leaf)}. "
                 f"{_FIX}"
             )
         if gradient.dtype == jax.dtypes.float0:
@@ -150,7 +179,7 @@ def _compare(what: str, updates: PyTree, tree: PyTree) -> Gaps:
             )
         elif jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(leaf):
             raise TypeError(
-                f"updates must be real where the parameters are; got {where}{_describe(leaf)}. "
+                f"updates must be real where the parameters are; got {where()}{_describe(leaf)}. "
                 "Pass the real part."
             )
     return gaps
@@ -200,7 +229,7 @@ def _describe(leaf: Any) -> str:
     if leaf is _NOTHING:
         return "nothing"
     if is_array(leaf):
-        return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        return f"{leaf.dtype}{list(leaf.shape)}"
     return repr(leaf)
 
 

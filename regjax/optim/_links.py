@@ -14,9 +14,11 @@ from jax.core import Tracer
 
 from regjax._checks import check_bool
 from regjax._decay import check_coefficient, resolve_mask
+from regjax._paths import named_leaves
 from regjax.optim._gradients import (
     check_arrays,
     check_gradients,
+    fill,
     put_back,
     put_state_back,
     state_without,
@@ -219,7 +221,7 @@ def rounded_once(
     itself a momentum of 0.99 is 0.988, which sums up 85 gradients in place of 100.
 
     Arguments beyond optax's three, such as `value` for a line search in the same chain, are
-    ignored. A parameter whose gradient is None keeps its value and its state, as in PyTorch.
+    ignored. A parameter whose gradient is None keeps its state, and its update is None.
 
     Args:
         inner: The transformation, or a function that makes it from the parameters, in their own
@@ -241,10 +243,14 @@ def rounded_once(
         gaps = check_gradients(updates, state, params)
         if not gaps:
             return rounded(updates, state, params)
+        filled, removed = fill(gaps, updates, params)
         new_updates, new_state = rounded(
-            without(gaps, updates), state_without(gaps, state), without(gaps, params)
+            without(removed, filled), state_without(removed, state), without(removed, params)
         )
-        return put_back(gaps, updates, new_updates), put_state_back(gaps, state, new_state)
+        return (
+            put_back(gaps, removed, updates, new_updates),
+            put_state_back(gaps, removed, state, new_state),
+        )
 
     def rounded(updates: PyTree, state: PyTree, params: PyTree | None) -> tuple[PyTree, PyTree]:
         results = chain(params).update(*jax.tree.map(_widened, (updates, state, params)))
@@ -286,11 +292,20 @@ def widest(coefficient: ScalarLike) -> ScalarLike:
 def zeros_like(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Return zeros with the shapes and the sharding of the parameters, in one dtype if given."""
     check_arrays(params)
+    for name, leaf in [] if dtype is None else named_leaves(params):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"params must be real where a dtype of their moments is given; got {leaf.dtype} at "
+                f"'{name}'. Pass None as the dtype."
+            )
     return optax.tree.zeros_like(params, dtype=dtype and jnp.dtype(dtype))
 
 
 def promoted(updates: PyTree, moments: PyTree) -> tuple[PyTree, PyTree]:
     """Cast gradients and moments, which may be stored in another dtype, to the wider of both."""
+    pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(moments), strict=True)
+    if all(g.dtype == m.dtype for g, m in pairs):
+        return updates, moments
 
     def wider(g: Array, m: Array) -> Any:
         if g.dtype == m.dtype:
@@ -320,7 +335,7 @@ def check_pair(name: str, value: Any, *, fix: str, length: int = 2) -> None:
 
 
 def check_float_dtype(name: str, dtype: DTypeLike | None) -> None:
-    if dtype is not None and not is_dtype_of(jnp.inexact, dtype):
+    if dtype is not None and not is_dtype_of(jnp.floating, dtype):
         raise TypeError(
             f"{name} must be a float dtype or None; got {dtype!r}. Pass 'bfloat16' or 'float32'."
         )

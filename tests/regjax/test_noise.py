@@ -173,11 +173,12 @@ def test_rounding_is_the_identity_and_so_is_its_derivative(dtype):
     ],
     ids=["square", "product", "integer", "positive", "bounded"],
 )
-def test_no_product_is_joined_with_a_sum(product):
+def test_no_product_is_joined_with_a_sum(product, contracts):
     i = jnp.arange(10_000)
     x = jnp.linspace(0.5, 3.0, 10_000)
     apart = np.asarray(jax.jit(product)(i, x)) + np.asarray(x)
     guarded = jax.jit(lambda i, x: rounded(product(i, x)) + x)(i, x)
     np.testing.assert_array_equal(np.asarray(guarded), apart)
     joined = jax.jit(lambda i, x: product(i, x) + x)(i, x)
-    assert (np.asarray(joined) != apart).any()  # the test of the test: XLA does join them
+    # The test of the test: XLA does join them, where the CPU can.
+    assert (np.asarray(joined) != apart).any() == contracts
