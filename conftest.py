@@ -1,6 +1,7 @@
 """Settings of every test run, made before JAX is first imported."""
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -29,7 +30,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 
 @pytest.fixture(scope="session")
 def contracts() -> bool:
-    """Whether XLA contracts a product and a sum, as it does where the CPU has fused multiply-adds."""
+    """Whether XLA contracts a product and a sum: it does where the CPU fuses the two."""
     import jax
 
     x = jax.numpy.float32(1 + 2**-12)
@@ -67,6 +68,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = {item for test in cases.values() for item in test}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+# Traces are millions of small objects that live on: to look at them all again and again takes
+# 5 to 10 % of the time of a run.
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")

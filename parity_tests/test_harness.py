@@ -79,7 +79,11 @@ def test_float64_runs_are_the_same(name, optimizer):
 
 
 @pytest.mark.parametrize(
-    "name", ["perceptron", "convolutional", pytest.param("encoder", marks=pytest.mark.slow)]
+    "name",
+    [
+        "perceptron",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("convolutional", "encoder")),
+    ],
 )
 def test_float32_losses_are_the_same(name):
     found = run(name, "adamw", 30, LOSSES)

@@ -64,7 +64,17 @@ def test_list_and_only(monkeypatch, tmp_path, capsys):
     assert "names no check; there are: fine" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("check", checks.all_checks(), ids=lambda check: check.name)
+# `test_harness.py` trains the same models, so that one of them is enough here.
+SLOW = ("training/convolutional", "training/encoder")
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(check, id=check.name, marks=[pytest.mark.slow] * (check.name in SLOW))
+        for check in checks.all_checks()
+    ],
+)
 def test_every_check_passes(check):
     entry = program.run(check, quick=True)
     assert entry.verdict == "agrees", report.found(entry)

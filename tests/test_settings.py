@@ -180,7 +180,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     | {"penalties": penalties, "schedules": schedules},
 }
 # Sums, and operations that XLA contracts to one rounding where it compiles them together.
-ROUNDED = ("attention whole", "attention blockwise", "adam", "nadam")
+ROUNDED = ("attention whole", "attention blockwise", "adam", "adamw", "nadam")
 assert {name for name in vars(regjax.optim) if name[0].islower()} >= set(OPTIMIZERS.split())
 
 

@@ -22,8 +22,8 @@ passed. Another structure, another shape, a complex gradient of a real parameter
 an integer are errors that name the leaf; the comparison is static, so it costs nothing under `jit`.
 A leaf whose gradient is None keeps its state, and its update is None: apply the updates with
 `equinox.apply_updates`, since `optax.apply_updates` raises on None. A `float0` gradient gives an
-update of zero. The step count is shared by all leaves, where PyTorch keeps one for each parameter. This
-covers the integers, functions and strings in an Equinox model: pass `eqx.filter(model,
+update of zero. The step count is shared by all leaves, where PyTorch keeps one for each parameter.
+This covers the integers, functions and strings in an Equinox model: pass `eqx.filter(model,
 eqx.is_array)` to `init`, and the gradients of `eqx.filter_grad` to `update`. Arguments other than
 the usual three, such as `value`, are accepted and ignored.
 

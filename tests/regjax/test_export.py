@@ -90,7 +90,7 @@ def check(function, features, batches):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_exports_with_a_symbolic_batch(name):
     function, features, *batches = FUNCTIONS[name]
-    check(function, features, batches or (1, 32))
+    check(function, features, batches or (32,))
 
 
 def linen_layers(x, key):
@@ -131,11 +131,13 @@ def inputs_of(name, x):
     return (x.reshape(x.shape[0], 8, 8, 2),) if "Block" in name else (x,)
 
 
+# On both sides of 4,096 elements, where layers differ.
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 32])
 @pytest.mark.parametrize(
     "layers", [linen_layers, nnx_layers, equinox_layers, haiku_functions], ids=lambda f: f.__name__
 )
-def test_layers_export_with_a_symbolic_batch(layers):
-    check(layers, (128,), (1, 32))  # on both sides of 4,096 elements, where layers differ
+def test_layers_export_with_a_symbolic_batch(layers, batch):
+    check(layers, (128,), (batch,))
 
 
 def test_attention_exports_with_symbolic_lengths():
