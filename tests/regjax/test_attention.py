@@ -291,3 +291,12 @@ def test_on_many_devices(specs, kind, block_size):
     np.testing.assert_allclose(y, alone, atol=1e-6)
     assert y.sharding.is_equivalent_to(layout, 4)
     assert not [word for word in COLLECTIVES if f"{word}(" in compiled.as_text()]
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_at_rate_1_a_traced_flag_still_decides(block_size):
+    q, k, v = qkv()
+    run = jax.jit(lambda flag: attend(q, k, v, rate=1.0, deterministic=flag, block_size=block_size))
+    expected = attend(q, k, v, deterministic=True)
+    np.testing.assert_allclose(run(True), expected, rtol=1e-5, atol=1e-6)
+    assert not run(False).any()

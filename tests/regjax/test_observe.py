@@ -290,3 +290,16 @@ def test_observed_attention_in_blocks_takes_hardly_more_memory():
         observed = measured()
     assert alone < 2**21
     assert observed < 1.25 * alone
+
+
+def test_a_rate_that_is_a_product_rounds_alike_while_it_is_observed():
+    steps = jnp.arange(1, 200)
+
+    def run(x, steps):
+        return jax.vmap(lambda step: drop(x, rate=step.astype(jnp.float32) * 0.0037))(steps)
+
+    plain = jax.jit(run)(X2, steps)
+    with regjax.observing(lambda event: None):
+        observed = jax.jit(run)(X2, steps)
+        jax.effects_barrier()
+    np.testing.assert_array_equal(plain, observed)

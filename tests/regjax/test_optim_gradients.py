@@ -369,3 +369,33 @@ def test_a_mask_that_is_false_for_all_is_refused(name, make, mask):
     with pytest.raises(ValueError, match=message):
         make(weight_decay=0.1, mask=mask)
     make(weight_decay=0.0, mask=mask).init(PARAMS) if name != "muon" else None
+
+
+def test_a_mask_function_sees_parameters_without_a_gradient():
+    rules = [("b", False), ("**", True)]
+    optimizer = optim.adamw(0.1, mask=lambda params: regjax.decay_mask(params, rules))
+    state = optimizer.init(PARAMS)
+    updates, new_state = optimizer.update({**GRADIENT, "b": None}, state, PARAMS)
+    expected, _ = optimizer.update(GRADIENT, state, PARAMS)
+    np.testing.assert_array_equal(updates["a"], expected["a"])
+    assert updates["b"] is None
+    for field in ("mu", "nu"):
+        moments = (optax.tree.get(each, field)["b"] for each in (state, new_state))
+        np.testing.assert_array_equal(*moments)
+
+
+def test_an_integer_keeps_its_value_beside_narrow_moments():
+    params = {"w": jnp.ones(3), "steps": jnp.array(1_000_003)}
+    gradient = {"w": jnp.ones(3), "steps": np.zeros((), jax.dtypes.float0)}
+    optimizer = optim.adam(0.1, mu_dtype="bfloat16")
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    assert updates["steps"].dtype == jnp.int32
+    assert optax.apply_updates(params, updates)["steps"] == 1_000_003
+
+
+def test_complex_moments_have_no_narrow_dtype():
+    optimizer = optim.sgd(0.1, 0.9, accumulator_dtype="float32")
+    with pytest.raises(TypeError, match=r"params must be real .* got complex64 at 'w'"):
+        optimizer.init({"w": jnp.ones(3, complex)})
+    with pytest.raises(TypeError, match="accumulator_dtype must be a float dtype"):
+        optim.sgd(0.1, 0.9, accumulator_dtype="complex64")

@@ -110,3 +110,22 @@ def test_compiled_in_one_graph(block_size):
         torch.autograd.grad(f(*arrays), arrays) for f in (torch.compile(loss, fullgraph=True), loss)
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_at_rate_1_a_tensor_as_a_flag_still_decides(block_size):
+    query, key, value = inputs(requires_grad=False)
+    call = lambda flag, rate=1.0: regtorch.dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_rng=KEY,
+        dropout_rate=rate,
+        deterministic=flag,
+        block_size=block_size,
+    )
+    torch.testing.assert_close(call(torch.tensor(True)), call(True))
+    assert not call(torch.tensor(False)).any()
+    if block_size:  # the whole form multiplies its zeros with the values
+        value[0] = torch.inf
+        assert not call(False).any()

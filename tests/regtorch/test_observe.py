@@ -103,3 +103,12 @@ def test_what_a_tensor_as_a_flag_turns_off_is_not_told(flags):
     flags = torch.tensor(flags)
     drawn, _ = watch(lambda: torch.func.vmap(at)(flags) if len(flags) > 1 else at(flags[0]))
     assert len(drawn) == int((~flags).sum())
+
+
+def test_noise_in_place_of_blocks_draws_nothing_in_evaluation():
+    x = torch.ones(2, 8, 8, 3)
+    options = {"key": regtorch.key(0), "with_noise": True, "block_size": 3}
+    draws, _ = watch(
+        lambda: regtorch.drop_block(x, 0.3, deterministic=torch.tensor(True), **options)
+    )
+    assert not draws
