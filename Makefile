@@ -34,7 +34,7 @@ mutants: $(READY_MUTANTS)  ## Plant a defect at a time in the core and see it ca
 	$(RUN) -m tests.mutants $(ARGS)
 
 test-isa: $(READY)  ## Every promise of equal bits under every instruction set of this CPU, as a table
-	$(RUN) -m parity_tests.instruction_sets --jobs 2 --out docs/instruction_sets.md $(ARGS)
+	$(RUN) -m parity_tests.instruction_sets --jobs 2 $(ARGS)
 
 test-versions: $(READY_DEV)  ## Run the tests on each supported Python and JAX (ARGS="-s floor -- --cases 2" for a part)
 	$(RUN) -m nox $(ARGS)

@@ -24,6 +24,7 @@ from pathlib import Path
 import jax
 import torch
 
+from parity_tests.output import prepare, write_atomically
 from parity_tests.promises import PROMISES
 
 LEVELS = ("default", "avx2", "avx512")  # as PyTorch calls them
@@ -140,7 +141,7 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
     lines = [
         "# Equal bits under every instruction set",
         "",
-        "Written by `make test-isa`. Each column is a process under one setting:",
+        "Written by `python -m parity_tests.instruction_sets --out PAGE`. Each column is a process under one setting:",
         "`ATEN_CPU_CAPABILITY` / `--xla_cpu_max_isa` / `ONEDNN_MAX_CPU_ISA` / threads.",
         "",
         f"{_processor()}; {versions}; {datetime.date.today().isoformat()}.",
@@ -189,6 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--out", type=Path, help="where to write the page")
     options = parser.parse_args(arguments)
+    if options.out:
+        prepare(parser, options.out.parent)
     settings, host = EVERY if options.every else COVERING, host_level()
     results: dict[Setting, dict[str, list[str] | None] | str] = {}
     failures = []
@@ -204,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failures += [] if isinstance(found, str) else lines
             print(f"{len(results):3d}  {setting}: {'; '.join(lines) or 'all kept'}", flush=True)
             if options.out:
-                options.out.write_text(page(results))
+                write_atomically(options.out, page(results))
     return bool(failures)
 
 

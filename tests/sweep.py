@@ -336,7 +336,7 @@ def main() -> int:
         if finding.verdict != "fine":
             print(*finding, sep="\t")
     print(dict(Counter(finding.verdict for finding in found)))
-    return 0
+    return int(any(finding.verdict != "fine" for finding in found))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ def test_the_floor_session_tests_the_lower_bounds(name):
     assert REQUIREMENTS[name] == f">={exact}"  # and no upper bound
 
 
+def test_the_sessions_install_the_tools_of_the_tests():
+    extra = PROJECT["optional-dependencies"]["test"]
+    names = {re.split(r"[>\[]", each)[0] for each in extra} - {"regjax"}
+    assert names <= {*constant("TOOLS"), *constant("PACKAGES")}
+
+
 def test_pythons_are_those_of_the_sessions_and_the_docs():
     minor = re.compile(r"Programming Language :: Python :: (3\.\d+)")
     pythons = [found[1] for c in PROJECT["classifiers"] if (found := minor.fullmatch(c))]

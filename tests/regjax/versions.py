@@ -13,6 +13,10 @@ import numpy as np
 # the layers of Flax, Equinox and Haiku then differ from themselves under jit in the last bit.
 EAGER_DIVISION_IS_EXACT = jax.__version_info__ < (0, 10)
 
+# XLA of JAX 0.12 may fuse a mask with the gradient of a convolution, and contracts other products
+# and sums there than in a program that draws the mask apart.
+CONVOLUTIONS_MAY_FUSE_WITH_MASKS = jax.__version_info__ >= (0, 12)
+
 
 def assert_same_eagerly(mine: Any, theirs: Any) -> None:
     """Assert equal bits outside of jit; before JAX 0.10, equality to one unit in the last place."""
