@@ -141,7 +141,8 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
     lines = [
         "# Equal bits under every instruction set",
         "",
-        "Written by `python -m parity_tests.instruction_sets --out PAGE`. Each column is a process under one setting:",
+        "Written by `python -m parity_tests.instruction_sets --out PAGE`. Each column is a process",
+        "under one setting:",
         "`ATEN_CPU_CAPABILITY` / `--xla_cpu_max_isa` / `ONEDNN_MAX_CPU_ISA` / threads.",
         "",
         f"{_processor()}; {versions}; {datetime.date.today().isoformat()}.",
