@@ -71,7 +71,7 @@ def check_gradients(updates: PyTree, state: PyTree, params: PyTree | None) -> Ga
     gaps: dict[KeyPath, Any] = {}
     for what, tree in (("parameter", params), ("optimizer state", _moments(state))):
         if tree is not None:
-            gaps = _compare(what, updates, tree) | gaps  # the dtype of a parameter is its own
+            gaps = {**_compare(what, updates, tree), **gaps}  # a parameter keeps its own dtype
     return gaps
 
 
