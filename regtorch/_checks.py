@@ -208,8 +208,9 @@ def check_generator(name: str, value: Any) -> torch.Generator | None:
     """
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(
-            f"{name} must be a torch.Generator or None; got {describe(value)}. A key belongs to a "
-            "single call: layer(x, key=key)."
+            f"{name} must be a torch.Generator or None; got {describe(value)}. A key in a "
+            "layer would draw the same mask at every step: pass a new key to each call, "
+            "layer(x, key=key), or torch.Generator().manual_seed(seed) here."
         )
     return value
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regtorch._checks import check_generator
 from regtorch._embedding import embedding_dropout
 from regtorch._masks import check_probability
 from regtorch.nn._layer import GeneratorModule
@@ -37,7 +36,7 @@ class EmbeddingDropout(GeneratorModule):
     def __init__(self, rate: float = 0.1, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.rate = check_probability("rate", rate)
-        self.generator = check_generator("generator", generator)
+        self.generator = generator
 
     def forward(
         self, x: Tensor, ids: Tensor, *, key: Tensor | torch.Generator | None = None

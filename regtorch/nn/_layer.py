@@ -21,13 +21,7 @@ class GeneratorModule(nn.Module):
 
     @generator.setter
     def generator(self, generator: torch.Generator | None) -> None:
-        if not isinstance(generator, torch.Generator | None):
-            raise TypeError(
-                f"generator must be a torch.Generator or None; got {generator!r}. A key in a layer "
-                "would draw the same mask at every step: pass a new key to each call, "
-                "layer(x, key=key), or torch.Generator().manual_seed(seed) here."
-            )
-        self.__dict__["generator"] = generator
+        self.__dict__["generator"] = check_generator("generator", generator)
 
 
 class Layer(GeneratorModule):
@@ -36,7 +30,7 @@ class Layer(GeneratorModule):
     def __init__(self, rate: float = 0.5, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.rate = check_probability("rate", rate)
-        self.generator = check_generator("generator", generator)
+        self.generator = generator
 
     def forward(self, x: Tensor, *, key: Tensor | torch.Generator | None = None) -> Tensor:
         """Drops in training, nothing in evaluation; `key` comes before the generator."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regtorch._checks import check_generator
 from regtorch._noise import check_noise_rate, check_stddev, gaussian_dropout, gaussian_noise
 from regtorch.nn._layer import GeneratorModule, Layer
 
@@ -73,7 +72,7 @@ class GaussianNoise(GeneratorModule):
     def __init__(self, stddev: float, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.stddev = check_stddev(stddev)
-        self.generator = check_generator("generator", generator)
+        self.generator = generator
 
     def forward(self, x: Tensor, *, key: Tensor | torch.Generator | None = None) -> Tensor:
         """Adds noise in training, nothing in evaluation; `key` comes before the generator."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regtorch._checks import check_generator
 from regtorch._masks import check_probability
 from regtorch._rules import decay_mask
 from regtorch._weights import drop_connect
@@ -75,7 +74,7 @@ class DropConnect(GeneratorModule):
                 f"module has no parameter that rule {rule!r} says True of, so there is nothing to "
                 "drop"
             )
-        self.generator = check_generator("generator", generator)
+        self.generator = generator
 
     def forward(
         self, *args: Any, key: Tensor | torch.Generator | None = None, **kwargs: Any

@@ -248,7 +248,6 @@ def test_weights_are_sown_where_flax_sows_them():
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
 
 
-@pytest.mark.skipif(not hasattr(nnx, "capture"), reason="Flax has nnx.capture since 0.12.6")
 def test_weights_are_sown_where_nnx_captures_them():
     x = jax.random.normal(jax.random.key(1), (2, 6, 8))
     with jax.numpy_rank_promotion("allow"):

@@ -265,7 +265,6 @@ def test_a_moment_needs_a_float_dtype(make, option, options, field, dtype):
         make(**{option: dtype})
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
 @each_optimizer
 def test_the_state_is_sharded_as_the_parameters(optimizer, kind):
