@@ -1,9 +1,8 @@
 """Makes the tables from which `normal` computes: `python -m benchmarks.quantile > TABLE`.
 
-What it prints is the text of `regjax/_quantile_tables.py` and `regtorch/_quantile_tables.py`. Each
-polynomial interpolates at the Chebyshev nodes of its interval, which comes within a small factor of
-the best one of its degree; it is computed with 50 digits and rounded once. mpmath comes with
-PyTorch.
+What it prints is the text of `regshared/quantile_tables.py`. Each polynomial interpolates at the
+Chebyshev nodes of its interval, which comes within a small factor of the best one of its degree; it
+is computed with 50 digits and rounded once. mpmath comes with PyTorch.
 """
 
 from __future__ import annotations

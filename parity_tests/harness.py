@@ -35,7 +35,7 @@ from parity_tests.recording import (
     value_deviations,
 )
 from parity_tests.wings import from_torch, to_torch
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 from regjax.interop import Leaf as Leaf
 from regjax.interop._leaves import report
 from regjax.interop._states import MOMENTS

@@ -20,7 +20,7 @@ import regtorch.optim
 from parity_tests.compare import FLOAT64, assert_same_at_every_step, deviation
 from parity_tests.optimizers.case import at, no_bias
 from parity_tests.trajectories import Problem, Run, synthetic
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 
 STEPS = 200
 SHAPES = {"head/kernel": (8, 3), "stem/bias": (8,), "stem/kernel": (5, 8)}

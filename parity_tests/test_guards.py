@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,12 +231,6 @@ def test_what_is_asked_wrongly_is_refused(wing: Wing):
         with pytest.raises(ValueError, match=rf"train_step must return .* got {got}\."):
             lib.check_dropout(wrong, *carry)
     lib.check_dropout(step, x, x).raise_if_wrong()
-
-
-def test_the_wings_judge_by_the_same_rules():
-    """`_findings.py` knows no framework: it is the same file, but for the name of its wing."""
-    ours, theirs = (inspect.getsource(wing.library._findings) for wing in WINGS)
-    assert ours.replace("regjax", "regtorch") == theirs
 
 
 def test_watching_sees_the_rows_of_a_torch_vmap():

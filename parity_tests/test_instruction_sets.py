@@ -11,8 +11,8 @@ import pytest
 import torch
 from jax import lax
 
-import regjax._exact
-import regtorch._exact
+import regjax._random.rounding
+import regtorch._random.rounding
 from parity_tests import instruction_sets, promises
 from parity_tests.instruction_sets import CORE, COVERING, EVERY, Setting, broken, page
 from parity_tests.promises import PROMISES, many_rates
@@ -49,9 +49,9 @@ def test_square_roots_are_correctly_rounded(dtype):
     x = np.r_[2.0 ** rng.uniform(-60, 60, 20_000), rng.uniform(0, 8, 20_000), 0, 1, 4, np.inf]
     x = x.astype(dtype)
     with jax.enable_x64(dtype == np.float64):
-        ours = np.asarray(jax.jit(regjax._exact.exact_sqrt)(x))
+        ours = np.asarray(jax.jit(regjax._random.rounding.exact_sqrt)(x))
     np.testing.assert_array_equal(ours, np.sqrt(x))
-    theirs = regtorch._exact.exact_sqrt(torch.tensor(x))
+    theirs = regtorch._random.rounding.exact_sqrt(torch.tensor(x))
     np.testing.assert_array_equal(theirs.numpy(), np.sqrt(x))
 
 
@@ -64,13 +64,15 @@ def test_a_root_off_by_one_is_mended(monkeypatch, ulps):
             lax.bitcast_convert_type(jnp.sqrt(x), np.int32) + np.int32(ulps), np.float32
         )
 
-    monkeypatch.setattr(regjax._exact.lax, "sqrt", shifted)
-    ours = jax.jit(lambda x: regjax._exact.exact_sqrt(x))(x)
+    monkeypatch.setattr(regjax._random.rounding.lax, "sqrt", shifted)
+    ours = jax.jit(lambda x: regjax._random.rounding.exact_sqrt(x))(x)
     np.testing.assert_array_equal(np.asarray(ours), np.sqrt(x))
 
 
 def test_a_broken_promise_is_found(monkeypatch):
-    monkeypatch.setattr("regtorch._noise.exact_sqrt", lambda x: x.sqrt().nextafter(x.new_tensor(9)))
+    monkeypatch.setattr(
+        "regtorch._dropout.gaussian.exact_sqrt", lambda x: x.sqrt().nextafter(x.new_tensor(9))
+    )
     promise = promises.Promise("traced rates", "", lambda: many_rates(3, [np.float32]))
     assert [line.split(":")[0] for line in promise.broken()] == [
         "gaussian_dropout, float32, traced"

@@ -18,7 +18,7 @@ from parity_tests.harness import Leaf
 from parity_tests.optimizers._muon import BFLOAT16
 from parity_tests.trajectories import nested
 from parity_tests.wings import from_torch, to_torch
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 from regjax.interop import (
     optimizer_from_torch,
     schedule_from_torch,

@@ -9,11 +9,11 @@ import pytest
 
 from parity_tests import reference
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
-from regjax import _keys as jax_keys
-from regjax import _masks as jax_masks
-from regjax import _threefry as jax_threefry
-from regtorch import _masks as torch_masks
-from regtorch import _threefry as torch_threefry
+from regjax._random import bernoulli as jax_masks
+from regjax._random import keys as jax_keys
+from regjax._random import threefry as jax_threefry
+from regtorch._random import bernoulli as torch_masks
+from regtorch._random import threefry as torch_threefry
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
 SHAPES = [(), (0,), (1,), (257,), (3, 5, 7), (2, 1, 9), (64, 33)]

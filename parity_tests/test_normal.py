@@ -14,8 +14,8 @@ import pytest
 from scipy import special
 
 import regjax
-import regjax._quantile
-import regtorch._quantile
+import regjax._random.quantile
+import regtorch._random.quantile
 from parity_tests.wings import JAX, TORCH, WINGS, Wing, from_torch, to_torch
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
@@ -43,8 +43,8 @@ def exact(u: np.ndarray) -> np.ndarray:
 
 def quantiles(wing: Wing, u: np.ndarray) -> np.ndarray:
     if wing is JAX:
-        return np.asarray(jax.jit(regjax._quantile.quantile)(u))
-    return from_torch(regtorch._quantile.quantile(to_torch(u)))
+        return np.asarray(jax.jit(regjax._random.quantile.quantile)(u))
+    return from_torch(regtorch._random.quantile.quantile(to_torch(u)))
 
 
 def test_every_variate_of_float32():

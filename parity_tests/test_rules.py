@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ import regjax
 import regtorch
 from parity_tests.compare import FLOAT64, assert_same_at_every_step, deviation
 from parity_tests.trajectories import Run
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 
 STEPS = 20
 LR = 0.01
@@ -354,13 +353,3 @@ def test_frozen_in_both():
         return optax.chain(optax.masked(optax.set_to_zero(), still), _adamw(mask))
 
     assert_same_at_every_step(_jax_run(model, frozen), _torch_run(model, freeze), FLOAT64)
-
-
-@pytest.mark.parametrize("name", ["_verdicts", "_table"])
-def test_the_language_is_one_text_in_both_wings(name):
-    """No wing may import the other, so what both say is there twice; it cannot drift apart."""
-    texts = []
-    for wing in (regjax, regtorch):
-        source = Path(wing.__path__[0], f"{name}.py").read_text()
-        texts.append(source.replace(wing.__name__, "WING"))
-    assert texts[0] == texts[1]

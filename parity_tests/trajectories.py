@@ -17,9 +17,9 @@ import torch
 import regjax.optim
 from parity_tests import optimizers, reference_penalty
 from parity_tests.optimizers.case import Case, Leaves
-from regjax._paths import named_leaves
-from regjax._penalty import l2_penalty as jax_l2_penalty
-from regtorch._penalty import l2_penalty as torch_l2_penalty
+from regjax._decay.paths import named_leaves
+from regjax._decay.penalty import l2_penalty as jax_l2_penalty
+from regtorch._decay.penalty import l2_penalty as torch_l2_penalty
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,60 +18,22 @@ from jax import export
 from jax.core import Tracer
 from jax.sharding import PartitionSpec, Sharding
 
+from regshared.checks import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_integer,
+    check_integers,
+    check_items,
+    check_string,
+    describe,
+)
+
 if TYPE_CHECKING:
     from jax.typing import ArrayLike, DTypeLike
     from jaxtyping import Array
 
     Dim = Any  # an integer, or a symbolic size under `jax.export`
-
-
-def describe(value: object) -> str:
-    """Describe a wrong value in a few words: an array by dtype and shape, not by its numbers."""
-    if isinstance(value, jax.Array | np.ndarray):
-        return f"an array of dtype {value.dtype} and shape {value.shape}"
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def check_integer(
-    name: str, value: Any, minimum: int | None = None, maximum: int | None = None
-) -> int:
-    """Return an integer as a Python int.
-
-    Args:
-        name: The name of the argument.
-        value: A Python or NumPy integer, or a concrete 0-d array of an integer type; not a bool.
-        minimum: The smallest value allowed.
-        maximum: The largest value allowed.
-
-    Raises:
-        TypeError: `value` is not an integer, or it is traced.
-        ValueError: `value` is out of range.
-    """
-    if type(value) is not int:
-        if isinstance(value, Tracer):
-            raise TypeError(f"{name} must be an integer known before tracing; got {value!r}.")
-        try:
-            if _is_bool(value) or getattr(value, "ndim", 0):
-                raise TypeError
-            value = operator.index(value)
-        except TypeError:
-            raise TypeError(f"{name} must be an integer; got {describe(value)}.") from None
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}; got {value}.")
-    if maximum is not None and value > maximum:
-        raise ValueError(f"{name} must be at most {maximum}; got {value}.")
-    return value
-
-
-def check_integers(name: str, value: Any) -> tuple[int, ...]:
-    """Return a collection of integers, such as dimensions, as a tuple of Python ints.
-
-    Raises:
-        TypeError: `value` is neither a collection of integers nor a concrete 1-D array of them.
-    """
-    items = _items(name, value, Collection, "a sequence of integers, such as (0, 1)")
-    return tuple(check_integer(f"{name}[{i}]", item) for i, item in enumerate(items))
 
 
 def check_shape(name: str, value: Any) -> tuple[Dim, ...]:
@@ -89,83 +50,11 @@ def check_shape(name: str, value: Any) -> tuple[Dim, ...]:
     """
     if type(value) is tuple and all(type(n) is int and n >= 0 for n in value):
         return value
-    items = _items(name, value, Sequence, "a sequence of sizes, such as (2, 3)")
+    items = check_items(name, value, Sequence, "a sequence of sizes, such as (2, 3)")
     return tuple(
         n if export.is_symbolic_dim(n) else check_integer(f"{name}[{i}]", n, minimum=0)
         for i, n in enumerate(items)
     )
-
-
-def check_bool(name: str, value: object) -> bool:
-    """Return a flag as a Python bool.
-
-    Args:
-        name: The name of the argument.
-        value: A bool, a NumPy bool, or a concrete 0-d boolean array.
-
-    Raises:
-        TypeError: `value` is anything else. A string or a number is not a flag: `bool("False")`
-            is True.
-    """
-    if isinstance(value, bool):
-        return value
-    if not _is_bool(value) or isinstance(value, Tracer) or getattr(value, "ndim", 0):
-        raise TypeError(f"{name} must be True or False; got {value!r}.")
-    return bool(value)
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Return one of several words.
-
-    Raises:
-        TypeError: `value` is not a string.
-        ValueError: `value` is none of the choices.
-    """
-    error = ValueError if isinstance(value, str) else TypeError
-    if not isinstance(value, str) or value not in choices:
-        *most, last = (f'"{choice}"' for choice in choices)
-        raise error(f"{name} must be {', '.join(most)} or {last}; got {describe(value)}.")
-    return value
-
-
-def check_string(name: str, value: Any, wanted: str = "a string") -> str:
-    """Return a string; `wanted` describes it for the message.
-
-    Raises:
-        TypeError: `value` is not a string.
-    """
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be {wanted}; got {describe(value)}.")
-    return value
-
-
-def check_strings(name: str, value: Any) -> list[str]:
-    """Return a collection of globs as a list.
-
-    Raises:
-        TypeError: `value` is a single string, or anything else than a collection of strings.
-    """
-    if isinstance(value, str):
-        raise TypeError(f"{name} must be a collection of globs: [{value!r}].")
-    if not isinstance(value, Collection) or not all(isinstance(each, str) for each in value):
-        raise TypeError(f"{name} must be a collection of globs; got {describe(value)}.")
-    return list(value)
-
-
-def check_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
-    """Return a function.
-
-    Args:
-        name: The name of the argument.
-        value: Anything that can be called.
-        signature: What it takes, for the message.
-
-    Raises:
-        TypeError: `value` cannot be called.
-    """
-    if not callable(value):
-        raise TypeError(f"{name} must be a function {signature}; got {describe(value)}.")
-    return value
 
 
 def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
@@ -296,17 +185,3 @@ def naming(**names: str) -> Iterator[None]:
         if name not in names or type(error) not in (TypeError, ValueError):
             raise
         raise type(error)(f"{names[name]}: {rest if is_nested else error}") from None
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_
-
-
-def _items(name: str, value: Any, kind: type, wanted: str) -> Collection[Any]:
-    """The items of a list, a tuple or the like; not those of a string or a dict."""
-    is_array = isinstance(value, jax.Array | np.ndarray)
-    if is_array and value.ndim == 1 and not isinstance(value, Tracer):
-        return [*np.asarray(value)]
-    if is_array or isinstance(value, str | bytes | Mapping) or not isinstance(value, kind):
-        raise TypeError(f"{name} must be {wanted}; got {describe(value)}.")
-    return value

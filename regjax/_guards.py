@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from regjax._checks import check_callable
-from regjax._findings import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
-from regjax._observe import Observer, SampledDraw, SiteKey, observed_by
+from regjax._random.events import Observer, SampledDraw, observed_by
+from regshared.checks import check_callable
+from regshared.events import SiteKey
+from regshared.report import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
 
 if TYPE_CHECKING:
-    from regjax._findings import Expected, Step
+    from regshared.report import Expected, Step
 
 
 def check_dropout(

@@ -45,11 +45,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from regjax._alpha import alpha_dropout, alpha_masked
-from regjax._blocks import drop_block
 from regjax._checks import check_array, check_settings, naming
-from regjax._depth import drop_path
-from regjax._dropout import (
+from regjax._dropout.alpha import alpha_dropout, alpha_masked
+from regjax._dropout.core import (
     Settings,
     check_axis,
     check_flag,
@@ -59,21 +57,23 @@ from regjax._dropout import (
     keep_prob_of,
     masked,
 )
-from regjax._embedding import embedding_dropout
-from regjax._keys import check_key, key_words
-from regjax._masks import Sampler, bernoulli, check_probability, exact_keep_prob
-from regjax._noise import check_stddev, gaussian_dropout, gaussian_noise
-from regjax._observe import observer
-from regjax._recurrent import variational_dropout
-from regjax._weights import drop_connect
-from regjax.layers import compared
+from regjax._dropout.drop_block import drop_block
+from regjax._dropout.drop_connect import drop_connect
+from regjax._dropout.drop_path import drop_path
+from regjax._dropout.embedding import embedding_dropout
+from regjax._dropout.gaussian import check_stddev, gaussian_dropout, gaussian_noise
+from regjax._dropout.variational import variational_dropout
+from regjax._layers import compared
+from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exact_keep_prob
+from regjax._random.events import observer
+from regjax._random.keys import check_key, key_words
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Inexact, Integer, PyTree
 
-    from regjax._keys import KeyLike
-    from regjax._verdicts import Rule
+    from regjax._random.keys import KeyLike
+    from regshared.decay_rules import Rule
 
 # Bound once: this class may be assigned to `eqx.nn.Dropout`, which must not become its own base.
 # Any, as the annotation of its p leaves arrays out.

@@ -34,30 +34,20 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 
-from regjax import (
-    _alpha,
-    _blocks,
-    _depth,
-    _dropout,
-    _embedding,
-    _features,
-    _noise,
-    _recurrent,
-    _weights,
-)
+import regjax
 from regjax._checks import check_array, naming
-from regjax._dropout import check_inexact, keep_mask, keep_prob_of
-from regjax._keys import check_key, key_words
-from regjax._masks import Sampler, bernoulli, check_probability, exact_keep_prob
-from regjax._observe import observer
-from regjax.layers import compared, wrapped_dims
+from regjax._layers import compared, wrapped_dims
+from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exact_keep_prob
+from regjax._random.events import observer
+from regjax._random.keys import check_key, key_words
+from regjax.regjax._dropout.core import check_inexact, keep_mask, keep_prob_of
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Inexact, Integer, PyTree
 
-    from regjax._keys import KeyLike
-    from regjax._verdicts import Rule
+    from regjax._random.keys import KeyLike
+    from regshared.decay_rules import Rule
 
 
 @naming(key="rng")
@@ -127,7 +117,7 @@ def dropout(
         return x
     key = check_key(rng)
     if x.dtype != jnp.float32 or sampler is not bernoulli:
-        return _dropout.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
+        return regjax.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
     if watching := observer():
         watched = _masked_at_tracer if is_traced else _masked_at_number
         dropped, keep = watched(x, key, rate, dims)
@@ -168,7 +158,7 @@ def feature_dropout(
         Array([[0., 0., 2., 2.],
                [0., 2., 2., 0.]], dtype=float32)
     """
-    return _features.feature_dropout(x, rate, key=rng, channel_axis=channel_axis, sampler=sampler)
+    return regjax.feature_dropout(x, rate, key=rng, channel_axis=channel_axis, sampler=sampler)
 
 
 @naming(key="rng")
@@ -203,7 +193,7 @@ def alpha_dropout(
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
     """
     dims = wrapped_dims(broadcast_dims, check_array("x", x).ndim, of="x", error=ValueError)
-    return _alpha.alpha_dropout(x, rate, key=rng, broadcast_dims=dims, sampler=sampler)
+    return regjax.alpha_dropout(x, rate, key=rng, broadcast_dims=dims, sampler=sampler)
 
 
 @naming(key="rng")
@@ -237,7 +227,7 @@ def feature_alpha_dropout(
         >>> feature_alpha_dropout(jax.random.key(0), 0.5, jnp.zeros((1, 3, 4)))[0, 0]
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
     """
-    return _alpha.feature_alpha_dropout(
+    return regjax.feature_alpha_dropout(
         x, rate, key=rng, channel_axis=channel_axis, sampler=sampler
     )
 
@@ -278,7 +268,7 @@ def drop_path(
                [2., 2.],
                [2., 2.]], dtype=float32)
     """
-    return _depth.drop_path(
+    return regjax.drop_path(
         x, rate, key=rng, mode=mode, scale_by_keep=scale_by_keep, sampler=sampler
     )
 
@@ -327,7 +317,7 @@ def drop_block(
                [0, 0, 0, 1, 1, 1, 1, 1],
                [1, 1, 1, 1, 1, 1, 1, 1]], dtype=int32)
     """
-    return _blocks.drop_block(
+    return regjax.drop_block(
         x,
         rate,
         key=rng,
@@ -373,7 +363,7 @@ def variational_dropout(
         Array([[[0., 0., 2., 2., 0., 2.],
                 [0., 0., 2., 2., 0., 2.]]], dtype=float32)
     """
-    return _recurrent.variational_dropout(x, rate, key=rng, time_axis=time_axis, sampler=sampler)
+    return regjax.variational_dropout(x, rate, key=rng, time_axis=time_axis, sampler=sampler)
 
 
 @naming(key="rng")
@@ -405,7 +395,7 @@ def embedding_dropout(
         >>> embedding_dropout(jax.random.key(0), 0.5, table[ids], ids)[:, 0]
         Array([0., 2., 0., 2.], dtype=float32)
     """
-    return _embedding.embedding_dropout(x, ids, rate, key=rng)
+    return regjax.embedding_dropout(x, ids, rate, key=rng)
 
 
 @naming(key="rng")
@@ -448,7 +438,7 @@ def drop_connect(
         >>> network.apply(dropped, x).shape
         (2, 3)
     """
-    return _weights.drop_connect(weights, rate, key=rng, rule=rule, sampler=sampler)
+    return regjax.drop_connect(weights, rate, key=rng, rule=rule, sampler=sampler)
 
 
 @naming(key="rng")
@@ -475,7 +465,7 @@ def gaussian_dropout(
         >>> gaussian_dropout(jax.random.key(0), 0.5, jnp.ones(3))
         Array([2.622642  , 3.0252647 , 0.56640565], dtype=float32)
     """
-    return _noise.gaussian_dropout(x, rate, key=rng)
+    return regjax.gaussian_dropout(x, rate, key=rng)
 
 
 @naming(key="rng")
@@ -502,7 +492,7 @@ def gaussian_noise(
         >>> gaussian_noise(jax.random.key(0), 0.5, jnp.zeros(3))
         Array([ 0.811321  ,  1.0126324 , -0.21679717], dtype=float32)
     """
-    return _noise.gaussian_noise(x, stddev, key=rng)
+    return regjax.gaussian_noise(x, stddev, key=rng)
 
 
 def _as_theirs(

@@ -37,25 +37,30 @@ import jax
 from flax import nnx
 from jax.core import Tracer
 
-from regjax._alpha import alpha_dropout, feature_alpha_dropout
-from regjax._blocks import drop_block
 from regjax._checks import check_array, check_settings, naming
-from regjax._depth import drop_path
-from regjax._dropout import check_flag, dropout
-from regjax._embedding import embedding_dropout
-from regjax._features import feature_dropout
-from regjax._masks import Sampler, bernoulli, check_probability
-from regjax._noise import check_noise_rate, check_stddev, gaussian_dropout, gaussian_noise
-from regjax._recurrent import variational_dropout
-from regjax._weights import drop_connect
-from regjax.layers import as_flax_draws, wrapped_dims
+from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
+from regjax._dropout.core import check_flag, dropout
+from regjax._dropout.drop_block import drop_block
+from regjax._dropout.drop_connect import drop_connect
+from regjax._dropout.drop_path import drop_path
+from regjax._dropout.embedding import embedding_dropout
+from regjax._dropout.features import feature_dropout
+from regjax._dropout.gaussian import (
+    check_noise_rate,
+    check_stddev,
+    gaussian_dropout,
+    gaussian_noise,
+)
+from regjax._dropout.variational import variational_dropout
+from regjax._layers import as_flax_draws, wrapped_dims
+from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, Inexact, Integer
 
-    from regjax._keys import KeyLike
-    from regjax._verdicts import Rule
+    from regjax._random.keys import KeyLike
+    from regshared.decay_rules import Rule
 
     Source = nnx.Rngs | nnx.RngStream | KeyLike
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regtorch._checks import check_callable
-from regtorch._findings import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
-from regtorch._observe import Observer, SampledDraw, SiteKey, observed_by
+from regshared.checks import check_callable
+from regshared.events import SiteKey
+from regshared.report import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
+from regtorch._random.events import Observer, SampledDraw, observed_by
 
 if TYPE_CHECKING:
-    from regtorch._findings import Expected, Step
+    from regshared.report import Expected, Step
 
 
 def check_dropout(

@@ -34,15 +34,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regtorch._checks import check_bool
-from regtorch._decay import (
-    check_coefficient,
-    check_reference,
-    resolve_mask,
-    resolve_reference,
-    widened,
-)
-from regtorch._paths import named_leaves
+from regshared.checks import check_bool, check_coefficient
+from regtorch._decay.paths import named_leaves
+from regtorch._decay.validation import check_reference, resolve_mask, resolve_reference, widened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,8 +44,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from regtorch._decay import Mask
-    from regtorch._paths import Params
+    from regtorch._decay.paths import Params
+    from regtorch._decay.validation import Mask
 
     Schedule = float | Tensor | Callable[[int], float]
     # From a parameter, the step that is subtracted from it, and what it decays towards.

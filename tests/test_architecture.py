@@ -205,9 +205,11 @@ def test_arguments_are_checked_in_one_place(wing):
 
 def test_climbing_is_seen():
     """The test of the test."""
-    assert climbing("regjax", "_keys", "from regjax._masks import bernoulli") == {"_masks"}
+    assert climbing("regjax", "_keys", "from regjax._random.bernoulli import bernoulli") == {
+        "_masks"
+    }
     assert climbing("regjax", "_keys", "from regjax import _dropout") == {"_dropout"}
-    assert not climbing("regjax", "_dropout", "from regjax._masks import bernoulli")
+    assert not climbing("regjax", "_dropout", "from regjax._random.bernoulli import bernoulli")
     assert imports("if TYPE_CHECKING:\n    import torch") == set()
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from parity_tests.compare import FLOAT32
 from parity_tests.wings import from_torch
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 from regjax.interop._leaves import Leaf
 from regjax.interop._params import leaves_from_torch, params_from_torch
 

@@ -25,7 +25,7 @@ from parity_tests.compare import FLOAT64, assert_same_at_every_step
 from parity_tests.optimizers.case import Case
 from parity_tests.trajectories import WALKS, synthetic
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 
 TIMES = 20 if os.environ.get("PROPERTIES") == "thorough" else 1
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)

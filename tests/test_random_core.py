@@ -16,14 +16,14 @@ import torch
 
 from parity_tests import reference
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
-from regjax import _keys as jax_keys
-from regjax import _masks as jax_masks
-from regjax import _packed as jax_packed
-from regjax import _threefry as jax_threefry
-from regtorch import _keys as torch_keys
-from regtorch import _masks as torch_masks
-from regtorch import _packed as torch_packed
-from regtorch import _threefry as torch_threefry
+from regjax._random import bernoulli as jax_masks
+from regjax._random import keys as jax_keys
+from regjax._random import packed as jax_packed
+from regjax._random import threefry as jax_threefry
+from regtorch._random import bernoulli as torch_masks
+from regtorch._random import keys as torch_keys
+from regtorch._random import packed as torch_packed
+from regtorch._random import threefry as torch_threefry
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
 KEY = (0x13198A2E, 0x83707344)

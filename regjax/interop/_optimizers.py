@@ -8,7 +8,7 @@ import jax
 import optax
 
 from regjax import optim
-from regjax._paths import named_leaves, path_name
+from regjax._decay.paths import named_leaves, path_name
 from regjax.interop._leaves import FROZEN, check_class, number, read_recipe, report
 from regjax.interop._schedules import (
     check_scheduler_options,

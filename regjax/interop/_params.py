@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax._paths import named_leaves, path_name
+from regjax._decay.paths import named_leaves, path_name
 from regjax.interop._leaves import Leaf
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import PyTree
 
-    from regjax._paths import KeyPath
+    from regjax._decay.paths import KeyPath
 
 # What PyTorch calls a leaf of Linen, NNX, Equinox or Haiku. Other leaves have one name in both.
 _TORCH_NAMES = {

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.tree_util import GetAttrKey, SequenceKey
 
-from regjax._paths import path_name
+from regjax._decay.paths import path_name
 from regjax.interop._leaves import check_class, read_recipe
 from regjax.interop._schedules import (
     ScheduledMomentumState,

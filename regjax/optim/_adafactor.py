@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax._checks import check_bool
-from regjax._decay import check_coefficient
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 from regjax.optim._gradients import check_arrays
 from regjax.optim._links import (
     OFF,
@@ -24,6 +22,7 @@ from regjax.optim._links import (
     rounded_once,
     widest,
 )
+from regshared.checks import check_bool, check_coefficient
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -26,16 +26,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax._decay import (
-    check_coefficient,
-    check_reference,
-    resolve_mask,
-    resolve_reference,
-    resolve_scale,
-)
-from regjax._paths import named_leaves, path_name
+from regjax._decay.paths import named_leaves, path_name
+from regjax._decay.validation import check_reference, resolve_mask, resolve_reference, resolve_scale
 from regjax.optim._gradients import is_array
 from regjax.optim._links import check_mask, is_zero, rounded_once
+from regshared.checks import check_coefficient
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from regjax._checks import check_bool
-from regjax._decay import check_coefficient
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 from regjax.optim._gradients import check_arrays
 from regjax.optim._links import (
     OFF,
@@ -30,6 +28,7 @@ from regjax.optim._links import (
     widest,
     zeros_like,
 )
+from regshared.checks import check_bool, check_coefficient
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike

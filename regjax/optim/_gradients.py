@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import GetAttrKey
 
-from regjax._paths import named_leaves, path_name
+from regjax._decay.paths import named_leaves, path_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from jaxtyping import PyTree
 
-    from regjax._paths import KeyPath
+    from regjax._decay.paths import KeyPath
 
     # By path in the parameters, the update of a parameter without a gradient.
     Gaps = Mapping[KeyPath, Any]

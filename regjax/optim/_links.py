@@ -12,9 +12,8 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from regjax._checks import check_bool
-from regjax._decay import check_coefficient, resolve_mask
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
+from regjax._decay.validation import resolve_mask
 from regjax.optim._gradients import (
     check_arrays,
     check_gradients,
@@ -24,6 +23,7 @@ from regjax.optim._gradients import (
     state_without,
     without,
 )
+from regshared.checks import check_bool, check_coefficient
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,9 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from regjax._checks import check_bool
-from regjax._decay import check_coefficient
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 from regjax.optim._gradients import check_arrays
 from regjax.optim._links import (
     add_in_turn,
@@ -27,6 +25,7 @@ from regjax.optim._links import (
     rounded_once,
     zeros_like,
 )
+from regshared.checks import check_bool, check_coefficient
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax._checks import check_bool
-from regjax._decay import check_coefficient
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
 from regjax.optim._gradients import check_arrays
 from regjax.optim._links import OFF, ascend, check_rates, decay_weights, is_zero, rounded_once
+from regshared.checks import check_bool, check_coefficient
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from regtorch._alpha import alpha_dropout, feature_alpha_dropout
+from regtorch._dropout.alpha import alpha_dropout, feature_alpha_dropout
 from regtorch.nn._layer import Layer
 
 

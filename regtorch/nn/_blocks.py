@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from regtorch._blocks import check_block_size, check_gamma_scale, drop_block
-from regtorch._checks import check_bool, check_tensor
+from regshared.checks import check_bool
+from regtorch._checks import check_tensor
+from regtorch._dropout.drop_block import check_block_size, check_gamma_scale, drop_block
 from regtorch.nn._layer import Layer
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from regtorch._checks import check_bool
-from regtorch._depth import check_mode, drop_path
+from regshared.checks import check_bool
+from regtorch._dropout.drop_path import check_mode, drop_path
 from regtorch.nn._layer import Layer
 
 

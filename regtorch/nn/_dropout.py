@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regtorch._checks import check_integers
-from regtorch._dropout import dropout
+from regshared.checks import check_integers
+from regtorch._dropout.core import dropout
 from regtorch.nn._layer import Layer
 
 

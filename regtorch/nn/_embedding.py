@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regtorch._embedding import embedding_dropout
-from regtorch._masks import check_probability
+from regtorch._dropout.embedding import embedding_dropout
+from regtorch._random.bernoulli import check_probability
 from regtorch.nn._layer import GeneratorModule
 
 

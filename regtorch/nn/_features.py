@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from regtorch._checks import check_tensor
-from regtorch._features import feature_dropout
+from regtorch._dropout.features import feature_dropout
 from regtorch.nn._layer import Layer
 
 

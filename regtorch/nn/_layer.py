@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from regtorch._checks import check_generator
-from regtorch._masks import check_probability
+from regtorch._random.bernoulli import check_probability
 
 
 class GeneratorModule(nn.Module):

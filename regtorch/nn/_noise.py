@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regtorch._noise import check_noise_rate, check_stddev, gaussian_dropout, gaussian_noise
+from regtorch._dropout.gaussian import (
+    check_noise_rate,
+    check_stddev,
+    gaussian_dropout,
+    gaussian_noise,
+)
 from regtorch.nn._layer import GeneratorModule, Layer
 
 

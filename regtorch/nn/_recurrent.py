@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regtorch._checks import check_integer
-from regtorch._recurrent import variational_dropout
+from regshared.checks import check_integer
+from regtorch._dropout.variational import variational_dropout
 from regtorch.nn._layer import Layer
 
 

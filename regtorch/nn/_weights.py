@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regtorch._masks import check_probability
-from regtorch._rules import decay_mask
-from regtorch._weights import drop_connect
+from regtorch._decay.param_trees import decay_mask
+from regtorch._dropout.drop_connect import drop_connect
+from regtorch._random.bernoulli import check_probability
 from regtorch.nn._layer import GeneratorModule
 
 if TYPE_CHECKING:
-    from regtorch._verdicts import Rule
+    from regshared.decay_rules import Rule
 
 
 class DropConnect(GeneratorModule):

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
-from regjax._threefry import slice_index
+from regjax._random.threefry import slice_index
 
 KEY = jax.random.key(3)
 both_forms = pytest.mark.parametrize("block_size", [None, 3], ids=["whole", "blocks"])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from regjax._decay import check_coefficient, resolve_mask
-from regjax._paths import named_leaves
+from regjax._decay.paths import named_leaves
+from regjax._decay.validation import resolve_mask
+from regshared.checks import check_coefficient
 
 
 class Layer(NamedTuple):

@@ -64,11 +64,11 @@ def test_a_traced_true_flag_spends_no_random_bits():
 
 
 def test_eager_calls_compile_once():
-    before = regjax._dropout._drop_at_number._cache_size()
+    before = regjax._dropout.core._drop_at_number._cache_size()
     x = jnp.ones((3, 5, 11))
     for seed in range(4):
         apply(x, jax.random.key(seed), 0.37)
-    assert regjax._dropout._drop_at_number._cache_size() == before + 1
+    assert regjax._dropout.core._drop_at_number._cache_size() == before + 1
 
 
 def test_the_gradient_is_the_mask_times_the_scale():

@@ -13,7 +13,7 @@ from jax import export
 
 import regjax
 from regjax import equinox, haiku, linen, nnx
-from regjax._threefry import slice_index
+from regjax._random.threefry import slice_index
 from tests.regjax.family import FAMILY
 
 KEY = jax.random.key_data(jax.random.key(3))

@@ -17,8 +17,8 @@ import regjax
 import regjax.linen
 import regjax.nnx
 from regjax import DropoutProblem as Problem
-from regjax._findings import Drawn, Site, judge
 from regjax._guards import ADVICE
+from regshared.report import Drawn, Site, judge
 
 ROOT = jax.random.key(3)
 X = jnp.linspace(-1.0, 1.0, 8 * 16).reshape(8, 16)

@@ -10,7 +10,7 @@ import pytest
 
 import regjax
 from regjax import equinox, haiku, linen, nnx
-from regjax.layers import as_flax_draws, uniform, wrapped_dims
+from regjax._layers import as_flax_draws, uniform, wrapped_dims
 
 KEY = jax.random.key(5)
 KEYS = {

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
-from regjax import _packed
-from regjax._threefry import row_major_index
+from regjax._random import packed as _packed
+from regjax._random.threefry import row_major_index
 
 SAMPLERS = {"exact": regjax.bernoulli, "packed": regjax.packed_bernoulli}
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")

@@ -11,10 +11,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
-from regjax._exact import rounded
-from regjax._keys import key_words
-from regjax._quantile import quantile
-from regjax._threefry import threefry2x32
+from regjax._random.keys import key_words
+from regjax._random.quantile import quantile
+from regjax._random.rounding import rounded
+from regjax._random.threefry import threefry2x32
 from tests.regjax.versions import debug_key_reuse
 
 KEY = jax.random.key(0)

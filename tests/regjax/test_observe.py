@@ -13,8 +13,9 @@ import regjax.equinox
 import regjax.haiku
 import regjax.linen
 import regjax.nnx
-from regjax import _observe
-from regjax._observe import Draw, SiteKey
+from regjax._random import events as _observe
+from regjax._random.events import Draw
+from regshared.events import SiteKey
 from tests.regjax.family import FAMILY
 from tests.regjax.family import X as X2
 

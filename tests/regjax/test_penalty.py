@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from regjax._penalty import elastic_net_penalty, l1_penalty, l2_penalty, l2_sp_penalty
+from regjax._decay.penalty import elastic_net_penalty, l1_penalty, l2_penalty, l2_sp_penalty
 
 PARAMS = {"kernel": jnp.array([[1.0, 2.0], [-3.0, 0.5]]), "bias": [jnp.array([2.0]), None]}
 SUM = 1 + 4 + 9 + 0.25 + 4

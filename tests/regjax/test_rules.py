@@ -18,7 +18,8 @@ from flax import nnx
 
 import regjax
 from regjax import decay_mask, decay_rates, decay_table
-from regjax._paths import matches, named_leaves, words
+from regjax._decay.paths import named_leaves
+from regshared.globs import matches, words
 
 KEY = jax.random.key(0)
 TOKENS = jnp.zeros((2, 3), jnp.int32)

@@ -7,7 +7,7 @@ import jax.export
 import numpy as np
 import pytest
 
-from regjax import _packed
+from regjax._random import packed as _packed
 
 
 def bits_of(words, group, parts):

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
-from regjax._observe import Draw
+from regjax._random.events import Draw
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (4, 6))

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import regtorch
 from regtorch import keyed
-from regtorch._keys import site_words
+from regtorch._random.keys import site_words
 
 ROOT = regtorch.key(7)
 X = torch.linspace(-2.0, 3.0, 24).reshape(3, 8)
@@ -202,7 +202,7 @@ ATTENTION = {
 @pytest.fixture
 def no_dropout(monkeypatch):
     """Dropout that keeps everything, on both sides."""
-    monkeypatch.setattr("regtorch.keyed_layers.dropout", lambda x, rate, *, key: x)
+    monkeypatch.setattr("regtorch.keyed.layers.dropout", lambda x, rate, *, key: x)
     monkeypatch.setattr(F, "dropout", lambda x, p: x)
     kernel = F.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -311,7 +311,7 @@ def test_recurrent_layers_drop_between_layers():
 def test_each_gap_between_recurrent_layers_has_its_own_key(monkeypatch):
     keys = []
     drop = lambda x, rate, *, key: keys.append(key.tolist()) or x
-    monkeypatch.setattr("regtorch.keyed_layers.dropout", drop)
+    monkeypatch.setattr("regtorch.keyed.layers.dropout", drop)
     keyed_model(nn.ModuleDict({"rnn": nn.GRU(8, 8, 3, dropout=0.5)}))["rnn"](X)
     assert keys == [at("rnn.0").tolist(), at("rnn.1").tolist()]
 

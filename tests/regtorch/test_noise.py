@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import regtorch
-from regtorch._exact import rounded
+from regtorch._random.rounding import rounded
 
 KEY = regtorch.key(4)
 X = torch.linspace(-2.0, 3.0, 8 * 6 * 4).reshape(8, 6, 4)

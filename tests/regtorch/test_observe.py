@@ -7,7 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import regtorch
-from regtorch._observe import Draw, SiteKey
+from regshared.events import SiteKey
+from regtorch._random.events import Draw
 
 KEY = regtorch.key(0)
 X = torch.arange(1.0, 9.0)

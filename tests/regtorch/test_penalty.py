@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from regtorch._penalty import elastic_net_penalty, l1_penalty, l2_penalty, l2_sp_penalty
+from regtorch._decay.penalty import elastic_net_penalty, l1_penalty, l2_penalty, l2_sp_penalty
 
 KERNEL, BIAS = torch.tensor([[1.0, 2.0], [-3.0, 0.5]]), torch.tensor([2.0])
 SUM = 1 + 4 + 9 + 0.25 + 4

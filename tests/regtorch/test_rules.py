@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import regtorch
+from regshared.globs import matches
 from regtorch import decay_groups, decay_mask, decay_rates, decay_table
-from regtorch._paths import matches
 
 
 def model() -> nn.Sequential:

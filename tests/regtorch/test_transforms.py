@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import regtorch
-from regtorch import _threefry
+from regtorch._random import threefry as _threefry
 
 X = torch.linspace(-2.0, 3.0, 48).reshape(6, 8)
 KEYS = regtorch.split(regtorch.key(3), 6)

@@ -1,0 +1,270 @@
+"""The parameters of a pytree as a rule sees them, and what decays: see `regshared.decay_rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from regjax._decay.paths import path_name
+from regshared.checks import check_strings
+from regshared.decay_rules import (
+    Parameter,
+    Place,
+    bools,
+    kind_of_attribute,
+    kind_of_class,
+    listed,
+    rates,
+)
+from regshared.decay_table import DecayTable, table_of
+from regshared.globs import components, matches, words
+
+if TYPE_CHECKING:
+    from jaxtyping import PyTree, ScalarLike
+
+    from regshared.decay_rules import Rule
+
+
+def decay_mask(
+    params: PyTree, rule: Rule = "default", *, frozen: str | Sequence[str] = ()
+) -> PyTree[bool]:
+    """Say of each parameter whether it decays.
+
+    For the `mask` of `regjax.optim`, of optax and of `regjax.l2_penalty`; the function itself is a
+    mask too, `mask=regjax.decay_mask`; under `optax.inject_hyperparams`, which takes a function for
+    a schedule, name it in `static_args=("mask",)`.
+
+    Args:
+        params: Plain containers, dataclasses, Flax variables, an `nnx.State` or module, an Equinox
+            module, Haiku parameters; arrays, tracers or `jax.ShapeDtypeStruct`.
+        rule: `"default"`, a glob, a function `(path, leaf, kind)`, or pairs of glob and verdict:
+            `regshared.decay_rules` describes them. Paths are joined by slashes; the `value` inside a
+            Flax variable is not in them. `kind` is 'linear', 'conv', 'embedding', 'norm',
+            'attention', 'recurrent', 'activation' or empty: of the class of an Equinox or nnx
+            module, and otherwise what its name suggests.
+        frozen: Globs of parameters that get no gradient. PyTorch skips these, while optax decays
+            every parameter: name them here, and a zero gradient leaves them as they are.
+
+    Returns:
+        A tree of bools with the structure of `params`. What is no parameter is False: leaves that
+        are no float or complex arrays, Flax's `batch_stats`, `cache`, `intermediates` and
+        `perturbations` beside `params`, variables of nnx that are no `Param`, states of Equinox.
+
+    Raises:
+        TypeError: `params` is a single leaf that is no parameter, such as a step count; `rule` has
+            another form, or says something else than True or False: for rates,
+            see `decay_rates`.
+        ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
+            know one; a function says False of everything. The message names the glob and paths.
+
+    PyTorch: `regtorch.decay_mask(module, rule)`, by the same rules, where frozen is what does not
+    require a gradient.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> norm = {"scale": jnp.ones(3), "bias": jnp.ones(3)}
+        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "norm": norm}
+        >>> decay_mask(params)
+        {'dense': {'bias': False, 'kernel': True}, 'norm': {'bias': False, 'scale': False}}
+        >>> decay_mask(params, [("bias", True), ("**", "default")])
+        {'dense': {'bias': True, 'kernel': True}, 'norm': {'bias': True, 'scale': False}}
+        >>> decay_mask(params, "encoder/**")
+        Traceback (most recent call last):
+        ValueError: rule has 'encoder/**', which matches none of 'dense/bias' [3],
+        'dense/kernel' [2, 3], 'norm/bias' [3], 'norm/scale' [3]
+    """
+    parameters = _parameters(params, frozen)
+    return _tree(params, parameters, bools(_present(parameters), rule), False)
+
+
+def decay_rates(
+    params: PyTree,
+    weight_decay: ScalarLike = 1.0,
+    rule: Rule = "default",
+    *,
+    frozen: str | Sequence[str] = (),
+) -> PyTree[ScalarLike]:
+    """Say of each parameter how strongly it decays.
+
+    For `regjax.optim.add_decay_by_leaf`. Under a schedule give the default `weight_decay` here, and
+    the schedule there.
+
+    Args:
+        params: As in `decay_mask`.
+        weight_decay: The rate of what the rule says True of.
+        rule: As in `decay_mask`; a verdict may be a rate, which stands as it is.
+        frozen: As in `decay_mask`.
+
+    Returns:
+        A tree of numbers with the structure of `params`, 0.0 where nothing decays.
+
+    Raises:
+        TypeError: As `decay_mask` does, or a rate is no number.
+        ValueError: As `decay_mask` does, or a rate is negative, infinite or NaN.
+
+    PyTorch: `regtorch.decay_rates(module, weight_decay, rule)`, or ready for an optimizer
+    `regtorch.decay_groups`.
+
+    Examples:
+        >>> import jax.numpy as jnp, optax, regjax
+        >>> layer = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+        >>> params = {"stem": layer, "head": layer}
+        >>> rates = decay_rates(params, 0.1, [("head/kernel", 0.5), ("**", "default")])
+        >>> rates
+        {'head': {'bias': 0.0, 'kernel': 0.5}, 'stem': {'bias': 0.0, 'kernel': 0.1}}
+        >>> adamw = optax.chain(
+        ...     optax.scale_by_adam(),
+        ...     regjax.optim.add_decay_by_leaf(rates),
+        ...     optax.scale_by_learning_rate(1e-3),
+        ... )
+    """
+    parameters = _parameters(params, frozen)
+    found = [rate for rate, _ in rates(_present(parameters), weight_decay, rule)]
+    return _tree(params, parameters, found, 0.0)
+
+
+def decay_table(
+    params: PyTree,
+    weight_decay: float = 1.0,
+    rule: Rule = "default",
+    *,
+    frozen: str | Sequence[str] = (),
+) -> DecayTable:
+    """List which parameter decays, at what rate, and why.
+
+    Args:
+        params: As in `decay_mask`.
+        weight_decay: The rate of what the rule says True of.
+        rule: As in `decay_rates`.
+        frozen: As in `decay_mask`.
+
+    Returns:
+        A table to print, with totals, and to walk through: its rows have the fields of `DecayRow`.
+        What is no parameter is not in it.
+
+    Raises:
+        TypeError: As `decay_rates` does.
+        ValueError: As `decay_rates` does.
+
+    PyTorch: `regtorch.decay_table(module, weight_decay, rule)`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> norm = {"scale": jnp.ones(3), "bias": jnp.ones(3)}
+        >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3))}, "LayerNorm_0": norm}
+        >>> table = decay_table(params, 0.01)
+        >>> print(table)
+        path               shape   dtype    size  kind    rule    weight_decay
+        Dense_0/kernel     (2, 3)  float32     6  linear  kernel          0.01
+        LayerNorm_0/bias   (3,)    float32     3  norm    bias               -
+        LayerNorm_0/scale  (3,)    float32     3  norm    norm               -
+        decay: 1 of 3 leaves, 6 of 12 parameters
+        >>> [row.path for row in table if row.weight_decay], table.exempt.parameters
+        (['Dense_0/kernel'], 6)
+    """
+    parameters = _present(_parameters(params, frozen))
+    return table_of(parameters, rates(parameters, weight_decay, rule))
+
+
+def _parameters(params: PyTree, frozen: str | Sequence[str]) -> list[Parameter | None]:
+    """List the leaves in the order of `jax.tree.leaves`, and None for what is no parameter."""
+    if jax.tree_util.all_leaves([params]) and not _is_inexact(params):
+        found = f"{params.dtype}{list(params.shape)}" if hasattr(params, "dtype") else repr(params)
+        raise TypeError(
+            f"params must be a pytree of parameters; got {found}. If this was called as the mask "
+            "of an optimizer under optax.inject_hyperparams, which takes a function for a "
+            "schedule, pass static_args=('mask',)."
+        )
+    leaves = list(_leaves(params, _Node()))
+    patterns = [frozen] if isinstance(frozen, str) else check_strings("frozen", frozen)
+    present = _present(leaves)
+    for pattern in patterns:
+        if present and not any(matches(pattern, leaf.path) for leaf in present):
+            raise ValueError(f"frozen has '{pattern}', which matches none of {listed(present)}")
+    return [
+        leaf and leaf._replace(frozen=any(matches(pattern, leaf.path) for pattern in patterns))
+        for leaf in leaves
+    ]
+
+
+def _present(leaves: Sequence[Parameter | None]) -> list[Parameter]:
+    return [leaf for leaf in leaves if leaf is not None]
+
+
+def _tree(
+    params: PyTree, parameters: Sequence[Parameter | None], answers: Iterable[Any], otherwise: Any
+) -> PyTree:
+    """Put the answers in the places of the parameters, and one in the places of all else."""
+    rest = iter(answers)
+    leaves = [otherwise if parameter is None else next(rest) for parameter in parameters]
+    return jax.tree.structure(params).unflatten(leaves)
+
+
+# What Flax keeps beside the parameters.
+_COLLECTIONS = {"batch_stats", "cache", "intermediates", "params_axes", "perturbations"}
+
+
+class _Node(NamedTuple):
+    """Where a walk through a tree stands.
+
+    Attributes:
+        path: The components so far.
+        owner: The class of the innermost node that has attributes, where no dict is inside it.
+        is_parameter: Whether a float array here is a parameter.
+    """
+
+    path: tuple[str, ...] = ()
+    owner: type | None = None
+    is_parameter: bool = True
+
+
+def _leaves(tree: PyTree, node: _Node) -> Iterator[Parameter | None]:
+    if jax.tree_util.all_leaves([tree]):
+        yield _parameter(tree, node) if node.is_parameter and _is_inexact(tree) else None
+        return
+    children, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    for path, child in children:
+        if path:  # not the child of a None, which has none
+            yield from _leaves(child, _step(tree, node, path))
+
+
+def _is_inexact(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def _step(tree: PyTree, node: _Node, path: tuple[Any, ...]) -> _Node:
+    name = path_name(path)
+    ancestors = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(tree).__mro__}
+    if "flax.Variable" in ancestors or (name == "value" and "flax.AxisMetadata" in ancestors):
+        # A box around the array: its name is that of the box.
+        is_variable = "flax.Variable" in ancestors
+        is_parameter = node.is_parameter and (not is_variable or "flax.Param" in ancestors)
+        return node._replace(is_parameter=is_parameter)
+    owner = node.owner
+    if isinstance(tree, Mapping):
+        owner = None
+    elif not name.isdigit():
+        owner = type(tree)
+    is_parameter = node.is_parameter and type(tree).__name__ != "StateIndex"
+    if not node.path and isinstance(tree, Mapping) and "params" in tree:
+        is_parameter = name not in _COLLECTIONS
+    return _Node((*node.path, name), owner, is_parameter)
+
+
+def _parameter(leaf: Any, node: _Node) -> Parameter:
+    path = "/".join(node.path)
+    # Positions in a list and Haiku's ~ are no names.
+    names = [part for part in components(path) if words(part)]
+    name, holder = names[-1] if names else "", names[-2] if len(names) > 1 else ""
+    kind, certain = _kind(node.owner, holder)
+    return Parameter(path, (Place(path, name, kind, certain),), leaf, frozen=False)
+
+
+def _kind(owner: type | None, holder: str) -> tuple[str, bool]:
+    """Say what owns a parameter: by its class where it has one, else by what it is called."""
+    kind, certain = kind_of_class(owner) if owner else ("", False)
+    return (kind, certain) if kind else kind_of_attribute(holder)

@@ -1,0 +1,255 @@
+"""Which parameters decay, how much, towards what: the checks of loss terms and optimizers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from regjax._decay.paths import path_name
+from regshared.checks import check_coefficient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Array, PyTree, ScalarLike
+
+    from regjax._decay.paths import KeyPath
+
+
+def resolve_mask(
+    mask: PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None, params: PyTree
+) -> PyTree[bool]:
+    """Say for each parameter whether it decays.
+
+    Args:
+        mask: `None` (every leaf), or a tree of bools that has the structure of `params` or is a
+            prefix of it (one bool for a whole subtree), or a function from `params` to such a tree.
+            A variable of Flax and its bare value fit each other: `flax.nnx.Optimizer` passes the
+            one to `init` and the other to `update`.
+        params: The parameters. `None` in them is an empty subtree, as everywhere in JAX: a bool of
+            the mask may stand over it, and a `None` of the mask must meet a `None`.
+
+    Returns:
+        A tree of Python bools with the structure of `params`. PyTorch says the same with parameter
+        groups, each with its own `weight_decay`.
+
+    Raises:
+        ValueError: The mask has another structure; names the first place that differs.
+        TypeError: A leaf of the mask is not a bool; names its place and value.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> resolve_mask(lambda params: jax.tree.map(lambda p: p.ndim > 1, params), params)
+        {'dense': {'bias': False, 'kernel': True}}
+        >>> resolve_mask({"dense": False}, params)
+        {'dense': {'bias': False, 'kernel': False}}
+    """
+    if mask is None:
+        mask = True
+    # An Equinox module that holds bools is callable too, but it is a tree and no leaf.
+    elif callable(mask) and _is_leaf(mask):
+        mask = mask(params)
+    return _broadcast("mask", _as_bool, (), mask, params)
+
+
+def resolve_scale(scale: PyTree[ScalarLike], params: PyTree) -> PyTree[ScalarLike]:
+    """Say for each parameter by which number it is scaled.
+
+    Args:
+        scale: A tree of numbers that has the structure of `params` or is a prefix of it.
+        params: The parameters, or anything of their structure.
+
+    Returns:
+        A tree of the numbers with the structure of `params`.
+
+    Raises:
+        ValueError: The scale has another structure; names the first place that differs. Or a number
+            is negative, infinite or NaN.
+        TypeError: A leaf of the scale is not a number; names its place and value.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+        >>> resolve_scale({"dense": 0.5}, params)
+        {'dense': {'bias': 0.5, 'kernel': 0.5}}
+    """
+    return _broadcast("scale", _as_number, (), scale, params)
+
+
+def resolve_reference(reference: PyTree, params: PyTree) -> PyTree:
+    """Say for each parameter towards what it decays.
+
+    Args:
+        reference: A tree with the structure of `params`; no prefix of it will do.
+        params: The parameters.
+
+    Returns:
+        The reference as it is.
+
+    Raises:
+        ValueError: The reference has another structure; names the first place that differs.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> resolve_reference({"kernel": 0.0}, {"kernel": jnp.ones(2), "bias": jnp.ones(2)})
+        Traceback (most recent call last):
+        ValueError: reference has another structure than the parameters at 'bias': the reference
+        has nothing there, the parameters have an array float32[2]
+    """
+    return _broadcast("reference", _as_it_is, (), reference, params)
+
+
+def check_reference(name: str, leaf: Array, reference: Any) -> None:
+    """Refuse a reference that a parameter cannot decay towards.
+
+    Args:
+        name: Where the parameter sits.
+        leaf: The parameter.
+        reference: What stands in its place in the reference.
+
+    Raises:
+        TypeError: The reference is no float or complex array, or complex where the parameter is
+            real.
+        ValueError: It has another shape.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> check_reference("kernel", jnp.ones((2, 3)), jnp.ones(3))
+        Traceback (most recent call last):
+        ValueError: reference at 'kernel' has shape (3,), but the parameter has shape (2, 3)
+    """
+    is_array = isinstance(reference, jax.Array | np.ndarray | np.generic)
+    if not is_array or not jnp.issubdtype(reference.dtype, jnp.inexact):
+        found = f"an array of {reference.dtype}" if is_array else repr(reference)
+        raise TypeError(
+            f"reference at '{name}' must be a float or complex array, but it is {found}: pass the "
+            "parameters to decay towards, or give it False in `mask`"
+        )
+    if jnp.iscomplexobj(reference) and not jnp.iscomplexobj(leaf):
+        raise TypeError(f"reference at '{name}' is complex, but the parameter is real")
+    if reference.shape != leaf.shape:
+        raise ValueError(
+            f"reference at '{name}' has shape {reference.shape}, but the parameter has shape "
+            f"{leaf.shape}"
+        )
+
+
+def _broadcast(
+    name: str,
+    judge: Callable[[KeyPath, Any, PyTree], Any],
+    path: KeyPath,
+    tree: PyTree,
+    params: PyTree,
+) -> PyTree:
+    """Give each parameter its leaf of a tree that may be a prefix, judged once for its subtree."""
+    if _is_leaf(tree):
+        verdict = judge(path, tree, params)
+        return jax.tree.map(lambda _: verdict, params)
+    if _is_box(tree) and not _same_node(tree, params):
+        return _broadcast(name, judge, path, _content(tree), params)
+    children, structure = _children(params)
+    tree_children, tree_structure = _children(tree)
+    if tree_structure != structure:
+        raise ValueError(_difference(name, path, tree, params))
+    return structure.unflatten(
+        _broadcast(name, judge, (*path, *key), subtree, subparams)
+        for (key, subtree), (_, subparams) in zip(tree_children, children, strict=True)
+    )
+
+
+def _as_bool(path: KeyPath, leaf: Any, params: PyTree) -> bool:
+    del params
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    if is_array and leaf.dtype == bool and leaf.shape == ():
+        if isinstance(leaf, Tracer):
+            raise TypeError(
+                f"mask{_at(path)} is traced: whether a parameter decays may depend on names, "
+                "shapes and dtypes, never on values"
+            )
+        return bool(leaf)
+    if not isinstance(leaf, bool):
+        raise TypeError(
+            f"mask{_at(path)} must be a bool, but it is {leaf!r}: a mask says whether a parameter "
+            "decays; how strongly, weight_decay says"
+        )
+    return leaf
+
+
+def _as_number(path: KeyPath, leaf: Any, params: PyTree) -> Any:
+    del params
+    check_coefficient(f"scale{_at(path)}", leaf, fix="pass 0.0 for nothing, 1.0 for no change")
+    return leaf
+
+
+def _as_it_is(path: KeyPath, leaf: Any, params: PyTree) -> Any:
+    # A parameter that is left out, such as one without a gradient, needs no reference.
+    if params is not None and not _is_leaf(_content(params) if _is_box(params) else params):
+        raise ValueError(_difference("reference", path, leaf, params))
+    return leaf
+
+
+def _difference(name: str, path: KeyPath, tree: PyTree, params: PyTree) -> str:
+    """Describe the first place at which a tree is no prefix of `params`."""
+    places = [(path, tree, params)]
+    if type(tree) is type(params):
+        ours, theirs = (dict(_children(t)[0]) for t in (tree, params))
+        places = [
+            ((*path, *key), ours.get(key, _NOTHING), theirs.get(key, _NOTHING))
+            for key in (*theirs, *ours)
+            if key not in ours or key not in theirs
+        ] or places
+    place, here, there = places[0]
+    return (
+        f"{name} has another structure than the parameters{_at(place)}: the {name} has "
+        f"{_describe(here)} there, the parameters have {_describe(there)}"
+    )
+
+
+_NOTHING = object()
+
+
+def _describe(tree: Any) -> str:
+    if tree is _NOTHING:
+        return "nothing"
+    if tree is None:
+        return "None"
+    if not _is_leaf(tree):
+        names = ", ".join(path_name(key) for key, _ in _children(tree)[0])
+        return f"a {type(tree).__name__} of ({names})"
+    if hasattr(tree, "dtype"):
+        return f"an array {tree.dtype}{list(tree.shape)}"
+    return repr(tree)
+
+
+def _at(path: KeyPath) -> str:
+    return f" at '{path_name(path)}'" if path else " at the root"
+
+
+def _same_node(tree: Any, other: Any) -> bool:
+    return not _is_leaf(other) and _children(tree)[1] == _children(other)[1]
+
+
+def _is_box(tree: Any) -> bool:
+    """Recognize a variable of Flax, or metadata around an array, without importing Flax."""
+    ancestors = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(tree).__mro__}
+    is_of_flax = bool(ancestors & {"flax.Variable", "flax.AxisMetadata"})
+    return is_of_flax and not _is_leaf(tree) and len(_children(tree)[0]) == 1
+
+
+def _content(box: Any) -> Any:
+    [(_, content)] = _children(box)[0]
+    return content
+
+
+def _is_leaf(tree: Any) -> bool:
+    return jax.tree_util.all_leaves([tree])
+
+
+def _children(tree: PyTree) -> tuple[list[tuple[KeyPath, Any]], Any]:
+    """Flatten one level only: children with their keys, and the structure they leave."""
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)

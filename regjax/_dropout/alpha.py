@@ -1,0 +1,178 @@
+"""Alpha dropout: dropped elements saturate, and mean 0 and variance 1 stay what they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regjax._dropout.core import Settings, check_real, masked, real_dtype
+from regjax._dropout.features import shared_dims
+from regjax._random.bernoulli import Sampler, bernoulli
+from regjax._random.rounding import exact_sqrt, rounded
+from regshared.checks import check_integers
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Float
+
+    from regjax._random.keys import KeyLike
+
+# The SELU saturates at -alpha: its scale 1.0507009873554805 times its alpha 1.6732632423543772.
+_ALPHA = 1.7580993408473766
+_ONE_MORE = 1 + _ALPHA**-2
+
+
+def alpha_dropout(
+    x: Float[ArrayLike, "*shape"],
+    rate: ArrayLike,
+    *,
+    key: KeyLike | None = None,
+    deterministic: ArrayLike = False,
+    broadcast_dims: Sequence[int] = (),
+    sampler: Sampler = bernoulli,
+) -> Float[Array, "*shape"]:
+    """Dropout for self-normalising networks: if `x` has mean 0 and variance 1, so has the result.
+
+    An element is dropped with probability `rate`, to `-alpha`, where the SELU saturates, and not to
+    0, where it does not. With q = 1 - rate, alpha = 1.7580993408473766 and
+    a = 1 / sqrt((1 + alpha**2 * rate) * q):
+
+        y = where(keep, (x + alpha * rate) * a, -alpha * q * a)
+
+    The constants are computed in double and rounded once; the sum and the product follow in
+    float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum
+    comes first, because XLA could contract a product and a sum to one rounding.
+
+    Args:
+        x: real floating, of any shape, also 0-d and empty.
+        rate: the probability that an element is dropped, in [0, 1]; a number or a traced scalar.
+            The constants of the latter are computed in float32, in double for float64, and may
+            differ from those in their last bits. At 1 everything is 0, the limit of the formula.
+        key: the random key; see `dropout`.
+        deterministic: True in evaluation: `x` itself.
+        broadcast_dims: dimensions along which one mask is shared.
+        sampler: what draws the mask.
+
+    Returns:
+        An array of the shape, dtype and sharding of `x`.
+
+    Raises:
+        TypeError: as `dropout`, or `x` is complex.
+        ValueError: as `dropout`.
+
+    PyTorch:
+        `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)`, whose product
+        comes before the sum; the results differ by rounding. `regtorch.alpha_dropout` with the same
+        key gives the same result bit for bit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> regjax.alpha_dropout(jnp.zeros(6), 0.5, key=jax.random.key(0))
+        Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 , -0.77919394,
+                0.7791939 ], dtype=float32)
+
+    Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
+    NeurIPS 2017.
+    """
+    dims = check_integers("broadcast_dims", broadcast_dims)
+    how = {"key": key, "deterministic": deterministic}
+    return alpha_masked("alpha_dropout", x, rate, dims, sampler, **how)
+
+
+def feature_alpha_dropout(
+    x: Float[ArrayLike, "*shape"],
+    rate: ArrayLike,
+    *,
+    key: KeyLike | None = None,
+    deterministic: ArrayLike = False,
+    channel_axis: int = -1,
+    sampler: Sampler = bernoulli,
+) -> Float[Array, "*shape"]:
+    """Alpha dropout of whole channels: one decision for each channel of each row.
+
+    To `alpha_dropout` what `feature_dropout` is to `dropout`.
+
+    Args:
+        x: real floating, with the batch first; see `feature_dropout`.
+        rate: the probability that a channel is dropped, in [0, 1].
+        key: the random key; see `dropout`.
+        deterministic: True in evaluation: `x` itself.
+        channel_axis: the dimension of the channels, counted from the end if negative.
+        sampler: what draws the mask.
+
+    Returns:
+        An array of the shape, dtype and sharding of `x`.
+
+    Raises:
+        TypeError: as `alpha_dropout`, or `channel_axis` is not an integer.
+        ValueError: as `alpha_dropout`, or `channel_axis` is not a dimension of `x`.
+
+    PyTorch:
+        `torch.nn.functional.feature_alpha_dropout(x, p=rate, training=not deterministic)`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> y = regjax.feature_alpha_dropout(jnp.zeros((1, 3, 4)), 0.5, key=jax.random.key(0))
+        >>> y[0, 0, :]
+        Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
+
+    Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
+    NeurIPS 2017.
+    """
+    x = _check_real(x)
+    shared, how = shared_dims(x.ndim, channel_axis), {"key": key, "deterministic": deterministic}
+    return alpha_masked("feature_alpha_dropout", x, rate, shared, sampler, **how)
+
+
+def alpha_masked(
+    name: str,
+    x: Float[ArrayLike, "*shape"],
+    rate: ArrayLike,
+    broadcast_dims: tuple[int, ...],
+    sampler: Sampler,
+    *,
+    key: KeyLike | None,
+    deterministic: ArrayLike,
+) -> Float[Array, "*shape"]:
+    """Alpha dropout under the name of the function that calls it."""
+    settings = Settings(name, broadcast_dims, sampler, _scale, _offsets)
+    return masked(_check_real(x), rate, key, deterministic, settings)
+
+
+def _scale(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
+    """What keeps the variance at 1: 1 / sqrt((1 + alpha**2 * (1 - keep_prob)) * keep_prob)."""
+    real = real_dtype(dtype)
+    if isinstance(keep_prob, jax.Array):
+        variance = (real(_ONE_MORE) - keep_prob) * keep_prob
+        positive = variance > 0
+        root = exact_sqrt(jnp.where(positive, variance, 1))
+        return jnp.where(positive, real(1 / _ALPHA) * (1 / root), 0)
+    return real(_double_scale(keep_prob))
+
+
+def _offsets(
+    keep_prob: float | Float[Array, ""], dtype: np.dtype
+) -> tuple[np.floating | Float[Array, ""], np.floating | Float[Array, ""]]:
+    """What is added to a kept element before the scale, and what a dropped one becomes."""
+    real = real_dtype(dtype)
+    if isinstance(keep_prob, jax.Array):
+        fill = (keep_prob * real(-_ALPHA)) * _scale(keep_prob, dtype)
+        return rounded((1 - keep_prob) * real(_ALPHA)), fill
+    fill = -_ALPHA * keep_prob * _double_scale(keep_prob)
+    return real(_ALPHA * (1 - keep_prob)), real(fill)
+
+
+def _double_scale(keep_prob: float) -> float:
+    # In Python's doubles, which round the same in both packages.
+    variance = (1 + _ALPHA**2 * (1 - keep_prob)) * keep_prob
+    return 1 / math.sqrt(variance) if variance else 0.0
+
+
+def _check_real(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    advice = "Use regjax.dropout, or drop in x.real and x.imag."
+    return check_real(x, "alpha dropout", advice)

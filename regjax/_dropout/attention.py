@@ -1,0 +1,655 @@
+"""Attention with dropout: with the whole matrix of weights, or block by block without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from regjax._checks import check_array, check_floating_dtype, check_number
+from regjax._compat import scan_linear
+from regjax._dropout.core import (
+    Settings,
+    check_flag,
+    drawn_once,
+    inverse,
+    is_number,
+    keep_prob_of,
+    mask_sharding,
+    masked,
+    real_dtype,
+    require_key,
+)
+from regjax._random.bernoulli import bernoulli, bernoulli_at, check_probability, exact_keep_prob
+from regjax._random.collect import BlockwisePlan
+from regjax._random.events import BlockwiseCall, observer
+from regjax._random.keys import consume, key_words
+from regjax._random.rounding import rounded
+from regjax._random.threefry import at_most, slice_index
+from regshared.checks import check_bool, check_integer, describe
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike, DTypeLike
+    from jaxtyping import Array, Bool, Float
+
+    from regjax._random.keys import KeyLike
+
+    Bias = Float[ArrayLike, "*#batch #heads #queries #keys"] | None
+    Mask = Bool[ArrayLike, "*#batch #heads #queries #keys"] | None
+
+
+def dot_product_attention(
+    query: Float[ArrayLike, "*batch queries heads depth"],
+    key: Float[ArrayLike, "*batch keys kv_heads depth"],
+    value: Float[ArrayLike, "*batch keys kv_heads features"],
+    bias: Bias = None,
+    mask: Mask = None,
+    *,
+    dropout_rng: KeyLike | None = None,
+    dropout_rate: ArrayLike = 0.0,
+    deterministic: ArrayLike = False,
+    broadcast_dropout: bool = False,
+    is_causal: bool = False,
+    scale: ArrayLike | None = None,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+    module: Any = None,
+    qk_attn_weights_einsum: None = None,
+    attn_weights_value_einsum: None = None,
+) -> Float[Array, "*batch queries heads features"]:
+    """Attention whose weights are dropped in training.
+
+        weights = softmax(scale * query . key + bias), 0 where the mask is False
+        result  = dropout(weights) . value
+
+    The softmax, and the dropout of its weights, are in float32 for half types. A query that may
+    look at no key gives 0.
+
+    With `block_size` the weights never exist as a whole: they are made `block_size` keys at a time,
+    forward and backward, and the memory grows with the length and not with its square. The mask of
+    a block is made from the places of its elements in the whole, so that **the two forms drop the
+    same elements, bit for bit**, whatever the size of a block.
+
+    Batch, heads and queries may be shared out over devices, which then send one another nothing;
+    keys and values of one head may not. Inside `shard_map` the shape is that of one device: fold
+    `jax.lax.axis_index` into `dropout_rng`.
+
+    Args:
+        query: of shape (..., queries, heads, depth), with any number of batch dimensions.
+        key: of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
+            heads, one after the other (grouped queries).
+        value: of shape (..., keys, kv_heads, features).
+        bias: added to the scores; broadcasts against (..., heads, queries, keys).
+        mask: True where a query may look at a key; broadcasts likewise. Zeros and ones of another
+            dtype are taken too, as Flax's `make_causal_mask` and its decoding make them.
+        dropout_rng: the random key; see `dropout`. It has Flax's name, as `key` is taken here.
+        dropout_rate: the probability that a weight is zeroed, in [0, 1]; may be traced.
+        deterministic: True in evaluation; may be traced.
+        broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
+            they are told otherwise. PyTorch draws one for each.
+        is_causal: whether query i may look at keys 0 to i only.
+        scale: the number that multiplies the products, `1 / sqrt(depth)` by default. A traced
+            scalar multiplies the query instead, so that it can be learned; NaN then gives NaN.
+        block_size: how many keys are looked at at a time; without it, all of them.
+        dtype: that of the computation; without it, the arrays must agree in theirs.
+        precision: of the products; see `jax.lax.Precision`.
+        module: a Linen or NNX module that the weights, before dropout, are sown into.
+        qk_attn_weights_einsum: refused. Linen has a place for other einsums, and would leave them
+            out in silence if this function had no name for them.
+        attn_weights_value_einsum: likewise.
+
+    Returns:
+        An array of shape (..., queries, heads, features) in the dtype of the arrays.
+
+    Raises:
+        TypeError: the arrays are not floating or differ in dtype, `scale` is not a number, `mask`
+            has numbers other than 0 and 1 (a traced one is not checked), or as `dropout`.
+        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size`
+            is below 1, or given along with `module`; an einsum is given; or as `dropout`. A traced
+            rate out of range gives NaN.
+
+    PyTorch:
+        `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
+        enable_gqa=True)`, whose heads come before the lengths. `regtorch.dot_product_attention`
+        has this layout, and with the same key the same mask.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 4, 8))
+        >>> how = dict(dropout_rng=jax.random.key(1), dropout_rate=0.1, is_causal=True)
+        >>> y = regjax.dot_product_attention(q, k, v, **how)
+        >>> y.shape
+        (2, 100, 4, 8)
+        >>> blockwise = regjax.dot_product_attention(q, k, v, block_size=32, **how)
+        >>> bool(jnp.allclose(y, blockwise, atol=1e-5))
+        True
+
+        In Flax's modules:
+
+        >>> from flax import linen as nn
+        >>> layer = nn.MultiHeadDotProductAttention(
+        ...     num_heads=4,
+        ...     dropout_rate=0.1,
+        ...     broadcast_dropout=False,
+        ...     attention_fn=regjax.dot_product_attention,
+        ... )
+
+    Source: Vaswani et al., "Attention is all you need", NeurIPS 2017; the form in blocks: Rabe,
+    Staats, "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention",
+    NeurIPS 2022.
+    """
+    if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
+        raise ValueError(
+            "qk_attn_weights_einsum and attn_weights_value_einsum are not for this function. Leave "
+            "them out, or take Linen's own attention_fn."
+        )
+    query, key, value = _arrays(query, key, value, dtype=dtype)
+    bias = None if bias is None else _check_bias(check_array("bias", bias))
+    mask = None if mask is None else _boolean(check_array("mask", mask))
+    _check_shapes(query, key, value, bias, mask)
+    bias, mask = (x if x is None else _with_rank(x, query.ndim) for x in (bias, mask))
+    rate = check_probability("dropout_rate", dropout_rate)
+    flag = check_flag(deterministic)
+    evaluates = flag is True or is_number(rate, 0)
+    one_key = None if evaluates or is_number(rate, 1) else _require_rng(dropout_rng)
+    broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
+    query, factor = _scaled(query, scale)
+    scores = _Scores(
+        scale=factor,
+        is_causal=check_bool("is_causal", is_causal),
+        precision=precision,
+    )
+    if block_size is None:
+        weights = _weights(scores, query, key, bias, mask)
+        if module is not None:
+            _sow(module, weights.astype(query.dtype))
+        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        settings = Settings("dot_product_attention", shared, bernoulli)
+
+        def mixed(weights: Array, value: Array, rng: Any) -> Array:
+            weights = masked(weights, rate, rng, flag, settings)
+            return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
+
+        if not observer():  # under a checkpoint, an observer would record the mask twice
+            # The backward pass drops again, and keeps the weights only as they were before.
+            mixed = jax.checkpoint(mixed, prevent_cse=False)
+        return mixed(weights, value, one_key)
+    if module is not None:
+        raise ValueError(
+            "module takes the whole matrix of weights, which is never made with "
+            f"block_size={block_size}. Leave one of the two out."
+        )
+    size = _check_block(block_size, key.shape[-3])
+    blocks = _Blocks(scores, size, key.shape[-3], broadcast_dropout)
+    attend = functools.partial(_blockwise, blocks, query, key, value, bias, mask)
+    if evaluates:
+        return attend()
+    if one_key is None:
+        zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
+        return zeros() if flag is False else lax.cond(flag, attend, zeros)
+    watched = None
+    if watching := observer():
+        plan = blocks.plan(query, rate)
+        ticket = watching.expect_blocks("dot_product_attention", plan)
+        watched = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
+    drop = functools.partial(attend, one_key, rate, watched)
+    return drop() if flag is False else lax.cond(flag, attend, drop)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """The scores of a run of keys, -inf where a query may not look.
+
+    Attributes:
+        scale: what products are multiplied by.
+        is_causal: whether query i may look at keys 0 to i only.
+        precision: of the products.
+    """
+
+    scale: float
+    is_causal: bool
+    precision: Any
+
+    def __call__(
+        self, query: Array, key: Array, bias: Any, mask: Any, first: int | Array, keys: int = 0
+    ) -> Float[Array, "*batch heads queries keys"]:
+        """Of the keys from `first` on; where `keys` is given, those from there on are padding."""
+        heads, kv_heads = query.shape[-2], key.shape[-2]
+        wide = real_dtype(query.dtype)
+        if heads == kv_heads:
+            scores = jnp.einsum(
+                "...qhd,...khd->...hqk",
+                query,
+                key,
+                precision=self.precision,
+                preferred_element_type=wide,
+            )
+        else:
+            split = kv_heads, heads // kv_heads
+            grouped = query.reshape(*query.shape[:-2], *split, query.shape[-1])
+            scores = jnp.einsum(
+                "...qhgd,...khd->...hgqk",
+                grouped,
+                key,
+                precision=self.precision,
+                preferred_element_type=wide,
+            )
+            scores = scores.reshape(*scores.shape[:-4], heads, *scores.shape[-2:])
+        scores = scores * wide(self.scale)
+        if bias is not None:
+            scores = scores + bias.astype(wide)
+        allowed = [] if mask is None else [mask]
+        along = lax.broadcasted_iota(np.int32, scores.shape[-2:], 1) + first
+        if self.is_causal:
+            allowed.append(along <= lax.broadcasted_iota(np.int32, scores.shape[-2:], 0))
+        if keys:
+            allowed.append(along < keys)
+        for each in allowed:
+            scores = jnp.where(_with_rank(each, scores.ndim), scores, -jnp.inf)
+        return scores
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _weights(
+    scores: _Scores, query: Array, key: Array, bias: Any, mask: Any
+) -> Float[Array, "*batch heads queries keys"]:
+    """All of them at once, in one dispatch where nothing else is jitted."""
+    return _softmax(scores(query, key, bias, mask, 0))
+
+
+@jax.custom_jvp
+def _softmax(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Along the last axis; zeros where all scores are -inf, with gradients that are zeros too."""
+    # Of a row with a finite score the sum is at least 1: the bounds move others only.
+    limits = jnp.finfo(scores.dtype)
+    top = jnp.maximum(scores.max(-1, keepdims=True, initial=-jnp.inf), limits.min)
+    powers = jnp.exp(scores - top)
+    return powers / jnp.maximum(powers.sum(-1, keepdims=True), limits.tiny)
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    # By the result, which the backward pass has anyway: by its parts it would keep those as well.
+    weights = _softmax(*primals)
+    changes = weights * tangents[0]
+    return weights, changes - weights * changes.sum(-1, keepdims=True)
+
+
+def _finite(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return jnp.where(x == -jnp.inf, 0, x)
+
+
+def _mixed(
+    weights: Float[Array, "*batch heads queries keys"],
+    value: Float[Array, "*batch keys kv_heads features"],
+    precision: Any,
+) -> Float[Array, "*batch queries heads features"]:
+    heads, kv_heads = weights.shape[-3], value.shape[-2]
+    how = {"precision": precision, "preferred_element_type": real_dtype(value.dtype)}
+    if heads == kv_heads:
+        return jnp.einsum("...hqk,...khd->...qhd", weights, value, **how)
+    split = kv_heads, heads // kv_heads
+    grouped = weights.reshape(*weights.shape[:-3], *split, *weights.shape[-2:])
+    mixed = jnp.einsum("...hgqk,...khd->...qhgd", grouped, value, **how)
+    return mixed.reshape(*mixed.shape[:-3], heads, mixed.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """What of the form in blocks is no array: one value, static under jit.
+
+    Attributes:
+        scores: of a block.
+        size: how many keys it has.
+        keys: how many there are; those of the last block may be padding.
+        broadcast_dropout: whether rows and heads share one mask.
+    """
+
+    scores: _Scores
+    size: int
+    keys: int
+    broadcast_dropout: bool
+
+    def firsts(self) -> Array:
+        """The first key of each block."""
+        return jnp.arange(0, self.keys, self.size, dtype=np.int32)
+
+    def shape(self, query: Array) -> tuple[int, ...]:
+        """Of the whole mask."""
+        *batch, queries, heads, _ = query.shape
+        rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
+        return (*rows, queries, self.keys)
+
+    def plan(self, query: Array, rate: float | Float[Array, ""]) -> BlockwisePlan:
+        """What observers know of the mask before it is drawn."""
+        *batch, queries, heads, _ = query.shape
+        scores = (*batch, heads, queries, self.keys)
+        number = rate if isinstance(rate, float) else None
+        return BlockwisePlan(self.shape(query), scores, -(-self.keys // self.size), number)
+
+    def keep(self, weights: Array, query: Array, draw: _Draw | None, first: Array) -> Array | None:
+        """The mask of the weights of a block; None without dropout."""
+        if draw is None:
+            return None
+        whole = self.shape(query)
+        layout = mask_sharding(weights, tuple(i for i, n in enumerate(whole) if n == 1))
+        shape = (*whole[:-1], self.size)
+        index = slice_index(whole, shape, {len(whole) - 1: first}, out_sharding=layout)
+        make = functools.partial(bernoulli_at, draw.words, draw.keep_prob, index)
+        return drawn_once(make) if self.broadcast_dropout else make()
+
+
+class _Draw(NamedTuple):
+    """The arrays that a mask is made from.
+
+    Attributes:
+        words: the words of the key.
+        keep_prob: the probability that a weight is kept.
+        watched: for observers, the ticket of this call, the flag that turns it off and the rate.
+    """
+
+    words: Array
+    keep_prob: Array
+    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None
+
+
+def _where_kept(keep: Array | None, weights: Array) -> Array:
+    """The weights with zeros where the mask has them, not yet scaled."""
+    return weights if keep is None else jnp.where(keep, weights, 0)
+
+
+# The softmax needs to know two numbers of each row before it can weigh anything: the largest score
+# and the sum. Forward they are found on the way, as in FlashAttention. The derivative has both, so
+# that it is a sum over blocks that need nothing from one another: a scan without a state to store,
+# which JAX transposes and differentiates again by itself.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(
+    blocks: _Blocks, query: Array, key: Array, value: Array, bias: Any, mask: Any, draw: Any
+) -> tuple[Array, Array]:
+    """The result, not scaled for dropout, in float32 or wider, and the logarithm of each row's sum.
+
+    `key`, `value`, `bias` and `mask` are padded to whole blocks; `draw` is a `_Draw`, or None.
+    """
+    # Made from the query, whose layout over devices they take.
+    rows = jnp.swapaxes(jnp.zeros_like(query[..., 0], real_dtype(query.dtype)), -1, -2)
+    features = (*query.shape[:-1], value.shape[-1])
+    start = jnp.full_like(rows, -jnp.inf), rows, jnp.broadcast_to(_per_query(rows), features)
+
+    def block(state: tuple[Array, Array, Array], first: Array) -> tuple[Any, None]:
+        top, total, result = state
+        part = functools.partial(_part, first=first, size=blocks.size)
+        scores = blocks.scores(query, part(key, -3), part(bias), part(mask), first, blocks.keys)
+        new_top = jnp.maximum(top, scores.max(-1))
+        shrink = jnp.exp(top - _finite(new_top))
+        powers = jnp.exp(scores - _finite(new_top)[..., None])
+        keep = blocks.keep(powers, query, draw, first)
+        if record_block:
+            record_block(first, keep, scores)
+        dropped = _where_kept(keep, powers).astype(value.dtype)
+        mixed = _mixed(dropped, part(value, -3), blocks.scores.precision)
+        total = total * shrink + powers.sum(-1)
+        return (new_top, total, result * _per_query(shrink) + mixed), None
+
+    # The derivative makes the same masks again, and records nothing.
+    record_block = record_end = None
+    if draw is not None and draw.watched is not None and (watching := observer()):
+        ticket, off, rate = draw.watched
+        words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
+        call = BlockwiseCall(ticket, words, inputs, off)
+        record_block = functools.partial(watching.block, call)
+        record_end = functools.partial(watching.end, call, rate)
+    (top, total, result), _ = lax.scan(block, start, blocks.firsts())
+    seen = total > 0
+    total = jnp.where(seen, total, 1)
+    log_total = jnp.where(seen, _finite(top) + jnp.log(total), 0)
+    if record_end:
+        record_end(log_total)
+    return result / _per_query(total), log_total
+
+
+@_attend.defjvp
+def _attend_jvp(blocks: _Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    result, log_total = _attend(blocks, *primals)
+    dot_query, *dots, _, _ = tangents
+    # Wide, and cast inside a block: so the blocks' shares of a query's gradient add up in float32.
+    dots = (dot_query.astype(result.dtype), *dots)
+
+    # Made again in the backward pass, block by block, and never stored.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def block(primals: Any, dots: Any, log_total: Array, first: Array) -> tuple[Array, Array]:
+        query, key, value, bias, mask, draw = primals
+        part = functools.partial(_part, first=first, size=blocks.size)
+        allowed = part(mask)
+
+        def scores_of(query: Array, key: Array, bias: Any) -> Array:
+            return blocks.scores(query, part(key, -3), part(bias), allowed, first, blocks.keys)
+
+        def mixed(weights: Array, value: Array) -> Array:
+            keep = blocks.keep(weights, query, draw, first)
+            dropped = _where_kept(keep, weights).astype(value.dtype)
+            return _mixed(dropped, part(value, -3), blocks.scores.precision)
+
+        dot_query, dot_key, dot_value, dot_bias = dots
+        dot_query = dot_query.astype(query.dtype)
+        scores, dot_scores = jax.jvp(scores_of, (query, key, bias), (dot_query, dot_key, dot_bias))
+        weights = jnp.exp(scores - log_total[..., None])
+        changes = weights * dot_scores
+        return mixed(changes, value) + mixed(weights, dot_value), changes.sum(-1)
+
+    def step(dots: Any, sums: Any, first: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, block(primals, dots, log_total, first)), None
+
+    zeros = (jnp.zeros_like(result), jnp.zeros_like(log_total))
+    (dot_result, dot_log_total), _ = scan_linear(step, dots, zeros, blocks.firsts())
+    dot_result -= result * _per_query(dot_log_total)
+    return (result, log_total), (dot_result, dot_log_total)
+
+
+# Outside of any jit each call would make another scan, and compile it.
+_attend_in_one = jax.jit(_attend, static_argnums=0)
+
+
+def _blockwise(
+    blocks: _Blocks,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Any,
+    mask: Any,
+    dropout_rng: KeyLike | None = None,
+    rate: float | Float[Array, ""] = 0.0,
+    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+) -> Array:
+    # One block at least, also where there are no keys: a scan looks at one before it runs.
+    whole = blocks.size * (-(-blocks.keys // blocks.size) if blocks.keys else 1)
+    padding = whole - blocks.keys
+    pad = functools.partial(_padded, padding=padding)
+    wide = real_dtype(query.dtype)
+    draw, scale = None, wide(1)
+    if dropout_rng is not None:
+        rate = rounded(rate) if isinstance(rate, jax.Array) else rate
+        keep_prob = keep_prob_of(rate, query.dtype)
+        consume(dropout_rng)
+        words = jnp.stack(key_words(dropout_rng))
+        draw = _Draw(words, jnp.asarray(keep_prob, np.float32), watched)
+        scale = inverse(exact_keep_prob(keep_prob), query.dtype)
+    arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
+    result, _ = _attend_in_one(blocks, *arrays, draw)
+    result = result * scale
+    if isinstance(rate, jax.Array):
+        result = jnp.where((rate >= 0) & (rate <= 1), result, jnp.nan)
+    return result.astype(value.dtype)
+
+
+def _hash(*arrays: Array | None) -> Array:
+    """A number by which arrays can be told apart: of their bits, weighted by their places."""
+    total = jnp.zeros((), jnp.uint32)
+    for x in arrays:
+        if x is not None:
+            width = min(32, 8 * x.dtype.itemsize)
+            bits = x if x.dtype == np.bool_ else lax.bitcast_convert_type(x, f"uint{width}")
+            for dim in range(bits.ndim):  # one dimension at a time keeps the layout over devices
+                places = lax.broadcasted_iota(jnp.uint32, bits.shape, dim)
+                bits = bits.astype(jnp.uint32) * (np.uint32(2654435761) * places + np.uint32(1))
+            total = total * np.uint32(31) + bits.sum(dtype=jnp.uint32)
+    return total
+
+
+def _part(x: Any, axis: int = -1, *, first: Array, size: int) -> Any:
+    """The part of an array that belongs to a block of keys; the array where it is one for all."""
+    if x is None or x.shape[axis] == 1:
+        return x
+    return lax.dynamic_slice_in_dim(x, first, size, axis % x.ndim)
+
+
+def _padded(x: Any, axis: int = -1, *, padding: int) -> Any:
+    if x is None or not padding or (axis == -1 and x.shape[axis] == 1):
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, padding)
+    return jnp.pad(x, widths)
+
+
+def _with_rank(x: Array, ndim: int) -> Array:
+    """As broadcasting would do in silence."""
+    return x.reshape(*[1] * (ndim - x.ndim), *x.shape)
+
+
+def _per_query(x: Float[Array, "*batch heads queries"]) -> Float[Array, "*batch queries heads 1"]:
+    return jnp.swapaxes(x, -1, -2)[..., None]
+
+
+def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
+    names = ("query", "key", "value")
+    found = [check_array(name, array) for name, array in zip(names, arrays, strict=True)]
+    for name, array in zip(names, found, strict=True):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} must be floating; got dtype {array.dtype}. Cast it: "
+                f"{name}.astype(jnp.float32)."
+            )
+        if array.ndim < 3:
+            raise ValueError(
+                f"{name} must have shape (..., length, heads, features); got {array.shape}."
+            )
+    if dtype is not None:
+        return [array.astype(check_floating_dtype("dtype", dtype)) for array in found]
+    if len({array.dtype for array in found}) > 1:
+        dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, found, strict=True))
+        raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Pass dtype=.")
+    return found
+
+
+def _scaled(query: Array, scale: ArrayLike | None) -> tuple[Array, float]:
+    """Return the query and the number that multiplies its products.
+
+    A traced scale multiplies the query, so that gradients flow to it and NaN gives NaN.
+
+    Raises:
+        TypeError: The scale is not a real number.
+        ValueError: The scale is not a scalar, or a concrete one is infinite or NaN.
+    """
+    if scale is None:
+        return query, 1 / math.sqrt(query.shape[-1])
+    if not isinstance(scale, Tracer):
+        return query, check_number("scale", scale)
+    if scale.ndim or not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise TypeError(f"scale must be a real scalar; got {describe(scale)}.")
+    wide = real_dtype(query.dtype)
+    return (query.astype(wide) * scale.astype(wide)).astype(query.dtype), 1.0
+
+
+def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) -> None:
+    """Refuses what does not fit together, by name.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    *batch, queries, heads, depth = query.shape
+    *key_batch, keys, kv_heads, key_depth = key.shape
+    if key_batch != batch or key_depth != depth:
+        raise ValueError(
+            f"key must have the batch {tuple(batch)} and the depth {depth} of query; got shape "
+            f"{key.shape}."
+        )
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"value must have key's shape {key.shape[:-1]} but for the features; got {value.shape}."
+        )
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"query has {heads} heads, not a multiple of key's {kv_heads}.")
+    whole = (*batch, heads, queries, keys)
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is None:
+            continue
+        pairs = zip(array.shape[::-1], whole[::-1], strict=False)
+        if array.ndim > len(whole) or any(size not in (1, full) for size, full in pairs):
+            raise ValueError(
+                f"{name} must broadcast to (..., heads, queries, keys) = {whole}; got "
+                f"{array.shape}."
+            )
+
+
+def _check_block(block_size: int, keys: int) -> int:
+    size = check_integer("block_size", block_size, minimum=1)
+    return max(1, keys) if at_most(keys, size) else size
+
+
+def _check_bias(bias: Array) -> Array:
+    """Refuses a mask that was passed as a bias.
+
+    Raises:
+        TypeError: it is boolean, or complex.
+    """
+    if bias.dtype == np.bool_ or jnp.issubdtype(bias.dtype, jnp.complexfloating):
+        raise TypeError(f"bias must be real numbers; got dtype {bias.dtype}. Or pass mask.")
+    return bias
+
+
+def _boolean(mask: Array) -> Bool[Array, "*shape"]:
+    """A mask of zeros and ones as one of booleans.
+
+    Raises:
+        TypeError: it has other numbers, where they can be read: perhaps it is meant to be added.
+    """
+    if mask.dtype == np.bool_:
+        return mask
+    readable = not isinstance(mask, Tracer) and mask.is_fully_addressable
+    if readable and not np.isin(np.asarray(mask), (0, 1)).all():
+        raise TypeError(
+            f"mask must be boolean, True to look, or 0 and 1; got other numbers, of {mask.dtype}. "
+            "What is added to the scores is bias."
+        )
+    return mask != 0
+
+
+def _require_rng(dropout_rng: KeyLike | None) -> KeyLike:
+    """As `require_key`, under the name that it has here, where `key` is another argument."""
+    if dropout_rng is None:
+        raise ValueError(
+            "dropout_rng is missing: dropout in training needs a random key. Pass "
+            "dropout_rng=jax.random.key(seed), or dropout_rng=regjax.site_key(root, step, site) "
+            "inside a training loop, or deterministic=True to evaluate."
+        )
+    try:
+        return require_key(dropout_rng)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"dropout_rng: {error}") from None
+
+
+def _sow(module: Any, weights: Array) -> None:
+    """Puts the weights where Flax's own function puts them."""
+    nnx: Any = sys.modules.get("flax.nnx")
+    collection = "intermediates"
+    if nnx is not None and isinstance(module, nnx.Module):
+        collection = nnx.Intermediate
+    module.sow(collection, "attention_weights", weights)

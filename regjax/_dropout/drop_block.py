@@ -1,0 +1,337 @@
+"""DropBlock: dropout of contiguous blocks of feature maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from regjax._checks import check_number
+from regjax._dropout.core import (
+    check_axis,
+    check_flag,
+    check_inexact,
+    check_real,
+    drawn,
+    is_number,
+    made,
+    mask_sharding,
+    real_dtype,
+    require_key,
+    selected,
+)
+from regjax._random.bernoulli import bernoulli, check_probability
+from regjax._random.keys import key_words
+from regjax._random.normal import normal
+from regjax._random.rounding import rounded
+from regjax._random.threefry import is_number as is_known
+from regjax._random.threefry import product_words, threefry2x32
+from regshared.checks import check_bool, check_integer
+
+if TYPE_CHECKING:
+    from jax.sharding import NamedSharding
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, Inexact
+
+    from regjax._random.keys import KeyLike
+
+
+def drop_block(
+    x: Inexact[ArrayLike, "*shape"],
+    rate: ArrayLike,
+    *,
+    block_size: int = 7,
+    key: KeyLike | None = None,
+    deterministic: ArrayLike = False,
+    channel_axis: int = -1,
+    share_channels: bool = False,
+    gamma_scale: float = 1.0,
+    scale_by_keep: bool = True,
+    with_noise: bool = False,
+) -> Inexact[Array, "*shape"]:
+    """Zeroes blocks of neighbouring elements of feature maps, and scales up what is left.
+
+    Neighbouring elements say nearly the same, so that a feature dropped element by element shines
+    through; here it goes in squares, cubes or, along one dimension, runs of `block_size`. Every
+    place where a whole block fits starts one with probability
+
+        gamma = rate / block_size**d * prod(size / (size - block_size + 1))
+
+    over the d spatial dimensions: a block covers an element `rate` times on average. As blocks may
+    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. What is left of the whole
+    batch is multiplied by elements / elements left, as they are counted, over all devices where
+    the batch is shared out: the mean of the mask and scale is 1.
+
+    Row n, channel c and the block that starts at s draw from the row-major index of `(n, c, *s)`
+    wherever the channels lie, so that NCHW and NHWC have one mask. Nothing but the key is stored
+    for the backward pass.
+
+    Args:
+        x: floating or complex, the batch first, then one or more spatial dimensions and the
+            channels. Of one row, give it a batch dimension of 1.
+        rate: about the share of elements that is zeroed, in [0, 1]; a number or a traced scalar.
+            At 1 everything is, as in the whole family.
+        block_size: how many elements a block has along each spatial dimension, odd or even. On a
+            map that is smaller in some dimension, that dimension's size.
+        key: the random key; see `dropout`.
+        deterministic: True in evaluation: `x` itself.
+        channel_axis: the dimension of the channels, counted from the end if negative.
+        share_channels: whether all channels of a row have one mask; each has its own otherwise.
+        gamma_scale: a factor of gamma, finite and at least 0: how many more blocks start than the
+            formula gives. A gamma above 1 counts as 1, and a rate of 1 drops everything.
+        scale_by_keep: False leaves the elements that are kept as they are, and the mean falls.
+        with_noise: whether a dropped element becomes a standard normal variate instead of 0. The
+            elements that are kept are then not scaled. Variates come from a key of their own, made
+            from `key`; element (n, c, *s) has the same one wherever the channels lie.
+
+    Returns:
+        An array of the shape, dtype and sharding of `x`. If nothing is left, zeros.
+
+    Raises:
+        TypeError: as `dropout`; `block_size` or `channel_axis` is not an integer; `gamma_scale` is
+            not a real number; or `x` is complex with noise.
+        ValueError: as `dropout`; `block_size` is below 1; `gamma_scale` is negative, infinite or
+            NaN; `channel_axis` is not a dimension of `x`,
+            or the batch's; `x` has no spatial dimension; or the mask has 2**32 elements or more,
+            which are not counted.
+
+    PyTorch:
+        `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in this way too,
+        for blocks that are odd and fit into the map. `regtorch.drop_block`, whose channels are
+        first by default: with the same key the same blocks of the same rows are zeroed, and the
+        results agree bit for bit. `gamma_scale`, `scale_by_keep` and `with_noise` are those of
+        `timm.layers.drop_block_2d`, which lets blocks reach over the border and draws its masks
+        and its noise from a hidden generator; its `couple_channels` is `share_channels`, and its
+        noise is added where nothing is kept, as here.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> images = jnp.ones((1, 5, 8, 1))
+        >>> y = regjax.drop_block(images, 0.3, block_size=3, key=jax.random.key(2))
+        >>> (y[0, :, :, 0] > 0).astype(int)
+        Array([[1, 1, 1, 1, 1, 1, 1, 1],
+               [1, 1, 1, 1, 0, 0, 0, 1],
+               [0, 0, 0, 1, 0, 0, 0, 1],
+               [0, 0, 0, 1, 0, 0, 0, 1],
+               [0, 0, 0, 1, 1, 1, 1, 1]], dtype=int32)
+        >>> y.max()  # 40 elements / 22 elements left
+        Array(1.8181819, dtype=float32)
+
+        Each row scaled by its own count, as under `vmap` each row is a batch:
+
+        >>> def row(x, key):
+        ...     return regjax.drop_block(x[None], 0.3, block_size=3, key=key)[0]
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> jax.vmap(row)(jnp.ones((2, 8, 8, 3)), keys).shape
+        (2, 8, 8, 3)
+
+    Source: Ghiasi, Lin, Le, "DropBlock: a regularization method for convolutional networks",
+    NeurIPS 2018.
+    """
+    x = check_inexact(x)
+    blocks = _check_blocks(x.shape, block_size, channel_axis, share_channels)
+    with_noise = check_bool("with_noise", with_noise)
+    blocks = dataclasses.replace(
+        blocks,
+        gamma_scale=_check_gamma_scale(gamma_scale),
+        scale_by_keep=check_bool("scale_by_keep", scale_by_keep) and not with_noise,
+    )
+    if with_noise:
+        return _noisy(x, rate, key, deterministic, blocks)
+    return drawn(x, rate, key, deterministic, blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """Masks of blocks, and the scale by what they leave.
+
+    Attributes:
+        size: how many elements a block has along each spatial dimension.
+        channel_axis: the dimension of the channels, counted from 0.
+        share_channels: whether all channels of a row have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+    """
+
+    size: int
+    channel_axis: int
+    share_channels: bool
+    gamma_scale: float = 1.0
+    scale_by_keep: bool = True
+    name: str = "drop_block"
+
+    def keep(
+        self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> Bool[Array, ...]:
+        """Draws where blocks start, and spreads them."""
+        batch, channels, *sizes = (x.shape[dim] for dim in self.order(x.ndim))
+        starts = [size - self.size + 1 for size in sizes]
+        shape = (batch, 1 if self.share_channels else channels, *starts)
+        keep_prob = _start_keep_prob(rate, self.size, sizes, self.gamma_scale)
+        keep = bernoulli(key, keep_prob, shape, out_sharding=self._layout(x))
+        for dim in range(2, keep.ndim):
+            keep = _spread(keep, dim, self.size)
+        return jnp.moveaxis(keep, 1, self.channel_axis)
+
+    def order(self, ndim: int) -> tuple[int, ...]:
+        """The dimensions with the channels second, the order in which elements are numbered."""
+        first = (0, self.channel_axis)
+        return (*first, *(dim for dim in range(ndim) if dim not in first))
+
+    def _layout(self, x: Inexact[Array, "*shape"]) -> NamedSharding | None:
+        """Rows and channels lie where those of `x` do; blocks reach over the borders of shards."""
+        sharding = jax.typeof(x).sharding
+        rows, channels = sharding.spec[0], sharding.spec[self.channel_axis]
+        if self.share_channels:
+            channels = None
+        if rows is None and channels is None:
+            return None
+        return sharding.update(spec=PartitionSpec(rows, channels))
+
+    def apply(
+        self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
+    ) -> Inexact[Array, "*shape"]:
+        """Masks, and scales by elements / elements kept."""
+        del rate
+        real = real_dtype(x.dtype)
+        if not self.scale_by_keep:
+            return selected(keep, x, real(1))
+        high, size = product_words(keep.shape)
+        if not isinstance(high, jax.Array) and high:
+            raise ValueError(
+                f"x must have fewer than 2**32 elements to mask; got {keep.size}, which are not "
+                "counted. Map over rows with jax.vmap, or pass share_channels=True."
+            )
+        kept = jnp.sum(keep, dtype=jnp.uint32)
+        # Two exact integers, rounded where they are large, and one division.
+        scale = jnp.where(kept > 0, size.astype(real) / jnp.maximum(kept, 1).astype(real), 0)
+        if isinstance(high, jax.Array):  # a symbolic size, known too late for an error
+            scale = jnp.where(high > 0, jnp.nan, scale)
+        return selected(keep, x, scale.astype(real))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dropped:
+    """The complement of a mask of blocks: it keeps what they drop, and does not scale."""
+
+    blocks: _Blocks
+    name: str = "drop_block"
+
+    def keep(
+        self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> Bool[Array, ...]:
+        """Draws the mask of the blocks."""
+        return ~self.blocks.keep(x, key, rate)
+
+    def apply(
+        self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
+    ) -> Inexact[Array, "*shape"]:
+        """Masks."""
+        return self.blocks.apply(x, keep, rate)
+
+
+def _noisy(
+    x: Inexact[Array, "*shape"],
+    rate: ArrayLike,
+    key: KeyLike | None,
+    deterministic: ArrayLike,
+    blocks: _Blocks,
+) -> Inexact[Array, "*shape"]:
+    """DropBlock, and noise in place of the zeros: two masked terms, of which one is 0."""
+    x = check_real(x, "noise", "Leave with_noise out, or drop in x.real and x.imag.")
+    rate, flag = check_probability("rate", rate), check_flag(deterministic)
+    if flag is True or is_number(rate, 0):
+        return x
+    one_key = require_key(key)
+    kept = drawn(x, rate, one_key, flag, blocks)
+
+    words = jnp.stack(key_words(one_key))  # the key itself counts as used after `drawn`
+
+    def noise() -> Float[Array, "*shape"]:
+        variates = _noise(x, words, blocks.order(x.ndim))
+        at_1 = is_number(rate, 1)
+        return variates if at_1 else made(variates, words, rate, _Dropped(blocks))
+
+    if flag is False:
+        return kept + noise()
+    return kept + lax.cond(flag, lambda: jnp.zeros_like(x), noise)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _noise(
+    x: Float[Array, "*shape"], key: KeyLike, order: tuple[int, ...]
+) -> Float[Array, "*shape"]:
+    """Variates for all elements, numbered in an order of the dimensions.
+
+    Their key is the block of the last counter, which no mask has an element for.
+    """
+    last = jnp.uint32(2**32 - 1)
+    own_key = jnp.stack(threefry2x32(key_words(key), (last, last)))
+    layout = mask_sharding(x, ())
+    if layout is not None:
+        layout = layout.update(spec=PartitionSpec(*(layout.spec[dim] for dim in order)))
+    shape = tuple(x.shape[dim] for dim in order)
+    variates = normal(own_key, shape, real_dtype(x.dtype), out_sharding=layout)
+    back = sorted(range(x.ndim), key=order.__getitem__)
+    return jnp.transpose(variates, back).astype(x.dtype)
+
+
+def _start_keep_prob(
+    rate: float | Float[Array, ""], block: int, sizes: list[int], gamma_scale: float = 1.0
+) -> float | Float[Array, ""]:
+    """1 - gamma: how probably no block starts at a place."""
+    gamma_of_1 = math.prod([size / (block * (size - block + 1)) for size in sizes if size])
+    gamma_of_1 *= gamma_scale
+    if isinstance(rate, jax.Array):
+        single = lax.stop_gradient(rate).astype(jnp.float32)
+        # A NaN stays one.
+        some = jnp.maximum(1 - rounded(single * np.float32(gamma_of_1)), 0)
+        return jnp.where(single >= 1, 0, some)
+    return max(0.0, 1 - rate * gamma_of_1)
+
+
+def _spread(keep: Bool[Array, ...], dim: int, size: int) -> Bool[Array, ...]:
+    """Each False becomes `size` of them along one dimension, from its place on."""
+    window, ends = [1] * keep.ndim, [(0, 0)] * keep.ndim
+    window[dim], ends[dim] = size, (size - 1, size - 1)
+    strides = [1] * keep.ndim
+    return lax.reduce_window(keep, np.bool_(True), lax.bitwise_and, window, strides, ends)
+
+
+def _check_gamma_scale(gamma_scale: float) -> float:
+    """Returns the factor as a Python float.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is negative, infinite or NaN.
+    """
+    return check_number("gamma_scale", gamma_scale, minimum=0)
+
+
+def _check_blocks(
+    shape: tuple[int, ...], block_size: int, channel_axis: int, share_channels: bool
+) -> _Blocks:
+    size, ndim = check_integer("block_size", block_size, minimum=1), len(shape)
+    axis = check_axis("channel_axis", channel_axis, ndim)
+    if ndim < 3 or axis == 0:
+        raise ValueError(
+            "x must have a batch dimension, which comes first, a channel dimension and at least "
+            f"one spatial dimension; got shape {shape} with channel_axis={channel_axis}."
+        )
+    sizes = [length for dim, length in enumerate(shape) if dim not in (0, axis)]
+    if not all(is_known(length) for length in sizes):
+        raise ValueError(
+            "x must have spatial dimensions of known size, on which the probability of a block "
+            f"depends; got shape {shape}. Export one program for each size: only the batch and the "
+            "channels may be symbolic."
+        )
+    # An empty map has no place for a block, but its mask still has a shape.
+    sizes = [max(1, length) for length in sizes]
+    return _Blocks(min(size, *sizes), axis, check_bool("share_channels", share_channels))

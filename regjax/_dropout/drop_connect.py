@@ -1,0 +1,118 @@
+"""DropConnect: dropout of the weights of a layer, not of its activations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from regjax._checks import naming
+from regjax._decay.param_trees import decay_mask
+from regjax._decay.paths import path_name
+from regjax._dropout.core import Settings, check_flag, is_number, masked
+from regjax._random.bernoulli import Sampler, bernoulli, check_probability
+from regjax._random.keys import check_key, site_key
+from regshared.globs import components
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import PyTree
+
+    from regjax._decay.paths import KeyPath
+    from regjax._random.keys import KeyLike
+    from regshared.decay_rules import Rule
+
+
+def drop_connect(
+    weights: PyTree,
+    rate: ArrayLike,
+    *,
+    key: KeyLike | None = None,
+    deterministic: ArrayLike = False,
+    rule: Rule = "default",
+    sampler: Sampler = bernoulli,
+) -> PyTree:
+    """Zeroes each weight with probability `rate` and divides the others by `1 - rate`.
+
+    Of a tree, the kernels: what `rule` says True of, as `decay_mask` reads it. Biases, scales of
+    norms and embeddings stay as they are unless the rule says otherwise; the paper drops biases
+    too, `rule="**"`. Each leaf draws from a key of its own, `site_key(key, 0, name)`, where the
+    name is the leaf's path with slashes. The gradient of a dropped weight is 0.
+
+    There is one mask a call: every row of a batch meets the same weights, as everywhere but in the
+    paper, which draws a mask for each example. That is `jax.vmap` over keys, at the cost of as many
+    kernels as rows; the second example does so. Where the paper approximates the mean over masks in
+    evaluation by samples of a normal distribution, weights are here scaled in training, and
+    evaluation takes them as they are.
+
+    Args:
+        weights: one floating or complex array, or a tree; what is no such array stays as it is.
+        rate: the probability that a weight is zeroed, in [0, 1]; a number or a traced scalar.
+        key: the random key; see `dropout`.
+        deterministic: True in evaluation: `weights` itself.
+        rule: which leaves of a tree are dropped: "default" (kernels), a glob such as
+            "**/recurrent_kernel", a function `(path, leaf, kind)`, or pairs of glob and bool:
+            see `regshared.decay_rules`. One array is dropped without being asked for its name,
+            unless you give a rule.
+        sampler: what draws the masks.
+
+    Returns:
+        What `weights` is: an array, or a tree of the same structure, shapes and dtypes.
+
+    Raises:
+        TypeError: as `dropout` and `decay_mask`.
+        ValueError: as `dropout`; as `decay_mask`, such as for a glob that matches nothing or a leaf
+            that the default rule does not know; or the rule leaves nothing to drop.
+
+    PyTorch:
+        `regtorch.drop_connect` of a dict from names to tensors: the same masks where names and
+        shapes are the same, a dot counting as a slash. `regtorch.nn.DropConnect` wraps a module.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> layer = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+        >>> regjax.drop_connect(layer, 0.5, key=jax.random.key(0))
+        {'bias': Array([1., 1., 1.], dtype=float32),
+         'kernel': Array([[0., 2., 0.],
+                [0., 0., 2.]], dtype=float32)}
+
+        A mask for each example:
+
+        >>> def row(x, key):
+        ...     return x @ regjax.drop_connect(layer["kernel"], 0.5, key=key) + layer["bias"]
+        >>> jax.vmap(row)(jnp.ones((4, 2)), jax.random.split(jax.random.key(0), 4)).shape
+        (4, 3)
+
+    Source: Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of neural networks using
+    DropConnect", ICML 2013. Of recurrent weights: Merity, Keskar, Socher, "Regularizing and
+    optimizing LSTM language models", ICLR 2018.
+    """
+    rate = check_probability("rate", rate)
+    deterministic = check_flag(deterministic)
+    chosen = _chosen(weights, rule)
+    settings = Settings("drop_connect", (), sampler)
+    if deterministic is True or is_number(rate, 0):
+        return weights
+    key = None if key is None else check_key(key)
+
+    def leaf(path: KeyPath, weight: Any, is_chosen: bool) -> Any:
+        if not is_chosen:
+            return weight
+        name = "/".join(components(path_name(path)))
+        leaf_key = site_key(key, 0, name) if path and key is not None else key
+        with naming(x="weights"):
+            return masked(weight, rate, leaf_key, deterministic, settings)
+
+    return jax.tree.map_with_path(leaf, weights, chosen)
+
+
+def _chosen(weights: PyTree, rule: Rule) -> PyTree[bool]:
+    """Which leaves are dropped."""
+    if isinstance(rule, str) and rule == "default" and jax.tree_util.all_leaves([weights]):
+        return True
+    chosen = decay_mask(weights, rule)
+    if not any(jax.tree.leaves(chosen)):
+        raise ValueError(
+            f"weights have no leaf that rule {rule!r} says True of, so there is nothing to drop"
+        )
+    return chosen

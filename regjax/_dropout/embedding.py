@@ -1,0 +1,119 @@
+"""Dropout of words: a word that is dropped is dropped wherever it occurs in the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from regjax._checks import check_array
+from regjax._dropout.core import check_inexact, drawn, inverse, keep_prob_of, selected
+from regjax._random.bernoulli import bernoulli_at, exact_keep_prob
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, Inexact, Integer
+
+    from regjax._random.keys import KeyLike
+
+
+def embedding_dropout(
+    x: Inexact[ArrayLike, "*ids features"],
+    ids: Integer[ArrayLike, "*ids"],
+    rate: ArrayLike,
+    *,
+    key: KeyLike | None = None,
+    deterministic: ArrayLike = False,
+) -> Inexact[Array, "*ids features"]:
+    """Zeroes each word with probability `rate`, wherever it occurs, divides the others by `1-rate`.
+
+    With `x = table[ids]` it equals, bit for bit, dropout of whole rows of the table,
+
+        dropout(table, rate, key=key, broadcast_dims=(1,))[ids]
+
+    but draws only for the words that are there: nothing of the table's size is made. Dropout of the
+    rows of `x` instead would drop a word in one place and show it in the next.
+
+    Args:
+        x: floating or complex: the embeddings of the words, one feature vector for each id.
+        ids: the words, integers of any shape, not negative.
+        rate: the probability that a word is zeroed, in [0, 1]; a number or a traced scalar.
+        key: the random key; see `dropout`.
+        deterministic: True in evaluation: `x` itself.
+
+    Returns:
+        An array of the shape, dtype and sharding of `x`.
+
+    Raises:
+        TypeError: as `dropout`, or `ids` are not integers.
+        ValueError: as `dropout`; `x.shape` is not `(*ids.shape, features)`; or an id is negative,
+            which indexing would count from the end of a table that is not known here. A traced id
+            is not checked: a negative one is a word of its own.
+
+    PyTorch:
+        `regtorch.embedding_dropout` with the same key gives the same result bit for bit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> ids = jnp.array([[0, 2, 0], [1, 2, 3]])
+        >>> x = jnp.ones((4, 2))[ids]
+        >>> regjax.embedding_dropout(x, ids, 0.5, key=jax.random.key(0))[:, :, 0]
+        Array([[0., 2., 0.],
+               [0., 2., 2.]], dtype=float32)
+
+    Source: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+    networks", NeurIPS 2016.
+    """
+    x = check_inexact(x)
+    return drawn(x, rate, key, deterministic, _Words(), _check_ids(ids, x.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """The mask of the words that are there."""
+
+    name: str = "embedding_dropout"
+
+    def keep(
+        self,
+        x: Inexact[Array, "*ids features"],
+        key: KeyLike,
+        rate: float | Float[Array, ""],
+        ids: Integer[Array, "*ids"],
+    ) -> Bool[Array, "*ids 1"]:
+        """The elements of a mask over the vocabulary, at the words' indices."""
+        high = (ids >> 32) if ids.dtype.itemsize == 8 else jnp.zeros_like(ids)
+        index = (high.astype(jnp.uint32), ids.astype(jnp.uint32))
+        return bernoulli_at(key, keep_prob_of(rate, x.dtype), index)[..., None]
+
+    def apply(
+        self,
+        x: Inexact[Array, "*ids features"],
+        keep: Bool[Array, "*ids 1"],
+        rate: float | Float[Array, ""],
+    ) -> Inexact[Array, "*ids features"]:
+        """Masks and scales as dropout does."""
+        share = exact_keep_prob(keep_prob_of(rate, x.dtype))
+        return selected(keep, x, inverse(share, x.dtype))
+
+
+def _check_ids(ids: Integer[ArrayLike, "*ids"], shape: tuple[int, ...]) -> Integer[Array, "*ids"]:
+    ids = check_array("ids", ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"ids must be integers, as an embedding takes them; got dtype {ids.dtype}.")
+    if not shape or shape[:-1] != ids.shape:
+        raise ValueError(
+            "x must have one feature vector for each id, x.shape == (*ids.shape, features); got "
+            f"shape {shape} with ids of shape {ids.shape}."
+        )
+    can_be_read = not isinstance(ids, Tracer) and ids.is_fully_addressable and ids.size
+    # NumPy's minimum, because inside a trace JAX's would be traced.
+    if can_be_read and (lowest := np.asarray(ids).min()) < 0:
+        raise ValueError(
+            f"ids must not be negative; got {lowest}. Give the word its "
+            "place in the table, counted from 0."
+        )
+    return ids

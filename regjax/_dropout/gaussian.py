@@ -1,0 +1,244 @@
+"""Gaussian noise: multiplied with the activations, or added to them.
+
+`observing` tells of masks. Here there is none, and it tells nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from regjax._checks import as_number
+from regjax._dropout.core import (
+    check_flag,
+    check_real,
+    made,
+    mask_sharding,
+    real_dtype,
+    require_key,
+)
+from regjax._random.bernoulli import check_probability
+from regjax._random.normal import normal
+from regjax._random.rounding import exact_sqrt, rounded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Float
+
+    from regjax._random.keys import KeyLike
+
+
+def gaussian_dropout(
+    x: Float[ArrayLike, "*shape"],
+    rate: ArrayLike,
+    *,
+    key: KeyLike | None = None,
+    deterministic: ArrayLike = False,
+) -> Float[Array, "*shape"]:
+    """Multiplies each element by a normal variate of mean 1 and variance `rate / (1 - rate)`.
+
+    That is the mean and the variance of the factor by which `dropout` multiplies at this rate, 0 or
+    `1 / (1 - rate)`; here nothing is zeroed. With n ~ N(0, 1) for each element,
+
+        y = x * (1 + sqrt(rate / (1 - rate)) * n)
+
+    Nothing but the key is stored for the backward pass, which draws the same factors again.
+
+    The root is computed in double and rounded once, that of a traced rate by three correctly
+    rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
+    rounded once, at the end.
+
+    Args:
+        x: real floating, of any shape, also 0-d and empty.
+        rate: that of the dropout it resembles, at least 0 and below 1; a number or a traced scalar.
+            The root of the latter is computed in float32, in double for float64. No gradient flows
+            to it.
+        key: the random key; see `dropout`. Needed unless `deterministic`, or `rate` is the number
+            0.
+        deterministic: True in evaluation: `x` itself.
+
+    Returns:
+        An array of the shape, dtype and sharding of `x`.
+
+    Raises:
+        TypeError: as `dropout`, or `x` is complex.
+        ValueError: as `dropout`, or `rate` is 1, where the variance is infinite. A traced rate
+            outside [0, 1) gives NaN.
+
+    PyTorch:
+        `regtorch.gaussian_dropout` with the same key gives the same result bit for bit. PyTorch
+        itself has none; Keras has `keras.layers.GaussianDropout(rate)`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> regjax.gaussian_dropout(jnp.ones(4), 0.2, key=jax.random.key(0))
+        Array([1.811321  , 2.0126324 , 0.7832028 , 0.96069133], dtype=float32)
+
+    Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
+    prevent neural networks from overfitting", JMLR 15, 2014, section 10.
+    """
+    return _noisy(x, check_noise_rate(rate), key, deterministic, _multiplied)
+
+
+def gaussian_noise(
+    x: Float[ArrayLike, "*shape"],
+    stddev: ArrayLike,
+    *,
+    key: KeyLike | None = None,
+    deterministic: ArrayLike = False,
+) -> Float[Array, "*shape"]:
+    """Adds to each element a normal variate of mean 0 and standard deviation `stddev`.
+
+    With n ~ N(0, 1) for each element, `y = x + stddev * n`. The gradient with respect to `x` is
+    that of `x` itself.
+
+    The arithmetic is in float32, in double for float64; half and 8-bit types are rounded once, at
+    the end.
+
+    Args:
+        x: real floating, of any shape, also 0-d and empty.
+        stddev: at least 0; a number or a traced scalar. No gradient flows to it: to learn it, write
+            `x + stddev * regjax.normal(key, x.shape)`.
+        key: the random key; see `dropout`. Needed unless `deterministic`, or `stddev` is the
+            number 0.
+        deterministic: True in evaluation: `x` itself.
+
+    Returns:
+        An array of the shape, dtype and sharding of `x`.
+
+    Raises:
+        TypeError: as `dropout`, `x` is complex, or `stddev` is not a real number.
+        ValueError: as `dropout`, or a concrete `stddev` is negative, infinite or NaN. A traced one
+            gives NaN.
+
+    PyTorch:
+        `regtorch.gaussian_noise` with the same key gives the same result bit for bit. PyTorch
+        itself has none; Keras has `keras.layers.GaussianNoise(stddev)`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> regjax.gaussian_noise(jnp.zeros(4), 0.1, key=jax.random.key(0))
+        Array([ 0.16226421,  0.20252648, -0.04335944, -0.00786174], dtype=float32)
+
+    Source: Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural
+    Computation 7, 1995.
+    """
+    return _noisy(x, check_stddev(stddev), key, deterministic, _added)
+
+
+def _noisy(
+    x: Float[ArrayLike, "*shape"],
+    amount: float | Float[Array, ""],
+    key: KeyLike | None,
+    deterministic: ArrayLike,
+    make: Callable[..., Any],
+) -> Float[Array, "*shape"]:
+    """Checks, shortcuts, the key, then `make(x, key, amount)`."""
+    x = _check_real(x)
+    deterministic = check_flag(deterministic)
+    if deterministic is True or (isinstance(amount, float) and amount == 0):
+        return x
+
+    def noisy() -> Float[Array, "*shape"]:
+        return make(x, require_key(key), amount)
+
+    return noisy() if deterministic is False else lax.cond(deterministic, lambda: x, noisy)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """Factors around 1 in place of a mask."""
+
+    name: str = "gaussian_dropout"
+
+    def keep(
+        self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> Float[Array, "*shape"]:
+        """Draws the factors."""
+        return 1 + rounded(_noise(x, key) * _deviation(rate, x.dtype))
+
+    def apply(
+        self,
+        x: Float[Array, "*shape"],
+        keep: Float[Array, "*shape"],
+        rate: float | Float[Array, ""],
+    ) -> Float[Array, "*shape"]:
+        """Multiplies."""
+        return rounded(x.astype(keep.dtype) * keep).astype(x.dtype)
+
+
+def _multiplied(
+    x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+) -> Float[Array, "*shape"]:
+    return made(x, key, rate, _Factors())
+
+
+def _deviation(rate: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
+    """sqrt(rate / (1 - rate)); NaN at 1."""
+    real = real_dtype(dtype)
+    if isinstance(rate, jax.Array):
+        rate = lax.stop_gradient(rate).astype(real)
+        return jnp.where(rate < 1, exact_sqrt(rate / (1 - rate)), jnp.nan)
+    return real(math.sqrt(rate / (1 - rate)))
+
+
+@jax.jit
+def _added(
+    x: Float[Array, "*shape"], key: KeyLike, stddev: float | Float[Array, ""]
+) -> Float[Array, "*shape"]:
+    noise = _noise(x, key)
+    stddev = lax.stop_gradient(jnp.asarray(stddev)).astype(noise.dtype)
+    in_range = (stddev >= 0) & (stddev < jnp.inf)
+    noise = rounded(noise * jnp.where(in_range, stddev, jnp.nan))
+    # `x` too may be a product, of the user's.
+    return (rounded(x.astype(noise.dtype)) + noise).astype(x.dtype)
+
+
+def _noise(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
+    """A variate for each element, in the type that `x` is computed in, laid out like `x`."""
+    return normal(key, x.shape, real_dtype(x.dtype), out_sharding=mask_sharding(x, ()))
+
+
+def check_noise_rate(rate: ArrayLike) -> float | Float[Array, ""]:
+    """Returns a rate as `check_probability` does, if it is not the number 1.
+
+    Raises:
+        TypeError: as `check_probability`.
+        ValueError: as `check_probability`, or it is the number 1.
+    """
+    rate = check_probability("rate", rate)
+    if isinstance(rate, float) and rate == 1:
+        raise ValueError("rate must be below 1, where the variance is infinite; got 1.")
+    return rate
+
+
+def check_stddev(stddev: ArrayLike) -> float | Float[Array, ""]:
+    """Returns a concrete standard deviation as a Python float, a traced one as it is.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is not a scalar, or concrete and negative, infinite or NaN.
+    """
+    number = as_number("stddev", stddev)
+    if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"stddev must be a real number of at least 0; got {stddev!r}.")
+    if number.ndim:
+        raise ValueError(f"stddev must be a scalar of at least 0; got shape {number.shape}.")
+    if isinstance(number, Tracer):
+        return number
+    if not 0 <= number < math.inf:
+        raise ValueError(f"stddev must be finite and at least 0; got {stddev}.")
+    return float(number)
+
+
+def _check_real(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+    return check_real(x, "Gaussian noise", "Add it to x.real and x.imag.")

@@ -1,0 +1,131 @@
+"""What the layers for other frameworks share: being the same as theirs to the last bit."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from regjax._random.bernoulli import Sampler, bernoulli, exact_keep_prob, realises
+from regjax._random.keys import check_key, consume, is_threefry, key_words
+from regjax._random.threefry import at_most, counter_bits
+from regshared.checks import check_integers
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float32
+
+    from regjax._random.keys import KeyLike
+    from regjax._random.threefry import Layout
+
+# On CPU, XLA computes a larger sum in a kernel of its own. It fuses a smaller sum with its terms;
+# the order of the additions then depends on everything in the loop, the drawing of masks included.
+_LARGEST_FUSED = 4095
+
+
+def as_flax_draws(sampler: Sampler) -> Sampler:
+    """The sampler whose masks, and sums of what they mask, are those of Flax's own layers."""
+    return _bernoulli if sampler is bernoulli else sampler
+
+
+def wrapped_dims(
+    broadcast_dims: Sequence[int],
+    ndim: int,
+    *,
+    of: str = "inputs",
+    error: type[Exception] = IndexError,
+) -> tuple[int, ...]:
+    """`broadcast_dims` as Flax and Haiku take them: negative ones count from the end.
+
+    Args:
+        broadcast_dims: as they were given.
+        ndim: how many dimensions there are.
+        of: what has these dimensions, by the name that the framework gives it.
+        error: what the framework raises.
+
+    Raises:
+        IndexError: one of them is not a dimension; or another `error`.
+    """
+    broadcast_dims = check_integers("broadcast_dims", broadcast_dims)
+    if any(not -ndim <= dim < ndim for dim in broadcast_dims):
+        raise error(
+            f"broadcast_dims must be dimensions of {of}, which has {ndim}; got {broadcast_dims}."
+        )
+    return tuple(sorted({dim % ndim for dim in broadcast_dims}))
+
+
+@realises(exact_keep_prob)
+def _bernoulli(
+    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
+) -> Bool[Array, "*shape"]:
+    """`bernoulli`, its small masks drawn by the operations that Flax draws them with.
+
+    The mask is the same. Where the operations would give another one, they are not used.
+    """
+    if _is_default(key) and at_most(math.prod(shape), _LARGEST_FUSED):
+        if key.dtype == jnp.uint32:  # raw: it may be threefry's where that is not the default
+            key = jax.random.wrap_key_data(key, impl="threefry2x32")
+        return jax.random.bernoulli(key, keep_prob, tuple(shape), out_sharding=out_sharding)
+    return bernoulli(key, keep_prob, shape, out_sharding=out_sharding)
+
+
+@realises(exact_keep_prob)
+def compared(
+    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
+) -> Bool[Array, "*shape"]:
+    """The sampler whose masks, and sums of what they mask, are those of Equinox and Haiku."""
+    return uniform(key, shape, out_sharding=out_sharding) < keep_prob
+
+
+def uniform(
+    key: KeyLike, shape: Sequence[int], *, out_sharding: Layout = None
+) -> Float32[Array, "*shape"]:
+    """The numbers in [0, 1) that masks are made from: kept is where they are below `keep_prob`.
+
+    What the layers of Equinox and Haiku compare for themselves, because they divide by the very
+    number that they compare with. XLA turns a division by a scalar into a product with its inverse,
+    which rounds otherwise, but only where nothing else needs the scalar.
+
+    Few numbers are drawn by the operations of `jax.random.uniform`, as `as_flax_draws` does it;
+    here `vmap` cannot hide how many there are.
+    """
+    shape, is_default = tuple(shape), _is_default(key)
+
+    def draw(size: int, key: KeyLike) -> Float32[Array, "*shape"]:
+        if is_default and at_most(size, _LARGEST_FUSED):
+            return jax.random.uniform(key, shape, jnp.float32, out_sharding=out_sharding)
+        consume(key)
+        bits = counter_bits(key_words(key), shape, out_sharding=out_sharding)
+        # With the exponent of 1, 23 random bits are a number in [1, 2).
+        one = np.float32(1).view(np.uint32)
+        return lax.bitcast_convert_type((bits >> np.uint32(9)) | one, jnp.float32) - 1
+
+    return _counting(draw, math.prod(shape))(key)
+
+
+def _counting(draw: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """`draw(size, key)`, where `vmap` multiplies the size by the number of keys."""
+    counted = custom_vmap(functools.partial(draw, size))
+
+    @counted.def_vmap
+    def _(number: int, _: Any, keys: Any) -> tuple[Any, bool]:
+        def each(size: int, keys: Any) -> Any:
+            return jax.vmap(functools.partial(draw, size))(keys)
+
+        return _counting(each, number * size)(keys), True
+
+    return counted
+
+
+def _is_default(key: KeyLike) -> bool:
+    """Whether JAX would draw from this key what is drawn here."""
+    settings: Any = jax.config
+    default = settings.jax_threefry_partitionable and not settings.jax_enable_x64
+    return default and is_threefry(check_key(key))

@@ -1,0 +1,397 @@
+"""Uncertainty by Monte Carlo dropout: many small models at test time, and where they disagree."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.scipy.special import entr
+
+from regjax._dropout.core import real_dtype
+from regjax._random.keys import check_key, site_key
+from regshared.checks import check_bool, check_callable, check_choice, check_integer
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+    from regjax._random.keys import KeyLike
+
+Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
+
+_KINDS = ("logits", "probabilities", "values")
+_SITE = "mc_dropout"  # pass i draws from site_key(key, i, _SITE)
+# How far probabilities may be from summing to 1: what 8 bits of mantissa leave, and no logits meet.
+_TOLERANCE = 0.01
+
+
+class Prediction(NamedTuple):
+    """What many stochastic passes predict together.
+
+    In float32, or in float64 where the outputs are. The last four are None where there is nothing
+    to say: the entropies of values, and samples that were not asked for.
+
+    Attributes:
+        mean: the mean of the passes: of probabilities, or of values.
+        std: their standard deviation, the square root of the mean squared distance from the mean.
+        entropy: of the mean probabilities, in nats: how uncertain the prediction is in all.
+        expected_entropy: the mean of the passes' entropies: what they agree to be uncertain.
+        mutual_information: the difference, never negative: how much the passes disagree, which is
+            what more data could settle.
+        samples: the outputs of each pass, passes first.
+    """
+
+    mean: Float[Array, "*shape"]
+    std: Float[Array, "*shape"]
+    entropy: Float[Array, "*rows"] | None
+    expected_entropy: Float[Array, "*rows"] | None
+    mutual_information: Float[Array, "*rows"] | None
+    samples: Float[Array, "passes ..."] | None
+
+
+def mc_dropout(
+    predict: Callable[..., Float[Array, "*shape"]],
+    *inputs: Any,
+    key: KeyLike,
+    outputs: Outputs,
+    samples: int = 32,
+    class_axis: int = -1,
+    memory_budget: int = 2**30,
+    chunk_size: int | None = None,
+    keep_samples: bool = False,
+) -> Prediction:
+    """Predicts with dropout on, many times, in one jitted call: mean, deviation and entropy.
+
+    Each pass keeps other units and so is another, smaller model. Pass i is
+    `predict(*inputs, key=site_key(key, i, "mc_dropout"))`: it draws the same masks however many
+    passes there are and however they are grouped, and in regtorch.
+
+    The passes run side by side (`jax.vmap`) in chunks that fit into `memory_budget`, and the chunks
+    one after the other; what is kept between them does not grow with `samples`. Deviations are
+    summed as differences from the first pass, so that nearly equal outputs keep their digits.
+
+    **Normalisation layers belong in evaluation**, with their running averages, while dropout is on.
+    `predict` says so, in its framework's words:
+
+    - Flax Linen, each kind of layer with a flag of its own: `model.apply(variables, x,
+      use_running_average=True, deterministic=False, rngs={"dropout": key})`.
+    - Flax NNX: `view = nnx.view(model, use_running_average=True, deterministic=False)`, whose calls
+      pass `rngs=nnx.Rngs(dropout=key)` on to each `Dropout`.
+    - Equinox: `equinox.nn.inference_mode(model)`, then `equinox.tree_at` sets `inference=False` in
+      each `Dropout`.
+
+    Args:
+        predict: a pure function of `*inputs` and the keyword `key` that returns one floating array.
+            It is compiled once for all calls with inputs of the same shapes, so define it once. One
+            that closes over arrays, which may change, is compiled anew at each call: pass
+            parameters as inputs, or call `mc_dropout` in a function that is jitted itself.
+        *inputs: any number of pytrees of arrays, such as parameters and a batch.
+        key: one random key. As with `site_key`, it is not used up.
+        outputs: what `predict` returns: `"logits"`, of which the softmax is taken first;
+            `"probabilities"` along `class_axis`; or `"values"`, as in regression, which have no
+            entropy.
+        samples: how many passes. The mean has a standard error of `std / sqrt(samples)`.
+        class_axis: the dimension of the classes in what one pass returns.
+        memory_budget: how many bytes a chunk may take for what it computes, besides inputs and
+            outputs. The estimate adds up the values alive at once, as if XLA fused none of them,
+            and is mostly too high. One pass runs in any case.
+        chunk_size: how many passes run side by side, if you know better.
+        keep_samples: whether to return what each pass predicted, too.
+
+    Returns:
+        A `Prediction`, a pytree of arrays.
+
+    Raises:
+        TypeError: `key` is not a key; `predict` cannot be hashed, or does not return one floating
+            array; or one of the numbers is not an integer.
+        ValueError: `samples`, `memory_budget` or `chunk_size` is below 1; `outputs` is none of the
+            three; `class_axis` is not a dimension of the outputs, or has a single class; `key` is a
+            batch of keys; the outputs do not depend on the key, as in evaluation; or the
+            probabilities are negative or do not sum to 1. Where these are traced, they cannot raise
+            and become NaN.
+
+    PyTorch:
+        `regtorch.mc_dropout` takes a function, or a model as it is. Its passes draw the same masks.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, regjax
+        >>> def predict(weights, x, *, key):
+        ...     hidden = regjax.dropout(jax.nn.relu(x @ weights), 0.5, key=key)
+        ...     return hidden @ weights.T
+        >>> weights = jnp.eye(3, 8) * 2
+        >>> x = jnp.array([[1.0, 0.0, 0.0], [0.1, 0.1, 0.1]])
+        >>> y = regjax.mc_dropout(
+        ...     predict, weights, x, key=jax.random.key(0), outputs="logits", samples=100
+        ... )
+        >>> y.mean.shape, y.std.shape, y.entropy.shape
+        ((2, 3), (2, 3), (2,))
+        >>> bool((y.entropy >= y.mutual_information).all())
+        True
+
+    Source: Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016; the decomposition
+    of the entropy: Houlsby, Huszár, Ghahramani, Lengyel, "Bayesian active learning for
+    classification and preference learning", arXiv:1112.5745, 2011; sums of deviations: Chan, Golub,
+    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+    check_callable("predict", predict, "(*inputs, key) that returns an array")
+    check_choice("outputs", outputs, _KINDS)
+    settings = _Settings(
+        outputs=outputs,
+        samples=_at_least_one("samples", samples),
+        class_axis=check_integer("class_axis", class_axis),
+        memory_budget=_at_least_one("memory_budget", memory_budget),
+        chunk_size=None if chunk_size is None else _at_least_one("chunk_size", chunk_size),
+        keep_samples=check_bool("keep_samples", keep_samples),
+    )
+    run = _compiled(predict, settings, inputs, check_key(key))
+    prediction, improper = run(inputs, key)
+    if settings.outputs == "probabilities" and not isinstance(improper, Tracer) and improper:
+        raise ValueError(
+            "outputs='probabilities' must be at least 0 and sum to 1 along class_axis="
+            f"{settings.class_axis}; what predict returns does not. If it returns logits, pass "
+            "outputs='logits'."
+        )
+    return prediction
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What of a call is no array: static under jit. See `mc_dropout`."""
+
+    outputs: str
+    samples: int
+    class_axis: int
+    memory_budget: int
+    chunk_size: int | None
+    keep_samples: bool
+
+
+def _compiled(
+    predict: Callable[..., Any], settings: _Settings, inputs: tuple[Any, ...], key: KeyLike
+) -> Callable[[tuple[Any, ...], KeyLike], tuple[Prediction, Bool[Array, ""]]]:
+    """The jitted run: the one of earlier calls, where these cannot have captured other arrays."""
+    try:
+        hash(predict)
+    except TypeError:
+        raise TypeError(
+            f"predict must be hashable, as functions are; got a {type(predict).__name__}. Wrap it: "
+            "def predict(model, x, *, key): return model(x, key=key)."
+        ) from None
+    if _run_cached.trace(predict, settings, inputs, key).jaxpr.consts:
+        return jax.jit(functools.partial(_run, predict, settings))
+    return functools.partial(_run_cached, predict, settings)
+
+
+def _run(
+    predict: Callable[..., Any], settings: _Settings, inputs: tuple[Any, ...], key: KeyLike
+) -> tuple[Prediction, Bool[Array, ""]]:
+    """All passes; and whether probabilities were none."""
+
+    def one_pass(index: Int[Array, ""]) -> Float[Array, "*shape"]:
+        return predict(*inputs, key=site_key(key, index, _SITE))
+
+    def chunk(
+        indices: Int[Array, " passes"], origin: Float[Array, "*shape"] | None = None
+    ) -> tuple[_Moments, Float[Array, "passes ..."] | None]:
+        y = jax.vmap(one_pass)(indices)
+        moments = _moments(y, settings, origin)
+        return moments, y if settings.keep_samples else None
+
+    _check_outputs(one_pass, settings)
+    size = settings.chunk_size or _fitting(chunk, settings)
+    indices = jnp.arange(settings.samples, dtype=jnp.uint32)
+    # The first chunk takes what the others leave over, and sets the origin for all of them.
+    first = settings.samples % size or size
+    moments, samples = chunk(indices[:first])
+    if first < settings.samples:
+
+        def add(moments: _Moments, indices: Int[Array, " passes"]) -> tuple[_Moments, Any]:
+            more, samples = chunk(indices, moments.origin)
+            return _merged(moments, more), samples
+
+        moments, rest = lax.scan(add, moments, indices[first:].reshape(-1, size))
+        if samples is not None:
+            samples = jnp.concatenate([samples, rest.reshape(-1, *rest.shape[2:])])
+    return _prediction(moments, samples, settings), moments.improper
+
+
+_run_cached = jax.jit(_run, static_argnums=(0, 1))
+
+
+class _Moments(NamedTuple):
+    """What is known of the passes so far. `mean` and `squares` are of differences from `origin`."""
+
+    passes: Float[Array, ""]
+    origin: Float[Array, "*shape"]
+    mean: Float[Array, "*shape"]
+    squares: Float[Array, "*shape"]  # the sum of squared distances from the mean
+    entropy: Float[Array, "*rows"] | None  # the mean of the passes' entropies
+    improper: Bool[Array, ""]
+
+
+def _moments(
+    y: Float[Array, "passes ..."], settings: _Settings, origin: Float[Array, "*shape"] | None
+) -> _Moments:
+    """The moments of one chunk of passes."""
+    y = y.astype(real_dtype(y.dtype))
+    entropy, improper = None, jnp.zeros((), bool)
+    if settings.outputs != "values":
+        axis = settings.class_axis % (y.ndim - 1) + 1
+        if settings.outputs == "logits":
+            y = jax.nn.softmax(y, axis=axis)
+        else:
+            wrong = jnp.abs(y.sum(axis, keepdims=True) - 1) > _TOLERANCE
+            wrong |= (y < 0).any(axis, keepdims=True)
+            y = jnp.where(wrong, jnp.nan, y)
+            improper = wrong.any()
+        entropy = entr(y).sum(axis).mean(0)
+    origin = y[0] if origin is None else origin
+    shifted = y - origin[None]
+    mean = shifted.mean(0)
+    squares = jnp.square(shifted - mean[None]).sum(0)
+    return _Moments(jnp.full((), len(y), y.dtype), origin, mean, squares, entropy, improper)
+
+
+def _merged(a: _Moments, b: _Moments) -> _Moments:
+    """The moments of the passes of both."""
+    passes = a.passes + b.passes
+    share = b.passes / passes
+    delta = b.mean - a.mean
+    entropy = None
+    if a.entropy is not None and b.entropy is not None:
+        entropy = a.entropy + (b.entropy - a.entropy) * share
+    return _Moments(
+        passes,
+        a.origin,
+        a.mean + delta * share,
+        a.squares + b.squares + jnp.square(delta) * (a.passes * share),
+        entropy,
+        a.improper | b.improper,
+    )
+
+
+def _prediction(
+    moments: _Moments, samples: Float[Array, "passes ..."] | None, settings: _Settings
+) -> Prediction:
+    mean = moments.origin + moments.mean
+    variance = moments.squares / moments.passes
+    positive = variance > 0
+    # The root's slope at 0 is infinite, and times a cotangent of 0 would be NaN.
+    std = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), variance)
+    if moments.entropy is None:
+        return Prediction(mean, std, None, None, None, samples)
+    mean = jnp.clip(mean, 0, 1)  # past its ends, by rounding, there would be no entropy
+    entropy = entr(mean).sum(settings.class_axis)
+    disagreement = jnp.maximum(entropy - moments.entropy, 0)
+    return Prediction(mean, std, entropy, moments.entropy, disagreement, samples)
+
+
+def _check_outputs(one_pass: Callable[..., Any], settings: _Settings) -> None:
+    """Raises, before anything runs, where a pass does not return what it should.
+
+    Raises:
+        TypeError: it returns something else than one floating array.
+        ValueError: there is no class axis, or a single class; or the key changes nothing.
+    """
+    y = jax.eval_shape(one_pass, jnp.uint32(0))
+    if not isinstance(y, jax.ShapeDtypeStruct) or not jnp.issubdtype(y.dtype, jnp.floating):
+        raise TypeError(
+            "predict must return one floating array, not several, and logits or probabilities "
+            f"rather than classes; got {y}."
+        )
+    if settings.outputs != "values":
+        if not -y.ndim <= settings.class_axis < y.ndim:
+            raise ValueError(
+                f"class_axis must be a dimension of what predict returns, of shape {y.shape}; got "
+                f"{settings.class_axis}."
+            )
+        if y.shape[settings.class_axis] < 2:
+            raise ValueError(
+                f"class_axis={settings.class_axis} must hold at least two classes; predict returns "
+                f"the shape {y.shape}. From one logit z make two, [0, z]; from one probability p "
+                "make [1 - p, p]."
+            )
+    if not _depends_on_index(one_pass):
+        raise ValueError(
+            "all passes are the same: what predict returns does not depend on its key. Turn "
+            "dropout on in it (deterministic=False, a rate above 0) and give it the key."
+        )
+
+
+def _depends_on_index(one_pass: Callable[[Any], Any]) -> bool:
+    """Whether vmap batches the output, which it does where it depends on what is mapped."""
+    batched: list[bool] = []
+
+    # vmap calls the rule of a function whose argument is batched. (out_axes=None would raise for
+    # such an output, and the failed trace would count as a leak under jax_check_tracer_leaks.)
+    @jax.custom_batching.custom_vmap
+    def output(y: Array) -> Array:
+        return y
+
+    @output.def_vmap
+    def note(axis_size: int, in_batched: list[bool], y: Array) -> tuple[Array, bool]:
+        batched.extend(in_batched)
+        return y, in_batched[0]
+
+    jax.eval_shape(jax.vmap(lambda index: output(one_pass(index))), jnp.zeros(2, jnp.uint32))
+    return any(batched)
+
+
+def _fitting(chunk: Callable[..., Any], settings: _Settings) -> int:
+    """The largest of samples, a half, a quarter, … that fits into the budget; at least 1."""
+    size = settings.samples
+    while size > 1:
+        closed = jax.make_jaxpr(chunk)(jnp.zeros(size, jnp.uint32))
+        if _peak_bytes(closed.jaxpr) <= settings.memory_budget:
+            break
+        size = -(-size // 2)
+    return size
+
+
+def _peak_bytes(jaxpr: Any) -> int:
+    """The most that the values a program computes take at once, were none of them fused away."""
+    last_use = {var: place for place, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn)}
+    last_use |= dict.fromkeys(filter(_is_variable, jaxpr.outvars), len(jaxpr.eqns))
+    alive, peak, sizes = 0, 0, {}
+    for place, eqn in enumerate(jaxpr.eqns):
+        made = {var: _bytes(var) for var in eqn.outvars}
+        within = max(map(_peak_bytes, _inner(eqn)), default=0)
+        peak = max(peak, alive + max(sum(made.values()), within))
+        sizes |= made
+        alive += sum(made.values())
+        dead = {var for var in (*_variables(eqn), *made) if last_use.get(var, place) == place}
+        alive -= sum(sizes.pop(var, 0) for var in dead)
+    return peak
+
+
+def _variables(eqn: Any) -> list[Any]:
+    return [var for var in eqn.invars if _is_variable(var)]
+
+
+def _is_variable(atom: Any) -> bool:
+    return not hasattr(atom, "val")  # a literal has a value
+
+
+def _bytes(var: Any) -> int:
+    shape, dtype = getattr(var.aval, "shape", ()), getattr(var.aval, "dtype", None)
+    return int(np.prod(shape)) * getattr(dtype, "itemsize", 0)
+
+
+def _inner(eqn: Any) -> list[Any]:
+    """The programs within an equation: the bodies of calls, loops and branches."""
+    found = []
+    for param in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
+        param = getattr(param, "jaxpr", param)
+        if hasattr(param, "eqns"):
+            found.append(param)
+    return found
+
+
+def _at_least_one(name: str, value: int) -> int:
+    return check_integer(name, value, minimum=1)

@@ -1,0 +1,191 @@
+"""Keep masks: random bits compared with a threshold.
+
+This is **mask stream v1**: the mask is a function of the key, the keep probability and the shape
+alone. No setting of JAX, no device, no mesh and no transform changes it, and it will not change
+under this name. It equals `jax.random.bernoulli` under JAX's default configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from regjax._checks import as_number, check_layout, check_shape
+from regjax._random.keys import check_key, consume, key_words
+from regjax._random.threefry import counter_bits, threefry2x32
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, UInt32
+
+    from regjax._random.keys import KeyLike
+    from regjax._random.threefry import Layout, Words
+
+_MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
+# A subnormal probability counts as 0: CPUs and TPUs flush it, others do not, and the mask must not
+# depend on which it runs on.
+_SMALLEST = float(np.finfo(np.float32).smallest_normal)
+_TINY = 2.0**-12  # below it, the share that is kept may differ from the request
+
+_REALISED = "realised_keep_prob"
+_S = TypeVar("_S")
+
+
+class Sampler(Protocol):
+    """What draws a keep mask: `bernoulli`, or any function with its arguments."""
+
+    def __call__(
+        self,
+        key: KeyLike,
+        keep_prob: ArrayLike,
+        shape: Sequence[int],
+        *,
+        out_sharding: Layout = None,
+    ) -> Bool[Array, "*shape"]:
+        """Draws a mask of the given shape; True keeps."""
+        ...
+
+
+def realised_keep_prob(
+    sampler: Sampler, keep_prob: float | Float[Array, ""]
+) -> float | Float[Array, ""]:
+    """What share a sampler keeps when asked for `keep_prob`: what the kept elements are divided by.
+
+    A sampler that rounds says so with `realises`.
+    """
+    options = {}
+    if isinstance(sampler, functools.partial):
+        sampler, options = sampler.func, sampler.keywords
+    realise = getattr(sampler, _REALISED, None)
+    return realise(keep_prob, **options) if realise else keep_prob
+
+
+def realises(realise: Callable[..., Any]) -> Callable[[_S], _S]:
+    """Marks a sampler that rounds: `realise(keep_prob, **options)` is what it really keeps.
+
+    The options are those that a `functools.partial` gave the sampler.
+    """
+
+    def mark(sampler: _S) -> _S:
+        vars(sampler)[_REALISED] = realise
+        return sampler
+
+    return mark
+
+
+def exact_keep_prob(keep_prob: float | Float[Array, ""], **_: Any) -> float | Float[Array, ""]:
+    """Return the probability with which `bernoulli` keeps an element, for the scale.
+
+    It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
+    and the scale uses `keep_prob` itself, as other libraries do. Below, the difference can be
+    large: an element that is to be kept with probability 1e-10 is kept with 2**-23.
+    """
+    if isinstance(keep_prob, jax.Array):
+        share = _threshold(keep_prob).astype(keep_prob.dtype) * 2.0**-_MANTISSA
+        return jnp.where((keep_prob > 0) & (keep_prob < _TINY), share, keep_prob)
+    return float(_threshold(keep_prob)) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
+
+
+@realises(exact_keep_prob)
+def bernoulli(
+    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
+) -> Bool[Array, "*shape"]:
+    """Draws a keep mask: each element is True with probability `keep_prob`, independently.
+
+    An element is kept where `(bits >> 9) < ceil(float32(keep_prob) * 2**23)`, its bits being those
+    of threefry at its row-major index. The mask therefore depends on nothing but the arguments.
+
+    Args:
+        key: one JAX random key, typed or raw, of any kind.
+        keep_prob: the probability of True, in [0, 1]; it may be traced. Rounded to float32.
+        shape: the shape of the mask.
+        out_sharding: how the mask is laid out over devices: a `Sharding` or a `PartitionSpec`.
+
+    Returns:
+        A boolean array.
+
+    Raises:
+        TypeError: `key` is not a key, or `keep_prob` is not a number.
+        ValueError: a concrete `keep_prob` is not in [0, 1], or `key` is a batch of keys. A traced
+            `keep_prob` is not checked: below 0 or NaN keeps nothing, above 1 everything.
+
+    PyTorch:
+        `regtorch.bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+
+    Example:
+        >>> import jax, regjax
+        >>> key = jax.random.key(0)
+        >>> regjax.bernoulli(key, 0.5, (6,)).tolist()
+        [False, False, True, True, False, True]
+        >>> bool((regjax.bernoulli(key, 0.5, (6,)) == jax.random.bernoulli(key, 0.5, (6,))).all())
+        True
+    """
+    threshold = _threshold(check_probability("keep_prob", keep_prob))
+    shape, layout = check_shape("shape", shape), check_layout("out_sharding", out_sharding)
+    return _threshold_mask(check_key(key), threshold, shape, layout)
+
+
+# The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
+# agree in shape share one trace. The threshold stays an argument: that trace serves every rate.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _threshold_mask(
+    key: KeyLike, threshold: UInt32[Array, ""], shape: tuple[int, ...], out_sharding: Layout
+) -> Bool[Array, "*shape"]:
+    consume(key)
+    bits = counter_bits(key_words(key), shape, out_sharding=out_sharding)
+    return (bits >> np.uint32(32 - _MANTISSA)) < threshold
+
+
+def bernoulli_at(
+    key: KeyLike, keep_prob: float | Float[Array, ""], index: Words
+) -> Bool[Array, "*shape"]:
+    """The elements of `bernoulli`'s mask at given row-major indices, whatever its shape.
+
+    What makes a mask piece by piece, or of a few rows only, without the rest of it.
+
+    Args:
+        key: one key, as `bernoulli` takes it.
+        keep_prob: the probability of True, checked by `check_probability`.
+        index: 64-bit indices, as a high and a low word that broadcast against each other.
+    """
+    consume(key)
+    out0, out1 = threefry2x32(key_words(key), index)
+    return ((out0 ^ out1) >> np.uint32(32 - _MANTISSA)) < _threshold(keep_prob)
+
+
+def _threshold(keep_prob: float | Float[Array, ""]) -> np.uint32 | UInt32[Array, ""]:
+    """How many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
+    if isinstance(keep_prob, jax.Array):
+        probability = keep_prob.astype(jnp.float32)
+        scaled = jnp.minimum(jnp.ceil(probability * 2.0**_MANTISSA), 2.0**_MANTISSA)
+        # NaN compares false, and so keeps nothing.
+        return jnp.where(probability >= _SMALLEST, scaled, 0).astype(jnp.uint32)
+    # Exact in double, and free of the flush to zero by which a device may lose a tiny float32.
+    probability = float(np.float32(keep_prob))
+    return np.uint32(math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0)
+
+
+def check_probability(name: str, value: ArrayLike) -> float | Float[Array, ""]:
+    """Returns a concrete probability as a Python float, a traced one as it is.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is not a scalar, or concrete and not in [0, 1].
+    """
+    number = as_number(name, value)
+    if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"{name} must be a real number in [0, 1]; got {value!r}.")
+    if number.ndim:
+        raise ValueError(f"{name} must be a scalar in [0, 1]; got shape {number.shape}.")
+    if isinstance(number, Tracer):
+        return number
+    if not 0 <= number <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
+    return float(number)

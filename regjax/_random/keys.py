@@ -1,0 +1,159 @@
+"""Keys: what every mask is made from, and how a training step names its own.
+
+A key is made once, from a seed; `site_key` derives from it, without state, a key for each place of
+a model and each step of training. A resumed run continues exactly, and no RNG state is saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from regjax._checks import as_number
+from regjax._random.events import observer
+from regjax._random.threefry import threefry2x32
+from regshared.checks import check_string, describe
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Key, UInt32
+
+    from regjax._random.threefry import Words
+
+    KeyLike = Key[Array, ""] | UInt32[Array, " words"]
+
+_THREEFRY = "threefry2x32"
+
+
+def check_key(key: KeyLike, name: str = "key") -> KeyLike:
+    """Returns the key if it is one single key, typed or raw; `name` is that of the argument.
+
+    Raises:
+        TypeError: it is not a key at all.
+        ValueError: it is a batch of keys.
+    """
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    if not is_array or not (_is_typed(key) or key.dtype == np.uint32):
+        raise TypeError(
+            f"{name} must be a JAX random key, as jax.random.key(seed) makes one; got "
+            f"{describe(key)}."
+        )
+    if key.ndim != (0 if _is_typed(key) else 1):
+        raise ValueError(
+            f"{name} must be one single key; got a batch of keys, {describe(key)}. To use one key "
+            "for each row, map over both with jax.vmap; to use one of them, index it."
+        )
+    if not _is_typed(key) and key.shape[0] not in (2, 4):
+        raise ValueError(
+            f"{name} must have shape (2,) or, for rbg, (4,) if it is raw; got {describe(key)}."
+        )
+    return key
+
+
+def key_words(key: KeyLike) -> Words:
+    """The two uint32 words that a mask is made from.
+
+    A threefry key is its own two words, so that masks equal those of `jax.random`. Keys of any
+    other kind are hashed down to two words, block by block; a mask made from those equals no mask
+    of `jax.random`, but is as good.
+    """
+    key = check_key(key)
+    data = jnp.asarray(jax.random.key_data(key) if _is_typed(key) else key)
+    words = [data[i] for i in range(data.shape[0])]
+    if is_threefry(key):
+        return words[0], words[1]
+    blocks = max(2, -(-len(words) // 2))
+    words += [jnp.zeros((), jnp.uint32)] * (2 * blocks - len(words))
+    state = (words[0], words[1])
+    for block in range(1, blocks):
+        state = threefry2x32(state, (words[2 * block], words[2 * block + 1]))
+    return state
+
+
+def consume(key: KeyLike) -> None:
+    """Tells `jax_debug_key_reuse` that a mask is drawn from this key.
+
+    Reading a key's data is invisible to that check. These bits are not, and XLA drops them, since
+    nobody reads them.
+    """
+    if _is_typed(key):
+        jax.random.bits(key, ())
+
+
+def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
+    """The key of one place in a model at one step of training, derived without state.
+
+    Two blocks of threefry: the root key encrypts a 64-bit hash of the site's name, and the result
+    encrypts the step. Equal arguments give equal keys in every process, on every device, under
+    every setting of JAX, and in regtorch; different sites or steps give independent ones.
+
+    Args:
+        root: one key, typed or raw, of any kind. As with `jax.random.fold_in`, it is not used up.
+        step: the step of training, an integer of at least 0. A traced one is not checked.
+        site: the name of the place, such as `"encoder/3/attention"`.
+
+    Returns:
+        A threefry key: typed where the root is typed, raw (uint32 of shape (2,)) where it is raw.
+
+    Raises:
+        TypeError: `step` is not an integer, `site` is not a string, or `root` is not a key.
+        ValueError: `step` is negative or not below 2**64, or `root` is a batch of keys.
+
+    PyTorch:
+        `regtorch.site_key` returns the same two words. PyTorch itself has no keys.
+
+    Example:
+        >>> import jax, regjax
+        >>> root = jax.random.key(0)
+        >>> at_step = [regjax.site_key(root, step, "hidden") for step in range(2)]
+        >>> x = jax.numpy.ones(6)
+        >>> [regjax.dropout(x, 0.5, key=key).tolist() for key in at_step]
+        [[0.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]]
+    """
+    check_string("site", site, "a string that names the place")
+    typed = _is_typed(check_key(root, "root"))
+    at_step = _step_words(step)
+    words = _site_words(root, site_hash(site), at_step)
+    if watching := observer():
+        watching.site_key(site, key_words(root), at_step, (words[0], words[1]))
+    return jax.random.wrap_key_data(words, impl=_THREEFRY) if typed else words
+
+
+def site_hash(site: str) -> Words:
+    """A name's stable 64-bit hash: the first eight bytes of its SHA-256, big-endian."""
+    digest = hashlib.sha256(site.encode()).digest()
+    return jnp.uint32(int.from_bytes(digest[:4])), jnp.uint32(int.from_bytes(digest[4:8]))
+
+
+@jax.jit
+def _site_words(root: KeyLike, site: Words, step: Words) -> UInt32[Array, " words"]:
+    # The site first: its block does not depend on the step, and leaves a loop over steps.
+    return jnp.stack(threefry2x32(threefry2x32(key_words(root), site), step))
+
+
+def _step_words(step: ArrayLike) -> Words:
+    number = as_number("step", step)
+    if not jnp.issubdtype(number.dtype, jnp.integer):
+        raise TypeError(f"step must be an integer; got {step!r}.")
+    if number.ndim:
+        raise ValueError(f"step must be a scalar; got shape {number.shape}. Map with jax.vmap.")
+    if isinstance(number, Tracer):
+        high = number >> 32 if number.dtype.itemsize == 8 else jnp.zeros((), jnp.uint32)
+        return high.astype(jnp.uint32), number.astype(jnp.uint32)
+    value = int(number)
+    if not 0 <= value < 2**64:
+        raise ValueError(f"step must lie in [0, 2**64); got {value}.")
+    return jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF)
+
+
+def _is_typed(key: KeyLike) -> bool:
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def is_threefry(key: KeyLike) -> bool:
+    return str(jax.random.key_impl(key)) == _THREEFRY if _is_typed(key) else key.shape == (2,)

@@ -1,0 +1,344 @@
+"""Packed keep masks: 32 elements at a time, from a few random words.
+
+For accelerators, where the random words are what dropout costs. The exact sampler is `bernoulli`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from regjax._checks import check_layout, check_shape
+from regjax._random.bernoulli import check_probability, realises
+from regjax._random.keys import check_key, consume, key_words
+from regjax._random.threefry import (
+    check_size,
+    counter_bits,
+    is_number,
+    product_words,
+    row_major_index,
+    threefry2x32,
+)
+from regshared.checks import check_integer
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, UInt, UInt8, UInt32
+
+    from regjax._random.keys import KeyLike
+    from regjax._random.threefry import Layout, Words
+
+_LANES = 32
+# Below this size a mask costs next to nothing, and grouping only adds operations.
+_SMALLEST_PACKED = 2**12
+
+
+def _realised_keep_prob(
+    keep_prob: float | Float[Array, ""], *, bits: int = 16
+) -> float | Float[Array, ""]:
+    return _threshold(keep_prob, _check_bits(bits)) / 2**bits
+
+
+@realises(_realised_keep_prob)
+def packed_bernoulli(
+    key: KeyLike,
+    keep_prob: ArrayLike,
+    shape: Sequence[int],
+    *,
+    bits: int = 16,
+    out_sharding: Layout = None,
+) -> Bool[Array, "*shape"]:
+    """Draws a keep mask, 32 elements at a time, with `keep_prob` rounded to a few bits.
+
+    An element is kept with probability `T / 2**bits`, where `T = round(keep_prob * 2**bits)`: a
+    uniform integer of `bits` bits is compared with T. That is done bit-sliced: one random word
+    holds one bit of 32 integers, and `and`/`or` of such words make 32 comparisons at once. An
+    element costs `bits / 64` blocks of threefry instead of a whole one, and less where T ends in
+    zeros: keep probability 1/2 takes one block for 32 elements.
+
+    The 32 elements that share words follow each other along the longest axis, the last one
+    excepted, whose length is a multiple of 32 (of two, the later). Where there is none, or the
+    array has fewer than 4,096 elements, each compares the first `bits` bits of a word of its own.
+
+    Args:
+        key: one JAX random key, typed or raw, of any kind.
+        keep_prob: the probability of True, in [0, 1]; it may be traced. Rounded to float32 first.
+        shape: the shape of the mask.
+        bits: how many bits of `keep_prob` count, from 1 to 32.
+        out_sharding: how the mask is laid out over devices: a `NamedSharding` or `PartitionSpec`.
+
+    Returns:
+        A boolean array. Its mean is `T / 2**bits`, which `regjax.dropout` divides by: with 16 bits
+        within 7.7e-6 of `keep_prob`.
+
+    Raises:
+        TypeError: `key` is not a key, `keep_prob` is not a number, or `bits` is not an integer.
+        ValueError: a concrete `keep_prob` is not in [0, 1], or lies strictly inside but would round
+            to an end; `bits` is not in 1..32; `key` is a batch of keys. A traced `keep_prob` is not
+            checked: strictly inside it stays inside, below 0 or NaN it keeps nothing, above 1
+            everything.
+
+    PyTorch:
+        `regtorch.packed_bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+
+    Example:
+        >>> import jax, regjax
+        >>> x = jax.numpy.ones((1024, 64))
+        >>> y = regjax.dropout(x, 0.75, key=jax.random.key(0), sampler=regjax.packed_bernoulli)
+        >>> sorted(set(y.ravel().tolist())), round(float(y.mean()), 2)
+        ([0.0, 4.0], 1.0)
+    """
+    bits = _check_bits(bits)
+    threshold = _threshold(check_probability("keep_prob", keep_prob), bits)
+    draw = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
+    shape, layout = check_shape("shape", shape), check_layout("out_sharding", out_sharding)
+    return draw(check_key(key), threshold, shape, bits, layout)
+
+
+def packed_axis(shape: Sequence[int]) -> int | None:
+    """The axis along which 32 elements share words; None where each has its own.
+
+    Never the last axis, which accelerators lay out across lanes: to spread a word over lanes costs
+    more than to draw it anew. And never one chosen by the layout: the mask must not depend on it.
+    """
+    if math.prod(shape) < _SMALLEST_PACKED:
+        return None
+    axes = [axis for axis, size in enumerate(shape[:-1]) if size % _LANES == 0]
+    return max(axes, key=lambda axis: (shape[axis], axis), default=None)
+
+
+def _mask(
+    key: KeyLike,
+    threshold: int | Float[Array, ""],
+    shape: tuple[int, ...],
+    bits: int,
+    out_sharding: Layout,
+) -> Bool[Array, "*shape"]:
+    check_size(shape)
+    consume(key)
+    words = key_words(key)
+
+    def draw(axis: int | None) -> Bool[Array, "*shape"]:
+        if axis is None:
+            drawn = counter_bits(words, shape, out_sharding=out_sharding)
+            return _below(drawn >> np.uint32(32 - bits), threshold, bits)
+        group = Group(shape, axis, out_sharding)
+        return group.spread(_stored(_compared(words, threshold, bits, group), words[0]))
+
+    return _at_packed_axis(draw, shape)
+
+
+def _at_packed_axis(draw: Callable[[int | None], Any], shape: tuple[int, ...]) -> Any:
+    """Return `draw(packed_axis(shape))`.
+
+    The axis, and with it the mask, depends on the sizes. Where `jax.export` has a symbol for one of
+    them, the program contains a branch for every axis that may be packed.
+    """
+    if all(is_number(size) for size in shape):
+        return draw(packed_axis(shape))
+    axes = [
+        axis for axis, size in enumerate(shape[:-1]) if not is_number(size) or size % _LANES == 0
+    ]
+    branch = longest = jnp.uint32(0)
+    for number, axis in enumerate(axes, 1):
+        size = product_words(shape[axis : axis + 1])[1]
+        is_longer = (size % _LANES == 0) & (size >= longest)
+        branch = jnp.where(is_longer, np.uint32(number), branch)
+        longest = jnp.where(is_longer, size, longest)
+    high, low = product_words(shape)
+    branch = jnp.where((high == 0) & (low < _SMALLEST_PACKED), 0, branch)
+    return lax.switch(branch, [functools.partial(draw, axis) for axis in (None, *axes)])
+
+
+# A concrete threshold is static, so that only the words that it needs are drawn.
+_mask_at_number = jax.jit(_mask, static_argnums=(1, 2, 3, 4))
+_mask_at_tracer = jax.jit(_mask, static_argnums=(2, 3, 4))
+
+
+def _threshold(keep_prob: float | Float[Array, ""], bits: int) -> int | Float[Array, ""]:
+    """How many of the 2**bits integers are kept; traced as float32, which holds it exactly."""
+    levels = 2**bits
+    if isinstance(keep_prob, jax.Array):
+        probability = keep_prob.astype(jnp.float32)
+        # From 24 bits on, no probability below 1 rounds to 1.
+        inside = jnp.clip(jnp.round(probability * 2.0**bits), 1, levels - 1 if bits < 24 else None)
+        ends = jnp.where(probability >= 1, float(levels), 0.0)
+        return jnp.where((probability > 0) & (probability < 1), inside, ends)
+    threshold = round(float(np.float32(keep_prob)) * levels)
+    if 0 < keep_prob < 1 and threshold in (0, levels):
+        raise ValueError(
+            f"keep_prob={keep_prob} rounds to {threshold // levels} in {bits} bits: use more bits, "
+            "as in functools.partial(regjax.packed_bernoulli, bits=32), or regjax.bernoulli."
+        )
+    return threshold
+
+
+def _check_bits(bits: int) -> int:
+    return check_integer("bits", bits, minimum=1, maximum=32)
+
+
+def _below(
+    drawn: UInt32[Array, "*shape"], threshold: int | Float[Array, ""], bits: int
+) -> Bool[Array, "*shape"]:
+    """Compares each element's integer with the threshold, which may be too large for a word."""
+    if isinstance(threshold, jax.Array):
+        return (drawn < threshold.astype(jnp.uint32)) | (threshold >= 2.0**bits)
+    return drawn <= np.uint32(threshold - 1) if threshold else jnp.zeros_like(drawn, bool)
+
+
+def _compared(
+    key: Words, threshold: int | Float[Array, ""], bits: int, group: Group
+) -> UInt32[Array, "*words"]:
+    """Draws words that each hold 32 comparisons `U >= 2**bits - T` of uniform integers U.
+
+    Bit i of 32 integers is one word, the most significant first. From the least significant up: a 1
+    where T has a 1, or a 0 where T has a 0, settles the comparison; otherwise the lower bits have.
+    """
+    if not isinstance(threshold, jax.Array):
+        bits_of_t = [bool(threshold >> (bits - 1 - i) & 1) for i in range(bits)]
+        # Trailing zeros of T settle nothing, and their words are not drawn.
+        needed = max((i + 1 for i in range(bits) if bits_of_t[i]), default=0)
+        everything = threshold == 2**bits
+    else:
+        whole = threshold.astype(jnp.uint32)
+        bits_of_t = [(whole >> np.uint32(bits - 1 - i)) & np.uint32(1) != 0 for i in range(bits)]
+        needed, everything = bits, threshold >= 2.0**bits
+    high, low = row_major_index(group.words_shape, group.words_sharding, in_place=True)
+    kept = jnp.zeros_like(low)
+    for pair in reversed(range((needed + 1) // 2)):
+        # The upper four bits of the counter number the blocks: no array has 2**60 words.
+        block = threefry2x32(key, (high + np.uint32(pair << 28), low))
+        for i in range(min(2 * pair + 1, needed - 1), 2 * pair - 1, -1):
+            either, both = block[i % 2] | kept, block[i % 2] & kept
+            kept = _select(bits_of_t[i], either, both)
+    return _select(everything, jnp.full_like(low, 0xFFFFFFFF), kept)
+
+
+def _select(
+    condition: bool | Bool[Array, ""], x: UInt32[Array, "*words"], y: UInt32[Array, "*words"]
+) -> UInt32[Array, "*words"]:
+    """`jnp.where` that leaves no trace of a condition known beforehand."""
+    if isinstance(condition, bool):
+        return x if condition else y
+    return jnp.where(condition, x, y)
+
+
+def _stored(words: UInt32[Array, "*words"], unknown: UInt32[Array, ""]) -> UInt32[Array, "*words"]:
+    """The same words; on CPU a place where XLA stops fusing, and stores them.
+
+    Fused into their 32-way expansion they would be drawn anew for each element. XLA does not fuse
+    what it holds expensive into what reads it many times, and a division by a number that it does
+    not know is expensive. The number is 1.
+    """
+
+    def divided(
+        words: UInt32[Array, "*words"], unknown: UInt32[Array, ""]
+    ) -> UInt32[Array, "*words"]:
+        return words // ((unknown == unknown + np.uint32(1)).astype(jnp.uint32) + np.uint32(1))
+
+    return lax.platform_dependent(words, unknown, cpu=divided, default=lambda words, _: words)
+
+
+def _bytes(words: UInt32[Array, "*words"]) -> tuple[UInt8[Array, "*words"], ...]:
+    """The bytes of each word as four arrays, the least significant first: how a GPU spreads words.
+
+    There each element reads what holds its bit: as a word twice as many bytes as a bfloat16 of the
+    array itself, as a byte half as many. One kernel draws the words and writes the four arrays. The
+    barrier keeps that so: without it XLA may store words, and cut them up where they are read.
+    """
+    places = [np.uint32(8 * i) for i in range(4)]
+    return lax.optimization_barrier(tuple((words >> place).astype(jnp.uint8) for place in places))
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Which elements share a word, and how words and elements are laid out over devices.
+
+    Attributes:
+        shape: the shape of the mask.
+        axis: the axis along which 32 elements share a word.
+        out_sharding: the layout of the mask.
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    out_sharding: Layout
+
+    @property
+    def words_shape(self) -> tuple[int, ...]:
+        """The shape of the words: a 32nd along the axis."""
+        # A symbolic size may be none of 32's multiples; rounded up, there is at least one word.
+        return self._replace_axis(self.shape, -(-self.shape[self.axis] // _LANES))
+
+    @property
+    def words_sharding(self) -> Layout:
+        """The layout of the words: the mask's, but whole along the axis if devices split a word."""
+        sharding = self.out_sharding
+        if isinstance(sharding, PartitionSpec):
+            sharding = NamedSharding(jax.sharding.get_abstract_mesh(), sharding)
+        if sharding is None:
+            return None
+        spec = [*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec))]
+        names = spec[self.axis]
+        names = names if isinstance(names, tuple) else () if names is None else (names,)
+        devices = math.prod(sharding.mesh.shape[name] for name in names)
+        if self.shape[self.axis] // _LANES % devices:
+            spec[self.axis] = None
+        return sharding.update(spec=PartitionSpec(*spec))
+
+    def spread(self, words: UInt32[Array, "*words"]) -> Bool[Array, "*shape"]:
+        """Gives each element its bit of its word."""
+        if not is_number(self.shape[self.axis]):
+            return self._gathered(words)
+        sharding = lanes_sharding = self.words_sharding
+        if isinstance(sharding, NamedSharding):
+            spec = self._replace_axis(tuple(sharding.spec), sharding.spec[self.axis], None)
+            lanes_sharding = sharding.update(spec=PartitionSpec(*spec))
+        bits = lax.platform_dependent(
+            words,
+            cuda=lambda words: self._bits(_bytes(words), lanes_sharding),
+            default=lambda words: self._bits((words,), lanes_sharding),
+        )
+        mask = jnp.reshape(bits, self.shape, out_sharding=sharding)
+        whole = self.out_sharding is None or jax.typeof(mask).sharding == self.out_sharding
+        return mask if whole else jax.sharding.reshard(mask, self.out_sharding)
+
+    def _gathered(self, words: UInt32[Array, "*words"]) -> Bool[Array, "*shape"]:
+        """As `spread`, along an axis of symbolic length, which cannot be split into words."""
+        sizes = [size if axis == self.axis else 1 for axis, size in enumerate(self.shape)]
+        along = lax.broadcasted_iota(np.uint32, sizes, self.axis)
+        at = jnp.reshape(along // np.uint32(_LANES), (sizes[self.axis],))
+        own = jnp.take(words, at, axis=self.axis, mode="clip")
+        return (own >> along % np.uint32(_LANES)) & np.uint32(1) != 0
+
+    def _bits(
+        self, parts: tuple[UInt[Array, "*words"], ...], sharding: Layout
+    ) -> Bool[Array, "*lanes"]:
+        """Each lane's bit, of words that come as equal parts, the least significant first."""
+        after = self.axis + 1
+        lanes = _LANES // len(parts)
+        shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], lanes)
+        own = []
+        for part in parts:
+            lane = lax.broadcasted_iota(part.dtype, shape, after, out_sharding=sharding)
+            own.append((jnp.expand_dims(part, after) >> lane) & part.dtype.type(1) != 0)
+        if len(own) == 1:
+            return own[0]
+        # Not a concatenation: where XLA fuses this, an element reads its own part and no other.
+        shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], _LANES)
+        bits = jnp.zeros(shape, bool, out_sharding=sharding)
+        for i, slab in enumerate(own):
+            bits = lax.dynamic_update_slice_in_dim(bits, slab, i * lanes, after)
+        return bits
+
+    def _replace_axis(self, values: tuple[Any, ...], *replacement: Any) -> tuple[Any, ...]:
+        return (*values[: self.axis], *replacement, *values[self.axis + 1 :])

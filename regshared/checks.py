@@ -1,0 +1,204 @@
+"""Checks of arguments: each refuses a wrong value with an error that names the argument.
+
+One form for every message: `argument must be X; got Y. Fix.` The wrong type is a TypeError, the
+wrong value a ValueError. Arrays and tensors are known by their attributes.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+
+def describe(value: Any) -> str:
+    """Describe a wrong value in a few words: an array by dtype and shape, not by its numbers."""
+    if (
+        hasattr(value, "dtype")
+        and hasattr(value, "shape")
+        and not isinstance(value, numbers.Number)
+    ):
+        noun = "a tensor" if hasattr(value, "requires_grad") else "an array"
+        return f"{noun} of dtype {value.dtype} and shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_integer(
+    name: str, value: Any, minimum: int | None = None, maximum: int | None = None
+) -> int:
+    """Return an integer as a Python int.
+
+    Args:
+        name: The name of the argument.
+        value: A Python or NumPy integer, or a concrete 0-d array of an integer type; not a bool.
+        minimum: The smallest value allowed.
+        maximum: The largest value allowed.
+
+    Raises:
+        TypeError: `value` is not an integer, or it is traced.
+        ValueError: `value` is out of range.
+    """
+    if type(value) is not int:
+        try:
+            if is_bool(value) or getattr(value, "ndim", 0):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError as error:
+            known = " known before tracing" if type(error).__name__.startswith("Tracer") else ""
+            raise TypeError(f"{name} must be an integer{known}; got {describe(value)}.") from None
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}; got {value}.")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}; got {value}.")
+    return value
+
+
+def check_integers(name: str, value: Any) -> tuple[int, ...]:
+    """Return a collection of integers, such as dimensions, as a tuple of Python ints.
+
+    Raises:
+        TypeError: `value` is neither a collection of integers nor a concrete 1-D array of them.
+    """
+    items = check_items(name, value, Collection, "a sequence of integers, such as (0, 1)")
+    return tuple(check_integer(f"{name}[{i}]", item) for i, item in enumerate(items))
+
+
+def check_items(name: str, value: Any, kind: type, wanted: str) -> Collection[Any]:
+    """Return the items of a list, a tuple, a concrete 1-D array or the like.
+
+    Raises:
+        TypeError: `value` is of no such kind, a string, a mapping, or traced.
+    """
+    try:
+        if getattr(value, "ndim", 0) == 1:
+            return value.tolist()
+        if hasattr(value, "dtype") or isinstance(value, str | bytes | Mapping):
+            raise TypeError
+        if not isinstance(value, kind):
+            raise TypeError
+    except TypeError:
+        raise TypeError(f"{name} must be {wanted}; got {describe(value)}.") from None
+    return value
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Return a flag as a Python bool.
+
+    Args:
+        name: The name of the argument.
+        value: A bool, a NumPy bool, or a concrete 0-d boolean array.
+
+    Raises:
+        TypeError: `value` is anything else. A string or a number is not a flag: `bool("False")`
+            is True.
+    """
+    if isinstance(value, bool):
+        return value
+    try:
+        if not is_bool(value) or getattr(value, "ndim", 0):
+            raise TypeError
+        return bool(value)
+    except TypeError:
+        raise TypeError(f"{name} must be True or False; got {value!r}.") from None
+
+
+def is_bool(value: Any) -> bool:
+    """Whether a value is a bool, or has the boolean dtype of NumPy, JAX or PyTorch."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return one of several words.
+
+    Raises:
+        TypeError: `value` is not a string.
+        ValueError: `value` is none of the choices.
+    """
+    error = ValueError if isinstance(value, str) else TypeError
+    if not isinstance(value, str) or value not in choices:
+        *most, last = (f'"{choice}"' for choice in choices)
+        raise error(f"{name} must be {', '.join(most)} or {last}; got {describe(value)}.")
+    return value
+
+
+def check_string(name: str, value: Any, wanted: str = "a string") -> str:
+    """Return a string; `wanted` describes it for the message.
+
+    Raises:
+        TypeError: `value` is not a string.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be {wanted}; got {describe(value)}.")
+    return value
+
+
+def check_strings(name: str, value: Any) -> list[str]:
+    """Return a collection of globs as a list.
+
+    Raises:
+        TypeError: `value` is a single string, or anything else than a collection of strings.
+    """
+    if isinstance(value, str):
+        raise TypeError(f"{name} must be a collection of globs: [{value!r}].")
+    if not isinstance(value, Collection) or not all(isinstance(each, str) for each in value):
+        raise TypeError(f"{name} must be a collection of globs; got {describe(value)}.")
+    return list(value)
+
+
+def check_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
+    """Return a function.
+
+    Args:
+        name: The name of the argument.
+        value: Anything that can be called.
+        signature: What it takes, for the message.
+
+    Raises:
+        TypeError: `value` cannot be called.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a function {signature}; got {describe(value)}.")
+    return value
+
+
+def check_coefficient(name: str, value: Any, *, fix: str, below: float = math.inf) -> None:
+    """Refuse a coefficient outside `0 <= value < below`.
+
+    Of a traced value, and of a tensor, only shape and dtype are checked: the one has no number yet,
+    and to read the other would wait for its device and break `torch.compile`.
+
+    Args:
+        name: What the caller calls the argument.
+        value: A number, or a 0-d array or tensor.
+        fix: What to pass instead, as the end of the message.
+        below: The least value that is too large. Infinity and NaN never pass.
+
+    Raises:
+        TypeError: `value` is a bool, or no real number.
+        ValueError: `value` lies outside the range.
+
+    Examples:
+        >>> check_coefficient("weight_decay", 0.1, fix="pass 0.0 for none")
+        >>> check_coefficient("weight_decay", -0.1, fix="pass 0.0 for none")
+        Traceback (most recent call last):
+        ValueError: weight_decay must be finite and not negative, but it is -0.1: pass 0.0 for none
+    """
+    if hasattr(value, "dtype"):
+        dtype = str(value.dtype).removeprefix("torch.")
+        is_real = dtype.startswith(("float", "bfloat", "int", "uint")) and value.ndim == 0
+    else:
+        is_real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_real:
+        raise TypeError(f"{name} must be a real number, but it is {value!r}: {fix}")
+    if hasattr(value, "requires_grad"):
+        return
+    try:
+        number = float(value)
+    except TypeError:  # it is traced
+        return
+    if not 0.0 <= number < below:
+        wanted = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
+        raise ValueError(f"{name} must be {wanted}, but it is {value}: {fix}")

@@ -1,0 +1,446 @@
+"""What a watched training step says of its dropout: what is wrong, where, and how sure that is.
+
+The same in both wings: nothing here knows a framework.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
+from typing import NamedTuple
+
+from regshared.checks import check_strings
+from regshared.events import SiteKey
+from regshared.globs import matches
+
+# Their masks are not drawn element by element: blocks, and words that come again, are.
+_NOT_INDEPENDENT = {"drop_block", "embedding_dropout"}
+# A sound program shows what is called wrong here with at most this probability, for each kind.
+_CHANCE = 1e-9
+
+Step = Sequence["Drawn"]
+Expected = Collection[str] | Mapping[str, float]
+
+
+class DropoutProblem(enum.Enum):
+    """What may be wrong with the dropout of a training step.
+
+    Attributes:
+        SAME_MASK: a site drew from the same key in two steps.
+        REPEATED_MASK: a site drew from the same key several times in one step: for every timestep,
+            layer, row, device or call.
+        SHARED_KEY: several sites drew from the same key, in one step or in two.
+        IGNORED_KEY: a site drew the same mask from different keys: its sampler does not use them.
+        NEVER_ACTIVE: nothing drew in training, or a site that was expected did not.
+        ACTIVE_IN_EVALUATION: a site drew in evaluation.
+        OTHER_RATE: a site drew with another rate than was expected.
+        INVALID_RATE: a traced rate was NaN or not in [0, 1], so that the output is NaN.
+        ALL_OR_NOTHING: a mask kept all or nothing, although its rate is neither 0 nor 1.
+    """
+
+    SAME_MASK = "same mask in two steps"
+    REPEATED_MASK = "same mask again within a step"
+    SHARED_KEY = "one key at several sites"
+    IGNORED_KEY = "same mask from different keys"
+    NEVER_ACTIVE = "never active in training"
+    ACTIVE_IN_EVALUATION = "active in evaluation"
+    OTHER_RATE = "other rate than expected"
+    INVALID_RATE = "rate outside [0, 1]"
+    ALL_OR_NOTHING = "mask that keeps all or nothing"
+
+
+class Site(NamedTuple):
+    """A dropout in the code: the places that no name tells apart are one site.
+
+    Attributes:
+        name: what its key was derived for, or the path of its module; empty where nobody says.
+        where: the line of code, `"path/model.py:42"`.
+    """
+
+    name: str
+    where: str
+
+    def __str__(self) -> str:
+        line = self.line
+        return f"{self.name} ({line})" if self.name else line
+
+    @property
+    def line(self) -> str:
+        """The line of code without the folders, `"model.py:42"`."""
+        return PurePath(self.where).name
+
+    def fits(self, pattern: str) -> bool:
+        """Whether a glob names this site, or its line of code."""
+        return any(name and matches(pattern, name) for name in (self.name, self.line))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One mask, and no more of it than the findings need.
+
+    Attributes:
+        order: where in the program it stands.
+        site: which dropout drew it.
+        key: the two words of its key.
+        origin: what is known of the key, in words; empty if nothing.
+        function: the function of the library that drew it.
+        rate: the probability that an element is zeroed.
+        shape: of the values that were masked.
+        size: how many elements the mask has.
+        kept: how many of them are kept.
+        sample: some of the mask's elements, at fixed places: 1 where it keeps.
+        values: some of the values that were masked, without NaN and infinities.
+        digits: the relative rounding of these values.
+    """
+
+    order: int
+    site: Site
+    key: tuple[int, int]
+    origin: str
+    function: str
+    rate: float
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+    sample: bytes
+    values: Sequence[float]
+    digits: float
+
+
+class DropoutFinding(NamedTuple):
+    """Something that is wrong.
+
+    Attributes:
+        problem: what.
+        sites: where: the names of the sites, with the lines of code that call them.
+        detail: what was seen.
+        chance: how likely a sound program shows the same by accident, at most.
+    """
+
+    problem: DropoutProblem
+    sites: tuple[str, ...]
+    detail: str
+    chance: float = 0.0
+
+
+class DropoutRow(NamedTuple):
+    """One site of a `DropoutReport`.
+
+    Attributes:
+        site: its name; empty where nobody gave it one.
+        where: the line of code.
+        functions: what it called there, such as `dropout`.
+        shapes: the shapes of what it masked.
+        rates: the rates it drew with.
+        draws: how many masks it drew in each step of training.
+        evaluation: how many in evaluation.
+    """
+
+    site: str
+    where: str
+    functions: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    rates: tuple[float, ...]
+    draws: tuple[int, ...]
+    evaluation: int
+
+
+@dataclass(frozen=True)
+class DropoutReport:
+    """What every dropout did in the steps that were watched, and what is wrong with it.
+
+    Attributes:
+        rows: one for each site, in the order of the program.
+        findings: what is wrong; empty if nothing is.
+        advice: what to do about each kind of problem.
+
+    Example:
+        >>> row = DropoutRow("hidden", "model.py:42", ("dropout",), ((16, 32),), (0.5,), (1, 1), 0)
+        >>> print(DropoutReport((row,), (), {}))
+        site    where        function  shape     rate  draws  evaluation
+        hidden  model.py:42  dropout   (16, 32)  0.5   1 + 1  -
+        <BLANKLINE>
+        nothing is wrong
+    """
+
+    rows: tuple[DropoutRow, ...]
+    findings: tuple[DropoutFinding, ...]
+    advice: Mapping[DropoutProblem, str] = field(repr=False, compare=False)
+
+    def raise_if_wrong(self) -> None:
+        """Ends a program, or a test, whose dropout is not what it should be.
+
+        Raises:
+            RuntimeError: there are findings; the message is the whole report.
+        """
+        if self.findings:
+            raise RuntimeError(f"dropout is wrong\n{self}")
+
+    def __str__(self) -> str:
+        lines = _table(self.rows)
+        for problem in dict.fromkeys(finding.problem for finding in self.findings):
+            lines += ["", problem.value]
+            for finding in self.findings:
+                if finding.problem is problem:
+                    lines.append(f"  {_told(finding)}")
+            lines += textwrap.wrap(f"  -> {self.advice[problem]}", 96, subsequent_indent=" " * 5)
+        return "\n".join(lines if self.findings else [*lines, "", "nothing is wrong"])
+
+
+def draws_of(events: Iterable[SiteKey | Drawn]) -> Step:
+    """What one step drew, in the order of the program, with the names of its keys.
+
+    A dropout that draws from one key for the same values once more counts once: a checkpoint makes
+    its forward pass again for the backward one, and a loss may be computed again beside its
+    gradient.
+    """
+    events = list(events)
+    keys = {event.key: event for event in events if isinstance(event, SiteKey)}
+    draws = sorted((e for e in events if isinstance(e, Drawn)), key=lambda drawn: drawn.order)
+    seen = defaultdict[tuple[Site, tuple[int, int]], list[Drawn]](list)
+    for drawn in (_named(drawn, keys) for drawn in draws):
+        earlier = seen[drawn.site, drawn.key]
+        if not any(_same_values(drawn, other) for other in earlier):
+            earlier.append(drawn)
+    once = [drawn for group in seen.values() for drawn in group]
+    return sorted(once, key=lambda drawn: drawn.order)
+
+
+def _named(drawn: Drawn, keys: Mapping[tuple[int, int], SiteKey]) -> Drawn:
+    # A site's key may be the root of another's, as those of the leaves that drop_connect drops.
+    sites, key = [], drawn.key
+    while key in keys:
+        sites.insert(0, keys[key])
+        key = keys[key].root
+    if not sites:
+        return drawn
+    name = "/".join(event.site for event in sites)
+    origin = f"the key of {name!r} at step {sites[0].step}"
+    return replace(drawn, site=drawn.site._replace(name=name), origin=origin)
+
+
+def _same_values(drawn: Drawn, other: Drawn) -> bool:
+    if drawn.shape != other.shape or len(drawn.values) != len(other.values):
+        return False
+    # Half of the digits: more than a compiler's rounding takes when it fuses them otherwise.
+    bound = drawn.digits**0.5 * math.hypot(*drawn.values)
+    return math.dist(drawn.values, other.values) <= bound
+
+
+def judge(
+    steps: Sequence[Step],
+    evaluations: Sequence[Step],
+    derived: Collection[str],
+    advice: Mapping[DropoutProblem, str],
+    expect: Expected,
+    allow: Collection[str],
+    idle: Collection[str] = (),
+) -> DropoutReport:
+    """Makes a report of what was drawn.
+
+    Args:
+        steps: what was drawn in each step of training.
+        evaluations: what was drawn in each evaluation.
+        derived: the names of sites that keys were derived for in training.
+        advice: what to do about each kind of problem.
+        expect: globs of sites that have to draw, and perhaps with which rate; at the rate 0, they
+            must not.
+        allow: globs of sites of which nothing is to be found.
+        idle: the names of layers that were called in training at the rate 0.
+
+    Raises:
+        TypeError: `expect` or `allow` is a string.
+        ValueError: a glob of `allow` names no site.
+    """
+    sites = _sites([*steps, *evaluations])
+    for name, patterns in (("expect", expect), ("allow", allow)):
+        check_strings(name, patterns)
+    for pattern in allow:
+        if not any(site.fits(pattern) for site in sites):
+            known = ", ".join(map(str, sites)) or "no site at all"
+            raise ValueError(f"allow has {pattern!r}, which matches none of {known}.")
+    allowed = {str(site) for site in sites if any(site.fits(pattern) for pattern in allow)}
+    found = [
+        *_reused_keys(steps),
+        *_odd_masks(steps),
+        *_inactive(steps, derived, expect, idle),
+        *_unexpected(steps, expect, idle),
+        *_active(evaluations),
+    ]
+    found = [each for each in found if not each.sites or not allowed.issuperset(each.sites)]
+    rows = tuple(_row(site, steps, evaluations) for site in sites)
+    problems = list(DropoutProblem)
+    return DropoutReport(
+        rows, tuple(sorted(found, key=lambda each: problems.index(each.problem))), advice
+    )
+
+
+def _reused_keys(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
+    """Keys that drew more than one mask; two keys of 64 random bits do not meet by accident."""
+    order = _sites(steps)
+    uses = defaultdict[tuple[int, int], list[tuple[int, Drawn]]](list)
+    for number, step in enumerate(steps):
+        for drawn in step:
+            uses[drawn.key].append((number, drawn))
+    found = defaultdict[tuple[DropoutProblem, tuple[Site, ...]], list[str]](list)
+    for at_key in uses.values():
+        key = at_key[0][1].origin or "key ({}, {})".format(*at_key[0][1].key)
+        sites = tuple(sorted({drawn.site for _, drawn in at_key}, key=order.index))
+        for site in sites:
+            times = Counter(number for number, drawn in at_key if drawn.site == site)
+            if len(times) > 1:
+                seen = f"{key} drew in {_listed(times)}"
+                found[DropoutProblem.SAME_MASK, (site,)].append(seen)
+            if (most := max(times.values())) > 1:
+                seen = f"{key} drew {most} times in a step"
+                found[DropoutProblem.REPEATED_MASK, (site,)].append(seen)
+        if len(sites) > 1:
+            seen = f"{key} drew in {_listed(dict.fromkeys(number for number, _ in at_key))}"
+            found[DropoutProblem.SHARED_KEY, sites].append(seen)
+    chance = math.comb(len(uses), 2) * 2.0**-64
+    for (problem, sites), seen in found.items():
+        more = f"; so did {len(seen) - 1} more" if len(seen) > 1 else ""
+        yield DropoutFinding(problem, tuple(map(str, sites)), seen[0] + more, chance)
+
+
+def _odd_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
+    """Masks that no sampler draws, but for a chance that is computed."""
+    draws = defaultdict[Site, list[Drawn]](list)
+    for drawn in (drawn for step in steps for drawn in step):
+        draws[drawn.site].append(drawn)
+    for site, at_site in draws.items():
+        for problem, detail, chance in filter(None, map(_oddity, _alike(at_site))):
+            chance *= math.comb(len(at_site), 2) if len(at_site) > 1 else 1
+            if chance < _CHANCE:
+                yield DropoutFinding(problem, (str(site),), detail, chance)
+                break
+
+
+def _alike(draws: Iterable[Drawn]) -> Collection[list[Drawn]]:
+    """Draws of one site by what they drew."""
+    groups = defaultdict[tuple[object, ...], list[Drawn]](list)
+    for drawn in draws:
+        groups[drawn.shape, drawn.size, drawn.rate, drawn.kept, drawn.sample].append(drawn)
+    return groups.values()
+
+
+def _oddity(same: Sequence[Drawn]) -> tuple[DropoutProblem, str, float] | None:
+    """What is odd about masks that are all the same, and its chance for one of them."""
+    drawn, p = same[0], same[0].rate
+    if not 0 <= p <= 1:
+        return DropoutProblem.INVALID_RATE, f"rate {p:g} gives NaN", 0.0
+    if drawn.function in _NOT_INDEPENDENT or not 0 < p < 1:
+        return None
+    if drawn.kept in (0, drawn.size):
+        detail = f"{drawn.kept} of {drawn.size} elements are kept at rate {p:g}"
+        chance = (1 - p if drawn.kept else p) ** drawn.size
+        return DropoutProblem.ALL_OR_NOTHING, detail, chance
+    keys = len({drawn.key for drawn in same})
+    if keys == 1:
+        return None
+    detail = f"{keys} keys gave the same mask of {drawn.size} elements"
+    chance = (p * p + (1 - p) ** 2) ** len(drawn.sample)
+    return DropoutProblem.IGNORED_KEY, detail, chance
+
+
+def _inactive(
+    steps: Sequence[Step], derived: Collection[str], expect: Expected, idle: Collection[str]
+) -> Iterator[DropoutFinding]:
+    none_expected = expect and all(_expects_nothing(expect, each, idle) for each in expect)
+    if not any(steps) and not none_expected:
+        detail = f"no mask was drawn in {len(steps)} steps"
+        if derived:
+            detail += f"; keys were derived for {', '.join(sorted(derived))}, and not used"
+        yield DropoutFinding(DropoutProblem.NEVER_ACTIVE, (), detail)
+
+
+def _expects_nothing(expect: Expected, pattern: str, idle: Collection[str]) -> bool:
+    """Whether a pattern stands for sites whose rate is 0, on purpose or as a layer has it."""
+    rate = expect[pattern] if isinstance(expect, Mapping) else None
+    return rate == 0 or (rate is None and any(matches(pattern, name) for name in idle))
+
+
+def _unexpected(
+    steps: Sequence[Step], expect: Expected, idle: Collection[str]
+) -> Iterator[DropoutFinding]:
+    rates = defaultdict[Site, set[float]](set)
+    for drawn in (drawn for step in steps for drawn in step):
+        rates[drawn.site].add(drawn.rate)
+    for pattern in expect:
+        rate = expect[pattern] if isinstance(expect, Mapping) else None
+        sites = [site for site in rates if site.fits(pattern)]
+        if not sites and not _expects_nothing(expect, pattern, idle):
+            detail = "no mask was drawn there"
+            if rate is not None and any(matches(pattern, name) for name in idle):
+                detail += f", as the rate of the layer is 0, and {rate:g} was expected"
+            yield DropoutFinding(DropoutProblem.NEVER_ACTIVE, (pattern,), detail)
+        if rate is not None:
+            yield from _other_rates({site: rates[site] for site in sites}, rate)
+
+
+def _other_rates(rates: Mapping[Site, set[float]], expected: float) -> Iterator[DropoutFinding]:
+    for site, drawn in rates.items():
+        # A traced rate was rounded to float32.
+        others = [rate for rate in drawn if not math.isclose(rate, expected, rel_tol=1e-6)]
+        if others:
+            detail = f"its rate is {others[0]:g}, and {expected:g} was expected"
+            yield DropoutFinding(DropoutProblem.OTHER_RATE, (str(site),), detail)
+
+
+def _active(evaluations: Sequence[Step]) -> Iterator[DropoutFinding]:
+    # A traced rate of 0 turns dropout off as well as deterministic=True does.
+    active = [drawn for draws in evaluations for drawn in draws if drawn.rate != 0]
+    for site, times in Counter(drawn.site for drawn in active).items():
+        detail = f"drew {times} mask{'s' * (times > 1)}"
+        yield DropoutFinding(DropoutProblem.ACTIVE_IN_EVALUATION, (str(site),), detail)
+
+
+def _sites(steps: Iterable[Step]) -> list[Site]:
+    """Every site once, in the order of the program."""
+    return list(dict.fromkeys(drawn.site for step in steps for drawn in step))
+
+
+def _row(site: Site, steps: Sequence[Step], evaluations: Sequence[Step]) -> DropoutRow:
+    at_site = [[drawn for drawn in draws if drawn.site == site] for draws in (*steps, *evaluations)]
+    everything = [drawn for draws in at_site for drawn in draws]
+    counts = tuple(map(len, at_site))
+    return DropoutRow(
+        site.name,
+        site.where,
+        tuple(dict.fromkeys(drawn.function for drawn in everything)),
+        tuple(dict.fromkeys(drawn.shape for drawn in everything)),
+        tuple(dict.fromkeys(drawn.rate for drawn in everything)),
+        counts[: len(steps)],
+        sum(counts[len(steps) :]),
+    )
+
+
+def _table(rows: Iterable[DropoutRow]) -> list[str]:
+    cells: list[tuple[str, ...]] = [
+        ("site", "where", "function", "shape", "rate", "draws", "evaluation")
+    ]
+    for row in rows:
+        several = row.functions, map(str, row.shapes), (f"{rate:g}" for rate in row.rates)
+        draws = " + ".join(map(str, row.draws))
+        place = row.site or "-", Site(row.site, row.where).line
+        cells.append((*place, *map(_shortened, several), draws, str(row.evaluation or "-")))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+
+
+def _told(finding: DropoutFinding) -> str:
+    return ": ".join(filter(None, [", ".join(finding.sites), finding.detail]))
+
+
+def _shortened(words: Iterable[str]) -> str:
+    first, *rest = words
+    return f"{first} … {rest[-1]}" if rest else first
+
+
+def _listed(numbers: Collection[int]) -> str:
+    return f"step{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"

@@ -1,0 +1,251 @@
+"""The parameters of a module as a rule sees them, and what decays: see `regshared.decay_rules`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from regshared.decay_rules import (
+    Parameter,
+    Place,
+    bools,
+    kind_of_attribute,
+    kind_of_class,
+    rates,
+)
+from regshared.decay_table import DecayTable, table_of
+from regshared.globs import components, words
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from regshared.decay_rules import Rule
+
+
+def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
+    """Say of each parameter whether it decays.
+
+    For the `mask` of `regtorch.l2_penalty` and of `regtorch.optim`; for `torch.optim` itself see
+    `decay_groups`.
+
+    Args:
+        module: The model.
+        rule: `"default"`, a glob, a function `(path, tensor, kind)`, or pairs of glob and verdict:
+            `regshared.decay_rules` describes them. Paths are the names of
+            `named_parameters()` with slashes for dots. `kind` is 'linear', 'conv', 'embedding',
+            'norm', 'attention', 'recurrent', 'activation' or empty: of the class of the module that
+            owns the parameter, and where that is no class of `torch.nn`, what its name suggests.
+
+    Returns:
+        From each name of `named_parameters()` to a bool. Frozen parameters, `requires_grad=False`,
+        are False: torch.optim skips what has no gradient. Call again after unfreezing.
+
+        A tied parameter has one name here, the first, but counts with all its places: a glob
+        matches it if it matches one of them, and to the default rule the weight that an output
+        layer shares with an embedding is an embedding.
+
+    Raises:
+        TypeError: `module` is none, `rule` has another form, or says something else than True or
+            False: for rates, see `decay_rates`.
+        ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
+            know one; a function says False of everything. The message names the glob and paths.
+
+    JAX: `regjax.decay_mask(params, rule)`, by the same rules. A JAX array does not know whether it
+    gets a gradient, so there `frozen` names those that get none.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+        >>> decay_mask(model)
+        {'0.weight': True, '0.bias': False, '1.weight': False, '1.bias': False}
+        >>> decay_mask(model, [("bias", True), ("**", "default")])
+        {'0.weight': True, '0.bias': True, '1.weight': False, '1.bias': True}
+        >>> decay_mask(model, "encoder/**")
+        Traceback (most recent call last):
+        ValueError: rule has 'encoder/**', which matches none of '0/weight' [3, 2], '0/bias' [3],
+        '1/weight' [3], '1/bias' [3]
+    """
+    parameters = _parameters(module)
+    return dict(zip(_names(parameters), bools(parameters, rule), strict=True))
+
+
+def decay_rates(
+    module: nn.Module, weight_decay: float = 1.0, rule: Rule = "default"
+) -> dict[str, float]:
+    """Say of each parameter how strongly it decays.
+
+    Args:
+        module: As in `decay_mask`.
+        weight_decay: The rate of what the rule says True of.
+        rule: As in `decay_mask`; a verdict may be a rate, which stands as it is.
+
+    Returns:
+        From each name of `named_parameters()` to a number, 0.0 where nothing decays.
+
+    Raises:
+        TypeError: As `decay_mask` does, or a rate is no number.
+        ValueError: As `decay_mask` does, or a rate is negative, infinite or NaN.
+
+    JAX: `regjax.decay_rates(params, weight_decay, rule)`, for `regjax.optim.add_decay_by_leaf`.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> decay_rates(model, 0.1, [("1/weight", 0.5), ("**", "default")])
+        {'0.weight': 0.1, '0.bias': 0.0, '1.weight': 0.5, '1.bias': 0.0}
+    """
+    parameters = _parameters(module)
+    found = (rate for rate, _ in rates(parameters, weight_decay, rule))
+    return dict(zip(_names(parameters), found, strict=True))
+
+
+def decay_groups(
+    module: nn.Module, weight_decay: float, rule: Rule = "default"
+) -> list[dict[str, Any]]:
+    """Make parameter groups for `torch.optim`, of which only the right ones decay.
+
+    Args:
+        module: As in `decay_mask`.
+        weight_decay: The rate of what the rule says True of.
+        rule: As in `decay_rates`.
+
+    Returns:
+        One group for each rate, in the order in which they come, with the names of the parameters
+        in it, as `named_parameters()` gives them to an optimizer. Frozen parameters are in none:
+        after unfreezing, make the groups anew. A parameter that requires a gradient and is not used
+        is in one, yet torch.optim skips it as long as its gradient is None, and optax would not.
+
+    Raises:
+        TypeError: As `decay_rates` does.
+        ValueError: As `decay_rates` does, or nothing requires a gradient.
+
+    JAX: `regjax.optim.adamw(..., mask=regjax.decay_mask)`, or, with more than one rate,
+    `regjax.optim.add_decay_by_leaf(regjax.decay_rates(params, ...))`.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+        >>> groups = decay_groups(model, 0.1)
+        >>> [(group["weight_decay"], [name for name, _ in group["params"]]) for group in groups]
+        [(0.1, ['0.weight']), (0.0, ['0.bias', '1.weight', '1.bias'])]
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
+
+    References:
+        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
+        ICLR 2019.
+    """
+    parameters = _parameters(module)
+    groups: dict[float, list[tuple[str, Tensor]]] = {}
+    for parameter, (rate, _) in zip(parameters, rates(parameters, weight_decay, rule), strict=True):
+        if not parameter.frozen:
+            groups.setdefault(float(rate), []).append((parameter.path, parameter.leaf))
+    if not groups:
+        raise ValueError(
+            "module has no parameter that requires a gradient, so there is nothing to optimize: "
+            "call module.requires_grad_() first"
+        )
+    return [{"params": members, "weight_decay": rate} for rate, members in groups.items()]
+
+
+def decay_table(module: nn.Module, weight_decay: float = 1.0, rule: Rule = "default") -> DecayTable:
+    """List which parameter decays, at what rate, and why.
+
+    Args:
+        module: As in `decay_mask`.
+        weight_decay: The rate of what the rule says True of.
+        rule: As in `decay_rates`.
+
+    Returns:
+        A table to print, with totals, and to walk through: its rows have the fields of `DecayRow`.
+
+    Raises:
+        TypeError: As `decay_rates` does.
+        ValueError: As `decay_rates` does.
+
+    JAX: `regjax.decay_table(params, weight_decay, rule)`.
+
+    Examples:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
+        >>> table = decay_table(model, 0.01)
+        >>> print(table)
+        path      shape   dtype    size  kind    rule    weight_decay
+        0.weight  (3, 2)  float32     6  linear  kernel          0.01
+        0.bias    (3,)    float32     3  linear  bias               -
+        1.weight  (3,)    float32     3  norm    norm               -
+        1.bias    (3,)    float32     3  norm    bias               -
+        decay: 1 of 4 leaves, 6 of 15 parameters
+        >>> [row.path for row in table if row.weight_decay], table.exempt.parameters
+        (['0.weight'], 9)
+    """
+    parameters = _parameters(module)
+    return table_of(parameters, rates(parameters, weight_decay, rule))
+
+
+_CLASSES: dict[str, tuple[type, ...]] = {
+    "norm": (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    "embedding": (nn.Embedding, nn.EmbeddingBag),
+    "conv": (nn.modules.conv._ConvNd,),
+    "linear": (nn.Linear, nn.Bilinear),
+    "attention": (nn.MultiheadAttention,),
+    "recurrent": (nn.RNNBase, nn.RNNCellBase),
+    "activation": (nn.PReLU,),
+}
+
+
+def _parameters(module: nn.Module) -> list[Parameter]:
+    """List the parameters in the order of `named_parameters`, tied ones once."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module must be a torch.nn.Module, whose layers say what decays, but it is {module!r}"
+        )
+    names: dict[Tensor, list[str]] = {}
+    for name, leaf in module.named_parameters(remove_duplicate=False):
+        if isinstance(leaf, nn.parameter.UninitializedParameter):
+            raise ValueError(f"'{name}' of a lazy module has no shape yet: call the module once")
+        names.setdefault(leaf, []).append(name)
+    return [
+        Parameter(
+            known[0], tuple(_place(module, name) for name in known), leaf, not leaf.requires_grad
+        )
+        for leaf, known in names.items()
+    ]
+
+
+def _names(parameters: Sequence[Parameter]) -> Iterator[str]:
+    return (parameter.path for parameter in parameters)
+
+
+def _place(module: nn.Module, path: str) -> Place:
+    """Say what a parameter is called, and what owns it."""
+    *parents, own = path.split(".")
+    if parents[-2:-1] == ["parametrizations"]:
+        # What torch.nn.utils.parametrize keeps of a weight stands for the weight.
+        how = type(_at(module, parents)[0]).__name__
+        is_magnitude = (how, own) == ("_WeightNorm", "original0")
+        *parents, _, own = parents
+        own = "scale" if is_magnitude else own
+    owner = _at(module, parents)
+    names = [part for part in (*parents, own) if words(part)]
+    # A position in a list is no name, and a list of parameters is no owner.
+    while isinstance(owner, nn.ParameterList) and parents:
+        parents = parents[:-1]
+        owner = _at(module, parents)
+    name, holder = names[-1] if names else "", names[-2] if len(names) > 1 else ""
+    kind, certain = _kind(owner, holder)
+    return Place("/".join(components(path)), name, kind, certain)
+
+
+def _at(module: nn.Module, parents: Sequence[str]) -> Any:
+    return module.get_submodule(".".join(parents))
+
+
+def _kind(owner: nn.Module, holder: str) -> tuple[str, bool]:
+    """Say what owns a parameter: by its class where that tells, else by what it is called."""
+    for kind, classes in _CLASSES.items():
+        if isinstance(owner, classes):
+            return kind, True
+    kind, certain = kind_of_class(type(owner))
+    return (kind, certain) if kind else kind_of_attribute(holder)

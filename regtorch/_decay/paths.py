@@ -1,0 +1,61 @@
+"""Names of parameters: every way in which PyTorch code holds them, as one list of named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor | tuple[str, Tensor]]
+
+
+def named_leaves(params: Params) -> list[tuple[str, Any]]:
+    """List parameters with their names, in the order in which they come.
+
+    Args:
+        params: A module, one tensor, a dict from names to tensors, or an iterable of tensors or of
+            `(name, tensor)` pairs. Tensors without a name are called by their position.
+
+    Returns:
+        Pairs of name and tensor. What is no tensor is passed on, for the caller to judge.
+
+    Raises:
+        TypeError: `params` is none of these.
+        ValueError: `params` is a generator that yields nothing.
+
+    Examples:
+        >>> import torch
+        >>> [name for name, _ in named_leaves(torch.nn.Linear(2, 3))]
+        ['weight', 'bias']
+        >>> [name for name, _ in named_leaves([torch.ones(2), torch.ones(3)])]
+        ['0', '1']
+    """
+    if isinstance(params, nn.Module):
+        return list(params.named_parameters())
+    if isinstance(params, torch.Tensor):
+        return [("", params)]
+    if isinstance(params, Mapping):
+        return [(str(name), leaf) for name, leaf in params.items()]
+    if not isinstance(params, Iterable) or isinstance(params, str):
+        raise TypeError(
+            "params must be a module, a tensor, a dict from names to tensors, or an iterable of "
+            f"tensors or (name, tensor) pairs, but it is {params!r}"
+        )
+    leaves: list[tuple[str, Any]] = [
+        item if _is_named(item) else (str(position), item) for position, item in enumerate(params)
+    ]
+    if not leaves and isinstance(params, Iterator):
+        raise ValueError(
+            "params is a generator that yields nothing: module.parameters() can be walked only "
+            "once, so call it again for each use, or pass the module itself"
+        )
+    return leaves
+
+
+def _is_named(item: Any) -> TypeGuard[tuple[str, Any]]:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)

@@ -1,0 +1,272 @@
+"""Penalties: regularisation as a term of the loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from regshared.checks import check_coefficient
+from regtorch._decay.paths import named_leaves
+from regtorch._decay.validation import check_reference, resolve_mask, resolve_reference, widened
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from regtorch._decay.paths import Params
+    from regtorch._decay.validation import Mask
+
+_T = TypeVar("_T")
+_FIX = "pass 0.0 for no penalty, and of a schedule its value at this step"
+
+
+def l1_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = None) -> Tensor:
+    r"""Compute the L1 penalty of parameters (the lasso), to be added to a loss.
+
+    $$\Omega(w) = \lambda \sum_i |w_i|, \qquad
+      \nabla \Omega(w) = \lambda \operatorname{sign}(w), \quad \operatorname{sign}(0) = 0$$
+
+    Under SGD and Adam (coupled decay) it trains as `regtorch.optim.add_l1_decay` with the same
+    coefficient does. A subgradient step crosses zero and comes back: it makes weights small, and
+    seldom exactly 0.
+
+    Args:
+        params: What `l2_penalty` takes. Of a complex number the modulus counts.
+        weight_decay: The coefficient $\lambda$: a finite number, not negative; or a 0-d tensor,
+            which may require a gradient and whose value is not checked.
+        mask: Which parameters count, as in `l2_penalty`.
+
+    Returns:
+        A real 0-d tensor of the dtype and device that `l2_penalty` has; 0.0 where there is nothing
+        to sum.
+
+    Raises:
+        TypeError: As `l2_penalty` does.
+        ValueError: As `l2_penalty` does.
+
+    JAX: `regjax.l1_penalty(params, weight_decay)` is the same number, with the same gradient at 0
+    (where that of `jnp.abs` is 1).
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
+        >>> penalty = l1_penalty([weight], 0.5)
+        >>> penalty.backward()
+        >>> penalty.item(), weight.grad
+        (1.5, tensor([ 0.5000, -0.5000,  0.0000]))
+
+    References:
+        Tibshirani, "Regression Shrinkage and Selection via the Lasso", JRSS B 58(1), 1996.
+    """
+    check_coefficient("weight_decay", weight_decay, fix=_FIX)
+    return _times(weight_decay, _sum(map(torch.abs, _weights("l1_penalty", params, mask))))
+
+
+def l2_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = None) -> Tensor:
+    r"""Compute the L2 penalty of parameters, to be added to a loss.
+
+    $$\Omega(w) = \lambda \sum_i |w_i|^2, \qquad \nabla \Omega(w) = 2 \lambda w$$
+
+    There is no one half in it, hence the 2 in the gradient. The `weight_decay=d` of an optimizer
+    adds $d\,w$ to the gradient, so **this penalty with `weight_decay=c` trains like an optimizer
+    with `weight_decay=2 * c`** where the decay is coupled (SGD, Adam), and like no setting of
+    AdamW, whose decay never passes through the moments.
+
+    A frozen parameter (`requires_grad=False`) counts in the value, as the formula has it, and gets
+    no gradient; the `weight_decay` of `torch.optim` leaves it alone too. Mask it out where the
+    value should go without it: `mask=lambda name, tensor: tensor.requires_grad`.
+
+    Args:
+        params: A module, one tensor, a dict from names to tensors, or an iterable of tensors or of
+            `(name, tensor)` pairs, float or complex, of any shapes and dtypes. Not `state_dict()`:
+            it is detached, and holds buffers too.
+        weight_decay: The coefficient $\lambda$: a finite number, not negative; or a 0-d tensor,
+            which may require a gradient and whose value is not checked.
+        mask: Which parameters count: `None` (all), a dict from each name to a bool, a function of
+            name and tensor, or, for tensors without names, a sequence of bools. What is masked out
+            may be anything.
+
+    Returns:
+        A real 0-d tensor on the device of the first parameter that counts. Half precision is summed
+        in float32; the result has the widest dtype in which a parameter was summed. It is 0.0 where
+        there is nothing to sum.
+
+    Raises:
+        TypeError: A parameter that counts is not a float or complex tensor, the mask says something
+            else than True or False, or `weight_decay` is not a number.
+        ValueError: `weight_decay` is negative, infinite or NaN, the mask does not fit the
+            parameters, or `params` is a generator that yields nothing (`module.parameters()` can be
+            walked only once).
+
+    JAX: `regjax.l2_penalty(params, weight_decay)` is the same number.
+
+    Examples:
+        >>> import torch
+        >>> kernel, bias = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0])
+        >>> l2_penalty([kernel, bias], 0.5).item()
+        7.0
+        >>> params = {"kernel": kernel, "bias": bias}
+        >>> l2_penalty(params, 0.5, mask=lambda name, tensor: name == "kernel").backward()
+        >>> kernel.grad
+        tensor([1., 2.])
+
+    References:
+        Hoerl and Kennard, "Ridge Regression", Technometrics 12(1), 1970.
+        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
+        ICLR 2019: why a penalty is not what AdamW does.
+    """
+    check_coefficient("weight_decay", weight_decay, fix=_FIX)
+    return _times(weight_decay, _sum(map(_squared, _weights("l2_penalty", params, mask))))
+
+
+def elastic_net_penalty(
+    params: Params, l1: float | Tensor, l2: float | Tensor, *, mask: Mask = None
+) -> Tensor:
+    r"""Compute the elastic net, L1 and L2 in one penalty, to be added to a loss.
+
+    $$\Omega(w) = \lambda_1 \sum_i |w_i| + \lambda_2 \sum_i |w_i|^2, \qquad
+      \nabla \Omega(w) = \lambda_1 \operatorname{sign}(w) + 2 \lambda_2 w$$
+
+    scikit-learn's `ElasticNet(alpha, l1_ratio)` minimises half the mean squared error plus this
+    penalty with `l1 = alpha * l1_ratio` and `l2 = alpha * (1 - l1_ratio) / 2`, intercept masked
+    out. Beside the mean squared error without the half (`nn.MSELoss`), double both.
+
+    Args:
+        params: What `l2_penalty` takes.
+        l1: The coefficient $\lambda_1$ of the absolute values, as `l1_penalty` takes it.
+        l2: The coefficient $\lambda_2$ of the squares, as `l2_penalty` takes it: no one half.
+        mask: Which parameters count, as in `l2_penalty`.
+
+    Returns:
+        A real 0-d tensor of the dtype and device that `l2_penalty` has; 0.0 where there is nothing
+        to sum.
+
+    Raises:
+        TypeError: As `l2_penalty` does, of `l1` and `l2`.
+        ValueError: As `l2_penalty` does, of `l1` and `l2`.
+
+    JAX: `regjax.elastic_net_penalty(params, l1, l2)` is the same number.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
+        >>> penalty = elastic_net_penalty([weight], 0.5, 0.25)
+        >>> penalty.backward()
+        >>> penalty.item(), weight.grad
+        (2.75, tensor([ 1.0000, -1.5000,  0.0000]))
+
+    References:
+        Zou and Hastie, "Regularization and Variable Selection via the Elastic Net", JRSS B 67(2),
+        2005.
+    """
+    check_coefficient("l1", l1, fix=_FIX)
+    check_coefficient("l2", l2, fix=_FIX)
+    weights = _weights("elastic_net_penalty", params, mask)
+    absolute, squares = _sum(map(torch.abs, weights)), _sum(map(_squared, weights))
+    return _times(l1, absolute) + _times(l2, squares)
+
+
+def l2_sp_penalty(
+    params: Params, reference: Params, weight_decay: float | Tensor, *, mask: Mask = None
+) -> Tensor:
+    r"""Compute the squared distance of parameters from a starting point (L2-SP).
+
+    $$\Omega(w) = \lambda \sum_i |w_i - w^0_i|^2, \qquad
+      \nabla \Omega(w) = 2 \lambda (w - w^0)$$
+
+    For fine-tuning: weights are drawn to those of the pretrained model, not to zero. As in
+    `l2_penalty` there is no one half, so under SGD and Adam (coupled decay) it trains as
+    `regtorch.optim.add_l2_sp_decay(optimizer, reference, 2 * weight_decay)` does. Layers that were
+    not pretrained take `l2_penalty`, in the usual recipe with a coefficient of their own.
+
+    Args:
+        params: What `l2_penalty` takes.
+        reference: $w^0$: the same kinds of things, with the names of `params` in any order, and the
+            same shapes where they count; such as `copy.deepcopy(module)`, or the dict of a
+            checkpoint without its buffers. It gets no gradient. A tensor is cast to the dtype in
+            which its parameter is summed, and moved to its device.
+        weight_decay: The coefficient $\lambda$, as in `l2_penalty`.
+        mask: Which parameters count, as in `l2_penalty`.
+
+    Returns:
+        A real 0-d tensor of the dtype and device that `l2_penalty` has; 0.0 where there is nothing
+        to sum.
+
+    Raises:
+        TypeError: As `l2_penalty` does; or the reference of a parameter is not a float or complex
+            tensor, or complex beside a real parameter.
+        ValueError: As `l2_penalty` does; or the reference has other names than `params`, or a
+            tensor of it another shape: the message gives the name.
+
+    JAX: `regjax.l2_sp_penalty(params, reference, weight_decay)` is the same number.
+
+    Examples:
+        >>> import torch
+        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> penalty = l2_sp_penalty({"w": weight}, {"w": torch.ones(2)}, 0.5)
+        >>> penalty.backward()
+        >>> penalty.item(), weight.grad
+        (0.5, tensor([0., 1.]))
+
+    References:
+        Li, Grandvalet and Davoine, [Explicit Inductive Bias for Transfer Learning with
+        Convolutional Networks](https://arxiv.org/abs/1802.01483), ICML 2018. Its coefficient is
+        halved: $\alpha / 2$ there is $\lambda$ here.
+    """
+    check_coefficient("weight_decay", weight_decay, fix=_FIX)
+    leaves = named_leaves(params)
+    weights = _weights("l2_sp_penalty", leaves, mask)
+    origins = _counted(resolve_reference(reference, leaves), leaves, mask)
+    apart = (w - _origin(w, *origin) for w, origin in zip(weights, origins, strict=True))
+    return _times(weight_decay, _sum(map(_squared, apart)))
+
+
+def _counted(things: Sequence[_T], leaves: Sequence[tuple[str, Any]], mask: Mask) -> list[_T]:
+    """Choose, of one thing for each parameter, those that the mask lets through."""
+    decays = resolve_mask(mask, leaves)
+    return [thing for thing, decay in zip(things, decays, strict=True) if decay]
+
+
+def _weights(function: str, params: Params, mask: Mask) -> list[Tensor]:
+    leaves = named_leaves(params)
+    return [_widened(function, name, leaf) for name, leaf in _counted(leaves, leaves, mask)]
+
+
+def _widened(function: str, name: str, leaf: Any) -> Tensor:
+    is_tensor = isinstance(leaf, torch.Tensor)
+    if not is_tensor or not (leaf.is_floating_point() or leaf.is_complex()):
+        found = f"a tensor of {leaf.dtype}" if is_tensor else repr(leaf)
+        raise TypeError(
+            f"{function} takes float or complex tensors, but params at '{name}' is {found}: give "
+            "it False in `mask`, or pass the trainable tensors only (module.named_parameters())"
+        )
+    return widened(leaf)
+
+
+def _origin(leaf: Tensor, name: str, reference: Any) -> Tensor:
+    check_reference(name, leaf, reference)
+    return reference.detach().to(leaf)
+
+
+def _squared(leaf: Tensor) -> Tensor:
+    return (leaf * leaf.conj()).real
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """Add up all elements of all tensors, in the widest of their dtypes, where the first one is."""
+    sums = [term.sum() for term in terms]
+    dtype = max(
+        (s.dtype for s in sums), key=lambda d: d.itemsize, default=torch.get_default_dtype()
+    )
+    total = torch.zeros((), dtype=dtype, device=sums[0].device if sums else None)
+    for s in sums:
+        total = total + s.to(total)
+    return total
+
+
+def _times(coefficient: float | Tensor, total: Tensor) -> Tensor:
+    if isinstance(coefficient, torch.Tensor):
+        coefficient = coefficient.to(total)
+    return coefficient * total

@@ -1,0 +1,465 @@
+"""Attention with dropout: with the whole matrix of weights, or block by block without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regshared.checks import check_bool, check_integer, describe
+from regtorch._checks import check_number, check_tensor
+from regtorch._dropout.core import (
+    Settings,
+    check_flag,
+    inverse,
+    is_number,
+    keep_prob_of,
+    masked,
+    real_dtype,
+    require_key,
+)
+from regtorch._random.bernoulli import bernoulli, bernoulli_at, check_probability, exact_keep_prob
+from regtorch._random.collect import BlockwisePlan
+from regtorch._random.events import observer
+
+
+def dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    dropout_rng: Tensor | torch.Generator | None = None,
+    dropout_rate: float | Tensor = 0.0,
+    deterministic: bool | Tensor = False,
+    broadcast_dropout: bool = False,
+    is_causal: bool = False,
+    scale: float | Tensor | None = None,
+    block_size: int | None = None,
+) -> Tensor:
+    """Attention whose weights are dropped in training.
+
+        weights = softmax(scale * query . key + bias), 0 where the mask is False
+        result  = dropout(weights) . value
+
+    The softmax, and the dropout of its weights, are in float32 for half types. A query that may
+    look at no key gives 0.
+
+    With `block_size` the weights never exist as a whole: they are made `block_size` keys at a time,
+    forward and backward, and the memory grows with the length and not with its square. The mask of
+    a block is made from the places of its elements in the whole, so that **the two forms drop the
+    same elements, bit for bit**, whatever the size of a block. In blocks it has derivatives of
+    every order, in reverse mode; for forward mode, leave `block_size` out.
+
+    Args:
+        query: of shape (..., queries, heads, depth), with any number of batch dimensions.
+        key: of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
+            heads, one after the other (grouped queries).
+        value: of shape (..., keys, kv_heads, features).
+        bias: added to the scores; broadcasts against (..., heads, queries, keys).
+        mask: True where a query may look at a key; broadcasts likewise.
+        dropout_rng: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
+        dropout_rate: the probability that a weight is zeroed, in [0, 1]; a number or a 0-d tensor.
+        deterministic: True in evaluation.
+        broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
+            they are told otherwise. PyTorch draws one for each.
+        is_causal: whether query i may look at keys 0 to i only.
+        scale: the number that multiplies the products, `1 / sqrt(depth)` by default. A 0-d tensor
+            multiplies the query instead, so that it can be learned; NaN then gives NaN.
+        block_size: how many keys are looked at at a time; without it, all of them.
+
+    Returns:
+        A tensor of shape (..., queries, heads, features) in the dtype of the tensors.
+
+    Raises:
+        TypeError: the tensors are not floating or differ in dtype, `scale` is no number, `mask` is
+            not boolean, or as `dropout`.
+        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size`
+            is below 1; or as `dropout`. A rate out of range in a tensor gives NaN.
+
+    PyTorch:
+        `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
+        enable_gqa=True)`, whose heads come before the lengths.
+
+    JAX:
+        `regjax.dot_product_attention` with the same key drops the same weights.
+
+    Example:
+        >>> import torch, regtorch
+        >>> q, k, v = torch.randn(3, 2, 100, 4, 8, generator=torch.Generator().manual_seed(0))
+        >>> how = dict(dropout_rng=regtorch.key(1), dropout_rate=0.1, is_causal=True)
+        >>> y = regtorch.dot_product_attention(q, k, v, **how)
+        >>> y.shape
+        torch.Size([2, 100, 4, 8])
+        >>> blockwise = regtorch.dot_product_attention(q, k, v, block_size=32, **how)
+        >>> torch.allclose(y, blockwise, atol=1e-5)
+        True
+
+    Source: Vaswani et al., "Attention is all you need", NeurIPS 2017; the form in blocks: Rabe,
+    Staats, "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention",
+    NeurIPS 2022.
+    """
+    _check_arrays(query, key, value)
+    _check_shapes(query, key, value, bias, mask)
+    rate = check_probability("dropout_rate", dropout_rate)
+    flag = check_flag(deterministic)
+    evaluates = flag is True or is_number(rate, 0)
+    draws = not evaluates and not is_number(rate, 1)
+    one_key = _require_rng(dropout_rng).to(query.device) if draws else None
+    broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
+    query, factor = _scaled(query, scale)
+    scores = _Scores(
+        scale=factor,
+        is_causal=check_bool("is_causal", is_causal),
+    )
+    if block_size is None:
+        weights = _softmax(scores(query, key, bias, mask))
+        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
+        settings = Settings("dot_product_attention", shared, bernoulli)
+        weights = masked(weights, rate, one_key, flag, settings)
+        return _mixed(weights.to(value.dtype), value)
+    size = _check_block(block_size, key.shape[-3])
+    blocks = _Blocks(scores, size, key.shape[-3], broadcast_dropout)
+    arrays = (query, key, value, bias, mask)
+    if evaluates:
+        return _blockwise(blocks, *arrays)
+    if one_key is None:
+        # In the graph, so that its gradient is zeros and not an error.
+        whole = _blockwise(blocks, *arrays)
+        keep = flag if isinstance(flag, Tensor) else torch.tensor(False, device=whole.device)
+        return torch.where(keep, whole, 0)
+    record = None
+    if watching := observer():
+        record = watching.blockwise("dot_product_attention", rate, blocks.plan(query), flag)
+    dropped = _blockwise(blocks, *arrays, one_key, rate, record)
+    if isinstance(flag, Tensor):
+        return torch.where(flag, _blockwise(blocks, *arrays), dropped)
+    return dropped
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """The scores of a run of keys, -inf where a query may not look.
+
+    Attributes:
+        scale: what products are multiplied by.
+        is_causal: whether query i may look at keys 0 to i only.
+    """
+
+    scale: float
+    is_causal: bool
+
+    def __call__(
+        self, query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, first: int = 0
+    ) -> Tensor:
+        """Of the keys from `first` on, of shape (..., heads, queries, keys)."""
+        wide = real_dtype(query.dtype)
+        scores = _products(query.to(wide), key.to(wide)) * self.scale
+        if bias is not None:
+            scores = scores + bias.to(wide)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        if self.is_causal:
+            queries, keys = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
+            scores = scores.masked_fill(keys + first > queries[:, None], -math.inf)
+        return scores
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Along the last axis; zeros where all scores are -inf, with gradients that are zeros too."""
+    if not scores.shape[-1]:
+        return scores
+    powers = torch.exp(scores - _finite(scores.detach().amax(-1, keepdim=True)))
+    total = powers.sum(-1, keepdim=True)
+    return powers / torch.where(total > 0, total, 1.0)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x == -math.inf, 0.0, x)
+
+
+# The three products of attention, each of which is the derivative of the two others. A key's head
+# serves a group of the query's.
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Of each query with each key: (..., heads, queries, keys)."""
+    return torch.einsum("...qhgd,...khd->...hgqk", _grouped(query, key, -2), key).flatten(-4, -3)
+
+
+def _mixed(weights: Tensor, value: Tensor) -> Tensor:
+    """For each query the weighted sum of the values: (..., queries, heads, features)."""
+    grouped = _grouped(weights, value, -3)
+    return torch.einsum("...hgqk,...khd->...qhgd", grouped, value).flatten(-3, -2)
+
+
+def _gathered(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """For each key the weighted sum of the queries: (..., keys, kv_heads, depth)."""
+    grouped = _grouped(weights, key, -3), _grouped(query, key, -2)
+    return torch.einsum("...hgqk,...qhgd->...khd", *grouped)
+
+
+def _grouped(x: Tensor, key: Tensor, dim: int) -> Tensor:
+    """With the heads of `x` by the head of the key that serves them."""
+    kv_heads = key.shape[-2]
+    return x.unflatten(dim, (kv_heads, x.shape[dim] // kv_heads))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """What of the form in blocks is no tensor.
+
+    Attributes:
+        scores: of a block.
+        size: how many keys it has; the last may have fewer.
+        keys: how many there are.
+        broadcast_dropout: whether rows and heads share one mask.
+    """
+
+    scores: _Scores
+    size: int
+    keys: int
+    broadcast_dropout: bool
+
+    def __iter__(self) -> Any:
+        """The first key of each block, and the number of its keys."""
+        return ((i, min(self.size, self.keys - i)) for i in range(0, self.keys, self.size))
+
+    def shape(self, query: Tensor) -> tuple[int, ...]:
+        """Of the whole mask."""
+        *batch, queries, heads, _ = query.shape
+        rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
+        return (*rows, queries, self.keys)
+
+    def plan(self, query: Tensor) -> BlockwisePlan:
+        """The shapes of the whole mask, and of the scores."""
+        *batch, queries, heads, _ = query.shape
+        return BlockwisePlan(self.shape(query), (*batch, heads, queries, self.keys))
+
+    def keep(
+        self, query: Tensor, words: Tensor | None, keep_prob: Any, first: int, size: int
+    ) -> Tensor | None:
+        """The part of the whole mask that belongs to a block; None without dropout."""
+        if words is None:
+            return None
+        rows = self.shape(query)[:-1]
+        row = torch.arange(math.prod(rows), device=query.device).reshape(*rows, 1)
+        along = torch.arange(first, first + size, device=query.device)
+        return bernoulli_at(words, keep_prob, row * self.keys + along)
+
+
+class _Attend(torch.autograd.Function):
+    """The result, not scaled for dropout, and the logarithm of each row's sum; float32 or wider.
+
+    Nothing else is kept for the backward pass, which makes the weights of a block and their mask
+    again, of operations that can be differentiated in turn.
+    """
+
+    @staticmethod
+    def forward(
+        blocks: _Blocks,
+        keep_prob: float | Tensor,
+        record: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        words: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        wide = real_dtype(query.dtype)
+        rows = (*query.shape[:-3], query.shape[-2], query.shape[-3])
+        top = query.new_full(rows, -math.inf, dtype=wide)
+        total = query.new_zeros(rows, dtype=wide)
+        result = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=wide)
+        for first, size in blocks:
+            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
+            scores = blocks.scores(query, keys, added, seen, first)
+            new_top = torch.maximum(top, scores.amax(-1))
+            shrink = torch.exp(top - _finite(new_top))
+            powers = torch.exp(scores - _finite(new_top)[..., None])
+            top, total = new_top, total * shrink + powers.sum(-1)
+            keep = blocks.keep(query, words, keep_prob, first, size)
+            if record:
+                record.block(first, keep, scores)
+            kept = _selected(keep, powers)
+            result = result * _per_query(shrink) + _mixed(kept.to(value.dtype), values)
+        saw = total > 0
+        total = torch.where(saw, total, 1.0)
+        log_total = torch.where(saw, _finite(top) + torch.log(total), 0.0)
+        if record:
+            record.end(words, log_total)
+        return result / _per_query(total), log_total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.blocks, ctx.keep_prob, _, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, mask, words, result, log_total = ctx.saved_tensors
+        blocks, wide = ctx.blocks, result.dtype
+        of_result, of_log_total = grad_outputs
+        # What a row's sum gives back to each of its weights.
+        shared = of_log_total - (of_result * result).sum(-1).transpose(-1, -2)
+        # Wide: every block has a share in the gradient of every query.
+        of_query = torch.zeros_like(query, dtype=wide)
+        others = [
+            torch.zeros_like(x) if wanted else None
+            for x, wanted in zip((key, value, bias), ctx.needs_input_grad[4:7], strict=True)
+        ]
+        # The masks are made again, and not recorded.
+        for first, size in blocks:
+            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
+            scores = blocks.scores(query, keys, added, seen, first)
+            weights = torch.exp(scores - log_total[..., None])
+            keep = blocks.keep(query, words, ctx.keep_prob, first, size)
+            of_weights = _selected(keep, _products(of_result, values.to(wide)))
+            of_scores = weights * (of_weights + shared[..., None])
+            of_products = of_scores * blocks.scores.scale
+            of_query = of_query + _mixed(of_products, keys.to(wide))
+            of_key, of_value, of_bias, _ = _parts((*others, None), first, size)
+            if of_key is not None:
+                of_key += _gathered(of_products, query.to(wide), keys)
+            if of_value is not None:
+                of_value += _gathered(_selected(keep, weights), of_result, values)
+            if of_bias is not None:
+                of_bias += of_scores.sum_to_size(of_bias.shape)
+        return None, None, None, of_query.to(query.dtype), *others, None, None
+
+
+def _blockwise(
+    blocks: _Blocks,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout_rng: Tensor | None = None,
+    rate: float | Tensor = 0.0,
+    record: Any = None,
+) -> Tensor:
+    wide = real_dtype(query.dtype)
+    rate = rate.detach() if isinstance(rate, Tensor) else rate
+    keep_prob = keep_prob_of(rate, wide)
+    result, _ = _Attend.apply(blocks, keep_prob, record, query, key, value, bias, mask, dropout_rng)
+    if dropout_rng is not None:
+        result = result * inverse(exact_keep_prob(keep_prob), wide)
+    if isinstance(rate, Tensor):
+        result = torch.where((rate >= 0) & (rate <= 1), result, math.nan)
+    return result.to(value.dtype)
+
+
+def _parts(inputs: Sequence[Any], first: int, size: int) -> tuple[Any, ...]:
+    """Of key, value, bias and mask what belongs to a block, as views; all where all share it."""
+    dims = (-3, -3, -1, -1)
+    return tuple(
+        x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
+        for x, dim in zip(inputs, dims, strict=True)
+    )
+
+
+def _selected(keep: Tensor | None, weights: Tensor) -> Tensor:
+    return weights if keep is None else torch.where(keep, weights, 0.0)
+
+
+def _per_query(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2)[..., None]
+
+
+def _check_arrays(*arrays: Tensor) -> None:
+    names = ("query", "key", "value")
+    for name, array in zip(names, arrays, strict=True):
+        check_tensor(name, array)
+        if not array.is_floating_point():
+            raise TypeError(
+                f"{name} must be floating; got dtype {array.dtype}. Cast it: "
+                f"{name}.to(torch.float32)."
+            )
+        if array.ndim < 3:
+            raise ValueError(
+                f"{name} must have shape (..., length, heads, features); got {tuple(array.shape)}."
+            )
+    if len({array.dtype for array in arrays}) > 1:
+        dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, arrays, strict=True))
+        raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Cast them.")
+
+
+def _scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
+    """Return the query and the number that multiplies its products.
+
+    A tensor multiplies the query, so that gradients flow to it and NaN gives NaN.
+
+    Raises:
+        TypeError: The scale is not a real number.
+        ValueError: The scale is a tensor with dimensions, or an infinite number or NaN.
+    """
+    if scale is None:
+        return query, 1 / math.sqrt(query.shape[-1])
+    if not isinstance(scale, Tensor):
+        return query, check_number("scale", scale)
+    if scale.ndim or not scale.is_floating_point():
+        raise TypeError(f"scale must be a real scalar; got {describe(scale)}.")
+    wide = real_dtype(query.dtype)
+    return (query.to(wide) * scale.to(wide)).to(query.dtype), 1.0
+
+
+def _check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
+) -> None:
+    """Refuses what does not fit together, by name.
+
+    Raises:
+        TypeError: `mask` is not boolean.
+        ValueError: a shape does not fit.
+    """
+    *batch, queries, heads, depth = query.shape
+    *key_batch, keys, kv_heads, key_depth = key.shape
+    if key_batch != batch or key_depth != depth:
+        raise ValueError(
+            f"key must have the batch {tuple(batch)} and the depth {depth} of query; got shape "
+            f"{tuple(key.shape)}."
+        )
+    if value.shape[:-1] != key.shape[:-1]:
+        raise ValueError(
+            f"value must have key's shape {tuple(key.shape[:-1])} but for the features; got "
+            f"{tuple(value.shape)}."
+        )
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"query has {heads} heads, not a multiple of key's {kv_heads}.")
+    whole = (*batch, heads, queries, keys)
+    if bias is not None and (check_tensor("bias", bias).is_complex() or bias.dtype == torch.bool):
+        raise TypeError(f"bias must be real numbers; got {bias.dtype}. Or pass mask.")
+    if mask is not None and check_tensor("mask", mask).dtype != torch.bool:
+        raise TypeError(f"mask must be boolean, True to look; got {mask.dtype}. Or pass bias.")
+    for name, array in (("bias", bias), ("mask", mask)):
+        if array is None:
+            continue
+        pairs = zip(array.shape[::-1], whole[::-1], strict=False)
+        if array.ndim > len(whole) or any(size not in (1, full) for size, full in pairs):
+            raise ValueError(
+                f"{name} must broadcast to (..., heads, queries, keys) = {whole}; got "
+                f"{tuple(array.shape)}."
+            )
+
+
+def _require_rng(dropout_rng: Tensor | torch.Generator | None) -> Tensor:
+    """As `require_key`, under the name that it has here, where `key` is another argument."""
+    if dropout_rng is None:
+        raise ValueError(
+            "dropout_rng is missing: dropout in training needs a random key. Pass "
+            "dropout_rng=regtorch.key(seed), or dropout_rng=regtorch.site_key(root, step, site) "
+            "inside a training loop, or a torch.Generator, or deterministic=True to evaluate."
+        )
+    try:
+        return require_key(dropout_rng)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"dropout_rng: {error}") from None
+
+
+def _check_block(block_size: int, keys: int) -> int:
+    return max(1, min(check_integer("block_size", block_size, minimum=1), keys))

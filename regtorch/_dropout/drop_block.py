@@ -1,0 +1,285 @@
+"""DropBlock: dropout of contiguous blocks of feature maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from regshared.checks import check_bool, check_integer
+from regtorch._checks import check_number
+from regtorch._dropout.core import (
+    check_axis,
+    check_flag,
+    check_inexact,
+    check_real,
+    drawn,
+    is_number,
+    made,
+    real_dtype,
+    require_key,
+    selected,
+)
+from regtorch._random.bernoulli import bernoulli, check_probability
+from regtorch._random.keys import key_words
+from regtorch._random.normal import normal
+from regtorch._random.rounding import rounded
+from regtorch._random.threefry import threefry2x32
+
+
+def drop_block(
+    x: Tensor,
+    rate: float | Tensor,
+    *,
+    block_size: int = 7,
+    key: Tensor | torch.Generator | None = None,
+    deterministic: bool | Tensor = False,
+    channel_axis: int = 1,
+    share_channels: bool = False,
+    gamma_scale: float = 1.0,
+    scale_by_keep: bool = True,
+    with_noise: bool = False,
+) -> Tensor:
+    """Zeroes blocks of neighbouring elements of feature maps, and scales up what is left.
+
+    Neighbouring elements say nearly the same, so that a feature dropped element by element shines
+    through; here it goes in squares, cubes or, along one dimension, runs of `block_size`. Every
+    place where a whole block fits starts one with probability
+
+        gamma = rate / block_size**d * prod(size / (size - block_size + 1))
+
+    over the d spatial dimensions: a block covers an element `rate` times on average. As blocks may
+    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. What is left of the whole
+    batch is multiplied by elements / elements left, as they are counted: the mean of the mask and
+    scale is 1.
+
+    Row n, channel c and the block that starts at s draw from the row-major index of `(n, c, *s)`
+    wherever the channels lie, so that NCHW and NHWC have one mask. Nothing but the key is stored
+    for the backward pass.
+
+    Args:
+        x: floating or complex, the batch first, then the channels and one or more spatial
+            dimensions. Of one row, give it a batch dimension of 1.
+        rate: about the share of elements that is zeroed, in [0, 1]; a number or a 0-d tensor. At 1
+            everything is, as in the whole family.
+        block_size: how many elements a block has along each spatial dimension, odd or even. On a
+            map that is smaller in some dimension, that dimension's size.
+        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
+        deterministic: True in evaluation: `x` itself.
+        channel_axis: the dimension of the channels, counted from the end if negative.
+        share_channels: whether all channels of a row have one mask; each has its own otherwise.
+        gamma_scale: a factor of gamma, finite and at least 0: how many more blocks start than the
+            formula gives. A gamma above 1 counts as 1, and a rate of 1 drops everything.
+        scale_by_keep: False leaves the elements that are kept as they are, and the mean falls.
+        with_noise: whether a dropped element becomes a standard normal variate instead of 0. The
+            elements that are kept are then not scaled. Variates come from a key of their own, made
+            from `key`; element (n, c, *s) has the same one wherever the channels lie.
+
+    Returns:
+        A tensor of the shape, dtype and device of `x`. If nothing is left, zeros.
+
+    Raises:
+        TypeError: as `dropout`; `block_size` or `channel_axis` is not an integer; `gamma_scale` is
+            not a real number; or `x` is complex with noise.
+        ValueError: as `dropout`; `block_size` is below 1; `gamma_scale` is negative, infinite or
+            NaN; `channel_axis` is not a dimension of `x`,
+            or the batch's; or `x` has no spatial dimension.
+
+    PyTorch:
+        `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in this way too,
+        for blocks that are odd and fit into the map. `gamma_scale`, `scale_by_keep` and
+        `with_noise` are those of `timm.layers.drop_block_2d`, which lets blocks reach over the
+        border and draws its masks and its noise from a hidden generator; its `couple_channels` is
+        `share_channels`, and its noise is added where nothing is kept, as here.
+
+    JAX:
+        `regjax.drop_block`, whose channels are last by default: with the same key the same blocks
+        of the same rows are zeroed, and the results agree bit for bit.
+
+    Example:
+        >>> import torch, regtorch
+        >>> images = torch.ones(1, 1, 5, 8)
+        >>> y = regtorch.drop_block(images, 0.3, block_size=3, key=regtorch.key(2))
+        >>> (y[0, 0] > 0).int()
+        tensor([[1, 1, 1, 1, 1, 1, 1, 1],
+                [1, 1, 1, 1, 0, 0, 0, 1],
+                [0, 0, 0, 1, 0, 0, 0, 1],
+                [0, 0, 0, 1, 0, 0, 0, 1],
+                [0, 0, 0, 1, 1, 1, 1, 1]], dtype=torch.int32)
+        >>> y.max()  # 40 elements / 22 elements left
+        tensor(1.8182)
+
+    Source: Ghiasi, Lin, Le, "DropBlock: a regularization method for convolutional networks",
+    NeurIPS 2018.
+    """
+    x = check_inexact(x)
+    blocks = _check_blocks(tuple(x.shape), block_size, channel_axis, share_channels)
+    with_noise = check_bool("with_noise", with_noise)
+    blocks = dataclasses.replace(
+        blocks,
+        gamma_scale=check_gamma_scale(gamma_scale),
+        scale_by_keep=check_bool("scale_by_keep", scale_by_keep) and not with_noise,
+    )
+    if with_noise:
+        return _noisy(x, rate, key, deterministic, blocks)
+    return drawn(x, rate, key, deterministic, blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """Masks of blocks, and the scale by what they leave.
+
+    Attributes:
+        size: how many elements a block has along each spatial dimension.
+        channel_axis: the dimension of the channels, counted from 0.
+        share_channels: whether all channels of a row have one mask.
+        gamma_scale: a factor of the probability that a block starts.
+        scale_by_keep: whether elements that are kept are scaled.
+    """
+
+    size: int
+    channel_axis: int
+    share_channels: bool
+    gamma_scale: float = 1.0
+    scale_by_keep: bool = True
+    name: str = "drop_block"
+
+    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
+        """Draws where blocks start, and spreads them."""
+        batch, channels, *sizes = (x.shape[dim] for dim in self.order(x.ndim))
+        starts = [size - self.size + 1 for size in sizes]
+        shape = (batch, 1 if self.share_channels else channels, *starts)
+        keep = bernoulli(key, _start_keep_prob(rate, self.size, sizes, self.gamma_scale), shape)
+        for dim in range(2, keep.ndim):
+            keep = _spread(keep, dim, self.size)
+        return keep.movedim(1, self.channel_axis)
+
+    def order(self, ndim: int) -> tuple[int, ...]:
+        """The dimensions with the channels second, the order in which elements are numbered."""
+        first = (0, self.channel_axis)
+        return (*first, *(dim for dim in range(ndim) if dim not in first))
+
+    def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
+        """Masks, and scales by elements / elements kept."""
+        del rate
+        if not self.scale_by_keep:
+            return selected(keep, x, 1.0)
+        real = real_dtype(x.dtype)
+        # Two exact integers, rounded where they are large, and one division; a number divided by a
+        # tensor would be two, as PyTorch takes the reciprocal first.
+        kept, size = keep.sum().to(real), torch.full((), keep.numel(), dtype=real, device=x.device)
+        return selected(keep, x, torch.where(kept > 0, size / kept, 0))
+
+    def slope(self) -> _Blocks:
+        """The same: linear as it is."""
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dropped:
+    """The complement of a mask of blocks: it keeps what they drop, and does not scale."""
+
+    blocks: _Blocks
+    name: str = "drop_block"
+
+    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
+        """Draws the mask of the blocks."""
+        return ~self.blocks.keep(x, key, rate)
+
+    def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
+        """Masks."""
+        return self.blocks.apply(x, keep, rate)
+
+    def slope(self) -> _Dropped:
+        """The same: linear as it is."""
+        return self
+
+
+def _noisy(
+    x: Tensor,
+    rate: float | Tensor,
+    key: Tensor | torch.Generator | None,
+    deterministic: bool | Tensor,
+    blocks: _Blocks,
+) -> Tensor:
+    """DropBlock, and noise in place of the zeros: two masked terms, of which one is 0."""
+    x = check_real(x, "noise", "Leave with_noise out, or drop in x.real and x.imag.")
+    rate, flag = check_probability("rate", rate), check_flag(deterministic)
+    if flag is True or is_number(rate, 0):
+        return x
+    one_key = require_key(key).to(x.device)
+    noise = _noise(x, one_key, blocks.order(x.ndim))
+    if not is_number(rate, 1):
+        noise = made(noise, one_key, rate, _Dropped(blocks))
+    noisy = drawn(x, rate, one_key, flag, blocks) + noise
+    return torch.where(flag, x, noisy) if isinstance(flag, Tensor) else noisy
+
+
+def _noise(x: Tensor, key: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Variates for all elements, numbered in an order of the dimensions.
+
+    Their key is the block of the last counter, which no mask has an element for.
+    """
+    last = torch.full((), -1, dtype=torch.int32, device=key.device)
+    own_key = torch.stack(threefry2x32(key_words(key), (last, last))).view(torch.uint32)
+    variates = normal(own_key, tuple(x.shape[dim] for dim in order), real_dtype(x.dtype))
+    return variates.permute(*sorted(range(x.ndim), key=order.__getitem__)).to(x.dtype)
+
+
+def _start_keep_prob(
+    rate: float | Tensor, block: int, sizes: list[int], gamma_scale: float = 1.0
+) -> float | Tensor:
+    """1 - gamma: how probably no block starts at a place."""
+    gamma_of_1 = math.prod([size / (block * (size - block + 1)) for size in sizes if size])
+    gamma_of_1 *= gamma_scale
+    if isinstance(rate, Tensor):
+        single = rate.to(torch.float32)
+        some = torch.clamp(1 - rounded(single * gamma_of_1), min=0)  # a NaN stays one
+        return torch.where(single >= 1, 0, some)
+    return max(0.0, 1 - rate * gamma_of_1)
+
+
+def _spread(keep: Tensor, dim: int, size: int) -> Tensor:
+    """Each False becomes `size` of them along one dimension, from its place on."""
+    if size == 1:
+        return keep  # which may be empty
+    ends = [0, 0] * (keep.ndim - 1 - dim) + [size - 1, size - 1]  # the last dimension comes first
+    return pad(keep, ends, value=True).unfold(dim, size, 1).all(-1)
+
+
+def _check_blocks(
+    shape: tuple[int, ...], block_size: int, channel_axis: int, share_channels: bool
+) -> _Blocks:
+    size, ndim = check_block_size(block_size), len(shape)
+    axis = check_axis("channel_axis", channel_axis, ndim)
+    if ndim < 3 or axis == 0:
+        raise ValueError(
+            "x must have a batch dimension, which comes first, a channel dimension and at least "
+            f"one spatial dimension; got shape {shape} with channel_axis={channel_axis}."
+        )
+    # Of an empty map no block is left, but its mask still has a shape.
+    sizes = [max(1, length) for dim, length in enumerate(shape) if dim not in (0, axis)]
+    return _Blocks(min(size, *sizes), axis, check_bool("share_channels", share_channels))
+
+
+def check_gamma_scale(gamma_scale: float) -> float:
+    """Returns the factor as a Python float.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is negative, infinite or NaN.
+    """
+    return check_number("gamma_scale", gamma_scale, minimum=0)
+
+
+def check_block_size(block_size: int) -> int:
+    """Returns the number of elements as a Python integer.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is below 1.
+    """
+    return check_integer("block_size", block_size, minimum=1)

@@ -1,0 +1,111 @@
+"""Dropout of words: a word that is dropped is dropped wherever it occurs in the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from regtorch._dropout.core import check_inexact, drawn, inverse, keep_prob_of, selected
+from regtorch._random.bernoulli import bernoulli_at, exact_keep_prob
+
+
+def embedding_dropout(
+    x: Tensor,
+    ids: Tensor,
+    rate: float | Tensor,
+    *,
+    key: Tensor | torch.Generator | None = None,
+    deterministic: bool | Tensor = False,
+) -> Tensor:
+    """Zeroes each word with probability `rate`, wherever it occurs, divides the others by `1-rate`.
+
+    With `x = table[ids]` it equals, bit for bit, dropout of whole rows of the table,
+
+        dropout(table, rate, key=key, broadcast_dims=(1,))[ids]
+
+    but draws only for the words that are there: nothing of the table's size is made. Dropout of the
+    rows of `x` instead would drop a word in one place and show it in the next.
+
+    Args:
+        x: floating or complex: the embeddings of the words, one feature vector for each id.
+        ids: the words, integers of any shape, not negative.
+        rate: the probability that a word is zeroed, in [0, 1]; a number or a 0-d tensor.
+        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
+        deterministic: True in evaluation: `x` itself.
+
+    Returns:
+        A tensor of the shape, dtype and device of `x`.
+
+    Raises:
+        TypeError: as `dropout`, or `ids` is not a tensor of integers.
+        ValueError: as `dropout`; `x.shape` is not `(*ids.shape, features)`; or an id is negative,
+            which indexing would count from the end of a table that is not known here. On a device
+            that would have to be waited for, and under transforms, ids are not checked: a negative
+            one is a word of its own.
+
+    JAX:
+        `regjax.embedding_dropout` with the same key gives the same result bit for bit.
+
+    Example:
+        >>> import torch, regtorch
+        >>> ids = torch.tensor([[0, 2, 0], [1, 2, 3]])
+        >>> x = torch.ones(4, 2)[ids]
+        >>> regtorch.embedding_dropout(x, ids, 0.5, key=regtorch.key(0))[:, :, 0]
+        tensor([[0., 2., 0.],
+                [0., 2., 2.]])
+
+    Source: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+    networks", NeurIPS 2016.
+    """
+    x = check_inexact(x)
+    return drawn(x, rate, key, deterministic, _Words(), _check_ids(ids, x.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Words:
+    """The mask of the words that are there."""
+
+    name: str = "embedding_dropout"
+
+    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor, ids: Tensor) -> Tensor:
+        """The elements of a mask over the vocabulary, at the words' indices."""
+        return bernoulli_at(key, keep_prob_of(rate, x.dtype), ids.to(torch.int64))[..., None]
+
+    def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
+        """Masks and scales as dropout does."""
+        share = exact_keep_prob(keep_prob_of(rate, x.dtype))
+        return selected(keep, x, inverse(share, x.dtype))
+
+    def slope(self) -> _Words:
+        """The same: linear as it is."""
+        return self
+
+
+def _check_ids(ids: Tensor, shape: torch.Size) -> Tensor:
+    is_tensor = isinstance(ids, Tensor)
+    if not is_tensor or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        found = f"dtype {ids.dtype}" if is_tensor else repr(ids)
+        raise TypeError(f"ids must be a tensor of integers, as an embedding takes it; got {found}.")
+    if not shape or shape[:-1] != ids.shape:
+        raise ValueError(
+            "x must have one feature vector for each id, x.shape == (*ids.shape, features); got "
+            f"shape {tuple(shape)} with ids of shape {tuple(ids.shape)}."
+        )
+    if _has_negative(ids):
+        raise ValueError(
+            f"ids must not be negative; got {int(ids.min())}. Give the word its "
+            "place in the table, counted from 0."
+        )
+    return ids
+
+
+def _has_negative(ids: Tensor) -> bool:
+    """Whether an id is negative, where looking waits for nothing."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    try:
+        return bool((ids < 0).any())
+    except RuntimeError:  # under torch.func.vmap there is no one value
+        return False

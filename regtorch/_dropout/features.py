@@ -1,0 +1,79 @@
+"""Dropout of whole features: each channel of each row is zeroed or kept as one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from regtorch._dropout.core import Settings, check_axis, check_inexact, masked
+from regtorch._random.bernoulli import Sampler, bernoulli
+
+
+def feature_dropout(
+    x: Tensor,
+    rate: float | Tensor,
+    *,
+    key: Tensor | torch.Generator | None = None,
+    deterministic: bool | Tensor = False,
+    channel_axis: int = 1,
+    sampler: Sampler = bernoulli,
+) -> Tensor:
+    """Zeroes each channel of each row with probability `rate`, divides the others by `1 - rate`.
+
+    Neighbouring pixels of a feature map say nearly the same, so that dropping them one by one
+    removes little; here the map goes as a whole. It is `dropout` whose mask is shared along every
+    dimension but the batch, dimension 0, and `channel_axis`: of (N, C, H, W), along H and W.
+    Row n and channel c draw from the index `n * C + c` wherever the channels lie, so that, with
+    `bernoulli`, NCHW and NHWC have one mask.
+
+    Args:
+        x: floating or complex, with the batch first. Of one row without a batch dimension, say
+            `channel_axis=0` for (C, ...), and give (..., C) a batch dimension of 1.
+        rate: the probability that a channel is zeroed, in [0, 1]; a number or a 0-d tensor.
+        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
+        deterministic: True in evaluation: `x` itself.
+        channel_axis: the dimension of the channels, counted from the end if negative.
+        sampler: what draws the mask.
+
+    Returns:
+        A tensor of the shape, dtype and device of `x`.
+
+    Raises:
+        TypeError: as `dropout`, or `channel_axis` is not an integer.
+        ValueError: as `dropout`, or `channel_axis` is not a dimension of `x`.
+
+    PyTorch:
+        `torch.nn.functional.dropout1d`, `dropout2d` and `dropout3d` on a batch.
+
+    JAX:
+        `regjax.feature_dropout`, whose channels are last by default: with the same key the same
+        channels of the same rows are zeroed.
+
+    Example:
+        >>> import torch, regtorch
+        >>> images = torch.ones(2, 4, 3, 3)
+        >>> y = regtorch.feature_dropout(images, 0.5, key=regtorch.key(0))
+        >>> y[:, :, 0, 0]
+        tensor([[0., 0., 2., 2.],
+                [0., 2., 2., 0.]])
+        >>> bool((y == y[:, :, :1, :1]).all())
+        True
+
+    Source: Tompson, Goroshin, Jain, LeCun, Bregler, "Efficient object localization using
+    convolutional networks", CVPR 2015.
+    """
+    x = check_inexact(x)
+    shared = shared_dims(x.ndim, channel_axis)
+    settings = Settings("feature_dropout", shared, sampler)
+    return masked(x, rate, key, deterministic, settings)
+
+
+def shared_dims(ndim: int, channel_axis: int) -> tuple[int, ...]:
+    """Every dimension but the batch and the channels.
+
+    Raises:
+        TypeError: `channel_axis` is not an integer.
+        ValueError: it is not one of `ndim` dimensions.
+    """
+    axis = check_axis("channel_axis", channel_axis, ndim)
+    return tuple(dim for dim in range(1, ndim) if dim != axis)

@@ -1,0 +1,218 @@
+"""Gaussian noise: multiplied with the activations, or added to them.
+
+`observing` tells of masks. Here there is none, and it tells nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from regtorch._dropout.core import check_flag, check_real, made, real_dtype, require_key
+from regtorch._random.bernoulli import check_probability
+from regtorch._random.normal import normal
+from regtorch._random.rounding import exact_sqrt, rounded
+
+
+def gaussian_dropout(
+    x: Tensor,
+    rate: float | Tensor,
+    *,
+    key: Tensor | torch.Generator | None = None,
+    deterministic: bool | Tensor = False,
+) -> Tensor:
+    """Multiplies each element by a normal variate of mean 1 and variance `rate / (1 - rate)`.
+
+    That is the mean and the variance of the factor by which `dropout` multiplies at this rate, 0 or
+    `1 / (1 - rate)`; here nothing is zeroed. With n ~ N(0, 1) for each element,
+
+        y = x * (1 + sqrt(rate / (1 - rate)) * n)
+
+    Nothing but the key is stored for the backward pass, which draws the same factors again.
+
+    The root is computed in double and rounded once, that of a tensor rate by three correctly
+    rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
+    rounded once, at the end.
+
+    Args:
+        x: real floating, of any shape, also 0-d and empty.
+        rate: that of the dropout it resembles, at least 0 and below 1; a number or a 0-d tensor.
+            The root of the latter is computed in float32, in double for float64. No gradient flows
+            to it.
+        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`. Needed
+            unless `deterministic`, or `rate` is the number 0.
+        deterministic: True in evaluation: `x` itself.
+
+    Returns:
+        A tensor of the shape, dtype and device of `x`.
+
+    Raises:
+        TypeError: as `dropout`, or `x` is complex.
+        ValueError: as `dropout`, or `rate` is 1, where the variance is infinite. A tensor rate
+            outside [0, 1) gives NaN.
+
+    JAX:
+        `regjax.gaussian_dropout` with the same key gives the same result bit for bit.
+        `keras.layers.GaussianDropout(rate)` is the same function of other variates.
+
+    Example:
+        >>> import torch, regtorch
+        >>> regtorch.gaussian_dropout(torch.ones(4), 0.2, key=regtorch.key(0))
+        tensor([1.8113, 2.0126, 0.7832, 0.9607])
+
+    Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
+    prevent neural networks from overfitting", JMLR 15, 2014, section 10.
+    """
+    return _noisy(x, check_noise_rate(rate), key, deterministic, _multiplied)
+
+
+def gaussian_noise(
+    x: Tensor,
+    stddev: float | Tensor,
+    *,
+    key: Tensor | torch.Generator | None = None,
+    deterministic: bool | Tensor = False,
+) -> Tensor:
+    """Adds to each element a normal variate of mean 0 and standard deviation `stddev`.
+
+    With n ~ N(0, 1) for each element, `y = x + stddev * n`. The gradient with respect to `x` is
+    that of `x` itself.
+
+    The arithmetic is in float32, in double for float64; half and 8-bit types are rounded once, at
+    the end.
+
+    Args:
+        x: real floating, of any shape, also 0-d and empty.
+        stddev: at least 0; a number or a 0-d tensor. No gradient flows to it: to learn it, write
+            `x + stddev * regtorch.normal(key, x.shape)`.
+        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`. Needed
+            unless `deterministic`, or `stddev` is the number 0.
+        deterministic: True in evaluation: `x` itself.
+
+    Returns:
+        A tensor of the shape, dtype and device of `x`.
+
+    Raises:
+        TypeError: as `dropout`, `x` is complex, or `stddev` is not a real number.
+        ValueError: as `dropout`, or the number `stddev` is negative, infinite or NaN. A tensor
+            gives NaN.
+
+    JAX:
+        `regjax.gaussian_noise` with the same key gives the same result bit for bit.
+        `keras.layers.GaussianNoise(stddev)` is the same function of other variates.
+
+    Example:
+        >>> import torch, regtorch
+        >>> regtorch.gaussian_noise(torch.zeros(4), 0.1, key=regtorch.key(0))
+        tensor([ 0.1623,  0.2025, -0.0434, -0.0079])
+
+    Source: Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural
+    Computation 7, 1995.
+    """
+    return _noisy(x, check_stddev(stddev), key, deterministic, _added)
+
+
+def _noisy(
+    x: Tensor,
+    amount: float | Tensor,
+    key: Tensor | torch.Generator | None,
+    deterministic: bool | Tensor,
+    make: Callable[[Tensor, Tensor, float | Tensor], Tensor],
+) -> Tensor:
+    """Checks, shortcuts, the key, then `make(x, key, amount)`."""
+    x = _check_real(x)
+    deterministic = check_flag(deterministic)
+    if deterministic is True or (isinstance(amount, float) and amount == 0):
+        return x
+    noisy = make(x, require_key(key).to(x.device), amount)
+    if isinstance(deterministic, Tensor):
+        return torch.where(deterministic, x, noisy)
+    return noisy
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """Factors around 1 in place of a mask."""
+
+    name: str = "gaussian_dropout"
+
+    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
+        """Draws the factors."""
+        return 1 + rounded(_noise(x, key) * _deviation(rate, x.dtype))
+
+    def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
+        """Multiplies."""
+        return rounded(x.to(keep.dtype) * keep).to(x.dtype)
+
+    def slope(self) -> _Factors:
+        """The same: linear as it is."""
+        return self
+
+
+def _multiplied(x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
+    return made(x, key, rate, _Factors())
+
+
+def _deviation(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """sqrt(rate / (1 - rate)); NaN at 1."""
+    if isinstance(rate, Tensor):
+        rate = rate.to(real_dtype(dtype))
+        return torch.where(rate < 1, exact_sqrt(rate / (1 - rate)), torch.nan)
+    return math.sqrt(rate / (1 - rate))
+
+
+def _added(x: Tensor, key: Tensor, stddev: float | Tensor) -> Tensor:
+    noise = _noise(x, key)
+    if isinstance(stddev, Tensor):
+        stddev = stddev.detach().to(noise.dtype)
+        stddev = torch.where((stddev >= 0) & (stddev < torch.inf), stddev, torch.nan)
+    return (rounded(x.to(noise.dtype)) + rounded(noise * stddev)).to(x.dtype)
+
+
+def _noise(x: Tensor, key: Tensor) -> Tensor:
+    """A variate for each element, in the type that `x` is computed in."""
+    return normal(key, x.shape, real_dtype(x.dtype))
+
+
+def check_noise_rate(rate: float | Tensor) -> float | Tensor:
+    """Returns a rate as `check_probability` does, if it is not the number 1.
+
+    Raises:
+        TypeError: as `check_probability`.
+        ValueError: as `check_probability`, or it is the number 1.
+    """
+    rate = check_probability("rate", rate)
+    if isinstance(rate, float) and rate == 1:
+        raise ValueError("rate must be below 1, where the variance is infinite; got 1.")
+    return rate
+
+
+def check_stddev(stddev: float | Tensor) -> float | Tensor:
+    """Returns a number as a Python float, a 0-d tensor as it is.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is a number that is negative, infinite or NaN, or a tensor with dimensions.
+    """
+    is_tensor = isinstance(stddev, Tensor)
+    is_real = isinstance(stddev, numbers.Real) and not isinstance(stddev, bool)
+    if not (is_real or (is_tensor and not stddev.is_complex() and stddev.dtype != torch.bool)):
+        raise TypeError(f"stddev must be a real number of at least 0; got {stddev!r}.")
+    if is_tensor:
+        if stddev.ndim:
+            raise ValueError(
+                f"stddev must be a scalar of at least 0; got shape {tuple(stddev.shape)}."
+            )
+        return stddev
+    if not 0 <= stddev < math.inf:
+        raise ValueError(f"stddev must be finite and at least 0; got {stddev}.")
+    return float(stddev)
+
+
+def _check_real(x: Tensor) -> Tensor:
+    return check_real(x, "Gaussian noise", "Add it to x.real and x.imag.")

@@ -1,0 +1,367 @@
+"""Uncertainty by Monte Carlo dropout: many small models at test time, and where they disagree."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.special import entr
+
+from regshared.checks import check_bool, check_callable, check_choice, check_integer
+from regshared.events import SiteKey
+from regtorch import keyed
+from regtorch import nn as layers
+from regtorch._checks import check_module
+from regtorch._dropout.core import real_dtype
+from regtorch._random.events import Draw, Observer, observed_by
+from regtorch._random.keys import check_key, site_key
+from regtorch.keyed.layers import KEYED, Keyed, Site
+
+Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
+
+_M = TypeVar("_M", bound=nn.Module)
+_KINDS = ("logits", "probabilities", "values")
+_SITE = "mc_dropout"  # pass i draws from site_key(key, i, _SITE)
+# How far probabilities may be from summing to 1: what 8 bits of mantissa leave, and no logits meet.
+_TOLERANCE = 0.01
+
+_OURS = tuple(kind for kind in vars(layers).values() if isinstance(kind, type))
+# In evaluation the layer of an encoder runs as one fused kernel, past the dropouts inside it.
+_FUSED = (nn.TransformerEncoderLayer,)
+_DROPPING = (*KEYED, nn.RNNBase, *_OURS, *_FUSED)
+
+
+class Prediction(NamedTuple):
+    """What many stochastic passes predict together.
+
+    In float32, or in float64 where the outputs are. The last four are None where there is nothing
+    to say: the entropies of values, and samples that were not asked for.
+
+    Attributes:
+        mean: the mean of the passes: of probabilities, or of values.
+        std: their standard deviation, the square root of the mean squared distance from the mean.
+        entropy: of the mean probabilities, in nats: how uncertain the prediction is in all.
+        expected_entropy: the mean of the passes' entropies: what they agree to be uncertain.
+        mutual_information: the difference, never negative: how much the passes disagree, which is
+            what more data could settle.
+        samples: the outputs of each pass, passes first.
+    """
+
+    mean: Tensor
+    std: Tensor
+    entropy: Tensor | None
+    expected_entropy: Tensor | None
+    mutual_information: Tensor | None
+    samples: Tensor | None
+
+
+def mc_dropout(
+    predict: nn.Module | Callable[..., Tensor],
+    *inputs: Any,
+    key: Tensor,
+    outputs: Outputs,
+    samples: int = 32,
+    class_axis: int = -1,
+    keep_samples: bool = False,
+) -> Prediction:
+    """Predicts with dropout on, many times: mean, deviation and entropy.
+
+    Each pass keeps other units and so is another, smaller model. Pass i is
+    `predict(*inputs, key=site_key(key, i, "mc_dropout"))`: it draws the same masks however many
+    passes there are, and in regjax.
+
+    The passes run one after the other, without gradients; what is kept between them does not grow
+    with `samples`. Deviations are summed as differences from the first pass, so that nearly equal
+    outputs keep their digits.
+
+    **Normalisation layers belong in evaluation**, with their running averages, while dropout is on.
+    A model runs under `dropout_only`, whatever its mode, and has it back afterwards; a function
+    that calls one sees to it by itself.
+
+    Args:
+        predict: a model, or a function of `*inputs` and the keyword `key` that returns one floating
+            tensor. Of a model that `regtorch.keyed.convert` has converted, or that is made of
+            `regtorch.nn`'s layers, the site `name` draws from `site_key(key, 0, name)`, `key` being
+            that of the pass: see `regtorch.keyed` for the names.
+        *inputs: what `predict` takes.
+        key: one key. As with `site_key`, it is not used up.
+        outputs: what `predict` returns: `"logits"`, of which the softmax is taken first;
+            `"probabilities"` along `class_axis`; or `"values"`, as in regression, which have no
+            entropy.
+        samples: how many passes. The mean has a standard error of `std / sqrt(samples)`.
+        class_axis: the dimension of the classes in what one pass returns.
+        keep_samples: whether to return what each pass predicted, too.
+
+    Returns:
+        A `Prediction`, a tuple of tensors.
+
+    Raises:
+        TypeError: `key` is not a key; `predict` does not return one floating tensor; or `samples`
+            or `class_axis` is not an integer.
+        ValueError: `samples` is below 1; `outputs` is none of the three; `class_axis` is not a
+            dimension of the outputs, or has a single class; `key` is a batch of keys; the
+            probabilities are negative or do not sum to 1; `predict` writes into its inputs; a
+            module of the model drops and is not converted, or none does; or all passes, of which
+            there are at least two, are the same, as they are where dropout is off.
+
+    Warns:
+        UserWarning: all passes returned the same although they drew from different keys.
+
+    JAX:
+        `regjax.mc_dropout`, which runs the passes side by side within a budget of memory.
+
+    Example:
+        >>> import torch, regtorch
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.5),
+        ...     torch.nn.Linear(16, 3),
+        ... )
+        >>> model = regtorch.keyed.convert(model)
+        >>> x = torch.ones(2, 4)
+        >>> y = regtorch.mc_dropout(model, x, key=regtorch.key(0), outputs="logits", samples=50)
+        >>> y.mean.shape, y.std.shape, y.entropy.shape
+        (torch.Size([2, 3]), torch.Size([2, 3]), torch.Size([2]))
+        >>> def predict(x, *, key):
+        ...     return regtorch.dropout(x, 0.5, key=key).mean(1)
+        >>> y = regtorch.mc_dropout(predict, x, key=regtorch.key(0), outputs="values", samples=50)
+        >>> y.mean.shape, y.entropy
+        (torch.Size([2]), None)
+
+    Source: Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016; the decomposition
+    of the entropy: Houlsby, Huszár, Ghahramani, Lengyel, "Bayesian active learning for
+    classification and preference learning", arXiv:1112.5745, 2011; sums of deviations: Chan, Golub,
+    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    """
+    check_callable("predict", predict, "(*inputs, key), or a module")
+    check_choice("outputs", outputs, _KINDS)
+    samples = check_integer("samples", samples, minimum=1)
+    class_axis = check_integer("class_axis", class_axis)
+    keep_samples = check_bool("keep_samples", keep_samples)
+    check_key(key)
+    function = _passes(predict) if isinstance(predict, nn.Module) else nullcontext(predict)
+    with torch.no_grad(), function as one_pass:
+        versions, one_pass = _versions(inputs), _Watched(one_pass)
+        first = one_pass(*inputs, key=site_key(key, 0, _SITE))
+        _check_outputs(first, outputs, class_axis)
+        if _versions(inputs) != versions:
+            raise ValueError(
+                "predict writes into its inputs, so that the next pass would see other ones. Turn "
+                "inplace off in the layers that they enter, or let predict copy them: x.clone()."
+            )
+        moments, kept, same = _moments(first, outputs, class_axis), [first], samples > 1
+        for index in range(1, samples):
+            y = one_pass(*inputs, key=site_key(key, index, _SITE))
+            moments = _merged(moments, _moments(y, outputs, class_axis))
+            # Once two differ, no more are compared: each comparison waits for the device.
+            same = same and torch.equal(first, y)
+            if keep_samples:
+                kept.append(y)
+    if same and one_pass.repeats_its_keys():
+        raise ValueError(
+            "all passes are the same: what predict returns does not depend on its key. Turn "
+            "dropout on in it (deterministic=False, training mode, a rate above 0) and give it the "
+            "key."
+        )
+    if same:
+        warnings.warn(
+            "all passes returned the same, although their keys differ: at a rate this small, take "
+            "more samples; or what is dropped does not reach the output.",
+            stacklevel=2,
+        )
+    return _prediction(moments, torch.stack(kept) if keep_samples else None, class_axis)
+
+
+class _Watched:
+    """A pass whose first two calls are watched for the keys of their masks."""
+
+    def __init__(self, one_pass: Callable[..., Tensor]) -> None:
+        self._one_pass = one_pass
+        self._keys: list[list[tuple[int, int]]] = []
+
+    def __call__(self, *inputs: Any, key: Tensor) -> Tensor:
+        if len(self._keys) == 2:
+            return self._one_pass(*inputs, key=key)
+        keys: list[tuple[int, int]] = []
+        self._keys.append(keys)
+
+        def record(event: SiteKey | Draw) -> None:
+            if isinstance(event, Draw):
+                keys.append(event.key)
+
+        with observed_by(Observer(record, sample=0)):
+            return self._one_pass(*inputs, key=key)
+
+    def repeats_its_keys(self) -> bool:
+        """Whether both calls drew from the same keys, or no masks at all."""
+        first, second = self._keys
+        return first == second
+
+
+@contextlib.contextmanager
+def dropout_only(model: _M) -> Iterator[_M]:
+    """Evaluation with dropout on: what drops is in training mode, and all else in evaluation.
+
+    Normalisation layers then use their running averages and leave them as they are. Known are
+    PyTorch's dropout layers, attention and recurrent layers, converted or not, `regtorch.nn`'s, and
+    their subclasses; of any other class `module.training = True` inside the context does the same.
+
+    Args:
+        model: any module; afterwards each part of it has the mode that it had before.
+
+    Example:
+        >>> import torch, regtorch
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
+        >>> with regtorch.dropout_only(model):
+        ...     [module.training for module in model]
+        [False, True]
+        >>> [module.training for module in model]
+        [True, True]
+    """
+    check_module("model", model)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for module in modes:
+            if isinstance(module, _DROPPING):
+                module.training = True  # alone: train() would reach what lies inside it
+        yield model
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
+    """A model as a function with a key; afterwards its mode, keys and hooks are as before."""
+    own = {m: Site(path) for path, m in model.named_modules() if isinstance(m, _OURS)}
+    sites = [site for m in model.modules() if isinstance(m, Keyed) for site in m.sites]
+    before = [dataclasses.replace(site) for site in sites]
+    hooks = []
+
+    def one_pass(*inputs: Any, key: Tensor) -> Tensor:
+        keyed.set_key(model, key, 0)  # a layer that drops and is not converted ends it here
+        if not sites and not own:
+            raise ValueError(
+                "predict is a model without a layer that drops, so that all passes would be the "
+                "same. If its forward calls regtorch.dropout, pass a function of (*inputs, key) "
+                "that calls the model under regtorch.dropout_only(model)."
+            )
+        high, low = key.tolist()
+        for site in own.values():
+            site.root, site.calls = (high, low), 0
+        return model(*inputs)
+
+    def give_key(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if options.get("key") is None:
+            options = options | {"key": own[module].key(torch.device("cpu"))}
+        return args, options
+
+    try:
+        for module in own:
+            hooks.append(module.register_forward_pre_hook(give_key, with_kwargs=True))
+        with dropout_only(model):
+            yield one_pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for site, state in zip(sites, before, strict=True):
+            vars(site).update(vars(state))
+
+
+class _Moments(NamedTuple):
+    """What is known of the passes so far. `mean` and `squares` are of differences from `origin`."""
+
+    passes: int
+    origin: Tensor
+    mean: Tensor
+    squares: Tensor  # the sum of squared distances from the mean
+    entropy: Tensor | None  # the mean of the passes' entropies
+    improper: Tensor
+
+
+def _moments(y: Tensor, outputs: str, class_axis: int) -> _Moments:
+    """The moments of one pass, which is its own origin."""
+    y = y.to(real_dtype(y.dtype))
+    entropy, improper = None, torch.zeros((), dtype=torch.bool, device=y.device)
+    if outputs != "values":
+        if outputs == "logits":
+            y = torch.softmax(y, class_axis)
+        else:
+            improper = ((y.sum(class_axis) - 1).abs() > _TOLERANCE).any() | (y < 0).any()
+        entropy = entr(y).sum(class_axis)
+    zeros = torch.zeros_like(y)
+    return _Moments(1, y, zeros, zeros, entropy, improper)
+
+
+def _merged(a: _Moments, b: _Moments) -> _Moments:
+    """The moments of the passes of `a` and of the one pass of `b`."""
+    passes = a.passes + 1
+    share = 1 / passes
+    delta = (b.origin - a.origin) - a.mean
+    entropy = None
+    if a.entropy is not None and b.entropy is not None:
+        entropy = a.entropy + (b.entropy - a.entropy) * share
+    return _Moments(
+        passes,
+        a.origin,
+        a.mean + delta * share,
+        a.squares + delta.square() * (a.passes * share),
+        entropy,
+        a.improper | b.improper,
+    )
+
+
+def _prediction(moments: _Moments, samples: Tensor | None, class_axis: int) -> Prediction:
+    mean = moments.origin + moments.mean
+    std = (moments.squares / moments.passes).sqrt()
+    if moments.entropy is None:
+        return Prediction(mean, std, None, None, None, samples)
+    if moments.improper:
+        raise ValueError(
+            "outputs='probabilities' must be at least 0 and sum to 1 along class_axis="
+            f"{class_axis}; what predict returns does not. If it returns logits, pass "
+            "outputs='logits'."
+        )
+    mean = mean.clamp(0, 1)  # past its ends, by rounding, there would be no entropy
+    entropy = entr(mean).sum(class_axis)
+    disagreement = (entropy - moments.entropy).clamp(min=0)
+    return Prediction(mean, std, entropy, moments.entropy, disagreement, samples)
+
+
+def _check_outputs(y: Any, outputs: str, class_axis: int) -> None:
+    """Raises where a pass does not return what it should.
+
+    Raises:
+        TypeError: it returns something else than one floating tensor.
+        ValueError: there is no class axis, or a single class.
+    """
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        got = f"a tensor of dtype {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise TypeError(
+            "predict must return one floating tensor, not several, and logits or probabilities "
+            f"rather than classes; got {got}."
+        )
+    if outputs != "values":
+        if not -y.ndim <= class_axis < y.ndim:
+            raise ValueError(
+                "class_axis must be a dimension of what predict returns, of shape "
+                f"{tuple(y.shape)}; got {class_axis}."
+            )
+        if y.shape[class_axis] < 2:
+            raise ValueError(
+                f"class_axis={class_axis} must hold at least two classes; predict returns the "
+                f"shape {tuple(y.shape)}. From one logit z make two, [0, z]; from one probability "
+                "p make [1 - p, p]."
+            )
+
+
+def _versions(inputs: tuple[Any, ...]) -> list[int]:
+    """How often each of the tensors has been written to."""
+    tensors = (x for x in inputs if isinstance(x, Tensor) and not x.is_inference())
+    return [x._version for x in tensors]

@@ -1,0 +1,160 @@
+"""Keep masks: random bits compared with a threshold.
+
+This is **mask stream v1**: the mask is a function of the key, the keep probability and the shape
+alone. No setting and no device changes it, and it will not change under this name. It equals
+`regjax.bernoulli`, and `jax.random.bernoulli` under JAX's default configuration.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from regtorch._checks import check_shape
+from regtorch._random.keys import key_words
+from regtorch._random.threefry import in_pieces, range_bits, shift_right, threefry2x32
+
+_MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
+# A subnormal probability counts as 0: some devices flush it, others do not, and the mask must not
+# depend on which it runs on.
+_SMALLEST = torch.finfo(torch.float32).smallest_normal
+_TINY = 2.0**-12  # below it, the share that is kept may differ from the request
+
+_REALISED = "realised_keep_prob"
+_S = TypeVar("_S")
+
+
+class Sampler(Protocol):
+    """What draws a keep mask: `bernoulli`, or any function with its arguments."""
+
+    def __call__(self, key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
+        """Draws a mask of the given shape; True keeps."""
+        ...
+
+
+def realised_keep_prob(sampler: Sampler, keep_prob: float | Tensor) -> float | Tensor:
+    """What share a sampler keeps when asked for `keep_prob`: what the kept elements are divided by.
+
+    A sampler that rounds says so with `realises`.
+    """
+    options = {}
+    if isinstance(sampler, functools.partial):
+        sampler, options = sampler.func, sampler.keywords
+    realise = getattr(sampler, _REALISED, None)
+    return realise(keep_prob, **options) if realise else keep_prob
+
+
+def realises(realise: Callable[..., Any]) -> Callable[[_S], _S]:
+    """Marks a sampler that rounds: `realise(keep_prob, **options)` is what it really keeps.
+
+    The options are those that a `functools.partial` gave the sampler.
+    """
+
+    def mark(sampler: _S) -> _S:
+        vars(sampler)[_REALISED] = realise
+        return sampler
+
+    return mark
+
+
+def exact_keep_prob(keep_prob: float | Tensor, **_: Any) -> float | Tensor:
+    """Return the probability with which `bernoulli` keeps an element, for the scale.
+
+    It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
+    and the scale uses `keep_prob` itself, as other libraries do. Below, the difference can be
+    large: an element that is to be kept with probability 1e-10 is kept with 2**-23.
+    """
+    if isinstance(keep_prob, Tensor):
+        share = torch.as_tensor(_threshold(keep_prob)).to(keep_prob.dtype) * 2.0**-_MANTISSA
+        return torch.where((keep_prob > 0) & (keep_prob < _TINY), share, keep_prob)
+    return _threshold(keep_prob) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
+
+
+@realises(exact_keep_prob)
+def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
+    """Draws a keep mask: each element is True with probability `keep_prob`, independently.
+
+    An element is kept where `(bits >> 9) < ceil(float32(keep_prob) * 2**23)`, its bits being those
+    of threefry at its row-major index. The mask therefore depends on nothing but the arguments.
+
+    Args:
+        key: one key.
+        keep_prob: the probability of True, in [0, 1]; a number or a 0-d tensor. Rounded to float32.
+        shape: the shape of the mask.
+
+    Returns:
+        A boolean tensor, on the key's device.
+
+    Raises:
+        TypeError: `key` is not a key, or `keep_prob` is not a number.
+        ValueError: the number `keep_prob` is not in [0, 1], or `key` is a batch of keys. A tensor
+            is not checked: below 0 or NaN keeps nothing, above 1 everything.
+
+    JAX:
+        `regjax.bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+
+    Example:
+        >>> import regtorch
+        >>> regtorch.bernoulli(regtorch.key(0), 0.5, (6,)).tolist()
+        [False, False, True, True, False, True]
+    """
+    threshold = _threshold(check_probability("keep_prob", keep_prob))
+    words, shape = key_words(key), check_shape("shape", shape)
+
+    def mask(start: int, stop: int) -> Tensor:
+        return shift_right(range_bits(words, start, stop), 32 - _MANTISSA) < threshold
+
+    return in_pieces(mask, shape, key.device)
+
+
+def bernoulli_at(key: Tensor, keep_prob: float | Tensor, index: Tensor) -> Tensor:
+    """The elements of `bernoulli`'s mask at given row-major indices, whatever its shape.
+
+    What makes a mask piece by piece, or of a few rows only, without the rest of it.
+
+    Args:
+        key: one key, as `bernoulli` takes it.
+        keep_prob: the probability of True, checked by `check_probability`.
+        index: of dtype int64, on the key's device.
+    """
+    # The conversion keeps the lower 32 bits, whose sign is only how they are read.
+    counter = ((index >> 32).to(torch.int32), index.to(torch.int32))
+    out0, out1 = threefry2x32(key_words(key), counter)
+    return shift_right(out0 ^ out1, 32 - _MANTISSA) < _threshold(keep_prob)
+
+
+def _threshold(keep_prob: float | Tensor) -> int | Tensor:
+    """How many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
+    if isinstance(keep_prob, Tensor):
+        probability = keep_prob.to(torch.float32)
+        scaled = torch.clamp(torch.ceil(probability * 2.0**_MANTISSA), max=2.0**_MANTISSA)
+        # NaN compares false, and so keeps nothing.
+        return torch.where(probability >= _SMALLEST, scaled, 0.0).to(torch.int32)
+    probability = torch.tensor(keep_prob, dtype=torch.float32).item()
+    return math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0
+
+
+def check_probability(name: str, value: float | Tensor) -> float | Tensor:
+    """Returns a number as a Python float, a 0-d tensor as it is.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is a number outside [0, 1], or a tensor with dimensions.
+    """
+    is_tensor = isinstance(value, Tensor)
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_real or (is_tensor and not value.is_complex() and value.dtype != torch.bool)):
+        raise TypeError(f"{name} must be a real number in [0, 1]; got {value!r}.")
+    if is_tensor:
+        if value.ndim:
+            raise ValueError(f"{name} must be a scalar in [0, 1]; got shape {tuple(value.shape)}.")
+        return value
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1]; got {value}.")
+    return float(value)

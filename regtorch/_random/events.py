@@ -1,0 +1,281 @@
+"""Record what every dropout draws, for comparisons between frameworks and for guard rails.
+
+Recording changes no value, and the recorded mask is the tensor that is applied. A dropout that
+nobody observes pays for one look at a flag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regshared.checks import check_callable
+from regshared.events import SiteKey
+from regtorch._random.collect import BlockwiseDraw, BlockwisePlan, Collected
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """A dropout drew a mask.
+
+    Attributes:
+        order: how many dropouts drew before it; the rows of a `torch.func.vmap` have one number.
+        key: the two words of its key.
+        rate: the probability that an element is zeroed.
+        mask: the mask that was applied, True where an element is kept; of size 1 along dimensions
+            that share it.
+        entering: the values that it masks.
+        function: the name of the function, such as `"dropout"`; a layer has that of its function.
+        where: the line of code that called it, `"path/model.py:42"`: the innermost one that is not
+            in the library or in PyTorch.
+        remade: True where a checkpoint makes a forward pass again for the backward one, whose line
+            of code it then is.
+    """
+
+    order: int
+    key: tuple[int, int]
+    rate: float
+    mask: Tensor
+    entering: Tensor
+    function: str
+    where: str
+    remade: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledDraw(Draw):
+    """A `Draw` for an observer of samples: `mask` and `entering` are one-dimensional samples.
+
+    Attributes:
+        shape: the shape of the values that were masked.
+        size: the number of elements of the mask.
+        kept: the number of elements that are kept.
+    """
+
+    shape: tuple[int, ...]
+    size: int
+    kept: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call of a dropout function, as one observer counts it."""
+
+    order: int
+    function: str
+    where: str
+    remade: bool
+
+
+class Observer:
+    """Receives events, and counts the dropouts.
+
+    Args:
+        record: called with each event.
+        sample: the number of elements, evenly spread, to keep of each mask and of the values that
+            it is applied to; None keeps all of them.
+
+    Attributes:
+        idle: the sites of converted layers that were called in training at the rate 0.
+    """
+
+    def __init__(
+        self, record: Callable[[SiteKey | Draw], None], *, sample: int | None = None
+    ) -> None:
+        self.record = record
+        self.idle: set[str] = set()
+        self._sample = sample
+        self._orders = itertools.count()
+
+    def called(self, function: str, where: str, remade: bool) -> _Call:
+        """Counts a call."""
+        return _Call(next(self._orders), function, where, remade)
+
+    def draw(
+        self, call: _Call, key: tuple[int, int], rate: float, mask: Tensor, entering: Tensor
+    ) -> None:
+        """Records a mask that was applied at once."""
+        # Copies: the model may go on to write into the tensors.
+        arrays = (Collected(tuple(x.shape), self._sample).add(x) for x in (mask, entering))
+        self._record_draw(call, key, rate, *arrays)
+
+    def blocks(self, plan: BlockwisePlan) -> BlockwiseDraw:
+        """Starts a draw whose mask is applied block by block."""
+        return BlockwiseDraw(plan, self._sample)
+
+    def end(self, call: _Call, key: tuple[int, int], rate: float, draw: BlockwiseDraw) -> None:
+        """Records a draw whose blocks are all there."""
+        self._record_draw(call, key, rate, draw.mask, draw.weights)
+
+    def _record_draw(
+        self, call: _Call, key: tuple[int, int], rate: float, mask: Collected, entering: Collected
+    ) -> None:
+        names = call.function, call.where, call.remade
+        fields = call.order, key, rate, mask.values, entering.values, *names
+        if self._sample is None:
+            self.record(Draw(*fields))
+        else:
+            self.record(SampledDraw(*fields, entering.shape, mask.size, mask.nonzero))
+
+
+class Observers:
+    """All observers at a place in the program."""
+
+    def __init__(self, members: tuple[Observer, ...]) -> None:
+        self.members = members
+
+    def site_key(self, site: str, root: tuple[int, int], step: int, key: tuple[int, int]) -> None:
+        """Records a derived key."""
+        for member in self.members:
+            member.record(SiteKey(site, root, step, key))
+
+    def idle(self, site: str) -> None:
+        """Notes a converted layer that draws nothing, as its rate is 0."""
+        for member in self.members:
+            member.idle.add(site)
+
+    def draw(
+        self,
+        function: str,
+        key: Tensor,
+        rate: float | Tensor,
+        mask: Tensor,
+        entering: Tensor,
+        off: bool | Tensor = False,
+    ) -> None:
+        """Records the mask that a dropout applies; where `off` is True, the result is not used."""
+        calls = self._calls(function)
+
+        def record(
+            key: Tensor, rate: float | Tensor, mask: Tensor, entering: Tensor, off: bool | Tensor
+        ) -> None:
+            if off:  # a tensor as a flag does not branch
+                return
+            high, low = key.tolist()
+            for member, call in calls:
+                member.draw(call, (high, low), float(rate), mask, entering)
+
+        _Tell.apply(record, key, rate, mask, entering.detach(), off)
+
+    def blockwise(
+        self, function: str, rate: float | Tensor, plan: BlockwisePlan, off: bool | Tensor
+    ) -> _Blockwise:
+        """Starts the record of a mask that is applied block by block."""
+        draws = [(member, call, member.blocks(plan)) for member, call in self._calls(function)]
+        return _Blockwise(draws, rate, off)
+
+    def _calls(self, function: str) -> list[tuple[Observer, _Call]]:
+        remade = torch._C._current_graph_task_id() != -1  # a backward pass is running
+        names = function, _user_line(), remade
+        return [(member, member.called(*names)) for member in self.members]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blockwise:
+    """A mask that is being applied block by block, under `torch.func`'s transforms too."""
+
+    draws: list[tuple[Observer, _Call, BlockwiseDraw]]
+    rate: float | Tensor
+    off: bool | Tensor
+
+    def block(self, first: int, keep: Tensor, scores: Tensor) -> None:
+        """Records the block that begins at the index `first`, and the scores under it."""
+        for _, _, draw in self.draws:
+            draw.add_block(first, keep, scores)
+
+    def end(self, key: Tensor, log_total: Tensor) -> None:
+        """Records the whole, given the logarithm of each row's sum."""
+        if self.off:
+            return
+        high, low = key.tolist()
+        for member, call, draw in self.draws:
+            draw.add_end(log_total)
+            member.end(call, (high, low), float(self.rate), draw)
+
+
+class _Tell(torch.autograd.Function):
+    """Calls a function with the values behind `torch.func`'s transforms; under vmap row by row."""
+
+    @staticmethod
+    def forward(record: Callable[..., None], *values: Any) -> Tensor:
+        record(*values)
+        return torch.empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, None]:
+        for row in range(info.batch_size):
+            at_row = (
+                arg if dim is None else arg.select(dim, row)
+                for arg, dim in zip(args, in_dims, strict=True)
+            )
+            _Tell.apply(*at_row)
+        return torch.empty(0), None
+
+
+_observer: contextvars.ContextVar[Observers | None] = contextvars.ContextVar("observer")
+
+
+def observer() -> Observers | None:
+    """Return all who observe here, or None; nobody can observe what is being compiled."""
+    return None if torch.compiler.is_compiling() else _observer.get(None)
+
+
+@contextlib.contextmanager
+def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
+    """Pass `record` every key derived for a site and every mask that a dropout applies.
+
+    Blocks nest: events inside both go to both. Under `torch.utils.checkpoint` the forward pass that
+    runs again for the backward one is recorded again.
+
+    Args:
+        record: called with each event.
+
+    Example:
+        >>> import torch, regtorch
+        >>> drawn = []
+        >>> with regtorch.observing(drawn.append):
+        ...     y = regtorch.dropout(torch.ones(3), 0.5, key=regtorch.key(0))
+        >>> [(type(event).__name__, event.rate, event.mask.tolist()) for event in drawn]
+        [('Draw', 0.5, [False, False, True])]
+    """
+    with observed_by(Observer(check_callable("record", record, "(event)"))) as added:
+        yield added
+
+
+@contextlib.contextmanager
+def observed_by(added: Observer) -> Iterator[Observer]:
+    """Add an observer."""
+    outer = _observer.get(None)
+    token = _observer.set(Observers((*(outer.members if outer else ()), added)))
+    try:
+        yield added
+    finally:
+        _observer.reset(token)
+
+
+# Code of these is not the user's.
+_LIBRARIES = {"regtorch", "torch", "contextlib"}
+
+
+def _user_line() -> str:
+    """The innermost line of code that is running outside of the libraries."""
+    frame = sys._getframe(1)
+    while frame.f_back:
+        module = frame.f_globals.get("__name__", "")
+        typed = frame.f_code.co_filename.startswith("<")  # at a prompt, or in a doctest
+        if typed or module.partition(".")[0] not in _LIBRARIES:
+            break
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,237 @@
+"""Keys: what every mask is made from, and how a training step names its own.
+
+A key is a tensor of two 32-bit words, uint32 of shape (2,): the same two words as the raw threefry
+key of JAX. It is made once, from a seed; `site_key` derives from it, without state, a key for each
+place of a model and each step of training. A resumed run continues exactly, and no RNG state is
+saved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regshared.checks import check_integer, check_string, describe
+from regtorch._checks import check_shape
+from regtorch._random.events import observer
+from regtorch._random.threefry import Words, counter_bits, encrypt, threefry2x32
+
+
+def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Makes a key from a seed: the words of `jax.random.key(seed)` under JAX's default settings.
+
+    Args:
+        seed: an integer of 32 bits, from -2**31 to 2**32 - 1.
+        device: where the key lives.
+
+    Returns:
+        A key, uint32 of shape (2,).
+
+    Raises:
+        TypeError: `seed` is not an integer.
+        ValueError: `seed` takes more than 32 bits; by its default settings JAX would drop the rest.
+
+    Example:
+        >>> import regtorch
+        >>> regtorch.key(7)
+        tensor([0, 7], dtype=torch.uint32)
+    """
+    seed = check_integer("seed", seed)
+    if not -(2**31) <= seed < 2**32:
+        raise ValueError(f"seed must lie in [-2**31, 2**32); got {seed}.")
+    return torch.tensor([0, seed % 2**32], dtype=torch.uint32, device=device)
+
+
+def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
+    """Derives independent keys: the words of `jax.random.split(key, num)`.
+
+    Args:
+        key: one key.
+        num: how many, or the shape of a batch of keys.
+
+    Returns:
+        Keys, uint32 of shape `(*num, 2)`.
+
+    Raises:
+        TypeError: `key` is not a key.
+        ValueError: `key` is a batch of keys.
+
+    Example:
+        >>> import regtorch
+        >>> regtorch.split(regtorch.key(0)).shape
+        torch.Size([2, 2])
+    """
+    is_shape = isinstance(num, Sequence) and not isinstance(num, str)
+    shape = check_shape("num", num if is_shape else (check_integer("num", num),))
+    words = key_words(key)
+    low = torch.arange(math.prod(shape), dtype=torch.int32, device=key.device)
+    return _key_of(threefry2x32(words, (torch.zeros_like(low), low))).reshape(*shape, 2)
+
+
+def fold_in(key: Tensor, data: int) -> Tensor:
+    """Derives a key from a key and an integer: the words of `jax.random.fold_in(key, data)`.
+
+    Args:
+        key: one key.
+        data: an integer of 32 bits, from -2**31 to 2**32 - 1.
+
+    Returns:
+        A key, uint32 of shape (2,).
+
+    Raises:
+        TypeError: `key` is not a key, or `data` is not an integer.
+        ValueError: `key` is a batch of keys, or `data` takes more than 32 bits.
+
+    Example:
+        >>> import regtorch
+        >>> key = regtorch.key(0)
+        >>> bool((regtorch.fold_in(key, 1) == regtorch.split(key, 2)[1]).all())
+        True
+    """
+    data = check_integer("data", data)
+    if not -(2**31) <= data < 2**32:
+        raise ValueError(f"data must lie in [-2**31, 2**32); got {data}.")
+    return _key_of(threefry2x32(key_words(key), _words(data % 2**32, key.device)))
+
+
+def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
+    """Random 32-bit integers: `jax.random.bits(key, shape, "uint32")`.
+
+    Args:
+        key: one key.
+        shape: the shape of the result.
+
+    Returns:
+        A uint32 tensor.
+
+    Raises:
+        TypeError: `key` is not a key.
+        ValueError: `key` is a batch of keys.
+
+    Example:
+        >>> import regtorch
+        >>> regtorch.bits(regtorch.key(0), (2,))
+        tensor([4070199207, 4202968722], dtype=torch.uint32)
+    """
+    return counter_bits(key_words(key), check_shape("shape", shape)).view(torch.uint32)
+
+
+def site_key(root: Tensor, step: int, site: str) -> Tensor:
+    """The key of one place in a model at one step of training, derived without state.
+
+    Two blocks of threefry: the root key encrypts a 64-bit hash of the site's name, and the result
+    encrypts the step. Equal arguments give equal keys in every process, on every device, and in
+    regjax; different sites or steps give independent ones.
+
+    Args:
+        root: one key. As with `fold_in`, it is not used up.
+        step: the step of training, an integer of at least 0, or a 0-d integer tensor.
+        site: the name of the place, such as `"encoder/3/attention"`.
+
+    Returns:
+        A key, uint32 of shape (2,).
+
+    Raises:
+        TypeError: `step` is not an integer, `site` is not a string, or `root` is not a key.
+        ValueError: `step` is negative or not below 2**64, or `root` is a batch of keys.
+
+    JAX:
+        `regjax.site_key` returns the same two words.
+
+    Example:
+        >>> import regtorch
+        >>> regtorch.site_key(regtorch.key(0), 0, "hidden")
+        tensor([ 944907536, 2436547292], dtype=torch.uint32)
+    """
+    root, step = check_key(root, "root"), check_step(step)
+    check_string("site", site, "a string that names the place")
+    words = _host_words(root)
+    if words:
+        return torch.tensor(site_words(words, step, site), dtype=torch.uint32)
+    at_site = threefry2x32(key_words(root), _words(site_hash(site), root.device))
+    return _key_of(threefry2x32(at_site, _words(step, root.device)))
+
+
+def _host_words(root: Tensor) -> tuple[int, int] | None:
+    """A key's words as Python's integers, where reading them waits for nothing."""
+    if root.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    try:
+        high, low = root.tolist()
+    except RuntimeError:  # under torch.func.vmap there is no one value
+        return None
+    return high, low
+
+
+def site_words(root: tuple[int, int], step: int, site: str) -> tuple[int, int]:
+    """The words of `site_key`, from and to Python's integers, much faster than on 0-d tensors."""
+    at_site = encrypt(root, divmod(site_hash(site), 2**32))
+    words = encrypt(at_site, divmod(step, 2**32))
+    if watching := observer():
+        watching.site_key(site, root, step, words)
+    return words
+
+
+def site_hash(site: str) -> int:
+    """A name's stable 64-bit hash: the first eight bytes of its SHA-256, big-endian."""
+    return int.from_bytes(hashlib.sha256(site.encode()).digest()[:8])
+
+
+def check_step(step: int) -> int:
+    """Returns the step as a Python integer.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is negative, or takes more than 64 bits.
+    """
+    step = check_integer("step", step)
+    if not 0 <= step < 2**64:
+        raise ValueError(f"step must lie in [0, 2**64); got {step}.")
+    return step
+
+
+def generator_key(generator: torch.Generator) -> Tensor:
+    """Draws a key from a generator, which moves on: two words of 32 bits, on the same device."""
+    words = torch.randint(0, 2**32, (2,), generator=generator, device=generator.device)
+    return words.to(torch.uint32)
+
+
+def check_key(key: Tensor, name: str = "key") -> Tensor:
+    """Returns the key if it is one single key; `name` is that of the argument.
+
+    Raises:
+        TypeError: it is not a key at all.
+        ValueError: it is a batch of keys.
+    """
+    if not isinstance(key, Tensor) or key.dtype != torch.uint32 or key.shape[-1:] != (2,):
+        raise TypeError(
+            f"{name} must be a key, as regtorch.key(seed) makes one (uint32 of shape (2,)); got "
+            f"{describe(key)}."
+        )
+    if key.ndim != 1:
+        raise ValueError(
+            f"{name} must be one single key; got a batch of keys, {describe(key)}. To use one key "
+            "for each row, map over both with torch.func.vmap; to use one of them, index it."
+        )
+    return key
+
+
+def key_words(key: Tensor) -> Words:
+    """The two words of a key, as int32 tensors of no dimension."""
+    words = check_key(key).view(torch.int32)
+    return words[0], words[1]
+
+
+def _key_of(words: Words) -> Tensor:
+    return torch.stack(words, dim=-1).view(torch.uint32)
+
+
+def _words(value: int, device: torch.device) -> Words:
+    """A 64-bit integer as two words, high and low."""
+    halves = torch.tensor([value >> 32, value & 0xFFFFFFFF], dtype=torch.int64, device=device)
+    high, low = halves.to(torch.int32)  # keeps the lower 32 bits
+    return high, low

@@ -1,0 +1,156 @@
+"""Packed keep masks: 32 elements at a time, from a few random words.
+
+The mirror of `regjax._random.packed`, which says why. The exact sampler is `bernoulli`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regshared.checks import check_integer
+from regtorch._checks import check_shape
+from regtorch._random.bernoulli import check_probability, realises
+from regtorch._random.keys import key_words
+from regtorch._random.threefry import Words, check_size, counter_bits, shift_right, threefry2x32
+
+_LANES = 32
+_SMALLEST_PACKED = 2**12
+
+
+def _realised_keep_prob(keep_prob: float | Tensor, *, bits: int = 16) -> float | Tensor:
+    return _threshold(keep_prob, _check_bits(bits)) / 2**bits
+
+
+@realises(_realised_keep_prob)
+def packed_bernoulli(
+    key: Tensor, keep_prob: float | Tensor, shape: Sequence[int], *, bits: int = 16
+) -> Tensor:
+    """Draws a keep mask, 32 elements at a time, with `keep_prob` rounded to a few bits.
+
+    An element is kept with probability `T / 2**bits`, where `T = round(keep_prob * 2**bits)`: a
+    uniform integer of `bits` bits is compared with T. That is done bit-sliced: one random word
+    holds one bit of 32 integers, and `and`/`or` of such words make 32 comparisons at once. An
+    element costs `bits / 64` blocks of threefry instead of a whole one, and less where T ends in
+    zeros: keep probability 1/2 takes one block for 32 elements.
+
+    The 32 elements that share words follow each other along the longest axis, the last one
+    excepted, whose length is a multiple of 32 (of two, the later). Where there is none, or the
+    array has fewer than 4,096 elements, each compares the first `bits` bits of a word of its own.
+
+    Args:
+        key: one key.
+        keep_prob: the probability of True, in [0, 1]; a number or a 0-d tensor. Rounded to float32
+            first.
+        shape: the shape of the mask.
+        bits: how many bits of `keep_prob` count, from 1 to 32.
+
+    Returns:
+        A boolean tensor, on the key's device. Its mean is `T / 2**bits`, which `regtorch.dropout`
+        divides by: with 16 bits within 7.7e-6 of `keep_prob`.
+
+    Raises:
+        TypeError: `key` is not a key, `keep_prob` is not a number, or `bits` is not an integer.
+        ValueError: the number `keep_prob` is not in [0, 1], or lies strictly inside but would round
+            to an end; `bits` is not in 1..32; `key` is a batch of keys. A tensor is not checked:
+            strictly inside it stays inside, below 0 or NaN it keeps nothing, above 1 everything.
+
+    JAX:
+        `regjax.packed_bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+
+    Example:
+        >>> import torch, regtorch
+        >>> x = torch.ones(1024, 64)
+        >>> key = regtorch.key(0)
+        >>> y = regtorch.dropout(x, 0.75, key=key, sampler=regtorch.packed_bernoulli)
+        >>> y.unique().tolist()
+        [0.0, 4.0]
+    """
+    bits = _check_bits(bits)
+    threshold = _threshold(check_probability("keep_prob", keep_prob), bits)
+    words, shape = key_words(key), check_shape("shape", shape)
+    check_size(shape, key.device)
+    axis = packed_axis(shape)
+    if axis is None:
+        return _below(shift_right(counter_bits(words, shape), 32 - bits), threshold, bits)
+    grouped = (*shape[:axis], shape[axis] // _LANES, *shape[axis + 1 :])
+    return _spread(_compared(words, threshold, bits, grouped), axis).reshape(shape)
+
+
+def packed_axis(shape: Sequence[int]) -> int | None:
+    """The axis along which 32 elements share words; None where each has its own."""
+    if math.prod(shape) < _SMALLEST_PACKED:
+        return None
+    axes = [axis for axis, size in enumerate(shape[:-1]) if size % _LANES == 0]
+    return max(axes, key=lambda axis: (shape[axis], axis), default=None)
+
+
+def _threshold(keep_prob: float | Tensor, bits: int) -> int | Tensor:
+    """How many of the 2**bits integers are kept; of a tensor in float64, which holds it exactly."""
+    levels = 2**bits
+    if isinstance(keep_prob, Tensor):
+        probability = keep_prob.to(torch.float32).to(torch.float64)
+        inside = torch.clamp(torch.round(probability * levels), 1, levels - 1)
+        ends = torch.where(probability >= 1, float(levels), 0.0)
+        return torch.where((probability > 0) & (probability < 1), inside, ends)
+    threshold = round(torch.tensor(keep_prob, dtype=torch.float32).item() * levels)
+    if 0 < keep_prob < 1 and threshold in (0, levels):
+        raise ValueError(
+            f"keep_prob={keep_prob} rounds to {threshold // levels} in {bits} bits: use more bits, "
+            "as in functools.partial(regtorch.packed_bernoulli, bits=32), or regtorch.bernoulli."
+        )
+    return threshold
+
+
+def _check_bits(bits: int) -> int:
+    return check_integer("bits", bits, minimum=1, maximum=32)
+
+
+def _below(drawn: Tensor, threshold: int | Tensor, bits: int) -> Tensor:
+    """Compares each element's integer with the threshold; in 64 bits, which hold both."""
+    return (drawn.to(torch.int64) & (2**bits - 1)) < threshold
+
+
+def _compared(key: Words, threshold: int | Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+    """Draws words that each hold 32 comparisons `U >= 2**bits - T` of uniform integers U.
+
+    Bit i of 32 integers is one word, the most significant first. From the least significant up: a 1
+    where T has a 1, or a 0 where T has a 0, settles the comparison; otherwise the lower bits have.
+    """
+    if isinstance(threshold, Tensor):
+        whole = threshold.to(torch.int64)
+        bits_of_t = [(whole >> (bits - 1 - i)) & 1 != 0 for i in range(bits)]
+        needed, everything = bits, whole >= 2**bits
+    else:
+        bits_of_t = [bool(threshold >> (bits - 1 - i) & 1) for i in range(bits)]
+        # Trailing zeros of T settle nothing, and their words are not drawn.
+        needed = bits + 1 - (threshold & -threshold).bit_length() if threshold else 0
+        everything = threshold == 2**bits
+    index = torch.arange(math.prod(shape), device=key[0].device).reshape(shape)
+    high, low = (index >> 32).to(torch.int32), index.to(torch.int32)
+    kept = torch.zeros_like(low)
+    for pair in reversed(range((needed + 1) // 2)):
+        # The upper four bits of the counter number the blocks: no tensor has 2**60 words.
+        number = (pair << 28) - (2**32 if pair >= 8 else 0)
+        block = threefry2x32(key, (high + number, low))
+        for i in range(min(2 * pair + 1, needed - 1), 2 * pair - 1, -1):
+            either, both = block[i % 2] | kept, block[i % 2] & kept
+            kept = _select(bits_of_t[i], either, both)
+    return _select(everything, torch.full_like(low, -1), kept)
+
+
+def _select(condition: bool | Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """`torch.where` that leaves no trace of a condition known beforehand."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, x, y)
+    return x if condition else y
+
+
+def _spread(words: Tensor, axis: int) -> Tensor:
+    """Gives each element its bit of its word, on a new axis behind `axis`."""
+    lanes = torch.arange(_LANES, dtype=torch.int32, device=words.device)
+    lanes = lanes.reshape(_LANES, *[1] * (words.ndim - axis - 1))
+    return ((words.unsqueeze(axis + 1) >> lanes) & 1) != 0
