@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,85 +11,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-WINGS = {"regjax": ROOT / "regjax", "regtorch": ROOT / "regtorch"}
+# The rooms of each package from the ground up. What stands in a room imports from this one and from
+# those before it. A room is a folder or a file; of `regshared` all may import.
+ROOMS = {
+    "regshared": ["regshared"],
+    "regjax": "_compat _checks _random _decay _dropout _guards _mc_dropout optim interop __init__ "
+    "_layers linen nnx equinox haiku".split(),
+    "regtorch": "_checks _random _decay _dropout nn keyed _guards _mc_dropout optim __init__".split(),
+}
+PACKAGES = ["regjax", "regtorch"]
 FOREIGN = {
+    "regshared": {"jax", "jaxlib", "optax", "numpy", "torch", "regjax", "regtorch", "flax"},
     "regjax": {"torch", "flax", "equinox", "haiku", "regtorch", "parity_tests", "jaxtyping"},
     "regtorch": {"jax", "jaxlib", "optax", "numpy", "regjax", "parity_tests"},
 }
-# The layers of a framework: each of these files may import its own, no other file any of them.
-# (Those for Haiku are functions, and need no Haiku.)
-LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox"}
-# A file may import those of its own wing that stand on a lower floor than itself.
-FLOORS = {
-    "_checks": -1,
-    "_compat": -1,
-    "_threefry": 0,
-    "_collect": -1,
-    "_observe": 0,
-    "_exact": 0,
-    "_quantile_tables": 0,
-    "_quantile": 1,
-    "_findings": 1,
-    "_guards": 2,
-    "_keys": 1,
-    "_masks": 2,
-    "_packed": 3,
-    "_normal": 2,
-    "_schedules": 3,
-    "_dropout": 3,
-    "_paths": 0,
-    "_decay": 1,
-    "_penalty": 2,
-    "_verdicts": 2,
-    "_table": 3,
-    "_rules": 4,
-    "optim._gradients": 1,
-    "optim._links": 2,
-    "optim._decays": 3,
-    "optim._descent": 3,
-    "optim._adafactor": 3,
-    "optim._adam": 3,
-    "optim._muon": 3,
-    "optim._rms": 3,
-    "optim": 4,
-    "optim.__init__": 4,
-    "_features": 4,
-    "_attention": 4,
-    "interop._leaves": 4,
-    "interop._schedules": 5,
-    "interop._optimizers": 6,
-    "interop._params": 6,
-    "interop._states": 6,
-    "interop.__init__": 7,
-    "_alpha": 5,
-    "_blocks": 4,
-    "_depth": 4,
-    "_noise": 4,
-    "_embedding": 4,
-    "_recurrent": 4,
-    "_weights": 5,
-    "nn._layer": 6,
-    "nn._alpha": 7,
-    "nn._blocks": 7,
-    "nn._depth": 7,
-    "nn._noise": 7,
-    "nn._dropout": 7,
-    "nn._embedding": 7,
-    "nn._features": 7,
-    "nn._recurrent": 7,
-    "nn._weights": 7,
-    "nn": 8,
-    "nn.__init__": 8,
-    "keyed_layers": 9,
-    "keyed": 10,
-    "_uncertainty": 11,
-    "__init__": 12,
-    "layers": 11,
-    "linen": 12,
-    "nnx": 12,
-    "equinox": 12,
-    "haiku": 12,
-}
+# The layers of a framework: each of these files may import its own, no other file any of them, and
+# none of them another. (Those for Haiku are functions, and need no Haiku.)
+LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": None}
 
 
 def imports(source: str) -> set[str]:
@@ -106,42 +45,86 @@ def imports(source: str) -> set[str]:
     return found
 
 
-def climbing(wing: str, name: str, source: str) -> set[str]:
-    """The files of its own wing that a file imports though they stand no lower than itself."""
-    inside = {t.removeprefix(wing + ".") for t in imports(source) if t.startswith(wing + ".")}
-    inside |= {f"{target}.__init__" for target in inside}  # a package is its __init__
-    return {target for target in inside & FLOORS.keys() if FLOORS[target] >= FLOORS[name]}
-
-
-def foreign(wing: str, name: str, source: str) -> set[str]:
-    """The frameworks that a file imports though it may not."""
-    own = {LAYERS[name]} if wing == "regjax" and name in LAYERS else set()
-    return {target.partition(".")[0] for target in imports(source)} & FOREIGN[wing] - own
-
-
-def files(wing: str) -> list[str]:
-    paths = (path.relative_to(WINGS[wing]) for path in WINGS[wing].rglob("*.py"))
+def files(package: str) -> list[str]:
+    """The modules of a package by their dotted names in it, `__init__` files included."""
+    paths = (path.relative_to(ROOT / package) for path in (ROOT / package).rglob("*.py"))
     return sorted(".".join(path.with_suffix("").parts) for path in paths)
 
 
-def source_of(wing: str, name: str) -> str:
-    return WINGS[wing].joinpath(*name.split(".")).with_suffix(".py").read_text()
+def source_of(package: str, name: str) -> str:
+    return (ROOT / package).joinpath(*name.split(".")).with_suffix(".py").read_text()
 
 
-@pytest.mark.parametrize(("wing", "name"), [(wing, name) for wing in WINGS for name in files(wing)])
-def test_arrows_run_down_only(wing, name):
-    assert not climbing(wing, name, source_of(wing, name))
+def room(package: str, name: str) -> int:
+    """The number of the room in which a module stands."""
+    return 0 if package == "regshared" else ROOMS[package].index(name.partition(".")[0])
 
 
-@pytest.mark.parametrize("wing", WINGS)
-def test_init_only_re_exports(wing):
-    tree = ast.parse((WINGS[wing] / "__init__.py").read_text())
-    assert all(isinstance(node, ast.ImportFrom | ast.Expr) for node in tree.body)
+def within(package: str, source: str) -> set[str]:
+    """The modules of its own package that a file imports, a package being its `__init__`."""
+    found, known = imports(source), files(package)
+    targets = {target.removeprefix(f"{package}.") for target in found if f"{package}." in target}
+    targets |= {"__init__"} if package in found and f"import {package}\n" in source else set()
+    return {t for target in targets for t in (target, f"{target}.__init__") if t in known}
 
 
-def test_the_core_files_have_the_same_names_in_both_wings():
-    private = [{name for name in files(wing) if name.startswith("_")} for wing in WINGS]
-    assert private[0] - {"_compat"} == private[1]
+def climbing(package: str, name: str, source: str) -> set[str]:
+    """What a file imports from rooms above its own, and of a layer, from other layers."""
+    mine = room(package, name)
+    return {
+        target
+        for target in within(package, source)
+        if room(package, target) > mine
+        or (name in LAYERS and target in LAYERS and target != name and package == "regjax")
+    }
+
+
+def foreign(package: str, name: str, source: str) -> set[str]:
+    """The frameworks that a file imports though it may not."""
+    own = {LAYERS[name]} if package == "regjax" and name in LAYERS else set()
+    return {target.partition(".")[0] for target in imports(source)} & FOREIGN[package] - own
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_arrows_run_down_only(package):
+    sources = {name: source_of(package, name) for name in files(package)}
+    assert {name for name in sources if climbing(package, name, sources[name])} == set()
+    assert {name for name in sources if foreign(package, name, sources[name])} == set()
+    # Within a room any order will do that is one.
+    graph = {name: within(package, source) for name, source in sources.items()}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_init_only_re_exports(package):
+    tree = ast.parse(source_of(package, "__init__"))
+    assert all(
+        isinstance(node, ast.ImportFrom | ast.Expr | ast.Assign | ast.AnnAssign)
+        for node in tree.body
+    )
+
+
+def test_both_packages_have_the_same_files():
+    def private(package: str) -> set[str]:
+        return {name for name in files(package) if name.startswith("_")}
+
+    assert private("regjax") - {"_compat", "_layers"} == private("regtorch")
+
+
+def test_arrows_that_climb_are_seen():
+    """The test of the test."""
+    up = "from regjax._dropout.core import dropout"
+    assert climbing("regjax", "_random.keys", up) == {"_dropout.core"}
+    assert climbing("regjax", "_random.keys", "import regjax\n") == {"__init__"}
+    assert not climbing("regjax", "_dropout.core", "from regjax._random import bernoulli")
+    assert climbing("regjax", "nnx", "from regjax import linen") == {"linen"}
+    assert imports("if TYPE_CHECKING:\n    import torch") == set()
+    assert foreign("regjax", "_dropout.core", "from flax import linen") == {"flax"}
+    assert foreign("regjax", "nnx", "from flax import nnx\nimport haiku") == {"haiku"}
+    assert foreign("regshared", "report", "import numpy") == {"numpy"}
+    assert not foreign("regjax", "nnx", "from flax import nnx")
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
 
 
 def version_switches(source: str) -> set[str]:
@@ -164,13 +147,8 @@ def version_switches(source: str) -> set[str]:
 
 
 def test_one_file_holds_all_that_depends_on_the_version_of_jax():
-    names = [name for name in files("regjax") if name != "_compat"]
-    assert not {name: found for name in names if (found := version_switches_of(name))}
-    assert version_switches_of("_compat")
-
-
-def version_switches_of(name: str) -> set[str]:
-    return version_switches(source_of("regjax", name))
+    switches = {name: version_switches(source_of("regjax", name)) for name in files("regjax")}
+    assert [name for name, found in switches.items() if found] == ["_compat"]
 
 
 @pytest.mark.parametrize(
@@ -193,24 +171,15 @@ def test_a_version_switch_is_seen(source):
     assert not version_switches("x = getattr(module, 'rate')\ny = jax.typeof(x).sharding")
 
 
-@pytest.mark.parametrize("wing", WINGS)
-def test_arguments_are_checked_in_one_place(wing):
+def test_arguments_are_checked_in_one_place():
     """An error of `operator.index` does not name the argument that is wrong."""
-    sources = {name: source_of(wing, name) for name in files(wing)}
     users = [
-        n for n, s in sources.items() if "operator.index" in s or "operator.index" in imports(s)
+        f"{package}.{name}"
+        for package in ROOMS
+        for name in files(package)
+        if "operator.index" in source_of(package, name)
     ]
-    assert users == ["_checks"]
-
-
-def test_climbing_is_seen():
-    """The test of the test."""
-    assert climbing("regjax", "_keys", "from regjax._random.bernoulli import bernoulli") == {
-        "_masks"
-    }
-    assert climbing("regjax", "_keys", "from regjax import _dropout") == {"_dropout"}
-    assert not climbing("regjax", "_dropout", "from regjax._random.bernoulli import bernoulli")
-    assert imports("if TYPE_CHECKING:\n    import torch") == set()
+    assert users == ["regshared.checks"]
 
 
 def loaded_after(*statements: str) -> list[set[str]]:
@@ -222,27 +191,22 @@ def loaded_after(*statements: str) -> list[set[str]]:
     return [set(line.split()) for line in result.stdout.splitlines()]
 
 
-# One interpreter for each wing: what comes later in a list cannot hide what an earlier import did.
-LATER = {"regjax": [f"import regjax.{name}" for name in LAYERS] + ["import torch"], "regtorch": []}
+# One interpreter for each package: what comes later in a list cannot hide what came before it.
+LATER = {
+    "regjax": [*(f"import regjax.{name}" for name in LAYERS), "import torch"],
+    "regtorch": [],
+}
 
 
-@pytest.mark.parametrize("wing", WINGS)
-def test_a_wing_does_not_load_the_other_framework(wing):
-    loaded, *later = loaded_after(f"import {wing}", *LATER[wing])
-    assert wing in loaded
-    if wing == "regjax":
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_does_not_load_the_other_framework(package):
+    loaded, *later = loaded_after(f"import {package}", *LATER[package])
+    assert package in loaded
+    if package == "regjax":
         *layers, with_torch = later
         assert "torch" in with_torch  # the test of the test
-        # The layers of a framework load it when they are imported, and only then: see below.
+        # The layers of a framework load it when they are imported, and only then.
         for framework, after in zip(LAYERS.values(), layers, strict=True):
-            assert framework in after
+            assert framework is None or framework in after
     # torch itself loads NumPy where it is installed; regtorch does not ask for it.
-    assert not loaded & (FOREIGN[wing] - {"numpy"})
-    assert not [name for name in files(wing) if foreign(wing, name, source_of(wing, name))]
-
-
-def test_a_foreign_framework_is_seen():
-    """The test of the test."""
-    assert foreign("regjax", "_dropout", "from flax import linen") == {"flax"}
-    assert foreign("regjax", "nnx", "from flax import nnx\nimport haiku") == {"haiku"}
-    assert not foreign("regjax", "nnx", "from flax import nnx")
+    assert not loaded & (FOREIGN[package] - {"numpy"})

@@ -41,8 +41,8 @@ def decay_mask(
         params: Plain containers, dataclasses, Flax variables, an `nnx.State` or module, an Equinox
             module, Haiku parameters; arrays, tracers or `jax.ShapeDtypeStruct`.
         rule: `"default"`, a glob, a function `(path, leaf, kind)`, or pairs of glob and verdict:
-            `regshared.decay_rules` describes them. Paths are joined by slashes; the `value` inside a
-            Flax variable is not in them. `kind` is 'linear', 'conv', 'embedding', 'norm',
+            `regshared.decay_rules` describes them. Paths are joined by slashes; the `value`
+            inside a Flax variable is not in them. `kind` is 'linear', 'conv', 'embedding', 'norm',
             'attention', 'recurrent', 'activation' or empty: of the class of an Equinox or nnx
             module, and otherwise what its name suggests.
         frozen: Globs of parameters that get no gradient. PyTorch skips these, while optax decays
