@@ -75,6 +75,28 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
     from regshared.decay_rules import Rule
 
+__all__ = [
+    "AlphaDropout",
+    "DropBlock",
+    "DropConnect",
+    "DropPath",
+    "Dropout",
+    "EmbeddingDropout",
+    "FeatureAlphaDropout",
+    "FeatureDropout",
+    "GaussianDropout",
+    "GaussianNoise",
+    "Layer",
+    "RateLayer",
+    "VariationalDropout",
+]
+
+
+def __dir__() -> list[str]:
+    """List what is public, for `dir` and completion."""
+    return __all__
+
+
 # Bound once: this class may be assigned to `eqx.nn.Dropout`, which must not become its own base.
 # Any, as the annotation of its p leaves arrays out.
 _EquinoxDropout: Any = eqx.nn.Dropout

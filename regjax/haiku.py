@@ -50,6 +50,26 @@ if TYPE_CHECKING:
     from regshared.decay_rules import Rule
 
 
+__all__ = [
+    "alpha_dropout",
+    "drop_block",
+    "drop_connect",
+    "drop_path",
+    "dropout",
+    "embedding_dropout",
+    "feature_alpha_dropout",
+    "feature_dropout",
+    "gaussian_dropout",
+    "gaussian_noise",
+    "variational_dropout",
+]
+
+
+def __dir__() -> list[str]:
+    """List what is public, for `dir` and completion."""
+    return __all__
+
+
 @naming(key="rng")
 def dropout(
     rng: KeyLike,

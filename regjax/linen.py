@@ -64,6 +64,28 @@ if TYPE_CHECKING:
     from regshared.decay_rules import Rule
 
 
+__all__ = [
+    "AlphaDropout",
+    "DropBlock",
+    "DropConnect",
+    "DropPath",
+    "Dropout",
+    "EmbeddingDropout",
+    "FeatureAlphaDropout",
+    "FeatureDropout",
+    "GaussianDropout",
+    "GaussianNoise",
+    "Layer",
+    "RateLayer",
+    "VariationalDropout",
+]
+
+
+def __dir__() -> list[str]:
+    """List what is public, for `dir` and completion."""
+    return __all__
+
+
 class Layer(linen.Module, kw_only=True):
     """What all layers share: the mode, and where the key comes from.
 

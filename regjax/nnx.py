@@ -65,6 +65,28 @@ if TYPE_CHECKING:
     Source = nnx.Rngs | nnx.RngStream | KeyLike
 
 
+__all__ = [
+    "AlphaDropout",
+    "DropBlock",
+    "DropConnect",
+    "DropPath",
+    "Dropout",
+    "EmbeddingDropout",
+    "FeatureAlphaDropout",
+    "FeatureDropout",
+    "GaussianDropout",
+    "GaussianNoise",
+    "Layer",
+    "RateLayer",
+    "VariationalDropout",
+]
+
+
+def __dir__() -> list[str]:
+    """List what is public, for `dir` and completion."""
+    return __all__
+
+
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class Layer(nnx.Module):
     """What all layers share: the mode, and where the key comes from.

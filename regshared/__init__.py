@@ -2,3 +2,5 @@
 
 Private: import from `regjax` or from `regtorch`.
 """
+
+__version__ = "0.2.0"  # of the distribution

@@ -52,6 +52,22 @@ if TYPE_CHECKING:
     Direction = Callable[[Tensor, Tensor, Any], Tensor]
 
 
+__all__ = [
+    "DecayHandle",
+    "add_cautious_weight_decay",
+    "add_independent_weight_decay",
+    "add_l1_decay",
+    "add_l2_sp_decay",
+    "layerwise_groups",
+    "schedule_weight_decay",
+]
+
+
+def __dir__() -> list[str]:
+    """List what is public, for `dir` and completion."""
+    return __all__
+
+
 # Which counts an optimizer has, so that two schedules of a kind do not share one.
 _taken: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()
 

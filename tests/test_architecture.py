@@ -15,9 +15,10 @@ ROOT = Path(__file__).parent.parent
 # those before it. A room is a folder or a file; of `regshared` all may import.
 ROOMS = {
     "regshared": ["regshared"],
-    "regjax": "_compat _checks _random _decay _dropout _guards _mc_dropout optim interop __init__ "
-    "_layers linen nnx equinox haiku".split(),
-    "regtorch": "_checks _random _decay _dropout nn keyed _guards _mc_dropout optim __init__".split(),
+    "regjax": """_compat _checks _random _decay _dropout _guards _mc_dropout optim interop __init__
+    _layers linen nnx equinox haiku""".split(),
+    "regtorch": """_checks _random _decay _dropout nn keyed _guards _mc_dropout optim
+    __init__""".split(),
 }
 PACKAGES = ["regjax", "regtorch"]
 FOREIGN = {

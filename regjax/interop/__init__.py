@@ -1,10 +1,23 @@
 """A PyTorch recipe, read off the torch objects that it is made of; torch itself is not imported."""
 
-from regjax.interop._leaves import Leaf as Leaf
-from regjax.interop._optimizers import optimizer_from_torch as optimizer_from_torch
-from regjax.interop._params import leaves_from_torch as leaves_from_torch
-from regjax.interop._params import params_from_torch as params_from_torch
-from regjax.interop._schedules import ScheduledMomentumState as ScheduledMomentumState
-from regjax.interop._schedules import schedule_from_torch as schedule_from_torch
-from regjax.interop._states import state_from_torch as state_from_torch
-from regjax.interop._states import state_to_torch as state_to_torch
+from regjax.interop._leaves import Leaf
+from regjax.interop._optimizers import optimizer_from_torch
+from regjax.interop._params import leaves_from_torch, params_from_torch
+from regjax.interop._schedules import ScheduledMomentumState, schedule_from_torch
+from regjax.interop._states import state_from_torch, state_to_torch
+
+__all__ = [
+    "Leaf",
+    "ScheduledMomentumState",
+    "leaves_from_torch",
+    "optimizer_from_torch",
+    "params_from_torch",
+    "schedule_from_torch",
+    "state_from_torch",
+    "state_to_torch",
+]
+
+
+def __dir__() -> list[str]:
+    """List what is public, for `dir` and completion."""
+    return __all__

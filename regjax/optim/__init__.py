@@ -41,24 +41,46 @@ How far each is from PyTorch's own, step by step, `python -m parity_tests.exactn
 and Rprop have equal bits in float32 where update and `optax.apply_updates` are compiled together.
 """
 
-from regjax.optim._adafactor import adafactor as adafactor
-from regjax.optim._adam import ScaleByNadamState as ScaleByNadamState
-from regjax.optim._adam import adam as adam
-from regjax.optim._adam import adamax as adamax
-from regjax.optim._adam import adamw as adamw
-from regjax.optim._adam import nadam as nadam
-from regjax.optim._adam import radam as radam
-from regjax.optim._decays import add_cautious_weight_decay as add_cautious_weight_decay
-from regjax.optim._decays import add_decay_by_leaf as add_decay_by_leaf
-from regjax.optim._decays import add_independent_weight_decay as add_independent_weight_decay
-from regjax.optim._decays import add_l1_decay as add_l1_decay
-from regjax.optim._decays import add_l2_sp_decay as add_l2_sp_decay
-from regjax.optim._decays import layerwise_scale as layerwise_scale
-from regjax.optim._decays import scale_by_leaf as scale_by_leaf
-from regjax.optim._descent import asgd as asgd
-from regjax.optim._descent import rprop as rprop
-from regjax.optim._descent import sgd as sgd
-from regjax.optim._muon import muon as muon
-from regjax.optim._rms import adadelta as adadelta
-from regjax.optim._rms import adagrad as adagrad
-from regjax.optim._rms import rmsprop as rmsprop
+from regjax.optim._adafactor import adafactor
+from regjax.optim._adam import ScaleByNadamState, adam, adamax, adamw, nadam, radam
+from regjax.optim._decays import (
+    add_cautious_weight_decay,
+    add_decay_by_leaf,
+    add_independent_weight_decay,
+    add_l1_decay,
+    add_l2_sp_decay,
+    layerwise_scale,
+    scale_by_leaf,
+)
+from regjax.optim._descent import asgd, rprop, sgd
+from regjax.optim._muon import muon
+from regjax.optim._rms import adadelta, adagrad, rmsprop
+
+__all__ = [
+    "ScaleByNadamState",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "add_cautious_weight_decay",
+    "add_decay_by_leaf",
+    "add_independent_weight_decay",
+    "add_l1_decay",
+    "add_l2_sp_decay",
+    "asgd",
+    "layerwise_scale",
+    "muon",
+    "nadam",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "scale_by_leaf",
+    "sgd",
+]
+
+
+def __dir__() -> list[str]:
+    """List what is public, for `dir` and completion."""
+    return __all__

@@ -39,6 +39,21 @@ from regtorch._checks import check_module
 from regtorch._random.keys import check_key, check_step
 from regtorch.keyed.layers import KEYED, ORIGINAL, Keyed, Site
 
+__all__ = [
+    "Site",
+    "convert",
+    "replay",
+    "revert",
+    "set_key",
+    "sites",
+]
+
+
+def __dir__() -> list[str]:
+    """List what is public, for `dir` and completion."""
+    return __all__
+
+
 _M = TypeVar("_M", bound=nn.Module)
 # What has a dropout of its own: by these a subclass is known that cannot be converted.
 _FAMILY = (*KEYED, nn.RNNBase)
