@@ -40,7 +40,7 @@ from regjax._layers import compared, wrapped_dims
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exact_keep_prob
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words
-from regjax.regjax._dropout.core import check_inexact, keep_mask, keep_prob_of
+from regjax._dropout.core import check_inexact, keep_mask, keep_prob_of
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
