@@ -13,14 +13,13 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from regjax._random.bernoulli import Sampler, bernoulli, exact_keep_prob, realises
-from regjax._random.keys import check_key, consume, is_threefry, key_words
+from regjax._random.bernoulli import ExactSampler, MaskSampler, Sampler, bernoulli
+from regjax._random.keys import consume, is_threefry, key_words
 from regjax._random.threefry import at_most, counter_bits
 from regshared.checks import check_integers
 
 if TYPE_CHECKING:
-    from jax.typing import ArrayLike
-    from jaxtyping import Array, Bool, Float32
+    from jaxtyping import Array, Bool, Float, Float32
 
     from regjax._random.keys import KeyLike
     from regjax._random.threefry import Layout
@@ -30,9 +29,9 @@ if TYPE_CHECKING:
 _LARGEST_FUSED = 4095
 
 
-def as_flax_draws(sampler: Sampler) -> Sampler:
+def as_flax_draws(sampler: Sampler) -> Sampler | MaskSampler:
     """The sampler whose masks, and sums of what they mask, are those of Flax's own layers."""
-    return _bernoulli if sampler is bernoulli else sampler
+    return FLAX if sampler is bernoulli else sampler
 
 
 def wrapped_dims(
@@ -61,27 +60,43 @@ def wrapped_dims(
     return tuple(sorted({dim % ndim for dim in broadcast_dims}))
 
 
-@realises(exact_keep_prob)
-def _bernoulli(
-    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
-) -> Bool[Array, "*shape"]:
-    """`bernoulli`, its small masks drawn by the operations that Flax draws them with.
+class _FlaxSampler(ExactSampler):
+    """The exact sampler, its small masks drawn by the operations that Flax draws them with.
 
     The mask is the same. Where the operations would give another one, they are not used.
     """
-    if _is_default(key) and at_most(math.prod(shape), _LARGEST_FUSED):
-        if key.dtype == jnp.uint32:  # raw: it may be threefry's where that is not the default
-            key = jax.random.wrap_key_data(key, impl="threefry2x32")
-        return jax.random.bernoulli(key, keep_prob, tuple(shape), out_sharding=out_sharding)
-    return bernoulli(key, keep_prob, shape, out_sharding=out_sharding)
+
+    def draw(
+        self,
+        key: KeyLike,
+        keep_prob: float | Float[Array, ""],
+        shape: tuple[int, ...],
+        out_sharding: Layout,
+    ) -> Bool[Array, "*shape"]:
+        """Draws a mask."""
+        if _is_default(key) and at_most(math.prod(shape), _LARGEST_FUSED):
+            if key.dtype == jnp.uint32:  # raw: it may be threefry's where that is not the default
+                key = jax.random.wrap_key_data(key, impl="threefry2x32")
+            return jax.random.bernoulli(key, keep_prob, shape, out_sharding=out_sharding)
+        return super().draw(key, keep_prob, shape, out_sharding)
 
 
-@realises(exact_keep_prob)
-def compared(
-    key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
-) -> Bool[Array, "*shape"]:
-    """The sampler whose masks, and sums of what they mask, are those of Equinox and Haiku."""
-    return uniform(key, shape, out_sharding=out_sharding) < keep_prob
+class _ComparingSampler(ExactSampler):
+    """The exact sampler: its masks, and sums of what they mask, are those of Equinox and Haiku."""
+
+    def draw(
+        self,
+        key: KeyLike,
+        keep_prob: float | Float[Array, ""],
+        shape: tuple[int, ...],
+        out_sharding: Layout,
+    ) -> Bool[Array, "*shape"]:
+        """Draws a mask."""
+        return uniform(key, shape, out_sharding=out_sharding) < keep_prob
+
+
+FLAX = _FlaxSampler(bernoulli)
+COMPARING = _ComparingSampler(bernoulli)
 
 
 def uniform(
@@ -128,4 +143,4 @@ def _is_default(key: KeyLike) -> bool:
     """Whether JAX would draw from this key what is drawn here."""
     settings: Any = jax.config
     default = settings.jax_threefry_partitionable and not settings.jax_enable_x64
-    return default and is_threefry(check_key(key))
+    return default and is_threefry(key)

@@ -46,16 +46,18 @@ from jax import lax
 from jax.core import Tracer
 
 from regjax._checks import check_array, check_settings, naming
-from regjax._dropout.alpha import alpha_dropout, alpha_masked
+from regjax._dropout.alpha import alpha, alpha_dropout, check_alpha_input
 from regjax._dropout.core import (
-    Settings,
+    Dropout as Kind,
+)
+from regjax._dropout.core import (
     check_axis,
     check_flag,
     check_inexact,
+    drawn,
     dropout,
     keep_mask,
     keep_prob_of,
-    masked,
 )
 from regjax._dropout.drop_block import drop_block
 from regjax._dropout.drop_connect import drop_connect
@@ -63,10 +65,11 @@ from regjax._dropout.drop_path import drop_path
 from regjax._dropout.embedding import embedding_dropout
 from regjax._dropout.gaussian import check_stddev, gaussian_dropout, gaussian_noise
 from regjax._dropout.variational import variational_dropout
-from regjax._layers import compared
+from regjax._layers import COMPARING
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exact_keep_prob
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words
+from regjax._random.packed import mask_sampler
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -264,7 +267,7 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, with the roundings of Equinox."""
         x = check_inexact(x)
-        sampler = compared if self.sampler is bernoulli else self.sampler
+        sampler = COMPARING if self.sampler is bernoulli else self.sampler
         if isinstance(p, Tracer):
             if x.dtype == jnp.float32 and self.sampler is bernoulli:
                 return _divided(x, p, **how)
@@ -304,8 +307,8 @@ class FeatureDropout(RateLayer):
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
-        settings = Settings("feature_dropout", dims, self.sampler)
-        return masked(x, p, settings=settings, **how)
+        kind = Kind("feature_dropout", mask_sampler(self.sampler), dims)
+        return drawn(kind, check_inexact(x), p, **how)
 
 
 class AlphaDropout(RateLayer):
@@ -360,7 +363,8 @@ class FeatureAlphaDropout(RateLayer):
     def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
         """`regjax.alpha_dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
-        return alpha_masked("feature_alpha_dropout", x, p, dims, self.sampler, **how)
+        kind = alpha("feature_alpha_dropout", self.sampler, dims)
+        return drawn(kind, check_alpha_input(x), p, **how)
 
 
 class DropPath(RateLayer):
@@ -670,7 +674,7 @@ def _mask_and_divide(
     # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN of the
     # gradient.
     q = jnp.where((q > 0) & (q <= 1), q, -1)
-    keep = keep_mask(x, key, q, (), compared)
+    keep = keep_mask(x, key, q, (), COMPARING)
     dropped = jnp.where((p >= 0) & (p <= 1), 0.0, jnp.nan)
     return jnp.where(keep, x / q, dropped), keep
 

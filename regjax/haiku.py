@@ -36,11 +36,11 @@ import jax.numpy as jnp
 
 import regjax
 from regjax._checks import check_array, naming
-from regjax._layers import compared, wrapped_dims
+from regjax._dropout.core import check_inexact, keep_mask, keep_prob_of
+from regjax._layers import COMPARING, wrapped_dims
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exact_keep_prob
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words
-from regjax._dropout.core import check_inexact, keep_mask, keep_prob_of
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -528,13 +528,13 @@ def _as_theirs(
 
 def _apply_mask(
     x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
-) -> tuple[Float[Array, "*shape"], Bool[Array, ...]]:
+) -> tuple[Float[Array, "*shape"], Bool[Array, "*mask"]]:
     """Return the result, and the mask."""
     q = exact_keep_prob(keep_prob_of(rate, x.dtype))
     if isinstance(q, jax.Array):
         # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
         q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
-    keep = keep_mask(x, key, q, dims, compared)
+    keep = keep_mask(x, key, q, dims, COMPARING)
     every = jnp.broadcast_to(keep, x.shape)
     return every.astype(x.dtype) * _finite(x, every) / q, keep
 

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax._dropout.core import Settings, check_real, masked, real_dtype
+from regjax._dropout.core import Dropout, check_dims, check_real, drawn, real_dtype
 from regjax._dropout.features import shared_dims
 from regjax._random.bernoulli import Sampler, bernoulli
+from regjax._random.packed import mask_sampler
 from regjax._random.rounding import exact_sqrt, rounded
-from regshared.checks import check_integers
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -79,9 +79,9 @@ def alpha_dropout(
     Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
     NeurIPS 2017.
     """
-    dims = check_integers("broadcast_dims", broadcast_dims)
-    how = {"key": key, "deterministic": deterministic}
-    return alpha_masked("alpha_dropout", x, rate, dims, sampler, **how)
+    x = check_alpha_input(x)
+    kind = alpha("alpha_dropout", sampler, check_dims(broadcast_dims, x.ndim))
+    return drawn(kind, x, rate, key, deterministic)
 
 
 def feature_alpha_dropout(
@@ -124,24 +124,14 @@ def feature_alpha_dropout(
     Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
     NeurIPS 2017.
     """
-    x = _check_real(x)
-    shared, how = shared_dims(x.ndim, channel_axis), {"key": key, "deterministic": deterministic}
-    return alpha_masked("feature_alpha_dropout", x, rate, shared, sampler, **how)
+    x = check_alpha_input(x)
+    kind = alpha("feature_alpha_dropout", sampler, shared_dims(x.ndim, channel_axis))
+    return drawn(kind, x, rate, key, deterministic)
 
 
-def alpha_masked(
-    name: str,
-    x: Float[ArrayLike, "*shape"],
-    rate: ArrayLike,
-    broadcast_dims: tuple[int, ...],
-    sampler: Sampler,
-    *,
-    key: KeyLike | None,
-    deterministic: ArrayLike,
-) -> Float[Array, "*shape"]:
+def alpha(name: str, sampler: Sampler, dims: tuple[int, ...]) -> Dropout:
     """Alpha dropout under the name of the function that calls it."""
-    settings = Settings(name, broadcast_dims, sampler, _scale, _offsets)
-    return masked(_check_real(x), rate, key, deterministic, settings)
+    return Dropout(name, mask_sampler(sampler), dims, _scale, _offsets)
 
 
 def _scale(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
@@ -173,6 +163,6 @@ def _double_scale(keep_prob: float) -> float:
     return 1 / math.sqrt(variance) if variance else 0.0
 
 
-def _check_real(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+def check_alpha_input(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
     advice = "Use regjax.dropout, or drop in x.real and x.imag."
     return check_real(x, "alpha dropout", advice)

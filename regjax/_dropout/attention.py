@@ -17,18 +17,18 @@ from jax.core import Tracer
 from regjax._checks import check_array, check_floating_dtype, check_number
 from regjax._compat import scan_linear
 from regjax._dropout.core import (
-    Settings,
+    Dropout,
     check_flag,
+    drawn,
     drawn_once,
     inverse,
     is_number,
     keep_prob_of,
     mask_sharding,
-    masked,
     real_dtype,
     require_key,
 )
-from regjax._random.bernoulli import bernoulli, bernoulli_at, check_probability, exact_keep_prob
+from regjax._random.bernoulli import EXACT, bernoulli_at, check_probability, exact_keep_prob
 from regjax._random.collect import BlockwisePlan
 from regjax._random.events import BlockwiseCall, observer
 from regjax._random.keys import consume, key_words
@@ -173,10 +173,10 @@ def dot_product_attention(
         if module is not None:
             _sow(module, weights.astype(query.dtype))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        settings = Settings("dot_product_attention", shared, bernoulli)
+        kind = Dropout("dot_product_attention", EXACT, shared)
 
         def mixed(weights: Array, value: Array, rng: Any) -> Array:
-            weights = masked(weights, rate, rng, flag, settings)
+            weights = drawn(kind, weights, rate, rng, flag)
             return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
 
         if not observer():  # under a checkpoint, an observer would record the mask twice

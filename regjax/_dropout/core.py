@@ -16,12 +16,13 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax._checks import check_array
-from regjax._random.bernoulli import Sampler, bernoulli, check_probability, realised_keep_prob
+from regjax._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words
+from regjax._random.packed import mask_sampler
 from regjax._random.rounding import rounded
 from regjax._random.threefry import at_most
-from regshared.checks import check_callable, check_integer, check_integers
+from regshared.checks import check_integer, check_integers
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -93,86 +94,102 @@ def dropout(
     Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
     prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
     """
-    settings = Settings("dropout", check_integers("broadcast_dims", broadcast_dims), sampler)
-    return masked(x, rate, key, deterministic, settings)
-
-
-def masked(
-    x: Inexact[ArrayLike, "*shape"],
-    rate: ArrayLike,
-    key: KeyLike | None,
-    deterministic: ArrayLike,
-    settings: Settings,
-) -> Inexact[Array, "*shape"]:
-    """Dropout whose mask a sampler draws: an element each, or shared along dimensions."""
     x = check_inexact(x)
-    check_callable("sampler", settings.sampler, "(key, keep_prob, shape)")
-    dims = check_dims(settings.broadcast_dims, x.ndim)
-    settings = dataclasses.replace(settings, broadcast_dims=dims)
-    return drawn(x, rate, key, deterministic, settings)
+    dims = check_dims(broadcast_dims, x.ndim) if broadcast_dims else ()
+    return drawn(Dropout("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic)
+
+
+class Kind(Protocol):
+    """A kind of dropout, and what of it does not change from step to step: static under `jit`.
+
+    A pytree, whose leaves are the arrays that the mask depends on besides.
+
+    Attributes:
+        name: the name of the function, for observers.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(
+        self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> tuple[Inexact[Array, "*shape"], Array]:
+        """Return the result, and the mask that was applied, of size 1 along what shares it."""
+        ...
 
 
 def drawn(
+    kind: Kind,
     x: Inexact[Array, "*shape"],
     rate: ArrayLike,
     key: KeyLike | None,
     deterministic: ArrayLike,
-    kind: Kind,
-    *arrays: Array,
 ) -> Inexact[Array, "*shape"]:
     """The frame of the whole family: checks, shortcuts, the key, who watches, then the mask.
 
     Args:
+        kind: what is drawn, and what becomes of `x`.
         x: what is dropped, checked by `check_inexact`.
         rate: as `dropout` takes it, like `key` and `deterministic`.
         key: see there.
         deterministic: see there.
-        kind: what is drawn, and what becomes of `x`.
-        *arrays: what the mask depends on besides.
     """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
-    if deterministic is True or is_number(rate, 0):
+    is_number = isinstance(rate, float)
+    if deterministic is True or (is_number and rate == 0):
         return x
 
     def drop() -> Inexact[Array, "*shape"]:
-        if is_number(rate, 1):
+        if is_number and rate == 1:
             return jnp.zeros_like(x)
         one_key = require_key(key)
         if watching := observer():
-            dropped, keep = made_with_mask(x, one_key, rate, kind, *arrays)
+            jitted = _masked_at_number if is_number else _masked_at_tracer
+            dropped, keep = jitted(kind, x, one_key, rate)
             watching.draw(kind.name, key_words(one_key), rate, keep, x, deterministic)
             return dropped
-        return made(x, one_key, rate, kind, *arrays)
+        return made(kind, x, one_key, rate)
 
     return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
 
 
 def made(
-    x: Inexact[Array, "*shape"],
-    key: KeyLike,
-    rate: float | Float[Array, ""],
-    kind: Kind,
-    *arrays: Array,
+    kind: Kind, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
-    """What `kind` makes of `x`; of a traced rate outside [0, 1], NaN.
-
-    The backward pass has nothing but the key, and draws again.
-    """
-    jitted = _drop_at_tracer if isinstance(rate, jax.Array) else _drop_at_number
-    return jitted(x, key, rate, kind, *arrays)
+    """What `kind` makes of `x`, and of a traced rate outside [0, 1], NaN."""
+    jitted = _drop_at_number if isinstance(rate, float) else _drop_at_tracer
+    return jitted(kind, x, key, rate)
 
 
-def made_with_mask(
-    x: Inexact[Array, "*shape"],
-    key: KeyLike,
-    rate: float | Float[Array, ""],
-    kind: Kind,
-    *arrays: Array,
-) -> tuple[Inexact[Array, "*shape"], Bool[Array, ...]]:
-    """Return the same as `made`, and the mask that was applied, which is kept for the backward."""
-    jitted = _masked_at_tracer if isinstance(rate, jax.Array) else _masked_at_number
-    return jitted(x, key, rate, kind, *arrays)
+def _masked(
+    kind: Kind, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+) -> tuple[Inexact[Array, "*shape"], Array]:
+    """The same, with the mask."""
+    if not isinstance(rate, jax.Array):
+        return kind(x, key, rate)
+    rate = rounded(rate)  # the caller may pass a product, from which differences are made
+    dropped, keep = kind(x, key, rate)
+    in_range = (rate >= 0) & (rate <= 1)
+    return jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype)), keep
+
+
+def _drop(
+    kind: Kind, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+) -> Inexact[Array, "*shape"]:
+    """The same without the mask, which the backward pass makes again."""
+    # What the backward pass needs of the forward one is the mask. prevent_cse=False, because the
+    # barriers of a checkpoint would keep XLA from fusing the mask.
+    drop = jax.checkpoint(lambda kind, x, key: _masked(kind, x, key, rate)[0], prevent_cse=False)
+    return drop(kind, x, key)
+
+
+# The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
+# agree in shape and rate share one trace and one lowering.
+_drop_at_number = jax.jit(_drop, static_argnums=3)
+_drop_at_tracer = jax.jit(_drop)
+_masked_at_number = jax.jit(_masked, static_argnums=3)
+_masked_at_tracer = jax.jit(_masked)
 
 
 def inverse(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
@@ -184,113 +201,44 @@ def inverse(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating
     return real(1) / real(keep_prob)
 
 
-class Kind(Protocol):
-    """What of a dropout is no array: one value, static under jit.
-
-    Attributes:
-        name: the name of the function, for observers.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    def keep(self, *args: Any, **kwargs: Any) -> Bool[Array, ...]:
-        """Draws the mask for `x`, from a key, a rate and what else it depends on: True keeps.
-
-        Of size 1 along dimensions that share it.
-        """
-        ...
-
-    def apply(
-        self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
-    ) -> Inexact[Array, "*shape"]:
-        """Masks and scales."""
-        ...
-
-
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """A mask from a sampler, a scale from the rate: of dropout and what differs in those only.
+class Dropout:
+    """A mask from a sampler, a scale from the rate: `dropout`, and what differs in those only.
 
     An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
 
     Attributes:
         name: the name of the function, for observers.
-        broadcast_dims: dimensions along which one mask is shared.
         sampler: what draws the mask.
+        broadcast_dims: dimensions along which one mask is shared, in order.
         scale: makes the scale from the keep probability and the dtype.
         offsets: makes `(shift, fill)` from the same; both are 0 without it.
     """
 
     name: str
-    broadcast_dims: tuple[int, ...]
-    sampler: Sampler
+    sampler: MaskSampler
+    broadcast_dims: tuple[int, ...] = ()
     scale: Callable[..., Any] = inverse
     offsets: Callable[..., Any] | None = None
 
-    def keep(
+    def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
-    ) -> Bool[Array, ...]:
-        """Draws the mask."""
-        return keep_mask(x, key, keep_prob_of(rate, x.dtype), self.broadcast_dims, self.sampler)
-
-    def apply(
-        self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
-    ) -> Inexact[Array, "*shape"]:
-        """Masks, shifts and scales."""
-        realised = realised_keep_prob(self.sampler, keep_prob_of(rate, x.dtype))
+    ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
+        """Draws the mask, shifts and scales."""
+        keep_prob = keep_prob_of(rate, x.dtype)
+        keep = keep_mask(x, key, keep_prob, self.broadcast_dims, self.sampler)
+        realised = self.sampler.realised_keep_prob(keep_prob)
         if isinstance(realised, jax.Array):
             realised = realised.astype(real_dtype(x.dtype))
         scale = self.scale(realised, x.dtype)
         if self.offsets is None:
-            return selected(keep, x, scale)
+            return selected(keep, x, scale), keep
         shift, fill = self.offsets(realised, x.dtype)
         # The sum before the product: no compiler can contract these two to one rounding. `x` may be
         # a product itself.
         kept = (rounded(x.astype(scale.dtype)) + shift) * scale
-        return jnp.where(keep, kept, fill).astype(x.dtype)
-
-
-def _drop(
-    x: Inexact[Array, "*shape"],
-    key: KeyLike,
-    rate: float | Float[Array, ""],
-    kind: Kind,
-    *arrays: Array,
-) -> Inexact[Array, "*shape"]:
-    def masked(
-        x: Inexact[Array, "*shape"], key: KeyLike, *arrays: Array
-    ) -> Inexact[Array, "*shape"]:
-        return _apply_mask(x, key, rate, kind, *arrays)[0]
-
-    # What the backward pass needs of the forward one is the mask; under checkpoint it is made again
-    # from the key. prevent_cse=False, because its barriers would keep XLA from fusing the mask.
-    return jax.checkpoint(masked, prevent_cse=False)(x, key, *arrays)
-
-
-def _apply_mask(
-    x: Inexact[Array, "*shape"],
-    key: KeyLike,
-    rate: float | Float[Array, ""],
-    kind: Kind,
-    *arrays: Array,
-) -> tuple[Inexact[Array, "*shape"], Bool[Array, ...]]:
-    if isinstance(rate, jax.Array):
-        rate = rounded(rate)  # the caller may pass a product, from which differences are made
-    keep = kind.keep(x, key, rate, *arrays)
-    dropped = kind.apply(x, keep, rate)
-    if isinstance(rate, jax.Array):
-        in_range = (rate >= 0) & (rate <= 1)
-        dropped = jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype))
-    return dropped, keep
-
-
-# The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
-# agree in shape and rate share one trace and one lowering.
-_drop_at_number = jax.jit(_drop, static_argnums=(2, 3))
-_drop_at_tracer = jax.jit(_drop, static_argnums=3)
-_masked_at_number = jax.jit(_apply_mask, static_argnums=(2, 3))
-_masked_at_tracer = jax.jit(_apply_mask, static_argnums=3)
+        return jnp.where(keep, kept, fill).astype(x.dtype), keep
 
 
 def keep_mask(
@@ -298,19 +246,18 @@ def keep_mask(
     key: KeyLike,
     keep_prob: float | Float[Array, ""],
     dims: tuple[int, ...],
-    sampler: Sampler,
-) -> Bool[Array, ...]:
+    sampler: MaskSampler,
+) -> Bool[Array, "*mask"]:
     """A mask for `x`, of size 1 along the dimensions that share it and laid out as the others."""
-    shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-    layout = mask_sharding(x, dims)
-    draw = functools.partial(sampler, key, keep_prob, shape, out_sharding=layout)
-    first = min((dim for dim in dims if not at_most(x.shape[dim], 1)), default=x.ndim)
+    shape = tuple([1 if dim in dims else size for dim, size in enumerate(x.shape)])
+    draw = functools.partial(sampler.draw, key, keep_prob, shape, mask_sharding(x, dims))
+    first = min([dim for dim in dims if not at_most(x.shape[dim], 1)], default=x.ndim)
     # Shared along the last dimensions only, an element of the mask stays in a register.
-    is_redrawn = not at_most(math.prod(shape[first:]), 1)
+    is_redrawn = first < x.ndim and not at_most(math.prod(shape[first:]), 1)
     return drawn_once(draw) if is_redrawn else draw()
 
 
-def drawn_once(draw: Callable[[], Bool[Array, ...]]) -> Bool[Array, ...]:
+def drawn_once(draw: Callable[[], Bool[Array, "*mask"]]) -> Bool[Array, "*mask"]:
     """Draws a mask before it is read, where a CPU would draw it for each element that shares it.
 
     XLA counts the operations of a draw as cheap, and repeats them in every loop that reads a mask.
@@ -318,7 +265,7 @@ def drawn_once(draw: Callable[[], Bool[Array, ...]]) -> Bool[Array, ...]:
     there is nothing to decide.
     """
 
-    def in_a_branch() -> Bool[Array, ...]:
+    def in_a_branch() -> Bool[Array, "*mask"]:
         return lax.cond(lax.optimization_barrier(True), draw, lambda: jnp.zeros_like(draw()))
 
     return lax.platform_dependent(cpu=in_a_branch, default=draw)
@@ -338,7 +285,7 @@ def real_dtype(dtype: np.dtype) -> type[np.floating]:
 
 
 def selected(
-    keep: Bool[Array, ...], x: Inexact[Array, "*shape"], scale: np.floating | Float[Array, ""]
+    keep: Bool[Array, "*mask"], x: Inexact[Array, "*shape"], scale: np.floating | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
     """The elements that are kept, scaled, and zeros."""
     # A selection, not a product: a dropped NaN or infinity must become 0.
@@ -359,7 +306,7 @@ def mask_sharding(
 ) -> NamedSharding | None:
     """The layout of `x` for its mask: made without one, a mask is built whole on every device."""
     sharding = jax.typeof(x).sharding
-    if all(axes is None for axes in sharding.spec):
+    if not any(sharding.spec):
         return None
     spec = [None if dim in broadcast_dims else axes for dim, axes in enumerate(sharding.spec)]
     return sharding.update(spec=PartitionSpec(*spec))
@@ -387,7 +334,8 @@ def check_inexact(x: Inexact[ArrayLike, "*shape"]) -> Inexact[Array, "*shape"]:
     Raises:
         TypeError: it is of another dtype.
     """
-    x = check_array("x", x)
+    if not isinstance(x, jax.Array):
+        x = check_array("x", x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"x must be floating or complex; got dtype {x.dtype}. Cast it: x.astype(jnp.float32)."
@@ -453,4 +401,4 @@ def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
 
 def is_number(rate: float | Float[Array, ""], number: int) -> bool:
     """Whether a rate is known, and this number."""
-    return not isinstance(rate, jax.Array) and rate == number
+    return isinstance(rate, float) and rate == number

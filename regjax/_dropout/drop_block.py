@@ -27,7 +27,7 @@ from regjax._dropout.core import (
     require_key,
     selected,
 )
-from regjax._random.bernoulli import bernoulli, check_probability
+from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.keys import key_words
 from regjax._random.normal import normal
 from regjax._random.rounding import rounded
@@ -145,9 +145,10 @@ def drop_block(
     )
     if with_noise:
         return _noisy(x, rate, key, deterministic, blocks)
-    return drawn(x, rate, key, deterministic, blocks)
+    return drawn(blocks, x, rate, key, deterministic)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
     """Masks of blocks, and the scale by what they leave.
@@ -167,15 +168,22 @@ class _Blocks:
     scale_by_keep: bool = True
     name: str = "drop_block"
 
+    def __call__(
+        self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
+        """Masks, and scales by elements / elements kept."""
+        keep = self.keep(x, key, rate)
+        return self.apply(x, keep), keep
+
     def keep(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
-    ) -> Bool[Array, ...]:
+    ) -> Bool[Array, "*mask"]:
         """Draws where blocks start, and spreads them."""
         batch, channels, *sizes = (x.shape[dim] for dim in self.order(x.ndim))
         starts = [size - self.size + 1 for size in sizes]
         shape = (batch, 1 if self.share_channels else channels, *starts)
         keep_prob = _start_keep_prob(rate, self.size, sizes, self.gamma_scale)
-        keep = bernoulli(key, keep_prob, shape, out_sharding=self._layout(x))
+        keep = EXACT.draw(key, keep_prob, shape, self._layout(x))
         for dim in range(2, keep.ndim):
             keep = _spread(keep, dim, self.size)
         return jnp.moveaxis(keep, 1, self.channel_axis)
@@ -196,10 +204,9 @@ class _Blocks:
         return sharding.update(spec=PartitionSpec(rows, channels))
 
     def apply(
-        self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
+        self, x: Inexact[Array, "*shape"], keep: Bool[Array, "*mask"]
     ) -> Inexact[Array, "*shape"]:
-        """Masks, and scales by elements / elements kept."""
-        del rate
+        """Masks, and scales."""
         real = real_dtype(x.dtype)
         if not self.scale_by_keep:
             return selected(keep, x, real(1))
@@ -217,6 +224,7 @@ class _Blocks:
         return selected(keep, x, scale.astype(real))
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Dropped:
     """The complement of a mask of blocks: it keeps what they drop, and does not scale."""
@@ -224,17 +232,12 @@ class _Dropped:
     blocks: _Blocks
     name: str = "drop_block"
 
-    def keep(
+    def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
-    ) -> Bool[Array, ...]:
-        """Draws the mask of the blocks."""
-        return ~self.blocks.keep(x, key, rate)
-
-    def apply(
-        self, x: Inexact[Array, "*shape"], keep: Bool[Array, ...], rate: float | Float[Array, ""]
-    ) -> Inexact[Array, "*shape"]:
+    ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
         """Masks."""
-        return self.blocks.apply(x, keep, rate)
+        keep = ~self.blocks.keep(x, key, rate)
+        return self.blocks.apply(x, keep), keep
 
 
 def _noisy(
@@ -250,7 +253,7 @@ def _noisy(
     if flag is True or is_number(rate, 0):
         return x
     one_key = require_key(key)
-    kept = drawn(x, rate, one_key, flag, blocks)
+    kept = drawn(blocks, x, rate, one_key, flag)
 
     words = jnp.stack(key_words(one_key))  # the key itself counts as used after `drawn`
 
@@ -297,7 +300,7 @@ def _start_keep_prob(
     return max(0.0, 1 - rate * gamma_of_1)
 
 
-def _spread(keep: Bool[Array, ...], dim: int, size: int) -> Bool[Array, ...]:
+def _spread(keep: Bool[Array, "*mask"], dim: int, size: int) -> Bool[Array, "*mask"]:
     """Each False becomes `size` of them along one dimension, from its place on."""
     window, ends = [1] * keep.ndim, [(0, 0)] * keep.ndim
     window[dim], ends[dim] = size, (size - 1, size - 1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from regjax._dropout.core import Settings, check_inexact, inverse, masked, real_dtype
+from regjax._dropout.core import Dropout, check_inexact, drawn, inverse, real_dtype
 from regjax._random.bernoulli import Sampler, bernoulli
+from regjax._random.packed import mask_sampler
 from regshared.checks import check_bool, check_choice
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def drop_path(
     """
     x = check_inexact(x)
     scale = inverse if check_bool("scale_by_keep", scale_by_keep) else _one
-    settings = Settings("drop_path", _shared_dims(x.ndim, mode), sampler, scale)
-    return masked(x, rate, key, deterministic, settings)
+    kind = Dropout("drop_path", mask_sampler(sampler), _shared_dims(x.ndim, mode), scale)
+    return drawn(kind, x, rate, key, deterministic)
 
 
 def _check_mode(mode: str) -> str:

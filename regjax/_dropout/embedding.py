@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -68,36 +70,26 @@ def embedding_dropout(
     networks", NeurIPS 2016.
     """
     x = check_inexact(x)
-    return drawn(x, rate, key, deterministic, _Words(), _check_ids(ids, x.shape))
+    return drawn(_Words(_check_ids(ids, x.shape)), x, rate, key, deterministic)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["ids"], meta_fields=["name"])
 @dataclasses.dataclass(frozen=True)
 class _Words:
-    """The mask of the words that are there."""
+    """The elements of a mask over the vocabulary, at the indices of the words that are there."""
 
+    ids: Integer[Array, "*ids"]
     name: str = "embedding_dropout"
 
-    def keep(
-        self,
-        x: Inexact[Array, "*ids features"],
-        key: KeyLike,
-        rate: float | Float[Array, ""],
-        ids: Integer[Array, "*ids"],
-    ) -> Bool[Array, "*ids 1"]:
-        """The elements of a mask over the vocabulary, at the words' indices."""
+    def __call__(
+        self, x: Inexact[Array, "*ids features"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> tuple[Inexact[Array, "*ids features"], Bool[Array, "*ids 1"]]:
+        """Masks and scales as dropout does."""
+        ids, keep_prob = self.ids, keep_prob_of(rate, x.dtype)
         high = (ids >> 32) if ids.dtype.itemsize == 8 else jnp.zeros_like(ids)
         index = (high.astype(jnp.uint32), ids.astype(jnp.uint32))
-        return bernoulli_at(key, keep_prob_of(rate, x.dtype), index)[..., None]
-
-    def apply(
-        self,
-        x: Inexact[Array, "*ids features"],
-        keep: Bool[Array, "*ids 1"],
-        rate: float | Float[Array, ""],
-    ) -> Inexact[Array, "*ids features"]:
-        """Masks and scales as dropout does."""
-        share = exact_keep_prob(keep_prob_of(rate, x.dtype))
-        return selected(keep, x, inverse(share, x.dtype))
+        keep = bernoulli_at(key, keep_prob, index)[..., None]
+        return selected(keep, x, inverse(exact_keep_prob(keep_prob), x.dtype)), keep
 
 
 def _check_ids(ids: Integer[ArrayLike, "*ids"], shape: tuple[int, ...]) -> Integer[Array, "*ids"]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regjax._dropout.core import Settings, check_axis, check_inexact, masked
+from regjax._dropout.core import Dropout, check_axis, check_inexact, drawn
 from regjax._random.bernoulli import Sampler, bernoulli
+from regjax._random.packed import mask_sampler
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -67,8 +68,8 @@ def feature_dropout(
     """
     x = check_inexact(x)
     shared = shared_dims(x.ndim, channel_axis)
-    settings = Settings("feature_dropout", shared, sampler)
-    return masked(x, rate, key, deterministic, settings)
+    kind = Dropout("feature_dropout", mask_sampler(sampler), shared)
+    return drawn(kind, x, rate, key, deterministic)
 
 
 def shared_dims(ndim: int, channel_axis: int) -> tuple[int, ...]:

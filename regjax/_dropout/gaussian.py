@@ -154,32 +154,25 @@ def _noisy(
     return noisy() if deterministic is False else lax.cond(deterministic, lambda: x, noisy)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Factors:
     """Factors around 1 in place of a mask."""
 
     name: str = "gaussian_dropout"
 
-    def keep(
+    def __call__(
         self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
-    ) -> Float[Array, "*shape"]:
-        """Draws the factors."""
-        return 1 + rounded(_noise(x, key) * _deviation(rate, x.dtype))
-
-    def apply(
-        self,
-        x: Float[Array, "*shape"],
-        keep: Float[Array, "*shape"],
-        rate: float | Float[Array, ""],
-    ) -> Float[Array, "*shape"]:
-        """Multiplies."""
-        return rounded(x.astype(keep.dtype) * keep).astype(x.dtype)
+    ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+        """Draws the factors, and multiplies."""
+        factors = 1 + rounded(_noise(x, key) * _deviation(rate, x.dtype))
+        return rounded(x.astype(factors.dtype) * factors).astype(x.dtype), factors
 
 
 def _multiplied(
     x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Float[Array, "*shape"]:
-    return made(x, key, rate, _Factors())
+    return made(_Factors(), x, key, rate)
 
 
 def _deviation(rate: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regjax._dropout.core import Settings, check_axis, check_inexact, masked
+from regjax._dropout.core import Dropout, check_axis, check_inexact, drawn
 from regjax._random.bernoulli import Sampler, bernoulli
+from regjax._random.packed import mask_sampler
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -92,5 +93,5 @@ def variational_dropout(
     """
     x = check_inexact(x)
     axis = check_axis("time_axis", time_axis, x.ndim, _ADVICE)
-    settings = Settings("variational_dropout", (axis,), sampler)
-    return masked(x, rate, key, deterministic, settings)
+    kind = Dropout("variational_dropout", mask_sampler(sampler), (axis,))
+    return drawn(kind, x, rate, key, deterministic)

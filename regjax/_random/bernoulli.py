@@ -7,10 +7,11 @@ under this name. It equals `jax.random.bernoulli` under JAX's default configurat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +35,6 @@ _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.ra
 _SMALLEST = float(np.finfo(np.float32).smallest_normal)
 _TINY = 2.0**-12  # below it, the share that is kept may differ from the request
 
-_REALISED = "realised_keep_prob"
-_S = TypeVar("_S")
-
 
 class Sampler(Protocol):
     """What draws a keep mask: `bernoulli`, or any function with its arguments."""
@@ -53,34 +51,52 @@ class Sampler(Protocol):
         ...
 
 
-def realised_keep_prob(
-    sampler: Sampler, keep_prob: float | Float[Array, ""]
-) -> float | Float[Array, ""]:
-    """What share a sampler keeps when asked for `keep_prob`: what the kept elements are divided by.
+@dataclasses.dataclass(frozen=True)
+class MaskSampler:
+    """How a mask is drawn, and which share of its elements is kept on average.
 
-    A sampler that rounds says so with `realises`.
-    """
-    options = {}
-    if isinstance(sampler, functools.partial):
-        sampler, options = sampler.func, sampler.keywords
-    realise = getattr(sampler, _REALISED, None)
-    return realise(keep_prob, **options) if realise else keep_prob
+    This one calls a function of the user's, and takes its word for the share.
 
-
-def realises(realise: Callable[..., Any]) -> Callable[[_S], _S]:
-    """Marks a sampler that rounds: `realise(keep_prob, **options)` is what it really keeps.
-
-    The options are those that a `functools.partial` gave the sampler.
+    Attributes:
+        function: what was passed as `sampler`.
     """
 
-    def mark(sampler: _S) -> _S:
-        vars(sampler)[_REALISED] = realise
-        return sampler
+    function: Sampler
 
-    return mark
+    def draw(
+        self,
+        key: KeyLike,
+        keep_prob: float | Float[Array, ""],
+        shape: tuple[int, ...],
+        out_sharding: Layout,
+    ) -> Bool[Array, "*shape"]:
+        """Draws a mask from arguments that were checked before; True keeps."""
+        return self.function(key, keep_prob, shape, out_sharding=out_sharding)
+
+    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+        """Return the number by which kept elements are divided."""
+        return keep_prob
 
 
-def exact_keep_prob(keep_prob: float | Float[Array, ""], **_: Any) -> float | Float[Array, ""]:
+class ExactSampler(MaskSampler):
+    """The sampler behind `bernoulli`."""
+
+    def draw(
+        self,
+        key: KeyLike,
+        keep_prob: float | Float[Array, ""],
+        shape: tuple[int, ...],
+        out_sharding: Layout,
+    ) -> Bool[Array, "*shape"]:
+        """Draws a mask."""
+        return _threshold_mask(key, _threshold(keep_prob), shape, out_sharding)
+
+    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+        """Return a multiple of 2**-23 where the difference is large."""
+        return exact_keep_prob(keep_prob)
+
+
+def exact_keep_prob(keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
     """Return the probability with which `bernoulli` keeps an element, for the scale.
 
     It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
@@ -93,7 +109,6 @@ def exact_keep_prob(keep_prob: float | Float[Array, ""], **_: Any) -> float | Fl
     return float(_threshold(keep_prob)) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
 
 
-@realises(exact_keep_prob)
 def bernoulli(
     key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> Bool[Array, "*shape"]:
@@ -127,9 +142,12 @@ def bernoulli(
         >>> bool((regjax.bernoulli(key, 0.5, (6,)) == jax.random.bernoulli(key, 0.5, (6,))).all())
         True
     """
-    threshold = _threshold(check_probability("keep_prob", keep_prob))
+    probability = check_probability("keep_prob", keep_prob)
     shape, layout = check_shape("shape", shape), check_layout("out_sharding", out_sharding)
-    return _threshold_mask(check_key(key), threshold, shape, layout)
+    return EXACT.draw(check_key(key), probability, shape, layout)
+
+
+EXACT = ExactSampler(bernoulli)
 
 
 # The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
@@ -179,6 +197,8 @@ def check_probability(name: str, value: ArrayLike) -> float | Float[Array, ""]:
         TypeError: it is not a real number.
         ValueError: it is not a scalar, or concrete and not in [0, 1].
     """
+    if type(value) is float and 0 <= value <= 1:
+        return value
     number = as_number(name, value)
     if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"{name} must be a real number in [0, 1]; got {value!r}.")

@@ -38,17 +38,18 @@ def check_key(key: KeyLike, name: str = "key") -> KeyLike:
         ValueError: it is a batch of keys.
     """
     is_array = isinstance(key, jax.Array | np.ndarray)
-    if not is_array or not (_is_typed(key) or key.dtype == np.uint32):
+    is_typed = is_array and _is_typed(key)
+    if not is_array or not (is_typed or key.dtype == np.uint32):
         raise TypeError(
             f"{name} must be a JAX random key, as jax.random.key(seed) makes one; got "
             f"{describe(key)}."
         )
-    if key.ndim != (0 if _is_typed(key) else 1):
+    if key.ndim != (0 if is_typed else 1):
         raise ValueError(
             f"{name} must be one single key; got a batch of keys, {describe(key)}. To use one key "
             "for each row, map over both with jax.vmap; to use one of them, index it."
         )
-    if not _is_typed(key) and key.shape[0] not in (2, 4):
+    if not is_typed and key.shape[0] not in (2, 4):
         raise ValueError(
             f"{name} must have shape (2,) or, for rbg, (4,) if it is raw; got {describe(key)}."
         )
@@ -61,12 +62,14 @@ def key_words(key: KeyLike) -> Words:
     A threefry key is its own two words, so that masks equal those of `jax.random`. Keys of any
     other kind are hashed down to two words, block by block; a mask made from those equals no mask
     of `jax.random`, but is as good.
+
+    Args:
+        key: checked by `check_key`.
     """
-    key = check_key(key)
     data = jnp.asarray(jax.random.key_data(key) if _is_typed(key) else key)
-    words = [data[i] for i in range(data.shape[0])]
     if is_threefry(key):
-        return words[0], words[1]
+        return data[0], data[1]
+    words = [data[i] for i in range(data.shape[0])]
     blocks = max(2, -(-len(words) // 2))
     words += [jnp.zeros((), jnp.uint32)] * (2 * blocks - len(words))
     state = (words[0], words[1])

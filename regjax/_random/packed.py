@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax._checks import check_layout, check_shape
-from regjax._random.bernoulli import check_probability, realises
+from regjax._random.bernoulli import EXACT, MaskSampler, Sampler, bernoulli, check_probability
 from regjax._random.keys import check_key, consume, key_words
 from regjax._random.threefry import (
     check_size,
@@ -28,7 +28,7 @@ from regjax._random.threefry import (
     row_major_index,
     threefry2x32,
 )
-from regshared.checks import check_integer
+from regshared.checks import check_callable, check_integer
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -42,13 +42,52 @@ _LANES = 32
 _SMALLEST_PACKED = 2**12
 
 
-def _realised_keep_prob(
-    keep_prob: float | Float[Array, ""], *, bits: int = 16
-) -> float | Float[Array, ""]:
-    return _threshold(keep_prob, _check_bits(bits)) / 2**bits
+@dataclasses.dataclass(frozen=True)
+class PackedSampler(MaskSampler):
+    """The sampler behind `packed_bernoulli`.
+
+    Attributes:
+        bits: how many bits of the keep probability count.
+    """
+
+    bits: int = 16
+
+    def draw(
+        self,
+        key: KeyLike,
+        keep_prob: float | Float[Array, ""],
+        shape: tuple[int, ...],
+        out_sharding: Layout,
+    ) -> Bool[Array, "*shape"]:
+        """Draws a mask."""
+        threshold = _threshold(keep_prob, self.bits)
+        jitted = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
+        return jitted(key, threshold, shape, self.bits, out_sharding)
+
+    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+        """Return a multiple of `2**-bits`."""
+        return _threshold(keep_prob, self.bits) / 2**self.bits
 
 
-@realises(_realised_keep_prob)
+def mask_sampler(sampler: Sampler | MaskSampler) -> MaskSampler:
+    """Return how `sampler` draws, with the options of a `functools.partial`.
+
+    Raises:
+        TypeError: it is not a function, or `bits` is not an integer.
+        ValueError: `bits` is not in 1..32.
+    """
+    if isinstance(sampler, MaskSampler):
+        return sampler
+    function, options = sampler, {}
+    if isinstance(sampler, functools.partial) and not sampler.args:
+        function, options = sampler.func, sampler.keywords
+    if function is bernoulli and not options:
+        return EXACT
+    if function is packed_bernoulli and options.keys() <= {"bits"}:
+        return PackedSampler(packed_bernoulli, **{k: _check_bits(v) for k, v in options.items()})
+    return MaskSampler(check_callable("sampler", sampler, "(key, keep_prob, shape)"))
+
+
 def packed_bernoulli(
     key: KeyLike,
     keep_prob: ArrayLike,
@@ -97,11 +136,10 @@ def packed_bernoulli(
         >>> sorted(set(y.ravel().tolist())), round(float(y.mean()), 2)
         ([0.0, 4.0], 1.0)
     """
-    bits = _check_bits(bits)
-    threshold = _threshold(check_probability("keep_prob", keep_prob), bits)
-    draw = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
+    sampler = PackedSampler(packed_bernoulli, _check_bits(bits))
+    probability = check_probability("keep_prob", keep_prob)
     shape, layout = check_shape("shape", shape), check_layout("out_sharding", out_sharding)
-    return draw(check_key(key), threshold, shape, bits, layout)
+    return sampler.draw(check_key(key), probability, shape, layout)
 
 
 def packed_axis(shape: Sequence[int]) -> int | None:

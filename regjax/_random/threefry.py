@@ -52,7 +52,7 @@ def _rounds(key: Words, state: Words) -> Words:
     for group in range(5):
         for distance in _ROTATIONS[group % 2]:
             x0 = x0 + x1
-            x1 = _rotate_left(x1, distance) ^ x0
+            x1 = ((x1 << np.uint32(distance)) | (x1 >> np.uint32(32 - distance))) ^ x0
         x0 = x0 + schedule[(group + 1) % 3]
         # Scalars first: the key and the group's number meet once, not once an element.
         x1 = x1 + (schedule[(group + 2) % 3] + np.uint32(group + 1))
@@ -75,10 +75,6 @@ def counter_bits(
         low = row_major_index(shape, out_sharding, start=key[1])[1]
         out0, out1 = _rounds(key, (key[0], low))
     return out0 ^ out1
-
-
-def _rotate_left(x: UInt32[Array, "*shape"], distance: int) -> UInt32[Array, "*shape"]:
-    return (x << np.uint32(distance)) | (x >> np.uint32(32 - distance))
 
 
 def row_major_index(
@@ -157,7 +153,7 @@ def check_size(shape: Sequence[int]) -> None:
     Raises:
         ValueError: The shape has 2**63 elements or more.
     """
-    known = math.prod(size for size in shape if is_number(size))
+    known = math.prod([size for size in shape if is_number(size)])
     if known >= 2**63:
         raise ValueError(f"shape must have fewer than 2**63 elements; got {tuple(shape)}.")
 
@@ -168,7 +164,7 @@ def product_words(sizes: Sequence[int]) -> tuple[Any, Any]:
     NumPy scalars where every size is a number. A symbolic size has its value at run time only, and
     the words of a product that contains one are arrays.
     """
-    known = math.prod(size for size in sizes if is_number(size))
+    known = math.prod([size for size in sizes if is_number(size)])
     high, low = np.uint32(known // _WORD % _WORD), np.uint32(known % _WORD)
     for size in sizes:
         if not is_number(size):
@@ -189,7 +185,8 @@ def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Ar
         spec = out_sharding.spec if is_named else out_sharding
         alone = PartitionSpec(*[None] * axis, *spec[axis : axis + 1])
         out_sharding = out_sharding.update(spec=alone) if is_named else alone
-    sizes = tuple(size if i == axis else 1 for i, size in enumerate(shape))
+    sizes = [1] * len(shape)
+    sizes[axis] = shape[axis]
     return lax.broadcasted_iota(np.uint32, sizes, axis, out_sharding=out_sharding)
 
 
