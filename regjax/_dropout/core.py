@@ -249,8 +249,11 @@ def keep_mask(
     sampler: MaskSampler,
 ) -> Bool[Array, "*mask"]:
     """A mask for `x`, of size 1 along the dimensions that share it and laid out as the others."""
+    layout = mask_sharding(x, dims)
+    if not dims:
+        return sampler.draw(key, keep_prob, x.shape, layout)
     shape = tuple([1 if dim in dims else size for dim, size in enumerate(x.shape)])
-    draw = functools.partial(sampler.draw, key, keep_prob, shape, mask_sharding(x, dims))
+    draw = functools.partial(sampler.draw, key, keep_prob, shape, layout)
     first = min([dim for dim in dims if not at_most(x.shape[dim], 1)], default=x.ndim)
     # Shared along the last dimensions only, an element of the mask stays in a register.
     is_redrawn = first < x.ndim and not at_most(math.prod(shape[first:]), 1)

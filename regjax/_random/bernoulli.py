@@ -78,6 +78,19 @@ class MaskSampler:
         return keep_prob
 
 
+def exact_keep_prob(keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+    """Return the probability with which `bernoulli` keeps an element, for the scale.
+
+    It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
+    and the scale uses `keep_prob` itself, as other libraries do. Below, the difference can be
+    large: an element that is to be kept with probability 1e-10 is kept with 2**-23.
+    """
+    if isinstance(keep_prob, jax.Array):
+        share = _threshold(keep_prob).astype(keep_prob.dtype) * 2.0**-_MANTISSA
+        return jnp.where((keep_prob > 0) & (keep_prob < _TINY), share, keep_prob)
+    return float(_threshold(keep_prob)) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
+
+
 class ExactSampler(MaskSampler):
     """The sampler behind `bernoulli`."""
 
@@ -91,22 +104,7 @@ class ExactSampler(MaskSampler):
         """Draws a mask."""
         return _threshold_mask(key, _threshold(keep_prob), shape, out_sharding)
 
-    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
-        """Return a multiple of 2**-23 where the difference is large."""
-        return exact_keep_prob(keep_prob)
-
-
-def exact_keep_prob(keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
-    """Return the probability with which `bernoulli` keeps an element, for the scale.
-
-    It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
-    and the scale uses `keep_prob` itself, as other libraries do. Below, the difference can be
-    large: an element that is to be kept with probability 1e-10 is kept with 2**-23.
-    """
-    if isinstance(keep_prob, jax.Array):
-        share = _threshold(keep_prob).astype(keep_prob.dtype) * 2.0**-_MANTISSA
-        return jnp.where((keep_prob > 0) & (keep_prob < _TINY), share, keep_prob)
-    return float(_threshold(keep_prob)) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
+    realised_keep_prob = staticmethod(exact_keep_prob)
 
 
 def bernoulli(

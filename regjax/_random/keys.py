@@ -159,4 +159,5 @@ def _is_typed(key: KeyLike) -> bool:
 
 
 def is_threefry(key: KeyLike) -> bool:
+    """Whether the words of a key are its own."""
     return str(jax.random.key_impl(key)) == _THREEFRY if _is_typed(key) else key.shape == (2,)

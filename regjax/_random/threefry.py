@@ -99,7 +99,7 @@ def row_major_index(
     """
     check_size(shape)
     along = _along_in_place if in_place else _along
-    carries = not at_most(math.prod(shape), _WORD)
+    carries = start is None and not at_most(math.prod(shape), _WORD)
     hi = jnp.zeros((), jnp.uint32)
     lo = hi if start is None else start
     for axis, size in enumerate(shape):
@@ -153,8 +153,7 @@ def check_size(shape: Sequence[int]) -> None:
     Raises:
         ValueError: The shape has 2**63 elements or more.
     """
-    known = math.prod([size for size in shape if is_number(size)])
-    if known >= 2**63:
+    if _split(shape)[0] >= 2**63:
         raise ValueError(f"shape must have fewer than 2**63 elements; got {tuple(shape)}.")
 
 
@@ -164,13 +163,21 @@ def product_words(sizes: Sequence[int]) -> tuple[Any, Any]:
     NumPy scalars where every size is a number. A symbolic size has its value at run time only, and
     the words of a product that contains one are arrays.
     """
-    known = math.prod([size for size in sizes if is_number(size)])
+    known, symbols = _split(sizes)
     high, low = np.uint32(known // _WORD % _WORD), np.uint32(known % _WORD)
-    for size in sizes:
-        if not is_number(size):
-            factor = jnp.asarray(size).astype(jnp.uint32)
-            high, low = factor * high + _multiply_high(factor, low), factor * low
+    for size in symbols:
+        factor = jnp.asarray(size).astype(jnp.uint32)
+        high, low = factor * high + _multiply_high(factor, low), factor * low
     return high, low
+
+
+def _split(sizes: Sequence[int]) -> tuple[int, Sequence[int]]:
+    """The product of the sizes that are numbers, and those that are symbols."""
+    product = math.prod(sizes)
+    if isinstance(product, int):
+        return product, ()
+    numbers = [size for size in sizes if is_number(size)]
+    return math.prod(numbers), [size for size in sizes if not is_number(size)]
 
 
 def is_number(size: int) -> bool:
