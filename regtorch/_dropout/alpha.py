@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regshared.checks import check_integers
-from regtorch._dropout.core import Settings, check_real, masked, real_dtype
+from regtorch._dropout.core import Dropout, check_dims, check_real, drawn, real_dtype
 from regtorch._dropout.features import shared_dims
 from regtorch._random.bernoulli import Sampler, bernoulli
+from regtorch._random.packed import mask_sampler
 from regtorch._random.rounding import exact_sqrt, rounded
 
 # The SELU saturates at -alpha: its scale 1.0507009873554805 times its alpha 1.6732632423543772.
@@ -72,9 +72,9 @@ def alpha_dropout(
     Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
     NeurIPS 2017.
     """
-    dims = check_integers("broadcast_dims", broadcast_dims)
-    settings = Settings("alpha_dropout", dims, sampler, _scale, _offsets)
-    return masked(_check_real(x), rate, key, deterministic, settings)
+    x = _check_real(x)
+    dims = check_dims(broadcast_dims, x.ndim)
+    return drawn(alpha("alpha_dropout", sampler, dims), x, rate, key, deterministic)
 
 
 def feature_alpha_dropout(
@@ -122,8 +122,12 @@ def feature_alpha_dropout(
     """
     x = _check_real(x)
     shared = shared_dims(x.ndim, channel_axis)
-    settings = Settings("feature_alpha_dropout", shared, sampler, _scale, _offsets)
-    return masked(x, rate, key, deterministic, settings)
+    return drawn(alpha("feature_alpha_dropout", sampler, shared), x, rate, key, deterministic)
+
+
+def alpha(name: str, sampler: Sampler, dims: tuple[int, ...]) -> Dropout:
+    """Alpha dropout under the name of the function that calls it."""
+    return Dropout(name, mask_sampler(sampler), dims, _scale, _offsets)
 
 
 def _scale(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -13,16 +13,16 @@ from torch import Tensor
 from regshared.checks import check_bool, check_integer, describe
 from regtorch._checks import check_number, check_tensor
 from regtorch._dropout.core import (
-    Settings,
+    Dropout,
     check_flag,
+    drawn,
     inverse,
     is_number,
     keep_prob_of,
-    masked,
     real_dtype,
     require_key,
 )
-from regtorch._random.bernoulli import bernoulli, bernoulli_at, check_probability, exact_keep_prob
+from regtorch._random.bernoulli import EXACT, bernoulli_at, check_probability, exact_keep_prob
 from regtorch._random.collect import BlockwisePlan
 from regtorch._random.events import observer
 
@@ -120,8 +120,8 @@ def dot_product_attention(
     if block_size is None:
         weights = _softmax(scores(query, key, bias, mask))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        settings = Settings("dot_product_attention", shared, bernoulli)
-        weights = masked(weights, rate, one_key, flag, settings)
+        kind = Dropout("dot_product_attention", EXACT, shared)
+        weights = drawn(kind, weights, rate, one_key, flag)
         return _mixed(weights.to(value.dtype), value)
     size = _check_block(block_size, key.shape[-3])
     blocks = _Blocks(scores, size, key.shape[-3], broadcast_dropout)

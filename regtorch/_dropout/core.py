@@ -9,11 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from regshared.checks import check_callable, check_integer, check_integers
+from regshared.checks import check_integer, check_integers
 from regtorch._checks import check_tensor
-from regtorch._random.bernoulli import Sampler, bernoulli, check_probability, realised_keep_prob
+from regtorch._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
 from regtorch._random.events import observer
 from regtorch._random.keys import check_key, generator_key
+from regtorch._random.packed import mask_sampler
 from regtorch._random.rounding import rounded
 
 _DOUBLE = (torch.float64, torch.complex128)
@@ -79,41 +80,27 @@ def dropout(
     Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
     prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
     """
-    settings = Settings("dropout", check_integers("broadcast_dims", broadcast_dims), sampler)
-    return masked(x, rate, key, deterministic, settings)
-
-
-def masked(
-    x: Tensor,
-    rate: float | Tensor,
-    key: Tensor | torch.Generator | None,
-    deterministic: bool | Tensor,
-    settings: Settings,
-) -> Tensor:
-    """Dropout whose mask a sampler draws: an element each, or shared along dimensions."""
     x = check_inexact(x)
-    check_callable("sampler", settings.sampler, "(key, keep_prob, shape)")
-    dims = check_dims(settings.broadcast_dims, x.ndim)
-    settings = dataclasses.replace(settings, broadcast_dims=dims)
-    return drawn(x, rate, key, deterministic, settings)
+    dims = check_dims(broadcast_dims, x.ndim)
+    return drawn(Dropout("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic)
 
 
 def drawn(
+    kind: Kind,
     x: Tensor,
     rate: float | Tensor,
     key: Tensor | torch.Generator | None,
     deterministic: bool | Tensor,
-    kind: Kind,
     *tensors: Tensor,
 ) -> Tensor:
     """The frame of the whole family: checks, shortcuts, the key, who watches, then the mask.
 
     Args:
+        kind: what is drawn, and what becomes of `x`.
         x: what is dropped, checked by `check_inexact`.
         rate: as `dropout` takes it, like `key` and `deterministic`.
         key: see there.
         deterministic: see there.
-        kind: what is drawn, and what becomes of `x`.
         *tensors: what the mask depends on besides.
     """
     rate = check_probability("rate", rate)
@@ -128,9 +115,9 @@ def drawn(
         if watching := observer():
             keep = kind.keep(x, one_key, rate, *tensors)
             watching.draw(kind.name, one_key, rate, keep, x, deterministic)
-            dropped = made(x, one_key, rate, _Drawn(kind), keep)
+            dropped = made(_Drawn(kind), x, one_key, rate, keep)
         else:
-            dropped = made(x, one_key, rate, kind, *tensors)
+            dropped = made(kind, x, one_key, rate, *tensors)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, dropped)
     return dropped
@@ -146,7 +133,7 @@ def inverse(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 class Kind(Protocol):
-    """What of a dropout is no tensor: one value, into which no transform looks.
+    """A kind of dropout, and what of it is no tensor: one value, into which no transform looks.
 
     Attributes:
         name: the name of the function, for observers.
@@ -155,8 +142,8 @@ class Kind(Protocol):
     @property
     def name(self) -> str: ...
 
-    def keep(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Draws the mask for `x`, from a key, a rate and what else it depends on: True keeps.
+    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor, *tensors: Tensor) -> Tensor:
+        """Draws the mask for `x`: True keeps. `tensors` are what it depends on besides.
 
         Of size 1 along dimensions that share it.
         """
@@ -172,32 +159,33 @@ class Kind(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """A mask from a sampler, a scale from the rate: of dropout and what differs in those only.
+class Dropout:
+    """A mask from a sampler, a scale from the rate: `dropout`, and what differs in those only.
 
     An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
 
     Attributes:
         name: the name of the function, for observers.
-        broadcast_dims: dimensions along which one mask is shared.
         sampler: what draws the mask.
+        broadcast_dims: dimensions along which one mask is shared, in order.
         scale: makes the scale from the keep probability and the dtype.
         offsets: makes `(shift, fill)` from the same; both are 0 without it.
     """
 
     name: str
-    broadcast_dims: tuple[int, ...]
-    sampler: Sampler
+    sampler: MaskSampler
+    broadcast_dims: tuple[int, ...] = ()
     scale: Callable[..., Any] = inverse
     offsets: Callable[..., Any] | None = None
 
     def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
         """Draws the mask."""
-        return _keep_mask(x, key, keep_prob_of(rate, x.dtype), self)
+        shape = tuple([1 if dim in self.broadcast_dims else n for dim, n in enumerate(x.shape)])
+        return self.sampler.draw(key, keep_prob_of(rate, x.dtype), shape)
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Masks, shifts and scales."""
-        realised = realised_keep_prob(self.sampler, keep_prob_of(rate, x.dtype))
+        realised = self.sampler.realised_keep_prob(keep_prob_of(rate, x.dtype))
         if isinstance(realised, Tensor):
             realised = realised.to(real_dtype(x.dtype))
         scale = self.scale(realised, x.dtype)
@@ -209,7 +197,7 @@ class Settings:
         kept = (rounded(x.to(real_dtype(x.dtype))) + shift) * scale
         return torch.where(laid_out(keep, x), kept, fill).to(x.dtype)
 
-    def slope(self) -> Settings:
+    def slope(self) -> Dropout:
         """Without the offsets."""
         return dataclasses.replace(self, offsets=None)
 
@@ -258,7 +246,7 @@ class _Drop(torch.autograd.Function):
         return _Drop.apply(x, key, rate, ctx.kind.slope(), *tensors)
 
 
-def made(x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, *tensors: Tensor) -> Tensor:
+def made(kind: Kind, x: Tensor, key: Tensor, rate: float | Tensor, *tensors: Tensor) -> Tensor:
     """What `kind` makes of `x`; of a tensor rate outside [0, 1], NaN.
 
     The backward pass has nothing but the key, and draws again.
@@ -296,13 +284,6 @@ class _Drawn:
     def slope(self) -> _Drawn:
         """The same with the kind's slope."""
         return _Drawn(self.kind.slope())
-
-
-def _keep_mask(x: Tensor, key: Tensor, keep_prob: float | Tensor, settings: Settings) -> Tensor:
-    """Of size 1 along the dimensions that share it."""
-    dims = settings.broadcast_dims
-    shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-    return settings.sampler(key, keep_prob, shape)
 
 
 def keep_prob_of(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -23,7 +23,7 @@ from regtorch._dropout.core import (
     require_key,
     selected,
 )
-from regtorch._random.bernoulli import bernoulli, check_probability
+from regtorch._random.bernoulli import EXACT, check_probability
 from regtorch._random.keys import key_words
 from regtorch._random.normal import normal
 from regtorch._random.rounding import rounded
@@ -125,7 +125,7 @@ def drop_block(
     )
     if with_noise:
         return _noisy(x, rate, key, deterministic, blocks)
-    return drawn(x, rate, key, deterministic, blocks)
+    return drawn(blocks, x, rate, key, deterministic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,8 @@ class _Blocks:
         batch, channels, *sizes = (x.shape[dim] for dim in self.order(x.ndim))
         starts = [size - self.size + 1 for size in sizes]
         shape = (batch, 1 if self.share_channels else channels, *starts)
-        keep = bernoulli(key, _start_keep_prob(rate, self.size, sizes, self.gamma_scale), shape)
+        keep_prob = _start_keep_prob(rate, self.size, sizes, self.gamma_scale)
+        keep = EXACT.draw(key, keep_prob, shape)
         for dim in range(2, keep.ndim):
             keep = _spread(keep, dim, self.size)
         return keep.movedim(1, self.channel_axis)
@@ -213,8 +214,8 @@ def _noisy(
     one_key = require_key(key).to(x.device)
     noise = _noise(x, one_key, blocks.order(x.ndim))
     if not is_number(rate, 1):
-        noise = made(noise, one_key, rate, _Dropped(blocks))
-    noisy = drawn(x, rate, one_key, flag, blocks) + noise
+        noise = made(_Dropped(blocks), noise, one_key, rate)
+    noisy = drawn(blocks, x, rate, one_key, flag) + noise
     return torch.where(flag, x, noisy) if isinstance(flag, Tensor) else noisy
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from regshared.checks import describe
 from regshared.decay_rules import Parameter, Place, bools, kind_of_attribute
 from regshared.globs import components, words
-from regtorch._dropout.core import Settings, check_flag, is_number, masked, require_key
+from regtorch._dropout.core import Dropout, check_flag, check_inexact, drawn, is_number, require_key
 from regtorch._random.bernoulli import Sampler, bernoulli, check_probability
 from regtorch._random.keys import site_key
+from regtorch._random.packed import mask_sampler
 
 if TYPE_CHECKING:
     from regshared.decay_rules import Rule
@@ -103,7 +104,7 @@ def drop_connect(
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     chosen = _chosen(weights, rule)
-    settings = Settings("drop_connect", (), sampler)
+    kind = Dropout("drop_connect", mask_sampler(sampler))
     if deterministic is True or is_number(rate, 0):
         return weights
     root = None if key is None else require_key(key)  # a generator is asked once for all
@@ -111,7 +112,7 @@ def drop_connect(
     def leaf(name: str, weight: Tensor) -> Tensor:
         site = "/".join(components(name))
         leaf_key = site_key(root, 0, site) if name and root is not None else root
-        return masked(weight, rate, leaf_key, deterministic, settings)
+        return drawn(kind, check_inexact(weight), rate, leaf_key, deterministic)
 
     if isinstance(weights, Tensor):
         return leaf("", weights)

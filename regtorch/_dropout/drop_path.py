@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from regshared.checks import check_bool, check_choice
-from regtorch._dropout.core import Settings, check_inexact, inverse, masked
+from regtorch._dropout.core import Dropout, check_inexact, drawn, inverse
 from regtorch._random.bernoulli import Sampler, bernoulli
+from regtorch._random.packed import mask_sampler
 
 
 def drop_path(
@@ -67,8 +68,8 @@ def drop_path(
     """
     x = check_inexact(x)
     scale = inverse if check_bool("scale_by_keep", scale_by_keep) else _one
-    settings = Settings("drop_path", _shared_dims(x.ndim, mode), sampler, scale)
-    return masked(x, rate, key, deterministic, settings)
+    kind = Dropout("drop_path", mask_sampler(sampler), _shared_dims(x.ndim, mode), scale)
+    return drawn(kind, x, rate, key, deterministic)
 
 
 def check_mode(mode: str) -> str:

@@ -60,7 +60,7 @@ def embedding_dropout(
     networks", NeurIPS 2016.
     """
     x = check_inexact(x)
-    return drawn(x, rate, key, deterministic, _Words(), _check_ids(ids, x.shape))
+    return drawn(_Words(), x, rate, key, deterministic, _check_ids(ids, x.shape))
 
 
 @dataclasses.dataclass(frozen=True)

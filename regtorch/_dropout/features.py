@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regtorch._dropout.core import Settings, check_axis, check_inexact, masked
+from regtorch._dropout.core import Dropout, check_axis, check_inexact, drawn
 from regtorch._random.bernoulli import Sampler, bernoulli
+from regtorch._random.packed import mask_sampler
 
 
 def feature_dropout(
@@ -64,8 +65,8 @@ def feature_dropout(
     """
     x = check_inexact(x)
     shared = shared_dims(x.ndim, channel_axis)
-    settings = Settings("feature_dropout", shared, sampler)
-    return masked(x, rate, key, deterministic, settings)
+    kind = Dropout("feature_dropout", mask_sampler(sampler), shared)
+    return drawn(kind, x, rate, key, deterministic)
 
 
 def shared_dims(ndim: int, channel_axis: int) -> tuple[int, ...]:

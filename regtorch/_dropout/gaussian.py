@@ -155,7 +155,7 @@ class _Factors:
 
 
 def _multiplied(x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
-    return made(x, key, rate, _Factors())
+    return made(_Factors(), x, key, rate)
 
 
 def _deviation(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regtorch._dropout.core import Settings, check_axis, check_inexact, masked
+from regtorch._dropout.core import Dropout, check_axis, check_inexact, drawn
 from regtorch._random.bernoulli import Sampler, bernoulli
+from regtorch._random.packed import mask_sampler
 
 _ADVICE = " Of a single timestep, use dropout, with the same key at every step."
 
@@ -88,5 +89,5 @@ def variational_dropout(
     """
     x = check_inexact(x)
     axis = check_axis("time_axis", time_axis, x.ndim, _ADVICE)
-    settings = Settings("variational_dropout", (axis,), sampler)
-    return masked(x, rate, key, deterministic, settings)
+    kind = Dropout("variational_dropout", mask_sampler(sampler), (axis,))
+    return drawn(kind, x, rate, key, deterministic)

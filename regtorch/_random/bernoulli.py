@@ -7,17 +7,17 @@ alone. No setting and no device changes it, and it will not change under this na
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from regtorch._checks import check_shape
-from regtorch._random.keys import key_words
+from regtorch._random.keys import check_key, key_words
 from regtorch._random.threefry import in_pieces, range_bits, shift_right, threefry2x32
 
 _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
@@ -25,9 +25,6 @@ _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.ra
 # depend on which it runs on.
 _SMALLEST = torch.finfo(torch.float32).smallest_normal
 _TINY = 2.0**-12  # below it, the share that is kept may differ from the request
-
-_REALISED = "realised_keep_prob"
-_S = TypeVar("_S")
 
 
 class Sampler(Protocol):
@@ -38,32 +35,28 @@ class Sampler(Protocol):
         ...
 
 
-def realised_keep_prob(sampler: Sampler, keep_prob: float | Tensor) -> float | Tensor:
-    """What share a sampler keeps when asked for `keep_prob`: what the kept elements are divided by.
+@dataclasses.dataclass(frozen=True)
+class MaskSampler:
+    """How a mask is drawn, and which share of its elements is kept on average.
 
-    A sampler that rounds says so with `realises`.
-    """
-    options = {}
-    if isinstance(sampler, functools.partial):
-        sampler, options = sampler.func, sampler.keywords
-    realise = getattr(sampler, _REALISED, None)
-    return realise(keep_prob, **options) if realise else keep_prob
+    This one calls a function of the user's, and takes its word for the share.
 
-
-def realises(realise: Callable[..., Any]) -> Callable[[_S], _S]:
-    """Marks a sampler that rounds: `realise(keep_prob, **options)` is what it really keeps.
-
-    The options are those that a `functools.partial` gave the sampler.
+    Attributes:
+        function: what was passed as `sampler`.
     """
 
-    def mark(sampler: _S) -> _S:
-        vars(sampler)[_REALISED] = realise
-        return sampler
+    function: Sampler
 
-    return mark
+    def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Draws a mask from arguments that were checked before; True keeps."""
+        return self.function(key, keep_prob, shape)
+
+    def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
+        """Return the number by which kept elements are divided."""
+        return keep_prob
 
 
-def exact_keep_prob(keep_prob: float | Tensor, **_: Any) -> float | Tensor:
+def exact_keep_prob(keep_prob: float | Tensor) -> float | Tensor:
     """Return the probability with which `bernoulli` keeps an element, for the scale.
 
     It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
@@ -76,7 +69,21 @@ def exact_keep_prob(keep_prob: float | Tensor, **_: Any) -> float | Tensor:
     return _threshold(keep_prob) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
 
 
-@realises(exact_keep_prob)
+class ExactSampler(MaskSampler):
+    """The sampler behind `bernoulli`."""
+
+    def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Draws a mask."""
+        words, threshold = key_words(key), _threshold(keep_prob)
+
+        def mask(start: int, stop: int) -> Tensor:
+            return shift_right(range_bits(words, start, stop), 32 - _MANTISSA) < threshold
+
+        return in_pieces(mask, shape, key.device)
+
+    realised_keep_prob = staticmethod(exact_keep_prob)
+
+
 def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
     """Draws a keep mask: each element is True with probability `keep_prob`, independently.
 
@@ -104,13 +111,11 @@ def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> T
         >>> regtorch.bernoulli(regtorch.key(0), 0.5, (6,)).tolist()
         [False, False, True, True, False, True]
     """
-    threshold = _threshold(check_probability("keep_prob", keep_prob))
-    words, shape = key_words(key), check_shape("shape", shape)
+    probability = check_probability("keep_prob", keep_prob)
+    return EXACT.draw(check_key(key), probability, check_shape("shape", shape))
 
-    def mask(start: int, stop: int) -> Tensor:
-        return shift_right(range_bits(words, start, stop), 32 - _MANTISSA) < threshold
 
-    return in_pieces(mask, shape, key.device)
+EXACT = ExactSampler(bernoulli)
 
 
 def bernoulli_at(key: Tensor, keep_prob: float | Tensor, index: Tensor) -> Tensor:

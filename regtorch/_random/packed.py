@@ -5,27 +5,69 @@ The mirror of `regjax._random.packed`, which says why. The exact sampler is `ber
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from regshared.checks import check_integer
+from regshared.checks import check_callable, check_integer
 from regtorch._checks import check_shape
-from regtorch._random.bernoulli import check_probability, realises
-from regtorch._random.keys import key_words
+from regtorch._random.bernoulli import EXACT, MaskSampler, Sampler, bernoulli, check_probability
+from regtorch._random.keys import check_key, key_words
 from regtorch._random.threefry import Words, check_size, counter_bits, shift_right, threefry2x32
 
 _LANES = 32
 _SMALLEST_PACKED = 2**12
 
 
-def _realised_keep_prob(keep_prob: float | Tensor, *, bits: int = 16) -> float | Tensor:
-    return _threshold(keep_prob, _check_bits(bits)) / 2**bits
+@dataclasses.dataclass(frozen=True)
+class PackedSampler(MaskSampler):
+    """The sampler behind `packed_bernoulli`.
+
+    Attributes:
+        bits: how many bits of the keep probability count.
+    """
+
+    bits: int = 16
+
+    def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Draws a mask."""
+        words, threshold = key_words(key), _threshold(keep_prob, self.bits)
+        check_size(shape, key.device)
+        axis = packed_axis(shape)
+        if axis is None:
+            drawn = shift_right(counter_bits(words, shape), 32 - self.bits)
+            return _below(drawn, threshold, self.bits)
+        grouped = (*shape[:axis], shape[axis] // _LANES, *shape[axis + 1 :])
+        return _spread(_compared(words, threshold, self.bits, grouped), axis).reshape(shape)
+
+    def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
+        """Return a multiple of `2**-bits`."""
+        return _threshold(keep_prob, self.bits) / 2**self.bits
 
 
-@realises(_realised_keep_prob)
+def mask_sampler(sampler: Sampler | MaskSampler) -> MaskSampler:
+    """Return how `sampler` draws, with the options of a `functools.partial`.
+
+    Raises:
+        TypeError: it is not a function, or `bits` is not an integer.
+        ValueError: `bits` is not in 1..32.
+    """
+    if isinstance(sampler, MaskSampler):
+        return sampler
+    function, options = sampler, {}
+    if isinstance(sampler, functools.partial) and not sampler.args:
+        function, options = sampler.func, sampler.keywords
+    if function is bernoulli and not options:
+        return EXACT
+    if function is packed_bernoulli and options.keys() <= {"bits"}:
+        return PackedSampler(packed_bernoulli, **{k: _check_bits(v) for k, v in options.items()})
+    return MaskSampler(check_callable("sampler", sampler, "(key, keep_prob, shape)"))
+
+
 def packed_bernoulli(
     key: Tensor, keep_prob: float | Tensor, shape: Sequence[int], *, bits: int = 16
 ) -> Tensor:
@@ -69,15 +111,9 @@ def packed_bernoulli(
         >>> y.unique().tolist()
         [0.0, 4.0]
     """
-    bits = _check_bits(bits)
-    threshold = _threshold(check_probability("keep_prob", keep_prob), bits)
-    words, shape = key_words(key), check_shape("shape", shape)
-    check_size(shape, key.device)
-    axis = packed_axis(shape)
-    if axis is None:
-        return _below(shift_right(counter_bits(words, shape), 32 - bits), threshold, bits)
-    grouped = (*shape[:axis], shape[axis] // _LANES, *shape[axis + 1 :])
-    return _spread(_compared(words, threshold, bits, grouped), axis).reshape(shape)
+    sampler = PackedSampler(packed_bernoulli, _check_bits(bits))
+    probability = check_probability("keep_prob", keep_prob)
+    return sampler.draw(check_key(key), probability, check_shape("shape", shape))
 
 
 def packed_axis(shape: Sequence[int]) -> int | None:
