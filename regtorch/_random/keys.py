@@ -67,7 +67,7 @@ def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
     """
     is_shape = isinstance(num, Sequence) and not isinstance(num, str)
     shape = check_shape("num", num if is_shape else (check_integer("num", num),))
-    words = key_words(key)
+    words = key_words(check_key(key))
     low = torch.arange(math.prod(shape), dtype=torch.int32, device=key.device)
     return _key_of(threefry2x32(words, (torch.zeros_like(low), low))).reshape(*shape, 2)
 
@@ -95,7 +95,7 @@ def fold_in(key: Tensor, data: int) -> Tensor:
     data = check_integer("data", data)
     if not -(2**31) <= data < 2**32:
         raise ValueError(f"data must lie in [-2**31, 2**32); got {data}.")
-    return _key_of(threefry2x32(key_words(key), _words(data % 2**32, key.device)))
+    return _key_of(threefry2x32(key_words(check_key(key)), _words(data % 2**32, key.device)))
 
 
 def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
@@ -117,7 +117,7 @@ def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
         >>> regtorch.bits(regtorch.key(0), (2,))
         tensor([4070199207, 4202968722], dtype=torch.uint32)
     """
-    return counter_bits(key_words(key), check_shape("shape", shape)).view(torch.uint32)
+    return counter_bits(key_words(check_key(key)), check_shape("shape", shape)).view(torch.uint32)
 
 
 def site_key(root: Tensor, step: int, site: str) -> Tensor:
@@ -221,8 +221,8 @@ def check_key(key: Tensor, name: str = "key") -> Tensor:
 
 
 def key_words(key: Tensor) -> Words:
-    """The two words of a key, as int32 tensors of no dimension."""
-    words = check_key(key).view(torch.int32)
+    """The two words of a key that was checked, as int32 tensors of no dimension."""
+    words = key.view(torch.int32)
     return words[0], words[1]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from regtorch._checks import check_shape
-from regtorch._random.keys import key_words
+from regtorch._random.keys import check_key, key_words
 from regtorch._random.quantile import quantile
 from regtorch._random.threefry import in_pieces, range_bits, shift_right, threefry2x32
 
@@ -56,7 +56,7 @@ def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
     """
     if dtype not in _TYPES:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype}.")
-    words, shape = key_words(key), check_shape("shape", shape)
+    words, shape = key_words(check_key(key)), check_shape("shape", shape)
 
     def make(start: int, stop: int) -> Tensor:
         if dtype == torch.float64:
