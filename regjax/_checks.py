@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,13 +19,8 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec, Sharding
 
 from regshared.checks import (
-    check_bool,
-    check_callable,
-    check_choice,
     check_integer,
-    check_integers,
     check_items,
-    check_string,
     describe,
 )
 
@@ -139,34 +134,6 @@ def check_layout(name: str, value: Any) -> Any:
             f"{name} must be a Sharding, a PartitionSpec or None; got {describe(value)}."
         )
     return value
-
-
-# The settings that layers of several frameworks share, and what each of them must be.
-_SETTINGS: dict[str, Callable[[str, Any], Any]] = {
-    "block_size": lambda name, value: check_integer(name, value, minimum=1),
-    "broadcast_dims": check_integers,
-    "channel_axis": check_integer,
-    "gamma_scale": lambda name, value: check_number(name, value, minimum=0),
-    "mode": lambda name, value: check_choice(name, value, ("row", "batch")),
-    "rng_collection": check_string,
-    "sampler": lambda name, value: check_callable(name, value, "(key, keep_prob, shape)"),
-    "scale_by_keep": check_bool,
-    "share_channels": check_bool,
-    "time_axis": check_integer,
-    "with_noise": check_bool,
-}
-
-
-def check_settings(layer: object) -> None:
-    """Refuse a wrong setting when a layer is made, not when it first drops.
-
-    Raises:
-        TypeError: A setting is of the wrong type.
-        ValueError: A setting has a value that it cannot have.
-    """
-    for name, check in _SETTINGS.items():
-        if hasattr(layer, name):
-            check(name, getattr(layer, name))
 
 
 @contextlib.contextmanager

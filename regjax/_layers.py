@@ -5,20 +5,31 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 
+from regjax._checks import check_array, check_number
+from regjax._dropout.core import dropout
 from regjax._random.bernoulli import ExactSampler, MaskSampler, Sampler, bernoulli
 from regjax._random.keys import consume, is_threefry, key_words
 from regjax._random.threefry import at_most, counter_bits
-from regshared.checks import check_integers
+from regshared.checks import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_integer,
+    check_integers,
+    check_string,
+)
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Float32
 
     from regjax._random.keys import KeyLike
@@ -32,6 +43,60 @@ _LARGEST_FUSED = 4095
 def as_flax_draws(sampler: Sampler) -> Sampler | MaskSampler:
     """The sampler whose masks, and sums of what they mask, are those of Flax's own layers."""
     return FLAX if sampler is bernoulli else sampler
+
+
+# The settings that a layer may have, which are arguments of its function, and what each must be.
+_SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+    "block_size": lambda name, value: check_integer(name, value, minimum=1),
+    "broadcast_dims": check_integers,
+    "channel_axis": check_integer,
+    "gamma_scale": lambda name, value: check_number(name, value, minimum=0),
+    "mode": lambda name, value: check_choice(name, value, ("row", "batch")),
+    "rule": lambda name, value: value,  # depends on the weights that it is for
+    "sampler": lambda name, value: check_callable(name, value, "(key, keep_prob, shape)"),
+    "scale_by_keep": check_bool,
+    "share_channels": check_bool,
+    "time_axis": check_integer,
+    "with_noise": check_bool,
+}
+
+
+def check_settings(layer: object) -> None:
+    """Refuse a wrong setting when a layer is made, not when it first drops.
+
+    Raises:
+        TypeError: A setting is of the wrong type.
+        ValueError: A setting has a value that it cannot have.
+    """
+    for name, check in {**_SETTINGS, "rng_collection": check_string}.items():
+        if hasattr(layer, name):
+            check(name, getattr(layer, name))
+
+
+class FlaxLayer:
+    """What the layers for Linen and for NNX do alike: call their function with their settings.
+
+    Attributes:
+        function: the function of regjax behind the layer.
+        certain: amounts that leave nothing to chance: no key is asked for.
+    """
+
+    function: ClassVar[Callable[..., Any]]
+    certain: ClassVar[tuple[float, ...]] = (0, 1)
+
+    def _needs_key(self, amount: ArrayLike) -> bool:
+        """Whether the amount is traced, or leaves something to chance."""
+        return isinstance(amount, Tracer) or amount not in self.certain
+
+    def _drop(self, inputs: Sequence[Any], amount: ArrayLike, **how: Any) -> Any:
+        """The function of the inputs; `how` holds `key` and `deterministic`."""
+        settings = {name: getattr(self, name) for name in _SETTINGS if hasattr(self, name)}
+        if "broadcast_dims" in settings:
+            ndim = check_array("inputs", inputs[0]).ndim
+            settings["broadcast_dims"] = wrapped_dims(settings["broadcast_dims"], ndim)
+        if self.function is dropout:
+            settings["sampler"] = as_flax_draws(settings["sampler"])
+        return self.function(*inputs, amount, **settings, **how)
 
 
 def wrapped_dims(

@@ -45,7 +45,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
-from regjax._checks import check_array, check_settings, naming
+from regjax._checks import check_array, naming
 from regjax._dropout.alpha import alpha, alpha_dropout, check_alpha_input
 from regjax._dropout.core import (
     Dropout as Kind,
@@ -65,7 +65,7 @@ from regjax._dropout.drop_path import drop_path
 from regjax._dropout.embedding import embedding_dropout
 from regjax._dropout.gaussian import check_stddev, gaussian_dropout, gaussian_noise
 from regjax._dropout.variational import variational_dropout
-from regjax._layers import COMPARING
+from regjax._layers import COMPARING, check_settings
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exact_keep_prob
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words

@@ -36,9 +36,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from flax import linen
-from jax.core import Tracer
 
-from regjax._checks import check_array, check_settings, naming
+from regjax._checks import naming
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
 from regjax._dropout.core import check_flag, dropout
 from regjax._dropout.drop_block import drop_block
@@ -53,7 +52,7 @@ from regjax._dropout.gaussian import (
     gaussian_noise,
 )
 from regjax._dropout.variational import variational_dropout
-from regjax._layers import as_flax_draws, wrapped_dims
+from regjax._layers import FlaxLayer, check_settings
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class Layer(linen.Module, kw_only=True):
+class Layer(FlaxLayer, linen.Module, kw_only=True):
     """What all layers share: the mode, and where the key comes from.
 
     Attributes:
@@ -97,18 +96,10 @@ class Layer(linen.Module, kw_only=True):
     deterministic: bool | None = None
     rng_collection: str = "dropout"
 
-    # Amounts that leave nothing to chance: no key is asked for.
-    certain: ClassVar[tuple[float, ...]] = (0, 1)
-
     def __post_init__(self) -> None:
         """Refuses a setting of a wrong type."""
         check_settings(self)
         super().__post_init__()
-
-    @linen.nowrap
-    def _drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
-        """The function behind the layer; `how` holds `key` and `deterministic`."""
-        raise NotImplementedError
 
     @linen.nowrap
     def _call(
@@ -121,10 +112,10 @@ class Layer(linen.Module, kw_only=True):
         flag = check_flag(linen.merge_param("deterministic", self.deterministic, deterministic))
         if flag is True:
             return inputs[0]
-        if rng is None and (isinstance(amount, Tracer) or amount not in self.certain):
+        if rng is None and self._needs_key(amount):
             rng = self.make_rng(self.rng_collection)
         with naming(x="inputs", weights="inputs", key="rng"):
-            return self._drop(*inputs, amount, key=rng, deterministic=flag)
+            return self._drop(inputs, amount, key=rng, deterministic=flag)
 
 
 class RateLayer(Layer):
@@ -210,17 +201,13 @@ class Dropout(RateLayer, linen.Dropout):
         (1, 2)
     """
 
+    function = staticmethod(dropout)
+
     rate: float
     broadcast_dims: Sequence[int] = ()
     deterministic: bool | None = None
     rng_collection: str = "dropout"
     sampler: Sampler = bernoulli
-
-    @linen.nowrap
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.dropout`."""
-        dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
-        return dropout(x, rate, broadcast_dims=dims, sampler=as_flax_draws(self.sampler), **how)
 
 
 class FeatureDropout(RateLayer, kw_only=True):
@@ -240,14 +227,10 @@ class FeatureDropout(RateLayer, kw_only=True):
                 [0., 0., 2., 2.]]], dtype=float32)
     """
 
+    function = staticmethod(feature_dropout)
+
     channel_axis: int = -1
     sampler: Sampler = bernoulli
-
-    @linen.nowrap
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.feature_dropout`."""
-        axis, sampler = self.channel_axis, self.sampler
-        return feature_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
 
 
 class AlphaDropout(RateLayer, kw_only=True):
@@ -259,14 +242,10 @@ class AlphaDropout(RateLayer, kw_only=True):
         sampler: what draws the mask.
     """
 
+    function = staticmethod(alpha_dropout)
+
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
-
-    @linen.nowrap
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.alpha_dropout`."""
-        dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
-        return alpha_dropout(x, rate, broadcast_dims=dims, sampler=self.sampler, **how)
 
 
 class FeatureAlphaDropout(RateLayer, kw_only=True):
@@ -278,14 +257,10 @@ class FeatureAlphaDropout(RateLayer, kw_only=True):
         sampler: what draws the mask.
     """
 
+    function = staticmethod(feature_alpha_dropout)
+
     channel_axis: int = -1
     sampler: Sampler = bernoulli
-
-    @linen.nowrap
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.feature_alpha_dropout`."""
-        axis, sampler = self.channel_axis, self.sampler
-        return feature_alpha_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
 
 
 class DropPath(RateLayer, kw_only=True):
@@ -308,21 +283,11 @@ class DropPath(RateLayer, kw_only=True):
                [0., 0.]], dtype=float32)
     """
 
+    function = staticmethod(drop_path)
+
     mode: Literal["row", "batch"] = "row"
     scale_by_keep: bool = True
     sampler: Sampler = bernoulli
-
-    @linen.nowrap
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.drop_path`."""
-        return drop_path(
-            x,
-            rate,
-            mode=self.mode,
-            scale_by_keep=self.scale_by_keep,
-            sampler=self.sampler,
-            **how,
-        )
 
 
 class DropBlock(RateLayer, kw_only=True):
@@ -338,27 +303,14 @@ class DropBlock(RateLayer, kw_only=True):
         with_noise: whether dropped elements become normal variates, not 0.
     """
 
+    function = staticmethod(drop_block)
+
     block_size: int = 7
     channel_axis: int = -1
     share_channels: bool = False
     gamma_scale: float = 1.0
     scale_by_keep: bool = True
     with_noise: bool = False
-
-    @linen.nowrap
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.drop_block`."""
-        return drop_block(
-            x,
-            rate,
-            block_size=self.block_size,
-            channel_axis=self.channel_axis,
-            share_channels=self.share_channels,
-            gamma_scale=self.gamma_scale,
-            scale_by_keep=self.scale_by_keep,
-            with_noise=self.with_noise,
-            **how,
-        )
 
 
 class VariationalDropout(RateLayer, kw_only=True):
@@ -370,14 +322,10 @@ class VariationalDropout(RateLayer, kw_only=True):
         sampler: what draws the mask.
     """
 
+    function = staticmethod(variational_dropout)
+
     time_axis: int = 1
     sampler: Sampler = bernoulli
-
-    @linen.nowrap
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.variational_dropout`."""
-        axis, sampler = self.time_axis, self.sampler
-        return variational_dropout(x, rate, time_axis=axis, sampler=sampler, **how)
 
 
 class DropConnect(RateLayer, kw_only=True):
@@ -404,13 +352,10 @@ class DropConnect(RateLayer, kw_only=True):
         Array([[6., 4., 6.]], dtype=float32)
     """
 
+    function = staticmethod(drop_connect)
+
     rule: Rule = "default"
     sampler: Sampler = bernoulli
-
-    @linen.nowrap
-    def _drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.drop_connect`."""
-        return drop_connect(weights, rate, rule=self.rule, sampler=self.sampler, **how)
 
 
 class EmbeddingDropout(RateLayer):
@@ -436,6 +381,8 @@ class EmbeddingDropout(RateLayer):
                [False, False]], dtype=bool)
     """
 
+    function = staticmethod(embedding_dropout)
+
     @linen.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
         self,
@@ -449,11 +396,6 @@ class EmbeddingDropout(RateLayer):
         """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
         return self._call((inputs, ids), self._rate(rate), deterministic, rng)
 
-    @linen.nowrap
-    def _drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.embedding_dropout`."""
-        return embedding_dropout(x, ids, rate, **how)
-
 
 class GaussianDropout(RateLayer):
     """Multiplies each element by a normal number of mean 1: `regjax.gaussian_dropout`.
@@ -462,15 +404,12 @@ class GaussianDropout(RateLayer):
         rate: what the variance `rate / (1 - rate)` is made of, in [0, 1).
     """
 
+    function = staticmethod(gaussian_dropout)
+
     def __post_init__(self) -> None:
         """Refuses a rate out of range."""
         check_noise_rate(self._rate(None))
         super().__post_init__()
-
-    @linen.nowrap
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.gaussian_dropout`."""
-        return gaussian_dropout(x, rate, **how)
 
 
 class GaussianNoise(Layer):
@@ -479,6 +418,8 @@ class GaussianNoise(Layer):
     Attributes:
         stddev: the standard deviation.
     """
+
+    function = staticmethod(gaussian_noise)
 
     stddev: float
 
@@ -501,8 +442,3 @@ class GaussianNoise(Layer):
         """Adds noise in training, and returns `inputs` itself in evaluation."""
         stddev = check_stddev(self.stddev if stddev is None else stddev)
         return self._call((inputs,), stddev, deterministic, rng)
-
-    @linen.nowrap
-    def _drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
-        """`regjax.gaussian_noise`."""
-        return gaussian_noise(x, stddev, **how)

@@ -35,9 +35,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 from flax import nnx
-from jax.core import Tracer
 
-from regjax._checks import check_array, check_settings, naming
+from regjax._checks import naming
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
 from regjax._dropout.core import check_flag, dropout
 from regjax._dropout.drop_block import drop_block
@@ -52,7 +51,7 @@ from regjax._dropout.gaussian import (
     gaussian_noise,
 )
 from regjax._dropout.variational import variational_dropout
-from regjax._layers import as_flax_draws, wrapped_dims
+from regjax._layers import FlaxLayer, check_settings
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def __dir__() -> list[str]:
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
-class Layer(nnx.Module):
+class Layer(FlaxLayer, nnx.Module):
     """What all layers share: the mode, and where the key comes from.
 
     Attributes:
@@ -100,9 +99,6 @@ class Layer(nnx.Module):
     deterministic: bool | None = False
     rng_collection: str = "dropout"
     rngs: nnx.Rngs | nnx.RngStream | None = nnx.data(default=None)  # noqa: RUF009  # a field
-
-    # Amounts that leave nothing to chance: no key is asked for.
-    certain: ClassVar[tuple[float, ...]] = (0, 1)
 
     def __post_init__(self) -> None:
         """Forks a stream."""
@@ -123,10 +119,6 @@ class Layer(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def _drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
-        """The function behind the layer; `how` holds `key` and `deterministic`."""
-        raise NotImplementedError
-
     def _call(
         self,
         inputs: Sequence[Any],
@@ -145,10 +137,10 @@ class Layer(nnx.Module):
         if flag is True:
             return inputs[0]
         key = None
-        if isinstance(amount, Tracer) or amount not in self.certain:
+        if self._needs_key(amount):
             key = self._key(self.rngs if rngs is None else rngs)
         with naming(x="inputs", weights="inputs", key="rngs"):
-            return self._drop(*inputs, amount, key=key, deterministic=flag)
+            return self._drop(inputs, amount, key=key, deterministic=flag)
 
     def _key(self, rngs: Source | None) -> KeyLike:
         if isinstance(rngs, nnx.Rngs):
@@ -266,13 +258,10 @@ class Dropout(RateLayer, nnx.Dropout):
         True
     """
 
+    function = staticmethod(dropout)
+
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
-
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.dropout`."""
-        dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
-        return dropout(x, rate, broadcast_dims=dims, sampler=as_flax_draws(self.sampler), **how)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -293,13 +282,10 @@ class FeatureDropout(RateLayer):
                 [2., 0., 2., 0.]]], dtype=float32)
     """
 
+    function = staticmethod(feature_dropout)
+
     channel_axis: int = -1
     sampler: Sampler = bernoulli
-
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.feature_dropout`."""
-        axis, sampler = self.channel_axis, self.sampler
-        return feature_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -312,13 +298,10 @@ class AlphaDropout(RateLayer):
         sampler: what draws the mask.
     """
 
+    function = staticmethod(alpha_dropout)
+
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
-
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.alpha_dropout`."""
-        dims = wrapped_dims(self.broadcast_dims, check_array("x", x).ndim)
-        return alpha_dropout(x, rate, broadcast_dims=dims, sampler=self.sampler, **how)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -331,13 +314,10 @@ class FeatureAlphaDropout(RateLayer):
         sampler: what draws the mask.
     """
 
+    function = staticmethod(feature_alpha_dropout)
+
     channel_axis: int = -1
     sampler: Sampler = bernoulli
-
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.feature_alpha_dropout`."""
-        axis, sampler = self.channel_axis, self.sampler
-        return feature_alpha_dropout(x, rate, channel_axis=axis, sampler=sampler, **how)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -361,20 +341,11 @@ class DropPath(RateLayer):
                [0., 0.]], dtype=float32)
     """
 
+    function = staticmethod(drop_path)
+
     mode: Literal["row", "batch"] = "row"
     scale_by_keep: bool = True
     sampler: Sampler = bernoulli
-
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.drop_path`."""
-        return drop_path(
-            x,
-            rate,
-            mode=self.mode,
-            scale_by_keep=self.scale_by_keep,
-            sampler=self.sampler,
-            **how,
-        )
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -391,26 +362,14 @@ class DropBlock(RateLayer):
         with_noise: whether dropped elements become normal variates, not 0.
     """
 
+    function = staticmethod(drop_block)
+
     block_size: int = 7
     channel_axis: int = -1
     share_channels: bool = False
     gamma_scale: float = 1.0
     scale_by_keep: bool = True
     with_noise: bool = False
-
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.drop_block`."""
-        return drop_block(
-            x,
-            rate,
-            block_size=self.block_size,
-            channel_axis=self.channel_axis,
-            share_channels=self.share_channels,
-            gamma_scale=self.gamma_scale,
-            scale_by_keep=self.scale_by_keep,
-            with_noise=self.with_noise,
-            **how,
-        )
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -423,13 +382,10 @@ class VariationalDropout(RateLayer):
         sampler: what draws the mask.
     """
 
+    function = staticmethod(variational_dropout)
+
     time_axis: int = 1
     sampler: Sampler = bernoulli
-
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.variational_dropout`."""
-        axis, sampler = self.time_axis, self.sampler
-        return variational_dropout(x, rate, time_axis=axis, sampler=sampler, **how)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -453,12 +409,10 @@ class DropConnect(RateLayer):
         Array([[6., 2., 6.]], dtype=float32)
     """
 
+    function = staticmethod(drop_connect)
+
     rule: Rule = "default"
     sampler: Sampler = bernoulli
-
-    def _drop(self, weights: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.drop_connect`."""
-        return drop_connect(weights, rate, rule=self.rule, sampler=self.sampler, **how)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -480,6 +434,8 @@ class EmbeddingDropout(RateLayer):
                [False, False]], dtype=bool)
     """
 
+    function = staticmethod(embedding_dropout)
+
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
         self,
         inputs: Inexact[ArrayLike, "*ids features"],
@@ -492,10 +448,6 @@ class EmbeddingDropout(RateLayer):
         """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
         return self._call((inputs, ids), self._rate(rate), deterministic, rngs)
 
-    def _drop(self, x: Any, ids: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.embedding_dropout`."""
-        return embedding_dropout(x, ids, rate, **how)
-
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class GaussianDropout(RateLayer):
@@ -505,14 +457,12 @@ class GaussianDropout(RateLayer):
         rate: what the variance `rate / (1 - rate)` is made of, in [0, 1).
     """
 
+    function = staticmethod(gaussian_dropout)
+
     def __post_init__(self) -> None:
         """Refuses a rate out of range."""
         check_noise_rate(self._rate(None))
         super().__post_init__()
-
-    def _drop(self, x: Any, rate: ArrayLike, **how: Any) -> Any:
-        """`regjax.gaussian_dropout`."""
-        return gaussian_dropout(x, rate, **how)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -522,6 +472,8 @@ class GaussianNoise(Layer):
     Attributes:
         stddev: the standard deviation; a number, or an `nnx.Variable` that holds one.
     """
+
+    function = staticmethod(gaussian_noise)
 
     stddev: ArrayLike | nnx.Variable[Any] = dataclasses.field(kw_only=False)
 
@@ -554,10 +506,6 @@ class GaussianNoise(Layer):
         super().set_view(deterministic)
         if stddev is not None:
             self.stddev = _settable(stddev)
-
-    def _drop(self, x: Any, stddev: ArrayLike, **how: Any) -> Any:
-        """`regjax.gaussian_noise`."""
-        return gaussian_noise(x, stddev, **how)
 
 
 def _number(amount: ArrayLike | nnx.Variable[Any]) -> ArrayLike:
