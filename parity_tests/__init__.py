@@ -1,1 +1,4 @@
-"""Proof that regjax and regtorch agree."""
+"""Proof that regjax and regtorch agree.
+
+`parity_tests.harness` compares trainings, `python -m parity_tests` writes a report.
+"""

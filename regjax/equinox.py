@@ -39,7 +39,6 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -70,6 +69,10 @@ from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exac
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words
 from regjax._random.packed import mask_sampler
+from regshared.extras import needs
+
+with needs("regjax.equinox", extra="equinox", package="equinox"):
+    import equinox as eqx
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike

@@ -35,8 +35,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from flax import linen
-
 from regjax._checks import naming
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
 from regjax._dropout.core import check_flag, dropout
@@ -54,6 +52,10 @@ from regjax._dropout.gaussian import (
 from regjax._dropout.variational import variational_dropout
 from regjax._layers import FlaxLayer, check_settings
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
+from regshared.extras import needs
+
+with needs("regjax.linen", extra="flax", package="flax"):
+    from flax import linen
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike

@@ -34,7 +34,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
-from flax import nnx
 
 from regjax._checks import naming
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
@@ -53,6 +52,10 @@ from regjax._dropout.gaussian import (
 from regjax._dropout.variational import variational_dropout
 from regjax._layers import FlaxLayer, check_settings
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
+from regshared.extras import needs
+
+with needs("regjax.nnx", extra="flax", package="flax"):
+    from flax import nnx
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike

@@ -4,6 +4,11 @@
 """
 
 from regshared import __version__
+from regshared.extras import needs
+
+with needs("regtorch", extra="torch", package="torch"):
+    import torch as _torch  # noqa: F401
+
 from regshared.report import DropoutProblem, DropoutReport
 from regtorch import keyed, nn, optim
 from regtorch._decay.param_trees import (

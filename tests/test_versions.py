@@ -66,3 +66,11 @@ def test_the_lock_satisfies_the_lower_bounds():
     number = lambda version: [int(part) for part in version.split(".")]
     for name in TESTED:
         assert number(pins[name]) >= number(REQUIREMENTS[name].removeprefix(">="))
+
+
+def test_the_distribution_of_regtorch_alone_has_the_same_bounds():
+    alone = tomllib.loads((ROOT / "distributions/regtorch/pyproject.toml").read_text())
+    assert alone["project"]["dependencies"] == PROJECT["optional-dependencies"]["torch"]
+    assert alone["project"]["requires-python"] == PROJECT["requires-python"]
+    folders = alone["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert {Path(folder).name for folder in folders} == {"regtorch", "regshared"}

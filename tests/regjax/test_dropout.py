@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -13,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
+import regshared
 from tests.regjax.versions import debug_key_reuse
 
 KEY = jax.random.key(0)
@@ -69,6 +72,30 @@ def test_eager_calls_compile_once():
     for seed in range(4):
         apply(x, jax.random.key(seed), 0.37)
     assert regjax._dropout.core._drop_at_number._cache_size() == before + 1
+
+
+def calls_of_regjax(function):
+    """How many Python calls a function makes into the files of regjax."""
+    folders = tuple(str(Path(package.__path__[0])) for package in (regjax, regshared))
+    calls = []
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(folders):
+            calls.append(frame.f_code.co_qualname)
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return len(calls)
+
+
+def test_an_eager_call_passes_through_few_functions():
+    """The first one traces; before 0.2 they were 131 and 29."""
+    x = jnp.ones((7, 13))
+    assert calls_of_regjax(lambda: apply(x)) <= 55
+    assert calls_of_regjax(lambda: apply(x)) <= 12
 
 
 def test_the_gradient_is_the_mask_times_the_scale():
