@@ -16,7 +16,7 @@ from jax.custom_batching import custom_vmap
 
 from regjax._checks import check_array, check_number
 from regjax._dropout.core import dropout
-from regjax._random.bernoulli import ExactSampler, MaskSampler, Sampler, bernoulli
+from regjax._random.bernoulli import ExactSampler, Sampler, bernoulli
 from regjax._random.keys import consume, is_threefry, key_words
 from regjax._random.threefry import at_most, counter_bits
 from regshared.checks import (
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _LARGEST_FUSED = 4095
 
 
-def as_flax_draws(sampler: Sampler) -> Sampler | MaskSampler:
+def as_flax_draws(sampler: Sampler) -> Sampler:
     """The sampler whose masks, and sums of what they mask, are those of Flax's own layers."""
     return FLAX if sampler is bernoulli else sampler
 

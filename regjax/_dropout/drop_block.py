@@ -260,7 +260,7 @@ def _noisy(
     def noise() -> Float[Array, "*shape"]:
         variates = _noise(x, words, blocks.order(x.ndim))
         at_1 = is_number(rate, 1)
-        return variates if at_1 else made(variates, words, rate, _Dropped(blocks))
+        return variates if at_1 else made(_Dropped(blocks), variates, words, rate)
 
     if flag is False:
         return kept + noise()

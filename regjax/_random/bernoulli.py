@@ -63,6 +63,17 @@ class MaskSampler:
 
     function: Sampler
 
+    def __call__(
+        self,
+        key: KeyLike,
+        keep_prob: ArrayLike,
+        shape: Sequence[int],
+        *,
+        out_sharding: Layout = None,
+    ) -> Bool[Array, "*shape"]:
+        """Draws as the function does."""
+        return self.function(key, keep_prob, shape, out_sharding=out_sharding)
+
     def draw(
         self,
         key: KeyLike,
@@ -104,7 +115,9 @@ class ExactSampler(MaskSampler):
         """Draws a mask."""
         return _threshold_mask(key, _threshold(keep_prob), shape, out_sharding)
 
-    realised_keep_prob = staticmethod(exact_keep_prob)
+    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+        """Return a multiple of 2**-23 where the difference is large."""
+        return exact_keep_prob(keep_prob)
 
 
 def bernoulli(

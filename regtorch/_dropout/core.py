@@ -91,7 +91,7 @@ def drawn(
     rate: float | Tensor,
     key: Tensor | torch.Generator | None,
     deterministic: bool | Tensor,
-    *tensors: Tensor,
+    given: Tensor | None = None,
 ) -> Tensor:
     """The frame of the whole family: checks, shortcuts, the key, who watches, then the mask.
 
@@ -101,7 +101,7 @@ def drawn(
         rate: as `dropout` takes it, like `key` and `deterministic`.
         key: see there.
         deterministic: see there.
-        *tensors: what the mask depends on besides.
+        given: a tensor that the mask depends on besides.
     """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
@@ -113,11 +113,11 @@ def drawn(
     else:
         one_key = require_key(key).to(x.device)
         if watching := observer():
-            keep = kind.keep(x, one_key, rate, *tensors)
+            keep = kind.keep(x, one_key, rate, given)
             watching.draw(kind.name, one_key, rate, keep, x, deterministic)
             dropped = made(_Drawn(kind), x, one_key, rate, keep)
         else:
-            dropped = made(kind, x, one_key, rate, *tensors)
+            dropped = made(kind, x, one_key, rate, given)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, dropped)
     return dropped
@@ -142,8 +142,10 @@ class Kind(Protocol):
     @property
     def name(self) -> str: ...
 
-    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor, *tensors: Tensor) -> Tensor:
-        """Draws the mask for `x`: True keeps. `tensors` are what it depends on besides.
+    def keep(
+        self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
+    ) -> Tensor:
+        """Draws the mask for `x`: True keeps. `given` is a tensor that it depends on besides.
 
         Of size 1 along dimensions that share it.
         """
@@ -178,7 +180,9 @@ class Dropout:
     scale: Callable[..., Any] = inverse
     offsets: Callable[..., Any] | None = None
 
-    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
+    def keep(
+        self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
+    ) -> Tensor:
         """Draws the mask."""
         shape = tuple([1 if dim in self.broadcast_dims else n for dim, n in enumerate(x.shape)])
         return self.sampler.draw(key, keep_prob_of(rate, x.dtype), shape)
@@ -202,8 +206,10 @@ class Dropout:
         return dataclasses.replace(self, offsets=None)
 
 
-def _masked(x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, *tensors: Tensor) -> Tensor:
-    return kind.apply(x, kind.keep(x, key, rate, *tensors), rate)
+def _masked(
+    x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, given: Tensor | None
+) -> Tensor:
+    return kind.apply(x, kind.keep(x, key, rate, given), rate)
 
 
 class _Drop(torch.autograd.Function):
@@ -217,22 +223,21 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, *tensors: Tensor
+        x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, given: Tensor | None
     ) -> Tensor:
-        return _masked(x, key, rate, kind, *tensors)
+        return _masked(x, key, rate, kind, given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, key, rate, ctx.kind, *tensors = inputs
+        _, key, rate, ctx.kind, given = inputs
         ctx.rate = None if isinstance(rate, Tensor) else rate
-        saved = (key, *tensors, *([rate] if isinstance(rate, Tensor) else []))
+        saved = (key, rate if isinstance(rate, Tensor) else None, given)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = [None] * (len(ctx.needs_input_grad) - 1)
-        return _Drop.again(ctx, *grad_outputs), *nothing
+        return _Drop.again(ctx, *grad_outputs), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
@@ -241,12 +246,13 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def again(ctx: Any, x: Tensor) -> Tensor:
         """The same mask and scale on another tensor, without the offsets."""
-        key, *tensors = ctx.saved_tensors
-        rate = tensors.pop() if ctx.rate is None else ctx.rate
-        return _Drop.apply(x, key, rate, ctx.kind.slope(), *tensors)
+        key, rate, given = ctx.saved_tensors
+        return _Drop.apply(x, key, rate if ctx.rate is None else ctx.rate, ctx.kind.slope(), given)
 
 
-def made(kind: Kind, x: Tensor, key: Tensor, rate: float | Tensor, *tensors: Tensor) -> Tensor:
+def made(
+    kind: Kind, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
+) -> Tensor:
     """What `kind` makes of `x`; of a tensor rate outside [0, 1], NaN.
 
     The backward pass has nothing but the key, and draws again.
@@ -255,10 +261,10 @@ def made(kind: Kind, x: Tensor, key: Tensor, rate: float | Tensor, *tensors: Ten
     # a Function that has a forward-mode rule.
     apply = _masked if torch.compiler.is_compiling() else _Drop.apply
     if not isinstance(rate, Tensor):
-        return apply(x, key, rate, kind, *tensors)
+        return apply(x, key, rate, kind, given)
     rate = rounded(rate.detach())  # a product of the user's, perhaps
     nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
-    dropped = apply(x, key, rate, kind, *tensors)
+    dropped = apply(x, key, rate, kind, given)
     return torch.where((rate >= 0) & (rate <= 1), dropped, nan)
 
 
@@ -273,9 +279,12 @@ class _Drawn:
         """The name of the function."""
         return self.kind.name
 
-    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor, keep: Tensor) -> Tensor:
-        """The mask."""
-        return keep
+    def keep(
+        self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
+    ) -> Tensor:
+        """The mask, which is given."""
+        assert given is not None
+        return given
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Masks and scales as the kind does."""

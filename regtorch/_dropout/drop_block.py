@@ -147,7 +147,9 @@ class _Blocks:
     scale_by_keep: bool = True
     name: str = "drop_block"
 
-    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
+    def keep(
+        self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
+    ) -> Tensor:
         """Draws where blocks start, and spreads them."""
         batch, channels, *sizes = (x.shape[dim] for dim in self.order(x.ndim))
         starts = [size - self.size + 1 for size in sizes]
@@ -186,7 +188,9 @@ class _Dropped:
     blocks: _Blocks
     name: str = "drop_block"
 
-    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
+    def keep(
+        self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
+    ) -> Tensor:
         """Draws the mask of the blocks."""
         return ~self.blocks.keep(x, key, rate)
 

@@ -69,9 +69,12 @@ class _Words:
 
     name: str = "embedding_dropout"
 
-    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor, ids: Tensor) -> Tensor:
-        """The elements of a mask over the vocabulary, at the words' indices."""
-        return bernoulli_at(key, keep_prob_of(rate, x.dtype), ids.to(torch.int64))[..., None]
+    def keep(
+        self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
+    ) -> Tensor:
+        """The elements of a mask over the vocabulary, at the words' indices, which are given."""
+        assert given is not None
+        return bernoulli_at(key, keep_prob_of(rate, x.dtype), given.to(torch.int64))[..., None]
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Masks and scales as dropout does."""

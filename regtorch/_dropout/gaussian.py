@@ -141,7 +141,9 @@ class _Factors:
 
     name: str = "gaussian_dropout"
 
-    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
+    def keep(
+        self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
+    ) -> Tensor:
         """Draws the factors."""
         return 1 + rounded(_noise(x, key) * _deviation(rate, x.dtype))
 

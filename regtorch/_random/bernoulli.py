@@ -47,6 +47,10 @@ class MaskSampler:
 
     function: Sampler
 
+    def __call__(self, key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
+        """Draws as the function does."""
+        return self.function(key, keep_prob, shape)
+
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
         """Draws a mask from arguments that were checked before; True keeps."""
         return self.function(key, keep_prob, shape)
@@ -81,7 +85,9 @@ class ExactSampler(MaskSampler):
 
         return in_pieces(mask, shape, key.device)
 
-    realised_keep_prob = staticmethod(exact_keep_prob)
+    def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
+        """Return a multiple of 2**-23 where the difference is large."""
+        return exact_keep_prob(keep_prob)
 
 
 def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:

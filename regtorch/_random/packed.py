@@ -49,7 +49,7 @@ class PackedSampler(MaskSampler):
         return _threshold(keep_prob, self.bits) / 2**self.bits
 
 
-def mask_sampler(sampler: Sampler | MaskSampler) -> MaskSampler:
+def mask_sampler(sampler: Sampler) -> MaskSampler:
     """Return how `sampler` draws, with the options of a `functools.partial`.
 
     Raises:
