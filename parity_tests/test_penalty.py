@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from parity_tests import reference_penalty
-from regjax._decay.penalty import l2_penalty as jax_l2_penalty
 from regjax._decay import penalty as jax_penalty
-from regtorch._decay.penalty import l2_penalty as torch_l2_penalty
+from regjax._decay.penalty import l2_penalty as jax_l2_penalty
 from regtorch._decay import penalty as torch_penalty
+from regtorch._decay.penalty import l2_penalty as torch_l2_penalty
 
 SHAPES = {"bias": (7,), "empty": (0, 3), "kernel": (5, 7), "scale": ()}
 MASKS = {"no mask": None, "mask": {"bias": False, "empty": True, "kernel": True, "scale": True}}

@@ -78,25 +78,25 @@ class FlaxLayer:
 
     Attributes:
         function: the function of regjax behind the layer.
-        certain: amounts that leave nothing to chance: no key is asked for.
+        keyless_rates: rates and deviations that leave nothing to chance: no key is asked for.
     """
 
     function: ClassVar[Callable[..., Any]]
-    certain: ClassVar[tuple[float, ...]] = (0, 1)
+    keyless_rates: ClassVar[tuple[float, ...]] = (0, 1)
 
-    def _needs_key(self, amount: ArrayLike) -> bool:
+    def _needs_key(self, rate_or_stddev: ArrayLike) -> bool:
         """Whether the amount is traced, or leaves something to chance."""
-        return isinstance(amount, Tracer) or amount not in self.certain
+        return isinstance(rate_or_stddev, Tracer) or rate_or_stddev not in self.keyless_rates
 
-    def _drop(self, inputs: Sequence[Any], amount: ArrayLike, **how: Any) -> Any:
-        """The function of the inputs; `how` holds `key` and `deterministic`."""
+    def _drop(self, inputs: Sequence[Any], rate_or_stddev: ArrayLike, **options: Any) -> Any:
+        """The function of the inputs; `options` holds `key` and `deterministic`."""
         settings = {name: getattr(self, name) for name in _SETTINGS if hasattr(self, name)}
         if "broadcast_dims" in settings:
             ndim = check_array("inputs", inputs[0]).ndim
             settings["broadcast_dims"] = wrapped_dims(settings["broadcast_dims"], ndim)
         if self.function is dropout:
             settings["sampler"] = as_flax_draws(settings["sampler"])
-        return self.function(*inputs, amount, **settings, **how)
+        return self.function(*inputs, rate_or_stddev, **settings, **options)
 
 
 def wrapped_dims(

@@ -47,13 +47,11 @@ from jax.core import Tracer
 from regjax._checks import check_array, naming
 from regjax._dropout.alpha import alpha, alpha_dropout, check_alpha_input
 from regjax._dropout.core import (
-    Dropout as Kind,
-)
-from regjax._dropout.core import (
+    SampledMask,
+    apply_dropout,
     check_axis,
     check_flag,
     check_inexact,
-    drawn,
     dropout,
     keep_mask,
     keep_prob_of,
@@ -118,14 +116,14 @@ class Layer(eqx.Module):
         """Refuses a setting of a wrong type."""
         check_settings(self)
 
-    def _drop(self, *inputs_and_amount: Any, **how: Any) -> Any:
-        """The function behind the layer; `how` holds `key` and `deterministic`."""
+    def _drop(self, *inputs_and_amount: Any, **options: Any) -> Any:
+        """The function behind the layer; `options` holds `key` and `deterministic`."""
         raise NotImplementedError
 
     def _call(
         self,
         inputs: Sequence[Any],
-        amount: ArrayLike,
+        rate_or_stddev: ArrayLike,
         key: KeyLike | None,
         inference: ArrayLike | None,
     ) -> Any:
@@ -134,7 +132,7 @@ class Layer(eqx.Module):
             flag = check_flag(flag)
         except TypeError:
             raise TypeError(f"inference must be one boolean; got {flag!r}.") from None
-        if flag is True or (isinstance(amount, int | float) and amount == 0):
+        if flag is True or (isinstance(rate_or_stddev, int | float) and rate_or_stddev == 0):
             return inputs[0]
         name = type(self).__name__
         if key is None:
@@ -143,7 +141,7 @@ class Layer(eqx.Module):
                 "evaluate with equinox.nn.inference_mode(model)."
             )
         with jax.named_scope(f"regjax.equinox.{name}"), naming(weights="x"):
-            return self._drop(*inputs, amount, key=key, deterministic=flag)
+            return self._drop(*inputs, rate_or_stddev, key=key, deterministic=flag)
 
 
 class RateLayer(Layer):
@@ -267,18 +265,18 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
             inference = deterministic
         return self._call((x,), self.p, key, inference)
 
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
         """`regjax.dropout`, with the roundings of Equinox."""
         x = check_inexact(x)
         sampler = COMPARING if self.sampler is bernoulli else self.sampler
         if isinstance(p, Tracer):
             if x.dtype == jnp.float32 and self.sampler is bernoulli:
-                return _divided(x, p, **how)
+                return _divided(x, p, **options)
         elif isinstance(lax.stop_gradient(p), jax.Array):
             # Theirs computes `1 - p` in float32 where this is an array: always under jit, and
             # outside of it in some versions of JAX. Elsewhere it computes in Python's doubles.
             p = float(jnp.result_type(float).type(p))
-        return dropout(x, p, sampler=sampler, **how)
+        return dropout(x, p, sampler=sampler, **options)
 
 
 class FeatureDropout(RateLayer):
@@ -307,11 +305,11 @@ class FeatureDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
         """`regjax.dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
-        kind = Kind("feature_dropout", mask_sampler(self.sampler), dims)
-        return drawn(kind, check_inexact(x), p, **how)
+        spec = SampledMask("feature_dropout", mask_sampler(self.sampler), dims)
+        return apply_dropout(spec, check_inexact(x), p, **options)
 
 
 class AlphaDropout(RateLayer):
@@ -335,9 +333,9 @@ class AlphaDropout(RateLayer):
 
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
         """`regjax.alpha_dropout`."""
-        return alpha_dropout(x, p, sampler=self.sampler, **how)
+        return alpha_dropout(x, p, sampler=self.sampler, **options)
 
 
 class FeatureAlphaDropout(RateLayer):
@@ -363,11 +361,11 @@ class FeatureAlphaDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
         """`regjax.alpha_dropout`, shared along every other dimension: one example has no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
-        kind = alpha("feature_alpha_dropout", self.sampler, dims)
-        return drawn(kind, check_alpha_input(x), p, **how)
+        spec = alpha("feature_alpha_dropout", self.sampler, dims)
+        return apply_dropout(spec, check_alpha_input(x), p, **options)
 
 
 class DropPath(RateLayer):
@@ -399,10 +397,10 @@ class DropPath(RateLayer):
     scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
         """`regjax.drop_path`, with one decision for the whole example."""
-        options = {"scale_by_keep": self.scale_by_keep, "sampler": self.sampler}
-        return drop_path(x, p, mode="batch", **options, **how)
+        settings = {"scale_by_keep": self.scale_by_keep, "sampler": self.sampler}
+        return drop_path(x, p, mode="batch", **settings, **options)
 
 
 class DropBlock(RateLayer):
@@ -441,17 +439,17 @@ class DropBlock(RateLayer):
     scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
     with_noise: bool = eqx.field(default=False, static=True, kw_only=True)
 
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
         """`regjax.drop_block` of a batch of one."""
         axis = self.channel_axis + (self.channel_axis >= 0)
-        options = {
+        settings = {
             "block_size": self.block_size,
             "share_channels": self.share_channels,
             "gamma_scale": self.gamma_scale,
             "scale_by_keep": self.scale_by_keep,
             "with_noise": self.with_noise,
         }
-        return drop_block(check_array("x", x)[None], p, channel_axis=axis, **options, **how)[0]
+        return drop_block(check_array("x", x)[None], p, channel_axis=axis, **settings, **options)[0]
 
 
 class VariationalDropout(RateLayer):
@@ -478,9 +476,9 @@ class VariationalDropout(RateLayer):
     time_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
         """`regjax.variational_dropout`."""
-        return variational_dropout(x, p, time_axis=self.time_axis, sampler=self.sampler, **how)
+        return variational_dropout(x, p, time_axis=self.time_axis, sampler=self.sampler, **options)
 
 
 class DropConnect(RateLayer):
@@ -514,9 +512,9 @@ class DropConnect(RateLayer):
     rule: Rule = eqx.field(default="default", static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, weights: PyTree, p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, weights: PyTree, p: ArrayLike, **options: Any) -> Any:
         """`regjax.drop_connect`."""
-        return drop_connect(weights, p, rule=self.rule, sampler=self.sampler, **how)
+        return drop_connect(weights, p, rule=self.rule, sampler=self.sampler, **options)
 
 
 class EmbeddingDropout(RateLayer):
@@ -567,10 +565,10 @@ class EmbeddingDropout(RateLayer):
         x: Inexact[Array, "*ids features"],
         ids: Integer[Array, "*ids"],
         p: ArrayLike,
-        **how: Any,
+        **options: Any,
     ) -> Any:
         """`regjax.embedding_dropout`."""
-        return embedding_dropout(x, ids, p, **how)
+        return embedding_dropout(x, ids, p, **options)
 
 
 class GaussianDropout(RateLayer):
@@ -591,9 +589,9 @@ class GaussianDropout(RateLayer):
         Array([2.622642  , 3.0252647 , 0.56640565], dtype=float32)
     """
 
-    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
         """`regjax.gaussian_dropout`."""
-        return gaussian_dropout(x, p, **how)
+        return gaussian_dropout(x, p, **options)
 
 
 class GaussianNoise(Layer):
@@ -637,9 +635,9 @@ class GaussianNoise(Layer):
         """
         return self._call((x,), self.stddev, key, inference)
 
-    def _drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **how: Any) -> Any:
+    def _drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **options: Any) -> Any:
         """`regjax.gaussian_noise`."""
-        return gaussian_noise(x, stddev, **how)
+        return gaussian_noise(x, stddev, **options)
 
 
 def _divided(
@@ -652,9 +650,9 @@ def _divided(
     """`dropout` at a traced rate, where Equinox divides and does not multiply by the inverse."""
 
     def drop() -> Float[Array, "*shape"]:
-        if watching := observer():
+        if observers := observer():
             dropped, keep = _divide_with_mask(x, check_key(key), p)
-            watching.draw("dropout", key_words(key), p, keep, x, deterministic)
+            observers.draw("dropout", key_words(key), p, keep, x, deterministic)
             return dropped
         return _divide(x, check_key(key), p)
 

@@ -138,10 +138,10 @@ def dropout(
     key = check_key(rng)
     if x.dtype != jnp.float32 or sampler is not bernoulli:
         return regjax.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
-    if watching := observer():
+    if observers := observer():
         watched = _masked_at_tracer if is_traced else _masked_at_number
         dropped, keep = watched(x, key, rate, dims)
-        watching.draw("dropout", key_words(key), rate, keep, x)
+        observers.draw("dropout", key_words(key), rate, keep, x)
         return dropped
     return (_at_tracer if is_traced else _at_number)(x, key, rate, dims)
 

@@ -107,17 +107,17 @@ class Layer(FlaxLayer, linen.Module, kw_only=True):
     def _call(
         self,
         inputs: Sequence[Any],
-        amount: ArrayLike,
+        rate_or_stddev: ArrayLike,
         deterministic: ArrayLike | None,
         rng: KeyLike | None,
     ) -> Any:
         flag = check_flag(linen.merge_param("deterministic", self.deterministic, deterministic))
         if flag is True:
             return inputs[0]
-        if rng is None and self._needs_key(amount):
+        if rng is None and self._needs_key(rate_or_stddev):
             rng = self.make_rng(self.rng_collection)
         with naming(x="inputs", weights="inputs", key="rng"):
-            return self._drop(inputs, amount, key=rng, deterministic=flag)
+            return self._drop(inputs, rate_or_stddev, key=rng, deterministic=flag)
 
 
 class RateLayer(Layer):
@@ -425,7 +425,7 @@ class GaussianNoise(Layer):
 
     stddev: float
 
-    certain: ClassVar[tuple[float, ...]] = (0,)
+    keyless_rates: ClassVar[tuple[float, ...]] = (0,)
 
     def __post_init__(self) -> None:
         """Refuses a negative standard deviation."""

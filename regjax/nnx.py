@@ -125,7 +125,7 @@ class Layer(FlaxLayer, nnx.Module):
     def _call(
         self,
         inputs: Sequence[Any],
-        amount: ArrayLike,
+        rate_or_stddev: ArrayLike,
         deterministic: ArrayLike | None,
         rngs: Source | None,
     ) -> Any:
@@ -140,10 +140,10 @@ class Layer(FlaxLayer, nnx.Module):
         if flag is True:
             return inputs[0]
         key = None
-        if self._needs_key(amount):
+        if self._needs_key(rate_or_stddev):
             key = self._key(self.rngs if rngs is None else rngs)
         with naming(x="inputs", weights="inputs", key="rngs"):
-            return self._drop(inputs, amount, key=key, deterministic=flag)
+            return self._drop(inputs, rate_or_stddev, key=key, deterministic=flag)
 
     def _key(self, rngs: Source | None) -> KeyLike:
         if isinstance(rngs, nnx.Rngs):
@@ -480,7 +480,7 @@ class GaussianNoise(Layer):
 
     stddev: ArrayLike | nnx.Variable[Any] = dataclasses.field(kw_only=False)
 
-    certain: ClassVar[tuple[float, ...]] = (0,)
+    keyless_rates: ClassVar[tuple[float, ...]] = (0,)
 
     def __post_init__(self) -> None:
         """Refuses a negative standard deviation."""
@@ -511,10 +511,10 @@ class GaussianNoise(Layer):
             self.stddev = _settable(stddev)
 
 
-def _number(amount: ArrayLike | nnx.Variable[Any]) -> ArrayLike:
-    return amount.get_value() if isinstance(amount, nnx.Variable) else amount
+def _number(value: ArrayLike | nnx.Variable[Any]) -> ArrayLike:
+    return value.get_value() if isinstance(value, nnx.Variable) else value
 
 
-def _settable(amount: ArrayLike) -> Any:
+def _settable(value: ArrayLike) -> Any:
     # What was a number at construction may become an array only if it is declared.
-    return nnx.data(amount) if isinstance(amount, jax.Array) else amount
+    return nnx.data(value) if isinstance(value, jax.Array) else value

@@ -40,8 +40,8 @@ from regshared.checks import check_coefficient
 from regshared.globs import matches, words
 
 if TYPE_CHECKING:
-    Verdict = bool | float | str | Callable[[str, Any, str], Any]
-    Rule = str | Callable[[str, Any, str], Any] | Sequence[tuple[str, Verdict]]
+    Decision = bool | float | str | Callable[[str, Any, str], Any]
+    Rule = str | Callable[[str, Any, str], Any] | Sequence[tuple[str, Decision]]
 
 
 class Place(NamedTuple):
@@ -76,7 +76,7 @@ class Parameter(NamedTuple):
     frozen: bool
 
 
-def _judge(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, str]]:
+def _apply_rule(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, str]]:
     """Say of each parameter what the rule does with it, a bool or a number, and in which words."""
     pairs = _pairs(rule)
     # Which pair takes a parameter: the first that matches one of its places.
@@ -94,20 +94,20 @@ def _judge(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, str]]
             f"rule has no pair for {listed(missed)}: end it with ('**', False), ('**', True) or "
             "('**', 'default')"
         )
-    verdicts = [
-        (False, "frozen") if parameter.frozen else _verdict(parameter, *pairs[index or 0])
+    decisions = [
+        (False, "frozen") if parameter.frozen else _decision(parameter, *pairs[index or 0])
         for parameter, index in zip(parameters, taken, strict=True)
     ]
     asked = [parameter for parameter in parameters if not parameter.frozen]
-    if callable(rule) and asked and all(verdict is False for verdict, _ in verdicts):
+    if callable(rule) and asked and all(decision is False for decision, _ in decisions):
         raise ValueError(
             f"rule {_named(rule)} says False of all of {listed(asked)}: for no decay at all, pass "
             "[('**', False)]"
         )
-    return verdicts
+    return decisions
 
 
-def _pairs(rule: Rule) -> list[tuple[str, Verdict]]:
+def _pairs(rule: Rule) -> list[tuple[str, Decision]]:
     """Bring each form of a rule into one: pairs, the first of which wins that matches."""
     if isinstance(rule, str):
         return [("**", "default")] if rule == "default" else [(rule, True), ("**", False)]
@@ -124,19 +124,19 @@ def _pairs(rule: Rule) -> list[tuple[str, Verdict]]:
                 f"rule[{position}] must be a pair (glob, bool or rate), but it is {pair!r}"
             )
         if pair[1] != "default" and not callable(pair[1]):
-            _check_verdict(f"rule[{position}], '{pair[0]}',", pair[1])
-    return [(pattern, verdict) for pattern, verdict in rule]
+            _check_decision(f"rule[{position}], '{pair[0]}',", pair[1])
+    return [(pattern, decision) for pattern, decision in rule]
 
 
-def _verdict(parameter: Parameter, pattern: str, verdict: Verdict) -> tuple[Any, str]:
-    if isinstance(verdict, str):
+def _decision(parameter: Parameter, pattern: str, decision: Decision) -> tuple[Any, str]:
+    if isinstance(decision, str):
         return _by_default(parameter)
-    if not callable(verdict):
-        return verdict, pattern
-    said = [verdict(place.path, parameter.leaf, place.kind) for place in parameter.places]
-    name = _named(verdict)
+    if not callable(decision):
+        return decision, pattern
+    said = [decision(place.path, parameter.leaf, place.kind) for place in parameter.places]
+    name = _named(decision)
     for each in said:
-        _check_verdict(f"rule {name} at '{parameter.path}'", each)
+        _check_decision(f"rule {name} at '{parameter.path}'", each)
     if any(each != said[0] for each in said):
         paths = " and ".join(f"'{place.path}'" for place in parameter.places)
         raise ValueError(f"rule {name} says {said} of {paths}, which are one parameter")
@@ -147,15 +147,15 @@ def _named(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _check_verdict(what: str, verdict: Any) -> None:
-    if not isinstance(verdict, bool):
-        check_coefficient(what, verdict, fix="give True, False, or the rate of its decay")
+def _check_decision(what: str, decision: Any) -> None:
+    if not isinstance(decision, bool):
+        check_coefficient(what, decision, fix="give True, False, or the rate of its decay")
 
 
 def _by_default(parameter: Parameter) -> tuple[bool, str]:
-    verdicts = [_recipe(place, len(parameter.leaf.shape)) for place in parameter.places]
+    decisions = [_recipe(place, len(parameter.leaf.shape)) for place in parameter.places]
     # Tied to an embedding, an output layer is an embedding.
-    sure = sorted(verdict for verdict in verdicts if verdict is not None)
+    sure = sorted(decision for decision in decisions if decision is not None)
     if not sure:
         raise ValueError(
             f"the default rule cannot tell what {listed([parameter])} is, by its name and its "
@@ -238,7 +238,7 @@ def _idle(
     pattern: str,
     fits: Sequence[bool],
     taken: Sequence[int | None],
-    pairs: Sequence[tuple[str, Verdict]],
+    pairs: Sequence[tuple[str, Decision]],
     parameters: Sequence[Parameter],
 ) -> str:
     """Describe a pattern that decides nothing."""
@@ -265,14 +265,14 @@ def bools(parameters: Sequence[Parameter], rule: Rule) -> list[bool]:
         TypeError: The rule gives a rate.
         ValueError: The rule does not cover a parameter, or has a pair that decides nothing.
     """
-    verdicts = _judge(parameters, rule)
-    for parameter, (verdict, why) in zip(parameters, verdicts, strict=True):
-        if not isinstance(verdict, bool):
+    decisions = _apply_rule(parameters, rule)
+    for parameter, (decision, why) in zip(parameters, decisions, strict=True):
+        if not isinstance(decision, bool):
             raise TypeError(
-                f"rule {why} gives '{parameter.path}' the rate {verdict!r}, but a mask says only "
+                f"rule {why} gives '{parameter.path}' the rate {decision!r}, but a mask says only "
                 "whether a parameter decays: for rates take decay_rates"
             )
-    return [verdict for verdict, _ in verdicts]
+    return [decision for decision, _ in decisions]
 
 
 def rates(parameters: Sequence[Parameter], weight_decay: Any, rule: Rule) -> list[tuple[Any, str]]:
@@ -284,7 +284,7 @@ def rates(parameters: Sequence[Parameter], weight_decay: Any, rule: Rule) -> lis
     """
     check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
 
-    def rate(verdict: Any) -> Any:
-        return (weight_decay if verdict else 0.0) if isinstance(verdict, bool) else verdict
+    def rate(decision: Any) -> Any:
+        return (weight_decay if decision else 0.0) if isinstance(decision, bool) else decision
 
-    return [(rate(verdict), why) for verdict, why in _judge(parameters, rule)]
+    return [(rate(decision), why) for decision, why in _apply_rule(parameters, rule)]

@@ -40,7 +40,7 @@ def decay_mask(
     Args:
         params: Plain containers, dataclasses, Flax variables, an `nnx.State` or module, an Equinox
             module, Haiku parameters; arrays, tracers or `jax.ShapeDtypeStruct`.
-        rule: `"default"`, a glob, a function `(path, leaf, kind)`, or pairs of glob and verdict:
+        rule: `"default"`, a glob, a function `(path, leaf, kind)`, or pairs of glob and decision:
             `regshared.decay_rules` describes them. Paths are joined by slashes; the `value`
             inside a Flax variable is not in them. `kind` is 'linear', 'conv', 'embedding', 'norm',
             'attention', 'recurrent', 'activation' or empty: of the class of an Equinox or nnx
@@ -95,7 +95,7 @@ def decay_rates(
     Args:
         params: As in `decay_mask`.
         weight_decay: The rate of what the rule says True of.
-        rule: As in `decay_mask`; a verdict may be a rate, which stands as it is.
+        rule: As in `decay_mask`; a decision may be a rate, which stands as it is.
         frozen: As in `decay_mask`.
 
     Returns:

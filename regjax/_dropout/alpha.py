@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regjax._dropout.core import Dropout, check_dims, check_real, drawn, real_dtype
+from regjax._dropout.core import SampledMask, apply_dropout, check_dims, check_real, real_dtype
 from regjax._dropout.features import shared_dims
 from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
@@ -80,8 +80,8 @@ def alpha_dropout(
     NeurIPS 2017.
     """
     x = check_alpha_input(x)
-    kind = alpha("alpha_dropout", sampler, check_dims(broadcast_dims, x.ndim))
-    return drawn(kind, x, rate, key, deterministic)
+    spec = alpha("alpha_dropout", sampler, check_dims(broadcast_dims, x.ndim))
+    return apply_dropout(spec, x, rate, key, deterministic)
 
 
 def feature_alpha_dropout(
@@ -125,13 +125,13 @@ def feature_alpha_dropout(
     NeurIPS 2017.
     """
     x = check_alpha_input(x)
-    kind = alpha("feature_alpha_dropout", sampler, shared_dims(x.ndim, channel_axis))
-    return drawn(kind, x, rate, key, deterministic)
+    spec = alpha("feature_alpha_dropout", sampler, shared_dims(x.ndim, channel_axis))
+    return apply_dropout(spec, x, rate, key, deterministic)
 
 
-def alpha(name: str, sampler: Sampler, dims: tuple[int, ...]) -> Dropout:
+def alpha(name: str, sampler: Sampler, dims: tuple[int, ...]) -> SampledMask:
     """Alpha dropout under the name of the function that calls it."""
-    return Dropout(name, mask_sampler(sampler), dims, _scale, _offsets)
+    return SampledMask(name, mask_sampler(sampler), dims, _scale, _offsets)
 
 
 def _scale(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:

@@ -17,14 +17,14 @@ from jax.core import Tracer
 from regjax._checks import check_array, check_floating_dtype, check_number
 from regjax._compat import scan_linear
 from regjax._dropout.core import (
-    Dropout,
+    SampledMask,
+    apply_dropout,
     check_flag,
-    drawn,
-    drawn_once,
-    inverse,
+    inverse_keep_prob,
     is_number,
     keep_prob_of,
     mask_sharding,
+    materialize_mask,
     real_dtype,
     require_key,
 )
@@ -173,10 +173,10 @@ def dot_product_attention(
         if module is not None:
             _sow(module, weights.astype(query.dtype))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        kind = Dropout("dot_product_attention", EXACT, shared)
+        spec = SampledMask("dot_product_attention", EXACT, shared)
 
         def mixed(weights: Array, value: Array, rng: Any) -> Array:
-            weights = drawn(kind, weights, rate, rng, flag)
+            weights = apply_dropout(spec, weights, rate, rng, flag)
             return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
 
         if not observer():  # under a checkpoint, an observer would record the mask twice
@@ -197,9 +197,9 @@ def dot_product_attention(
         zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
         return zeros() if flag is False else lax.cond(flag, attend, zeros)
     watched = None
-    if watching := observer():
+    if observers := observer():
         plan = blocks.plan(query, rate)
-        ticket = watching.expect_blocks("dot_product_attention", plan)
+        ticket = observers.expect_blocks("dot_product_attention", plan)
         watched = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
     drop = functools.partial(attend, one_key, rate, watched)
     return drop() if flag is False else lax.cond(flag, attend, drop)
@@ -345,7 +345,7 @@ class _Blocks:
         shape = (*whole[:-1], self.size)
         index = slice_index(whole, shape, {len(whole) - 1: first}, out_sharding=layout)
         make = functools.partial(bernoulli_at, draw.words, draw.keep_prob, index)
-        return drawn_once(make) if self.broadcast_dropout else make()
+        return materialize_mask(make) if self.broadcast_dropout else make()
 
 
 class _Draw(NamedTuple):
@@ -401,12 +401,12 @@ def _attend(
 
     # The derivative makes the same masks again, and records nothing.
     record_block = record_end = None
-    if draw is not None and draw.watched is not None and (watching := observer()):
+    if draw is not None and draw.watched is not None and (observers := observer()):
         ticket, off, rate = draw.watched
         words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
         call = BlockwiseCall(ticket, words, inputs, off)
-        record_block = functools.partial(watching.block, call)
-        record_end = functools.partial(watching.end, call, rate)
+        record_block = functools.partial(observers.block, call)
+        record_end = functools.partial(observers.end, call, rate)
     (top, total, result), _ = lax.scan(block, start, blocks.firsts())
     seen = total > 0
     total = jnp.where(seen, total, 1)
@@ -481,7 +481,7 @@ def _blockwise(
         consume(dropout_rng)
         words = jnp.stack(key_words(dropout_rng))
         draw = _Draw(words, jnp.asarray(keep_prob, np.float32), watched)
-        scale = inverse(exact_keep_prob(keep_prob), query.dtype)
+        scale = inverse_keep_prob(exact_keep_prob(keep_prob), query.dtype)
     arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
     result, _ = _attend_in_one(blocks, *arrays, draw)
     result = result * scale

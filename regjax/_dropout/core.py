@@ -96,10 +96,12 @@ def dropout(
     """
     x = check_inexact(x)
     dims = check_dims(broadcast_dims, x.ndim) if broadcast_dims else ()
-    return drawn(Dropout("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic)
+    return apply_dropout(
+        SampledMask("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic
+    )
 
 
-class Kind(Protocol):
+class DropoutSpec(Protocol):
     """A kind of dropout, and what of it does not change from step to step: static under `jit`.
 
     A pytree, whose leaves are the arrays that the mask depends on besides.
@@ -118,8 +120,8 @@ class Kind(Protocol):
         ...
 
 
-def drawn(
-    kind: Kind,
+def apply_dropout(
+    spec: DropoutSpec,
     x: Inexact[Array, "*shape"],
     rate: ArrayLike,
     key: KeyLike | None,
@@ -128,7 +130,7 @@ def drawn(
     """The frame of the whole family: checks, shortcuts, the key, who watches, then the mask.
 
     Args:
-        kind: what is drawn, and what becomes of `x`.
+        spec: what is drawn, and what becomes of `x`.
         x: what is dropped, checked by `check_inexact`.
         rate: as `dropout` takes it, like `key` and `deterministic`.
         key: see there.
@@ -144,44 +146,44 @@ def drawn(
         if is_number and rate == 1:
             return jnp.zeros_like(x)
         one_key = require_key(key)
-        if watching := observer():
+        if observers := observer():
             jitted = _masked_at_number if is_number else _masked_at_tracer
-            dropped, keep = jitted(kind, x, one_key, rate)
-            watching.draw(kind.name, key_words(one_key), rate, keep, x, deterministic)
+            dropped, keep = jitted(spec, x, one_key, rate)
+            observers.draw(spec.name, key_words(one_key), rate, keep, x, deterministic)
             return dropped
-        return made(kind, x, one_key, rate)
+        return mask_and_scale(spec, x, one_key, rate)
 
     return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
 
 
-def made(
-    kind: Kind, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+def mask_and_scale(
+    spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
     """What `kind` makes of `x`, and of a traced rate outside [0, 1], NaN."""
     jitted = _drop_at_number if isinstance(rate, float) else _drop_at_tracer
-    return jitted(kind, x, key, rate)
+    return jitted(spec, x, key, rate)
 
 
 def _masked(
-    kind: Kind, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> tuple[Inexact[Array, "*shape"], Array]:
     """The same, with the mask."""
     if not isinstance(rate, jax.Array):
-        return kind(x, key, rate)
+        return spec(x, key, rate)
     rate = rounded(rate)  # the caller may pass a product, from which differences are made
-    dropped, keep = kind(x, key, rate)
+    dropped, keep = spec(x, key, rate)
     in_range = (rate >= 0) & (rate <= 1)
     return jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype)), keep
 
 
 def _drop(
-    kind: Kind, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
     """The same without the mask, which the backward pass makes again."""
     # What the backward pass needs of the forward one is the mask. prevent_cse=False, because the
     # barriers of a checkpoint would keep XLA from fusing the mask.
-    drop = jax.checkpoint(lambda kind, x, key: _masked(kind, x, key, rate)[0], prevent_cse=False)
-    return drop(kind, x, key)
+    drop = jax.checkpoint(lambda spec, x, key: _masked(spec, x, key, rate)[0], prevent_cse=False)
+    return drop(spec, x, key)
 
 
 # The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
@@ -192,7 +194,9 @@ _masked_at_number = jax.jit(_masked, static_argnums=3)
 _masked_at_tracer = jax.jit(_masked)
 
 
-def inverse(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
+def inverse_keep_prob(
+    keep_prob: float | Float[Array, ""], dtype: np.dtype
+) -> np.floating | Float[Array, ""]:
     """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
     real = real_dtype(dtype)
     if isinstance(keep_prob, jax.Array):
@@ -203,7 +207,7 @@ def inverse(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Dropout:
+class SampledMask:
     """A mask from a sampler, a scale from the rate: `dropout`, and what differs in those only.
 
     An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
@@ -219,7 +223,7 @@ class Dropout:
     name: str
     sampler: MaskSampler
     broadcast_dims: tuple[int, ...] = ()
-    scale: Callable[..., Any] = inverse
+    scale: Callable[..., Any] = inverse_keep_prob
     offsets: Callable[..., Any] | None = None
 
     def __call__(
@@ -233,7 +237,7 @@ class Dropout:
             realised = realised.astype(real_dtype(x.dtype))
         scale = self.scale(realised, x.dtype)
         if self.offsets is None:
-            return selected(keep, x, scale), keep
+            return where_kept(keep, x, scale), keep
         shift, fill = self.offsets(realised, x.dtype)
         # The sum before the product: no compiler can contract these two to one rounding. `x` may be
         # a product itself.
@@ -257,10 +261,10 @@ def keep_mask(
     first = min([dim for dim in dims if not at_most(x.shape[dim], 1)], default=x.ndim)
     # Shared along the last dimensions only, an element of the mask stays in a register.
     is_redrawn = first < x.ndim and not at_most(math.prod(shape[first:]), 1)
-    return drawn_once(draw) if is_redrawn else draw()
+    return materialize_mask(draw) if is_redrawn else draw()
 
 
-def drawn_once(draw: Callable[[], Bool[Array, "*mask"]]) -> Bool[Array, "*mask"]:
+def materialize_mask(draw: Callable[[], Bool[Array, "*mask"]]) -> Bool[Array, "*mask"]:
     """Draws a mask before it is read, where a CPU would draw it for each element that shares it.
 
     XLA counts the operations of a draw as cheap, and repeats them in every loop that reads a mask.
@@ -287,7 +291,7 @@ def real_dtype(dtype: np.dtype) -> type[np.floating]:
     return np.float64 if dtype in _DOUBLE else np.float32
 
 
-def selected(
+def where_kept(
     keep: Bool[Array, "*mask"], x: Inexact[Array, "*shape"], scale: np.floating | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
     """The elements that are kept, scaled, and zeros."""

@@ -15,17 +15,17 @@ from jax.sharding import PartitionSpec
 
 from regjax._checks import check_number
 from regjax._dropout.core import (
+    apply_dropout,
     check_axis,
     check_flag,
     check_inexact,
     check_real,
-    drawn,
     is_number,
-    made,
+    mask_and_scale,
     mask_sharding,
     real_dtype,
     require_key,
-    selected,
+    where_kept,
 )
 from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.keys import key_words
@@ -145,7 +145,7 @@ def drop_block(
     )
     if with_noise:
         return _noisy(x, rate, key, deterministic, blocks)
-    return drawn(blocks, x, rate, key, deterministic)
+    return apply_dropout(blocks, x, rate, key, deterministic)
 
 
 @jax.tree_util.register_static
@@ -209,7 +209,7 @@ class _Blocks:
         """Masks, and scales."""
         real = real_dtype(x.dtype)
         if not self.scale_by_keep:
-            return selected(keep, x, real(1))
+            return where_kept(keep, x, real(1))
         high, size = product_words(keep.shape)
         if not isinstance(high, jax.Array) and high:
             raise ValueError(
@@ -221,7 +221,7 @@ class _Blocks:
         scale = jnp.where(kept > 0, size.astype(real) / jnp.maximum(kept, 1).astype(real), 0)
         if isinstance(high, jax.Array):  # a symbolic size, known too late for an error
             scale = jnp.where(high > 0, jnp.nan, scale)
-        return selected(keep, x, scale.astype(real))
+        return where_kept(keep, x, scale.astype(real))
 
 
 @jax.tree_util.register_static
@@ -253,14 +253,14 @@ def _noisy(
     if flag is True or is_number(rate, 0):
         return x
     one_key = require_key(key)
-    kept = drawn(blocks, x, rate, one_key, flag)
+    kept = apply_dropout(blocks, x, rate, one_key, flag)
 
     words = jnp.stack(key_words(one_key))  # the key itself counts as used after `drawn`
 
     def noise() -> Float[Array, "*shape"]:
         variates = _noise(x, words, blocks.order(x.ndim))
         at_1 = is_number(rate, 1)
-        return variates if at_1 else made(_Dropped(blocks), variates, words, rate)
+        return variates if at_1 else mask_and_scale(_Dropped(blocks), variates, words, rate)
 
     if flag is False:
         return kept + noise()

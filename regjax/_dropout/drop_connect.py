@@ -9,7 +9,7 @@ import jax
 from regjax._checks import naming
 from regjax._decay.param_trees import decay_mask
 from regjax._decay.paths import path_name
-from regjax._dropout.core import Dropout, check_flag, check_inexact, drawn, is_number
+from regjax._dropout.core import SampledMask, apply_dropout, check_flag, check_inexact, is_number
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regjax._random.keys import check_key, site_key
 from regjax._random.packed import mask_sampler
@@ -91,7 +91,7 @@ def drop_connect(
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     chosen = _chosen(weights, rule)
-    kind = Dropout("drop_connect", mask_sampler(sampler))
+    spec = SampledMask("drop_connect", mask_sampler(sampler))
     if deterministic is True or is_number(rate, 0):
         return weights
     key = None if key is None else check_key(key)
@@ -102,7 +102,7 @@ def drop_connect(
         name = "/".join(components(path_name(path)))
         leaf_key = site_key(key, 0, name) if path and key is not None else key
         with naming(x="weights"):
-            return drawn(kind, check_inexact(weight), rate, leaf_key, deterministic)
+            return apply_dropout(spec, check_inexact(weight), rate, leaf_key, deterministic)
 
     return jax.tree.map_with_path(leaf, weights, chosen)
 

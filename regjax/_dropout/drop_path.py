@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from regjax._dropout.core import Dropout, check_inexact, drawn, inverse, real_dtype
+from regjax._dropout.core import (
+    SampledMask,
+    apply_dropout,
+    check_inexact,
+    inverse_keep_prob,
+    real_dtype,
+)
 from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
 from regshared.checks import check_bool, check_choice
@@ -70,9 +76,9 @@ def drop_path(
     which multiplies by `1 - rate` in evaluation instead.
     """
     x = check_inexact(x)
-    scale = inverse if check_bool("scale_by_keep", scale_by_keep) else _one
-    kind = Dropout("drop_path", mask_sampler(sampler), _shared_dims(x.ndim, mode), scale)
-    return drawn(kind, x, rate, key, deterministic)
+    scale = inverse_keep_prob if check_bool("scale_by_keep", scale_by_keep) else _one
+    spec = SampledMask("drop_path", mask_sampler(sampler), _shared_dims(x.ndim, mode), scale)
+    return apply_dropout(spec, x, rate, key, deterministic)
 
 
 def _check_mode(mode: str) -> str:

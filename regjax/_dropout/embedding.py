@@ -12,7 +12,13 @@ import numpy as np
 from jax.core import Tracer
 
 from regjax._checks import check_array
-from regjax._dropout.core import check_inexact, drawn, inverse, keep_prob_of, selected
+from regjax._dropout.core import (
+    apply_dropout,
+    check_inexact,
+    inverse_keep_prob,
+    keep_prob_of,
+    where_kept,
+)
 from regjax._random.bernoulli import bernoulli_at, exact_keep_prob
 
 if TYPE_CHECKING:
@@ -70,7 +76,7 @@ def embedding_dropout(
     networks", NeurIPS 2016.
     """
     x = check_inexact(x)
-    return drawn(_Words(_check_ids(ids, x.shape)), x, rate, key, deterministic)
+    return apply_dropout(_Words(_check_ids(ids, x.shape)), x, rate, key, deterministic)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ids"], meta_fields=["name"])
@@ -89,7 +95,7 @@ class _Words:
         high = (ids >> 32) if ids.dtype.itemsize == 8 else jnp.zeros_like(ids)
         index = (high.astype(jnp.uint32), ids.astype(jnp.uint32))
         keep = bernoulli_at(key, keep_prob, index)[..., None]
-        return selected(keep, x, inverse(exact_keep_prob(keep_prob), x.dtype)), keep
+        return where_kept(keep, x, inverse_keep_prob(exact_keep_prob(keep_prob), x.dtype)), keep
 
 
 def _check_ids(ids: Integer[ArrayLike, "*ids"], shape: tuple[int, ...]) -> Integer[Array, "*ids"]:

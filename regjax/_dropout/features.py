@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regjax._dropout.core import Dropout, check_axis, check_inexact, drawn
+from regjax._dropout.core import SampledMask, apply_dropout, check_axis, check_inexact
 from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
 
@@ -68,8 +68,8 @@ def feature_dropout(
     """
     x = check_inexact(x)
     shared = shared_dims(x.ndim, channel_axis)
-    kind = Dropout("feature_dropout", mask_sampler(sampler), shared)
-    return drawn(kind, x, rate, key, deterministic)
+    spec = SampledMask("feature_dropout", mask_sampler(sampler), shared)
+    return apply_dropout(spec, x, rate, key, deterministic)
 
 
 def shared_dims(ndim: int, channel_axis: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from regjax._checks import as_number
 from regjax._dropout.core import (
     check_flag,
     check_real,
-    made,
+    mask_and_scale,
     mask_sharding,
     real_dtype,
     require_key,
@@ -172,7 +172,7 @@ class _Factors:
 def _multiplied(
     x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Float[Array, "*shape"]:
-    return made(_Factors(), x, key, rate)
+    return mask_and_scale(_Factors(), x, key, rate)
 
 
 def _deviation(rate: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:

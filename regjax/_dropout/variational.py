@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from regjax._dropout.core import Dropout, check_axis, check_inexact, drawn
+from regjax._dropout.core import SampledMask, apply_dropout, check_axis, check_inexact
 from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
 
@@ -93,5 +93,5 @@ def variational_dropout(
     """
     x = check_inexact(x)
     axis = check_axis("time_axis", time_axis, x.ndim, _ADVICE)
-    kind = Dropout("variational_dropout", mask_sampler(sampler), (axis,))
-    return drawn(kind, x, rate, key, deterministic)
+    spec = SampledMask("variational_dropout", mask_sampler(sampler), (axis,))
+    return apply_dropout(spec, x, rate, key, deterministic)

@@ -122,8 +122,8 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
     typed = _is_typed(check_key(root, "root"))
     at_step = _step_words(step)
     words = _site_words(root, site_hash(site), at_step)
-    if watching := observer():
-        watching.site_key(site, key_words(root), at_step, (words[0], words[1]))
+    if observers := observer():
+        observers.site_key(site, key_words(root), at_step, (words[0], words[1]))
     return jax.random.wrap_key_data(words, impl=_THREEFRY) if typed else words
 
 

@@ -32,7 +32,7 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
 
     Args:
         module: The model.
-        rule: `"default"`, a glob, a function `(path, tensor, kind)`, or pairs of glob and verdict:
+        rule: `"default"`, a glob, a function `(path, tensor, kind)`, or pairs of glob and decision:
             `regshared.decay_rules` describes them. Paths are the names of
             `named_parameters()` with slashes for dots. `kind` is 'linear', 'conv', 'embedding',
             'norm', 'attention', 'recurrent', 'activation' or empty: of the class of the module that
@@ -79,7 +79,7 @@ def decay_rates(
     Args:
         module: As in `decay_mask`.
         weight_decay: The rate of what the rule says True of.
-        rule: As in `decay_mask`; a verdict may be a rate, which stands as it is.
+        rule: As in `decay_mask`; a decision may be a rate, which stands as it is.
 
     Returns:
         From each name of `named_parameters()` to a number, 0.0 where nothing decays.

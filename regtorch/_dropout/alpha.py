@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regtorch._dropout.core import Dropout, check_dims, check_real, drawn, real_dtype
+from regtorch._dropout.core import SampledMask, apply_dropout, check_dims, check_real, real_dtype
 from regtorch._dropout.features import shared_dims
 from regtorch._random.bernoulli import Sampler, bernoulli
 from regtorch._random.packed import mask_sampler
@@ -74,7 +74,7 @@ def alpha_dropout(
     """
     x = _check_real(x)
     dims = check_dims(broadcast_dims, x.ndim)
-    return drawn(alpha("alpha_dropout", sampler, dims), x, rate, key, deterministic)
+    return apply_dropout(alpha("alpha_dropout", sampler, dims), x, rate, key, deterministic)
 
 
 def feature_alpha_dropout(
@@ -122,12 +122,14 @@ def feature_alpha_dropout(
     """
     x = _check_real(x)
     shared = shared_dims(x.ndim, channel_axis)
-    return drawn(alpha("feature_alpha_dropout", sampler, shared), x, rate, key, deterministic)
+    return apply_dropout(
+        alpha("feature_alpha_dropout", sampler, shared), x, rate, key, deterministic
+    )
 
 
-def alpha(name: str, sampler: Sampler, dims: tuple[int, ...]) -> Dropout:
+def alpha(name: str, sampler: Sampler, dims: tuple[int, ...]) -> SampledMask:
     """Alpha dropout under the name of the function that calls it."""
-    return Dropout(name, mask_sampler(sampler), dims, _scale, _offsets)
+    return SampledMask(name, mask_sampler(sampler), dims, _scale, _offsets)
 
 
 def _scale(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 from regshared.checks import check_bool, check_integer, describe
 from regtorch._checks import check_number, check_tensor
 from regtorch._dropout.core import (
-    Dropout,
+    SampledMask,
+    apply_dropout,
     check_flag,
-    drawn,
-    inverse,
+    inverse_keep_prob,
     is_number,
     keep_prob_of,
     real_dtype,
@@ -120,8 +120,8 @@ def dot_product_attention(
     if block_size is None:
         weights = _softmax(scores(query, key, bias, mask))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        kind = Dropout("dot_product_attention", EXACT, shared)
-        weights = drawn(kind, weights, rate, one_key, flag)
+        spec = SampledMask("dot_product_attention", EXACT, shared)
+        weights = apply_dropout(spec, weights, rate, one_key, flag)
         return _mixed(weights.to(value.dtype), value)
     size = _check_block(block_size, key.shape[-3])
     blocks = _Blocks(scores, size, key.shape[-3], broadcast_dropout)
@@ -134,8 +134,8 @@ def dot_product_attention(
         keep = flag if isinstance(flag, Tensor) else torch.tensor(False, device=whole.device)
         return torch.where(keep, whole, 0)
     record = None
-    if watching := observer():
-        record = watching.blockwise("dot_product_attention", rate, blocks.plan(query), flag)
+    if observers := observer():
+        record = observers.blockwise("dot_product_attention", rate, blocks.plan(query), flag)
     dropped = _blockwise(blocks, *arrays, one_key, rate, record)
     if isinstance(flag, Tensor):
         return torch.where(flag, _blockwise(blocks, *arrays), dropped)
@@ -348,7 +348,7 @@ def _blockwise(
     keep_prob = keep_prob_of(rate, wide)
     result, _ = _Attend.apply(blocks, keep_prob, record, query, key, value, bias, mask, dropout_rng)
     if dropout_rng is not None:
-        result = result * inverse(exact_keep_prob(keep_prob), wide)
+        result = result * inverse_keep_prob(exact_keep_prob(keep_prob), wide)
     if isinstance(rate, Tensor):
         result = torch.where((rate >= 0) & (rate <= 1), result, math.nan)
     return result.to(value.dtype)

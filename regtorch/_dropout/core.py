@@ -82,11 +82,13 @@ def dropout(
     """
     x = check_inexact(x)
     dims = check_dims(broadcast_dims, x.ndim)
-    return drawn(Dropout("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic)
+    return apply_dropout(
+        SampledMask("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic
+    )
 
 
-def drawn(
-    kind: Kind,
+def apply_dropout(
+    spec: DropoutSpec,
     x: Tensor,
     rate: float | Tensor,
     key: Tensor | torch.Generator | None,
@@ -96,7 +98,7 @@ def drawn(
     """The frame of the whole family: checks, shortcuts, the key, who watches, then the mask.
 
     Args:
-        kind: what is drawn, and what becomes of `x`.
+        spec: what is drawn, and what becomes of `x`.
         x: what is dropped, checked by `check_inexact`.
         rate: as `dropout` takes it, like `key` and `deterministic`.
         key: see there.
@@ -112,18 +114,18 @@ def drawn(
         dropped = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
     else:
         one_key = require_key(key).to(x.device)
-        if watching := observer():
-            keep = kind.keep(x, one_key, rate, given)
-            watching.draw(kind.name, one_key, rate, keep, x, deterministic)
-            dropped = made(_Drawn(kind), x, one_key, rate, keep)
+        if observers := observer():
+            keep = spec.keep(x, one_key, rate, given)
+            observers.draw(spec.name, one_key, rate, keep, x, deterministic)
+            dropped = mask_and_scale(_Drawn(spec), x, one_key, rate, keep)
         else:
-            dropped = made(kind, x, one_key, rate, given)
+            dropped = mask_and_scale(spec, x, one_key, rate, given)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, dropped)
     return dropped
 
 
-def inverse(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+def inverse_keep_prob(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
     real = real_dtype(dtype)
     if isinstance(keep_prob, Tensor):
@@ -132,7 +134,7 @@ def inverse(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return (1 / torch.tensor(keep_prob, dtype=real)).item()
 
 
-class Kind(Protocol):
+class DropoutSpec(Protocol):
     """A kind of dropout, and what of it is no tensor: one value, into which no transform looks.
 
     Attributes:
@@ -155,13 +157,13 @@ class Kind(Protocol):
         """Masks and scales."""
         ...
 
-    def slope(self) -> Kind:
+    def slope(self) -> DropoutSpec:
         """The kind whose `apply` is the derivative of this one's: linear in `x`."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Dropout:
+class SampledMask:
     """A mask from a sampler, a scale from the rate: `dropout`, and what differs in those only.
 
     An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
@@ -177,7 +179,7 @@ class Dropout:
     name: str
     sampler: MaskSampler
     broadcast_dims: tuple[int, ...] = ()
-    scale: Callable[..., Any] = inverse
+    scale: Callable[..., Any] = inverse_keep_prob
     offsets: Callable[..., Any] | None = None
 
     def keep(
@@ -194,22 +196,22 @@ class Dropout:
             realised = realised.to(real_dtype(x.dtype))
         scale = self.scale(realised, x.dtype)
         if self.offsets is None:
-            return selected(keep, x, scale)
+            return where_kept(keep, x, scale)
         shift, fill = self.offsets(realised, x.dtype)
         # The sum before the product: no compiler can contract these two to one rounding. `x` may be
         # a product itself.
         kept = (rounded(x.to(real_dtype(x.dtype))) + shift) * scale
         return torch.where(laid_out(keep, x), kept, fill).to(x.dtype)
 
-    def slope(self) -> Dropout:
+    def slope(self) -> SampledMask:
         """Without the offsets."""
         return dataclasses.replace(self, offsets=None)
 
 
 def _masked(
-    x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, given: Tensor | None
+    x: Tensor, key: Tensor, rate: float | Tensor, spec: DropoutSpec, given: Tensor | None
 ) -> Tensor:
-    return kind.apply(x, kind.keep(x, key, rate, given), rate)
+    return spec.apply(x, spec.keep(x, key, rate, given), rate)
 
 
 class _Drop(torch.autograd.Function):
@@ -223,13 +225,13 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, given: Tensor | None
+        x: Tensor, key: Tensor, rate: float | Tensor, spec: DropoutSpec, given: Tensor | None
     ) -> Tensor:
-        return _masked(x, key, rate, kind, given)
+        return _masked(x, key, rate, spec, given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, key, rate, ctx.kind, given = inputs
+        _, key, rate, ctx.spec, given = inputs
         ctx.rate = None if isinstance(rate, Tensor) else rate
         saved = (key, rate if isinstance(rate, Tensor) else None, given)
         ctx.save_for_backward(*saved)
@@ -247,11 +249,11 @@ class _Drop(torch.autograd.Function):
     def again(ctx: Any, x: Tensor) -> Tensor:
         """The same mask and scale on another tensor, without the offsets."""
         key, rate, given = ctx.saved_tensors
-        return _Drop.apply(x, key, rate if ctx.rate is None else ctx.rate, ctx.kind.slope(), given)
+        return _Drop.apply(x, key, rate if ctx.rate is None else ctx.rate, ctx.spec.slope(), given)
 
 
-def made(
-    kind: Kind, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
+def mask_and_scale(
+    spec: DropoutSpec, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
 ) -> Tensor:
     """What `kind` makes of `x`; of a tensor rate outside [0, 1], NaN.
 
@@ -261,10 +263,10 @@ def made(
     # a Function that has a forward-mode rule.
     apply = _masked if torch.compiler.is_compiling() else _Drop.apply
     if not isinstance(rate, Tensor):
-        return apply(x, key, rate, kind, given)
+        return apply(x, key, rate, spec, given)
     rate = rounded(rate.detach())  # a product of the user's, perhaps
     nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
-    dropped = apply(x, key, rate, kind, given)
+    dropped = apply(x, key, rate, spec, given)
     return torch.where((rate >= 0) & (rate <= 1), dropped, nan)
 
 
@@ -272,12 +274,12 @@ def made(
 class _Drawn:
     """A kind whose mask is drawn already: observers get the very tensor that is applied."""
 
-    kind: Kind
+    spec: DropoutSpec
 
     @property
     def name(self) -> str:
         """The name of the function."""
-        return self.kind.name
+        return self.spec.name
 
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
@@ -288,11 +290,11 @@ class _Drawn:
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Masks and scales as the kind does."""
-        return self.kind.apply(x, keep, rate)
+        return self.spec.apply(x, keep, rate)
 
     def slope(self) -> _Drawn:
         """The same with the kind's slope."""
-        return _Drawn(self.kind.slope())
+        return _Drawn(self.spec.slope())
 
 
 def keep_prob_of(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -308,7 +310,7 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in _DOUBLE else torch.float32
 
 
-def selected(keep: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
+def where_kept(keep: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
     """The elements that are kept, scaled, and zeros."""
     # A selection, not a product: a dropped NaN or infinity must become 0.
     return _scaled(torch.where(laid_out(keep, x), x, 0), scale)

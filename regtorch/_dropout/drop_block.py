@@ -12,16 +12,16 @@ from torch.nn.functional import pad
 from regshared.checks import check_bool, check_integer
 from regtorch._checks import check_number
 from regtorch._dropout.core import (
+    apply_dropout,
     check_axis,
     check_flag,
     check_inexact,
     check_real,
-    drawn,
     is_number,
-    made,
+    mask_and_scale,
     real_dtype,
     require_key,
-    selected,
+    where_kept,
 )
 from regtorch._random.bernoulli import EXACT, check_probability
 from regtorch._random.keys import key_words
@@ -125,7 +125,7 @@ def drop_block(
     )
     if with_noise:
         return _noisy(x, rate, key, deterministic, blocks)
-    return drawn(blocks, x, rate, key, deterministic)
+    return apply_dropout(blocks, x, rate, key, deterministic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +169,12 @@ class _Blocks:
         """Masks, and scales by elements / elements kept."""
         del rate
         if not self.scale_by_keep:
-            return selected(keep, x, 1.0)
+            return where_kept(keep, x, 1.0)
         real = real_dtype(x.dtype)
         # Two exact integers, rounded where they are large, and one division; a number divided by a
         # tensor would be two, as PyTorch takes the reciprocal first.
         kept, size = keep.sum().to(real), torch.full((), keep.numel(), dtype=real, device=x.device)
-        return selected(keep, x, torch.where(kept > 0, size / kept, 0))
+        return where_kept(keep, x, torch.where(kept > 0, size / kept, 0))
 
     def slope(self) -> _Blocks:
         """The same: linear as it is."""
@@ -218,8 +218,8 @@ def _noisy(
     one_key = require_key(key).to(x.device)
     noise = _noise(x, one_key, blocks.order(x.ndim))
     if not is_number(rate, 1):
-        noise = made(_Dropped(blocks), noise, one_key, rate)
-    noisy = drawn(blocks, x, rate, one_key, flag) + noise
+        noise = mask_and_scale(_Dropped(blocks), noise, one_key, rate)
+    noisy = apply_dropout(blocks, x, rate, one_key, flag) + noise
     return torch.where(flag, x, noisy) if isinstance(flag, Tensor) else noisy
 
 

@@ -11,7 +11,14 @@ from torch import Tensor
 from regshared.checks import describe
 from regshared.decay_rules import Parameter, Place, bools, kind_of_attribute
 from regshared.globs import components, words
-from regtorch._dropout.core import Dropout, check_flag, check_inexact, drawn, is_number, require_key
+from regtorch._dropout.core import (
+    SampledMask,
+    apply_dropout,
+    check_flag,
+    check_inexact,
+    is_number,
+    require_key,
+)
 from regtorch._random.bernoulli import Sampler, bernoulli, check_probability
 from regtorch._random.keys import site_key
 from regtorch._random.packed import mask_sampler
@@ -104,7 +111,7 @@ def drop_connect(
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     chosen = _chosen(weights, rule)
-    kind = Dropout("drop_connect", mask_sampler(sampler))
+    spec = SampledMask("drop_connect", mask_sampler(sampler))
     if deterministic is True or is_number(rate, 0):
         return weights
     root = None if key is None else require_key(key)  # a generator is asked once for all
@@ -112,7 +119,7 @@ def drop_connect(
     def leaf(name: str, weight: Tensor) -> Tensor:
         site = "/".join(components(name))
         leaf_key = site_key(root, 0, site) if name and root is not None else root
-        return drawn(kind, check_inexact(weight), rate, leaf_key, deterministic)
+        return apply_dropout(spec, check_inexact(weight), rate, leaf_key, deterministic)
 
     if isinstance(weights, Tensor):
         return leaf("", weights)
@@ -141,8 +148,8 @@ def _chosen(weights: Tensor | Mapping[str, Tensor], rule: Rule) -> set[str]:
                 f"dict(module.named_parameters()); at {name!r} it has {weight!r}."
             )
     known = {n: w for n, w in weights.items() if w.is_floating_point() or w.is_complex()}
-    verdicts = bools([_parameter(name, weight) for name, weight in known.items()], rule)
-    chosen = {name for name, verdict in zip(known, verdicts, strict=True) if verdict}
+    decisions = bools([_parameter(name, weight) for name, weight in known.items()], rule)
+    chosen = {name for name, decision in zip(known, decisions, strict=True) if decision}
     if not chosen:
         raise ValueError(
             f"weights have no tensor that rule {rule!r} says True of, so there is nothing to drop"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regshared.checks import check_bool, check_choice
-from regtorch._dropout.core import Dropout, check_inexact, drawn, inverse
+from regtorch._dropout.core import SampledMask, apply_dropout, check_inexact, inverse_keep_prob
 from regtorch._random.bernoulli import Sampler, bernoulli
 from regtorch._random.packed import mask_sampler
 
@@ -67,9 +67,9 @@ def drop_path(
     which multiplies by `1 - rate` in evaluation instead.
     """
     x = check_inexact(x)
-    scale = inverse if check_bool("scale_by_keep", scale_by_keep) else _one
-    kind = Dropout("drop_path", mask_sampler(sampler), _shared_dims(x.ndim, mode), scale)
-    return drawn(kind, x, rate, key, deterministic)
+    scale = inverse_keep_prob if check_bool("scale_by_keep", scale_by_keep) else _one
+    spec = SampledMask("drop_path", mask_sampler(sampler), _shared_dims(x.ndim, mode), scale)
+    return apply_dropout(spec, x, rate, key, deterministic)
 
 
 def check_mode(mode: str) -> str:

@@ -7,7 +7,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from regtorch._dropout.core import check_inexact, drawn, inverse, keep_prob_of, selected
+from regtorch._dropout.core import (
+    apply_dropout,
+    check_inexact,
+    inverse_keep_prob,
+    keep_prob_of,
+    where_kept,
+)
 from regtorch._random.bernoulli import bernoulli_at, exact_keep_prob
 
 
@@ -60,7 +66,7 @@ def embedding_dropout(
     networks", NeurIPS 2016.
     """
     x = check_inexact(x)
-    return drawn(_Words(), x, rate, key, deterministic, _check_ids(ids, x.shape))
+    return apply_dropout(_Words(), x, rate, key, deterministic, _check_ids(ids, x.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,7 @@ class _Words:
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Masks and scales as dropout does."""
         share = exact_keep_prob(keep_prob_of(rate, x.dtype))
-        return selected(keep, x, inverse(share, x.dtype))
+        return where_kept(keep, x, inverse_keep_prob(share, x.dtype))
 
     def slope(self) -> _Words:
         """The same: linear as it is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regtorch._dropout.core import Dropout, check_axis, check_inexact, drawn
+from regtorch._dropout.core import SampledMask, apply_dropout, check_axis, check_inexact
 from regtorch._random.bernoulli import Sampler, bernoulli
 from regtorch._random.packed import mask_sampler
 
@@ -65,8 +65,8 @@ def feature_dropout(
     """
     x = check_inexact(x)
     shared = shared_dims(x.ndim, channel_axis)
-    kind = Dropout("feature_dropout", mask_sampler(sampler), shared)
-    return drawn(kind, x, rate, key, deterministic)
+    spec = SampledMask("feature_dropout", mask_sampler(sampler), shared)
+    return apply_dropout(spec, x, rate, key, deterministic)
 
 
 def shared_dims(ndim: int, channel_axis: int) -> tuple[int, ...]:

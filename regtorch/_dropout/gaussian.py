@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from regtorch._dropout.core import check_flag, check_real, made, real_dtype, require_key
+from regtorch._dropout.core import check_flag, check_real, mask_and_scale, real_dtype, require_key
 from regtorch._random.bernoulli import check_probability
 from regtorch._random.normal import normal
 from regtorch._random.rounding import exact_sqrt, rounded
@@ -157,7 +157,7 @@ class _Factors:
 
 
 def _multiplied(x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
-    return made(_Factors(), x, key, rate)
+    return mask_and_scale(_Factors(), x, key, rate)
 
 
 def _deviation(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:

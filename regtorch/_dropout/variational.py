@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from regtorch._dropout.core import Dropout, check_axis, check_inexact, drawn
+from regtorch._dropout.core import SampledMask, apply_dropout, check_axis, check_inexact
 from regtorch._random.bernoulli import Sampler, bernoulli
 from regtorch._random.packed import mask_sampler
 
@@ -89,5 +89,5 @@ def variational_dropout(
     """
     x = check_inexact(x)
     axis = check_axis("time_axis", time_axis, x.ndim, _ADVICE)
-    kind = Dropout("variational_dropout", mask_sampler(sampler), (axis,))
-    return drawn(kind, x, rate, key, deterministic)
+    spec = SampledMask("variational_dropout", mask_sampler(sampler), (axis,))
+    return apply_dropout(spec, x, rate, key, deterministic)

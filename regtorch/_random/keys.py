@@ -171,8 +171,8 @@ def site_words(root: tuple[int, int], step: int, site: str) -> tuple[int, int]:
     """The words of `site_key`, from and to Python's integers, much faster than on 0-d tensors."""
     at_site = encrypt(root, divmod(site_hash(site), 2**32))
     words = encrypt(at_site, divmod(step, 2**32))
-    if watching := observer():
-        watching.site_key(site, root, step, words)
+    if observers := observer():
+        observers.site_key(site, root, step, words)
     return words
 
 

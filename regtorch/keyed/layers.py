@@ -97,8 +97,8 @@ class _KeyedDropout(Keyed):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch.nn's name
         if not self.training or self.p == 0:
-            if self.training and (watching := observer()):
-                watching.idle(self.sites[0].name)
+            if self.training and (observers := observer()):
+                observers.idle(self.sites[0].name)
             return super().forward(input)
         y = self._drop(input)
         return input.copy_(y) if self.inplace else y
