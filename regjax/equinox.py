@@ -109,9 +109,6 @@ _EquinoxDropout: Any = eqx.nn.Dropout
 class Layer(eqx.Module):
     """What all layers share: when they drop, and that it takes a key."""
 
-    if TYPE_CHECKING:
-        inference: bool
-
     def __check_init__(self) -> None:
         """Refuses a setting of a wrong type."""
         check_settings(self)
@@ -125,13 +122,12 @@ class Layer(eqx.Module):
         inputs: Sequence[Any],
         rate_or_stddev: ArrayLike,
         key: KeyLike | None,
-        inference: ArrayLike | None,
+        inference: ArrayLike,
     ) -> Any:
-        flag = self.inference if inference is None else inference
         try:
-            flag = check_flag(flag)
+            flag = check_flag(inference)
         except TypeError:
-            raise TypeError(f"inference must be one boolean; got {flag!r}.") from None
+            raise TypeError(f"inference must be one boolean; got {inference!r}.") from None
         if flag is True or (isinstance(rate_or_stddev, int | float) and rate_or_stddev == 0):
             return inputs[0]
         name = type(self).__name__
@@ -173,6 +169,7 @@ class RateLayer(Layer):
             key: the random key; needed in training, unless `p` is the number 0.
             inference: comes before the attribute, unless None. It may be traced.
         """
+        inference = self.inference if inference is None else inference
         return self._call((x,), self.p, key, inference)
 
 
@@ -263,6 +260,7 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
                 "Dropout()(deterministic=...) is deprecated: it is called inference.", stacklevel=2
             )
             inference = deterministic
+        inference = self.inference if inference is None else inference
         return self._call((x,), self.p, key, inference)
 
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
@@ -558,6 +556,7 @@ class EmbeddingDropout(RateLayer):
             key: the random key; needed in training, unless `p` is the number 0.
             inference: comes before the attribute, unless None. It may be traced.
         """
+        inference = self.inference if inference is None else inference
         return self._call((x, ids), self.p, key, inference)
 
     def _drop(
@@ -633,6 +632,7 @@ class GaussianNoise(Layer):
             key: the random key; needed in training, unless `stddev` is the number 0.
             inference: comes before the attribute, unless None. It may be traced.
         """
+        inference = self.inference if inference is None else inference
         return self._call((x,), self.stddev, key, inference)
 
     def _drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **options: Any) -> Any:

@@ -219,12 +219,12 @@ def _counted(leaves: Sequence[_T], params: PyTree, mask: Mask) -> list[_T]:
     return [leaf for leaf, decay in zip(leaves, decays, strict=True) if decay]
 
 
-def _weights(function: str, params: PyTree, mask: Mask) -> list[Inexact[Array, ...]]:
+def _weights(function: str, params: PyTree, mask: Mask) -> list[Inexact[Array, "*shape"]]:
     named = _counted(named_leaves(params), params, mask)
     return [_widened(function, name, leaf) for name, leaf in named]
 
 
-def _widened(function: str, name: str, leaf: Any) -> Inexact[Array, ...]:
+def _widened(function: str, name: str, leaf: Any) -> Inexact[Array, "*shape"]:
     is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         found = f"an array of {leaf.dtype}" if is_array else repr(leaf)
@@ -237,21 +237,21 @@ def _widened(function: str, name: str, leaf: Any) -> Inexact[Array, ...]:
     return jnp.asarray(leaf, jnp.float32 if jnp.finfo(leaf.dtype).bits < 32 else None)
 
 
-def _origin(leaf: Inexact[Array, ...], name: str, reference: Any) -> Inexact[Array, ...]:
+def _origin(leaf: Inexact[Array, "*shape"], name: str, reference: Any) -> Inexact[Array, "*shape"]:
     check_reference(name, leaf, reference)
     return lax.stop_gradient(jnp.asarray(reference, leaf.dtype))
 
 
-def _absolute(leaf: Inexact[Array, ...]) -> Float[Array, ...]:
+def _absolute(leaf: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     # The derivative of jnp.abs at 0 is 1; here it is 0, as in PyTorch.
     return jnp.abs(jnp.where(leaf == 0, jnp.zeros_like(leaf), leaf))
 
 
-def _squared(leaf: Inexact[Array, ...]) -> Float[Array, ...]:
+def _squared(leaf: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     return (leaf * leaf.conj()).real
 
 
-def _sum(terms: Iterable[Float[Array, ...]]) -> Scalar:
+def _sum(terms: Iterable[Float[Array, "*shape"]]) -> Scalar:
     """Add up all elements of all arrays, in the widest of their dtypes."""
     sums = [jnp.sum(term) for term in terms]
     dtype = max((s.dtype for s in sums), key=lambda d: d.itemsize, default=jnp.result_type(float))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +101,7 @@ def dropout(
     )
 
 
+@runtime_checkable
 class DropoutSpec(Protocol):
     """A kind of dropout, and what of it does not change from step to step: static under `jit`.
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ _SMALLEST = float(np.finfo(np.float32).smallest_normal)
 _TINY = 2.0**-12  # below it, the share that is kept may differ from the request
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What draws a keep mask: `bernoulli`, or any function with its arguments."""
 

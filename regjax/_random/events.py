@@ -205,8 +205,8 @@ class Observers:
         function: str,
         key: Pair,
         rate: Any,
-        mask: Bool[Array, ...],
-        entering: Inexact[Array, ...],
+        mask: Bool[Array, "*shape"],
+        entering: Inexact[Array, "*shape"],
         off: Any = False,
     ) -> None:
         """Records the mask that a dropout applies; where `off` is True, the result is not used."""

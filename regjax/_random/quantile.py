@@ -47,7 +47,7 @@ def _minus_log2(x: Float[Array, "*shape"], series: Sequence[float]) -> Float[Arr
     info = np.finfo(x.dtype)
     # As integers, floating numbers are in the same order, and `nmant` bits lie below the exponent.
     root = integer(np.asarray(math.sqrt(0.5), x.dtype).view(integer))
-    bits: Int[Array, ...] = lax.bitcast_convert_type(x, integer)
+    bits: Int[Array, "*shape"] = lax.bitcast_convert_type(x, integer)
     exponent = (bits - root) >> integer(info.nmant)
     # From sqrt(1/2) up to sqrt(2), less 1.
     rest = lax.bitcast_convert_type(bits - (exponent << integer(info.nmant)), x.dtype) - 1

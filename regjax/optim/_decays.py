@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from regjax.optim._links import Mask
 
-    Leaf = Inexact[Array, ...]
+    Leaf = Inexact[Array, "*shape"]
 
 
 def add_l1_decay(

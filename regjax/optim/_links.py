@@ -192,7 +192,7 @@ def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
     return -jnp.expm1(jnp.asarray(count, float) * log_decay)
 
 
-def rounded_product(x: Inexact[Array, ...], factor: ScalarLike) -> Inexact[Array, ...]:
+def rounded_product(x: Inexact[Array, "*shape"], factor: ScalarLike) -> Inexact[Array, "*shape"]:
     """Multiply, and keep the compiler from fusing the product into a sum that it enters.
 
     XLA on a CPU contracts `a * b + c` into one fused multiply-add, which rounds once where torch's
@@ -276,7 +276,7 @@ def _cast_like(leaf: Any, like: Any) -> Any:
     return leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype)
 
 
-def in_dtype_of(x: Inexact[Array, ...], coefficient: ScalarLike) -> Inexact[ArrayLike, ""]:
+def in_dtype_of(x: Inexact[Array, "*shape"], coefficient: ScalarLike) -> Inexact[ArrayLike, ""]:
     """Make a coefficient what functions of lax, which promote nothing, take beside `x`."""
     if isinstance(coefficient, int | float):
         return np.asarray(coefficient, x.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -134,6 +134,7 @@ def inverse_keep_prob(keep_prob: float | Tensor, dtype: torch.dtype) -> float | 
     return (1 / torch.tensor(keep_prob, dtype=real)).item()
 
 
+@runtime_checkable
 class DropoutSpec(Protocol):
     """A kind of dropout, and what of it is no tensor: one value, into which no transform looks.
 

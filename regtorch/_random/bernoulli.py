@@ -27,6 +27,7 @@ _SMALLEST = torch.finfo(torch.float32).smallest_normal
 _TINY = 2.0**-12  # below it, the share that is kept may differ from the request
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What draws a keep mask: `bernoulli`, or any function with its arguments."""
 
