@@ -11,7 +11,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
