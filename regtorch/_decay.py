@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from regtorch._checks import check_bool
 from regtorch._paths import named_leaves
 
 if TYPE_CHECKING:
@@ -86,13 +87,7 @@ def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
             "mask must be None, a dict from names to bools, a function of name and tensor, or a "
             f"sequence of bools, but it is {mask!r}"
         )
-    for name, verdict in zip(names, verdicts, strict=True):
-        if not isinstance(verdict, bool):
-            raise TypeError(
-                f"mask at '{name}' must be a bool, but it is {verdict!r}: a mask says whether a "
-                "parameter decays; how strongly, weight_decay says"
-            )
-    return verdicts
+    return [_as_bool(name, verdict) for name, verdict in zip(names, verdicts, strict=True)]
 
 
 def resolve_reference(
@@ -182,6 +177,16 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
+def _as_bool(name: str, verdict: Any) -> bool:
+    try:
+        return check_bool("mask", verdict)
+    except TypeError:
+        raise TypeError(
+            f"mask at '{name}' must be a bool, but it is {verdict!r}: a mask says whether a "
+            "parameter decays; how strongly, weight_decay says"
+        ) from None
+
+
 def _check_names(what: str, named: Mapping[str, Any], names: Sequence[str]) -> None:
     known = set(names)
     for name in (*names, *named):
@@ -193,8 +198,8 @@ def _check_names(what: str, named: Mapping[str, Any], names: Sequence[str]) -> N
 def _check_positions(mask: Sequence[bool], names: Sequence[str]) -> None:
     if list(names) != [str(position) for position in range(len(names))]:
         raise ValueError(
-            "mask is a sequence, but the parameters have names: pass a dict from names to bools, "
-            f"such as {{{names[0]!r}: True}}, or a function of name and tensor"
+            "mask must be a dict from names to bools, or a function of name and tensor, since the "
+            f"parameters have names; got a sequence. Pass {{{names[0]!r}: True}}, for example."
         )
     if len(mask) != len(names):
         raise ValueError(f"mask has {len(mask)} bools, but there are {len(names)} parameters")

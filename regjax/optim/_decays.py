@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from regjax._checks import check_callable, check_integer
 from regjax._decay import (
     check_coefficient,
     check_reference,
@@ -373,9 +374,10 @@ def layerwise_scale(
         A tree with the structure of `params`.
 
     Raises:
-        TypeError: `layer_of` gives something else than an int, or `factor` is not a number.
-        ValueError: A layer is negative or above `depth`, or `factor` out of range: the message
-            names the parameter.
+        TypeError: `layer_of` is not a function, or gives something else than an int; `factor` is
+            not a number, or `depth` not an integer.
+        ValueError: A layer is negative or above `depth`, and the message names the parameter; or
+            `factor` is out of range, or `depth` negative.
 
     PyTorch: `regtorch.optim.layerwise_groups`, whose names have dots for slashes.
 
@@ -389,7 +391,10 @@ def layerwise_scale(
         Clark et al., [ELECTRA](https://arxiv.org/abs/2003.10555), ICLR 2020. Bao et al.,
         [BEiT](https://arxiv.org/abs/2106.08254), ICLR 2022.
     """
+    check_callable("layer_of", layer_of, "from a parameter's name to its layer")
     check_coefficient("factor", factor, fix="pass 1.0 for the same in all layers")
+    if depth is not None:
+        check_integer("depth", depth, minimum=0)
     layers = [_layer(name, layer_of(name), depth) for name, _ in named_leaves(params)]
     top = max(layers, default=0) if depth is None else depth
     return jax.tree.structure(params).unflatten(factor ** (top - layer) for layer in layers)

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from regjax._checks import check_bool
+from regjax._checks import check_bool, check_integer
 from regjax._decay import check_coefficient
 from regjax._paths import named_leaves
 from regjax.optim._gradients import check_arrays
@@ -82,7 +82,8 @@ def muon(
         nesterov: Look ahead along the average of gradients.
         ns_coefficients: $a, b, c$.
         eps: $\epsilon$: a matrix of smaller norm is not scaled up to norm 1.
-        ns_steps: How many steps of Newton and Schulz, below 100.
+        ns_steps: How many steps of Newton and Schulz, below 100. As in torch 0 is allowed: then
+            $O(u)$ is $u$ scaled to norm 1, and not orthogonal.
         adjust_lr_fn: What $s$ is for `m` outputs and `n` inputs: `None` or "original" for
             $\sqrt{\max(1, m / n)}$, "match_rms_adamw" for $0.2 \sqrt{\max(m, n)}$, which gives the
             update the RMS that is usual for AdamW.
@@ -100,8 +101,8 @@ def muon(
         $b$.
 
     Raises:
-        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
-            `init`, complex parameters.
+        TypeError: An argument is not a number, `ns_steps` not an integer, a flag or a leaf of the
+            mask not a bool; from `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, `ns_coefficients` are not three
             finite numbers, `ns_steps` lies outside [0, 100), `adjust_lr_fn` is unknown or
             `ns_dtype` no dtype of floats; from `init`, a parameter that is not a matrix, or a mask
@@ -151,7 +152,7 @@ def muon(
     check_float_dtype("mu_dtype", mu_dtype)
     check_pair("ns_coefficients", ns_coefficients, fix="Pass (3.4445, -4.7750, 2.0315).", length=3)
     _check_coefficients(ns_coefficients)
-    check_coefficient("ns_steps", ns_steps, fix="pass 5, say", below=100)
+    _check_steps(ns_steps)
     if not isinstance(adjust_lr_fn, str | None) or adjust_lr_fn not in _SCALES:
         raise ValueError(
             f'adjust_lr_fn must be None, "original" or "match_rms_adamw", but it is '
@@ -274,6 +275,13 @@ def _on_matrices(function: Callable[[Matrix], Matrix]) -> optax.GradientTransfor
         return jax.tree.map(function, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _check_steps(steps: Any) -> None:
+    if not isinstance(steps, Tracer):
+        check_integer("ns_steps", steps, minimum=0, maximum=99)
+    elif steps.shape or not jnp.issubdtype(steps.dtype, jnp.integer):
+        raise TypeError(f"ns_steps must be an integer; got {steps!r}.")
 
 
 def _check_coefficients(coefficients: Any) -> None:
