@@ -112,12 +112,13 @@ def mc_dropout(
             array; or one of the numbers is not an integer.
         ValueError: `samples`, `memory_budget` or `chunk_size` is below 1; `outputs` is none of the
             three; `class_axis` is not a dimension of the outputs, or has a single class; `key` is a
-            batch of keys; the outputs do not depend on the key, as in evaluation; or the
-            probabilities are negative or do not sum to 1. Where these are traced, they cannot raise
-            and become NaN.
+            batch of keys; the outputs do not depend on the key, as in evaluation, whatever
+            `samples` is, unless they are empty; or the probabilities are negative or do not sum to
+            1. Where these are traced, they cannot raise and become NaN.
 
     PyTorch:
         `regtorch.mc_dropout` takes a function, or a model as it is. Its passes draw the same masks.
+        It finds a `predict` that ignores its key by comparing passes: see there.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -317,10 +318,10 @@ def _check_outputs(one_pass: Callable[..., Any], settings: _Settings) -> None:
                 f"the shape {y.shape}. From one logit z make two, [0, z]; from one probability p "
                 "make [1 - p, p]."
             )
-    if not _depends_on_index(one_pass):
+    if 0 not in y.shape and not _depends_on_index(one_pass):
         raise ValueError(
-            "all passes are the same: what predict returns does not depend on its key. Turn "
-            "dropout on in it (deterministic=False, a rate above 0) and give it the key."
+            "predict must depend on its key; got the same from all passes. Turn dropout on in it "
+            "(deterministic=False, a rate above 0) and give it the key."
         )
 
 
