@@ -97,18 +97,17 @@ def drop_block(
         TypeError: as `dropout`; `block_size` or `channel_axis` is not an integer; `gamma_scale` is
             not a real number; or `x` is complex with noise.
         ValueError: as `dropout`; `block_size` is below 1; `gamma_scale` is negative, infinite or
-            NaN; `channel_axis` is not a dimension of `x`,
-            or the batch's; `x` has no spatial dimension; or the mask has 2**32 elements or more,
-            which are not counted.
+            NaN; `channel_axis` is not a dimension of `x`, or is the batch dimension; `x` has no
+            spatial dimension; or the mask has 2**32 elements or more, which are not counted.
 
     PyTorch:
         `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in this way too,
         for blocks that are odd and fit into the map. `regtorch.drop_block`, whose channels are
         first by default: with the same key the same blocks of the same rows are zeroed, and the
         results agree bit for bit. `gamma_scale`, `scale_by_keep` and `with_noise` are those of
-        `timm.layers.drop_block_2d`, which lets blocks reach over the border and draws its masks
-        and its noise from a hidden generator; its `couple_channels` is `share_channels`, and its
-        noise is added where nothing is kept, as here.
+        `timm.layers.drop_block_2d` (1.0.29), and `share_channels` is its `couple_channels`, which
+        is on by default. There a block may start at any element and is cut off at the border, masks
+        and noise come from the global generator, and channels that share a mask share their noise.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax

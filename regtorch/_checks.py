@@ -94,8 +94,8 @@ def check_bool(name: str, value: object) -> bool:
         value: A bool, a NumPy bool, or a 0-d boolean tensor.
 
     Raises:
-        TypeError: `value` is anything else. A string or a number is not a flag: `bool("False")`
-            is True.
+        TypeError: `value` is anything else. A string or a number is not a flag: `bool("False")` is
+            True.
     """
     if isinstance(value, bool):
         return value
