@@ -84,8 +84,7 @@ def decay_mask(
 
     Raises:
         TypeError: `params` is a single leaf that is no parameter, such as a step count; `rule` has
-            another form, or says something else than True or False: for rates, see
-            `decay_rates`.
+            another form, or says something else than True or False: for rates, see `decay_rates`.
         ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
             know one; a function says False of everything. The message names the glob and paths.
 

@@ -133,7 +133,7 @@ def depth_rates(
         shape: "linear", or "constant" for `rate` everywhere.
 
     Returns:
-        A number for each layer; the same in both wings.
+        A number for each layer; the same in both packages.
 
     Raises:
         TypeError: `rate` is not a real number, or `depth` is not an integer.

@@ -1,9 +1,10 @@
-"""The paragraphs under `Raises:` are filled: a line that is cut short is a sentence edited in two."""
+"""The paragraphs under `Raises:` are filled: a line that is cut short was broken by an edit."""
 
 from __future__ import annotations
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def broken_lines(docstring: str) -> list[str]:
     section = re.split(r"\n\s*(?:\n|$)", rest)[0].split("\n")
     return [
         line
-        for line, following in zip(section, section[1:], strict=False)
+        for line, following in pairwise(section)
         if not re.match(r"\s+\w+: ", following)
         and len(line) + 1 + len(following.split()[0]) <= WIDTH
     ]

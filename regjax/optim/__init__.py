@@ -38,7 +38,8 @@ numbers, or a schedule of such arrays, to inject them. A mask that is a function
 links of their own: `add_l1_decay` and those beside it.
 
 How far each is from PyTorch's own, step by step, `python -m parity_tests.exactness` measures. SGD
-and Rprop have equal bits in float32 where update and `optax.apply_updates` are compiled together.
+and Rprop are bitwise identical to it in float32 on a CPU where update and `optax.apply_updates` are
+compiled together, and both frameworks have fused multiply-adds or neither has.
 """
 
 from regjax.optim._adafactor import adafactor as adafactor
