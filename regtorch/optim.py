@@ -29,10 +29,8 @@ refuses, and a penalty in the loss does the same there. L2 itself is the `weight
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from regtorch._checks import check_bool, check_callable, check_integer, describe
@@ -46,7 +44,7 @@ from regtorch._decay import (
 from regtorch._paths import named_leaves
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -442,8 +440,8 @@ def layerwise_groups(
     check_coefficient("lr_factor", lr_factor, fix="pass 1.0 for the same in all layers")
     check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
     check_coefficient("decay_factor", decay_factor, fix="pass 1.0 for the same in all layers")
-    _check_mask(mask, weight_decay)
     leaves = named_leaves(params)
+    _check_mask(mask, weight_decay, leaves)
     layers = [_layer(name, layer_of(name), depth) for name, _ in leaves]
     top = max(layers, default=0) if depth is None else depth
     groups: dict[tuple[int, bool], list[tuple[str, Tensor]]] = {}
@@ -468,21 +466,15 @@ def _layer(name: str, layer: Any, depth: int | None) -> int:
     return layer
 
 
-def _check_mask(mask: Mask, weight_decay: Schedule) -> None:
+def _check_mask(mask: Mask, weight_decay: Schedule, leaves: Sequence[tuple[str, Any]]) -> None:
     """Refuse a mask, other than a function, with which nothing decays."""
-    if isinstance(mask, Mapping):
-        leaves = list(mask.values())
-    elif isinstance(mask, Sequence) and not isinstance(mask, str):
-        leaves = list(mask)
-    else:
-        return
     is_zero = isinstance(weight_decay, int | float) and weight_decay == 0
-    is_static = all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
-    if leaves and not is_zero and is_static and not any(leaves):
-        raise ValueError(
-            "mask must be True for some parameter, since weight_decay is not 0; got False for all "
-            f"of {len(leaves)}, with which nothing decays. For no decay, pass weight_decay=0.0."
-        )
+    if is_zero or callable(mask) or not leaves or any(resolve_mask(mask, leaves)):
+        return
+    raise ValueError(
+        "mask must be True for some parameter, since weight_decay is not 0; got False for all "
+        f"of {len(leaves)}, with which nothing decays. For no decay, pass weight_decay=0.0."
+    )
 
 
 class _Decay:
@@ -499,7 +491,8 @@ class _Decay:
     ) -> None:
         if not callable(weight_decay):
             check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
-        _check_mask(mask, weight_decay)
+        leaves = [(name, p) for name, p, _ in _parameters(optimizer)]
+        _check_mask(mask, weight_decay, leaves)
         self.optimizer, self.weight_decay, self.mask = optimizer, weight_decay, mask
         self.direction, self.others = direction, others
         # The checks of the mask, now and not at the first step.
