@@ -216,22 +216,40 @@ def orthogonalize(
     wide, precision = (jnp.float32, None) if is_half else (dtype, "highest")
     a, b, c = (jnp.asarray(x, wide) for x in coefficients)
 
-    def dot(left: Matrix, right: Matrix) -> Matrix:
-        return jnp.matmul(left, right, precision=precision, preferred_element_type=wide)
+    def dot(left: Matrix, right: Matrix, layout: Any) -> Matrix:
+        return jnp.matmul(
+            left, right, precision=precision, preferred_element_type=wide, out_sharding=layout
+        )
 
     def step(_: Any, x: Matrix) -> Matrix:
-        gram = dot(x, x.T).astype(dtype)
-        polynomial = (b * gram.astype(wide) + c * dot(gram, gram)).astype(dtype)
-        return (a * x.astype(wide) + dot(polynomial, x)).astype(dtype)
+        gram = dot(x, x.T, whole).astype(dtype)
+        polynomial = (b * gram.astype(wide) + c * dot(gram, gram, whole)).astype(dtype)
+        return (a * x.astype(wide) + dot(polynomial, x, by_columns)).astype(dtype)
 
     x = u.astype(dtype)
     is_tall = u.shape[0] > u.shape[1]
     if is_tall:
         x = x.T
+    # Under an Explicit mesh the longer axis stays sharded, so that a step communicates only sums
+    # for the small Gram matrix. Elsewhere both are None.
+    whole, by_columns = _layouts(x)
+    if by_columns is not None:
+        x = jax.sharding.reshard(x, by_columns)
     norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(wide)))).astype(dtype)
     x = x / jnp.maximum(norm, jnp.asarray(eps, dtype))
     x = jax.lax.fori_loop(0, steps, step, x)
-    return (x.T if is_tall else x).astype(u.dtype)
+    x = (x.T if is_tall else x).astype(u.dtype)
+    return x if by_columns is None else jax.sharding.reshard(x, jax.typeof(u).sharding)
+
+
+def _layouts(x: Matrix) -> tuple[Any, Any]:
+    """Return the layouts of a Gram matrix and of `x` with whole columns, or None for both."""
+    sharding = jax.typeof(x).sharding
+    if all(axis is None for axis in sharding.spec):
+        return None, None
+    specs = jax.P(None, None), jax.P(None, sharding.spec[1])
+    whole, by_columns = (sharding.update(spec=spec) for spec in specs)
+    return whole, by_columns
 
 
 def _average(

@@ -203,6 +203,35 @@ def test_the_number_of_steps_can_be_injected():
         jax.eval_shape(wrong.init, params)
 
 
+@pytest.mark.parametrize("shape", [(4, 8), (8, 4)])
+@pytest.mark.parametrize("spec", [jax.P("x", None), jax.P(None, "x"), jax.P("x", "y")], ids=str)
+def test_under_an_explicit_mesh_the_numbers_are_the_same(spec, shape):
+    optimizer = optim.muon(0.1, ns_dtype="float32")
+    params = {"w": jnp.arange(32.0).reshape(shape) / 7 - 1}
+    expected = first_update(optimizer, params, params)
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=kinds)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, jax.NamedSharding(mesh, spec))
+        updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
+        assert jax.typeof(updates["w"]).sharding.spec == spec
+    np.testing.assert_allclose(np.array(updates["w"]), np.array(expected["w"]), atol=5e-6)
+
+
+def test_the_longer_axis_stays_sharded():
+    """A step of the iteration gathers nothing: it sums small Gram matrices over devices."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    optimizer = optim.muon(0.1, ns_dtype="float32")
+    with jax.set_mesh(mesh):
+        layout = jax.NamedSharding(mesh, jax.P(None, "x"))
+        params = jax.device_put({"w": jnp.ones((4, 64))}, layout)
+        update = jax.jit(optimizer.update)
+        text = update.lower(params, optimizer.init(params), params).compile().as_text()
+    assert "all-reduce" in text
+    assert "all-gather" not in text
+    assert "collective-permute" not in text
+
+
 def test_complex_parameters_are_refused():
     with pytest.raises(TypeError, match=r"complex parameters, .* 'spectrum' is complex64"):
         optim.muon().init({"spectrum": jnp.array([[1 + 2j]])})
