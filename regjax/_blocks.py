@@ -57,14 +57,14 @@ def drop_block(
 ) -> Inexact[Array, "*shape"]:
     """Zeroes blocks of neighbouring elements of feature maps, and scales up what is left.
 
-    Neighbouring elements say nearly the same, so that a feature dropped element by element shines
-    through; here it goes in squares, cubes or, along one dimension, runs of `block_size`. Every
-    place where a whole block fits starts one with probability
+    Neighbouring elements carry nearly the same information, so that a feature that is dropped
+    element by element can still be read; here squares, cubes or, along one dimension, runs of
+    `block_size` are dropped. Every place where a whole block fits starts one with probability
 
         gamma = rate / block_size**d * prod(size / (size - block_size + 1))
 
     over the d spatial dimensions: a block covers an element `rate` times on average. As blocks may
-    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. What is left of the whole
+    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. The rest of the whole
     batch is multiplied by elements / elements left, as they are counted, over all devices where
     the batch is shared out: the mean of the mask and scale is 1.
 
@@ -74,7 +74,7 @@ def drop_block(
 
     Args:
         x: floating or complex, the batch first, then one or more spatial dimensions and the
-            channels. Of one row, give it a batch dimension of 1.
+            channels. Give a single row a batch dimension of 1.
         rate: about the share of elements that is zeroed, in [0, 1]; a number or a traced scalar.
             At 1 everything is, as in the whole family.
         block_size: how many elements a block has along each spatial dimension, odd or even. On a

@@ -32,7 +32,7 @@ _TOLERANCE = 0.01
 
 
 class Prediction(NamedTuple):
-    """What many stochastic passes predict together.
+    """The prediction of many stochastic forward passes together.
 
     In float32, or in float64 where the outputs are. The last four are None where there is nothing
     to say: the entropies of values, and samples that were not asked for.
@@ -77,7 +77,7 @@ def mc_dropout(
     summed as differences from the first pass, so that nearly equal outputs keep their digits.
 
     **Normalisation layers belong in evaluation**, with their running averages, while dropout is on.
-    `predict` says so, in its framework's words:
+    `predict` sees to it, in its framework's way:
 
     - Flax Linen, each kind of layer with a flag of its own: `model.apply(variables, x,
       use_running_average=True, deterministic=False, rngs={"dropout": key})`.

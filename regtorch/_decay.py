@@ -48,7 +48,7 @@ def check_coefficient(name: str, value: Any, *, fix: str) -> None:
 
 
 def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
-    """Say for each parameter whether it decays.
+    """Decide for each parameter whether it decays.
 
     Args:
         mask: `None` (every one), a dict from each name to a bool, a function of name and tensor,
@@ -60,7 +60,7 @@ def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
 
     Raises:
         ValueError: The mask does not fit the names, or the number of tensors.
-        TypeError: The mask says something else than True or False.
+        TypeError: A value of the mask is neither True nor False.
 
     Examples:
         >>> import torch
@@ -93,7 +93,7 @@ def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
 def resolve_reference(
     reference: Params, leaves: Sequence[tuple[str, Any]]
 ) -> list[tuple[str, Any]]:
-    """Say for each parameter towards what it decays.
+    """Find the reference that each parameter decays towards.
 
     Args:
         reference: What a penalty takes for parameters, with the names that `leaves` have, in any

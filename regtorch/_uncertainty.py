@@ -42,7 +42,7 @@ _DROPPING = (*KEYED, nn.RNNBase, *_OURS, *_FUSED)
 
 
 class Prediction(NamedTuple):
-    """What many stochastic passes predict together.
+    """The prediction of many stochastic forward passes together.
 
     In float32, or in float64 where the outputs are. The last four are None where there is nothing
     to say: the entropies of values, and samples that were not asked for.
@@ -90,7 +90,7 @@ def mc_dropout(
 
     Args:
         predict: a model, or a function of `*inputs` and the keyword `key` that returns one floating
-            tensor. Of a model that `regtorch.keyed.convert` has converted, or that is made of
+            tensor. In a model that `regtorch.keyed.convert` has converted, or that is made of
             `regtorch.nn`'s layers, the site `name` draws from `site_key(key, 0, name)`, `key` being
             that of the pass: see `regtorch.keyed` for the names.
         *inputs: what `predict` takes.

@@ -12,8 +12,8 @@ copy of the decaying parameters meanwhile. Several decays act in the order in wh
 attached, as links of a chain do.
 
 Masks and references go by the names of the parameters where the optimizer was made with
-`named_parameters()`, and by their positions, '0', '1', ..., where with `parameters()`. What torch
-skips, a parameter whose gradient is None, does not decay. Parameter groups and learning-rate
+`named_parameters()`, and by their positions, '0', '1', ..., where with `parameters()`. A parameter
+whose gradient is None, which torch skips, does not decay. Parameter groups and learning-rate
 schedulers work as before: a decoupled decay is multiplied by the `lr` that its group has at the
 step. Hooks are neither copied nor pickled with an optimizer: attach them again.
 
@@ -62,7 +62,7 @@ _taken: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictiona
 
 
 class DecayHandle:
-    """What takes a decay off its optimizer again.
+    """A handle that removes a decay from its optimizer.
 
     Examples:
         >>> import torch
@@ -94,7 +94,7 @@ def add_l1_decay(
     $$g \leftarrow g + \lambda_t \operatorname{sign}(w), \qquad \operatorname{sign}(0) = 0$$
 
     This is the same at every step as `regtorch.l1_penalty(params, weight_decay)` in the loss: no
-    factor 2. Decoupled, $w \leftarrow w - \eta_t \lambda_t \operatorname{sign}(w)$ goes past the
+    factor 2. Decoupled, $w \leftarrow w - \eta_t \lambda_t \operatorname{sign}(w)$ bypasses the
     moments, and no penalty does the same.
 
     Args:

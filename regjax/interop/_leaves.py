@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Where a JAX parameter is found in PyTorch.
+    """The name and the layout that a JAX parameter has in PyTorch.
 
     Attributes:
         name: The PyTorch parameter's name.
@@ -80,8 +80,8 @@ class Part:
     """Parameters that one optimizer trains: a group, or of a group those in one layout.
 
     Attributes:
-        label: What it is called in the state.
-        index: Of the group.
+        label: Its name in the state.
+        index: The number of the group.
         kind: Class of the PyTorch optimizer.
         group: The group's options.
         leaves: By the path in JAX.
@@ -97,13 +97,13 @@ class Part:
 
     @property
     def decoupled(self) -> bool:
-        """Whether the decay goes past the moments."""
+        """Whether the decay bypasses the moments."""
         return self.group.get("decoupled_weight_decay", self.kind in ("Adafactor", "Muon"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a PyTorch optimizer does to which JAX parameter.
+    """The groups of a PyTorch optimizer, with the JAX parameters in each.
 
     Attributes:
         parts: Those that are trained.

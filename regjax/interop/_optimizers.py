@@ -49,7 +49,7 @@ def optimizer_from_torch(
             `Leaf` where its axes are ordered otherwise.
         model: The module whose parameters are trained. Not needed where the optimizer was made with
             `model.named_parameters()`.
-        scheduler: What moves the learning rates, if anything does: see `schedule_from_torch`.
+        scheduler: The scheduler of the learning rates, if there is one: see `schedule_from_torch`.
             OneCycleLR moves the momentum too, or the first beta.
         steps: For LambdaLR and MultiplicativeLR, how many of the scheduler's steps to tabulate;
             None for every other scheduler and without one.

@@ -54,8 +54,8 @@ def params_from_torch(
 ) -> PyTree:
     r"""Carry the parameters and running statistics of a PyTorch model over into a JAX model.
 
-    What a leaf is, its name tells, never its shape: a `kernel` is transposed also where it is
-    square.
+    The name of a leaf decides its layout, never its shape: a `kernel` is transposed also where it
+    is square.
 
     | leaf in Linen, NNX, Equinox or Haiku | entry of PyTorch |
     |---|---|
@@ -121,9 +121,10 @@ def leaves_from_torch(
     params: PyTree,
     names: Mapping[str, str | Leaf] = MappingProxyType({}),
 ) -> dict[str, Leaf]:
-    """Say where each parameter of a JAX model is found in PyTorch, as `params_from_torch` finds it.
+    """Return the name and layout in PyTorch of each parameter of a JAX model.
 
-    What an optimizer keeps for a parameter, such as a moment, has its axes, and goes the same way.
+    They are those that `params_from_torch` uses. A moment that an optimizer keeps for a parameter
+    has the axes of that parameter, and so the same layout.
 
     Args:
         state_dict: As for `params_from_torch`. Running statistics may have no leaf in `params`: no

@@ -58,8 +58,8 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
             the scheduler has made of it.
 
     PyTorch: the same numbers to rounding. In float32 the rate is that of PyTorch's doubles to a few
-    units in the last place, also where it is a small difference of large ones. What is often
-    missed: the cosine rises again after `T_max` steps; the phases of OneCycleLR end at
+    units in the last place, also where it is a small difference of large ones. Three details are
+    often missed: the cosine rises again after `T_max` steps; the phases of OneCycleLR end at
     `pct_start * total_steps - 1` and `total_steps - 1`, not at `optax.cosine_onecycle_schedule`'s
     steps, and beyond `total_steps`, where PyTorch raises, the rate is NaN. OneCycleLR moves the
     momentum too: `optimizer_from_torch` follows it there.

@@ -39,7 +39,7 @@ def state_from_torch(
     steps: int | None = None,
     steps_per_epoch: int = 1,
 ) -> PyTree:
-    """Carry the state of an optimizer of PyTorch over, so that a run goes on where it is.
+    """Carry the state of an optimizer of PyTorch over, so that a run continues.
 
     | optimizer | optax state | PyTorch state |
     |---|---|---|
@@ -62,7 +62,7 @@ def state_from_torch(
         torch_optimizer: The optimizer, after any number of steps; it is only read.
         names: As for `optimizer_from_torch`.
         params: The JAX parameters.
-        optimizer: What `optimizer_from_torch` made of the same arguments.
+        optimizer: The result of `optimizer_from_torch` with the same arguments.
         model: As for `optimizer_from_torch`.
         scheduler: As for `optimizer_from_torch`.
         steps: As for `optimizer_from_torch`.
@@ -71,7 +71,7 @@ def state_from_torch(
 
     Returns:
         The state for `optimizer.update`, of the structure and the dtypes of
-        `optimizer.init(params)`. Of a group that has not taken a step it is that state.
+        `optimizer.init(params)`. For a group that has not taken a step it is that state.
 
     Raises:
         TypeError: As `optimizer_from_torch` does; `optimizer` is not an optax transformation.
@@ -81,7 +81,7 @@ def state_from_torch(
             were not all trained for the same number of steps; or that does not fit the scheduler.
 
     PyTorch: a run of which a part is trained in PyTorch and the rest in JAX, or the other way
-    round, goes through the same parameters as one in PyTorch alone, to rounding.
+    round, passes through the same parameters as one in PyTorch alone, to rounding.
 
     Examples:
         >>> import torch, jax.numpy as jnp
@@ -137,7 +137,7 @@ def state_to_torch(
     Nothing is changed before everything is checked.
 
     Args:
-        state: What the optimizer of `optimizer_from_torch` has come to.
+        state: The state of the optimizer of `optimizer_from_torch`.
         torch_optimizer: The optimizer that it was made of, or its like; its state is replaced.
         names: As for `optimizer_from_torch`.
         model: As for `optimizer_from_torch`.

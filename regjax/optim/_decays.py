@@ -1,6 +1,6 @@
 r"""Decays beyond L2, as links of an optax chain: L1, L2-SP, independent, cautious and by the leaf.
 
-Where a link stands in the chain says what it does. With $u$ for the updates that reach it:
+The place of a link in the chain decides what it does. With $u$ for the updates that reach it:
 
     coupled      optax.chain(add_l1_decay(c), optim.adam(lr))
     decoupled    optax.chain(optim.adam(1.0), optax.scale(-1.0), add_l1_decay(c),
@@ -76,7 +76,7 @@ def add_l1_decay(
 
     PyTorch: `regtorch.optim.add_l1_decay(optimizer, weight_decay)`; torch itself has no L1 decay.
     Before `maximize=True`, which negates all that reaches it, the decay would grow the parameters:
-    put `optax.scale(-1.0)` ahead of the decay instead. Of a complex number $w / |w|$ is added.
+    put `optax.scale(-1.0)` ahead of the decay instead. For a complex number $w / |w|$ is added.
 
     Examples:
         >>> import jax.numpy as jnp, optax

@@ -127,7 +127,7 @@ def sgd(
 
 
 class DescendState(NamedTuple):
-    """What `asgd` knows of its step size: steps taken, and the step size of the next one."""
+    """The steps that `asgd` has taken, and the size of the next one."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     eta: Float[Array, ""]
