@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
+from jax import export, lax
 from jax.core import Tracer
 from jax.scipy.special import entr
 
@@ -100,7 +100,8 @@ def mc_dropout(
         class_axis: the dimension of the classes in what one pass returns.
         memory_budget: how many bytes a chunk may take for what it computes, besides inputs and
             outputs. The estimate adds up the values alive at once, as if XLA fused none of them,
-            and is mostly too high. One pass runs in any case.
+            and is mostly too high. One pass runs in any case, and one at a time where a size is
+            symbolic, as under `jax.export`.
         chunk_size: how many passes run side by side, if you know better.
         keep_samples: whether to return what each pass predicted, too.
 
@@ -355,7 +356,7 @@ def _fitting(chunk: Callable[..., Any], settings: _Settings) -> int:
     return size
 
 
-def _peak_bytes(jaxpr: Any) -> int:
+def _peak_bytes(jaxpr: Any) -> float:
     """The most that the values a program computes take at once, were none of them fused away."""
     last_use = {var: place for place, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn)}
     last_use |= dict.fromkeys(filter(_is_variable, jaxpr.outvars), len(jaxpr.eqns))
@@ -379,9 +380,11 @@ def _is_variable(atom: Any) -> bool:
     return not hasattr(atom, "val")  # a literal has a value
 
 
-def _bytes(var: Any) -> int:
+def _bytes(var: Any) -> float:
     shape, dtype = getattr(var.aval, "shape", ()), getattr(var.aval, "dtype", None)
-    return int(np.prod(shape)) * getattr(dtype, "itemsize", 0)
+    if any(map(export.is_symbolic_dim, shape)):
+        return math.inf
+    return math.prod(shape) * getattr(dtype, "itemsize", 0)
 
 
 def _inner(eqn: Any) -> list[Any]:
