@@ -177,7 +177,11 @@ class _Settings:
 def _compiled(
     predict: Callable[..., Any], settings: _Settings, inputs: tuple[Any, ...], key: KeyLike
 ) -> Callable[[tuple[Any, ...], KeyLike], tuple[Prediction, Bool[Array, ""]]]:
-    """The jitted run: the one of earlier calls, where these cannot have captured other arrays."""
+    """The jitted run: the one of earlier calls, where these cannot have captured other arrays.
+
+    Each `predict` has a program of its own. One that captures arrays is not kept: the cache of the
+    program would keep them alive, and tracers among them would leak out of their trace.
+    """
     try:
         hash(predict)
     except TypeError:
@@ -185,9 +189,16 @@ def _compiled(
             f"predict must be hashable, as functions are; got a {type(predict).__name__}. Wrap it: "
             "def predict(model, x, *, key): return model(x, key=key)."
         ) from None
-    if _run_cached.trace(predict, settings, inputs, key).jaxpr.consts:
-        return jax.jit(functools.partial(_run, predict, settings))
-    return functools.partial(_run_cached, predict, settings)
+    program = _programs.pop(predict, None)
+    if program is None:
+        program = jax.jit(functools.partial(_run, predict), static_argnums=0)
+    jaxpr = program.trace(settings, inputs, key).jaxpr
+    # Captured arrays are constants of the program, captured tracers are more inputs.
+    if not jaxpr.consts and len(jaxpr.in_avals) == len(jax.tree.leaves((inputs, key))):
+        _programs[predict] = program
+    if len(_programs) > _MOST_PROGRAMS:
+        del _programs[next(iter(_programs))]  # the one that was used longest ago
+    return functools.partial(program, settings)
 
 
 def _run(
@@ -223,7 +234,9 @@ def _run(
     return _prediction(moments, samples, settings), moments.improper
 
 
-_run_cached = jax.jit(_run, static_argnums=(0, 1))
+# By `predict`, in the order of use.
+_programs: dict[Callable[..., Any], Any] = {}
+_MOST_PROGRAMS = 256
 
 
 class _Moments(NamedTuple):
