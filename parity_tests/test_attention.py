@@ -264,10 +264,14 @@ def test_a_layer_of_pytorch_is_a_layer_of_flax():
 BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "key's depth": (
         {"key": (2, 11, 4, 7)},
-        r"key must have the batch .* and the depth 8",
+        r"query and key must have one batch and one depth; got shapes",
         ValueError,
     ),
-    "key's batch": ({"key": (3, 11, 4, 8)}, r"key must have the batch \(2,\)", ValueError),
+    "key's batch": (
+        {"key": (3, 11, 4, 8)},
+        r"query and key must have one batch .*; got shapes \(2, .* and \(3, ",
+        ValueError,
+    ),
     "value": ({"value": (2, 10, 4, 8)}, "value must have key's shape", ValueError),
     "heads": (
         {"key": (2, 11, 3, 8), "value": (2, 11, 3, 8)},

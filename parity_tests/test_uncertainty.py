@@ -124,10 +124,10 @@ def shares_one_key(params: Any, x: Any, *, key: Any) -> Any:
 
 def test_passes_that_share_a_key_are_found():
     x, params = sizes(np.dtype(np.float32))
-    with pytest.raises(ValueError, match="all passes are the same"):
+    with pytest.raises(ValueError, match=r"^predict must depend on its key"):
         regjax.mc_dropout(shares_one_key, params, x, key=JAX.key(7), outputs="logits")
     fixed = lambda x, *, key: regtorch.dropout(x, 0.5, key=TORCH.key(7))
-    with pytest.raises(ValueError, match="all passes are the same"):
+    with pytest.raises(ValueError, match=r"^predict must depend on its key"):
         regtorch.mc_dropout(fixed, TORCH.array(x), key=TORCH.key(0), outputs="values")
 
 
@@ -286,3 +286,47 @@ def test_mutual_information_is_never_negative(wing: Wing):
     )
     assert (entropy - expected).min() < 0
     assert mutual.min() == 0
+
+
+# How `dropout` ends up with the key of a pass, and whether the outputs then depend on it.
+KEY_USES = {
+    "dropped": (lambda wing, x, key: wing.library.dropout(x, 0.5, key=key), True),
+    "site": (
+        lambda wing, x, key: wing.library.dropout(x, 0.5, key=wing.library.site_key(key, 0, "a")),
+        True,
+    ),
+    "evaluation": (
+        lambda wing, x, key: wing.library.dropout(x, 0.5, key=key, deterministic=True),
+        False,
+    ),
+    "rate 0": (lambda wing, x, key: wing.library.dropout(x, 0.0, key=key), False),
+    "rate 1": (lambda wing, x, key: wing.library.dropout(x, 1.0, key=key), False),
+    "unused": (lambda wing, x, key: x * 2, False),
+    "another key": (lambda wing, x, key: wing.library.dropout(x, 0.5, key=wing.key(7)), False),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(("use", "depends"), KEY_USES.values(), ids=KEY_USES)
+@both_wings
+def test_a_predict_that_ignores_its_key_is_refused(wing: Wing, use, depends, samples):
+    def predict(x, *, key):
+        return use(wing, x, key)
+
+    x = wing.array(np.ones((4, 8), np.float32))
+    options: Any = {"key": wing.key(0), "outputs": "values", "samples": samples}
+    if depends:
+        assert bool((wing.library.mc_dropout(predict, x, **options).std > 0).any()) == (samples > 1)
+        return
+    with pytest.raises(ValueError, match=r"^predict must depend on its key"):
+        wing.library.mc_dropout(predict, x, **options)
+
+
+@both_wings
+def test_an_empty_batch_has_an_empty_prediction(wing: Wing):
+    def predict(x, *, key):
+        return wing.library.dropout(x, 0.5, key=key)
+
+    x = wing.array(np.ones((0, 8), np.float32))
+    y = wing.library.mc_dropout(predict, x, key=wing.key(0), outputs="logits", samples=2)
+    assert tuple(y.mean.shape) == (0, 8)

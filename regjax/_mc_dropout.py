@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
+from jax import export, lax
 from jax.core import Tracer
 from jax.scipy.special import entr
 
@@ -32,7 +32,7 @@ _TOLERANCE = 0.01
 
 
 class Prediction(NamedTuple):
-    """What many stochastic passes predict together.
+    """The prediction of many stochastic forward passes together.
 
     In float32, or in float64 where the outputs are. The last four are None where there is nothing
     to say: the entropies of values, and samples that were not asked for.
@@ -77,7 +77,7 @@ def mc_dropout(
     summed as differences from the first pass, so that nearly equal outputs keep their digits.
 
     **Normalisation layers belong in evaluation**, with their running averages, while dropout is on.
-    `predict` says so, in its framework's words:
+    `predict` sees to it, in its framework's way:
 
     - Flax Linen, each kind of layer with a flag of its own: `model.apply(variables, x,
       use_running_average=True, deterministic=False, rngs={"dropout": key})`.
@@ -100,7 +100,8 @@ def mc_dropout(
         class_axis: the dimension of the classes in what one pass returns.
         memory_budget: how many bytes a chunk may take for what it computes, besides inputs and
             outputs. The estimate adds up the values alive at once, as if XLA fused none of them,
-            and is mostly too high. One pass runs in any case.
+            and is mostly too high. One pass runs in any case, and one at a time where a size is
+            symbolic, as under `jax.export`.
         chunk_size: how many passes run side by side, if you know better.
         keep_samples: whether to return what each pass predicted, too.
 
@@ -112,12 +113,13 @@ def mc_dropout(
             array; or one of the numbers is not an integer.
         ValueError: `samples`, `memory_budget` or `chunk_size` is below 1; `outputs` is none of the
             three; `class_axis` is not a dimension of the outputs, or has a single class; `key` is a
-            batch of keys; the outputs do not depend on the key, as in evaluation; or the
-            probabilities are negative or do not sum to 1. Where these are traced, they cannot raise
-            and become NaN.
+            batch of keys; the outputs do not depend on the key, as in evaluation, whatever
+            `samples` is, unless they are empty; or the probabilities are negative or do not sum to
+            1. Where these are traced, they cannot raise and become NaN.
 
     PyTorch:
         `regtorch.mc_dropout` takes a function, or a model as it is. Its passes draw the same masks.
+        It finds a `predict` that ignores its key by comparing passes: see there.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -175,7 +177,11 @@ class _Settings:
 def _compiled(
     predict: Callable[..., Any], settings: _Settings, inputs: tuple[Any, ...], key: KeyLike
 ) -> Callable[[tuple[Any, ...], KeyLike], tuple[Prediction, Bool[Array, ""]]]:
-    """The jitted run: the one of earlier calls, where these cannot have captured other arrays."""
+    """The jitted run: the one of earlier calls, where these cannot have captured other arrays.
+
+    Each `predict` has a program of its own. One that captures arrays is not kept: the cache of the
+    program would keep them alive, and tracers among them would leak out of their trace.
+    """
     try:
         hash(predict)
     except TypeError:
@@ -183,9 +189,16 @@ def _compiled(
             f"predict must be hashable, as functions are; got a {type(predict).__name__}. Wrap it: "
             "def predict(model, x, *, key): return model(x, key=key)."
         ) from None
-    if _run_cached.trace(predict, settings, inputs, key).jaxpr.consts:
-        return jax.jit(functools.partial(_run, predict, settings))
-    return functools.partial(_run_cached, predict, settings)
+    program = _programs.pop(predict, None)
+    if program is None:
+        program = jax.jit(functools.partial(_run, predict), static_argnums=0)
+    jaxpr = program.trace(settings, inputs, key).jaxpr
+    # Captured arrays are constants of the program, captured tracers are more inputs.
+    if not jaxpr.consts and len(jaxpr.in_avals) == len(jax.tree.leaves((inputs, key))):
+        _programs[predict] = program
+    if len(_programs) > _MOST_PROGRAMS:
+        del _programs[next(iter(_programs))]  # the one that was used longest ago
+    return functools.partial(program, settings)
 
 
 def _run(
@@ -221,7 +234,9 @@ def _run(
     return _prediction(moments, samples, settings), moments.improper
 
 
-_run_cached = jax.jit(_run, static_argnums=(0, 1))
+# By `predict`, in the order of use.
+_programs: dict[Callable[..., Any], Any] = {}
+_MOST_PROGRAMS = 256
 
 
 class _Moments(NamedTuple):
@@ -317,10 +332,10 @@ def _check_outputs(one_pass: Callable[..., Any], settings: _Settings) -> None:
                 f"the shape {y.shape}. From one logit z make two, [0, z]; from one probability p "
                 "make [1 - p, p]."
             )
-    if not _depends_on_index(one_pass):
+    if 0 not in y.shape and not _depends_on_index(one_pass):
         raise ValueError(
-            "all passes are the same: what predict returns does not depend on its key. Turn "
-            "dropout on in it (deterministic=False, a rate above 0) and give it the key."
+            "predict must depend on its key; got the same from all passes. Turn dropout on in it "
+            "(deterministic=False, a rate above 0) and give it the key."
         )
 
 
@@ -354,7 +369,7 @@ def _fitting(chunk: Callable[..., Any], settings: _Settings) -> int:
     return size
 
 
-def _peak_bytes(jaxpr: Any) -> int:
+def _peak_bytes(jaxpr: Any) -> float:
     """The most that the values a program computes take at once, were none of them fused away."""
     last_use = {var: place for place, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn)}
     last_use |= dict.fromkeys(filter(_is_variable, jaxpr.outvars), len(jaxpr.eqns))
@@ -378,9 +393,11 @@ def _is_variable(atom: Any) -> bool:
     return not hasattr(atom, "val")  # a literal has a value
 
 
-def _bytes(var: Any) -> int:
+def _bytes(var: Any) -> float:
     shape, dtype = getattr(var.aval, "shape", ()), getattr(var.aval, "dtype", None)
-    return int(np.prod(shape)) * getattr(dtype, "itemsize", 0)
+    if any(map(export.is_symbolic_dim, shape)):
+        return math.inf
+    return math.prod(shape) * getattr(dtype, "itemsize", 0)
 
 
 def _inner(eqn: Any) -> list[Any]:

@@ -38,7 +38,7 @@ _DROPPING = (*KEYED, nn.RNNBase, *_OURS, *_FUSED)
 
 
 class Prediction(NamedTuple):
-    """What many stochastic passes predict together.
+    """The prediction of many stochastic forward passes together.
 
     In float32, or in float64 where the outputs are. The last four are None where there is nothing
     to say: the entropies of values, and samples that were not asked for.
@@ -86,7 +86,7 @@ def mc_dropout(
 
     Args:
         predict: a model, or a function of `*inputs` and the keyword `key` that returns one floating
-            tensor. Of a model that `regtorch.keyed.convert` has converted, or that is made of
+            tensor. In a model that `regtorch.keyed.convert` has converted, or that is made of
             `regtorch.nn`'s layers, the site `name` draws from `site_key(key, 0, name)`, `key` being
             that of the pass: see `regtorch.keyed` for the names.
         *inputs: what `predict` takes.
@@ -107,14 +107,19 @@ def mc_dropout(
         ValueError: `samples` is below 1; `outputs` is none of the three; `class_axis` is not a
             dimension of the outputs, or has a single class; `key` is a batch of keys; the
             probabilities are negative or do not sum to 1; `predict` writes into its inputs; a
-            module of the model drops and is not converted, or none does; or all passes, of which
-            there are at least two, are the same, as they are where dropout is off.
+            module of the model drops and is not converted, or none does; or all passes are the same
+            and draw their masks from the same keys, or draw none, as in evaluation.
 
     Warns:
-        UserWarning: all passes returned the same although they drew from different keys.
+        UserWarning: all passes return the same although they draw from different keys.
 
     JAX:
-        `regjax.mc_dropout`, which runs the passes side by side within a budget of memory.
+        `regjax.mc_dropout`, which runs the passes side by side within a budget of memory. A
+        `predict` that ignores its key is an error in both, for any number of `samples`. regjax
+        reads this off the traced program. Here a second pass is compared with the first, also with
+        `samples=1`, and only masks of this package are seen: a `predict` that draws in another way
+        is taken to ignore its key if all of its passes are the same. Where masks are drawn but do
+        not reach the output, regjax raises, and this warns.
 
     Example:
         >>> import torch, regtorch
@@ -154,19 +159,22 @@ def mc_dropout(
                 "predict writes into its inputs, so that the next pass would see other ones. Turn "
                 "inplace off in the layers that they enter, or let predict copy them: x.clone()."
             )
-        moments, kept, same = _moments(first, outputs, class_axis), [first], samples > 1
-        for index in range(1, samples):
+        moments, kept, same = _moments(first, outputs, class_axis), [first], first.numel() > 0
+        for index in range(
+            1, max(samples, 2)
+        ):  # of one sample a second pass shows whether it drops
             y = one_pass(*inputs, key=site_key(key, index, _SITE))
-            moments = _merged(moments, _moments(y, outputs, class_axis))
             # Once two differ, no more are compared: each comparison waits for the device.
             same = same and torch.equal(first, y)
+            if index == samples:
+                break
+            moments = _merged(moments, _moments(y, outputs, class_axis))
             if keep_samples:
                 kept.append(y)
     if same and one_pass.repeats_its_keys():
         raise ValueError(
-            "all passes are the same: what predict returns does not depend on its key. Turn "
-            "dropout on in it (deterministic=False, training mode, a rate above 0) and give it the "
-            "key."
+            "predict must depend on its key; got the same from all passes. Turn dropout on in it "
+            "(deterministic=False, training mode, a rate above 0) and give it the key."
         )
     if same:
         warnings.warn(

@@ -12,8 +12,8 @@ copy of the decaying parameters meanwhile. Several decays act in the order in wh
 attached, as links of a chain do.
 
 Masks and references go by the names of the parameters where the optimizer was made with
-`named_parameters()`, and by their positions, '0', '1', ..., where with `parameters()`. What torch
-skips, a parameter whose gradient is None, does not decay. Parameter groups and learning-rate
+`named_parameters()`, and by their positions, '0', '1', ..., where with `parameters()`. A parameter
+whose gradient is None, which torch skips, does not decay. Parameter groups and learning-rate
 schedulers work as before: a decoupled decay is multiplied by the `lr` that its group has at the
 step. Hooks are neither copied nor pickled with an optimizer: attach them again.
 
@@ -29,17 +29,16 @@ refuses, and a penalty in the loss does the same there. L2 itself is the `weight
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from regshared.checks import check_bool, check_coefficient
+from regshared.checks import check_bool, check_callable, check_coefficient, check_integer, describe
 from regtorch._decay.paths import named_leaves
 from regtorch._decay.validation import check_reference, resolve_mask, resolve_reference, widened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -73,7 +72,7 @@ _taken: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictiona
 
 
 class DecayHandle:
-    """What takes a decay off its optimizer again.
+    """A handle that removes a decay from its optimizer.
 
     Examples:
         >>> import torch
@@ -105,7 +104,7 @@ def add_l1_decay(
     $$g \leftarrow g + \lambda_t \operatorname{sign}(w), \qquad \operatorname{sign}(0) = 0$$
 
     This is the same at every step as `regtorch.l1_penalty(params, weight_decay)` in the loss: no
-    factor 2. Decoupled, $w \leftarrow w - \eta_t \lambda_t \operatorname{sign}(w)$ goes past the
+    factor 2. Decoupled, $w \leftarrow w - \eta_t \lambda_t \operatorname{sign}(w)$ bypasses the
     moments, and no penalty does the same.
 
     Args:
@@ -119,8 +118,8 @@ def add_l1_decay(
         A handle to remove the decay.
 
     Raises:
-        TypeError: `weight_decay` is not a number, `decoupled` is not a bool, or the mask says
-            something else than True or False.
+        TypeError: `optimizer` is not an optimizer, `weight_decay` is not a number, `decoupled` is
+            not a bool, or a value of the mask is neither True nor False.
         ValueError: `weight_decay` is negative, infinite or NaN, also later from `step`, of a
             schedule; the mask does not fit the parameters, or is False for all of them; from
             `step`, coupled, a closure or gradients that are still scaled.
@@ -175,10 +174,11 @@ def add_l2_sp_decay(
         A handle to remove the decay.
 
     Raises:
-        TypeError: As `add_l1_decay` does; or the reference of a parameter is not a float or complex
-            tensor, or complex beside a real parameter.
-        ValueError: As `add_l1_decay` does; or the reference has other names than the parameters, or
-            a tensor of it another shape: the message gives the name.
+        TypeError: As `add_l1_decay` does; `reference` is none of the four; or the reference of a
+            parameter is not a float or complex tensor, or complex beside a real parameter.
+        ValueError: As `add_l1_decay` does; `reference` is a generator that yields nothing, has
+            other names than the parameters, or a tensor of another shape: the message gives the
+            name.
 
     JAX: `regjax.optim.add_l2_sp_decay(reference, weight_decay)`.
 
@@ -334,7 +334,8 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
         count, and $\lambda_0$ as 'initial_weight_decay' of each group.
 
     Raises:
-        TypeError: `multiplier` is not callable; from `step`, it does not give a number.
+        TypeError: `optimizer` is not an optimizer, or `multiplier` not callable; from `step`, it
+            does not give a number.
         ValueError: A group has no `weight_decay`; from `step`, the multiplier is negative, infinite
             or NaN.
 
@@ -356,6 +357,7 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
         Caron et al., [Emerging Properties in Self-Supervised Vision
         Transformers](https://arxiv.org/abs/2104.14294), ICCV 2021.
     """
+    _check_optimizer(optimizer)
     if not callable(multiplier):
         raise TypeError(
             f"multiplier must be a function of the step, but it is {multiplier!r}: for a constant "
@@ -419,9 +421,10 @@ def layerwise_groups(
         Groups for any optimizer of `torch.optim`, with the names of the parameters in them.
 
     Raises:
-        TypeError: `layer_of` gives something else than an int, or a rate is not a number.
-        ValueError: A layer is negative or above `depth`, a rate negative, infinite or NaN, or the
-            mask does not fit: the message says which.
+        TypeError: `layer_of` is not a function, or gives something else than an int; a rate is not
+            a number, or `depth` not an integer.
+        ValueError: A layer is negative or above `depth`, `depth` is negative, a rate is negative,
+            infinite or NaN, or the mask does not match: the message names it.
 
     JAX: `regjax.optim.layerwise_scale`, for `scale_by_leaf` (learning rates) and
     `add_decay_by_leaf`; its names have slashes for dots.
@@ -440,12 +443,15 @@ def layerwise_groups(
         Clark et al., [ELECTRA](https://arxiv.org/abs/2003.10555), ICLR 2020. Bao et al.,
         [BEiT](https://arxiv.org/abs/2106.08254), ICLR 2022.
     """
+    check_callable("layer_of", layer_of, "from a parameter's name to its layer")
+    if depth is not None:
+        check_integer("depth", depth, minimum=0)
     check_coefficient("lr", lr, fix="to ascend, pass maximize=True to the optimizer")
     check_coefficient("lr_factor", lr_factor, fix="pass 1.0 for the same in all layers")
     check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
     check_coefficient("decay_factor", decay_factor, fix="pass 1.0 for the same in all layers")
-    _check_mask(mask, weight_decay)
     leaves = named_leaves(params)
+    _check_mask(mask, weight_decay, leaves)
     layers = [_layer(name, layer_of(name), depth) for name, _ in leaves]
     top = max(layers, default=0) if depth is None else depth
     groups: dict[tuple[int, bool], list[tuple[str, Tensor]]] = {}
@@ -470,20 +476,15 @@ def _layer(name: str, layer: Any, depth: int | None) -> int:
     return layer
 
 
-def _check_mask(mask: Mask, weight_decay: Schedule) -> None:
+def _check_mask(mask: Mask, weight_decay: Schedule, leaves: Sequence[tuple[str, Any]]) -> None:
     """Refuse a mask, other than a function, with which nothing decays."""
-    if isinstance(mask, Mapping):
-        leaves = list(mask.values())
-    elif isinstance(mask, Sequence) and not isinstance(mask, str):
-        leaves = list(mask)
-    else:
-        return
     is_zero = isinstance(weight_decay, int | float) and weight_decay == 0
-    if leaves and not is_zero and all(leaf is False for leaf in leaves):
-        raise ValueError(
-            "mask must be True for some parameter, since weight_decay is not 0; got False for all "
-            f"of {len(leaves)}, with which nothing decays. For no decay, pass weight_decay=0.0."
-        )
+    if is_zero or callable(mask) or not leaves or any(resolve_mask(mask, leaves)):
+        return
+    raise ValueError(
+        "mask must be True for some parameter, since weight_decay is not 0; got False for all "
+        f"of {len(leaves)}, with which nothing decays. For no decay, pass weight_decay=0.0."
+    )
 
 
 class _Decay:
@@ -500,7 +501,8 @@ class _Decay:
     ) -> None:
         if not callable(weight_decay):
             check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
-        _check_mask(mask, weight_decay)
+        leaves = [(name, p) for name, p, _ in _parameters(optimizer)]
+        _check_mask(mask, weight_decay, leaves)
         self.optimizer, self.weight_decay, self.mask = optimizer, weight_decay, mask
         self.direction, self.others = direction, others
         # The checks of the mask, now and not at the first step.
@@ -589,10 +591,16 @@ class _Count:
 
 def _parameters(optimizer: Optimizer) -> list[tuple[str, Tensor, dict[str, Any]]]:
     """List name, parameter and group; without names, the position among all groups is the name."""
+    _check_optimizer(optimizer)
     owned = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     names = [name for group in optimizer.param_groups for name in group.get("param_names", ())]
     names = names or [str(position) for position in range(len(owned))]
     return [(name, p, group) for name, (p, group) in zip(names, owned, strict=True)]
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {describe(optimizer)}.")
 
 
 def _refuse_unready_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Call every public function and layer with one argument at a time replaced by a wrong value.
 
 `python -m tests.sweep` prints each call that is accepted although the value is wrong, and each
-error that does not name the argument. `tests/test_sweep.py` asserts that there are none.
+error that does not begin with the argument. `tests/test_sweep.py` asserts that there are none.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ import torch
 import regjax
 import regjax.equinox
 import regjax.haiku
+import regjax.interop
 import regjax.linen
 import regjax.nnx
+import regjax.optim
 import regtorch
+import regtorch.optim
 
 # The values that replace an argument.
 WRONG: dict[str, Any] = {
@@ -48,8 +51,14 @@ RIGHT: dict[str, set[str]] = {
     name: set(values.split())
     for names, values in {
         "rate p keep_prob stddev start end weight_decay l1 l2 dropout_rate": "half",
+        "learning_rate momentum lambd alpha t0 eps rho lr_decay initial_accumulator_value": "half",
+        "momentum_decay factor lr lr_factor decay_factor": "half",
+        "dampening": "half minus",
+        "beta2_decay": "minus",
         "deterministic inference scale_by_keep share_channels broadcast_dropout is_causal": "True",
-        "keep_samples": "True",
+        "keep_samples maximize amsgrad nesterov centered decoupled_weight_decay decoupled": "True",
+        "transposed": "True",
+        "mu_dtype accumulator_dtype adjust_lr_fn scheduler": "None",
         "key dropout_rng rng out_sharding generator chunk_size dtype": "None",
         "evaluate qk_attn_weights_einsum attn_weights_value_einsum": "None",
         "x inputs": "half nan list ranks complex",
@@ -63,7 +72,9 @@ RIGHT: dict[str, set[str]] = {
         "rule": "object",
         "site rng_collection": "word digits",
         "block_size bits depth steps samples memory_budget ids query value rngs root": "",
-        "predict outputs mode sampler train_step record model module reference": "",
+        "predict outputs mode sampler train_step record model module reference betas etas": "",
+        "step_sizes ns_coefficients ns_steps ns_dtype d layer_of multiplier removals": "",
+        "optimizer torch_optimizer state_dict names steps_per_epoch name transpose": "",
     }.items()
     for name in names.split()
 }
@@ -77,13 +88,36 @@ OTHER: dict[str, dict[str, str]] = {
     "bernoulli": {"key": ""},
     "packed_bernoulli": {"key": ""},
     "mc_dropout": {"key": ""},
+    "optim.adafactor": {"eps": "", "mask": "None True"},
+    "optim.scale_by_leaf": {"scale": "half"},
+    "optim.add_decay_by_leaf": {"scale": "half", "mask": "None True"},
+    "optim.layerwise_scale": {"depth": "None"},
+    "optim.layerwise_groups": {"params": "list dict ranks bools", "depth": "None"},
+    "interop.Leaf": {"name": "word digits", "transpose": "None list"},
+    "interop.params_from_torch": {"params": "", "names": "dict"},
+    "interop.leaves_from_torch": {"params": "", "names": "dict"},
+    "interop.optimizer_from_torch": {"model": "None", "steps": "None"},
+    "interop.schedule_from_torch": {"scheduler": "", "steps": "None"},
+    "interop.schedule_from_torch of LambdaLR": {"scheduler": "", "steps": ""},
+    "interop.state_from_torch": {"model": "None", "steps": "None", "params": ""},
+    "interop.state_to_torch": {"model": "None", "steps": "None", "step": "None", "state": ""},
 }
 # And where regtorch does: it takes tensors, and makes none of numbers and lists.
 TENSORS: dict[str, dict[str, str]] = {
     "": {"x": "ranks"},
     "dot_product_attention": {"key": "", "mask": "None", "bias": "None"},
     "drop_connect": {"weights": "ranks"},
+    **{f"optim.{name}": {"mask": "None"} for name in vars(regtorch.optim) if "decay" in name},
 }
+
+
+# An error begins with the argument, alone or beside the one that it must agree with; then where in
+# it, as in `betas[0]` and `mask at 'kernel'`, and the name that an inner function has for it, as in
+# `inputs: x must be`. Linen's own error about `deterministic` puts a word before it.
+FORM = (
+    r'(Parameter ")?(\w+ and )?{argument}"?( and \w+)?(\[.+?\])*( at (the root|\'.*?\'))?(: \w+)? '
+    r"(must|has|have|is missing|differ at|are not for)\b"
+)
 
 
 class Call(NamedTuple):
@@ -251,6 +285,73 @@ def _jax_layers() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
         yield f"haiku.{function}", haiku, {"rng": key, amount: 0.5, **arrays, **settings}
 
 
+def _optimizers() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
+    """The optimizers and decays of `regjax.optim`, each with all of its options."""
+    params = {"kernel": jnp.ones((2, 3))}
+    decaying = {"weight_decay": 0.1, "reference": params, "scale": 0.5, "momentum": 0.9}
+    for name, make in vars(regjax.optim).items():
+        if inspect.isfunction(make) and name != "layerwise_scale":
+            options = inspect.signature(make).parameters.values()
+            passed = {each.name: decaying.get(each.name, each.default) for each in options}
+            # The masks, references and scales are compared with the parameters by `init`.
+            yield f"optim.{name}", lambda make=make, **how: make(**how).init(params), passed
+    scaled = {"params": params, "layer_of": lambda name: 0, "factor": 0.5, "depth": None}
+    yield "optim.layerwise_scale", regjax.optim.layerwise_scale, scaled
+
+
+def _bridges() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
+    """The functions of `regjax.interop`."""
+    interop, params = regjax.interop, {"kernel": jnp.ones((2, 3))}
+    layer = torch.nn.Linear(3, 2, bias=False)
+    recipe = torch.optim.SGD(layer.named_parameters(), lr=0.1, momentum=0.9)
+    names = {"kernel": "weight"}
+    optimizer = interop.optimizer_from_torch(recipe, names)
+    from_torch = {"torch_optimizer": recipe, "names": names, "model": None, "scheduler": None}
+    from_torch |= {"steps": None, "steps_per_epoch": 1}
+    yield "interop.Leaf", interop.Leaf, {"name": "weight", "transpose": (1, 0)}
+    yield (
+        "interop.optimizer_from_torch",
+        lambda **how: interop.optimizer_from_torch(**how).init(params),
+        from_torch,
+    )
+    state = {"params": params, "optimizer": optimizer}
+    yield "interop.state_from_torch", interop.state_from_torch, from_torch | state
+    back = {"state": optimizer.init(params), "step": None}
+    yield "interop.state_to_torch", interop.state_to_torch, from_torch | back
+    for name in ("params_from_torch", "leaves_from_torch"):
+        filled = {"state_dict": {"kernel": np.ones((2, 3), np.float32)}, "params": params}
+        yield f"interop.{name}", getattr(interop, name), {**filled, "names": {}}
+    moved = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for suffix, scheduler, steps in (
+        ("", torch.optim.lr_scheduler.StepLR(moved, 3), None),
+        (" of LambdaLR", torch.optim.lr_scheduler.LambdaLR(moved, lambda step: 1.0), 3),
+    ):
+        scheduled = {"scheduler": scheduler, "steps": steps}
+        yield f"interop.schedule_from_torch{suffix}", interop.schedule_from_torch, scheduled
+
+
+def _torch_decays() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
+    """The decays of `regtorch.optim`."""
+    optim, weight = regtorch.optim, torch.ones(2, 3, requires_grad=True)
+    recipe = torch.optim.SGD([weight], lr=0.1, weight_decay=0.1)
+    decay = {"optimizer": recipe, "weight_decay": 0.1, "mask": None}
+    for name in ("add_l1_decay", "add_l2_sp_decay"):
+        reference = {"reference": [torch.zeros(2, 3)]} if "sp" in name else {}
+        passed = {**decay, **reference, "decoupled": False}
+        yield f"optim.{name}", _removed(getattr(optim, name)), passed
+    for name in ("add_independent_weight_decay", "add_cautious_weight_decay"):
+        yield f"optim.{name}", _removed(getattr(optim, name)), decay
+    scheduled = {"optimizer": recipe, "multiplier": lambda step: 1.0}
+    yield "optim.schedule_weight_decay", _removed(optim.schedule_weight_decay), scheduled
+    layers = {"params": {"a": weight}, "layer_of": lambda name: 0, "depth": None, "mask": None}
+    rates = {"lr": 0.1, "lr_factor": 0.5, "weight_decay": 0.1, "decay_factor": 0.5}
+    yield "optim.layerwise_groups", optim.layerwise_groups, layers | rates
+
+
+def _removed(attach: Callable[..., Any]) -> Callable[..., None]:
+    return lambda **options: attach(**options).remove()
+
+
 def _layer(make: Any, settings: set[str], call: Callable[..., Any] | None = None) -> Any:
     """Make a function of the arguments of a layer and of its call."""
 
@@ -287,7 +388,10 @@ def _nothing(step: int) -> None:
 def calls(package: str) -> Iterator[Call]:
     """All calls of a package, with the values that each argument accepts."""
     library = regjax if package == "regjax" else regtorch
-    others = _jax_layers() if library is regjax else _torch_calls()
+    if library is regjax:
+        others = (*_jax_layers(), *_optimizers(), *_bridges())
+    else:
+        others = (*_torch_calls(), *_torch_decays())
     for name, function, arguments in (*_calls(library), *others):
         other = OTHER.get(name, {}) | (
             TENSORS.get(name, TENSORS[""]) if library is regtorch else {}
@@ -299,7 +403,7 @@ def calls(package: str) -> Iterator[Call]:
 
 
 class Finding(NamedTuple):
-    """A wrong call: `fine`, `accepted`, or `nameless` if its error does not name the argument."""
+    """A wrong call: `fine`, `accepted`, or `nameless` if its error is not about the argument."""
 
     verdict: str
     call: str
@@ -323,7 +427,7 @@ def _found(call: Call, argument: str, name: str, value: Any) -> Finding:
     try:
         call.function(**call.arguments | {argument: value})
     except Exception as error:  # any kind: what matters is whether it helps
-        named = re.search(rf"\b{argument}\b", str(error))
+        named = re.match(FORM.format(argument=argument), str(error))
         return Finding("fine" if named else "nameless", where, f"{type(error).__name__}: {error}")
     return Finding("accepted", where, "")
 

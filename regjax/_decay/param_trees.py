@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def decay_mask(
     params: PyTree, rule: Rule = "default", *, frozen: str | Sequence[str] = ()
 ) -> PyTree[bool]:
-    """Say of each parameter whether it decays.
+    """Return a mask of the parameters that receive weight decay.
 
     For the `mask` of `regjax.optim`, of optax and of `regjax.l2_penalty`; the function itself is a
     mask too, `mask=regjax.decay_mask`; under `optax.inject_hyperparams`, which takes a function for
@@ -49,16 +49,15 @@ def decay_mask(
             every parameter: name them here, and a zero gradient leaves them as they are.
 
     Returns:
-        A tree of bools with the structure of `params`. What is no parameter is False: leaves that
-        are no float or complex arrays, Flax's `batch_stats`, `cache`, `intermediates` and
-        `perturbations` beside `params`, variables of nnx that are no `Param`, states of Equinox.
+        A tree of bools with the structure of `params`. It is False for leaves that are no float or
+        complex arrays, Flax's `batch_stats`, `cache`, `intermediates` and `perturbations` beside
+        `params`, variables of nnx that are no `Param`, states of Equinox.
 
     Raises:
         TypeError: `params` is a single leaf that is no parameter, such as a step count; `rule` has
-            another form, or says something else than True or False: for rates,
-            see `decay_rates`.
+            another form, or returns neither True nor False: for rates, see `decay_rates`.
         ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
-            know one; a function says False of everything. The message names the glob and paths.
+            know one; a function returns False for everything. The message names the glob and paths.
 
     PyTorch: `regtorch.decay_mask(module, rule)`, by the same rules, where frozen is what does not
     require a gradient.
@@ -87,14 +86,14 @@ def decay_rates(
     *,
     frozen: str | Sequence[str] = (),
 ) -> PyTree[ScalarLike]:
-    """Say of each parameter how strongly it decays.
+    """Return the rate of weight decay of each parameter.
 
     For `regjax.optim.add_decay_by_leaf`. Under a schedule give the default `weight_decay` here, and
     the schedule there.
 
     Args:
         params: As in `decay_mask`.
-        weight_decay: The rate of what the rule says True of.
+        weight_decay: The rate of the parameters for which the rule is True.
         rule: As in `decay_mask`; a decision may be a rate, which stands as it is.
         frozen: As in `decay_mask`.
 
@@ -137,7 +136,7 @@ def decay_table(
 
     Args:
         params: As in `decay_mask`.
-        weight_decay: The rate of what the rule says True of.
+        weight_decay: The rate of the parameters for which the rule is True.
         rule: As in `decay_rates`.
         frozen: As in `decay_mask`.
 

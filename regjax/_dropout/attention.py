@@ -578,7 +578,7 @@ def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) 
     *key_batch, keys, kv_heads, key_depth = key.shape
     if key_batch != batch or key_depth != depth:
         raise ValueError(
-            f"key must have the batch {tuple(batch)} and the depth {depth} of query; got shape "
+            f"query and key must have one batch and one depth; got shapes {query.shape} and "
             f"{key.shape}."
         )
     if value.shape[:-1] != key.shape[:-1]:

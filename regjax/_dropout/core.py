@@ -402,6 +402,8 @@ def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
         ValueError: it is not one of `ndim` dimensions; `advice` says what to do.
     """
     index = check_integer(name, axis)
+    if not ndim:
+        raise ValueError(f"x must have a {name}; got shape ().{advice}")
     if not -ndim <= index < ndim:
         raise ValueError(f"{name} must be a dimension of x, which has {ndim}; got {axis}.{advice}")
     return index % ndim

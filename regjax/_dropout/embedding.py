@@ -104,8 +104,8 @@ def _check_ids(ids: Integer[ArrayLike, "*ids"], shape: tuple[int, ...]) -> Integ
         raise TypeError(f"ids must be integers, as an embedding takes them; got dtype {ids.dtype}.")
     if not shape or shape[:-1] != ids.shape:
         raise ValueError(
-            "x must have one feature vector for each id, x.shape == (*ids.shape, features); got "
-            f"shape {shape} with ids of shape {ids.shape}."
+            f"ids must have the shape of x without its last axis, {shape[:-1]}; got "
+            f"{ids.shape} with x of shape {shape}."
         )
     can_be_read = not isinstance(ids, Tracer) and ids.is_fully_addressable and ids.size
     # NumPy's minimum, because inside a trace JAX's would be traced.

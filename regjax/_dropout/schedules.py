@@ -48,7 +48,7 @@ def constant_rate(rate: float) -> Schedule:
 
 
 def linear_rate(start: float, end: float, steps: int) -> Schedule:
-    """A rate that goes from `start` to `end` in equal steps, and stays there.
+    """Return a rate that moves from `start` to `end` in equal steps, and then stays there.
 
     Args:
         start: the rate at step 0, and before it; in [0, 1].
@@ -85,7 +85,7 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
 
 
 def cosine_rate(start: float, end: float, steps: int) -> Schedule:
-    """A rate that goes from `start` to `end` along half a wave, and stays there.
+    """Return a rate that moves from `start` to `end` along half a cosine, and then stays there.
 
     At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`: slow at both ends, and
     fastest in the middle.
@@ -134,7 +134,7 @@ def depth_rates(
         shape: "linear", or "constant" for `rate` everywhere.
 
     Returns:
-        A number for each layer; the same in both wings.
+        A number for each layer; the same in both packages.
 
     Raises:
         TypeError: `rate` is not a real number, or `depth` is not an integer.

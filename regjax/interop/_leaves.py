@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from regjax._decay.paths import named_leaves
+from regshared.checks import check_integers, check_string, describe
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
+
+    from jaxtyping import PyTree
 
     Names = Mapping[str, "str | Leaf"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Where a JAX parameter is found in PyTorch.
+    """The name and the layout that a JAX parameter has in PyTorch.
 
     Attributes:
         name: The PyTorch parameter's name.
@@ -36,15 +42,17 @@ class Leaf:
         """Counts axes from the front.
 
         Raises:
-            ValueError: `transpose` is no order of axes.
+            TypeError: `name` is not a string, or `transpose` is not a sequence of integers.
+            ValueError: `transpose` is not an order of axes.
         """
+        check_string("name", self.name)
         if self.transpose is not None:
-            ndim = len(self.transpose)
-            order = tuple(axis + ndim if axis < 0 else axis for axis in self.transpose)
-            if sorted(order) != list(range(ndim)):
+            axes = check_integers("transpose", self.transpose)
+            order = tuple(axis + len(axes) if axis < 0 else axis for axis in axes)
+            if sorted(order) != list(range(len(axes))):
                 raise ValueError(
-                    f"transpose of '{self.name}' must name each axis once, such as (1, 0), but it "
-                    f"is {self.transpose}"
+                    f"transpose of '{self.name}' must name each axis once, such as (1, 0); got "
+                    f"{self.transpose}."
                 )
             object.__setattr__(self, "transpose", order)
 
@@ -72,8 +80,8 @@ class Part:
     """Parameters that one optimizer trains: a group, or of a group those in one layout.
 
     Attributes:
-        label: What it is called in the state.
-        index: Of the group.
+        label: Its name in the state.
+        index: The number of the group.
         kind: Class of the PyTorch optimizer.
         group: The group's options.
         leaves: By the path in JAX.
@@ -89,13 +97,13 @@ class Part:
 
     @property
     def decoupled(self) -> bool:
-        """Whether the decay goes past the moments."""
+        """Whether the decay bypasses the moments."""
         return self.group.get("decoupled_weight_decay", self.kind in ("Adafactor", "Muon"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a PyTorch optimizer does to which JAX parameter.
+    """The groups of a PyTorch optimizer, with the JAX parameters in each.
 
     Attributes:
         parts: Those that are trained.
@@ -132,8 +140,10 @@ def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe
         The recipe.
 
     Raises:
-        ValueError: Parameters have no names, or `names` does not fit them.
+        TypeError: `names` is not a mapping to strings and `Leaf`s, or `model` is not a module.
+        ValueError: Parameters have no names, or `names` does not match them.
     """
+    check_names(names)
     leaves = {path: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for path, leaf in names.items()}
     tensors = _named_tensors(torch_optimizer, model)
     _check_names(leaves, tensors, torch_optimizer.param_groups, by_model=model is not None)
@@ -164,6 +174,8 @@ def _by_layout(part: Part) -> Iterator[Part]:
 
 def _named_tensors(torch_optimizer: Any, model: Any) -> dict[str, Any]:
     if model is not None:
+        if not callable(getattr(model, "named_parameters", None)):
+            raise TypeError(f"model must be a torch.nn.Module or None; got {describe(model)}.")
         # A tensor that the model has under two names may be called either.
         return dict(model.named_parameters(remove_duplicate=False))
     named: dict[str, Any] = {}
@@ -209,11 +221,42 @@ def _check_names(
     )
 
 
+def check_names(names: Any) -> None:
+    """Refuse names that are not a mapping to strings and `Leaf`s.
+
+    Raises:
+        TypeError: They are something else.
+    """
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            "names must be a mapping from names in JAX to names in PyTorch or Leafs; got "
+            f"{describe(names)}."
+        )
+    for path, name in names.items():
+        if not isinstance(name, str | Leaf):
+            raise TypeError(f"names['{path}'] must be a string or a Leaf; got {describe(name)}.")
+
+
+def check_paths(labels: Mapping[str, str], params: PyTree) -> None:
+    """Refuse parameters that do not have the paths in JAX that `names` gives.
+
+    Raises:
+        ValueError: The two differ; both sides of the difference are listed.
+    """
+    paths = {path for path, _ in named_leaves(params)}
+    report(
+        {
+            "JAX parameters without a name in PyTorch": paths - set(labels),
+            "names of JAX parameters that do not exist": set(labels) - paths,
+        }
+    )
+
+
 def report(problems: Mapping[str, set[str]]) -> None:
     """Refuse `names` with a list of all that is wrong with it, if anything is."""
     found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
     if found:
-        raise ValueError("names does not fit the parameters; " + "; ".join(found))
+        raise ValueError("names and params must match; got " + "; ".join(found))
 
 
 def number(option: str, value: Any) -> float:
@@ -235,12 +278,19 @@ def number(option: str, value: Any) -> float:
     return value.item()
 
 
-def check_class(thing: Any, known: Any, what: str) -> str:
-    """The name of a class of PyTorch, if it is a known one."""
-    name, home = type(thing).__name__, type(thing).__module__
-    if home.partition(".")[0] != "torch" or name not in known:
-        raise ValueError(
-            f"{home}.{name} is no {what} that can be carried over: these can be: "
-            f"{', '.join(sorted(known))}"
+def check_class(argument: str, thing: Any, home: str, known: Any) -> str:
+    """Return the name of a class of PyTorch, if it is a known one.
+
+    Raises:
+        TypeError: `thing` is not an object of PyTorch, or of a class derived from one.
+        ValueError: Its class is not one of those known.
+    """
+    name, module = type(thing).__name__, type(thing).__module__
+    is_of_torch = module.partition(".")[0] == "torch"
+    if not is_of_torch or name not in known:
+        is_derived = any(base.__module__.startswith(home) for base in type(thing).__mro__)
+        error = ValueError if is_of_torch or is_derived else TypeError
+        raise error(
+            f"{argument} must be one of {home}: {', '.join(sorted(known))}; got {module}.{name}."
         )
     return name

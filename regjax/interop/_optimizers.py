@@ -8,8 +8,8 @@ import jax
 import optax
 
 from regjax import optim
-from regjax._decay.paths import named_leaves, path_name
-from regjax.interop._leaves import FROZEN, check_class, number, read_recipe, report
+from regjax._decay.paths import path_name
+from regjax.interop._leaves import FROZEN, check_class, check_paths, number, read_recipe
 from regjax.interop._schedules import (
     check_scheduler_options,
     momenta_from_torch,
@@ -49,7 +49,7 @@ def optimizer_from_torch(
             `Leaf` where its axes are ordered otherwise.
         model: The module whose parameters are trained. Not needed where the optimizer was made with
             `model.named_parameters()`.
-        scheduler: What moves the learning rates, if anything does: see `schedule_from_torch`.
+        scheduler: The scheduler of the learning rates, if there is one: see `schedule_from_torch`.
             OneCycleLR moves the momentum too, or the first beta.
         steps: For LambdaLR and MultiplicativeLR, how many of the scheduler's steps to tabulate;
             None for every other scheduler and without one.
@@ -67,8 +67,9 @@ def optimizer_from_torch(
         state starts anew: `state_from_torch` fills it in.
 
     Raises:
+        TypeError: An argument is of the wrong type.
         ValueError: The optimizer or scheduler is of another class; the parameters have no names;
-            `names` does not fit the parameters (from `init`, those of JAX); a group has an option
+            `names` does not match the parameters (from `init`, those of JAX); a group has an option
             that is not known, `differentiable=True`, or a value that JAX cannot take; the optimizer
             has hooks; it has a scheduler that was not passed, or the other way round; or Adafactor
             is to factor axes that are not the last two in JAX.
@@ -93,9 +94,9 @@ def optimizer_from_torch(
         >>> updates["bias"], updates["kernel"][0].round(2)
         (Array([-0.5, -0.5], dtype=float32), Array([-0.11, -0.11], dtype=float32))
     """
-    check_class(torch_optimizer, _KINDS, "optimizer")
-    _check_whole(torch_optimizer, scheduler)
+    check_class("torch_optimizer", torch_optimizer, "torch.optim", _KINDS)
     check_scheduler_options(scheduler, steps, steps_per_epoch)
+    _check_whole(torch_optimizer, scheduler)
     recipe = read_recipe(torch_optimizer, names, model)
     rates = momenta = None
     if scheduler is not None:
@@ -129,15 +130,9 @@ def _over_tree(
         inner = optax.partition({**chains, FROZEN: optax.set_to_zero()}, label)
 
     def init(params: PyTree) -> PyTree:
-        paths = {path for path, _ in named_leaves(params)}
         # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
-        if paths:
-            report(
-                {
-                    "JAX parameters without a name in PyTorch": paths - set(labels),
-                    "names of JAX parameters that do not exist": set(labels) - paths,
-                }
-            )
+        if jax.tree.leaves(params):
+            check_paths(labels, params)
         return inner.init(params)
 
     # An optimizer of regjax.optim and a partition both take extra arguments.
@@ -180,13 +175,16 @@ def _check_whole(torch_optimizer: Any, scheduler: Any) -> None:
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if getattr(torch_optimizer, hooks, None):
             raise ValueError(
-                "the optimizer has hooks, which are not carried over: remove them, and do in the "
-                "JAX loop what they do"
+                "torch_optimizer must have no hooks, which are not carried over; got "
+                f"{len(getattr(torch_optimizer, hooks))}. Remove them, and do in the JAX loop what "
+                "they do."
             )
     if scheduler is None:
         return
     if getattr(scheduler, "optimizer", None) is not torch_optimizer:
-        raise ValueError("scheduler moves the rates of another optimizer: pass that one")
+        raise ValueError(
+            "scheduler must move the rates of torch_optimizer; got one of another optimizer."
+        )
     if type(torch_optimizer).__name__ == "Rprop":
         raise ValueError(
             "a scheduler has no effect on Rprop, whose lr is only the first step size: leave it "

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax._decay.paths import named_leaves, path_name
-from regjax.interop._leaves import Leaf
+from regjax.interop._leaves import Leaf, check_names
+from regshared.checks import describe
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from jaxtyping import PyTree
 
@@ -52,8 +54,8 @@ def params_from_torch(
 ) -> PyTree:
     r"""Carry the parameters and running statistics of a PyTorch model over into a JAX model.
 
-    What a leaf is, its name tells, never its shape: a `kernel` is transposed also where it is
-    square.
+    The name of a leaf decides its layout, never its shape: a `kernel` is transposed also where it
+    is square.
 
     | leaf in Linen, NNX, Equinox or Haiku | entry of PyTorch |
     |---|---|
@@ -84,6 +86,7 @@ def params_from_torch(
         A new tree with the structure of `params`. It shares no memory with PyTorch.
 
     Raises:
+        TypeError: `state_dict` is neither a module nor a dict, or `names` is not a mapping.
         ValueError: A leaf has no entry, or an entry no leaf (`num_batches_tracked` aside: it only
             counts); they differ in shape or dtype; their layout cannot be told, as of transposed
             convolutions and recurrent layers; or `names` speaks of what is not there. All that is
@@ -118,9 +121,10 @@ def leaves_from_torch(
     params: PyTree,
     names: Mapping[str, str | Leaf] = MappingProxyType({}),
 ) -> dict[str, Leaf]:
-    """Say where each parameter of a JAX model is found in PyTorch, as `params_from_torch` finds it.
+    """Return the name and layout in PyTorch of each parameter of a JAX model.
 
-    What an optimizer keeps for a parameter, such as a moment, has its axes, and goes the same way.
+    They are those that `params_from_torch` uses. A moment that an optimizer keeps for a parameter
+    has the axes of that parameter, and so the same layout.
 
     Args:
         state_dict: As for `params_from_torch`. Running statistics may have no leaf in `params`: no
@@ -133,6 +137,7 @@ def leaves_from_torch(
         them also unfold an axis: those of `DenseGeneral`, and biases of Equinox's convolutions.
 
     Raises:
+        TypeError: As `params_from_torch` does.
         ValueError: As `params_from_torch` does; and where one tensor of PyTorch feeds several
             leaves, as `in_proj_weight` of `torch.nn.MultiheadAttention` does: those have no `Leaf`,
             which stands for a whole tensor of its own.
@@ -205,7 +210,7 @@ def _described(entry: str, part: int | None) -> str:
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         listed = "".join(f"\n- {problem}" for problem in problems)
-        raise ValueError(f"params cannot be filled from state_dict, nothing was done:{listed}")
+        raise ValueError(f"state_dict and params must match, so nothing was done:{listed}")
 
 
 def _matched(
@@ -215,6 +220,7 @@ def _matched(
     optional: Collection[str] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, _Source]]:
     """The entries of PyTorch, and for each leaf what feeds it."""
+    check_names(names)
     entries, transposed = _entries(state_dict), _transposed_in_torch(state_dict)
     leaves = [(path_name(path), path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
     counts = _counts([name for name, _, leaf in leaves if _is_key(leaf)])
@@ -242,6 +248,11 @@ def _matched(
 def _entries(state_dict: Any) -> dict[str, np.ndarray]:
     if callable(getattr(state_dict, "state_dict", None)):
         state_dict = state_dict.state_dict()
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "state_dict must be a module, or a dict from names to tensors; got "
+            f"{describe(state_dict)}."
+        )
     return {name: _array(value) for name, value in state_dict.items()}
 
 

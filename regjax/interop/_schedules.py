@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from regjax.interop._leaves import check_class, number
+from regshared.checks import check_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,14 +51,15 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
         beginning of the run, so 0 is the first step of training, wherever the scheduler is now.
 
     Raises:
+        TypeError: `scheduler` is not a scheduler, or `steps` not an integer.
         ValueError: The scheduler is of another class, such as ReduceLROnPlateau, which follows the
             loss; a number in it is not what it must be; a learning rate is a tensor; `steps` is
             missing, too small, or given where nothing is tabulated; or a group's `lr` is not what
             the scheduler has made of it.
 
     PyTorch: the same numbers to rounding. In float32 the rate is that of PyTorch's doubles to a few
-    units in the last place, also where it is a small difference of large ones. What is often
-    missed: the cosine rises again after `T_max` steps; the phases of OneCycleLR end at
+    units in the last place, also where it is a small difference of large ones. Three details are
+    often missed: the cosine rises again after `T_max` steps; the phases of OneCycleLR end at
     `pct_start * total_steps - 1` and `total_steps - 1`, not at `optax.cosine_onecycle_schedule`'s
     steps, and beyond `total_steps`, where PyTorch raises, the rate is NaN. OneCycleLR moves the
     momentum too: `optimizer_from_torch` follows it there.
@@ -71,6 +73,9 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
         >>> [float(schedule(step)) for step in (0, 9, 10, 20)]
         [0.5, 0.5, 0.25, 0.125]
     """
+    _check_scheduler(scheduler)
+    if steps is not None:
+        check_integer("steps", steps, minimum=1)
     groups, rates = scheduler.optimizer.param_groups, _rates(scheduler, steps)
     if steps is not None and not _tabulates(scheduler):
         raise ValueError(
@@ -107,9 +112,11 @@ def momenta_from_torch(scheduler: Any) -> list[Rate] | None:
 
 def check_scheduler_options(scheduler: Any, steps: Any, steps_per_epoch: Any) -> None:
     """Refuse options that have no effect, since there is no scheduler, or are out of range."""
-    if isinstance(steps_per_epoch, float):
-        raise ValueError(f"steps_per_epoch must be an int; got {steps_per_epoch}. Pass 1.")
-    _whole("steps_per_epoch", steps_per_epoch)
+    if scheduler is not None:
+        _check_scheduler(scheduler)
+    if steps is not None:
+        check_integer("steps", steps, minimum=1)
+    check_integer("steps_per_epoch", steps_per_epoch, minimum=1)
     for name, value, default in (("steps", steps, None), ("steps_per_epoch", steps_per_epoch, 1)):
         if scheduler is None and value != default:
             raise ValueError(
@@ -215,7 +222,7 @@ def with_momentum(
 
 
 def _rates(scheduler: Any, steps: int | None) -> list[Rate]:
-    name = check_class(scheduler, {*_FORMS, "SequentialLR", "OneCycleLR"}, "scheduler")
+    name = _check_scheduler(scheduler)
     groups = scheduler.optimizer.param_groups
     if name == "OneCycleLR":
         return [_one_cycle(scheduler, group, "lr") for group in groups]
@@ -230,6 +237,11 @@ def _rates(scheduler: Any, steps: int | None) -> list[Rate]:
             )
         rates.append(_FORMS[name](scheduler, float(base), index, steps))
     return rates
+
+
+def _check_scheduler(scheduler: Any) -> str:
+    known = {*_FORMS, "SequentialLR", "OneCycleLR"}
+    return check_class("scheduler", scheduler, "torch.optim.lr_scheduler", known)
 
 
 def _tabulates(scheduler: Any) -> bool:
@@ -458,15 +470,16 @@ def _table(values: Sequence[float]) -> Rate:
 def _needed(scheduler: Any, steps: int | None) -> int:
     if steps is None:
         raise ValueError(
-            f"{type(scheduler).__name__} calls a function that JAX cannot trace: pass steps=, for "
-            "how many steps to tabulate it"
+            f"steps must be an integer for {type(scheduler).__name__}, whose function JAX cannot "
+            "trace; got None. Pass for how many steps to tabulate it."
         )
-    return _whole("steps", steps)
+    return steps
 
 
 def _whole(what: str, value: Any, *, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
-        raise ValueError(f"{what} must be a whole number, but it is {value!r}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not float(value).is_integer():
+        raise ValueError(f"{what} must be a whole number; got {value!r}.")
     if value < least:
-        raise ValueError(f"{what} must be at least {least}, but it is {value}")
+        raise ValueError(f"{what} must be at least {least}; got {value}.")
     return int(value)

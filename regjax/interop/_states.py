@@ -11,13 +11,14 @@ import optax
 from jax.tree_util import GetAttrKey, SequenceKey
 
 from regjax._decay.paths import path_name
-from regjax.interop._leaves import check_class, read_recipe
+from regjax.interop._leaves import check_class, check_paths, read_recipe
 from regjax.interop._schedules import (
     ScheduledMomentumState,
     check_scheduler_options,
     move_scheduler,
     schedule_from_torch,
 )
+from regshared.checks import check_integer, describe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +39,7 @@ def state_from_torch(
     steps: int | None = None,
     steps_per_epoch: int = 1,
 ) -> PyTree:
-    """Carry the state of an optimizer of PyTorch over, so that a run goes on where it is.
+    """Carry the state of an optimizer of PyTorch over, so that a run continues.
 
     | optimizer | optax state | PyTorch state |
     |---|---|---|
@@ -61,7 +62,7 @@ def state_from_torch(
         torch_optimizer: The optimizer, after any number of steps; it is only read.
         names: As for `optimizer_from_torch`.
         params: The JAX parameters.
-        optimizer: What `optimizer_from_torch` made of the same arguments.
+        optimizer: The result of `optimizer_from_torch` with the same arguments.
         model: As for `optimizer_from_torch`.
         scheduler: As for `optimizer_from_torch`.
         steps: As for `optimizer_from_torch`.
@@ -70,16 +71,17 @@ def state_from_torch(
 
     Returns:
         The state for `optimizer.update`, of the structure and the dtypes of
-        `optimizer.init(params)`. Of a group that has not taken a step it is that state.
+        `optimizer.init(params)`. For a group that has not taken a step it is that state.
 
     Raises:
+        TypeError: As `optimizer_from_torch` does; `optimizer` is not an optax transformation.
         ValueError: As `optimizer_from_torch` does; `optimizer` was made of other arguments; a
             parameter lacks an entry that others of its group have, or has one that is not known; a
             tensor has another shape or dtype than the parameter in JAX; the parameters of a group
             were not all trained for the same number of steps; or that does not fit the scheduler.
 
     PyTorch: a run of which a part is trained in PyTorch and the rest in JAX, or the other way
-    round, goes through the same parameters as one in PyTorch alone, to rounding.
+    round, passes through the same parameters as one in PyTorch alone, to rounding.
 
     Examples:
         >>> import torch, jax.numpy as jnp
@@ -94,7 +96,7 @@ def state_from_torch(
         >>> int(state[2].count), state[2].mu["kernel"].shape
         (1, (3, 2))
     """
-    check_class(torch_optimizer, MOMENTS, "optimizer")
+    check_class("torch_optimizer", torch_optimizer, "torch.optim", MOMENTS)
     check_scheduler_options(scheduler, steps, steps_per_epoch)
     recipe = read_recipe(torch_optimizer, names, model)
     epoch = None
@@ -105,8 +107,11 @@ def state_from_torch(
         part.label: _Read(part, torch_optimizer.state, epoch, steps_per_epoch)
         for part in recipe.parts
     }
+    if not callable(getattr(optimizer, "init", None)):
+        raise TypeError(f"optimizer must be an optax transformation; got {describe(optimizer)}.")
+    check_paths(recipe.labels, params)
     template = optimizer.init(params)
-    _check_made_for(template, recipe)
+    _check_made_for("optimizer", template, recipe)
     _check_scheduled(template, recipe, scheduler)
 
     def filled(path: tuple[Any, ...], old: Any) -> Any:
@@ -132,7 +137,7 @@ def state_to_torch(
     Nothing is changed before everything is checked.
 
     Args:
-        state: What the optimizer of `optimizer_from_torch` has come to.
+        state: The state of the optimizer of `optimizer_from_torch`.
         torch_optimizer: The optimizer that it was made of, or its like; its state is replaced.
         names: As for `optimizer_from_torch`.
         model: As for `optimizer_from_torch`.
@@ -145,6 +150,7 @@ def state_to_torch(
             the count stays what it is in the optimizer.
 
     Raises:
+        TypeError: As `optimizer_from_torch` does; `step` is not an integer.
         ValueError: As `optimizer_from_torch` does; the state is not of that optimizer, has a tensor
             of another shape or dtype than the parameter, or counts that do not agree.
 
@@ -161,11 +167,13 @@ def state_to_torch(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    check_class(torch_optimizer, MOMENTS, "optimizer")
+    check_class("torch_optimizer", torch_optimizer, "torch.optim", MOMENTS)
     check_scheduler_options(scheduler, steps, steps_per_epoch)
+    if step is not None:
+        check_integer("step", step, minimum=0)
     recipe = read_recipe(torch_optimizer, names, model)
     rates = None if scheduler is None else schedule_from_torch(scheduler, steps=steps)
-    _check_made_for(state, recipe)
+    _check_made_for("state", state, recipe)
     _check_scheduled(state, recipe, scheduler)
     written = {part.label: _Written(part, torch_optimizer.state) for part in recipe.parts}
     for path, value in jax.tree.leaves_with_path(state):
@@ -207,8 +215,8 @@ def _place(path: tuple[Any, ...], recipe: Recipe) -> tuple[str, _Place]:
     return label, _Place(link, rest[at].name, path_name(tuple(rest[at + 1 :])))
 
 
-def _check_made_for(state: Any, recipe: Recipe) -> None:
-    """Refuse a state whose outer structure is not what `optimizer_from_torch` makes."""
+def _check_made_for(argument: str, state: Any, recipe: Recipe) -> None:
+    """Refuse a state with another outer structure than that of `optimizer_from_torch`."""
     if recipe.is_single:
         chains = {recipe.parts[0].label: state}
     elif isinstance(state, optax.PartitionState):
@@ -224,8 +232,8 @@ def _check_made_for(state: Any, recipe: Recipe) -> None:
     fits = inner.keys() == {part.label for part in recipe.parts}
     if not fits or not all(type(c) is tuple and len(c) == 4 for c in inner.values()):
         raise ValueError(
-            "the state is not that of the optimizer that optimizer_from_torch makes: pass that "
-            "optimizer, or the part of the state that is its, without what is chained to it"
+            f"{argument} must be that of optimizer_from_torch with the same arguments; got a state "
+            f"of another structure, a {type(state).__name__}. Leave out what is chained to it."
         )
 
 

@@ -8,7 +8,7 @@ and most others) and after them where it is decoupled (AdamW, Adafactor, Muon):
 
 The last of these is a link of our own, which rounds as PyTorch does: it multiplies a parameter by
 the rounded number `1 - learning_rate * weight_decay`, and rounds the product before it adds the
-step. `optax.adamw` adds decay and step to each other first, and parts from PyTorch by 2e-5 in a
+step. `optax.adamw` adds decay and step to each other first, and is 2e-5 away from PyTorch after a
 thousand steps of float32.
 
 A link that has nothing to do is `optax.identity()`, so a state always has four parts. Updates and
@@ -37,8 +37,9 @@ numbers, or a schedule of such arrays, to inject them. A mask that is a function
 `regjax.l2_penalty(params, c)` has the gradient `2 * c * w`. Decays that PyTorch does not have are
 links of their own: `add_l1_decay` and those beside it.
 
-How far each is from PyTorch's own, step by step, `python -m parity_tests.exactness` measures. SGD
-and Rprop have equal bits in float32 where update and `optax.apply_updates` are compiled together.
+`python -m parity_tests.exactness` measures how far each is from PyTorch's own, step by step. SGD
+and Rprop are bitwise identical to it in float32 on a CPU where update and `optax.apply_updates` are
+compiled together, and both frameworks have fused multiply-adds or neither has.
 """
 
 from regjax.optim._adafactor import adafactor

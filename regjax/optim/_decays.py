@@ -1,6 +1,6 @@
 r"""Decays beyond L2, as links of an optax chain: L1, L2-SP, independent, cautious and by the leaf.
 
-Where a link stands in the chain says what it does. With $u$ for the updates that reach it:
+The place of a link in the chain decides what it does. With $u$ for the updates that reach it:
 
     coupled      optax.chain(add_l1_decay(c), optim.adam(lr))
     decoupled    optax.chain(optim.adam(1.0), optax.scale(-1.0), add_l1_decay(c),
@@ -30,7 +30,7 @@ from regjax._decay.paths import named_leaves, path_name
 from regjax._decay.validation import check_reference, resolve_mask, resolve_reference, resolve_scale
 from regjax.optim._gradients import is_array
 from regjax.optim._links import check_mask, is_zero, rounded_once
-from regshared.checks import check_coefficient
+from regshared.checks import check_callable, check_coefficient, check_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +70,7 @@ def add_l1_decay(
 
     PyTorch: `regtorch.optim.add_l1_decay(optimizer, weight_decay)`; torch itself has no L1 decay.
     Before `maximize=True`, which negates all that reaches it, the decay would grow the parameters:
-    put `optax.scale(-1.0)` ahead of the decay instead. Of a complex number $w / |w|$ is added.
+    put `optax.scale(-1.0)` ahead of the decay instead. For a complex number $w / |w|$ is added.
 
     Examples:
         >>> import jax.numpy as jnp, optax
@@ -368,9 +368,10 @@ def layerwise_scale(
         A tree with the structure of `params`.
 
     Raises:
-        TypeError: `layer_of` gives something else than an int, or `factor` is not a number.
-        ValueError: A layer is negative or above `depth`, or `factor` out of range: the message
-            names the parameter.
+        TypeError: `layer_of` is not a function, or gives something else than an int; `factor` is
+            not a number, or `depth` not an integer.
+        ValueError: A layer is negative or above `depth`, and the message names the parameter; or
+            `factor` is out of range, or `depth` negative.
 
     PyTorch: `regtorch.optim.layerwise_groups`, whose names have dots for slashes.
 
@@ -384,7 +385,10 @@ def layerwise_scale(
         Clark et al., [ELECTRA](https://arxiv.org/abs/2003.10555), ICLR 2020. Bao et al.,
         [BEiT](https://arxiv.org/abs/2106.08254), ICLR 2022.
     """
+    check_callable("layer_of", layer_of, "from a parameter's name to its layer")
     check_coefficient("factor", factor, fix="pass 1.0 for the same in all layers")
+    if depth is not None:
+        check_integer("depth", depth, minimum=0)
     layers = [_layer(name, layer_of(name), depth) for name, _ in named_leaves(params)]
     top = max(layers, default=0) if depth is None else depth
     return jax.tree.structure(params).unflatten(factor ** (top - layer) for layer in layers)

@@ -126,7 +126,7 @@ def sgd(
 
 
 class DescendState(NamedTuple):
-    """What `asgd` knows of its step size: steps taken, and the step size of the next one."""
+    """The steps that `asgd` has taken, and the size of the next one."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     eta: Float[Array, ""]
@@ -253,10 +253,12 @@ def rprop(
         TypeError: An argument is not a number; from `init`, complex parameters.
         ValueError: A number is out of its range.
 
-    PyTorch: on a CPU the same bits in float32, compiled or not, but for gradients below 1e-22: the
-    product of two underflows in torch, which then keeps the step size. (Below 1.2e-38, XLA takes a
-    gradient for zero.) `optax.rprop` 0.2.8 is another optimizer: its update is the one that was due
-    at the step before; its first is zero.
+    PyTorch: on a CPU bitwise identical in float32, compiled or not, where both frameworks have
+    fused multiply-adds or neither has; where only one has, as under
+    `ATEN_CPU_CAPABILITY=default`, the two agree to rounding. Gradients below 1e-22 are an
+    exception: the product of two underflows in torch, which then keeps the step size. (Below
+    1.2e-38, XLA takes a gradient for zero.) `optax.rprop` 0.2.8 is another optimizer: its update is
+    the one that was due at the step before; its first is zero.
 
     Examples:
         >>> import jax.numpy as jnp, optax

@@ -25,7 +25,7 @@ from regjax.optim._links import (
     rounded_once,
     zeros_like,
 )
-from regshared.checks import check_bool, check_coefficient
+from regshared.checks import check_bool, check_coefficient, check_integer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +81,8 @@ def muon(
         nesterov: Look ahead along the average of gradients.
         ns_coefficients: $a, b, c$.
         eps: $\epsilon$: a matrix of smaller norm is not scaled up to norm 1.
-        ns_steps: How many steps of Newton and Schulz, below 100.
+        ns_steps: How many steps of Newton and Schulz, below 100. As in torch 0 is allowed: then
+            $O(u)$ is $u$ scaled to norm 1, and not orthogonal.
         adjust_lr_fn: What $s$ is for `m` outputs and `n` inputs: `None` or "original" for
             $\sqrt{\max(1, m / n)}$, "match_rms_adamw" for $0.2 \sqrt{\max(m, n)}$, which gives the
             update the RMS that is usual for AdamW.
@@ -99,8 +100,8 @@ def muon(
         $b$.
 
     Raises:
-        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
-            `init`, complex parameters.
+        TypeError: An argument is not a number, `ns_steps` not an integer, a flag or a leaf of the
+            mask not a bool; from `init`, complex parameters.
         ValueError: A coefficient is negative, infinite or NaN, `ns_coefficients` are not three
             finite numbers, `ns_steps` lies outside [0, 100), `adjust_lr_fn` is unknown or
             `ns_dtype` no dtype of floats; from `init`, a parameter that is not a matrix, or a mask
@@ -150,7 +151,7 @@ def muon(
     check_float_dtype("mu_dtype", mu_dtype)
     check_pair("ns_coefficients", ns_coefficients, fix="Pass (3.4445, -4.7750, 2.0315).", length=3)
     _check_coefficients(ns_coefficients)
-    check_coefficient("ns_steps", ns_steps, fix="pass 5, say", below=100)
+    _check_steps(ns_steps)
     if not isinstance(adjust_lr_fn, str | None) or adjust_lr_fn not in _SCALES:
         raise ValueError(
             f'adjust_lr_fn must be None, "original" or "match_rms_adamw", but it is '
@@ -214,22 +215,40 @@ def orthogonalize(
     wide, precision = (jnp.float32, None) if is_half else (dtype, "highest")
     a, b, c = (jnp.asarray(x, wide) for x in coefficients)
 
-    def dot(left: Matrix, right: Matrix) -> Matrix:
-        return jnp.matmul(left, right, precision=precision, preferred_element_type=wide)
+    def dot(left: Matrix, right: Matrix, layout: Any) -> Matrix:
+        return jnp.matmul(
+            left, right, precision=precision, preferred_element_type=wide, out_sharding=layout
+        )
 
     def step(_: Any, x: Matrix) -> Matrix:
-        gram = dot(x, x.T).astype(dtype)
-        polynomial = (b * gram.astype(wide) + c * dot(gram, gram)).astype(dtype)
-        return (a * x.astype(wide) + dot(polynomial, x)).astype(dtype)
+        gram = dot(x, x.T, whole).astype(dtype)
+        polynomial = (b * gram.astype(wide) + c * dot(gram, gram, whole)).astype(dtype)
+        return (a * x.astype(wide) + dot(polynomial, x, by_columns)).astype(dtype)
 
     x = u.astype(dtype)
     is_tall = u.shape[0] > u.shape[1]
     if is_tall:
         x = x.T
+    # Under an Explicit mesh the longer axis stays sharded, so that a step communicates only sums
+    # for the small Gram matrix. Elsewhere both are None.
+    whole, by_columns = _layouts(x)
+    if by_columns is not None:
+        x = jax.sharding.reshard(x, by_columns)
     norm = jnp.sqrt(jnp.sum(jnp.square(x.astype(wide)))).astype(dtype)
     x = x / jnp.maximum(norm, jnp.asarray(eps, dtype))
     x = jax.lax.fori_loop(0, steps, step, x)
-    return (x.T if is_tall else x).astype(u.dtype)
+    x = (x.T if is_tall else x).astype(u.dtype)
+    return x if by_columns is None else jax.sharding.reshard(x, jax.typeof(u).sharding)
+
+
+def _layouts(x: Matrix) -> tuple[Any, Any]:
+    """Return the layouts of a Gram matrix and of `x` with whole columns, or None for both."""
+    sharding = jax.typeof(x).sharding
+    if all(axis is None for axis in sharding.spec):
+        return None, None
+    specs = jax.P(None, None), jax.P(None, sharding.spec[1])
+    whole, by_columns = (sharding.update(spec=spec) for spec in specs)
+    return whole, by_columns
 
 
 def _average(
@@ -273,6 +292,13 @@ def _on_matrices(function: Callable[[Matrix], Matrix]) -> optax.GradientTransfor
         return jax.tree.map(function, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _check_steps(steps: Any) -> None:
+    if not isinstance(steps, Tracer):
+        check_integer("ns_steps", steps, minimum=0, maximum=99)
+    elif steps.shape or not jnp.issubdtype(steps.dtype, jnp.integer):
+        raise TypeError(f"ns_steps must be an integer; got {steps!r}.")
 
 
 def _check_coefficients(coefficients: Any) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
-    """Say of each parameter whether it decays.
+    """Return a mask of the parameters that receive weight decay.
 
     For the `mask` of `regtorch.l2_penalty` and of `regtorch.optim`; for `torch.optim` itself see
     `decay_groups`.
@@ -74,7 +74,7 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
 def decay_rates(
     module: nn.Module, weight_decay: float = 1.0, rule: Rule = "default"
 ) -> dict[str, float]:
-    """Say of each parameter how strongly it decays.
+    """Return the rate of weight decay of each parameter.
 
     Args:
         module: As in `decay_mask`.

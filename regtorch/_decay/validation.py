@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from regshared.checks import check_bool
 from regtorch._decay.paths import named_leaves
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
-    """Say for each parameter whether it decays.
+    """Decide for each parameter whether it decays.
 
     Args:
         mask: `None` (every one), a dict from each name to a bool, a function of name and tensor,
@@ -30,7 +31,7 @@ def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
 
     Raises:
         ValueError: The mask does not fit the names, or the number of tensors.
-        TypeError: The mask says something else than True or False.
+        TypeError: A value of the mask is neither True nor False.
 
     Examples:
         >>> import torch
@@ -57,19 +58,13 @@ def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
             "mask must be None, a dict from names to bools, a function of name and tensor, or a "
             f"sequence of bools, but it is {mask!r}"
         )
-    for name, verdict in zip(names, verdicts, strict=True):
-        if not isinstance(verdict, bool):
-            raise TypeError(
-                f"mask at '{name}' must be a bool, but it is {verdict!r}: a mask says whether a "
-                "parameter decays; how strongly, weight_decay says"
-            )
-    return verdicts
+    return [_as_bool(name, verdict) for name, verdict in zip(names, verdicts, strict=True)]
 
 
 def resolve_reference(
     reference: Params, leaves: Sequence[tuple[str, Any]]
 ) -> list[tuple[str, Any]]:
-    """Say for each parameter towards what it decays.
+    """Find the reference that each parameter decays towards.
 
     Args:
         reference: What a penalty takes for parameters, with the names that `leaves` have, in any
@@ -153,6 +148,16 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
+def _as_bool(name: str, verdict: Any) -> bool:
+    try:
+        return check_bool("mask", verdict)
+    except TypeError:
+        raise TypeError(
+            f"mask at '{name}' must be a bool, but it is {verdict!r}: a mask says whether a "
+            "parameter decays; how strongly, weight_decay says"
+        ) from None
+
+
 def _check_names(what: str, named: Mapping[str, Any], names: Sequence[str]) -> None:
     known = set(names)
     for name in (*names, *named):
@@ -164,8 +169,8 @@ def _check_names(what: str, named: Mapping[str, Any], names: Sequence[str]) -> N
 def _check_positions(mask: Sequence[bool], names: Sequence[str]) -> None:
     if list(names) != [str(position) for position in range(len(names))]:
         raise ValueError(
-            "mask is a sequence, but the parameters have names: pass a dict from names to bools, "
-            f"such as {{{names[0]!r}: True}}, or a function of name and tensor"
+            "mask must be a dict from names to bools, or a function of name and tensor, since the "
+            f"parameters have names; got a sequence. Pass {{{names[0]!r}: True}}, for example."
         )
     if len(mask) != len(names):
         raise ValueError(f"mask has {len(mask)} bools, but there are {len(names)} parameters")

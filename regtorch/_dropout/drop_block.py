@@ -45,14 +45,14 @@ def drop_block(
 ) -> Tensor:
     """Zeroes blocks of neighbouring elements of feature maps, and scales up what is left.
 
-    Neighbouring elements say nearly the same, so that a feature dropped element by element shines
-    through; here it goes in squares, cubes or, along one dimension, runs of `block_size`. Every
-    place where a whole block fits starts one with probability
+    Neighbouring elements carry nearly the same information, so that a feature that is dropped
+    element by element can still be read; here squares, cubes or, along one dimension, runs of
+    `block_size` are dropped. Every place where a whole block fits starts one with probability
 
         gamma = rate / block_size**d * prod(size / (size - block_size + 1))
 
     over the d spatial dimensions: a block covers an element `rate` times on average. As blocks may
-    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. What is left of the whole
+    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. The rest of the whole
     batch is multiplied by elements / elements left, as they are counted: the mean of the mask and
     scale is 1.
 
@@ -62,7 +62,7 @@ def drop_block(
 
     Args:
         x: floating or complex, the batch first, then the channels and one or more spatial
-            dimensions. Of one row, give it a batch dimension of 1.
+            dimensions. Give a single row a batch dimension of 1.
         rate: about the share of elements that is zeroed, in [0, 1]; a number or a 0-d tensor. At 1
             everything is, as in the whole family.
         block_size: how many elements a block has along each spatial dimension, odd or even. On a
@@ -85,15 +85,16 @@ def drop_block(
         TypeError: as `dropout`; `block_size` or `channel_axis` is not an integer; `gamma_scale` is
             not a real number; or `x` is complex with noise.
         ValueError: as `dropout`; `block_size` is below 1; `gamma_scale` is negative, infinite or
-            NaN; `channel_axis` is not a dimension of `x`,
-            or the batch's; or `x` has no spatial dimension.
+            NaN; `channel_axis` is not a dimension of `x`, or is the batch dimension; or `x` has no
+            spatial dimension.
 
     PyTorch:
         `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in this way too,
         for blocks that are odd and fit into the map. `gamma_scale`, `scale_by_keep` and
-        `with_noise` are those of `timm.layers.drop_block_2d`, which lets blocks reach over the
-        border and draws its masks and its noise from a hidden generator; its `couple_channels` is
-        `share_channels`, and its noise is added where nothing is kept, as here.
+        `with_noise` are those of `timm.layers.drop_block_2d` (1.0.29), and `share_channels` is its
+        `couple_channels`, which is on by default. There a block may start at any element and is cut
+        off at the border, masks and noise come from the global generator, and channels that share a
+        mask share their noise.
 
     JAX:
         `regjax.drop_block`, whose channels are last by default: with the same key the same blocks

@@ -99,8 +99,8 @@ def _check_ids(ids: Tensor, shape: torch.Size) -> Tensor:
         raise TypeError(f"ids must be a tensor of integers, as an embedding takes it; got {found}.")
     if not shape or shape[:-1] != ids.shape:
         raise ValueError(
-            "x must have one feature vector for each id, x.shape == (*ids.shape, features); got "
-            f"shape {tuple(shape)} with ids of shape {tuple(ids.shape)}."
+            f"ids must have the shape of x without its last axis, {tuple(shape[:-1])}; got "
+            f"{tuple(ids.shape)} with x of shape {tuple(shape)}."
         )
     if _has_negative(ids):
         raise ValueError(

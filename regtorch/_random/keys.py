@@ -32,8 +32,9 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
         A key, uint32 of shape (2,).
 
     Raises:
-        TypeError: `seed` is not an integer.
+        TypeError: `seed` is not an integer, or `device` not a device.
         ValueError: `seed` takes more than 32 bits; by its default settings JAX would drop the rest.
+            Or `device` is a string that names no device.
 
     Example:
         >>> import regtorch
@@ -43,6 +44,13 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
     seed = check_integer("seed", seed)
     if not -(2**31) <= seed < 2**32:
         raise ValueError(f"seed must lie in [-2**31, 2**32); got {seed}.")
+    try:
+        device = None if device is None else torch.device(device)
+    except (TypeError, RuntimeError):
+        error = ValueError if isinstance(device, str) else TypeError
+        raise error(
+            f"device must be a torch device, such as 'cpu'; got {describe(device)}."
+        ) from None
     return torch.tensor([0, seed % 2**32], dtype=torch.uint32, device=device)
 
 

@@ -140,6 +140,17 @@ def test_layers_export_with_a_symbolic_batch(layers, batch):
     check(layers, (128,), (batch,))
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_mc_dropout_exports_with_a_symbolic_batch(chunk_size):
+    def mean(x, key):
+        drop = lambda x, *, key: regjax.dropout(x, 0.4, key=key)
+        options: Any = {"key": key, "outputs": "values", "samples": 4, "chunk_size": chunk_size}
+        return regjax.mc_dropout(drop, x, **options).mean
+
+    x = jnp.linspace(0.5, 1.0, 12).reshape(3, 4)
+    np.testing.assert_allclose(exported(mean, "b, 4")(x, KEY), mean(x, KEY), rtol=1e-6)
+
+
 def test_attention_exports_with_symbolic_lengths():
     for block_size in (None, 4):
         call = exported(attend(block_size), "b, s, 2, 4")

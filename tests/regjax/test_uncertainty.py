@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
+from regjax import _mc_dropout as _uncertainty
 from regjax._random.events import Draw
 
 KEY = jax.random.key(0)
@@ -74,6 +75,33 @@ def test_arrays_that_predict_closes_over_may_change():
     assert_same(after, mc(predict, W + 1, X, keep_samples=True), atol=1e-6)
 
 
+CAPTURING = {
+    "jit": lambda f: jax.jit(f),
+    "vmap": lambda f: jax.vmap(f),
+    "grad": lambda f: jax.grad(lambda w: f(w).sum()),
+    "jitted grad": lambda f: jax.jit(jax.grad(lambda w: f(w).sum())),
+}
+
+
+@pytest.mark.parametrize("transform", CAPTURING.values(), ids=CAPTURING)
+def test_a_predict_that_captures_tracers_leaks_none(transform):
+    def mean(w):
+        closing = lambda x, *, key: regjax.dropout(x * w, 0.5, key=key)
+        return mc(closing, jnp.ones(4), samples=3, outputs="values").mean
+
+    with jax.check_tracer_leaks(True):
+        transform(mean)(jnp.ones(4))
+
+
+def test_programs_are_kept_for_a_limited_number_of_functions(monkeypatch):
+    monkeypatch.setattr(_uncertainty, "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(_uncertainty, "_programs", {})
+    functions = [lambda x, *, key, n=n: regjax.dropout(x, n / 10, key=key) for n in range(1, 4)]
+    for function in (*functions, functions[1]):
+        mc(function, jnp.ones(4), samples=2, outputs="values")
+    assert list(_uncertainty._programs) == [functions[2], functions[1]]
+
+
 def test_inside_of_jit_predict_may_close_over_what_is_traced():
     @jax.jit
     def whole(w, x, key):
@@ -128,8 +156,9 @@ IGNORING = {
 
 @pytest.mark.parametrize("ignoring", IGNORING.values(), ids=IGNORING)
 def test_a_key_that_is_not_used_is_found(ignoring):
-    with pytest.raises(ValueError, match="does not depend on its key"):
-        mc(lambda x, *, key: ignoring(x, key), X)
+    for samples in (1, 4):
+        with pytest.raises(ValueError, match=r"^predict must depend on its key"):
+            mc(lambda x, *, key: ignoring(x, key), X, samples=samples)
 
 
 def test_probabilities_that_are_none_become_nan_where_they_are_traced():

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -73,7 +74,15 @@ def test_rule(attach, shrinks):
     assert module.bias.tolist() == [1.5 - shrinks[0]]
 
 
-@pytest.mark.parametrize("mask", [{"kernel": True, "bias": False}, lambda name, p: name != "bias"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"kernel": True, "bias": False},
+        {"kernel": np.True_, "bias": np.False_},
+        lambda name, p: name != "bias",
+    ],
+    ids=["bools", "NumPy's", "function"],
+)
 @each_form
 def test_mask_and_removal(attach, shrinks, mask):
     module = _module()
@@ -435,6 +444,7 @@ def test_mask_that_does_not_fit_is_refused_at_once(attach):
         ({**_ones(), "bias": torch.ones(3)}, ValueError, r"'bias' has shape \(3,\)"),
         ({**_ones(), "bias": 0.0}, TypeError, "reference at 'bias' must be a float"),
         (0.5, TypeError, "reference must be a module, a tensor"),
+        (iter(()), ValueError, "reference is a generator that yields nothing"),
     ],
 )
 def test_reference_that_does_not_fit_is_refused_at_once(reference, error, message):
@@ -442,7 +452,15 @@ def test_reference_that_does_not_fit_is_refused_at_once(reference, error, messag
         optim.add_l2_sp_decay(_optimizer(_module()), reference, 0.1)
 
 
-@pytest.mark.parametrize("mask", [{"kernel": False, "bias": False}, [False, False]])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"kernel": False, "bias": False},
+        {"kernel": np.False_, "bias": np.False_},
+        {"kernel": False, "bias": torch.tensor(False)},
+        [False, np.False_],
+    ],
+)
 @each_attach
 def test_a_mask_that_is_false_for_all_is_refused(attach, mask):
     module = _module()
