@@ -152,7 +152,8 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
         *(f"- **{number}**: {setting}" for number, setting in enumerate(settings, 1)),
         "",
         "`=`: all bits are equal. `(n)`: n arrays differ, nothing is promised. `n !`: n arrays",
-        "differ and a promise is broken. `-`: skipped, since the CPU, a package or float16 is missing.",
+        "differ and a promise is broken. `-`: skipped, since the CPU, a package or float16 is",
+        "missing.",
         "",
         "| promise | made in | " + " | ".join(str(n) for n, _ in enumerate(settings, 1)) + " |",
         "| --- | --- |" + " :---: |" * len(settings),
@@ -166,7 +167,7 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
 _NOTES = (
     "SGD and Rprop have the bits of `torch.optim` where both frameworks fuse products with sums or",
     "neither does: where PyTorch is held to `default` and XLA is not, or the other way round, they",
-    "agree to rounding. XLA compiles no float16 under SSE4_2: the promise about it is skipped there.",
+    "agree to rounding. XLA compiles no float16 under SSE4_2, where the promise about it is skipped.",
 )
 
 
