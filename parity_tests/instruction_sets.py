@@ -167,7 +167,7 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
 _NOTES = (
     "SGD and Rprop have the bits of `torch.optim` where both frameworks fuse products with sums or",
     "neither does: where PyTorch is held to `default` and XLA is not, or the other way round, they",
-    "agree to rounding. XLA compiles no float16 under SSE4_2, where the promise about it is skipped.",
+    "agree to rounding. XLA compiles no float16 under SSE4_2; its promise is skipped there.",
 )
 
 
