@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -354,8 +355,10 @@ def test_without_jit_the_results_are_the_same(group, names):
 
 # Callers pass these a function, which is compiled as they run; `check_dropout` gives it the number
 # of the step as a Python integer, which the transfer guard refuses.
+QUICK_ALONE = list(itertools.product((check_dropout, observing), ("tracer leaks", "key reuse")))
+QUICK_ALONE.append((mc_dropout, "key reuse"))
 ALONE = [
-    pytest.param(case, name, marks=[pytest.mark.slow] * (name not in ("tracer leaks", "key reuse")))
+    pytest.param(case, name, marks=[pytest.mark.slow] * ((case, name) not in QUICK_ALONE))
     for case in (mc_dropout, check_dropout, observing)
     for name in SETTINGS
     if (case, name) != (check_dropout, "transfer guard")
