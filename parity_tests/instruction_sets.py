@@ -102,16 +102,18 @@ def check(setting: Setting, *, is_core: bool = False) -> dict[str, list[str] | N
 
     Returns:
         For each promise what differs, one line for each pair of arrays: none where it is kept, and
-        None where its package is not installed.
+        None where its package is not installed, or XLA compiles no float16 and it needs that.
 
     Raises:
-        RuntimeError: The process failed.
+        RuntimeError: The process failed, or PyTorch or XLA used another instruction set.
     """
     # The number of CPUs that a process may use is the number of XLA's threads.
     code = (
-        "import os, runpy; cpus = sorted(getattr(os, 'sched_getaffinity', lambda _: ())(0));"
+        "import os; cpus = sorted(getattr(os, 'sched_getaffinity', lambda _: ())(0));"
         f"cpus and os.sched_setaffinity(0, cpus[: {setting.threads}]);"
-        "runpy.run_module('parity_tests.promises', run_name='__main__')"
+        "from parity_tests import instructions, promises;"
+        f"instructions.require({{'torch': {setting.torch!r}, 'xla': {setting.xla!r}}});"
+        "promises.main()"
     )
     command = [sys.executable, "-c", code, *(["--core"] if is_core else [])]
     run = subprocess.run(command, env=setting.environment(), capture_output=True, text=True)
@@ -150,7 +152,8 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
         *(f"- **{number}**: {setting}" for number, setting in enumerate(settings, 1)),
         "",
         "`=`: all bits are equal. `(n)`: n arrays differ, nothing is promised. `n !`: n arrays",
-        "differ and a promise is broken. `-`: skipped, since the CPU or a package is missing.",
+        "differ and a promise is broken. `-`: skipped, since the CPU, a package or float16 is",
+        "missing.",
         "",
         "| promise | made in | " + " | ".join(str(n) for n, _ in enumerate(settings, 1)) + " |",
         "| --- | --- |" + " :---: |" * len(settings),
@@ -164,7 +167,7 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
 _NOTES = (
     "SGD and Rprop have the bits of `torch.optim` where both frameworks fuse products with sums or",
     "neither does: where PyTorch is held to `default` and XLA is not, or the other way round, they",
-    "agree to rounding. XLA compiles no float16 under SSE4_2.",
+    "agree to rounding. XLA compiles no float16 under SSE4_2; its promise is skipped there.",
 )
 
 

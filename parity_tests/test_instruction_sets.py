@@ -13,8 +13,8 @@ from jax import lax
 
 import regjax._random.rounding
 import regtorch._random.rounding
-from parity_tests import instruction_sets, promises
-from parity_tests.instruction_sets import CORE, COVERING, EVERY, Setting, broken, page
+from parity_tests import instruction_sets, instructions, promises
+from parity_tests.instruction_sets import CORE, COVERING, EVERY, LEVELS, Setting, broken, page
 from parity_tests.promises import PROMISES, many_rates
 
 
@@ -77,6 +77,41 @@ def test_a_broken_promise_is_found(monkeypatch):
     assert [line.split(":")[0] for line in promise.broken()] == [
         "gaussian_dropout, float32, traced"
     ]
+
+
+def test_a_promise_that_compares_nothing_is_broken():
+    assert promises.Promise("empty", "", lambda: iter(())).broken() == ["nothing was compared"]
+
+
+def test_float16_is_promised_where_it_compiles(monkeypatch):
+    skipped = lambda: {p.name for p in PROMISES if not p.package and not p.can_be_checked()}
+    monkeypatch.setattr(promises, "float16_error", lambda: "")
+    assert skipped() == set()
+    monkeypatch.setattr(promises, "float16_error", lambda: "INTERNAL: ")
+    assert skipped() == {"family, float16"}
+
+
+def test_levels_that_are_not_in_force_are_an_error():
+    used = instructions.levels()
+    instructions.require(used)
+    for name, level in used.items():
+        other = LEVELS[LEVELS.index(level) - 1]
+        with pytest.raises(RuntimeError, match=f"^{name} must use {other}; got {level}. "):
+            instructions.require(used | {name: other})
+
+
+@pytest.mark.parametrize(
+    "variable", ["ATEN_CPU_CAPABILITY", pytest.param("XLA_FLAGS", marks=pytest.mark.slow)]
+)
+def test_a_setting_without_effect_is_an_error(monkeypatch, variable):
+    setting = CORE[0]
+    if host() == setting.torch:
+        pytest.skip("this CPU has one level only")
+    rest = {name: value for name, value in setting.environment().items() if name != variable}
+    monkeypatch.setattr(Setting, "environment", lambda _: rest)
+    framework = "torch" if variable.startswith("ATEN") else "xla"
+    with pytest.raises(RuntimeError, match=f"{framework} must use default; got {host()}"):
+        instruction_sets.check(setting, is_core=True)
 
 
 def test_settings_cover_every_pair_of_levels():

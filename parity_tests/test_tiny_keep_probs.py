@@ -65,7 +65,9 @@ def test_the_mean_is_that_of_the_input(wing: Wing, name, function):
     x = wing.array(np.full((2, 2), value, np.float32))
     at_number = functools.partial(function, x, key=wing.key(LUCKY))
     at_tracer = wing.traced(at_number)
-    for drop, rate in [(at_number, r) for r in RATES] + [(at_tracer, np.float32(r)) for r in RATES]:
+    # One program takes every traced rate, while each number makes its own.
+    numbers = [(at_number, rate) for rate in RATES[:2]]
+    for drop, rate in numbers + [(at_tracer, np.float32(rate)) for rate in RATES]:
         p = math.ceil(float(np.float32(1 - rate)) * 2**23) / 2**23
         kept, dropped = (float(each) for each in drop(rate))
         assert (kept != dropped) == (p > 0)

@@ -137,7 +137,10 @@ assert sys.argv[1] not in sys.modules
 """
 
 
-@pytest.mark.parametrize(("framework", "absent"), [("jax", "torch"), ("torch", "jax")])
+@pytest.mark.parametrize(
+    ("framework", "absent"),
+    [("jax", "torch"), pytest.param("torch", "jax", marks=pytest.mark.slow)],
+)
 def test_a_framework_that_is_not_asked_for_is_not_imported(tmp_path, framework, absent):
     options = [*SMALL, "--framework", framework, "--out", str(tmp_path)]
     argv = [sys.executable, "-c", ONE_RUN, absent, *options]

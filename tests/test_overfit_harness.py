@@ -46,7 +46,10 @@ def both_sides(settings, recipe, weights):
 @pytest.mark.parametrize(
     "steps", [15, pytest.param(1000, marks=pytest.mark.slow)], ids=["15", "1000"]
 )
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "adamw")) for name in OPTIMIZERS],
+)
 def test_the_lesson_trains_the_same_at_every_step(optimizer, steps):
     defaults = OPTIMIZERS[optimizer]
     settings = Settings(

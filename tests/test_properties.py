@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import regjax
@@ -26,6 +26,7 @@ from parity_tests.optimizers.case import Case
 from parity_tests.trajectories import WALKS, synthetic
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
 from regjax._decay.paths import named_leaves
+from regshared.globs import matches
 
 TIMES = 20 if os.environ.get("PROPERTIES") == "thorough" else 1
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -44,7 +45,8 @@ def examples(number: int) -> Callable[[Any], Any]:
 
 seeds = st.integers(0, 2**32 - 1)
 rates = st.one_of(st.sampled_from([0.0, 0.5, 1.0, 1e-9]), st.floats(0.01, 0.99))
-shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+shapes_from = lambda ndim: st.lists(st.integers(0, 5), min_size=ndim, max_size=4).map(tuple)
+shapes = shapes_from(0)
 
 
 @st.composite
@@ -62,67 +64,80 @@ def bits_of(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def axis(draw: Any, ndim: int) -> int:
-    return draw(st.integers(-ndim, ndim - 1))
-
-
 @st.composite
-def calls(draw: Any) -> tuple[str, np.ndarray, float, dict[str, Any]]:
+def calls(draw: Any, name: str) -> tuple[str, np.ndarray, float, dict[str, Any]]:
     """A function of the family with an input, a rate and options that fit it."""
-    name = draw(st.sampled_from(sorted(OPTIONS)))
-    shape = draw(shapes)
-    smallest = {"drop_block": 3, "feature_dropout": 2, "feature_alpha_dropout": 2}.get(name, 1)
-    assume(name == "dropout" or len(shape) >= smallest)
-    rate = draw(st.floats(0.0, 3.0)) if name == "gaussian_noise" else draw(rates)
-    return name, draw(arrays(shape)), rate, OPTIONS[name](draw, len(shape))
+    shape = draw(shapes_from(DIMENSIONS.get(name, 1)))
+    rate = draw(RATES.get(name, rates))
+    drawn = {option: draw(values(shape)) for option, values in OPTIONS[name].items()}
+    return name, draw(arrays(shape)), rate, drawn
 
 
-def of_drop_path(draw: Any, ndim: int) -> dict[str, Any]:
-    del ndim
-    return {
-        "mode": draw(st.sampled_from(["batch", "row"])),
-        "scale_by_keep": draw(st.booleans()),
-    }
-
-
-OPTIONS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
-    "dropout": lambda draw, ndim: {
-        "broadcast_dims": sorted(draw(st.sets(st.integers(0, ndim - 1)))) if ndim else ()
+RATES = {"gaussian_noise": st.floats(0.0, 3.0), "gaussian_dropout": st.floats(0.0, 0.99)}
+# An input with fewer dimensions is refused.
+DIMENSIONS = {"dropout": 0, "drop_block": 3, "feature_dropout": 2, "feature_alpha_dropout": 2}
+Options = dict[str, Callable[[tuple[int, ...]], st.SearchStrategy]]
+flag = lambda shape: st.booleans()
+an_axis = lambda shape: st.integers(-len(shape), len(shape) - 1)
+a_later_axis = lambda shape: st.integers(1, len(shape) - 1)
+some_axes = lambda shape: st.sets(st.sampled_from(range(len(shape)))).map(sorted)
+OPTIONS: dict[str, Options] = {
+    "dropout": {"broadcast_dims": lambda shape: some_axes(shape) if shape else st.just(())},
+    "feature_dropout": {"channel_axis": a_later_axis},
+    "alpha_dropout": {},
+    "feature_alpha_dropout": {"channel_axis": a_later_axis},
+    "gaussian_dropout": {},
+    "gaussian_noise": {},
+    "drop_path": {"mode": lambda shape: st.sampled_from(["batch", "row"]), "scale_by_keep": flag},
+    "drop_block": {
+        "block_size": lambda shape: st.integers(1, 4),
+        "channel_axis": a_later_axis,
+        "share_channels": flag,
+        "scale_by_keep": flag,
+        "with_noise": flag,
     },
-    "feature_dropout": lambda draw, ndim: {"channel_axis": draw(st.integers(1, ndim - 1))},
-    "alpha_dropout": lambda draw, ndim: {},
-    "feature_alpha_dropout": lambda draw, ndim: {"channel_axis": draw(st.integers(1, ndim - 1))},
-    "gaussian_dropout": lambda draw, ndim: {},
-    "gaussian_noise": lambda draw, ndim: {},
-    "drop_path": of_drop_path,
-    "variational_dropout": lambda draw, ndim: {"time_axis": axis(draw, ndim)},
+    "drop_connect": {"rule": lambda shape: st.sampled_from(["**", "default"])},
+    "embedding_dropout": {
+        "ids": lambda shape: seeds.map(
+            lambda seed: np.random.default_rng(seed).integers(0, 4, shape[:-1])
+        )
+    },
+    "variational_dropout": {"time_axis": an_axis},
 }
 
 
-def applied(wing: Wing, call: Any, seed: int, x: np.ndarray | None = None) -> Any:
-    name, given_x, rate, options = call
-    x = given_x if x is None else x
-    function = getattr(wing.library, name)
-    return wing.numpy(function(wing.array(x), rate, key=wing.key(seed), **options))
+def apply(wing: Wing, call: Any, **key_or_flag: Any) -> tuple[Any, Any]:
+    """The input of a call as the package takes it, and the output."""
+    name, x, rate, options = call
+    function, x = getattr(wing.library, name), wing.array(x)
+    if name == "embedding_dropout":
+        ids = wing.array(options["ids"].astype(np.int32))
+        return x, function(x, ids, rate, **key_or_flag)
+    if name == "drop_connect":
+        return x, function({"kernel": x}, rate, **options, **key_or_flag)["kernel"]
+    return x, function(x, rate, **options, **key_or_flag)
 
 
-@examples(40)
-@given(calls(), seeds)
-def test_both_packages_compute_the_same_bits(call, seed):
-    ours, theirs = (applied(wing, call, seed) for wing in WINGS)
+@pytest.mark.parametrize("name", OPTIONS)
+@examples(5)
+@given(data=st.data(), seed=seeds)
+def test_both_packages_compute_the_same_bits(name, data, seed):
+    call = data.draw(calls(name))
+    ours, theirs = (wing.numpy(apply(wing, call, key=wing.key(seed))[1]) for wing in WINGS)
     assert (
         (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) == (call[1].dtype, call[1].shape)
     )
     np.testing.assert_array_equal(bits_of(ours), bits_of(theirs))
 
 
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("wing", WINGS, ids=str)
-@examples(15)
-@given(call=calls())
-def test_evaluation_returns_the_input(wing, call):
-    name, x, rate, options = call
-    x = wing.array(x)
-    assert getattr(wing.library, name)(x, rate, deterministic=True, **options) is x
+@examples(2)
+@given(data=st.data())
+def test_evaluation_returns_the_input(wing, name, data):
+    call = data.draw(calls(name))
+    x, y = apply(wing, call, deterministic=True)
+    assert y is x
 
 
 @pytest.mark.parametrize("wing", WINGS, ids=str)
@@ -157,7 +172,7 @@ def test_a_mask_keeps_its_share(keep_prob, seed, packed):
     seed=seeds,
     shape=st.sampled_from([(64, 64), (4, 32, 40), (33, 7), (4096,), (0, 3)]),
     threshold=st.integers(0, 2**8),
-    bits=st.integers(8, 20),
+    bits=st.sampled_from([8, 13, 20]),  # each takes a compilation
 )
 def test_both_packages_draw_the_same_packed_mask(seed, shape, threshold, bits):
     keep_prob = threshold / 2**8
@@ -204,6 +219,29 @@ rules = st.one_of(
 )
 
 
+def globs_of(path: str) -> set[str]:
+    """Globs that match a path, from one leaf to all."""
+    *owners, name = path.split("/")
+    some = {"**", path, name, f"**/{name[:2]}*", "/".join([*"*" * len(owners), name])}
+    return some | {f"{owner}/**" for owner in owners[:1]}
+
+
+@st.composite
+def trees_with_rules(draw: Any) -> tuple[Any, Any]:
+    """A tree and a rule of which each glob decides something: most others are refused."""
+    tree = draw(trees)
+    paths = [path for path, _ in named_leaves(tree)]
+    globs = st.sampled_from(sorted(set[str]().union(*map(globs_of, paths))))
+    if draw(st.booleans()):
+        return tree, draw(globs)
+    pairs = []
+    for glob in draw(st.lists(globs.filter(lambda glob: glob != "**"), min_size=2, max_size=6)):
+        if rest := [path for path in paths if not matches(glob, path)]:
+            pairs += [(glob, draw(st.booleans()))] * (len(rest) < len(paths))
+            paths = rest
+    return tree, [*pairs, ("**", True)]
+
+
 def module_of(tree: Any) -> torch.nn.Module:
     """The tree as a module without layers, so that only paths and shapes count."""
     module = torch.nn.Module()
@@ -215,21 +253,33 @@ def module_of(tree: Any) -> torch.nn.Module:
     return module
 
 
-def outcome(decide: Callable[[], Any]) -> Any:
-    try:
-        return decide()
-    except ValueError:
-        return "refused"
+def decisions(tree: Any, rule: Any) -> list[dict[str, bool]]:
+    """What each package decides."""
+    theirs = regtorch.decay_mask(module_of(tree), rule)
+    return [
+        dict(named_leaves(regjax.decay_mask(tree, rule))),
+        {name.replace(".", "/"): decision for name, decision in theirs.items()},
+    ]
 
 
-@examples(120)
-@given(tree=trees, rule=rules)
-def test_rules_choose_the_same_leaves(tree, rule):
-    ours = outcome(lambda: dict(named_leaves(regjax.decay_mask(tree, rule))))
-    theirs = outcome(lambda: regtorch.decay_mask(module_of(tree), rule))
-    if theirs != "refused":
-        theirs = {name.replace(".", "/"): decision for name, decision in theirs.items()}
+@examples(100)
+@given(trees_with_rules())
+def test_rules_choose_the_same_leaves(tree_with_rule):
+    ours, theirs = decisions(*tree_with_rule)
     assert ours == theirs
+
+
+@examples(30)
+@given(tree=trees, rule=rules)
+def test_rules_are_refused_by_both_packages_or_by_none(tree, rule):
+    try:
+        ours, theirs = decisions(tree, rule)
+    except ValueError:
+        for decide, params in ((regjax.decay_mask, tree), (regtorch.decay_mask, module_of(tree))):
+            with pytest.raises(ValueError, match=r"^rule has "):
+                decide(params, rule)
+    else:
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("name", ["linear_rate", "cosine_rate"])
@@ -282,7 +332,7 @@ def cases(draw: Any) -> Case:
     return Case(name, name, options)
 
 
-@examples(20)
+@examples(8)
 @given(case=cases())
 def test_an_optimizer_takes_the_steps_of_torch(case):
     ours, theirs = (WALKS[side](case, PROBLEM) for side in ("jax", "torch"))

@@ -5,23 +5,37 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 NOXFILE = ast.parse((ROOT / "noxfile.py").read_text())
 DOCS = (ROOT / "docs/supported_versions.md").read_text()
-REQUIREMENTS = {
-    found["name"]: found["bounds"]
-    for requirement in (
-        *PROJECT["dependencies"],
-        *(each for extra in PROJECT["optional-dependencies"].values() for each in extra),
-    )
-    if (found := re.fullmatch(r"(?P<name>[\w.-]+)(?P<bounds>[^\[]*)", requirement))
-}
+LOCK = re.findall(r"^[\w.-]+==.*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 TESTED = ["jax", "optax", "flax", "equinox", "dm-haiku", "chex", "torch"]
+
+
+def bounds_of(requirements: Iterable[str]) -> dict[str, str]:
+    """The bounds of each package by its normalized name; the same wherever it is required."""
+    found: dict[str, str] = {}
+    for requirement in map(Requirement, requirements):
+        name, bounds = canonicalize_name(requirement.name), str(requirement.specifier)
+        if found.setdefault(name, bounds) != bounds:
+            raise ValueError(f"{name} must have one requirement; got {found[name]} and {bounds}.")
+    return found
+
+
+def required() -> dict[str, str]:
+    """The bounds of what pyproject.toml requires, itself left out."""
+    extras = (each for extra in EXTRAS.values() for each in extra)
+    every = [*PROJECT["dependencies"], *extras]
+    return bounds_of(each for each in every if Requirement(each).name != PROJECT["name"])
 
 
 def constant(name: str):
@@ -33,17 +47,23 @@ def constant(name: str):
     )
 
 
+def test_requirements_are_read_as_pip_reads_them():
+    assert bounds_of(["Dm_Haiku[jax] >= 1", "dm.haiku>=1", "x"]) == {"dm-haiku": ">=1", "x": ""}
+    with pytest.raises(ValueError, match=r"x must have one requirement; got >=1 and >=2\."):
+        bounds_of(["x>=1", "x[extra]>=2"])
+
+
 @pytest.mark.parametrize("name", TESTED)
 def test_the_floor_session_tests_the_lower_bounds(name):
-    pins = dict(pin.split("==") for pin in [*constant("FLOOR"), constant("TORCH")] if "==" in pin)
-    exact = pins[name].removesuffix(".0") if name == "torch" else pins[name]
-    assert REQUIREMENTS[name] == f">={exact}"  # and no upper bound
+    pins = bounds_of([*constant("FLOOR"), constant("TORCH")])
+    exact = pins[name].removeprefix("==")
+    exact = exact.removesuffix(".0") if name == "torch" else exact
+    assert required()[name] == f">={exact}"  # and no upper bound
 
 
 def test_the_sessions_install_the_tools_of_the_tests():
-    extra = PROJECT["optional-dependencies"]["test"]
-    names = {re.split(r"[>\[]", each)[0] for each in extra} - {"regjax"}
-    assert names <= {*constant("TOOLS"), *constant("PACKAGES")}
+    names = bounds_of(EXTRAS["test"]).keys() - {PROJECT["name"]}
+    assert names <= bounds_of([*constant("TOOLS"), *constant("PACKAGES")]).keys()
 
 
 def test_pythons_are_those_of_the_sessions_and_the_docs():
@@ -58,14 +78,15 @@ def test_pythons_are_those_of_the_sessions_and_the_docs():
 
 @pytest.mark.parametrize("name", TESTED)
 def test_the_docs_state_the_lower_bounds(name):
-    assert f"{name}{REQUIREMENTS[name]}" in DOCS
+    assert f"{name}{required()[name]}" in DOCS
 
 
-def test_the_lock_satisfies_the_lower_bounds():
-    pins = dict(re.findall(r"^([\w.-]+)==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
-    number = lambda version: [int(part) for part in version.split(".")]
-    for name in TESTED:
-        assert number(pins[name]) >= number(REQUIREMENTS[name].removeprefix(">="))
+def test_the_lock_satisfies_the_requirements():
+    pins = bounds_of(LOCK)
+    for name, bounds in required().items():
+        if name in pins:
+            assert pins[name].removeprefix("==") in Requirement(name + bounds).specifier, name
+    assert set(TESTED) <= pins.keys()
 
 
 def test_the_distribution_of_regtorch_alone_has_the_same_bounds():

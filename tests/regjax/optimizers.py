@@ -1,12 +1,33 @@
-"""What the tests of regjax.optim share: two small parameters, and steps that are taken on them."""
+"""What the tests of regjax.optim share: the optimizers, two small parameters, steps on them."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from regjax import optim
+
+# Each optimizer, of a learning rate and options.
+MAKE = {
+    "sgd": optim.sgd,
+    "momentum": partial(optim.sgd, momentum=0.9),
+    "asgd": optim.asgd,
+    "rprop": optim.rprop,
+    "adam": partial(optim.adam, amsgrad=True),
+    "adamw": optim.adamw,
+    "nadam": optim.nadam,
+    "radam": optim.radam,
+    "adamax": optim.adamax,
+    "adagrad": optim.adagrad,
+    "adadelta": optim.adadelta,
+    "rmsprop": partial(optim.rmsprop, momentum=0.9, centered=True),
+    "adafactor": optim.adafactor,
+    "muon": partial(optim.muon, ns_dtype="float32"),
+}
 PARAMS = {
     "kernel": jnp.array([[1.0, -2.0, 0.5], [0.5, 3.0, -1.0]]),
     "bias": jnp.array([1.0, 2.0, -0.5]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import regjax
 from regjax._random.threefry import slice_index
+from tests.regjax.versions import causal_options
 
 KEY = jax.random.key(3)
 both_forms = pytest.mark.parametrize("block_size", [None, 3], ids=["whole", "blocks"])
@@ -189,9 +189,7 @@ def test_in_nnx_the_mask_is_that_of_nnx_s_own_function():
         )
 
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        takes = inspect.signature(nnx.MultiHeadAttention.__call__).parameters
-        how: Any = {"is_causal": True}  # Flax before 0.12.8 takes a mask alone
-        how = how if how.keys() <= takes.keys() else {"mask": nnx.make_causal_mask(x[..., 0])}
+        how = causal_options(x)
         ours = layer(attention_fn=regjax.dot_product_attention)(x, **how)
         theirs = layer()(x, **how)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)

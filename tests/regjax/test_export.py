@@ -30,7 +30,7 @@ def attend(block_size, **options):
 
 ids = lambda x: (x[..., 0] > 0.5).astype(jnp.int32)
 PACKED = {"sampler": regjax.packed_bernoulli}
-FUNCTIONS: dict[str, tuple[Any, ...]] = {
+FUNCTIONS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "bernoulli": (lambda x, key: jnp.where(regjax.bernoulli(key, 0.7, x.shape), x, 0), (5,)),
     "packed_bernoulli": (
         lambda x, key: jnp.where(regjax.packed_bernoulli(key, 0.7, x.shape), x, 0),
@@ -40,13 +40,6 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "dropout": (lambda x, key: regjax.dropout(x, 0.4, key=key), (3, 5)),
     "dropout-traced": (lambda x, key: regjax.dropout(x, x[0, 0] * 0.4, key=key), (5,)),
     "dropout-shared": (lambda x, key: regjax.dropout(x, 0.4, key=key, broadcast_dims=(0,)), (5,)),
-    "dropout-packed": (
-        lambda x, key: regjax.dropout(x, 0.4, key=key, **PACKED),
-        (64, 3),
-        30,
-        64,
-        96,
-    ),
     "feature_dropout": (lambda x, key: regjax.feature_dropout(x, 0.4, key=key), (4, 5)),
     "alpha_dropout": (lambda x, key: regjax.alpha_dropout(x, 0.4, key=key), (5,)),
     "feature_alpha": (lambda x, key: regjax.feature_alpha_dropout(x, 0.4, key=key), (4, 5)),
@@ -57,6 +50,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "embedding": (lambda x, key: regjax.embedding_dropout(x, ids(x), 0.4, key=key), (5,)),
     "gaussian_dropout": (lambda x, key: regjax.gaussian_dropout(x, 0.4, key=key), (5,)),
     "gaussian_noise": (lambda x, key: regjax.gaussian_noise(x, 0.4, key=key), (5,)),
+}
+ATTENTION = {
     "attention": (attend(None), (6, 2, 4)),
     "attention-shared": (attend(None, broadcast_dropout=True), (6, 2, 4)),
     "attention-blockwise": (attend(4, is_causal=True), (6, 2, 4)),
@@ -68,29 +63,6 @@ def exported(function, shape):
     """The exported program of `function(x, key)`; `shape` names the symbolic sizes of x."""
     x = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
     return export.export(jax.jit(function))(x, KEY).call
-
-
-def check(function, features, batches):
-    """The exported program and the plain function: the same zeros in the result and gradient."""
-
-    def both(x, key):
-        y, gradient_of = jax.vjp(lambda x: function(x, key), x)
-        return y, gradient_of(jax.tree.map(lambda y: 1 + y, y))[0]
-
-    call = exported(both, ", ".join(["b", *map(str, features)]))
-    for batch in batches:
-        size = batch * math.prod(features)
-        x = jnp.linspace(0.5, 1.0, size).reshape(batch, *features)
-        pairs = zip(*map(jax.tree.leaves, (call(x, KEY), both(x, KEY))), strict=True)
-        for array, expected in pairs:
-            np.testing.assert_array_equal(array == 0, expected == 0)
-            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_exports_with_a_symbolic_batch(name):
-    function, features, *batches = FUNCTIONS[name]
-    check(function, features, batches or (32,))
 
 
 def linen_layers(x, key):
@@ -131,13 +103,50 @@ def inputs_of(name, x):
     return (x.reshape(x.shape[0], 8, 8, 2),) if "Block" in name else (x,)
 
 
-# On both sides of 4,096 elements, where layers differ.
-@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 32])
+def layers(x, key):
+    frameworks = (linen_layers, nnx_layers, equinox_layers, haiku_functions)
+    return {layers.__name__: layers(x, key) for layers in frameworks}
+
+
+LAYERS = {"": (layers, (128,))}
+PACKED_DROPOUT = {"packed": (lambda x, key: regjax.dropout(x, 0.4, key=key, **PACKED), (64, 3))}
+GROUPS = {
+    "functions": (FUNCTIONS, 32),
+    "attention": (ATTENTION, 32),
+    "packed": (PACKED_DROPOUT, 30, 64, 96),
+    # On both sides of 4,096 elements, where layers differ.
+    "layers": (LAYERS, 32),
+    "layers, one row": (LAYERS, 1),
+}
+
+
 @pytest.mark.parametrize(
-    "layers", [linen_layers, nnx_layers, equinox_layers, haiku_functions], ids=lambda f: f.__name__
+    "group", [pytest.param(g, marks=[pytest.mark.slow] * ("one row" in g)) for g in GROUPS]
 )
-def test_layers_export_with_a_symbolic_batch(layers, batch):
-    check(layers, (128,), (batch,))
+def test_a_symbolic_batch_has_the_masks_of_the_actual_one(group):
+    """A program of all functions of a group, exported and not: the same zeros, the same values."""
+    functions, *batches = GROUPS[group]
+
+    def run(xs, key):
+        results = {}
+        for name, (function, _) in functions.items():
+            y, gradient_of = jax.vjp(lambda x, f=function: f(x, key), xs[name])
+            results[name] = y, gradient_of(jax.tree.map(lambda y: 1 + y, y))
+        return results
+
+    def inputs(batch, make):
+        return {name: make((batch, *features)) for name, (_, features) in functions.items()}
+
+    (symbol,) = export.symbolic_shape("b")
+    symbolic = inputs(symbol, lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32))
+    program, plain = export.export(jax.jit(run))(symbolic, KEY), jax.jit(run)
+    for batch in batches:
+        xs = inputs(batch, lambda shape: jnp.linspace(0.5, 1.0, math.prod(shape)).reshape(shape))
+        found = jax.tree.leaves_with_path(program.call(xs, KEY))
+        for (path, array), expected in zip(found, jax.tree.leaves(plain(xs, KEY)), strict=True):
+            name = jax.tree_util.keystr(path)
+            np.testing.assert_array_equal(array == 0, expected == 0, name)
+            np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
@@ -155,7 +164,7 @@ def test_attention_exports_with_symbolic_lengths():
     for block_size in (None, 4):
         call = exported(attend(block_size), "b, s, 2, 4")
         x = jnp.linspace(0.5, 1.0, 3 * 9 * 8).reshape(3, 9, 2, 4)
-        np.testing.assert_allclose(call(x, KEY), attend(block_size)(x, KEY), rtol=1e-5)
+        np.testing.assert_allclose(call(x, KEY), jax.jit(attend(block_size))(x, KEY), rtol=1e-5)
 
 
 def test_counters_of_symbolic_sizes_carry_into_the_high_word():

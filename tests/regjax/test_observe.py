@@ -264,13 +264,24 @@ CHECKED |= {
 SETTINGS = {"key reuse": jax.debug_key_reuse, "tracer leaks": jax.check_tracer_leaks}
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("run", CHECKED.values(), ids=CHECKED)
-def test_observers_and_guards_under_the_checks_of_jax(run, setting):
+# Leaks are looked for anew in every function that a layer calls, and these call the same ones.
+LAYERS = {"linen", "nnx", "equinox", "haiku"}
+UNDER_CHECKS = [
+    pytest.param(
+        run, setting, marks=[pytest.mark.slow] * (run in LAYERS and setting == "tracer leaks")
+    )
+    for setting in SETTINGS
+    for run in CHECKED
+]
+
+
+@pytest.mark.parametrize(("name", "setting"), UNDER_CHECKS)
+def test_observers_and_guards_under_the_checks_of_jax(name, setting):
     """What is observed uses each key once, and leaves no tracer behind."""
+    run = CHECKED[name]
     root, reports = jax.random.key(0), []
     step = lambda number: run(regjax.site_key(root, number, "site"))
-    with setting(True):
+    with SETTINGS[setting](True):
         drawn, _ = watch(lambda: reports.append(regjax.check_dropout(step)))
     assert len(drawn) == 2
     assert not reports[0].findings

@@ -13,24 +13,25 @@ from flax.training.train_state import TrainState
 
 import regjax
 from regjax import optim
+from tests.regjax import optimizers
 from tests.regjax.optimizers import assert_close, first_update, matrices, walk
 
-MAKE = {
-    "sgd": lambda lr=0.1: optim.sgd(lr),
-    "momentum": lambda lr=0.1: optim.sgd(lr, 0.9, 0.1, 0.1, maximize=True),
-    "asgd": lambda lr=0.1: optim.asgd(lr, weight_decay=0.1),
-    "rprop": lambda lr=0.1: optim.rprop(lr),
-    "adam": lambda lr=0.1: optim.adam(lr, weight_decay=0.1, amsgrad=True),
-    "adamw": lambda lr=0.1: optim.adamw(lr, mask=matrices, mu_dtype="bfloat16"),
-    "nadam": lambda lr=0.1: optim.nadam(lr, decoupled_weight_decay=True),
-    "radam": lambda lr=0.1: optim.radam(lr, weight_decay=0.1),
-    "adamax": lambda lr=0.1: optim.adamax(lr),
-    "adagrad": lambda lr=0.1: optim.adagrad(lr, 0.1, 0.1),
-    "adadelta": lambda lr=0.1: optim.adadelta(lr, weight_decay=0.1),
-    "rmsprop": lambda lr=0.1: optim.rmsprop(lr, momentum=0.9, centered=True),
-    "adafactor": lambda lr=0.1: optim.adafactor(lr, weight_decay=0.1),
-    "muon": lambda lr=0.1: optim.muon(lr, ns_dtype="float32"),
+OPTIONS = {name: {"weight_decay": 0.1} for name in optimizers.MAKE} | {
+    "sgd": {},
+    "rprop": {},
+    "momentum": {"dampening": 0.1, "weight_decay": 0.1, "maximize": True},
+    "adamw": {"mask": matrices, "mu_dtype": "bfloat16"},
+    "nadam": {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    "adagrad": {"lr_decay": 0.1, "weight_decay": 0.1},
 }
+
+
+def maker(name):
+    """The optimizer of a learning rate alone, which is all that `inject_hyperparams` may see."""
+    return lambda lr=0.1: optimizers.MAKE[name](lr, **OPTIONS[name])
+
+
+MAKE = {name: maker(name) for name in optimizers.MAKE}
 PARAMS = {"a": jnp.array([[0.5, -1.0], [2.0, 0.25]]), "b": jnp.array([[1.0, -0.5]])}
 GRADIENT = {"a": jnp.array([[0.25, 0.5], [-1.0, 0.75]]), "b": jnp.array([[-0.5, 1.0]])}
 TWICE = jax.tree.map(lambda g: 2 * g, GRADIENT)

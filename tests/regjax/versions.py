@@ -1,13 +1,15 @@
-"""How the tests depend on the version of JAX: the only file of the tests that compares versions."""
+"""How the tests depend on the versions of JAX and Flax: no other file of the tests does."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 # Outside of jit, JAX before 0.10 divides by a number where it otherwise multiplies by its inverse:
 # the layers of Flax, Equinox and Haiku then differ from themselves under jit in the last bit.
@@ -25,6 +27,13 @@ def assert_same_eagerly(mine: Any, theirs: Any) -> None:
             np.testing.assert_array_max_ulp(np.asarray(one), np.asarray(two), maxulp=1)
         else:
             assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
+
+
+def causal_options(x: jax.Array) -> dict[str, Any]:
+    """Return what makes `nnx.MultiHeadAttention` causal: a mask for Flax before 0.12.8."""
+    if "is_causal" in inspect.signature(nnx.MultiHeadAttention.__call__).parameters:
+        return {"is_causal": True}
+    return {"mask": nnx.make_causal_mask(x[..., 0])}
 
 
 @contextlib.contextmanager
