@@ -166,11 +166,13 @@ def mutants(file: str) -> list[Mutant]:
 def import_frameworks() -> None:
     """Import what is not mutated, under the settings of the tests, and start no thread."""
     runpy.run_path(str(ROOT / "conftest.py"))
-    for name in ("chex", "jax", "optax", "torch", "torch._dynamo", "ml_dtypes", "pytest"):
+    for name in "chex hypothesis jax ml_dtypes optax pytest torch torch._dynamo".split():
         __import__(name)
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(ROOT / "outputs" / "mutants"))
+    cache = ROOT / "outputs" / "mutants"
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(cache / "python")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     loaded = {name.partition(".")[0] for name in sys.modules}
     assert not loaded & {"regjax", "regtorch", "parity_tests"}
@@ -212,7 +214,14 @@ def start(file: str, source: str | None) -> int:
         SourceFileLoader.get_code = mutated
     import pytest
 
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
+    left_out = "cacheprovider hypothesispytest unraisableexception xdist".split()
+    options = [
+        "-x",
+        "-q",
+        "--assert=plain",
+        "--tb=line",
+        *itertools.chain(*(("-p", f"no:{p}") for p in left_out)),
+    ]
     status = 0
     for number, judge in enumerate(JUDGES[file], 1):
         try:
