@@ -166,7 +166,7 @@ def mutants(file: str) -> list[Mutant]:
 def import_frameworks() -> None:
     """Import what is not mutated, under the settings of the tests, and start no thread."""
     runpy.run_path(str(ROOT / "conftest.py"))
-    for name in "chex hypothesis jax ml_dtypes optax pytest torch torch._dynamo".split():
+    for name in ("chex", "hypothesis", "jax", "ml_dtypes", "optax", "pytest", "torch._dynamo"):
         __import__(name)
     import jax
 
@@ -214,19 +214,13 @@ def start(file: str, source: str | None) -> int:
         SourceFileLoader.get_code = mutated
     import pytest
 
-    left_out = "cacheprovider hypothesispytest unraisableexception xdist".split()
-    options = [
-        "-x",
-        "-q",
-        "--assert=plain",
-        "--tb=line",
-        *itertools.chain(*(("-p", f"no:{p}") for p in left_out)),
-    ]
+    left_out = ("cacheprovider", "hypothesispytest", "unraisableexception", "xdist")
+    plain = ["-x", "-q", "--assert=plain", "--tb=line", *(f"-pno:{name}" for name in left_out)]
     status = 0
     for number, judge in enumerate(JUDGES[file], 1):
         try:
             plugins = [OnePackage(file.partition("/")[0])]
-            code = pytest.main([*options, "-m", "not slow", judge], plugins=plugins)
+            code = pytest.main([*plain, "-m", "not slow", judge], plugins=plugins)
         except BaseException:
             code = 1
         if code:
