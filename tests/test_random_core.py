@@ -103,6 +103,47 @@ def test_more_than_a_word_of_elements():
         np.testing.assert_array_equal(np.asarray(jax.jit(draw)()), expected)
 
 
+def test_symbolic_sizes_make_the_words_that_numbers_make():
+    """Of an exported program whose sizes are symbols: products, indices, slices and bits."""
+
+    def words(x, y, z):
+        shape = (x.size, y.size, z.size)
+        starts = {axis: size - 1 for axis, size in enumerate(shape)}
+        corner = jax_threefry.slice_index((*shape, 3), (1, 1, 1, 3), starts)
+        return jax_threefry.product_words((*shape[:2], 7, shape[2])), corner
+
+    def drawn(x):
+        index = jax_threefry.row_major_index(x.shape, None)
+        return jax_threefry.counter_bits(jax_words(*KEY), x.shape), index
+
+    symbols = jax.export.symbolic_shape("a, b, c")
+    whole = jax.ShapeDtypeStruct(symbols, jnp.int8)
+    vectors = [jax.ShapeDtypeStruct((symbol,), jnp.int8) for symbol in symbols]
+    words = jax.export.export(jax.jit(words))(*vectors).call
+    drawn = jax.export.export(jax.jit(drawn))(whole).call
+    for sizes in ((3, 1, 2), (60_000, 70_000, 3)):
+        product, corner = words(*(np.zeros(size, np.int8) for size in sizes))
+        assert combined(*product) == 7 * math.prod(sizes)
+        last = 3 * math.prod(sizes)
+        assert combined(*np.broadcast_arrays(*corner)).ravel().tolist() == [*range(last - 3, last)]
+    for shape in ((2, 1, 3), (1, 4, 1)):
+        bits, index = drawn(np.zeros(shape, np.int8))
+        expected = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
+        np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
+        np.testing.assert_array_equal(bits, reference.bits(KEY, expected.ravel()).reshape(shape))
+
+
+def test_the_most_elements_that_a_shape_may_have():
+    """2**63 - 1; PyTorch asks for the memory of more than 2**30."""
+    device = torch.device("cpu")
+    jax_threefry.check_size((2**63 - 1,))
+    with pytest.raises(RuntimeError, match="memory"):
+        torch_threefry.check_size((2**62,), device)
+    for check in (jax_threefry.check_size, lambda shape: torch_threefry.check_size(shape, device)):
+        with pytest.raises(ValueError, match=r"fewer than 2\*\*63 elements; got \(2, 46"):
+            check((2, 2**62))
+
+
 @pytest.mark.parametrize("start", [0, 2**30 - 2, 2**31 - 2, 2**32 - 2, 3 * 2**32 + 2**31 - 2])
 def test_a_range_of_bits(start):
     drawn = torch_threefry.range_bits(torch_words(*KEY), start, start + 4).numpy()
