@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from regjax._checks import as_number, check_string, describe
+from regjax._checks import check_integer, check_string, describe
 from regjax._observe import observer
 from regjax._threefry import threefry2x32
 
@@ -136,15 +136,14 @@ def _site_words(root: KeyLike, site: Words, step: Words) -> UInt32[Array, " word
 
 
 def _step_words(step: ArrayLike) -> Words:
-    number = as_number("step", step)
-    if not jnp.issubdtype(number.dtype, jnp.integer):
-        raise TypeError(f"step must be an integer; got {step!r}.")
-    if number.ndim:
-        raise ValueError(f"step must be a scalar; got shape {number.shape}. Map with jax.vmap.")
-    if isinstance(number, Tracer):
-        high = number >> 32 if number.dtype.itemsize == 8 else jnp.zeros((), jnp.uint32)
-        return high.astype(jnp.uint32), number.astype(jnp.uint32)
-    value = int(number)
+    if getattr(step, "ndim", 0):
+        raise ValueError(f"step must be a scalar; got shape {step.shape}. Map with jax.vmap.")
+    if isinstance(step, Tracer):
+        if not jnp.issubdtype(step.dtype, jnp.integer):
+            raise TypeError(f"step must be an integer; got {step!r}.")
+        high = step >> 32 if step.dtype.itemsize == 8 else jnp.zeros((), jnp.uint32)
+        return high.astype(jnp.uint32), step.astype(jnp.uint32)
+    value = check_integer("step", step)
     if not 0 <= value < 2**64:
         raise ValueError(f"step must lie in [0, 2**64); got {value}.")
     return jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF)

@@ -53,22 +53,12 @@ OPERATORS = (
 
 # The tests responsible for each file, files of them or single ones: those first that kill most in
 # the shortest time.
-_BITS = [
-    "parity_tests/test_golden.py",
-    "tests/test_random_core.py",
-    "parity_tests/test_masks.py",
-]
+_BITS = ["parity_tests/test_golden.py", "tests/test_random_core.py"]
+_KEYS = [*_BITS, "parity_tests/test_masks.py::test_wrong_steps_and_sites_are_refused"]
+_PACKED = ["parity_tests/test_golden.py", "tests/test_packed_core.py"]
+_DROPOUT = ["parity_tests/test_corners.py"]
+_JAX_DROPOUT = "tests/regjax/test_dropout.py"
 _LAYOUTS = "tests/regjax/test_layouts.py::"
-_PACKED = [
-    "parity_tests/test_golden.py",
-    "tests/test_random_core.py",
-    "parity_tests/test_packed.py",
-]
-_DROPOUT = [
-    "parity_tests/test_golden.py",
-    "tests/test_random_core.py",
-    "parity_tests/test_corners.py",
-]
 _RULES = ["tests/regjax/test_rules.py", "parity_tests/test_rules.py"]
 _TORCH_RULES = ["tests/regtorch/test_rules.py", "parity_tests/test_rules.py"]
 _OPTIM = ["tests/regjax/test_optim.py", "tests/regjax/test_optim_decays.py"]
@@ -78,10 +68,14 @@ JUDGES = {
         f"{_LAYOUTS}test_a_packed_mask_computes_no_index_apart_from_its_words",
         f"{_LAYOUTS}test_the_mask_is_the_same_on_every_mesh[exact-AxisType.Explicit-(2, 4)-few]",
     ],
-    "regjax/_keys.py": [*_BITS, "parity_tests/test_corners.py"],
-    "regjax/_masks.py": [*_BITS, "parity_tests/test_corners.py"],
-    "regjax/_packed.py": _PACKED,
-    "regjax/_dropout.py": [*_DROPOUT, "tests/regjax/test_dropout.py"],
+    "regjax/_keys.py": [
+        *_KEYS,
+        f"{_JAX_DROPOUT}::test_key_reuse_is_still_seen",
+        f"{_JAX_DROPOUT}::test_a_site_key_of_a_raw_root_is_raw",
+    ],
+    "regjax/_masks.py": [*_BITS, f"{_JAX_DROPOUT}::test_key_reuse_is_still_seen"],
+    "regjax/_packed.py": [*_PACKED, "parity_tests/test_packed.py"],
+    "regjax/_dropout.py": [*_DROPOUT, _JAX_DROPOUT],
     "regjax/_paths.py": _RULES,
     "regjax/_decay.py": ["tests/regjax/test_decay.py", *_RULES, "tests/regjax/test_optim.py"],
     "regjax/_rules.py": _RULES,
@@ -95,8 +89,11 @@ JUDGES = {
     "regjax/optim/_adafactor.py": ["tests/regjax/test_optim_adafactor.py", *_OPTIM],
     "regjax/optim/_muon.py": ["tests/regjax/test_optim_muon.py", *_OPTIM],
     "regtorch/_threefry.py": _BITS,
-    "regtorch/_keys.py": [*_BITS, "parity_tests/test_corners.py"],
-    "regtorch/_masks.py": [*_BITS, "parity_tests/test_corners.py"],
+    "regtorch/_keys.py": [
+        *_KEYS,
+        "tests/regtorch/test_keyed.py::test_keys_from_integers_are_keys_from_tensors",
+    ],
+    "regtorch/_masks.py": _BITS,
     "regtorch/_packed.py": _PACKED,
     "regtorch/_dropout.py": [*_DROPOUT, "tests/regtorch/test_dropout.py"],
     "regtorch/_paths.py": _TORCH_RULES,

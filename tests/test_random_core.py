@@ -5,10 +5,12 @@ These are the cheapest tests that catch a changed operation in it; `make mutants
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,11 +20,9 @@ from parity_tests import reference
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
 from regjax import _keys as jax_keys
 from regjax import _masks as jax_masks
-from regjax import _packed as jax_packed
 from regjax import _threefry as jax_threefry
 from regtorch import _keys as torch_keys
 from regtorch import _masks as torch_masks
-from regtorch import _packed as torch_packed
 from regtorch import _threefry as torch_threefry
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
@@ -199,6 +199,104 @@ def test_the_words_of_every_kind_of_key(impl, raw):
     assert jax_keys.is_threefry(key) == (impl == "threefry2x32")
 
 
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 6])
+def test_the_words_of_a_key_of_another_kind(size):
+    """Padded with zeros to whole blocks, two at least; what is there encrypts the next block."""
+    words = [0x13198A2E, 0x83707344, 0xA4093822, 0x299F31D0, 0x082EFA98, 0xEC4E6C89][:size]
+    methods = dict.fromkeys(("seed", "split", "random_bits", "fold_in"), lambda *_: None)
+    impl = jax.extend.random.define_prng_impl(key_shape=(size,), **methods)
+    padded = (*words, 0, 0, 0)
+    expected = reference.threefry2x32(padded[:2], padded[2:4])
+    if size > 4:
+        expected = reference.threefry2x32(expected, padded[4:6])
+    key = jax.random.wrap_key_data(jnp.array(words, jnp.uint32), impl=impl)
+    assert tuple(int(word) for word in jax_keys.key_words(key)) == expected
+
+
+JAX_KEYS = {
+    ("uint32", (2,)): None,
+    ("uint32", (4,)): None,
+    ("uint32", (1,)): ValueError,
+    ("uint32", (3,)): ValueError,
+    ("uint32", (5,)): ValueError,
+    ("uint32", ()): ValueError,
+    ("uint32", (1, 2)): ValueError,
+    ("int32", (2,)): TypeError,
+    ("float32", (2,)): TypeError,
+}
+TORCH_KEYS = {
+    ("uint32", (2,)): None,
+    ("uint32", (1,)): TypeError,
+    ("uint32", (3,)): TypeError,
+    ("uint32", (2, 3)): TypeError,
+    ("uint32", ()): TypeError,
+    ("uint32", (1, 2)): ValueError,
+    ("uint32", (1, 1, 2)): ValueError,
+    ("int32", (2,)): TypeError,
+    ("int64", (2,)): TypeError,
+}
+
+
+@both_wings
+def test_which_arrays_are_keys(wing: Wing):
+    check = jax_keys.check_key if wing is JAX else torch_keys.check_key
+    for (dtype, shape), error in (JAX_KEYS if wing is JAX else TORCH_KEYS).items():
+        key = wing.array(np.ones(shape, dtype))
+        if error is None:
+            assert check(key) is key
+        else:
+            with pytest.raises(error, match="secret must "):
+                check(key, "secret")
+    for nothing in (None, 0, [1, 2]):
+        with pytest.raises(TypeError, match="key must be a"):
+            check(nothing)
+
+
+def test_one_typed_key_is_a_key_and_a_batch_is_none():
+    key = jax.random.key(0)
+    assert jax_keys.check_key(key) is key
+    raw = np.ones(2, np.uint32)
+    assert jax_keys.check_key(raw) is raw
+    for keys in (key[None], key[None, None]):
+        with pytest.raises(ValueError, match="batch of keys"):
+            jax_keys.check_key(keys)
+
+
+def test_eager_calls_compile_once():
+    """A call is one dispatch: neither the key, nor a step, a site or a probability is static."""
+    programs = (jax_keys._site_words, jax_masks._threshold_mask)
+    before = [program._cache_size() for program in programs]
+    for seed in range(3):
+        key = JAX.library.site_key(JAX.key(seed), seed, str(seed))
+        JAX.library.bernoulli(key, seed / 3, (3, 5, 11))
+    assert [program._cache_size() for program in programs] == [size + 1 for size in before]
+
+
+def test_seeds_and_data_of_32_bits():
+    library, key = TORCH.library, TORCH.key(0)
+    assert library.split(key).tolist() == library.split(key, 2).tolist()
+    for value, word in ((-(2**31), 2**31), (-1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (5, 5)):
+        assert library.key(value).tolist() == [0, word]
+        expected = reference.threefry2x32((0, 0), (0, word))
+        assert tuple(library.fold_in(key, value).tolist()) == expected
+    for value in (-(2**31) - 1, 2**32):
+        for call in (library.key, lambda data: library.fold_in(key, data)):
+            with pytest.raises(
+                ValueError, match=rf"must lie in \[-2\*\*31, 2\*\*32\); got {value}"
+            ):
+                call(value)
+    for num in ("22", 2.0, [2.0]):
+        with pytest.raises(TypeError, match="num"):
+            library.split(key, num)
+
+
+def test_a_generator_draws_two_words_of_32_bits():
+    source = torch.Generator().manual_seed(3)
+    keys = torch.stack([torch_keys.generator_key(source) for _ in range(200)]).to(torch.int64)
+    again = torch.Generator().manual_seed(3)
+    assert keys.ravel().tolist() == torch.randint(2**32, (400,), generator=again).tolist()
+
+
 def test_halves_of_a_step():
     for step in (0, 2**31 - 1):
         words = jax.jit(jax_keys._step_words)(jnp.int32(step))
@@ -230,54 +328,52 @@ def test_thresholds(keep_prob):
         assert torch_masks._threshold(keep_prob) == expected
 
 
-@pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, 1e-3, 0.75, -1.0, 2.0, math.nan])
-def test_packed_thresholds(bits, keep_prob):
-    """`round(p * 2**bits)`, kept off both ends where the probability is."""
-    exact = float(np.float32(keep_prob))
-    rounded = round(exact * 2**bits) if math.isfinite(exact) else 0
-    expected = min(max(rounded, 1), 2**bits - 1) if 0 < exact < 1 else 2**bits * (exact >= 1)
-    if 0 <= keep_prob <= 1 and (rounded == expected or not 0 < keep_prob < 1):
-        assert jax_packed._threshold(keep_prob, bits) == expected
-        assert torch_packed._threshold(keep_prob, bits) == expected
-    elif 0 <= keep_prob <= 1:
-        for packed in (jax_packed, torch_packed):
-            with pytest.raises(ValueError, match=f"rounds to {rounded >> bits} in {bits} bits"):
-                packed._threshold(keep_prob, bits)
-    if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush what is smaller
-        changing = jax.jit(jax_packed._threshold, static_argnums=1)
-        assert float(changing(jnp.float32(keep_prob), bits)) == expected
-        assert float(torch_packed._threshold(torch.tensor(keep_prob), bits)) == expected
+TINY = 2.0**-12
+SHARES = [-0.5, 3e-7, float(np.nextafter(np.float32(TINY), np.float32(0))), TINY, 1.001 * TINY]
+
+
+@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, *SHARES])
+def test_what_share_of_the_elements_is_kept(keep_prob):
+    """The threshold's share below 2**-12, and otherwise what is asked for."""
+    changing = np.float32(keep_prob)
+    kept = math.ceil(float(changing) * 2**23) / 2**23 * (changing >= SMALLEST)
+    if keep_prob >= 0:
+        expected = kept if keep_prob < TINY else keep_prob
+        assert jax_masks.realised_keep_prob(jax_masks.bernoulli, keep_prob) == expected
+        assert torch_masks.realised_keep_prob(torch_masks.bernoulli, keep_prob) == expected
+    if keep_prob <= 0 or keep_prob >= SMALLEST:  # a device may flush what is smaller
+        expected = np.float32(kept) if 0 < keep_prob < TINY else changing
+        assert jax_masks.exact_keep_prob(jnp.asarray(changing)) == expected
+        assert torch_masks.exact_keep_prob(torch.tensor(changing)) == expected
 
 
 @both_wings
-@pytest.mark.parametrize("shape", [(64, 64), (4, 32, 40)], ids=str)
-@pytest.mark.parametrize(("threshold", "bits"), [(1, 1), (5, 3), (200, 8), (0x2A95, 16), (7, 18)])
-def test_packed_words(wing: Wing, shape, threshold, bits):
-    keep_prob = threshold / 2**bits
-    expected = reference.packed_bernoulli((0, 9), threshold, shape, bits)
-    draw = lambda prob: wing.library.packed_bernoulli(wing.key(9), prob, shape, bits=bits)
-    np.testing.assert_array_equal(wing.numpy(draw(keep_prob)), expected)
-    changing = wing.traced(draw)(np.float32(keep_prob))
-    np.testing.assert_array_equal(wing.numpy(changing), expected)
-
-
-def test_which_axis_packs():
-    cases = {(64, 64): 0, (64, 63): None, (4, 32, 32): 1, (128, 32, 4): 0, (64, 64, 2): 1}
-    cases |= {(32, 64, 2): 1, (4096,): None, (33, 128): None, (2, 64, 64): 1, (0, 64): None}
-    for shape, axis in cases.items():
-        assert (jax_packed.packed_axis(shape), torch_packed.packed_axis(shape)) == (axis, axis)
+def test_a_sampler_may_say_what_it_keeps(wing: Wing):
+    """Also where a partial gave it options; one that says nothing keeps what is asked for."""
+    realised = (jax_masks if wing is JAX else torch_masks).realised_keep_prob
+    packed = wing.library.packed_bernoulli
+    assert realised(packed, 0.3) == round(0.3 * 2**16) / 2**16
+    assert realised(functools.partial(packed, bits=3), 0.3) == 2 / 8
+    for silent in (lambda *_: None, functools.partial(lambda *_, **options: None, bits=3)):
+        assert realised(silent, 0.3) == 0.3
 
 
 @both_wings
-@pytest.mark.parametrize("bits", [1, 8, 32])
-def test_without_words_to_share(wing: Wing, bits):
-    drawn = reference.bits((0, 9), range(99)) >> np.uint32(32 - bits)
-    for threshold in {0, 1, 2 ** (bits - 1), 2**bits}:
-        draw = lambda p: wing.library.packed_bernoulli(wing.key(9), p, (99,), bits=bits)
-        changing = wing.traced(draw)(np.float32(threshold / 2**bits))
-        for mask in (draw(threshold / 2**bits), changing):
-            np.testing.assert_array_equal(wing.numpy(mask), drawn < threshold)
+def test_which_numbers_are_probabilities(wing: Wing):
+    check = (jax_masks if wing is JAX else torch_masks).check_probability
+    for value in (0, 1, 0.5, np.float32(0.25), np.float64(1)):
+        checked = check("share", value)
+        assert (checked, type(checked)) == (value, float)
+    for value in (-1e-9, 1 + 1e-7, math.nan, math.inf, 2):
+        with pytest.raises(ValueError, match=r"share must lie in \[0, 1\]; got"):
+            check("share", value)
+    for value in (True, "0.5", None, 0.5j, wing.array(np.bool_(1)), wing.array(np.complex64(1))):
+        with pytest.raises(TypeError, match="share must be a real number"):
+            check("share", value)
+    with pytest.raises(ValueError, match=r"share must be a scalar in \[0, 1\]; got shape \(1,\)"):
+        check("share", wing.array(np.ones(1, np.float32)))
+    for dtype in (np.float32, np.int32):
+        assert wing.traced(lambda value: check("share", value) + 0)(np.array(3, dtype)) == 3
 
 
 def test_a_uniform_equal_to_the_threshold_is_dropped():
