@@ -136,8 +136,8 @@ def _site_words(root: KeyLike, site: Words, step: Words) -> UInt32[Array, " word
 
 
 def _step_words(step: ArrayLike) -> Words:
-    if getattr(step, "ndim", 0):
-        raise ValueError(f"step must be a scalar; got shape {step.shape}. Map with jax.vmap.")
+    if np.ndim(step):
+        raise ValueError(f"step must be a scalar; got shape {np.shape(step)}. Map with jax.vmap.")
     if isinstance(step, Tracer):
         if not jnp.issubdtype(step.dtype, jnp.integer):
             raise TypeError(f"step must be an integer; got {step!r}.")

@@ -1,4 +1,4 @@
-"""The packed sampler in small, against the NumPy reference: `make mutants` runs these tests first."""
+"""The packed sampler in small, against the NumPy reference: `make mutants` runs these first."""
 
 from __future__ import annotations
 
