@@ -132,16 +132,16 @@ def test_a_packed_mask_computes_no_index_apart_from_its_words():
     """Every iota has the full shape: XLA for TPUs would compute a smaller one in its own kernel."""
     shape = (4, 6, 8)
 
-    def iotas(in_place):
+    def iotas(**options):
         """The axis and the shape of each iota, and how many exclusive ors there are."""
-        eqns = jax.make_jaxpr(lambda: row_major_index(shape, None, in_place=in_place))().eqns
+        eqns = jax.make_jaxpr(lambda: row_major_index(shape, None, **options))().eqns
         params = [eqn.params for eqn in eqns if eqn.primitive.name == "iota"]
         found = [(each["dimension"], each["shape"]) for each in params]
         return found, sum(eqn.primitive.name == "xor" for eqn in eqns)
 
     # Each axis but the last one meets the last one twice.
     assert iotas(in_place=True) == ([(axis, shape) for axis in (0, 2, 1, 2, 2)], 4)
-    assert iotas(in_place=False) == ([(0, (4, 1, 1)), (1, (1, 6, 1)), (2, (1, 1, 8))], 0)
+    assert iotas() == ([(0, (4, 1, 1)), (1, (1, 6, 1)), (2, (1, 1, 8))], 0)
     plain, in_place = (row_major_index(shape, None, in_place=flag)[1] for flag in (False, True))
     np.testing.assert_array_equal(in_place, plain)
     np.testing.assert_array_equal(plain, np.arange(4 * 6 * 8).reshape(shape))
