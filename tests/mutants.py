@@ -55,8 +55,12 @@ OPERATORS = (
 # the shortest time.
 _BITS = ["parity_tests/test_golden.py", "tests/test_random_core.py"]
 _KEYS = [*_BITS, "parity_tests/test_masks.py::test_wrong_steps_and_sites_are_refused"]
-_PACKED = ["parity_tests/test_golden.py", "tests/test_packed_core.py"]
-_DROPOUT = ["parity_tests/test_corners.py"]
+_PACKED = [
+    "parity_tests/test_golden.py",
+    "tests/test_packed_core.py",
+    "tests/test_random_core.py::test_a_sampler_may_say_what_it_keeps",
+]
+_DROPOUT = ["tests/test_dropout_core.py", "parity_tests/test_corners.py"]
 _JAX_DROPOUT = "tests/regjax/test_dropout.py"
 _LAYOUTS = "tests/regjax/test_layouts.py::"
 _RULES = ["tests/regjax/test_rules.py", "parity_tests/test_rules.py"]
@@ -66,7 +70,6 @@ JUDGES = {
     "regjax/_threefry.py": [
         *_BITS,
         f"{_LAYOUTS}test_a_packed_mask_computes_no_index_apart_from_its_words",
-        f"{_LAYOUTS}test_the_mask_is_the_same_on_every_mesh[exact-AxisType.Explicit-(2, 4)-few]",
     ],
     "regjax/_keys.py": [
         *_KEYS,
@@ -74,7 +77,10 @@ JUDGES = {
         f"{_JAX_DROPOUT}::test_a_site_key_of_a_raw_root_is_raw",
     ],
     "regjax/_masks.py": [*_BITS, f"{_JAX_DROPOUT}::test_key_reuse_is_still_seen"],
-    "regjax/_packed.py": [*_PACKED, "parity_tests/test_packed.py"],
+    "regjax/_packed.py": [
+        *_PACKED,
+        f"{_LAYOUTS}test_packed_masks_ask_for_indices_in_place",
+    ],
     "regjax/_dropout.py": [*_DROPOUT, _JAX_DROPOUT],
     "regjax/_paths.py": _RULES,
     "regjax/_decay.py": ["tests/regjax/test_decay.py", *_RULES, "tests/regjax/test_optim.py"],
@@ -95,7 +101,7 @@ JUDGES = {
     ],
     "regtorch/_masks.py": _BITS,
     "regtorch/_packed.py": _PACKED,
-    "regtorch/_dropout.py": [*_DROPOUT, "tests/regtorch/test_dropout.py"],
+    "regtorch/_dropout.py": [*_DROPOUT, "tests/regtorch/test_transforms.py"],
     "regtorch/_paths.py": _TORCH_RULES,
     "regtorch/_decay.py": _TORCH_RULES,
     "regtorch/_rules.py": _TORCH_RULES,

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from parity_tests import reference
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
@@ -131,6 +133,18 @@ def test_symbolic_sizes_make_the_words_that_numbers_make():
         expected = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
         np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
         np.testing.assert_array_equal(bits, reference.bits(KEY, expected.ravel()).reshape(shape))
+
+
+def test_a_layout_is_a_sharding_or_a_spec():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    expected = JAX.bernoulli(9, 0.3, (4, 8, 3))
+    for spec in (P("a", "b"), P(None, ("a", "b")), P("b")):
+        sharding = NamedSharding(mesh, spec)
+        for layout in (spec, sharding):
+            with jax.set_mesh(mesh):
+                mask = JAX.library.bernoulli(JAX.key(9), 0.3, expected.shape, out_sharding=layout)
+            np.testing.assert_array_equal(np.asarray(mask), expected)
+            assert mask.sharding.is_equivalent_to(sharding, 3)
 
 
 def test_the_most_elements_that_a_shape_may_have():
