@@ -16,7 +16,7 @@ from parity_tests import reference
 from parity_tests.wings import JAX, Wing
 from regjax import _packed as jax_packed
 from regtorch import _packed as torch_packed
-from tests.test_random_core import PROBABILITIES, SMALLEST, both_wings
+from tests.test_random_core import PROBABILITIES, SMALLEST, both_wings, only_jax
 
 
 @pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])
@@ -61,7 +61,8 @@ def test_which_axis_packs():
         assert (jax_packed.packed_axis(shape), torch_packed.packed_axis(shape)) == (axis, axis)
 
 
-def test_which_axis_of_symbolic_sizes_packs():
+@only_jax
+def test_which_axis_of_symbolic_sizes_packs(wing: Wing):
     """Of vectors: the sizes of one array would make it too large."""
 
     def axes(x, y, z):
@@ -128,17 +129,20 @@ LAYOUTS = [
 ]
 
 
+@only_jax
 @pytest.mark.parametrize(("shape", "spec", "expected"), LAYOUTS)
-def test_words_are_laid_out_as_their_elements_unless_devices_would_share_one(shape, spec, expected):
+def test_words_are_laid_out_as_their_elements_unless_devices_would_share_one(
+    wing: Wing, shape, spec, expected
+):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    axis, key = len(shape) - 2, jax.random.key(0)
-    mask = jax_packed.packed_bernoulli(key, 0.5, (64, *shape[1:]) if axis else shape)
+    axis, key, sampler = len(shape) - 2, wing.key(0), wing.library.packed_bernoulli
+    mask = sampler(key, 0.5, (64, *shape[1:]) if axis else shape)
     with jax.set_mesh(mesh):
         for layout in (spec, NamedSharding(mesh, spec)):
             words = jax_packed.Group(shape, axis, layout).words_sharding
             assert isinstance(words, NamedSharding)
             assert words.spec == expected
-        draw = lambda: jax_packed.packed_bernoulli(key, 0.5, mask.shape, out_sharding=layout)
+        draw = lambda: sampler(key, 0.5, mask.shape, out_sharding=layout)
         sharded = jax.jit(draw)()
         np.testing.assert_array_equal(np.asarray(sharded), np.asarray(mask))
         assert sharded.sharding.is_equivalent_to(NamedSharding(mesh, spec), mask.ndim)

@@ -28,6 +28,7 @@ from regtorch import _masks as torch_masks
 from regtorch import _threefry as torch_threefry
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+only_jax = pytest.mark.parametrize("wing", [JAX], ids=str)
 KEY = (0x13198A2E, 0x83707344)
 SMALLEST = 2.0**-126
 
@@ -72,8 +73,9 @@ WHOLES = [
 ]
 
 
+@only_jax
 @pytest.mark.parametrize("whole", WHOLES, ids=str)
-def test_a_slice_knows_where_it_lies(whole):
+def test_a_slice_knows_where_it_lies(wing: Wing, whole):
     """Also where the index passes 2**32: the high word takes the product and both carries."""
     shape = tuple(min(size, 3) for size in whole)
     for far in (0.0, 0.3, 0.999, 1.0):
@@ -105,7 +107,8 @@ def test_more_than_a_word_of_elements():
         np.testing.assert_array_equal(np.asarray(jax.jit(draw)()), expected)
 
 
-def test_symbolic_sizes_make_the_words_that_numbers_make():
+@only_jax
+def test_symbolic_sizes_make_the_words_that_numbers_make(wing: Wing):
     """Of an exported program whose sizes are symbols: products, indices, slices and bits."""
 
     def words(x, y, z):
@@ -135,14 +138,15 @@ def test_symbolic_sizes_make_the_words_that_numbers_make():
         np.testing.assert_array_equal(bits, reference.bits(KEY, expected.ravel()).reshape(shape))
 
 
-def test_a_layout_is_a_sharding_or_a_spec():
+@only_jax
+def test_a_layout_is_a_sharding_or_a_spec(wing: Wing):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    expected = JAX.bernoulli(9, 0.3, (4, 8, 3))
+    key, expected = wing.key(9), wing.bernoulli(9, 0.3, (4, 8, 3))
     for spec in (P("a", "b"), P(None, ("a", "b")), P("b")):
         sharding = NamedSharding(mesh, spec)
         for layout in (spec, sharding):
             with jax.set_mesh(mesh):
-                mask = JAX.library.bernoulli(JAX.key(9), 0.3, expected.shape, out_sharding=layout)
+                mask = wing.library.bernoulli(key, 0.3, expected.shape, out_sharding=layout)
             np.testing.assert_array_equal(np.asarray(mask), expected)
             assert mask.sharding.is_equivalent_to(sharding, 3)
 
@@ -293,7 +297,10 @@ def test_eager_calls_compile_once():
 
 def test_seeds_and_data_of_32_bits():
     library, key = TORCH.library, TORCH.key(0)
-    assert library.split(key).tolist() == library.split(key, 2).tolist()
+    keys = [list(reference.threefry2x32((0, 0), (0, i))) for i in range(6)]
+    assert library.split(key).tolist() == keys[:2]
+    assert library.split(key, (2, 3)).reshape(6, 2).tolist() == keys
+    assert library.split(key, np.int64(3)).tolist() == keys[:3]
     for value, word in ((-(2**31), 2**31), (-1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (5, 5)):
         assert library.key(value).tolist() == [0, word]
         expected = reference.threefry2x32((0, 0), (0, word))
