@@ -63,14 +63,13 @@ def key_words(key: KeyLike) -> Words:
     """
     key = check_key(key)
     data = jnp.asarray(jax.random.key_data(key) if _is_typed(key) else key)
-    words = [data[i] for i in range(data.shape[0])]
     if is_threefry(key):
-        return words[0], words[1]
-    blocks = max(2, -(-len(words) // 2))
-    words += [jnp.zeros((), jnp.uint32)] * (2 * blocks - len(words))
-    state = (words[0], words[1])
+        return data[0], data[1]
+    blocks = max(2, -(-data.size // 2))
+    pairs = jnp.pad(data, (0, 2 * blocks - data.size)).reshape(blocks, 2)
+    state = (pairs[0, 0], pairs[0, 1])
     for block in range(1, blocks):
-        state = threefry2x32(state, (words[2 * block], words[2 * block + 1]))
+        state = threefry2x32(state, (pairs[block, 0], pairs[block, 1]))
     return state
 
 
@@ -119,7 +118,7 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
     at_step = _step_words(step)
     words = _site_words(root, site_hash(site), at_step)
     if watching := observer():
-        watching.site_key(site, key_words(root), at_step, (words[0], words[1]))
+        watching.site_key(site, key_words(root), at_step, tuple(words))
     return jax.random.wrap_key_data(words, impl=_THREEFRY) if typed else words
 
 

@@ -147,6 +147,12 @@ def test_a_layout_is_a_sharding_or_a_spec(wing: Wing):
         for layout in (spec, sharding):
             with jax.set_mesh(mesh):
                 mask = wing.library.bernoulli(key, 0.3, expected.shape, out_sharding=layout)
+                index = jax.make_jaxpr(lambda: jax_threefry.row_major_index(mask.shape, layout))()  # noqa: B023
+            axes = [e.outvars[0].aval for e in index.eqns if e.primitive.name == "iota"]
+            assert [aval.sharding.spec for aval in axes] == [
+                P(*(spec[axis] if axis == i < len(spec) else None for axis in range(3)))
+                for i in range(3)
+            ]
             np.testing.assert_array_equal(np.asarray(mask), expected)
             assert mask.sharding.is_equivalent_to(sharding, 3)
 
@@ -314,6 +320,13 @@ def test_seeds_and_data_of_32_bits():
     for num in ("22", 2.0, [2.0]):
         with pytest.raises(TypeError, match="num"):
             library.split(key, num)
+
+
+def test_words_are_read_where_reading_waits_for_nothing(monkeypatch):
+    assert torch_keys._host_words(TORCH.key(5)) == (0, 5)
+    assert torch_keys._host_words(TORCH.key(5).to("meta")) is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch_keys._host_words(TORCH.key(5)) is None
 
 
 def test_a_generator_draws_two_words_of_32_bits():
