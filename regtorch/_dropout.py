@@ -139,8 +139,7 @@ def inverse(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
     real = real_dtype(dtype)
     if isinstance(keep_prob, Tensor):
-        positive = keep_prob > 0
-        return torch.where(positive, 1 / torch.where(positive, keep_prob, 1.0), 0.0).to(real)
+        return torch.where(keep_prob > 0, 1 / keep_prob, 0.0).to(real)
     return (1 / torch.tensor(keep_prob, dtype=real)).item()
 
 
@@ -243,18 +242,18 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         nothing = [None] * (len(ctx.needs_input_grad) - 1)
-        return _Drop.again(ctx, *grad_outputs), *nothing
+        return _drop_again(ctx, *grad_outputs), *nothing
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
-        return _Drop.again(ctx, grad_inputs[0])
+        return _drop_again(ctx, grad_inputs[0])
 
-    @staticmethod
-    def again(ctx: Any, x: Tensor) -> Tensor:
-        """The same mask and scale on another tensor, without the offsets."""
-        key, *tensors = ctx.saved_tensors
-        rate = tensors.pop() if ctx.rate is None else ctx.rate
-        return _Drop.apply(x, key, rate, ctx.kind.slope(), *tensors)
+
+def _drop_again(ctx: Any, x: Tensor) -> Tensor:
+    """Apply the same mask and scale to another tensor, without the offsets."""
+    key, *tensors = ctx.saved_tensors
+    rate = tensors.pop() if ctx.rate is None else ctx.rate
+    return _Drop.apply(x, key, rate, ctx.kind.slope(), *tensors)
 
 
 def made(x: Tensor, key: Tensor, rate: float | Tensor, kind: Kind, *tensors: Tensor) -> Tensor:
