@@ -54,6 +54,7 @@ OPERATORS = (
 # The tests responsible for each file, files of them or single ones: those first that kill most in
 # the shortest time.
 _BITS = ["parity_tests/test_golden.py", "tests/test_random_core.py"]
+_MASKS = [*_BITS, "parity_tests/test_masks.py::test_a_mask_can_be_read_at_any_index"]
 _KEYS = [*_BITS, "parity_tests/test_masks.py::test_wrong_steps_and_sites_are_refused"]
 _PACKED = [
     "parity_tests/test_golden.py",
@@ -76,7 +77,7 @@ JUDGES = {
         f"{_JAX_DROPOUT}::test_key_reuse_is_still_seen",
         f"{_JAX_DROPOUT}::test_a_site_key_of_a_raw_root_is_raw",
     ],
-    "regjax/_masks.py": [*_BITS, f"{_JAX_DROPOUT}::test_key_reuse_is_still_seen"],
+    "regjax/_masks.py": [*_MASKS, f"{_JAX_DROPOUT}::test_key_reuse_is_still_seen"],
     "regjax/_packed.py": [
         *_PACKED,
         f"{_LAYOUTS}test_packed_masks_ask_for_indices_in_place",
@@ -99,7 +100,7 @@ JUDGES = {
         *_KEYS,
         "tests/regtorch/test_keyed.py::test_keys_from_integers_are_keys_from_tensors",
     ],
-    "regtorch/_masks.py": _BITS,
+    "regtorch/_masks.py": _MASKS,
     "regtorch/_packed.py": _PACKED,
     "regtorch/_dropout.py": [*_DROPOUT, "tests/regtorch/test_transforms.py"],
     "regtorch/_paths.py": _TORCH_RULES,
