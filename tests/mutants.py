@@ -53,13 +53,22 @@ OPERATORS = (
 
 # The tests responsible for each file, files of them or single ones: those first that kill most in
 # the shortest time.
-_BITS = ["parity_tests/test_golden.py", "tests/test_random_core.py"]
-_MASKS = [*_BITS, "parity_tests/test_masks.py::test_a_mask_can_be_read_at_any_index"]
-_KEYS = [*_BITS, "parity_tests/test_masks.py::test_wrong_steps_and_sites_are_refused"]
+_GOLDEN = "parity_tests/test_golden.py"
+_BITS = [_GOLDEN, "tests/test_random_core.py"]
+_KEYS = [
+    _GOLDEN,
+    "tests/test_keys_core.py",
+    "parity_tests/test_masks.py::test_wrong_steps_and_sites_are_refused",
+]
+_MASKS = [
+    _GOLDEN,
+    "tests/test_masks_core.py",
+    "parity_tests/test_masks.py::test_a_mask_can_be_read_at_any_index",
+]
 _PACKED = [
-    "parity_tests/test_golden.py",
+    _GOLDEN,
     "tests/test_packed_core.py",
-    "tests/test_random_core.py::test_a_sampler_may_say_what_it_keeps",
+    "tests/test_masks_core.py::test_a_sampler_may_say_what_it_keeps",
 ]
 _DROPOUT = ["tests/test_dropout_core.py", "parity_tests/test_corners.py"]
 _JAX_DROPOUT = "tests/regjax/test_dropout.py"

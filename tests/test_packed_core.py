@@ -16,7 +16,8 @@ from parity_tests import reference
 from parity_tests.wings import JAX, Wing
 from regjax import _packed as jax_packed
 from regtorch import _packed as torch_packed
-from tests.test_random_core import PROBABILITIES, SMALLEST, both_wings, only_jax
+from tests.test_masks_core import PROBABILITIES, SMALLEST
+from tests.test_random_core import both_wings, only_jax
 
 
 @pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])

@@ -5,12 +5,10 @@ These are the cheapest tests that catch a changed operation in it; `make mutants
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,18 +17,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parity_tests import reference
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
-from regjax import _keys as jax_keys
-from regjax import _masks as jax_masks
+from parity_tests.wings import JAX, WINGS, Wing
 from regjax import _threefry as jax_threefry
-from regtorch import _keys as torch_keys
-from regtorch import _masks as torch_masks
 from regtorch import _threefry as torch_threefry
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
 only_jax = pytest.mark.parametrize("wing", [JAX], ids=str)
 KEY = (0x13198A2E, 0x83707344)
-SMALLEST = 2.0**-126
 
 
 def jax_words(*words: int) -> tuple[jax.Array, ...]:
@@ -211,219 +204,6 @@ def test_the_block_on_integers_is_the_block_on_tensors():
         assert tuple(int(word) & 0xFFFFFFFF for word in out) == expected
         out = jax_threefry.threefry2x32(jax_words(*key), jax_words(*counter))
         assert tuple(int(word) for word in out) == expected
-
-
-@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "threefry2x32"])
-@pytest.mark.parametrize("raw", [False, True])
-def test_the_words_of_every_kind_of_key(impl, raw):
-    """The first two words encrypt the last two; a threefry key is its own words."""
-    key = jax.random.key(5, impl=impl)
-    data = [0x13198A2E, 0x83707344, 0xA4093822, 0x299F31D0][: 2 if impl == "threefry2x32" else 4]
-    key = jnp.array(data, jnp.uint32)
-    key = key if raw else jax.random.wrap_key_data(key, impl=impl)
-    expected = tuple(data[:2])
-    if len(data) == 4:
-        expected = reference.threefry2x32(expected, tuple(data[2:]))
-    assert tuple(int(word) for word in jax_keys.key_words(key)) == expected
-    assert jax_keys.is_threefry(key) == (impl == "threefry2x32")
-
-
-@pytest.mark.parametrize("size", [1, 3, 4, 5, 6])
-def test_the_words_of_a_key_of_another_kind(size):
-    """Padded with zeros to whole blocks, two at least; what is there encrypts the next block."""
-    words = [0x13198A2E, 0x83707344, 0xA4093822, 0x299F31D0, 0x082EFA98, 0xEC4E6C89][:size]
-    methods = dict.fromkeys(("seed", "split", "random_bits", "fold_in"), lambda *_: None)
-    impl = jax.extend.random.define_prng_impl(key_shape=(size,), **methods)
-    padded = (*words, 0, 0, 0)
-    expected = reference.threefry2x32(padded[:2], padded[2:4])
-    if size > 4:
-        expected = reference.threefry2x32(expected, padded[4:6])
-    key = jax.random.wrap_key_data(jnp.array(words, jnp.uint32), impl=impl)
-    assert tuple(int(word) for word in jax_keys.key_words(key)) == expected
-
-
-JAX_KEYS = {
-    ("uint32", (2,)): None,
-    ("uint32", (4,)): None,
-    ("uint32", (1,)): ValueError,
-    ("uint32", (3,)): ValueError,
-    ("uint32", (5,)): ValueError,
-    ("uint32", ()): ValueError,
-    ("uint32", (1, 2)): ValueError,
-    ("int32", (2,)): TypeError,
-    ("float32", (2,)): TypeError,
-}
-TORCH_KEYS = {
-    ("uint32", (2,)): None,
-    ("uint32", (1,)): TypeError,
-    ("uint32", (3,)): TypeError,
-    ("uint32", (2, 3)): TypeError,
-    ("uint32", ()): TypeError,
-    ("uint32", (1, 2)): ValueError,
-    ("uint32", (1, 1, 2)): ValueError,
-    ("int32", (2,)): TypeError,
-    ("int64", (2,)): TypeError,
-}
-
-
-@both_wings
-def test_which_arrays_are_keys(wing: Wing):
-    check = jax_keys.check_key if wing is JAX else torch_keys.check_key
-    for (dtype, shape), error in (JAX_KEYS if wing is JAX else TORCH_KEYS).items():
-        key = wing.array(np.ones(shape, dtype))
-        if error is None:
-            assert check(key) is key
-        else:
-            with pytest.raises(error, match="secret must "):
-                check(key, "secret")
-    for nothing in (None, 0, [1, 2]):
-        with pytest.raises(TypeError, match="key must be a"):
-            check(nothing)
-
-
-def test_one_typed_key_is_a_key_and_a_batch_is_none():
-    key = jax.random.key(0)
-    assert jax_keys.check_key(key) is key
-    raw = np.ones(2, np.uint32)
-    assert jax_keys.check_key(raw) is raw
-    for keys in (key[None], key[None, None]):
-        with pytest.raises(ValueError, match="batch of keys"):
-            jax_keys.check_key(keys)
-
-
-def test_eager_calls_compile_once():
-    """A call is one dispatch: neither the key, nor a step, a site or a probability is static."""
-    programs = (jax_keys._site_words, jax_masks._threshold_mask)
-    before = [program._cache_size() for program in programs]
-    for seed in range(3):
-        key = JAX.library.site_key(JAX.key(seed), seed, str(seed))
-        JAX.library.bernoulli(key, seed / 3, (3, 5, 11))
-    assert [program._cache_size() for program in programs] == [size + 1 for size in before]
-
-
-def test_seeds_and_data_of_32_bits():
-    library, key = TORCH.library, TORCH.key(0)
-    keys = [list(reference.threefry2x32((0, 0), (0, i))) for i in range(6)]
-    assert library.split(key).tolist() == keys[:2]
-    assert library.split(key, (2, 3)).reshape(6, 2).tolist() == keys
-    assert library.split(key, np.int64(3)).tolist() == keys[:3]
-    for value, word in ((-(2**31), 2**31), (-1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (5, 5)):
-        assert library.key(value).tolist() == [0, word]
-        expected = reference.threefry2x32((0, 0), (0, word))
-        assert tuple(library.fold_in(key, value).tolist()) == expected
-    for value in (-(2**31) - 1, 2**32):
-        for call in (library.key, lambda data: library.fold_in(key, data)):
-            with pytest.raises(
-                ValueError, match=rf"must lie in \[-2\*\*31, 2\*\*32\); got {value}"
-            ):
-                call(value)
-    for num in ("22", 2.0, [2.0]):
-        with pytest.raises(TypeError, match="num"):
-            library.split(key, num)
-
-
-def test_words_are_read_where_reading_waits_for_nothing(monkeypatch):
-    assert torch_keys._host_words(TORCH.key(5)) == (0, 5)
-    assert torch_keys._host_words(TORCH.key(5).to("meta")) is None
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert torch_keys._host_words(TORCH.key(5)) is None
-
-
-def test_a_generator_draws_two_words_of_32_bits():
-    source = torch.Generator().manual_seed(3)
-    keys = torch.stack([torch_keys.generator_key(source) for _ in range(200)]).to(torch.int64)
-    again = torch.Generator().manual_seed(3)
-    assert keys.ravel().tolist() == torch.randint(2**32, (400,), generator=again).tolist()
-
-
-def test_halves_of_a_step():
-    for step in (0, 2**31 - 1):
-        words = jax.jit(jax_keys._step_words)(jnp.int32(step))
-        assert tuple(int(word) for word in words) == (0, step)
-    with jax.enable_x64(True):
-        words = jax.jit(jax_keys._step_words)(jnp.uint64(2**40 + 2**31 + 5))
-    assert tuple(int(word) for word in words) == (2**8, 2**31 + 5)
-    assert torch_keys._words(2**40 + 2**31 + 5, torch.device("cpu"))[0] == 2**8
-    assert torch_keys.check_step(2**64 - 1) == 2**64 - 1
-    expected = reference.site_key((0, 1), 2**64 - 1, "site")
-    for wing in WINGS:
-        step = np.uint64(2**64 - 1)
-        assert wing.words(wing.library.site_key(wing.key(1), step, "site")) == expected
-
-
-PROBABILITIES = [0.0, 1e-45, float(np.nextafter(np.float32(SMALLEST), np.float32(0))), SMALLEST]
-PROBABILITIES += [1e-9, 2.0**-24, 2.0**-23, 0.123, 0.5, 0.9, 1 - 2.0**-24, 1.0]
-
-
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, -1.0, 2.0, math.nan])
-def test_thresholds(keep_prob):
-    """`ceil(p * 2**23)`, and nothing below the smallest normal number, as a number and changing."""
-    inside = min(keep_prob, 1.0) if keep_prob >= SMALLEST else 0.0
-    expected = math.ceil(float(np.float32(inside)) * 2**23)
-    assert int(jax.jit(jax_masks._threshold)(jnp.float32(keep_prob))) == expected
-    assert int(torch_masks._threshold(torch.tensor(keep_prob))) == expected
-    if 0 <= keep_prob <= 1:
-        assert jax_masks._threshold(keep_prob) == expected
-        assert torch_masks._threshold(keep_prob) == expected
-
-
-TINY = 2.0**-12
-SHARES = [-0.5, 3e-7, float(np.nextafter(np.float32(TINY), np.float32(0))), TINY, 1.001 * TINY]
-
-
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, *SHARES])
-def test_what_share_of_the_elements_is_kept(keep_prob):
-    """The threshold's share below 2**-12, and otherwise what is asked for."""
-    changing = np.float32(keep_prob)
-    kept = math.ceil(float(changing) * 2**23) / 2**23 * (changing >= SMALLEST)
-    if keep_prob >= 0:
-        expected = kept if keep_prob < TINY else keep_prob
-        assert jax_masks.realised_keep_prob(jax_masks.bernoulli, keep_prob) == expected
-        assert torch_masks.realised_keep_prob(torch_masks.bernoulli, keep_prob) == expected
-    if keep_prob <= 0 or keep_prob >= SMALLEST:  # a device may flush what is smaller
-        expected = np.float32(kept) if 0 < keep_prob < TINY else changing
-        assert jax_masks.exact_keep_prob(jnp.asarray(changing)) == expected
-        assert torch_masks.exact_keep_prob(torch.tensor(changing)) == expected
-
-
-@both_wings
-def test_a_sampler_may_say_what_it_keeps(wing: Wing):
-    """Also where a partial gave it options; one that says nothing keeps what is asked for."""
-    realised = (jax_masks if wing is JAX else torch_masks).realised_keep_prob
-    packed = wing.library.packed_bernoulli
-    assert realised(packed, 0.3) == round(0.3 * 2**16) / 2**16
-    assert realised(functools.partial(packed, bits=3), 0.3) == 2 / 8
-    for silent in (lambda *_: None, functools.partial(lambda *_, **options: None, bits=3)):
-        assert realised(silent, 0.3) == 0.3
-
-
-@both_wings
-def test_which_numbers_are_probabilities(wing: Wing):
-    check = (jax_masks if wing is JAX else torch_masks).check_probability
-    for value in (0, 1, 0.5, np.float32(0.25), np.float64(1)):
-        checked = check("share", value)
-        assert (checked, type(checked)) == (value, float)
-    for value in (-1e-9, 1 + 1e-7, math.nan, math.inf, 2):
-        with pytest.raises(ValueError, match=r"share must lie in \[0, 1\]; got"):
-            check("share", value)
-    for value in (True, "0.5", None, 0.5j, wing.array(np.bool_(1)), wing.array(np.complex64(1))):
-        with pytest.raises(TypeError, match="share must be a real number"):
-            check("share", value)
-    with pytest.raises(ValueError, match=r"share must be a scalar in \[0, 1\]; got shape \(1,\)"):
-        check("share", wing.array(np.ones(1, np.float32)))
-    for dtype in (np.float32, np.int32):
-        assert wing.traced(lambda value: check("share", value) + 0)(np.array(3, dtype)) == 3
-
-
-def test_a_uniform_equal_to_the_threshold_is_dropped():
-    """The threshold of one element, exactly: it falls on the side of the dropped ones."""
-    (drawn,) = reference.bits((0, 9), [4])
-    for kept, uniform in enumerate((drawn >> 9, (drawn >> 9) + 1)):
-        keep_prob = float(uniform) / 2**23
-        for wing in WINGS:
-            assert wing.bernoulli(9, keep_prob, (5,))[4] == kept
-        assert bool(jax_masks.bernoulli_at(JAX.key(9), keep_prob, jax_words(0, 4))) == kept
-        assert torch_masks.bernoulli_at(TORCH.key(9), keep_prob, torch.tensor(4)) == kept
 
 
 def test_words_as_signed_integers():
