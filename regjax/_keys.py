@@ -64,13 +64,13 @@ def key_words(key: KeyLike) -> Words:
     key = check_key(key)
     data = jnp.asarray(jax.random.key_data(key) if _is_typed(key) else key)
     if is_threefry(key):
-        return data[0], data[1]
+        high, low = data
+        return high, low
     blocks = max(2, -(-data.size // 2))
-    pairs = jnp.pad(data, (0, 2 * blocks - data.size)).reshape(blocks, 2)
-    state = (pairs[0, 0], pairs[0, 1])
-    for block in range(1, blocks):
-        state = threefry2x32(state, (pairs[block, 0], pairs[block, 1]))
-    return state
+    (high, low), *others = jnp.pad(data, (0, 2 * blocks - data.size)).reshape(blocks, 2)
+    for first, second in others:
+        high, low = threefry2x32((high, low), (first, second))
+    return high, low
 
 
 def consume(key: KeyLike) -> None:

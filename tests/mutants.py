@@ -68,6 +68,7 @@ _MASKS = [
 _PACKED = [
     _GOLDEN,
     "tests/test_packed_core.py",
+    "parity_tests/test_packed.py::test_wrong_bits_are_refused_by_value",
     "tests/test_masks_core.py::test_a_sampler_may_say_what_it_keeps",
 ]
 _DROPOUT = ["tests/test_dropout_core.py", "parity_tests/test_corners.py"]

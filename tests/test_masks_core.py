@@ -59,7 +59,8 @@ def test_a_sampler_may_say_what_it_keeps(wing: Wing):
     """Also where a partial gave it options; one that says nothing keeps what is asked for."""
     realised = (jax_masks if wing is JAX else torch_masks).realised_keep_prob
     packed = wing.library.packed_bernoulli
-    assert realised(packed, 0.3) == round(0.3 * 2**16) / 2**16
+    for share in (0.1, 0.3):
+        assert realised(packed, share) == round(share * 2**16) / 2**16
     assert realised(functools.partial(packed, bits=3), 0.3) == 2 / 8
     for silent in (lambda *_: None, functools.partial(lambda *_, **options: None, bits=3)):
         assert realised(silent, 0.3) == 0.3

@@ -41,6 +41,15 @@ def test_packed_thresholds(bits, keep_prob):
 
 
 @both_wings
+def test_16_bits_count_unless_others_do(wing: Wing):
+    draw = lambda keep_prob: wing.library.packed_bernoulli(wing.key(9), keep_prob, (3,))
+    assert not wing.numpy(draw(2.0**-16)).any()
+    for too_small in (2.0**-17, 1e-9):
+        with pytest.raises(ValueError, match="in 16 bits"):
+            draw(too_small)
+
+
+@both_wings
 @pytest.mark.parametrize("shape", [(64, 64), (4, 32, 40)], ids=str)
 @pytest.mark.parametrize(("threshold", "bits"), [(1, 1), (5, 3), (200, 8), (0x2A95, 16), (7, 18)])
 def test_packed_words(wing: Wing, shape, threshold, bits):
