@@ -17,7 +17,7 @@ from parity_tests.wings import JAX, Wing
 from regjax import _packed as jax_packed
 from regtorch import _packed as torch_packed
 from tests.test_masks_core import PROBABILITIES, SMALLEST
-from tests.test_random_core import both_wings, only_jax
+from tests.test_random_core import KEY, both_wings, only_jax, torch_words
 
 
 @pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])
@@ -108,6 +108,15 @@ def test_only_the_words_that_settle_something_are_drawn(wing: Wing, monkeypatch,
     assert (words.shape, len(drawn)) == ((2, 3), BLOCKS[threshold, bits])
     if threshold % 2**bits == 0:
         np.testing.assert_array_equal(words.view(np.int32), -1 if threshold else 0)
+
+
+def test_the_number_of_a_word_may_take_more_than_32_bits(monkeypatch):
+    """As in an array too large for any test: the first word of each block, far behind the first."""
+    start, arange = 2**36 + 2**31 + 5, torch.arange
+    monkeypatch.setattr(torch, "arange", lambda size, **_: arange(start, start + size))
+    words = torch_packed._compared(torch_words(*KEY), 2**15, 16, (3,)).numpy().view(np.uint32)
+    expected = [reference.threefry2x32(KEY, divmod(start + i, 2**32))[0] for i in range(3)]
+    assert words.tolist() == expected
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((64, 3), 0), ((2, 96, 5), 1)], ids=str)
