@@ -51,7 +51,9 @@ def test_16_bits_count_unless_others_do(wing: Wing):
 
 @both_wings
 @pytest.mark.parametrize("shape", [(64, 64), (4, 32, 40)], ids=str)
-@pytest.mark.parametrize(("threshold", "bits"), [(1, 1), (5, 3), (200, 8), (0x2A95, 16), (7, 18)])
+@pytest.mark.parametrize(
+    ("threshold", "bits"), [(0, 4), (32, 5), (1, 1), (5, 3), (200, 8), (0x2A95, 16), (7, 18)]
+)
 def test_packed_words(wing: Wing, shape, threshold, bits):
     keep_prob = threshold / 2**bits
     expected = reference.packed_bernoulli((0, 9), threshold, shape, bits)
