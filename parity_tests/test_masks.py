@@ -142,7 +142,7 @@ def test_site_keys_are_those_of_the_reference(wing: Wing, step, site):
     ("step", "site", "error", "message"),
     [
         (-1, "a", ValueError, r"step must lie in \[0, 2\*\*64\); got -1"),
-        (2**64, "a", (ValueError, TypeError), "step must"),
+        (2**64, "a", ValueError, r"step must lie in \[0, 2\*\*64\); got 18446744073709551616"),
         (0.5, "a", TypeError, r"step must be an integer; got 0\.5"),
         (True, "a", TypeError, "step must be an integer; got True"),
         (0, 3, TypeError, "site must be a string that names the place; got 3"),

@@ -6,6 +6,8 @@ costs a second or two rather than the ten of a fresh interpreter. The run fails 
 are killed, or when a survivor is not explained in `tests/mutants.toml`.
 
     python -m tests.mutants [FILE ...] [--jobs N] [--every N]
+
+An explanation that no survivor of a complete run needs is an error too: it would hide the next one.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import itertools
+import math
 import os
 import runpy
 import signal
@@ -23,13 +26,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from typing import Any, TypeAlias
 
 ROOT = Path(__file__).parents[1]
 EXPLAINED = Path(__file__).with_suffix(".toml")
 REQUIRED = 0.95
 # Lines that choose how fast a result is computed, and change no bit of it.
 TUNING = ("_LONGEST =", "_PIECE =", "_PIECE_ON_DEVICE =")
-SECONDS = 120  # a mutant that runs longer hangs, and counts as killed
+PATIENCE = 3.0  # a mutant that takes so many times what the file itself takes hangs: killed
+PROGRESS = 30.0  # seconds between two lines of progress
 
 # One replacement for each binary operator (its inverse where there is one), both neighbors and the
 # negation of each comparison: the selective set, which other replacements hardly add to.
@@ -46,59 +51,84 @@ OPERATORS = (
     *OTHERS.split(),
 )
 
-# The tests responsible for each file, the cheapest first.
-_BITS = [
-    "parity_tests/test_golden.py",
-    "tests/test_random_core.py",
-    "parity_tests/test_masks.py",
+# The tests responsible for each file, files of them or single ones: those first that kill most in
+# the shortest time.
+_GOLDEN = "parity_tests/test_golden.py"
+_BITS = [_GOLDEN, "tests/test_random_core.py"]
+_KEYS = [
+    _GOLDEN,
+    "tests/test_keys_core.py",
+    "parity_tests/test_masks.py::test_wrong_steps_and_sites_are_refused",
+]
+_MASKS = [
+    _GOLDEN,
+    "tests/test_masks_core.py",
+    "parity_tests/test_masks.py::test_a_mask_can_be_read_at_any_index",
 ]
 _PACKED = [
-    "parity_tests/test_golden.py",
-    "tests/test_random_core.py",
-    "parity_tests/test_packed.py",
+    _GOLDEN,
+    "tests/test_packed_core.py",
+    "parity_tests/test_packed.py::test_wrong_bits_are_refused_by_value",
+    "tests/test_masks_core.py::test_a_sampler_may_say_what_it_keeps",
 ]
-_DROPOUT = [
-    "parity_tests/test_golden.py",
-    "tests/test_random_core.py",
-    "parity_tests/test_corners.py",
-    "tests/{package}/test_dropout.py",
-]
-_DECAY = ["tests/{package}/test_rules.py", "parity_tests/test_rules.py"]
+_DROPOUT = ["tests/test_dropout_core.py", "parity_tests/test_corners.py"]
+_JAX_DROPOUT = "tests/regjax/test_dropout.py"
+_LAYOUTS = "tests/regjax/test_layouts.py::"
+_RULES = ["tests/regjax/test_rules.py", "parity_tests/test_rules.py"]
+_TORCH_RULES = ["tests/regtorch/test_rules.py", "parity_tests/test_rules.py"]
 _OPTIM = ["tests/regjax/test_optim.py", "tests/regjax/test_optim_decays.py"]
 JUDGES = {
-    "regjax/_random/threefry.py": [*_BITS, "parity_tests/test_attention.py"],
-    "regjax/_random/keys.py": [*_BITS, "parity_tests/test_corners.py"],
-    "regjax/_random/bernoulli.py": [*_BITS, "parity_tests/test_corners.py"],
-    "regjax/_random/packed.py": _PACKED,
-    "regjax/_dropout/core.py": _DROPOUT,
-    "regjax/_decay/paths.py": _DECAY,
+    "regjax/_random/threefry.py": [
+        *_BITS,
+        f"{_LAYOUTS}test_a_packed_mask_computes_no_index_apart_from_its_words",
+    ],
+    "regjax/_random/keys.py": [
+        *_KEYS,
+        f"{_JAX_DROPOUT}::test_key_reuse_is_still_seen",
+        f"{_JAX_DROPOUT}::test_a_site_key_of_a_raw_root_is_raw",
+    ],
+    "regjax/_random/bernoulli.py": [*_MASKS, f"{_JAX_DROPOUT}::test_key_reuse_is_still_seen"],
+    "regjax/_random/packed.py": [
+        *_PACKED,
+        f"{_LAYOUTS}test_packed_masks_ask_for_indices_in_place",
+    ],
+    "regjax/_dropout/core.py": [*_DROPOUT, _JAX_DROPOUT],
+    "regjax/_decay/paths.py": _RULES,
     "regjax/_decay/validation.py": [
         "tests/regjax/test_decay.py",
-        *_DECAY,
+        *_RULES,
         "tests/regjax/test_optim.py",
     ],
-    "regjax/_decay/param_trees.py": _DECAY,
+    "regjax/_decay/param_trees.py": _RULES,
     "regjax/_decay/penalty.py": ["tests/regjax/test_penalty.py", "parity_tests/test_penalty.py"],
     "regjax/optim/_links.py": _OPTIM,
     "regjax/optim/_decays.py": _OPTIM,
+    "regjax/optim/_gradients.py": ["tests/regjax/test_optim_gradients.py", *_OPTIM],
     "regjax/optim/_descent.py": ["tests/regjax/test_optim_descent.py", *_OPTIM],
     "regjax/optim/_adam.py": ["tests/regjax/test_optim_adam.py", *_OPTIM],
     "regjax/optim/_rms.py": ["tests/regjax/test_optim_rms.py", *_OPTIM],
     "regjax/optim/_adafactor.py": ["tests/regjax/test_optim_adafactor.py", *_OPTIM],
     "regjax/optim/_muon.py": ["tests/regjax/test_optim_muon.py", *_OPTIM],
     "regtorch/_random/threefry.py": _BITS,
-    "regtorch/_random/keys.py": [*_BITS, "parity_tests/test_corners.py"],
-    "regtorch/_random/bernoulli.py": [*_BITS, "parity_tests/test_corners.py"],
+    "regtorch/_random/keys.py": [
+        *_KEYS,
+        "tests/regtorch/test_keyed.py::test_keys_from_integers_are_keys_from_tensors",
+    ],
+    "regtorch/_random/bernoulli.py": _MASKS,
     "regtorch/_random/packed.py": _PACKED,
-    "regtorch/_dropout/core.py": _DROPOUT,
-    "regtorch/_decay/paths.py": _DECAY,
-    "regtorch/_decay/validation.py": _DECAY,
-    "regtorch/_decay/param_trees.py": _DECAY,
+    "regtorch/_dropout/core.py": [*_DROPOUT, "tests/regtorch/test_transforms.py"],
+    "regtorch/_decay/paths.py": _TORCH_RULES,
+    "regtorch/_decay/validation.py": _TORCH_RULES,
+    "regtorch/_decay/param_trees.py": _TORCH_RULES,
     "regtorch/_decay/penalty.py": [
         "tests/regtorch/test_penalty.py",
         "parity_tests/test_penalty.py",
     ],
+    "regtorch/optim.py": ["tests/regtorch/test_optim.py", "parity_tests/test_decays.py"],
 }
+
+
+Explained: TypeAlias = set[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -106,14 +136,12 @@ class Mutant:
     """One changed file.
 
     Attributes:
-        file: The path from the root of the repository.
         line: The number of the first line that changed.
         before: That line without its indentation.
         after: The same of the mutant.
         source: The whole mutant.
     """
 
-    file: str
     line: int
     before: str
     after: str
@@ -158,107 +186,175 @@ def mutants(file: str) -> list[Mutant]:
             pairs = enumerate(itertools.zip_longest(original.split("\n"), source.split("\n")), 1)
             line, before, after = next((i, a, b) for i, (a, b) in pairs if a != b)
             if not before.startswith(TUNING):
-                found.append(Mutant(file, line, before.strip(), after.strip(), source))
+                found.append(Mutant(line, before.strip(), after.strip(), source))
     return sorted(found, key=lambda mutant: mutant.line)
 
 
 def import_frameworks() -> None:
     """Import what is not mutated, under the settings of the tests, and start no thread."""
     runpy.run_path(str(ROOT / "conftest.py"))
-    for name in ("chex", "jax", "optax", "torch", "torch._dynamo", "ml_dtypes", "pytest"):
+    for name in ("chex", "hypothesis", "jax", "ml_dtypes", "optax", "pytest", "torch._dynamo"):
         __import__(name)
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(ROOT / "outputs" / "mutants"))
+    cache = ROOT / "outputs" / "mutants"
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(cache / "python")
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     loaded = {name.partition(".")[0] for name in sys.modules}
     assert not loaded & {"regjax", "regtorch", "parity_tests"}
 
 
-def start(mutant: Mutant | None, judges: Sequence[str]) -> int:
-    """Fork a process that runs the tests against a mutant, or against the file as it is."""
+class OnePackage:
+    """A plugin of pytest that leaves out the tests of the package that is not mutated."""
+
+    def __init__(self, package: str):
+        self.wing = package.removeprefix("reg")
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        """Keep the tests of no package or of this one."""
+        params = [getattr(item, "callspec", None) for item in items]
+        wings = [str(spec.params.get("wing", self.wing)) if spec else self.wing for spec in params]
+        items[:] = [item for item, wing in zip(items, wings, strict=True) if wing == self.wing]
+
+
+def start(file: str, source: str | None) -> int:
+    """Fork a process that runs the tests of a file, against a mutant or the file as it is.
+
+    Its exit status is 0 where all pass, and otherwise the number of the judge that failed, from 1.
+    """
     pid = os.fork()
     if pid:
         return pid
     os.setsid()
-    if mutant is not None:
+    if source is not None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        path, get_code = str(ROOT / mutant.file), SourceFileLoader.get_code
+        path, get_code = str(ROOT / file), SourceFileLoader.get_code
 
         def mutated(self: SourceFileLoader, fullname: str):
             if self.path != path:
                 return get_code(self, fullname)
-            return compile(mutant.source, path, "exec", dont_inherit=True)
+            return compile(source, path, "exec", dont_inherit=True)
 
         SourceFileLoader.get_code = mutated
     import pytest
 
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header"]
-    try:
-        code = pytest.main([*options, "-m", "not slow", *judges])
-    except BaseException:
-        code = 1
-    os._exit(int(code))
+    left_out = ("cacheprovider", "hypothesispytest", "unraisableexception", "xdist")
+    plain = ["-x", "-q", "--assert=plain", "--tb=line", *(f"-pno:{name}" for name in left_out)]
+    status = 0
+    for number, judge in enumerate(JUDGES[file], 1):
+        try:
+            plugins = [OnePackage(file.partition("/")[0])]
+            code = pytest.main([*plain, "-m", "not slow", judge], plugins=plugins)
+        except BaseException:
+            code = 1
+        if code:
+            status = number
+            break
+    os._exit(status)
 
 
-def judged(work: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, str]]:
-    """Run the mutants, `jobs` at a time, and yield each with what became of it."""
-    waiting, running = list(reversed(work)), {}
+def judged(
+    file: str, sources: Sequence[str | None], jobs: int, limit: float
+) -> Iterator[tuple[int, int, float]]:
+    """Run mutants, `jobs` at a time: the place of each, its status as of `start`, its seconds.
+
+    The status of one that ran longer than `limit` seconds, or crashed, is negative.
+    """
+    waiting, running = list(reversed(range(len(sources)))), {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            mutant = waiting.pop()
-            running[start(mutant, judges_of(mutant.file))] = (mutant, time.monotonic())
-        for pid, (mutant, since) in list(running.items()):
+            place = waiting.pop()
+            running[start(file, sources[place])] = (place, time.monotonic())
+        for pid, (place, since) in list(running.items()):
             done, status = os.waitpid(pid, os.WNOHANG)
+            spent = time.monotonic() - since
             if done:
                 del running[pid]
-                survived = os.waitstatus_to_exitcode(status) == 0
-                yield mutant, "survived" if survived else "killed"
-            elif time.monotonic() - since > SECONDS:
+                yield place, os.waitstatus_to_exitcode(status), spent
+            elif spent > limit:
                 os.killpg(pid, signal.SIGKILL)
         time.sleep(0.02)
 
 
-def judges_of(file: str) -> list[str]:
-    """The tests of a file that exist."""
-    paths = (path.format(package=file.partition("/")[0]) for path in JUDGES[file])
-    return [path for path in paths if (ROOT / path).exists()]
+def check_files(explained: Explained) -> None:
+    """Refuse a table that names a file that does not exist, which would judge less than it shows.
+
+    Raises:
+        FileNotFoundError: A mutated file or one of its tests does not exist.
+        ValueError: A survivor is explained of a file that is not mutated.
+    """
+    named = {*JUDGES, *itertools.chain(*JUDGES.values())}
+    paths = {name.partition("::")[0] for name in named}
+    if missing := sorted(path for path in paths if not (ROOT / path).is_file()):
+        raise FileNotFoundError(f"JUDGES must name files; these do not exist: {missing}.")
+    if unknown := sorted({file for file, _, _ in explained} - set(JUDGES)):
+        raise ValueError(f"{EXPLAINED.name} must name files of JUDGES; got {unknown}.")
+
+
+def explanations() -> Explained:
+    """The survivors that are explained, by file, line and its replacement."""
+    entries = tomllib.loads(EXPLAINED.read_text())["survivor"]
+    return {(entry["file"], entry["before"], entry["after"]) for entry in entries}
+
+
+def run(file: str, jobs: int, every: int, explained: Explained) -> bool:
+    """Run the mutants of a file and report: whether enough died and the rest is explained."""
+    ((_, failed, alone),) = judged(file, [None], 1, math.inf)
+    if failed:
+        print(f"{file}: {JUDGES[file][failed - 1]} fails without any mutant")
+        return False
+    found = mutants(file)
+    work = found[::every]
+    print(f"{file}: {len(work)} of {len(found)} mutants; unchanged {alone:.0f} s", flush=True)
+    begin = reported = time.monotonic()
+    outcomes, survivors, failures = [], set(), 0
+    limit = 10 + PATIENCE * alone
+    for place, status, spent in judged(file, [mutant.source for mutant in work], jobs, limit):
+        outcomes.append((status, spent))
+        if status == 0:
+            mutant = work[place]
+            survivor = (file, mutant.before, mutant.after)
+            survivors.add(survivor)
+            failures += survivor not in explained
+            print(f"  {'explained' if survivor in explained else 'SURVIVED'} {file}:{mutant.line}")
+            print(f"    - {mutant.before}\n    + {mutant.after}", flush=True)
+        if time.monotonic() - reported > PROGRESS:
+            reported = time.monotonic()
+            print(f"  {len(outcomes)} of {len(work)}, {reported - begin:.0f} s", flush=True)
+    for number, judge in enumerate(["hung or crashed", "survived", *JUDGES[file]], -1):
+        times = [spent for status, spent in outcomes if max(status, -1) == number]
+        if times:
+            print(f"  {len(times):4d} {judge}, {sum(times) / len(times):.1f} s each")
+    if every == 1:
+        for _, before, after in sorted(
+            {entry for entry in explained if entry[0] == file} - survivors
+        ):
+            failures += 1
+            print(f"  NEEDLESS explanation: no such mutant survives\n    - {before}\n    + {after}")
+    killed = sum(status != 0 for status, _ in outcomes)
+    score = killed / max(1, len(work))
+    spent = time.monotonic() - begin
+    print(f"{file}: {score:.1%} of {len(work)} killed, {spent:.0f} s", flush=True)
+    return score >= REQUIRED and not failures
 
 
 def main() -> int:
-    """Run the mutants and report."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Run the mutants of the files and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="*", default=list(JUDGES), metavar="FILE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--every", type=int, default=1, help="run only each Nth mutant")
     options = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
+    explained = explanations()
+    check_files(explained)
     import_frameworks()
-    entries = tomllib.loads(EXPLAINED.read_text()).get("survivor", []) if EXPLAINED.exists() else []
-    explained = {(entry["file"], entry["before"], entry["after"]) for entry in entries}
-    failures = 0
-    for file in options.files:
-        _, status = os.waitpid(start(None, judges_of(file)), 0)
-        if status:
-            print(f"{file}: its tests fail without any mutant")
-            return 2
-        work = mutants(file)[:: options.every]
-        begin, survivors = time.monotonic(), []
-        for mutant, outcome in judged(work, options.jobs):
-            if outcome == "survived":
-                survivors.append(mutant)
-                is_known = (file, mutant.before, mutant.after) in explained
-                print(f"  {'explained' if is_known else 'SURVIVED'} {file}:{mutant.line}")
-                print(f"    - {mutant.before}\n    + {mutant.after}", flush=True)
-                failures += not is_known
-        score = 1 - len(survivors) / max(1, len(work))
-        failures += score < REQUIRED
-        spent = time.monotonic() - begin
-        print(f"{file}: {score:.1%} of {len(work)} killed, {spent:.0f} s", flush=True)
-    return int(failures > 0)
+    passed = [run(file, options.jobs, options.every, explained) for file in options.files]
+    return int(not all(passed))
 
 
 if __name__ == "__main__":

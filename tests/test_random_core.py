@@ -13,21 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from parity_tests import reference
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
-from regjax._random import bernoulli as jax_masks
-from regjax._random import keys as jax_keys
-from regjax._random import packed as jax_packed
+from parity_tests.wings import JAX, WINGS, Wing
 from regjax._random import threefry as jax_threefry
-from regtorch._random import bernoulli as torch_masks
-from regtorch._random import keys as torch_keys
-from regtorch._random import packed as torch_packed
 from regtorch._random import threefry as torch_threefry
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+only_jax = pytest.mark.parametrize("wing", [JAX], ids=str)
 KEY = (0x13198A2E, 0x83707344)
-SMALLEST = 2.0**-126
 
 
 def jax_words(*words: int) -> tuple[jax.Array, ...]:
@@ -70,8 +66,9 @@ WHOLES = [
 ]
 
 
+@only_jax
 @pytest.mark.parametrize("whole", WHOLES, ids=str)
-def test_a_slice_knows_where_it_lies(whole):
+def test_a_slice_knows_where_it_lies(wing: Wing, whole):
     """Also where the index passes 2**32: the high word takes the product and both carries."""
     shape = tuple(min(size, 3) for size in whole)
     for far in (0.0, 0.3, 0.999, 1.0):
@@ -103,6 +100,67 @@ def test_more_than_a_word_of_elements():
         np.testing.assert_array_equal(np.asarray(jax.jit(draw)()), expected)
 
 
+@only_jax
+def test_symbolic_sizes_make_the_words_that_numbers_make(wing: Wing):
+    """Of an exported program whose sizes are symbols: products, indices, slices and bits."""
+
+    def words(x, y, z):
+        shape = (x.size, y.size, z.size)
+        starts = {axis: size - 1 for axis, size in enumerate(shape)}
+        corner = jax_threefry.slice_index((*shape, 3), (1, 1, 1, 3), starts)
+        return jax_threefry.product_words((*shape[:2], 7, shape[2])), corner
+
+    def drawn(x):
+        index = jax_threefry.row_major_index(x.shape, None)
+        return jax_threefry.counter_bits(jax_words(*KEY), x.shape), index
+
+    symbols = jax.export.symbolic_shape("a, b, c")
+    whole = jax.ShapeDtypeStruct(symbols, jnp.int8)
+    vectors = [jax.ShapeDtypeStruct((symbol,), jnp.int8) for symbol in symbols]
+    words = jax.export.export(jax.jit(words))(*vectors).call
+    drawn = jax.export.export(jax.jit(drawn))(whole).call
+    for sizes in ((3, 1, 2), (60_000, 70_000, 3)):
+        product, corner = words(*(np.zeros(size, np.int8) for size in sizes))
+        assert combined(*product) == 7 * math.prod(sizes)
+        last = 3 * math.prod(sizes)
+        assert combined(*np.broadcast_arrays(*corner)).ravel().tolist() == [*range(last - 3, last)]
+    for shape in ((2, 1, 3), (1, 4, 1)):
+        bits, index = drawn(np.zeros(shape, np.int8))
+        expected = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
+        np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
+        np.testing.assert_array_equal(bits, reference.bits(KEY, expected.ravel()).reshape(shape))
+
+
+@only_jax
+def test_a_layout_is_a_sharding_or_a_spec(wing: Wing):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    key, expected = wing.key(9), wing.bernoulli(9, 0.3, (4, 8, 3))
+    for spec in (P("a", "b"), P(None, ("a", "b")), P("b")):
+        sharding = NamedSharding(mesh, spec)
+        for layout in (spec, sharding):
+            with jax.set_mesh(mesh):
+                mask = wing.library.bernoulli(key, 0.3, expected.shape, out_sharding=layout)
+                index = jax.make_jaxpr(lambda: jax_threefry.row_major_index(mask.shape, layout))()  # noqa: B023
+            axes = [e.outvars[0].aval for e in index.eqns if e.primitive.name == "iota"]
+            assert [aval.sharding.spec for aval in axes] == [
+                P(*(spec[axis] if axis == i < len(spec) else None for axis in range(3)))
+                for i in range(3)
+            ]
+            np.testing.assert_array_equal(np.asarray(mask), expected)
+            assert mask.sharding.is_equivalent_to(sharding, 3)
+
+
+def test_the_most_elements_that_a_shape_may_have():
+    """2**63 - 1; PyTorch asks for the memory of more than 2**30."""
+    device = torch.device("cpu")
+    jax_threefry.check_size((2**63 - 1,))
+    with pytest.raises(RuntimeError, match="memory"):
+        torch_threefry.check_size((2**62,), device)
+    for check in (jax_threefry.check_size, lambda shape: torch_threefry.check_size(shape, device)):
+        with pytest.raises(ValueError, match=r"fewer than 2\*\*63 elements; got \(2, 46"):
+            check((2, 2**62))
+
+
 @pytest.mark.parametrize("start", [0, 2**30 - 2, 2**31 - 2, 2**32 - 2, 3 * 2**32 + 2**31 - 2])
 def test_a_range_of_bits(start):
     drawn = torch_threefry.range_bits(torch_words(*KEY), start, start + 4).numpy()
@@ -111,10 +169,12 @@ def test_a_range_of_bits(start):
     )
 
 
-@pytest.mark.parametrize("extra", [-1, 0, 1])
-def test_pieces_join(extra):
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("size", [0, 5, 2**17, 2**18 - 1, 2**18, 2**18 + 1])
+def test_pieces_join(monkeypatch, size, compiling):
     """Pieces neither overlap nor leave a gap, and none is longer than promised."""
-    size, made = 2 * 2**17 + extra, []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    made = []
 
     def make(start: int, stop: int) -> torch.Tensor:
         made.append(stop - start)
@@ -122,8 +182,11 @@ def test_pieces_join(extra):
 
     whole = torch_threefry.in_pieces(make, (size, 1), torch.device("cpu"))
     np.testing.assert_array_equal(whole.numpy(), np.arange(size)[:, None])
-    assert max(made) <= 2**17
-    assert len(made) == -(-size // 2**17)
+    if compiling or not size:
+        assert made == [size]
+    else:
+        assert max(made) <= 2**17
+        assert len(made) == -(-size // 2**17)
 
 
 def test_shifts_fill_with_zeros():
@@ -141,113 +204,6 @@ def test_the_block_on_integers_is_the_block_on_tensors():
         assert tuple(int(word) & 0xFFFFFFFF for word in out) == expected
         out = jax_threefry.threefry2x32(jax_words(*key), jax_words(*counter))
         assert tuple(int(word) for word in out) == expected
-
-
-@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "threefry2x32"])
-@pytest.mark.parametrize("raw", [False, True])
-def test_the_words_of_every_kind_of_key(impl, raw):
-    """The first two words encrypt the last two; a threefry key is its own words."""
-    key = jax.random.key(5, impl=impl)
-    data = [0x13198A2E, 0x83707344, 0xA4093822, 0x299F31D0][: 2 if impl == "threefry2x32" else 4]
-    key = jnp.array(data, jnp.uint32)
-    key = key if raw else jax.random.wrap_key_data(key, impl=impl)
-    expected = tuple(data[:2])
-    if len(data) == 4:
-        expected = reference.threefry2x32(expected, tuple(data[2:]))
-    assert tuple(int(word) for word in jax_keys.key_words(key)) == expected
-    assert jax_keys.is_threefry(key) == (impl == "threefry2x32")
-
-
-def test_halves_of_a_step():
-    for step in (0, 2**31 - 1):
-        words = jax.jit(jax_keys._step_words)(jnp.int32(step))
-        assert tuple(int(word) for word in words) == (0, step)
-    with jax.enable_x64(True):
-        words = jax.jit(jax_keys._step_words)(jnp.uint64(2**40 + 2**31 + 5))
-    assert tuple(int(word) for word in words) == (2**8, 2**31 + 5)
-    assert torch_keys._words(2**40 + 2**31 + 5, torch.device("cpu"))[0] == 2**8
-    assert torch_keys.check_step(2**64 - 1) == 2**64 - 1
-    expected = reference.site_key((0, 1), 2**64 - 1, "site")
-    for wing in WINGS:
-        step = np.uint64(2**64 - 1)
-        assert wing.words(wing.library.site_key(wing.key(1), step, "site")) == expected
-
-
-PROBABILITIES = [0.0, 1e-45, float(np.nextafter(np.float32(SMALLEST), np.float32(0))), SMALLEST]
-PROBABILITIES += [1e-9, 2.0**-24, 2.0**-23, 0.123, 0.5, 0.9, 1 - 2.0**-24, 1.0]
-
-
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, -1.0, 2.0, math.nan])
-def test_thresholds(keep_prob):
-    """`ceil(p * 2**23)`, and nothing below the smallest normal number, as a number and changing."""
-    inside = min(keep_prob, 1.0) if keep_prob >= SMALLEST else 0.0
-    expected = math.ceil(float(np.float32(inside)) * 2**23)
-    assert int(jax.jit(jax_masks._threshold)(jnp.float32(keep_prob))) == expected
-    assert int(torch_masks._threshold(torch.tensor(keep_prob))) == expected
-    if 0 <= keep_prob <= 1:
-        assert jax_masks._threshold(keep_prob) == expected
-        assert torch_masks._threshold(keep_prob) == expected
-
-
-@pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, 1e-3, 0.75, -1.0, 2.0, math.nan])
-def test_packed_thresholds(bits, keep_prob):
-    """`round(p * 2**bits)`, kept off both ends where the probability is."""
-    exact = float(np.float32(keep_prob))
-    rounded = round(exact * 2**bits) if math.isfinite(exact) else 0
-    expected = min(max(rounded, 1), 2**bits - 1) if 0 < exact < 1 else 2**bits * (exact >= 1)
-    if 0 <= keep_prob <= 1 and (rounded == expected or not 0 < keep_prob < 1):
-        assert jax_packed._threshold(keep_prob, bits) == expected
-        assert torch_packed._threshold(keep_prob, bits) == expected
-    elif 0 <= keep_prob <= 1:
-        for packed in (jax_packed, torch_packed):
-            with pytest.raises(ValueError, match=f"rounds to {rounded >> bits} in {bits} bits"):
-                packed._threshold(keep_prob, bits)
-    if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush what is smaller
-        changing = jax.jit(jax_packed._threshold, static_argnums=1)
-        assert float(changing(jnp.float32(keep_prob), bits)) == expected
-        assert float(torch_packed._threshold(torch.tensor(keep_prob), bits)) == expected
-
-
-@both_wings
-@pytest.mark.parametrize("shape", [(64, 64), (4, 32, 40)], ids=str)
-@pytest.mark.parametrize(("threshold", "bits"), [(1, 1), (5, 3), (200, 8), (0x2A95, 16), (7, 18)])
-def test_packed_words(wing: Wing, shape, threshold, bits):
-    keep_prob = threshold / 2**bits
-    expected = reference.packed_bernoulli((0, 9), threshold, shape, bits)
-    draw = lambda prob: wing.library.packed_bernoulli(wing.key(9), prob, shape, bits=bits)
-    np.testing.assert_array_equal(wing.numpy(draw(keep_prob)), expected)
-    changing = wing.traced(draw)(np.float32(keep_prob))
-    np.testing.assert_array_equal(wing.numpy(changing), expected)
-
-
-def test_which_axis_packs():
-    cases = {(64, 64): 0, (64, 63): None, (4, 32, 32): 1, (128, 32, 4): 0, (64, 64, 2): 1}
-    cases |= {(32, 64, 2): 1, (4096,): None, (33, 128): None, (2, 64, 64): 1, (0, 64): None}
-    for shape, axis in cases.items():
-        assert (jax_packed.packed_axis(shape), torch_packed.packed_axis(shape)) == (axis, axis)
-
-
-@both_wings
-@pytest.mark.parametrize("bits", [1, 8, 32])
-def test_without_words_to_share(wing: Wing, bits):
-    drawn = reference.bits((0, 9), range(99)) >> np.uint32(32 - bits)
-    for threshold in {0, 1, 2 ** (bits - 1), 2**bits}:
-        draw = lambda p: wing.library.packed_bernoulli(wing.key(9), p, (99,), bits=bits)
-        changing = wing.traced(draw)(np.float32(threshold / 2**bits))
-        for mask in (draw(threshold / 2**bits), changing):
-            np.testing.assert_array_equal(wing.numpy(mask), drawn < threshold)
-
-
-def test_a_uniform_equal_to_the_threshold_is_dropped():
-    """The threshold of one element, exactly: it falls on the side of the dropped ones."""
-    (drawn,) = reference.bits((0, 9), [4])
-    for kept, uniform in enumerate((drawn >> 9, (drawn >> 9) + 1)):
-        keep_prob = float(uniform) / 2**23
-        for wing in WINGS:
-            assert wing.bernoulli(9, keep_prob, (5,))[4] == kept
-        assert bool(jax_masks.bernoulli_at(JAX.key(9), keep_prob, jax_words(0, 4))) == kept
-        assert torch_masks.bernoulli_at(TORCH.key(9), keep_prob, torch.tensor(4)) == kept
 
 
 def test_words_as_signed_integers():

@@ -201,8 +201,7 @@ def inverse_keep_prob(
     """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
     real = real_dtype(dtype)
     if isinstance(keep_prob, jax.Array):
-        positive = keep_prob > 0
-        return jnp.where(positive, 1 / jnp.where(positive, keep_prob, 1), 0).astype(real)
+        return jnp.where(keep_prob > 0, 1 / keep_prob, 0).astype(real)
     return real(1) / real(keep_prob)
 
 

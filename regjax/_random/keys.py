@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from regjax._checks import as_number
 from regjax._random.events import observer
 from regjax._random.threefry import threefry2x32
-from regshared.checks import check_string, describe
+from regshared.checks import check_integer, check_string, describe
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -68,14 +67,13 @@ def key_words(key: KeyLike) -> Words:
     """
     data = jnp.asarray(jax.random.key_data(key) if _is_typed(key) else key)
     if is_threefry(key):
-        return data[0], data[1]
-    words = [data[i] for i in range(data.shape[0])]
-    blocks = max(2, -(-len(words) // 2))
-    words += [jnp.zeros((), jnp.uint32)] * (2 * blocks - len(words))
-    state = (words[0], words[1])
-    for block in range(1, blocks):
-        state = threefry2x32(state, (words[2 * block], words[2 * block + 1]))
-    return state
+        high, low = data
+        return high, low
+    blocks = max(2, -(-data.size // 2))
+    (high, low), *others = jnp.pad(data, (0, 2 * blocks - data.size)).reshape(blocks, 2)
+    for first, second in others:
+        high, low = threefry2x32((high, low), (first, second))
+    return high, low
 
 
 def consume(key: KeyLike) -> None:
@@ -123,7 +121,7 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
     at_step = _step_words(step)
     words = _site_words(root, site_hash(site), at_step)
     if observers := observer():
-        observers.site_key(site, key_words(root), at_step, (words[0], words[1]))
+        observers.site_key(site, key_words(root), at_step, tuple(words))
     return jax.random.wrap_key_data(words, impl=_THREEFRY) if typed else words
 
 
@@ -140,15 +138,14 @@ def _site_words(root: KeyLike, site: Words, step: Words) -> UInt32[Array, " word
 
 
 def _step_words(step: ArrayLike) -> Words:
-    number = as_number("step", step)
-    if not jnp.issubdtype(number.dtype, jnp.integer):
-        raise TypeError(f"step must be an integer; got {step!r}.")
-    if number.ndim:
-        raise ValueError(f"step must be a scalar; got shape {number.shape}. Map with jax.vmap.")
-    if isinstance(number, Tracer):
-        high = number >> 32 if number.dtype.itemsize == 8 else jnp.zeros((), jnp.uint32)
-        return high.astype(jnp.uint32), number.astype(jnp.uint32)
-    value = int(number)
+    if np.ndim(step):
+        raise ValueError(f"step must be a scalar; got shape {np.shape(step)}. Map with jax.vmap.")
+    if isinstance(step, Tracer):
+        if not jnp.issubdtype(step.dtype, jnp.integer):
+            raise TypeError(f"step must be an integer; got {step!r}.")
+        high = step >> 32 if step.dtype.itemsize == 8 else jnp.zeros((), jnp.uint32)
+        return high.astype(jnp.uint32), step.astype(jnp.uint32)
+    value = check_integer("step", step)
     if not 0 <= value < 2**64:
         raise ValueError(f"step must lie in [0, 2**64); got {value}.")
     return jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF)

@@ -207,8 +207,8 @@ def _threshold(keep_prob: float | Float[Array, ""], bits: int) -> int | Float[Ar
     levels = 2**bits
     if isinstance(keep_prob, jax.Array):
         probability = keep_prob.astype(jnp.float32)
-        # From 24 bits on, no probability below 1 rounds to 1.
-        inside = jnp.clip(jnp.round(probability * 2.0**bits), 1, levels - 1 if bits < 24 else None)
+        # From 25 bits on, the end rounds to `levels`, which no probability below 1 does.
+        inside = jnp.clip(jnp.round(probability * 2.0**bits), 1, float(levels - 1))
         ends = jnp.where(probability >= 1, float(levels), 0.0)
         return jnp.where((probability > 0) & (probability < 1), inside, ends)
     threshold = round(float(np.float32(keep_prob)) * levels)

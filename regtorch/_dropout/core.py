@@ -129,8 +129,7 @@ def inverse_keep_prob(keep_prob: float | Tensor, dtype: torch.dtype) -> float | 
     """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
     real = real_dtype(dtype)
     if isinstance(keep_prob, Tensor):
-        positive = keep_prob > 0
-        return torch.where(positive, 1 / torch.where(positive, keep_prob, 1.0), 0.0).to(real)
+        return torch.where(keep_prob > 0, 1 / keep_prob, 0.0).to(real)
     return (1 / torch.tensor(keep_prob, dtype=real)).item()
 
 
@@ -240,17 +239,17 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return _Drop.again(ctx, *grad_outputs), None, None, None, None
+        return _drop_again(ctx, *grad_outputs), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:
-        return _Drop.again(ctx, grad_inputs[0])
+        return _drop_again(ctx, grad_inputs[0])
 
-    @staticmethod
-    def again(ctx: Any, x: Tensor) -> Tensor:
-        """The same mask and scale on another tensor, without the offsets."""
-        key, rate, given = ctx.saved_tensors
-        return _Drop.apply(x, key, rate if ctx.rate is None else ctx.rate, ctx.spec.slope(), given)
+
+def _drop_again(ctx: Any, x: Tensor) -> Tensor:
+    """Apply the same mask and scale to another tensor, without the offsets."""
+    key, rate, given = ctx.saved_tensors
+    return _Drop.apply(x, key, rate if ctx.rate is None else ctx.rate, ctx.spec.slope(), given)
 
 
 def mask_and_scale(

@@ -131,14 +131,19 @@ def test_a_dimension_that_shares_a_mask_may_be_sharded(kind, shared):
 def test_a_packed_mask_computes_no_index_apart_from_its_words():
     """Every iota has the full shape: XLA for TPUs would compute a smaller one in its own kernel."""
     shape = (4, 6, 8)
-    find = lambda in_place: jax.make_jaxpr(
-        lambda: row_major_index(shape, None, in_place=in_place)
-    )()
-    iotas = lambda jaxpr: [
-        e.outvars[0].aval.shape for e in jaxpr.eqns if "iota" in e.primitive.name
-    ]
-    assert set(iotas(find(in_place=True))) == {shape}
-    assert set(iotas(find(in_place=False))) == {(4, 1, 1), (1, 6, 1), (1, 1, 8)}
+
+    def traced(**options):
+        """The axis and the shape of each iota, and the axes of which two are joined."""
+        eqns = jax.make_jaxpr(lambda: row_major_index(shape, None, **options))().eqns
+        iotas = {e.outvars[0]: e.params for e in eqns if e.primitive.name == "iota"}
+        joined = [e.invars for e in eqns if e.primitive.name == "xor"]
+        pairs = [[iotas[v]["dimension"] for v in pair if v in iotas] for pair in joined]
+        return [(each["dimension"], each["shape"]) for each in iotas.values()], pairs
+
+    # Each axis but the last one meets the last one twice.
+    found = traced(in_place=True)
+    assert found == ([(axis, shape) for axis in (0, 2, 1, 2, 2)], [[0, 2], [2], [1, 2], [2]])
+    assert traced() == ([(0, (4, 1, 1)), (1, (1, 6, 1)), (2, (1, 1, 8))], [])
     plain, in_place = (row_major_index(shape, None, in_place=flag)[1] for flag in (False, True))
     np.testing.assert_array_equal(in_place, plain)
     np.testing.assert_array_equal(plain, np.arange(4 * 6 * 8).reshape(shape))

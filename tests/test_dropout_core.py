@@ -1,0 +1,218 @@
+"""The parts of dropout in small, in both packages: what `make mutants` runs first on them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from regjax import _dropout as jax_dropout
+from regtorch import _dropout as torch_dropout
+
+both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+X = np.linspace(-2, 3, 60, dtype=np.float32).reshape(3, 4, 5)
+
+
+def module(wing: Wing):
+    return jax_dropout if wing is JAX else torch_dropout
+
+
+def dtype_of(wing: Wing, dtype):
+    return wing.array(np.zeros((), dtype)).dtype
+
+
+@both_wings
+def test_which_values_are_flags(wing: Wing):
+    check = module(wing).check_flag
+    for flag in (True, False):
+        assert check(flag) is flag
+        checked = check(wing.array(np.bool_(flag)))
+        assert checked is flag if wing is JAX else checked.item() is flag
+    for value in (0, 1, None, "no", wing.array(np.ones(1, bool)), wing.array(np.int32(1))):
+        with pytest.raises(TypeError, match="deterministic must be one boolean"):
+            check(value)
+
+
+@both_wings
+def test_which_dimensions_share_a_mask(wing: Wing):
+    check = module(wing).check_dims
+    for dims, ndim, expected in [((), 0, ()), ((2, 0), 3, (0, 2)), ((1,), 2, (1,))]:
+        assert check(dims, ndim) == expected
+    for dims, ndim in [((0,), 0), ((3,), 3), ((-1,), 3), ((1, 0, 1), 3)]:
+        with pytest.raises(ValueError, match=rf"counted from 0 and below {ndim}; got"):
+            check(dims, ndim)
+
+
+@both_wings
+def test_an_axis_counts_from_either_end(wing: Wing):
+    check = module(wing).check_axis
+    for axis, expected in {0: 0, 2: 2, -1: 2, -3: 0}.items():
+        assert check("axis", axis, 3) == expected
+    for axis in (3, -4):
+        with pytest.raises(ValueError, match=rf"of x, which has 3; got {axis}\. Turn it\."):
+            check("axis", axis, 3, " Turn it.")
+
+
+@both_wings
+def test_which_arrays_are_dropped_from(wing: Wing):
+    inexact, real = module(wing).check_inexact, module(wing).check_real
+    for dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
+        x = wing.array(np.ones(2, dtype))
+        assert inexact(x) is x
+        assert real(x, "noise", "Advice.") is x
+    x = wing.array(np.ones(2, np.complex64))
+    assert inexact(x) is x
+    with pytest.raises(TypeError, match=r"x must be real for noise; got dtype .*64\. Advice\."):
+        real(x, "noise", "Advice.")
+    with pytest.raises(TypeError, match=r"x must be floating or complex; got dtype .*int32\. Cast"):
+        real(wing.array(np.ones(2, np.int32)), "noise", "Advice.")
+
+
+@both_wings
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.123, 0.5, 0.9, 1 - 2.0**-23])
+def test_the_scale_is_rounded_once(wing: Wing, rate):
+    keep_prob_of, inverse = module(wing).keep_prob_of, module(wing).inverse
+    for real in (np.float32, np.float64):
+        keep_prob = keep_prob_of(rate, dtype_of(wing, real) if wing is TORCH else np.dtype(real))
+        assert (keep_prob, type(keep_prob)) == (float(real(1 - rate)), float)
+        scale = inverse(keep_prob, getattr(torch, np.dtype(real).name) if wing is TORCH else real)
+        assert scale == real(1) / real(keep_prob)
+    changing = lambda rate: keep_prob_of(rate, dtype_of(wing, np.float16))
+    assert wing.traced(changing)(np.float32(rate)) == 1 - np.float32(rate)
+
+
+@both_wings
+def test_where_nothing_is_kept_the_scale_is_0(wing: Wing):
+    scale = lambda keep_prob: module(wing).inverse(keep_prob, dtype_of(wing, np.float32))
+    for keep_prob, expected in [(0.0, 0.0), (-1.0, 0.0), (0.25, 4.0), (2.0**-20, 2.0**20)]:
+        assert wing.traced(scale)(np.float32(keep_prob)) == expected
+
+
+@both_wings
+def test_which_rates_are_known(wing: Wing):
+    is_number = module(wing).is_number
+    assert [is_number(rate, 1) for rate in (0, 0.5, 1, 1.0)] == [False, False, True, True]
+    assert not is_number(wing.array(np.float32(1)), 1)
+
+
+@both_wings
+def test_in_which_type_elements_are_scaled(wing: Wing):
+    for dtype in ["float16", "float32", "complex64", "float64", "complex128"]:
+        with jax.enable_x64(True):
+            real = module(wing).real_dtype(dtype_of(wing, dtype))
+        assert (
+            real
+            == (torch if wing is TORCH else np).__dict__[
+                "float64" if dtype in ("float64", "complex128") else "float32"
+            ]
+        )
+
+
+@both_wings
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_an_element_is_shifted_before_it_is_scaled(wing: Wing, dtype):
+    """In float32, rounded once; and the gradient has no offsets."""
+    offsets = lambda keep_prob, dtype: (3.0, -7.0)
+    settings = module(wing).Settings("name", (), wing.library.bernoulli, offsets=offsets)
+    x, ones = wing.array(X.astype(dtype)), wing.array(np.ones(X.shape, dtype))
+    drop = lambda x: module(wing).masked(x, 0.3, wing.key(5), False, settings)
+    y, gradient = wing.vjp(drop, x, ones)
+    keep, scale = wing.bernoulli(5, 1 - 0.3, X.shape), np.float32(1) / np.float32(0.7)
+    kept = (X.astype(dtype).astype(np.float32) + 3) * scale
+    np.testing.assert_array_equal(wing.numpy(y), np.where(keep, kept, -7).astype(dtype))
+    np.testing.assert_array_equal(wing.numpy(gradient), np.where(keep, scale, 0).astype(dtype))
+
+
+# The size of x, the dimensions that share its mask, and whether a CPU stores that mask.
+STORED = [
+    ((4, 5, 6), (0,), True),
+    ((4, 5, 6), (0, 2), True),
+    ((2, 5), (0,), True),
+    ((4, 2), (0,), True),
+    ((4, 5, 6), (2,), False),
+    ((4, 5, 6), (1, 2), False),
+    ((4, 5, 6), (), False),
+    ((1, 5), (0,), False),
+    ((4, 1, 6), (1,), False),
+    ((4, 1), (0,), False),
+]
+
+
+@pytest.mark.parametrize(("shape", "dims", "stored"), STORED)
+def test_a_mask_is_stored_where_elements_would_draw_it_again(monkeypatch, shape, dims, stored):
+    calls, draw = [], jax_dropout.drawn_once
+    monkeypatch.setattr(jax_dropout, "drawn_once", lambda make: calls.append(make) or draw(make))
+    sampler = JAX.library.bernoulli
+    mask = jax_dropout.keep_mask(jnp.ones(shape), JAX.key(5), 0.5, dims, sampler)
+    alone = tuple(1 if dim in dims else size for dim, size in enumerate(shape))
+    np.testing.assert_array_equal(np.asarray(mask), JAX.bernoulli(5, 0.5, alone))
+    assert bool(calls) == stored
+
+
+@pytest.mark.parametrize("rate", [0.3, jnp.float32(0.3)], ids=["number", "array"])
+def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
+    settings = jax_dropout.Settings("dropout", (0,), JAX.library.bernoulli)
+    given = (jnp.asarray(X), JAX.key(5), rate, settings)
+    dropped, keep = jax_dropout.made_with_mask(*given)
+    np.testing.assert_array_equal(dropped, jax_dropout.made(*given))
+    np.testing.assert_array_equal(keep, JAX.bernoulli(5, 1 - 0.3, (1, 4, 5)))
+
+
+def test_no_barrier_keeps_xla_from_fusing_a_mask():
+    drop = lambda x: JAX.library.dropout(x, 0.3, key=JAX.key(5)).sum()
+    assert "barrier" not in jax.jit(jax.grad(drop)).lower(jnp.asarray(X)).as_text()
+
+
+def test_a_kind_is_a_value_and_so_is_one_whose_mask_is_drawn():
+    make = lambda: torch_dropout.Settings("dropout", (0,), TORCH.library.bernoulli)
+    assert len({make(), make(), torch_dropout._Drawn(make()), torch_dropout._Drawn(make())}) == 2
+    assert torch_dropout._Drawn(make()).name == "dropout"
+
+
+def test_a_compiler_sees_the_plain_operations(monkeypatch):
+    x = torch.ones(3, requires_grad=True)
+    drop = lambda: TORCH.library.dropout(x, 0.3, key=TORCH.key(5))
+    assert "Drop" in drop().grad_fn.name()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert "Drop" not in drop().grad_fn.name()
+
+
+class Copies(TorchDispatchMode):
+    """Counts conversions from dtype to dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("dtype", ["float8_e5m2", "float16", "bfloat16", "float32"])
+def test_half_types_are_scaled_without_a_copy_in_float32(monkeypatch, dtype, compiling):
+    """By the CPU itself; a compiler is told to convert, and leaves no copy either."""
+    x, scale = torch.linspace(-2, 3, 60).to(getattr(torch, dtype)), (1 / torch.tensor(0.7)).item()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    with Copies() as copies:
+        scaled = torch_dropout._scaled(x, scale)
+    assert torch.equal(scaled.float(), (x.float() * scale).to(x.dtype).float())
+    eight_bit = dtype.startswith("float8")
+    assert bool(copies.count) == (eight_bit or (compiling and dtype != "float32"))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("dims", [(), (1,), (0, 2)], ids=str)
+def test_the_result_has_the_layout_of_the_input(order, dims):
+    x = torch.from_numpy(X).permute(order)
+    options = {"key": TORCH.key(5), "broadcast_dims": dims}
+    y = TORCH.library.dropout(x, 0.3, **options)
+    assert y.stride() == x.stride()
+    assert torch.equal(y, TORCH.library.dropout(x.contiguous(), 0.3, **options))
+    wide = x[:, :1].expand(x.shape)
+    expected = TORCH.library.dropout(wide.contiguous(), 0.3, **options)
+    assert torch.equal(TORCH.library.dropout(wide, 0.3, **options), expected)

@@ -1,0 +1,103 @@
+"""Keep masks in small, against the NumPy reference: what `make mutants` runs first on them."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from parity_tests import reference
+from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from regjax._random import bernoulli as jax_masks
+from regtorch._random import bernoulli as torch_masks
+from tests.test_random_core import both_wings, jax_words
+
+SMALLEST = 2.0**-126
+PROBABILITIES = [0.0, 1e-45, float(np.nextafter(np.float32(SMALLEST), np.float32(0))), SMALLEST]
+PROBABILITIES += [1e-9, 2.0**-24, 2.0**-23, 0.123, 0.5, 0.9, 1 - 2.0**-24, 1.0]
+
+
+@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, -1.0, 2.0, math.nan])
+def test_thresholds(keep_prob):
+    """`ceil(p * 2**23)`, and nothing below the smallest normal number, as a number and changing."""
+    inside = min(keep_prob, 1.0) if keep_prob >= SMALLEST else 0.0
+    expected = math.ceil(float(np.float32(inside)) * 2**23)
+    assert int(jax.jit(jax_masks._threshold)(jnp.float32(keep_prob))) == expected
+    assert int(torch_masks._threshold(torch.tensor(keep_prob))) == expected
+    if 0 <= keep_prob <= 1:
+        assert jax_masks._threshold(keep_prob) == expected
+        assert torch_masks._threshold(keep_prob) == expected
+
+
+TINY = 2.0**-12
+SHARES = [-0.5, 3e-7, float(np.nextafter(np.float32(TINY), np.float32(0))), TINY, 1.001 * TINY]
+
+
+@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, *SHARES])
+def test_what_share_of_the_elements_is_kept(keep_prob):
+    """The threshold's share below 2**-12, and otherwise what is asked for."""
+    changing = np.float32(keep_prob)
+    kept = math.ceil(float(changing) * 2**23) / 2**23 * (changing >= SMALLEST)
+    if keep_prob >= 0:
+        expected = kept if keep_prob < TINY else keep_prob
+        assert jax_masks.realised_keep_prob(jax_masks.bernoulli, keep_prob) == expected
+        assert torch_masks.realised_keep_prob(torch_masks.bernoulli, keep_prob) == expected
+    if keep_prob <= 0 or keep_prob >= SMALLEST:  # a device may flush what is smaller
+        expected = np.float32(kept) if 0 < keep_prob < TINY else changing
+        assert jax_masks.exact_keep_prob(jnp.asarray(changing)) == expected
+        assert torch_masks.exact_keep_prob(torch.tensor(changing)) == expected
+
+
+@both_wings
+def test_a_sampler_may_say_what_it_keeps(wing: Wing):
+    """Also where a partial gave it options; one that says nothing keeps what is asked for."""
+    realised = (jax_masks if wing is JAX else torch_masks).realised_keep_prob
+    packed = wing.library.packed_bernoulli
+    for share in (0.1, 0.3):
+        assert realised(packed, share) == round(share * 2**16) / 2**16
+    assert realised(functools.partial(packed, bits=3), 0.3) == 2 / 8
+    for silent in (lambda *_: None, functools.partial(lambda *_, **options: None, bits=3)):
+        assert realised(silent, 0.3) == 0.3
+
+
+@both_wings
+def test_which_numbers_are_probabilities(wing: Wing):
+    check = (jax_masks if wing is JAX else torch_masks).check_probability
+    for value in (0, 1, 0.5, np.float32(0.25), np.float64(1)):
+        checked = check("share", value)
+        assert (checked, type(checked)) == (value, float)
+    for value in (-1e-9, 1 + 1e-7, math.nan, math.inf, 2):
+        with pytest.raises(ValueError, match=r"share must lie in \[0, 1\]; got"):
+            check("share", value)
+    for value in (True, "0.5", None, 0.5j, wing.array(np.bool_(1)), wing.array(np.complex64(1))):
+        with pytest.raises(TypeError, match="share must be a real number"):
+            check("share", value)
+    with pytest.raises(ValueError, match=r"share must be a scalar in \[0, 1\]; got shape \(1,\)"):
+        check("share", wing.array(np.ones(1, np.float32)))
+    for dtype in (np.float32, np.int32):
+        assert wing.traced(lambda value: check("share", value) + 0)(np.array(3, dtype)) == 3
+
+
+def test_a_uniform_equal_to_the_threshold_is_dropped():
+    """The threshold of one element, exactly: it falls on the side of the dropped ones."""
+    (drawn,) = reference.bits((0, 9), [4])
+    for kept, uniform in enumerate((drawn >> 9, (drawn >> 9) + 1)):
+        keep_prob = float(uniform) / 2**23
+        for wing in WINGS:
+            assert wing.bernoulli(9, keep_prob, (5,))[4] == kept
+        assert bool(jax_masks.bernoulli_at(JAX.key(9), keep_prob, jax_words(0, 4))) == kept
+        assert torch_masks.bernoulli_at(TORCH.key(9), keep_prob, torch.tensor(4)) == kept
+
+
+def test_eager_calls_compile_once():
+    """A call is one dispatch: neither the key nor the probability is static."""
+    before = jax_masks._threshold_mask._cache_size()
+    for seed in range(3):
+        JAX.library.bernoulli(JAX.key(seed), seed / 3, (3, 5, 11))
+    assert jax_masks._threshold_mask._cache_size() == before + 1

@@ -1,0 +1,181 @@
+"""The packed sampler in small, against the NumPy reference: `make mutants` runs these first."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from parity_tests import reference
+from parity_tests.wings import JAX, Wing
+from regjax._random import packed as jax_packed
+from regtorch._random import packed as torch_packed
+from tests.test_masks_core import PROBABILITIES, SMALLEST
+from tests.test_random_core import KEY, both_wings, only_jax, torch_words
+
+
+@pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])
+@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, 1e-3, 0.75, -1.0, 2.0, math.nan])
+def test_packed_thresholds(bits, keep_prob):
+    """`round(p * 2**bits)`, kept off both ends where the probability is."""
+    exact = float(np.float32(keep_prob))
+    rounded = round(exact * 2**bits) if math.isfinite(exact) else 0
+    expected = min(max(rounded, 1), 2**bits - 1) if 0 < exact < 1 else 2**bits * (exact >= 1)
+    if 0 <= keep_prob <= 1 and (rounded == expected or not 0 < keep_prob < 1):
+        assert jax_packed._threshold(keep_prob, bits) == expected
+        assert torch_packed._threshold(keep_prob, bits) == expected
+    elif 0 <= keep_prob <= 1:
+        for packed in (jax_packed, torch_packed):
+            with pytest.raises(ValueError, match=f"rounds to {rounded >> bits} in {bits} bits"):
+                packed._threshold(keep_prob, bits)
+    if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush what is smaller
+        changing = jax.jit(jax_packed._threshold, static_argnums=1)
+        assert float(changing(jnp.float32(keep_prob), bits)) == expected
+        assert float(torch_packed._threshold(torch.tensor(keep_prob), bits)) == expected
+
+
+@both_wings
+def test_16_bits_count_unless_others_do(wing: Wing):
+    draw = lambda keep_prob: wing.library.packed_bernoulli(wing.key(9), keep_prob, (3,))
+    assert not wing.numpy(draw(2.0**-16)).any()
+    for too_small in (2.0**-17, 1e-9):
+        with pytest.raises(ValueError, match="in 16 bits"):
+            draw(too_small)
+
+
+@both_wings
+@pytest.mark.parametrize("shape", [(64, 64), (4, 32, 40)], ids=str)
+@pytest.mark.parametrize(
+    ("threshold", "bits"), [(0, 4), (32, 5), (1, 1), (5, 3), (200, 8), (0x2A95, 16), (7, 18)]
+)
+def test_packed_words(wing: Wing, shape, threshold, bits):
+    keep_prob = threshold / 2**bits
+    expected = reference.packed_bernoulli((0, 9), threshold, shape, bits)
+    draw = lambda prob: wing.library.packed_bernoulli(wing.key(9), prob, shape, bits=bits)
+    np.testing.assert_array_equal(wing.numpy(draw(keep_prob)), expected)
+    changing = wing.traced(draw)(np.float32(keep_prob))
+    np.testing.assert_array_equal(wing.numpy(changing), expected)
+
+
+AXES = {(64, 64): 0, (64, 63): None, (4, 32, 32): 1, (128, 32, 4): 0, (64, 64, 2): 1}
+AXES |= {(32, 64, 2): 1, (4096,): None, (33, 128): None, (2, 64, 64): 1, (0, 64): None}
+AXES |= {(33, 64, 64): 1, (32, 2**16, 2**11): 1}
+
+
+def test_which_axis_packs():
+    for shape, axis in AXES.items():
+        assert (jax_packed.packed_axis(shape), torch_packed.packed_axis(shape)) == (axis, axis)
+
+
+@only_jax
+def test_which_axis_of_symbolic_sizes_packs(wing: Wing):
+    """Of vectors: the sizes of one array would make it too large."""
+
+    def axes(x, y, z):
+        draw = lambda axis: jnp.int32(-1 if axis is None else axis)
+        sizes = (x.size, y.size, z.size)
+        shapes = (sizes, sizes[:2], sizes[:1], (x.size, 64, z.size), (33, y.size, 64))
+        return [jax_packed._at_packed_axis(draw, shape) for shape in shapes]
+
+    symbols = jax.export.symbolic_shape("a, b, c")
+    vectors = [jax.ShapeDtypeStruct((symbol,), jnp.int8) for symbol in symbols]
+    call = jax.export.export(jax.jit(axes))(*vectors).call
+    for sizes in [*(shape for shape in AXES if len(shape) == 3), (64, 64, 1), (63, 65, 1)]:
+        shapes = (sizes, sizes[:2], sizes[:1], (sizes[0], 64, sizes[2]), (33, sizes[1], 64))
+        expected = [jax_packed.packed_axis(shape) for shape in shapes]
+        found = call(*(np.zeros(size, np.int8) for size in sizes))
+        assert [None if axis < 0 else axis for axis in found] == expected
+
+
+BLOCKS = {(0, 16): 0, (2**16, 16): 0, (2**15, 16): 1, (3 << 14, 16): 1, (5 << 13, 16): 2}
+BLOCKS |= {(1, 16): 8, (1, 1): 1, (1, 32): 16, (2, 32): 16, (4, 32): 15}
+
+
+@both_wings
+@pytest.mark.parametrize(("threshold", "bits"), BLOCKS)
+def test_only_the_words_that_settle_something_are_drawn(wing: Wing, monkeypatch, threshold, bits):
+    """Two words a block, down to the last 1 of the threshold."""
+    packed, drawn = jax_packed if wing is JAX else torch_packed, []
+    block = packed.threefry2x32
+    monkeypatch.setattr(packed, "threefry2x32", lambda *a: drawn.append(a) or block(*a))
+    key = tuple(wing.array(np.zeros((), "uint32" if wing is JAX else "int32")) for _ in range(2))
+    place = jax_packed.Group((64, 3), 0, None) if wing is JAX else (2, 3)
+    words = wing.numpy(packed._compared(key, threshold, bits, place))
+    assert (words.shape, len(drawn)) == ((2, 3), BLOCKS[threshold, bits])
+    if threshold % 2**bits == 0:
+        np.testing.assert_array_equal(words.view(np.int32), -1 if threshold else 0)
+
+
+def test_the_number_of_a_word_may_take_more_than_32_bits(monkeypatch):
+    """As in an array too large for any test: the first word of each block, far behind the first."""
+    start, arange = 2**36 + 2**31 + 5, torch.arange
+    monkeypatch.setattr(torch, "arange", lambda size, **_: arange(start, start + size))
+    words = torch_packed._compared(torch_words(*KEY), 2**15, 16, (3,)).numpy().view(np.uint32)
+    expected = [reference.threefry2x32(KEY, divmod(start + i, 2**32))[0] for i in range(3)]
+    assert words.tolist() == expected
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((64, 3), 0), ((2, 96, 5), 1)], ids=str)
+def test_each_element_takes_its_bit_of_its_word(shape, axis):
+    """As words and as bytes, as a GPU reads them; and where the axis has a symbolic length."""
+    group = jax_packed.Group(shape, axis, None)
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, group.words_shape, np.uint32)
+    lanes = np.arange(32, dtype=np.uint32).reshape(32, *[1] * (len(shape) - axis - 1))
+    expected = (np.expand_dims(words, axis + 1) >> lanes & 1 != 0).reshape(shape)
+    spread = torch_packed._spread(torch.from_numpy(words.view(np.int32)), axis)
+    np.testing.assert_array_equal(spread.numpy().reshape(shape), expected)
+    words = jnp.asarray(words)
+    for parts in ((words,), jax_packed._bytes(words)):
+        bits = np.asarray(group._bits(parts, None))
+        np.testing.assert_array_equal(bits.reshape(shape), expected)
+    for found in (group.spread(words), group._gathered(words)):
+        np.testing.assert_array_equal(np.asarray(found), expected)
+
+
+LAYOUTS = [
+    ((256, 8), P("a"), P("a", None)),
+    ((96, 8), P("a"), P(None, None)),
+    ((256, 8), P(("a", "b")), P(("a", "b"), None)),
+    ((128, 8), P(("a", "b"), None), P(None, None)),
+    ((32, 64, 8), P("b", "a"), P("b", "a", None)),
+    ((32, 96, 8), P("b", "a"), P("b", None, None)),
+    ((32, 96, 8), P(None, None, "b"), P(None, None, "b")),
+]
+
+
+@only_jax
+@pytest.mark.parametrize(("shape", "spec", "expected"), LAYOUTS)
+def test_words_are_laid_out_as_their_elements_unless_devices_would_share_one(
+    wing: Wing, shape, spec, expected
+):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    axis, key, sampler = len(shape) - 2, wing.key(0), wing.library.packed_bernoulli
+    mask = sampler(key, 0.5, (64, *shape[1:]) if axis else shape)
+    with jax.set_mesh(mesh):
+        for layout in (spec, NamedSharding(mesh, spec)):
+            words = jax_packed.Group(shape, axis, layout).words_sharding
+            assert isinstance(words, NamedSharding)
+            assert words.spec == expected
+        draw = lambda: sampler(key, 0.5, mask.shape, out_sharding=layout)
+        sharded = jax.jit(draw)()
+        np.testing.assert_array_equal(np.asarray(sharded), np.asarray(mask))
+        assert sharded.sharding.is_equivalent_to(NamedSharding(mesh, spec), mask.ndim)
+    assert jax_packed.Group(shape, axis, None).words_sharding is None
+
+
+@both_wings
+@pytest.mark.parametrize("bits", [1, 8, 32])
+def test_without_words_to_share(wing: Wing, bits):
+    drawn = reference.bits((0, 9), range(99)) >> np.uint32(32 - bits)
+    for threshold in {0, 1, 2 ** (bits - 1), 2**bits}:
+        draw = lambda p: wing.library.packed_bernoulli(wing.key(9), p, (99,), bits=bits)
+        changing = wing.traced(draw)(np.float32(threshold / 2**bits))
+        for mask in (draw(threshold / 2**bits), changing):
+            np.testing.assert_array_equal(wing.numpy(mask), drawn < threshold)
