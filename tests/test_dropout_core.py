@@ -11,8 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
-from regjax import _dropout as jax_dropout
-from regtorch import _dropout as torch_dropout
+from regjax._dropout import core as jax_dropout
+from regjax._random.packed import mask_sampler
+from regtorch._dropout import core as torch_dropout
+from regtorch._random.packed import mask_sampler as torch_mask_sampler
 
 both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
 X = np.linspace(-2, 3, 60, dtype=np.float32).reshape(3, 4, 5)
@@ -76,7 +78,7 @@ def test_which_arrays_are_dropped_from(wing: Wing):
 @both_wings
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.123, 0.5, 0.9, 1 - 2.0**-23])
 def test_the_scale_is_rounded_once(wing: Wing, rate):
-    keep_prob_of, inverse = module(wing).keep_prob_of, module(wing).inverse
+    keep_prob_of, inverse = module(wing).keep_prob_of, module(wing).inverse_keep_prob
     for real in (np.float32, np.float64):
         keep_prob = keep_prob_of(rate, dtype_of(wing, real) if wing is TORCH else np.dtype(real))
         assert (keep_prob, type(keep_prob)) == (float(real(1 - rate)), float)
@@ -88,7 +90,7 @@ def test_the_scale_is_rounded_once(wing: Wing, rate):
 
 @both_wings
 def test_where_nothing_is_kept_the_scale_is_0(wing: Wing):
-    scale = lambda keep_prob: module(wing).inverse(keep_prob, dtype_of(wing, np.float32))
+    scale = lambda keep_prob: module(wing).inverse_keep_prob(keep_prob, dtype_of(wing, np.float32))
     for keep_prob, expected in [(0.0, 0.0), (-1.0, 0.0), (0.25, 4.0), (2.0**-20, 2.0**20)]:
         assert wing.traced(scale)(np.float32(keep_prob)) == expected
 
@@ -118,9 +120,10 @@ def test_in_which_type_elements_are_scaled(wing: Wing):
 def test_an_element_is_shifted_before_it_is_scaled(wing: Wing, dtype):
     """In float32, rounded once; and the gradient has no offsets."""
     offsets = lambda keep_prob, dtype: (3.0, -7.0)
-    settings = module(wing).Settings("name", (), wing.library.bernoulli, offsets=offsets)
+    sampler = (mask_sampler if wing is JAX else torch_mask_sampler)(wing.library.bernoulli)
+    spec = module(wing).SampledMask("name", sampler, offsets=offsets)
     x, ones = wing.array(X.astype(dtype)), wing.array(np.ones(X.shape, dtype))
-    drop = lambda x: module(wing).masked(x, 0.3, wing.key(5), False, settings)
+    drop = lambda x: module(wing).apply_dropout(spec, x, 0.3, wing.key(5), False)
     y, gradient = wing.vjp(drop, x, ones)
     keep, scale = wing.bernoulli(5, 1 - 0.3, X.shape), np.float32(1) / np.float32(0.7)
     kept = (X.astype(dtype).astype(np.float32) + 3) * scale
@@ -145,9 +148,11 @@ STORED = [
 
 @pytest.mark.parametrize(("shape", "dims", "stored"), STORED)
 def test_a_mask_is_stored_where_elements_would_draw_it_again(monkeypatch, shape, dims, stored):
-    calls, draw = [], jax_dropout.drawn_once
-    monkeypatch.setattr(jax_dropout, "drawn_once", lambda make: calls.append(make) or draw(make))
-    sampler = JAX.library.bernoulli
+    calls, draw = [], jax_dropout.materialize_mask
+    monkeypatch.setattr(
+        jax_dropout, "materialize_mask", lambda make: calls.append(make) or draw(make)
+    )
+    sampler = mask_sampler(JAX.library.bernoulli)
     mask = jax_dropout.keep_mask(jnp.ones(shape), JAX.key(5), 0.5, dims, sampler)
     alone = tuple(1 if dim in dims else size for dim, size in enumerate(shape))
     np.testing.assert_array_equal(np.asarray(mask), JAX.bernoulli(5, 0.5, alone))
@@ -156,10 +161,12 @@ def test_a_mask_is_stored_where_elements_would_draw_it_again(monkeypatch, shape,
 
 @pytest.mark.parametrize("rate", [0.3, jnp.float32(0.3)], ids=["number", "array"])
 def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
-    settings = jax_dropout.Settings("dropout", (0,), JAX.library.bernoulli)
-    given = (jnp.asarray(X), JAX.key(5), rate, settings)
-    dropped, keep = jax_dropout.made_with_mask(*given)
-    np.testing.assert_array_equal(dropped, jax_dropout.made(*given))
+    spec = jax_dropout.SampledMask("dropout", mask_sampler(JAX.library.bernoulli), (0,))
+    given = (spec, jnp.asarray(X), JAX.key(5), rate)
+    is_number = isinstance(rate, float)
+    observed = jax_dropout._masked_at_number if is_number else jax_dropout._masked_at_tracer
+    dropped, keep = observed(*given)
+    np.testing.assert_array_equal(dropped, jax_dropout.mask_and_scale(*given))
     np.testing.assert_array_equal(keep, JAX.bernoulli(5, 1 - 0.3, (1, 4, 5)))
 
 
@@ -169,7 +176,9 @@ def test_no_barrier_keeps_xla_from_fusing_a_mask():
 
 
 def test_a_kind_is_a_value_and_so_is_one_whose_mask_is_drawn():
-    make = lambda: torch_dropout.Settings("dropout", (0,), TORCH.library.bernoulli)
+    make = lambda: torch_dropout.SampledMask(
+        "dropout", torch_mask_sampler(TORCH.library.bernoulli), (0,)
+    )
     assert len({make(), make(), torch_dropout._Drawn(make()), torch_dropout._Drawn(make())}) == 2
     assert torch_dropout._Drawn(make()).name == "dropout"
 

@@ -15,7 +15,9 @@ import torch
 from parity_tests import reference
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
 from regjax._random import bernoulli as jax_masks
+from regjax._random import packed as jax_packed
 from regtorch._random import bernoulli as torch_masks
+from regtorch._random import packed as torch_packed
 from tests.test_random_core import both_wings, jax_words
 
 SMALLEST = 2.0**-126
@@ -46,8 +48,8 @@ def test_what_share_of_the_elements_is_kept(keep_prob):
     kept = math.ceil(float(changing) * 2**23) / 2**23 * (changing >= SMALLEST)
     if keep_prob >= 0:
         expected = kept if keep_prob < TINY else keep_prob
-        assert jax_masks.realised_keep_prob(jax_masks.bernoulli, keep_prob) == expected
-        assert torch_masks.realised_keep_prob(torch_masks.bernoulli, keep_prob) == expected
+        assert jax_masks.EXACT.realised_keep_prob(keep_prob) == expected
+        assert torch_masks.EXACT.realised_keep_prob(keep_prob) == expected
     if keep_prob <= 0 or keep_prob >= SMALLEST:  # a device may flush what is smaller
         expected = np.float32(kept) if 0 < keep_prob < TINY else changing
         assert jax_masks.exact_keep_prob(jnp.asarray(changing)) == expected
@@ -57,7 +59,8 @@ def test_what_share_of_the_elements_is_kept(keep_prob):
 @both_wings
 def test_a_sampler_may_say_what_it_keeps(wing: Wing):
     """Also where a partial gave it options; one that says nothing keeps what is asked for."""
-    realised = (jax_masks if wing is JAX else torch_masks).realised_keep_prob
+    of = (jax_packed if wing is JAX else torch_packed).mask_sampler
+    realised = lambda sampler, keep_prob: of(sampler).realised_keep_prob(keep_prob)
     packed = wing.library.packed_bernoulli
     for share in (0.1, 0.3):
         assert realised(packed, share) == round(share * 2**16) / 2**16

@@ -410,4 +410,4 @@ def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
 
 def is_number(rate: float | Float[Array, ""], number: int) -> bool:
     """Whether a rate is known, and this number."""
-    return isinstance(rate, float) and rate == number
+    return not isinstance(rate, jax.Array) and rate == number
