@@ -100,14 +100,17 @@ BLOCKS |= {(1, 16): 8, (1, 1): 1, (1, 32): 16, (2, 32): 16, (4, 32): 15}
 @both_wings
 @pytest.mark.parametrize(("threshold", "bits"), BLOCKS)
 def test_only_the_words_that_settle_something_are_drawn(wing: Wing, monkeypatch, threshold, bits):
-    """Two words a block, down to the last 1 of the threshold."""
+    """Two words a block, down to the last 1 of the threshold; the counter numbers the blocks."""
     packed, drawn = jax_packed if wing is JAX else torch_packed, []
     block = packed.threefry2x32
-    monkeypatch.setattr(packed, "threefry2x32", lambda *a: drawn.append(a) or block(*a))
+    monkeypatch.setattr(packed, "threefry2x32", lambda *a: drawn.append(a[1]) or block(*a))
     key = tuple(wing.array(np.zeros((), "uint32" if wing is JAX else "int32")) for _ in range(2))
     place = jax_packed.Group((64, 3), 0, None) if wing is JAX else (2, 3)
     words = wing.numpy(packed._compared(key, threshold, bits, place))
     assert (words.shape, len(drawn)) == ((2, 3), BLOCKS[threshold, bits])
+    for pair, (high, low) in enumerate(reversed(drawn)):
+        assert set((wing.numpy(high).ravel().view(np.uint32)).tolist()) == {pair << 28}
+        np.testing.assert_array_equal(wing.numpy(low), np.arange(6).reshape(2, 3))
     if threshold % 2**bits == 0:
         np.testing.assert_array_equal(words.view(np.int32), -1 if threshold else 0)
 
