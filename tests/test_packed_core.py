@@ -49,20 +49,6 @@ def test_16_bits_count_unless_others_do(wing: Wing):
             draw(too_small)
 
 
-@both_wings
-@pytest.mark.parametrize("shape", [(64, 64), (4, 32, 40)], ids=str)
-@pytest.mark.parametrize(
-    ("threshold", "bits"), [(0, 4), (32, 5), (1, 1), (5, 3), (200, 8), (0x2A95, 16), (7, 18)]
-)
-def test_packed_words(wing: Wing, shape, threshold, bits):
-    keep_prob = threshold / 2**bits
-    expected = reference.packed_bernoulli((0, 9), threshold, shape, bits)
-    draw = lambda prob: wing.library.packed_bernoulli(wing.key(9), prob, shape, bits=bits)
-    np.testing.assert_array_equal(wing.numpy(draw(keep_prob)), expected)
-    changing = wing.traced(draw)(np.float32(keep_prob))
-    np.testing.assert_array_equal(wing.numpy(changing), expected)
-
-
 AXES = {(64, 64): 0, (64, 63): None, (4, 32, 32): 1, (128, 32, 4): 0, (64, 64, 2): 1}
 AXES |= {(32, 64, 2): 1, (4096,): None, (33, 128): None, (2, 64, 64): 1, (0, 64): None}
 AXES |= {(33, 64, 64): 1, (32, 2**16, 2**11): 1}
@@ -100,14 +86,17 @@ BLOCKS |= {(1, 16): 8, (1, 1): 1, (1, 32): 16, (2, 32): 16, (4, 32): 15}
 @both_wings
 @pytest.mark.parametrize(("threshold", "bits"), BLOCKS)
 def test_only_the_words_that_settle_something_are_drawn(wing: Wing, monkeypatch, threshold, bits):
-    """Two words a block, down to the last 1 of the threshold."""
+    """Two words a block, down to the last 1 of the threshold; the counter numbers the blocks."""
     packed, drawn = jax_packed if wing is JAX else torch_packed, []
     block = packed.threefry2x32
-    monkeypatch.setattr(packed, "threefry2x32", lambda *a: drawn.append(a) or block(*a))
+    monkeypatch.setattr(packed, "threefry2x32", lambda *a: drawn.append(a[1]) or block(*a))
     key = tuple(wing.array(np.zeros((), "uint32" if wing is JAX else "int32")) for _ in range(2))
     place = jax_packed.Group((64, 3), 0, None) if wing is JAX else (2, 3)
     words = wing.numpy(packed._compared(key, threshold, bits, place))
     assert (words.shape, len(drawn)) == ((2, 3), BLOCKS[threshold, bits])
+    for pair, (high, low) in enumerate(reversed(drawn)):
+        assert set((wing.numpy(high).ravel().view(np.uint32)).tolist()) == {pair << 28}
+        np.testing.assert_array_equal(wing.numpy(low), np.arange(6).reshape(2, 3))
     if threshold % 2**bits == 0:
         np.testing.assert_array_equal(words.view(np.int32), -1 if threshold else 0)
 
@@ -168,6 +157,21 @@ def test_words_are_laid_out_as_their_elements_unless_devices_would_share_one(
         np.testing.assert_array_equal(np.asarray(sharded), np.asarray(mask))
         assert sharded.sharding.is_equivalent_to(NamedSharding(mesh, spec), mask.ndim)
     assert jax_packed.Group(shape, axis, None).words_sharding is None
+
+
+WORDS = [((64, 64), *each) for each in [(0, 4), (32, 5), (1, 1), (0x2A95, 16), (7, 18)]]
+WORDS += [((4, 32, 40), *each) for each in [(5, 3), (200, 8)]]
+
+
+@both_wings
+@pytest.mark.parametrize(("shape", "threshold", "bits"), WORDS)
+def test_packed_words(wing: Wing, shape, threshold, bits):
+    keep_prob = threshold / 2**bits
+    expected = reference.packed_bernoulli((0, 9), threshold, shape, bits)
+    draw = lambda prob: wing.library.packed_bernoulli(wing.key(9), prob, shape, bits=bits)
+    np.testing.assert_array_equal(wing.numpy(draw(keep_prob)), expected)
+    changing = wing.traced(draw)(np.float32(keep_prob))
+    np.testing.assert_array_equal(wing.numpy(changing), expected)
 
 
 @both_wings

@@ -208,4 +208,4 @@ def test_the_block_on_integers_is_the_block_on_tensors():
 
 def test_words_as_signed_integers():
     for word in (0, 1, 2**31 - 1, 2**31, 2**32 - 1):
-        assert torch_threefry._signed(word) == np.uint32(word).view(np.int32)
+        assert torch_threefry.as_signed(word) == np.uint32(word).view(np.int32)

@@ -13,11 +13,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regshared.checks import check_callable, check_integer
+from regshared.checks import check_integer
 from regtorch._checks import check_shape
-from regtorch._random.bernoulli import EXACT, MaskSampler, Sampler, bernoulli, check_probability
-from regtorch._random.keys import check_key, key_words
-from regtorch._random.threefry import Words, check_size, counter_bits, shift_right, threefry2x32
+from regtorch._random.bernoulli import check_probability
+from regtorch._random.keys import key_words
+from regtorch._random.threefry import (
+    Words,
+    as_signed,
+    check_size,
+    counter_bits,
+    shift_right,
+    threefry2x32,
+)
 
 _LANES = 32
 _SMALLEST_PACKED = 2**12
@@ -170,8 +177,7 @@ def _compared(key: Words, threshold: int | Tensor, bits: int, shape: tuple[int, 
     kept = torch.zeros_like(low)
     for pair in reversed(range((needed + 1) // 2)):
         # The upper four bits of the counter number the blocks: no tensor has 2**60 words.
-        number = (pair << 28) - (2**32 if pair >= 8 else 0)
-        block = threefry2x32(key, (high + number, low))
+        block = threefry2x32(key, (high + as_signed(pair << 28), low))
         for i in range(min(2 * pair + 1, needed - 1), 2 * pair - 1, -1):
             either, both = block[i % 2] | kept, block[i % 2] & kept
             kept = _select(bits_of_t[i], either, both)

@@ -119,7 +119,7 @@ def range_bits(key: Words, start: int, stop: int) -> Tensor:
     cut = (start // _LONGEST + 1) * _LONGEST
     if stop > cut:  # the high word changes, or an int32 would not hold the number of elements
         return torch.cat([range_bits(key, start, cut), range_bits(key, cut, stop)])
-    high, low = (key[0] + _signed(start // _WORD), key[1] + _signed(start % _WORD))
+    high, low = (key[0] + as_signed(start // _WORD), key[1] + as_signed(start % _WORD))
     index = torch.arange(stop - start, device=low.device, dtype=torch.int32)
     out0, out1 = _rounds(key, (high, index + low))
     return out0 ^ out1
@@ -135,6 +135,6 @@ def _rotate_left(x: Tensor, distance: int) -> Tensor:
     return torch.add(shift_right(x, 32 - distance), x, alpha=1 << distance)
 
 
-def _signed(word: int) -> int:
+def as_signed(word: int) -> int:
     """The int32 that has the bits of a word."""
     return word - _WORD if word >= _WORD // 2 else word
