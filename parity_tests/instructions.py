@@ -33,7 +33,7 @@ def levels() -> dict[str, str]:
         return {}
     # A compiled program contains the features of the CPU that it was compiled for.
     program = jax.jit(lambda x: x + 1).lower(np.float32(0)).compile().runtime_executable()
-    features = program.serialize()
+    features = program.serialize() if program else b""
     names = {"avx512": b"+avx512f", "avx2": b"+avx2"}
     xla = next((level for level, feature in names.items() if feature in features), "default")
     return {"torch": torch.backends.cpu.get_cpu_capability().lower(), "xla": xla}
