@@ -21,6 +21,7 @@ from parity_tests.compare import FLOAT64, assert_same_at_every_step, deviation
 from parity_tests.optimizers.case import at, no_bias
 from parity_tests.trajectories import Problem, Run, synthetic
 from regjax._paths import named_leaves
+from tests.regjax.versions import OPTAX_COUNTS_DECAY_STEPS
 
 STEPS = 200
 SHAPES = {"head/kernel": (8, 3), "stem/bias": (8,), "stem/kernel": (5, 8)}
@@ -277,6 +278,8 @@ DECAYS = [
 
 @pytest.mark.parametrize("decay", DECAYS, ids=str)
 def test_three_parties_take_the_same_steps(decay):
+    if decay.form == "elastic_net" and decay.scheduled and not OPTAX_COUNTS_DECAY_STEPS:
+        pytest.skip("optax.add_decayed_weights of Optax 0.2.6 does not advance a schedule")
     reference, ours, theirs = (walk(decay) for walk in WALKS.values())
     assert_same_at_every_step(theirs, reference, FLOAT64, names=("regtorch", "NumPy"))
     assert_same_at_every_step(ours, reference, FLOAT64, names=("regjax", "NumPy"))

@@ -19,6 +19,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from regjax._compat import InconclusiveDimensionOperation
+
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, UInt32
@@ -147,7 +149,7 @@ def at_most(size: int, limit: int) -> bool:
     """
     try:
         return bool(size <= limit)
-    except jax.errors.InconclusiveDimensionOperation:
+    except InconclusiveDimensionOperation:
         return False
 
 
