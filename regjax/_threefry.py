@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
