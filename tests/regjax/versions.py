@@ -1,4 +1,4 @@
-"""How the tests depend on the version of JAX: the only file of the tests that compares versions."""
+"""How the tests depend on the versions of JAX, Flax and Optax: no other test compares versions."""
 
 from __future__ import annotations
 
