@@ -21,6 +21,7 @@ from parity_tests.compare import FLOAT64, assert_same_at_every_step, deviation
 from parity_tests.optimizers.case import at, no_bias
 from parity_tests.trajectories import Problem, Run, synthetic
 from regjax._decay.paths import named_leaves
+from tests.regjax.versions import OPTAX_COUNTS_DECAY_STEPS
 
 STEPS = 200
 SHAPES = {"head/kernel": (8, 3), "stem/bias": (8,), "stem/kernel": (5, 8)}
@@ -176,9 +177,11 @@ def _placed(decay: Decay, link: optax.GradientTransformation) -> optax.GradientT
 
 def _elastic_net(rate: Any, mask: Any) -> optax.GradientTransformation:
     double = 2 * rate if isinstance(rate, float) else lambda t: 2 * rate(t)
-    return optax.chain(
-        regjax.optim.add_l1_decay(rate, mask), optax.add_decayed_weights(double, mask)
-    )
+    if OPTAX_COUNTS_DECAY_STEPS:
+        l2 = optax.add_decayed_weights(double, mask)
+    else:
+        l2 = regjax.optim.add_decay_by_leaf(1.0, double, mask)
+    return optax.chain(regjax.optim.add_l1_decay(rate, mask), l2)
 
 
 JAX: dict[str, Callable[..., optax.GradientTransformation]] = {

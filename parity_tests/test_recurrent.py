@@ -81,7 +81,7 @@ def test_the_state_of_a_recurrence_is_dropped_alike_in_both_wings():
         theirs = torch_states(cell, to_torch(XS), 0.4, [TORCH.key(5)] * TIME)
     slopes = torch.autograd.grad((theirs**2).sum(), list(cell.parameters()))
     with jax.enable_x64(True):
-        weights = {f"{n}_l0": jnp.asarray(from_torch(p)) for n, p in cell.named_parameters()}
+        weights = {f"{n}_l0": jnp.array(from_torch(p)) for n, p in cell.named_parameters()}
 
         def loss(weights):
             drop = functools.partial(regjax.dropout, rate=0.4, key=JAX.key(5))
@@ -114,7 +114,7 @@ def test_a_gru_in_a_loop_is_dropped_alike():
     for x in to_torch(XS):
         h = cell(x, regtorch.dropout(h, 0.3, key=key))
     with jax.enable_x64(True):
-        w = {name: jnp.asarray(from_torch(p)) for name, p in cell.named_parameters()}
+        w = {name: jnp.array(from_torch(p)) for name, p in cell.named_parameters()}
 
         def step(h, x):
             h = regjax.dropout(h, 0.3, key=JAX.key(1))

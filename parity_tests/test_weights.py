@@ -157,7 +157,8 @@ def test_training_with_a_wrapped_module_is_that_of_the_tree(name):
     layer = regtorch.nn.DropConnect(make().double(), 0.4, rule=rule)
     apply = linear if name == "linear" else lstm
     with jax.enable_x64(True):
-        weights = {n: jnp.asarray(from_torch(p)) for n, p in layer.module.named_parameters()}
+        # A copy: the steps below write into the memory of the parameters.
+        weights = {n: jnp.array(from_torch(p)) for n, p in layer.module.named_parameters()}
 
         @jax.jit
         def loss(weights, key):

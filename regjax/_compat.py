@@ -13,6 +13,15 @@ from typing import Any
 import jax
 from jax import lax
 
+try:
+    from jax.errors import InconclusiveDimensionOperation
+except ImportError:  # before JAX 0.10
+    from jax.core import (  # pyright: ignore[reportAttributeAccessIssue]
+        InconclusiveDimensionOperation,
+    )
+
+__all__ = ["InconclusiveDimensionOperation", "make_user_context", "scan_linear"]
+
 # Transposing a scan inside the rule of a `custom_jvp` needs to know which captured arrays are
 # linear. Before 0.10 JAX took all of them for constants and failed with "ValAccum is not a valid
 # JAX type"; only the carry was always taken for linear.

@@ -373,7 +373,8 @@ class Group:
             return own[0]
         # Not a concatenation: where XLA fuses this, an element reads its own part and no other.
         shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], _LANES)
-        bits = jnp.zeros(shape, bool, out_sharding=sharding)
+        # The layout of the slabs, since JAX 0.8 distinguishes none from a mesh that shares no axis.
+        bits = jnp.zeros(shape, bool, out_sharding=jax.typeof(own[0]).sharding)
         for i, slab in enumerate(own):
             bits = lax.dynamic_update_slice_in_dim(bits, slab, i * lanes, after)
         return bits

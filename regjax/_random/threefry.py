@@ -13,11 +13,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+
+from regjax._compat import InconclusiveDimensionOperation
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -143,7 +144,7 @@ def at_most(size: int, limit: int) -> bool:
     """
     try:
         return bool(size <= limit)
-    except jax.errors.InconclusiveDimensionOperation:
+    except InconclusiveDimensionOperation:
         return False
 
 

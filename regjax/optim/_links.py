@@ -67,7 +67,11 @@ def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.Gra
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         _check_given(params, weight_decay)
-        return decay(params).update(updates, state, params)
+        updates, new_state = decay(params).update(updates, state, params)
+        if callable(weight_decay):
+            # The state holds the step count alone, which Optax 0.2.6 does not advance.
+            new_state = jax.tree.map(optax.safe_increment, state)
+        return updates, new_state
 
     return optax.GradientTransformation(init, update)
 

@@ -13,10 +13,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regshared.checks import check_integer
+from regshared.checks import check_callable, check_integer
 from regtorch._checks import check_shape
-from regtorch._random.bernoulli import check_probability
-from regtorch._random.keys import key_words
+from regtorch._random.bernoulli import (
+    EXACT,
+    MaskSampler,
+    Sampler,
+    bernoulli,
+    check_probability,
+)
+from regtorch._random.keys import check_key, key_words
 from regtorch._random.threefry import (
     Words,
     as_signed,

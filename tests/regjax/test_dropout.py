@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import regjax
 import regshared
-from tests.regjax.versions import debug_key_reuse
+from tests.regjax.versions import debug_key_reuse, kinds_of_keys_of_jax_0_10
 
 KEY = jax.random.key(0)
 X = jnp.linspace(-2.0, 3.0, 48).reshape(6, 8)
@@ -153,7 +153,14 @@ def test_raw_and_typed_threefry_keys_draw_the_same_mask():
 
 
 @pytest.mark.parametrize(
-    "impl", ["rbg", "unsafe_rbg", "philox2x32", "philox4x32", "threefry4x32", "threefry2x32"]
+    "impl",
+    [
+        *("rbg", "unsafe_rbg", "threefry2x32"),
+        *(
+            pytest.param(impl, marks=kinds_of_keys_of_jax_0_10)
+            for impl in ("philox2x32", "philox4x32", "threefry4x32")
+        ),
+    ],
 )
 def test_keys_of_every_kind_draw_fair_masks(impl):
     masks = [regjax.bernoulli(jax.random.key(seed, impl=impl), 0.5, (20_000,)) for seed in range(2)]

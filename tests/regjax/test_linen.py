@@ -193,7 +193,7 @@ def test_the_same_path_gives_the_same_values(place):
     rngs = {"dropout": KEY, "noise": jax.random.key(4), "params": jax.random.key(5)}
     run = lambda Dropout: places(Dropout)[place].apply({}, X, rngs=rngs)
     ours, theirs = run(OURS), run(THEIRS)
-    chex.assert_trees_all_equal(ours, theirs)
+    assert_same_eagerly(ours, theirs, layers=4)  # of one path, at most
     assert (ours == 0).any()
     assert (ours != 0).any()
 

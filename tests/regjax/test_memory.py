@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
@@ -83,7 +83,7 @@ def test_an_exported_program_draws_the_same_mask_on_every_platform_it_is_for(sam
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_in_shard_map_each_shard_folds_its_index_into_the_key(sampler):
     """The shape is local there: without the recipe every shard would repeat one mask."""
-    mesh = jax.make_mesh((4,), ("rows",))
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(jnp.ones((256, 64)), NamedSharding(mesh, P("rows")))
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("rows"), P()), out_specs=P("rows"))

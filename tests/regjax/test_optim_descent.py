@@ -97,6 +97,17 @@ def test_first_step_of_sgd_by_hand(optimizer, expected):
     np.testing.assert_allclose(update, [expected], rtol=1e-6)
 
 
+def test_a_schedule_of_weight_decay_advances():
+    """In Optax 0.2.6 `add_decayed_weights` stays at the first step."""
+    optimizer = optim.sgd(1.0, weight_decay=lambda count: jnp.asarray(count, float), mask=NO_BIAS)
+    params = {"kernel": jnp.array([1.0]), "bias": jnp.array([1.0])}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = optimizer.init(params)
+    for count in range(4):
+        updates, state = optimizer.update(zeros, state, params)
+        assert_close(updates, {"kernel": jnp.array([-1.0 * count]), "bias": zeros["bias"]})
+
+
 def test_the_first_gradient_is_not_damped():
     optimizer = optim.sgd(1.0, momentum=0.5, dampening=0.75)
     assert scalar_updates(optimizer, [1.0] * 3)[0] == [-1.0, -0.75, -0.625]

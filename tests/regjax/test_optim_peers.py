@@ -15,6 +15,7 @@ import regjax
 from regjax import optim
 from tests.regjax import optimizers
 from tests.regjax.optimizers import assert_close, first_update, matrices, walk
+from tests.regjax.versions import as_pure
 
 OPTIONS = {name: {"weight_decay": 0.1} for name in optimizers.MAKE} | {
     "sgd": {},
@@ -216,7 +217,7 @@ def test_static_masks_in_nnx_optimizer(make):
     results = []
     for mask in (
         regjax.decay_mask(state),
-        regjax.decay_mask(nnx.as_pure(state)),
+        regjax.decay_mask(as_pure(state)),
         regjax.decay_mask,
     ):
         trained = nnx.clone(model)
@@ -227,7 +228,7 @@ def test_static_masks_in_nnx_optimizer(make):
     assert_close(results[1], results[2])
     penalties = [
         regjax.l2_penalty(params, 0.5, mask=regjax.decay_mask(state))
-        for params in (state, nnx.as_pure(state))
+        for params in (state, as_pure(state))
     ]
     assert_close(*penalties)
 
@@ -236,7 +237,7 @@ def test_static_references_in_nnx_optimizer():
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)
     zeros = jax.tree.map(jnp.zeros_like, state)
-    for reference in (zeros, nnx.as_pure(zeros)):
+    for reference in (zeros, as_pure(zeros)):
         trained = nnx.clone(model)
         link = optax.chain(optim.add_l2_sp_decay(reference, 0.5), optim.sgd(0.5))
         nnx.Optimizer(trained, link, wrt=nnx.Param).update(trained, zeros)

@@ -1,4 +1,4 @@
-"""How the tests depend on the versions of JAX and Flax: no other file of the tests does."""
+"""How the tests depend on the versions of JAX, Flax and Optax: no other test compares versions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+import pytest
 from flax import nnx
 
 # Outside of jit, JAX before 0.10 divides by a number where it otherwise multiplies by its inverse:
@@ -19,12 +21,24 @@ EAGER_DIVISION_IS_EXACT = jax.__version_info__ < (0, 10)
 # and sums there than in a program that draws the mask apart.
 CONVOLUTIONS_MAY_FUSE_WITH_MASKS = jax.__version_info__ >= (0, 12)
 
+kinds_of_keys_of_jax_0_10 = pytest.mark.skipif(
+    jax.__version_info__ < (0, 10), reason="JAX 0.10 adds this kind of key"
+)
 
-def assert_same_eagerly(mine: Any, theirs: Any) -> None:
-    """Assert equal bits outside of jit; before JAX 0.10, equality to one unit in the last place."""
+# `optax.add_decayed_weights` of Optax 0.2.6 evaluates a schedule at step 0 only.
+OPTAX_COUNTS_DECAY_STEPS = not optax.__version__.startswith("0.2.6")
+
+
+def as_pure(tree: Any) -> Any:
+    """Return `nnx.as_pure` of a tree; the function is `nnx.pure` in Flax 0.12.6."""
+    return (nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure)(tree)
+
+
+def assert_same_eagerly(mine: Any, theirs: Any, *, layers: int = 1) -> None:
+    """Assert equal bits outside of jit; before JAX 0.10, to a unit in the last place per layer."""
     for one, two in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
         if EAGER_DIVISION_IS_EXACT:
-            np.testing.assert_array_max_ulp(np.asarray(one), np.asarray(two), maxulp=1)
+            np.testing.assert_array_max_ulp(np.asarray(one), np.asarray(two), maxulp=layers)
         else:
             assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
 
