@@ -77,11 +77,11 @@ class FlaxLayer:
     """What the layers for Linen and for NNX do alike: call their function with their settings.
 
     Attributes:
-        function: the function of regjax behind the layer.
+        _function: the function of regjax behind the layer; `nnx.tabulate` shows public ones.
         keyless_rates: rates and deviations that leave nothing to chance: no key is asked for.
     """
 
-    function: ClassVar[Callable[..., Any]]
+    _function: ClassVar[Callable[..., Any]]
     keyless_rates: ClassVar[tuple[float, ...]] = (0, 1)
 
     def _needs_key(self, rate_or_stddev: ArrayLike) -> bool:
@@ -94,9 +94,9 @@ class FlaxLayer:
         if "broadcast_dims" in settings:
             ndim = check_array("inputs", inputs[0]).ndim
             settings["broadcast_dims"] = wrapped_dims(settings["broadcast_dims"], ndim)
-        if self.function is dropout:
+        if self._function is dropout:
             settings["sampler"] = as_flax_draws(settings["sampler"])
-        return self.function(*inputs, rate_or_stddev, **settings, **options)
+        return self._function(*inputs, rate_or_stddev, **settings, **options)
 
 
 def wrapped_dims(

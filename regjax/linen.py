@@ -203,7 +203,7 @@ class Dropout(RateLayer, linen.Dropout):
         (1, 2)
     """
 
-    function = staticmethod(dropout)
+    _function = staticmethod(dropout)
 
     rate: float
     broadcast_dims: Sequence[int] = ()
@@ -229,7 +229,7 @@ class FeatureDropout(RateLayer, kw_only=True):
                 [0., 0., 2., 2.]]], dtype=float32)
     """
 
-    function = staticmethod(feature_dropout)
+    _function = staticmethod(feature_dropout)
 
     channel_axis: int = -1
     sampler: Sampler = bernoulli
@@ -244,7 +244,7 @@ class AlphaDropout(RateLayer, kw_only=True):
         sampler: what draws the mask.
     """
 
-    function = staticmethod(alpha_dropout)
+    _function = staticmethod(alpha_dropout)
 
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
@@ -259,7 +259,7 @@ class FeatureAlphaDropout(RateLayer, kw_only=True):
         sampler: what draws the mask.
     """
 
-    function = staticmethod(feature_alpha_dropout)
+    _function = staticmethod(feature_alpha_dropout)
 
     channel_axis: int = -1
     sampler: Sampler = bernoulli
@@ -285,7 +285,7 @@ class DropPath(RateLayer, kw_only=True):
                [0., 0.]], dtype=float32)
     """
 
-    function = staticmethod(drop_path)
+    _function = staticmethod(drop_path)
 
     mode: Literal["row", "batch"] = "row"
     scale_by_keep: bool = True
@@ -305,7 +305,7 @@ class DropBlock(RateLayer, kw_only=True):
         with_noise: whether dropped elements become normal variates, not 0.
     """
 
-    function = staticmethod(drop_block)
+    _function = staticmethod(drop_block)
 
     block_size: int = 7
     channel_axis: int = -1
@@ -324,7 +324,7 @@ class VariationalDropout(RateLayer, kw_only=True):
         sampler: what draws the mask.
     """
 
-    function = staticmethod(variational_dropout)
+    _function = staticmethod(variational_dropout)
 
     time_axis: int = 1
     sampler: Sampler = bernoulli
@@ -354,7 +354,7 @@ class DropConnect(RateLayer, kw_only=True):
         Array([[6., 4., 6.]], dtype=float32)
     """
 
-    function = staticmethod(drop_connect)
+    _function = staticmethod(drop_connect)
 
     rule: Rule = "default"
     sampler: Sampler = bernoulli
@@ -383,7 +383,7 @@ class EmbeddingDropout(RateLayer):
                [False, False]], dtype=bool)
     """
 
-    function = staticmethod(embedding_dropout)
+    _function = staticmethod(embedding_dropout)
 
     @linen.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
@@ -406,7 +406,7 @@ class GaussianDropout(RateLayer):
         rate: what the variance `rate / (1 - rate)` is made of, in [0, 1).
     """
 
-    function = staticmethod(gaussian_dropout)
+    _function = staticmethod(gaussian_dropout)
 
     def __post_init__(self) -> None:
         """Refuses a rate out of range."""
@@ -421,7 +421,7 @@ class GaussianNoise(Layer):
         stddev: the standard deviation.
     """
 
-    function = staticmethod(gaussian_noise)
+    _function = staticmethod(gaussian_noise)
 
     stddev: float
 

@@ -261,7 +261,7 @@ class Dropout(RateLayer, nnx.Dropout):
         True
     """
 
-    function = staticmethod(dropout)
+    _function = staticmethod(dropout)
 
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
@@ -285,7 +285,7 @@ class FeatureDropout(RateLayer):
                 [2., 0., 2., 0.]]], dtype=float32)
     """
 
-    function = staticmethod(feature_dropout)
+    _function = staticmethod(feature_dropout)
 
     channel_axis: int = -1
     sampler: Sampler = bernoulli
@@ -301,7 +301,7 @@ class AlphaDropout(RateLayer):
         sampler: what draws the mask.
     """
 
-    function = staticmethod(alpha_dropout)
+    _function = staticmethod(alpha_dropout)
 
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
@@ -317,7 +317,7 @@ class FeatureAlphaDropout(RateLayer):
         sampler: what draws the mask.
     """
 
-    function = staticmethod(feature_alpha_dropout)
+    _function = staticmethod(feature_alpha_dropout)
 
     channel_axis: int = -1
     sampler: Sampler = bernoulli
@@ -344,7 +344,7 @@ class DropPath(RateLayer):
                [0., 0.]], dtype=float32)
     """
 
-    function = staticmethod(drop_path)
+    _function = staticmethod(drop_path)
 
     mode: Literal["row", "batch"] = "row"
     scale_by_keep: bool = True
@@ -365,7 +365,7 @@ class DropBlock(RateLayer):
         with_noise: whether dropped elements become normal variates, not 0.
     """
 
-    function = staticmethod(drop_block)
+    _function = staticmethod(drop_block)
 
     block_size: int = 7
     channel_axis: int = -1
@@ -385,7 +385,7 @@ class VariationalDropout(RateLayer):
         sampler: what draws the mask.
     """
 
-    function = staticmethod(variational_dropout)
+    _function = staticmethod(variational_dropout)
 
     time_axis: int = 1
     sampler: Sampler = bernoulli
@@ -412,7 +412,7 @@ class DropConnect(RateLayer):
         Array([[6., 2., 6.]], dtype=float32)
     """
 
-    function = staticmethod(drop_connect)
+    _function = staticmethod(drop_connect)
 
     rule: Rule = "default"
     sampler: Sampler = bernoulli
@@ -437,7 +437,7 @@ class EmbeddingDropout(RateLayer):
                [False, False]], dtype=bool)
     """
 
-    function = staticmethod(embedding_dropout)
+    _function = staticmethod(embedding_dropout)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
         self,
@@ -460,7 +460,7 @@ class GaussianDropout(RateLayer):
         rate: what the variance `rate / (1 - rate)` is made of, in [0, 1).
     """
 
-    function = staticmethod(gaussian_dropout)
+    _function = staticmethod(gaussian_dropout)
 
     def __post_init__(self) -> None:
         """Refuses a rate out of range."""
@@ -476,7 +476,7 @@ class GaussianNoise(Layer):
         stddev: the standard deviation; a number, or an `nnx.Variable` that holds one.
     """
 
-    function = staticmethod(gaussian_noise)
+    _function = staticmethod(gaussian_noise)
 
     stddev: ArrayLike | nnx.Variable[Any] = dataclasses.field(kw_only=False)
 

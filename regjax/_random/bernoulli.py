@@ -72,8 +72,8 @@ class MaskSampler:
         *,
         out_sharding: Layout = None,
     ) -> Bool[Array, "*shape"]:
-        """Draws as the function does."""
-        return self.function(key, keep_prob, shape, out_sharding=out_sharding)
+        """Draws a mask, unchecked: a sampler of ours is one that a user may pass, too."""
+        return self.draw(key, keep_prob, tuple(shape), out_sharding)
 
     def draw(
         self,
