@@ -241,8 +241,8 @@ class _Drop(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = [None] * (len(ctx.needs_input_grad) - 1)
-        return _drop_again(ctx, *grad_outputs), *nothing
+        _, *others = ctx.needs_input_grad
+        return _drop_again(ctx, *grad_outputs), *(None for _ in others)
 
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> Tensor:

@@ -215,6 +215,8 @@ def test_the_result_has_the_layout_of_the_input(order, dims):
     assert torch.equal(y, TORCH.library.dropout(x.contiguous(), 0.3, **options))
     wide = x[:, :1].expand(x.shape)
     expected = TORCH.library.dropout(wide.contiguous(), 0.3, **options)
+    keep = torch.ones(5, 4, 3, dtype=torch.bool)
+    assert torch_dropout.laid_out(keep, x.contiguous()) is keep
     y = TORCH.library.dropout(wide, 0.3, **options)
     assert torch.equal(y, expected)
     assert dims or y.is_contiguous()  # an expanded dimension has no place in an order
