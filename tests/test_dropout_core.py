@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
@@ -162,6 +164,15 @@ def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
     dropped, keep = jax_dropout.made_with_mask(*given)
     np.testing.assert_array_equal(dropped, jax_dropout.made(*given))
     np.testing.assert_array_equal(keep, JAX.bernoulli(5, 1 - 0.9, (1, 4, 5)))
+
+
+def test_a_mask_is_laid_out_as_what_it_masks():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("a", "b")))
+    for dims, spec in [((), P("a", "b")), ((0,), P(None, "b")), ((0, 1), P(None, None))]:
+        assert jax_dropout.mask_sharding(x, dims).spec == spec
+    with jax.set_mesh(mesh):
+        assert jax_dropout.mask_sharding(jnp.ones((8, 16)), ()) is None
 
 
 def test_no_barrier_keeps_xla_from_fusing_a_mask():
