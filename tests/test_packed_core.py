@@ -195,3 +195,12 @@ def test_a_threshold_of_2_to_the_32_keeps_every_integer():
             assert jax_packed._below(drawn, each, 32).tolist() == kept
         signed = torch.from_numpy(np.array(drawn).view(np.int32))
         assert torch_packed._below(signed, threshold, 32).tolist() == kept
+
+
+@only_jax
+def test_a_cpu_draws_no_word_in_the_loop_that_reads_it(wing: Wing):
+    """XLA would fuse the two, and draw a word anew for each of its 32 elements."""
+    draw = jax.jit(lambda key: wing.library.packed_bernoulli(key, 0.3, (64, 128)))
+    loops = draw.lower(wing.key(9)).compile().as_text().split("\n\n")
+    assert any("xor(" in loop for loop in loops)
+    assert not any("xor(" in loop and "pred[2,32,128]" in loop for loop in loops)
