@@ -134,7 +134,7 @@ def site_hash(site: str) -> Words:
 
 
 @jax.jit
-def _site_words(root: KeyLike, site: Words, step: Words) -> UInt32[Array, "2"]:
+def _site_words(root: KeyLike, site: Words, step: Words) -> UInt32[Array, " words"]:
     # The site first: its block does not depend on the step, and leaves a loop over steps.
     return jnp.stack(threefry2x32(threefry2x32(key_words(root), site), step))
 

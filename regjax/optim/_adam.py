@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
 State = TypeVar("State", bound=Any)
 
@@ -43,7 +43,7 @@ def adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
@@ -125,7 +125,7 @@ def adamw(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 1e-2,
+    weight_decay: WeightDecay = 1e-2,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
@@ -198,7 +198,7 @@ def nadam(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
     betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     momentum_decay: ScalarLike = 4e-3,
     decoupled_weight_decay: bool = False,
     *,
@@ -274,7 +274,7 @@ def radam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
@@ -345,7 +345,7 @@ def adamax(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
     betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
@@ -421,7 +421,7 @@ def _check(
     learning_rate: optax.ScalarOrSchedule,
     betas: tuple[ScalarLike, ScalarLike],
     eps: ScalarLike,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
 ) -> None:
     check_rates(learning_rate, weight_decay)
     check_coefficient("eps", eps, fix="pass 1e-8, say")
@@ -434,7 +434,7 @@ def _check(
 def _chain(
     moments: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
     mask: Mask,
     maximize: bool,
     decoupled: bool = False,
