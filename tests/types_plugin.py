@@ -13,8 +13,9 @@ from __future__ import annotations
 import importlib
 import typing
 
+import numpy as np
 import pytest
-from beartype import BeartypeConf, beartype
+from beartype import BeartypeConf, BeartypeHintOverrides, beartype
 from jaxtyping import TypeCheckError, install_import_hook
 
 DEPENDENCIES = [
@@ -32,8 +33,10 @@ DEPENDENCIES = [
 PACKAGES = ["regjax", "regshared", "regtorch"]
 LAYERS = ["regjax.linen", "regjax.nnx", "regjax.equinox", "regjax.haiku"]
 
-# An integer is accepted where a float is expected, as by every static type checker.
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+# An integer is accepted where a float is expected, as by every static type checker; and one of NumPy
+# where an int is, as by `check_integer`.
+INTEGERS = BeartypeHintOverrides({int: int | np.integer})
+check = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=INTEGERS))
 
 
 class Raises(pytest.RaisesExc):
