@@ -231,7 +231,7 @@ def add_cautious_weight_decay(
                     "optax.add_decayed_weights, or give it False in `mask`"
                 )
 
-    def term(c: Leaf, u: Leaf, w: Leaf, _: None) -> Leaf:
+    def term(c: Inexact[Array, ""], u: Leaf, w: Leaf, _: Any) -> Leaf:
         # The product itself could underflow to 0 and pass.
         agrees = jnp.sign(u) * jnp.sign(w) >= 0
         return u + jnp.where(agrees, c * w, jnp.zeros_like(w))
