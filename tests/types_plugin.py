@@ -15,7 +15,7 @@ import typing
 
 import numpy as np
 import pytest
-from beartype import BeartypeConf, BeartypeHintOverrides, beartype
+from beartype import BeartypeConf, FrozenDict, beartype
 from jaxtyping import TypeCheckError, install_import_hook
 
 DEPENDENCIES = [
@@ -33,9 +33,9 @@ DEPENDENCIES = [
 PACKAGES = ["regjax", "regshared", "regtorch"]
 LAYERS = ["regjax.linen", "regjax.nnx", "regjax.equinox", "regjax.haiku"]
 
-# An integer is accepted where a float is expected, as by every static type checker; and one of NumPy
-# where an int is, as by `check_integer`.
-INTEGERS = BeartypeHintOverrides({int: int | np.integer})
+# As for static type checkers, an int is accepted where a float is expected; and, as for
+# `check_integer`, an integer of NumPy where an int is.
+INTEGERS = FrozenDict({int: int | np.integer})
 check = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=INTEGERS))
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _THREEFRY = "threefry2x32"
 
 
-def check_key(key: KeyLike, name: str = "key") -> KeyLike:
+def check_key(key: KeyLike | None, name: str = "key") -> KeyLike:
     """Returns the key if it is one single key, typed or raw; `name` is that of the argument.
 
     Raises:

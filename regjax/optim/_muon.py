@@ -214,7 +214,7 @@ def orthogonalize(
     wide, precision = (jnp.float32, None) if is_half else (dtype, "highest")
     a, b, c = (jnp.asarray(x, wide) for x in coefficients)
 
-    def dot(left: Matrix, right: Matrix) -> Matrix:
+    def dot(left: Float[Array, "m k"], right: Float[Array, "k n"]) -> Float[Array, "m n"]:
         return jnp.matmul(left, right, precision=precision, preferred_element_type=wide)
 
     def step(_: Any, x: Matrix) -> Matrix:
