@@ -19,7 +19,7 @@ from regjax._random.keys import check_key, site_key
 from regshared.checks import check_bool, check_callable, check_choice, check_integer
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, Bool, Float, UInt32
 
     from regjax._random.keys import KeyLike
 
@@ -206,11 +206,11 @@ def _run(
 ) -> tuple[Prediction, Bool[Array, ""]]:
     """All passes; and whether probabilities were none."""
 
-    def one_pass(index: Int[Array, ""]) -> Float[Array, "*shape"]:
+    def one_pass(index: UInt32[Array, ""]) -> Float[Array, "*shape"]:
         return predict(*inputs, key=site_key(key, index, _SITE))
 
     def chunk(
-        indices: Int[Array, " passes"], origin: Float[Array, "*shape"] | None = None
+        indices: UInt32[Array, " passes"], origin: Float[Array, "*shape"] | None = None
     ) -> tuple[_Moments, Float[Array, "passes ..."] | None]:
         y = jax.vmap(one_pass)(indices)
         moments = _moments(y, settings, origin)
@@ -224,7 +224,7 @@ def _run(
     moments, samples = chunk(indices[:first])
     if first < settings.samples:
 
-        def add(moments: _Moments, indices: Int[Array, " passes"]) -> tuple[_Moments, Any]:
+        def add(moments: _Moments, indices: UInt32[Array, " passes"]) -> tuple[_Moments, Any]:
             more, samples = chunk(indices, moments.origin)
             return _merged(moments, more), samples
 

@@ -510,6 +510,19 @@ class DropConnect(RateLayer):
     rule: Rule = eqx.field(default="default", static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
+    def __call__(
+        self, x: PyTree, *, key: KeyLike | None = None, inference: ArrayLike | None = None
+    ) -> PyTree:
+        """Drops weights in training, and returns `x` itself in evaluation.
+
+        Args:
+            x: an array of weights, or a layer or another tree that holds some.
+            key: the random key; needed in training, unless `p` is the number 0.
+            inference: comes before the attribute, unless None. It may be traced.
+        """
+        inference = self.inference if inference is None else inference
+        return self._call((x,), self.p, key, inference)
+
     def _drop(self, weights: PyTree, p: ArrayLike, **options: Any) -> Any:
         """`regjax.drop_connect`."""
         return drop_connect(weights, p, rule=self.rule, sampler=self.sampler, **options)

@@ -72,7 +72,7 @@ def __dir__() -> list[str]:
 
 @naming(key="rng")
 def dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     broadcast_dims: Sequence[int] = (),
@@ -148,7 +148,7 @@ def dropout(
 
 @naming(key="rng")
 def feature_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     channel_axis: int = -1,
@@ -183,7 +183,7 @@ def feature_dropout(
 
 @naming(key="rng")
 def alpha_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Float[ArrayLike, "*shape"],
     broadcast_dims: Sequence[int] = (),
@@ -218,7 +218,7 @@ def alpha_dropout(
 
 @naming(key="rng")
 def feature_alpha_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Float[ArrayLike, "*shape"],
     channel_axis: int = -1,
@@ -254,7 +254,7 @@ def feature_alpha_dropout(
 
 @naming(key="rng")
 def drop_path(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     mode: Literal["row", "batch"] = "row",
@@ -295,7 +295,7 @@ def drop_path(
 
 @naming(key="rng")
 def drop_block(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     block_size: int = 7,
@@ -352,7 +352,7 @@ def drop_block(
 
 @naming(key="rng")
 def variational_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     time_axis: int = 1,
@@ -388,7 +388,7 @@ def variational_dropout(
 
 @naming(key="rng")
 def embedding_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*ids features"],
     ids: Integer[ArrayLike, "*ids"],
@@ -420,7 +420,7 @@ def embedding_dropout(
 
 @naming(key="rng")
 def drop_connect(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     weights: PyTree,
     rule: Rule = "default",
@@ -463,7 +463,7 @@ def drop_connect(
 
 @naming(key="rng")
 def gaussian_dropout(
-    rng: KeyLike, rate: ArrayLike, x: Float[ArrayLike, "*shape"]
+    rng: KeyLike | None, rate: ArrayLike, x: Float[ArrayLike, "*shape"]
 ) -> Float[Array, "*shape"]:
     """`regjax.gaussian_dropout` in Haiku's order: multiplies by normal numbers of mean 1.
 
@@ -490,7 +490,7 @@ def gaussian_dropout(
 
 @naming(key="rng")
 def gaussian_noise(
-    rng: KeyLike, stddev: ArrayLike, x: Float[ArrayLike, "*shape"]
+    rng: KeyLike | None, stddev: ArrayLike, x: Float[ArrayLike, "*shape"]
 ) -> Float[Array, "*shape"]:
     """`regjax.gaussian_noise` in Haiku's order: adds normal numbers.
 

@@ -59,7 +59,7 @@ with needs("regjax.linen", extra="flax", package="flax"):
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Float, Inexact, Integer
+    from jaxtyping import Array, Float, Inexact, Integer, PyTree
 
     from regjax._random.keys import KeyLike
     from regshared.decay_rules import Rule
@@ -358,6 +358,26 @@ class DropConnect(RateLayer, kw_only=True):
 
     rule: Rule = "default"
     sampler: Sampler = bernoulli
+
+    @linen.compact
+    def __call__(
+        self,
+        inputs: PyTree,
+        deterministic: ArrayLike | None = None,
+        rng: KeyLike | None = None,
+        *,
+        rate: ArrayLike | None = None,
+    ) -> PyTree:
+        """Drops weights in training, and returns `inputs` itself in evaluation.
+
+        Args:
+            inputs: an array of weights, or a tree of them.
+            deterministic: True in evaluation; to be given here or in the constructor. It may be
+                traced.
+            rng: the key; without it, one is made from `rng_collection`.
+            rate: comes before the rate of the constructor. It may be traced.
+        """
+        return self._call((inputs,), self._rate(rate), deterministic, rng)
 
 
 class EmbeddingDropout(RateLayer):

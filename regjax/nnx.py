@@ -59,7 +59,7 @@ with needs("regjax.nnx", extra="flax", package="flax"):
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Float, Inexact, Integer
+    from jaxtyping import Array, Float, Inexact, Integer, PyTree
 
     from regjax._random.keys import KeyLike
     from regshared.decay_rules import Rule
@@ -416,6 +416,24 @@ class DropConnect(RateLayer):
 
     rule: Rule = "default"
     sampler: Sampler = bernoulli
+
+    def __call__(
+        self,
+        inputs: PyTree,
+        *,
+        deterministic: ArrayLike | None = None,
+        rngs: Source | None = None,
+        rate: ArrayLike | None = None,
+    ) -> PyTree:
+        """Drops weights in training, and returns `inputs` itself in evaluation.
+
+        Args:
+            inputs: an array of weights, or a tree of them.
+            deterministic: True in evaluation; comes before that of the layer. It may be traced.
+            rngs: where the key comes from, or the key; comes before the stream of the layer.
+            rate: comes before the rate of the layer. It may be traced.
+        """
+        return self._call((inputs,), self._rate(rate), deterministic, rngs)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)

@@ -219,7 +219,7 @@ def _counted(leaves: Sequence[_T], params: PyTree, mask: Mask) -> list[_T]:
     return [leaf for leaf, decay in zip(leaves, decays, strict=True) if decay]
 
 
-def _weights(function: str, params: PyTree, mask: Mask) -> list[Inexact[Array, "*shape"]]:
+def _weights(function: str, params: PyTree, mask: Mask) -> list[Inexact[Array, "*_"]]:
     named = _counted(named_leaves(params), params, mask)
     return [_widened(function, name, leaf) for name, leaf in named]
 
@@ -251,7 +251,7 @@ def _squared(leaf: Inexact[Array, "*shape"]) -> Float[Array, "*shape"]:
     return (leaf * leaf.conj()).real
 
 
-def _sum(terms: Iterable[Float[Array, "*shape"]]) -> Scalar:
+def _sum(terms: Iterable[Float[Array, "*_"]]) -> Scalar:
     """Add up all elements of all arrays, in the widest of their dtypes."""
     sums = [jnp.sum(term) for term in terms]
     dtype = max((s.dtype for s in sums), key=lambda d: d.itemsize, default=jnp.result_type(float))

@@ -38,12 +38,12 @@ from regshared.checks import check_bool, check_integer, describe
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike, DTypeLike
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Bool, Float, Real
 
     from regjax._random.keys import KeyLike
 
-    Bias = Float[ArrayLike, "*#batch #heads #queries #keys"] | None
-    Mask = Bool[ArrayLike, "*#batch #heads #queries #keys"] | None
+    Bias = Real[ArrayLike, "*#batch #heads #queries #keys"] | None
+    Mask = Bool[ArrayLike, "*#batch #heads #queries #keys"] | Bias
 
 
 def dot_product_attention(

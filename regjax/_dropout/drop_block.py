@@ -299,7 +299,7 @@ def _start_keep_prob(
     return max(0.0, 1 - rate * gamma_of_1)
 
 
-def _spread(keep: Bool[Array, "*mask"], dim: int, size: int) -> Bool[Array, "*mask"]:
+def _spread(keep: Bool[Array, "*starts"], dim: int, size: int) -> Bool[Array, "*mask"]:
     """Each False becomes `size` of them along one dimension, from its place on."""
     window, ends = [1] * keep.ndim, [(0, 0)] * keep.ndim
     window[dim], ends[dim] = size, (size - 1, size - 1)

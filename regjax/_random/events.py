@@ -25,7 +25,7 @@ from regshared.checks import check_callable
 from regshared.events import SiteKey
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Inexact
+    from jaxtyping import Array, Inexact
 
     Pair = tuple[Any, Any]
 
@@ -205,7 +205,7 @@ class Observers:
         function: str,
         key: Pair,
         rate: Any,
-        mask: Bool[Array, "*shape"],
+        mask: Array,
         entering: Inexact[Array, "*shape"],
         off: Any = False,
     ) -> None:

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
     from regjax._random.threefry import Words
 
-    KeyLike = Key[Array, ""] | UInt32[Array, " words"]
+    KeyLike = Key[Array, ""] | UInt32[Array, " _words"]
 
 _THREEFRY = "threefry2x32"
 
 
-def check_key(key: KeyLike, name: str = "key") -> KeyLike:
+def check_key(key: KeyLike | None, name: str = "key") -> KeyLike:
     """Returns the key if it is one single key, typed or raw; `name` is that of the argument.
 
     Raises:

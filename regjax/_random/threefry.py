@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, UInt32
 
     Layout: TypeAlias = NamedSharding | PartitionSpec | None
-    Words: TypeAlias = tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]
+    # Two words of shapes that broadcast against each other, and against those they meet.
+    Words: TypeAlias = tuple[UInt32[Array, "*_hi"], UInt32[Array, "*_lo"]]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _KEY_PARITY = 0x1BD11BDA
@@ -186,7 +187,7 @@ def is_number(size: int) -> bool:
     return isinstance(size, int | np.integer)
 
 
-def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Array, "*shape"]:
+def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Array, "*_shape"]:
     """The index along one axis, of length 1 along every other."""
     if out_sharding is not None:
         is_named = isinstance(out_sharding, NamedSharding)
@@ -215,7 +216,7 @@ def _along_in_place(
 
 
 def _add_product(
-    total: Words, along: UInt32[Array, "*shape"], stride: tuple[Any, Any], carries: bool
+    total: Words, along: UInt32[Array, "*_shape"], stride: tuple[Any, Any], carries: bool
 ) -> Words:
     """Total + along * stride modulo 2**64; without `carries` the high word is known to stay 0."""
     hi, lo = total

@@ -23,9 +23,10 @@ from regshared.checks import check_integer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jaxtyping import Array, Float, Int, PyTree
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Float, Int, Integer, PyTree
 
-    Count = Int[Array, ""]
+    Count = Integer[ArrayLike, ""]
     Rate = Callable[[Any], Any]
 
 

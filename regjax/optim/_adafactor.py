@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
 
 def adafactor(
@@ -38,7 +38,7 @@ def adafactor(
     beta2_decay: ScalarLike = -0.8,
     eps: tuple[ScalarLike | None, ScalarLike] = (None, 1e-3),
     d: ScalarLike = 1.0,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,

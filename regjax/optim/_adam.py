@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from regjax._decay.paths import named_leaves
@@ -34,16 +35,18 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
+
+    Betas = tuple[ScalarLike, ScalarLike] | Float[Array | np.ndarray, " 2"]
 
 State = TypeVar("State", bound=Any)
 
 
 def adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
@@ -112,7 +115,7 @@ def adam(
     _check(learning_rate, betas, eps, weight_decay)
     check_float_dtype("mu_dtype", mu_dtype)
     return _chain(
-        _scale_by_adam(*betas, eps, check_bool("amsgrad", amsgrad), mu_dtype),
+        _scale_by_adam(betas[0], betas[1], eps, check_bool("amsgrad", amsgrad), mu_dtype),
         learning_rate,
         weight_decay,
         mask,
@@ -123,9 +126,9 @@ def adam(
 
 def adamw(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 1e-2,
+    weight_decay: WeightDecay = 1e-2,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
@@ -196,9 +199,9 @@ def adamw(
 
 def nadam(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     momentum_decay: ScalarLike = 4e-3,
     decoupled_weight_decay: bool = False,
     *,
@@ -260,7 +263,7 @@ def nadam(
     check_float_dtype("mu_dtype", mu_dtype)
     check_coefficient("momentum_decay", momentum_decay, fix="pass 4e-3, say")
     return _chain(
-        _scale_by_nadam(*betas, eps, momentum_decay, mu_dtype),
+        _scale_by_nadam(betas[0], betas[1], eps, momentum_decay, mu_dtype),
         learning_rate,
         weight_decay,
         mask,
@@ -272,9 +275,9 @@ def nadam(
 
 def radam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
@@ -332,7 +335,7 @@ def radam(
     """
     _check(learning_rate, betas, eps, weight_decay)
     return _chain(
-        _scale_by_radam(*betas, eps),
+        _scale_by_radam(betas[0], betas[1], eps),
         learning_rate,
         weight_decay,
         mask,
@@ -343,9 +346,9 @@ def radam(
 
 def adamax(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
@@ -392,7 +395,7 @@ def adamax(
     """
     _check(learning_rate, betas, eps, weight_decay)
     return _chain(
-        _scale_by_adamax(*betas, eps),
+        _scale_by_adamax(betas[0], betas[1], eps),
         learning_rate,
         weight_decay,
         mask,
@@ -419,9 +422,9 @@ class ScaleByNadamState(NamedTuple):
 
 def _check(
     learning_rate: optax.ScalarOrSchedule,
-    betas: tuple[ScalarLike, ScalarLike],
+    betas: Betas,
     eps: ScalarLike,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
 ) -> None:
     check_rates(learning_rate, weight_decay)
     check_coefficient("eps", eps, fix="pass 1e-8, say")
@@ -434,7 +437,7 @@ def _check(
 def _chain(
     moments: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
     mask: Mask,
     maximize: bool,
     decoupled: bool = False,

@@ -37,14 +37,12 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array, Inexact, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
     Leaf = Inexact[Array, "*shape"]
 
 
-def add_l1_decay(
-    weight_decay: optax.ScalarOrSchedule, mask: Mask = None
-) -> optax.GradientTransformation:
+def add_l1_decay(weight_decay: WeightDecay, mask: Mask = None) -> optax.GradientTransformation:
     r"""Add the sign of the parameters, times a coefficient: L1 decay.
 
     $$u \leftarrow u + \lambda_t \operatorname{sign}(w), \qquad \operatorname{sign}(0) = 0$$
@@ -87,7 +85,7 @@ def add_l1_decay(
 
 
 def add_l2_sp_decay(
-    reference: PyTree, weight_decay: optax.ScalarOrSchedule, mask: Mask = None
+    reference: PyTree, weight_decay: WeightDecay, mask: Mask = None
 ) -> optax.GradientTransformation:
     r"""Add the way back to a starting point, times a coefficient: L2-SP.
 
@@ -143,7 +141,7 @@ def add_l2_sp_decay(
 
 
 def add_independent_weight_decay(
-    weight_decay: optax.ScalarOrSchedule, mask: Mask = None
+    weight_decay: WeightDecay, mask: Mask = None
 ) -> optax.GradientTransformation:
     r"""Shrink the parameters by a rate that the learning rate does not multiply.
 
@@ -186,7 +184,7 @@ def add_independent_weight_decay(
 
 
 def add_cautious_weight_decay(
-    weight_decay: optax.ScalarOrSchedule, mask: Mask = None
+    weight_decay: WeightDecay, mask: Mask = None
 ) -> optax.GradientTransformation:
     r"""Decay only the coordinates whose step leads towards zero anyway.
 
@@ -233,7 +231,7 @@ def add_cautious_weight_decay(
                     "optax.add_decayed_weights, or give it False in `mask`"
                 )
 
-    def term(c: Leaf, u: Leaf, w: Leaf, _: None) -> Leaf:
+    def term(c: Inexact[Array, ""], u: Leaf, w: Leaf, _: Any) -> Leaf:
         # The product itself could underflow to 0 and pass.
         agrees = jnp.sign(u) * jnp.sign(w) >= 0
         return u + jnp.where(agrees, c * w, jnp.zeros_like(w))
@@ -242,7 +240,7 @@ def add_cautious_weight_decay(
 
 
 def add_decay_by_leaf(
-    scale: PyTree[ScalarLike], weight_decay: optax.ScalarOrSchedule = 1.0, mask: Mask = None
+    scale: PyTree[ScalarLike], weight_decay: WeightDecay = 1.0, mask: Mask = None
 ) -> optax.GradientTransformation:
     r"""Add the parameters, each leaf times a coefficient of its own: layer-wise decay.
 
@@ -404,7 +402,7 @@ def _layer(name: str, layer: Any, depth: int | None) -> int:
 
 
 def _decay(
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
     mask: Mask,
     term: Callable[[Any, Any, Any, Any], Any],
     resolve: Callable[[PyTree, PyTree[bool]], PyTree | None] = lambda params, decays: None,

@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
 
 def sgd(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     momentum: ScalarLike = OFF,
     dampening: ScalarLike = OFF,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     nesterov: bool = False,
     *,
     maximize: bool = False,
@@ -151,7 +151,7 @@ def asgd(
     lambd: ScalarLike = 1e-4,
     alpha: ScalarLike = 0.75,
     t0: ScalarLike = 1e6,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,

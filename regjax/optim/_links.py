@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Inexact, PyTree, ScalarLike
 
     Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
+    # OFF is a scalar of NumPy.
+    WeightDecay = optax.ScalarOrSchedule | np.floating
 
 
 # A zero that optax.inject_hyperparams leaves as it is, since it is neither a float nor an array: a
@@ -44,7 +46,7 @@ def ascend(maximize: bool) -> optax.GradientTransformation:
     return optax.scale(-1.0) if is_ascent else optax.identity()
 
 
-def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.GradientTransformation:
+def decay_weights(weight_decay: WeightDecay, mask: Mask) -> optax.GradientTransformation:
     """`optax.add_decayed_weights` whose mask is checked, and is always read off the parameters.
 
     `optax.masked` asks a callable mask about the gradients at each update, and a tree of the wrong
@@ -58,7 +60,7 @@ def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.Gra
         # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
         leafless = not jax.tree.leaves(params)
         resolved = mask if mask is None or leafless else resolve_mask(mask, params)
-        return optax.add_decayed_weights(weight_decay, resolved)
+        return optax.add_decayed_weights(weight_decay, resolved)  # pyright: ignore[reportArgumentType]
 
     def init(params: PyTree) -> PyTree:
         return decay(params).init(params)
@@ -76,7 +78,7 @@ def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.Gra
     return optax.GradientTransformation(init, update)
 
 
-def check_mask(mask: Mask, weight_decay: optax.ScalarOrSchedule) -> None:
+def check_mask(mask: Mask, weight_decay: WeightDecay) -> None:
     """Refuse a mask that is certainly not one over the parameters.
 
     `optax.inject_hyperparams` takes a callable mask for a schedule, and passes on what it returns
@@ -121,7 +123,7 @@ class Terms(NamedTuple):
 
 def add_in_turn(
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
     mask: Mask,
     two_terms: bool = False,
 ) -> optax.GradientTransformation:
@@ -178,7 +180,7 @@ def _sum(step: Array | Terms) -> Array:
     return lax.add(step.early, step.late) if isinstance(step, Terms) else step
 
 
-def _check_given(params: PyTree | None, weight_decay: optax.ScalarOrSchedule) -> None:
+def _check_given(params: PyTree | None, weight_decay: WeightDecay) -> None:
     if params is None:
         raise ValueError(
             f"params is None, but weight_decay={weight_decay} needs the parameters: call "
@@ -368,9 +370,7 @@ def check_bounds(
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], but it is {value}: {fix}")
 
 
-def check_rates(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule
-) -> None:
+def check_rates(learning_rate: optax.ScalarOrSchedule, weight_decay: WeightDecay) -> None:
     if not callable(learning_rate):
         check_coefficient("learning_rate", learning_rate, fix="to ascend, pass maximize=True")
     if not callable(weight_decay):
@@ -384,4 +384,4 @@ def is_known(*values: Any) -> bool:
 
 def is_zero(value: Any) -> bool:
     """Tell a zero known when the chain is made: an array may change, so it counts as non-zero."""
-    return isinstance(value, int | float | np.generic) and value == 0
+    return isinstance(value, int | float | np.generic) and bool(value == 0)

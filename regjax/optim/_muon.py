@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Float, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
     Matrix = Float[Array, "m n"]
     Coefficients = tuple[ScalarLike, ScalarLike, ScalarLike]
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def muon(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    weight_decay: optax.ScalarOrSchedule = 0.1,
+    weight_decay: WeightDecay = 0.1,
     momentum: ScalarLike = 0.95,
     nesterov: bool = True,
     ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
@@ -215,7 +215,9 @@ def orthogonalize(
     wide, precision = (jnp.float32, None) if is_half else (dtype, "highest")
     a, b, c = (jnp.asarray(x, wide) for x in coefficients)
 
-    def dot(left: Matrix, right: Matrix, layout: Any) -> Matrix:
+    def dot(
+        left: Float[Array, "m k"], right: Float[Array, "k n"], layout: Any
+    ) -> Float[Array, "m n"]:
         return jnp.matmul(
             left, right, precision=precision, preferred_element_type=wide, out_sharding=layout
         )

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
 
 def adagrad(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     lr_decay: ScalarLike = OFF,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     initial_accumulator_value: ScalarLike = 0.0,
     eps: ScalarLike = 1e-10,
     *,
@@ -99,7 +99,7 @@ def adadelta(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     rho: ScalarLike = 0.9,
     eps: ScalarLike = 1e-6,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
@@ -173,7 +173,7 @@ def rmsprop(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     alpha: ScalarLike = 0.99,
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     momentum: ScalarLike = OFF,
     centered: bool = False,
     *,
