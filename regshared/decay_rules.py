@@ -137,10 +137,11 @@ def _decision(parameter: Parameter, pattern: str, decision: Decision) -> tuple[A
     name = _named(decision)
     for each in said:
         _check_decision(f"rule {name} at '{parameter.path}'", each)
-    if any(each != said[0] for each in said):
+    first, *others = said
+    if any(each != first for each in others):
         paths = " and ".join(f"'{place.path}'" for place in parameter.places)
         raise ValueError(f"rule {name} says {said} of {paths}, which are one parameter")
-    return said[0], name
+    return first, name
 
 
 def _named(function: Any) -> str:

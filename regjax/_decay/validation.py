@@ -150,11 +150,11 @@ def _broadcast(
     if _is_leaf(tree):
         verdict = judge(path, tree, params)
         return jax.tree.map(lambda _: verdict, params)
-    if _is_box(tree) and not _same_node(tree, params):
-        return _broadcast(name, judge, path, _content(tree), params)
     children, structure = _children(params)
     tree_children, tree_structure = _children(tree)
     if tree_structure != structure:
+        if _is_box(tree):
+            return _broadcast(name, judge, path, _content(tree), params)
         raise ValueError(_difference(name, path, tree, params))
     return structure.unflatten(
         _broadcast(name, judge, (*path, *key), subtree, subparams)
@@ -230,15 +230,11 @@ def _at(path: KeyPath) -> str:
     return f" at '{path_name(path)}'" if path else " at the root"
 
 
-def _same_node(tree: Any, other: Any) -> bool:
-    return not _is_leaf(other) and _children(tree)[1] == _children(other)[1]
-
-
 def _is_box(tree: Any) -> bool:
     """Recognize a variable of Flax, or metadata around an array, without importing Flax."""
     ancestors = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(tree).__mro__}
     is_of_flax = bool(ancestors & {"flax.Variable", "flax.AxisMetadata"})
-    return is_of_flax and not _is_leaf(tree) and len(_children(tree)[0]) == 1
+    return is_of_flax and len(_children(tree)[0]) == 1
 
 
 def _content(box: Any) -> Any:

@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from regjax._decay.paths import named_leaves
-from regjax._decay.validation import resolve_mask
+from regjax._decay.validation import (
+    check_reference,
+    resolve_mask,
+    resolve_reference,
+    resolve_scale,
+)
 from regshared.checks import check_coefficient
 
 
@@ -84,6 +89,7 @@ def test_mask_is_resolved_under_jit():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
+        ({}, r"at 'dense': the mask has nothing there, the parameters have a list of \(0, 1\)"),
         ({"dense": True}, r"at 'scale': the mask has nothing .* have an array float32\[\]"),
         ({"dense": True, "scale": True, "x": True}, "at 'x': the mask has True .* have nothing"),
         ({"dense": [True], "scale": True}, r"at 'dense/1': the mask has nothing .* Layer of \(ker"),
@@ -131,6 +137,65 @@ def test_a_mask_of_values_is_refused_under_jit():
     assert all(jax.tree.leaves(resolve_mask(rule, PARAMS)))
     with pytest.raises(TypeError, match="mask at 'dense/0/kernel' is traced"):
         jax.jit(lambda params: resolve_mask(rule, params))(PARAMS)
+
+
+BOXES = {"variable": nnx.Param, "partitioned": lambda leaf: linen.Partitioned(leaf, (None,))}
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES)
+def test_a_box_of_flax_and_its_content_fit_each_other(box):
+    bare, boxed = {"kernel": jnp.ones(2)}, {"kernel": box(jnp.ones(2))}
+    for params in (bare, boxed):
+        for mask in (True, box(True)):
+            resolved = resolve_mask({"kernel": mask}, params)
+            assert jax.tree.structure(resolved) == jax.tree.structure(params)
+            assert jax.tree.leaves(resolved) == [True]
+        for reference in (bare, boxed):
+            resolved = resolve_reference(reference, params)
+            assert jax.tree.structure(resolved) == jax.tree.structure(params)
+            assert jax.tree.leaves(resolved)[0] is jax.tree.leaves(reference)[0]
+    # A box is no prefix of another tree.
+    with pytest.raises(ValueError, match="at 'kernel': the reference has an array"):
+        resolve_reference(boxed, {"kernel": {"a": jnp.ones(2)}})
+
+
+def test_a_scale_is_resolved():
+    assert resolve_scale({"a": 0.5, "b": 2}, {"a": [1.0, 1.0], "b": 1.0}) == {
+        "a": [0.5] * 2,
+        "b": 2,
+    }
+    with pytest.raises(ValueError, match="scale at the root must be finite and not negative"):
+        resolve_scale(-1.0, PARAMS)
+
+
+def test_a_reference_is_no_prefix():
+    assert resolve_reference(PARAMS, PARAMS) == PARAMS
+    assert resolve_reference({"a": 1.0, "b": 2.0}, {"a": None, "b": 3.0}) == {"a": None, "b": 2.0}
+    with pytest.raises(
+        ValueError, match=r"at 'dense': the reference has 1\.0 there, .* have a list of \(0, 1\)"
+    ):
+        resolve_reference({"dense": 1.0, "scale": 1.0}, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        (0.0, TypeError, r"'w' must be a float or complex array, but it is 0\.0: pass the"),
+        (jnp.ones(2, int), TypeError, "'w' must be .* but it is an array of int32: pass"),
+        (np.int64(1), TypeError, "'w' must be .* but it is an array of int64: pass"),
+        (jnp.ones(2, complex), TypeError, "'w' is complex, but the parameter is real"),
+        (jnp.ones(3), ValueError, r"'w' has shape \(3,\), but the parameter has shape \(2,\)"),
+    ],
+)
+def test_a_reference_of_another_kind_is_refused(reference, error, message):
+    with pytest.raises(error, match=f"^reference at {message}"):
+        check_reference("w", jnp.ones(2), reference)
+
+
+def test_a_reference_of_the_same_kind_passes():
+    check_reference("w", jnp.ones(2), np.ones(2))
+    check_reference("w", jnp.ones((), complex), np.float32(1))
+    check_reference("w", jnp.ones(2, complex), jnp.ones(2, complex))
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1, 2.5, np.float32(0.5), np.array(0.5), jnp.array(0.5)])

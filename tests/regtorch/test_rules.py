@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import regtorch
-from regshared.globs import matches
 from regtorch import decay_groups, decay_mask, decay_rates, decay_table
 
 
@@ -191,9 +190,6 @@ def test_first_pair_wins_and_dots_are_slashes():
     assert list(rates.values()) == [0.5, 0.5, 0.25, 0.0, 0.25, 0.0]
     rates = decay_rates(model(), 1.0, [general, special, ("**", False)])
     assert list(rates.values()) == [0.25, 0.5, 0.25, 0.0, 0.25, 0.0]
-    assert matches("encoder.*.weight", "encoder.0.weight")
-    assert matches("encoder/*/weight", "encoder.0.weight")
-    assert not matches("encoder/*", "encoder.0.weight")
 
 
 def test_function_sees_path_tensor_and_kind():

@@ -1,0 +1,222 @@
+"""The language of rules, on parameters of no framework: `test_rules.py` has the trees of each."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import pytest
+
+from regshared.decay_rules import Parameter, Place, bools, kind_of_attribute, kind_of_class, rates
+
+
+class Leaf(NamedTuple):
+    shape: tuple[int, ...]
+
+
+def _parameter(*paths: str, kind="", certain=False, shape=(2, 3), frozen=False) -> Parameter:
+    places = (Place(path, path.rpartition("/")[2], kind, certain) for path in paths)
+    return Parameter(paths[0], tuple(places), Leaf(shape), frozen)
+
+
+PARAMETERS = [_parameter(path) for path in ("a/kernel", "a/bias", "b/kernel", "b/bias")]
+FROZEN = [parameter._replace(frozen=True) for parameter in PARAMETERS]
+TIED = _parameter("head/w", "embed/w")
+SIX = [_parameter(f"x{i}") for i in range(6)]
+
+# The name of a parameter, what is known of its module, and what the default rule takes it for.
+RECIPES: list[tuple[str, dict[str, Any], str]] = [
+    ("bias", {}, "bias"),
+    ("in_proj_bias", {"kind": "norm"}, "bias"),
+    ("b", {}, "bias"),
+    ("b1", {}, "bias"),
+    ("b_ih", {}, "bias"),
+    ("beta", {}, "bias"),
+    ("beta_x", {}, "bias"),
+    ("offset", {}, "bias"),
+    ("w", {"kind": "norm"}, "norm"),
+    ("kernel", {"kind": "norm", "certain": True}, "norm"),
+    ("kernel", {"kind": "norm"}, "kernel"),
+    ("gamma", {}, "scale"),
+    ("logit_scale", {"kind": "linear"}, "scale"),
+    ("g", {}, "scale"),
+    ("ln_g", {}, "scale"),
+    ("slope", {"kind": "activation"}, "activation"),
+    ("kernel", {"shape": (3,)}, "kernel"),
+    ("kernel", {"kind": "embedding", "certain": True}, "kernel"),
+    ("embedding", {}, "embedding"),
+    ("cls_token", {}, "embedding"),
+    ("w", {"kind": "embedding", "certain": True}, "embedding"),
+    ("w", {"kind": "linear", "shape": (3,)}, "kernel"),
+    ("w", {"kind": "linear", "certain": True}, "kernel"),
+    ("w", {}, "kernel"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "expected"), RECIPES)
+def test_what_the_default_rule_takes_a_parameter_for(name, options, expected):
+    rate = 0.5 if expected == "kernel" else 0.0
+    assert rates([_parameter(name, **options)], 0.5, "default") == [(rate, expected)]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("B", {}),
+        ("bar", {}),
+        ("x", {"kind": "linear"}),
+        ("w", {"shape": (3,)}),
+        ("w", {"kind": "embedding"}),
+    ],
+)
+def test_the_default_rule_asks_where_it_cannot_tell(name, options):
+    with pytest.raises(ValueError, match=f"cannot tell what '{name}' .*\\('{name}', False\\)"):
+        bools([_parameter(name, **options)], "default")
+
+
+KINDS = {
+    "LayerNorm": "norm",
+    "BatchNorm_0": "norm",
+    "ln_1": "norm",
+    "rmsnorm": "norm",
+    "WeightNorm": "",
+    "spectral_norm": "",
+    "PReLU": "activation",
+    "conv": "conv",
+    "Dense_0": "linear",
+    "ConvLSTMCell": "recurrent",
+    "self_attn": "attention",
+    "wte": "embedding",
+    "": "",
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
+def test_the_kind_of_a_module(name, kind):
+    assert kind_of_attribute(name) == (kind, False)
+    assert kind_of_class(type(name, (), {})) == (kind, kind != "embedding")
+
+
+def test_the_kind_of_a_norm_in_a_longer_name():
+    assert kind_of_attribute("norm_linear") == ("norm", False)
+    assert kind_of_class(type("LayerNormLSTMCell", (), {})) == ("recurrent", True)
+
+
+def test_the_kind_of_a_class_is_that_of_its_bases():
+    embedding = type("Embedding", (), {})
+    assert kind_of_class(embedding) == ("embedding", True)
+    assert kind_of_class(type("MyEmbed", (embedding,), {})) == ("embedding", True)
+    assert kind_of_class(type("Mine", (type("Linear", (), {}),), {})) == ("linear", True)
+    # The class of a patch embedding may own the kernel of a convolution.
+    assert kind_of_class(type("PatchEmbedding", (), {})) == ("embedding", False)
+
+
+# What each of PARAMETERS gets from a rule at a weight decay of 0.5, and why.
+RULES: dict[str, tuple[Any, list[tuple[float, str]]]] = {
+    "glob": ("kernel", [(0.5, "kernel"), (0.0, "**"), (0.5, "kernel"), (0.0, "**")]),
+    "default": ("default", [(0.5, "kernel"), (0.0, "bias"), (0.5, "kernel"), (0.0, "bias")]),
+    "function": (
+        lambda path, leaf, kind: path == "a/bias",
+        [(0.0, "<lambda>"), (0.5, "<lambda>"), (0.0, "<lambda>"), (0.0, "<lambda>")],
+    ),
+    "true": (lambda path, leaf, kind: True, [(0.5, "<lambda>")] * 4),
+    "rates": (
+        [("a/*", 0.25), ("b/bias", True), ("**", False)],
+        [(0.25, "a/*"), (0.25, "a/*"), (0.0, "**"), (0.5, "b/bias")],
+    ),
+    "lists": (
+        [["bias", True], ["**", "default"]],
+        [(0.5, "kernel"), (0.5, "bias"), (0.5, "kernel"), (0.5, "bias")],
+    ),
+    "idle-end": ([("*", False), ("**", True)], [(0.0, "*")] * 4),
+    "nothing": ([("**", False)], [(0.0, "**")] * 4),
+    "mixed": (
+        [("bias", lambda path, leaf, kind: 2.0), ("**", "default")],
+        [(0.5, "kernel"), (2.0, "<lambda>"), (0.5, "kernel"), (2.0, "<lambda>")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "expected"), RULES.values(), ids=RULES)
+def test_rates(rule, expected):
+    assert rates(PARAMETERS, 0.5, rule) == expected
+    assert rates(FROZEN, 0.5, rule) == [(0.0, "frozen")] * 4
+    half = [*PARAMETERS[:2], *FROZEN[2:]]
+    assert rates(half, 0.5, rule) == [*expected[:2], (0.0, "frozen"), (0.0, "frozen")]
+
+
+def test_no_parameters_need_no_pairs():
+    assert rates([], 0.5, "kernel") == bools([], "kernel") == []
+
+
+def test_bools():
+    assert bools(PARAMETERS, "kernel") == [True, False, True, False]
+    with pytest.raises(TypeError, match=r"rule a/\* gives 'a/kernel' the rate 0\.5, but a mask"):
+        bools(PARAMETERS, [("a/*", 0.5), ("**", False)])
+    with pytest.raises(TypeError, match="weight_decay must be a real number"):
+        rates(PARAMETERS, True, "kernel")
+
+
+def test_tied_parameters():
+    for pattern in ("head/*", "embed/*"):
+        assert bools([TIED], [(pattern, True), ("**", False)]) == [True]
+    assert bools([TIED], lambda path, leaf, kind: True) == [True]
+    # Tied to an embedding, an output layer is an embedding.
+    places = (Place("head/w", "w", "linear", True), Place("embed/w", "w", "embedding", True))
+    for order in (places, places[::-1]):
+        assert rates([TIED._replace(places=order)], 0.5, "default") == [(0.0, "embedding")]
+    with pytest.raises(
+        ValueError, match=r"says \[True, False\] of 'head/w' and 'embed/w', which are"
+    ):
+        bools([TIED], lambda path, leaf, kind: path == "head/w")
+
+
+def _says(answer):
+    return lambda path, leaf, kind: answer
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        (3, TypeError, "rule must be 'default', a glob such as '**/kernel', a function"),
+        ([], TypeError, "or a list of pairs (glob, bool or rate), but it is []"),
+        ({"kernel": True}, TypeError, "but it is {'kernel': True}"),
+        (["ab"], TypeError, "rule[0] must be a pair (glob, bool or rate), but it is 'ab'"),
+        ([None], TypeError, "rule[0] must be a pair (glob, bool or rate), but it is None"),
+        ([("a", 1, 2)], TypeError, "rule[0] must be a pair (glob, bool or rate), but it is ('a', "),
+        (
+            [(3, True)],
+            TypeError,
+            "rule[0] must be a pair (glob, bool or rate), but it is (3, True)",
+        ),
+        ([("**", True), ("*", "no")], TypeError, "rule[1], '*', must be a real number"),
+        ([("**", -0.1)], ValueError, "rule[0], '**', must be finite and not negative"),
+        (_says(None), TypeError, "rule <lambda> at 'a/kernel' must be a real number"),
+        (_says(math.inf), ValueError, "rule <lambda> at 'a/kernel' must be finite"),
+        (_says(False), ValueError, "rule <lambda> says False of all of 'a/kernel' [2, 3], 'a/b"),
+        ("weight", ValueError, "rule has 'weight', which matches none of 'a/kernel' [2, 3], "),
+        ([("a/*", True)], ValueError, "no pair for 'b/kernel' [2, 3], 'b/bias' [2, 3]: end it"),
+        (
+            [("a/*", True), ("b/*", True), ("kernel", False)],
+            ValueError,
+            "rule has 'kernel' behind 'a/*', which takes all that it matches: the first pair",
+        ),
+    ],
+)
+def test_bad_rules_are_refused(rule, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        rates(PARAMETERS, 0.5, rule)
+
+
+def test_a_tied_parameter_is_called_as_in_its_first_place():
+    with pytest.raises(ValueError, match=r"what 'a/x' \[2, 3\] is.*rule=\[\('a/x', False\)"):
+        bools([_parameter("a/x", "a/y")], "default")
+
+
+@pytest.mark.parametrize(
+    ("count", "end"), [(5, "'x3' [2, 3], 'x4' [2, 3]"), (6, "'x4' [2, 3], ... (6 in all)")]
+)
+def test_long_lists_are_cut(count, end):
+    with pytest.raises(ValueError, match=re.escape(end) + "$"):
+        bools(SIX[:count], "y")
