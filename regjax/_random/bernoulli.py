@@ -72,8 +72,9 @@ class MaskSampler:
         *,
         out_sharding: Layout = None,
     ) -> Bool[Array, "*shape"]:
-        """Draws a mask, unchecked: a sampler of ours is one that a user may pass, too."""
-        return self.draw(key, keep_prob, tuple(shape), out_sharding)
+        """Draws a mask, as any other sampler does."""
+        probability = check_probability("keep_prob", keep_prob)
+        return self.draw(key, probability, tuple(shape), out_sharding)
 
     def draw(
         self,

@@ -49,8 +49,9 @@ class MaskSampler:
     function: Sampler
 
     def __call__(self, key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
-        """Draws a mask, unchecked: a sampler of ours is one that a user may pass, too."""
-        return self.draw(key, keep_prob, tuple(shape))
+        """Draws a mask, as any other sampler does."""
+        probability = check_probability("keep_prob", keep_prob)
+        return self.draw(key, probability, tuple(shape))
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
         """Draws a mask from arguments that were checked before; True keeps."""
