@@ -11,6 +11,8 @@ inside `pytest.raises`.
 from __future__ import annotations
 
 import importlib
+import pkgutil
+import sys
 import typing
 
 import numpy as np
@@ -31,7 +33,6 @@ DEPENDENCIES = [
     "torch.func",
 ]
 PACKAGES = ["regjax", "regshared", "regtorch"]
-LAYERS = ["regjax.linen", "regjax.nnx", "regjax.equinox", "regjax.haiku"]
 
 # As for static type checkers, an int is accepted where a float is expected; and, as for
 # `check_integer`, an integer of NumPy where an int is.
@@ -50,12 +51,16 @@ class Raises(pytest.RaisesExc):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Import the packages with a check in every function and dataclass."""
+    """Import every module of the packages with a check in each function and dataclass."""
+    if loaded := {*PACKAGES} & {*sys.modules}:
+        raise pytest.UsageError(f"{loaded} must not be imported before this plugin.")
     pytest.raises = Raises
     for name in DEPENDENCIES:
         importlib.import_module(name)
     typing.TYPE_CHECKING = True
     with install_import_hook(PACKAGES, f"{__name__}.check"):
-        for name in [*PACKAGES, *LAYERS]:
-            importlib.import_module(name)
+        for name in PACKAGES:
+            package = importlib.import_module(name)
+            for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+                importlib.import_module(module.name)
     typing.TYPE_CHECKING = False
