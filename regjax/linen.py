@@ -58,6 +58,7 @@ with needs("regjax.linen", extra="flax", package="flax"):
     from flax import linen
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, Inexact, Integer, PyTree
 
@@ -127,7 +128,7 @@ class RateLayer(Layer):
         rate: the probability that something is dropped, in [0, 1].
     """
 
-    rate: float
+    rate: float | Float[Array, ""]
 
     def __post_init__(self) -> None:
         """Refuses a rate out of range."""
@@ -142,7 +143,7 @@ class RateLayer(Layer):
         rng: KeyLike | None = None,
         *,
         rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*shape"]:
+    ) -> Inexact[Array | np.ndarray, "*shape"]:
         """Drops in training, and returns `inputs` itself in evaluation.
 
         Args:
@@ -205,7 +206,7 @@ class Dropout(RateLayer, linen.Dropout):
 
     _function = staticmethod(dropout)
 
-    rate: float
+    rate: float | Float[Array, ""]  # pyright: ignore[reportIncompatibleVariableOverride]
     broadcast_dims: Sequence[int] = ()
     deterministic: bool | None = None
     rng_collection: str = "dropout"
@@ -414,7 +415,7 @@ class EmbeddingDropout(RateLayer):
         rng: KeyLike | None = None,
         *,
         rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*ids features"]:
+    ) -> Inexact[Array | np.ndarray, "*ids features"]:
         """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
         return self._call((inputs, ids), self._rate(rate), deterministic, rng)
 
@@ -443,7 +444,7 @@ class GaussianNoise(Layer):
 
     _function = staticmethod(gaussian_noise)
 
-    stddev: float
+    stddev: float | Float[Array, ""]
 
     keyless_rates: ClassVar[tuple[float, ...]] = (0,)
 
@@ -460,7 +461,7 @@ class GaussianNoise(Layer):
         rng: KeyLike | None = None,
         *,
         stddev: ArrayLike | None = None,
-    ) -> Float[Array, "*shape"]:
+    ) -> Float[Array | np.ndarray, "*shape"]:
         """Adds noise in training, and returns `inputs` itself in evaluation."""
         stddev = check_stddev(self.stddev if stddev is None else stddev)
         return self._call((inputs,), stddev, deterministic, rng)

@@ -58,6 +58,7 @@ with needs("regjax.nnx", extra="flax", package="flax"):
     from flax import nnx
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, Inexact, Integer, PyTree
 
@@ -184,7 +185,7 @@ class RateLayer(Layer):
         deterministic: ArrayLike | None = None,
         rngs: Source | None = None,
         rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*shape"]:
+    ) -> Inexact[Array | np.ndarray, "*shape"]:
         """Drops in training, and returns `inputs` itself in evaluation.
 
         Args:
@@ -465,7 +466,7 @@ class EmbeddingDropout(RateLayer):
         deterministic: ArrayLike | None = None,
         rngs: Source | None = None,
         rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*ids features"]:
+    ) -> Inexact[Array | np.ndarray, "*ids features"]:
         """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
         return self._call((inputs, ids), self._rate(rate), deterministic, rngs)
 
@@ -512,7 +513,7 @@ class GaussianNoise(Layer):
         deterministic: ArrayLike | None = None,
         rngs: Source | None = None,
         stddev: ArrayLike | None = None,
-    ) -> Float[Array, "*shape"]:
+    ) -> Float[Array | np.ndarray, "*shape"]:
         """Adds noise in training, and returns `inputs` itself in evaluation."""
         stddev = check_stddev(_number(self.stddev if stddev is None else stddev))
         return self._call((inputs,), stddev, deterministic, rngs)

@@ -5,12 +5,14 @@ names that only annotations need, under `if TYPE_CHECKING`, which is therefore t
 imported. Their dependencies are imported before: some of those have circular imports there.
 
 A test that passes a wrong argument on purpose is skipped where an annotation refuses the argument
-inside `pytest.raises`.
+inside `pytest.raises`; where nothing is raised without this plugin, by the marker `wrong_types`.
 """
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
+import sys
 import typing
 
 import numpy as np
@@ -31,7 +33,6 @@ DEPENDENCIES = [
     "torch.func",
 ]
 PACKAGES = ["regjax", "regshared", "regtorch"]
-LAYERS = ["regjax.linen", "regjax.nnx", "regjax.equinox", "regjax.haiku"]
 
 # As for static type checkers, an int is accepted where a float is expected; and, as for
 # `check_integer`, an integer of NumPy where an int is.
@@ -50,12 +51,22 @@ class Raises(pytest.RaisesExc):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Import the packages with a check in every function and dataclass."""
+    """Import every module of the packages with a check in each function and dataclass."""
+    if loaded := {*PACKAGES} & {*sys.modules}:
+        raise pytest.UsageError(f"{loaded} must not be imported before this plugin.")
     pytest.raises = Raises
     for name in DEPENDENCIES:
         importlib.import_module(name)
     typing.TYPE_CHECKING = True
     with install_import_hook(PACKAGES, f"{__name__}.check"):
-        for name in [*PACKAGES, *LAYERS]:
-            importlib.import_module(name)
+        for name in PACKAGES:
+            package = importlib.import_module(name)
+            for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+                importlib.import_module(module.name)
     typing.TYPE_CHECKING = False
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that passes what annotations refuse."""
+    if item.get_closest_marker("wrong_types"):
+        pytest.skip("an annotation refuses an argument that is wrong on purpose")

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
     from regjax._random.keys import KeyLike
 
-    Bias = Real[ArrayLike, "*#batch #heads #queries #keys"] | None
-    Mask = Bool[ArrayLike, "*#batch #heads #queries #keys"] | Bias
+    # Of any shape that broadcasts against "*batch heads queries keys", also of lower rank.
+    Bias = Real[ArrayLike, "*#scores"] | None
+    Mask = Bool[ArrayLike, "*#scores"] | Bias
 
 
 def dot_product_attention(
