@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # A zero that optax.inject_hyperparams leaves as it is, since it is neither a float nor an array: a
 # hyperparameter that nobody passed is not injected, so it allocates nothing.
 OFF: Any = np.float32(0.0)
+_SINGLE = np.dtype("float32")
 
 
 def ascend(maximize: bool) -> optax.GradientTransformation:
@@ -264,8 +265,8 @@ def _as_array(leaf: Any) -> Any:
 def _widened(leaf: Any) -> Any:
     if not hasattr(leaf, "dtype"):
         return leaf
-    is_half = leaf.dtype.itemsize < 4 and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return leaf.astype(jnp.float32) if is_half else leaf
+    is_half = leaf.dtype.itemsize < _SINGLE.itemsize and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(_SINGLE) if is_half else leaf
 
 
 def _cast_like(leaf: Any, like: Any) -> Any:

@@ -170,6 +170,14 @@ def test_rounded_once():
         assert set(seen[-1]) == {jnp.dtype("float64")}
 
 
+def test_a_parameter_without_a_gradient_keeps_its_state():
+    link = links.rounded_once(optax.chain(optax.trace(0.5), optax.add_decayed_weights(0.5)))
+    before = link.init(PARAMS)[0].trace
+    updates, state = _walk(link, {**STEP, "a": None}, steps=2)
+    assert_close(updates, {"a": None, "b": -7.0})
+    assert_close(state[0].trace, {"a": before["a"], "b": -3.0})
+
+
 def test_coefficients_take_the_dtype_that_they_meet():
     half, single = jnp.ones(1, "bfloat16"), jnp.ones(1)
     for coefficient in (1, 0.5, jnp.float32(0.5), jnp.bfloat16(0.5)):
