@@ -543,7 +543,6 @@ class _Decay:
     def decouple(self, *, times_lr: bool = True) -> DecayHandle:
         pending: list[tuple[Tensor, Tensor, float | Tensor, Any]] = []
 
-        @torch.no_grad()
         def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             coefficient = self.coefficient()
             pending.clear()

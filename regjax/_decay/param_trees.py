@@ -216,7 +216,7 @@ class _Node(NamedTuple):
     """
 
     path: tuple[str, ...] = ()
-    owner: type | None = None
+    owner: type = object
     is_parameter: bool = True
 
 
@@ -245,7 +245,7 @@ def _step(tree: PyTree, node: _Node, path: tuple[Any, ...]) -> _Node:
         return node._replace(is_parameter=is_parameter)
     owner = node.owner
     if isinstance(tree, Mapping):
-        owner = None
+        owner = object
     elif not name.isdigit():
         owner = type(tree)
     is_parameter = node.is_parameter and type(tree).__name__ != "StateIndex"
@@ -263,7 +263,7 @@ def _parameter(leaf: Any, node: _Node) -> Parameter:
     return Parameter(path, (Place(path, name, kind, certain),), leaf, frozen=False)
 
 
-def _kind(owner: type | None, holder: str) -> tuple[str, bool]:
+def _kind(owner: type, holder: str) -> tuple[str, bool]:
     """Say what owns a parameter: by its class where it has one, else by what it is called."""
-    kind, certain = kind_of_class(owner) if owner else ("", False)
+    kind, certain = kind_of_class(owner)
     return (kind, certain) if kind else kind_of_attribute(holder)

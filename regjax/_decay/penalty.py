@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -209,14 +210,14 @@ def l2_sp_penalty(
     check_coefficient("weight_decay", weight_decay, fix=_FIX)
     weights = _weights("l2_sp_penalty", params, mask)
     origins = _counted(named_leaves(resolve_reference(reference, params)), params, mask)
-    apart = (w - _origin(w, *origin) for w, origin in zip(weights, origins, strict=True))
+    apart = map(lambda w, origin: w - _origin(w, *origin), weights, origins)
     return _times(weight_decay, _sum(map(_squared, apart)))
 
 
 def _counted(leaves: Sequence[_T], params: PyTree, mask: Mask) -> list[_T]:
     """Choose, of one thing for each parameter, those that the mask lets through."""
     decays = jax.tree.leaves(resolve_mask(mask, params))
-    return [leaf for leaf, decay in zip(leaves, decays, strict=True) if decay]
+    return list(compress(leaves, decays))
 
 
 def _weights(function: str, params: PyTree, mask: Mask) -> list[Inexact[Array, "*_"]]:
@@ -234,7 +235,8 @@ def _widened(function: str, name: str, leaf: Any) -> Inexact[Array, "*shape"]:
             "(such as equinox.filter(model, equinox.is_inexact_array))"
         )
     # A half type has too few digits to add up in, and float16 overflows at 256 squared.
-    return jnp.asarray(leaf, jnp.float32 if jnp.finfo(leaf.dtype).bits < 32 else None)
+    leaf = jnp.asarray(leaf)
+    return leaf.astype(np.promote_types(leaf.dtype, np.float32))
 
 
 def _origin(leaf: Inexact[Array, "*shape"], name: str, reference: Any) -> Inexact[Array, "*shape"]:

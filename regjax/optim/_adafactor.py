@@ -209,7 +209,7 @@ def _zeros(leaf: Array, axis: int | None, *, if_factored: bool) -> Array | optax
         return optax.MaskedNode()
     zeros = jnp.zeros_like(leaf)
     # A reduction, as at each update, so that the factor is sharded as its parameter is.
-    return zeros if axis is None else zeros.max(axis, keepdims=True, initial=0)
+    return zeros if axis is None else zeros.sum(axis, keepdims=True)
 
 
 def _cap_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

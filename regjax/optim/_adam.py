@@ -446,10 +446,10 @@ def _chain(
     check_bool("decoupled_weight_decay", decoupled)
     step = optax.scale_by_learning_rate(learning_rate)
     if decoupled:
-        links = moments, step, add_in_turn(learning_rate, weight_decay, mask, two_terms)
+        links = moments, step, add_in_turn(learning_rate, weight_decay, mask)
     else:
         if two_terms:
-            step = optax.chain(step, add_in_turn(learning_rate, 0.0, None, two_terms))
+            step = optax.chain(step, add_in_turn(learning_rate, 0.0, None))
         links = decay_weights(weight_decay, mask), moments, step
     return rounded_once(optax.chain(ascend(maximize), *links))
 

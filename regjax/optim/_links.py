@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # A zero that optax.inject_hyperparams leaves as it is, since it is neither a float nor an array: a
 # hyperparameter that nobody passed is not injected, so it allocates nothing.
 OFF: Any = np.float32(0.0)
+_SINGLE = np.dtype("float32")
 
 
 def ascend(maximize: bool) -> optax.GradientTransformation:
@@ -69,11 +70,9 @@ def decay_weights(weight_decay: WeightDecay, mask: Mask) -> optax.GradientTransf
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         _check_given(params, weight_decay)
-        updates, new_state = decay(params).update(updates, state, params)
-        if callable(weight_decay):
-            # The state holds the step count alone, which Optax 0.2.6 does not advance.
-            new_state = jax.tree.map(optax.safe_increment, state)
-        return updates, new_state
+        updates, _ = decay(params).update(updates, state, params)
+        # The state of a schedule is its step count, which Optax 0.2.6 does not advance.
+        return updates, jax.tree.map(optax.safe_increment, state)
 
     return optax.GradientTransformation(init, update)
 
@@ -122,23 +121,18 @@ class Terms(NamedTuple):
 
 
 def add_in_turn(
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: WeightDecay,
-    mask: Mask,
-    two_terms: bool = False,
+    learning_rate: optax.ScalarOrSchedule, weight_decay: WeightDecay, mask: Mask
 ) -> optax.GradientTransformation:
     """Shrink the parameters, then add the terms of their steps, rounding between as torch does.
 
-    The last link of a chain, behind the learning rate. What reaches it is a term for each
-    parameter, or `Terms` with `two_terms`. What leaves it is their sum with the decay, in which all
-    but the last term are rounded to the digits of the parameter, and so is `1 - learning_rate *
-    weight_decay`: without this a run in float32 is 2e-5 from torch's after a thousand steps.
+    The last link of a chain, behind the learning rate. It takes a term for each parameter, or
+    `Terms`, and returns their sum with the decay, in which all but the last term are rounded to the
+    digits of the parameter, and so is `1 - learning_rate * weight_decay`: without this a run in
+    float32 is 2e-5 from torch's after a thousand steps.
     """
     decaying = not is_zero(weight_decay)
     if decaying:
         check_mask(mask, weight_decay)
-    if not decaying and not two_terms:
-        return optax.identity()
     scheduled = decaying and (callable(learning_rate) or callable(weight_decay))
 
     def decays(params: PyTree) -> PyTree[bool]:
@@ -160,7 +154,7 @@ def add_in_turn(
             _check_given(params, weight_decay)
         elif params is None:
             return jax.tree.map(_sum, updates, is_leaf=lambda x: isinstance(x, Terms)), state
-        kept = share(state) if decaying else 1.0
+        kept = share(state) if decaying else None
 
         def total(p: Array, is_decaying: bool, step: Array | Terms) -> Array:
             early, late = step if isinstance(step, Terms) else (None, step)
@@ -273,8 +267,8 @@ def _as_array(leaf: Any) -> Any:
 def _widened(leaf: Any) -> Any:
     if not hasattr(leaf, "dtype"):
         return leaf
-    is_half = leaf.dtype.itemsize < 4 and jnp.issubdtype(leaf.dtype, jnp.floating)
-    return leaf.astype(jnp.float32) if is_half else leaf
+    is_half = leaf.dtype.itemsize < _SINGLE.itemsize and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(_SINGLE) if is_half else leaf
 
 
 def _cast_like(leaf: Any, like: Any) -> Any:
@@ -314,8 +308,6 @@ def promoted(updates: PyTree, moments: PyTree) -> tuple[PyTree, PyTree]:
         return updates, moments
 
     def wider(g: Array, m: Array) -> Any:
-        if g.dtype == m.dtype:
-            return g.dtype
         with jax.numpy_dtype_promotion("standard"):
             return jnp.promote_types(g.dtype, m.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -219,14 +220,14 @@ def l2_sp_penalty(
     leaves = named_leaves(params)
     weights = _weights("l2_sp_penalty", leaves, mask)
     origins = _counted(resolve_reference(reference, leaves), leaves, mask)
-    apart = (w - _origin(w, *origin) for w, origin in zip(weights, origins, strict=True))
+    apart = map(lambda w, origin: w - _origin(w, *origin), weights, origins)
     return _times(weight_decay, _sum(map(_squared, apart)))
 
 
 def _counted(things: Sequence[_T], leaves: Sequence[tuple[str, Any]], mask: Mask) -> list[_T]:
     """Choose, of one thing for each parameter, those that the mask lets through."""
     decays = resolve_mask(mask, leaves)
-    return [thing for thing, decay in zip(things, decays, strict=True) if decay]
+    return list(compress(things, decays))
 
 
 def _weights(function: str, params: Params, mask: Mask) -> list[Tensor]:

@@ -143,9 +143,8 @@ def widened(tensor: Tensor) -> Tensor:
         >>> widened(torch.ones(2, dtype=torch.bfloat16))
         tensor([1., 1.])
     """
-    if tensor.is_complex():
-        return tensor.to(torch.complex64) if tensor.dtype.itemsize < 8 else tensor
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+    least = torch.complex64 if tensor.is_complex() else torch.float32
+    return tensor.to(least) if tensor.dtype.itemsize < least.itemsize else tensor
 
 
 def _as_bool(name: str, verdict: Any) -> bool:

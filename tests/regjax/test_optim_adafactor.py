@@ -72,6 +72,7 @@ def test_state_of_a_matrix_is_its_rows_and_columns():
     assert len(state) == 4
     factored = state[1][0]
     assert isinstance(factored, optax.FactoredState)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(state))
     nothing = optax.MaskedNode()
     assert jax.tree.map(jnp.shape, factored._asdict(), is_leaf=lambda leaf: leaf is nothing) == {
         "count": (),
@@ -154,6 +155,12 @@ def test_argument_out_of_range_is_refused(arguments, message):
 def test_argument_that_is_no_number_is_refused(argument, value):
     with pytest.raises(TypeError, match=f"{argument} must be a real number, but it is"):
         optim.adafactor(**{argument: value})
+
+
+def test_a_mask_that_is_false_for_all_is_refused():
+    with pytest.raises(ValueError, match="mask must be True for some parameter"):
+        optim.adafactor(weight_decay=0.1, mask=False)
+    optim.adafactor(mask=False)
 
 
 def test_complex_parameters_are_refused():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import decimal
 import math
 
 import jax
@@ -60,7 +61,7 @@ def _early(value):
         (optim.radam(0.1, weight_decay=0.25, decoupled_weight_decay=True), -0.05),
         (optim.adamax(0.1), -0.1),
         (optim.adamax(0.1, eps=1.0), -0.05),
-        (optim.adamax(0.1, weight_decay=1.0), 0.1),
+        (optim.adamax(0.1, weight_decay=2.0), 0.1),
         (optim.adamax(0.1, weight_decay=1.0, maximize=True), 0.1),
         (optim.adamax(_early(0.1)), -0.1),
     ],
@@ -107,6 +108,20 @@ def test_radams_length_keeps_its_digits_in_float32(b2, as_array):
         np.testing.assert_allclose(limit, 2 / (1 - b2) - 1, rtol=2e-6 + slack)
 
 
+def test_radams_length_in_float64():
+    with jax.enable_x64(True), decimal.localcontext(prec=40):
+        for x in (1e-3, 0.1, 0.2, 0.24, 0.26, 1.0, 30.0):
+            exact = 1 - decimal.Decimal(x) / (decimal.Decimal(x).exp() - 1)
+            np.testing.assert_allclose(_adam._shortfall(jnp.float64(x)), float(exact), rtol=2e-14)
+
+
+def test_radams_rectification():
+    for length, limit in ((5.1, 5.5), (5.98, 1999.0), (100.0, 1999.0)):
+        squared = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
+        found = _adam._rectification(jnp.float32(length), jnp.float32(limit))
+        np.testing.assert_allclose(found, math.sqrt(squared), rtol=1e-6)
+
+
 def test_radam_meets_no_nan_that_it_would_drop():
     # Below rho = 4 a root of a negative number lies, at a limit of 4 a pole.
     with jax.debug_nans(True):
@@ -119,6 +134,30 @@ def test_radam_meets_no_nan_that_it_would_drop():
 def test_a_small_gradient_after_a_large_one_keeps_its_digits(make, b1):
     _, state = scalar_updates(make(betas=(b1, 0.9)), [1e8, 1.0])
     assert state[2].mu == 1.0
+
+
+# As torch.lerp, from the nearer end, and at one half from the gradient.
+@pytest.mark.parametrize(
+    ("b1", "moment", "gradient", "expected"),
+    [
+        (0.75, 3.0, 2.0**26, 2.0**24 + 2),
+        (0.25, 2.0**26, 3.0, 2.0**24 + 2),
+        (0.5, 2.0**24, -1.0, 2.0**23 - 1),
+        (0, 2.0**24, -1.0, -1.0),
+    ],
+)
+def test_a_moment_is_averaged_from_the_nearer_end(b1, moment, gradient, expected):
+    def average(b1):
+        return _adam._first_moment({"w": jnp.float32(moment)}, {"w": jnp.float32(gradient)}, b1)
+
+    for found in (average(b1), average(jnp.float32(b1)), jax.vmap(average)(jnp.array([b1], float))):
+        assert found["w"] == expected
+
+
+def test_only_nadam_adds_two_terms():
+    for name, make in OPTIMIZERS.items():
+        last = make().init(PARAMS)[3]
+        assert last == ((optax.EmptyState(),) * 2 if name == "nadam" else optax.EmptyState())
 
 
 def test_nadams_product_is_of_all_momenta():

@@ -47,6 +47,13 @@ def test_rule(make, rule):
     assert_close(compiled, expected)
 
 
+def test_a_decay_by_leaf_is_not_scaled_unless_asked():
+    assert_close(
+        _update(optim.add_decay_by_leaf(SCALE)), _update(optim.add_decay_by_leaf(SCALE, 1.0))
+    )
+    assert not jnp.array_equal(_update(optim.add_decay_by_leaf(SCALE))["bias"], GRADIENT["bias"])
+
+
 @pytest.mark.parametrize(
     "mask",
     [{"kernel": True, "bias": False}, lambda p: jax.tree.map(lambda leaf: leaf.ndim > 1, p)],
@@ -188,6 +195,8 @@ def test_layerwise_scale():
     layer_of = lambda name: {"embed": 0, "block/0": 1, "head": 2}[name]
     scale = optim.layerwise_scale(params, layer_of, 0.5)
     assert scale == {"embed": 0.25, "block": [0.5, None], "head": 1.0}
+    assert optim.layerwise_scale(params, layer_of, 0.5, depth=2) == scale
+    assert optim.layerwise_scale(params["head"], lambda name: 0, 0.5, depth=0) == 1.0
     deeper = optim.layerwise_scale(params, layer_of, 0.5, depth=3)
     assert deeper == {"embed": 0.125, "block": [0.25, None], "head": 0.5}
     assert optim.layerwise_scale({}, layer_of, 0.5) == {}
@@ -199,6 +208,7 @@ def test_layerwise_scale():
     ("layer", "depth", "error", "message"),
     [
         (-1, None, ValueError, r"layer_of\('kernel'\) must be not negative, but it is -1"),
+        (0, -1, ValueError, "depth must be at least 0; got -1"),
         (3, 2, ValueError, r"layer_of\('kernel'\) must be in \[0, depth=2\], but it is 3"),
         (0.5, None, TypeError, r"layer_of\('kernel'\) must be an int, but it is 0\.5"),
         (True, None, TypeError, "must be an int, but it is True"),

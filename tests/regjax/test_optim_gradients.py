@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 import regjax
 from regjax import optim
+from regjax.optim import _gradients
 from tests.regjax.optimizers import MAKE, assert_close, dtypes, first_update
 
 OPTIMIZERS = {name: make(0.1) for name, make in MAKE.items()}
@@ -66,6 +69,20 @@ WRONG = {
 def test_gradients_of_other_parameters_are_refused(link, gradient, error, message):
     with pytest.raises(error, match=message):
         link.update(gradient, link.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("params", [PARAMS, {**PARAMS, "a": None}], ids=["untrained", "none"])
+def test_gradients_are_checked_behind_one_that_is_none(params):
+    gradient = {"a": None, "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"shapes of the parameters; got float32\[3\] at 'b'"):
+        OPTIMIZERS["adam"].update(gradient, OPTIMIZERS["adam"].init(params), params)
+
+
+def test_an_array_has_a_shape_and_a_dtype():
+    assert _gradients.is_array(np.ones(1))
+    for partial in (SimpleNamespace(shape=()), SimpleNamespace(dtype="float32"), 1.0):
+        with pytest.raises(TypeError, match=r"params must hold only arrays; got .*\. Pass"):
+            _gradients.check_arrays(partial)
 
 
 @pytest.mark.parametrize(

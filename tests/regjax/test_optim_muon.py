@@ -115,6 +115,17 @@ def test_ns_dtype_is_what_the_iteration_is_rounded_to():
     assert 1e-3 < apart / jnp.linalg.norm(updates["float32"]) < 0.05
 
 
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (9, 9)])
+def test_the_iteration_multiplies_along_the_longer_axis(shape):
+    """The Gram matrix has the size of the shorter one; float32 is multiplied without a shortcut."""
+    for dtype in ("float32", "bfloat16"):
+        optimizer = optim.muon(weight_decay=0.0, ns_dtype=dtype)
+        gradient = jnp.ones(shape)
+        text = str(jax.make_jaxpr(optimizer.update)(gradient, optimizer.init(gradient)))
+        assert ("[9,9]" in text) == (shape == (9, 9))
+        assert ("HIGHEST" in text) == (dtype == "float32")
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 def test_other_parameters_than_matrices_are_refused_by_name(shape):
     params = {"hidden": {"kernel": jnp.ones((2, 3)), "other": jnp.ones(shape)}}
@@ -177,6 +188,15 @@ def test_argument_that_is_no_number_is_refused(argument, value):
 def test_the_number_of_steps_is_an_integer(value):
     with pytest.raises(TypeError, match=r"^ns_steps must be an integer; got"):
         optim.muon(ns_steps=value)
+
+
+def test_arguments_at_the_ends_of_their_ranges_pass():
+    optim.muon(ns_steps=99)
+    optim.muon(ns_steps=0, eps=0.0, momentum=0.0)
+    apart = lambda a, b=1.0: optim.muon(ns_coefficients=(a, b, 1.0)) and a
+    assert jax.jit(apart)(2.0) == 2.0
+    with pytest.raises(ValueError, match="ns_coefficients must be finite"):
+        jax.jit(lambda a: apart(a, math.inf))(2.0)
 
 
 def test_no_steps_scale_to_norm_1_as_in_torch():

@@ -470,6 +470,20 @@ def test_rates_decay_each_leaf_by_its_own():
     assert sorted(set(expected.values())) == [0.0, 0.1, 0.25, 0.5]
 
 
+def test_rates_that_nobody_gives():
+    assert decay_rates(LAYER) == {"kernel": 1.0, "bias": 0.0}
+    assert [row.weight_decay for row in decay_table(LAYER)] == [0.0, 1.0]
+    assert decay_rates({"count": jnp.int32(0), **LAYER}, 0.1, [("**", True)])["count"] == 0.0
+
+
+def test_what_is_no_tree_of_parameters_is_refused():
+    for params, found in ((jnp.int32(0), r"int32\[\]"), ("x", "'x'"), (3, "3")):
+        with pytest.raises(TypeError, match=f"^params must be a pytree of parameters; got {found}"):
+            decay_mask(params)
+    assert decay_mask(jnp.ones((2, 2)), [("**", True)]) is True
+    assert decay_mask({}, frozen="x") == {}
+
+
 def test_traced_rate():
     rates = jax.jit(lambda wd: decay_rates(LAYER, wd))(0.5)
     assert rates == {"kernel": 0.5, "bias": 0.0}

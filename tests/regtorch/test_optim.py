@@ -72,6 +72,7 @@ def test_rule(attach, shrinks):
     _step(optimizer, module)
     assert module.kernel.tolist() == [1.5 - shrinks[0], -2.5 - shrinks[1]]
     assert module.bias.tolist() == [1.5 - shrinks[0]]
+    assert not module.kernel.grad.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,28 @@ def test_what_has_no_gradient_does_not_decay(attach):
     optimizer.step()
     assert module.bias.tolist() == [2.0]
     assert module.kernel[0].item() < 2
+    module.kernel.grad, module.bias.grad = None, torch.zeros(1)
+    before = module.kernel.tolist()
+    optimizer.step()
+    assert module.kernel.tolist() == before
+    assert module.bias.item() < 2
+
+
+class _Descent(torch.optim.Optimizer):
+    """An optimizer that has no `maximize`."""
+
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.data -= self.defaults["lr"] * p.grad
+
+
+@each_coupled
+def test_an_optimizer_that_cannot_ascend_descends(form):
+    module = _module()
+    optimizer = _Descent(module.named_parameters(), {"lr": 0.5})
+    FORMS[form][0](optimizer, 0.25)
+    _step(optimizer, module, 0.0)
+    assert module.kernel[0].item() == 1.875
 
 
 @each_attach
@@ -160,6 +183,8 @@ def test_two_schedules_of_a_kind_have_a_count_each():
     second = optim.add_l1_decay(optimizer, schedules[1], mask=lambda name, p: name == "bias")
     for _ in range(2):
         _step(optimizer, module)
+    counts = {key: n for key, n in optimizer.param_groups[0].items() if key.endswith("step")}
+    assert counts == {"l1_decay_step": 2, "l1_decay_2_step": 2}
     second.remove()
     optim.add_l1_decay(optimizer, schedules[1])
     _step(optimizer, module)
@@ -358,6 +383,7 @@ def test_schedule_weight_decay():
     handle.remove()
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
     assert "initial_weight_decay" not in optimizer.param_groups[0]
+    assert "scheduled_weight_decay_step" not in optimizer.param_groups[0]
 
 
 def test_schedule_of_a_decay_that_is_not_there_is_refused():
@@ -387,15 +413,23 @@ def test_layerwise_groups():
     ]
     deeper = optim.layerwise_groups(model, lambda name: 0, lr=1.0, lr_factor=0.5, depth=3)
     assert [g["lr"] for g in deeper] == [0.125]
-    assert optim.layerwise_groups(nn.ReLU(), lambda name: 0, lr=1.0) == []
+    top = optim.layerwise_groups(model, lambda name: 0, lr=1.0, lr_factor=0.5, depth=0)
+    assert [g["lr"] for g in top] == [1.0]
+    level = optim.layerwise_groups(model, lambda name: int(name[0]), lr=1.0, depth=1)
+    assert [(g["lr"], g["weight_decay"]) for g in level] == [(1.0, 0.0)] * 2
+    level = optim.layerwise_groups(model, lambda name: int(name[0]), lr=1.0, weight_decay=0.5)
+    assert [(g["lr"], g["weight_decay"]) for g in level] == [(1.0, 0.5)] * 2
+    assert optim.layerwise_groups(nn.ReLU(), lambda name: 0, lr=1.0, weight_decay=0.5) == []
 
 
 @pytest.mark.parametrize(
     ("layer", "depth", "error", "message"),
     [
         (-1, None, ValueError, r"layer_of\('kernel'\) must be not negative, but it is -1"),
+        (0, -1, ValueError, "depth must be at least 0; got -1"),
         (3, 2, ValueError, r"layer_of\('kernel'\) must be in \[0, depth=2\], but it is 3"),
         (0.5, None, TypeError, r"layer_of\('kernel'\) must be an int, but it is 0\.5"),
+        (True, None, TypeError, "must be an int, but it is True"),
         (None, None, TypeError, "must be an int, but it is None"),
     ],
 )

@@ -124,6 +124,11 @@ def test_dtype_of_the_result(dtype, expected, weight_decay):
     assert penalty.dtype == expected
 
 
+def test_the_result_is_where_the_first_parameter_is():
+    elsewhere = torch.ones(2, device="meta")
+    assert l1_penalty([elsewhere, torch.ones(2)], 1.0).device == elsewhere.device
+
+
 def test_mixed_dtypes_keep_their_gradients():
     dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64)
     params = [torch.full((2,), 3, dtype=d, requires_grad=True) for d in dtypes]

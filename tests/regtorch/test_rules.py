@@ -232,6 +232,11 @@ def test_bad_rules_are_refused(rule, error, message):
         decay_mask(model(), rule)
 
 
+def test_rates_that_nobody_gives():
+    assert list(decay_rates(nn.Linear(2, 3)).values()) == [1.0, 0.0]
+    assert [row.weight_decay for row in decay_table(nn.Linear(2, 3))] == [1.0, 0.0]
+
+
 def test_bad_arguments_are_refused():
     with pytest.raises(TypeError, match=r"rule weight gives '0.weight' the rate 0\.5"):
         decay_mask(model(), [("weight", 0.5), ("**", False)])
