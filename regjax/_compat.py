@@ -34,9 +34,6 @@ def make_user_context(default: Any = None) -> Any:
     A function traced under one value is traced again under another. `context.value` is the current
     value, and `with context(value):` changes it in the current thread. JAX 0.7.2 and newer have
     this function; it is wrapped here because JAX may still change it.
-
-    Args:
-        default: The value outside every `with context(...)`.
     """
     return jax.make_user_context(default)
 
@@ -48,12 +45,6 @@ def scan_linear(
 
     The result is `lax.scan(functools.partial(step, linear), init, xs)`. Before JAX 0.10 the arrays
     pass through the carry unchanged; a second derivative then keeps a copy of them per iteration.
-
-    Args:
-        step: Maps `linear`, the carry and an element of `xs` to the next carry and an output.
-        linear: The arrays in which `step` is linear.
-        init: The initial carry.
-        xs: The arrays to scan over.
     """
     if _CAPTURED_ARRAYS_MAY_BE_LINEAR:
         return lax.scan(functools.partial(step, linear), init, xs)

@@ -45,24 +45,21 @@ def alpha_dropout(
 
     The constants are computed in double and rounded once; the sum and the product follow in
     float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum comes
-    first, because XLA could contract a product and a sum to one rounding.
+    first, because XLA could contract a product and a sum to one rounding. The result and other
+    errors are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
         rate: See `dropout`. The constants of a traced rate are computed in float32, in double for
-            float64, and may differ in their last bits. At 1 everything is 0, the limit of the
-            formula.
+            float64, and may differ from a number's in their last bits. At 1 everything is 0, the
+            limit of the formula.
         key: See `dropout`.
         deterministic: See `dropout`.
         broadcast_dims: See `dropout`.
         sampler: See `dropout`.
 
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
-
     Raises:
-        TypeError: `x` is complex, or as `dropout`.
-        ValueError: As `dropout`.
+        TypeError: `x` is complex.
 
     Note (PyTorch):
         `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)` multiplies before
@@ -94,6 +91,8 @@ def feature_alpha_dropout(
 ) -> Float[Array, "*shape"]:
     """Apply `alpha_dropout` to whole channels, as `feature_dropout` applies `dropout`.
 
+    The result, the errors and the source are those of `alpha_dropout`.
+
     Args:
         x: Real floating, with the batch first; see `feature_dropout`.
         rate: See `alpha_dropout`.
@@ -102,12 +101,9 @@ def feature_alpha_dropout(
         channel_axis: See `feature_dropout`.
         sampler: See `dropout`.
 
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
-
     Raises:
-        TypeError: `channel_axis` is not an integer, or as `alpha_dropout`.
-        ValueError: `channel_axis` is not a dimension of `x`, or as `alpha_dropout`.
+        TypeError: `channel_axis` is not an integer.
+        ValueError: `channel_axis` is not a dimension of `x`.
 
     Note (PyTorch):
         `torch.nn.functional.feature_alpha_dropout(x, p=rate, training=not deterministic)`.
@@ -117,9 +113,6 @@ def feature_alpha_dropout(
         >>> y = regjax.feature_alpha_dropout(jnp.zeros((1, 3, 4)), 0.5, key=jax.random.key(0))
         >>> y[0, 0, :]
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
-
-    References:
-        See `alpha_dropout`.
     """
     x = check_alpha_input(x)
     spec = alpha("feature_alpha_dropout", sampler, shared_dims(x.ndim, channel_axis))

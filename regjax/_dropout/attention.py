@@ -208,13 +208,7 @@ def dot_product_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Scores:
-    """The scores of a range of keys, -inf where a query may not attend.
-
-    Attributes:
-        scale: The factor of the products.
-        is_causal: Whether query i may attend to keys 0 to i only.
-        precision: The precision of the products.
-    """
+    """The scores of a range of keys, -inf where a query may not attend."""
 
     scale: float
     is_causal: bool
@@ -223,7 +217,7 @@ class _Scores:
     def __call__(
         self, query: Array, key: Array, bias: Any, mask: Any, first: int | Array, keys: int = 0
     ) -> Float[Array, "*batch heads queries keys"]:
-        """Of the keys from `first` on; where `keys` is given, those from there on are padding."""
+        """Return the scores of the keys from `first` on; those from `keys` on, if set, are -inf."""
         heads, kv_heads = query.shape[-2], key.shape[-2]
         wide = real_dtype(query.dtype)
         if heads == kv_heads:
@@ -269,7 +263,7 @@ def _weights(
 
 @jax.custom_jvp
 def _softmax(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Along the last axis; zeros where all scores are -inf, with gradients that are zeros too."""
+    """Return the softmax along the last axis; zeros, with zero gradients, if all are -inf."""
     # A row with a finite score has a sum of at least 1, so the bounds change only other rows.
     limits = jnp.finfo(scores.dtype)
     top = jnp.maximum(scores.max(-1, keepdims=True, initial=-jnp.inf), limits.min)
@@ -306,18 +300,11 @@ def _mixed(
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """The static part of blockwise attention: one value, hashable under jit.
-
-    Attributes:
-        scores: The scores of a block.
-        size: The number of keys per block.
-        keys: The number of keys; those of the last block may be padding.
-        broadcast_dropout: Whether rows and heads share one mask.
-    """
+    """The static part of blockwise attention: one value, hashable under jit."""
 
     scores: _Scores
-    size: int
-    keys: int
+    size: int  # keys per block
+    keys: int  # the number of keys; those of the last block may be padding
     broadcast_dropout: bool
 
     def firsts(self) -> Array:
@@ -350,16 +337,11 @@ class _Blocks:
 
 
 class _Draw(NamedTuple):
-    """The arrays that a mask is drawn from.
-
-    Attributes:
-        words: The words of the key.
-        keep_prob: The keep probability of a weight.
-        watched: For observers: the ticket of this call, the flag that turns it off, and the rate.
-    """
+    """The arrays that a mask is drawn from."""
 
     words: Array
     keep_prob: Array
+    # For observers: the ticket of this call, the flag that turns it off, and the rate.
     watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None
 
 
@@ -369,8 +351,8 @@ def _where_kept(keep: Array | None, weights: Array) -> Array:
 
 
 # The softmax requires the largest score and the sum of each row. The forward pass accumulates both,
-# as in FlashAttention. The derivative has both already, so that it is a sum over independent blocks:
-# a scan without a state to store, which JAX can transpose and differentiate again.
+# as in FlashAttention. The derivative has both already and is a sum over independent blocks: a scan
+# without a state to store, which JAX can transpose and differentiate again.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(
     blocks: _Blocks, query: Array, key: Array, value: Array, bias: Any, mask: Any, draw: Any

@@ -106,10 +106,8 @@ def dropout(
 class DropoutSpec(Protocol):
     """A kind of dropout with its options, which are static under `jit`.
 
-    A spec is a pytree, whose leaves are the other arrays that the mask depends on.
-
-    Attributes:
-        name: The name of the function, for observers.
+    A spec is a pytree, whose leaves are the other arrays that the mask depends on. `name` is the
+    name of the function, for observers.
     """
 
     @property
@@ -206,14 +204,9 @@ def inverse_keep_prob(
 class SampledMask:
     """A mask drawn by a sampler, with a scale and offsets computed from the keep probability.
 
-    A kept element becomes `(x + shift) * scale`, a dropped one `fill`.
-
-    Attributes:
-        name: The name of the function, for observers.
-        sampler: The sampler of the mask.
-        broadcast_dims: Dimensions along which one mask is shared, in order.
-        scale: Computes the scale from the keep probability and the dtype.
-        offsets: Computes `(shift, fill)` from the same; both are 0 without it.
+    A kept element becomes `(x + shift) * scale`, a dropped one `fill`. The functions `scale` and
+    `offsets`, which returns `(shift, fill)`, take the keep probability and the dtype; without
+    offsets both are 0.
     """
 
     name: str
@@ -315,12 +308,7 @@ def mask_sharding(
 
 
 def require_key(key: KeyLike | None) -> KeyLike:
-    """Return the key if it is present and a single key.
-
-    Raises:
-        TypeError: `key` is not a key.
-        ValueError: `key` is missing, or a batch of keys.
-    """
+    """Return the key if it is present and a single key."""
     if key is None:
         raise ValueError(
             "key is missing: dropout in training needs one. Pass key=jax.random.key(seed), or "
@@ -331,11 +319,7 @@ def require_key(key: KeyLike | None) -> KeyLike:
 
 
 def check_inexact(x: Inexact[ArrayLike, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Return `x` as an array if it is floating or complex; integers cannot be scaled.
-
-    Raises:
-        TypeError: `x` has another dtype.
-    """
+    """Return `x` as an array if it is floating or complex; integers cannot be scaled."""
     if not isinstance(x, jax.Array):
         x = check_array("x", x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -346,11 +330,7 @@ def check_inexact(x: Inexact[ArrayLike, "*shape"]) -> Inexact[Array, "*shape"]:
 
 
 def check_real(x: Inexact[ArrayLike, "*shape"], what: str, advice: str) -> Float[Array, "*shape"]:
-    """Return `x` as an array if it is real and floating.
-
-    Raises:
-        TypeError: `x` has another dtype.
-    """
+    """Return `x` as an array if it is real and floating."""
     x = check_inexact(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"x must be real for {what}; got dtype {x.dtype}. {advice}")
@@ -358,11 +338,7 @@ def check_real(x: Inexact[ArrayLike, "*shape"], what: str, advice: str) -> Float
 
 
 def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
-    """Return a concrete flag as a Python bool, a traced one unchanged.
-
-    Raises:
-        TypeError: `deterministic` is not one boolean.
-    """
+    """Return one concrete boolean as a Python bool, a traced one unchanged."""
     if isinstance(deterministic, bool):
         return deterministic
     if getattr(deterministic, "dtype", None) != np.bool_ or np.ndim(deterministic):
@@ -374,11 +350,7 @@ def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
 
 
 def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
-    """Return `broadcast_dims` as a sorted tuple of distinct dimensions.
-
-    Raises:
-        ValueError: A dimension is negative, too large, or listed twice.
-    """
+    """Return `broadcast_dims` as a sorted tuple of distinct dimensions."""
     dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
@@ -389,12 +361,7 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
-    """Return a dimension of `x`, which may be negative, counted from 0.
-
-    Raises:
-        TypeError: `axis` is not an integer.
-        ValueError: `axis` is not one of `ndim` dimensions; `advice` ends the message.
-    """
+    """Return a dimension of `x`, which may be negative, counted from 0; `advice` ends the error."""
     index = check_integer(name, axis)
     if not ndim:
         raise ValueError(f"x must have a {name}; got shape ().{advice}")

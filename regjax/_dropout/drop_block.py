@@ -152,15 +152,7 @@ def drop_block(
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """A mask of blocks, and the scale computed from the number of kept elements.
-
-    Attributes:
-        size: The length of a block along each spatial dimension.
-        channel_axis: The dimension of the channels, counted from 0.
-        share_channels: Whether all channels of a row share one mask.
-        gamma_scale: A factor of the probability that a block starts.
-        scale_by_keep: Whether kept elements are scaled.
-    """
+    """A mask of blocks of length `size`, and the scale computed from the count of kept elements."""
 
     size: int
     channel_axis: int
@@ -190,7 +182,7 @@ class _Blocks:
         return jnp.moveaxis(keep, 1, self.channel_axis)
 
     def order(self, ndim: int) -> tuple[int, ...]:
-        """The dimensions with the channels second, the order in which elements are numbered."""
+        """Return the dimensions with channels second, the order in which elements are numbered."""
         first = (0, self.channel_axis)
         return (*first, *(dim for dim in range(ndim) if dim not in first))
 
@@ -298,7 +290,7 @@ def _start_keep_prob(
     gamma_of_1 *= gamma_scale
     if isinstance(rate, jax.Array):
         single = lax.stop_gradient(rate).astype(jnp.float32)
-        # A NaN stays one.
+        # A NaN stays NaN.
         some = jnp.maximum(1 - rounded(single * np.float32(gamma_of_1)), 0)
         return jnp.where(single >= 1, 0, some)
     return max(0.0, 1 - rate * gamma_of_1)

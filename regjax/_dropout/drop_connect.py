@@ -75,9 +75,7 @@ def drop_connect(
          'kernel': Array([[0., 2., 0.],
                 [0., 0., 2.]], dtype=float32)}
 
-        One mask for each example:
-
-        >>> def row(x, key):
+        >>> def row(x, key):  # one mask for each example
         ...     return x @ regjax.drop_connect(layer["kernel"], 0.5, key=key) + layer["bias"]
         >>> jax.vmap(row)(jnp.ones((4, 2)), jax.random.split(jax.random.key(0), 4)).shape
         (4, 3)

@@ -38,7 +38,8 @@ def drop_path(
     `x` is the output of a residual branch: `h + drop_path(branch(h), rate)`. A row whose branch is
     dropped skips that layer, so that its network is shorter in training. It is `dropout` with a
     mask shared along every dimension but the batch, dimension 0: row n draws from the index n.
-    `depth_rates` returns the rates of a stack of layers.
+    `depth_rates` returns the rates of a stack of layers. The result and other errors are those of
+    `dropout`.
 
     Args:
         x: Floating or complex, with the batch first.
@@ -50,12 +51,8 @@ def drop_path(
             evaluation sees stronger branches than training.
         sampler: See `dropout`.
 
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
-
     Raises:
-        TypeError: As `dropout`.
-        ValueError: `mode` is neither of the two; `x` is 0-d and has no rows; or as `dropout`.
+        ValueError: `mode` is neither of the two, or `x` is 0-d and has no rows.
 
     Note (PyTorch):
         `timm.layers.drop_path(x, rate, training, scale_by_keep)` and
@@ -64,8 +61,7 @@ def drop_path(
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
-        >>> x = jnp.ones((4, 3))
-        >>> regjax.drop_path(x, 0.5, key=jax.random.key(0))
+        >>> regjax.drop_path(jnp.ones((4, 3)), 0.5, key=jax.random.key(0))
         Array([[0., 0., 0.],
                [0., 0., 0.],
                [2., 2., 2.],

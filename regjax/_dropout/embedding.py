@@ -43,7 +43,8 @@ def embedding_dropout(
         dropout(table, rate, key=key, broadcast_dims=(1,))[ids]
 
     but draws only for the words that occur: nothing of the table's size is materialized. Dropping
-    rows of `x` instead would drop a word in one place and keep it in the next.
+    rows of `x` instead would drop a word in one place and keep it in the next. The result and other
+    errors are those of `dropout`.
 
     Args:
         x: Floating or complex: the embeddings of the words, one feature vector for each id.
@@ -52,14 +53,11 @@ def embedding_dropout(
         key: See `dropout`.
         deterministic: See `dropout`.
 
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
-
     Raises:
-        TypeError: `ids` are not integers, or as `dropout`.
-        ValueError: `x.shape` is not `(*ids.shape, features)`; an id is negative, which indexing
-            would count from the end of a table of unknown length; or as `dropout`. A traced id is
-            not checked: a negative one is a separate word.
+        TypeError: `ids` are not integers.
+        ValueError: `x.shape` is not `(*ids.shape, features)`, or an id is negative, which indexing
+            would count from the end of a table of unknown length. A traced id is not checked: a
+            negative one is a separate word.
 
     Note (PyTorch):
         `regtorch.embedding_dropout` with the same key returns bitwise identical results.

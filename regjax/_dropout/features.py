@@ -30,7 +30,8 @@ def feature_dropout(
     removes little; this drops the whole map. It is `dropout` with a mask shared along every
     dimension but the batch, dimension 0, and `channel_axis`: for (N, C, H, W), along H and W. Row n
     and channel c draw from the index `n * C + c` wherever the channels lie, so that, with
-    `bernoulli`, NCHW and NHWC have the same mask.
+    `bernoulli`, NCHW and NHWC have the same mask. The result and other errors are those of
+    `dropout`.
 
     Args:
         x: Floating or complex, with the batch first. For one row without a batch dimension, pass
@@ -41,12 +42,9 @@ def feature_dropout(
         channel_axis: The dimension of the channels, counted from the end if negative.
         sampler: See `dropout`.
 
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
-
     Raises:
-        TypeError: `channel_axis` is not an integer, or as `dropout`.
-        ValueError: `channel_axis` is not a dimension of `x`, or as `dropout`.
+        TypeError: `channel_axis` is not an integer.
+        ValueError: `channel_axis` is not a dimension of `x`.
 
     Note (PyTorch):
         `torch.nn.functional.dropout1d`, `dropout2d` and `dropout3d` on a batch.
@@ -74,6 +72,6 @@ def feature_dropout(
 
 
 def shared_dims(ndim: int, channel_axis: int) -> tuple[int, ...]:
-    """Return every dimension but the batch and the channels; raise as `check_axis`."""
+    """Return every dimension but the batch and the channels."""
     axis = check_axis("channel_axis", channel_axis, ndim)
     return tuple(dim for dim in range(1, ndim) if dim != axis)

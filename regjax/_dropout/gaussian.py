@@ -51,11 +51,10 @@ def gaussian_dropout(
 
         y = x * (1 + sqrt(rate / (1 - rate)) * n)
 
-    Only the key is stored for the backward pass, which draws the same factors again.
-
-    The root is computed in double and rounded once; for a traced rate, by three correctly rounded
-    operations. The rest follows in float32, in double for float64. Half and 8-bit types are rounded
-    once, at the end.
+    Only the key is stored for the backward pass, which draws the same factors again. The root is
+    computed in double and rounded once; for a traced rate, by three correctly rounded operations.
+    The rest follows in float32, in double for float64. Half and 8-bit types are rounded once, at
+    the end. The result and other errors are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
@@ -65,13 +64,10 @@ def gaussian_dropout(
         key: See `dropout`; required unless `deterministic`, or `rate` is the number 0.
         deterministic: See `dropout`.
 
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
-
     Raises:
-        TypeError: `x` is complex, or as `dropout`.
-        ValueError: `rate` is 1, where the variance is infinite, or as `dropout`. A traced rate
-            outside [0, 1) gives NaN.
+        TypeError: `x` is complex.
+        ValueError: `rate` is 1, where the variance is infinite. A traced rate outside [0, 1) gives
+            NaN.
 
     Note (PyTorch):
         `regtorch.gaussian_dropout` with the same key returns bitwise identical results. PyTorch
@@ -99,8 +95,8 @@ def gaussian_noise(
     """Add to each element a normal variate of mean 0 and standard deviation `stddev`.
 
     With n ~ N(0, 1) for each element, `y = x + stddev * n`. The gradient with respect to `x` is
-    that of `x` itself. The arithmetic is in float32, in double for float64; half and 8-bit types
-    are rounded once, at the end.
+    that of `x` itself. Rounding is as in `gaussian_dropout`; the result and other errors are those
+    of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
@@ -109,13 +105,9 @@ def gaussian_noise(
         key: See `dropout`; required unless `deterministic`, or `stddev` is the number 0.
         deterministic: See `dropout`.
 
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
-
     Raises:
-        TypeError: `x` is complex, `stddev` is not a real number, or as `dropout`.
-        ValueError: A concrete `stddev` is negative, infinite or NaN, or as `dropout`. A traced one
-            gives NaN.
+        TypeError: `x` is complex, or `stddev` is not a real number.
+        ValueError: A concrete `stddev` is negative, infinite or NaN. A traced one gives NaN.
 
     Note (PyTorch):
         `regtorch.gaussian_noise` with the same key returns bitwise identical results. PyTorch
@@ -200,12 +192,7 @@ def _noise(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
 
 
 def check_noise_rate(rate: ArrayLike) -> float | Float[Array, ""]:
-    """Return a rate as `check_probability` does; reject the number 1.
-
-    Raises:
-        TypeError: As `check_probability`.
-        ValueError: As `check_probability`, or `rate` is the number 1.
-    """
+    """Return a rate as `check_probability` does; reject the number 1."""
     rate = check_probability("rate", rate)
     if isinstance(rate, float) and rate == 1:
         raise ValueError("rate must be below 1, where the variance is infinite; got 1.")
@@ -213,12 +200,7 @@ def check_noise_rate(rate: ArrayLike) -> float | Float[Array, ""]:
 
 
 def check_stddev(stddev: ArrayLike) -> float | Float[Array, ""]:
-    """Return a concrete standard deviation as a Python float, a traced one unchanged.
-
-    Raises:
-        TypeError: `stddev` is not a real number.
-        ValueError: `stddev` is not a scalar, or it is concrete and negative, infinite or NaN.
-    """
+    """Return a finite standard deviation as a Python float, a traced scalar unchanged."""
     number = as_number("stddev", stddev)
     if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"stddev must be a real number of at least 0; got {stddev!r}.")

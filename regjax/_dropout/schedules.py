@@ -26,17 +26,7 @@ _SINE = [(-1) ** k * math.pi ** (2 * k + 1) / math.factorial(2 * k + 1) / 2 for 
 
 
 def constant_rate(rate: float) -> Schedule:
-    """Return a schedule with the same rate at every step.
-
-    Args:
-        rate: In [0, 1].
-
-    Returns:
-        A function from the step to a float32 scalar.
-
-    Raises:
-        TypeError: `rate` is not a real number.
-        ValueError: `rate` is not in [0, 1].
+    """Return a schedule with the same rate, in [0, 1], at every step; see `linear_rate`.
 
     Example:
         >>> import regjax
@@ -87,23 +77,9 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
 def cosine_rate(start: float, end: float, steps: int) -> Schedule:
     """Return a schedule that moves from `start` to `end` along half a cosine, then stays at `end`.
 
-    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`: slow at both ends, and
-    fastest in the middle.
-
-    Args:
-        start: See `linear_rate`.
-        end: See `linear_rate`.
-        steps: See `linear_rate`.
-
-    Returns:
-        A function of the step, as `linear_rate` returns. It is within 1e-6 of the formula.
-
-    Raises:
-        TypeError: As `linear_rate`.
-        ValueError: As `linear_rate`.
-
-    Note (PyTorch):
-        `regtorch.cosine_rate` returns the same bits at every step.
+    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`, within 1e-6: slow at
+    both ends, and fastest in the middle. The arguments, the result, the errors and the relation to
+    PyTorch are those of `linear_rate`.
 
     Example:
         >>> import regjax

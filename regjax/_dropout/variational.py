@@ -31,11 +31,13 @@ def variational_dropout(
 
     A new mask at every step is noise that a recurrent network accumulates over time; one mask for
     the whole sequence is a smaller network, drawn once. It is `dropout` with a mask shared along
-    `time_axis`, also called locked dropout.
+    `time_axis`, also called locked dropout. The result and other errors are those of `dropout`.
 
     Inside the recurrence there is no time axis. There, call `dropout` on the carried state with
     **one key for all steps**, made outside the loop: the same key gives the same mask, as in the
-    second example.
+    second example. `jax_debug_key_reuse`, where enabled, rejects a key that a loop uses at every
+    step; pass `jax.random.clone(key)` then. `examples/recurrent_dropout.py` drops the cells of Flax
+    in the same way. No mask is stored for the backward pass.
 
     Args:
         x: Floating or complex, with a time axis, such as (batch, time, features).
@@ -46,12 +48,9 @@ def variational_dropout(
             features), 0 for (time, batch, features) and for (time, features).
         sampler: See `dropout`.
 
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
-
     Raises:
-        TypeError: `time_axis` is not an integer, or as `dropout`.
-        ValueError: `time_axis` is not a dimension of `x`, or as `dropout`.
+        TypeError: `time_axis` is not an integer.
+        ValueError: `time_axis` is not a dimension of `x`.
 
     Note (PyTorch):
         `regtorch.variational_dropout` with the same key returns bitwise identical results. The
@@ -67,9 +66,7 @@ def variational_dropout(
         >>> bool((y == y[:, :1, :]).all())
         True
 
-        Drop the state inside a recurrence, with one mask for all steps:
-
-        >>> def network(w, xs, key):
+        >>> def network(w, xs, key):  # the state is dropped, with one mask for all steps
         ...     def step(h, x):
         ...         h = jnp.tanh(x @ w["in"] + regjax.dropout(h, 0.5, key=key) @ w["hidden"])
         ...         return h, h
@@ -77,10 +74,6 @@ def variational_dropout(
         >>> w = {"in": jnp.ones((3, 4)), "hidden": jnp.eye(4)}
         >>> network(w, jnp.ones((7, 2, 3)), jax.random.key(0)).shape  # time, batch, features
         (7, 2, 4)
-
-        No mask is stored for the backward pass. `jax_debug_key_reuse`, where enabled, rejects a key
-        that a loop uses at every step; pass `jax.random.clone(key)` to `dropout` then.
-        `examples/recurrent_dropout.py` does the same for the cells of Flax.
 
     References:
         Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural

@@ -179,12 +179,9 @@ def bernoulli_at(
 ) -> Bool[Array, "*shape"]:
     """Return the elements of `bernoulli`'s mask at given row-major indices, whatever its shape.
 
-    This draws a mask block by block, or only a few of its rows.
-
-    Args:
-        key: One key; see `bernoulli`.
-        keep_prob: The probability of True, checked by `check_probability`.
-        index: 64-bit indices, as a high and a low word that broadcast against each other.
+    This draws a mask block by block, or only a few of its rows. `index` holds 64-bit indices as a
+    high and a low word that broadcast against each other; `keep_prob` is checked by
+    `check_probability`.
     """
     consume(key)
     out0, out1 = threefry2x32(key_words(key), index)
@@ -204,12 +201,7 @@ def _threshold(keep_prob: float | Float[Array, ""]) -> np.uint32 | UInt32[Array,
 
 
 def check_probability(name: str, value: ArrayLike) -> float | Float[Array, ""]:
-    """Return a concrete probability as a Python float, a traced one unchanged.
-
-    Raises:
-        TypeError: `value` is not a real number.
-        ValueError: `value` is not a scalar, or it is concrete and not in [0, 1].
-    """
+    """Return a probability as a Python float; return a traced scalar with its range unchecked."""
     if type(value) is float and 0 <= value <= 1:
         return value
     number = as_number(name, value)

@@ -62,19 +62,12 @@ class Collected:
 
 
 class BlockwisePlan(NamedTuple):
-    """The properties of a blockwise mask that are known before the program runs.
-
-    Attributes:
-        mask: The shape of the mask.
-        scores: The shape of the scores that it applies to.
-        blocks: The number of blocks.
-        rate: The dropout rate, unless it is traced.
-    """
+    """The shapes, number of blocks and untraced rate of a blockwise mask, known in advance."""
 
     mask: tuple[int, ...]
     scores: tuple[int, ...]
     blocks: int
-    rate: float | None
+    rate: float | None  # None if traced
 
 
 class BlockwiseDraw:

@@ -165,19 +165,12 @@ class Observer:
 
 
 class BlockwiseCall(NamedTuple):
-    """The operands that identify the pieces of one blockwise draw.
+    """The operands that identify the pieces of one blockwise draw."""
 
-    Attributes:
-        ticket: The ticket from `Observers.expect_blocks`.
-        key: The two words of the key.
-        inputs: A hash of the arrays that the scores are computed from.
-        off: True where the result is not used.
-    """
-
-    ticket: Any
+    ticket: Any  # from `Observers.expect_blocks`
     key: Pair
-    inputs: Any
-    off: Any
+    inputs: Any  # a hash of the arrays that the scores are computed from
+    off: Any  # True where the result is not used
 
 
 # Shared by all observers, because one compiled function may serve several of them in turn.

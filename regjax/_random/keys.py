@@ -30,12 +30,7 @@ _THREEFRY = "threefry2x32"
 
 
 def check_key(key: KeyLike, name: str = "key") -> KeyLike:
-    """Return `key` if it is a single key, typed or raw; `name` is the name of the argument.
-
-    Raises:
-        TypeError: `key` is not a key.
-        ValueError: `key` is a batch of keys.
-    """
+    """Return `key` if it is a single key, typed or raw; `name` is the name of the argument."""
     is_array = isinstance(key, jax.Array | np.ndarray)
     is_typed = is_array and _is_typed(key)
     if not is_array or not (is_typed or key.dtype == np.uint32):

@@ -45,11 +45,7 @@ _SMALLEST_PACKED = 2**12
 
 @dataclasses.dataclass(frozen=True)
 class PackedSampler(MaskSampler):
-    """The sampler behind `packed_bernoulli`.
-
-    Attributes:
-        bits: The number of bits that the keep probability is rounded to.
-    """
+    """The sampler behind `packed_bernoulli`, with `bits` bits of the keep probability."""
 
     bits: int = 16
 
@@ -71,12 +67,7 @@ class PackedSampler(MaskSampler):
 
 
 def mask_sampler(sampler: Sampler) -> MaskSampler:
-    """Return the `MaskSampler` of a `sampler`, with the options of a `functools.partial`.
-
-    Raises:
-        TypeError: `sampler` is not a function, or `bits` is not an integer.
-        ValueError: `bits` is not in 1..32.
-    """
+    """Return the `MaskSampler` of a `sampler`, with the options of a `functools.partial`."""
     if isinstance(sampler, MaskSampler):
         return sampler
     function, options = sampler, {}
@@ -304,10 +295,7 @@ def _bytes(words: UInt32[Array, "*words"]) -> tuple[UInt8[Array, "*words"], ...]
 class Group:
     """The elements that share a word, and the layout of words and elements over devices.
 
-    Attributes:
-        shape: The shape of the mask.
-        axis: The axis along which 32 elements share a word.
-        out_sharding: The layout of the mask.
+    `shape` and `out_sharding` are those of the mask; 32 elements along `axis` share a word.
     """
 
     shape: tuple[int, ...]

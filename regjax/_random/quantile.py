@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 def quantile(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return the n for which a standard normal variable lies in [-|n|, |n|] with probability |u|.
 
-    It has the sign of `u`. In float32 the error is below 8e-7 at every `u` that `normal` draws; in
-    float64 it is below 4e-15 at the 64,000 of them that a test checks.
-
-    Args:
-        u: In (-1, 1), of dtype float32 or float64.
+    `u` is in (-1, 1), of dtype float32 or float64, and n has its sign. In float32 the error is
+    below 8e-7 at every `u` that `normal` draws; in float64 it is below 4e-15 at the 64,000 of them
+    that a test checks.
     """
     table = DOUBLE if u.dtype == np.float64 else SINGLE
     size = jnp.abs(u)

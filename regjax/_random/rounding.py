@@ -42,11 +42,9 @@ def exact_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return the correctly rounded square root, even where the backend's own is off by one ulp.
 
     `torch.sqrt` on a CPU misrounds one float32 in five, whatever the instruction set. The error of
-    the backend's root is computed exactly, and the neighbor is returned where it is nearer.
-
-    Args:
-        x: Of dtype float32 or float64, zero or in [2**-60, 2**60]. Outside that range, and for
-            infinity and NaN, the result is the backend's, or one of its neighbors.
+    the backend's root is computed exactly, and the neighbor is returned where it is nearer. `x`
+    must be zero or in [2**-60, 2**60], in float32 or float64; elsewhere, and for infinity and NaN,
+    the result is the backend's, or one of its neighbors.
 
     Example:
         >>> import jax.numpy as jnp

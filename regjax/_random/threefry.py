@@ -34,15 +34,7 @@ _WORD = 2**32
 
 
 def threefry2x32(key: Words, counter: Words) -> Words:
-    """Encrypt counters elementwise with the block function.
-
-    Args:
-        key: Two uint32 words, of any shape that broadcasts against the counters.
-        counter: Two uint32 words, high and low.
-
-    Returns:
-        Two uint32 words.
-    """
+    """Encrypt counters with the block function, elementwise; a pair is a high and a low word."""
     return _rounds(key, (counter[0] + key[0], counter[1] + key[1]))
 
 
@@ -88,16 +80,12 @@ def row_major_index(
 ) -> Words:
     """Return each element's row-major index, plus `start`, as a high and a low word.
 
-    There is one iota per axis, never a reshape of one long iota: a reshape would mix the axes, and
-    XLA could no longer compute only its own shard on each device. The slower axes are summed before
-    the faster ones broadcast the sum, so that they cost almost nothing.
-
-    Args:
-        shape: The shape of the array.
-        out_sharding: The layout of the array.
-        start: The index of the first element; 0 if None. The sum must fit in the low word.
-        in_place: Whether to keep XLA:TPU from computing the index along each axis beforehand, in a
-            separate kernel. Worth some more arithmetic where the array is small.
+    The sum must fit in the low word if `start` is given. There is one iota per axis, never a
+    reshape of one long iota: a reshape would mix the axes, and XLA could no longer compute only its
+    own shard on each device. The slower axes are summed before the faster ones broadcast the sum,
+    so that they cost almost nothing. `in_place` keeps XLA:TPU from computing the index along each
+    axis beforehand, in a separate kernel; that is worth some more arithmetic where the array is
+    small.
     """
     check_size(shape)
     along = _along_in_place if in_place else _along
@@ -118,13 +106,9 @@ def slice_index(
     *,
     out_sharding: Layout = None,
 ) -> Words:
-    """Return the row-major index of each element of a slice in the larger array.
+    """Return the row-major index, in an array of shape `whole`, of each element of a slice.
 
-    Args:
-        whole: The shape of the larger array.
-        shape: The shape of the slice.
-        starts: The start of the slice by axis; 0 for axes not listed. They may be traced.
-        out_sharding: The layout of the slice.
+    `starts` maps an axis to the start of the slice, 0 for axes not listed; they may be traced.
     """
     carries = not at_most(math.prod(whole), _WORD)
     hi = lo = jnp.zeros((), jnp.uint32)
@@ -150,11 +134,7 @@ def at_most(size: int, limit: int) -> bool:
 
 
 def check_size(shape: Sequence[int]) -> None:
-    """Reject a shape that no array can have; XLA would end the process.
-
-    Raises:
-        ValueError: The shape has 2**63 elements or more.
-    """
+    """Reject a shape of 2**63 elements or more, for which XLA would end the process."""
     if _split(shape)[0] >= 2**63:
         raise ValueError(f"shape must have fewer than 2**63 elements; got {tuple(shape)}.")
 
