@@ -99,7 +99,7 @@ def check_dropout(
 
 
 class DropoutGuard:
-    """Observes the dropout of a loop: some training steps, and evaluation.
+    """An observer of the dropout of a loop: some training steps, and evaluation.
 
     Blocks of different guards may be nested, and `check_dropout` may be called inside a block: each
     guard sees all masks drawn inside its own blocks.

@@ -27,8 +27,8 @@ bias of stacked layers has two. It tests, in this order,
     kernel      weight, w, weight_ih, in_proj_weight, lora_a, ...     decays
 
 and raises an error that names any other parameter. Two more are errors: a weight whose module is
-called "embed" but has no known class, which may be linear, as in a patch embedding, and a vector
-called weight in an unknown module, which may be a norm.
+only called "embed", which may be linear, as in a patch embedding, and a vector called weight in an
+unknown module, which may be a norm.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class _Call:
 
 
 class Observer:
-    """Receives events, and numbers the dropout calls of the program.
+    """A receiver of events that numbers the dropout calls of the program.
 
     Events arrive from wherever the program runs, in no particular order. Call
     `jax.effects_barrier()` before reading them.
