@@ -148,7 +148,7 @@ class _FlaxSampler(ExactSampler):
 
 
 class _ComparingSampler(ExactSampler):
-    """The exact sampler; masks, and sums of masked values, are bitwise those of Equinox and Haiku."""
+    """The exact sampler; masks, and sums of masked values, equal those of Equinox and Haiku."""
 
     def draw(
         self,
