@@ -298,7 +298,7 @@ class FeatureDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """Apply dropout with one mask for all dimensions but the channels: an example has no rows."""
+        """Apply dropout with one mask for all dimensions but the channels; there are no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         spec = SampledMask("feature_dropout", mask_sampler(self.sampler), dims)
         return apply_dropout(spec, check_inexact(x), p, **options)
@@ -526,7 +526,7 @@ class GaussianNoise(Layer):
         key: KeyLike | None = None,
         inference: ArrayLike | None = None,
     ) -> Float[Array, "*shape"]:
-        """Add noise in training; return `x` itself in evaluation. Arguments: see `RateLayer`."""
+        """Add noise in training; return `x` itself in evaluation. See `RateLayer`."""
         inference = self.inference if inference is None else inference
         return self._call((x,), self.stddev, key, inference)
 
@@ -542,7 +542,7 @@ def _divided(
     key: KeyLike,
     deterministic: bool | Bool[Array, ""],
 ) -> Float[Array, "*shape"]:
-    """Apply dropout at a traced rate, where Equinox divides instead of multiplying by an inverse."""
+    """Apply dropout at a traced rate, where Equinox divides and does not multiply by an inverse."""
 
     def drop() -> Float[Array, "*shape"]:
         if observers := observer():

@@ -392,6 +392,6 @@ class GaussianNoise(Layer):
         *,
         stddev: ArrayLike | None = None,
     ) -> Float[Array, "*shape"]:
-        """Add noise in training; return `inputs` itself in evaluation. Arguments: see `RateLayer`."""
+        """Add noise in training; return `inputs` itself in evaluation. See `RateLayer`."""
         stddev = check_stddev(self.stddev if stddev is None else stddev)
         return self._call((inputs,), stddev, deterministic, rng)

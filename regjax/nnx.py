@@ -433,7 +433,7 @@ class GaussianNoise(Layer):
         rngs: Source | None = None,
         stddev: ArrayLike | None = None,
     ) -> Float[Array, "*shape"]:
-        """Add noise in training; return `inputs` itself in evaluation. Arguments: see `RateLayer`."""
+        """Add noise in training; return `inputs` itself in evaluation. See `RateLayer`."""
         stddev = check_stddev(_number(self.stddev if stddev is None else stddev))
         return self._call((inputs,), stddev, deterministic, rngs)
 
