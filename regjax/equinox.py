@@ -399,11 +399,7 @@ class DropBlock(RateLayer):
 class VariationalDropout(RateLayer):
     """Dropout with one mask for all timesteps of one sequence: see `regjax.variational_dropout`.
 
-    Attributes:
-        p: The dropout rate, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns the input itself.
-        time_axis: The time dimension: 0 for (time, features).
-        sampler: The function that draws the mask.
+    By default, `time_axis` is 0, for (time, features).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -482,11 +478,9 @@ class EmbeddingDropout(RateLayer):
 
 
 class GaussianDropout(RateLayer):
-    """Multiplicative Gaussian noise with mean 1: see `regjax.gaussian_dropout`.
+    """Multiplicative Gaussian noise with mean 1 and variance `p / (1 - p)`, with `p` in [0, 1).
 
-    Attributes:
-        p: Sets the variance, `p / (1 - p)`; in [0, 1), a number or an array.
-        inference: True in evaluation, which returns the input itself.
+    See `regjax.gaussian_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -500,11 +494,7 @@ class GaussianDropout(RateLayer):
 
 
 class GaussianNoise(Layer):
-    """Additive Gaussian noise: see `regjax.gaussian_noise`.
-
-    Attributes:
-        stddev: The standard deviation; a number or an array.
-        inference: True in evaluation, which returns the input itself.
+    """Additive Gaussian noise with standard deviation `stddev`: see `regjax.gaussian_noise`.
 
     Example:
         >>> import jax, jax.numpy as jnp

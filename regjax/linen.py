@@ -353,8 +353,7 @@ class EmbeddingDropout(RateLayer):
 class GaussianDropout(RateLayer):
     """Multiplicative Gaussian noise with mean 1: see `regjax.gaussian_dropout`.
 
-    Attributes:
-        rate: Sets the variance, `rate / (1 - rate)`; in [0, 1).
+    The variance is `rate / (1 - rate)`, with the rate in [0, 1).
     """
 
     function = staticmethod(gaussian_dropout)
@@ -366,11 +365,7 @@ class GaussianDropout(RateLayer):
 
 
 class GaussianNoise(Layer):
-    """Additive Gaussian noise: see `regjax.gaussian_noise`.
-
-    Attributes:
-        stddev: The standard deviation.
-    """
+    """Additive Gaussian noise with standard deviation `stddev`: see `regjax.gaussian_noise`."""
 
     function = staticmethod(gaussian_noise)
 

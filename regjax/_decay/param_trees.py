@@ -164,7 +164,7 @@ def decay_table(
 
 
 def _parameters(params: PyTree, frozen: str | Sequence[str]) -> list[Parameter | None]:
-    """Return the leaves in the order of `jax.tree.leaves`, None for those that are no parameters."""
+    """Return the leaves as `jax.tree.leaves` orders them, None for those that are no parameters."""
     if jax.tree_util.all_leaves([params]) and not _is_inexact(params):
         found = f"{params.dtype}{list(params.shape)}" if hasattr(params, "dtype") else repr(params)
         raise TypeError(

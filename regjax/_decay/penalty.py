@@ -99,8 +99,8 @@ def l2_penalty(params: PyTree, weight_decay: ScalarLike, *, mask: Mask = None) -
 
     References:
         Hoerl and Kennard, "Ridge Regression", Technometrics 12(1), 1970. Loshchilov and Hutter,
-        [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101), ICLR 2019, on the
-        difference between a penalty and AdamW.
+        "Decoupled Weight Decay Regularization", arXiv:1711.05101, ICLR 2019, on the difference
+        between a penalty and AdamW.
     """
     check_coefficient("weight_decay", weight_decay, fix=_FIX)
     return _times(weight_decay, _sum(map(_squared, _weights("l2_penalty", params, mask))))
@@ -177,9 +177,9 @@ def l2_sp_penalty(
         Array([0., 1.], dtype=float32)
 
     References:
-        Li, Grandvalet and Davoine, [Explicit Inductive Bias for Transfer Learning with
-        Convolutional Networks](https://arxiv.org/abs/1802.01483), ICML 2018. Its coefficient is
-        halved: $\alpha / 2$ there is $\lambda$ here.
+        Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with
+        Convolutional Networks", arXiv:1802.01483, ICML 2018. Its coefficient is halved:
+        $\alpha / 2$ there is $\lambda$ here.
     """
     check_coefficient("weight_decay", weight_decay, fix=_FIX)
     weights = _weights("l2_sp_penalty", params, mask)

@@ -14,7 +14,7 @@ thousand steps in float32.
 A link with nothing to do is `optax.identity()`, so a state always has four parts, numbered from 0.
 Updates and state have the dtypes of gradients and parameters, whatever the dtype of a schedule. In
 half precision, a step is computed in float32 and rounded once at its end, while PyTorch rounds
-after each kernel, so the two agree to rounding only. `optax.inject_hyperparams` would also round
+after each kernel, so the two agree up to rounding only. `optax.inject_hyperparams` would also round
 the hyperparameters, 0.99 to 0.988: pass it `hyperparam_dtype=jnp.float32`.
 
 Every `update` compares the gradients with the parameters, or with the state if no parameters are

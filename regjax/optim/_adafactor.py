@@ -59,6 +59,18 @@ def adafactor(
       \frac{\max(\epsilon_2, \operatorname{RMS}(w_{t-1}))}{\max(1, \operatorname{RMS}(u_t) / d)}\,
       u_t$$
 
+    The clipping by `d` is `optax.clip_by_block_rms`, the factor
+    $\max(\epsilon_2, \operatorname{RMS}(w))$ is `optax.scale_by_param_block_rms`. The second moment
+    and the step size are our own, because `optax.adafactor`
+
+    - factors the two largest axes, and only from 128 on; PyTorch always factors the last two. In a
+      convolution kernel these are height and width in PyTorch's layout, and channels in Flax's:
+      only for matrices does the layout make no difference;
+    - adds $10^{-30}$ to the squared gradient, where PyTorch bounds the mean of $R_t$ by
+      $\epsilon_1$ and $v_t$ by $\epsilon_1^2$ from below;
+    - computes $\beta_t$ in float32, also for float64 parameters;
+    - does not cap its learning rate by $1/\sqrt t$, nor scale its decay by it.
+
     Args:
         learning_rate: $\eta$ (PyTorch: `lr`) or a schedule: the largest step, relative to the RMS
             of a leaf. It scales the decay too, even where $1/\sqrt t$ caps the step.
@@ -79,24 +91,11 @@ def adafactor(
 
     Raises:
         TypeError: As in `adam`.
-        ValueError: As in `adam`; or `beta2_decay` is above 0 or `d` below 1; from `update`,
-            `params` is missing.
+        ValueError: As in `adam`; or `beta2_decay` is above 0, or `d` below 1.
 
     Note (PyTorch):
-        Equal to rounding, with the decay of `adamw`, with one exception: where `eps[0]` is `None`
-        and a group mixes dtypes, PyTorch takes the epsilon of the first one for all.
-
-    The clipping by `d` is `optax.clip_by_block_rms`, the factor
-    $\max(\epsilon_2, \operatorname{RMS}(w))$ is `optax.scale_by_param_block_rms`. The second moment
-    and the step size are our own, because `optax.adafactor`
-
-    - factors the two largest axes, and only from 128 on; PyTorch always factors the last two. In a
-      convolution kernel these are height and width in PyTorch's layout, and channels in Flax's:
-      only for matrices does the layout make no difference;
-    - adds $10^{-30}$ to the squared gradient, where PyTorch bounds the mean of $R_t$ by
-      $\epsilon_1$ and $v_t$ by $\epsilon_1^2$ from below;
-    - computes $\beta_t$ in float32, also for float64 parameters;
-    - does not cap its learning rate by $1/\sqrt t$, nor scale its decay by it.
+        Equal up to rounding, with the decay of `adamw`, with one exception: where `eps[0]` is
+        `None` and a group mixes dtypes, PyTorch takes the epsilon of the first one for all.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -110,8 +109,8 @@ def adafactor(
         ((1, 1), (1, 3))
 
     References:
-        Shazeer and Stern, [Adafactor: Adaptive Learning Rates with Sublinear Memory
-        Cost](https://arxiv.org/abs/1804.04235), ICML 2018.
+        Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost",
+        arXiv:1804.04235, ICML 2018.
     """
     check_rates(learning_rate, weight_decay)
     check_bounds("beta2_decay", beta2_decay, high=0.0, fix="pass -0.8, say")

@@ -88,7 +88,7 @@ def adam(
             missing although they decay.
 
     Note (PyTorch):
-        Equal to rounding, but not bitwise: a chain multiplies by the learning rate last, PyTorch
+        Equal up to rounding, but not bitwise: a chain multiplies by the learning rate last, PyTorch
         first. Three parts of optax differ and are replaced here. Its bias correction
         `1 - decay**count` is off in float32 (by 1e-5 of its value for $\beta_2 = 0.999$, by 1e-3
         for 0.99999); `optax.amsgrad` takes the maximum of corrected second moments, PyTorch that of
@@ -105,9 +105,9 @@ def adam(
         Array([ 0.9, -2.1], dtype=float32)
 
     References:
-        Kingma and Ba, [Adam: A Method for Stochastic
-        Optimization](https://arxiv.org/abs/1412.6980), ICLR 2015. Reddi et al., [On the Convergence
-        of Adam and Beyond](https://openreview.net/forum?id=ryQu7f-RZ), ICLR 2018.
+        Kingma and Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980, ICLR 2015.
+        Reddi et al., [On the Convergence of Adam and
+        Beyond](https://openreview.net/forum?id=ryQu7f-RZ), ICLR 2018.
     """
     _check(learning_rate, betas, eps, weight_decay)
     check_float_dtype("mu_dtype", mu_dtype)
@@ -144,7 +144,7 @@ def adamw(
     the learning rate scales the decay too.
 
     Note (PyTorch):
-        Equal to rounding. In float32, PyTorch and this function shrink by the rounded number
+        Equal up to rounding. In float32, PyTorch and this function shrink by the rounded number
         $1 - \eta\lambda$, which keeps few digits of a small decay (0.14 % are lost at
         $\eta\lambda = 10^{-5}$), and none below $3 \cdot 10^{-8}$. Where they matter, chain
         `add_independent_weight_decay` or `optax.add_decayed_weights`, which keep them.
@@ -161,8 +161,7 @@ def adamw(
         Array([ 0.85, -2.  ], dtype=float32)
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay
-        Regularization](https://arxiv.org/abs/1711.05101), ICLR 2019.
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101, ICLR 2019.
     """
     return adam(
         learning_rate,
@@ -210,9 +209,9 @@ def nadam(
         ValueError: As in `adam`; or `momentum_decay` is negative, infinite or NaN.
 
     Note (PyTorch):
-        Equal to rounding, with the decoupled decay of `adamw`. `optax.nadam` is another algorithm:
-        its momentum is $\beta_1$ at every step, so it has no product of $\mu_i$, and its bias
-        correction is the one described in `adam`. Like PyTorch, the state keeps the product in
+        Equal up to rounding, with the decoupled decay of `adamw`. `optax.nadam` is another
+        algorithm: its momentum is $\beta_1$ at every step, so it has no product of $\mu_i$, and its
+        bias correction is the one described in `adam`. Like PyTorch, the state keeps the product in
         float32 for parameters of any dtype, and the two terms of $\hat m_t$ are added one after the
         other and rounded twice, if `update` is given the parameters.
 
@@ -270,8 +269,8 @@ def radam(
     those of `adam`.
 
     Note (PyTorch):
-        Equal to rounding, with the decoupled decay of `adamw`. `optax.radam` adds $\epsilon$ to the
-        root of the corrected moment, divides where $\rho_t = 5$ too, and computes $\rho_t$ in
+        Equal up to rounding, with the decoupled decay of `adamw`. `optax.radam` adds $\epsilon$ to
+        the root of the corrected moment, divides where $\rho_t = 5$ too, and computes $\rho_t$ in
         float32 as the small difference of two large numbers; here it loses no digits. Its bias
         correction is the one described in `adam`.
 
@@ -284,8 +283,8 @@ def radam(
         Array([ 0.925, -2.05 ], dtype=float32)
 
     References:
-        Liu et al., [On the Variance of the Adaptive Learning Rate and
-        Beyond](https://arxiv.org/abs/1908.03265), ICLR 2020.
+        Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", arXiv:1908.03265,
+        ICLR 2020.
     """
     _check(learning_rate, betas, eps, weight_decay)
     return _chain(
@@ -320,7 +319,8 @@ def adamax(
         `nu`, $u$.
 
     Note (PyTorch):
-        Equal to rounding. `optax.adamax` differs only in the bias correction described in `adam`.
+        Equal up to rounding. `optax.adamax` differs only in the bias correction described in
+        `adam`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -331,8 +331,8 @@ def adamax(
         Array([ 0.9, -2.1], dtype=float32)
 
     References:
-        Kingma and Ba, [Adam: A Method for Stochastic
-        Optimization](https://arxiv.org/abs/1412.6980), ICLR 2015, section 7.1.
+        Kingma and Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980, ICLR 2015,
+        section 7.1.
     """
     _check(learning_rate, betas, eps, weight_decay)
     return _chain(

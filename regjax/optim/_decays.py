@@ -101,13 +101,8 @@ def add_l2_sp_decay(
     `reference` is $w^0$, a pytree with the structure of the parameters, and their shapes where they
     decay; it is cast to the dtype of the updates. It is not in the state. Under `jit` it is a
     constant of the program unless the transformation is created inside, from an argument. The other
-    arguments and the state are those of `add_l1_decay`.
-
-    Raises:
-        TypeError: As in `add_l1_decay`; from `init`, a leaf of the reference is not a float or
-            complex array, or is complex while the parameter is real.
-        ValueError: As in `add_l1_decay`; from `init`, the reference has another structure or shape.
-            The message names the path.
+    arguments, the state and the errors are those of `add_l1_decay`; `init` also checks the
+    reference, and raises the errors of `regjax.l2_sp_penalty`.
 
     Note (PyTorch):
         `regtorch.optim.add_l2_sp_decay(optimizer, reference, weight_decay)`.
@@ -120,8 +115,7 @@ def add_l2_sp_decay(
         Array([-0. , -0.1], dtype=float32)
 
     References:
-        Li, Grandvalet and Davoine, [Explicit Inductive Bias for Transfer Learning with
-        Convolutional Networks](https://arxiv.org/abs/1802.01483), ICML 2018.
+        See `regjax.l2_sp_penalty`.
     """
 
     def origins(params: PyTree, decays: PyTree[bool]) -> PyTree:
@@ -165,10 +159,9 @@ def add_independent_weight_decay(
         Array([-0.6,  0.4], dtype=float32)
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay
-        Regularization](https://arxiv.org/abs/1711.05101), ICLR 2019, algorithms 1 and 2. Wortsman
-        et al., [Small-scale proxies for large-scale Transformer training
-        instabilities](https://arxiv.org/abs/2309.14322), ICLR 2024, for the name.
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101, ICLR 2019,
+        algorithms 1 and 2. Wortsman et al., "Small-scale proxies for large-scale Transformer
+        training instabilities", arXiv:2309.14322, ICLR 2024, for the name.
     """
     return _decay(weight_decay, mask, lambda c, u, w, _: u - c * w)
 
@@ -202,7 +195,7 @@ def add_cautious_weight_decay(
         Array([-0.15, -0.1 ], dtype=float32)
 
     References:
-        Chen et al., [Cautious Weight Decay](https://arxiv.org/abs/2510.12402), 2025, algorithm 1.
+        Chen et al., "Cautious Weight Decay", arXiv:2510.12402, 2025, algorithm 1.
     """
 
     def refuse_complex(params: PyTree, decays: PyTree[bool]) -> None:
@@ -231,12 +224,9 @@ def add_decay_by_leaf(
     This is `optax.add_decayed_weights` with a pytree: coupled at the head of a chain, decoupled
     after the moments. `scale` is $s$, a pytree of numbers with the structure of the parameters or a
     prefix of it, such as `layerwise_scale` returns. The other arguments and the state are those of
-    `add_l1_decay`.
-
-    Raises:
-        TypeError: As in `add_l1_decay`; from `init`, a leaf of the scale is not a number.
-        ValueError: As in `add_l1_decay`; from `init`, the scale has another structure, or a number
-            in it is negative, infinite or NaN. The message names the path.
+    `add_l1_decay`, and so are the errors; `init` also raises a TypeError if a leaf of the scale is
+    not a number, and a ValueError that names the path if the scale has another structure, or a
+    number in it is negative, infinite or NaN.
 
     Note (PyTorch):
         Parameter groups with their own `weight_decay`; see `regtorch.optim.layerwise_groups`.
@@ -250,8 +240,8 @@ def add_decay_by_leaf(
         {'head': Array([-0.1], dtype=float32), 'stem': Array([-0.05], dtype=float32)}
 
     References:
-        Clark et al., [ELECTRA](https://arxiv.org/abs/2003.10555), ICLR 2020, for rates that
-        decrease with the distance from the top.
+        Clark et al., "ELECTRA", arXiv:2003.10555, ICLR 2020, for rates that decrease with the
+        distance from the top.
     """
 
     def scales(params: PyTree, decays: PyTree[bool]) -> PyTree:
@@ -283,8 +273,8 @@ def scale_by_leaf(scale: PyTree[ScalarLike]) -> optax.GradientTransformation:
         {'head': Array([-0.1], dtype=float32), 'stem': Array([-0.05], dtype=float32)}
 
     References:
-        Clark et al., [ELECTRA](https://arxiv.org/abs/2003.10555), ICLR 2020. Bao et al.,
-        [BEiT](https://arxiv.org/abs/2106.08254), ICLR 2022.
+        Clark et al., "ELECTRA", arXiv:2003.10555, ICLR 2020. Bao et al., "BEiT", arXiv:2106.08254,
+        ICLR 2022.
     """
 
     def init(params: PyTree) -> optax.OptState:
@@ -369,7 +359,7 @@ def _decay(
     term: Callable[[Any, Any, Any, Any], Any],
     resolve: Callable[[PyTree, PyTree[bool]], PyTree | None] = lambda params, decays: None,
 ) -> optax.GradientTransformation:
-    """Create a link that applies `term(coefficient, update, parameter, other)` where the mask is True.
+    """Create a link of `term(coefficient, update, parameter, other)`, applied where the mask is True.
 
     `resolve` checks the parameters and returns the pytree of the others, or None.
     """

@@ -84,10 +84,10 @@ def sgd(
     Note (PyTorch):
         Bitwise identical in float32 on a CPU at every step, where `update` and
         `optax.apply_updates` are compiled together; compiled separately, each product is rounded
-        before it is added, and the two agree to rounding. They also agree to rounding where only
-        one framework has fused multiply-adds, as under `ATEN_CPU_CAPABILITY=default`, and below
-        2.4e-38, half of which XLA flushes to zero. `optax.trace` is replaced here, because when
-        compiled it adds the gradient to an unrounded product.
+        before it is added, and the two agree up to rounding. They also agree up to rounding where
+        only one framework has fused multiply-adds, as under `ATEN_CPU_CAPABILITY=default`, and
+        below 2.4e-38, half of which XLA flushes to zero. `optax.trace` is replaced here, because
+        when compiled it adds the gradient to an unrounded product.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -180,7 +180,7 @@ def asgd(
         part 3 the average in `ax`. Errors are those of `sgd`.
 
     Note (PyTorch):
-        Equal to rounding. As in PyTorch, $\eta_t$ and $\mu_t$ are rounded to float32, even for
+        Equal up to rounding. As in PyTorch, $\eta_t$ and $\mu_t$ are rounded to float32, even for
         float64 parameters. optax has no such optimizer; `optax.add_decayed_weights` followed by a
         schedule would be equivalent except in float32, where PyTorch and this function shrink by
         the rounded number $1 - \eta_t \Lambda$, 1 % off at the defaults.
@@ -222,7 +222,7 @@ def rprop(
     *,
     maximize: bool = False,
 ) -> optax.GradientTransformation:
-    r"""Create the equivalent of `torch.optim.Rprop`: sign descent with adaptive steps, for full batches.
+    r"""Create the equivalent of `torch.optim.Rprop`: descent by signs, for full batches.
 
     $$s_t = \operatorname{clip}\bigl(s_{t-1} \cdot \begin{cases}
           \eta_+ & g_{t-1} g_t > 0 \\ \eta_- & g_{t-1} g_t < 0 \\ 1 & \text{else}
@@ -249,7 +249,7 @@ def rprop(
     Note (PyTorch):
         Bitwise identical in float32 on a CPU, compiled or not, where both frameworks have fused
         multiply-adds or neither has; where only one has, as under `ATEN_CPU_CAPABILITY=default`,
-        the two agree to rounding. Gradients below 1e-22 are an exception: the product of two
+        the two agree up to rounding. Gradients below 1e-22 are an exception: the product of two
         underflows in PyTorch, which then keeps the step size. (Below 1.2e-38, XLA flushes a
         gradient to zero.) `optax.rprop` 0.2.8 is another optimizer: its update is the one due at
         the previous step, and its first is zero.

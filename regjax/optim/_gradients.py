@@ -30,7 +30,7 @@ _FIELDS = _WHOLE | {"v_row", "v_col", "v"}
 
 
 def check_arrays(params: PyTree) -> None:
-    """Raise an error for leaves that cannot have moments.
+    """Reject leaves that cannot have moments.
 
     Raises:
         TypeError: A leaf is not an array, such as a function or a string.

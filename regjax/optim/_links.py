@@ -77,7 +77,7 @@ def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.Gra
 
 
 def check_mask(mask: Mask, weight_decay: optax.ScalarOrSchedule) -> None:
-    """Raise an error for a mask that cannot be one over the parameters.
+    """Reject a mask that cannot be one over the parameters.
 
     `optax.inject_hyperparams` takes a mask function for a schedule, and passes on its result for a
     step count: a single bool, with a weight decay that is an array.
@@ -125,7 +125,7 @@ def add_in_turn(
     mask: Mask,
     two_terms: bool = False,
 ) -> optax.GradientTransformation:
-    """Shrink the parameters, then add the terms of their steps, with PyTorch's roundings in between.
+    """Shrink the parameters, then add the terms of their steps, rounding between as PyTorch does.
 
     The last link of a chain, after the learning rate. Its input is one term per parameter, or
     `Terms` with `two_terms`. Its output is their sum with the decay, in which all but the last term
@@ -325,7 +325,7 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def check_pair(name: str, value: Any, *, fix: str, length: int = 2) -> None:
-    """Raise an error unless the value is a sequence or an array of `length` numbers."""
+    """Reject a value that is not a sequence or an array of `length` numbers."""
     count = {2: "two", 3: "three"}[length]
     if isinstance(value, jax.Array | np.ndarray):
         fits = value.shape == (length,)
@@ -354,7 +354,7 @@ def is_dtype_of(kind: Any, dtype: Any) -> bool:
 def check_bounds(
     name: str, value: Any, *, fix: str, low: float = -np.inf, high: float = np.inf
 ) -> None:
-    """Raise an error for a number outside `[low, high]`; a traced one is not checked."""
+    """Reject a number outside `[low, high]`; a traced one is not checked."""
     if isinstance(value, Tracer):
         return
     is_scalar = isinstance(value, int | float | np.generic) or (

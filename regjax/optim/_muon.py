@@ -54,7 +54,7 @@ def muon(
     transposed: bool = False,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""Create the equivalent of `torch.optim.Muon`: orthogonalized momentum, decoupled weight decay.
+    r"""Create the equivalent of `torch.optim.Muon`: orthogonalized momentum, decoupled decay.
 
     $$b_t = \mu b_{t-1} + (1 - \mu) \nabla f(w_{t-1}), \qquad
       u_t = \begin{cases} (1 - \mu) \nabla f(w_{t-1}) + \mu b_t & \text{nesterov} \\
@@ -95,7 +95,7 @@ def muon(
             update the RMS usual for AdamW.
         mask: See `adam`.
         ns_dtype: The dtype in which Newton-Schulz steps are stored. In "bfloat16", as in PyTorch,
-            an update is off by 1 to 3 % of its length; "float32" has its full precision.
+            an update is off by 1 to 3 % of its length; "float32" gives float32 precision.
         transposed: The matrices are (inputs, outputs), as in Flax, not (outputs, inputs), as in
             PyTorch. Only the "original" $s$ depends on it.
         mu_dtype: The dtype in which $b$ is stored; see `adam`.
@@ -112,8 +112,8 @@ def muon(
 
     Note (PyTorch):
         Equal up to bfloat16: each framework sums in its own order, and five steps amplify a
-        rounding by up to $a^5 \approx 480$. Everything else agrees to rounding: to 1e-12 where both
-        iterate in float64; the decay is that of `adamw`. PyTorch has no `ns_dtype` and no
+        rounding by up to $a^5 \approx 480$. Everything else agrees up to rounding: to 1e-12 where
+        both iterate in float64; the decay is that of `adamw`. PyTorch has no `ns_dtype` and no
         `transposed`.
 
     Example:
@@ -134,8 +134,8 @@ def muon(
 
     References:
         Jordan et al., [Muon: An optimizer for hidden layers in neural
-        networks](https://kellerjordan.github.io/posts/muon/), 2024. Liu et al., [Muon is Scalable
-        for LLM Training](https://arxiv.org/abs/2502.16982), 2025.
+        networks](https://kellerjordan.github.io/posts/muon/), 2024. Liu et al., "Muon is Scalable
+        for LLM Training", arXiv:2502.16982, 2025.
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("momentum", momentum, fix="pass 0.95, say")
@@ -164,7 +164,7 @@ def muon(
 
     return rounded_once(
         optax.chain(
-            ascend(maximize=False),  # PyTorch's Muon has no `maximize`
+            ascend(maximize=False),  # PyTorch's Muon only descends
             optax.chain(_average(momentum, nesterov, mu_dtype), _on_matrices(step)),
             optax.scale_by_learning_rate(learning_rate),
             add_in_turn(learning_rate, weight_decay, mask),
@@ -189,8 +189,8 @@ def orthogonalize(
     """Bring the singular values of a matrix near 1 by Newton-Schulz steps.
 
     Each step applies the odd polynomial of degree 5 with these `coefficients` to the singular
-    values. The norm is divided by at least `eps`. Every intermediate matrix is rounded to `dtype`;
-    sums are in float32 at least.
+    values. The matrix is first divided by its norm, or by `eps` if that is larger. Every
+    intermediate matrix is rounded to `dtype`; sums are in float32 at least.
 
     Example:
         >>> import jax.numpy as jnp

@@ -34,7 +34,7 @@ def adagrad(
     maximize: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
-    r"""Create the equivalent of `torch.optim.Adagrad`: steps shrink with the sum of squared gradients.
+    r"""Create the equivalent of `torch.optim.Adagrad`: steps shrink with the squared gradients.
 
     $$g_t = \pm\nabla f(w_{t-1}) + \lambda w_{t-1}, \qquad
       s_0 = \tau,\; s_t = s_{t-1} + g_t^2, \qquad
@@ -48,8 +48,8 @@ def adagrad(
         `lr_decay` or a schedule, part 3 is `optax.ScaleByScheduleState`, the step count.
 
     Note (PyTorch):
-        Equal to rounding. `optax.adagrad` adds `eps`, 1e-7, inside the root, takes no step where a
-        sum is zero, starts the sums at 0.1, and has no `lr_decay`. PyTorch treats the real and
+        Equal up to rounding. `optax.adagrad` adds `eps`, 1e-7, inside the root, takes no step where
+        a sum is zero, starts the sums at 0.1, and has no `lr_decay`. PyTorch treats the real and
         imaginary parts of complex parameters as two parameters, and so does
         `optax.contrib.split_real_and_imaginary(adagrad(...))`.
 
@@ -107,7 +107,7 @@ def adadelta(
         `e_g` and $u$ as `e_x`.
 
     Note (PyTorch):
-        Equal to rounding; PyTorch accepts `rho=1`, with which no mean ever moves.
+        Equal up to rounding; PyTorch accepts `rho=1`, with which no mean ever moves.
         `optax.adadelta(1.0)` has the same links; its default, no learning rate, keeps the sign of
         the gradient and so ascends. For complex parameters, see `adagrad`.
 
@@ -120,7 +120,7 @@ def adadelta(
         Array([ 1., -2.], dtype=float32)
 
     References:
-        Zeiler, [ADADELTA: An Adaptive Learning Rate Method](https://arxiv.org/abs/1212.5701), 2012.
+        Zeiler, "ADADELTA: An Adaptive Learning Rate Method", arXiv:1212.5701, 2012.
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("rho", rho, fix="pass 0.9, say", below=1.0)
@@ -169,7 +169,7 @@ def rmsprop(
         ends with `optax.TraceState`, which holds $b$.
 
     Note (PyTorch):
-        Equal to rounding; PyTorch accepts `alpha` of 1 and more. `optax.rmsprop` chains the same
+        Equal up to rounding; PyTorch accepts `alpha` of 1 and more. `optax.rmsprop` chains the same
         links otherwise: the momentum follows the learning rate, so a schedule leaves old rates in
         the buffer; `eps` is inside the root by default; and the default `decay` is 0.9. For complex
         parameters, see `adagrad`.
@@ -185,8 +185,8 @@ def rmsprop(
     References:
         Tieleman and Hinton, [Lecture 6.5, Neural Networks for Machine
         Learning](https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf), 2012.
-        Graves, [Generating Sequences With Recurrent Neural
-        Networks](https://arxiv.org/abs/1308.0850), 2013 (centered).
+        Graves, "Generating Sequences With Recurrent Neural Networks", arXiv:1308.0850, 2013
+        (centered).
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("alpha", alpha, fix="pass 0.99, say", below=1.0)
@@ -238,7 +238,7 @@ def _decayed(learning_rate: optax.ScalarOrSchedule, lr_decay: ScalarLike) -> opt
 def _of_real_parameters(
     name: str, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Raise an error for complex parameters, for which optax's means of squares differ from PyTorch's."""
+    """Reject complex parameters, for which optax's means of squares differ from PyTorch's."""
 
     def init(params: PyTree) -> PyTree:
         check_arrays(params)
