@@ -121,11 +121,8 @@ def mc_dropout(
 
     Example:
         >>> import torch, regtorch
-        >>> model = torch.nn.Sequential(
-        ...     torch.nn.Linear(4, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.5),
-        ...     torch.nn.Linear(16, 3),
-        ... )
-        >>> model = regtorch.keyed.convert(model)
+        >>> layers = torch.nn.Linear(4, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)
+        >>> model = regtorch.keyed.convert(torch.nn.Sequential(*layers))
         >>> x = torch.ones(2, 4)
         >>> y = regtorch.mc_dropout(model, x, key=regtorch.key(0), outputs="logits", samples=50)
         >>> y.mean.shape, y.std.shape, y.entropy.shape

@@ -62,10 +62,6 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
         {'0.weight': True, '0.bias': False, '1.weight': False, '1.bias': False}
         >>> decay_mask(model, [("bias", True), ("**", "default")])
         {'0.weight': True, '0.bias': True, '1.weight': False, '1.bias': True}
-        >>> decay_mask(model, "encoder/**")
-        Traceback (most recent call last):
-        ValueError: rule has 'encoder/**', which matches none of '0/weight' [3, 2], '0/bias' [3],
-        '1/weight' [3], '1/bias' [3]
     """
     parameters = _parameters(module)
     return dict(zip(_names(parameters), bools(parameters, rule), strict=True))

@@ -61,9 +61,6 @@ def alpha_dropout(
         `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)` multiplies before
         it adds; the results differ by rounding.
 
-    Note (JAX):
-        `regjax.alpha_dropout` with the same key returns bitwise identical results.
-
     Example:
         >>> import torch, regtorch
         >>> regtorch.alpha_dropout(torch.zeros(6), 0.5, key=regtorch.key(0))

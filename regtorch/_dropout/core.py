@@ -68,7 +68,8 @@ def dropout(
         hidden generator.
 
     Note (JAX):
-        `regjax.dropout` with the same key returns bitwise identical results.
+        `regjax.dropout` with the same key returns bitwise identical results. So do the other
+        functions of the family, unless a note states otherwise.
 
     Example:
         >>> import torch, regtorch
@@ -270,22 +271,18 @@ class _Drawn:
 
     @property
     def name(self) -> str:
-        """Return the name of the function."""
         return self.spec.name
 
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Return the mask, which is given."""
         assert given is not None
         return given
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Mask and scale like the wrapped kind."""
         return self.spec.apply(x, keep, rate)
 
     def slope(self) -> _Drawn:
-        """Return the same mask with the slope of the wrapped kind."""
         return _Drawn(self.spec.slope())
 
 

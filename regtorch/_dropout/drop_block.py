@@ -61,12 +61,12 @@ def drop_block(
     the backward pass.
 
     Args:
-        x: Floating or complex, the batch first, then the channels and one or more spatial
-            dimensions. Give a single row a batch dimension of 1.
+        x: Floating or complex, the batch first, with channels and one or more spatial dimensions.
+            Give a single row a batch dimension of 1.
         rate: About the share of zeroed elements, in [0, 1]; a number or a 0-d tensor. At 1
             everything is zeroed.
-        block_size: The number of elements of a block along each spatial dimension, odd or even; on
-            a smaller map the size of its smallest dimension.
+        block_size: The size of a block along each spatial dimension, odd or even, at most that of
+            the smallest dimension.
         key: See `dropout`.
         deterministic: See `dropout`.
         channel_axis: The dimension of the channels, counted from the end if negative.
@@ -76,7 +76,7 @@ def drop_block(
         scale_by_keep: Whether to scale the kept elements; without it the mean falls.
         with_noise: Whether a dropped element becomes a standard normal variate instead of 0. The
             kept elements are then not scaled. The variates have a key of their own, derived from
-            `key`; element (n, c, *s) has the same one wherever the channels lie.
+            `key`, and do not depend on `channel_axis`.
 
     Returns:
         A tensor of the shape, dtype and device of `x`; zeros if no element is left.
@@ -90,11 +90,11 @@ def drop_block(
 
     Note (PyTorch):
         `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in the same way,
-        for odd blocks that fit into the map. `gamma_scale`, `scale_by_keep` and `with_noise` are
-        those of `timm.layers.drop_block_2d` (1.0.29), and `share_channels` is its
-        `couple_channels`, which is on by default. In timm a block may start at any element and is
-        cut off at the border, masks and noise come from the global generator, and channels that
-        share a mask share their noise.
+        for odd blocks that fit into the map. `timm.layers.drop_block_2d` (1.0.29) has
+        `gamma_scale`, `scale_by_keep`, `with_noise` and, on by default, `couple_channels`
+        (`share_channels`); there a block may start at any element and is cut off at the border,
+        masks and noise come from the global generator, and channels that share a mask share their
+        noise.
 
     Note (JAX):
         In `regjax.drop_block` the channels are last by default; with the same key the results are
@@ -171,7 +171,6 @@ class _Blocks:
         return where_kept(keep, x, torch.where(kept > 0, size / kept, 0))
 
     def slope(self) -> _Blocks:
-        """Return the same kind, which is linear."""
         return self
 
 
@@ -185,15 +184,12 @@ class _Dropped:
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draw the mask of the blocks, and invert it."""
         return ~self.blocks.keep(x, key, rate)
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Mask."""
         return self.blocks.apply(x, keep, rate)
 
     def slope(self) -> _Dropped:
-        """Return the same kind, which is linear."""
         return self
 
 

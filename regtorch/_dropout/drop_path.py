@@ -53,11 +53,8 @@ def drop_path(
 
     Example:
         >>> import torch, regtorch
-        >>> regtorch.drop_path(torch.ones(4, 3), 0.5, key=regtorch.key(0))
-        tensor([[0., 0., 0.],
-                [0., 0., 0.],
-                [2., 2., 2.],
-                [2., 2., 2.]])
+        >>> regtorch.drop_path(torch.ones(4, 3), 0.5, key=regtorch.key(0))[:, 0]
+        tensor([0., 0., 2., 2.])
 
     References:
         Huang et al., "Deep networks with stochastic depth", ECCV 2016, which instead multiplies by

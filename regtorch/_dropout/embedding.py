@@ -81,12 +81,10 @@ class _Words:
         return bernoulli_at(key, keep_prob_of(rate, x.dtype), given.to(torch.int64))[..., None]
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Mask and scale like `dropout`."""
         share = exact_keep_prob(keep_prob_of(rate, x.dtype))
         return where_kept(keep, x, inverse_keep_prob(share, x.dtype))
 
     def slope(self) -> _Words:
-        """Return the same kind, which is linear."""
         return self
 
 

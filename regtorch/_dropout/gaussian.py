@@ -34,6 +34,7 @@ def gaussian_dropout(
         y = x * (1 + sqrt(rate / (1 - rate)) * n)
 
     Only the key is stored for the backward pass, which draws the same factors again.
+    `keras.layers.GaussianDropout(rate)` is the same function with other variates.
 
     The root is computed in double and rounded once, that of a tensor rate by three correctly
     rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
@@ -54,10 +55,6 @@ def gaussian_dropout(
         TypeError: As for `dropout`, or `x` is complex.
         ValueError: As for `dropout`, or `rate` is 1, where the variance is infinite. A tensor rate
             outside [0, 1) gives NaN.
-
-    Note (JAX):
-        `regjax.gaussian_dropout` with the same key returns bitwise identical results;
-        `keras.layers.GaussianDropout(rate)` draws other variates.
 
     Example:
         >>> import torch, regtorch
@@ -80,9 +77,10 @@ def gaussian_noise(
 ) -> Tensor:
     """Add to each element a normal variate of mean 0 and standard deviation `stddev`.
 
-    With n ~ N(0, 1) for each element, `y = x + stddev * n`. The gradient with respect to `x` is
-    that of `x` itself. The arithmetic is in float32, in double for float64; half and 8-bit types
-    are rounded once, at the end.
+    With n ~ N(0, 1) for each element, `y = x + stddev * n`, as in
+    `keras.layers.GaussianNoise(stddev)`, which draws other variates. The gradient with respect to
+    `x` is that of `x` itself. The arithmetic is in float32, in double for float64; half and 8-bit
+    types are rounded once, at the end.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
@@ -98,10 +96,6 @@ def gaussian_noise(
         TypeError: As for `dropout`, `x` is complex, or `stddev` is not a real number.
         ValueError: As for `dropout`, or the number `stddev` is negative, infinite or NaN. Such a
             tensor gives NaN.
-
-    Note (JAX):
-        `regjax.gaussian_noise` with the same key returns bitwise identical results;
-        `keras.layers.GaussianNoise(stddev)` draws other variates.
 
     Example:
         >>> import torch, regtorch
@@ -142,15 +136,12 @@ class _Factors:
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draw the factors."""
         return 1 + rounded(_noise(x, key) * _deviation(rate, x.dtype))
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Multiply."""
         return rounded(x.to(keep.dtype) * keep).to(x.dtype)
 
     def slope(self) -> _Factors:
-        """Return the same kind, which is linear."""
         return self
 
 

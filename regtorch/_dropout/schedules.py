@@ -59,19 +59,12 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
         TypeError: `start` or `end` is not a real number, or `steps` is not an integer.
         ValueError: `start` or `end` is not in [0, 1], or `steps` is below 1.
 
-    Note (JAX):
-        `regjax.linear_rate` is bitwise identical at every step.
-
     Example:
         >>> import torch, regtorch
         >>> rate = regtorch.linear_rate(0.0, 0.5, steps=4)
         >>> [float(rate(step)) for step in range(6)]
         [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
         >>> regtorch.dropout(torch.ones(6), rate(3), key=regtorch.key(0))
-        tensor([0.0000, 0.0000, 1.6000, 1.6000, 1.6000, 1.6000])
-        >>> layer = regtorch.nn.Dropout(0.0)
-        >>> layer.rate = rate(3)  # a layer takes it at any step
-        >>> layer(torch.ones(6), key=regtorch.key(0))
         tensor([0.0000, 0.0000, 1.6000, 1.6000, 1.6000, 1.6000])
     """
     return _between(start, end, steps, lambda progress: progress)
@@ -82,9 +75,6 @@ def cosine_rate(start: float, end: float, steps: int) -> Schedule:
 
     At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`, within 1e-6: slow at
     both ends, and fastest in the middle. For the arguments, result and errors see `linear_rate`.
-
-    Note (JAX):
-        `regjax.cosine_rate` is bitwise identical at every step.
 
     Example:
         >>> import regtorch

@@ -3,7 +3,8 @@
 In training a module calls its function with the key of the call, `layer(x, key=key)`, or with a key
 drawn from its `generator`; after `eval()` it drops nothing. A module cannot hold a key, which would
 draw the same mask at every step. A number or a 0-d tensor may be assigned to its `rate` at any
-step, such as the result of `linear_rate`.
+step, such as the result of `linear_rate`. In JAX, call the functions of `regjax` with
+`deterministic=not training`.
 """
 
 from regtorch.nn._alpha import AlphaDropout, FeatureAlphaDropout

@@ -27,11 +27,8 @@ class DropPath(Layer):
     Example:
         >>> import torch, regtorch
         >>> layer = regtorch.nn.DropPath(0.5)
-        >>> layer(torch.ones(4, 2), key=regtorch.key(0))
-        tensor([[0., 0.],
-                [0., 0.],
-                [2., 2.],
-                [2., 2.]])
+        >>> layer(torch.ones(4, 2), key=regtorch.key(0))[:, 0]
+        tensor([0., 0., 2., 2.])
     """
 
     def __init__(

@@ -28,9 +28,6 @@ class Dropout(Layer):
     Note (PyTorch):
         `torch.nn.Dropout(p=rate)` draws from the global generator.
 
-    Note (JAX):
-        `regjax.dropout(x, rate, key=key, deterministic=not training)` is bitwise identical.
-
     Example:
         >>> import torch, regtorch
         >>> layer = regtorch.nn.Dropout(0.5)

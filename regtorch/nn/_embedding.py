@@ -16,10 +16,6 @@ class EmbeddingDropout(GeneratorModule):
     It follows an embedding, and takes the ids along with the vectors. See
     `regtorch.embedding_dropout`.
 
-    Note (JAX):
-        `regjax.embedding_dropout(x, ids, rate, key=key, deterministic=not training)` is bitwise
-        identical.
-
     Example:
         >>> import torch, regtorch
         >>> embedding = torch.nn.Embedding(4, 2, _weight=torch.ones(4, 2))

@@ -40,11 +40,8 @@ class Dropout1d(FeatureLayer):
     Example:
         >>> import torch, regtorch
         >>> layer = regtorch.nn.Dropout1d(0.5)
-        >>> layer(torch.ones(4, 2), key=regtorch.key(0))
-        tensor([[0., 0.],
-                [0., 0.],
-                [2., 2.],
-                [2., 2.]])
+        >>> layer(torch.ones(4, 2), key=regtorch.key(0))[:, 0]
+        tensor([0., 0., 2., 2.])
     """
 
     channel_axes: ClassVar[dict[int, int]] = {2: 0, 3: 1}

@@ -22,10 +22,6 @@ class GaussianDropout(Layer):
     See `regtorch.gaussian_dropout`. The constructor raises a ValueError for a `rate` outside [0,
     1).
 
-    Note (JAX):
-        `regjax.gaussian_dropout(x, rate, key=key, deterministic=not training)` is bitwise
-        identical; `keras.layers.GaussianDropout(rate)` draws other variates.
-
     Example:
         >>> import torch, regtorch
         >>> layer = regtorch.nn.GaussianDropout(0.2)
@@ -48,10 +44,6 @@ class GaussianNoise(GeneratorModule):
 
     See `regtorch.gaussian_noise`. The constructor raises a ValueError for a negative, infinite or
     NaN `stddev`. A number or a 0-d tensor may be assigned to it at any step.
-
-    Note (JAX):
-        `regjax.gaussian_noise(x, stddev, key=key, deterministic=not training)` is bitwise
-        identical; `keras.layers.GaussianNoise(stddev)` draws other variates.
 
     Example:
         >>> import torch, regtorch
