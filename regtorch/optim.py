@@ -158,7 +158,8 @@ def add_l2_sp_decay(
     $$g \leftarrow g + \lambda_t (w - w^0)$$
 
     With `weight_decay=2 * c` this equals at every step `regtorch.l2_sp_penalty(params, reference,
-    c)` in the loss, which has no factor of one half and so the gradient $2 c (w - w^0)$.
+    c)` in the loss, which has no factor of one half and so the gradient $2 c (w - w^0)$. The result
+    and other errors are those of `add_l1_decay`.
 
     Args:
         optimizer: Any optimizer of `torch.optim`.
@@ -171,14 +172,11 @@ def add_l2_sp_decay(
         decoupled: See `add_l1_decay`.
         mask: See `add_l1_decay`.
 
-    Returns:
-        A handle to remove the decay.
-
     Raises:
-        TypeError: As for `add_l1_decay`; `reference` is none of the four; or the reference of a
-            parameter is not a float or complex tensor, or is complex and the parameter real.
-        ValueError: As for `add_l1_decay`; or `reference` is a generator that yields nothing, has
-            other names than the parameters, or a tensor of another shape: the message names it.
+        TypeError: `reference` is none of the four; or the reference of a parameter is not a float
+            or complex tensor, or is complex and the parameter real.
+        ValueError: `reference` is a generator that yields nothing, has other names than the
+            parameters, or a tensor of another shape: the message names it.
 
     Example:
         >>> import torch

@@ -72,14 +72,16 @@ def decay_rates(
 ) -> dict[str, float]:
     """Return a dict from each name of `named_parameters()` to its rate, 0.0 where nothing decays.
 
+    The other errors are those of `decay_mask`.
+
     Args:
         module: The model.
         weight_decay: The rate where the decision is True.
         rule: See `decay_mask`; a decision may also be a rate, which is used as it is.
 
     Raises:
-        TypeError: As for `decay_mask`, or a rate is not a number.
-        ValueError: As for `decay_mask`, or a rate is negative, infinite or NaN.
+        TypeError: A rate is not a number.
+        ValueError: A rate is negative, infinite or NaN.
 
     Note (JAX):
         `regjax.decay_rates(params, weight_decay, rule)`, for `regjax.optim.add_decay_by_leaf`.
@@ -103,7 +105,8 @@ def decay_groups(
     The groups are in order of appearance, with the names of their parameters as
     `named_parameters()` gives them to an optimizer. Frozen parameters are in no group: call again
     after unfreezing. A parameter that requires a gradient but is unused is in a group, yet
-    torch.optim, unlike optax, skips it as long as its gradient is None.
+    torch.optim, unlike optax, skips it as long as its gradient is None. The other errors are those
+    of `decay_rates`.
 
     Args:
         module: The model.
@@ -111,8 +114,7 @@ def decay_groups(
         rule: See `decay_rates`.
 
     Raises:
-        TypeError: As for `decay_rates`.
-        ValueError: As for `decay_rates`, or no parameter requires a gradient.
+        ValueError: No parameter requires a gradient.
 
     Note (JAX):
         `regjax.optim.adamw(..., mask=regjax.decay_mask)`, or, with more than one rate,

@@ -149,7 +149,8 @@ def l2_sp_penalty(
     In fine-tuning it pulls weights toward those of the pretrained model instead of zero. Without a
     factor of one half, as in `l2_penalty`, it trains under SGD and Adam (coupled decay) like
     `regtorch.optim.add_l2_sp_decay(optimizer, reference, 2 * weight_decay)`. Layers that were not
-    pretrained take `l2_penalty`, in the usual recipe with a coefficient of their own.
+    pretrained take `l2_penalty`, in the usual recipe with a coefficient of their own. The result
+    and other errors are those of `l2_penalty`.
 
     Args:
         params: See `l2_penalty`.
@@ -160,14 +161,11 @@ def l2_sp_penalty(
         weight_decay: The coefficient $\lambda$; see `l2_penalty`.
         mask: See `l2_penalty`.
 
-    Returns:
-        A real 0-d tensor; see `l2_penalty`.
-
     Raises:
-        TypeError: As for `l2_penalty`; or the reference of a parameter is not a float or complex
-            tensor, or is complex and the parameter real.
-        ValueError: As for `l2_penalty`; or the reference has other names than `params`, or a tensor
-            in it another shape: the message names it.
+        TypeError: The reference of a parameter is not a float or complex tensor, or is complex and
+            the parameter real.
+        ValueError: The reference has other names than `params`, or a tensor in it another shape:
+            the message names it.
 
     Example:
         >>> import torch

@@ -38,7 +38,8 @@ def alpha_dropout(
 
     The constants are computed in double and rounded once; the sum and the product follow in
     float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum comes
-    first, because a compiler could contract a product and a sum into one rounding.
+    first, because a compiler could contract a product and a sum into one rounding. The result and
+    other errors are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
@@ -50,12 +51,8 @@ def alpha_dropout(
         broadcast_dims: See `dropout`.
         sampler: See `dropout`.
 
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
-
     Raises:
-        TypeError: As for `dropout`, or `x` is complex.
-        ValueError: As for `dropout`.
+        TypeError: `x` is complex.
 
     Note (PyTorch):
         `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)` multiplies before

@@ -54,7 +54,7 @@ def dot_product_attention(
     `block_size` keys at a time, and memory is linear in sequence length. The mask of a block
     depends on the places of its elements in the whole, so that **both forms drop the same elements,
     bitwise identically**, for every block size. The blockwise form has reverse-mode derivatives of
-    every order; for forward mode, leave `block_size` out.
+    every order; for forward mode, leave `block_size` out. The other errors are those of `dropout`.
 
     Args:
         query: Shape (..., queries, heads, depth), with any number of batch dimensions.
@@ -78,9 +78,9 @@ def dot_product_attention(
 
     Raises:
         TypeError: The tensors are not floating or differ in dtype, `scale` is not a number, `mask`
-            is not boolean, or as for `dropout`.
+            is not boolean.
         ValueError: A shape does not fit (the message names the argument), `scale` is not finite,
-            `block_size` is below 1, or as for `dropout`. A tensor rate out of range gives NaN.
+            `block_size` is below 1. A tensor rate out of range gives NaN.
 
     Note (PyTorch):
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,

@@ -58,15 +58,15 @@ def drop_block(
 
     Row n, channel c and the block that starts at s draw from the row-major index of `(n, c, *s)`
     wherever the channels lie, so that NCHW and NHWC have the same mask. Only the key is stored for
-    the backward pass.
+    the backward pass. The other errors are those of `dropout`.
 
     Args:
         x: Floating or complex, the batch first, with channels and one or more spatial dimensions.
             Give a single row a batch dimension of 1.
         rate: About the share of zeroed elements, in [0, 1]; a number or a 0-d tensor. At 1
             everything is zeroed.
-        block_size: The size of a block along each spatial dimension, odd or even, at most that of
-            the smallest dimension.
+        block_size: The length of a block along each spatial dimension, odd or even, capped at the
+            size of the smallest spatial dimension.
         key: See `dropout`.
         deterministic: See `dropout`.
         channel_axis: The dimension of the channels, counted from the end if negative.
@@ -76,17 +76,17 @@ def drop_block(
         scale_by_keep: Whether to scale the kept elements; without it the mean falls.
         with_noise: Whether a dropped element becomes a standard normal variate instead of 0. The
             kept elements are then not scaled. The variates have a key of their own, derived from
-            `key`, and do not depend on `channel_axis`.
+            `key`; element (n, c, *s) has the same one wherever the channels lie.
 
     Returns:
         A tensor of the shape, dtype and device of `x`; zeros if no element is left.
 
     Raises:
-        TypeError: As for `dropout`; `block_size` or `channel_axis` is not an integer; `gamma_scale`
-            is not a real number; or `x` is complex with noise.
-        ValueError: As for `dropout`; `block_size` is below 1; `gamma_scale` is negative, infinite
-            or NaN; `channel_axis` is not a dimension of `x`, or is the batch dimension; or `x` has
-            no spatial dimension.
+        TypeError: `block_size` or `channel_axis` is not an integer; `gamma_scale` is not a real
+            number; or `x` is complex with noise.
+        ValueError: `block_size` is below 1; `gamma_scale` is negative, infinite or NaN;
+            `channel_axis` is not a dimension of `x`, or is the batch dimension; or `x` has no
+            spatial dimension.
 
     Note (PyTorch):
         `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in the same way,

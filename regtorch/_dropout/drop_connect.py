@@ -65,7 +65,8 @@ def drop_connect(
     There is one mask per call: all rows of a batch see the same weights, as everywhere but in the
     paper, which draws a mask for each example. `torch.func.vmap` over keys does so, at the cost of
     as many kernels as rows. In evaluation the paper approximates the mean over masks by samples of
-    a normal distribution; here the weights are scaled in training and unchanged in evaluation.
+    a normal distribution; here the weights are scaled in training and unchanged in evaluation. The
+    other errors are those of `dropout` and `decay_mask`.
 
     Args:
         weights: One floating or complex tensor, or a dict from names to tensors, in which integers
@@ -83,8 +84,7 @@ def drop_connect(
         A tensor, or a dict with the same names in the same order.
 
     Raises:
-        TypeError: As for `dropout` and `decay_mask`.
-        ValueError: As for `dropout` and `decay_mask`, or the rule selects nothing.
+        ValueError: The rule selects nothing.
 
     Note (PyTorch):
         `regtorch.nn.DropConnect` wraps a module; this function is for `torch.func.functional_call`.

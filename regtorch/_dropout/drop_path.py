@@ -28,7 +28,8 @@ def drop_path(
     `x` is the output of a residual branch: `h + drop_path(branch(h), rate)`. A row whose branch is
     dropped skips that layer, so that the network is shorter for it in training. It is `dropout`
     with a mask shared along every dimension but the batch, dimension 0: row n draws from the index
-    n. `depth_rates` computes the rates of a stack of layers.
+    n. `depth_rates` computes the rates of a stack of layers. The result and other errors are those
+    of `dropout`.
 
     Args:
         x: Floating or complex, with the batch first.
@@ -40,12 +41,8 @@ def drop_path(
             and branches are stronger in evaluation than in training.
         sampler: See `dropout`.
 
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
-
     Raises:
-        TypeError: As for `dropout`.
-        ValueError: As for `dropout`; `mode` is neither of the two; or `x` is 0-d and has no rows.
+        ValueError: `mode` is neither of the two; or `x` is 0-d and has no rows.
 
     Note (PyTorch):
         `timm.layers.drop_path(x, rate, training, scale_by_keep)` and

@@ -32,7 +32,8 @@ def embedding_dropout(
         dropout(table, rate, key=key, broadcast_dims=(1,))[ids]
 
     but draws only for the words that occur: nothing of the table's size is materialized. Dropout of
-    the rows of `x` would instead drop a word in one place and keep it in the next.
+    the rows of `x` would instead drop a word in one place and keep it in the next. The result and
+    other errors are those of `dropout`.
 
     Args:
         x: The embeddings of the words, floating or complex, one feature vector for each id.
@@ -41,15 +42,12 @@ def embedding_dropout(
         key: See `dropout`.
         deterministic: See `dropout`.
 
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
-
     Raises:
-        TypeError: As for `dropout`, or `ids` is not a tensor of integers.
-        ValueError: As for `dropout`; `x.shape` is not `(*ids.shape, features)`; or an id is
-            negative, which indexing would count from the end of a table that is unknown here. Ids
-            are not checked under transforms or where reading them would wait for the device: a
-            negative one is then a word of its own.
+        TypeError: `ids` is not a tensor of integers.
+        ValueError: `x.shape` is not `(*ids.shape, features)`; or an id is negative, which indexing
+            would count from the end of a table that is unknown here. Ids are not checked under
+            transforms or where reading them would wait for the device: a negative one is then a
+            word of its own.
 
     Example:
         >>> import torch, regtorch

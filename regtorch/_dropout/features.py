@@ -25,7 +25,8 @@ def feature_dropout(
     removes little; this drops the whole map. It is `dropout` with a mask shared along every
     dimension but the batch, dimension 0, and `channel_axis`: for (N, C, H, W), along H and W. Row n
     and channel c draw from the index `n * C + c` wherever the channels lie, so that, with
-    `bernoulli`, NCHW and NHWC have the same mask.
+    `bernoulli`, NCHW and NHWC have the same mask. The result and other errors are those of
+    `dropout`.
 
     Args:
         x: Floating or complex, with the batch first. For one row without a batch dimension, pass
@@ -36,12 +37,9 @@ def feature_dropout(
         channel_axis: The dimension of the channels, counted from the end if negative.
         sampler: See `dropout`.
 
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
-
     Raises:
-        TypeError: As for `dropout`, or `channel_axis` is not an integer.
-        ValueError: As for `dropout`, or `channel_axis` is not a dimension of `x`.
+        TypeError: `channel_axis` is not an integer.
+        ValueError: `channel_axis` is not a dimension of `x`.
 
     Note (PyTorch):
         `torch.nn.functional.dropout1d`, `dropout2d` and `dropout3d` on a batch.

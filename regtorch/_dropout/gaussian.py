@@ -38,7 +38,7 @@ def gaussian_dropout(
 
     The root is computed in double and rounded once, that of a tensor rate by three correctly
     rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
-    rounded once, at the end.
+    rounded once, at the end. The result and other errors are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
@@ -48,13 +48,10 @@ def gaussian_dropout(
         key: See `dropout`; required unless `deterministic`, or `rate` is the number 0.
         deterministic: See `dropout`.
 
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
-
     Raises:
-        TypeError: As for `dropout`, or `x` is complex.
-        ValueError: As for `dropout`, or `rate` is 1, where the variance is infinite. A tensor rate
-            outside [0, 1) gives NaN.
+        TypeError: `x` is complex.
+        ValueError: `rate` is 1, where the variance is infinite. A tensor rate outside [0, 1) gives
+            NaN.
 
     Example:
         >>> import torch, regtorch
@@ -80,7 +77,7 @@ def gaussian_noise(
     With n ~ N(0, 1) for each element, `y = x + stddev * n`, as in
     `keras.layers.GaussianNoise(stddev)`, which draws other variates. The gradient with respect to
     `x` is that of `x` itself. The arithmetic is in float32, in double for float64; half and 8-bit
-    types are rounded once, at the end.
+    types are rounded once, at the end. The result and other errors are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
@@ -89,13 +86,9 @@ def gaussian_noise(
         key: See `dropout`; required unless `deterministic`, or `stddev` is the number 0.
         deterministic: See `dropout`.
 
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
-
     Raises:
-        TypeError: As for `dropout`, `x` is complex, or `stddev` is not a real number.
-        ValueError: As for `dropout`, or the number `stddev` is negative, infinite or NaN. Such a
-            tensor gives NaN.
+        TypeError: `x` is complex, or `stddev` is not a real number.
+        ValueError: The number `stddev` is negative, infinite or NaN. Such a tensor gives NaN.
 
     Example:
         >>> import torch, regtorch

@@ -29,7 +29,8 @@ def variational_dropout(
 
     Inside the recurrence there is no time axis. There, call `dropout` on the state with **one key
     for all steps**, made outside the loop, as in the second example: the same key draws the same
-    mask. A generator would draw another key at every step.
+    mask. A generator would draw another key at every step. The result and other errors are those of
+    `dropout`.
 
     Args:
         x: Floating or complex, with a time axis, such as (batch, time, features).
@@ -41,12 +42,9 @@ def variational_dropout(
             features).
         sampler: See `dropout`.
 
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
-
     Raises:
-        TypeError: As for `dropout`, or `time_axis` is not an integer.
-        ValueError: As for `dropout`, or `time_axis` is not a dimension of `x`.
+        TypeError: `time_axis` is not an integer.
+        ValueError: `time_axis` is not a dimension of `x`.
 
     Note (PyTorch):
         The `dropout=` of `torch.nn.LSTM` differs: it draws a new mask at every timestep.
