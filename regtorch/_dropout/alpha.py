@@ -38,8 +38,8 @@ def alpha_dropout(
 
     The constants are computed in double and rounded once; the sum and the product follow in
     float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum comes
-    first, because a compiler could contract a product and a sum into one rounding. The result and
-    other errors are those of `dropout`.
+    first, because a compiler could contract a product and a sum into one rounding. The result has
+    the shape, dtype and device of `x`; the other errors are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.

@@ -28,8 +28,8 @@ def drop_path(
     `x` is the output of a residual branch: `h + drop_path(branch(h), rate)`. A row whose branch is
     dropped skips that layer, so that the network is shorter for it in training. It is `dropout`
     with a mask shared along every dimension but the batch, dimension 0: row n draws from the index
-    n. `depth_rates` computes the rates of a stack of layers. The result and other errors are those
-    of `dropout`.
+    n. `depth_rates` computes the rates of a stack of layers. The result has the shape, dtype and
+    device of `x`; the other errors are those of `dropout`.
 
     Args:
         x: Floating or complex, with the batch first.

@@ -32,8 +32,8 @@ def embedding_dropout(
         dropout(table, rate, key=key, broadcast_dims=(1,))[ids]
 
     but draws only for the words that occur: nothing of the table's size is materialized. Dropout of
-    the rows of `x` would instead drop a word in one place and keep it in the next. The result and
-    other errors are those of `dropout`.
+    the rows of `x` would instead drop a word in one place and keep it in the next. The result has
+    the shape, dtype and device of `x`; the other errors are those of `dropout`.
 
     Args:
         x: The embeddings of the words, floating or complex, one feature vector for each id.

@@ -25,8 +25,8 @@ def feature_dropout(
     removes little; this drops the whole map. It is `dropout` with a mask shared along every
     dimension but the batch, dimension 0, and `channel_axis`: for (N, C, H, W), along H and W. Row n
     and channel c draw from the index `n * C + c` wherever the channels lie, so that, with
-    `bernoulli`, NCHW and NHWC have the same mask. The result and other errors are those of
-    `dropout`.
+    `bernoulli`, NCHW and NHWC have the same mask. The result has the shape, dtype and device of
+    `x`; the other errors are those of `dropout`.
 
     Args:
         x: Floating or complex, with the batch first. For one row without a batch dimension, pass

@@ -38,7 +38,8 @@ def gaussian_dropout(
 
     The root is computed in double and rounded once, that of a tensor rate by three correctly
     rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
-    rounded once, at the end. The result and other errors are those of `dropout`.
+    rounded once, at the end. The result has the shape, dtype and device of `x`; the other errors
+    are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
@@ -77,7 +78,8 @@ def gaussian_noise(
     With n ~ N(0, 1) for each element, `y = x + stddev * n`, as in
     `keras.layers.GaussianNoise(stddev)`, which draws other variates. The gradient with respect to
     `x` is that of `x` itself. The arithmetic is in float32, in double for float64; half and 8-bit
-    types are rounded once, at the end. The result and other errors are those of `dropout`.
+    types are rounded once, at the end. The result has the shape, dtype and device of `x`; the other
+    errors are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.

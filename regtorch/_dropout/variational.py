@@ -29,8 +29,8 @@ def variational_dropout(
 
     Inside the recurrence there is no time axis. There, call `dropout` on the state with **one key
     for all steps**, made outside the loop, as in the second example: the same key draws the same
-    mask. A generator would draw another key at every step. The result and other errors are those of
-    `dropout`.
+    mask. A generator would draw another key at every step. The result has the shape, dtype and
+    device of `x`; the other errors are those of `dropout`.
 
     Args:
         x: Floating or complex, with a time axis, such as (batch, time, features).
