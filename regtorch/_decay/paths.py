@@ -1,4 +1,4 @@
-"""Names of parameters: every way in which PyTorch code holds them, as one list of named tensors."""
+"""Parameter names: every form in which PyTorch code holds parameters, as one named list."""
 
 from __future__ import annotations
 
@@ -15,20 +15,15 @@ if TYPE_CHECKING:
 
 
 def named_leaves(params: Params) -> list[tuple[str, Any]]:
-    """List parameters with their names, in the order in which they come.
+    """List parameters with their names, in order; tensors without a name get their position.
 
-    Args:
-        params: A module, one tensor, a dict from names to tensors, or an iterable of tensors or of
-            `(name, tensor)` pairs. Tensors without a name are called by their position.
-
-    Returns:
-        Pairs of name and tensor. What is no tensor is passed on, for the caller to judge.
+    Objects that are not tensors are passed on, for the caller to check.
 
     Raises:
-        TypeError: `params` is none of these.
+        TypeError: `params` is not a module, a tensor, a dict, or an iterable.
         ValueError: `params` is a generator that yields nothing.
 
-    Examples:
+    Example:
         >>> import torch
         >>> [name for name, _ in named_leaves(torch.nn.Linear(2, 3))]
         ['weight', 'bias']
