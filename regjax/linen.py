@@ -97,7 +97,7 @@ class Layer(FlaxLayer, linen.Module, kw_only=True):
         rng_collection: The name of the rngs that the key is made from.
     """
 
-    deterministic: bool | None = None
+    deterministic: ArrayLike | None = None
     rng_collection: str = "dropout"
 
     def __post_init__(self) -> None:
@@ -210,7 +210,7 @@ class Dropout(RateLayer, linen.Dropout):
 
     rate: float | Float[Array, ""]  # pyright: ignore[reportIncompatibleVariableOverride]
     broadcast_dims: Sequence[int] = ()
-    deterministic: bool | None = None
+    deterministic: ArrayLike | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     rng_collection: str = "dropout"
     sampler: Sampler = bernoulli
 
