@@ -74,9 +74,7 @@ _PACKED = [
 _DROPOUT = ["tests/test_dropout_core.py", "parity_tests/test_corners.py"]
 _JAX_DROPOUT = "tests/regjax/test_dropout.py"
 _LAYOUTS = "tests/regjax/test_layouts.py::"
-_RULES = ["tests/regjax/test_rules.py", "parity_tests/test_rules.py"]
-_TORCH_RULES = ["tests/regtorch/test_rules.py", "parity_tests/test_rules.py"]
-_OPTIM = ["tests/regjax/test_optim.py", "tests/regjax/test_optim_decays.py"]
+_SIGNATURE = "tests/regjax/test_optim.py::test_signature"
 JUDGES = {
     "regjax/_random/threefry.py": [
         *_BITS,
@@ -101,16 +99,16 @@ JUDGES = {
     "regshared/decay_rules.py": ["tests/test_decay_rules.py"],
     "regjax/_decay/paths.py": ["tests/regjax/test_decay.py"],
     "regjax/_decay/validation.py": ["tests/regjax/test_decay.py"],
-    "regjax/_decay/param_trees.py": _RULES,
-    "regjax/_decay/penalty.py": ["tests/regjax/test_penalty.py", "parity_tests/test_penalty.py"],
-    "regjax/optim/_links.py": _OPTIM,
-    "regjax/optim/_decays.py": _OPTIM,
-    "regjax/optim/_gradients.py": ["tests/regjax/test_optim_gradients.py", *_OPTIM],
-    "regjax/optim/_descent.py": ["tests/regjax/test_optim_descent.py", *_OPTIM],
-    "regjax/optim/_adam.py": ["tests/regjax/test_optim_adam.py", *_OPTIM],
-    "regjax/optim/_rms.py": ["tests/regjax/test_optim_rms.py", *_OPTIM],
-    "regjax/optim/_adafactor.py": ["tests/regjax/test_optim_adafactor.py", *_OPTIM],
-    "regjax/optim/_muon.py": ["tests/regjax/test_optim_muon.py", *_OPTIM],
+    "regjax/_decay/param_trees.py": ["tests/regjax/test_rules.py"],
+    "regjax/_decay/penalty.py": ["tests/regjax/test_penalty.py"],
+    "regjax/optim/_links.py": ["tests/regjax/test_optim_links.py"],
+    "regjax/optim/_decays.py": ["tests/regjax/test_optim_decays.py"],
+    "regjax/optim/_gradients.py": ["tests/regjax/test_optim_gradients.py"],
+    "regjax/optim/_descent.py": ["tests/regjax/test_optim_descent.py", _SIGNATURE],
+    "regjax/optim/_adam.py": ["tests/regjax/test_optim_adam.py", _SIGNATURE],
+    "regjax/optim/_rms.py": ["tests/regjax/test_optim_rms.py", _SIGNATURE],
+    "regjax/optim/_adafactor.py": ["tests/regjax/test_optim_adafactor.py", _SIGNATURE],
+    "regjax/optim/_muon.py": ["tests/regjax/test_optim_muon.py", _SIGNATURE],
     "regtorch/_random/threefry.py": _BITS,
     "regtorch/_random/keys.py": [
         *_KEYS,
@@ -119,14 +117,14 @@ JUDGES = {
     "regtorch/_random/bernoulli.py": _MASKS,
     "regtorch/_random/packed.py": _PACKED,
     "regtorch/_dropout/core.py": [*_DROPOUT, "tests/regtorch/test_transforms.py"],
-    "regtorch/_decay/paths.py": _TORCH_RULES,
-    "regtorch/_decay/validation.py": _TORCH_RULES,
-    "regtorch/_decay/param_trees.py": _TORCH_RULES,
-    "regtorch/_decay/penalty.py": [
+    "regtorch/_decay/paths.py": ["tests/regtorch/test_penalty.py"],
+    "regtorch/_decay/validation.py": [
         "tests/regtorch/test_penalty.py",
-        "parity_tests/test_penalty.py",
+        "tests/regtorch/test_optim.py",
     ],
-    "regtorch/optim.py": ["tests/regtorch/test_optim.py", "parity_tests/test_decays.py"],
+    "regtorch/_decay/param_trees.py": ["tests/regtorch/test_rules.py"],
+    "regtorch/_decay/penalty.py": ["tests/regtorch/test_penalty.py"],
+    "regtorch/optim.py": ["tests/regtorch/test_optim.py"],
 }
 
 

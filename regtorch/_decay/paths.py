@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor | tuple[str, Tensor]]
 
 
-def named_leaves(params: Params) -> list[tuple[str, Any]]:
-    """List parameters with their names, in order; tensors without a name get their position.
+def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:
+    """List parameters with their names, in the order in which they come.
 
-    Objects that are not tensors are passed on, for the caller to check.
+    Args:
+        params: A module, one tensor, a dict from names to tensors, or an iterable of tensors or of
+            `(name, tensor)` pairs. Tensors without a name are called by their position.
+        what: The name of the argument, for messages.
+
+    Returns:
+        Pairs of name and tensor. What is no tensor is passed on, for the caller to judge.
 
     Raises:
         TypeError: `params` is not a module, a tensor, a dict, or an iterable.
@@ -38,7 +44,7 @@ def named_leaves(params: Params) -> list[tuple[str, Any]]:
         return [(str(name), leaf) for name, leaf in params.items()]
     if not isinstance(params, Iterable) or isinstance(params, str):
         raise TypeError(
-            "params must be a module, a tensor, a dict from names to tensors, or an iterable of "
+            f"{what} must be a module, a tensor, a dict from names to tensors, or an iterable of "
             f"tensors or (name, tensor) pairs, but it is {params!r}"
         )
     leaves: list[tuple[str, Any]] = [
@@ -46,7 +52,7 @@ def named_leaves(params: Params) -> list[tuple[str, Any]]:
     ]
     if not leaves and isinstance(params, Iterator):
         raise ValueError(
-            "params is a generator that yields nothing: module.parameters() can be walked only "
+            f"{what} is a generator that yields nothing: module.parameters() can be walked only "
             "once, so call it again for each use, or pass the module itself"
         )
     return leaves

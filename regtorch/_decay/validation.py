@@ -53,10 +53,7 @@ def resolve_reference(
         TypeError: The reference holds no parameters.
         ValueError: The reference has other names; the message names the first that differs.
     """
-    try:
-        by_name = dict(named_leaves(reference))
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("params", "reference", 1)) from None
+    by_name = dict(named_leaves(reference, "reference"))
     names = [name for name, _ in leaves]
     _check_names("reference", by_name, names)
     return [(name, by_name[name]) for name in names]
