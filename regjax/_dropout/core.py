@@ -96,7 +96,8 @@ def dropout(
         neural networks from overfitting", JMLR 15, 2014; here in the inverted form.
     """
     x = check_inexact(x)
-    dims = check_dims(broadcast_dims, x.ndim) if broadcast_dims else ()
+    is_default = isinstance(broadcast_dims, tuple) and not broadcast_dims
+    dims = () if is_default else check_dims(broadcast_dims, x.ndim)
     return apply_dropout(
         SampledMask("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic
     )
