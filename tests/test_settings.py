@@ -186,7 +186,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     | {"penalties": penalties, "schedules": schedules},
 }
 # Sums, and operations that XLA contracts to one rounding where it compiles them together.
-ROUNDED = ("attention whole", "attention blockwise", "adam", "adamw", "nadam")
+ROUNDED = ("attention whole", "attention blockwise", "adafactor", "adam", "adamw", "nadam")
 
 
 @dataclass(frozen=True)
