@@ -230,7 +230,7 @@ def check_names(names: Any) -> None:
 
 
 def check_paths(labels: Mapping[str, str], params: PyTree) -> None:
-    """Reject parameters whose paths differ from `names` with a ValueError that lists the differences."""
+    """Raise a ValueError that lists where the paths of parameters differ from `names`."""
     paths = {path for path, _ in named_leaves(params)}
     report(
         {

@@ -312,7 +312,7 @@ def _misspelt(names: Mapping[str, str | Leaf], leaves: Collection[str]) -> list[
 def _find(
     name: str, names: Mapping[str, str | Leaf], entries: Collection[str]
 ) -> tuple[str, str | Leaf, int | None]:
-    """Return the key that determines a leaf's layout, the entry that feeds it, and the part of that."""
+    """Return the key that determines a leaf's layout, its entry, and the part of the entry."""
     spellings = _spellings(name)
     key = spellings[-1].rpartition("/")[2]
     for spelling in spellings:
@@ -431,7 +431,7 @@ def _transposed_in_torch(state_dict: Any) -> set[str]:
 
 
 def _is_transposed(name: str, path: KeyPath, params: PyTree) -> bool:
-    """Return whether a leaf belongs to a transposed convolution, by names or types of its modules."""
+    """Return whether a leaf belongs to a transposed convolution, by its modules' names or types."""
     node, kinds = params, [type(params).__name__]
     for key in path[:-1]:
         attribute = getattr(key, "name", None)

@@ -143,7 +143,7 @@ def check_current(what: str, current: Any, rate: Rate, scheduler: Any) -> None:
 
 
 def in_double(rate: Rate, step: int) -> float:
-    """Return the value at one step in double precision, like PyTorch's, whatever JAX's precision."""
+    """Return the value at one step in double precision, as in PyTorch."""
     with jax.enable_x64(True):
         return float(rate(jnp.asarray(step)))
 
