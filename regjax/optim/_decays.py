@@ -359,7 +359,7 @@ def _decay(
     term: Callable[[Any, Any, Any, Any], Any],
     resolve: Callable[[PyTree, PyTree[bool]], PyTree | None] = lambda params, decays: None,
 ) -> optax.GradientTransformation:
-    """Create a link of `term(coefficient, update, parameter, other)`, applied where the mask is True.
+    """Create a link of `term(coefficient, update, parameter, other)`, subject to the mask.
 
     `resolve` checks the parameters and returns the pytree of the others, or None.
     """
