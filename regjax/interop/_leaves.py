@@ -84,7 +84,7 @@ class Part:
 
     @property
     def decoupled(self) -> bool:
-        """Whether the decay bypasses the moments."""
+        """True if the decay bypasses the moments."""
         return self.group.get("decoupled_weight_decay", self.kind in ("Adafactor", "Muon"))
 
 
@@ -103,7 +103,7 @@ class Recipe:
 
     @property
     def is_single(self) -> bool:
-        """Whether one optimizer trains everything."""
+        """True if one optimizer trains everything."""
         return len(self.parts) == 1 and not self.frozen
 
 
