@@ -62,12 +62,7 @@ _SETTINGS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def check_settings(layer: object) -> None:
-    """Raise an error for an invalid setting at construction, not at the first call.
-
-    Raises:
-        TypeError: A setting has the wrong type.
-        ValueError: A setting has an invalid value.
-    """
+    """Raise a TypeError or ValueError for an invalid setting when a layer is constructed."""
     for name, check in {**_SETTINGS, "rng_collection": check_string}.items():
         if hasattr(layer, name):
             check(name, getattr(layer, name))
@@ -109,14 +104,8 @@ def wrapped_dims(
 ) -> tuple[int, ...]:
     """Return `broadcast_dims` as Flax and Haiku interpret them: negative ones count from the end.
 
-    Args:
-        broadcast_dims: The dimensions as given.
-        ndim: The number of dimensions of the array.
-        of: The framework's name for the array.
-        error: The exception that the framework raises.
-
-    Raises:
-        IndexError: A dimension is out of range; another exception if `error` is given.
+    `of` is the framework's name for the array with `ndim` dimensions, and `error` the exception
+    that it raises if one is out of range.
     """
     broadcast_dims = check_integers("broadcast_dims", broadcast_dims)
     if any(not -ndim <= dim < ndim for dim in broadcast_dims):
@@ -127,10 +116,7 @@ def wrapped_dims(
 
 
 class _FlaxSampler(ExactSampler):
-    """The exact sampler, which draws small masks by Flax's own operations.
-
-    The masks are the same. Where Flax's operations would give another mask, they are not used.
-    """
+    """The exact sampler, which draws small masks by Flax's own operations if they give the same."""
 
     def draw(
         self,
@@ -168,15 +154,12 @@ COMPARING = _ComparingSampler(bernoulli)
 def uniform(
     key: KeyLike, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> Float32[Array, "*shape"]:
-    """Draw float32 numbers in [0, 1) to make masks from: those below `keep_prob` are kept.
-
-    The layers for Equinox and Haiku compare these numbers themselves, because they divide by the
-    same scalar. XLA replaces a division by a scalar with a multiplication by its inverse, which
-    rounds differently, but only where nothing else needs the scalar.
-
-    Small arrays are drawn by the operations of `jax.random.uniform`, as in `as_flax_draws`; here
-    `vmap` cannot hide the total size.
-    """
+    """Draw float32 numbers in [0, 1) to make masks from: those below `keep_prob` are kept."""
+    # The layers for Equinox and Haiku compare these numbers themselves, because they divide by the
+    # same scalar. XLA replaces a division by a scalar with a multiplication by its inverse, which
+    # rounds differently, but only where nothing else needs the scalar.
+    # Small arrays are drawn by the operations of jax.random.uniform, as in as_flax_draws; here vmap
+    # cannot hide the total size.
     shape, is_default = tuple(shape), _is_default(key)
 
     def draw(size: int, key: KeyLike) -> Float32[Array, "*shape"]:

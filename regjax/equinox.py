@@ -316,7 +316,6 @@ class AlphaDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """Apply the function."""
         return alpha_dropout(x, p, sampler=self.sampler, **options)
 
 
@@ -412,7 +411,6 @@ class VariationalDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """Apply the function."""
         return variational_dropout(x, p, time_axis=self.time_axis, sampler=self.sampler, **options)
 
 
@@ -450,7 +448,6 @@ class DropConnect(RateLayer):
         return self._call((x,), self.p, key, inference)
 
     def _drop(self, weights: PyTree, p: ArrayLike, **options: Any) -> Any:
-        """Apply the function."""
         return drop_connect(weights, p, rule=self.rule, sampler=self.sampler, **options)
 
 
@@ -486,7 +483,6 @@ class EmbeddingDropout(RateLayer):
         p: ArrayLike,
         **options: Any,
     ) -> Any:
-        """Apply the function."""
         return embedding_dropout(x, ids, p, **options)
 
 
@@ -502,7 +498,6 @@ class GaussianDropout(RateLayer):
     """
 
     def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """Apply the function."""
         return gaussian_dropout(x, p, **options)
 
 
@@ -534,7 +529,6 @@ class GaussianNoise(Layer):
         return self._call((x,), self.stddev, key, inference)
 
     def _drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **options: Any) -> Any:
-        """Apply the function."""
         return gaussian_noise(x, stddev, **options)
 
 

@@ -83,7 +83,7 @@ def dropout(
 ) -> Inexact[Array, "*shape"]:
     """Drop-in replacement for `haiku.dropout`: faster, with the same mask from the same key.
 
-    Zeroes each element with probability `rate` and divides the others by `1 - rate`.
+    Zero each element with probability `rate` and divide the others by `1 - rate`.
 
     In float32 the result is bitwise identical to Haiku's, and so are gradients under `jit`: with
     `vmap`, `scan` and `checkpoint`, whether `rate` is a number or traced (tested on CPUs under

@@ -194,16 +194,10 @@ class Dropout(RateLayer, linen.Dropout):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
-        >>> class MLP(nn.Module):
-        ...     @nn.compact
-        ...     def __call__(self, x, train):
-        ...         x = nn.relu(nn.Dense(8)(x))
-        ...         x = Dropout(0.5, deterministic=not train)(x)
-        ...         return nn.Dense(2)(x)
-        >>> x = jnp.ones((1, 4))
-        >>> params = MLP().init(jax.random.key(0), x, train=False)
-        >>> MLP().apply(params, x, train=True, rngs={"dropout": jax.random.key(1)}).shape
-        (1, 2)
+        >>> model = nn.Sequential([nn.Dense(8), Dropout(0.5, deterministic=False)])
+        >>> rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        >>> model.init_with_output(rngs, jnp.ones((1, 4)))[0].shape
+        (1, 8)
     """
 
     _function = staticmethod(dropout)
@@ -216,15 +210,7 @@ class Dropout(RateLayer, linen.Dropout):
 
 
 class FeatureDropout(RateLayer, kw_only=True):
-    """Dropout of whole channels: see `regjax.feature_dropout`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> layer = FeatureDropout(0.5, deterministic=False)
-        >>> layer.apply({}, jnp.ones((1, 2, 4)), rngs={"dropout": jax.random.key(5)})
-        Array([[[0., 0., 2., 2.],
-                [0., 0., 2., 2.]]], dtype=float32)
-    """
+    """Dropout of whole channels: see `regjax.feature_dropout`."""
 
     _function = staticmethod(feature_dropout)
 
@@ -251,17 +237,7 @@ class FeatureAlphaDropout(RateLayer, kw_only=True):
 
 
 class DropPath(RateLayer, kw_only=True):
-    """Stochastic depth, which zeroes whole residual branches: see `regjax.drop_path`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> layer = DropPath(0.5, deterministic=False)
-        >>> layer.apply({}, jnp.ones((4, 2)), rngs={"dropout": jax.random.key(0)})
-        Array([[0., 0.],
-               [2., 2.],
-               [2., 2.],
-               [0., 0.]], dtype=float32)
-    """
+    """Stochastic depth, which zeroes whole residual branches: see `regjax.drop_path`."""
 
     _function = staticmethod(drop_path)
 

@@ -236,14 +236,8 @@ class Dropout(RateLayer, nnx.Dropout):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
-        >>> class MLP(nnx.Module):
-        ...     def __init__(self, rngs):
-        ...         self.hidden = nnx.Linear(4, 8, rngs=rngs)
-        ...         self.dropout = Dropout(0.5, rngs=rngs)
-        ...         self.out = nnx.Linear(8, 2, rngs=rngs)
-        ...     def __call__(self, x):
-        ...         return self.out(self.dropout(nnx.relu(self.hidden(x))))
-        >>> model, x = MLP(nnx.Rngs(0)), jnp.ones((1, 4))
+        >>> rngs, x = nnx.Rngs(0), jnp.ones((1, 4))
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), Dropout(0.5, rngs=rngs))
         >>> bool((model(x) == model(x)).all())
         False
         >>> model.eval()
@@ -259,15 +253,7 @@ class Dropout(RateLayer, nnx.Dropout):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class FeatureDropout(RateLayer):
-    """Dropout of whole channels: see `regjax.feature_dropout`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> FeatureDropout(0.5, rngs=nnx.Rngs(0))(jnp.ones((1, 2, 4)))
-        Array([[[2., 0., 2., 0.],
-                [2., 0., 2., 0.]]], dtype=float32)
-    """
+    """Dropout of whole channels: see `regjax.feature_dropout`."""
 
     _function = staticmethod(feature_dropout)
 
@@ -297,17 +283,7 @@ class FeatureAlphaDropout(RateLayer):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class DropPath(RateLayer):
-    """Stochastic depth, which zeroes whole residual branches: see `regjax.drop_path`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> DropPath(0.5, rngs=nnx.Rngs(0))(jnp.ones((4, 2)))
-        Array([[2., 2.],
-               [0., 0.],
-               [2., 2.],
-               [0., 0.]], dtype=float32)
-    """
+    """Stochastic depth, which zeroes whole residual branches: see `regjax.drop_path`."""
 
     _function = staticmethod(drop_path)
 

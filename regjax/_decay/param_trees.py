@@ -202,17 +202,16 @@ _COLLECTIONS = {"batch_stats", "cache", "intermediates", "params_axes", "perturb
 
 
 class _Node(NamedTuple):
-    """The position of a walk through a pytree.
-
-    Attributes:
-        path: The components so far.
-        owner: The class of the innermost node with attributes, unless a dict lies inside it.
-        is_parameter: Whether a float array here is a parameter.
-    """
+    """The position of a walk through a pytree."""
 
     path: tuple[str, ...] = ()
+<<<<<<< HEAD
     owner: type = object
     is_parameter: bool = True
+=======
+    owner: type | None = None  # class of the innermost node with attributes, if no dict is inside
+    is_parameter: bool = True  # whether a float array here is a parameter
+>>>>>>> prose2
 
 
 def _leaves(tree: PyTree, node: _Node) -> Iterator[Parameter | None]:

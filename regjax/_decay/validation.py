@@ -39,17 +39,6 @@ def resolve_mask(
     Raises:
         ValueError: The mask has another structure.
         TypeError: A leaf of the mask is not a bool; the message gives its path and value.
-
-    Note (PyTorch):
-        The equivalent is a parameter group for each `weight_decay`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-        >>> resolve_mask(lambda params: jax.tree.map(lambda p: p.ndim > 1, params), params)
-        {'dense': {'bias': False, 'kernel': True}}
-        >>> resolve_mask({"dense": False}, params)
-        {'dense': {'bias': False, 'kernel': False}}
     """
     if mask is None:
         mask = True
@@ -60,51 +49,17 @@ def resolve_mask(
 
 
 def resolve_scale(scale: PyTree[ScalarLike], params: PyTree) -> PyTree[ScalarLike]:
-    """Return the scale of each parameter, from a pytree of their structure or a prefix of it.
-
-    Raises:
-        ValueError: The scale has another structure, or a number in it is negative, infinite or NaN.
-        TypeError: A leaf of the scale is not a number; the message gives its path and value.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-        >>> resolve_scale({"dense": 0.5}, params)
-        {'dense': {'bias': 0.5, 'kernel': 0.5}}
-    """
+    """Return the scale of each parameter, from a pytree of their structure or a prefix of it."""
     return _broadcast("scale", _as_number, (), scale, params)
 
 
 def resolve_reference(reference: PyTree, params: PyTree) -> PyTree:
-    """Return the reference unchanged, if it has the structure of `params`; a prefix is not enough.
-
-    Raises:
-        ValueError: The reference has another structure.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> resolve_reference({"kernel": 0.0}, {"kernel": jnp.ones(2), "bias": jnp.ones(2)})
-        Traceback (most recent call last):
-        ValueError: reference has another structure than the parameters at 'bias': the reference
-        has nothing there, the parameters have an array float32[2]
-    """
+    """Return the reference unchanged if it has the structure of `params`; a prefix is an error."""
     return _broadcast("reference", _as_it_is, (), reference, params)
 
 
 def check_reference(name: str, leaf: Array, reference: Any) -> None:
-    """Raise an error if the parameter `name` cannot decay toward this leaf of the reference.
-
-    Raises:
-        TypeError: The reference is not a float or complex array, or is complex while the parameter
-            is real.
-        ValueError: It has another shape.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> check_reference("kernel", jnp.ones((2, 3)), jnp.ones(3))
-        Traceback (most recent call last):
-        ValueError: reference at 'kernel' has shape (3,), but the parameter has shape (2, 3)
-    """
+    """Raise an error if the parameter `name` cannot decay toward this leaf of the reference."""
     is_array = isinstance(reference, jax.Array | np.ndarray | np.generic)
     if not is_array or not jnp.issubdtype(reference.dtype, jnp.inexact):
         found = f"an array of {reference.dtype}" if is_array else repr(reference)

@@ -40,12 +40,7 @@ class Leaf:
     transpose: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Count axes from the front.
-
-        Raises:
-            TypeError: `name` is not a string, or `transpose` is not a sequence of integers.
-            ValueError: `transpose` is not an order of axes.
-        """
+        """Count axes from the front; raise a TypeError or ValueError for invalid attributes."""
         check_string("name", self.name)
         if self.transpose is not None:
             axes = check_integers("transpose", self.transpose)
@@ -78,51 +73,37 @@ class Located:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Parameters that one optimizer trains: a group, or those of a group that share a layout.
+    """Parameters that one optimizer trains: a group, or those of a group that share a layout."""
 
-    Attributes:
-        label: The name in the state.
-        index: The number of the group.
-        kind: The class of the PyTorch optimizer.
-        group: The group's options.
-        leaves: The counterparts by path in JAX.
-        transposed: Whether they are matrices that JAX holds transposed; for Muon only.
-    """
-
-    label: str
-    index: int
-    kind: str
-    group: dict[str, Any]
-    leaves: dict[str, Located]
-    transposed: bool = False
+    label: str  # its name in the state
+    index: int  # of the group
+    kind: str  # the class of the PyTorch optimizer
+    group: dict[str, Any]  # the options
+    leaves: dict[str, Located]  # by path in JAX
+    transposed: bool = False  # for Muon: whether JAX holds the matrices transposed
 
     @property
     def decoupled(self) -> bool:
-        """Whether the decay bypasses the moments."""
+        """True if the decay bypasses the moments."""
         return self.group.get("decoupled_weight_decay", self.kind in ("Adafactor", "Muon"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The groups of a PyTorch optimizer, with the JAX parameters in each.
-
-    Attributes:
-        parts: The groups that are trained.
-        frozen: The paths of the parameters that are not.
-    """
+    """The groups of a PyTorch optimizer with their JAX parameters; `frozen` are untrained paths."""
 
     parts: tuple[Part, ...]
     frozen: frozenset[str]
 
     @property
     def labels(self) -> dict[str, str]:
-        """The label of each part, by path in JAX."""
+        """The label of each parameter's part, by path in JAX."""
         trained = {path: part.label for part in self.parts for path in part.leaves}
         return trained | dict.fromkeys(self.frozen, FROZEN)
 
     @property
     def is_single(self) -> bool:
-        """Whether one optimizer trains everything."""
+        """True if one optimizer trains everything."""
         return len(self.parts) == 1 and not self.frozen
 
 
@@ -134,10 +115,6 @@ def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe
 
     `names` maps paths in JAX to names in PyTorch or to `Leaf`s. `model`, the module that is
     trained, is not needed if the optimizer has parameter names.
-
-    Raises:
-        TypeError: `names` is not a mapping to strings and `Leaf`s, or `model` is not a module.
-        ValueError: Parameters have no names, or `names` does not match them.
     """
     check_names(names)
     leaves = {path: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for path, leaf in names.items()}
@@ -230,7 +207,7 @@ def check_names(names: Any) -> None:
 
 
 def check_paths(labels: Mapping[str, str], params: PyTree) -> None:
-    """Raise a ValueError that lists where the paths of parameters differ from `names`."""
+    """Reject parameters whose paths differ from `names`; the ValueError lists both sides."""
     paths = {path for path, _ in named_leaves(params)}
     report(
         {
@@ -248,12 +225,7 @@ def report(problems: Mapping[str, set[str]]) -> None:
 
 
 def number(option: str, value: Any) -> float:
-    """Return a number that PyTorch stores as such, or as a tensor of one element.
-
-    Example:
-        >>> number("lr", 0.1)
-        0.1
-    """
+    """Return a number that PyTorch stores as such, or as a tensor of one element."""
     if isinstance(value, int | float):
         return value
     if not hasattr(value, "item"):
@@ -267,12 +239,7 @@ def number(option: str, value: Any) -> float:
 
 
 def check_class(argument: str, thing: Any, home: str, known: Any) -> str:
-    """Return the name of a PyTorch object's class if it is in `known`.
-
-    Raises:
-        TypeError: `thing` is not a PyTorch object, nor of a derived class.
-        ValueError: Its class is not known.
-    """
+    """Return the name of a PyTorch object's class; a class that is not in `known` is an error."""
     name, module = type(thing).__name__, type(thing).__module__
     is_of_torch = module.partition(".")[0] == "torch"
     if not is_of_torch or name not in known:

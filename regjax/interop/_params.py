@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from regjax._decay.paths import KeyPath
 
-# PyTorch's name of a leaf of Linen, NNX, Equinox or Haiku. Other leaves have the same name in both.
+# PyTorch's name of a leaf of Linen, NNX, Equinox or Haiku. Other leaves keep their names.
 _TORCH_NAMES = {
     **dict.fromkeys(("kernel", "w", "scale", "embedding", "embeddings", "weight"), "weight"),
     **dict.fromkeys(("bias", "b", "offset"), "bias"),
@@ -159,12 +159,7 @@ def leaves_from_torch(
 
 @dataclasses.dataclass(frozen=True)
 class _Unfolded(Leaf):
-    """A leaf with more axes than its tensor.
-
-    Attributes:
-        folded: The tensor's shape once its axes are in order.
-        shape: The shape of the leaf.
-    """
+    """A leaf with more axes than its tensor, whose shape is `folded` once its axes are in order."""
 
     folded: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
@@ -312,7 +307,7 @@ def _misspelt(names: Mapping[str, str | Leaf], leaves: Collection[str]) -> list[
 def _find(
     name: str, names: Mapping[str, str | Leaf], entries: Collection[str]
 ) -> tuple[str, str | Leaf, int | None]:
-    """Return the key that determines a leaf's layout, its entry, and the part of the entry."""
+    """Return the key that determines a leaf's layout, the entry that feeds it, and its part."""
     spellings = _spellings(name)
     key = spellings[-1].rpartition("/")[2]
     for spelling in spellings:
@@ -377,7 +372,7 @@ def _joined(*names: str) -> str:
 
 
 def _laid_out(name: str, key: str, shape: tuple[int, ...], entry: str, array: np.ndarray) -> Leaf:
-    """Return the order of a tensor's axes in JAX, from the leaf's key; shapes only confirm it."""
+    """Return the order of a tensor's axes in JAX from the leaf's key; shapes only confirm it."""
     same_name = key == entry.rpartition(".")[2]
     channels_last = key in _CHANNELS_LAST and not same_name
     known = same_name or key in _TORCH_NAMES or array.ndim < 2
@@ -425,13 +420,13 @@ def _check_form(name: str, leaf: Any, source: _Source, entries: Mapping[str, np.
 
 
 def _transposed_in_torch(state_dict: Any) -> set[str]:
-    """Return the transposed convolutions of a module; a dict of tensors does not show them."""
+    """Return the transposed convolutions of a module; a dict of tensors shows none."""
     modules = state_dict.named_modules() if hasattr(state_dict, "named_modules") else ()
     return {name for name, module in modules if getattr(module, "transposed", False)}
 
 
 def _is_transposed(name: str, path: KeyPath, params: PyTree) -> bool:
-    """Return whether a leaf belongs to a transposed convolution, by its modules' names or types."""
+    """Return whether a leaf is in a transposed convolution, by names or types of its modules."""
     node, kinds = params, [type(params).__name__]
     for key in path[:-1]:
         attribute = getattr(key, "name", None)
@@ -448,7 +443,7 @@ def _item(node: Any, key: Any) -> Any:
 
 
 def _refuse_transposed(name: str, entry: str, entries: Mapping[str, np.ndarray]) -> None:
-    """Reject a transposed convolution's kernel: without transpose_kernel=True it is mirrored."""
+    """Reject a kernel of a transposed convolution, mirrored unless transpose_kernel=True."""
     ndim = entries[entry].ndim
     if ndim > 2:
         leaf = Leaf(entry, (*range(2, ndim), 1, 0))

@@ -90,11 +90,7 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
 
 
 def momenta_from_torch(scheduler: Any) -> list[Rate] | None:
-    """Return OneCycleLR's schedules of momentum or the first beta by group, or None if it has none.
-
-    Raises:
-        ValueError: A momentum differs from the scheduler's.
-    """
+    """Return OneCycleLR's schedules of momentum or the first beta by group; None without any."""
     if not getattr(scheduler, "cycle_momentum", False):
         return None
     momenta = []
@@ -122,7 +118,7 @@ def check_scheduler_options(scheduler: Any, steps: Any, steps_per_epoch: Any) ->
 
 
 def check_current(what: str, current: Any, rate: Rate, scheduler: Any) -> None:
-    """Reject a scheduler whose values were changed by hand."""
+    """Reject a value that differs from the scheduler's, because it was changed by hand."""
     if not isinstance(current, int | float):
         raise ValueError(
             f"{what} is a tensor, in whose dtype the scheduler rounds from step to step: pass a "
@@ -143,16 +139,13 @@ def check_current(what: str, current: Any, rate: Rate, scheduler: Any) -> None:
 
 
 def in_double(rate: Rate, step: int) -> float:
-    """Return the value at one step in double precision, as in PyTorch."""
+    """Return the value at one step in double, like PyTorch's, whatever JAX's precision."""
     with jax.enable_x64(True):
         return float(rate(jnp.asarray(step)))
 
 
 def move_scheduler(scheduler: Any, rates: Sequence[Rate], step: int) -> None:
-    """Move a PyTorch scheduler and the groups of its optimizer, in place, to a step.
-
-    `rates` is the result of `schedule_from_torch` for the scheduler.
-    """
+    """Move a PyTorch scheduler with these rates, and its optimizer's groups, to a step."""
     groups, momenta = scheduler.optimizer.param_groups, momenta_from_torch(scheduler)
     for index, (group, rate) in enumerate(zip(groups, rates, strict=True)):
         group["lr"] = in_double(rate, step)
@@ -428,11 +421,9 @@ def _one_cycle(scheduler: Any, group: dict[str, Any], what: str) -> Rate:
 def _between(
     start: float, end: float, passed: Any, left: Any, length: Any, *, cosine: bool
 ) -> Float[Array, ""]:
-    """Return the value of a phase between its ends, as a sum of two shares.
-
-    Each share is computed from its own distance: as one minus the other, a small one would lose its
-    digits, and so would the small rates at the end of a run.
-    """
+    """Return the value of a phase between its ends, as a sum of two shares."""
+    # Each share is computed from its own distance: as one minus the other, a small one would lose
+    # its digits, and so would the small rates at the end of a run.
     shares = (jnp.asarray(steps, float) / length for steps in (left, passed))
     of_start, of_end = (
         jnp.square(jnp.sin(0.5 * math.pi * share)) if cosine else share for share in shares

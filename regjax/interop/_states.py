@@ -194,7 +194,7 @@ def state_to_torch(
 
 
 class _Place(NamedTuple):
-    """A leaf of a chain's state: its link, its field, and the path of its parameter."""
+    """A leaf of a chain's state: the link of the chain, the field, the path of the parameter."""
 
     link: int
     field: str
@@ -447,7 +447,7 @@ class _Written:
         return found
 
     def _scalar(self, tensor: Any, value: float) -> Any:
-        """Return a number as PyTorch stores it: float32, on the CPU unless a kernel reads it."""
+        """Return a number as PyTorch keeps it: in float32, on the CPU unless a kernel reads it."""
         group = self.part.group
         on_device = self.part.kind == "ASGD" or group.get("capturable") or group.get("fused")
         scalar = tensor.new_zeros(()).detach().float()

@@ -59,18 +59,6 @@ def adafactor(
       \frac{\max(\epsilon_2, \operatorname{RMS}(w_{t-1}))}{\max(1, \operatorname{RMS}(u_t) / d)}\,
       u_t$$
 
-    The clipping by `d` is `optax.clip_by_block_rms`, the factor
-    $\max(\epsilon_2, \operatorname{RMS}(w))$ is `optax.scale_by_param_block_rms`. The second moment
-    and the step size are our own, because `optax.adafactor`
-
-    - factors the two largest axes, and only from 128 on; PyTorch always factors the last two. In a
-      convolution kernel these are height and width in PyTorch's layout, and channels in Flax's:
-      only for matrices does the layout make no difference;
-    - adds $10^{-30}$ to the squared gradient, where PyTorch bounds the mean of $R_t$ by
-      $\epsilon_1$ and $v_t$ by $\epsilon_1^2$ from below;
-    - computes $\beta_t$ in float32, also for float64 parameters;
-    - does not cap its learning rate by $1/\sqrt t$, nor scale its decay by it.
-
     Args:
         learning_rate: $\eta$ (PyTorch: `lr`) or a schedule: the largest step, relative to the RMS
             of a leaf. It scales the decay too, even where $1/\sqrt t$ caps the step.
@@ -96,6 +84,8 @@ def adafactor(
     Note (PyTorch):
         Equal up to rounding, with the decay of `adamw`, with one exception: where `eps[0]` is
         `None` and a group mixes dtypes, PyTorch takes the epsilon of the first one for all.
+        `optax.adafactor` is another algorithm: it factors other axes, and its bounds and its
+        learning rate differ.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -157,6 +147,14 @@ def _scale_by_factored_rms(
     beta2_decay: ScalarLike, floors: Callable[[], PyTree[ScalarLike]]
 ) -> optax.GradientTransformation:
     """`optax.scale_by_factored_rms` on the last two axes, with PyTorch's lower bounds."""
+    # The second moment and the step size are our own, because optax.adafactor
+    # - factors the two largest axes, and only from 128 on; PyTorch always factors the last two. In
+    #   a convolution kernel these are height and width in PyTorch's layout, and channels in Flax's:
+    #   only for matrices does the layout make no difference;
+    # - adds 1e-30 to the squared gradient, where PyTorch bounds the mean of R by eps1 and v by
+    #   eps1**2 from below;
+    # - computes beta in float32, also for float64 parameters;
+    # - does not cap its learning rate by 1 / sqrt(t), nor scale its decay by it.
 
     def init(params: PyTree) -> optax.FactoredState:
         check_arrays(params)

@@ -491,12 +491,10 @@ def _scale_by_radam(
 def _average_lengths(
     b2: ScalarLike, count: Int[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    r"""Compute RAdam's $\rho_t$ and $\rho_\infty$.
-
-    With $L = -\log \beta_2$ and $h(x) = 1 - x / (e^x - 1)$ they are $1 + 2 (h(tL) - h(L)) / L$ and
-    $1 + 2 (1 - h(L)) / L$. PyTorch's formula for $\rho_t$ would lose four of seven digits in
-    float32 where $\beta_2 = 0.999$, just where it is compared with 5.
-    """
+    r"""Compute RAdam's $\rho_t$ and $\rho_\infty$."""
+    # With L = -log(b2) and h(x) = 1 - x / (exp(x) - 1) they are 1 + 2 (h(tL) - h(L)) / L and 1 + 2
+    # (1 - h(L)) / L. PyTorch's formula for rho_t would lose four of seven digits in float32 where
+    # b2 = 0.999, just where it is compared with 5.
     if isinstance(b2, int | float):
         rate = jnp.asarray(-math.log(max(b2, _TINY)), float)
     else:

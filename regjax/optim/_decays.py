@@ -14,9 +14,9 @@ Independent decay joins after the learning rate. In the formulas, $u$ is the upd
 link.
 
 Each `weight_decay` may be a schedule from the step count, starting at 0, such as the rising cosine
-of DINO. Half types are computed in float32 and rounded once per link. The elastic net is two links,
-`optax.chain(add_l1_decay(l1), optax.add_decayed_weights(2 *
-l2))`, the equivalent of `regjax.elastic_net_penalty(params, l1, l2)` in the loss.
+of DINO. Half types are computed in float32 and rounded once per link. The equivalent of the penalty
+`regjax.elastic_net_penalty(params, l1, l2)` is two links,
+`optax.chain(add_l1_decay(l1), optax.add_decayed_weights(2 * l2))`.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ def _decay(
     term: Callable[[Any, Any, Any, Any], Any],
     resolve: Callable[[PyTree, PyTree[bool]], PyTree | None] = lambda params, decays: None,
 ) -> optax.GradientTransformation:
-    """Create a link that applies `term(coefficient, update, parameter, other)` by a mask.
+    """Create a link of `term(coefficient, update, parameter, other)`, subject to the mask.
 
     `resolve` checks the parameters and returns the pytree of the others, or None.
     """

@@ -297,12 +297,10 @@ def _accumulate(
 def _trace(
     momentum: ScalarLike, nesterov: bool, dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
-    """`optax.trace`, rounded where PyTorch rounds.
-
-    PyTorch scales the buffer in a separate kernel, so that product is rounded. Its other products,
-    of decay, dampening, Nesterov's look-ahead and the learning rate, are each a fused multiply-add;
-    XLA fuses them too where update and `optax.apply_updates` are compiled together.
-    """
+    """`optax.trace`, rounded where PyTorch rounds."""
+    # PyTorch scales the buffer in a separate kernel, so that product is rounded. Its other
+    # products, of decay, dampening, Nesterov's look-ahead and the learning rate, are each a fused
+    # multiply-add; XLA fuses them too where update and optax.apply_updates are compiled together.
 
     def init(params: PyTree) -> optax.TraceState:
         return optax.TraceState(zeros_like(params, dtype))

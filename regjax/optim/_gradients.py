@@ -30,17 +30,7 @@ _FIELDS = _WHOLE | {"v_row", "v_col", "v"}
 
 
 def check_arrays(params: PyTree) -> None:
-    """Reject leaves that cannot have moments.
-
-    Raises:
-        TypeError: A leaf is not an array, such as a function or a string.
-
-    Example:
-        >>> check_arrays({"activation": "relu"})
-        Traceback (most recent call last):
-        TypeError: params must hold only arrays; got 'relu' at 'activation'. Pass
-        eqx.filter(model, eqx.is_array), or leave the leaf out with optax.masked.
-    """
+    """Reject leaves that are not arrays, such as functions and strings: they have no moments."""
     for name, leaf in named_leaves(params):
         if not is_array(leaf):
             raise TypeError(
@@ -50,19 +40,12 @@ def check_arrays(params: PyTree) -> None:
 
 
 def check_gradients(updates: PyTree, state: PyTree, params: PyTree | None) -> Gaps:
-    """Check the gradients against the parameters or the state, and return the missing ones.
+    """Check the gradients against the parameters and the state, and return the missing ones.
 
-    Only structure, shapes and dtypes are compared, so nothing is computed under `jit`.
-
-    Returns:
-        By path, the update of each parameter without a gradient: None for None, and zeros for the
-        `float0` that JAX returns for an integer.
-
-    Raises:
-        TypeError: A parameter is not an array, is an integer, or is real while its gradient is
-            complex.
-        ValueError: Structures or shapes differ.
+    By path, the result holds the update of each parameter without a gradient: None for None, and
+    zeros for the `float0` that JAX returns for an integer.
     """
+    # Only structure, shapes and dtypes are compared, so nothing is computed under jit.
     gaps: dict[KeyPath, Any] = {}
     for what, tree in (("parameter", params), ("optimizer state", _moments(state))):
         if tree is not None:
@@ -73,8 +56,7 @@ def check_gradients(updates: PyTree, state: PyTree, params: PyTree | None) -> Ga
 def fill(gaps: Gaps, updates: PyTree, params: PyTree | None) -> tuple[PyTree, Gaps]:
     """Give float parameters without a gradient a zero gradient, so that a mask function sees them.
 
-    Returns:
-        The gradients, and the remaining gaps, whose parameters no mask function sees.
+    Returns the gradients, and the remaining gaps, whose parameters no mask function sees.
     """
     floats = {
         path: leaf

@@ -48,11 +48,7 @@ def ascend(maximize: bool) -> optax.GradientTransformation:
 
 
 def decay_weights(weight_decay: WeightDecay, mask: Mask) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` with a checked mask, always computed from the parameters.
-
-    `optax.masked` calls a mask function with the gradients at each update, and fails there on a
-    pytree of the wrong structure without naming the place.
-    """
+    """`optax.add_decayed_weights` with a checked mask, always computed from the parameters."""
     if is_zero(weight_decay):
         return optax.identity()
     check_mask(mask, weight_decay)
@@ -78,14 +74,7 @@ def decay_weights(weight_decay: WeightDecay, mask: Mask) -> optax.GradientTransf
 
 
 def check_mask(mask: Mask, weight_decay: WeightDecay) -> None:
-    """Reject a mask that cannot be one over the parameters.
-
-    `optax.inject_hyperparams` takes a mask function for a schedule, and passes on its result for a
-    step count: a single bool, with a weight decay that is an array.
-
-    Raises:
-        ValueError: No leaf of a static mask is True, or it is a single bool under injection.
-    """
+    """Reject a static mask without any True, and a single bool under `optax.inject_hyperparams`."""
     leaves = jax.tree.leaves(mask)
     is_static = bool(leaves) and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
     if not is_static:
@@ -126,10 +115,16 @@ def add_in_turn(
     """Shrink the parameters, then add the terms of their steps, rounding between as PyTorch does.
 
     The last link of a chain, after the learning rate. Its input is one term per parameter, or
+<<<<<<< HEAD
     `Terms`. Its output is their sum with the decay, in which all but the last term
     are rounded to the digits of the parameter, and so is `1 - learning_rate * weight_decay`:
     without this a float32 run is 2e-5 from PyTorch's after a thousand steps.
+=======
+    `Terms` with `two_terms`; its output is their sum with the decay.
+>>>>>>> prose2
     """
+    # All but the last term are rounded to the digits of the parameter, and so is 1 - learning_rate
+    # * weight_decay: without this a float32 run is 2e-5 from PyTorch's after a thousand steps.
     decaying = not is_zero(weight_decay)
     if decaying:
         check_mask(mask, weight_decay)
@@ -193,20 +188,12 @@ def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
 
 
 def rounded_product(x: Inexact[Array, "*shape"], factor: ScalarLike) -> Inexact[Array, "*shape"]:
-    """Multiply, and keep the compiler from fusing the product into a sum that it enters.
-
-    XLA on a CPU contracts `a * b + c` into one fused multiply-add, which rounds once where
-    PyTorch's kernels round twice. `lax.optimization_barrier`, `lax.reduce_precision` and
-    `--xla_allow_excess_precision=false` do not prevent it; an operation between product and sum
-    does. Here it is the sum of two halves, which rounds nothing (except that XLA flushes a half
-    below 1.2e-38 to zero). It costs nothing measurable, and XLA does not simplify it.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> x = jnp.float32(1 + 2**-12)
-        >>> jax.jit(lambda x: rounded_product(x, x) - x)(x) == x * x - x
-        Array(True, dtype=bool)
-    """
+    """Multiply, and keep the compiler from fusing the product into a sum that it enters."""
+    # XLA on a CPU contracts a * b + c into one fused multiply-add, which rounds once where
+    # PyTorch's kernels round twice. lax.optimization_barrier, lax.reduce_precision and
+    # --xla_allow_excess_precision=false do not prevent it; an operation between product and sum
+    # does. Here it is the sum of two halves, which rounds nothing (except that XLA flushes a half
+    # below 1.2e-38 to zero). It costs nothing measurable, and XLA does not simplify it.
     # lax, because jnp functions take longer to trace, which shows with a thousand leaves.
     half = lax.mul(x, in_dtype_of(x, 0.5 * factor))
     return lax.add(half, half)
@@ -217,14 +204,12 @@ def rounded_once(
 ) -> optax.GradientTransformationExtraArgs:
     """Complete a public transformation: check its gradients, and round once at the end.
 
-    Half types are computed in float32 and rounded to their dtypes at the end: in bfloat16 a
-    momentum of 0.99 is 0.988, which sums up 85 gradients instead of 100. Extra arguments, such as
-    `value` for a line search in the same chain, are ignored. A parameter whose gradient is None
-    keeps its state, and its update is None.
-
     `inner` is the transformation, or a function that creates it from the parameters, in their own
-    dtypes.
+    dtypes. Extra arguments, such as `value` for a line search in the same chain, are ignored. A
+    parameter whose gradient is None keeps its state, and its update is None.
     """
+    # Half types are computed in float32 and rounded to their dtypes at the end: in bfloat16 a
+    # momentum of 0.99 is 0.988, which sums up 85 gradients instead of 100.
 
     def chain(params: PyTree | None) -> optax.GradientTransformation:
         return inner if isinstance(inner, optax.GradientTransformation) else inner(params)

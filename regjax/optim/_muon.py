@@ -70,15 +70,6 @@ def muon(
     shape. Every parameter must be a matrix; send biases, embeddings and the rest to another
     optimizer with `optax.partition`, as in the example.
 
-    Momentum and iteration are our own, because `optax.contrib.muon`
-
-    - corrects the bias of $b$ and of the gradient, each by its own number, so that `nesterov` mixes
-      them in other proportions; without `nesterov` the scaling to norm 1 undoes it;
-    - iterates in the dtype of the gradients, and stores the norm in it too;
-    - adds $\epsilon = 10^{-8}$ to the norm, where PyTorch takes the larger of the two;
-    - counts the last axis as outputs, like `transposed=True` here;
-    - has a default decay of 0, and sends parameters that are not matrices to AdamW.
-
     Args:
         learning_rate: $\eta$ (PyTorch: `lr`), or a schedule from the step count, starting at 0. It
             scales the decay too, without $s$.
@@ -114,7 +105,9 @@ def muon(
         Equal up to bfloat16: each framework sums in its own order, and five steps amplify a
         rounding by up to $a^5 \approx 480$. Everything else agrees up to rounding: to 1e-12 where
         both iterate in float64; the decay is that of `adamw`. PyTorch has no `ns_dtype` and no
-        `transposed`.
+        `transposed`. `optax.contrib.muon` mixes the Nesterov momentum in other proportions,
+        iterates in the dtype of the gradients, has a default decay of 0, and sends parameters that
+        are not matrices to AdamW.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -191,12 +184,6 @@ def orthogonalize(
     Each step applies the odd polynomial of degree 5 with these `coefficients` to the singular
     values. The matrix is first divided by its norm, or by `eps` if that is larger. Every
     intermediate matrix is rounded to `dtype`; sums are in float32 at least.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> u = jnp.array([[3.0, 0.0], [0.0, -4.0]])
-        >>> orthogonalize(u, (1.5, -0.5, 0.0), 1e-7, 20, "float32").round(4)
-        Array([[ 1.,  0.], [ 0., -1.]], dtype=float32)
     """
     # Half types are multiplied as they are, other types at the highest precision.
     is_half = jnp.finfo(dtype).bits < 32
@@ -245,6 +232,12 @@ def _average(
     momentum: ScalarLike, nesterov: bool, dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
     """`optax.ema` without bias correction; with `nesterov`, mixed with the gradient once more."""
+    # Momentum and iteration are our own, because optax.contrib.muon
+    # - corrects the bias of b and of the gradient, each by its own number, so that nesterov mixes
+    #   them in other proportions; without nesterov the scaling to norm 1 undoes it;
+    # - iterates in the dtype of the gradients, and stores the norm in it too;
+    # - adds eps = 1e-8 to the norm, where PyTorch takes the larger of the two;
+    # - counts the last axis as outputs, like transposed=True here.
     ema = optax.ema(momentum, debias=False)
 
     def init(params: PyTree) -> optax.EmaState:
