@@ -33,7 +33,7 @@ def dropout(
 
     With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`. The mean
     of `y` is `x`, so evaluation needs no rescaling: `deterministic=True` returns `x` itself. A
-    dropped NaN or infinity is 0. Only the key is stored for the backward pass.
+    dropped NaN or infinity is 0.
 
     The division is a multiplication by `float32(1) / float32(1 - rate)`, in double for float64 and
     complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
