@@ -205,13 +205,8 @@ class _Node(NamedTuple):
     """The position of a walk through a pytree."""
 
     path: tuple[str, ...] = ()
-<<<<<<< HEAD
-    owner: type = object
-    is_parameter: bool = True
-=======
-    owner: type | None = None  # class of the innermost node with attributes, if no dict is inside
+    owner: type = object  # class of the innermost node with attributes, if no dict is inside
     is_parameter: bool = True  # whether a float array here is a parameter
->>>>>>> prose2
 
 
 def _leaves(tree: PyTree, node: _Node) -> Iterator[Parameter | None]:

@@ -115,13 +115,7 @@ def add_in_turn(
     """Shrink the parameters, then add the terms of their steps, rounding between as PyTorch does.
 
     The last link of a chain, after the learning rate. Its input is one term per parameter, or
-<<<<<<< HEAD
-    `Terms`. Its output is their sum with the decay, in which all but the last term
-    are rounded to the digits of the parameter, and so is `1 - learning_rate * weight_decay`:
-    without this a float32 run is 2e-5 from PyTorch's after a thousand steps.
-=======
-    `Terms` with `two_terms`; its output is their sum with the decay.
->>>>>>> prose2
+    `Terms`; its output is their sum with the decay.
     """
     # All but the last term are rounded to the digits of the parameter, and so is 1 - learning_rate
     # * weight_decay: without this a float32 run is 2e-5 from PyTorch's after a thousand steps.
