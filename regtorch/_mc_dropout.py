@@ -74,9 +74,9 @@ def mc_dropout(
 
     Each pass keeps other units and so is another, smaller model. Pass i is `predict(*inputs,
     key=site_key(key, i, "mc_dropout"))`: it draws the same masks for every number of passes, and in
-    `regjax`. The passes run one after another, without gradients; the state kept between them does
-    not grow with `samples`. Deviations are summed as differences from the first pass, so that
-    nearly equal outputs keep their digits.
+    `regjax`. The passes run one after the other, without gradients; the state between them does not
+    grow with `samples`. Deviations are summed as differences from the first pass, so that nearly
+    equal outputs keep their digits.
 
     **Normalization layers belong in evaluation mode**, with their running averages, while dropout
     is on. A model runs under `dropout_only`, and has its mode back afterwards; a function that

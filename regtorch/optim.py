@@ -5,10 +5,10 @@
     ...                                # loss.backward(), optimizer.step(), scheduler.step()
     handle.remove()
 
-A decay is a pair of step hooks. A coupled one adds to `p.grad` before the step, in place and after
-any clipping, as `torch.nn.utils.clip_grad_norm_` writes there. A decoupled one subtracts from the
-parameter after the step a term computed from the parameter before it, which meanwhile takes one
-copy of the decaying parameters. Several decays act in the order in which they were attached.
+A decay is a pair of step hooks. A coupled one adds to `p.grad` before the step, after any clipping,
+and in place like `torch.nn.utils.clip_grad_norm_`. A decoupled one subtracts from the parameter
+after the step a term computed from the parameter before it, which meanwhile takes one copy of the
+decaying parameters. Several decays act in the order in which they were attached.
 
 Masks and references use the names of the parameters if the optimizer was made with
 `named_parameters()`, and their positions, '0', '1', ..., if with `parameters()`. A parameter whose
@@ -102,7 +102,7 @@ def add_l1_decay(
 
     $$g \leftarrow g + \lambda_t \operatorname{sign}(w), \qquad \operatorname{sign}(0) = 0$$
 
-    At every step this equals `regtorch.l1_penalty(params, weight_decay)` in the loss, without a
+    At every step this acts like `regtorch.l1_penalty(params, weight_decay)` in the loss, without a
     factor 2. Decoupled, $w \leftarrow w - \eta_t \lambda_t \operatorname{sign}(w)$ bypasses the
     moments, and no penalty does the same.
 
@@ -153,13 +153,13 @@ def add_l2_sp_decay(
     decoupled: bool = False,
     mask: Mask = None,
 ) -> DecayHandle:
-    r"""Add the distance from a starting point, times a coefficient, to the gradients: L2-SP.
+    r"""Add the difference from a starting point, times a coefficient, to the gradients: L2-SP.
 
     $$g \leftarrow g + \lambda_t (w - w^0)$$
 
-    With `weight_decay=2 * c` this equals at every step `regtorch.l2_sp_penalty(params, reference,
-    c)` in the loss, which has no factor of one half and so the gradient $2 c (w - w^0)$. The result
-    and other errors are those of `add_l1_decay`.
+    With `weight_decay=2 * c` this acts at every step like `regtorch.l2_sp_penalty(params,
+    reference, c)` in the loss, which has no factor of one half and so the gradient
+    $2 c (w - w^0)$. The result and other errors are those of `add_l1_decay`.
 
     Args:
         optimizer: Any optimizer of `torch.optim`.

@@ -146,10 +146,10 @@ def decay_groups(
 
 
 def decay_table(module: nn.Module, weight_decay: float = 1.0, rule: Rule = "default") -> DecayTable:
-    """Return a printable table of which parameters decay, at what rate, and why, with totals.
+    """Return a table of which parameters decay, at what rate, and why, with totals.
 
-    Its rows have the fields of `DecayRow`. For the arguments and errors see `decay_rates`; in JAX,
-    `regjax.decay_table(params, weight_decay, rule)`.
+    It can be printed and iterated over; its rows have the fields of `DecayRow`. For the arguments
+    and errors see `decay_rates`; in JAX, `regjax.decay_table(params, weight_decay, rule)`.
 
     Example:
         >>> import torch

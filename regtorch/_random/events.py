@@ -201,7 +201,7 @@ class _Blockwise:
 
 
 class _Tell(torch.autograd.Function):
-    """Calls a function with the values behind `torch.func`'s transforms, row by row under vmap."""
+    """A function call with the values behind `torch.func`'s transforms; per row under vmap."""
 
     @staticmethod
     def forward(record: Callable[..., None], *values: Any) -> Tensor:

@@ -346,7 +346,7 @@ class KeyedGRU(_KeyedRecurrent, nn.GRU):
     original = nn.GRU
 
 
-# From PyTorch's exact classes: a subclass may have a forward of its own.
+# The keys are PyTorch's exact classes: a subclass may have a forward of its own.
 KEYED: dict[type[nn.Module], type[Keyed]] = {
     nn.Dropout: KeyedDropout,
     nn.Dropout1d: KeyedDropout1d,
