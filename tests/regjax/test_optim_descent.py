@@ -266,6 +266,8 @@ def test_a_step_and_a_scan_have_the_same_bits(variant):
         (optim.rprop, {"etas": (0.0, 1.2)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.0"),
         (optim.rprop, {"etas": (0.5, 1.0)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.5"),
         (optim.rprop, {"etas": (1.0, 1.2)}, r"etas\[0\] must be in \[0, 1\), but it is 1\.0"),
+        (optim.rprop, {"etas": (0.5, float("inf"))}, r"etas\[1\] must be .* is inf: pass \(0\.5"),
+        (optim.rprop, {"step_sizes": (0.1, float("inf"))}, r"step_sizes\[1\] must be .* is inf"),
         (optim.rprop, {"step_sizes": (-1.0, 1.0)}, r"step_sizes\[0\] must be .* is -1\.0"),
         (optim.rprop, {"step_sizes": (2.0, 1.0)}, r"step_sizes must be .* are \(2\.0, 1\.0\)"),
     ],
