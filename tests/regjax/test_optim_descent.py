@@ -277,6 +277,10 @@ def test_argument_out_of_range_is_refused(make, arguments, message):
         make(**arguments)
 
 
+def test_rprop_may_have_one_step_size():
+    assert optim.rprop(step_sizes=(1.0, 1.0)).init(PARAMS)[2].step_size.keys() == PARAMS.keys()
+
+
 def test_rprop_refuses_a_schedule_and_complex_parameters():
     with pytest.raises(TypeError, match=r"learning_rate must be a real number, .* first step size"):
         optim.rprop(lambda count: 0.1)

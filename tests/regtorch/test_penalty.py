@@ -237,7 +237,7 @@ def test_coefficient_that_is_no_number_is_refused(weight_decay):
         ),
         (_module(), {"kernel": True, "bias": 0.5}, TypeError, "mask at 'bias' must be a bool"),
         (_module(), lambda name, tensor: 1, TypeError, "mask at 'kernel' must be a bool"),
-        (_module(), [True, False], ValueError, "since the parameters have names; got a sequence"),
+        (_module(), [True, False], ValueError, r"names; got a sequence\. Pass {'kernel': True}"),
         ([KERNEL, BIAS], [True], ValueError, "mask has 1 bools, but there are 2 parameters"),
         ([KERNEL, BIAS], [True, 0.5], TypeError, "mask at '1' must be a bool, but it is 0.5"),
         ([KERNEL, BIAS], "yes", TypeError, "mask must be None, a dict"),

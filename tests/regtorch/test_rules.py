@@ -22,6 +22,19 @@ def decaying(module: nn.Module) -> set[str]:
     return {name for name, decays in decay_mask(module).items() if decays}
 
 
+class PartsNorm(nn.Module):
+    """A norm that keeps its parameters in a list, which owns nothing itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList([torch.ones(2, 2)])
+
+
+def _normed_twice() -> nn.Module:
+    layer = parametrizations.weight_norm(nn.Linear(2, 3))
+    return nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
 # A module, and what of it decays.
 LAYERS = {
     "linear": (nn.Linear(2, 3), {"weight"}),
@@ -64,6 +77,8 @@ LAYERS = {
         parametrizations.weight_norm(nn.Linear(2, 3)),
         {"parametrizations.weight.original1"},
     ),
+    "weight-norm-and-more": (_normed_twice(), {"parametrizations.weight.original1"}),
+    "parts-of-a-norm": (PartsNorm(), set()),
     "spectral-norm": (
         nn.Sequential(parametrizations.spectral_norm(nn.Linear(2, 3))),
         {"0.parametrizations.weight.original"},
