@@ -143,7 +143,7 @@ def add_in_turn(
             _check_given(params, weight_decay)
         elif params is None:
             return jax.tree.map(_sum, updates, is_leaf=lambda x: isinstance(x, Terms)), state
-        kept = share(state) if decaying else None
+        kept: Any = share(state) if decaying else None
 
         def total(p: Array, is_decaying: bool, step: Array | Terms) -> Array:
             early, late = step if isinstance(step, Terms) else (None, step)

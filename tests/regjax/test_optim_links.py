@@ -183,6 +183,7 @@ def test_coefficients_take_the_dtype_that_they_meet():
     for coefficient in (1, 0.5, jnp.float32(0.5), jnp.bfloat16(0.5)):
         for x in (half, single):
             assert links.in_dtype_of(x, coefficient).dtype == x.dtype
+    assert jax.jit(lambda c: links.in_dtype_of(half, c))(0.5).dtype == half.dtype
     assert links.widest(0.5) == 0.5
     assert isinstance(links.widest(0.5), float)
     assert links.widest(jnp.bfloat16(0.5)).dtype == "float32"
