@@ -80,7 +80,7 @@ def test_gradients_are_checked_behind_one_that_is_none(params):
 
 def test_a_parameter_that_is_none_has_no_gradient():
     params, optimizer = {**PARAMS, "a": None}, OPTIMIZERS["adam"]
-    with pytest.raises(ValueError, match=r"got float32\[2, 3\] at 'a', where the parameter is None"):
+    with pytest.raises(ValueError, match="'a', where the parameter is None"):
         optimizer.update(GRADIENT, optimizer.init(params), params)
 
 
