@@ -102,7 +102,10 @@ JUDGES = {
     "regjax/_decay/param_trees.py": ["tests/regjax/test_rules.py"],
     "regjax/_decay/penalty.py": ["tests/regjax/test_penalty.py"],
     "regjax/optim/_links.py": ["tests/regjax/test_optim_links.py"],
-    "regjax/optim/_decays.py": ["tests/regjax/test_optim_decays.py"],
+    "regjax/optim/_decays.py": [
+        "tests/regjax/test_optim_decays.py",
+        "tests/regjax/test_optim_gradients.py::test_a_mask_that_is_false_for_all_is_refused",
+    ],
     "regjax/optim/_gradients.py": ["tests/regjax/test_optim_gradients.py"],
     "regjax/optim/_descent.py": ["tests/regjax/test_optim_descent.py", _SIGNATURE],
     "regjax/optim/_adam.py": ["tests/regjax/test_optim_adam.py", _SIGNATURE],

@@ -123,10 +123,14 @@ def test_radams_rectification():
 
 
 def test_radam_meets_no_nan_that_it_would_drop():
-    # Below rho = 4 a root of a negative number lies, at a limit of 4 a pole.
+    # The root has no value below rho = 4, no slope at 4, and a pole at a limit of 4.
+    def first_step(b2):
+        return first_update(optim.radam(0.1, (0.9, b2)), jnp.ones(()), jnp.ones(()))
+
     with jax.debug_nans(True):
         for b2 in (0.999, 0.6):
             scalar_updates(optim.radam(0.1, (0.9, b2)), [1.0] * 4)
+            assert jax.grad(first_step)(b2) == 0.0
 
 
 @pytest.mark.parametrize("b1", [0.0, jnp.float32(0.0)], ids=["number", "array"])

@@ -78,6 +78,12 @@ def test_gradients_are_checked_behind_one_that_is_none(params):
         OPTIMIZERS["adam"].update(gradient, OPTIMIZERS["adam"].init(params), params)
 
 
+def test_a_parameter_that_is_none_has_no_gradient():
+    params, optimizer = {**PARAMS, "a": None}, OPTIMIZERS["adam"]
+    with pytest.raises(ValueError, match="'a', where the parameter is None"):
+        optimizer.update(GRADIENT, optimizer.init(params), params)
+
+
 def test_an_array_has_a_shape_and_a_dtype():
     assert _gradients.is_array(np.ones(1))
     for partial in (SimpleNamespace(shape=()), SimpleNamespace(dtype="float32"), 1.0):

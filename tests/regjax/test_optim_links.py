@@ -219,6 +219,7 @@ def test_promoted(of_update, of_moment, expected):
     updates, moments = links.promoted(*trees)
     assert dtypes(updates) == dtypes(moments) == {"a": expected, "b": "float32"}
     assert_close((updates, moments), trees)
+    assert dtypes(links.promoted(trees[0]["a"], trees[1]["a"])) == (expected, expected)
 
 
 ONLY_B = {"b": jnp.array([3.0])}

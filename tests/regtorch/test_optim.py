@@ -328,9 +328,11 @@ def test_coupled_decay_refuses_a_closure(form):
     module = _module()
     optimizer = _optimizer(module)
     FORMS[form][0](optimizer, 0.25)
-    for call in ({"args": (lambda: None,)}, {"kwargs": {"closure": lambda: None}}):
+    for args, options in (((list,), {}), ((), {"closure": list})):
         with pytest.raises(ValueError, match=r"step\(closure\) makes the gradients after"):
-            optimizer.step(*call.get("args", ()), **call.get("kwargs", {}))
+            optimizer.step(*args, **options)
+    optimizer.step(None)
+    optimizer.step(closure=None)
 
 
 @pytest.mark.parametrize("form", ["l1 decoupled", "independent", "cautious"])
