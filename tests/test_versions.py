@@ -95,3 +95,11 @@ def test_the_distribution_of_regtorch_alone_has_the_same_bounds():
     assert alone["project"]["requires-python"] == PROJECT["requires-python"]
     folders = alone["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert {Path(folder).name for folder in folders} == {"regtorch", "regshared"}
+
+
+def test_the_tests_of_regjax_alone_need_no_torch():
+    """The sessions without PyTorch run them; what needs it there calls `pytest.importorskip`."""
+    for path in (ROOT / "tests/regjax").glob("*.py"):
+        top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import)]
+        modules = {alias.name.partition(".")[0] for node in top for alias in node.names}
+        assert "torch" not in modules or path.name == "test_interop.py", path.name

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 from regjax import optim
 from tests.regjax.optimizers import assert_close, first_update
@@ -201,6 +200,7 @@ def test_arguments_at_the_ends_of_their_ranges_pass():
 
 def test_no_steps_scale_to_norm_1_as_in_torch():
     """torch.optim.Muon takes 0 steps too, and then only normalizes."""
+    torch = pytest.importorskip("torch")
     weight = torch.nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     weight.grad = weight.detach().clone()
     options = {"weight_decay": 0.0, "momentum": 0.0, "ns_steps": 0}
