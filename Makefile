@@ -12,7 +12,7 @@ ARGS ?=
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all test-isa test-versions mutants parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
+.PHONY: help demo figures test test-all test-isa test-versions test-types mutants parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -38,6 +38,9 @@ test-isa: $(READY)  ## Every promise of equal bits under every instruction set o
 
 test-versions: $(READY_DEV)  ## Run the tests on each supported Python and JAX (ARGS="-s floor -- --cases 2" for a part)
 	$(RUN) -m nox $(ARGS)
+
+test-types: $(READY_DEV)  ## Run the tests with every annotation checked at run time
+	$(RUN) -m pytest $(SHARED) -p tests.types_plugin -m "not slow" tests parity_tests $(ARGS)
 
 parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for less)
 	$(RUN) -m parity_tests $(ARGS)

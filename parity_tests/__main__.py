@@ -1,4 +1,4 @@
-"""Compares regjax, regtorch and the layers they stand for, and prints a report.
+"""Compare regjax, regtorch and the layers they replace, and print a report.
 
     python -m parity_tests            # everything; minutes
     python -m parity_tests --quick    # fewer draws and steps
@@ -26,7 +26,7 @@ from parity_tests.report import Entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the checks; returns the exit code."""
+    """Run the checks and return the exit code."""
     options = _parser().parse_args(argv)
     console = Console()
     checks = [check for check in all_checks() if _wanted(check, options.only)]
@@ -73,7 +73,7 @@ def _wanted(check: Check, only: Sequence[str]) -> bool:
 
 
 def run(check: Check, *, quick: bool) -> Entry:
-    """Runs one check; a missing framework is an entry of its own, not an error."""
+    """Run one check; return an entry without an outcome if a framework is missing."""
     for package in check.needs:
         if importlib.util.find_spec(package) is None:
             return Entry(check, None, missing=f"{package} is not installed")

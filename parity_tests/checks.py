@@ -1,8 +1,8 @@
-"""The comparisons that `python -m parity_tests` reports, each as a function that measures.
+"""The checks that `python -m parity_tests` reports, each as a function that measures.
 
-A check compares, counts what it compared, and says how far apart the two sides were. It judges
-nothing twice: the bound stands beside the figure in its outcome. Frameworks other than JAX are
-imported where they are used, so that a check whose framework is missing can be said to be so.
+A check counts what it compared and measures the difference of the two sides; its outcome holds the
+bound beside the figure. Frameworks other than JAX are imported inside the functions, so that the
+report can name a missing one.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _RATES = (0.1, 0.123, 0.15, 0.3, 0.45, 0.5, 0.9)
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        compared: how many were compared.
-        unit: of what: bits, values, steps.
-        bound: what was asked, in words.
-        passed: whether it held.
-        ulp: the largest difference in units in the last place; None where that says nothing.
-        difference: the largest absolute difference; None where bits are compared.
-        p_value: the smallest p-value; None where nothing is random.
-        series: by name, a difference at each step, for the plot.
-        detail: where the two sides part, if they do.
+        compared: The number of compared units.
+        unit: The unit: bits, values, steps.
+        bound: The requirement, in words.
+        passed: Whether it holds.
+        ulp: The largest difference in units in the last place; None where that is meaningless.
+        difference: The largest absolute difference; None where bits are compared.
+        p_value: The smallest p-value; None where nothing is random.
+        series: Differences at each step by name, for the plot.
+        detail: The divergence of the two sides, if any.
     """
 
     compared: int
@@ -53,13 +53,13 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A behaviour that both sides promise.
+    """A behavior that both sides promise.
 
     Attributes:
-        name: short, for `--list` and `--only`.
-        promise: one sentence.
-        run: measures; `run(quick)` with `quick` for fewer draws and steps.
-        needs: packages besides JAX.
+        name: A short name, for `--list` and `--only`.
+        promise: One sentence.
+        run: Measures: `run(quick)`, with `quick` for fewer draws and steps.
+        needs: The required packages besides JAX.
     """
 
     name: str
@@ -69,9 +69,9 @@ class Check:
 
 
 def ulps(ours: np.ndarray, theirs: np.ndarray) -> int:
-    """The largest distance of two arrays in units in the last place; equal bits are 0 apart.
+    """Return the largest distance of two arrays in units in the last place; 0 for equal bits.
 
-    Examples:
+    Example:
         >>> import numpy as np
         >>> ulps(np.float32([1.0, 2.0]), np.float32([1.0, 2.0000002]))
         1
@@ -84,7 +84,7 @@ def ulps(ours: np.ndarray, theirs: np.ndarray) -> int:
     lowest = int(np.iinfo(word).min)
 
     def ordered(array: np.ndarray) -> np.ndarray:
-        # Floats sort like integers but for the sign, whose numbers count downwards.
+        # Floats sort like their bits as integers, except that negative ones count downwards.
         bits = np.ascontiguousarray(array).view(word).astype(object)
         return np.where(bits < 0, lowest - bits, bits)
 
@@ -163,7 +163,7 @@ def _values(dtype: str, name: str = "dropout", **options: Any) -> Callable[[bool
         compared, worst, difference = 0, 0, 0.0
         with jax.enable_x64(dtype == "float64"):
             x, cotangent = (
-                # Rows, channels or timesteps, and what lies along them.
+                # Rows, then channels or timesteps, then features.
                 rng.normal(size=shape).astype(jnp.dtype(dtype)).reshape(-1, 8, shape[1])
                 for _ in range(2)
             )
@@ -191,7 +191,7 @@ def _peer(apply: Callable[[Any, float, Any], Any]) -> Callable[[bool], Outcome]:
         compared = worst = 0
         for seed, rate in enumerate(_RATES):
             key = jax.random.key(seed)
-            with jax.numpy_dtype_promotion("standard"):  # the peers lean on promotion
+            with jax.numpy_dtype_promotion("standard"):  # the peers rely on promotion
                 theirs = np.asarray(apply(x, rate, key))
             ours = np.asarray(regjax.dropout(x, rate, key=key))
             compared += ours.size
@@ -265,7 +265,7 @@ def _optimizer(case: Case) -> Callable[[bool], Outcome]:
 
 
 def _with_decay() -> dict[str, Case]:
-    """For each optimizer of torch a case in which it decays; Rprop never does."""
+    """Return for each torch optimizer a case in which it decays, except Rprop, which never does."""
     found: dict[str, Case] = {}
     for case in (*optimizers.CASES, *optimizers.CASES_2D):
         if case.optimizer not in found or (
@@ -308,7 +308,7 @@ def _training(name: str) -> Callable[[bool], Outcome]:
 
 
 def all_checks() -> list[Check]:
-    """Every check of the report, in its order."""
+    """Return every check of the report, in its order."""
     values = [
         Check(
             f"dropout/{dtype}",

@@ -1,4 +1,4 @@
-"""One comparison of two training runs, for every test of parity and for the tests of the tests."""
+"""The comparison of two training runs that every parity test uses."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Tier:
 
     Attributes:
         dtype: Dtype of parameters and gradients.
-        tolerance: The largest difference of two elements that passes; None asks for the same bits.
-        in_norm: Whether a difference is divided by the largest parameter of its step. An error
-            relative to each element would explode beside weights that are close to zero.
+        tolerance: The largest difference of two elements that passes; None requires equal bits.
+        in_norm: Whether a difference is divided by the largest parameter of its step. An
+            elementwise relative error would explode at weights close to zero.
     """
 
     dtype: str
@@ -41,23 +41,24 @@ def assert_same_at_every_step(
     *,
     names: tuple[str, str] = ("left", "right"),
 ) -> float:
-    """Assert that two runs went through the same parameters.
+    """Assert that two runs have the same parameters after every step.
 
     Args:
         left: Parameters by name after each step.
-        right: The same of the other run.
+        right: The same for the other run.
         tier: How closely they must agree.
-        names: What to call the two runs in a message.
+        names: Names of the two runs in a message.
 
     Returns:
         The largest deviation of any step, in the unit of the tier; in the bitwise tier 0.0.
 
     Raises:
-        AssertionError: The runs differ; names the first step (counted from 1) at which they do, and
-            the parameter that is furthest off there. Runs without steps, or of unequal lengths,
-            names, shapes or dtypes, differ too, and so do NaNs in the two tiers with a tolerance.
+        AssertionError: The runs differ; the message names the first such step (counted from 1) and
+            the parameter with the largest deviation there. Runs without steps, or with unequal
+            lengths, names, shapes or dtypes, differ too, and so do NaNs in the two tiers with a
+            tolerance.
 
-    Examples:
+    Example:
         >>> import numpy as np
         >>> runs = [{"w": np.array([1.0, 2.0])}], [{"w": np.array([1.0, 2.5])}]
         >>> assert_same_at_every_step(*runs, FLOAT64)
@@ -75,7 +76,7 @@ def assert_same_at_every_step(
         apart = deviations(ours, theirs, tier)
         name = furthest(apart)
         limit = tier.tolerance or 0.0
-        # Written so that NaN fails.
+        # `not <=` instead of `>`, so that NaN fails.
         if not apart[name] <= limit:
             raise AssertionError(
                 f"{first} and {second} part at step {step} in '{name}': deviation "
@@ -86,16 +87,9 @@ def assert_same_at_every_step(
 
 
 def deviation(left: Sequence[Leaves], right: Sequence[Leaves]) -> float:
-    """Measure how far two runs are apart at their last step.
+    """Return the largest difference of two elements at the last step, over the largest parameter.
 
-    Args:
-        left: Parameters by name after each step.
-        right: The same of the other run.
-
-    Returns:
-        The largest difference of two elements, divided by the largest parameter.
-
-    Examples:
+    Example:
         >>> import numpy as np
         >>> deviation([{"w": np.array([1.0, 2.0])}], [{"w": np.array([1.0, 2.5])}])
         0.2
@@ -113,7 +107,7 @@ def _assert_same_form(ours: Leaves, theirs: Leaves, where: str) -> None:
 
 
 def deviations(ours: Leaves, theirs: Leaves, tier: Tier) -> dict[str, float]:
-    """How far each leaf is off, in the unit of the tier; in the bitwise tier 1.0 or 0.0."""
+    """Return the deviation of each leaf, in the unit of the tier; 1.0 or 0.0 if it is bitwise."""
     if tier.tolerance is None:
         return {name: float(ours[name].tobytes() != theirs[name].tobytes()) for name in ours}
     scale = 1.0
@@ -127,11 +121,11 @@ def deviations(ours: Leaves, theirs: Leaves, tier: Tier) -> dict[str, float]:
 
 
 def furthest(apart: Mapping[str, float]) -> str:
-    """The name of the leaf that is furthest off; of NaN, which is off by anything, the first.
+    """Return the name of the leaf with the largest deviation, or of the first NaN.
 
-    Examples:
+    Example:
         >>> furthest({"a": 1.0, "b": 2.0}), furthest({"a": 1.0, "b": float("nan"), "c": 2.0})
         ('b', 'b')
     """
-    # argmax stops at the first NaN, max would step over it.
+    # argmax stops at the first NaN, which max would skip.
     return list(apart)[int(np.argmax(list(apart.values())))]

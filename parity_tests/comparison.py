@@ -1,4 +1,4 @@
-"""What came of comparing two training runs: a verdict, a table, a picture."""
+"""The result of comparing two training runs: a conclusion, a table, a plot."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from parity_tests.output import replacing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The order in which one thing causes the next within a step.
+# In causal order within a step.
 QUANTITIES = ("mask", "activation", "loss", "gradient", "parameter", "state")
 
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """Where two runs part.
+    """The step at which two runs diverge.
 
     Attributes:
-        step: counted from 1.
-        quantity: one of `QUANTITIES`.
-        name: the first site that differs, of a mask or an activation; else the tensor that is
-            furthest off.
-        deviation: by how much, in the tier's unit; infinite for a mask.
-        detail: what differs, and what does not, in words.
+        step: Counted from 1.
+        quantity: One of `QUANTITIES`.
+        name: The first site that differs for a mask or an activation, else the tensor with the
+            largest deviation.
+        deviation: In the tier's unit; infinite for a mask.
+        detail: The quantities that differ and that agree, in words.
     """
 
     step: int
@@ -39,7 +39,7 @@ class Divergence:
     detail: str = ""
 
     def __str__(self) -> str:
-        """One sentence."""
+        """Return one sentence."""
         finite = "" if np.isinf(self.deviation) else f"deviation {self.deviation:.3e}"
         by = "; ".join(filter(None, (finite, self.detail)))
         return (
@@ -49,16 +49,16 @@ class Divergence:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What was compared, and what came of it.
+    """The compared quantities, and the result.
 
     Attributes:
-        tier: how closely the sides had to agree.
-        deviations: for each quantity, the largest deviation of each step.
-        losses: of both sides at each step.
-        first: where they part, or None.
-        sites: how many masks of each site were compared.
-        notes: what could not be compared, in words.
-        start: how many steps were taken before the first that is compared.
+        tier: How closely the sides had to agree.
+        deviations: For each quantity, the largest deviation of each step.
+        losses: The losses of both sides at each step.
+        first: The first divergence, or None.
+        sites: The number of compared masks of each site.
+        notes: Descriptions of what could not be compared.
+        start: The number of steps before the first compared one.
     """
 
     tier: Tier
@@ -71,16 +71,16 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the sides agreed in everything at every step."""
+        """Return whether the sides agreed in everything at every step."""
         return self.first is None
 
     def raise_if_different(self) -> None:
-        """Raises AssertionError that says where the sides part."""
+        """Raise an AssertionError with the first divergence, if there is one."""
         if self.first is not None:
             raise AssertionError(f"{self.first} (tier: {self.tier})")
 
     def table(self) -> str:
-        """Markdown: the largest deviation of each quantity, and at which step."""
+        """Return the largest deviation of each quantity, and its step, in Markdown."""
         lines = [
             "| quantity | steps | largest deviation | at step |",
             "| --- | ---: | ---: | ---: |",
@@ -95,21 +95,21 @@ class Comparison:
         return "\n".join(lines) + "\n"
 
     def plot(self, path: str | Path) -> None:
-        """Draws losses of both sides, and the deviations over the steps with the tier's bound."""
+        """Save a plot of the losses of both sides, and of the deviations with the tier's bound."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             self.figure().savefig(temporary, format=path.suffix[1:] or None, dpi=110)
 
     def figure(self) -> Figure:
-        """What `plot` saves."""
+        """Return the figure that `plot` saves."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
         figure = Figure(figsize=(11, 4), layout="constrained")
         left, right = figure.subplots(1, 2)
         steps = range(self.start + 1, self.start + 1 + len(self.losses))
-        marker = "o" if len(steps) == 1 else ""  # of one point there is no line
+        marker = "o" if len(steps) == 1 else ""  # a single point draws no line
         left.plot(steps, [ours for ours, _ in self.losses], label="JAX", marker=marker)
         left.plot(
             steps, [theirs for _, theirs in self.losses], "--", label="PyTorch", marker=marker
@@ -117,7 +117,7 @@ class Comparison:
         left.set_ylabel("loss")
         for quantity, values in self.deviations.items():
             if values:
-                # Equal bits have no place on a logarithmic axis: they lie below everything.
+                # A deviation of 0 has no place on a logarithmic axis: draw it below the others.
                 heights = [max(value, 1e-18) for value in values]
                 right.plot(steps, heights, label=quantity, marker=marker)
         if self.tier.tolerance:
@@ -132,7 +132,7 @@ class Comparison:
         return figure
 
     def __str__(self) -> str:
-        """The verdict and the table."""
+        """Return the conclusion and the table."""
         verdict = "JAX and PyTorch agree." if self.first is None else f"{self.first}."
         masks = sum(self.sites.values())
         compared = f"{masks} masks at {len(self.sites)} sites compared: {', '.join(self.sites)}."

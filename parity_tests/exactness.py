@@ -1,14 +1,14 @@
-"""Measures how exactly regjax.optim takes the steps of torch.optim, case by case.
+"""Measure how exactly regjax.optim reproduces the steps of torch.optim, case by case.
 
     python -m parity_tests.exactness            # every case, 1,000 steps; minutes
     python -m parity_tests.exactness --quick    # 100 steps
     python -m parity_tests.exactness --list     # the cases and their bounds
     python -m parity_tests.exactness --only sgd adamw
 
-Each case trains 10,062 parameters on gradients that are made up (synthetic), on those of a
-perceptron that torch trained with the same optimizer (recorded), and in training, where each side
-finds its own gradients. A deviation is in norm: the largest difference of two parameters, divided
-by the largest parameter of that step.
+Each case trains 10,062 parameters on made-up gradients (synthetic), on those of a perceptron that
+torch trained with the same optimizer (recorded), and in training, where each side computes its own
+gradients. A deviation is in norm: the largest difference of two parameters, divided by the largest
+parameter of that step.
 
 Exit code: 0 if every bound holds at every step, 1 if one is broken.
 """
@@ -44,10 +44,10 @@ FUSED = ("Adam", "AdamW")
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the gradients of a comparison come from, and its dtype.
+    """The source of the gradients of a comparison, and its dtype.
 
     Attributes:
-        dtype: Of parameters and gradients.
+        dtype: Dtype of parameters and gradients.
         source: `synthetic`, `recorded` or `trained`.
         fused: Whether torch runs its fused kernel.
     """
@@ -71,18 +71,18 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """How far regjax and torch were apart in one case and setting.
+    """The deviation of regjax and torch in one case and setting.
 
     Attributes:
         case: Its name.
         setting: Its description.
-        bound: The deviation in norm that the case allows; None asks for equal bits.
-        steps: How many were taken.
-        required: How many of them must keep to the bound.
-        holds: How many did, before the first that did not.
-        deviation: The largest one in norm of the steps that held.
-        mismatches: Elements with other bits after the last step.
-        elements: Elements in all.
+        bound: The deviation in norm that the case allows; None requires equal bits.
+        steps: The number of steps.
+        required: The number of steps that must be within the bound.
+        holds: The number of steps before the first that exceeds the bound.
+        deviation: The largest deviation in norm of these steps.
+        mismatches: Elements with different bits after the last step.
+        elements: The number of elements.
     """
 
     case: str
@@ -97,7 +97,7 @@ class Finding:
 
     @property
     def broken(self) -> bool:
-        """Whether the bound did not hold as far as it must."""
+        """Return whether fewer steps than required are within the bound."""
         return self.holds < self.required
 
     def __str__(self) -> str:
@@ -111,18 +111,15 @@ class Finding:
 def compare(
     ours: Run, theirs: Run, bound: float | None, required: int | None = None
 ) -> dict[str, Any]:
-    """Compare two runs at every step.
+    """Compare two runs at every step, and return the figures of a `Finding`, by name.
 
     Args:
         ours: Parameters by name after each step.
-        theirs: The same of the other run.
-        bound: The largest deviation in norm that passes; None asks for equal bits.
+        theirs: The same for the other run.
+        bound: The largest deviation in norm that passes; None requires equal bits.
         required: Steps that must pass; None for all.
 
-    Returns:
-        The figures of a `Finding`, by name.
-
-    Examples:
+    Example:
         >>> runs = [{"w": np.array([1.0, 2.0])}], [{"w": np.array([1.0, 2.5])}]
         >>> compare(*runs, bound=0.1)["holds"], compare(*runs, bound=0.2)["holds"]
         (0, 1)
@@ -132,7 +129,7 @@ def compare(
     apart, holds = np.empty(steps), steps
     for step, (left, right) in enumerate(zip(ours, theirs, strict=True)):
         apart[step] = deviation([left], [right])
-        # Written so that NaN fails.
+        # `<=` is False for NaN, which therefore fails.
         passes = not mismatches(left, right) if bound is None else apart[step] <= bound
         if not passes:
             holds = min(holds, step)
@@ -148,9 +145,9 @@ def compare(
 
 
 def mismatches(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> int:
-    """Count the elements with other bits.
+    """Count the elements with different bits.
 
-    Examples:
+    Example:
         >>> mismatches({"w": np.array([0.0, np.nan])}, {"w": np.array([-0.0, np.nan])})
         1
     """
@@ -169,13 +166,10 @@ def measure(
     """Run one case in one setting on both sides.
 
     Args:
-        case: What to train with.
-        setting: Where gradients come from, and the dtype.
-        steps: How many.
-        make: Another function to make the JAX optimizer with, for the tests of the tests.
-
-    Returns:
-        What was found.
+        case: The optimizer and its options.
+        setting: The source of the gradients, and the dtype.
+        steps: The number of steps.
+        make: Another function that makes the JAX optimizer, for the tests of the tests.
     """
     with _one_thread():
         problem = _problem(case, setting, steps)
@@ -188,7 +182,7 @@ def measure(
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    # On matrices this small, torch's threads wait for one another longer than they work.
+    # On matrices this small, torch's threads spend more time waiting than working.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -217,9 +211,9 @@ def _fitting(case: Case, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, 
 
 
 def settings(case: Case) -> Iterator[Setting]:
-    """The settings of a case: torch's fused kernels too, where it has any.
+    """Yield the settings of a case, including torch's fused kernels if it has any.
 
-    Examples:
+    Example:
         >>> [str(setting) for setting in settings(Case("adam", "Adam", {"lr": 0.1}))][-1]
         'float32 recorded, torch fused'
     """
@@ -241,10 +235,10 @@ HEADINGS = (
 
 
 def as_markdown(findings: Sequence[Finding]) -> str:
-    """The table, one row for each case, and a second for torch's fused kernels.
+    """Return the table, with one row for each case, and a second for torch's fused kernels.
 
-    A cell of float32 names the elements whose bits differ after the last step. A broken bound is
-    set in bold.
+    A float32 cell has the number of elements whose bits differ after the last step. A broken bound
+    is set in bold.
     """
     rows: dict[str, dict[str, Finding]] = {}
     for finding in findings:
@@ -284,7 +278,7 @@ def _cell(finding: Finding) -> str:
 
 
 def write(folder: Path, findings: Sequence[Finding]) -> list[Path]:
-    """Write `exactness.md` and `exactness.json`; returns the paths."""
+    """Write `exactness.md` and `exactness.json`; return the paths."""
     paths = [folder / "exactness.md", folder / "exactness.json"]
     write_atomically(paths[0], as_markdown(findings))
     record = {
@@ -296,7 +290,7 @@ def write(folder: Path, findings: Sequence[Finding]) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the cases; returns the exit code."""
+    """Run the cases and return the exit code."""
     options = _parser().parse_args(argv)
     console = Console()
     every = (*optimizers.CASES, *optimizers.CASES_2D)
@@ -317,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(task, description=case.name)
             steps = QUICK if options.quick else STEPS
             findings += [measure(case, setting, steps) for setting in settings(case)]
-            paths = write(options.out, findings)  # each time: a run cut short keeps what it found
+            paths = write(options.out, findings)  # after each case, for runs that are interrupted
             progress.advance(task)
     for path in paths:
         console.print(f"written: {path}", soft_wrap=True)

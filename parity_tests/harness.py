@@ -1,12 +1,12 @@
-"""Is my JAX port the same model as my PyTorch model, with dropout on? A yes, or where they part.
+"""Comparison of a JAX port with its PyTorch model, dropout on: they agree, or diverge at step N.
 
-Both sides start from the same parameters and see the same batches; their keys are derived from the
+Both sides start from the same parameters and receive the same batches; their keys derive from the
 same root, so that they draw the same masks. After each step the masks, the loss, the gradients, the
-parameters and the optimizer's state are compared, in that order: what differs first is the cause,
-and what follows from it comes later.
+parameters and the optimizer's state are compared, in that order: the first difference is the cause,
+and the later ones follow from it.
 
-The two losses are all that has to be written. Masks need no word: every dropout of `regjax` and
-`regtorch` tells what it draws, and is known by the name that `site_key` derived its key with.
+A user writes only the two losses. Masks need no code: every dropout of `regjax` and `regtorch`
+reports its draws to observers, under the name that `site_key` derived its key with.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class JaxSide:
     """The port.
 
     Attributes:
-        params: a tree of parameters; replaced by those of the PyTorch model before the first step.
-        loss: `loss(params, batch, step)`, a scalar. It is jitted here, with `step` traced.
-        optimizer: an optax transformation.
-        state: the optimizer's state to go on from, as `regjax.interop.state_from_torch` makes it;
-            without one the run begins with the optimizer's first step.
+        params: A tree of parameters; replaced by those of the PyTorch model before the first step.
+        loss: `loss(params, batch, step)`, a scalar. The harness jits it, with `step` traced.
+        optimizer: An optax transformation.
+        state: The optimizer's initial state, as from `regjax.interop.state_from_torch`; None starts
+            at the optimizer's first step.
     """
 
     params: PyTree
@@ -67,10 +67,10 @@ class TorchSide:
     """The original.
 
     Attributes:
-        model: a module; it is trained in place.
+        model: A module; it is trained in place.
         loss: `loss(model, batch, step)`, a scalar tensor.
-        optimizer: a `torch.optim` optimizer over the model's parameters.
-        scheduler: of its learning rate, if it has one; it steps after the optimizer.
+        optimizer: A `torch.optim` optimizer over the model's parameters.
+        scheduler: A learning-rate scheduler, which steps after the optimizer.
     """
 
     model: torch.nn.Module
@@ -80,15 +80,15 @@ class TorchSide:
 
 
 def compare_forward(ours: Any, theirs: torch.Tensor, tier: Tier = FLOAT32) -> float:
-    """Compares one output; returns its deviation.
+    """Compare one output and return its deviation.
 
     Args:
         ours: JAX array.
-        theirs: tensor of the same shape.
-        tier: how closely they must agree.
+        theirs: Tensor of the same shape.
+        tier: How closely they must agree.
 
     Raises:
-        AssertionError: they differ in shape or dtype, or by more than the tier allows.
+        AssertionError: They differ in shape or dtype, or by more than the tier allows.
     """
     left, right = np.asarray(ours), from_torch(theirs)
     if (left.shape, left.dtype) != (right.shape, right.dtype):
@@ -109,7 +109,7 @@ def compare_step(
     names: Mapping[str, str | Leaf],
     **options: Any,
 ) -> Comparison:
-    """`compare_training` over a single batch."""
+    """Apply `compare_training` to a single batch."""
     return compare_training(jax_side, torch_side, [batch], names, **options)
 
 
@@ -126,32 +126,32 @@ def compare_training(
     stop_at_first: bool = True,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Comparison:
-    """Trains both sides from the same parameters on the same batches, and compares every step.
+    """Train both sides from the same parameters on the same batches, and compare every step.
 
-    The masks of `regjax` and `regtorch` are compared by themselves, site by site, bit for bit; so
-    are the values that enter a site. Those are held to nothing, but where a loss differs they say
-    at which site it began.
+    The masks of `regjax` and `regtorch` are compared on their own, site by site, bitwise. The
+    values that enter a site are compared too: a difference there is no failure, but if a loss
+    differs it locates the first site affected.
 
     Args:
-        jax_side: the port.
-        torch_side: the original, from whose parameters both start.
-        batches: NumPy arrays, or trees of them, a batch a step; given to both losses as they are.
-        names: for each JAX parameter's path, such as `"dense/kernel"`, its name in PyTorch, or a
-            `Leaf` where its axes are ordered otherwise.
-        tier: how closely the sides must agree; its dtype is that of the parameters.
-        tolerances: other bounds than the tier's for `"loss"`, `"gradient"`, `"parameter"` or
+        jax_side: The port.
+        torch_side: The original, from whose parameters both start.
+        batches: NumPy arrays, or trees of them, one batch per step; both losses receive them
+            unchanged.
+        names: From each JAX parameter's path, such as `"dense/kernel"`, to its name in PyTorch, or
+            to a `Leaf` if its axes have another order.
+        tier: How closely the sides must agree; its dtype is that of the parameters.
+        tolerances: Bounds that replace the tier's for `"loss"`, `"gradient"`, `"parameter"` or
             `"state"`, such as `{"loss": 1e-4, "gradient": math.inf}`.
-        record: whether masks and the values they fall on are taken down; without it long runs are
-            faster.
-        start: the number of the first step, which losses are given and keys are derived from.
-        stop_at_first: whether to stop where the sides part, or to go on and see what becomes of it.
-        progress: told of each step done.
+        record: Whether to record masks and the values they apply to; long runs are faster without.
+        start: The number of the first step, which losses receive and keys are derived from.
+        stop_at_first: Whether to stop at the first divergence.
+        progress: Called with the number of each completed step.
 
     Returns:
-        What was found; `raise_if_different()` makes an error of it.
+        The comparison; `raise_if_different()` raises an error if the sides diverge.
 
     Raises:
-        ValueError: a parameter of either side has no counterpart, another shape or another dtype;
+        ValueError: A parameter of either side has no counterpart, another shape or another dtype;
             there are no batches; or a tolerance is for something else, negative or NaN.
     """
     bounds = _bounds(tier, tolerances)
@@ -187,7 +187,7 @@ def _steps(
     leaves: Mapping[str, Leaf],
     start: int,
 ) -> Iterator[dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]]:
-    """Trains both sides; for each step and quantity, the arrays of JAX and of PyTorch by name."""
+    """Train both sides; yield for each step and quantity the arrays of JAX and PyTorch by name."""
     model, optimizer = torch_side.model, torch_side.optimizer
     params = _moved(jax_side.params, model, leaves)
     state = jax_side.optimizer.init(params) if jax_side.state is None else jax_side.state
@@ -215,7 +215,7 @@ def _steps(
 def _exceeding(
     apart: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]
 ) -> dict[str, Difference]:
-    """By quantity the tensor that is furthest off, where that is too far."""
+    """Return for each quantity beyond its bound the tensor with the largest deviation."""
     found = {}
     for quantity, values in apart.items():
         if values:
@@ -237,7 +237,7 @@ def _bounds(tier: Tier, tolerances: Mapping[str, float]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class _Draws:
-    """What both sides drew in one step."""
+    """The draws of both sides in one step."""
 
     ours: Sequence[Drawn]
     theirs: Sequence[Drawn]
@@ -252,7 +252,7 @@ class _Draws:
 
     @property
     def notes(self) -> list[str]:
-        """What cannot be compared: a dropout of another library is not seen."""
+        """Return a note if only one side drew masks: dropout of another library is not observed."""
         sides = {"JAX": ("regjax", self.ours), "PyTorch": ("regtorch", self.theirs)}
         seen = [f"{len(draws)} in {side}" for side, (_, draws) in sides.items() if draws]
         blind = [f"{library} in {side}" for side, (library, draws) in sides.items() if not draws]
@@ -261,11 +261,11 @@ class _Draws:
         return [f"Masks were not compared: {seen[0]}, and no dropout of {blind[0]}."]
 
     def compare(self, tier: Tier, deviations: dict[str, list[float]]) -> dict[str, Difference]:
-        """What differs, by quantity; the deviations of this step are added to those before."""
+        """Return the differences by quantity, and append the deviations of this step."""
         if not self.on_both_sides:
             return {}
         masks = mask_differences(self.ours, self.theirs)
-        # In norm: activations have any size.
+        # In norm, since activations have no fixed scale.
         values = value_deviations(self.ours, self.theirs, dataclasses.replace(tier, in_norm=True))
         deviations["mask"].append(float(bool(masks)))
         deviations["activation"].append(max(values.values(), default=0.0))
@@ -279,9 +279,9 @@ class _Draws:
 
 
 def _first(step: int, found: Mapping[str, Difference], draws: _Draws) -> Divergence | None:
-    """The cause: of the quantities that differ, the first.
+    """Return the cause: the first of the quantities that differ.
 
-    Values that enter a site are held to nothing: they only say where a loss begins to differ.
+    A difference in the values that enter a site counts only if a loss differs, which it locates.
     """
     differ = [q for q in QUANTITIES if q in found and (q != "activation" or "loss" in found)]
     if not differ:
@@ -295,7 +295,7 @@ def _first(step: int, found: Mapping[str, Difference], draws: _Draws) -> Diverge
 
 
 def _moved(params: PyTree, model: torch.nn.Module, leaves: Mapping[str, Leaf]) -> PyTree:
-    """The tree of `params` with the values of the model."""
+    """Return the tree of `params` with the values of the model."""
     tensors, ours = dict(model.named_parameters()), dict(named_leaves(params))
     _check_names(ours, tensors, leaves)
     moved = []
@@ -339,7 +339,7 @@ def _torch_arrays(
     found = {}
     for path, leaf in leaves.items():
         tensor = get(tensors[leaf.name])
-        # A parameter that takes no part has no gradient in PyTorch, and one of zeros in JAX.
+        # An unused parameter has no gradient in PyTorch, and a gradient of zeros in JAX.
         tensor = torch.zeros_like(tensors[leaf.name]) if tensor is None else tensor
         found[path] = leaf.to_jax(from_torch(tensor).copy())
     return found
@@ -348,7 +348,7 @@ def _torch_arrays(
 def _states(
     state: PyTree, side: TorchSide, leaves: Mapping[str, Leaf]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Moments and momenta that both sides keep, by parameter."""
+    """Return the moments and momenta that both sides keep, by parameter."""
     tensors = dict(side.model.named_parameters())
     kept_as = MOMENTS.get(type(side.optimizer).__name__, {})
     kinds = "|".join(kept_as)
@@ -359,7 +359,7 @@ def _states(
             if not match:
                 continue
             kept = side.optimizer.state.get(tensors[leaf.name], {}).get(kept_as[match[1]])
-            # Adafactor's rows are columns where JAX holds a matrix transposed: left out there.
+            # Skip shapes that differ: Adafactor's rows are columns if JAX transposes a matrix.
             if kept is not None and np.shape(array) == leaf.to_jax(from_torch(kept)).shape:
                 name = f"{kept_as[match[1]]} of {path}"
                 ours[name], theirs[name] = np.asarray(array), leaf.to_jax(from_torch(kept).copy())
@@ -367,5 +367,5 @@ def _states(
 
 
 def tensors(batch: Any) -> Any:
-    """The arrays of a batch as tensors, for the loss of the PyTorch side."""
+    """Convert the arrays of a batch to tensors, for the loss of the PyTorch side."""
     return jax.tree.map(to_torch, batch)

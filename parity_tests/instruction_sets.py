@@ -1,9 +1,9 @@
-"""Every promise of equal bits under every instruction set, as a command.
+"""Check every promise of equal bits under every instruction set.
 
-PyTorch, XLA and oneDNN each choose their kernels by what the CPU can do, and each can be held to
-less. `python -m parity_tests.instruction_sets` checks the table of `parity_tests.promises` in one
-process for each combination, and writes a page about it. A setting that the CPU does not support is
-skipped.
+PyTorch, XLA and oneDNN each choose their kernels by the features of the CPU, and each can be
+limited to fewer. `python -m parity_tests.instruction_sets` checks the table of
+`parity_tests.promises` in one process for each combination, and writes a page about it. A setting
+that the CPU does not support is skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "XLA_FLAGS")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What the frameworks may use of the CPU: one of `LEVELS` each, and a number of threads."""
+    """The CPU features available to each framework, one of `LEVELS`, and a number of threads."""
 
     torch: str
     xla: str
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def has_equal_fma(self) -> bool:
-        """Whether both frameworks have fused multiply-adds, or neither."""
+        """Return whether both frameworks have fused multiply-adds, or neither."""
         return (self.torch == "default") == (self.xla == "default")
 
     def environment(self) -> dict[str, str]:
@@ -62,13 +62,13 @@ class Setting:
         }
 
     def missing(self, host: str) -> str:
-        """Return why the CPU cannot run this setting, or nothing where it can."""
+        """Return why the CPU cannot run this setting, or an empty string if it can."""
         needed = max((self.torch, self.xla, self.onednn), key=LEVELS.index)
         return f"needs {needed}" if LEVELS.index(needed) > LEVELS.index(host) else ""
 
 
 def _covering() -> Iterator[Setting]:
-    """Each pair of levels of two frameworks together once at least, by 1 and by 2 threads."""
+    """Yield every pair of levels of two frameworks at least once, with 1 and 2 threads."""
     for number, (ours, theirs) in enumerate(itertools.product(LEVELS, LEVELS)):
         third = LEVELS[(LEVELS.index(ours) + LEVELS.index(theirs)) % 3]
         yield Setting(ours, theirs, third, 1 + number % 2)
@@ -97,17 +97,18 @@ def check(setting: Setting, *, is_core: bool = False) -> dict[str, list[str] | N
     """Check the promises in a process of its own.
 
     Args:
-        setting: What the process may use of the CPU.
-        is_core: Whether to check those only that are cheap.
+        setting: The CPU features available to the process.
+        is_core: Whether to check only the cheap promises.
 
     Returns:
-        For each promise what differs, one line for each pair of arrays: none where it is kept, and
-        None where its package is not installed, or XLA compiles no float16 and it needs that.
+        For each promise the differences, one line for each pair of arrays: none if it is kept, and
+        None if its package is not installed, or if it needs float16, which XLA does not compile
+        here.
 
     Raises:
         RuntimeError: The process failed, or PyTorch or XLA used another instruction set.
     """
-    # The number of CPUs that a process may use is the number of XLA's threads.
+    # XLA uses as many threads as the process may use CPUs.
     code = (
         "import os; cpus = sorted(getattr(os, 'sched_getaffinity', lambda _: ())(0));"
         f"cpus and os.sched_setaffinity(0, cpus[: {setting.threads}]);"
@@ -124,7 +125,7 @@ def check(setting: Setting, *, is_core: bool = False) -> dict[str, list[str] | N
 
 
 def broken(setting: Setting, found: dict[str, list[str] | None]) -> list[str]:
-    """Return the promises that are not kept where they are made."""
+    """Return the promises that are broken in a setting in which they are made."""
     made = {p.name for p in PROMISES if setting.has_equal_fma or not p.needs_fma}
     return [
         f"{setting}: {name}: {line}"

@@ -1,4 +1,4 @@
-"""Models in both frameworks, dropout and all, to be compared: each pair side by side.
+"""Models with dropout in both frameworks, side by side.
 
 A `Pair` makes both sides from one seed; `plant` names a defect to build into the JAX side, for the
 tests of the tests.
@@ -30,13 +30,13 @@ class Pair:
     """One model in both frameworks.
 
     Attributes:
-        params: the shapes of the JAX parameters, as a tree.
-        forward: `forward(params, x, drop)` in JAX, `drop(x, site)` being its dropout.
-        module: makes the PyTorch module; its `forward(x, drop)` is the same.
-        names: JAX path to PyTorch name.
-        shared: dimensions along which a site of the JAX model shares its mask, by site.
-        keyed: whether the PyTorch module knows nothing of keys, has the layers of `torch.nn`, and
-            is called as `forward(x)`: `regtorch.keyed.convert` then gives it keys.
+        params: The shapes of the JAX parameters, as a tree.
+        forward: `forward(params, x, drop)` in JAX, where `drop(x, site)` is its dropout.
+        module: Makes the PyTorch module; its `forward(x, drop)` is the same.
+        names: From JAX path to PyTorch name.
+        shared: Dimensions along which a site of the JAX model shares its mask, by site.
+        keyed: Whether the PyTorch module has the layers of `torch.nn`, without keys, and is called
+            as `forward(x)`: `regtorch.keyed.convert` then gives it keys.
     """
 
     params: Any
@@ -55,14 +55,15 @@ def sides(
     dtype: str = "float32",
     plant: str = "",
 ) -> tuple[JaxSide, TorchSide]:
-    """Both sides of a pair, ready to be trained on batches `(x, labels)`.
+    """Return both sides of a pair, ready to be trained on batches `(x, labels)`.
 
     Args:
-        pair: the model.
-        jax_optimizer: of the JAX side.
-        torch_optimizer: makes that of the PyTorch side.
-        dtype: of the parameters.
-        plant: `"key"` moves one site's key by one step in JAX, `"rate"` takes 0.11 for 0.1 there.
+        pair: The model.
+        jax_optimizer: The optimizer of the JAX side.
+        torch_optimizer: Makes the optimizer of the PyTorch side.
+        dtype: The dtype of the parameters.
+        plant: `"key"` moves one site's key by one step in JAX, `"rate"` uses 0.11 instead of 0.1
+            there.
     """
     torch.manual_seed(0)
     model = pair.module().to(getattr(torch, dtype))
@@ -149,7 +150,7 @@ DROPPED_BEFORE = dataclasses.replace(PERCEPTRON, forward=_perceptron_dropped_bef
 
 
 class _Convolutional(torch.nn.Module):
-    """As a user of PyTorch writes it: nothing in it knows of keys."""
+    """A model as a PyTorch user writes it, without keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +188,7 @@ CONVOLUTIONAL = Pair(
         "conv/bias": Leaf("conv.bias"),
         **_dense("out", "out"),
     },
-    # Whole channels, as torch.nn.Dropout2d drops them; in JAX they come last.
+    # Whole channels, as in torch.nn.Dropout2d; in JAX they are last.
     shared={"channels": (1, 2)},
     keyed=True,
 )
@@ -196,7 +197,7 @@ _WIDTH, _HEADS, _LENGTH = 16, 2, 8
 
 
 class _Encoder(torch.nn.Module):
-    """A post-norm encoder layer as torch.nn.TransformerEncoderLayer has it, over image rows."""
+    """A post-norm encoder layer like torch.nn.TransformerEncoderLayer, over image rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +265,7 @@ PAIRS = {"perceptron": PERCEPTRON, "convolutional": CONVOLUTIONAL, "encoder": EN
 def batches(
     steps: int, dtype: str = "float32", size: int = 32
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Handwritten digits of scikit-learn, the same batches for a seed."""
+    """Return the handwritten digits of scikit-learn, as the same random batches in every call."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -274,7 +275,7 @@ def batches(
 
 
 class _UnmodifiedEncoder(torch.nn.Module):
-    """The encoder as a user of PyTorch writes it: nothing in it knows of keys."""
+    """The encoder as a PyTorch user writes it, without keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -302,7 +303,7 @@ _PLACES = {
     "out": "out",
 }
 
-# The same JAX model as ENCODER, under the names that the modules of PyTorch give its sites.
+# The same JAX model as ENCODER, with its sites named after PyTorch's modules.
 UNMODIFIED_ENCODER = Pair(
     params=ENCODER.params,
     forward=lambda params, x, drop: _encoder(params, x, lambda y, site: drop(y, _SITES[site])),

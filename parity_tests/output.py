@@ -1,4 +1,4 @@
-"""Where programs write: a folder that is checked before the work, and files that are never half.
+"""Output of programs: a folder that is checked before the work, and files that are never partial.
 
 Every command line of this repository with an option `--out` uses this file.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose `--out` names a folder that can be written, or parsing fails.
+    """A parser that fails unless the folder of `--out` is writable.
 
     A program that works for minutes must not find out at the end that it cannot save its results.
     With `--list`, which writes nothing, the folder is not touched.
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse the options, make the folder, and write into it for a try."""
+        """Parse the options, make the folder, and check it by writing a file."""
         options = super().parse_args(*args, **kwargs)
         if not getattr(options, "list", False):
             prepare(self, options.out)
@@ -58,7 +58,7 @@ def prepare(parser: argparse.ArgumentParser, path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell: the disk may be full, or mounted read-only.
+        # Permissions are not enough: the disk may be full, or mounted read-only.
         with tempfile.TemporaryFile(dir=path) as file:
             file.write(b"x")
     except OSError as error:
@@ -70,9 +70,9 @@ def prepare(parser: argparse.ArgumentParser, path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; without an error it then replaces `path`.
+    """Yield a temporary path next to `path`; without an error it then replaces `path`.
 
-    A reader never sees half a file, and an error leaves the file of an earlier run as it was.
+    A reader never sees a partial file, and an error leaves the file of an earlier run unchanged.
 
     Raises:
         OSError: The file cannot be written.
@@ -86,7 +86,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that a reader never sees half written.
+    """Write a text file that a reader never sees partially written.
 
     Raises:
         OSError: The file cannot be written.

@@ -1,8 +1,8 @@
-"""Every promise of equal bits that README and the docstrings make, as a table that can be checked.
+"""Every promise of equal bits in README and the docstrings, as a table that can be checked.
 
-A promise yields pairs of arrays, each pair with a label, that must have the same bits. Which
-instruction set computes them is up to the process: `parity_tests.instruction_sets` starts one for
-each setting. Streams of random numbers are compared with digests too, and so across processes.
+A promise yields labeled pairs of arrays that must have the same bits. The process determines the
+instruction set: `parity_tests.instruction_sets` starts one for each setting. Streams of random
+numbers are also compared with digests, and so across processes.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Promise:
     """A promise of equal bits.
 
     Attributes:
-        name: What is promised, in a few words.
-        place: Where it is promised.
-        pairs: Yields a label and two arrays, or two bytes, that must be equal.
-        package: The optional package that it is about.
-        needs_float16: Whether it is promised only where XLA compiles float16.
-        needs_fma: Whether it is promised only where both frameworks have fused multiply-adds.
+        name: The promise, in a few words.
+        place: Where it is made.
+        pairs: Yields a label and two arrays, or two digests, that must be equal.
+        package: The optional package that it concerns.
+        needs_float16: Whether it is made only where XLA compiles float16.
+        needs_fma: Whether it is made only where both frameworks have fused multiply-adds.
         is_core: Whether `make test` checks it under other instruction sets, too.
     """
 
@@ -59,18 +59,18 @@ class Promise:
     is_core: bool = False
 
     def broken(self) -> list[str]:
-        """Return what differs, one line for each pair; nothing where the promise is kept."""
+        """Return the differences, one line for each pair; nothing if the promise is kept."""
         lines: list[str] = []
         try:
             lines.extend(_difference(label, *pair) for label, *pair in self.pairs())
             if not lines:
                 lines.append("nothing was compared")
-        except Exception as error:  # one that fails is one that is not kept
+        except Exception as error:  # an error breaks the promise
             lines.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
         return list(filter(None, lines))
 
     def can_be_checked(self) -> bool:
-        """Whether its package can be imported, and XLA compiles float16 where it needs that."""
+        """Return whether its package can be imported, and XLA compiles float16 if it needs that."""
         if self.needs_float16 and float16_error():
             return False
         return self.package is None or importlib.util.find_spec(self.package) is not None
@@ -142,7 +142,7 @@ def inputs(dtype: Any, shape: tuple[int, ...] = SHAPE) -> list[np.ndarray]:
 def _forward_and_backward(
     member: Callable[..., Any], wing: Wing, dtype: Any
 ) -> Callable[[Any], list[np.ndarray]]:
-    """Return a function from a rate; a NumPy scalar is traced, or a tensor."""
+    """Return a function of a rate; a NumPy scalar is traced in JAX, and a tensor in PyTorch."""
     arrays = [wing.array(array) for array in inputs(dtype)]
 
     def run(rate: Any) -> Any:
@@ -160,7 +160,7 @@ def _forward_and_backward(
 def family(
     rates: Iterable[Any], dtypes: Iterable[Any] = (np.float32,), names: Iterable[str] = FAMILY
 ) -> Pairs:
-    """Each function, forward and backward, at numbers and at traced rates."""
+    """Compare each function, forward and backward, at numbers and at traced rates."""
     for dtype in map(np.dtype, dtypes):
         with jax.enable_x64(dtype.itemsize == 8):
             for name in names:
@@ -171,7 +171,7 @@ def family(
                         yield f"{label}, {direction}", one, two
 
 
-# Where a scale and a sum that follows may be contracted, which the docstring of `dropout` says.
+# Functions whose scale a compiler may contract with a later sum; see the docstring of `dropout`.
 NOT_BEFORE_A_SUM = {
     "dropout, shared mask",
     "feature_dropout",
@@ -183,7 +183,7 @@ NOT_BEFORE_A_SUM = {
 
 
 def compiled(names: Iterable[str] = FAMILY) -> Pairs:
-    """Each function after products, and before sums, of one jitted function; its rate a product."""
+    """Compare each function between products and sums under jit, also with a product as rate."""
     x, other = inputs(np.float32)
     part = np.sqrt(np.float32(0.3))
 
@@ -199,7 +199,7 @@ def compiled(names: Iterable[str] = FAMILY) -> Pairs:
 
 
 def many_rates(count: int, dtypes: Iterable[Any] = (np.float32, np.float64)) -> Pairs:
-    """Traced rates from 0.001 to 0.999 where the scale is made by more than a quotient."""
+    """Compare traced rates from 0.001 to 0.999 where the scale takes more than a quotient."""
     values = np.random.default_rng(2).uniform(0.001, 0.999, count)
     few = slice(0, count, 20)
     names = ["dropout", "alpha_dropout", "gaussian_dropout"]
@@ -241,7 +241,7 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
 
 
 def _stream(name: str, draw: Callable[[Wing], list[np.ndarray]]) -> Pairs:
-    """Both packages beside each other, and each beside a digest that never changes."""
+    """Compare the two packages with each other, and each with a digest that never changes."""
     drawn = [draw(wing) for wing in WINGS]
     for number, pair in enumerate(zip(*drawn, strict=True)):
         yield f"{name} {number}", *pair
@@ -250,7 +250,7 @@ def _stream(name: str, draw: Callable[[Wing], list[np.ndarray]]) -> Pairs:
 
 
 def masks(sampler: str) -> Pairs:
-    """Masks at numbers and at traced probabilities."""
+    """Compare masks at numbers and at traced probabilities."""
 
     def draw(wing: Wing) -> list[np.ndarray]:
         sample = getattr(wing.library, sampler)
@@ -274,7 +274,7 @@ def masks(sampler: str) -> Pairs:
 
 
 def normals() -> Pairs:
-    """Normal variates, 2**17 of them in float32."""
+    """Compare normal variates, 2**17 of them in float32."""
 
     def draw(wing: Wing) -> list[np.ndarray]:
         library = jnp if wing is JAX else torch
@@ -289,7 +289,7 @@ def normals() -> Pairs:
 
 
 def keys() -> Pairs:
-    """Keys of sites and steps, `split` and `fold_in`."""
+    """Compare keys of sites and steps, `split` and `fold_in`."""
 
     def draw(wing: Wing) -> list[np.ndarray]:
         root = wing.key(2**32 - 1)
@@ -309,7 +309,7 @@ def keys() -> Pairs:
 
 
 def schedules() -> Pairs:
-    """Every step of three lengths, at numbers and traced."""
+    """Compare every step of three lengths, at numbers and traced."""
     at = np.arange(-2, 1203, dtype=np.int32)
 
     def draw(wing: Wing) -> list[np.ndarray]:
@@ -334,7 +334,7 @@ def schedules() -> Pairs:
 
 
 def embedding_of_rows() -> Pairs:
-    """`embedding_dropout` beside dropout of whole rows of the table."""
+    """Compare `embedding_dropout` with dropout of whole rows of the table."""
     table = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     for wing in WINGS:
         rows, ids = wing.array(table), _ids(wing)
@@ -344,7 +344,7 @@ def embedding_of_rows() -> Pairs:
 
 
 def attention() -> Pairs:
-    """Which weights are dropped: whole and by blocks, in both packages, traced or not."""
+    """Compare which weights are dropped: whole and blockwise, in both packages, traced or not."""
     rng = np.random.default_rng(0)
     q, k = (rng.normal(size=(2, n, 3, 8)).astype(np.float32) for n in (24, 40))
     v = np.broadcast_to(np.eye(40, dtype=np.float32)[:, None], (2, 40, 3, 40)).copy()
@@ -367,7 +367,7 @@ def attention() -> Pairs:
 
 
 def descent() -> Pairs:
-    """SGD and Rprop beside `torch.optim`, compiled with `apply_updates`."""
+    """Compare SGD and Rprop with `torch.optim`, compiled with `apply_updates`."""
     problem = synthetic("float32", steps=60)
     for case in CASES:
         if case.float32 is None:
@@ -375,7 +375,7 @@ def descent() -> Pairs:
 
 
 def decoupled_decay() -> Pairs:
-    """The decay alone, without a gradient, beside `torch.optim`."""
+    """Compare the decay alone, without a gradient, with `torch.optim`."""
     problem = synthetic("float32", {"a/kernel": (40, 50), "a/bias": (1, 9)}, steps=20)
     still = [{name: 0 * g for name, g in step.items()} for step in problem.gradients]
     options = {"lr": 0.003, "weight_decay": 0.1}
@@ -392,7 +392,7 @@ def _walks(case: Case, problem: Any) -> Pairs:
 
 
 def converted_layers() -> Pairs:
-    """Converted layers of `regtorch.keyed` in evaluation, and recurrent ones without dropout."""
+    """Compare converted layers in evaluation, or recurrent without dropout, with PyTorch's."""
     torch.manual_seed(0)
     x = torch.randn(3, 6, 8)
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, dropout=0.5, batch_first=True)
@@ -411,7 +411,7 @@ _X, _Y = inputs(np.float32, (96, 64))
 
 
 def _training(loss: Callable[..., Any], params: Any, steps: int = 3) -> list[np.ndarray]:
-    """Walk a jitted training step; return every leaf and loss of every step."""
+    """Run a jitted training step repeatedly; return every leaf and loss of every step."""
     optimizer = optax.adam(0.01)
 
     @jax.jit
@@ -434,7 +434,7 @@ def _both(name: str, run: Callable[[Any], list[np.ndarray]], *layers: Any) -> Pa
 
 
 def linen() -> Pairs:
-    """A training run of Flax Linen with either layer."""
+    """Compare training runs of Flax Linen with either layer."""
     from flax import linen as nn
 
     from regjax.linen import Dropout
@@ -453,7 +453,7 @@ def linen() -> Pairs:
 
 
 def nnx() -> Pairs:
-    """A training run of Flax NNX with either layer."""
+    """Compare training runs of Flax NNX with either layer."""
     from flax import nnx as nn
 
     from regjax.nnx import Dropout
@@ -473,7 +473,7 @@ def nnx() -> Pairs:
 
 
 def equinox() -> Pairs:
-    """A training run of Equinox with either layer."""
+    """Compare training runs of Equinox with either layer."""
     import equinox as eqx
 
     from regjax.equinox import Dropout
@@ -496,7 +496,7 @@ def equinox() -> Pairs:
 
 
 def haiku() -> Pairs:
-    """A training run of Haiku with either function."""
+    """Compare training runs of Haiku with either function."""
     import haiku as hk
 
     from regjax.haiku import dropout

@@ -1,7 +1,7 @@
-"""What every dropout of a training step drew, in both frameworks, and where the two part.
+"""Draws of every dropout of a training step, in both frameworks, and their differences.
 
-Nothing has to be passed to the models: the libraries tell (`regjax.observing`,
-`regtorch.observing`). A dropout is known by its site, the name that its key was derived with.
+Models need no changes: `regjax.observing` and `regtorch.observing` report the draws. A dropout is
+identified by its site, the name that its key was derived with.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from parity_tests.wings import from_torch
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What `site_key` made a key from.
+    """The arguments from which `site_key` derived a key.
 
     Attributes:
-        root: the two words of the root key.
-        step: the step of training.
-        site: the name of the place.
+        root: The two words of the root key.
+        step: The step of training.
+        site: The name of the place.
     """
 
     root: tuple[int, int]
@@ -38,16 +38,16 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """A mask, and what it fell on.
+    """A mask, and the values it applies to.
 
     Attributes:
-        site: the name its key was derived with; a key that was made otherwise has none, and the
-            dropout is then called after its place in the program.
-        key: the two words of the key.
-        origin: what the key was derived from, if that is known.
-        rate: the probability that an element is zeroed.
-        mask: what is kept.
-        entering: the values that are masked.
+        site: The name its key was derived with, or, for a key made otherwise, a name from the
+            dropout's place in the program.
+        key: The two words of the key.
+        origin: The origin of the key, if known.
+        rate: The dropout rate.
+        mask: The mask, True where kept.
+        entering: The values that are masked.
     """
 
     site: str
@@ -60,12 +60,12 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A site at which the frameworks part.
+    """A site at which the frameworks diverge.
 
     Attributes:
-        site: its name.
-        deviation: by how much, in the unit of a tier; infinite for masks.
-        detail: what differs, in words.
+        site: Its name.
+        deviation: The deviation in the unit of a tier; infinite for masks.
+        detail: The difference, in words.
     """
 
     site: str
@@ -74,7 +74,7 @@ class Difference:
 
 
 class Recorder:
-    """Takes down what both frameworks draw, step by step.
+    """A recorder of the draws of both frameworks, step by step.
 
     Example:
         >>> import jax, regjax
@@ -92,13 +92,13 @@ class Recorder:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Takes down what is drawn inside: around a loop, as each entry compiles anew."""
+        """Record the draws inside; enter it once around a loop, since each entry recompiles."""
         ours, theirs = self._events
         with regjax.observing(ours.append), regtorch.observing(theirs.append):
             yield
 
     def taken(self) -> tuple[list[Drawn], list[Drawn]]:
-        """What JAX and what PyTorch drew since the last call, in the order of their programs."""
+        """Return the draws of JAX and of PyTorch since the last call, each in program order."""
         jax.effects_barrier()
         ours, theirs = (_drawn(events) for events in self._events)
         for events in self._events:
@@ -117,7 +117,7 @@ def _drawn(events: Iterable[Any]) -> list[Drawn]:
             from_torch(array) if hasattr(array, "detach") else array
             for array in (draw.mask, draw.entering)
         )
-        # A mask drawn again is that of a forward pass made again for the backward one.
+        # A repeated mask belongs to a forward pass that a checkpoint runs again.
         mark = (draw.key, draw.rate, mask.shape)
         if mark not in found:
             site = origin.site if origin else f"dropout {len(found) + 1}"
@@ -126,10 +126,10 @@ def _drawn(events: Iterable[Any]) -> list[Drawn]:
 
 
 def mask_differences(ours: Sequence[Drawn], theirs: Sequence[Drawn]) -> list[Difference]:
-    """The sites whose masks differ, in the order of the PyTorch program.
+    """Return the sites whose masks differ, in the order of the PyTorch program.
 
-    Masks are compared element by element in row-major order, so that one of (batch, 1, 1, channels)
-    may stand beside one of (batch, channels, 1, 1).
+    Masks are compared element by element in row-major order, so that a mask of (batch, 1, 1,
+    channels) can match one of (batch, channels, 1, 1).
 
     Example:
         >>> import numpy as np
@@ -156,10 +156,10 @@ def mask_differences(ours: Sequence[Drawn], theirs: Sequence[Drawn]) -> list[Dif
 def value_deviations(
     ours: Sequence[Drawn], theirs: Sequence[Drawn], tier: Tier
 ) -> dict[str, float]:
-    """How far the values that enter each site are apart, by site in the order of the program.
+    """Return the deviation of the values that enter each site, by site in the order of the program.
 
-    Where a site sees another layout in JAX, such as channels last, the values are compared in
-    sorted order, which knows nothing of their places.
+    If a site has another layout in JAX, such as channels last, the values are compared in sorted
+    order, which ignores their places.
     """
     pairs, _, _ = _paired(ours, theirs)
     pairs.sort(key=lambda pair: [id(drawn) for drawn in theirs].index(id(pair[1])))
@@ -179,7 +179,7 @@ def value_deviations(
 def _paired(
     ours: Sequence[Drawn], theirs: Sequence[Drawn]
 ) -> tuple[list[tuple[Drawn, Drawn]], list[Drawn], list[Drawn]]:
-    """Which draw of JAX stands for which of PyTorch: by name, else by key; and those left over."""
+    """Pair the draws of JAX and PyTorch, by name or else by key; return the unpaired ones, too."""
     left, pairs, alone = list(ours), [], []
     by_name = _match(theirs, left, lambda here, there: here.site == there.site)
     for there, here in by_name:
@@ -188,7 +188,7 @@ def _paired(
     right = []
     for there, here in by_key:
         (pairs.append((here, there)) if here else right.append(there))
-    # Dropouts without names stand in for one another where their numbers agree.
+    # Dropouts without names are paired in order if both sides have equally many.
     nameless = [here for here in left if here.origin is None]
     if len(nameless) == len(left) == len(right):
         pairs += zip(left, right, strict=True)
@@ -199,7 +199,7 @@ def _paired(
 def _match(
     wanted: Iterable[Drawn], pool: list[Drawn], same: Any
 ) -> list[tuple[Drawn, Drawn | None]]:
-    """For each wanted one the first of the pool that is the same, which leaves the pool."""
+    """Return for each wanted draw the first equal one of the pool, and remove it from the pool."""
     found = []
     for there in wanted:
         here = next((here for here in pool if same(here, there)), None)
@@ -210,7 +210,7 @@ def _match(
 
 
 def _difference(ours: Drawn, theirs: Drawn) -> str:
-    """What sets two masks of one site apart, in words; empty where they are equal."""
+    """Describe the difference of two masks of one site; an empty string if they are equal."""
     causes = []
     if not np.isclose(ours.rate, theirs.rate, rtol=1e-6, atol=0.0):
         causes.append(f"rate {ours.rate:.6g} in JAX and {theirs.rate:.6g} in PyTorch")

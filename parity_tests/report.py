@@ -1,4 +1,4 @@
-"""What checks found, as a table in the terminal, as JSON, and as a page with plots."""
+"""The results of the checks, as a table in the terminal, as JSON, and as a page with plots."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PACKAGES = ("regjax", "jax", "jaxlib", "optax", "torch", "flax", "equinox", "dm-
 
 @dataclass(frozen=True)
 class Entry:
-    """One check and what came of it.
+    """A check and its outcome.
 
     Attributes:
-        check: what was promised.
-        outcome: what was found; None where the check could not run.
-        missing: why it could not run, in one line.
-        seconds: how long it took.
+        check: The check.
+        outcome: Its outcome; None if the check could not run.
+        missing: The reason why it could not run, in one line.
+        seconds: The time it took.
     """
 
     check: Check
@@ -36,14 +36,14 @@ class Entry:
 
     @property
     def verdict(self) -> str:
-        """`agrees`, `differs` or `left out`."""
+        """Return `agrees`, `differs` or `left out`."""
         if self.outcome is None:
             return "left out"
         return "agrees" if self.outcome.passed else "differs"
 
 
 def versions() -> dict[str, str]:
-    """The versions of what was compared; what is not installed is left out."""
+    """Return the versions of the installed packages among `PACKAGES`, and of Python."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def cells(entry: Entry) -> dict[str, str]:
-    """The columns of the table, by heading."""
+    """Return the columns of the table, by heading."""
     outcome = entry.outcome
     if outcome is None:
         return {"check": entry.check.name, "verdict": entry.verdict, "detail": entry.missing}
@@ -83,7 +83,7 @@ HEADINGS = (
 
 
 def found(entry: Entry) -> str:
-    """What a check found, in few words: for a terminal, where columns are dear."""
+    """Return the result of a check in few words, for a narrow terminal."""
     if entry.outcome is None:
         return entry.missing
     written = cells(entry)
@@ -97,7 +97,7 @@ def found(entry: Entry) -> str:
 
 
 def as_json(entries: Sequence[Entry]) -> str:
-    """Everything, for programs."""
+    """Return all results as JSON."""
     record = {
         "versions": versions(),
         "checks": [
@@ -144,7 +144,7 @@ th, td {{ border-bottom: 1px solid #ccc; padding: .35rem .6rem; text-align: left
 
 
 def as_html(entries: Sequence[Entry]) -> str:
-    """A page that stands alone: the table, a plot of every comparison step by step, versions."""
+    """Return a standalone page: the table, a plot of the comparisons step by step, versions."""
     rows = "\n".join(
         f'<tr class="{entry.verdict.split()[0]}">'
         + "".join(f"<td>{html.escape(cells(entry).get(name, ''))}</td>" for name in HEADINGS)
@@ -171,7 +171,7 @@ def as_html(entries: Sequence[Entry]) -> str:
 
 
 def summary(entries: Sequence[Entry]) -> str:
-    """One line: how many agree, differ, and were left out."""
+    """Return one line with the numbers of checks that agree, differ, and were left out."""
     counts: dict[str, int] = dict.fromkeys(("agrees", "differs", "left out"), 0)
     for entry in entries:
         counts[entry.verdict] += 1
@@ -184,7 +184,7 @@ def _plots(series: Mapping[str, Sequence[float]]) -> str:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, values in series.items():
-        # A difference of 0 has no place on a logarithmic axis; it lies below everything.
+        # A difference of 0 has no place on a logarithmic axis: draw it below the others.
         axes.plot(range(1, len(values) + 1), [max(value, 1e-18) for value in values], label=name)
     axes.set_yscale("log")
     axes.set_xlabel("step")
@@ -200,7 +200,7 @@ def _plots(series: Mapping[str, Sequence[float]]) -> str:
 
 
 def write(folder: Path, entries: Sequence[Entry]) -> list[Path]:
-    """Writes `parity.json` and, where matplotlib is installed, `parity.html`; returns the paths."""
+    """Write `parity.json` and, with matplotlib, `parity.html`; return the paths."""
     paths = [folder / "parity.json"]
     write_atomically(paths[0], as_json(entries))
     try:

@@ -153,7 +153,7 @@ def test_the_corners_are_those_of_dropout(wing: Wing):
         (np.array([0, -1]), {}, ValueError, "ids must not be negative; got -1"),
         (np.array([0.0, 1.0], np.float32), {}, TypeError, "ids must be .*integers.*float32"),
         (np.array([True, False]), {}, TypeError, "ids must be .*integers.*bool"),
-        (np.array([0, 1, 2]), {}, ValueError, r"shape \(2, 4\) with ids of shape \(3,\)"),
+        (np.array([0, 1, 2]), {}, ValueError, r"\(2,\); got \(3,\) with x of shape \(2, 4\)"),
         (np.array([0, 1]), {"rate": 2}, ValueError, r"rate must lie in \[0, 1\]; got 2"),
         (np.array([0, 1]), {"key": None}, ValueError, "key is missing"),
     ],

@@ -1,4 +1,4 @@
-"""One training run, walked by NumPy, by regjax and by torch.optim, with every step kept."""
+"""One training run by NumPy, by regjax and by torch.optim, with the parameters of every step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Run = list[dict[str, np.ndarray]]
 
 SMALL = {"dense/bias": (8,), "dense/kernel": (5, 8)}
-# 10,062 parameters in 6 leaves: sizes that fill vectors, and sizes that do not.
+# 10,062 parameters in 6 leaves, of sizes that fill SIMD vectors and sizes that do not.
 LARGE = {
     "conv/bias": (16,),
     "conv/kernel": (16, 3, 3, 3),
@@ -40,7 +40,7 @@ LARGE = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Where to start, and the gradient of the bare loss at each step.
+    """Initial parameters, and the gradient of the bare loss at each step.
 
     Attributes:
         params: Arrays by name, `layer/kind`.
@@ -52,22 +52,22 @@ class Problem:
 
     @property
     def dtype(self) -> str:
-        """Of parameters and gradients."""
+        """Return the dtype of parameters and gradients."""
         return str(next(iter(self.params.values())).dtype)
 
     @property
     def steps(self) -> Sequence[Leaves]:
-        """What is known of each step before it is taken: here the whole gradient."""
+        """Return the data known before each step: here the whole gradient."""
         return self.gradients
 
     def torch_gradient(
         self, params: Mapping[str, torch.Tensor], known: Leaves
     ) -> dict[str, torch.Tensor]:
-        """The gradient at one step, by name."""
+        """Return the gradient at one step, by name."""
         return {name: torch.tensor(known[name]) for name in params}
 
     def jax_gradient(self, params: PyTree, known: Mapping[str, jax.Array]) -> PyTree:
-        """The gradient at one step, in the structure of the parameters."""
+        """Return the gradient at one step, in the structure of the parameters."""
         del params
         return nested(known)
 
@@ -77,16 +77,11 @@ def synthetic(
 ) -> Problem:
     """Make parameters, and gradients that depend on nothing.
 
-    Sizes of gradients shrink over time, a hundredfold in all, so that the largest second moment is
-    not the last one, and differ between parameters; every fifth element or so has none at all in a
-    step.
+    The gradients shrink over time, by a factor of 20 in all, so that the largest second moment is
+    not the last one. Their sizes differ between parameters, and about every fifth element is 0 in a
+    step. `shapes` are by name, `layer/kind`.
 
-    Args:
-        dtype: Dtype of parameters and gradients.
-        shapes: By name, `layer/kind`.
-        steps: How many gradients.
-
-    Examples:
+    Example:
         >>> problem = synthetic("float32")
         >>> sorted(problem.params), len(problem.gradients), problem.dtype
         (['dense/bias', 'dense/kernel'], 100, 'float32')
@@ -108,16 +103,9 @@ def synthetic(
 
 
 def walk_numpy(case: Case, problem: Problem) -> Run:
-    """Walk by the written-out recursions.
+    """Return the parameters by name after each step, computed by the written-out recursions.
 
-    Args:
-        case: What to train with.
-        problem: What to train.
-
-    Returns:
-        Parameters by name after each step.
-
-    Examples:
+    Example:
         >>> run = walk_numpy(Case("plain", "SGD", {"lr": 0.1}), synthetic("float32"))
         >>> len(run), run[0]["dense/kernel"].shape
         (100, (5, 8))
@@ -138,17 +126,12 @@ def walk_numpy(case: Case, problem: Problem) -> Run:
 
 
 def walk_torch(case: Case, problem: Problem, **options: Any) -> Run:
-    """Walk with `torch.optim`, parameter groups for a mask, and `LambdaLR` for a schedule.
+    """Return the parameters by name after each step of `torch.optim`.
 
-    Args:
-        case: What to train with.
-        problem: What to train.
-        **options: Further options of the optimizer, such as `fused=True`.
+    A mask becomes parameter groups, and a schedule `LambdaLR`; `options` are further options of the
+    optimizer, such as `fused=True`.
 
-    Returns:
-        Parameters by name after each step.
-
-    Examples:
+    Example:
         >>> run = walk_torch(Case("plain", "SGD", {"lr": 0.1}), synthetic("float32"))
         >>> len(run), run[0]["dense/kernel"].shape
         (100, (5, 8))
@@ -180,17 +163,12 @@ def walk_jax(
     problem: Problem,
     make: Callable[..., optax.GradientTransformation] | None = None,
 ) -> Run:
-    """Walk with `regjax.optim`, a tree of bools for a mask, and an optax schedule.
+    """Return the parameters by name after each step of `regjax.optim`.
 
-    Args:
-        case: What to train with.
-        problem: What to train; in float64 the walk switches x64 on.
-        make: Another function to make the optimizer with, for the tests of the tests.
+    A mask becomes a tree of bools, and a schedule one of optax; in float64 the run enables x64.
+    `make` is another function that makes the optimizer, for the tests of the tests.
 
-    Returns:
-        Parameters by name after each step.
-
-    Examples:
+    Example:
         >>> run = walk_jax(Case("plain", "SGD", {"lr": 0.1}), synthetic("float32"))
         >>> len(run), run[0]["dense/kernel"].shape
         (100, (5, 8))
@@ -231,13 +209,13 @@ WALKS = {"numpy": walk_numpy, "jax": walk_jax, "torch": walk_torch}
 
 
 def _halving(learning_rate: float, half_life: int, steps: int) -> optax.Schedule:
-    # A table, as torch computes it: a power in float32 would be off in its last digit.
+    # A table, computed as in torch: a power in float32 would be off in its last digit.
     table = np.array([learning_rate * 0.5 ** (step / half_life) for step in range(steps)])
     return lambda count: jnp.asarray(table, float)[count]
 
 
 def _masked(function: Callable[..., Any], mask: Any) -> dict[str, Any]:
-    # Where nothing decays there is nothing to mask, and no such argument.
+    # An optimizer without decay has no argument `mask`.
     takes_mask = mask is not None or "mask" in inspect.signature(function).parameters
     return {"mask": mask} if takes_mask else {}
 
@@ -258,9 +236,9 @@ def _groups(
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A tree with one level for the layers, of leaves that are named `layer/kind`.
+    """Return a tree with one level for the layers, from leaves named `layer/kind`.
 
-    Examples:
+    Example:
         >>> nested({"out/bias": 1, "out/kernel": 2})
         {'out': {'bias': 1, 'kernel': 2}}
     """

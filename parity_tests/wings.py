@@ -1,7 +1,7 @@
-"""Both wings behind one set of words, so that one table of cases and one test body serve both.
+"""Both packages behind one interface, so that one table of cases and one test body serve both.
 
-A wing takes and returns NumPy arrays here; what is compared is what a user would see. `traced`
-hides the one real difference: JAX passes a changing value as a tracer, PyTorch as a tensor.
+A `Wing` takes and returns NumPy arrays, so that tests compare what a user would see. `traced` hides
+the one real difference: JAX passes a changing value as a tracer, PyTorch as a tensor.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _SIXTEEN_BIT = {np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
 
 @dataclass(frozen=True)
 class Wing:
-    """One framework's half of the library.
+    """One framework's package.
 
     Attributes:
         name: `"jax"` or `"torch"`.
-        library: the package, `regjax` or `regtorch`.
-        key: a key from a seed.
-        words: a key's two words, as integers.
-        array: NumPy array to the framework's own, of the same dtype.
-        numpy: and back.
+        library: The package, `regjax` or `regtorch`.
+        key: Makes a key from a seed.
+        words: Returns a key's two words, as integers.
+        array: Converts a NumPy array to the framework's own, of the same dtype.
+        numpy: Converts it back.
         traced: `traced(f)(value)` calls `f` with the value as the framework passes a changing one.
         vjp: `vjp(f, x, cotangent)` is `(f(x), gradient)` on the framework's own arrays.
     """
@@ -52,12 +52,12 @@ class Wing:
     vjp: Callable[[Callable[[Any], Any], Any, Any], tuple[Any, Any]]
 
     def dropout(self, x: np.ndarray, rate: Any, *, seed: int = 0, **options: Any) -> np.ndarray:
-        """The library's dropout, from NumPy to NumPy, with the key of a seed."""
+        """Apply the package's dropout, from NumPy to NumPy, with the key of a seed."""
         options.setdefault("key", self.key(seed))
         return self.numpy(self.library.dropout(self.array(x), rate, **options))
 
     def bernoulli(self, seed: int, keep_prob: Any, shape: tuple[int, ...]) -> np.ndarray:
-        """The library's keep mask for the key of a seed."""
+        """Return the package's keep mask for the key of a seed."""
         return self.numpy(self.library.bernoulli(self.key(seed), keep_prob, shape))
 
     def __str__(self) -> str:
@@ -65,8 +65,8 @@ class Wing:
 
 
 def to_torch(array: np.ndarray) -> torch.Tensor:
-    """NumPy array to tensor of the same dtype, the small floating types included."""
-    array = np.array(array)  # torch wants memory of its own that it may write to
+    """Convert a NumPy array to a tensor of the same dtype, including the small floating types."""
+    array = np.array(array)  # a copy, since torch needs writable memory
     for types, words in ((_EIGHT_BIT, np.uint8), (_SIXTEEN_BIT, np.uint16)):
         if array.dtype in types:
             return torch.from_numpy(array.view(words)).view(types[array.dtype])
@@ -74,7 +74,7 @@ def to_torch(array: np.ndarray) -> torch.Tensor:
 
 
 def from_torch(tensor: torch.Tensor) -> np.ndarray:
-    """Tensor to NumPy array of the same dtype, the small floating types included."""
+    """Convert a tensor to a NumPy array of the same dtype, including the small floating types."""
     tensor = tensor.detach().cpu().contiguous()
     for types, words in ((_EIGHT_BIT, torch.uint8), (_SIXTEEN_BIT, torch.uint16)):
         for small, dtype in types.items():

@@ -1,6 +1,6 @@
-"""Regularisation for JAX: dropout and L2, the same in PyTorch, bit for bit where bits are drawn.
+"""Regularization for JAX: dropout and L2, with the same random bits as the PyTorch twin.
 
-`regtorch` is the PyTorch twin of this package, file by file; `parity_tests` proves that they agree.
+`regtorch` is the PyTorch twin of this package, file by file; `parity_tests` checks that they agree.
 """
 
 from regjax import interop, optim
@@ -70,5 +70,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names, for `dir` and completion."""
     return __all__

@@ -1,7 +1,8 @@
-"""Checks of arguments: each refuses a wrong value with an error that names the argument.
+"""Checks of arguments: each rejects a wrong value with an error that names the argument.
 
-One form for every message: `argument must be X; got Y. Fix.` The wrong type is a TypeError, the
-wrong value a ValueError. The two packages have the same checks.
+Every message has the form `argument must be X; got Y. Fix.` A wrong type, or a traced value where a
+concrete one is required, is a TypeError; a wrong value is a ValueError. The two packages have the
+same checks.
 """
 
 from __future__ import annotations
@@ -32,16 +33,9 @@ if TYPE_CHECKING:
 
 
 def check_shape(name: str, value: Any) -> tuple[Dim, ...]:
-    """Return a shape as a tuple of sizes.
+    """Return a sequence of sizes, or a concrete 1-D array of them, as a tuple.
 
-    Args:
-        name: The name of the argument.
-        value: A sequence of integers, or a concrete 1-D array of them. Sizes that are symbolic, as
-            under `jax.export`, stay as they are.
-
-    Raises:
-        TypeError: `value` is not a sequence of integers.
-        ValueError: A size is negative.
+    Symbolic sizes, as under `jax.export`, stay symbolic.
     """
     if type(value) is tuple and all(type(n) is int and n >= 0 for n in value):
         return value
@@ -53,12 +47,7 @@ def check_shape(name: str, value: Any) -> tuple[Dim, ...]:
 
 
 def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
-    """Return a finite real number, not below `minimum`, as a Python float.
-
-    Raises:
-        TypeError: `value` is not a real number, or it is traced.
-        ValueError: `value` is infinite or NaN, or an array with more than one element.
-    """
+    """Return a finite, concrete real number that is at least `minimum` as a Python float."""
     number = as_number(name, value)
     is_real = any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer))
     if not is_real or isinstance(number, Tracer):
@@ -73,10 +62,9 @@ def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
 
 
 def as_number(name: str, value: Any) -> Any:
-    """Return a tracer as it is, and anything else as a NumPy array, for a check of its dtype.
+    """Return a tracer unchanged, and anything else as a NumPy array, for a check of its dtype.
 
-    Raises:
-        TypeError: NumPy cannot hold `value`: a PRNG key, a ragged list.
+    A value that NumPy cannot hold, such as a PRNG key or a ragged list, is a TypeError.
     """
     if isinstance(value, Tracer):
         return value
@@ -87,10 +75,9 @@ def as_number(name: str, value: Any) -> Any:
 
 
 def check_array(name: str, value: ArrayLike) -> Array:
-    """Return an array, or what JAX can make one from, as an array.
+    """Return `value`, or what JAX can convert to an array, as an array.
 
-    Raises:
-        TypeError: `value` is not an array: None, a string, a pytree of arrays.
+    None, a string and a pytree of arrays are TypeErrors.
     """
     if isinstance(value, jax.Array):
         return value
@@ -109,11 +96,7 @@ def check_array(name: str, value: ArrayLike) -> Array:
 def check_floating_dtype(
     name: str, value: DTypeLike, wanted: str = "a floating dtype, such as jnp.float32"
 ) -> np.dtype:
-    """Return a floating dtype; `wanted` describes it for the message.
-
-    Raises:
-        TypeError: `value` is not a dtype, or not a floating one.
-    """
+    """Return a floating dtype; `wanted` describes it in the message."""
     try:
         dtype = None if value is None else np.dtype(value)
     except TypeError:
@@ -124,11 +107,7 @@ def check_floating_dtype(
 
 
 def check_layout(name: str, value: Any) -> Any:
-    """Return a layout over devices.
-
-    Raises:
-        TypeError: `value` is neither a sharding nor None.
-    """
+    """Return a layout over devices: a sharding, a partition spec, or None."""
     if value is not None and not isinstance(value, Sharding | PartitionSpec):
         raise TypeError(
             f"{name} must be a Sharding, a PartitionSpec or None; got {describe(value)}."
@@ -138,15 +117,15 @@ def check_layout(name: str, value: Any) -> Any:
 
 @contextlib.contextmanager
 def naming(**names: str) -> Iterator[None]:
-    """Put a layer's own name of an argument ahead of an error about the function's argument.
+    """Prefix an error about a function's argument with the layer's name for that argument.
 
     Args:
-        **names: From the function's argument to the layer's, as in `naming(x="inputs")`.
+        **names: The layer's name for each of the function's arguments, as in `naming(x="inputs")`.
     """
     try:
         yield
     except (TypeError, ValueError) as error:
-        # An inner function may have put its own name ahead already, with a colon.
+        # An inner function may already have added its own name, with a colon.
         argument, _, rest = str(error).partition(" ")
         name, is_nested = argument.removesuffix(":"), argument.endswith(":")
         if name not in names or type(error) not in (TypeError, ValueError):

@@ -1,7 +1,7 @@
 """Everything that depends on the version of JAX.
 
 No other file of regjax compares versions, imports from `jax._src`, or looks for a name that only
-some versions of JAX have. `docs/supported_versions.md` lists the versions that are tested.
+some versions of JAX have. `docs/supported_versions.md` lists the tested versions.
 """
 
 from __future__ import annotations
@@ -22,21 +22,18 @@ except ImportError:  # before JAX 0.10
 
 __all__ = ["InconclusiveDimensionOperation", "make_user_context", "scan_linear"]
 
-# Transposing a scan inside the rule of a `custom_jvp` needs to know which captured arrays are
-# linear. Before 0.10 JAX took all of them for constants and failed with "ValAccum is not a valid
-# JAX type"; only the carry was always taken for linear.
+# Transposing a scan inside a `custom_jvp` rule requires knowing which captured arrays are linear.
+# Before 0.10, JAX treated all of them as constants and failed with "ValAccum is not a valid JAX
+# type"; only the carry was always treated as linear.
 _CAPTURED_ARRAYS_MAY_BE_LINEAR = jax.__version_info__ >= (0, 10)
 
 
 def make_user_context(default: Any = None) -> Any:
-    """Return a context variable that is part of the key of every cache of traces.
+    """Return a context variable that is part of the key of every trace cache.
 
-    A function that was traced under one value is traced again under another. `context.value` is
-    the current value, and `with context(value):` changes it in the current thread. JAX 0.7.2 and
-    newer have this function; it is named here because JAX may still change it.
-
-    Args:
-        default: the value outside of every `with context(...)`.
+    A function traced under one value is traced again under another. `context.value` is the current
+    value, and `with context(value):` changes it in the current thread. JAX 0.7.2 and newer have
+    this function; it is wrapped here because JAX may still change it.
     """
     return jax.make_user_context(default)
 
@@ -44,16 +41,10 @@ def make_user_context(default: Any = None) -> Any:
 def scan_linear(
     step: Callable[[Any, Any, Any], tuple[Any, Any]], linear: Any, init: Any, xs: Any
 ) -> tuple[Any, Any]:
-    """Scan a step that is linear in some arrays that every turn uses, and allow the transposition.
+    """Scan a step that is linear in arrays shared by all iterations, so that it can be transposed.
 
     The result is `lax.scan(functools.partial(step, linear), init, xs)`. Before JAX 0.10 the arrays
-    pass through the carry, unchanged; then a second derivative keeps a copy of them for each turn.
-
-    Args:
-        step: maps `linear`, the carry and an element of `xs` to the next carry and an output.
-        linear: the arrays in which `step` is linear.
-        init: the first carry.
-        xs: the arrays that are scanned over.
+    pass through the carry unchanged; a second derivative then keeps a copy of them per iteration.
     """
     if _CAPTURED_ARRAYS_MAY_BE_LINEAR:
         return lax.scan(functools.partial(step, linear), init, xs)
@@ -61,7 +52,7 @@ def scan_linear(
     def through_the_carry(carry: Any, x: Any) -> tuple[Any, Any]:
         linear, inner = carry
         inner, y = step(linear, inner, x)
-        # An unchanged carry would be captured after all; XLA removes the factor.
+        # JAX would capture an unchanged carry instead of carrying it; XLA removes the factor.
         return (jax.tree.map(lambda array: array * array.dtype.type(1), linear), inner), y
 
     (_, final), ys = lax.scan(through_the_carry, (linear, init), xs)

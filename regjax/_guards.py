@@ -1,8 +1,8 @@
-"""Guard rails: dropout that is wrong in silence, made loud.
+"""Guard rails that report silent errors of dropout.
 
-A key that is not advanced, a key that two layers share, a flag that evaluation forgets: training
-goes on, only worse, and nothing says so. Here a few steps are watched, and the masks that their
-dropouts drew are compared.
+A key that does not advance, a key that two layers share, a flag that evaluation forgets: training
+continues, with worse results and no error. This module observes a few steps, and compares the masks
+that their dropouts drew.
 """
 
 from __future__ import annotations
@@ -33,44 +33,44 @@ def check_dropout(
     expect: Expected = (),
     allow: Collection[str] = (),
 ) -> DropoutReport:
-    """Runs a training step twice, and says what is wrong with its dropout.
+    """Run a training step twice, and report errors of its dropout.
 
-    What is looked for stands at `DropoutProblem`: sites that drew the same mask in both steps, or
-    at every timestep; sites that share a key; dropout that is not active in training, or is in
-    evaluation. Seen are the masks that `regjax` draws, in its functions and in the layers made from
-    them; no other library's, and no Gaussian noise, which has none. Where a loop does not fit the
-    arguments, watch it with a `DropoutGuard`.
+    `DropoutProblem` lists the errors: sites that drew the same mask in both steps, or at every
+    timestep; sites that share a key; dropout that is inactive in training, or active in evaluation.
+    The check covers the masks that `regjax` draws, in its functions and in the layers made from
+    them; no other library's, and no Gaussian noise, which has no mask. For a loop that does not fit
+    the arguments, use a `DropoutGuard`.
 
-    Give it real data. A site that draws from one key for the same values again counts once, as it
-    does under a checkpoint: the rows of a batch of ones could not be told apart.
+    Pass real data. A site that draws again from one key for the same values counts once, as under a
+    checkpoint: the rows of a batch of ones could not be distinguished.
 
-    The step is compiled once more, for both runs; what was compiled before is used again after.
+    The step is compiled once more, for both runs; earlier compilations are reused afterwards.
 
     Args:
-        train_step: called as `train_step(*carry, step)` with step 0 and 1; jitted or not. It
-            returns what takes the place of `carry`, as several values in a tuple. Without a carry,
-            what it returns does not matter.
-        *carry: what training carries along: parameters, optimizer, keys. Each call gets what the
-            last returned, so that a step may donate its arguments.
-        evaluate: called once as `evaluate(*carry)`; dropout has to be off in it.
-        expect: names of sites that have to draw, or a dict from names to their rates, 0 for a site
-            that must not draw. A site has the name that `site_key` was given, or the path of its
-            module in Flax Linen and Haiku; each is also known by its line of code, `"model.py:42"`.
-            Globs do.
-        allow: names of sites of which nothing is to be found, such as one whose mask is the same at
-            every timestep on purpose. Globs do; one that matches nothing is an error.
+        train_step: Called as `train_step(*carry, step)` with step 0 and 1; jitted or not. It
+            returns the next `carry`, several values as a tuple. Without a carry, its result is
+            ignored.
+        *carry: The state of training: parameters, optimizer, keys. Each call receives the result of
+            the previous one, so that a step may donate its arguments.
+        evaluate: Called once as `evaluate(*carry)`; dropout must be off in it.
+        expect: Names of sites that must draw, or a dict from names to their rates, 0 for a site
+            that must not draw. A site's name is the one passed to `site_key`, or the path of its
+            module in Flax Linen and Haiku; its line of code, `"model.py:42"`, also names it. Globs
+            are allowed.
+        allow: Names of sites whose findings are ignored, such as one whose mask is the same at
+            every timestep on purpose. Globs are allowed; one that matches nothing is an error.
 
     Returns:
         A report to print; `.raise_if_wrong()` ends a program or a test with it.
 
     Raises:
         TypeError: `expect` or `allow` is a string.
-        ValueError: `train_step` does not return what it was called with, or a glob of `allow`
-            matches nothing.
-        RuntimeError: called inside a function that is traced, as by `jax.jit`.
+        ValueError: The result of `train_step` does not match `carry`, or a glob of `allow` matches
+            nothing.
+        RuntimeError: Called inside a traced function, as under `jax.jit`.
 
-    PyTorch:
-        `regtorch.check_dropout` finds the same.
+    Note (PyTorch):
+        `regtorch.check_dropout` reports the same errors.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -99,7 +99,7 @@ def check_dropout(
 
 
 class DropoutGuard:
-    """Watches the dropout of a loop: some steps of training, and evaluation.
+    """An observer of the dropout of a loop: some training steps, and evaluation.
 
     Blocks of different guards may be nested, and `check_dropout` may be called inside a block: each
     guard sees all masks drawn inside its own blocks.
@@ -127,7 +127,7 @@ class DropoutGuard:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Watches one step of training; a report needs two of them."""
+        """Observe one training step; a report requires two."""
         with self._watching() as events:
             yield
         self._steps.append(draws_of(events))
@@ -135,21 +135,21 @@ class DropoutGuard:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Watches an evaluation, in which nothing is to be dropped."""
+        """Observe an evaluation, in which nothing may be dropped."""
         with self._watching() as events:
             yield
         self._evaluations.append(draws_of(events))
 
     def report(self, *, expect: Expected = (), allow: Collection[str] = ()) -> DropoutReport:
-        """Says what is wrong with what was seen so far.
+        """Report the errors in the observed steps.
 
         Args:
-            expect: names of sites that have to draw; see `check_dropout`.
-            allow: names of sites of which nothing is to be found.
+            expect: See `check_dropout`.
+            allow: See `check_dropout`.
 
         Raises:
             TypeError: `expect` or `allow` is a string.
-            ValueError: fewer than two steps were seen, or a glob of `allow` matches nothing.
+            ValueError: Fewer than two steps were observed, or a glob of `allow` matches nothing.
         """
         if len(self._steps) < 2:
             raise ValueError(
@@ -179,7 +179,7 @@ class DropoutGuard:
             with observed_by(self._observer):
                 yield events
         finally:
-            jax.effects_barrier()  # also after an error: no event may be late, and meet the next
+            jax.effects_barrier()  # also after an error: a late event would enter the next block
             self._observer.forget_unfinished()
             self._events = None
 
@@ -188,7 +188,7 @@ class DropoutGuard:
             self._events.append(event if isinstance(event, SiteKey) else _summary(event))
 
 
-# A step may draw gigabytes. This many elements distinguish a mask, or the values under it.
+# A step may draw gigabytes. This many elements distinguish a mask, or the masked values.
 _SAMPLE = 2**11
 
 
@@ -242,14 +242,14 @@ ADVICE = {
 
 
 def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the next call of a step takes in place of `carry`."""
+    """Return the carry of the next step."""
     if not carry:
         return ()
     first, *others = carry
     if others:
         fits = isinstance(result, tuple) and len(result) == len(carry)
     else:
-        # As far as one can tell: a state with metrics is a tuple, and nothing is None.
+        # The detectable cases: a tuple of state and metrics, and a missing return value (None).
         fits = isinstance(result, tuple) == isinstance(first, tuple)
         fits = fits and (result is None) == (first is None)
     if not fits:

@@ -1,4 +1,4 @@
-"""What the layers for other frameworks share: being the same as theirs to the last bit."""
+"""Code shared by the layers for Flax, Equinox and Haiku: settings, and samplers that match them."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
     from regjax._random.threefry import Layout
 
-# On CPU, XLA computes a larger sum in a kernel of its own. It fuses a smaller sum with its terms;
-# the order of the additions then depends on everything in the loop, the drawing of masks included.
+# On CPU, XLA computes a larger sum in a separate kernel. It fuses a smaller sum with its terms; the
+# order of the additions then depends on everything in the loop, including the sampling of masks.
 _LARGEST_FUSED = 4095
 
 
 def as_flax_draws(sampler: Sampler) -> Sampler:
-    """The sampler whose masks, and sums of what they mask, are those of Flax's own layers."""
+    """Return a sampler whose masks, and sums of masked values, are bitwise identical to Flax's."""
     return FLAX if sampler is bernoulli else sampler
 
 
-# The settings that a layer may have, which are arguments of its function, and what each must be.
+# The attributes that a layer may have and passes to its function, with the check of each.
 _SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "block_size": lambda name, value: check_integer(name, value, minimum=1),
     "broadcast_dims": check_integers,
     "channel_axis": check_integer,
     "gamma_scale": lambda name, value: check_number(name, value, minimum=0),
     "mode": lambda name, value: check_choice(name, value, ("row", "batch")),
-    "rule": lambda name, value: value,  # depends on the weights that it is for
+    "rule": lambda name, value: value,  # checked against the weights, in the call
     "sampler": lambda name, value: check_callable(name, value, "(key, keep_prob, shape)"),
     "scale_by_keep": check_bool,
     "share_channels": check_bool,
@@ -62,41 +62,37 @@ _SETTINGS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def check_settings(layer: object) -> None:
-    """Refuse a wrong setting when a layer is made, not when it first drops.
-
-    Raises:
-        TypeError: A setting is of the wrong type.
-        ValueError: A setting has a value that it cannot have.
-    """
+    """Raise a TypeError or ValueError for an invalid setting when a layer is constructed."""
     for name, check in {**_SETTINGS, "rng_collection": check_string}.items():
         if hasattr(layer, name):
             check(name, getattr(layer, name))
 
 
 class FlaxLayer:
-    """What the layers for Linen and for NNX do alike: call their function with their settings.
+    """Base of the layers for Linen and NNX: call `function` with the layer's settings.
 
     Attributes:
-        function: the function of regjax behind the layer.
-        keyless_rates: rates and deviations that leave nothing to chance: no key is asked for.
+        _function: The regjax function behind the layer; private, or `nnx.tabulate` would show it.
+        keyless_rates: Rates or standard deviations for which nothing is random and no key is
+            needed.
     """
 
-    function: ClassVar[Callable[..., Any]]
+    _function: ClassVar[Callable[..., Any]]
     keyless_rates: ClassVar[tuple[float, ...]] = (0, 1)
 
     def _needs_key(self, rate_or_stddev: ArrayLike) -> bool:
-        """Whether the amount is traced, or leaves something to chance."""
+        """Return whether the rate is traced, or the result is random."""
         return isinstance(rate_or_stddev, Tracer) or rate_or_stddev not in self.keyless_rates
 
     def _drop(self, inputs: Sequence[Any], rate_or_stddev: ArrayLike, **options: Any) -> Any:
-        """The function of the inputs; `options` holds `key` and `deterministic`."""
+        """Apply the function to the inputs; `options` holds `key` and `deterministic`."""
         settings = {name: getattr(self, name) for name in _SETTINGS if hasattr(self, name)}
         if "broadcast_dims" in settings:
             ndim = check_array("inputs", inputs[0]).ndim
             settings["broadcast_dims"] = wrapped_dims(settings["broadcast_dims"], ndim)
-        if self.function is dropout:
+        if self._function is dropout:
             settings["sampler"] = as_flax_draws(settings["sampler"])
-        return self.function(*inputs, rate_or_stddev, **settings, **options)
+        return self._function(*inputs, rate_or_stddev, **settings, **options)
 
 
 def wrapped_dims(
@@ -106,16 +102,10 @@ def wrapped_dims(
     of: str = "inputs",
     error: type[Exception] = IndexError,
 ) -> tuple[int, ...]:
-    """`broadcast_dims` as Flax and Haiku take them: negative ones count from the end.
+    """Return `broadcast_dims` as Flax and Haiku interpret them: negative ones count from the end.
 
-    Args:
-        broadcast_dims: as they were given.
-        ndim: how many dimensions there are.
-        of: what has these dimensions, by the name that the framework gives it.
-        error: what the framework raises.
-
-    Raises:
-        IndexError: one of them is not a dimension; or another `error`.
+    `of` is the framework's name for the array with `ndim` dimensions, and `error` the exception
+    that it raises if one is out of range.
     """
     broadcast_dims = check_integers("broadcast_dims", broadcast_dims)
     if any(not -ndim <= dim < ndim for dim in broadcast_dims):
@@ -126,10 +116,7 @@ def wrapped_dims(
 
 
 class _FlaxSampler(ExactSampler):
-    """The exact sampler, its small masks drawn by the operations that Flax draws them with.
-
-    The mask is the same. Where the operations would give another one, they are not used.
-    """
+    """The exact sampler, which draws small masks by Flax's own operations if they give the same."""
 
     def draw(
         self,
@@ -138,16 +125,16 @@ class _FlaxSampler(ExactSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draws a mask."""
+        """Draw a mask."""
         if _is_default(key) and at_most(math.prod(shape), _LARGEST_FUSED):
-            if key.dtype == jnp.uint32:  # raw: it may be threefry's where that is not the default
+            if key.dtype == jnp.uint32:  # raw threefry key; threefry may not be the default
                 key = jax.random.wrap_key_data(key, impl="threefry2x32")
             return jax.random.bernoulli(key, keep_prob, shape, out_sharding=out_sharding)
         return super().draw(key, keep_prob, shape, out_sharding)
 
 
 class _ComparingSampler(ExactSampler):
-    """The exact sampler: its masks, and sums of what they mask, are those of Equinox and Haiku."""
+    """The exact sampler; masks, and sums of masked values, equal those of Equinox and Haiku."""
 
     def draw(
         self,
@@ -156,7 +143,7 @@ class _ComparingSampler(ExactSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draws a mask."""
+        """Draw a mask."""
         return uniform(key, shape, out_sharding=out_sharding) < keep_prob
 
 
@@ -167,15 +154,12 @@ COMPARING = _ComparingSampler(bernoulli)
 def uniform(
     key: KeyLike, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> Float32[Array, "*shape"]:
-    """The numbers in [0, 1) that masks are made from: kept is where they are below `keep_prob`.
-
-    What the layers of Equinox and Haiku compare for themselves, because they divide by the very
-    number that they compare with. XLA turns a division by a scalar into a product with its inverse,
-    which rounds otherwise, but only where nothing else needs the scalar.
-
-    Few numbers are drawn by the operations of `jax.random.uniform`, as `as_flax_draws` does it;
-    here `vmap` cannot hide how many there are.
-    """
+    """Draw float32 numbers in [0, 1) to make masks from: those below `keep_prob` are kept."""
+    # The layers for Equinox and Haiku compare these numbers themselves, because they divide by the
+    # same scalar. XLA replaces a division by a scalar with a multiplication by its inverse, which
+    # rounds differently, but only where nothing else needs the scalar.
+    # Small arrays are drawn by the operations of jax.random.uniform, as in as_flax_draws; here vmap
+    # cannot hide the total size.
     shape, is_default = tuple(shape), _is_default(key)
 
     def draw(size: int, key: KeyLike) -> Float32[Array, "*shape"]:
@@ -183,7 +167,7 @@ def uniform(
             return jax.random.uniform(key, shape, jnp.float32, out_sharding=out_sharding)
         consume(key)
         bits = counter_bits(key_words(key), shape, out_sharding=out_sharding)
-        # With the exponent of 1, 23 random bits are a number in [1, 2).
+        # With the exponent of 1, 23 random bits form a number in [1, 2).
         one = np.float32(1).view(np.uint32)
         return lax.bitcast_convert_type((bits >> np.uint32(9)) | one, jnp.float32) - 1
 
@@ -191,7 +175,7 @@ def uniform(
 
 
 def _counting(draw: Callable[..., Any], size: int) -> Callable[..., Any]:
-    """`draw(size, key)`, where `vmap` multiplies the size by the number of keys."""
+    """Return `draw(size, key)`, with the size multiplied by the number of keys under `vmap`."""
     counted = custom_vmap(functools.partial(draw, size))
 
     @counted.def_vmap
@@ -205,7 +189,7 @@ def _counting(draw: Callable[..., Any], size: int) -> Callable[..., Any]:
 
 
 def _is_default(key: KeyLike) -> bool:
-    """Whether JAX would draw from this key what is drawn here."""
+    """Return whether JAX itself would draw the same numbers from this key."""
     settings: Any = jax.config
     default = settings.jax_threefry_partitionable and not settings.jax_enable_x64
     return default and is_threefry(key)

@@ -1,4 +1,4 @@
-"""Uncertainty by Monte Carlo dropout: many small models at test time, and where they disagree."""
+"""Uncertainty from Monte Carlo dropout: stochastic forward passes and their disagreement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from regjax._random.keys import check_key, site_key
 from regshared.checks import check_bool, check_callable, check_choice, check_integer
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int
+    from jaxtyping import Array, Bool, Float, UInt32
 
     from regjax._random.keys import KeyLike
 
@@ -27,24 +27,24 @@ Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
 
 _KINDS = ("logits", "probabilities", "values")
 _SITE = "mc_dropout"  # pass i draws from site_key(key, i, _SITE)
-# How far probabilities may be from summing to 1: what 8 bits of mantissa leave, and no logits meet.
+# The tolerance of a sum of probabilities: wide enough for 8 bits of mantissa, not for logits.
 _TOLERANCE = 0.01
 
 
 class Prediction(NamedTuple):
-    """The prediction of many stochastic forward passes together.
+    """The combined prediction of many stochastic forward passes.
 
-    In float32, or in float64 where the outputs are. The last four are None where there is nothing
-    to say: the entropies of values, and samples that were not asked for.
+    The arrays are float32, or float64 if the outputs are. The last four are None where they do not
+    apply: entropies for values, and samples that were not requested.
 
     Attributes:
-        mean: the mean of the passes: of probabilities, or of values.
-        std: their standard deviation, the square root of the mean squared distance from the mean.
-        entropy: of the mean probabilities, in nats: how uncertain the prediction is in all.
-        expected_entropy: the mean of the passes' entropies: what they agree to be uncertain.
-        mutual_information: the difference, never negative: how much the passes disagree, which is
-            what more data could settle.
-        samples: the outputs of each pass, passes first.
+        mean: The mean of the passes: of probabilities, or of values.
+        std: Their standard deviation, the square root of the mean squared distance from the mean.
+        entropy: The entropy of the mean probabilities in nats: the total uncertainty.
+        expected_entropy: The mean entropy of the passes: the uncertainty that they agree on.
+        mutual_information: The difference, never negative: the disagreement of the passes, which
+            more data could resolve.
+        samples: The outputs of each pass, passes first.
     """
 
     mean: Float[Array, "*shape"]
@@ -66,20 +66,20 @@ def mc_dropout(
     chunk_size: int | None = None,
     keep_samples: bool = False,
 ) -> Prediction:
-    """Predicts with dropout on, many times, in one jitted call: mean, deviation and entropy.
+    """Predict with dropout on, many times, in one jitted call: mean, deviation and entropy.
 
-    Each pass keeps other units and so is another, smaller model. Pass i is
-    `predict(*inputs, key=site_key(key, i, "mc_dropout"))`: it draws the same masks however many
-    passes there are and however they are grouped, and in regtorch.
+    Each pass keeps other units and is another, smaller model. Pass i is `predict(*inputs,
+    key=site_key(key, i, "mc_dropout"))`: its masks depend neither on the number of passes nor on
+    their grouping, and are the same in regtorch.
 
     The passes run side by side (`jax.vmap`) in chunks that fit into `memory_budget`, and the chunks
-    one after the other; what is kept between them does not grow with `samples`. Deviations are
+    one after the other; the memory kept between chunks does not grow with `samples`. Deviations are
     summed as differences from the first pass, so that nearly equal outputs keep their digits.
 
-    **Normalisation layers belong in evaluation**, with their running averages, while dropout is on.
-    `predict` sees to it, in its framework's way:
+    **Normalization layers must be in evaluation mode**, with their running averages, while dropout
+    is on. `predict` is responsible for that:
 
-    - Flax Linen, each kind of layer with a flag of its own: `model.apply(variables, x,
+    - Flax Linen, whose kinds of layers have separate flags: `model.apply(variables, x,
       use_running_average=True, deterministic=False, rngs={"dropout": key})`.
     - Flax NNX: `view = nnx.view(model, use_running_average=True, deterministic=False)`, whose calls
       pass `rngs=nnx.Rngs(dropout=key)` on to each `Dropout`.
@@ -87,23 +87,23 @@ def mc_dropout(
       each `Dropout`.
 
     Args:
-        predict: a pure function of `*inputs` and the keyword `key` that returns one floating array.
-            It is compiled once for all calls with inputs of the same shapes, so define it once. One
-            that closes over arrays, which may change, is compiled anew at each call: pass
-            parameters as inputs, or call `mc_dropout` in a function that is jitted itself.
-        *inputs: any number of pytrees of arrays, such as parameters and a batch.
-        key: one random key. As with `site_key`, it is not used up.
-        outputs: what `predict` returns: `"logits"`, of which the softmax is taken first;
+        predict: A pure function of `*inputs` and the keyword `key` that returns one floating array.
+            It is compiled once for all calls with inputs of the same shapes, so define it once. A
+            function that closes over arrays, which may change, is compiled again at each call: pass
+            parameters as inputs, or call `mc_dropout` in a jitted function.
+        *inputs: Any number of pytrees of arrays, such as parameters and a batch.
+        key: One PRNG key. As with `site_key`, it is not consumed.
+        outputs: The kind of output of `predict`: `"logits"`, to which a softmax is applied;
             `"probabilities"` along `class_axis`; or `"values"`, as in regression, which have no
             entropy.
-        samples: how many passes. The mean has a standard error of `std / sqrt(samples)`.
-        class_axis: the dimension of the classes in what one pass returns.
-        memory_budget: how many bytes a chunk may take for what it computes, besides inputs and
-            outputs. The estimate adds up the values alive at once, as if XLA fused none of them,
-            and is mostly too high. One pass runs in any case, and one at a time where a size is
-            symbolic, as under `jax.export`.
-        chunk_size: how many passes run side by side, if you know better.
-        keep_samples: whether to return what each pass predicted, too.
+        samples: The number of passes. The mean has a standard error of `std / sqrt(samples)`.
+        class_axis: The dimension of the classes in the output of one pass.
+        memory_budget: The bytes that the intermediate values of a chunk may take, besides inputs
+            and outputs. The estimate adds up the values alive at once, as if XLA fused none of
+            them, and is mostly too high. One pass always runs, and passes run one at a time if a
+            size is symbolic, as under `jax.export`.
+        chunk_size: The number of passes that run side by side, in place of the estimate.
+        keep_samples: Whether to return the output of each pass too.
 
     Returns:
         A `Prediction`, a pytree of arrays.
@@ -115,11 +115,11 @@ def mc_dropout(
             three; `class_axis` is not a dimension of the outputs, or has a single class; `key` is a
             batch of keys; the outputs do not depend on the key, as in evaluation, whatever
             `samples` is, unless they are empty; or the probabilities are negative or do not sum to
-            1. Where these are traced, they cannot raise and become NaN.
+            1. Traced probabilities cannot raise and become NaN.
 
-    PyTorch:
-        `regtorch.mc_dropout` takes a function, or a model as it is. Its passes draw the same masks.
-        It finds a `predict` that ignores its key by comparing passes: see there.
+    Note (PyTorch):
+        `regtorch.mc_dropout` takes a function or a model. Its passes draw the same masks. It
+        detects a `predict` that ignores its key by comparing passes.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -136,10 +136,11 @@ def mc_dropout(
         >>> bool((y.entropy >= y.mutual_information).all())
         True
 
-    Source: Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016; the decomposition
-    of the entropy: Houlsby, Huszár, Ghahramani, Lengyel, "Bayesian active learning for
-    classification and preference learning", arXiv:1112.5745, 2011; sums of deviations: Chan, Golub,
-    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    References:
+        Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016. The decomposition of the
+        entropy: Houlsby, Huszár, Ghahramani, Lengyel, "Bayesian active learning for classification
+        and preference learning", arXiv:1112.5745, 2011. Sums of deviations: Chan, Golub, LeVeque,
+        "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     check_callable("predict", predict, "(*inputs, key) that returns an array")
     check_choice("outputs", outputs, _KINDS)
@@ -164,7 +165,7 @@ def mc_dropout(
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What of a call is no array: static under jit. See `mc_dropout`."""
+    """The arguments of `mc_dropout` that are static under jit."""
 
     outputs: str
     samples: int
@@ -177,10 +178,10 @@ class _Settings:
 def _compiled(
     predict: Callable[..., Any], settings: _Settings, inputs: tuple[Any, ...], key: KeyLike
 ) -> Callable[[tuple[Any, ...], KeyLike], tuple[Prediction, Bool[Array, ""]]]:
-    """The jitted run: the one of earlier calls, where these cannot have captured other arrays.
+    """Return the jitted program of `predict`, from earlier calls if these captured no arrays.
 
-    Each `predict` has a program of its own. One that captures arrays is not kept: the cache of the
-    program would keep them alive, and tracers among them would leak out of their trace.
+    A program that captures arrays is not cached: the cache would keep them alive, and tracers among
+    them would leak out of their trace.
     """
     try:
         hash(predict)
@@ -193,24 +194,24 @@ def _compiled(
     if program is None:
         program = jax.jit(functools.partial(_run, predict), static_argnums=0)
     jaxpr = program.trace(settings, inputs, key).jaxpr
-    # Captured arrays are constants of the program, captured tracers are more inputs.
+    # Captured arrays are constants of the program, captured tracers are additional inputs.
     if not jaxpr.consts and len(jaxpr.in_avals) == len(jax.tree.leaves((inputs, key))):
         _programs[predict] = program
     if len(_programs) > _MOST_PROGRAMS:
-        del _programs[next(iter(_programs))]  # the one that was used longest ago
+        del _programs[next(iter(_programs))]  # the least recently used one
     return functools.partial(program, settings)
 
 
 def _run(
     predict: Callable[..., Any], settings: _Settings, inputs: tuple[Any, ...], key: KeyLike
 ) -> tuple[Prediction, Bool[Array, ""]]:
-    """All passes; and whether probabilities were none."""
+    """Run all passes; also return whether probabilities were improper."""
 
-    def one_pass(index: Int[Array, ""]) -> Float[Array, "*shape"]:
+    def one_pass(index: UInt32[Array, ""]) -> Float[Array, "*shape"]:
         return predict(*inputs, key=site_key(key, index, _SITE))
 
     def chunk(
-        indices: Int[Array, " passes"], origin: Float[Array, "*shape"] | None = None
+        indices: UInt32[Array, " passes"], origin: Float[Array, "*shape"] | None = None
     ) -> tuple[_Moments, Float[Array, "passes ..."] | None]:
         y = jax.vmap(one_pass)(indices)
         moments = _moments(y, settings, origin)
@@ -219,12 +220,12 @@ def _run(
     _check_outputs(one_pass, settings)
     size = settings.chunk_size or _fitting(chunk, settings)
     indices = jnp.arange(settings.samples, dtype=jnp.uint32)
-    # The first chunk takes what the others leave over, and sets the origin for all of them.
+    # The first chunk takes the remainder, and sets the origin for all chunks.
     first = settings.samples % size or size
     moments, samples = chunk(indices[:first])
     if first < settings.samples:
 
-        def add(moments: _Moments, indices: Int[Array, " passes"]) -> tuple[_Moments, Any]:
+        def add(moments: _Moments, indices: UInt32[Array, " passes"]) -> tuple[_Moments, Any]:
             more, samples = chunk(indices, moments.origin)
             return _merged(moments, more), samples
 
@@ -234,13 +235,13 @@ def _run(
     return _prediction(moments, samples, settings), moments.improper
 
 
-# By `predict`, in the order of use.
+# By `predict`, least recently used first.
 _programs: dict[Callable[..., Any], Any] = {}
 _MOST_PROGRAMS = 256
 
 
 class _Moments(NamedTuple):
-    """What is known of the passes so far. `mean` and `squares` are of differences from `origin`."""
+    """The moments of the passes so far. `mean` and `squares` are of differences from `origin`."""
 
     passes: Float[Array, ""]
     origin: Float[Array, "*shape"]
@@ -253,7 +254,7 @@ class _Moments(NamedTuple):
 def _moments(
     y: Float[Array, "passes ..."], settings: _Settings, origin: Float[Array, "*shape"] | None
 ) -> _Moments:
-    """The moments of one chunk of passes."""
+    """Return the moments of one chunk of passes."""
     y = y.astype(real_dtype(y.dtype))
     entropy, improper = None, jnp.zeros((), bool)
     if settings.outputs != "values":
@@ -274,7 +275,7 @@ def _moments(
 
 
 def _merged(a: _Moments, b: _Moments) -> _Moments:
-    """The moments of the passes of both."""
+    """Return the moments of the passes of both."""
     passes = a.passes + b.passes
     share = b.passes / passes
     delta = b.mean - a.mean
@@ -297,23 +298,18 @@ def _prediction(
     mean = moments.origin + moments.mean
     variance = moments.squares / moments.passes
     positive = variance > 0
-    # The root's slope at 0 is infinite, and times a cotangent of 0 would be NaN.
+    # The square root's slope at 0 is infinite, and times a cotangent of 0 would give NaN.
     std = jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), variance)
     if moments.entropy is None:
         return Prediction(mean, std, None, None, None, samples)
-    mean = jnp.clip(mean, 0, 1)  # past its ends, by rounding, there would be no entropy
+    mean = jnp.clip(mean, 0, 1)  # rounding may exceed the range in which entropy is defined
     entropy = entr(mean).sum(settings.class_axis)
     disagreement = jnp.maximum(entropy - moments.entropy, 0)
     return Prediction(mean, std, entropy, moments.entropy, disagreement, samples)
 
 
 def _check_outputs(one_pass: Callable[..., Any], settings: _Settings) -> None:
-    """Raises, before anything runs, where a pass does not return what it should.
-
-    Raises:
-        TypeError: it returns something else than one floating array.
-        ValueError: there is no class axis, or a single class; or the key changes nothing.
-    """
+    """Check the output of a pass before anything runs; the errors are those of `mc_dropout`."""
     y = jax.eval_shape(one_pass, jnp.uint32(0))
     if not isinstance(y, jax.ShapeDtypeStruct) or not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(
@@ -340,10 +336,10 @@ def _check_outputs(one_pass: Callable[..., Any], settings: _Settings) -> None:
 
 
 def _depends_on_index(one_pass: Callable[[Any], Any]) -> bool:
-    """Whether vmap batches the output, which it does where it depends on what is mapped."""
+    """Return whether vmap batches the output, which it does if it depends on the mapped index."""
     batched: list[bool] = []
 
-    # vmap calls the rule of a function whose argument is batched. (out_axes=None would raise for
+    # vmap calls the rule of a function if its argument is batched. (out_axes=None would raise for
     # such an output, and the failed trace would count as a leak under jax_check_tracer_leaks.)
     @jax.custom_batching.custom_vmap
     def output(y: Array) -> Array:
@@ -359,7 +355,7 @@ def _depends_on_index(one_pass: Callable[[Any], Any]) -> bool:
 
 
 def _fitting(chunk: Callable[..., Any], settings: _Settings) -> int:
-    """The largest of samples, a half, a quarter, … that fits into the budget; at least 1."""
+    """Return the largest of samples, a half, a quarter, … that fits the budget; at least 1."""
     size = settings.samples
     while size > 1:
         closed = jax.make_jaxpr(chunk)(jnp.zeros(size, jnp.uint32))
@@ -370,7 +366,7 @@ def _fitting(chunk: Callable[..., Any], settings: _Settings) -> int:
 
 
 def _peak_bytes(jaxpr: Any) -> float:
-    """The most that the values a program computes take at once, were none of them fused away."""
+    """Return the peak memory of the values that a program computes, as if none were fused."""
     last_use = {var: place for place, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn)}
     last_use |= dict.fromkeys(filter(_is_variable, jaxpr.outvars), len(jaxpr.eqns))
     alive, peak, sizes = 0, 0, {}
@@ -401,7 +397,7 @@ def _bytes(var: Any) -> float:
 
 
 def _inner(eqn: Any) -> list[Any]:
-    """The programs within an equation: the bodies of calls, loops and branches."""
+    """Return the programs within an equation: the bodies of calls, loops and branches."""
     found = []
     for param in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
         param = getattr(param, "jaxpr", param)

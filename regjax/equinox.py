@@ -1,21 +1,20 @@
-"""Layers for Equinox: `Dropout` in place of Equinox's own, and the rest of the family.
+"""Layers for Equinox: a drop-in `Dropout`, and the other members of the dropout family.
 
 In a model written with `import equinox as eqx`, import
 
     from regjax.equinox import Dropout
 
 and write `Dropout` for `eqx.nn.Dropout`. Nothing else changes: a jitted model computes the same
-float32 bits, with the exceptions that `Dropout` lists. The layers are thin: the function of the
-same name in `regjax` documents each.
+float32 bits, with the exceptions that `Dropout` lists. Every layer calls the function of its name
+in `regjax`, which documents it; the layer's attributes are that function's arguments.
 
-As everywhere in Equinox, a layer is called on one example, with channels first and no batch, and is
-mapped over a batch with `jax.vmap` and a key for each example. What the functions decide for each
-row of a batch, the layers therefore decide once a call.
+As everywhere in Equinox, a layer is called on one example, with channels first (`channel_axis=0`)
+and no batch dimension, and mapped over a batch with `jax.vmap` and one key per example. Where a
+function draws one decision per row of a batch, its layer draws one per call.
 
-Every layer has its amount (`p`, the probability that something is dropped, or `stddev`) and
-`inference`, both leaves of the model: `equinox.nn.inference_mode` switches all layers at once, and
-`equinox.tree_at` changes an amount. While `p` is a Python number, another `p` is another
-compilation; as an array it is not:
+Every layer has `p`, the dropout rate in [0, 1] (or `stddev`), and `inference`, True in evaluation.
+Both are leaves of the model: `equinox.nn.inference_mode` switches all layers at once, and
+`equinox.tree_at` changes a rate. A Python number recompiles when it changes; an array does not:
 
     >>> import equinox as eqx, jax, jax.numpy as jnp
     >>> from regjax.equinox import Dropout
@@ -31,6 +30,9 @@ compilation; as an array it is not:
     [1. 1. 1. 1. 1. 1.]
     [0. 0. 2. 2. 0. 2.]
     [0. 0. 0. 0. 0. 4.]
+
+Every layer raises a `RuntimeError` when called in training without a key, as Equinox's does, and
+otherwise the errors of its function.
 """
 
 from __future__ import annotations
@@ -97,24 +99,24 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names."""
     return __all__
 
 
-# Bound once: this class may be assigned to `eqx.nn.Dropout`, which must not become its own base.
-# Any, as the annotation of its p leaves arrays out.
+# Bound once: users may assign our class to `eqx.nn.Dropout`, which must not become its own base.
+# Any, because Equinox annotates p without arrays.
 _EquinoxDropout: Any = eqx.nn.Dropout
 
 
 class Layer(eqx.Module):
-    """What all layers share: when they drop, and that it takes a key."""
+    """Base of all layers."""
 
     def __check_init__(self) -> None:
-        """Refuses a setting of a wrong type."""
+        """Check the settings."""
         check_settings(self)
 
     def _drop(self, *inputs_and_amount: Any, **options: Any) -> Any:
-        """The function behind the layer; `options` holds `key` and `deterministic`."""
+        """Apply the function behind the layer; `options` holds `key` and `deterministic`."""
         raise NotImplementedError
 
     def _call(
@@ -141,18 +143,18 @@ class Layer(eqx.Module):
 
 
 class RateLayer(Layer):
-    """A layer whose amount is a rate.
+    """Base of the layers that have a dropout rate.
 
     Attributes:
-        p: the probability that something is dropped, in [0, 1]; a number or an array.
-        inference: True in evaluation.
+        p: The dropout rate, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns the input itself.
     """
 
     p: float | Float[Array, ""] = 0.5
     inference: bool = False
 
     def __check_init__(self) -> None:
-        """Refuses a rate out of range."""
+        """Check the rate."""
         check_probability("p", self.p)
 
     def __call__(
@@ -162,52 +164,55 @@ class RateLayer(Layer):
         key: KeyLike | None = None,
         inference: ArrayLike | None = None,
     ) -> Inexact[Array, "*shape"]:
-        """Drops in training, and returns `x` itself in evaluation.
+        """Apply dropout in training; return `x` itself in evaluation.
 
         Args:
-            x: one example, without a batch dimension.
-            key: the random key; needed in training, unless `p` is the number 0.
-            inference: comes before the attribute, unless None. It may be traced.
+            x: One example, without a batch dimension.
+            key: The PRNG key; required in training, unless `p` is the number 0.
+            inference: Overrides the attribute unless None. May be traced.
         """
         inference = self.inference if inference is None else inference
         return self._call((x,), self.p, key, inference)
 
 
 class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatibleVariableOverride]  # p may be an array
-    """`equinox.nn.Dropout`, faster: the same mask from the same key.
+    """Drop-in replacement for `equinox.nn.Dropout`: faster, with the same mask from the same key.
 
-    In training it zeroes each element with probability `p` and divides the others by `1 - p`. It is
-    an instance of `equinox.nn.Dropout` too, for code that looks for one, and has its leaves, so
-    that a file of `equinox.tree_serialise_leaves` fits either.
+    In training it zeroes each element with probability `p` and divides the others by `1 - p`. It
+    subclasses `equinox.nn.Dropout`, for code that looks for one, and has its leaves, so a file of
+    `equinox.tree_serialise_leaves` fits either.
 
-    In float32 the result is that of Equinox bit for bit, gradients too: eager and under `jit`,
-    `vmap`, `scan` and `checkpoint`, whether `p` is a number, an array, or traced. (Tested on CPUs,
-    under JAX's default configuration.) Last bits may differ in three cases. XLA may fuse the mask
-    with surrounding operations and contract their products and sums differently: since JAX 0.12 the
-    gradients of a small convolutional network differ by one rounding, 3e-7 of the largest. Before
-    JAX 0.10 an eager call differs, because JAX rounds an eager division differently from one under
-    `jit`. An eager call on a single element may differ too. Half types differ, since Equinox
-    divides in them; ours are scaled in float32 and rounded once.
+    In float32, values and gradients are bitwise identical to Equinox's: eager and under `jit`,
+    `vmap`, `scan` and `checkpoint`, whether `p` is a number, an array, or traced (tested on CPUs
+    under JAX's default configuration). The last bits may differ in three cases:
 
-    Where Equinox errs, this does not: the mean is right above `p` = 1 - 2**-12 too, where Equinox
-    divides by less than the share that it keeps; at `p` = 1 gradients are 0 and not NaN, a traced
-    `inference` works, integers are refused and not turned into floats, and so is a `p` outside of
-    [0, 1], or NaN if it is traced.
+    - XLA may fuse the mask with surrounding operations and contract their products and sums
+      differently: since JAX 0.12 the gradients of a small convolutional network differ by one
+      rounding, 3e-7 of the largest.
+    - Before JAX 0.10 an eager call differs, because JAX rounds an eager division differently from
+      one under `jit`.
+    - An eager call on a single element may differ.
+
+    Half types differ: Equinox divides in them; this layer scales in float32 and rounds once.
+
+    It also fixes these cases: the mean is correct above `p` = 1 - 2**-12, where Equinox divides by
+    less than it keeps; gradients at `p` = 1 are 0, not NaN; `inference` may be traced; integer
+    inputs are an error, not cast to floats; and a `p` outside [0, 1] is an error, or gives NaN if
+    it is traced.
 
     Attributes:
-        p: the probability that an element is zeroed, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-        sampler: what draws the mask: `regjax.bernoulli`, `regjax.packed_bernoulli`, or a function
-            with their arguments. The one addition.
+        p: The probability of zeroing an element, in [0, 1]; a number or an array.
+        inference: True in evaluation, which returns the input itself.
+        sampler: The function that draws the mask: `regjax.bernoulli`, `regjax.packed_bernoulli`, or
+            one with their arguments. Equinox has no such attribute.
 
     Raises:
-        RuntimeError: when called in training without a key, as theirs.
-        TypeError: when called on an integer or boolean array; or `key` is not a key.
-        ValueError: `p` is a number outside of [0, 1], or `key` is a batch of keys.
+        RuntimeError: The layer is called in training without a key, as in Equinox.
+        TypeError: The layer is called on an integer or boolean array, or `key` is not a key.
+        ValueError: `p` is a number outside [0, 1], or `key` is a batch of keys.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp
-        >>> from regjax.equinox import Dropout
         >>> key = jax.random.key(0)
         >>> model = eqx.nn.Sequential([eqx.nn.Linear(4, 8, key=key), Dropout(0.1)])
         >>> jax.vmap(model)(jnp.ones((2, 4)), key=jax.random.split(key, 2)).shape
@@ -215,13 +220,13 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
         >>> Dropout(0.5)(jnp.arange(1.0, 7.0), key=key)
         Array([ 0.,  0.,  6.,  8.,  0., 12.], dtype=float32)
 
-        In a model whose layers are made elsewhere, such as the dropout inside of attention:
+        Replace the layers of a model built elsewhere, such as the dropout inside attention:
 
-        >>> def ours(node):
-        ...     is_theirs = isinstance(node, eqx.nn.Dropout)
-        ...     return Dropout(node.p, node.inference) if is_theirs else node
+        >>> def replace(node):
+        ...     is_dropout = isinstance(node, eqx.nn.Dropout)
+        ...     return Dropout(node.p, node.inference) if is_dropout else node
         >>> attention = eqx.nn.MultiheadAttention(2, 8, dropout_p=0.1, key=key)
-        >>> attention = jax.tree.map(ours, attention, is_leaf=lambda x: ours(x) is not x)
+        >>> attention = jax.tree.map(replace, attention, is_leaf=lambda x: replace(x) is not x)
         >>> type(attention.dropout).__module__
         'regjax.equinox'
     """
@@ -247,13 +252,13 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
         inference: ArrayLike | None = None,
         deterministic: ArrayLike | None = None,
     ) -> Inexact[Array, "*shape"]:
-        """Drops in training, and returns `x` itself in evaluation.
+        """Apply dropout in training; return `x` itself in evaluation.
 
         Args:
-            x: floating or complex, of any shape.
-            key: the random key; needed in training, unless `p` is the number 0.
-            inference: comes before the attribute, unless None. It may be traced.
-            deterministic: the deprecated name of `inference`.
+            x: A floating or complex array of any shape.
+            key: The PRNG key; required in training, unless `p` is the number 0.
+            inference: Overrides the attribute unless None. May be traced.
+            deterministic: Deprecated name of `inference`.
         """
         if deterministic is not None:
             warnings.warn(
@@ -264,35 +269,24 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
         return self._call((x,), self.p, key, inference)
 
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """`regjax.dropout`, with the roundings of Equinox."""
+        """Apply `regjax.dropout` with the roundings of Equinox."""
         x = check_inexact(x)
         sampler = COMPARING if self.sampler is bernoulli else self.sampler
         if isinstance(p, Tracer):
             if x.dtype == jnp.float32 and self.sampler is bernoulli:
                 return _divided(x, p, **options)
         elif isinstance(lax.stop_gradient(p), jax.Array):
-            # Theirs computes `1 - p` in float32 where this is an array: always under jit, and
-            # outside of it in some versions of JAX. Elsewhere it computes in Python's doubles.
+            # Equinox computes `1 - p` in float32 where this is an array: always under jit, and
+            # outside jit in some versions of JAX. Otherwise it computes in Python's doubles.
             p = float(jnp.result_type(float).type(p))
         return dropout(x, p, sampler=sampler, **options)
 
 
 class FeatureDropout(RateLayer):
-    """Zeroes whole channels of one example: `regjax.feature_dropout`.
-
-    Attributes:
-        p: the probability that a channel is zeroed, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-        channel_axis: the dimension of the channels: 0, as Equinox's convolutions have them.
-        sampler: what draws the mask.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `Dropout`; or `channel_axis` is not a dimension of the input.
+    """Dropout of whole channels of one example: see `regjax.feature_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.equinox import FeatureDropout
         >>> images = jnp.ones((2, 4, 3, 3))  # batch, channels, height, width
         >>> keys = jax.random.split(jax.random.key(0), 2)
         >>> jax.vmap(lambda x, key: FeatureDropout(0.5)(x, key=key))(images, keys)[:, :, 0, 0]
@@ -304,27 +298,17 @@ class FeatureDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """`regjax.dropout`, shared along every other dimension: one example has no rows."""
+        """Apply dropout with one mask for all dimensions but the channels; there are no rows."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         spec = SampledMask("feature_dropout", mask_sampler(self.sampler), dims)
         return apply_dropout(spec, check_inexact(x), p, **options)
 
 
 class AlphaDropout(RateLayer):
-    """Dropout for self-normalising networks: `regjax.alpha_dropout`.
-
-    Attributes:
-        p: the probability that an element is dropped, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-        sampler: what draws the mask.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `Dropout`.
+    """Dropout for self-normalizing networks: see `regjax.alpha_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.equinox import AlphaDropout
         >>> AlphaDropout(0.5)(jnp.zeros(4), key=jax.random.key(0))
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
     """
@@ -332,26 +316,14 @@ class AlphaDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """`regjax.alpha_dropout`."""
         return alpha_dropout(x, p, sampler=self.sampler, **options)
 
 
 class FeatureAlphaDropout(RateLayer):
-    """Alpha dropout of whole channels of one example: `regjax.feature_alpha_dropout`.
-
-    Attributes:
-        p: the probability that a channel is dropped, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-        channel_axis: the dimension of the channels: 0, as Equinox's convolutions have them.
-        sampler: what draws the mask.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `Dropout`; or `channel_axis` is not a dimension of the input.
+    """Alpha dropout of whole channels of one example: see `regjax.feature_alpha_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.equinox import FeatureAlphaDropout
         >>> FeatureAlphaDropout(0.5)(jnp.zeros((4, 3)), key=jax.random.key(0))[:, 0]
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
     """
@@ -360,30 +332,19 @@ class FeatureAlphaDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """`regjax.alpha_dropout`, shared along every other dimension: one example has no rows."""
+        """Apply alpha dropout with one mask for all dimensions but the channels."""
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         spec = alpha("feature_alpha_dropout", self.sampler, dims)
         return apply_dropout(spec, check_alpha_input(x), p, **options)
 
 
 class DropPath(RateLayer):
-    """Zeroes what one example adds on its way, or keeps all of it: `regjax.drop_path`.
+    """Stochastic depth, which zeroes the residual branch of one example: see `regjax.drop_path`.
 
-    One decision a call. Mapped over a batch with a key for each example, that is one for each row.
-
-    Attributes:
-        p: the probability that the path is zeroed, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-        scale_by_keep: whether a path that is kept is divided by `1 - p`.
-        sampler: what draws the decision.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `Dropout`.
+    Each call draws one decision. Mapped over a batch with one key per example, that is one per row.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.equinox import DropPath
         >>> keys = jax.random.split(jax.random.key(0), 4)
         >>> jax.vmap(lambda x, key: DropPath(0.5)(x, key=key))(jnp.ones((4, 2)), keys)
         Array([[0., 0.],
@@ -396,37 +357,21 @@ class DropPath(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """`regjax.drop_path`, with one decision for the whole example."""
+        """Apply `regjax.drop_path` with one decision for the whole example."""
         settings = {"scale_by_keep": self.scale_by_keep, "sampler": self.sampler}
         return drop_path(x, p, mode="batch", **settings, **options)
 
 
 class DropBlock(RateLayer):
-    """Zeroes blocks of neighbouring elements of one example: `regjax.drop_block`.
+    """Dropout of contiguous blocks of one example: see `regjax.drop_block`.
 
-    Each example is scaled by what is left of itself, whatever is left of others.
-
-    Attributes:
-        p: about the share of elements that is zeroed, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-        block_size: how many elements a block has along each spatial dimension.
-        channel_axis: the dimension of the channels: 0, as Equinox's convolutions have them.
-        share_channels: whether all channels have one mask.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-        with_noise: whether dropped elements become normal variates, not 0.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `regjax.drop_block`.
+    The scale of each example is computed from its own mask, independently of other examples.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.equinox import DropBlock
         >>> layer = DropBlock(0.3, block_size=3)
         >>> images, keys = jnp.ones((2, 1, 5, 8)), jax.random.split(jax.random.key(1), 2)
-        >>> y = jax.vmap(lambda x, key: layer(x, key=key))(images, keys)
-        >>> y.shape
+        >>> jax.vmap(lambda x, key: layer(x, key=key))(images, keys).shape
         (2, 1, 5, 8)
     """
 
@@ -438,7 +383,7 @@ class DropBlock(RateLayer):
     with_noise: bool = eqx.field(default=False, static=True, kw_only=True)
 
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """`regjax.drop_block` of a batch of one."""
+        """Apply `regjax.drop_block` to a batch of one."""
         axis = self.channel_axis + (self.channel_axis >= 0)
         settings = {
             "block_size": self.block_size,
@@ -451,21 +396,12 @@ class DropBlock(RateLayer):
 
 
 class VariationalDropout(RateLayer):
-    """Zeroes features of one sequence, at every timestep alike: `regjax.variational_dropout`.
+    """Dropout with one mask for all timesteps of one sequence: see `regjax.variational_dropout`.
 
-    Attributes:
-        p: the probability that a feature is zeroed, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-        time_axis: the dimension of time: 0 of (time, features).
-        sampler: what draws the mask.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `Dropout`; or `time_axis` is not a dimension of the input.
+    By default, `time_axis` is 0, for (time, features).
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.equinox import VariationalDropout
         >>> VariationalDropout(0.5)(jnp.ones((2, 6)), key=jax.random.key(0))
         Array([[0., 0., 2., 2., 0., 2.],
                [0., 0., 2., 2., 0., 2.]], dtype=float32)
@@ -475,28 +411,16 @@ class VariationalDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """`regjax.variational_dropout`."""
         return variational_dropout(x, p, time_axis=self.time_axis, sampler=self.sampler, **options)
 
 
 class DropConnect(RateLayer):
-    """Dropout of weights: `regjax.drop_connect` of an array, or of the kernels of a layer.
+    """Dropout of weights, an array or the kernels of a layer: see `regjax.drop_connect`.
 
-    It is called on what holds the weights, and returns the same with some of them zeroed.
-
-    Attributes:
-        p: the probability that a weight is zeroed, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-        rule: which leaves of a layer are dropped; see `regjax.drop_connect`.
-        sampler: what draws the masks.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `regjax.drop_connect`.
+    Call it on the holder of the weights; it returns the same pytree with some weights zeroed.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp
-        >>> from regjax.equinox import DropConnect
         >>> key = jax.random.key(0)
         >>> linear, drop = eqx.nn.Linear(4, 3, key=key), DropConnect(0.5)
         >>> (drop(linear, key=key).weight != 0).astype(int)
@@ -510,34 +434,34 @@ class DropConnect(RateLayer):
     rule: Rule = eqx.field(default="default", static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
+    def __call__(
+        self, x: PyTree, *, key: KeyLike | None = None, inference: ArrayLike | None = None
+    ) -> PyTree:
+        """Drops weights in training, and returns `x` itself in evaluation.
+
+        Args:
+            x: an array of weights, or a layer or another tree that holds some.
+            key: the random key; needed in training, unless `p` is the number 0.
+            inference: comes before the attribute, unless None. It may be traced.
+        """
+        inference = self.inference if inference is None else inference
+        return self._call((x,), self.p, key, inference)
+
     def _drop(self, weights: PyTree, p: ArrayLike, **options: Any) -> Any:
-        """`regjax.drop_connect`."""
         return drop_connect(weights, p, rule=self.rule, sampler=self.sampler, **options)
 
 
 class EmbeddingDropout(RateLayer):
-    """Zeroes words, wherever they occur in one example: `regjax.embedding_dropout`.
+    """Dropout of words, at every occurrence in one example: see `regjax.embedding_dropout`.
 
-    With one key for all examples of a batch, a word is zeroed in all of them or in none; with a key
-    for each, examples decide for themselves.
-
-    Attributes:
-        p: the probability that a word is zeroed, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `regjax.embedding_dropout`.
+    With one key for all examples of a batch, a word is zeroed in all of them or in none; with one
+    key per example, the examples are independent.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.equinox import EmbeddingDropout
         >>> ids, table = jnp.array([0, 2, 0, 3]), jnp.ones((4, 2))
-        >>> EmbeddingDropout(0.5)(table[ids], ids, key=jax.random.key(0))
-        Array([[0., 0.],
-               [2., 2.],
-               [0., 0.],
-               [2., 2.]], dtype=float32)
+        >>> EmbeddingDropout(0.5)(table[ids], ids, key=jax.random.key(0))[:, 0]
+        Array([0., 2., 0., 2.], dtype=float32)
     """
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
@@ -548,14 +472,7 @@ class EmbeddingDropout(RateLayer):
         key: KeyLike | None = None,
         inference: ArrayLike | None = None,
     ) -> Inexact[Array, "*ids features"]:
-        """Drops in training, and returns `x` itself in evaluation.
-
-        Args:
-            x: the embeddings of the words of one example.
-            ids: the words.
-            key: the random key; needed in training, unless `p` is the number 0.
-            inference: comes before the attribute, unless None. It may be traced.
-        """
+        """Apply dropout to `x`, the embeddings of `ids` in one example; see `RateLayer`."""
         inference = self.inference if inference is None else inference
         return self._call((x, ids), self.p, key, inference)
 
@@ -566,47 +483,29 @@ class EmbeddingDropout(RateLayer):
         p: ArrayLike,
         **options: Any,
     ) -> Any:
-        """`regjax.embedding_dropout`."""
         return embedding_dropout(x, ids, p, **options)
 
 
 class GaussianDropout(RateLayer):
-    """Multiplies each element by a normal number of mean 1: `regjax.gaussian_dropout`.
+    """Multiplicative Gaussian noise with mean 1 and variance `p / (1 - p)`, with `p` in [0, 1).
 
-    Attributes:
-        p: what the variance `p / (1 - p)` is made of, in [0, 1); a number or an array.
-        inference: True in evaluation, which returns its input itself.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `regjax.gaussian_dropout`.
+    See `regjax.gaussian_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.equinox import GaussianDropout
         >>> GaussianDropout(0.5)(jnp.ones(3), key=jax.random.key(0))
         Array([2.622642  , 3.0252647 , 0.56640565], dtype=float32)
     """
 
     def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """`regjax.gaussian_dropout`."""
         return gaussian_dropout(x, p, **options)
 
 
 class GaussianNoise(Layer):
-    """Adds a normal number to each element: `regjax.gaussian_noise`.
-
-    Attributes:
-        stddev: the standard deviation; a number or an array.
-        inference: True in evaluation, which returns its input itself.
-
-    Raises:
-        RuntimeError: when called in training without a key.
-        ValueError: as `regjax.gaussian_noise`.
+    """Additive Gaussian noise with standard deviation `stddev`: see `regjax.gaussian_noise`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.equinox import GaussianNoise
         >>> GaussianNoise(0.5)(jnp.zeros(3), key=jax.random.key(0))
         Array([ 0.811321  ,  1.0126324 , -0.21679717], dtype=float32)
     """
@@ -615,7 +514,7 @@ class GaussianNoise(Layer):
     inference: bool = False
 
     def __check_init__(self) -> None:
-        """Refuses a negative standard deviation."""
+        """Check the standard deviation."""
         check_stddev(self.stddev)
 
     def __call__(
@@ -625,18 +524,11 @@ class GaussianNoise(Layer):
         key: KeyLike | None = None,
         inference: ArrayLike | None = None,
     ) -> Float[Array, "*shape"]:
-        """Adds noise in training, and returns `x` itself in evaluation.
-
-        Args:
-            x: one example, without a batch dimension.
-            key: the random key; needed in training, unless `stddev` is the number 0.
-            inference: comes before the attribute, unless None. It may be traced.
-        """
+        """Add noise in training; return `x` itself in evaluation. See `RateLayer`."""
         inference = self.inference if inference is None else inference
         return self._call((x,), self.stddev, key, inference)
 
     def _drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **options: Any) -> Any:
-        """`regjax.gaussian_noise`."""
         return gaussian_noise(x, stddev, **options)
 
 
@@ -647,7 +539,7 @@ def _divided(
     key: KeyLike,
     deterministic: bool | Bool[Array, ""],
 ) -> Float[Array, "*shape"]:
-    """`dropout` at a traced rate, where Equinox divides and does not multiply by the inverse."""
+    """Apply dropout at a traced rate, where Equinox divides and does not multiply by an inverse."""
 
     def drop() -> Float[Array, "*shape"]:
         if observers := observer():
@@ -664,16 +556,16 @@ def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Flo
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
         return _mask_and_divide(x, key, p)[0]
 
-    return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as `dropout` does: nothing is stored
+    return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as in `dropout`: nothing is stored
 
 
 def _mask_and_divide(
     x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]
 ) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
-    """Return the result, and the mask."""
+    """Return the result and the mask."""
     q = exact_keep_prob(keep_prob_of(p, x.dtype))
-    # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN of the
-    # gradient.
+    # -1 lies below every number in [0, 1) and so keeps nothing; dividing by 0 would make the
+    # gradient NaN.
     q = jnp.where((q > 0) & (q <= 1), q, -1)
     keep = keep_mask(x, key, q, (), COMPARING)
     dropped = jnp.where((p >= 0) & (p <= 1), 0.0, jnp.nan)
@@ -684,6 +576,6 @@ _divide_with_mask = jax.jit(_mask_and_divide)
 
 
 def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:
-    """Every dimension but the channels."""
+    """Return all dimensions but the channels."""
     axis = check_axis("channel_axis", channel_axis, ndim)
     return tuple(dim for dim in range(ndim) if dim != axis)

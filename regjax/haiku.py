@@ -1,15 +1,17 @@
-"""Functions for Haiku: `dropout` in place of Haiku's own, and the rest of the family.
+"""Functions for Haiku: a drop-in `dropout`, and the other members of the dropout family.
 
 In a model written with `import haiku as hk`, import
 
     from regjax.haiku import dropout
 
-and write `dropout` for `hk.dropout`: nothing else changes, and no float32 bit of what the model
-computes. Every function takes its arguments in Haiku's order, `(rng, rate, x, …)`, and passes them
-on to the function of its name in `regjax`, where it is described.
+and write `dropout` for `hk.dropout`. Nothing else changes, and float32 results stay bitwise
+identical under the conditions that `dropout` states. Every function takes its arguments in Haiku's
+order, `(rng, rate, x, …)`, and calls the function of its name in `regjax`, which documents the
+arguments, the results and the errors. `rng` is the key, and is not used where `rate` is the number
+0 or 1.
 
-As in Haiku, evaluation is a rate of 0. A rate that changes while training costs one compilation
-where it is traced:
+As in Haiku, pass a rate of 0 for evaluation. A rate that changes during training costs one
+compilation if it is traced:
 
     >>> import haiku as hk, jax, jax.numpy as jnp
     >>> from regjax.haiku import dropout
@@ -66,57 +68,58 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names."""
     return __all__
 
 
 @naming(key="rng")
 def dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     broadcast_dims: Sequence[int] = (),
     *,
     sampler: Sampler = bernoulli,
 ) -> Inexact[Array, "*shape"]:
-    """`haiku.dropout`, faster: the same mask from the same key.
+    """Drop-in replacement for `haiku.dropout`: faster, with the same mask from the same key.
 
-    It zeroes each element with probability `rate` and divides the others by `1 - rate`.
+    Zero each element with probability `rate` and divide the others by `1 - rate`.
 
-    In float32 the result is that of Haiku bit for bit, and so are gradients under `jit`: with
-    `vmap`, `scan` and `checkpoint`, whether `rate` is a number or traced. (Tried on CPUs, under
-    JAX's default configuration. Gradients taken outside of `jit` may differ in the last bit, and
-    so may those of `broadcast_dims` inside a `scan`.) Half types differ, since Haiku divides in
-    them; ours are scaled in float32 and rounded once.
+    In float32 the result is bitwise identical to Haiku's, and so are gradients under `jit`: with
+    `vmap`, `scan` and `checkpoint`, whether `rate` is a number or traced (tested on CPUs under
+    JAX's default configuration). Gradients taken outside `jit` may differ in the last bit, and so
+    may those with `broadcast_dims` inside a `scan`. Half types differ: Haiku divides in them; this
+    function scales in float32 and rounds once.
 
-    Where Haiku errs, this does not: the mean is right at rates above 1 - 2**-12 too, where Haiku
-    divides by less than the share that it keeps; a dropped NaN is 0 also with `broadcast_dims`; a
-    traced rate of 1 gives zeros and not NaN, and one out of range NaN and not plausible numbers; a
-    NaN for a rate is refused, and so are integers, which Haiku turns into floats. A rate of lower
-    precision, such as `np.float16(0.1)`, which draws other masks in Haiku, is rounded to float32
-    here.
+    Differences from Haiku:
+
+    - The mean is correct at rates above 1 - 2**-12, where Haiku divides by less than it keeps.
+    - A dropped NaN is 0 with `broadcast_dims` too.
+    - A traced rate of 1 gives zeros, not NaN; one out of range gives NaN, not plausible numbers.
+    - A rate that is NaN is an error, and so are integer inputs, which Haiku casts to floats.
+    - A rate of lower precision, such as `np.float16(0.1)`, is rounded to float32; in Haiku it draws
+      other masks.
 
     Args:
-        rng: the random key; `hk.next_rng_key()` inside a transformed function. Not looked at where
-            `rate` is the number 0.
-        rate: the probability that an element is zeroed, in [0, 1); a number or a traced scalar. 0
-            in evaluation, which returns `x` itself.
-        x: floating or complex, of any shape.
-        broadcast_dims: dimensions along which one mask is shared, counted from the end if negative.
-        sampler: what draws the mask: `regjax.bernoulli`, `regjax.packed_bernoulli`, or a function
-            with their arguments. The one addition.
+        rng: The PRNG key; `hk.next_rng_key()` inside a transformed function. Not used where `rate`
+            is the number 0.
+        rate: The probability of zeroing an element, in [0, 1); a number or a traced scalar. 0 in
+            evaluation, which returns `x` itself.
+        x: A floating or complex array of any shape.
+        broadcast_dims: Dimensions along which one mask is shared, counted from the end if negative.
+        sampler: The function that draws the mask: `regjax.bernoulli`, `regjax.packed_bernoulli`, or
+            one with their arguments. Haiku has no such argument.
 
     Returns:
         An array of the shape and dtype of `x`.
 
     Raises:
-        TypeError: `x` is of an integer or boolean dtype, or `rng` is not a key.
-        ValueError: `rate` is a number outside of [0, 1), as in Haiku; `broadcast_dims` are not
+        TypeError: `x` is an integer or boolean array, or `rng` is not a key.
+        ValueError: `rate` is a number outside [0, 1), as in Haiku; `broadcast_dims` are not
             dimensions of `x`; or `rng` is a batch of keys.
 
     Example:
         >>> import haiku as hk, jax, jax.numpy as jnp
-        >>> from regjax.haiku import dropout
         >>> def network(x, is_training):
         ...     x = jax.nn.relu(hk.Linear(8)(x))
         ...     return dropout(hk.next_rng_key(), 0.1 if is_training else 0.0, x)
@@ -148,32 +151,17 @@ def dropout(
 
 @naming(key="rng")
 def feature_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     channel_axis: int = -1,
     *,
     sampler: Sampler = bernoulli,
 ) -> Inexact[Array, "*shape"]:
-    """`regjax.feature_dropout` in Haiku's order: zeroes whole channels of each row.
-
-    Args:
-        rng: the random key; not looked at where `rate` is the number 0 or 1.
-        rate: the probability that a channel is zeroed, in [0, 1]; a number or a traced scalar.
-        x: floating or complex, with the batch first.
-        channel_axis: the dimension of the channels: the last, as Haiku's convolutions have them.
-        sampler: what draws the mask.
-
-    Returns:
-        An array of the shape and dtype of `x`.
-
-    Raises:
-        TypeError: as `regjax.feature_dropout`.
-        ValueError: as `regjax.feature_dropout`.
+    """Zero whole channels of each row: see `regjax.feature_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.haiku import feature_dropout
         >>> feature_dropout(jax.random.key(0), 0.5, jnp.ones((2, 3, 3, 4)))[:, 0, 0, :]
         Array([[0., 0., 2., 2.],
                [0., 2., 2., 0.]], dtype=float32)
@@ -183,32 +171,19 @@ def feature_dropout(
 
 @naming(key="rng")
 def alpha_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Float[ArrayLike, "*shape"],
     broadcast_dims: Sequence[int] = (),
     *,
     sampler: Sampler = bernoulli,
 ) -> Float[Array, "*shape"]:
-    """`regjax.alpha_dropout` in Haiku's order: keeps mean 0 and variance 1.
+    """Apply dropout that preserves mean 0 and variance 1: see `regjax.alpha_dropout`.
 
-    Args:
-        rng: the random key; not looked at where `rate` is the number 0 or 1.
-        rate: the probability that an element is dropped, in [0, 1]; a number or a traced scalar.
-        x: real floating, of any shape.
-        broadcast_dims: dimensions along which one mask is shared, counted from the end if negative.
-        sampler: what draws the mask.
-
-    Returns:
-        An array of the shape and dtype of `x`.
-
-    Raises:
-        TypeError: as `regjax.alpha_dropout`.
-        ValueError: as `regjax.alpha_dropout`.
+    `broadcast_dims` count from the end if negative, as in `dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.haiku import alpha_dropout
         >>> alpha_dropout(jax.random.key(0), 0.5, jnp.zeros(4))
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
     """
@@ -218,32 +193,17 @@ def alpha_dropout(
 
 @naming(key="rng")
 def feature_alpha_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Float[ArrayLike, "*shape"],
     channel_axis: int = -1,
     *,
     sampler: Sampler = bernoulli,
 ) -> Float[Array, "*shape"]:
-    """`regjax.feature_alpha_dropout` in Haiku's order: alpha dropout of whole channels.
-
-    Args:
-        rng: the random key; not looked at where `rate` is the number 0 or 1.
-        rate: the probability that a channel is dropped, in [0, 1]; a number or a traced scalar.
-        x: real floating, with the batch first.
-        channel_axis: the dimension of the channels: the last, as Haiku's convolutions have them.
-        sampler: what draws the mask.
-
-    Returns:
-        An array of the shape and dtype of `x`.
-
-    Raises:
-        TypeError: as `regjax.feature_alpha_dropout`.
-        ValueError: as `regjax.feature_alpha_dropout`.
+    """Apply alpha dropout to whole channels: see `regjax.feature_alpha_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.haiku import feature_alpha_dropout
         >>> feature_alpha_dropout(jax.random.key(0), 0.5, jnp.zeros((1, 3, 4)))[0, 0]
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
     """
@@ -254,7 +214,7 @@ def feature_alpha_dropout(
 
 @naming(key="rng")
 def drop_path(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     mode: Literal["row", "batch"] = "row",
@@ -262,31 +222,12 @@ def drop_path(
     scale_by_keep: bool = True,
     sampler: Sampler = bernoulli,
 ) -> Inexact[Array, "*shape"]:
-    """`regjax.drop_path` in Haiku's order: zeroes what a row adds on its way, or keeps all of it.
-
-    Args:
-        rng: the random key; not looked at where `rate` is the number 0 or 1.
-        rate: the probability that a path is zeroed, in [0, 1]; a number or a traced scalar.
-        x: floating or complex, with the batch first.
-        mode: "row" for one decision for each row, "batch" for one in all.
-        scale_by_keep: whether a path that is kept is divided by `1 - rate`.
-        sampler: what draws the decisions.
-
-    Returns:
-        An array of the shape and dtype of `x`.
-
-    Raises:
-        TypeError: as `regjax.drop_path`.
-        ValueError: as `regjax.drop_path`.
+    """Zero whole residual branches (stochastic depth): see `regjax.drop_path`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.haiku import drop_path
-        >>> drop_path(jax.random.key(0), 0.5, jnp.ones((4, 2)))
-        Array([[0., 0.],
-               [0., 0.],
-               [2., 2.],
-               [2., 2.]], dtype=float32)
+        >>> drop_path(jax.random.key(0), 0.5, jnp.ones((4, 2)))[:, 0]
+        Array([0., 0., 2., 2.], dtype=float32)
     """
     return regjax.drop_path(
         x, rate, key=rng, mode=mode, scale_by_keep=scale_by_keep, sampler=sampler
@@ -295,7 +236,7 @@ def drop_path(
 
 @naming(key="rng")
 def drop_block(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     block_size: int = 7,
@@ -306,36 +247,13 @@ def drop_block(
     scale_by_keep: bool = True,
     with_noise: bool = False,
 ) -> Inexact[Array, "*shape"]:
-    """`regjax.drop_block` in Haiku's order: zeroes blocks of neighbouring elements.
-
-    Args:
-        rng: the random key; not looked at where `rate` is the number 0 or 1.
-        rate: about the share of elements that is zeroed, in [0, 1]; a number or a traced scalar.
-        x: floating or complex, with the batch first.
-        block_size: how many elements a block has along each spatial dimension.
-        channel_axis: the dimension of the channels: the last, as Haiku's convolutions have them.
-        share_channels: whether all channels of a row have one mask.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-        with_noise: whether dropped elements become normal variates, not 0.
-
-    Returns:
-        An array of the shape and dtype of `x`.
-
-    Raises:
-        TypeError: as `regjax.drop_block`.
-        ValueError: as `regjax.drop_block`.
+    """Zero contiguous blocks of feature maps: see `regjax.drop_block`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.haiku import drop_block
         >>> y = drop_block(jax.random.key(1), 0.3, jnp.ones((1, 5, 8, 1)), block_size=3)
-        >>> (y[0, :, :, 0] > 0).astype(int)
-        Array([[1, 1, 1, 1, 1, 1, 1, 1],
-               [0, 0, 0, 1, 1, 1, 1, 1],
-               [0, 0, 0, 1, 1, 1, 1, 1],
-               [0, 0, 0, 1, 1, 1, 1, 1],
-               [1, 1, 1, 1, 1, 1, 1, 1]], dtype=int32)
+        >>> (y[0, 2, :, 0] > 0).astype(int)
+        Array([0, 0, 0, 1, 1, 1, 1, 1], dtype=int32)
     """
     return regjax.drop_block(
         x,
@@ -352,33 +270,20 @@ def drop_block(
 
 @naming(key="rng")
 def variational_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*shape"],
     time_axis: int = 1,
     *,
     sampler: Sampler = bernoulli,
 ) -> Inexact[Array, "*shape"]:
-    """`regjax.variational_dropout` in Haiku's order: one mask for all timesteps.
+    """Apply dropout with one mask for all timesteps: see `regjax.variational_dropout`.
 
-    Args:
-        rng: the random key; not looked at where `rate` is the number 0 or 1.
-        rate: the probability that an element is zeroed, in [0, 1]; a number or a traced scalar.
-        x: floating or complex, with a time axis.
-        time_axis: the dimension of time: 1 of (batch, time, features); 0 of (time, batch,
-            features), as `hk.dynamic_unroll` has it by default.
-        sampler: what draws the mask.
-
-    Returns:
-        An array of the shape and dtype of `x`.
-
-    Raises:
-        TypeError: as `regjax.variational_dropout`.
-        ValueError: as `regjax.variational_dropout`.
+    `time_axis` is 1 for (batch, time, features), and 0 for (time, batch, features), the default
+    layout of `hk.dynamic_unroll`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.haiku import variational_dropout
         >>> variational_dropout(jax.random.key(0), 0.5, jnp.ones((1, 2, 6)))
         Array([[[0., 0., 2., 2., 0., 2.],
                 [0., 0., 2., 2., 0., 2.]]], dtype=float32)
@@ -388,29 +293,15 @@ def variational_dropout(
 
 @naming(key="rng")
 def embedding_dropout(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     x: Inexact[ArrayLike, "*ids features"],
     ids: Integer[ArrayLike, "*ids"],
 ) -> Inexact[Array, "*ids features"]:
-    """`regjax.embedding_dropout` in Haiku's order: zeroes words, wherever they occur.
-
-    Args:
-        rng: the random key; not looked at where `rate` is the number 0 or 1.
-        rate: the probability that a word is zeroed, in [0, 1]; a number or a traced scalar.
-        x: the embeddings of the words, one feature vector for each id.
-        ids: the words.
-
-    Returns:
-        An array of the shape and dtype of `x`.
-
-    Raises:
-        TypeError: as `regjax.embedding_dropout`.
-        ValueError: as `regjax.embedding_dropout`.
+    """Zero words at every occurrence in `ids`: see `regjax.embedding_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.haiku import embedding_dropout
         >>> ids, table = jnp.array([0, 2, 0, 3]), jnp.ones((4, 2))
         >>> embedding_dropout(jax.random.key(0), 0.5, table[ids], ids)[:, 0]
         Array([0., 2., 0., 2.], dtype=float32)
@@ -420,36 +311,22 @@ def embedding_dropout(
 
 @naming(key="rng")
 def drop_connect(
-    rng: KeyLike,
+    rng: KeyLike | None,
     rate: ArrayLike,
     weights: PyTree,
     rule: Rule = "default",
     *,
     sampler: Sampler = bernoulli,
 ) -> PyTree:
-    """`regjax.drop_connect` in Haiku's order: dropout of weights.
+    """Zero weights, not activations: see `regjax.drop_connect`.
 
-    Args:
-        rng: the random key; not looked at where `rate` is the number 0 or 1.
-        rate: the probability that a weight is zeroed, in [0, 1]; a number or a traced scalar.
-        weights: one array, or parameters as Haiku keeps them.
-        rule: which parameters are dropped.
-        sampler: what draws the masks.
-
-    Returns:
-        What `weights` is.
-
-    Raises:
-        TypeError: as `regjax.drop_connect`.
-        ValueError: as `regjax.drop_connect`.
+    `weights` is one array, or parameters in Haiku's format.
 
     Example:
         >>> import haiku as hk, jax, jax.numpy as jnp
-        >>> from regjax.haiku import drop_connect
         >>> key, x = jax.random.key(0), jnp.ones((2, 4))
         >>> network = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(3)(x)))
-        >>> params = network.init(key, x)
-        >>> dropped = drop_connect(key, 0.5, params)
+        >>> dropped = drop_connect(key, 0.5, network.init(key, x))
         >>> (dropped["linear"]["w"] != 0).astype(int)
         Array([[0, 0, 1],
                [0, 1, 1],
@@ -463,25 +340,14 @@ def drop_connect(
 
 @naming(key="rng")
 def gaussian_dropout(
-    rng: KeyLike, rate: ArrayLike, x: Float[ArrayLike, "*shape"]
+    rng: KeyLike | None, rate: ArrayLike, x: Float[ArrayLike, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """`regjax.gaussian_dropout` in Haiku's order: multiplies by normal numbers of mean 1.
+    """Multiply by Gaussian noise with mean 1 and variance `rate / (1 - rate)`.
 
-    Args:
-        rng: the random key; not looked at where `rate` is the number 0.
-        rate: what the variance `rate / (1 - rate)` is made of; a number or a traced scalar.
-        x: floating, of any shape.
-
-    Returns:
-        An array of the shape and dtype of `x`.
-
-    Raises:
-        TypeError: as `regjax.gaussian_dropout`.
-        ValueError: as `regjax.gaussian_dropout`.
+    See `regjax.gaussian_dropout`. `rng` is not used where `rate` is the number 0.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.haiku import gaussian_dropout
         >>> gaussian_dropout(jax.random.key(0), 0.5, jnp.ones(3))
         Array([2.622642  , 3.0252647 , 0.56640565], dtype=float32)
     """
@@ -490,25 +356,14 @@ def gaussian_dropout(
 
 @naming(key="rng")
 def gaussian_noise(
-    rng: KeyLike, stddev: ArrayLike, x: Float[ArrayLike, "*shape"]
+    rng: KeyLike | None, stddev: ArrayLike, x: Float[ArrayLike, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """`regjax.gaussian_noise` in Haiku's order: adds normal numbers.
+    """Add Gaussian noise: see `regjax.gaussian_noise`.
 
-    Args:
-        rng: the random key; not looked at where `stddev` is the number 0.
-        stddev: the standard deviation; a number or a traced scalar.
-        x: floating, of any shape.
-
-    Returns:
-        An array of the shape and dtype of `x`.
-
-    Raises:
-        TypeError: as `regjax.gaussian_noise`.
-        ValueError: as `regjax.gaussian_noise`.
+    `rng` is not used where `stddev` is the number 0.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from regjax.haiku import gaussian_noise
         >>> gaussian_noise(jax.random.key(0), 0.5, jnp.zeros(3))
         Array([ 0.811321  ,  1.0126324 , -0.21679717], dtype=float32)
     """
@@ -518,7 +373,7 @@ def gaussian_noise(
 def _as_theirs(
     x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
 ) -> Float[Array, "*shape"]:
-    """`dropout` in the operations of Haiku, where XLA rounds those otherwise than ours."""
+    """Apply dropout by Haiku's operations, which XLA rounds differently from `regjax.dropout`."""
 
     def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
         return _apply_mask(x, key, rate, dims)[0]
@@ -529,10 +384,10 @@ def _as_theirs(
 def _apply_mask(
     x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
 ) -> tuple[Float[Array, "*shape"], Bool[Array, "*mask"]]:
-    """Return the result, and the mask."""
+    """Return the result and the mask."""
     q = exact_keep_prob(keep_prob_of(rate, x.dtype))
     if isinstance(q, jax.Array):
-        # Below every number in [0, 1), -1 keeps nothing; a division by 0 would make NaN.
+        # -1 lies below every number in [0, 1) and so keeps nothing; dividing by 0 would give NaN.
         q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
     keep = keep_mask(x, key, q, dims, COMPARING)
     every = jnp.broadcast_to(keep, x.shape)
@@ -547,11 +402,11 @@ _masked_at_tracer = jax.jit(_apply_mask, static_argnums=3)
 
 @jax.custom_jvp
 def _finite(x: Float[Array, "*shape"], keep: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x`, and 0 for what is dropped and not finite, which the product would turn into NaN."""
+    """Return `x` with 0 for dropped non-finite elements, which the product would turn into NaN."""
     return jnp.where(keep | jnp.isfinite(x), x, 0)
 
 
 @_finite.defjvp
 def _finite_jvp(primals, tangents):
-    # The identity: the derivative of a selection would keep `x` for the backward pass.
+    # The identity, because the derivative of a select would store `x` for the backward pass.
     return _finite(*primals), tangents[0]

@@ -1,15 +1,16 @@
-"""Layers for Flax Linen: `Dropout` in place of Linen's own, and the rest of the family.
+"""Layers for Flax Linen: a drop-in `Dropout`, and the other members of the dropout family.
 
 In a model written with `from flax import linen as nn`, import
 
     from regjax.linen import Dropout
 
-and write `Dropout` for `nn.Dropout`: nothing else changes, and no float32 bit of what the model
-computes. The layers are thin: what each does stands at the function of its name in `regjax`.
+and write `Dropout` for `nn.Dropout`. Nothing else changes, and float32 results stay bitwise
+identical under the conditions that `Dropout` states. Every layer calls the function of its name in
+`regjax`, which documents it; the layer's attributes are that function's arguments.
 
-Every layer takes its amount in the call, too, where it comes before that of the constructor. It may
-be traced, so that a rate that changes with the step (`regjax.linear_rate` makes one), or from layer
-to layer of a scanned stack (`regjax.depth_rates`), costs one compilation.
+Every layer also accepts its rate (or standard deviation) in the call, where it overrides the
+attribute. It may be traced, so a rate that changes with the step (see `regjax.linear_rate`), or
+from layer to layer of a scanned stack (see `regjax.depth_rates`), costs one compilation.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import linen as nn
@@ -58,8 +59,9 @@ with needs("regjax.linen", extra="flax", package="flax"):
     from flax import linen
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Float, Inexact, Integer
+    from jaxtyping import Array, Float, Inexact, Integer, PyTree
 
     from regjax._random.keys import KeyLike
     from regshared.decay_rules import Rule
@@ -83,23 +85,23 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names."""
     return __all__
 
 
 class Layer(FlaxLayer, linen.Module, kw_only=True):
-    """What all layers share: the mode, and where the key comes from.
+    """Base of all layers.
 
     Attributes:
-        deterministic: True in evaluation; to be given here or in the call.
-        rng_collection: the name of the rngs that a key is made from.
+        deterministic: True in evaluation; required here or in the call.
+        rng_collection: The name of the rngs that the key is made from.
     """
 
-    deterministic: bool | None = None
+    deterministic: ArrayLike | None = None
     rng_collection: str = "dropout"
 
     def __post_init__(self) -> None:
-        """Refuses a setting of a wrong type."""
+        """Check the settings."""
         check_settings(self)
         super().__post_init__()
 
@@ -121,20 +123,20 @@ class Layer(FlaxLayer, linen.Module, kw_only=True):
 
 
 class RateLayer(Layer):
-    """A layer whose amount is a rate.
+    """Base of the layers that have a dropout rate.
 
     Attributes:
-        rate: the probability that something is dropped, in [0, 1].
+        rate: The dropout rate, in [0, 1].
     """
 
-    rate: float
+    rate: float | Float[Array, ""]
 
     def __post_init__(self) -> None:
-        """Refuses a rate out of range."""
+        """Check the rate."""
         self._rate(None)
         super().__post_init__()
 
-    @linen.compact  # as Linen's own: outside of a model it is refused
+    @linen.compact  # as in Linen's own: an error outside a model
     def __call__(
         self,
         inputs: Inexact[ArrayLike, "*shape"],
@@ -142,15 +144,14 @@ class RateLayer(Layer):
         rng: KeyLike | None = None,
         *,
         rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*shape"]:
-        """Drops in training, and returns `inputs` itself in evaluation.
+    ) -> Inexact[Array | np.ndarray, "*shape"]:
+        """Apply dropout in training; return `inputs` itself in evaluation.
 
         Args:
-            inputs: what is dropped.
-            deterministic: True in evaluation; to be given here or in the constructor. It may be
-                traced.
-            rng: the key; without it, one is made from `rng_collection`.
-            rate: comes before the rate of the constructor. It may be traced.
+            inputs: The array to drop.
+            deterministic: True in evaluation; required here or in the constructor. May be traced.
+            rng: The PRNG key; by default made from `rng_collection`.
+            rate: Overrides the attribute. May be traced.
         """
         return self._call((inputs,), self._rate(rate), deterministic, rng)
 
@@ -160,132 +161,85 @@ class RateLayer(Layer):
 
 
 class Dropout(RateLayer, linen.Dropout):
-    """`flax.linen.Dropout`, faster, and the same to the last bit of float32.
+    """Drop-in replacement for `flax.linen.Dropout`: faster, and bitwise identical in float32.
 
-    The module has the same path, so that the same rngs give it the same key, and the same key gives
-    it the same mask. It is a `flax.linen.Dropout` too, for code that looks for one.
+    The module has the same path, so the same rngs give it the same key, and the same key gives it
+    the same mask. It subclasses `flax.linen.Dropout`, for code that looks for one.
 
-    What is the same, and where: with x64 off and threefry keys, the defaults of JAX, every value
-    and gradient of float32 under `jit`, on CPU. XLA adds up in an order that depends on the program
-    around a sum, so masks of fewer than 4,096 elements are drawn by Flax's own operations, at their
-    speed. A last bit may still differ where a larger array is summed along a short odd axis, as in
-    `(1024, 5)`, and where the input is a constant of the program, which XLA scales ahead of time.
-    Outside of `jit`, Flax's own layer rounds otherwise under `grad`; this one does not.
+    Values and gradients are bitwise identical in float32 under `jit` on CPU, with JAX's defaults
+    (x64 off, threefry keys). XLA adds in an order that depends on the program around a sum, so
+    masks of fewer than 4,096 elements are drawn by Flax's own operations, at their speed. The last
+    bit may still differ where a larger array is summed along a short odd axis, as in `(1024, 5)`,
+    and where the input is a constant of the program, which XLA scales ahead of time. Outside `jit`,
+    Flax's layer rounds differently under `grad`; this one does not.
 
-    What is better: half types are scaled in float32 and rounded once, where Flax divides in
-    bfloat16, which shifts the mean; the mean is right at rates above 1 - 2**-12 too, where Flax
-    divides by less than the share that it keeps; `rate` and `deterministic` may be traced, where
-    Flax's own fails; a rate out of range is a `ValueError`, where Flax scales by a negative number;
-    `deterministic` must be a boolean, where Flax takes `"False"` for True; masks are laid out over
-    devices as what they mask.
+    Differences from Flax:
+
+    - Half types are scaled in float32 and rounded once; Flax divides in bfloat16, which shifts the
+      mean.
+    - The mean is correct above rate 1 - 2**-12 too, where Flax divides by less than it keeps.
+    - `rate` and `deterministic` may be traced; in Flax this fails.
+    - A rate out of range is a `ValueError`; Flax scales by a negative number.
+    - `deterministic` must be a boolean; Flax takes `"False"` for True.
+    - Masks are sharded like the array that they mask.
 
     Attributes:
-        rate: the probability that an element is zeroed, in [0, 1].
-        broadcast_dims: dimensions along which one mask is shared.
-        deterministic: True in evaluation; to be given here or in the call.
-        rng_collection: the name of the rngs that a key is made from.
-        sampler: what draws the mask; `regjax.packed_bernoulli` draws another one, faster on GPUs
-            and TPUs.
+        rate: The probability of zeroing an element, in [0, 1].
+        broadcast_dims: Dimensions along which one mask is shared.
+        deterministic: True in evaluation; required here or in the call.
+        rng_collection: The name of the rngs that the key is made from.
+        sampler: The function that draws the mask; `regjax.packed_bernoulli` draws another mask,
+            faster on GPUs and TPUs.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
-        >>> from regjax.linen import Dropout
-        >>> class MLP(nn.Module):
-        ...     @nn.compact
-        ...     def __call__(self, x, train):
-        ...         x = nn.relu(nn.Dense(8)(x))
-        ...         x = Dropout(0.5, deterministic=not train)(x)
-        ...         return nn.Dense(2)(x)
-        >>> x = jnp.ones((1, 4))
-        >>> params = MLP().init(jax.random.key(0), x, train=False)
-        >>> MLP().apply(params, x, train=True, rngs={"dropout": jax.random.key(1)}).shape
-        (1, 2)
+        >>> model = nn.Sequential([nn.Dense(8), Dropout(0.5, deterministic=False)])
+        >>> rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        >>> model.init_with_output(rngs, jnp.ones((1, 4)))[0].shape
+        (1, 8)
     """
 
-    function = staticmethod(dropout)
+    _function = staticmethod(dropout)
 
-    rate: float
+    rate: float | Float[Array, ""]  # pyright: ignore[reportIncompatibleVariableOverride]
     broadcast_dims: Sequence[int] = ()
-    deterministic: bool | None = None
+    deterministic: ArrayLike | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     rng_collection: str = "dropout"
     sampler: Sampler = bernoulli
 
 
 class FeatureDropout(RateLayer, kw_only=True):
-    """Dropout of whole channels: `regjax.feature_dropout`.
+    """Dropout of whole channels: see `regjax.feature_dropout`."""
 
-    Attributes:
-        rate: the probability that a channel is zeroed, in [0, 1].
-        channel_axis: the dimension of the channels.
-        sampler: what draws the mask.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from regjax.linen import FeatureDropout
-        >>> layer = FeatureDropout(0.5, deterministic=False)
-        >>> layer.apply({}, jnp.ones((1, 2, 4)), rngs={"dropout": jax.random.key(5)})
-        Array([[[0., 0., 2., 2.],
-                [0., 0., 2., 2.]]], dtype=float32)
-    """
-
-    function = staticmethod(feature_dropout)
+    _function = staticmethod(feature_dropout)
 
     channel_axis: int = -1
     sampler: Sampler = bernoulli
 
 
 class AlphaDropout(RateLayer, kw_only=True):
-    """Dropout for self-normalizing networks: `regjax.alpha_dropout`.
+    """Dropout for self-normalizing networks: see `regjax.alpha_dropout`."""
 
-    Attributes:
-        rate: the probability that an element is dropped, in [0, 1].
-        broadcast_dims: dimensions along which one mask is shared.
-        sampler: what draws the mask.
-    """
-
-    function = staticmethod(alpha_dropout)
+    _function = staticmethod(alpha_dropout)
 
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
 
 
 class FeatureAlphaDropout(RateLayer, kw_only=True):
-    """Alpha dropout of whole channels: `regjax.feature_alpha_dropout`.
+    """Alpha dropout of whole channels: see `regjax.feature_alpha_dropout`."""
 
-    Attributes:
-        rate: the probability that a channel is dropped, in [0, 1].
-        channel_axis: the dimension of the channels.
-        sampler: what draws the mask.
-    """
-
-    function = staticmethod(feature_alpha_dropout)
+    _function = staticmethod(feature_alpha_dropout)
 
     channel_axis: int = -1
     sampler: Sampler = bernoulli
 
 
 class DropPath(RateLayer, kw_only=True):
-    """Zeroes what a row adds on its way, or keeps all of it: `regjax.drop_path`.
+    """Stochastic depth, which zeroes whole residual branches: see `regjax.drop_path`."""
 
-    Attributes:
-        rate: the probability that a path is zeroed, in [0, 1].
-        mode: "row" decides for each row, "batch" once for all.
-        scale_by_keep: whether a path that is kept is divided by `1 - rate`.
-        sampler: what draws the decisions.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from regjax.linen import DropPath
-        >>> layer = DropPath(0.5, deterministic=False)
-        >>> layer.apply({}, jnp.ones((4, 2)), rngs={"dropout": jax.random.key(0)})
-        Array([[0., 0.],
-               [2., 2.],
-               [2., 2.],
-               [0., 0.]], dtype=float32)
-    """
-
-    function = staticmethod(drop_path)
+    _function = staticmethod(drop_path)
 
     mode: Literal["row", "batch"] = "row"
     scale_by_keep: bool = True
@@ -293,19 +247,9 @@ class DropPath(RateLayer, kw_only=True):
 
 
 class DropBlock(RateLayer, kw_only=True):
-    """Dropout of blocks of feature maps: `regjax.drop_block`.
+    """Dropout of contiguous blocks of feature maps: see `regjax.drop_block`."""
 
-    Attributes:
-        rate: the share of elements that is dropped, about, in [0, 1].
-        block_size: the width of a block.
-        channel_axis: the dimension of the channels.
-        share_channels: whether all channels drop the same blocks.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-        with_noise: whether dropped elements become normal variates, not 0.
-    """
-
-    function = staticmethod(drop_block)
+    _function = staticmethod(drop_block)
 
     block_size: int = 7
     channel_axis: int = -1
@@ -316,34 +260,22 @@ class DropBlock(RateLayer, kw_only=True):
 
 
 class VariationalDropout(RateLayer, kw_only=True):
-    """One mask for all timesteps of a sequence: `regjax.variational_dropout`.
+    """Dropout with one mask for all timesteps of a sequence: see `regjax.variational_dropout`."""
 
-    Attributes:
-        rate: the probability that a feature is zeroed, in [0, 1].
-        time_axis: the dimension of the timesteps.
-        sampler: what draws the mask.
-    """
-
-    function = staticmethod(variational_dropout)
+    _function = staticmethod(variational_dropout)
 
     time_axis: int = 1
     sampler: Sampler = bernoulli
 
 
 class DropConnect(RateLayer, kw_only=True):
-    """Dropout of weights, not of activations: `regjax.drop_connect`.
+    """Dropout of weights, not activations: see `regjax.drop_connect`.
 
-    Called on an array of weights, or a tree of them, before they are used.
-
-    Attributes:
-        rate: the probability that a weight is zeroed, in [0, 1].
-        rule: which leaves of a tree are dropped.
-        sampler: what draws the masks.
+    Call it on an array of weights, or a pytree of them, before using them.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
-        >>> from regjax.linen import DropConnect
         >>> class Dense(nn.Module):
         ...     @nn.compact
         ...     def __call__(self, x, train):
@@ -354,22 +286,38 @@ class DropConnect(RateLayer, kw_only=True):
         Array([[6., 4., 6.]], dtype=float32)
     """
 
-    function = staticmethod(drop_connect)
+    _function = staticmethod(drop_connect)
 
     rule: Rule = "default"
     sampler: Sampler = bernoulli
 
+    @linen.compact
+    def __call__(
+        self,
+        inputs: PyTree,
+        deterministic: ArrayLike | None = None,
+        rng: KeyLike | None = None,
+        *,
+        rate: ArrayLike | None = None,
+    ) -> PyTree:
+        """Drops weights in training, and returns `inputs` itself in evaluation.
+
+        Args:
+            inputs: an array of weights, or a tree of them.
+            deterministic: True in evaluation; to be given here or in the constructor. It may be
+                traced.
+            rng: the key; without it, one is made from `rng_collection`.
+            rate: comes before the rate of the constructor. It may be traced.
+        """
+        return self._call((inputs,), self._rate(rate), deterministic, rng)
+
 
 class EmbeddingDropout(RateLayer):
-    """Dropout of words, wherever they occur in the batch: `regjax.embedding_dropout`.
-
-    Attributes:
-        rate: the probability that a word is zeroed, in [0, 1].
+    """Dropout of words, at every occurrence in the batch: see `regjax.embedding_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import linen as nn
-        >>> from regjax.linen import EmbeddingDropout
         >>> class Words(nn.Module):
         ...     @nn.compact
         ...     def __call__(self, ids, train):
@@ -383,7 +331,7 @@ class EmbeddingDropout(RateLayer):
                [False, False]], dtype=bool)
     """
 
-    function = staticmethod(embedding_dropout)
+    _function = staticmethod(embedding_dropout)
 
     @linen.compact
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
@@ -394,41 +342,36 @@ class EmbeddingDropout(RateLayer):
         rng: KeyLike | None = None,
         *,
         rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*ids features"]:
-        """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
+    ) -> Inexact[Array | np.ndarray, "*ids features"]:
+        """Apply dropout to `inputs`, the embeddings of `ids`; otherwise as in `RateLayer`."""
         return self._call((inputs, ids), self._rate(rate), deterministic, rng)
 
 
 class GaussianDropout(RateLayer):
-    """Multiplies each element by a normal number of mean 1: `regjax.gaussian_dropout`.
+    """Multiplicative Gaussian noise with mean 1: see `regjax.gaussian_dropout`.
 
-    Attributes:
-        rate: what the variance `rate / (1 - rate)` is made of, in [0, 1).
+    The variance is `rate / (1 - rate)`, with the rate in [0, 1).
     """
 
-    function = staticmethod(gaussian_dropout)
+    _function = staticmethod(gaussian_dropout)
 
     def __post_init__(self) -> None:
-        """Refuses a rate out of range."""
+        """Check the rate."""
         check_noise_rate(self._rate(None))
         super().__post_init__()
 
 
 class GaussianNoise(Layer):
-    """Adds a normal number to each element: `regjax.gaussian_noise`.
+    """Additive Gaussian noise with standard deviation `stddev`: see `regjax.gaussian_noise`."""
 
-    Attributes:
-        stddev: the standard deviation.
-    """
+    _function = staticmethod(gaussian_noise)
 
-    function = staticmethod(gaussian_noise)
-
-    stddev: float
+    stddev: float | Float[Array, ""]
 
     keyless_rates: ClassVar[tuple[float, ...]] = (0,)
 
     def __post_init__(self) -> None:
-        """Refuses a negative standard deviation."""
+        """Check the standard deviation."""
         check_stddev(self.stddev)
         super().__post_init__()
 
@@ -440,7 +383,7 @@ class GaussianNoise(Layer):
         rng: KeyLike | None = None,
         *,
         stddev: ArrayLike | None = None,
-    ) -> Float[Array, "*shape"]:
-        """Adds noise in training, and returns `inputs` itself in evaluation."""
+    ) -> Float[Array | np.ndarray, "*shape"]:
+        """Add noise in training; return `inputs` itself in evaluation. See `RateLayer`."""
         stddev = check_stddev(self.stddev if stddev is None else stddev)
         return self._call((inputs,), stddev, deterministic, rng)

@@ -1,15 +1,16 @@
-"""Layers for Flax NNX: `Dropout` in place of NNX's own, and the rest of the family.
+"""Layers for Flax NNX: a drop-in `Dropout`, and the other members of the dropout family.
 
 In a model written with `from flax import nnx`, import
 
     from regjax.nnx import Dropout
 
-and write `Dropout` for `nnx.Dropout`: nothing else changes, and no float32 bit of what the model
-computes. The layers are thin: what each does stands at the function of its name in `regjax`.
+and write `Dropout` for `nnx.Dropout`. Nothing else changes, and float32 results stay bitwise
+identical under the conditions that `Dropout` states. Every layer calls the function of its name in
+`regjax`, which documents it; the layer's attributes are that function's arguments.
 
-Every layer takes its amount in the call, too, where it comes before that of the constructor, and
-`nnx.view(model, rate=rate)` gives one to all layers of a model. It may be traced, so that a rate
-that changes with the step (`regjax.linear_rate` makes one) costs one compilation.
+Every layer also accepts its rate (or standard deviation) in the call, where it overrides the
+attribute, and `nnx.view(model, rate=rate)` sets it in all layers of a model. It may be traced, so a
+rate that changes with the step (see `regjax.linear_rate`) costs one compilation.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import nnx
@@ -58,8 +59,9 @@ with needs("regjax.nnx", extra="flax", package="flax"):
     from flax import nnx
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Float, Inexact, Integer
+    from jaxtyping import Array, Float, Inexact, Integer, PyTree
 
     from regjax._random.keys import KeyLike
     from regshared.decay_rules import Rule
@@ -85,18 +87,18 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names."""
     return __all__
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class Layer(FlaxLayer, nnx.Module):
-    """What all layers share: the mode, and where the key comes from.
+    """Base of all layers.
 
     Attributes:
         deterministic: True in evaluation; `train()` and `eval()` of a model set it.
-        rng_collection: the name of the stream that a key is taken from.
-        rngs: the stream of the layer itself, forked from the one that the constructor was given.
+        rng_collection: The name of the stream that the key is taken from.
+        rngs: The layer's own stream, forked from the one passed to the constructor.
     """
 
     deterministic: bool | None = False
@@ -104,7 +106,7 @@ class Layer(FlaxLayer, nnx.Module):
     rngs: nnx.Rngs | nnx.RngStream | None = nnx.data(default=None)  # noqa: RUF009  # a field
 
     def __post_init__(self) -> None:
-        """Forks a stream."""
+        """Check the settings and fork the stream."""
         check_settings(self)
         if isinstance(self.rngs, nnx.Rngs):
             self.rngs = self.rngs[self.rng_collection].fork()
@@ -114,7 +116,7 @@ class Layer(FlaxLayer, nnx.Module):
             raise TypeError(f"rngs must be an Rngs, an RngStream or None; got {self.rngs!r}.")
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What `nnx.view` calls.
+        """Set what `nnx.view` passes.
 
         Args:
           deterministic: True in evaluation.
@@ -163,17 +165,16 @@ class Layer(FlaxLayer, nnx.Module):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class RateLayer(Layer):
-    """A layer whose amount is a rate.
+    """Base of the layers that have a dropout rate.
 
     Attributes:
-        rate: the probability that something is dropped, in [0, 1]; a number, or an `nnx.Variable`
-            that holds one.
+        rate: The dropout rate, in [0, 1]; a number, or an `nnx.Variable` that holds one.
     """
 
     rate: ArrayLike | nnx.Variable[Any] = dataclasses.field(kw_only=False)
 
     def __post_init__(self) -> None:
-        """Refuses a rate out of range."""
+        """Check the rate."""
         self._rate(None)
         super().__post_init__()
 
@@ -184,23 +185,23 @@ class RateLayer(Layer):
         deterministic: ArrayLike | None = None,
         rngs: Source | None = None,
         rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*shape"]:
-        """Drops in training, and returns `inputs` itself in evaluation.
+    ) -> Inexact[Array | np.ndarray, "*shape"]:
+        """Apply dropout in training; return `inputs` itself in evaluation.
 
         Args:
-            inputs: what is dropped.
-            deterministic: True in evaluation; comes before that of the layer. It may be traced.
-            rngs: where the key comes from, or the key; comes before the stream of the layer.
-            rate: comes before the rate of the layer. It may be traced.
+            inputs: The array to drop.
+            deterministic: True in evaluation; overrides the attribute. May be traced.
+            rngs: The source of the PRNG key, or the key; overrides the layer's stream.
+            rate: Overrides the attribute. May be traced.
         """
         return self._call((inputs,), self._rate(rate), deterministic, rngs)
 
     def set_view(self, deterministic: bool | None = None, rate: ArrayLike | None = None) -> None:
-        """What `nnx.view` calls.
+        """Set what `nnx.view` passes.
 
         Args:
           deterministic: True in evaluation.
-          rate: the probability that something is dropped, in [0, 1].
+          rate: The dropout rate, in [0, 1].
         """
         super().set_view(deterministic)
         if rate is not None:
@@ -212,48 +213,31 @@ class RateLayer(Layer):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class Dropout(RateLayer, nnx.Dropout):
-    """`flax.nnx.Dropout`, faster, and the same to the last bit of float32.
+    """Drop-in replacement for `flax.nnx.Dropout`: faster, and bitwise identical in float32.
 
-    The same rngs give it the same key, and the same key gives it the same mask. Its state is that
-    of NNX's own, so that checkpoints of either are restored into the other. It is a
-    `flax.nnx.Dropout` too, for code and filters that look for one.
+    The same rngs give it the same key, and the same key gives it the same mask. Its state has the
+    structure of NNX's own, so each can restore the other's checkpoints. It subclasses
+    `flax.nnx.Dropout`, for code and filters that look for one.
 
-    What is the same, and where: with x64 off and threefry keys, the defaults of JAX, every value
-    and gradient of float32 under `jit`, on CPU. XLA adds up in an order that depends on the program
-    around a sum, so masks of fewer than 4,096 elements are drawn by Flax's own operations, at their
-    speed. A last bit may still differ where a larger array is summed along a short odd axis, as in
-    `(1024, 5)`, and where the input is a constant of the program, which XLA scales ahead of time.
-    Outside of `jit`, Flax's own layer rounds otherwise under `grad`; this one does not.
-
-    What is better: half types are scaled in float32 and rounded once, where Flax divides in
-    bfloat16, which shifts the mean; the mean is right at rates above 1 - 2**-12 too, where Flax
-    divides by less than the share that it keeps; `rate` and `deterministic` may be traced, where
-    Flax's own fails; a rate out of range is a `ValueError`, where Flax scales by a negative number;
-    `deterministic` must be a boolean, where Flax takes `"False"` for True; a mask shared along
-    sharded dimensions is laid out without them.
+    `regjax.linen.Dropout` states where the results are bitwise identical to Flax's, and how the two
+    differ. In sharding, the difference here is that a mask shared along sharded dimensions is laid
+    out without them.
 
     Attributes:
-        rate: the probability that an element is zeroed, in [0, 1]; a number, or an `nnx.Variable`
-            that holds one.
-        broadcast_dims: dimensions along which one mask is shared.
+        rate: The probability of zeroing an element, in [0, 1]; a number, or an `nnx.Variable` that
+            holds one.
+        broadcast_dims: Dimensions along which one mask is shared.
         deterministic: True in evaluation; `train()` and `eval()` of a model set it.
-        rng_collection: the name of the stream that a key is taken from.
-        rngs: the stream of the layer itself, forked from the one that the constructor was given.
-        sampler: what draws the mask; `regjax.packed_bernoulli` draws another one, faster on GPUs
-            and TPUs.
+        rng_collection: The name of the stream that the key is taken from.
+        rngs: The layer's own stream, forked from the one passed to the constructor.
+        sampler: The function that draws the mask; `regjax.packed_bernoulli` draws another mask,
+            faster on GPUs and TPUs.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
-        >>> from regjax.nnx import Dropout
-        >>> class MLP(nnx.Module):
-        ...     def __init__(self, rngs):
-        ...         self.hidden = nnx.Linear(4, 8, rngs=rngs)
-        ...         self.dropout = Dropout(0.5, rngs=rngs)
-        ...         self.out = nnx.Linear(8, 2, rngs=rngs)
-        ...     def __call__(self, x):
-        ...         return self.out(self.dropout(nnx.relu(self.hidden(x))))
-        >>> model, x = MLP(nnx.Rngs(0)), jnp.ones((1, 4))
+        >>> rngs, x = nnx.Rngs(0), jnp.ones((1, 4))
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=rngs), Dropout(0.5, rngs=rngs))
         >>> bool((model(x) == model(x)).all())
         False
         >>> model.eval()
@@ -261,7 +245,7 @@ class Dropout(RateLayer, nnx.Dropout):
         True
     """
 
-    function = staticmethod(dropout)
+    _function = staticmethod(dropout)
 
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
@@ -269,23 +253,9 @@ class Dropout(RateLayer, nnx.Dropout):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class FeatureDropout(RateLayer):
-    """Dropout of whole channels: `regjax.feature_dropout`.
+    """Dropout of whole channels: see `regjax.feature_dropout`."""
 
-    Attributes:
-        rate: the probability that a channel is zeroed, in [0, 1].
-        channel_axis: the dimension of the channels.
-        sampler: what draws the mask.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from regjax.nnx import FeatureDropout
-        >>> FeatureDropout(0.5, rngs=nnx.Rngs(0))(jnp.ones((1, 2, 4)))
-        Array([[[2., 0., 2., 0.],
-                [2., 0., 2., 0.]]], dtype=float32)
-    """
-
-    function = staticmethod(feature_dropout)
+    _function = staticmethod(feature_dropout)
 
     channel_axis: int = -1
     sampler: Sampler = bernoulli
@@ -293,15 +263,9 @@ class FeatureDropout(RateLayer):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class AlphaDropout(RateLayer):
-    """Dropout for self-normalizing networks: `regjax.alpha_dropout`.
+    """Dropout for self-normalizing networks: see `regjax.alpha_dropout`."""
 
-    Attributes:
-        rate: the probability that an element is dropped, in [0, 1].
-        broadcast_dims: dimensions along which one mask is shared.
-        sampler: what draws the mask.
-    """
-
-    function = staticmethod(alpha_dropout)
+    _function = staticmethod(alpha_dropout)
 
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
@@ -309,15 +273,9 @@ class AlphaDropout(RateLayer):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class FeatureAlphaDropout(RateLayer):
-    """Alpha dropout of whole channels: `regjax.feature_alpha_dropout`.
+    """Alpha dropout of whole channels: see `regjax.feature_alpha_dropout`."""
 
-    Attributes:
-        rate: the probability that a channel is dropped, in [0, 1].
-        channel_axis: the dimension of the channels.
-        sampler: what draws the mask.
-    """
-
-    function = staticmethod(feature_alpha_dropout)
+    _function = staticmethod(feature_alpha_dropout)
 
     channel_axis: int = -1
     sampler: Sampler = bernoulli
@@ -325,26 +283,9 @@ class FeatureAlphaDropout(RateLayer):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class DropPath(RateLayer):
-    """Zeroes what a row adds on its way, or keeps all of it: `regjax.drop_path`.
+    """Stochastic depth, which zeroes whole residual branches: see `regjax.drop_path`."""
 
-    Attributes:
-        rate: the probability that a path is zeroed, in [0, 1].
-        mode: "row" decides for each row, "batch" once for all.
-        scale_by_keep: whether a path that is kept is divided by `1 - rate`.
-        sampler: what draws the decisions.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from flax import nnx
-        >>> from regjax.nnx import DropPath
-        >>> DropPath(0.5, rngs=nnx.Rngs(0))(jnp.ones((4, 2)))
-        Array([[2., 2.],
-               [0., 0.],
-               [2., 2.],
-               [0., 0.]], dtype=float32)
-    """
-
-    function = staticmethod(drop_path)
+    _function = staticmethod(drop_path)
 
     mode: Literal["row", "batch"] = "row"
     scale_by_keep: bool = True
@@ -353,19 +294,9 @@ class DropPath(RateLayer):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class DropBlock(RateLayer):
-    """Dropout of blocks of feature maps: `regjax.drop_block`.
+    """Dropout of contiguous blocks of feature maps: see `regjax.drop_block`."""
 
-    Attributes:
-        rate: the share of elements that is dropped, about, in [0, 1].
-        block_size: the width of a block.
-        channel_axis: the dimension of the channels.
-        share_channels: whether all channels drop the same blocks.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-        with_noise: whether dropped elements become normal variates, not 0.
-    """
-
-    function = staticmethod(drop_block)
+    _function = staticmethod(drop_block)
 
     block_size: int = 7
     channel_axis: int = -1
@@ -377,15 +308,9 @@ class DropBlock(RateLayer):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class VariationalDropout(RateLayer):
-    """One mask for all timesteps of a sequence: `regjax.variational_dropout`.
+    """Dropout with one mask for all timesteps of a sequence: see `regjax.variational_dropout`."""
 
-    Attributes:
-        rate: the probability that a feature is zeroed, in [0, 1].
-        time_axis: the dimension of the timesteps.
-        sampler: what draws the mask.
-    """
-
-    function = staticmethod(variational_dropout)
+    _function = staticmethod(variational_dropout)
 
     time_axis: int = 1
     sampler: Sampler = bernoulli
@@ -393,42 +318,50 @@ class VariationalDropout(RateLayer):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class DropConnect(RateLayer):
-    """Dropout of weights, not of activations: `regjax.drop_connect`.
+    """Dropout of weights, not activations: see `regjax.drop_connect`.
 
-    Called on an array of weights, or a tree of them, before they are used.
-
-    Attributes:
-        rate: the probability that a weight is zeroed, in [0, 1].
-        rule: which leaves of a tree are dropped.
-        sampler: what draws the masks.
+    Call it on an array of weights, or a pytree of them, before using them.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
-        >>> from regjax.nnx import DropConnect
         >>> rngs = nnx.Rngs(0)
         >>> kernel, dropconnect = nnx.Param(jnp.ones((4, 3))), DropConnect(0.5, rngs=rngs)
         >>> jnp.ones((1, 4)) @ dropconnect(kernel[...])
         Array([[6., 2., 6.]], dtype=float32)
     """
 
-    function = staticmethod(drop_connect)
+    _function = staticmethod(drop_connect)
 
     rule: Rule = "default"
     sampler: Sampler = bernoulli
 
+    def __call__(
+        self,
+        inputs: PyTree,
+        *,
+        deterministic: ArrayLike | None = None,
+        rngs: Source | None = None,
+        rate: ArrayLike | None = None,
+    ) -> PyTree:
+        """Drops weights in training, and returns `inputs` itself in evaluation.
+
+        Args:
+            inputs: an array of weights, or a tree of them.
+            deterministic: True in evaluation; comes before that of the layer. It may be traced.
+            rngs: where the key comes from, or the key; comes before the stream of the layer.
+            rate: comes before the rate of the layer. It may be traced.
+        """
+        return self._call((inputs,), self._rate(rate), deterministic, rngs)
+
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class EmbeddingDropout(RateLayer):
-    """Dropout of words, wherever they occur in the batch: `regjax.embedding_dropout`.
-
-    Attributes:
-        rate: the probability that a word is zeroed, in [0, 1].
+    """Dropout of words at all their occurrences in the batch: see `regjax.embedding_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
-        >>> from regjax.nnx import EmbeddingDropout
         >>> rngs, ids = nnx.Rngs(2), jnp.array([5, 6, 5])
         >>> embed, dropout = nnx.Embed(100, 2, rngs=rngs), EmbeddingDropout(0.5, rngs=rngs)
         >>> dropout(embed(ids), ids) != 0
@@ -437,7 +370,7 @@ class EmbeddingDropout(RateLayer):
                [False, False]], dtype=bool)
     """
 
-    function = staticmethod(embedding_dropout)
+    _function = staticmethod(embedding_dropout)
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
         self,
@@ -447,43 +380,41 @@ class EmbeddingDropout(RateLayer):
         deterministic: ArrayLike | None = None,
         rngs: Source | None = None,
         rate: ArrayLike | None = None,
-    ) -> Inexact[Array, "*ids features"]:
-        """Drops in training, and returns `inputs`, the embeddings of `ids`, in evaluation."""
+    ) -> Inexact[Array | np.ndarray, "*ids features"]:
+        """Apply dropout to `inputs`, the embeddings of `ids`; otherwise as in `RateLayer`."""
         return self._call((inputs, ids), self._rate(rate), deterministic, rngs)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class GaussianDropout(RateLayer):
-    """Multiplies each element by a normal number of mean 1: `regjax.gaussian_dropout`.
+    """Multiplicative Gaussian noise with mean 1: see `regjax.gaussian_dropout`.
 
-    Attributes:
-        rate: what the variance `rate / (1 - rate)` is made of, in [0, 1).
+    The variance is `rate / (1 - rate)`, with the rate in [0, 1).
     """
 
-    function = staticmethod(gaussian_dropout)
+    _function = staticmethod(gaussian_dropout)
 
     def __post_init__(self) -> None:
-        """Refuses a rate out of range."""
+        """Check the rate."""
         check_noise_rate(self._rate(None))
         super().__post_init__()
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class GaussianNoise(Layer):
-    """Adds a normal number to each element: `regjax.gaussian_noise`.
+    """Additive Gaussian noise: see `regjax.gaussian_noise`.
 
-    Attributes:
-        stddev: the standard deviation; a number, or an `nnx.Variable` that holds one.
+    `stddev` is the standard deviation; a number, or an `nnx.Variable` that holds one.
     """
 
-    function = staticmethod(gaussian_noise)
+    _function = staticmethod(gaussian_noise)
 
     stddev: ArrayLike | nnx.Variable[Any] = dataclasses.field(kw_only=False)
 
     keyless_rates: ClassVar[tuple[float, ...]] = (0,)
 
     def __post_init__(self) -> None:
-        """Refuses a negative standard deviation."""
+        """Check the standard deviation."""
         check_stddev(_number(self.stddev))
         super().__post_init__()
 
@@ -494,17 +425,17 @@ class GaussianNoise(Layer):
         deterministic: ArrayLike | None = None,
         rngs: Source | None = None,
         stddev: ArrayLike | None = None,
-    ) -> Float[Array, "*shape"]:
-        """Adds noise in training, and returns `inputs` itself in evaluation."""
+    ) -> Float[Array | np.ndarray, "*shape"]:
+        """Add noise in training; return `inputs` itself in evaluation. See `RateLayer`."""
         stddev = check_stddev(_number(self.stddev if stddev is None else stddev))
         return self._call((inputs,), stddev, deterministic, rngs)
 
     def set_view(self, deterministic: bool | None = None, stddev: ArrayLike | None = None) -> None:
-        """What `nnx.view` calls.
+        """Set what `nnx.view` passes.
 
         Args:
           deterministic: True in evaluation.
-          stddev: the standard deviation.
+          stddev: The standard deviation.
         """
         super().set_view(deterministic)
         if stddev is not None:
@@ -516,5 +447,5 @@ def _number(value: ArrayLike | nnx.Variable[Any]) -> ArrayLike:
 
 
 def _settable(value: ArrayLike) -> Any:
-    # What was a number at construction may become an array only if it is declared.
+    # NNX lets a number become an array only if the array is declared as data.
     return nnx.data(value) if isinstance(value, jax.Array) else value

@@ -1,4 +1,4 @@
-"""What regjax and regtorch say alike, written once: nothing here knows JAX or PyTorch.
+"""The code that regjax and regtorch share, which depends on neither JAX nor PyTorch.
 
 Private: import from `regjax` or from `regtorch`.
 """

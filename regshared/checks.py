@@ -1,7 +1,8 @@
-"""Checks of arguments: each refuses a wrong value with an error that names the argument.
+"""Checks of arguments: each rejects a wrong value with an error that names the argument.
 
-One form for every message: `argument must be X; got Y. Fix.` The wrong type is a TypeError, the
-wrong value a ValueError. Arrays and tensors are known by their attributes.
+Every message has the form `argument must be X; got Y. Fix.` A wrong type, or a traced value where a
+concrete one is required, is a TypeError; a wrong value is a ValueError. Arrays and tensors are
+recognized by their attributes.
 """
 
 from __future__ import annotations
@@ -29,17 +30,9 @@ def describe(value: Any) -> str:
 def check_integer(
     name: str, value: Any, minimum: int | None = None, maximum: int | None = None
 ) -> int:
-    """Return an integer as a Python int.
+    """Return a Python or NumPy integer, or a concrete 0-d integer array, in a range as an int.
 
-    Args:
-        name: The name of the argument.
-        value: A Python or NumPy integer, or a concrete 0-d array of an integer type; not a bool.
-        minimum: The smallest value allowed.
-        maximum: The largest value allowed.
-
-    Raises:
-        TypeError: `value` is not an integer, or it is traced.
-        ValueError: `value` is out of range.
+    A bool is not an integer.
     """
     if type(value) is not int:
         try:
@@ -57,21 +50,13 @@ def check_integer(
 
 
 def check_integers(name: str, value: Any) -> tuple[int, ...]:
-    """Return a collection of integers, such as dimensions, as a tuple of Python ints.
-
-    Raises:
-        TypeError: `value` is neither a collection of integers nor a concrete 1-D array of them.
-    """
+    """Return a collection of integers, or a concrete 1-D array of them, as a tuple of ints."""
     items = check_items(name, value, Collection, "a sequence of integers, such as (0, 1)")
     return tuple(check_integer(f"{name}[{i}]", item) for i, item in enumerate(items))
 
 
 def check_items(name: str, value: Any, kind: type, wanted: str) -> Collection[Any]:
-    """Return the items of a list, a tuple, a concrete 1-D array or the like.
-
-    Raises:
-        TypeError: `value` is of no such kind, a string, a mapping, or traced.
-    """
+    """Return the items of a `kind` or of a concrete 1-D array, but not of a string or mapping."""
     try:
         if getattr(value, "ndim", 0) == 1:
             return value.tolist()
@@ -85,15 +70,9 @@ def check_items(name: str, value: Any, kind: type, wanted: str) -> Collection[An
 
 
 def check_bool(name: str, value: Any) -> bool:
-    """Return a flag as a Python bool.
+    """Return a bool, a NumPy bool, or a concrete 0-d boolean array as a Python bool.
 
-    Args:
-        name: The name of the argument.
-        value: A bool, a NumPy bool, or a concrete 0-d boolean array.
-
-    Raises:
-        TypeError: `value` is anything else. A string or a number is not a flag: `bool("False")`
-            is True.
+    A string or a number is not a flag: `bool("False")` is True.
     """
     if isinstance(value, bool):
         return value
@@ -106,17 +85,12 @@ def check_bool(name: str, value: Any) -> bool:
 
 
 def is_bool(value: Any) -> bool:
-    """Whether a value is a bool, or has the boolean dtype of NumPy, JAX or PyTorch."""
+    """Return whether a value is a bool, or has the boolean dtype of NumPy, JAX or PyTorch."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Return one of several words.
-
-    Raises:
-        TypeError: `value` is not a string.
-        ValueError: `value` is none of the choices.
-    """
+    """Return one of several words."""
     error = ValueError if isinstance(value, str) else TypeError
     if not isinstance(value, str) or value not in choices:
         *most, last = (f'"{choice}"' for choice in choices)
@@ -125,22 +99,14 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def check_string(name: str, value: Any, wanted: str = "a string") -> str:
-    """Return a string; `wanted` describes it for the message.
-
-    Raises:
-        TypeError: `value` is not a string.
-    """
+    """Return a string; `wanted` describes it in the message."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be {wanted}; got {describe(value)}.")
     return value
 
 
 def check_strings(name: str, value: Any) -> list[str]:
-    """Return a collection of globs as a list.
-
-    Raises:
-        TypeError: `value` is a single string, or anything else than a collection of strings.
-    """
+    """Return a collection of globs, but not a single string, as a list."""
     if isinstance(value, str):
         raise TypeError(f"{name} must be a collection of globs: [{value!r}].")
     if not isinstance(value, Collection) or not all(isinstance(each, str) for each in value):
@@ -149,38 +115,20 @@ def check_strings(name: str, value: Any) -> list[str]:
 
 
 def check_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
-    """Return a function.
-
-    Args:
-        name: The name of the argument.
-        value: Anything that can be called.
-        signature: What it takes, for the message.
-
-    Raises:
-        TypeError: `value` cannot be called.
-    """
+    """Return a callable; `signature` describes its arguments in the message."""
     if not callable(value):
         raise TypeError(f"{name} must be a function {signature}; got {describe(value)}.")
     return value
 
 
 def check_coefficient(name: str, value: Any, *, fix: str, below: float = math.inf) -> None:
-    """Refuse a coefficient outside `0 <= value < below`.
+    """Reject a value that is not a real number in `0 <= value < below`; `fix` ends the message.
 
-    Of a traced value, and of a tensor, only shape and dtype are checked: the one has no number yet,
-    and to read the other would wait for its device and break `torch.compile`.
+    For a traced value, and for a tensor, only shape and dtype are checked: a tracer has no number
+    yet, and reading a tensor would wait for its device and break `torch.compile`. Infinity and NaN
+    never pass.
 
-    Args:
-        name: What the caller calls the argument.
-        value: A number, or a 0-d array or tensor.
-        fix: What to pass instead, as the end of the message.
-        below: The least value that is too large. Infinity and NaN never pass.
-
-    Raises:
-        TypeError: `value` is a bool, or no real number.
-        ValueError: `value` lies outside the range.
-
-    Examples:
+    Example:
         >>> check_coefficient("weight_decay", 0.1, fix="pass 0.0 for none")
         >>> check_coefficient("weight_decay", -0.1, fix="pass 0.0 for none")
         Traceback (most recent call last):

@@ -1,34 +1,34 @@
-"""What decays: one language of rules over the name, the shape and the module of a parameter.
+"""Rules that select the parameters that receive weight decay, by name, shape and module.
 
 A rule is one of
 
-    "default"                               what good recipes do: kernels decay, the rest does not
+    "default"                               common recipes: kernels decay, the rest does not
     "**/kernel"                             a glob: what it matches decays, the rest does not
-    lambda path, leaf, kind: leaf.ndim > 1  a function, which says True, False or a rate
+    lambda path, leaf, kind: leaf.ndim > 1  a function that returns True, False or a rate
     [("head/**", 0.1), ("**", "default")]   pairs: the first whose glob matches a parameter wins
 
-read from top to bottom like `if`, `elif`, `else`. A pair gives True (decays, at the `weight_decay`
-of the call), False, a rate, "default" or a function. In a glob `*`, `?` and `[...]` stay within one
-component of the path, `**` spans any number of them, and a glob without a slash is compared with
-the last component, so "bias" is "**/bias". A dot counts as a slash, in globs and in the names that
-PyTorch gives: "encoder/*/weight" is "encoder.*.weight". A glob that decides nothing and a parameter
-that no pair covers are errors.
+and is read from top to bottom like `if`, `elif`, `else`. A pair gives True (decays, at the call's
+`weight_decay`), False, a rate, "default" or a function. In a glob `*`, `?` and `[...]` stay within
+one component of the path, `**` spans any number of them, and a glob without a slash is compared
+with the last component, so "bias" is "**/bias". A dot counts as a slash, in globs and in PyTorch's
+names: "encoder/*/weight" is "encoder.*.weight". A glob that decides nothing and a parameter that no
+pair covers are errors.
 
-The default rule goes by names and by the class of the owning module, never by the number of
-dimensions: a bias of stacked layers has two. In this order,
+The default rule uses names and the class of the owning module, never the number of dimensions: a
+bias of stacked layers has two. It tests, in this order,
 
     bias        b, bias, beta, offset, in_proj_bias, ...              does not decay
-    norm        whatever a norm owns                                  does not decay
+    norm        every parameter of a norm                             does not decay
     scale       scale, gamma, logit_scale, ...                        does not decay
     activation  the slope of a PReLU                                  does not decay
     kernel      kernel                                                decays
     embedding   embedding, embeddings, pos_embedding, cls_token, ...,
-                and whatever an embedding module owns                 does not decay
+                and every parameter of an embedding module            does not decay
     kernel      weight, w, weight_ih, in_proj_weight, lora_a, ...     decays
 
-and anything else is an error that names the parameter. So are a weight whose module is only called
-"embed", which may be linear, as in a patch embedding, and a vector called weight in a module of
-which nothing is known: that may be a norm.
+and raises an error that names any other parameter. Two more are errors: a weight whose module is
+only called "embed", which may be linear, as in a patch embedding, and a vector called weight in an
+unknown module, which may be a norm.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 
 
 class Place(NamedTuple):
-    """Where a parameter sits: a tied one sits in several places.
+    """The place of a parameter; a tied one has several.
 
     Attributes:
         path: Components between slashes, for globs.
-        name: What its module calls it.
-        kind: Of the module that owns it; empty where nothing tells.
-        certain: Whether the kind is that of a class, and no guess from a name.
+        name: The name within its module.
+        kind: The kind of the module that owns it; empty if unknown.
+        certain: Whether the kind comes from a class instead of a guess from a name.
     """
 
     path: str
@@ -61,13 +61,13 @@ class Place(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """What a rule may look at.
+    """A parameter, as a rule sees it.
 
     Attributes:
-        path: As its own framework names it.
-        places: Where it sits.
+        path: Its name in its own framework.
+        places: Its places in the model; a tied parameter has several.
         leaf: The array.
-        frozen: Whether it gets no gradient.
+        frozen: Whether it receives no gradient.
     """
 
     path: str
@@ -77,9 +77,9 @@ class Parameter(NamedTuple):
 
 
 def _apply_rule(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, str]]:
-    """Say of each parameter what the rule does with it, a bool or a number, and in which words."""
+    """Return the decision of the rule for each parameter, a bool or a number, and the reason."""
     pairs = _pairs(rule)
-    # Which pair takes a parameter: the first that matches one of its places.
+    # The first pair that matches one of a parameter's places decides.
     taken: list[int | None] = [None] * len(parameters)
     for index, (pattern, _) in enumerate(pairs):
         fits = [any(matches(pattern, p.path) for p in parameter.places) for parameter in parameters]
@@ -108,7 +108,7 @@ def _apply_rule(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, 
 
 
 def _pairs(rule: Rule) -> list[tuple[str, Decision]]:
-    """Bring each form of a rule into one: pairs, the first of which wins that matches."""
+    """Convert each form of a rule to pairs, the first matching one of which wins."""
     if isinstance(rule, str):
         return [("**", "default")] if rule == "default" else [(rule, True), ("**", False)]
     if callable(rule):
@@ -155,7 +155,7 @@ def _check_decision(what: str, decision: Any) -> None:
 
 def _by_default(parameter: Parameter) -> tuple[bool, str]:
     decisions = [_recipe(place, len(parameter.leaf.shape)) for place in parameter.places]
-    # Tied to an embedding, an output layer is an embedding.
+    # An output layer tied to an embedding is an embedding.
     sure = sorted(decision for decision in decisions if decision is not None)
     if not sure:
         raise ValueError(
@@ -167,14 +167,14 @@ def _by_default(parameter: Parameter) -> tuple[bool, str]:
 
 
 def _recipe(place: Place, ndim: int) -> tuple[bool, str] | None:
-    """Say whether a parameter decays and as what; None where name and module do not tell.
+    """Return whether a parameter decays and its category; None if name and module do not decide.
 
-    The number of dimensions would not do: a bias of stacked layers has two. It only keeps a vector
-    called weight, which the scale of an unknown norm may be, from passing for a kernel.
+    The number of dimensions would not suffice: a bias of stacked layers has two. It only keeps a
+    vector called weight, which may be the scale of an unknown norm, from being taken for a kernel.
     """
     said = words(place.name)
     named = set(said)
-    # `b1` is a bias, the `B` of a product of matrices is none.
+    # `b1` is a bias; the `B` of a matrix product is not.
     is_b = said[:1] == ["b"] and place.name.startswith("b")
     if named & _BIASES or said[:1] in (["beta"], ["offset"]) or is_b:
         return False, "bias"
@@ -188,7 +188,7 @@ def _recipe(place: Place, ndim: int) -> tuple[bool, str] | None:
         return True, "kernel"
     if named & _EMBEDDINGS or (place.kind == "embedding" and place.certain):
         return False, "embedding"
-    # A layer called embed may be linear, as that of image patches is.
+    # A layer called embed may be linear, as in a patch embedding.
     if named & _WEIGHTS and place.kind != "embedding" and (place.kind or ndim > 1):
         return True, "kernel"
     return None
@@ -211,18 +211,18 @@ _KINDS = {
 
 
 def _kinds_of(name: str) -> list[str]:
-    """Read off a name, of a class or of an attribute, what kind of module it may be."""
+    """Return the kinds of module that a name, of a class or an attribute, suggests."""
     if "prelu" in name.lower():
         return ["activation"]
     said = words(name)
-    # Norms of weights wrap other layers.
+    # Weight and spectral norms wrap other layers.
     norms = _NORMS if not {"weight", "spectral"} & set(said) else set()
     kinds = {"norm": norms | {w for w in said if norms and w.endswith("norm")}, **_KINDS}
     return [kind for word in said for kind, known in kinds.items() if word in known]
 
 
 def kind_of_class(cls: type) -> tuple[str, bool]:
-    """Say of what kind a class is: its last word does, so a LayerNormLSTMCell is recurrent."""
+    """Return the kind of a class from its last word: a LayerNormLSTMCell is recurrent."""
     names = [base.__name__ for base in cls.__mro__]
     kind = next((kinds[-1] for name in names if (kinds := _kinds_of(name))), "")
     # The class of a patch embedding may own the kernel of a convolution.
@@ -230,7 +230,7 @@ def kind_of_class(cls: type) -> tuple[str, bool]:
 
 
 def kind_of_attribute(name: str) -> tuple[str, bool]:
-    """Guess of what kind a module is by what it is called: a norm if it says so anywhere."""
+    """Guess the kind of a module from its attribute name: a norm if the name contains one."""
     kinds = _kinds_of(name)
     return "norm" if "norm" in kinds else "".join(kinds[-1:]), False
 
@@ -260,12 +260,7 @@ def listed(parameters: Sequence[Parameter]) -> str:
 
 
 def bools(parameters: Sequence[Parameter], rule: Rule) -> list[bool]:
-    """Say of each parameter whether it decays.
-
-    Raises:
-        TypeError: The rule gives a rate.
-        ValueError: The rule does not cover a parameter, or has a pair that decides nothing.
-    """
+    """Return whether each parameter decays; a rate in the rule is a TypeError."""
     decisions = _apply_rule(parameters, rule)
     for parameter, (decision, why) in zip(parameters, decisions, strict=True):
         if not isinstance(decision, bool):
@@ -277,12 +272,7 @@ def bools(parameters: Sequence[Parameter], rule: Rule) -> list[bool]:
 
 
 def rates(parameters: Sequence[Parameter], weight_decay: Any, rule: Rule) -> list[tuple[Any, str]]:
-    """Return of each parameter its rate of decay, and what in the rule decided it.
-
-    Raises:
-        TypeError: `weight_decay`, or a rate of the rule, is not a number.
-        ValueError: One is negative or not finite, or the rule does not fit the parameters.
-    """
+    """Return each parameter's rate of decay, and the part of the rule that decided it."""
     check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
 
     def rate(decision: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What decays, as a table: rows to compute with and a text to read. The same in both wings."""
+"""The table of decaying parameters: rows to compute with and a text to read, in both packages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Total(NamedTuple):
-    """How many leaves, and how many numbers there are in them."""
+    """A number of leaves, and the number of scalars in them."""
 
     leaves: int
     parameters: int
@@ -25,11 +25,11 @@ class DecayRow(NamedTuple):
         path: Its name.
         shape: Its shape.
         dtype: The name of its dtype.
-        size: How many numbers it has.
-        kind: Of its module: linear, conv, embedding, norm, attention, recurrent, activation, or
-            empty where nothing tells.
-        rule: What decided: the glob of a pair, the name of a function, 'frozen', or the reason that
-            the default rule has (bias, embedding, kernel, norm, ...).
+        size: Its number of elements.
+        kind: The kind of its module: linear, conv, embedding, norm, attention, recurrent,
+            activation, or empty if unknown.
+        rule: The deciding part of the rule: a pair's glob, a function's name, 'frozen', or the
+            category of the default rule (bias, embedding, kernel, norm, ...).
         weight_decay: Its coefficient.
     """
 
@@ -44,12 +44,12 @@ class DecayRow(NamedTuple):
 
 @dataclass(frozen=True)
 class DecayTable:
-    """Which parameter decays, and why: rows to compute with, and a text to read.
+    """The parameters that decay, and why: rows to compute with, and a text to read.
 
     Attributes:
         rows: One for each parameter, in the order of the model.
 
-    Examples:
+    Example:
         >>> row = DecayRow("kernel", (2, 3), "float32", 6, "linear", "kernel", 0.1)
         >>> table = DecayTable((row, row._replace(path="bias", weight_decay=0.0)))
         >>> len(table), table.decaying, table.exempt.leaves
@@ -66,12 +66,12 @@ class DecayTable:
 
     @property
     def decaying(self) -> Total:
-        """How much decays."""
+        """The total of the parameters that decay."""
         return _total(row for row in self.rows if row.weight_decay)
 
     @property
     def exempt(self) -> Total:
-        """How much does not."""
+        """The total of the parameters that do not decay."""
         return _total(row for row in self.rows if not row.weight_decay)
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class DecayTable:
         return "\n".join([*lines, self._summary()])
 
     def to_markdown(self) -> str:
-        """Write the table for a notebook or a report."""
+        """Return the table as Markdown, for a notebook or a report."""
         head, *body = [f"| {' | '.join(row)} |" for row in _cells(self.rows, escape=True)]
         ruler = "|".join("---:" if title in _NUMBERS else "---" for title in DecayRow._fields)
         return "\n".join([head, f"|{ruler}|", *body, "", self._summary()])
@@ -124,7 +124,7 @@ def _cells(rows: Iterable[DecayRow], *, escape: bool = False) -> list[tuple[str,
 
 
 def table_of(parameters: Sequence[Parameter], rates: Sequence[tuple[Any, str]]) -> DecayTable:
-    """The table of parameters and of what was said of each: its rate, and why."""
+    """Return the table of parameters with their rates and reasons."""
     rows = []
     for parameter, (rate, why) in zip(parameters, rates, strict=True):
         shape = tuple(parameter.leaf.shape)

@@ -1,4 +1,4 @@
-"""What observers are told that no framework has a part in."""
+"""Events for observers that belong to no framework."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class SiteKey:
-    """A key was derived by `site_key`.
+    """The event of a key derived by `site_key`.
 
     Attributes:
-        site: the name of the place.
-        root: the two words of the root key.
-        step: the step of training.
-        key: the two words of the derived key.
+        site: The name of the place.
+        root: The two words of the root key.
+        step: The training step.
+        key: The two words of the derived key.
     """
 
     site: str

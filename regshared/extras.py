@@ -1,4 +1,4 @@
-"""The packages that an extra installs: an error that says so where one is missing."""
+"""The packages that an extra installs: a helpful error if one is missing."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from types import TracebackType
 
 
 class needs:  # noqa: N801  # reads as a word: `with needs(...)`
-    """A block of imports that fails with the command that installs what is missing.
+    """A block of imports that fails with the command that installs the missing package.
 
     Args:
-        who: what cannot be imported.
-        extra: the extra of the distribution `regjax` that installs it.
-        package: the package that the block imports.
+        who: The module that cannot be imported.
+        extra: The extra of the distribution `regjax` that installs the package.
+        package: The package that the block imports.
 
     Example:
         >>> with needs("regjax.linen", extra="flax", package="flux"):
@@ -29,7 +29,7 @@ class needs:  # noqa: N801  # reads as a word: `with needs(...)`
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A package that is there and lacks one of its own says so by itself.
+        # An installed package that lacks one of its own dependencies raises its own error.
         if isinstance(error, ModuleNotFoundError) and error.name == self._package:
             fix = f"Install it: pip install 'regjax[{self._extra}]'"
             raise ModuleNotFoundError(

@@ -7,18 +7,15 @@ from fnmatch import fnmatchcase
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Tell whether a glob names a place.
+    """Return whether a glob matches a whole path.
 
     Args:
-        pattern: Components between slashes or dots. In one, `*`, `?` and `[...]` stand for any
-            characters; `**` alone stands for any number of components, also none. A pattern of one
+        pattern: Components separated by slashes or dots. Within one, `*`, `?` and `[...]` are
+            wildcards; `**` alone matches any number of components, including none. A pattern of one
             component is compared with the last one only.
         path: Names joined by slashes, as in JAX, or by dots, as in PyTorch.
 
-    Returns:
-        Whether the whole path fits the pattern.
-
-    Examples:
+    Example:
         >>> [matches(glob, "encoder/0/kernel") for glob in ("encoder/*/kernel", "encoder/**")]
         [True, True]
         >>> [matches(glob, "encoder/0/kernel") for glob in ("kern*", "encoder/*", "encoder")]
@@ -29,15 +26,9 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def components(path: str) -> list[str]:
-    """Split a name at slashes, as JAX joins it, and at dots, as PyTorch does.
+    """Split a name or a glob at slashes, as in JAX, and at dots, as in PyTorch.
 
-    Args:
-        path: The name, or a glob.
-
-    Returns:
-        The parts; of a name that is empty, one that is empty.
-
-    Examples:
+    Example:
         >>> components("encoder/0/kernel"), components("encoder.0.weight")
         (['encoder', '0', 'kernel'], ['encoder', '0', 'weight'])
     """
@@ -45,15 +36,9 @@ def components(path: str) -> list[str]:
 
 
 def words(name: str) -> list[str]:
-    """Split a name as one reads it: at digits, signs and capitals.
+    """Split a name at digits, signs and capitals, and return its words in lower case.
 
-    Args:
-        name: Of a class, a module or a parameter.
-
-    Returns:
-        The words in lower case, in order.
-
-    Examples:
+    Example:
         >>> words("LayerNorm_0"), words("weight_ih_l0"), words("RMSNorm")
         (['layer', 'norm'], ['weight', 'ih', 'l'], ['rms', 'norm'])
     """

@@ -1,6 +1,6 @@
-"""What a watched training step says of its dropout: what is wrong, where, and how sure that is.
+"""The report on the dropout of observed training steps: problems, places and confidence.
 
-The same in both wings: nothing here knows a framework.
+It is the same in both packages and depends on no framework.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from regshared.checks import check_strings
 from regshared.events import SiteKey
 from regshared.globs import matches
 
-# Their masks are not drawn element by element: blocks, and words that come again, are.
+# Their masks are not drawn element by element, but by blocks and by repeated words.
 _NOT_INDEPENDENT = {"drop_block", "embedding_dropout"}
-# A sound program shows what is called wrong here with at most this probability, for each kind.
+# A correct program triggers a finding with at most this probability, per kind of problem.
 _CHANCE = 1e-9
 
 Step = Sequence["Drawn"]
@@ -28,19 +28,19 @@ Expected = Collection[str] | Mapping[str, float]
 
 
 class DropoutProblem(enum.Enum):
-    """What may be wrong with the dropout of a training step.
+    """The problems that the dropout of a training step may have.
 
     Attributes:
-        SAME_MASK: a site drew from the same key in two steps.
-        REPEATED_MASK: a site drew from the same key several times in one step: for every timestep,
+        SAME_MASK: A site drew from the same key in two steps.
+        REPEATED_MASK: A site drew from the same key several times in one step: for every timestep,
             layer, row, device or call.
-        SHARED_KEY: several sites drew from the same key, in one step or in two.
-        IGNORED_KEY: a site drew the same mask from different keys: its sampler does not use them.
-        NEVER_ACTIVE: nothing drew in training, or a site that was expected did not.
-        ACTIVE_IN_EVALUATION: a site drew in evaluation.
-        OTHER_RATE: a site drew with another rate than was expected.
-        INVALID_RATE: a traced rate was NaN or not in [0, 1], so that the output is NaN.
-        ALL_OR_NOTHING: a mask kept all or nothing, although its rate is neither 0 nor 1.
+        SHARED_KEY: Several sites drew from the same key, in one step or in two.
+        IGNORED_KEY: A site drew the same mask from different keys: its sampler does not use them.
+        NEVER_ACTIVE: Nothing drew in training, or an expected site did not.
+        ACTIVE_IN_EVALUATION: A site drew in evaluation.
+        OTHER_RATE: A site drew with another rate than expected.
+        INVALID_RATE: A traced rate was NaN or not in [0, 1], so that the output is NaN.
+        ALL_OR_NOTHING: A mask kept all or nothing, although its rate is neither 0 nor 1.
     """
 
     SAME_MASK = "same mask in two steps"
@@ -55,11 +55,11 @@ class DropoutProblem(enum.Enum):
 
 
 class Site(NamedTuple):
-    """A dropout in the code: the places that no name tells apart are one site.
+    """A dropout in the code; places that no name distinguishes are one site.
 
     Attributes:
-        name: what its key was derived for, or the path of its module; empty where nobody says.
-        where: the line of code, `"path/model.py:42"`.
+        name: The name its key was derived for, or the path of its module; empty if unknown.
+        where: The line of code, `"path/model.py:42"`.
     """
 
     name: str
@@ -75,27 +75,27 @@ class Site(NamedTuple):
         return PurePath(self.where).name
 
     def fits(self, pattern: str) -> bool:
-        """Whether a glob names this site, or its line of code."""
+        """Return whether a glob matches this site's name or its line of code."""
         return any(name and matches(pattern, name) for name in (self.name, self.line))
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One mask, and no more of it than the findings need.
+    """One mask, reduced to what the findings require.
 
     Attributes:
-        order: where in the program it stands.
-        site: which dropout drew it.
-        key: the two words of its key.
-        origin: what is known of the key, in words; empty if nothing.
-        function: the function of the library that drew it.
-        rate: the probability that an element is zeroed.
-        shape: of the values that were masked.
-        size: how many elements the mask has.
-        kept: how many of them are kept.
-        sample: some of the mask's elements, at fixed places: 1 where it keeps.
-        values: some of the values that were masked, without NaN and infinities.
-        digits: the relative rounding of these values.
+        order: Its position in the program.
+        site: The dropout that drew it.
+        key: The two words of its key.
+        origin: The known origin of the key, in words; empty if unknown.
+        function: The function of the library that drew it.
+        rate: The dropout rate.
+        shape: The shape of the masked values.
+        size: The number of elements of the mask.
+        kept: The number of elements that are kept.
+        sample: Some of the mask's elements, at fixed places: 1 where it keeps.
+        values: Some of the masked values, without NaN and infinities.
+        digits: The relative rounding of these values.
     """
 
     order: int
@@ -113,13 +113,13 @@ class Drawn:
 
 
 class DropoutFinding(NamedTuple):
-    """Something that is wrong.
+    """A problem that was found.
 
     Attributes:
-        problem: what.
-        sites: where: the names of the sites, with the lines of code that call them.
-        detail: what was seen.
-        chance: how likely a sound program shows the same by accident, at most.
+        problem: The kind of problem.
+        sites: The names of the sites, with the lines of code that call them.
+        detail: The evidence.
+        chance: An upper bound of the probability that a correct program shows the same by accident.
     """
 
     problem: DropoutProblem
@@ -132,13 +132,13 @@ class DropoutRow(NamedTuple):
     """One site of a `DropoutReport`.
 
     Attributes:
-        site: its name; empty where nobody gave it one.
-        where: the line of code.
-        functions: what it called there, such as `dropout`.
-        shapes: the shapes of what it masked.
-        rates: the rates it drew with.
-        draws: how many masks it drew in each step of training.
-        evaluation: how many in evaluation.
+        site: Its name; empty if it has none.
+        where: The line of code.
+        functions: The functions called there, such as `dropout`.
+        shapes: The shapes of the masked values.
+        rates: The rates it drew with.
+        draws: The number of masks in each training step.
+        evaluation: The number of masks in evaluation.
     """
 
     site: str
@@ -152,12 +152,12 @@ class DropoutRow(NamedTuple):
 
 @dataclass(frozen=True)
 class DropoutReport:
-    """What every dropout did in the steps that were watched, and what is wrong with it.
+    """Every dropout in the observed steps, and its problems.
 
     Attributes:
-        rows: one for each site, in the order of the program.
-        findings: what is wrong; empty if nothing is.
-        advice: what to do about each kind of problem.
+        rows: One for each site, in the order of the program.
+        findings: The problems; empty if there are none.
+        advice: The fix for each kind of problem.
 
     Example:
         >>> row = DropoutRow("hidden", "model.py:42", ("dropout",), ((16, 32),), (0.5,), (1, 1), 0)
@@ -173,10 +173,10 @@ class DropoutReport:
     advice: Mapping[DropoutProblem, str] = field(repr=False, compare=False)
 
     def raise_if_wrong(self) -> None:
-        """Ends a program, or a test, whose dropout is not what it should be.
+        """End a program, or a test, whose dropout has problems.
 
         Raises:
-            RuntimeError: there are findings; the message is the whole report.
+            RuntimeError: There are findings; the message is the whole report.
         """
         if self.findings:
             raise RuntimeError(f"dropout is wrong\n{self}")
@@ -193,10 +193,10 @@ class DropoutReport:
 
 
 def draws_of(events: Iterable[SiteKey | Drawn]) -> Step:
-    """What one step drew, in the order of the program, with the names of its keys.
+    """Return the draws of one step, in the order of the program, with the names of their keys.
 
-    A dropout that draws from one key for the same values once more counts once: a checkpoint makes
-    its forward pass again for the backward one, and a loss may be computed again beside its
+    A dropout that draws from one key for the same values once more counts once: a checkpoint runs
+    its forward pass again for the backward pass, and a loss may be computed again beside its
     gradient.
     """
     events = list(events)
@@ -212,7 +212,7 @@ def draws_of(events: Iterable[SiteKey | Drawn]) -> Step:
 
 
 def _named(drawn: Drawn, keys: Mapping[tuple[int, int], SiteKey]) -> Drawn:
-    # A site's key may be the root of another's, as those of the leaves that drop_connect drops.
+    # A site's key may be the root of another's, as for the leaves that drop_connect drops.
     sites, key = [], drawn.key
     while key in keys:
         sites.insert(0, keys[key])
@@ -227,7 +227,7 @@ def _named(drawn: Drawn, keys: Mapping[tuple[int, int], SiteKey]) -> Drawn:
 def _same_values(drawn: Drawn, other: Drawn) -> bool:
     if drawn.shape != other.shape or len(drawn.values) != len(other.values):
         return False
-    # Half of the digits: more than a compiler's rounding takes when it fuses them otherwise.
+    # Half the digits, which is more than a compiler's fusion changes by rounding.
     bound = drawn.digits**0.5 * math.hypot(*drawn.values)
     return math.dist(drawn.values, other.values) <= bound
 
@@ -241,21 +241,11 @@ def judge(
     allow: Collection[str],
     idle: Collection[str] = (),
 ) -> DropoutReport:
-    """Makes a report of what was drawn.
+    """Return a report of the observed draws.
 
-    Args:
-        steps: what was drawn in each step of training.
-        evaluations: what was drawn in each evaluation.
-        derived: the names of sites that keys were derived for in training.
-        advice: what to do about each kind of problem.
-        expect: globs of sites that have to draw, and perhaps with which rate; at the rate 0, they
-            must not.
-        allow: globs of sites of which nothing is to be found.
-        idle: the names of layers that were called in training at the rate 0.
-
-    Raises:
-        TypeError: `expect` or `allow` is a string.
-        ValueError: a glob of `allow` names no site.
+    `derived` are the names of sites that keys were derived for in training, `advice` the fix for
+    each kind of problem, and `idle` the names of layers that were called in training at rate 0. See
+    `check_dropout` for `expect` and `allow`.
     """
     sites = _sites([*steps, *evaluations])
     for name, patterns in (("expect", expect), ("allow", allow)):
@@ -281,7 +271,7 @@ def judge(
 
 
 def _reused_keys(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
-    """Keys that drew more than one mask; two keys of 64 random bits do not meet by accident."""
+    """Find keys that drew more than one mask; two 64-bit keys do not collide by accident."""
     order = _sites(steps)
     uses = defaultdict[tuple[int, int], list[tuple[int, Drawn]]](list)
     for number, step in enumerate(steps):
@@ -309,7 +299,7 @@ def _reused_keys(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
 
 
 def _odd_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
-    """Masks that no sampler draws, but for a chance that is computed."""
+    """Find masks that no sampler draws, up to a computed chance."""
     draws = defaultdict[Site, list[Drawn]](list)
     for drawn in (drawn for step in steps for drawn in step):
         draws[drawn.site].append(drawn)
@@ -322,7 +312,7 @@ def _odd_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
 
 
 def _alike(draws: Iterable[Drawn]) -> Collection[list[Drawn]]:
-    """Draws of one site by what they drew."""
+    """Group the draws of one site by their masks."""
     groups = defaultdict[tuple[object, ...], list[Drawn]](list)
     for drawn in draws:
         groups[drawn.shape, drawn.size, drawn.rate, drawn.kept, drawn.sample].append(drawn)
@@ -330,7 +320,7 @@ def _alike(draws: Iterable[Drawn]) -> Collection[list[Drawn]]:
 
 
 def _oddity(same: Sequence[Drawn]) -> tuple[DropoutProblem, str, float] | None:
-    """What is odd about masks that are all the same, and its chance for one of them."""
+    """Return the problem of masks that are all the same, and its chance for one of them."""
     drawn, p = same[0], same[0].rate
     if not 0 <= p <= 1:
         return DropoutProblem.INVALID_RATE, f"rate {p:g} gives NaN", 0.0
@@ -360,7 +350,7 @@ def _inactive(
 
 
 def _expects_nothing(expect: Expected, pattern: str, idle: Collection[str]) -> bool:
-    """Whether a pattern stands for sites whose rate is 0, on purpose or as a layer has it."""
+    """Return whether a pattern names sites with rate 0, expected so or set so in a layer."""
     rate = expect[pattern] if isinstance(expect, Mapping) else None
     return rate == 0 or (rate is None and any(matches(pattern, name) for name in idle))
 
@@ -401,7 +391,7 @@ def _active(evaluations: Sequence[Step]) -> Iterator[DropoutFinding]:
 
 
 def _sites(steps: Iterable[Step]) -> list[Site]:
-    """Every site once, in the order of the program."""
+    """Return every site once, in the order of the program."""
     return list(dict.fromkeys(drawn.site for step in steps for drawn in step))
 
 

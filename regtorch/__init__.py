@@ -1,6 +1,6 @@
-"""Regularisation for PyTorch: dropout and L2, the same in JAX, bit for bit where bits are drawn.
+"""Dropout and weight decay for PyTorch, with masks bitwise identical to those of JAX.
 
-`regjax` is the JAX twin of this package, file by file; `parity_tests` proves that they agree.
+`regjax` is the JAX twin of this package, file by file; `parity_tests` checks that they agree.
 """
 
 from regshared import __version__
@@ -88,5 +88,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names, for `dir` and completion."""
     return __all__

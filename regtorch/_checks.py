@@ -1,7 +1,7 @@
-"""Checks of arguments: each refuses a wrong value with an error that names the argument.
+"""Argument checks: each raises an error that names the argument.
 
-One form for every message: `argument must be X; got Y. Fix.` The wrong type is a TypeError, the
-wrong value a ValueError. The two packages have the same checks.
+Every message has the form `argument must be X; got Y. Fix.` A wrong type is a TypeError, a wrong
+value a ValueError. Both packages have the same checks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,7 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def check_shape(name: str, value: Any) -> tuple[Any, ...]:
-    """Return a shape as a tuple of sizes.
-
-    Args:
-        name: The name of the argument.
-        value: A sequence of integers, or a 1-D array of them. Sizes that are symbolic, as under
-            `torch.export`, stay as they are.
+    """Return a shape as a tuple of sizes; symbolic sizes, as under `torch.export`, stay symbolic.
 
     Raises:
         TypeError: `value` is not a sequence of integers.
@@ -41,11 +36,11 @@ def check_shape(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
-    """Return a finite real number, not below `minimum`, as a Python float.
+    """Return a finite real number of at least `minimum` as a Python float.
 
     Raises:
         TypeError: `value` is not a real number.
-        ValueError: `value` is infinite or NaN, or a tensor with more than one element.
+        ValueError: `value` is below `minimum`, infinite or NaN, or a tensor with dimensions.
     """
     is_tensor = isinstance(value, Tensor)
     is_real = isinstance(value, numbers.Real) or (is_tensor and not value.is_complex())
@@ -59,11 +54,7 @@ def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
-    """Return a tensor.
-
-    Raises:
-        TypeError: `value` is not a tensor.
-    """
+    """Return `value`; raise a TypeError if it is not a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a tensor; got {describe(value)}. Make one: torch.as_tensor({name})."
@@ -72,21 +63,16 @@ def check_tensor(name: str, value: Any) -> Tensor:
 
 
 def check_module(name: str, value: _M) -> _M:
-    """Return a module.
-
-    Raises:
-        TypeError: `value` is not a module.
-    """
+    """Return `value`; raise a TypeError if it is not a module."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module; got {describe(value)}.")
     return value
 
 
 def check_generator(name: str, value: Any) -> torch.Generator | None:
-    """Return a generator, or None.
+    """Return `value`; raise a TypeError if it is neither a generator nor None.
 
-    Raises:
-        TypeError: `value` is neither. A key there would give the same mask at every step.
+    A key stored in a layer would draw the same mask at every step.
     """
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(

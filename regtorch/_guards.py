@@ -1,8 +1,8 @@
-"""Guard rails: dropout that is wrong in silence, made loud.
+"""Guards against silent errors in dropout.
 
-A key that is not advanced, a key that two layers share, a flag that evaluation forgets: training
-goes on, only worse, and nothing says so. Here a few steps are watched, and the masks that their
-dropouts drew are compared.
+A key that does not advance, a key shared by two layers, a mode that evaluation forgets to set:
+training continues, only worse, without an error. The guards observe a few steps and compare the
+masks that were drawn.
 """
 
 from __future__ import annotations
@@ -30,42 +30,40 @@ def check_dropout(
     expect: Expected = (),
     allow: Collection[str] = (),
 ) -> DropoutReport:
-    """Runs a training step twice, and says what is wrong with its dropout.
+    """Run a training step twice and report errors in its dropout.
 
-    What is looked for stands at `DropoutProblem`: sites that drew the same mask in both steps, or
-    at every timestep; sites that share a key; dropout that is not active in training, or is in
-    evaluation. Seen are the masks that `regtorch` draws, in its functions and in the layers made
-    from them; no other library's, and no Gaussian noise, which has none. Where a loop does not fit
-    the arguments, watch it with a `DropoutGuard`.
+    `DropoutProblem` lists the problems: sites that draw the same mask in both steps or at every
+    timestep, sites that share a key, dropout that is inactive in training or active in evaluation.
+    The check observes the masks of `regtorch`'s functions and of the layers made from them; not
+    those of other libraries, and not Gaussian noise, which has no mask. If a loop does not fit the
+    arguments, use a `DropoutGuard`.
 
-    Give it real data. A site that draws from one key for the same values again counts once, as it
-    does under a checkpoint: the rows of a batch of ones could not be told apart.
+    Pass real data: a site that draws from one key for the same values again counts once, as under a
+    checkpoint, and the rows of a batch of ones are indistinguishable.
 
     Args:
-        train_step: called as `train_step(step)` with step 0 and 1. Of a functional program
-            `train_step(*carry, step)`, which returns what takes the place of `carry`, as several
-            values in a tuple.
-        *carry: what training carries along, where it is not the state of a module.
-        evaluate: called once as `evaluate(*carry)`; dropout has to be off in it.
-        expect: names of sites that have to draw, such as `regtorch.keyed.sites(model)`, or a dict
-            from names to their rates, 0 for a site that must not draw. A converted layer that is
-            called at the rate 0 need not draw, unless the dict has another rate. A site has the
-            name that `site_key` was given, and is also known by its line of code, `"model.py:42"`.
-            Globs do.
-        allow: names of sites of which nothing is to be found, such as one whose mask is the same at
-            every timestep on purpose. Globs do; one that matches nothing is an error.
+        train_step: Called as `train_step(step)` with steps 0 and 1; in a functional program as
+            `train_step(*carry, step)`, which returns the next `carry`, several values as a tuple.
+        *carry: The training state, unless a module holds it.
+        evaluate: Called once as `evaluate(*carry)`, with dropout expected to be off.
+        expect: Names of sites that must draw, such as `regtorch.keyed.sites(model)`, or a dict from
+            names to rates, with rate 0 for a site that must not draw. A converted layer called at
+            rate 0 need not draw, unless the dict gives it another rate. A site has the name passed
+            to `site_key`, and also its line of code, `"model.py:42"`. Globs are allowed.
+        allow: Names of sites whose findings are ignored, such as one with the same mask at every
+            timestep by design. Globs are allowed; one that matches nothing is an error.
 
     Returns:
-        A report to print; `.raise_if_wrong()` ends a program or a test with it.
+        A printable report; its `.raise_if_wrong()` raises if there are findings.
 
     Raises:
         TypeError: `expect` or `allow` is a string.
-        ValueError: `train_step` does not return what it was called with, or a glob of `allow`
+        ValueError: `train_step` does not return the structure of `carry`, or a glob of `allow`
             matches nothing.
-        RuntimeError: called inside `torch.compile`.
+        RuntimeError: The call is inside `torch.compile`.
 
-    JAX:
-        `regjax.check_dropout` finds the same.
+    Note (JAX):
+        `regjax.check_dropout` finds the same problems.
 
     Example:
         >>> import torch, regtorch
@@ -93,7 +91,7 @@ def check_dropout(
 
 
 class DropoutGuard:
-    """Watches the dropout of a loop: some steps of training, and evaluation.
+    """Observer of the dropout in a loop: some steps of training, and evaluation.
 
     Blocks of different guards may be nested, and `check_dropout` may be called inside a block: each
     guard sees all masks drawn inside its own blocks.
@@ -121,7 +119,7 @@ class DropoutGuard:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Watches one step of training; a report needs two of them."""
+        """Observe one training step; a report needs two of them."""
         with self._watching() as events:
             yield
         self._steps.append(draws_of(events))
@@ -129,21 +127,21 @@ class DropoutGuard:
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Watches an evaluation, in which nothing is to be dropped."""
+        """Observe an evaluation, in which nothing may be dropped."""
         with self._watching() as events:
             yield
         self._evaluations.append(draws_of(events))
 
     def report(self, *, expect: Expected = (), allow: Collection[str] = ()) -> DropoutReport:
-        """Says what is wrong with what was seen so far.
+        """Report the problems observed so far.
 
         Args:
-            expect: names of sites that have to draw; see `check_dropout`.
-            allow: names of sites of which nothing is to be found.
+            expect: Names of sites that must draw; see `check_dropout`.
+            allow: Names of sites whose findings are ignored.
 
         Raises:
             TypeError: `expect` or `allow` is a string.
-            ValueError: fewer than two steps were seen, or a glob of `allow` matches nothing.
+            ValueError: Fewer than two steps were observed, or a glob of `allow` matches nothing.
         """
         if len(self._steps) < 2:
             raise ValueError(
@@ -234,14 +232,14 @@ ADVICE = {
 
 
 def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What the next call of a step takes in place of `carry`."""
+    """Return the arguments of the next step, from the result of this one."""
     if not carry:
         return ()
     first, *others = carry
     if others:
         fits = isinstance(result, tuple) and len(result) == len(carry)
     else:
-        # As far as one can tell: a state with metrics is a tuple, and nothing is None.
+        # A heuristic: a state returned with metrics is a tuple, and a missing return is None.
         fits = isinstance(result, tuple) == isinstance(first, tuple)
         fits = fits and (result is None) == (first is None)
     if not fits:

@@ -1,4 +1,4 @@
-"""Uncertainty by Monte Carlo dropout: many small models at test time, and where they disagree."""
+"""Uncertainty by Monte Carlo dropout: stochastic forward passes at test time, and their spread."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
 _M = TypeVar("_M", bound=nn.Module)
 _KINDS = ("logits", "probabilities", "values")
 _SITE = "mc_dropout"  # pass i draws from site_key(key, i, _SITE)
-# How far probabilities may be from summing to 1: what 8 bits of mantissa leave, and no logits meet.
+# The tolerance for the sum of probabilities: rounding to 8 bits of mantissa passes, logits do not.
 _TOLERANCE = 0.01
 
 _OURS = tuple(kind for kind in vars(layers).values() if isinstance(kind, type))
-# In evaluation the layer of an encoder runs as one fused kernel, past the dropouts inside it.
+# In evaluation the layer of an encoder runs as one fused kernel that skips its dropouts.
 _FUSED = (nn.TransformerEncoderLayer,)
 _DROPPING = (*KEYED, nn.RNNBase, *_OURS, *_FUSED)
 
 
 class Prediction(NamedTuple):
-    """The prediction of many stochastic forward passes together.
+    """The combined prediction of many stochastic forward passes.
 
-    In float32, or in float64 where the outputs are. The last four are None where there is nothing
-    to say: the entropies of values, and samples that were not asked for.
+    In float32, or in float64 where the outputs are. The last four are None where they do not apply:
+    entropies for values, and samples that were not requested.
 
     Attributes:
-        mean: the mean of the passes: of probabilities, or of values.
-        std: their standard deviation, the square root of the mean squared distance from the mean.
-        entropy: of the mean probabilities, in nats: how uncertain the prediction is in all.
-        expected_entropy: the mean of the passes' entropies: what they agree to be uncertain.
-        mutual_information: the difference, never negative: how much the passes disagree, which is
-            what more data could settle.
-        samples: the outputs of each pass, passes first.
+        mean: The mean of the passes, of probabilities or of values.
+        std: Their standard deviation, the square root of the mean squared distance from the mean.
+        entropy: The entropy of the mean probabilities, in nats: the total uncertainty.
+        expected_entropy: The mean of the passes' entropies: the uncertainty on which they agree.
+        mutual_information: The difference, never negative: the disagreement of the passes, which
+            more data could resolve.
+        samples: The outputs of each pass, passes first.
     """
 
     mean: Tensor
@@ -70,33 +70,31 @@ def mc_dropout(
     class_axis: int = -1,
     keep_samples: bool = False,
 ) -> Prediction:
-    """Predicts with dropout on, many times: mean, deviation and entropy.
+    """Predict with dropout on, many times, and return mean, deviation and entropy.
 
-    Each pass keeps other units and so is another, smaller model. Pass i is
-    `predict(*inputs, key=site_key(key, i, "mc_dropout"))`: it draws the same masks however many
-    passes there are, and in regjax.
+    Each pass keeps other units and so is another, smaller model. Pass i is `predict(*inputs,
+    key=site_key(key, i, "mc_dropout"))`: it draws the same masks for every number of passes, and in
+    `regjax`. The passes run one after the other, without gradients; the state between them does not
+    grow with `samples`. Deviations are summed as differences from the first pass, so that nearly
+    equal outputs keep their digits.
 
-    The passes run one after the other, without gradients; what is kept between them does not grow
-    with `samples`. Deviations are summed as differences from the first pass, so that nearly equal
-    outputs keep their digits.
-
-    **Normalisation layers belong in evaluation**, with their running averages, while dropout is on.
-    A model runs under `dropout_only`, whatever its mode, and has it back afterwards; a function
-    that calls one sees to it by itself.
+    **Normalization layers belong in evaluation mode**, with their running averages, while dropout
+    is on. A model runs under `dropout_only`, and has its mode back afterwards; a function that
+    calls a model must set the mode itself.
 
     Args:
-        predict: a model, or a function of `*inputs` and the keyword `key` that returns one floating
-            tensor. In a model that `regtorch.keyed.convert` has converted, or that is made of
-            `regtorch.nn`'s layers, the site `name` draws from `site_key(key, 0, name)`, `key` being
-            that of the pass: see `regtorch.keyed` for the names.
-        *inputs: what `predict` takes.
-        key: one key. As with `site_key`, it is not used up.
-        outputs: what `predict` returns: `"logits"`, of which the softmax is taken first;
+        predict: A model, or a function of `*inputs` and the keyword `key` that returns one floating
+            tensor. In a model converted by `regtorch.keyed.convert` or made of `regtorch.nn`
+            layers, the site `name` draws from `site_key(key, 0, name)`, where `key` is that of the
+            pass; `regtorch.keyed` describes the names.
+        *inputs: The inputs of `predict`.
+        key: One key; it may be used again, as with `site_key`.
+        outputs: The kind of output of `predict`: `"logits"`, to which a softmax is applied;
             `"probabilities"` along `class_axis`; or `"values"`, as in regression, which have no
             entropy.
-        samples: how many passes. The mean has a standard error of `std / sqrt(samples)`.
-        class_axis: the dimension of the classes in what one pass returns.
-        keep_samples: whether to return what each pass predicted, too.
+        samples: The number of passes. The mean has a standard error of `std / sqrt(samples)`.
+        class_axis: The dimension of the classes in the output of one pass.
+        keep_samples: Whether to return the predictions of each pass, too.
 
     Returns:
         A `Prediction`, a tuple of tensors.
@@ -111,23 +109,20 @@ def mc_dropout(
             and draw their masks from the same keys, or draw none, as in evaluation.
 
     Warns:
-        UserWarning: all passes return the same although they draw from different keys.
+        UserWarning: All passes return the same although they draw from different keys.
 
-    JAX:
-        `regjax.mc_dropout`, which runs the passes side by side within a budget of memory. A
-        `predict` that ignores its key is an error in both, for any number of `samples`. regjax
-        reads this off the traced program. Here a second pass is compared with the first, also with
-        `samples=1`, and only masks of this package are seen: a `predict` that draws in another way
-        is taken to ignore its key if all of its passes are the same. Where masks are drawn but do
-        not reach the output, regjax raises, and this warns.
+    Note (JAX):
+        `regjax.mc_dropout` runs the passes side by side within a budget of memory. A `predict` that
+        ignores its key is an error in both, for any number of `samples`. regjax detects this in the
+        traced program. Here a second pass is compared with the first, also with `samples=1`, and
+        only masks of this package are observed: a `predict` with other masks is assumed to ignore
+        its key if all of its passes are the same. Where masks are drawn but do not reach the
+        output, regjax raises an error, and this function warns.
 
     Example:
         >>> import torch, regtorch
-        >>> model = torch.nn.Sequential(
-        ...     torch.nn.Linear(4, 16), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.5),
-        ...     torch.nn.Linear(16, 3),
-        ... )
-        >>> model = regtorch.keyed.convert(model)
+        >>> layers = torch.nn.Linear(4, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)
+        >>> model = regtorch.keyed.convert(torch.nn.Sequential(*layers))
         >>> x = torch.ones(2, 4)
         >>> y = regtorch.mc_dropout(model, x, key=regtorch.key(0), outputs="logits", samples=50)
         >>> y.mean.shape, y.std.shape, y.entropy.shape
@@ -138,10 +133,11 @@ def mc_dropout(
         >>> y.mean.shape, y.entropy
         (torch.Size([2]), None)
 
-    Source: Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016; the decomposition
-    of the entropy: Houlsby, Huszár, Ghahramani, Lengyel, "Bayesian active learning for
-    classification and preference learning", arXiv:1112.5745, 2011; sums of deviations: Chan, Golub,
-    LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+    References:
+        Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016. Decomposition of the
+        entropy: Houlsby et al., "Bayesian active learning for classification and preference
+        learning", arXiv:1112.5745, 2011. Sums of deviations: Chan, Golub, LeVeque, "Updating
+        formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     check_callable("predict", predict, "(*inputs, key), or a module")
     check_choice("outputs", outputs, _KINDS)
@@ -162,9 +158,9 @@ def mc_dropout(
         moments, kept, same = _moments(first, outputs, class_axis), [first], first.numel() > 0
         for index in range(
             1, max(samples, 2)
-        ):  # of one sample a second pass shows whether it drops
+        ):  # with one sample, a second pass shows whether predict drops
             y = one_pass(*inputs, key=site_key(key, index, _SITE))
-            # Once two differ, no more are compared: each comparison waits for the device.
+            # Stop comparing once two passes differ: each comparison waits for the device.
             same = same and torch.equal(first, y)
             if index == samples:
                 break
@@ -186,7 +182,7 @@ def mc_dropout(
 
 
 class _Watched:
-    """A pass whose first two calls are watched for the keys of their masks."""
+    """A pass whose first two calls are observed for the keys of their masks."""
 
     def __init__(self, one_pass: Callable[..., Tensor]) -> None:
         self._one_pass = one_pass
@@ -206,21 +202,19 @@ class _Watched:
             return self._one_pass(*inputs, key=key)
 
     def repeats_its_keys(self) -> bool:
-        """Whether both calls drew from the same keys, or no masks at all."""
+        """Return whether both calls drew from the same keys, or no masks at all."""
         first, second = self._keys
         return first == second
 
 
 @contextlib.contextmanager
 def dropout_only(model: _M) -> Iterator[_M]:
-    """Evaluation with dropout on: what drops is in training mode, and all else in evaluation.
+    """Put dropout layers into training mode, and everything else into evaluation mode.
 
-    Normalisation layers then use their running averages and leave them as they are. Known are
-    PyTorch's dropout layers, attention and recurrent layers, converted or not, `regtorch.nn`'s, and
-    their subclasses; of any other class `module.training = True` inside the context does the same.
-
-    Args:
-        model: any module; afterwards each part of it has the mode that it had before.
+    Normalization layers then use their running averages without updating them. The dropout layers
+    are PyTorch's, its attention and recurrent layers, converted or not, `regtorch.nn`'s, and their
+    subclasses; for any other class set `module.training = True` inside the context. Afterwards each
+    module has its previous mode.
 
     Example:
         >>> import torch, regtorch
@@ -237,7 +231,7 @@ def dropout_only(model: _M) -> Iterator[_M]:
         model.eval()
         for module in modes:
             if isinstance(module, _DROPPING):
-                module.training = True  # alone: train() would reach what lies inside it
+                module.training = True  # train() would also change its children
         yield model
     finally:
         for module, training in modes.items():
@@ -246,14 +240,14 @@ def dropout_only(model: _M) -> Iterator[_M]:
 
 @contextlib.contextmanager
 def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
-    """A model as a function with a key; afterwards its mode, keys and hooks are as before."""
+    """Yield a model as a function with a key; afterwards restore its mode, keys and hooks."""
     own = {m: Site(path) for path, m in model.named_modules() if isinstance(m, _OURS)}
     sites = [site for m in model.modules() if isinstance(m, Keyed) for site in m.sites]
     before = [dataclasses.replace(site) for site in sites]
     hooks = []
 
     def one_pass(*inputs: Any, key: Tensor) -> Tensor:
-        keyed.set_key(model, key, 0)  # a layer that drops and is not converted ends it here
+        keyed.set_key(model, key, 0)  # raises for a layer that drops and is not converted
         if not sites and not own:
             raise ValueError(
                 "predict is a model without a layer that drops, so that all passes would be the "
@@ -283,7 +277,7 @@ def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
 
 
 class _Moments(NamedTuple):
-    """What is known of the passes so far. `mean` and `squares` are of differences from `origin`."""
+    """Running statistics of the passes; `mean` and `squares` are of differences from `origin`."""
 
     passes: int
     origin: Tensor
@@ -294,7 +288,7 @@ class _Moments(NamedTuple):
 
 
 def _moments(y: Tensor, outputs: str, class_axis: int) -> _Moments:
-    """The moments of one pass, which is its own origin."""
+    """Return the moments of one pass, which is its own origin."""
     y = y.to(real_dtype(y.dtype))
     entropy, improper = None, torch.zeros((), dtype=torch.bool, device=y.device)
     if outputs != "values":
@@ -308,7 +302,7 @@ def _moments(y: Tensor, outputs: str, class_axis: int) -> _Moments:
 
 
 def _merged(a: _Moments, b: _Moments) -> _Moments:
-    """The moments of the passes of `a` and of the one pass of `b`."""
+    """Return the moments of the passes of `a` and of the one pass of `b`."""
     passes = a.passes + 1
     share = 1 / passes
     delta = (b.origin - a.origin) - a.mean
@@ -336,19 +330,14 @@ def _prediction(moments: _Moments, samples: Tensor | None, class_axis: int) -> P
             f"{class_axis}; what predict returns does not. If it returns logits, pass "
             "outputs='logits'."
         )
-    mean = mean.clamp(0, 1)  # past its ends, by rounding, there would be no entropy
+    mean = mean.clamp(0, 1)  # rounding could exceed the ends, where entropy is undefined
     entropy = entr(mean).sum(class_axis)
     disagreement = (entropy - moments.entropy).clamp(min=0)
     return Prediction(mean, std, entropy, moments.entropy, disagreement, samples)
 
 
 def _check_outputs(y: Any, outputs: str, class_axis: int) -> None:
-    """Raises where a pass does not return what it should.
-
-    Raises:
-        TypeError: it returns something else than one floating tensor.
-        ValueError: there is no class axis, or a single class.
-    """
+    """Raise if a pass does not return one floating tensor with at least two classes."""
     if not isinstance(y, Tensor) or not y.is_floating_point():
         got = f"a tensor of dtype {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise TypeError(
@@ -370,6 +359,6 @@ def _check_outputs(y: Any, outputs: str, class_axis: int) -> None:
 
 
 def _versions(inputs: tuple[Any, ...]) -> list[int]:
-    """How often each of the tensors has been written to."""
+    """Return how often each of the tensors has been written to."""
     tensors = (x for x in inputs if isinstance(x, Tensor) and not x.is_inference())
     return [x._version for x in tensors]

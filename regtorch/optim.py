@@ -1,29 +1,28 @@
-r"""Decays beyond L2, attached to any optimizer of `torch.optim`: what `regjax.optim` has as links.
+"""Decays beyond L2, attached to any optimizer of `torch.optim`; links of a chain in `regjax.optim`.
 
     optimizer = torch.optim.Adam(model.named_parameters(), lr=1e-3)
     handle = add_l1_decay(optimizer, 1e-4, mask=lambda name, tensor: tensor.ndim > 1)
-    ...                                # loss.backward(), optimizer.step(), scheduler.step() as ever
+    ...                                # loss.backward(), optimizer.step(), scheduler.step()
     handle.remove()
 
-A decay is a pair of step hooks. A coupled one adds to `p.grad` before the step, in place, as
-`torch.nn.utils.clip_grad_norm_` writes there, and after any clipping; a decoupled one subtracts
-from the parameter after the step what it computed from the parameter before it, which takes one
-copy of the decaying parameters meanwhile. Several decays act in the order in which they were
-attached, as links of a chain do.
+A decay is a pair of step hooks. A coupled one adds to `p.grad` before the step, after any clipping,
+and in place like `torch.nn.utils.clip_grad_norm_`. A decoupled one subtracts from the parameter
+after the step a term computed from the parameter before it, which meanwhile takes one copy of the
+decaying parameters. Several decays act in the order in which they were attached.
 
-Masks and references go by the names of the parameters where the optimizer was made with
-`named_parameters()`, and by their positions, '0', '1', ..., where with `parameters()`. A parameter
-whose gradient is None, which torch skips, does not decay. Parameter groups and learning-rate
-schedulers work as before: a decoupled decay is multiplied by the `lr` that its group has at the
-step. Hooks are neither copied nor pickled with an optimizer: attach them again.
+Masks and references use the names of the parameters if the optimizer was made with
+`named_parameters()`, and their positions, '0', '1', ..., if with `parameters()`. A parameter whose
+gradient is None, which torch skips, does not decay. Parameter groups and learning-rate schedulers
+work as before: a decoupled decay is multiplied by the `lr` of its group at the step. Hooks are
+neither copied nor pickled with an optimizer: attach them again.
 
 Each `weight_decay` may be a function from the step, counted from 0, to the coefficient. The count
-then lies in `optimizer.param_groups[0]`, so `optimizer.state_dict()` saves it and
-`load_state_dict` restores it, before or after the decays are attached, in the same order.
+is stored in `optimizer.param_groups[0]`, so `optimizer.state_dict()` saves it and `load_state_dict`
+restores it, before or after the decays are attached, in the same order.
 
 Coupled decay cannot act inside `step(closure)`, nor on gradients that are still scaled: `step`
-refuses, and a penalty in the loss does the same there. L2 itself is the `weight_decay` of
-`torch.optim`; the elastic net is that, with `2 * l2`, and `add_l1_decay(optimizer, l1)` on it.
+raises an error, and a penalty in the loss does the same there. L2 itself is the `weight_decay` of
+`torch.optim`; the elastic net is that, with `2 * l2`, together with `add_l1_decay(optimizer, l1)`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from regtorch._decay.validation import Mask
 
     Schedule = float | Tensor | Callable[[int], float]
-    # From a parameter, the step that is subtracted from it, and what it decays towards.
+    # From a parameter, the step that is subtracted from it, and its reference.
     Direction = Callable[[Tensor, Tensor, Any], Tensor]
 
 
@@ -63,18 +62,18 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names, for `dir` and completion."""
     return __all__
 
 
-# Which counts an optimizer has, so that two schedules of a kind do not share one.
+# The counts of each optimizer, so that two schedules of a kind do not share one.
 _taken: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictionary()
 
 
 class DecayHandle:
     """A handle that removes a decay from its optimizer.
 
-    Examples:
+    Example:
         >>> import torch
         >>> weight = torch.ones(1, requires_grad=True)
         >>> optimizer = torch.optim.SGD([weight], lr=0.5)
@@ -90,7 +89,7 @@ class DecayHandle:
         self._removals = removals
 
     def remove(self) -> None:
-        """Detach the decay, and forget the count of its schedule; once more does nothing."""
+        """Detach the decay, and forget the count of its schedule; a second call does nothing."""
         for removal in self._removals:
             removal()
         self._removals = ()
@@ -103,7 +102,7 @@ def add_l1_decay(
 
     $$g \leftarrow g + \lambda_t \operatorname{sign}(w), \qquad \operatorname{sign}(0) = 0$$
 
-    This is the same at every step as `regtorch.l1_penalty(params, weight_decay)` in the loss: no
+    At every step this acts like `regtorch.l1_penalty(params, weight_decay)` in the loss, without a
     factor 2. Decoupled, $w \leftarrow w - \eta_t \lambda_t \operatorname{sign}(w)$ bypasses the
     moments, and no penalty does the same.
 
@@ -111,8 +110,8 @@ def add_l1_decay(
         optimizer: Any optimizer of `torch.optim`.
         weight_decay: $\lambda$: a finite number, not negative, or a function from the step, counted
             from 0, to it.
-        decoupled: Shrink the parameters themselves, by learning rate times coefficient.
-        mask: Which parameters decay, as in `regtorch.l2_penalty`.
+        decoupled: Whether to shrink the parameters themselves, by learning rate times coefficient.
+        mask: Which parameters decay; see `regtorch.l2_penalty`.
 
     Returns:
         A handle to remove the decay.
@@ -120,14 +119,15 @@ def add_l1_decay(
     Raises:
         TypeError: `optimizer` is not an optimizer, `weight_decay` is not a number, `decoupled` is
             not a bool, or a value of the mask is neither True nor False.
-        ValueError: `weight_decay` is negative, infinite or NaN, also later from `step`, of a
-            schedule; the mask does not fit the parameters, or is False for all of them; from
-            `step`, coupled, a closure or gradients that are still scaled.
+        ValueError: `weight_decay` is negative, infinite or NaN (for a schedule, `step` raises it);
+            the mask does not fit the parameters, or is False for all of them; or a coupled `step`
+            gets a closure or gradients that are still scaled.
 
-    JAX: `regjax.optim.add_l1_decay(weight_decay)`, ahead of the optimizer in `optax.chain`, or
-    decoupled ahead of the learning rate. With `maximize=True` the parameters still shrink here.
+    Note (JAX):
+        `regjax.optim.add_l1_decay(weight_decay)`, ahead of the optimizer in `optax.chain`, or
+        decoupled ahead of the learning rate. With `maximize=True` the parameters still shrink here.
 
-    Examples:
+    Example:
         >>> import torch
         >>> weight = torch.tensor([2.0, -2.0, 0.0], requires_grad=True)
         >>> optimizer = torch.optim.SGD([weight], lr=0.5)
@@ -153,36 +153,32 @@ def add_l2_sp_decay(
     decoupled: bool = False,
     mask: Mask = None,
 ) -> DecayHandle:
-    r"""Add the way back to a starting point, times a coefficient, to the gradients: L2-SP.
+    r"""Add the difference from a starting point, times a coefficient, to the gradients: L2-SP.
 
     $$g \leftarrow g + \lambda_t (w - w^0)$$
 
-    With `weight_decay=2 * c` this is the same at every step as `regtorch.l2_sp_penalty(params,
-    reference, c)` in the loss, which has no one half and so the gradient $2 c (w - w^0)$.
+    With `weight_decay=2 * c` this acts at every step like `regtorch.l2_sp_penalty(params,
+    reference, c)` in the loss, which has no factor of one half and so the gradient
+    $2 c (w - w^0)$. The result and other errors are those of `add_l1_decay`.
 
     Args:
         optimizer: Any optimizer of `torch.optim`.
-        reference: $w^0$: a module, tensor, dict or iterable as a penalty takes, with the names that
-            the optimizer knows, and the same shapes where parameters decay. It is copied now, so
-            the model itself will do: it decays towards where it stands. The copy lies on the
-            device of the parameters and is no part of any state: pass the same one to resume.
-        weight_decay: $\lambda$, or a function of the step, as in `add_l1_decay`.
-        decoupled: As in `add_l1_decay`.
-        mask: Which parameters decay, as in `regtorch.l2_penalty`.
-
-    Returns:
-        A handle to remove the decay.
+        reference: $w^0$: a module, tensor, dict or iterable as a penalty takes, with the
+            optimizer's names for the parameters, and the same shapes where they decay. It is copied
+            now, so the model itself will do, and then decays toward its current parameters. The
+            copy is on the device of the parameters and in no state dict: pass the same reference to
+            resume.
+        weight_decay: $\lambda$; see `add_l1_decay`.
+        decoupled: See `add_l1_decay`.
+        mask: See `add_l1_decay`.
 
     Raises:
-        TypeError: As `add_l1_decay` does; `reference` is none of the four; or the reference of a
-            parameter is not a float or complex tensor, or complex beside a real parameter.
-        ValueError: As `add_l1_decay` does; `reference` is a generator that yields nothing, has
-            other names than the parameters, or a tensor of another shape: the message gives the
-            name.
+        TypeError: `reference` is none of the four; or the reference of a parameter is not a float
+            or complex tensor, or is complex and the parameter real.
+        ValueError: `reference` is a generator that yields nothing, has other names than the
+            parameters, or a tensor of another shape: the message names it.
 
-    JAX: `regjax.optim.add_l2_sp_decay(reference, weight_decay)`.
-
-    Examples:
+    Example:
         >>> import torch
         >>> weight = torch.tensor([1.0, 3.0], requires_grad=True)
         >>> optimizer = torch.optim.SGD([weight], lr=0.5)
@@ -220,25 +216,15 @@ def add_independent_weight_decay(
     $$w_t = w_{t-1} - \lambda_t w_{t-1} - \eta_t u_t$$
 
     where $\eta_t u_t$ is the optimizer's step. This is decoupled decay as its authors first defined
-    it; each `weight_decay` of `torch.optim` is multiplied by the learning rate. No penalty in the
-    loss does the same.
+    it, and no penalty in the loss does the same; each `weight_decay` of `torch.optim` is multiplied
+    by the learning rate. The optimizer itself should have no decay. For the authors' schedule
+    multiplier, one for both rates, pass `weight_decay=lambda step: c * multiplier(step)`. For the
+    arguments, result and errors see `add_l1_decay`.
 
-    Args:
-        optimizer: Any optimizer of `torch.optim`, by itself without decay.
-        weight_decay: $\lambda$, or a function of the step, as in `add_l1_decay`; for the authors'
-            schedule multiplier, one of both rates, `lambda step: c * multiplier(step)`.
-        mask: Which parameters decay, as in `regtorch.l2_penalty`.
+    Note (JAX):
+        `regjax.optim.add_independent_weight_decay(weight_decay)` as the last link of a chain.
 
-    Returns:
-        A handle to remove the decay.
-
-    Raises:
-        TypeError: As `add_l1_decay` does.
-        ValueError: As `add_l1_decay` does.
-
-    JAX: `regjax.optim.add_independent_weight_decay(weight_decay)` as the last link of a chain.
-
-    Examples:
+    Example:
         >>> import torch
         >>> weight = torch.tensor([2.0, -2.0], requires_grad=True)
         >>> optimizer = torch.optim.SGD([weight], lr=0.5)
@@ -249,10 +235,10 @@ def add_independent_weight_decay(
         tensor([ 1., -2.])
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
-        ICLR 2019, algorithms 1 and 2. Wortsman et al., [Small-scale proxies for large-scale
-        Transformer training instabilities](https://arxiv.org/abs/2309.14322), ICLR 2024, for the
-        name.
+        Loshchilov and Hutter, [Decoupled Weight Decay
+        Regularization](https://arxiv.org/abs/1711.05101), ICLR 2019, algorithms 1 and 2. Wortsman
+        et al., [Small-scale proxies for large-scale Transformer training
+        instabilities](https://arxiv.org/abs/2309.14322), ICLR 2024, for the name.
     """
     decay = _Decay(optimizer, "independent_weight_decay", weight_decay, mask, lambda w, u, other: w)
     return decay.decouple(times_lr=False)
@@ -261,31 +247,22 @@ def add_independent_weight_decay(
 def add_cautious_weight_decay(
     optimizer: Optimizer, weight_decay: Schedule, *, mask: Mask = None
 ) -> DecayHandle:
-    r"""Decay only the coordinates whose step leads towards zero anyway.
+    r"""Decay only the coordinates that the step itself moves toward zero.
 
     $$w_t = w_{t-1} - \eta_t \left(u_t + \lambda_t \, [\, u_t w_{t-1} \ge 0 \,] \,
       w_{t-1}\right)$$
 
     Where $u_t$, the step that is subtracted, and $w_{t-1}$ have the same sign, or $u_t = 0$, both
-    step and decay shrink the coordinate; where they differ, the step wins and there is no decay.
+    step and decay shrink the coordinate; where they differ, there is no decay. The optimizer itself
+    should have no decay. For the arguments, result and errors see `add_l1_decay`; a complex
+    parameter that is to decay is also a TypeError.
 
-    Args:
-        optimizer: Any optimizer of `torch.optim`, by itself without decay.
-        weight_decay: $\lambda$, or a function of the step, as in `add_l1_decay`.
-        mask: Which parameters decay, as in `regtorch.l2_penalty`.
+    Note (JAX):
+        `regjax.optim.add_cautious_weight_decay(weight_decay)`, ahead of the learning rate. There
+        the sign of $u_t$ is known; here it follows from the parameters before and after the step,
+        so a step too small to move a parameter counts as $u_t = 0$.
 
-    Returns:
-        A handle to remove the decay.
-
-    Raises:
-        TypeError: As `add_l1_decay` does; or a complex parameter is to decay.
-        ValueError: As `add_l1_decay` does.
-
-    JAX: `regjax.optim.add_cautious_weight_decay(weight_decay)`, ahead of the learning rate. There
-    the sign of $u_t$ is known; here it is read off the parameters before and after the step, so a
-    step too small to move a parameter counts as $u_t = 0$.
-
-    Examples:
+    Example:
         >>> import torch
         >>> weight = torch.tensor([2.0, -2.0], requires_grad=True)
         >>> optimizer = torch.optim.SGD([weight], lr=0.5)
@@ -310,7 +287,7 @@ def add_cautious_weight_decay(
         "cautious_weight_decay",
         weight_decay,
         mask,
-        # The product itself could underflow to 0 and pass.
+        # Compare signs: the product itself could underflow to 0 and pass.
         lambda w, u, other: torch.where(u.sgn() * w.sgn() >= 0, w, 0.0),
     )
     return decay.decouple()
@@ -321,8 +298,8 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
 
     $$\lambda_t = \lambda_0 \, s(t)$$
 
-    to the `weight_decay` what `torch.optim.lr_scheduler.LambdaLR` is to the learning rate: a group
-    without decay keeps none. It is set just before each step.
+    This is to the `weight_decay` what `torch.optim.lr_scheduler.LambdaLR` is to the learning rate:
+    a group without decay keeps none. It is set just before each step.
 
     Args:
         optimizer: An optimizer whose groups have a `weight_decay`, $\lambda_0$.
@@ -330,19 +307,20 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
             DINO's cosine, which rises from 1 to 10.
 
     Returns:
-        A handle to remove the schedule, which puts $\lambda_0$ back. `state_dict()` saves the
-        count, and $\lambda_0$ as 'initial_weight_decay' of each group.
+        A handle to remove the schedule, which restores $\lambda_0$. `state_dict()` saves the count,
+        and $\lambda_0$ as 'initial_weight_decay' of each group.
 
     Raises:
-        TypeError: `optimizer` is not an optimizer, or `multiplier` not callable; from `step`, it
-            does not give a number.
+        TypeError: `optimizer` is not an optimizer, `multiplier` is not callable, or, from `step`,
+            its result is not a number.
         ValueError: A group has no `weight_decay`; from `step`, the multiplier is negative, infinite
             or NaN.
 
-    JAX: `weight_decay=lambda count: c * multiplier(count)` in `regjax.optim` and in each of its
-    decays.
+    Note (JAX):
+        `weight_decay=lambda count: c * multiplier(count)` in `regjax.optim` and in each of its
+        decays.
 
-    Examples:
+    Example:
         >>> import torch
         >>> weight = torch.ones(1, requires_grad=True)
         >>> optimizer = torch.optim.SGD([weight], lr=0.5, weight_decay=0.5)
@@ -397,39 +375,40 @@ def layerwise_groups(
     depth: int | None = None,
     mask: Mask = None,
 ) -> list[dict[str, Any]]:
-    r"""Make parameter groups whose rates shrink geometrically from the top layer down.
+    r"""Return parameter groups whose rates shrink geometrically from the top layer down.
 
     $$\eta_l = \eta \, \text{lr\_factor}^{\,\text{depth} - l}, \qquad
       \lambda_l = \lambda \, \text{decay\_factor}^{\,\text{depth} - l}$$
 
-    A scheduler multiplies the rates of each group alike, so the ratios stay.
+    A scheduler multiplies the rates of all groups alike, so the ratios stay.
 
     Args:
         params: A module, dict or iterable of parameters, as a penalty takes.
-        layer_of: From a parameter's name, such as `'layers.0.weight'`, to its layer: 0 for the one
-            next to the input (embeddings), the largest for the head.
+        layer_of: From a parameter's name, such as `'layers.0.weight'`, to its layer: 0 next to the
+            input (embeddings), the largest for the head.
         lr: $\eta$, the learning rate of layer `depth`.
-        lr_factor: How much smaller the learning rate of each layer is than that of the one above,
-            such as 0.75.
+        lr_factor: The ratio of the learning rate of each layer to that of the layer above, such as
+            0.75.
         weight_decay: $\lambda$, the decay of layer `depth`.
-        decay_factor: The same for the decay.
-        depth: The layer whose rates are `lr` and `weight_decay`; the largest layer that `layer_of`
-            names, where None.
+        decay_factor: The ratio of the decay of each layer to that of the layer above.
+        depth: The layer whose rates are `lr` and `weight_decay`; by default the largest result of
+            `layer_of`.
         mask: Which parameters decay, as in `regtorch.l2_penalty`; the others have a decay of 0.
 
     Returns:
         Groups for any optimizer of `torch.optim`, with the names of the parameters in them.
 
     Raises:
-        TypeError: `layer_of` is not a function, or gives something else than an int; a rate is not
-            a number, or `depth` not an integer.
+        TypeError: `layer_of` is not a function, or does not return an int; a rate is not a number,
+            or `depth` not an integer.
         ValueError: A layer is negative or above `depth`, `depth` is negative, a rate is negative,
             infinite or NaN, or the mask does not match: the message names it.
 
-    JAX: `regjax.optim.layerwise_scale`, for `scale_by_leaf` (learning rates) and
-    `add_decay_by_leaf`; its names have slashes for dots.
+    Note (JAX):
+        `regjax.optim.layerwise_scale`, for `scale_by_leaf` (learning rates) and
+        `add_decay_by_leaf`; its names have slashes for dots.
 
-    Examples:
+    Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
         >>> groups = layerwise_groups(
@@ -477,7 +456,7 @@ def _layer(name: str, layer: Any, depth: int | None) -> int:
 
 
 def _check_mask(mask: Mask, weight_decay: Schedule, leaves: Sequence[tuple[str, Any]]) -> None:
-    """Refuse a mask, other than a function, with which nothing decays."""
+    """Raise if a mask other than a function lets nothing decay."""
     is_zero = isinstance(weight_decay, int | float) and weight_decay == 0
     if is_zero or callable(mask) or not leaves or any(resolve_mask(mask, leaves)):
         return
@@ -505,12 +484,12 @@ class _Decay:
         _check_mask(mask, weight_decay, leaves)
         self.optimizer, self.weight_decay, self.mask = optimizer, weight_decay, mask
         self.direction, self.others = direction, others
-        # The checks of the mask, now and not at the first step.
+        # Check the mask now instead of at the first step.
         list(self.targets())
         self.count = _Count(optimizer, kind)
 
     def targets(self) -> Iterator[tuple[str, Tensor, dict[str, Any], Any]]:
-        """Name, parameter, group and other of each parameter that decays, as it is at this step."""
+        """Yield name, parameter, group and reference of each parameter that decays at this step."""
         parameters = _parameters(self.optimizer)
         leaves = [(name, p) for name, p, _ in parameters]
         others = {} if self.others is None else dict(resolve_reference(self.others, leaves))
@@ -532,7 +511,7 @@ class _Decay:
             for _, p, group, other in self.targets():
                 if p.grad is None:
                     continue
-                # torch negates the gradient to ascend, and all that is in it.
+                # With maximize, torch negates the gradient, including the decay in it.
                 signed = -coefficient if group.get("maximize", False) else coefficient
                 grad = widened(p.grad)
                 p.grad.copy_(grad + signed * self.direction(widened(p), grad, other))
@@ -564,7 +543,7 @@ class _Decay:
 
 
 class _Count:
-    """The step that a schedule is at, kept where `state_dict` saves it."""
+    """The step of a schedule, stored where `state_dict` saves it."""
 
     def __init__(self, optimizer: Optimizer, kind: str) -> None:
         taken = _taken.setdefault(optimizer, set())
@@ -575,7 +554,7 @@ class _Count:
         self.optimizer, self.key = optimizer, key
 
     def evaluate(self, name: str, schedule: Callable[[int], float]) -> float:
-        """Ask a schedule about this step, and count it."""
+        """Return the value of a schedule at this step, and count the step."""
         group = self.optimizer.param_groups[0]
         step = group.get(self.key, 0)
         value = schedule(step)

@@ -289,7 +289,8 @@ def _optimizers() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
     """The optimizers and decays of `regjax.optim`, each with all of its options."""
     params = {"kernel": jnp.ones((2, 3))}
     decaying = {"weight_decay": 0.1, "reference": params, "scale": 0.5, "momentum": 0.9}
-    for name, make in vars(regjax.optim).items():
+    for name in regjax.optim.__all__:
+        make = getattr(regjax.optim, name)
         if inspect.isfunction(make) and name != "layerwise_scale":
             options = inspect.signature(make).parameters.values()
             passed = {each.name: decaying.get(each.name, each.default) for each in options}

@@ -68,6 +68,7 @@ def test_a_long_value_is_cut_and_an_array_described():
         shared.check_integer("axis", torch.ones(9))
 
 
+@pytest.mark.wrong_types
 def test_what_a_framework_accepts_is_accepted():
     """Flax looks at neither the key nor the input where it has nothing to drop."""
     x, dims, off = jnp.ones((2, 3)), [np.int64(-1)], np.False_

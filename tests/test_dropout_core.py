@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.wings import JAX, TORCH, WINGS, Wing
@@ -159,7 +161,8 @@ def test_a_mask_is_stored_where_elements_would_draw_it_again(monkeypatch, shape,
     assert bool(calls) == stored
 
 
-@pytest.mark.parametrize("rate", [0.3, jnp.float32(0.3)], ids=["number", "array"])
+# Of 0.9 as a number and as an array, `1 - rate` rounds differently.
+@pytest.mark.parametrize("rate", [0.9, jnp.float32(0.9)], ids=["number", "array"])
 def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
     spec = jax_dropout.SampledMask("dropout", mask_sampler(JAX.library.bernoulli), (0,))
     given = (spec, jnp.asarray(X), JAX.key(5), rate)
@@ -167,7 +170,16 @@ def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
     observed = jax_dropout._masked_at_number if is_number else jax_dropout._masked_at_tracer
     dropped, keep = observed(*given)
     np.testing.assert_array_equal(dropped, jax_dropout.mask_and_scale(*given))
-    np.testing.assert_array_equal(keep, JAX.bernoulli(5, 1 - 0.3, (1, 4, 5)))
+    np.testing.assert_array_equal(keep, JAX.bernoulli(5, 1 - 0.9, (1, 4, 5)))
+
+
+def test_a_mask_is_laid_out_as_what_it_masks():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("a", "b")))
+    for dims, spec in [((), P("a", "b")), ((0,), P(None, "b")), ((0, 1), P(None, None))]:
+        assert jax_dropout.mask_sharding(x, dims).spec == spec
+    with jax.set_mesh(mesh):
+        assert jax_dropout.mask_sharding(jnp.ones((8, 16)), ()) is None
 
 
 def test_no_barrier_keeps_xla_from_fusing_a_mask():
@@ -224,4 +236,8 @@ def test_the_result_has_the_layout_of_the_input(order, dims):
     assert torch.equal(y, TORCH.library.dropout(x.contiguous(), 0.3, **options))
     wide = x[:, :1].expand(x.shape)
     expected = TORCH.library.dropout(wide.contiguous(), 0.3, **options)
-    assert torch.equal(TORCH.library.dropout(wide, 0.3, **options), expected)
+    keep = torch.ones(5, 4, 3, dtype=torch.bool)
+    assert torch_dropout.laid_out(keep, x.contiguous()) is keep
+    y = TORCH.library.dropout(wide, 0.3, **options)
+    assert torch.equal(y, expected)
+    assert dims or y.is_contiguous()  # an expanded dimension has no place in an order

@@ -59,6 +59,9 @@ def test_which_axis_packs():
         assert (jax_packed.packed_axis(shape), torch_packed.packed_axis(shape)) == (axis, axis)
 
 
+SMALL = [(64, 64, 1), (64, 63, 1), (32, 64, 1), (63, 65, 1)]
+
+
 @only_jax
 def test_which_axis_of_symbolic_sizes_packs(wing: Wing):
     """Of vectors: the sizes of one array would make it too large."""
@@ -72,7 +75,7 @@ def test_which_axis_of_symbolic_sizes_packs(wing: Wing):
     symbols = jax.export.symbolic_shape("a, b, c")
     vectors = [jax.ShapeDtypeStruct((symbol,), jnp.int8) for symbol in symbols]
     call = jax.export.export(jax.jit(axes))(*vectors).call
-    for sizes in [*(shape for shape in AXES if len(shape) == 3), (64, 64, 1), (63, 65, 1)]:
+    for sizes in [*(shape for shape in AXES if len(shape) == 3), *SMALL]:
         shapes = (sizes, sizes[:2], sizes[:1], (sizes[0], 64, sizes[2]), (33, sizes[1], 64))
         expected = [jax_packed.packed_axis(shape) for shape in shapes]
         found = call(*(np.zeros(size, np.int8) for size in sizes))
@@ -183,3 +186,21 @@ def test_without_words_to_share(wing: Wing, bits):
         changing = wing.traced(draw)(np.float32(threshold / 2**bits))
         for mask in (draw(threshold / 2**bits), changing):
             np.testing.assert_array_equal(wing.numpy(mask), drawn < threshold)
+
+
+def test_a_threshold_of_2_to_the_32_keeps_every_integer():
+    drawn = jnp.uint32([0, 2**31, 2**32 - 1])
+    for threshold, kept in ((2**32, [True] * 3), (0, [False] * 3)):
+        for each in (threshold, jnp.float32(threshold)):
+            assert jax_packed._below(drawn, each, 32).tolist() == kept
+        signed = torch.from_numpy(np.array(drawn).view(np.int32))
+        assert torch_packed._below(signed, threshold, 32).tolist() == kept
+
+
+@only_jax
+def test_a_cpu_draws_no_word_in_the_loop_that_reads_it(wing: Wing):
+    """XLA would fuse the two, and draw a word anew for each of its 32 elements."""
+    draw = jax.jit(lambda key: wing.library.packed_bernoulli(key, 0.3, (64, 128)))
+    loops = draw.lower(wing.key(9)).compile().as_text().split("\n\n")
+    assert any("xor(" in loop for loop in loops)
+    assert not any("xor(" in loop and "pred[2,32,128]" in loop for loop in loops)

@@ -9,7 +9,6 @@ that act at run time run the program as well.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import re
 from collections.abc import Callable
@@ -177,8 +176,8 @@ def observing(key: jax.Array) -> Any:
 # The public names of `regjax.optim` that are no decay or scale by leaves.
 OPTIMIZERS = [
     name
-    for name, value in vars(regjax.optim).items()
-    if inspect.isfunction(value) and not name.startswith(("add_", "layerwise_", "scale_"))
+    for name in regjax.optim.__all__
+    if name.islower() and not name.startswith(("add_", "layerwise_", "scale_"))
 ]
 GROUPS: dict[str, dict[str, Case]] = {
     "functions": of_functions() | {"site_key": site_key},
@@ -187,7 +186,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     | {"penalties": penalties, "schedules": schedules},
 }
 # Sums, and operations that XLA contracts to one rounding where it compiles them together.
-ROUNDED = ("attention whole", "attention blockwise", "adam", "adamw", "nadam")
+ROUNDED = ("attention whole", "attention blockwise", "adafactor", "adam", "adamw", "nadam")
 
 
 @dataclass(frozen=True)

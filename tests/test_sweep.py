@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 
 import pytest
@@ -50,17 +49,9 @@ def test_an_error_begins_with_its_argument(message, is_named):
 def test_every_public_function_is_swept(library):
     """A name that is added to a package must be added to the sweep."""
     package = library.__name__.partition(".")[0]
-    public = {name for name, value in vars(library).items() if _is_public(library, name, value)}
+    public = {name for name in library.__all__ if callable(getattr(library, name))}
     swept = {part for call in calls(package) for part in re.split("[ .]", call.name)}
     states = {"ScaleByNadamState", "ScheduledMomentumState"}
     results = {"DecayTable", "DropoutProblem", "DropoutReport", "Prediction", "DecayHandle"}
     assert public - swept <= states | results
     assert public - states - results
-
-
-def _is_public(library, name, value):
-    """Of a module that is one file, the names that it defines."""
-    is_package = hasattr(library, "__path__")
-    is_own = is_package or getattr(value, "__module__", None) == library.__name__
-    is_made_here = inspect.isfunction(value) or inspect.isclass(value) or is_package
-    return callable(value) and name[0] != "_" and is_own and is_made_here

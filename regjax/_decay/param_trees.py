@@ -1,4 +1,4 @@
-"""The parameters of a pytree as a rule sees them, and what decays: see `regshared.decay_rules`."""
+"""Apply the decay rules of `regshared.decay_rules` to the parameters of a pytree."""
 
 from __future__ import annotations
 
@@ -33,36 +33,38 @@ def decay_mask(
 ) -> PyTree[bool]:
     """Return a mask of the parameters that receive weight decay.
 
-    For the `mask` of `regjax.optim`, of optax and of `regjax.l2_penalty`; the function itself is a
-    mask too, `mask=regjax.decay_mask`; under `optax.inject_hyperparams`, which takes a function for
-    a schedule, name it in `static_args=("mask",)`.
+    Pass it as the `mask` of `regjax.optim`, optax or `regjax.l2_penalty`. The function itself also
+    works: `mask=regjax.decay_mask`. `optax.inject_hyperparams` takes a function for a schedule, so
+    name it there in `static_args=("mask",)`.
 
     Args:
         params: Plain containers, dataclasses, Flax variables, an `nnx.State` or module, an Equinox
-            module, Haiku parameters; arrays, tracers or `jax.ShapeDtypeStruct`.
-        rule: `"default"`, a glob, a function `(path, leaf, kind)`, or pairs of glob and decision:
-            `regshared.decay_rules` describes them. Paths are joined by slashes; the `value`
-            inside a Flax variable is not in them. `kind` is 'linear', 'conv', 'embedding', 'norm',
-            'attention', 'recurrent', 'activation' or empty: of the class of an Equinox or nnx
-            module, and otherwise what its name suggests.
+            module or Haiku parameters, holding arrays, tracers or `jax.ShapeDtypeStruct`s.
+        rule: `"default"`, a glob, a function `(path, leaf, kind)`, or pairs of glob and decision,
+            described in `regshared.decay_rules`. Paths are joined by slashes, without the `value`
+            inside a Flax variable. `kind` is 'linear', 'conv', 'embedding', 'norm', 'attention',
+            'recurrent', 'activation' or empty; it comes from the class of an Equinox or nnx module,
+            otherwise from its name.
         frozen: Globs of parameters that get no gradient. PyTorch skips these, while optax decays
-            every parameter: name them here, and a zero gradient leaves them as they are.
+            every parameter: name them here, and a zero gradient leaves them unchanged.
 
     Returns:
-        A tree of bools with the structure of `params`. It is False for leaves that are no float or
-        complex arrays, Flax's `batch_stats`, `cache`, `intermediates` and `perturbations` beside
-        `params`, variables of nnx that are no `Param`, states of Equinox.
+        A pytree of bools with the structure of `params`. It is False for leaves that are not float
+        or complex arrays, for Flax's `batch_stats`, `cache`, `intermediates` and `perturbations`
+        beside `params`, for nnx variables other than `Param`, and for Equinox states.
 
     Raises:
-        TypeError: `params` is a single leaf that is no parameter, such as a step count; `rule` has
-            another form, or returns neither True nor False: for rates, see `decay_rates`.
+        TypeError: `params` is a single leaf that is not a parameter, such as a step count; `rule`
+            has another form, or returns neither True nor False (for rates, see `decay_rates`).
         ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
-            know one; a function returns False for everything. The message names the glob and paths.
+            know a parameter; or a function returns False for all. The message names the glob and
+            the paths.
 
-    PyTorch: `regtorch.decay_mask(module, rule)`, by the same rules, where frozen is what does not
-    require a gradient.
+    Note (PyTorch):
+        `regtorch.decay_mask(module, rule)` applies the same rules; there, parameters that do not
+        require a gradient are frozen.
 
-    Examples:
+    Example:
         >>> import jax.numpy as jnp
         >>> norm = {"scale": jnp.ones(3), "bias": jnp.ones(3)}
         >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "norm": norm}
@@ -86,28 +88,28 @@ def decay_rates(
     *,
     frozen: str | Sequence[str] = (),
 ) -> PyTree[ScalarLike]:
-    """Return the rate of weight decay of each parameter.
+    """Return the weight decay rate of each parameter, for `regjax.optim.add_decay_by_leaf`.
 
-    For `regjax.optim.add_decay_by_leaf`. Under a schedule give the default `weight_decay` here, and
-    the schedule there.
+    Under a schedule, keep the default `weight_decay` here and pass the schedule there.
 
     Args:
-        params: As in `decay_mask`.
+        params: See `decay_mask`.
         weight_decay: The rate of the parameters for which the rule is True.
-        rule: As in `decay_mask`; a decision may be a rate, which stands as it is.
-        frozen: As in `decay_mask`.
+        rule: See `decay_mask`; a decision may also be a rate, which is used as given.
+        frozen: See `decay_mask`.
 
     Returns:
-        A tree of numbers with the structure of `params`, 0.0 where nothing decays.
+        A pytree of numbers with the structure of `params`, 0.0 where nothing decays.
 
     Raises:
-        TypeError: As `decay_mask` does, or a rate is no number.
-        ValueError: As `decay_mask` does, or a rate is negative, infinite or NaN.
+        TypeError: As in `decay_mask`, or a rate is not a number.
+        ValueError: As in `decay_mask`, or a rate is negative, infinite or NaN.
 
-    PyTorch: `regtorch.decay_rates(module, weight_decay, rule)`, or ready for an optimizer
-    `regtorch.decay_groups`.
+    Note (PyTorch):
+        `regtorch.decay_rates(module, weight_decay, rule)`, or `regtorch.decay_groups` for the
+        parameter groups of an optimizer.
 
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax, regjax
         >>> layer = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
         >>> params = {"stem": layer, "head": layer}
@@ -132,25 +134,18 @@ def decay_table(
     *,
     frozen: str | Sequence[str] = (),
 ) -> DecayTable:
-    """List which parameter decays, at what rate, and why.
+    """Return a table of the parameters with their decay rates and the rules that decided them.
 
-    Args:
-        params: As in `decay_mask`.
-        weight_decay: The rate of the parameters for which the rule is True.
-        rule: As in `decay_rates`.
-        frozen: As in `decay_mask`.
+    The arguments and errors are those of `decay_rates`.
 
     Returns:
-        A table to print, with totals, and to walk through: its rows have the fields of `DecayRow`.
-        What is no parameter is not in it.
+        A table to print, with totals, and to iterate over; its rows have the fields of `DecayRow`.
+        Leaves that are not parameters are omitted.
 
-    Raises:
-        TypeError: As `decay_rates` does.
-        ValueError: As `decay_rates` does.
+    Note (PyTorch):
+        `regtorch.decay_table(module, weight_decay, rule)`.
 
-    PyTorch: `regtorch.decay_table(module, weight_decay, rule)`.
-
-    Examples:
+    Example:
         >>> import jax.numpy as jnp
         >>> norm = {"scale": jnp.ones(3), "bias": jnp.ones(3)}
         >>> params = {"Dense_0": {"kernel": jnp.ones((2, 3))}, "LayerNorm_0": norm}
@@ -169,7 +164,7 @@ def decay_table(
 
 
 def _parameters(params: PyTree, frozen: str | Sequence[str]) -> list[Parameter | None]:
-    """List the leaves in the order of `jax.tree.leaves`, and None for what is no parameter."""
+    """Return the leaves as `jax.tree.leaves` orders them, None for those that are no parameters."""
     if jax.tree_util.all_leaves([params]) and not _is_inexact(params):
         found = f"{params.dtype}{list(params.shape)}" if hasattr(params, "dtype") else repr(params)
         raise TypeError(
@@ -196,28 +191,22 @@ def _present(leaves: Sequence[Parameter | None]) -> list[Parameter]:
 def _tree(
     params: PyTree, parameters: Sequence[Parameter | None], answers: Iterable[Any], otherwise: Any
 ) -> PyTree:
-    """Put the answers in the places of the parameters, and one in the places of all else."""
+    """Return a pytree with answers in place of parameters and `otherwise` everywhere else."""
     rest = iter(answers)
     leaves = [otherwise if parameter is None else next(rest) for parameter in parameters]
     return jax.tree.structure(params).unflatten(leaves)
 
 
-# What Flax keeps beside the parameters.
+# Flax's collections beside the parameters.
 _COLLECTIONS = {"batch_stats", "cache", "intermediates", "params_axes", "perturbations"}
 
 
 class _Node(NamedTuple):
-    """Where a walk through a tree stands.
-
-    Attributes:
-        path: The components so far.
-        owner: The class of the innermost node that has attributes, where no dict is inside it.
-        is_parameter: Whether a float array here is a parameter.
-    """
+    """The position of a walk through a pytree."""
 
     path: tuple[str, ...] = ()
-    owner: type = object
-    is_parameter: bool = True
+    owner: type = object  # class of the innermost node with attributes, if no dict is inside
+    is_parameter: bool = True  # whether a float array here is a parameter
 
 
 def _leaves(tree: PyTree, node: _Node) -> Iterator[Parameter | None]:
@@ -239,7 +228,7 @@ def _step(tree: PyTree, node: _Node, path: tuple[Any, ...]) -> _Node:
     name = path_name(path)
     ancestors = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(tree).__mro__}
     if "flax.Variable" in ancestors or (name == "value" and "flax.AxisMetadata" in ancestors):
-        # A box around the array: its name is that of the box.
+        # A box around the array; the array takes the name of the box.
         is_variable = "flax.Variable" in ancestors
         is_parameter = node.is_parameter and (not is_variable or "flax.Param" in ancestors)
         return node._replace(is_parameter=is_parameter)
@@ -256,7 +245,7 @@ def _step(tree: PyTree, node: _Node, path: tuple[Any, ...]) -> _Node:
 
 def _parameter(leaf: Any, node: _Node) -> Parameter:
     path = "/".join(node.path)
-    # Positions in a list and Haiku's ~ are no names.
+    # List indices and Haiku's ~ are not names.
     names = [part for part in components(path) if words(part)]
     name, holder = names[-1] if names else "", names[-2] if len(names) > 1 else ""
     kind, certain = _kind(node.owner, holder)
@@ -264,6 +253,6 @@ def _parameter(leaf: Any, node: _Node) -> Parameter:
 
 
 def _kind(owner: type, holder: str) -> tuple[str, bool]:
-    """Say what owns a parameter: by its class where it has one, else by what it is called."""
+    """Return the kind of a parameter's owner, from its class or else from its name."""
     kind, certain = kind_of_class(owner)
     return (kind, certain) if kind else kind_of_attribute(holder)

@@ -1,4 +1,7 @@
-"""Which parameters decay, how much, towards what: the checks of loss terms and optimizers."""
+"""Masks, scales and references of weight decay, checked and expanded to the parameters' structure.
+
+Where one of them has another structure, the error names the first path that differs.
+"""
 
 from __future__ import annotations
 
@@ -23,106 +26,40 @@ if TYPE_CHECKING:
 def resolve_mask(
     mask: PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None, params: PyTree
 ) -> PyTree[bool]:
-    """Say for each parameter whether it decays.
+    """Return a pytree of Python bools with the structure of `params`: True where a leaf decays.
 
     Args:
-        mask: `None` (every leaf), or a tree of bools that has the structure of `params` or is a
-            prefix of it (one bool for a whole subtree), or a function from `params` to such a tree.
-            A variable of Flax and its bare value fit each other: `flax.nnx.Optimizer` passes the
-            one to `init` and the other to `update`.
-        params: The parameters. `None` in them is an empty subtree, as everywhere in JAX: a bool of
-            the mask may stand over it, and a `None` of the mask must meet a `None`.
-
-    Returns:
-        A tree of Python bools with the structure of `params`. PyTorch says the same with parameter
-        groups, each with its own `weight_decay`.
+        mask: `None` (every leaf), or a pytree of bools with the structure of `params` or a prefix
+            of it (one bool for a whole subtree), or a function from `params` to such a pytree. A
+            Flax variable and its bare value match each other: `flax.nnx.Optimizer` passes the one
+            to `init` and the other to `update`.
+        params: The parameters. `None` is an empty subtree, as everywhere in JAX: a bool of the mask
+            may cover it, and a `None` of the mask must meet a `None`.
 
     Raises:
-        ValueError: The mask has another structure; names the first place that differs.
-        TypeError: A leaf of the mask is not a bool; names its place and value.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-        >>> resolve_mask(lambda params: jax.tree.map(lambda p: p.ndim > 1, params), params)
-        {'dense': {'bias': False, 'kernel': True}}
-        >>> resolve_mask({"dense": False}, params)
-        {'dense': {'bias': False, 'kernel': False}}
+        ValueError: The mask has another structure.
+        TypeError: A leaf of the mask is not a bool; the message gives its path and value.
     """
     if mask is None:
         mask = True
-    # An Equinox module that holds bools is callable too, but it is a tree and no leaf.
+    # An Equinox module of bools may be callable too, but it is a pytree and not a leaf.
     elif callable(mask) and _is_leaf(mask):
         mask = mask(params)
     return _broadcast("mask", _as_bool, (), mask, params)
 
 
 def resolve_scale(scale: PyTree[ScalarLike], params: PyTree) -> PyTree[ScalarLike]:
-    """Say for each parameter by which number it is scaled.
-
-    Args:
-        scale: A tree of numbers that has the structure of `params` or is a prefix of it.
-        params: The parameters, or anything of their structure.
-
-    Returns:
-        A tree of the numbers with the structure of `params`.
-
-    Raises:
-        ValueError: The scale has another structure; names the first place that differs. Or a number
-            is negative, infinite or NaN.
-        TypeError: A leaf of the scale is not a number; names its place and value.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-        >>> resolve_scale({"dense": 0.5}, params)
-        {'dense': {'bias': 0.5, 'kernel': 0.5}}
-    """
+    """Return the scale of each parameter, from a pytree of their structure or a prefix of it."""
     return _broadcast("scale", _as_number, (), scale, params)
 
 
 def resolve_reference(reference: PyTree, params: PyTree) -> PyTree:
-    """Say for each parameter towards what it decays.
-
-    Args:
-        reference: A tree with the structure of `params`; no prefix of it will do.
-        params: The parameters.
-
-    Returns:
-        The reference as it is.
-
-    Raises:
-        ValueError: The reference has another structure; names the first place that differs.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> resolve_reference({"kernel": 0.0}, {"kernel": jnp.ones(2), "bias": jnp.ones(2)})
-        Traceback (most recent call last):
-        ValueError: reference has another structure than the parameters at 'bias': the reference
-        has nothing there, the parameters have an array float32[2]
-    """
+    """Return the reference unchanged if it has the structure of `params`; a prefix is an error."""
     return _broadcast("reference", _as_it_is, (), reference, params)
 
 
 def check_reference(name: str, leaf: Array, reference: Any) -> None:
-    """Refuse a reference that a parameter cannot decay towards.
-
-    Args:
-        name: Where the parameter sits.
-        leaf: The parameter.
-        reference: What stands in its place in the reference.
-
-    Raises:
-        TypeError: The reference is no float or complex array, or complex where the parameter is
-            real.
-        ValueError: It has another shape.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> check_reference("kernel", jnp.ones((2, 3)), jnp.ones(3))
-        Traceback (most recent call last):
-        ValueError: reference at 'kernel' has shape (3,), but the parameter has shape (2, 3)
-    """
+    """Raise an error if the parameter `name` cannot decay toward this leaf of the reference."""
     is_array = isinstance(reference, jax.Array | np.ndarray | np.generic)
     if not is_array or not jnp.issubdtype(reference.dtype, jnp.inexact):
         found = f"an array of {reference.dtype}" if is_array else repr(reference)
@@ -146,7 +83,7 @@ def _broadcast(
     tree: PyTree,
     params: PyTree,
 ) -> PyTree:
-    """Give each parameter its leaf of a tree that may be a prefix, judged once for its subtree."""
+    """Expand a prefix pytree to the structure of `params`; call `judge` once per leaf of it."""
     if _is_leaf(tree):
         verdict = judge(path, tree, params)
         return jax.tree.map(lambda _: verdict, params)
@@ -187,14 +124,14 @@ def _as_number(path: KeyPath, leaf: Any, params: PyTree) -> Any:
 
 
 def _as_it_is(path: KeyPath, leaf: Any, params: PyTree) -> Any:
-    # A parameter that is left out, such as one without a gradient, needs no reference.
+    # A parameter that is None, such as one without a gradient, needs no reference.
     if params is not None and not _is_leaf(_content(params) if _is_box(params) else params):
         raise ValueError(_difference("reference", path, leaf, params))
     return leaf
 
 
 def _difference(name: str, path: KeyPath, tree: PyTree, params: PyTree) -> str:
-    """Describe the first place at which a tree is no prefix of `params`."""
+    """Describe the first path at which a pytree is not a prefix of `params`."""
     places = [(path, tree, params)]
     if type(tree) is type(params):
         ours, theirs = (dict(_children(t)[0]) for t in (tree, params))
@@ -231,7 +168,7 @@ def _at(path: KeyPath) -> str:
 
 
 def _is_box(tree: Any) -> bool:
-    """Recognize a variable of Flax, or metadata around an array, without importing Flax."""
+    """Recognize a Flax variable, or metadata around an array, without importing Flax."""
     ancestors = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(tree).__mro__}
     is_of_flax = bool(ancestors & {"flax.Variable", "flax.AxisMetadata"})
     return is_of_flax and len(_children(tree)[0]) == 1
@@ -247,5 +184,5 @@ def _is_leaf(tree: Any) -> bool:
 
 
 def _children(tree: PyTree) -> tuple[list[tuple[KeyPath, Any]], Any]:
-    """Flatten one level only: children with their keys, and the structure they leave."""
+    """Flatten one level: return the children with their keys, and the structure around them."""
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)

@@ -1,4 +1,4 @@
-"""Alpha dropout: dropped elements saturate, and mean 0 and variance 1 stay what they were."""
+"""Alpha dropout: dropped elements saturate, and mean 0 and variance 1 are preserved."""
 
 from __future__ import annotations
 
@@ -36,39 +36,35 @@ def alpha_dropout(
     broadcast_dims: Sequence[int] = (),
     sampler: Sampler = bernoulli,
 ) -> Float[Array, "*shape"]:
-    """Dropout for self-normalising networks: if `x` has mean 0 and variance 1, so has the result.
+    """Apply dropout that preserves mean 0 and variance 1, for self-normalizing networks.
 
-    An element is dropped with probability `rate`, to `-alpha`, where the SELU saturates, and not to
-    0, where it does not. With q = 1 - rate, alpha = 1.7580993408473766 and
-    a = 1 / sqrt((1 + alpha**2 * rate) * q):
+    An element is dropped, with probability `rate`, to `-alpha`, where the SELU saturates, instead
+    of 0. With q = 1 - rate, alpha = 1.7580993408473766 and a = 1 / sqrt((1 + alpha**2 * rate) * q):
 
         y = where(keep, (x + alpha * rate) * a, -alpha * q * a)
 
     The constants are computed in double and rounded once; the sum and the product follow in
-    float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum
-    comes first, because XLA could contract a product and a sum to one rounding.
+    float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum comes
+    first, because XLA could contract a product and a sum to one rounding. The result and other
+    errors are those of `dropout`.
 
     Args:
-        x: real floating, of any shape, also 0-d and empty.
-        rate: the probability that an element is dropped, in [0, 1]; a number or a traced scalar.
-            The constants of the latter are computed in float32, in double for float64, and may
-            differ from those in their last bits. At 1 everything is 0, the limit of the formula.
-        key: the random key; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-        broadcast_dims: dimensions along which one mask is shared.
-        sampler: what draws the mask.
-
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
+        x: Real floating, of any shape, including 0-d and empty.
+        rate: See `dropout`. The constants of a traced rate are computed in float32, in double for
+            float64, and may differ from a number's in their last bits. At 1 everything is 0, the
+            limit of the formula.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        broadcast_dims: See `dropout`.
+        sampler: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`, or `x` is complex.
-        ValueError: as `dropout`.
+        TypeError: `x` is complex.
 
-    PyTorch:
-        `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)`, whose product
-        comes before the sum; the results differ by rounding. `regtorch.alpha_dropout` with the same
-        key gives the same result bit for bit.
+    Note (PyTorch):
+        `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)` multiplies before
+        it adds; the results differ by rounding. `regtorch.alpha_dropout` with the same key returns
+        bitwise identical results.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -76,8 +72,8 @@ def alpha_dropout(
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 , -0.77919394,
                 0.7791939 ], dtype=float32)
 
-    Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
-    NeurIPS 2017.
+    References:
+        Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks", NeurIPS 2017.
     """
     x = check_alpha_input(x)
     spec = alpha("alpha_dropout", sampler, check_dims(broadcast_dims, x.ndim))
@@ -93,26 +89,23 @@ def feature_alpha_dropout(
     channel_axis: int = -1,
     sampler: Sampler = bernoulli,
 ) -> Float[Array, "*shape"]:
-    """Alpha dropout of whole channels: one decision for each channel of each row.
+    """Apply `alpha_dropout` to whole channels, as `feature_dropout` applies `dropout`.
 
-    To `alpha_dropout` what `feature_dropout` is to `dropout`.
+    The result, the errors and the source are those of `alpha_dropout`.
 
     Args:
-        x: real floating, with the batch first; see `feature_dropout`.
-        rate: the probability that a channel is dropped, in [0, 1].
-        key: the random key; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-        channel_axis: the dimension of the channels, counted from the end if negative.
-        sampler: what draws the mask.
-
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
+        x: Real floating, with the batch first; see `feature_dropout`.
+        rate: See `alpha_dropout`.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        channel_axis: See `feature_dropout`.
+        sampler: See `dropout`.
 
     Raises:
-        TypeError: as `alpha_dropout`, or `channel_axis` is not an integer.
-        ValueError: as `alpha_dropout`, or `channel_axis` is not a dimension of `x`.
+        TypeError: `channel_axis` is not an integer.
+        ValueError: `channel_axis` is not a dimension of `x`.
 
-    PyTorch:
+    Note (PyTorch):
         `torch.nn.functional.feature_alpha_dropout(x, p=rate, training=not deterministic)`.
 
     Example:
@@ -120,9 +113,6 @@ def feature_alpha_dropout(
         >>> y = regjax.feature_alpha_dropout(jnp.zeros((1, 3, 4)), 0.5, key=jax.random.key(0))
         >>> y[0, 0, :]
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
-
-    Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
-    NeurIPS 2017.
     """
     x = check_alpha_input(x)
     spec = alpha("feature_alpha_dropout", sampler, shared_dims(x.ndim, channel_axis))
@@ -130,12 +120,12 @@ def feature_alpha_dropout(
 
 
 def alpha(name: str, sampler: Sampler, dims: tuple[int, ...]) -> SampledMask:
-    """Alpha dropout under the name of the function that calls it."""
+    """Return the spec of alpha dropout under the name of the calling function."""
     return SampledMask(name, mask_sampler(sampler), dims, _scale, _offsets)
 
 
 def _scale(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
-    """What keeps the variance at 1: 1 / sqrt((1 + alpha**2 * (1 - keep_prob)) * keep_prob)."""
+    """Return 1 / sqrt((1 + alpha**2 * (1 - keep_prob)) * keep_prob), for a variance of 1."""
     real = real_dtype(dtype)
     if isinstance(keep_prob, jax.Array):
         variance = (real(_ONE_MORE) - keep_prob) * keep_prob
@@ -148,7 +138,7 @@ def _scale(keep_prob: float | Float[Array, ""], dtype: np.dtype) -> np.floating 
 def _offsets(
     keep_prob: float | Float[Array, ""], dtype: np.dtype
 ) -> tuple[np.floating | Float[Array, ""], np.floating | Float[Array, ""]]:
-    """What is added to a kept element before the scale, and what a dropped one becomes."""
+    """Return the shift of a kept element, before the scale, and the value of a dropped one."""
     real = real_dtype(dtype)
     if isinstance(keep_prob, jax.Array):
         fill = (keep_prob * real(-_ALPHA)) * _scale(keep_prob, dtype)
@@ -158,7 +148,7 @@ def _offsets(
 
 
 def _double_scale(keep_prob: float) -> float:
-    # In Python's doubles, which round the same in both packages.
+    # Python floats round the same in both packages.
     variance = (1 + _ALPHA**2 * (1 - keep_prob)) * keep_prob
     return 1 / math.sqrt(variance) if variance else 0.0
 

@@ -1,4 +1,4 @@
-"""Attention with dropout: with the whole matrix of weights, or block by block without it."""
+"""Attention with dropout, from the whole weight matrix or blockwise without materializing it."""
 
 from __future__ import annotations
 
@@ -38,12 +38,13 @@ from regshared.checks import check_bool, check_integer, describe
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike, DTypeLike
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Bool, Float, Real
 
     from regjax._random.keys import KeyLike
 
-    Bias = Float[ArrayLike, "*#batch #heads #queries #keys"] | None
-    Mask = Bool[ArrayLike, "*#batch #heads #queries #keys"] | None
+    # Of any shape that broadcasts against "*batch heads queries keys", also of lower rank.
+    Bias = Real[ArrayLike, "*#scores"] | None
+    Mask = Bool[ArrayLike, "*#scores"] | Bias
 
 
 def dot_product_attention(
@@ -66,70 +67,70 @@ def dot_product_attention(
     qk_attn_weights_einsum: None = None,
     attn_weights_value_einsum: None = None,
 ) -> Float[Array, "*batch queries heads features"]:
-    """Attention whose weights are dropped in training.
+    """Compute attention, with dropout of its weights in training.
 
         weights = softmax(scale * query . key + bias), 0 where the mask is False
         result  = dropout(weights) . value
 
-    The softmax, and the dropout of its weights, are in float32 for half types. A query that may
-    look at no key gives 0.
+    The softmax and the dropout of its weights are in float32 for half types. A query whose keys are
+    all masked gives 0.
 
-    With `block_size` the weights never exist as a whole: they are made `block_size` keys at a time,
-    forward and backward, and the memory grows with the length and not with its square. The mask of
-    a block is made from the places of its elements in the whole, so that **the two forms drop the
-    same elements, bit for bit**, whatever the size of a block.
+    With `block_size` the whole weight matrix is never materialized: weights are computed
+    `block_size` keys at a time, forward and backward, and memory is linear in sequence length
+    instead of quadratic. The mask of a block is drawn at the indices of its elements in the whole
+    matrix, so that **both forms drop the same elements, bit for bit**, whatever the block size.
 
-    Batch, heads and queries may be shared out over devices, which then send one another nothing;
-    keys and values of one head may not. Inside `shard_map` the shape is that of one device: fold
+    Batch, heads and queries may be sharded across devices with no communication; the keys and
+    values of one head may not be sharded. Inside `shard_map` the shape is that of one device: fold
     `jax.lax.axis_index` into `dropout_rng`.
 
     Args:
-        query: of shape (..., queries, heads, depth), with any number of batch dimensions.
-        key: of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
-            heads, one after the other (grouped queries).
-        value: of shape (..., keys, kv_heads, features).
-        bias: added to the scores; broadcasts against (..., heads, queries, keys).
-        mask: True where a query may look at a key; broadcasts likewise. Zeros and ones of another
-            dtype are taken too, as Flax's `make_causal_mask` and its decoding make them.
-        dropout_rng: the random key; see `dropout`. It has Flax's name, as `key` is taken here.
-        dropout_rate: the probability that a weight is zeroed, in [0, 1]; may be traced.
+        query: Of shape (..., queries, heads, depth), with any number of batch dimensions.
+        key: Of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
+            consecutive heads (grouped queries).
+        value: Of shape (..., keys, kv_heads, features).
+        bias: Added to the scores; broadcasts against (..., heads, queries, keys).
+        mask: True where a query may attend to a key; broadcasts like `bias`. Zeros and ones of
+            another dtype are accepted, as Flax's `make_causal_mask` and its decoding make them.
+        dropout_rng: The PRNG key, under Flax's name; see `key` of `dropout`.
+        dropout_rate: The probability that a weight is zeroed, in [0, 1]; may be traced.
         deterministic: True in evaluation; may be traced.
-        broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
-            they are told otherwise. PyTorch draws one for each.
-        is_causal: whether query i may look at keys 0 to i only.
-        scale: the number that multiplies the products, `1 / sqrt(depth)` by default. A traced
-            scalar multiplies the query instead, so that it can be learned; NaN then gives NaN.
-        block_size: how many keys are looked at at a time; without it, all of them.
-        dtype: that of the computation; without it, the arrays must agree in theirs.
-        precision: of the products; see `jax.lax.Precision`.
-        module: a Linen or NNX module that the weights, before dropout, are sown into.
-        qk_attn_weights_einsum: refused. Linen has a place for other einsums, and would leave them
-            out in silence if this function had no name for them.
-        attn_weights_value_einsum: likewise.
+        broadcast_dropout: Whether all rows and heads share one mask, as in Flax's modules by
+            default. PyTorch draws one for each.
+        is_causal: Whether query i may attend to keys 0 to i only.
+        scale: The factor of the products, `1 / sqrt(depth)` by default. A traced scalar multiplies
+            the query instead, so that it can be learned; NaN then gives NaN.
+        block_size: The number of keys per block; without it, all keys at once.
+        dtype: The dtype of the computation; without it, the arrays must have the same dtype.
+        precision: The precision of the products; see `jax.lax.Precision`.
+        module: A Linen or NNX module into which the weights, before dropout, are sown.
+        qk_attn_weights_einsum: Rejected. Linen accepts custom einsums, and would omit them silently
+            if this function had no argument for them.
+        attn_weights_value_einsum: Rejected likewise.
 
     Returns:
         An array of shape (..., queries, heads, features) in the dtype of the arrays.
 
     Raises:
-        TypeError: the arrays are not floating or differ in dtype, `scale` is not a number, `mask`
+        TypeError: The arrays are not floating or differ in dtype, `scale` is not a number, `mask`
             has numbers other than 0 and 1 (a traced one is not checked), or as `dropout`.
-        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size`
+        ValueError: Shapes do not fit, with the argument named; `scale` is not finite; `block_size`
             is below 1, or given along with `module`; an einsum is given; or as `dropout`. A traced
             rate out of range gives NaN.
 
-    PyTorch:
+    Note (PyTorch):
+        `regtorch.dot_product_attention` has this layout, and with the same key the same mask.
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
-        enable_gqa=True)`, whose heads come before the lengths. `regtorch.dot_product_attention`
-        has this layout, and with the same key the same mask.
+        enable_gqa=True)` has heads before lengths.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 4, 8))
-        >>> how = dict(dropout_rng=jax.random.key(1), dropout_rate=0.1, is_causal=True)
-        >>> y = regjax.dot_product_attention(q, k, v, **how)
+        >>> options = dict(dropout_rng=jax.random.key(1), dropout_rate=0.1, is_causal=True)
+        >>> y = regjax.dot_product_attention(q, k, v, **options)
         >>> y.shape
         (2, 100, 4, 8)
-        >>> blockwise = regjax.dot_product_attention(q, k, v, block_size=32, **how)
+        >>> blockwise = regjax.dot_product_attention(q, k, v, block_size=32, **options)
         >>> bool(jnp.allclose(y, blockwise, atol=1e-5))
         True
 
@@ -143,9 +144,10 @@ def dot_product_attention(
         ...     attention_fn=regjax.dot_product_attention,
         ... )
 
-    Source: Vaswani et al., "Attention is all you need", NeurIPS 2017; the form in blocks: Rabe,
-    Staats, "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention",
-    NeurIPS 2022.
+    References:
+        Vaswani et al., "Attention is all you need", NeurIPS 2017. The blockwise form: Rabe, Staats,
+        "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention", NeurIPS
+        2022.
     """
     if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
         raise ValueError(
@@ -180,7 +182,7 @@ def dot_product_attention(
             return _mixed(weights.astype(value.dtype), value, precision).astype(value.dtype)
 
         if not observer():  # under a checkpoint, an observer would record the mask twice
-            # The backward pass drops again, and keeps the weights only as they were before.
+            # The backward pass drops the weights again, and stores only those before dropout.
             mixed = jax.checkpoint(mixed, prevent_cse=False)
         return mixed(weights, value, one_key)
     if module is not None:
@@ -207,13 +209,7 @@ def dot_product_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Scores:
-    """The scores of a run of keys, -inf where a query may not look.
-
-    Attributes:
-        scale: what products are multiplied by.
-        is_causal: whether query i may look at keys 0 to i only.
-        precision: of the products.
-    """
+    """The scores of a range of keys, -inf where a query may not attend."""
 
     scale: float
     is_causal: bool
@@ -222,7 +218,7 @@ class _Scores:
     def __call__(
         self, query: Array, key: Array, bias: Any, mask: Any, first: int | Array, keys: int = 0
     ) -> Float[Array, "*batch heads queries keys"]:
-        """Of the keys from `first` on; where `keys` is given, those from there on are padding."""
+        """Return the scores of the keys from `first` on; those from `keys` on, if set, are -inf."""
         heads, kv_heads = query.shape[-2], key.shape[-2]
         wide = real_dtype(query.dtype)
         if heads == kv_heads:
@@ -262,14 +258,14 @@ class _Scores:
 def _weights(
     scores: _Scores, query: Array, key: Array, bias: Any, mask: Any
 ) -> Float[Array, "*batch heads queries keys"]:
-    """All of them at once, in one dispatch where nothing else is jitted."""
+    """Return all weights, in one dispatch if the caller is not jitted."""
     return _softmax(scores(query, key, bias, mask, 0))
 
 
 @jax.custom_jvp
 def _softmax(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Along the last axis; zeros where all scores are -inf, with gradients that are zeros too."""
-    # Of a row with a finite score the sum is at least 1: the bounds move others only.
+    """Return the softmax along the last axis; zeros, with zero gradients, if all are -inf."""
+    # A row with a finite score has a sum of at least 1, so the bounds change only other rows.
     limits = jnp.finfo(scores.dtype)
     top = jnp.maximum(scores.max(-1, keepdims=True, initial=-jnp.inf), limits.min)
     powers = jnp.exp(scores - top)
@@ -278,7 +274,7 @@ def _softmax(scores: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 @_softmax.defjvp
 def _softmax_jvp(primals, tangents):
-    # By the result, which the backward pass has anyway: by its parts it would keep those as well.
+    # Use the result, which the backward pass stores anyway; the intermediates would be stored too.
     weights = _softmax(*primals)
     changes = weights * tangents[0]
     return weights, changes - weights * changes.sum(-1, keepdims=True)
@@ -305,39 +301,32 @@ def _mixed(
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """What of the form in blocks is no array: one value, static under jit.
-
-    Attributes:
-        scores: of a block.
-        size: how many keys it has.
-        keys: how many there are; those of the last block may be padding.
-        broadcast_dropout: whether rows and heads share one mask.
-    """
+    """The static part of blockwise attention: one value, hashable under jit."""
 
     scores: _Scores
-    size: int
-    keys: int
+    size: int  # keys per block
+    keys: int  # the number of keys; those of the last block may be padding
     broadcast_dropout: bool
 
     def firsts(self) -> Array:
-        """The first key of each block."""
+        """Return the first key of each block."""
         return jnp.arange(0, self.keys, self.size, dtype=np.int32)
 
     def shape(self, query: Array) -> tuple[int, ...]:
-        """Of the whole mask."""
+        """Return the shape of the whole mask."""
         *batch, queries, heads, _ = query.shape
         rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
         return (*rows, queries, self.keys)
 
     def plan(self, query: Array, rate: float | Float[Array, ""]) -> BlockwisePlan:
-        """What observers know of the mask before it is drawn."""
+        """Return the properties of the mask that observers know before it is drawn."""
         *batch, queries, heads, _ = query.shape
         scores = (*batch, heads, queries, self.keys)
         number = rate if isinstance(rate, float) else None
         return BlockwisePlan(self.shape(query), scores, -(-self.keys // self.size), number)
 
     def keep(self, weights: Array, query: Array, draw: _Draw | None, first: Array) -> Array | None:
-        """The mask of the weights of a block; None without dropout."""
+        """Return the mask of a block's weights; None without dropout."""
         if draw is None:
             return None
         whole = self.shape(query)
@@ -349,37 +338,31 @@ class _Blocks:
 
 
 class _Draw(NamedTuple):
-    """The arrays that a mask is made from.
-
-    Attributes:
-        words: the words of the key.
-        keep_prob: the probability that a weight is kept.
-        watched: for observers, the ticket of this call, the flag that turns it off and the rate.
-    """
+    """The arrays that a mask is drawn from."""
 
     words: Array
     keep_prob: Array
+    # For observers: the ticket of this call, the flag that turns it off, and the rate.
     watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None
 
 
 def _where_kept(keep: Array | None, weights: Array) -> Array:
-    """The weights with zeros where the mask has them, not yet scaled."""
+    """Return the weights with zeros where the mask has them, not yet scaled."""
     return weights if keep is None else jnp.where(keep, weights, 0)
 
 
-# The softmax needs to know two numbers of each row before it can weigh anything: the largest score
-# and the sum. Forward they are found on the way, as in FlashAttention. The derivative has both, so
-# that it is a sum over blocks that need nothing from one another: a scan without a state to store,
-# which JAX transposes and differentiates again by itself.
+# The softmax requires the largest score and the sum of each row. The forward pass accumulates both,
+# as in FlashAttention. The derivative has both already and is a sum over independent blocks: a scan
+# without a state to store, which JAX can transpose and differentiate again.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(
     blocks: _Blocks, query: Array, key: Array, value: Array, bias: Any, mask: Any, draw: Any
 ) -> tuple[Array, Array]:
-    """The result, not scaled for dropout, in float32 or wider, and the logarithm of each row's sum.
+    """Return the result, unscaled, in float32 or wider, and the logarithm of each row's sum.
 
     `key`, `value`, `bias` and `mask` are padded to whole blocks; `draw` is a `_Draw`, or None.
     """
-    # Made from the query, whose layout over devices they take.
+    # Made from the query, to have its layout over devices.
     rows = jnp.swapaxes(jnp.zeros_like(query[..., 0], real_dtype(query.dtype)), -1, -2)
     features = (*query.shape[:-1], value.shape[-1])
     start = jnp.full_like(rows, -jnp.inf), rows, jnp.broadcast_to(_per_query(rows), features)
@@ -399,7 +382,7 @@ def _attend(
         total = total * shrink + powers.sum(-1)
         return (new_top, total, result * _per_query(shrink) + mixed), None
 
-    # The derivative makes the same masks again, and records nothing.
+    # The derivative draws the same masks again, and records nothing.
     record_block = record_end = None
     if draw is not None and draw.watched is not None and (observers := observer()):
         ticket, off, rate = draw.watched
@@ -420,10 +403,10 @@ def _attend(
 def _attend_jvp(blocks: _Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]:
     result, log_total = _attend(blocks, *primals)
     dot_query, *dots, _, _ = tangents
-    # Wide, and cast inside a block: so the blocks' shares of a query's gradient add up in float32.
+    # Wide, and cast inside a block, so that the blocks' gradients of a query add up in float32.
     dots = (dot_query.astype(result.dtype), *dots)
 
-    # Made again in the backward pass, block by block, and never stored.
+    # Recomputed in the backward pass, block by block, and never stored.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(primals: Any, dots: Any, log_total: Array, first: Array) -> tuple[Array, Array]:
         query, key, value, bias, mask, draw = primals
@@ -454,7 +437,7 @@ def _attend_jvp(blocks: _Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]
     return (result, log_total), (dot_result, dot_log_total)
 
 
-# Outside of any jit each call would make another scan, and compile it.
+# Outside any jit, each call would build and compile another scan.
 _attend_in_one = jax.jit(_attend, static_argnums=0)
 
 
@@ -469,7 +452,7 @@ def _blockwise(
     rate: float | Float[Array, ""] = 0.0,
     watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
 ) -> Array:
-    # One block at least, also where there are no keys: a scan looks at one before it runs.
+    # At least one block, even without keys: a scan traces one before it runs.
     whole = blocks.size * (-(-blocks.keys // blocks.size) if blocks.keys else 1)
     padding = whole - blocks.keys
     pad = functools.partial(_padded, padding=padding)
@@ -491,7 +474,7 @@ def _blockwise(
 
 
 def _hash(*arrays: Array | None) -> Array:
-    """A number by which arrays can be told apart: of their bits, weighted by their places."""
+    """Return a number that distinguishes arrays, from their bits weighted by their positions."""
     total = jnp.zeros((), jnp.uint32)
     for x in arrays:
         if x is not None:
@@ -505,7 +488,7 @@ def _hash(*arrays: Array | None) -> Array:
 
 
 def _part(x: Any, axis: int = -1, *, first: Array, size: int) -> Any:
-    """The part of an array that belongs to a block of keys; the array where it is one for all."""
+    """Return the slice of an array for a block of keys; the array itself if all blocks share it."""
     if x is None or x.shape[axis] == 1:
         return x
     return lax.dynamic_slice_in_dim(x, first, size, axis % x.ndim)
@@ -520,7 +503,7 @@ def _padded(x: Any, axis: int = -1, *, padding: int) -> Any:
 
 
 def _with_rank(x: Array, ndim: int) -> Array:
-    """As broadcasting would do in silence."""
+    """Return `x` with leading dimensions of size 1, as silent rank promotion would add them."""
     return x.reshape(*[1] * (ndim - x.ndim), *x.shape)
 
 
@@ -550,13 +533,9 @@ def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
 
 
 def _scaled(query: Array, scale: ArrayLike | None) -> tuple[Array, float]:
-    """Return the query and the number that multiplies its products.
+    """Return the query and the factor of its products.
 
     A traced scale multiplies the query, so that gradients flow to it and NaN gives NaN.
-
-    Raises:
-        TypeError: The scale is not a real number.
-        ValueError: The scale is not a scalar, or a concrete one is infinite or NaN.
     """
     if scale is None:
         return query, 1 / math.sqrt(query.shape[-1])
@@ -569,11 +548,7 @@ def _scaled(query: Array, scale: ArrayLike | None) -> tuple[Array, float]:
 
 
 def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) -> None:
-    """Refuses what does not fit together, by name.
-
-    Raises:
-        ValueError: a shape does not fit.
-    """
+    """Raise a ValueError that names the argument whose shape does not fit."""
     *batch, queries, heads, depth = query.shape
     *key_batch, keys, kv_heads, key_depth = key.shape
     if key_batch != batch or key_depth != depth:
@@ -605,21 +580,16 @@ def _check_block(block_size: int, keys: int) -> int:
 
 
 def _check_bias(bias: Array) -> Array:
-    """Refuses a mask that was passed as a bias.
-
-    Raises:
-        TypeError: it is boolean, or complex.
-    """
+    """Reject a mask that was passed as a bias."""
     if bias.dtype == np.bool_ or jnp.issubdtype(bias.dtype, jnp.complexfloating):
         raise TypeError(f"bias must be real numbers; got dtype {bias.dtype}. Or pass mask.")
     return bias
 
 
 def _boolean(mask: Array) -> Bool[Array, "*shape"]:
-    """A mask of zeros and ones as one of booleans.
+    """Return a mask of zeros and ones as booleans.
 
-    Raises:
-        TypeError: it has other numbers, where they can be read: perhaps it is meant to be added.
+    A concrete mask with other numbers is a TypeError: it may be meant as a bias.
     """
     if mask.dtype == np.bool_:
         return mask
@@ -633,7 +603,7 @@ def _boolean(mask: Array) -> Bool[Array, "*shape"]:
 
 
 def _require_rng(dropout_rng: KeyLike | None) -> KeyLike:
-    """As `require_key`, under the name that it has here, where `key` is another argument."""
+    """Return `require_key(dropout_rng)`, with errors that name `dropout_rng` instead of `key`."""
     if dropout_rng is None:
         raise ValueError(
             "dropout_rng is missing: dropout in training needs a random key. Pass "
@@ -647,7 +617,7 @@ def _require_rng(dropout_rng: KeyLike | None) -> KeyLike:
 
 
 def _sow(module: Any, weights: Array) -> None:
-    """Puts the weights where Flax's own function puts them."""
+    """Sow the weights where Flax's own function does."""
     nnx: Any = sys.modules.get("flax.nnx")
     collection = "intermediates"
     if nnx is not None and isinstance(module, nnx.Module):

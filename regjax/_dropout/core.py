@@ -42,44 +42,44 @@ def dropout(
     broadcast_dims: Sequence[int] = (),
     sampler: Sampler = bernoulli,
 ) -> Inexact[Array, "*shape"]:
-    """Zeroes each element with probability `rate` and divides the others by `1 - rate`.
+    """Zero each element with probability `rate` and divide the others by `1 - rate`.
 
     With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`, so that
-    the mean of `y` is `x`: in evaluation there is nothing to undo, and `deterministic=True` returns
-    `x` itself. A dropped NaN or infinity is 0. Nothing but the key is stored for the backward pass,
-    which makes the same mask again.
+    the mean of `y` is `x` and evaluation needs no rescaling: `deterministic=True` returns `x`
+    itself. A dropped NaN or infinity is 0. Only the key is stored for the backward pass, which
+    draws the same mask again.
 
-    The division is a multiplication by `float32(1) / float32(1 - rate)`; in double for float64 and
+    The division is a multiplication by `float32(1) / float32(1 - rate)`, in double for float64 and
     complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
     with a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12, the scale is the
     inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
-        x: floating or complex, of any shape, also 0-d and empty.
-        rate: the probability that an element is zeroed, in [0, 1]. A Python number, or a traced
-            scalar, so that it can change without recompiling; then the rounding of `1 - rate` is
-            float32's, which may change its last bit, and no gradient flows to it.
-        key: the random key; needed unless `deterministic`, or `rate` is the number 0 or 1. Use each
-            key once; `site_key` makes one for every place and step.
+        x: Floating or complex, of any shape, including 0-d and empty.
+        rate: The dropout rate, in [0, 1]. A Python number, or a traced scalar, which can change
+            without recompiling; then `1 - rate` is rounded in float32, which may change its last
+            bit, and no gradient flows to it.
+        key: The PRNG key; required unless `deterministic`, or `rate` is the number 0 or 1. Use each
+            key once; `site_key` derives one for every place and step.
         deterministic: True in evaluation. It may be traced; True then spends no random bits.
-        broadcast_dims: dimensions along which one mask is shared, such as `(1,)` for the same mask
+        broadcast_dims: Dimensions along which one mask is shared, such as `(1,)` for the same mask
             at every timestep of (batch, time, features).
-        sampler: what draws the mask: `bernoulli`, `packed_bernoulli`, or a function with their
-            arguments.
+        sampler: The function that draws the mask: `bernoulli`, `packed_bernoulli`, or any function
+            with their arguments.
 
     Returns:
         An array of the shape, dtype and sharding of `x`.
 
     Raises:
-        TypeError: `x` is of an integer or boolean dtype, `rate` is not a real number, `key` is not
-            a key, or `deterministic` is not a boolean.
-        ValueError: a concrete `rate` is not in [0, 1]; the key is missing, or a batch of keys; or
+        TypeError: `x` has an integer or boolean dtype, `rate` is not a real number, `key` is not a
+            key, or `deterministic` is not a boolean.
+        ValueError: A concrete `rate` is not in [0, 1]; `key` is missing, or a batch of keys; or
             `broadcast_dims` are not distinct dimensions of `x`. A traced rate out of range cannot
             raise: the result is NaN.
 
-    PyTorch:
-        `torch.nn.functional.dropout(x, p=rate, training=not deterministic)`, whose masks come from
-        a hidden generator. `regtorch.dropout` with the same key gives the same result bit for bit.
+    Note (PyTorch):
+        `torch.nn.functional.dropout(x, p=rate, training=not deterministic)` draws its masks from a
+        hidden generator. `regtorch.dropout` with the same key returns bitwise identical results.
         Inside a larger jitted function, XLA may contract the scale of a shared mask with a sum that
         follows, which then rounds once.
 
@@ -91,11 +91,13 @@ def dropout(
         >>> regjax.dropout(x, 0.5, deterministic=True)
         Array([1., 2., 3., 4., 5., 6.], dtype=float32)
 
-    Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
-    prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
+    References:
+        Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to prevent
+        neural networks from overfitting", JMLR 15, 2014; here in the inverted form.
     """
     x = check_inexact(x)
-    dims = check_dims(broadcast_dims, x.ndim) if broadcast_dims else ()
+    is_default = isinstance(broadcast_dims, tuple) and not broadcast_dims
+    dims = () if is_default else check_dims(broadcast_dims, x.ndim)
     return apply_dropout(
         SampledMask("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic
     )
@@ -103,12 +105,10 @@ def dropout(
 
 @runtime_checkable
 class DropoutSpec(Protocol):
-    """A kind of dropout, and what of it does not change from step to step: static under `jit`.
+    """A kind of dropout with its options, which are static under `jit`.
 
-    A pytree, whose leaves are the arrays that the mask depends on besides.
-
-    Attributes:
-        name: the name of the function, for observers.
+    A spec is a pytree, whose leaves are the other arrays that the mask depends on. `name` is the
+    name of the function, for observers.
     """
 
     @property
@@ -117,7 +117,7 @@ class DropoutSpec(Protocol):
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Array]:
-        """Return the result, and the mask that was applied, of size 1 along what shares it."""
+        """Return the result and the applied mask, of size 1 along dimensions that share it."""
         ...
 
 
@@ -128,14 +128,9 @@ def apply_dropout(
     key: KeyLike | None,
     deterministic: ArrayLike,
 ) -> Inexact[Array, "*shape"]:
-    """The frame of the whole family: checks, shortcuts, the key, who watches, then the mask.
+    """Apply a kind of dropout to `x`: checks, shortcuts, key, observers, mask.
 
-    Args:
-        spec: what is drawn, and what becomes of `x`.
-        x: what is dropped, checked by `check_inexact`.
-        rate: as `dropout` takes it, like `key` and `deterministic`.
-        key: see there.
-        deterministic: see there.
+    `check_inexact` has checked `x`; `rate`, `key` and `deterministic` are those of `dropout`.
     """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
@@ -160,7 +155,7 @@ def apply_dropout(
 def mask_and_scale(
     spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
-    """What `kind` makes of `x`, and of a traced rate outside [0, 1], NaN."""
+    """Apply `spec` to `x`; return NaN for a traced rate outside [0, 1]."""
     jitted = _drop_at_number if isinstance(rate, float) else _drop_at_tracer
     return jitted(spec, x, key, rate)
 
@@ -168,10 +163,10 @@ def mask_and_scale(
 def _masked(
     spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> tuple[Inexact[Array, "*shape"], Array]:
-    """The same, with the mask."""
+    """Return the result of `mask_and_scale` and the mask."""
     if not isinstance(rate, jax.Array):
         return spec(x, key, rate)
-    rate = rounded(rate)  # the caller may pass a product, from which differences are made
+    rate = rounded(rate)  # the caller may pass a product, which is subtracted later
     dropped, keep = spec(x, key, rate)
     in_range = (rate >= 0) & (rate <= 1)
     return jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype)), keep
@@ -180,15 +175,15 @@ def _masked(
 def _drop(
     spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
-    """The same without the mask, which the backward pass makes again."""
-    # What the backward pass needs of the forward one is the mask. prevent_cse=False, because the
-    # barriers of a checkpoint would keep XLA from fusing the mask.
+    """Return the result alone; the backward pass draws the mask again."""
+    # The backward pass only needs the mask. prevent_cse=False, because the barriers of a
+    # checkpoint would keep XLA from fusing the mask.
     drop = jax.checkpoint(lambda spec, x, key: _masked(spec, x, key, rate)[0], prevent_cse=False)
     return drop(spec, x, key)
 
 
-# The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
-# agree in shape and rate share one trace and one lowering.
+# The inner jit makes an eager call one dispatch instead of a hundred, and sites of a model with
+# equal shapes and rates share one trace and one lowering.
 _drop_at_number = jax.jit(_drop, static_argnums=3)
 _drop_at_tracer = jax.jit(_drop)
 _masked_at_number = jax.jit(_masked, static_argnums=3)
@@ -198,7 +193,7 @@ _masked_at_tracer = jax.jit(_masked)
 def inverse_keep_prob(
     keep_prob: float | Float[Array, ""], dtype: np.dtype
 ) -> np.floating | Float[Array, ""]:
-    """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
+    """Return dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
     real = real_dtype(dtype)
     if isinstance(keep_prob, jax.Array):
         return jnp.where(keep_prob > 0, 1 / keep_prob, 0).astype(real)
@@ -208,16 +203,11 @@ def inverse_keep_prob(
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class SampledMask:
-    """A mask from a sampler, a scale from the rate: `dropout`, and what differs in those only.
+    """A mask drawn by a sampler, with a scale and offsets computed from the keep probability.
 
-    An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
-
-    Attributes:
-        name: the name of the function, for observers.
-        sampler: what draws the mask.
-        broadcast_dims: dimensions along which one mask is shared, in order.
-        scale: makes the scale from the keep probability and the dtype.
-        offsets: makes `(shift, fill)` from the same; both are 0 without it.
+    A kept element becomes `(x + shift) * scale`, a dropped one `fill`. The functions `scale` and
+    `offsets`, which returns `(shift, fill)`, take the keep probability and the dtype; without
+    offsets both are 0.
     """
 
     name: str
@@ -229,7 +219,7 @@ class SampledMask:
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
-        """Draws the mask, shifts and scales."""
+        """Draw the mask, shift and scale."""
         keep_prob = keep_prob_of(rate, x.dtype)
         keep = keep_mask(x, key, keep_prob, self.broadcast_dims, self.sampler)
         realised = self.sampler.realised_keep_prob(keep_prob)
@@ -239,8 +229,8 @@ class SampledMask:
         if self.offsets is None:
             return where_kept(keep, x, scale), keep
         shift, fill = self.offsets(realised, x.dtype)
-        # The sum before the product: no compiler can contract these two to one rounding. `x` may be
-        # a product itself.
+        # Sum before product: no compiler can contract the two into one rounding. `x` may itself be
+        # a product.
         kept = (rounded(x.astype(scale.dtype)) + shift) * scale
         return jnp.where(keep, kept, fill).astype(x.dtype), keep
 
@@ -252,24 +242,23 @@ def keep_mask(
     dims: tuple[int, ...],
     sampler: MaskSampler,
 ) -> Bool[Array, "*mask"]:
-    """A mask for `x`, of size 1 along the dimensions that share it and laid out as the others."""
+    """Return a mask for `x`, of size 1 along dimensions that share it, with the layout of `x`."""
     layout = mask_sharding(x, dims)
     if not dims:
         return sampler.draw(key, keep_prob, x.shape, layout)
     shape = tuple([1 if dim in dims else size for dim, size in enumerate(x.shape)])
     draw = functools.partial(sampler.draw, key, keep_prob, shape, layout)
     first = min([dim for dim in dims if not at_most(x.shape[dim], 1)], default=x.ndim)
-    # Shared along the last dimensions only, an element of the mask stays in a register.
+    # Shared along the last dimensions only, a mask element stays in a register.
     is_redrawn = first < x.ndim and not at_most(math.prod(shape[first:]), 1)
     return materialize_mask(draw) if is_redrawn else draw()
 
 
 def materialize_mask(draw: Callable[[], Bool[Array, "*mask"]]) -> Bool[Array, "*mask"]:
-    """Draws a mask before it is read, where a CPU would draw it for each element that shares it.
+    """Draw a mask before it is read; a CPU would draw it again for each element that shares it.
 
-    XLA counts the operations of a draw as cheap, and repeats them in every loop that reads a mask.
-    Into the branches of a conditional it does not look; the barrier keeps it from seeing that
-    there is nothing to decide.
+    XLA treats a draw as cheap, and repeats it in every loop that reads the mask, but does not look
+    into the branches of a conditional. The barrier hides that the condition is constant.
     """
 
     def in_a_branch() -> Bool[Array, "*mask"]:
@@ -279,7 +268,7 @@ def materialize_mask(draw: Callable[[], Bool[Array, "*mask"]]) -> Bool[Array, "*
 
 
 def keep_prob_of(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:
-    """1 - rate, rounded once to the precision that `dtype` is scaled in."""
+    """Return 1 - rate, rounded once to the precision that `dtype` is scaled in."""
     real = real_dtype(dtype)
     if isinstance(rate, jax.Array):
         return real(1) - lax.stop_gradient(rate).astype(real)
@@ -287,15 +276,15 @@ def keep_prob_of(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Flo
 
 
 def real_dtype(dtype: np.dtype) -> type[np.floating]:
-    """The type in which elements of `dtype` are scaled, before they are rounded once."""
+    """Return the dtype in which elements of `dtype` are scaled before they are rounded once."""
     return np.float64 if dtype in _DOUBLE else np.float32
 
 
 def where_kept(
     keep: Bool[Array, "*mask"], x: Inexact[Array, "*shape"], scale: np.floating | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
-    """The elements that are kept, scaled, and zeros."""
-    # A selection, not a product: a dropped NaN or infinity must become 0.
+    """Return the kept elements, scaled, and zeros elsewhere."""
+    # Select instead of multiply: a dropped NaN or infinity must become 0.
     return jnp.where(keep, _scaled(x, scale), jnp.zeros((), x.dtype))
 
 
@@ -303,7 +292,7 @@ def _scaled(
     x: Inexact[Array, "*shape"], scale: np.floating | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        # Part by part: a complex product would make NaN of an infinite part.
+        # Real and imaginary parts separately: a complex product turns an infinite part into NaN.
         return lax.complex(x.real * scale, x.imag * scale)
     return (x.astype(scale.dtype) * scale).astype(x.dtype)
 
@@ -311,7 +300,7 @@ def _scaled(
 def mask_sharding(
     x: Inexact[Array, "*shape"], broadcast_dims: tuple[int, ...]
 ) -> NamedSharding | None:
-    """The layout of `x` for its mask: made without one, a mask is built whole on every device."""
+    """Return the layout of the mask of `x`; without one, every device draws the whole mask."""
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
         return None
@@ -320,12 +309,7 @@ def mask_sharding(
 
 
 def require_key(key: KeyLike | None) -> KeyLike:
-    """Returns the key if there is one, and one only.
-
-    Raises:
-        TypeError: it is not a key.
-        ValueError: it is missing, or a batch of keys.
-    """
+    """Return the key if it is present and a single key."""
     if key is None:
         raise ValueError(
             "key is missing: dropout in training needs one. Pass key=jax.random.key(seed), or "
@@ -336,11 +320,7 @@ def require_key(key: KeyLike | None) -> KeyLike:
 
 
 def check_inexact(x: Inexact[ArrayLike, "*shape"]) -> Inexact[Array, "*shape"]:
-    """Returns `x` as an array if it is floating or complex; integers cannot be scaled.
-
-    Raises:
-        TypeError: it is of another dtype.
-    """
+    """Return `x` as an array if it is floating or complex; integers cannot be scaled."""
     if not isinstance(x, jax.Array):
         x = check_array("x", x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
@@ -351,11 +331,7 @@ def check_inexact(x: Inexact[ArrayLike, "*shape"]) -> Inexact[Array, "*shape"]:
 
 
 def check_real(x: Inexact[ArrayLike, "*shape"], what: str, advice: str) -> Float[Array, "*shape"]:
-    """Returns `x` as an array if it is real and floating.
-
-    Raises:
-        TypeError: it is of another dtype.
-    """
+    """Return `x` as an array if it is real and floating."""
     x = check_inexact(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"x must be real for {what}; got dtype {x.dtype}. {advice}")
@@ -363,11 +339,7 @@ def check_real(x: Inexact[ArrayLike, "*shape"], what: str, advice: str) -> Float
 
 
 def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
-    """Returns a concrete flag as a Python bool, a traced one as it is.
-
-    Raises:
-        TypeError: it is not one boolean.
-    """
+    """Return one concrete boolean as a Python bool, a traced one unchanged."""
     if isinstance(deterministic, bool):
         return deterministic
     if getattr(deterministic, "dtype", None) != np.bool_ or np.ndim(deterministic):
@@ -379,11 +351,7 @@ def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
 
 
 def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
-    """Returns `broadcast_dims` as a sorted tuple of distinct dimensions.
-
-    Raises:
-        ValueError: one of them is negative, too large, or there twice.
-    """
+    """Return `broadcast_dims` as a sorted tuple of distinct dimensions."""
     dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
@@ -394,12 +362,7 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
-    """Returns a dimension of `x`, counted from the end if negative, as one counted from 0.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is not one of `ndim` dimensions; `advice` says what to do.
-    """
+    """Return a dimension of `x`, which may be negative, counted from 0; `advice` ends the error."""
     index = check_integer(name, axis)
     if not ndim:
         raise ValueError(f"x must have a {name}; got shape ().{advice}")
@@ -409,5 +372,5 @@ def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
 
 
 def is_number(rate: float | Float[Array, ""], number: int) -> bool:
-    """Whether a rate is known, and this number."""
+    """Return whether a rate is concrete and equal to `number`."""
     return not isinstance(rate, jax.Array) and rate == number

@@ -56,59 +56,60 @@ def drop_block(
     scale_by_keep: bool = True,
     with_noise: bool = False,
 ) -> Inexact[Array, "*shape"]:
-    """Zeroes blocks of neighbouring elements of feature maps, and scales up what is left.
+    """Zero blocks of neighboring elements of feature maps, and scale up the others.
 
-    Neighbouring elements carry nearly the same information, so that a feature that is dropped
-    element by element can still be read; here squares, cubes or, along one dimension, runs of
-    `block_size` are dropped. Every place where a whole block fits starts one with probability
+    Neighboring elements carry nearly the same information, so that a feature can still be read when
+    its elements are dropped one by one; this drops squares, cubes or, along one dimension, runs of
+    `block_size`. Every place where a whole block fits starts one with probability
 
         gamma = rate / block_size**d * prod(size / (size - block_size + 1))
 
-    over the d spatial dimensions: a block covers an element `rate` times on average. As blocks may
-    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. The rest of the whole
-    batch is multiplied by elements / elements left, as they are counted, over all devices where
-    the batch is shared out: the mean of the mask and scale is 1.
+    over the d spatial dimensions: an element is covered by `rate` blocks on average. As blocks may
+    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. The other elements of the
+    whole batch are multiplied by elements / kept elements, as counted, over all devices where the
+    batch is sharded: the mean of mask times scale is 1.
 
     Row n, channel c and the block that starts at s draw from the row-major index of `(n, c, *s)`
-    wherever the channels lie, so that NCHW and NHWC have one mask. Nothing but the key is stored
-    for the backward pass.
+    wherever the channels lie, so that NCHW and NHWC have the same mask. Only the key is stored for
+    the backward pass.
 
     Args:
-        x: floating or complex, the batch first, then one or more spatial dimensions and the
+        x: Floating or complex, the batch first, then one or more spatial dimensions and the
             channels. Give a single row a batch dimension of 1.
-        rate: about the share of elements that is zeroed, in [0, 1]; a number or a traced scalar.
-            At 1 everything is, as in the whole family.
-        block_size: how many elements a block has along each spatial dimension, odd or even. On a
-            map that is smaller in some dimension, that dimension's size.
-        key: the random key; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-        channel_axis: the dimension of the channels, counted from the end if negative.
-        share_channels: whether all channels of a row have one mask; each has its own otherwise.
-        gamma_scale: a factor of gamma, finite and at least 0: how many more blocks start than the
-            formula gives. A gamma above 1 counts as 1, and a rate of 1 drops everything.
-        scale_by_keep: False leaves the elements that are kept as they are, and the mean falls.
-        with_noise: whether a dropped element becomes a standard normal variate instead of 0. The
-            elements that are kept are then not scaled. Variates come from a key of their own, made
-            from `key`; element (n, c, *s) has the same one wherever the channels lie.
+        rate: About the share of zeroed elements, in [0, 1]; a number or a traced scalar. At 1 every
+            element is zeroed, as in the whole family.
+        block_size: The length of a block along each spatial dimension, odd or even. It is capped at
+            the size of the smallest spatial dimension.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        channel_axis: The dimension of the channels, counted from the end if negative.
+        share_channels: Whether all channels of a row share one mask; each has its own otherwise.
+        gamma_scale: A factor of gamma, finite and at least 0. A gamma above 1 counts as 1, and a
+            rate of 1 drops everything.
+        scale_by_keep: False leaves kept elements unscaled, and the mean falls.
+        with_noise: Whether a dropped element becomes a standard normal variate instead of 0. Kept
+            elements are then not scaled. The variates come from a separate key derived from `key`;
+            element (n, c, *s) has the same one wherever the channels lie.
 
     Returns:
-        An array of the shape, dtype and sharding of `x`. If nothing is left, zeros.
+        An array of the shape, dtype and sharding of `x`; zeros if nothing is kept.
 
     Raises:
-        TypeError: as `dropout`; `block_size` or `channel_axis` is not an integer; `gamma_scale` is
-            not a real number; or `x` is complex with noise.
-        ValueError: as `dropout`; `block_size` is below 1; `gamma_scale` is negative, infinite or
-            NaN; `channel_axis` is not a dimension of `x`, or is the batch dimension; `x` has no
-            spatial dimension; or the mask has 2**32 elements or more, which are not counted.
+        TypeError: `block_size` or `channel_axis` is not an integer; `gamma_scale` is not a real
+            number; `x` is complex and `with_noise` is set; or as `dropout`.
+        ValueError: `block_size` is below 1; `gamma_scale` is negative, infinite or NaN;
+            `channel_axis` is not a dimension of `x`, or is the batch dimension; `x` has no spatial
+            dimension; the mask has 2**32 elements or more, which are not counted; or as `dropout`.
 
-    PyTorch:
+    Note (PyTorch):
+        `regtorch.drop_block`, whose channels are first by default, zeroes the same blocks of the
+        same rows with the same key, and the results are bitwise identical.
         `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in this way too,
-        for blocks that are odd and fit into the map. `regtorch.drop_block`, whose channels are
-        first by default: with the same key the same blocks of the same rows are zeroed, and the
-        results agree bit for bit. `gamma_scale`, `scale_by_keep` and `with_noise` are those of
-        `timm.layers.drop_block_2d` (1.0.29), and `share_channels` is its `couple_channels`, which
-        is on by default. There a block may start at any element and is cut off at the border, masks
-        and noise come from the global generator, and channels that share a mask share their noise.
+        for odd blocks that fit into the map. `gamma_scale`, `scale_by_keep` and `with_noise` are
+        those of `timm.layers.drop_block_2d` (1.0.29), and `share_channels` is its
+        `couple_channels`, which is on by default. In timm a block may start at any element and is
+        cut off at the border, masks and noise come from the global generator, and channels that
+        share a mask share their noise.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -120,10 +121,10 @@ def drop_block(
                [0, 0, 0, 1, 0, 0, 0, 1],
                [0, 0, 0, 1, 0, 0, 0, 1],
                [0, 0, 0, 1, 1, 1, 1, 1]], dtype=int32)
-        >>> y.max()  # 40 elements / 22 elements left
+        >>> y.max()  # 40 elements / 22 kept elements
         Array(1.8181819, dtype=float32)
 
-        Each row scaled by its own count, as under `vmap` each row is a batch:
+        Under `vmap` each row is a batch, scaled by its own count:
 
         >>> def row(x, key):
         ...     return regjax.drop_block(x[None], 0.3, block_size=3, key=key)[0]
@@ -131,8 +132,9 @@ def drop_block(
         >>> jax.vmap(row)(jnp.ones((2, 8, 8, 3)), keys).shape
         (2, 8, 8, 3)
 
-    Source: Ghiasi, Lin, Le, "DropBlock: a regularization method for convolutional networks",
-    NeurIPS 2018.
+    References:
+        Ghiasi, Lin, Le, "DropBlock: a regularization method for convolutional networks", NeurIPS
+        2018.
     """
     x = check_inexact(x)
     blocks = _check_blocks(x.shape, block_size, channel_axis, share_channels)
@@ -150,15 +152,7 @@ def drop_block(
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """Masks of blocks, and the scale by what they leave.
-
-    Attributes:
-        size: how many elements a block has along each spatial dimension.
-        channel_axis: the dimension of the channels, counted from 0.
-        share_channels: whether all channels of a row have one mask.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-    """
+    """A mask of blocks of length `size`, and the scale computed from the count of kept elements."""
 
     size: int
     channel_axis: int
@@ -170,14 +164,14 @@ class _Blocks:
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
-        """Masks, and scales by elements / elements kept."""
+        """Mask and scale by elements / kept elements."""
         keep = self.keep(x, key, rate)
         return self.apply(x, keep), keep
 
     def keep(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> Bool[Array, "*mask"]:
-        """Draws where blocks start, and spreads them."""
+        """Draw where blocks start, and expand them."""
         batch, channels, *sizes = (x.shape[dim] for dim in self.order(x.ndim))
         starts = [size - self.size + 1 for size in sizes]
         shape = (batch, 1 if self.share_channels else channels, *starts)
@@ -188,12 +182,15 @@ class _Blocks:
         return jnp.moveaxis(keep, 1, self.channel_axis)
 
     def order(self, ndim: int) -> tuple[int, ...]:
-        """The dimensions with the channels second, the order in which elements are numbered."""
+        """Return the dimensions with channels second, the order in which elements are numbered."""
         first = (0, self.channel_axis)
         return (*first, *(dim for dim in range(ndim) if dim not in first))
 
     def _layout(self, x: Inexact[Array, "*shape"]) -> NamedSharding | None:
-        """Rows and channels lie where those of `x` do; blocks reach over the borders of shards."""
+        """Return the layout of block starts: rows and channels sharded as in `x`, not the maps.
+
+        Blocks cross the borders of shards of a map.
+        """
         sharding = jax.typeof(x).sharding
         rows, channels = sharding.spec[0], sharding.spec[self.channel_axis]
         if self.share_channels:
@@ -205,7 +202,7 @@ class _Blocks:
     def apply(
         self, x: Inexact[Array, "*shape"], keep: Bool[Array, "*mask"]
     ) -> Inexact[Array, "*shape"]:
-        """Masks, and scales."""
+        """Mask and scale."""
         real = real_dtype(x.dtype)
         if not self.scale_by_keep:
             return where_kept(keep, x, real(1))
@@ -216,7 +213,7 @@ class _Blocks:
                 "counted. Map over rows with jax.vmap, or pass share_channels=True."
             )
         kept = jnp.sum(keep, dtype=jnp.uint32)
-        # Two exact integers, rounded where they are large, and one division.
+        # One division of two exact integers, which are rounded where they are large.
         scale = jnp.where(kept > 0, size.astype(real) / jnp.maximum(kept, 1).astype(real), 0)
         if isinstance(high, jax.Array):  # a symbolic size, known too late for an error
             scale = jnp.where(high > 0, jnp.nan, scale)
@@ -226,7 +223,7 @@ class _Blocks:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Dropped:
-    """The complement of a mask of blocks: it keeps what they drop, and does not scale."""
+    """The complement of a mask of blocks: it keeps the dropped elements, unscaled."""
 
     blocks: _Blocks
     name: str = "drop_block"
@@ -234,7 +231,7 @@ class _Dropped:
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
-        """Masks."""
+        """Mask."""
         keep = ~self.blocks.keep(x, key, rate)
         return self.blocks.apply(x, keep), keep
 
@@ -246,7 +243,7 @@ def _noisy(
     deterministic: ArrayLike,
     blocks: _Blocks,
 ) -> Inexact[Array, "*shape"]:
-    """DropBlock, and noise in place of the zeros: two masked terms, of which one is 0."""
+    """Apply DropBlock with noise in place of zeros: the sum of two masked terms, one of them 0."""
     x = check_real(x, "noise", "Leave with_noise out, or drop in x.real and x.imag.")
     rate, flag = check_probability("rate", rate), check_flag(deterministic)
     if flag is True or is_number(rate, 0):
@@ -254,7 +251,7 @@ def _noisy(
     one_key = require_key(key)
     kept = apply_dropout(blocks, x, rate, one_key, flag)
 
-    words = jnp.stack(key_words(one_key))  # the key itself counts as used after `drawn`
+    words = jnp.stack(key_words(one_key))  # `jax_debug_key_reuse` counts the key as used by now
 
     def noise() -> Float[Array, "*shape"]:
         variates = _noise(x, words, blocks.order(x.ndim))
@@ -270,9 +267,9 @@ def _noisy(
 def _noise(
     x: Float[Array, "*shape"], key: KeyLike, order: tuple[int, ...]
 ) -> Float[Array, "*shape"]:
-    """Variates for all elements, numbered in an order of the dimensions.
+    """Return variates for all elements, numbered in an order of the dimensions.
 
-    Their key is the block of the last counter, which no mask has an element for.
+    Their key is the threefry block of the last counter, to which no mask has an element.
     """
     last = jnp.uint32(2**32 - 1)
     own_key = jnp.stack(threefry2x32(key_words(key), (last, last)))
@@ -288,19 +285,19 @@ def _noise(
 def _start_keep_prob(
     rate: float | Float[Array, ""], block: int, sizes: list[int], gamma_scale: float = 1.0
 ) -> float | Float[Array, ""]:
-    """1 - gamma: how probably no block starts at a place."""
+    """Return 1 - gamma, the probability that no block starts at a place."""
     gamma_of_1 = math.prod([size / (block * (size - block + 1)) for size in sizes if size])
     gamma_of_1 *= gamma_scale
     if isinstance(rate, jax.Array):
         single = lax.stop_gradient(rate).astype(jnp.float32)
-        # A NaN stays one.
+        # A NaN stays NaN.
         some = jnp.maximum(1 - rounded(single * np.float32(gamma_of_1)), 0)
         return jnp.where(single >= 1, 0, some)
     return max(0.0, 1 - rate * gamma_of_1)
 
 
-def _spread(keep: Bool[Array, "*mask"], dim: int, size: int) -> Bool[Array, "*mask"]:
-    """Each False becomes `size` of them along one dimension, from its place on."""
+def _spread(keep: Bool[Array, "*starts"], dim: int, size: int) -> Bool[Array, "*mask"]:
+    """Expand each False to `size` of them along one dimension, from its place on."""
     window, ends = [1] * keep.ndim, [(0, 0)] * keep.ndim
     window[dim], ends[dim] = size, (size - 1, size - 1)
     strides = [1] * keep.ndim
@@ -308,12 +305,7 @@ def _spread(keep: Bool[Array, "*mask"], dim: int, size: int) -> Bool[Array, "*ma
 
 
 def _check_gamma_scale(gamma_scale: float) -> float:
-    """Returns the factor as a Python float.
-
-    Raises:
-        TypeError: it is not a real number.
-        ValueError: it is negative, infinite or NaN.
-    """
+    """Return the factor as a Python float; raise as `check_number`."""
     return check_number("gamma_scale", gamma_scale, minimum=0)
 
 

@@ -33,41 +33,39 @@ def drop_connect(
     rule: Rule = "default",
     sampler: Sampler = bernoulli,
 ) -> PyTree:
-    """Zeroes each weight with probability `rate` and divides the others by `1 - rate`.
+    """Zero each weight with probability `rate` and divide the others by `1 - rate`.
 
-    Of a tree, the kernels: what `rule` says True of, as `decay_mask` reads it. Biases, scales of
-    norms and embeddings stay as they are unless the rule says otherwise; the paper drops biases
-    too, `rule="**"`. Each leaf draws from a key of its own, `site_key(key, 0, name)`, where the
-    name is the leaf's path with slashes. The gradient of a dropped weight is 0.
+    In a pytree, the kernels are dropped: the leaves that `rule` selects, as in `decay_mask`.
+    Biases, scales of norms and embeddings stay unchanged unless the rule selects them; the paper
+    drops biases too, `rule="**"`. Each leaf draws from its own key, `site_key(key, 0, name)`, where
+    the name is the leaf's path with slashes. The gradient of a dropped weight is 0.
 
-    There is one mask a call: every row of a batch meets the same weights, as everywhere but in the
-    paper, which draws a mask for each example. That is `jax.vmap` over keys, at the cost of as many
-    kernels as rows; the second example does so. Where the paper approximates the mean over masks in
-    evaluation by samples of a normal distribution, weights are here scaled in training, and
-    evaluation takes them as they are.
+    A call draws one mask, and every row of a batch meets the same weights. The paper draws a mask
+    for each example; that is `jax.vmap` over keys, at the cost of as many kernels as rows, as in
+    the second example. In evaluation the paper approximates the mean over masks by samples of a
+    normal distribution; here weights are scaled in training, and evaluation uses them unchanged.
 
     Args:
-        weights: one floating or complex array, or a tree; what is no such array stays as it is.
-        rate: the probability that a weight is zeroed, in [0, 1]; a number or a traced scalar.
-        key: the random key; see `dropout`.
-        deterministic: True in evaluation: `weights` itself.
-        rule: which leaves of a tree are dropped: "default" (kernels), a glob such as
-            "**/recurrent_kernel", a function `(path, leaf, kind)`, or pairs of glob and bool:
-            see `regshared.decay_rules`. One array is dropped without being asked for its name,
-            unless you give a rule.
-        sampler: what draws the masks.
+        weights: One floating or complex array, or a pytree; its other leaves stay unchanged.
+        rate: See `dropout`.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        rule: The leaves to drop: "default" (kernels), a glob such as "**/recurrent_kernel", a
+            function `(path, leaf, kind)`, or pairs of glob and bool; see `regshared.decay_rules`.
+            The default rule always drops a single array, whatever its name.
+        sampler: See `dropout`.
 
     Returns:
-        What `weights` is: an array, or a tree of the same structure, shapes and dtypes.
+        An array, or a pytree of the same structure, shapes and dtypes as `weights`.
 
     Raises:
-        TypeError: as `dropout` and `decay_mask`.
-        ValueError: as `dropout`; as `decay_mask`, such as for a glob that matches nothing or a leaf
-            that the default rule does not know; or the rule leaves nothing to drop.
+        TypeError: As `dropout` and `decay_mask`.
+        ValueError: The rule selects nothing; or as `dropout` and `decay_mask`, such as for a glob
+            that matches nothing or a leaf that the default rule does not know.
 
-    PyTorch:
-        `regtorch.drop_connect` of a dict from names to tensors: the same masks where names and
-        shapes are the same, a dot counting as a slash. `regtorch.nn.DropConnect` wraps a module.
+    Note (PyTorch):
+        `regtorch.drop_connect` of a dict from names to tensors draws the same masks where names and
+        shapes are the same; a dot counts as a slash. `regtorch.nn.DropConnect` wraps a module.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -77,16 +75,15 @@ def drop_connect(
          'kernel': Array([[0., 2., 0.],
                 [0., 0., 2.]], dtype=float32)}
 
-        A mask for each example:
-
-        >>> def row(x, key):
+        >>> def row(x, key):  # one mask for each example
         ...     return x @ regjax.drop_connect(layer["kernel"], 0.5, key=key) + layer["bias"]
         >>> jax.vmap(row)(jnp.ones((4, 2)), jax.random.split(jax.random.key(0), 4)).shape
         (4, 3)
 
-    Source: Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of neural networks using
-    DropConnect", ICML 2013. Of recurrent weights: Merity, Keskar, Socher, "Regularizing and
-    optimizing LSTM language models", ICLR 2018.
+    References:
+        Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of neural networks using DropConnect",
+        ICML 2013. Recurrent weights: Merity, Keskar, Socher, "Regularizing and optimizing LSTM
+        language models", ICLR 2018.
     """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
@@ -108,7 +105,7 @@ def drop_connect(
 
 
 def _chosen(weights: PyTree, rule: Rule) -> PyTree[bool]:
-    """Which leaves are dropped."""
+    """Return which leaves are dropped."""
     if isinstance(rule, str) and rule == "default" and jax.tree_util.all_leaves([weights]):
         return True
     chosen = decay_mask(weights, rule)

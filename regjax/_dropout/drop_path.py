@@ -33,47 +33,43 @@ def drop_path(
     scale_by_keep: bool = True,
     sampler: Sampler = bernoulli,
 ) -> Inexact[Array, "*shape"]:
-    """Zeroes each row of a batch with probability `rate` and divides the others by `1 - rate`.
+    """Zero each row of a batch with probability `rate` and divide the others by `1 - rate`.
 
-    `x` is what a residual branch adds: `h + drop_path(branch(h), rate)`. A row whose branch is
-    dropped skips that layer, so that in training the network is shorter for it. It is `dropout`
-    whose mask is shared along every dimension but the batch, dimension 0: row n draws from the
-    index n. `depth_rates` gives the rates of a stack of layers.
+    `x` is the output of a residual branch: `h + drop_path(branch(h), rate)`. A row whose branch is
+    dropped skips that layer, so that its network is shorter in training. It is `dropout` with a
+    mask shared along every dimension but the batch, dimension 0: row n draws from the index n.
+    `depth_rates` returns the rates of a stack of layers. The result and other errors are those of
+    `dropout`.
 
     Args:
-        x: floating or complex, with the batch first.
-        rate: the probability that a row is zeroed, in [0, 1]; a number or a traced scalar.
-        key: the random key; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-        mode: "row" decides for each row, "batch" once for all of them.
-        scale_by_keep: False leaves what is kept as it is. Then the mean changes with the rate, and
-            evaluation sees branches that are stronger than in training.
-        sampler: what draws the mask.
-
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
+        x: Floating or complex, with the batch first.
+        rate: See `dropout`.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        mode: "row" decides for each row, "batch" once for all rows.
+        scale_by_keep: False leaves kept rows unscaled. The mean then depends on the rate, and
+            evaluation sees stronger branches than training.
+        sampler: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`.
-        ValueError: as `dropout`; `mode` is neither of the two; or `x` has no dimension, and so no
-            rows.
+        ValueError: `mode` is neither of the two, or `x` is 0-d and has no rows.
 
-    PyTorch:
+    Note (PyTorch):
         `timm.layers.drop_path(x, rate, training, scale_by_keep)` and
         `torchvision.ops.stochastic_depth(x, p=rate, mode=mode, training=training)`.
-        `regtorch.drop_path` with the same key gives the same result bit for bit.
+        `regtorch.drop_path` with the same key returns bitwise identical results.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
-        >>> x = jnp.ones((4, 3))
-        >>> regjax.drop_path(x, 0.5, key=jax.random.key(0))
+        >>> regjax.drop_path(jnp.ones((4, 3)), 0.5, key=jax.random.key(0))
         Array([[0., 0., 0.],
                [0., 0., 0.],
                [2., 2., 2.],
                [2., 2., 2.]], dtype=float32)
 
-    Source: Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016,
-    which multiplies by `1 - rate` in evaluation instead.
+    References:
+        Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016, which
+        multiplies by `1 - rate` in evaluation instead.
     """
     x = check_inexact(x)
     scale = inverse_keep_prob if check_bool("scale_by_keep", scale_by_keep) else _one
@@ -82,11 +78,7 @@ def drop_path(
 
 
 def _check_mode(mode: str) -> str:
-    """Returns the mode if it is one.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return the mode, or raise a ValueError."""
     return check_choice("mode", mode, ("row", "batch"))
 
 

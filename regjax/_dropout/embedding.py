@@ -1,4 +1,4 @@
-"""Dropout of words: a word that is dropped is dropped wherever it occurs in the batch."""
+"""Dropout of words: a dropped word is dropped wherever it occurs in the batch."""
 
 from __future__ import annotations
 
@@ -36,33 +36,31 @@ def embedding_dropout(
     key: KeyLike | None = None,
     deterministic: ArrayLike = False,
 ) -> Inexact[Array, "*ids features"]:
-    """Zeroes each word with probability `rate`, wherever it occurs, divides the others by `1-rate`.
+    """Zero each word with probability `rate`, wherever it occurs; divide the others by `1 - rate`.
 
-    With `x = table[ids]` it equals, bit for bit, dropout of whole rows of the table,
+    With `x = table[ids]` it is bitwise identical to dropout of whole rows of the table,
 
         dropout(table, rate, key=key, broadcast_dims=(1,))[ids]
 
-    but draws only for the words that are there: nothing of the table's size is made. Dropout of the
-    rows of `x` instead would drop a word in one place and show it in the next.
+    but draws only for the words that occur: nothing of the table's size is materialized. Dropping
+    rows of `x` instead would drop a word in one place and keep it in the next. The result and other
+    errors are those of `dropout`.
 
     Args:
-        x: floating or complex: the embeddings of the words, one feature vector for each id.
-        ids: the words, integers of any shape, not negative.
-        rate: the probability that a word is zeroed, in [0, 1]; a number or a traced scalar.
-        key: the random key; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
+        x: Floating or complex: the embeddings of the words, one feature vector for each id.
+        ids: The words, nonnegative integers of any shape.
+        rate: See `dropout`.
+        key: See `dropout`.
+        deterministic: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`, or `ids` are not integers.
-        ValueError: as `dropout`; `x.shape` is not `(*ids.shape, features)`; or an id is negative,
-            which indexing would count from the end of a table that is not known here. A traced id
-            is not checked: a negative one is a word of its own.
+        TypeError: `ids` are not integers.
+        ValueError: `x.shape` is not `(*ids.shape, features)`, or an id is negative, which indexing
+            would count from the end of a table of unknown length. A traced id is not checked: a
+            negative one is a separate word.
 
-    PyTorch:
-        `regtorch.embedding_dropout` with the same key gives the same result bit for bit.
+    Note (PyTorch):
+        `regtorch.embedding_dropout` with the same key returns bitwise identical results.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -72,8 +70,9 @@ def embedding_dropout(
         Array([[0., 2., 0.],
                [0., 2., 2.]], dtype=float32)
 
-    Source: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
-    networks", NeurIPS 2016.
+    References:
+        Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+        networks", NeurIPS 2016.
     """
     x = check_inexact(x)
     return apply_dropout(_Words(_check_ids(ids, x.shape)), x, rate, key, deterministic)
@@ -82,7 +81,7 @@ def embedding_dropout(
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ids"], meta_fields=["name"])
 @dataclasses.dataclass(frozen=True)
 class _Words:
-    """The elements of a mask over the vocabulary, at the indices of the words that are there."""
+    """The elements of a mask over the vocabulary at the indices of the words that occur."""
 
     ids: Integer[Array, "*ids"]
     name: str = "embedding_dropout"
@@ -90,7 +89,7 @@ class _Words:
     def __call__(
         self, x: Inexact[Array, "*ids features"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*ids features"], Bool[Array, "*ids 1"]]:
-        """Masks and scales as dropout does."""
+        """Mask and scale as `dropout` does."""
         ids, keep_prob = self.ids, keep_prob_of(rate, x.dtype)
         high = (ids >> 32) if ids.dtype.itemsize == 8 else jnp.zeros_like(ids)
         index = (high.astype(jnp.uint32), ids.astype(jnp.uint32))
@@ -108,7 +107,7 @@ def _check_ids(ids: Integer[ArrayLike, "*ids"], shape: tuple[int, ...]) -> Integ
             f"{ids.shape} with x of shape {shape}."
         )
     can_be_read = not isinstance(ids, Tracer) and ids.is_fully_addressable and ids.size
-    # NumPy's minimum, because inside a trace JAX's would be traced.
+    # JAX's minimum would be traced inside a trace; NumPy's is not.
     if can_be_read and (lowest := np.asarray(ids).min()) < 0:
         raise ValueError(
             f"ids must not be negative; got {lowest}. Give the word its "

@@ -1,6 +1,6 @@
-"""Gaussian noise: multiplied with the activations, or added to them.
+"""Gaussian noise, multiplied with the activations or added to them.
 
-`observing` tells of masks. Here there is none, and it tells nothing.
+`observing` records masks. There is none here, and it records nothing.
 """
 
 from __future__ import annotations
@@ -44,47 +44,43 @@ def gaussian_dropout(
     key: KeyLike | None = None,
     deterministic: ArrayLike = False,
 ) -> Float[Array, "*shape"]:
-    """Multiplies each element by a normal variate of mean 1 and variance `rate / (1 - rate)`.
+    """Multiply each element by a normal variate of mean 1 and variance `rate / (1 - rate)`.
 
-    That is the mean and the variance of the factor by which `dropout` multiplies at this rate, 0 or
-    `1 / (1 - rate)`; here nothing is zeroed. With n ~ N(0, 1) for each element,
+    Those are the mean and the variance of the factor of `dropout` at this rate, 0 or `1 / (1 -
+    rate)`; here nothing is zeroed. With n ~ N(0, 1) for each element,
 
         y = x * (1 + sqrt(rate / (1 - rate)) * n)
 
-    Nothing but the key is stored for the backward pass, which draws the same factors again.
-
-    The root is computed in double and rounded once, that of a traced rate by three correctly
-    rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
-    rounded once, at the end.
+    Only the key is stored for the backward pass, which draws the same factors again. The root is
+    computed in double and rounded once; for a traced rate, by three correctly rounded operations.
+    The rest follows in float32, in double for float64. Half and 8-bit types are rounded once, at
+    the end. The result and other errors are those of `dropout`.
 
     Args:
-        x: real floating, of any shape, also 0-d and empty.
-        rate: that of the dropout it resembles, at least 0 and below 1; a number or a traced scalar.
-            The root of the latter is computed in float32, in double for float64. No gradient flows
-            to it.
-        key: the random key; see `dropout`. Needed unless `deterministic`, or `rate` is the number
-            0.
-        deterministic: True in evaluation: `x` itself.
-
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
+        x: Real floating, of any shape, including 0-d and empty.
+        rate: The rate of the equivalent dropout, at least 0 and below 1; a number or a traced
+            scalar. The root of a traced rate is computed in float32, in double for float64. No
+            gradient flows to it.
+        key: See `dropout`; required unless `deterministic`, or `rate` is the number 0.
+        deterministic: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`, or `x` is complex.
-        ValueError: as `dropout`, or `rate` is 1, where the variance is infinite. A traced rate
-            outside [0, 1) gives NaN.
+        TypeError: `x` is complex.
+        ValueError: `rate` is 1, where the variance is infinite. A traced rate outside [0, 1) gives
+            NaN.
 
-    PyTorch:
-        `regtorch.gaussian_dropout` with the same key gives the same result bit for bit. PyTorch
-        itself has none; Keras has `keras.layers.GaussianDropout(rate)`.
+    Note (PyTorch):
+        `regtorch.gaussian_dropout` with the same key returns bitwise identical results. PyTorch
+        itself has no equivalent; Keras has `keras.layers.GaussianDropout(rate)`.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
         >>> regjax.gaussian_dropout(jnp.ones(4), 0.2, key=jax.random.key(0))
         Array([1.811321  , 2.0126324 , 0.7832028 , 0.96069133], dtype=float32)
 
-    Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
-    prevent neural networks from overfitting", JMLR 15, 2014, section 10.
+    References:
+        Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to prevent
+        neural networks from overfitting", JMLR 15, 2014, section 10.
     """
     return _noisy(x, check_noise_rate(rate), key, deterministic, _multiplied)
 
@@ -96,41 +92,35 @@ def gaussian_noise(
     key: KeyLike | None = None,
     deterministic: ArrayLike = False,
 ) -> Float[Array, "*shape"]:
-    """Adds to each element a normal variate of mean 0 and standard deviation `stddev`.
+    """Add to each element a normal variate of mean 0 and standard deviation `stddev`.
 
     With n ~ N(0, 1) for each element, `y = x + stddev * n`. The gradient with respect to `x` is
-    that of `x` itself.
-
-    The arithmetic is in float32, in double for float64; half and 8-bit types are rounded once, at
-    the end.
+    that of `x` itself. Rounding is as in `gaussian_dropout`; the result and other errors are those
+    of `dropout`.
 
     Args:
-        x: real floating, of any shape, also 0-d and empty.
-        stddev: at least 0; a number or a traced scalar. No gradient flows to it: to learn it, write
+        x: Real floating, of any shape, including 0-d and empty.
+        stddev: At least 0; a number or a traced scalar. No gradient flows to it: to learn it, write
             `x + stddev * regjax.normal(key, x.shape)`.
-        key: the random key; see `dropout`. Needed unless `deterministic`, or `stddev` is the
-            number 0.
-        deterministic: True in evaluation: `x` itself.
-
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
+        key: See `dropout`; required unless `deterministic`, or `stddev` is the number 0.
+        deterministic: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`, `x` is complex, or `stddev` is not a real number.
-        ValueError: as `dropout`, or a concrete `stddev` is negative, infinite or NaN. A traced one
-            gives NaN.
+        TypeError: `x` is complex, or `stddev` is not a real number.
+        ValueError: A concrete `stddev` is negative, infinite or NaN. A traced one gives NaN.
 
-    PyTorch:
-        `regtorch.gaussian_noise` with the same key gives the same result bit for bit. PyTorch
-        itself has none; Keras has `keras.layers.GaussianNoise(stddev)`.
+    Note (PyTorch):
+        `regtorch.gaussian_noise` with the same key returns bitwise identical results. PyTorch
+        itself has no equivalent; Keras has `keras.layers.GaussianNoise(stddev)`.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
         >>> regjax.gaussian_noise(jnp.zeros(4), 0.1, key=jax.random.key(0))
         Array([ 0.16226421,  0.20252648, -0.04335944, -0.00786174], dtype=float32)
 
-    Source: Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural
-    Computation 7, 1995.
+    References:
+        Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural Computation
+        7, 1995.
     """
     return _noisy(x, check_stddev(stddev), key, deterministic, _added)
 
@@ -142,7 +132,7 @@ def _noisy(
     deterministic: ArrayLike,
     make: Callable[..., Any],
 ) -> Float[Array, "*shape"]:
-    """Checks, shortcuts, the key, then `make(x, key, amount)`."""
+    """Check the arguments, take the shortcuts, then return `make(x, key, amount)`."""
     x = _check_real(x)
     deterministic = check_flag(deterministic)
     if deterministic is True or (isinstance(amount, float) and amount == 0):
@@ -164,7 +154,7 @@ class _Factors:
     def __call__(
         self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-        """Draws the factors, and multiplies."""
+        """Draw the factors and multiply."""
         factors = 1 + rounded(_noise(x, key) * _deviation(rate, x.dtype))
         return rounded(x.astype(factors.dtype) * factors).astype(x.dtype), factors
 
@@ -176,7 +166,7 @@ def _multiplied(
 
 
 def _deviation(rate: float | Float[Array, ""], dtype: np.dtype) -> np.floating | Float[Array, ""]:
-    """sqrt(rate / (1 - rate)); NaN at 1."""
+    """Return sqrt(rate / (1 - rate)); NaN at 1."""
     real = real_dtype(dtype)
     if isinstance(rate, jax.Array):
         rate = lax.stop_gradient(rate).astype(real)
@@ -192,22 +182,17 @@ def _added(
     stddev = lax.stop_gradient(jnp.asarray(stddev)).astype(noise.dtype)
     in_range = (stddev >= 0) & (stddev < jnp.inf)
     noise = rounded(noise * jnp.where(in_range, stddev, jnp.nan))
-    # `x` too may be a product, of the user's.
+    # `x` may itself be a product in the user's code.
     return (rounded(x.astype(noise.dtype)) + noise).astype(x.dtype)
 
 
 def _noise(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-    """A variate for each element, in the type that `x` is computed in, laid out like `x`."""
+    """Return a variate for each element, in the dtype of the arithmetic, with the layout of `x`."""
     return normal(key, x.shape, real_dtype(x.dtype), out_sharding=mask_sharding(x, ()))
 
 
 def check_noise_rate(rate: ArrayLike) -> float | Float[Array, ""]:
-    """Returns a rate as `check_probability` does, if it is not the number 1.
-
-    Raises:
-        TypeError: as `check_probability`.
-        ValueError: as `check_probability`, or it is the number 1.
-    """
+    """Return a rate as `check_probability` does; reject the number 1."""
     rate = check_probability("rate", rate)
     if isinstance(rate, float) and rate == 1:
         raise ValueError("rate must be below 1, where the variance is infinite; got 1.")
@@ -215,12 +200,7 @@ def check_noise_rate(rate: ArrayLike) -> float | Float[Array, ""]:
 
 
 def check_stddev(stddev: ArrayLike) -> float | Float[Array, ""]:
-    """Returns a concrete standard deviation as a Python float, a traced one as it is.
-
-    Raises:
-        TypeError: it is not a real number.
-        ValueError: it is not a scalar, or concrete and negative, infinite or NaN.
-    """
+    """Return a finite standard deviation as a Python float, a traced scalar unchanged."""
     number = as_number("stddev", stddev)
     if not any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"stddev must be a real number of at least 0; got {stddev!r}.")

@@ -1,4 +1,4 @@
-"""Rates that change: from step to step of training, and from layer to layer of a stack."""
+"""Dropout rates that vary with the training step or with the layer."""
 
 from __future__ import annotations
 
@@ -21,22 +21,12 @@ if TYPE_CHECKING:
 
     Schedule: TypeAlias = Callable[[ArrayLike], Float[Array, ""]]
 
-# Of sin(pi z) / 2 = z * polynomial in z**2: for |z| up to 1/2, what follows is below 1e-11.
+# sin(pi z) / 2 = z * polynomial in z**2; for |z| up to 1/2 the truncated terms are below 1e-11.
 _SINE = [(-1) ** k * math.pi ** (2 * k + 1) / math.factorial(2 * k + 1) / 2 for k in range(8)]
 
 
 def constant_rate(rate: float) -> Schedule:
-    """The same rate at every step, as a schedule.
-
-    Args:
-        rate: in [0, 1].
-
-    Returns:
-        A function from the step to a float32 scalar.
-
-    Raises:
-        TypeError: `rate` is not a real number.
-        ValueError: it is not in [0, 1].
+    """Return a schedule with the same rate, in [0, 1], at every step; see `linear_rate`.
 
     Example:
         >>> import regjax
@@ -48,25 +38,25 @@ def constant_rate(rate: float) -> Schedule:
 
 
 def linear_rate(start: float, end: float, steps: int) -> Schedule:
-    """Return a rate that moves from `start` to `end` in equal steps, and then stays there.
+    """Return a schedule that moves from `start` to `end` in equal steps, then stays at `end`.
 
     Args:
-        start: the rate at step 0, and before it; in [0, 1].
-        end: the rate at step `steps`, and after it; in [0, 1].
-        steps: how many steps it takes, at least 1.
+        start: The rate at step 0 and before; in [0, 1].
+        end: The rate at step `steps` and after; in [0, 1].
+        steps: The number of steps of the transition, at least 1.
 
     Returns:
         A function from the step, an integer that may be traced, to a float32 scalar, so that the
-        rate changes without recompiling. It is computed in float32, by operations that round alike
-        everywhere: `regtorch.linear_rate` gives the same bits at every step.
+        rate changes without recompiling.
 
     Raises:
         TypeError: `start` or `end` is not a real number, or `steps` is not an integer.
         ValueError: `start` or `end` is not in [0, 1], or `steps` is below 1.
 
-    PyTorch:
-        `regtorch.linear_rate`. A schedule of optax is a function of the step, too, and does as a
-        rate; only nothing promises that PyTorch's numbers are the same to the last bit.
+    Note (PyTorch):
+        `regtorch.linear_rate` returns the same bits at every step: both compute in float32, by
+        operations that round alike everywhere. A schedule of optax also works as a rate, but is not
+        guaranteed to match PyTorch bit for bit.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, regjax
@@ -85,26 +75,11 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
 
 
 def cosine_rate(start: float, end: float, steps: int) -> Schedule:
-    """Return a rate that moves from `start` to `end` along half a cosine, and then stays there.
+    """Return a schedule that moves from `start` to `end` along half a cosine, then stays at `end`.
 
-    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`: slow at both ends, and
-    fastest in the middle.
-
-    Args:
-        start: the rate at step 0, and before it; in [0, 1].
-        end: the rate at step `steps`, and after it; in [0, 1].
-        steps: how many steps it takes, at least 1.
-
-    Returns:
-        A function from the step, an integer that may be traced, to a float32 scalar; see
-        `linear_rate`. It is within 1e-6 of the formula.
-
-    Raises:
-        TypeError: as `linear_rate`.
-        ValueError: as `linear_rate`.
-
-    PyTorch:
-        `regtorch.cosine_rate` gives the same bits at every step.
+    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`, within 1e-6: slow at
+    both ends, and fastest in the middle. The arguments, the result, the errors and the relation to
+    PyTorch are those of `linear_rate`.
 
     Example:
         >>> import regjax
@@ -112,8 +87,9 @@ def cosine_rate(start: float, end: float, steps: int) -> Schedule:
         >>> [round(float(rate(step)), 6) for step in range(6)]
         [0.0, 0.073223, 0.25, 0.426777, 0.5, 0.5]
 
-    Source: the shape of Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts",
-    ICLR 2017.
+    References:
+        The shape: Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR
+        2017.
     """
     return _between(start, end, steps, _half_wave)
 
@@ -121,17 +97,17 @@ def cosine_rate(start: float, end: float, steps: int) -> Schedule:
 def depth_rates(
     rate: float, depth: int, *, shape: Literal["linear", "constant"] = "linear"
 ) -> tuple[float, ...]:
-    """The rates of `drop_path` for a stack of layers: 0 at the first, `rate` at the last.
+    """Return the rates of `drop_path` for a stack of layers: 0 at the first, `rate` at the last.
 
-    Layer l of L, counted from 0, has `rate * l / (L - 1)`: what lies nearer to the input is used by
-    more layers, and so is dropped more rarely. The paper counts from 1 and divides by L, so that
-    the first layer is dropped too: `depth_rates(rate, depth + 1)[1:]`. torchvision counts from 0
-    and divides by L, so that the last layer stays below: `depth_rates(rate, depth + 1)[:-1]`.
+    Layer l of L, counted from 0, has `rate * l / (L - 1)`: more layers use a layer nearer to the
+    input, so it is dropped more rarely. The paper counts from 1 and divides by L, so that the first
+    layer is dropped too: `depth_rates(rate, depth + 1)[1:]`. torchvision counts from 0 and divides
+    by L, so that the last layer stays below `rate`: `depth_rates(rate, depth + 1)[:-1]`.
 
     Args:
-        rate: that of the last layer, in [0, 1].
-        depth: how many layers there are, at least 1. A single one has rate 0, unless "constant".
-        shape: "linear", or "constant" for `rate` everywhere.
+        rate: The rate of the last layer, in [0, 1].
+        depth: The number of layers, at least 1. A single layer has rate 0, unless "constant".
+        shape: "linear", or "constant" for `rate` at every layer.
 
     Returns:
         A number for each layer; the same in both packages.
@@ -140,20 +116,21 @@ def depth_rates(
         TypeError: `rate` is not a real number, or `depth` is not an integer.
         ValueError: `rate` is not in [0, 1], `depth` is below 1, or `shape` is neither of the two.
 
-    PyTorch:
-        `torch.linspace(0, rate, depth).tolist()`, as timm's models have it, rounded to float32.
+    Note (PyTorch):
+        `torch.linspace(0, rate, depth).tolist()`, as in timm's models, which is rounded to float32.
 
     Example:
         >>> import regjax
         >>> regjax.depth_rates(0.5, 5)
         (0.0, 0.125, 0.25, 0.375, 0.5)
 
-    Source: Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016.
+    References:
+        Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016.
     """
     rate = float(check_probability("rate", rate))
     depth = _check_count("depth", depth)
     check_choice("shape", shape, ("linear", "constant"))
-    # The quotient first: that of the last layer is 1, and its rate is `rate` itself.
+    # Divide first: the quotient of the last layer is 1, so its rate is exactly `rate`.
     last = max(1, depth - 1)
     return tuple(rate * (layer / last) if shape == "linear" else rate for layer in range(depth))
 
@@ -164,7 +141,7 @@ def _between(
     steps: int,
     shape: Callable[[Float[Array, ""]], Float[Array, ""]],
 ) -> Schedule:
-    """From `start` to `end` as `shape` goes from 0 to 1, in float32 throughout."""
+    """Return a schedule from `start` to `end` as `shape` moves from 0 to 1, all in float32."""
     start = float(check_probability("start", start))
     end = float(check_probability("end", end))
     steps = _check_count("steps", steps)
@@ -181,7 +158,7 @@ def _between(
 
 
 def _half_wave(progress: Float[Array, ""]) -> Float[Array, ""]:
-    """(1 - cos(pi * progress)) / 2, of `progress` from 0 to 1."""
+    """Return (1 - cos(pi * progress)) / 2, for `progress` from 0 to 1."""
     z = progress - np.float32(0.5)
     square = rounded(z * z)
     first, *middle, last = (np.float32(number) for number in _SINE)
@@ -192,7 +169,7 @@ def _half_wave(progress: Float[Array, ""]) -> Float[Array, ""]:
 
 
 def _count(step: ArrayLike, steps: int) -> Float[Array, ""]:
-    """The step as a float32: exact below 2**24, and beyond to seven digits."""
+    """Return the step as a float32: exact below 2**24, to seven digits beyond."""
     number = as_number("step", step)
     if not jnp.issubdtype(number.dtype, jnp.integer):
         raise TypeError(f"step must be an integer; got {step!r}.")

@@ -27,35 +27,34 @@ def variational_dropout(
     time_axis: int = 1,
     sampler: Sampler = bernoulli,
 ) -> Inexact[Array, "*shape"]:
-    """Zeroes each feature of each row with probability `rate`, at every timestep alike.
+    """Zero each feature of each row with probability `rate`, identically at every timestep.
 
-    A new mask at every step is noise that a recurrent network adds up over time; one mask for the
-    whole sequence is a smaller network, drawn once. It is `dropout` whose mask is shared along
-    `time_axis`, also called locked dropout.
+    A new mask at every step is noise that a recurrent network accumulates over time; one mask for
+    the whole sequence is a smaller network, drawn once. It is `dropout` with a mask shared along
+    `time_axis`, also called locked dropout. The result and other errors are those of `dropout`.
 
-    Inside the recurrence there is no time axis to share a mask along. There, call `dropout` on the
-    carried state with **one key for all steps**, made outside the loop: the same key is the same
-    mask. The second example does so.
+    Inside the recurrence there is no time axis. There, call `dropout` on the carried state with
+    **one key for all steps**, made outside the loop: the same key gives the same mask, as in the
+    second example. `jax_debug_key_reuse`, where enabled, rejects a key that a loop uses at every
+    step; pass `jax.random.clone(key)` then. `examples/recurrent_dropout.py` drops the cells of Flax
+    in the same way. No mask is stored for the backward pass.
 
     Args:
-        x: floating or complex, with a time axis, such as (batch, time, features).
-        rate: the probability that an element is zeroed, in [0, 1]; a number or a traced scalar.
-        key: the random key; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-        time_axis: the dimension of time, counted from the end if negative: 1 of (batch, time,
-            features), 0 of (time, batch, features) and of (time, features).
-        sampler: what draws the mask.
-
-    Returns:
-        An array of the shape, dtype and sharding of `x`.
+        x: Floating or complex, with a time axis, such as (batch, time, features).
+        rate: See `dropout`.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        time_axis: The dimension of time, counted from the end if negative: 1 for (batch, time,
+            features), 0 for (time, batch, features) and for (time, features).
+        sampler: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`, or `time_axis` is not an integer.
-        ValueError: as `dropout`, or `time_axis` is not a dimension of `x`.
+        TypeError: `time_axis` is not an integer.
+        ValueError: `time_axis` is not a dimension of `x`.
 
-    PyTorch:
-        `regtorch.variational_dropout` with the same key gives the same result bit for bit. The
-        `dropout=` of `torch.nn.LSTM` is another thing: it draws anew at every timestep.
+    Note (PyTorch):
+        `regtorch.variational_dropout` with the same key returns bitwise identical results. The
+        `dropout=` of `torch.nn.LSTM` differs: it draws a new mask at every timestep.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -67,29 +66,18 @@ def variational_dropout(
         >>> bool((y == y[:, :1, :]).all())
         True
 
-        A network whose input and whose state are dropped, each with one mask for all steps:
-
-        >>> def network(w, xs, key, deterministic=False):
-        ...     of_input, of_state = jax.random.split(key)
-        ...     xs = regjax.variational_dropout(
-        ...         xs, 0.3, key=of_input, deterministic=deterministic, time_axis=0
-        ...     )
+        >>> def network(w, xs, key):  # the state is dropped, with one mask for all steps
         ...     def step(h, x):
-        ...         h = regjax.dropout(h, 0.5, key=of_state, deterministic=deterministic)
-        ...         h = jnp.tanh(x @ w["in"] + h @ w["hidden"])
+        ...         h = jnp.tanh(x @ w["in"] + regjax.dropout(h, 0.5, key=key) @ w["hidden"])
         ...         return h, h
         ...     return jax.lax.scan(step, jnp.zeros((xs.shape[1], 4)), xs)[1]
         >>> w = {"in": jnp.ones((3, 4)), "hidden": jnp.eye(4)}
         >>> network(w, jnp.ones((7, 2, 3)), jax.random.key(0)).shape  # time, batch, features
         (7, 2, 4)
 
-        No mask is stored for the backward pass. `jax_debug_key_reuse`, where it is switched on,
-        objects to a key that a loop uses at every step, here on purpose: give `dropout`
-        `jax.random.clone(of_state)` then. The cells of Flax are dropped in the same way in
-        `examples/recurrent_dropout.py`.
-
-    Source: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
-    networks", NeurIPS 2016.
+    References:
+        Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+        networks", NeurIPS 2016.
     """
     x = check_inexact(x)
     axis = check_axis("time_axis", time_axis, x.ndim, _ADVICE)

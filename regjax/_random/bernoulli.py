@@ -1,8 +1,8 @@
 """Keep masks: random bits compared with a threshold.
 
 This is **mask stream v1**: the mask is a function of the key, the keep probability and the shape
-alone. No setting of JAX, no device, no mesh and no transform changes it, and it will not change
-under this name. It equals `jax.random.bernoulli` under JAX's default configuration.
+only. It does not depend on JAX's configuration, the device, the mesh or any transform, and it will
+not change under this name. It equals `jax.random.bernoulli` under JAX's default configuration.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
     from regjax._random.threefry import Layout, Words
 
-_MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
+_MANTISSA = 23  # jax.random draws float32 uniforms in [0, 1) as multiples of 2**-23
 # A subnormal probability counts as 0: CPUs and TPUs flush it, others do not, and the mask must not
-# depend on which it runs on.
+# depend on the device.
 _SMALLEST = float(np.finfo(np.float32).smallest_normal)
-_TINY = 2.0**-12  # below it, the share that is kept may differ from the request
+_TINY = 2.0**-12  # below it, the realized keep probability may differ from the requested one
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What draws a keep mask: `bernoulli`, or any function with its arguments."""
+    """A function that draws a keep mask: `bernoulli`, or any function with its arguments."""
 
     def __call__(
         self,
@@ -48,18 +48,18 @@ class Sampler(Protocol):
         *,
         out_sharding: Layout = None,
     ) -> Bool[Array, "*shape"]:
-        """Draws a mask of the given shape; True keeps."""
+        """Draw a mask of the given shape; True keeps an element."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskSampler:
-    """How a mask is drawn, and which share of its elements is kept on average.
+    """A user's function that draws a mask, trusted to keep elements with the requested probability.
 
-    This one calls a function of the user's, and takes its word for the share.
+    The subclasses know the probability that they realize.
 
     Attributes:
-        function: what was passed as `sampler`.
+        function: The `sampler` that the user passed.
     """
 
     function: Sampler
@@ -72,8 +72,9 @@ class MaskSampler:
         *,
         out_sharding: Layout = None,
     ) -> Bool[Array, "*shape"]:
-        """Draws as the function does."""
-        return self.function(key, keep_prob, shape, out_sharding=out_sharding)
+        """Draw a mask, as any other sampler does."""
+        probability = check_probability("keep_prob", keep_prob)
+        return self.draw(key, probability, tuple(shape), out_sharding)
 
     def draw(
         self,
@@ -82,7 +83,7 @@ class MaskSampler:
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draws a mask from arguments that were checked before; True keeps."""
+        """Draw a mask from checked arguments; True keeps an element."""
         return self.function(key, keep_prob, shape, out_sharding=out_sharding)
 
     def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
@@ -93,9 +94,10 @@ class MaskSampler:
 def exact_keep_prob(keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
     """Return the probability with which `bernoulli` keeps an element, for the scale.
 
-    It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
-    and the scale uses `keep_prob` itself, as other libraries do. Below, the difference can be
-    large: an element that is to be kept with probability 1e-10 is kept with 2**-23.
+    The realized probability is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a
+    relative 2**-11 at most, and the scale uses `keep_prob` itself, as other libraries do. Below,
+    the difference can be large: at a keep probability of 1e-10, an element is kept with probability
+    2**-23.
     """
     if isinstance(keep_prob, jax.Array):
         share = _threshold(keep_prob).astype(keep_prob.dtype) * 2.0**-_MANTISSA
@@ -113,38 +115,38 @@ class ExactSampler(MaskSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draws a mask."""
+        """Draw a mask."""
         return _threshold_mask(key, _threshold(keep_prob), shape, out_sharding)
 
     def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
-        """Return a multiple of 2**-23 where the difference is large."""
+        """Return `exact_keep_prob(keep_prob)`."""
         return exact_keep_prob(keep_prob)
 
 
 def bernoulli(
     key: KeyLike, keep_prob: ArrayLike, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> Bool[Array, "*shape"]:
-    """Draws a keep mask: each element is True with probability `keep_prob`, independently.
+    """Draw a keep mask: each element is True with probability `keep_prob`, independently.
 
-    An element is kept where `(bits >> 9) < ceil(float32(keep_prob) * 2**23)`, its bits being those
-    of threefry at its row-major index. The mask therefore depends on nothing but the arguments.
+    An element is kept where `(bits >> 9) < ceil(float32(keep_prob) * 2**23)`; `bits` are the
+    threefry bits at its row-major index. The mask therefore depends only on the arguments.
 
     Args:
-        key: one JAX random key, typed or raw, of any kind.
-        keep_prob: the probability of True, in [0, 1]; it may be traced. Rounded to float32.
-        shape: the shape of the mask.
-        out_sharding: how the mask is laid out over devices: a `Sharding` or a `PartitionSpec`.
+        key: One JAX PRNG key, typed or raw, of any implementation.
+        keep_prob: The probability of True, in [0, 1]; it may be traced. Rounded to float32.
+        shape: The shape of the mask.
+        out_sharding: The layout of the mask over devices: a `Sharding` or a `PartitionSpec`.
 
     Returns:
         A boolean array.
 
     Raises:
         TypeError: `key` is not a key, or `keep_prob` is not a number.
-        ValueError: a concrete `keep_prob` is not in [0, 1], or `key` is a batch of keys. A traced
-            `keep_prob` is not checked: below 0 or NaN keeps nothing, above 1 everything.
+        ValueError: A concrete `keep_prob` is not in [0, 1], or `key` is a batch of keys. A traced
+            `keep_prob` is not checked: below 0 or NaN keeps nothing, above 1 keeps everything.
 
-    PyTorch:
-        `regtorch.bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+    Note (PyTorch):
+        `regtorch.bernoulli` returns the same mask. `torch.bernoulli` draws another stream.
 
     Example:
         >>> import jax, regjax
@@ -162,8 +164,8 @@ def bernoulli(
 EXACT = ExactSampler(bernoulli)
 
 
-# The inner jit makes an eager call one dispatch and not a hundred, and the sites of a model that
-# agree in shape share one trace. The threshold stays an argument: that trace serves every rate.
+# The inner jit makes an eager call one dispatch instead of a hundred, and sites of a model with
+# equal shapes share one trace. The threshold is a traced argument: the trace serves every rate.
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _threshold_mask(
     key: KeyLike, threshold: UInt32[Array, ""], shape: tuple[int, ...], out_sharding: Layout
@@ -176,14 +178,11 @@ def _threshold_mask(
 def bernoulli_at(
     key: KeyLike, keep_prob: float | Float[Array, ""], index: Words
 ) -> Bool[Array, "*shape"]:
-    """The elements of `bernoulli`'s mask at given row-major indices, whatever its shape.
+    """Return the elements of `bernoulli`'s mask at given row-major indices, whatever its shape.
 
-    What makes a mask piece by piece, or of a few rows only, without the rest of it.
-
-    Args:
-        key: one key, as `bernoulli` takes it.
-        keep_prob: the probability of True, checked by `check_probability`.
-        index: 64-bit indices, as a high and a low word that broadcast against each other.
+    This draws a mask block by block, or only a few of its rows. `index` holds 64-bit indices as a
+    high and a low word that broadcast against each other; `keep_prob` is checked by
+    `check_probability`.
     """
     consume(key)
     out0, out1 = threefry2x32(key_words(key), index)
@@ -191,24 +190,19 @@ def bernoulli_at(
 
 
 def _threshold(keep_prob: float | Float[Array, ""]) -> np.uint32 | UInt32[Array, ""]:
-    """How many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
+    """Return how many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
     if isinstance(keep_prob, jax.Array):
         probability = keep_prob.astype(jnp.float32)
         scaled = jnp.minimum(jnp.ceil(probability * 2.0**_MANTISSA), 2.0**_MANTISSA)
-        # NaN compares false, and so keeps nothing.
+        # NaN compares false and therefore keeps nothing.
         return jnp.where(probability >= _SMALLEST, scaled, 0).astype(jnp.uint32)
-    # Exact in double, and free of the flush to zero by which a device may lose a tiny float32.
+    # Double precision is exact here, and no device flushes a tiny float32 to zero.
     probability = float(np.float32(keep_prob))
     return np.uint32(math.ceil(probability * 2**_MANTISSA) if probability >= _SMALLEST else 0)
 
 
 def check_probability(name: str, value: ArrayLike) -> float | Float[Array, ""]:
-    """Returns a concrete probability as a Python float, a traced one as it is.
-
-    Raises:
-        TypeError: it is not a real number.
-        ValueError: it is not a scalar, or concrete and not in [0, 1].
-    """
+    """Return a probability as a Python float; return a traced scalar with its range unchecked."""
     if type(value) is float and 0 <= value <= 1:
         return value
     number = as_number(name, value)

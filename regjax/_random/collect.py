@@ -12,8 +12,8 @@ class Collected:
     """An array that arrives in blocks along its last axis.
 
     Args:
-        shape: the shape of the whole array.
-        sample: the number of elements to keep, evenly spread; None keeps all of them.
+        shape: The shape of the whole array.
+        sample: The number of elements to keep, evenly spaced; None keeps all of them.
     """
 
     def __init__(self, shape: tuple[int, ...], sample: int | None) -> None:
@@ -26,12 +26,12 @@ class Collected:
 
     @property
     def values(self) -> np.ndarray:
-        """The elements in the shape of the array; a sample of them is one-dimensional."""
+        """The elements in the shape of the array, or as a 1-D array if they are a sample."""
         values = self._stored(np.dtype(bool))
         return values if self._sampled else values.reshape(self.shape)
 
     def add(self, block: np.ndarray, first: int = 0) -> Collected:
-        """Stores the block at index `first` of the last axis; its end may be padding."""
+        """Store the block at index `first` of the last axis; its end may be padding."""
         block = block.reshape(self._rows, block.shape[-1] if self.shape else 1)
         block = block[:, : self._length - first]
         end = first + block.shape[1]
@@ -46,7 +46,7 @@ class Collected:
         return self
 
     def normalize(self, log_total: np.ndarray) -> Collected:
-        """Replaces scores by the weights of a softmax, from the logarithm of each row's sum."""
+        """Replace scores by softmax weights, given the logarithm of each row's sum."""
         total = log_total.reshape(self._rows)
         total = total[self._row] if self._sampled else total[:, None]
         values = self._stored(log_total.dtype)
@@ -62,23 +62,16 @@ class Collected:
 
 
 class BlockwisePlan(NamedTuple):
-    """What is known of a mask that is applied block by block before the program runs.
-
-    Attributes:
-        mask: its shape.
-        scores: the shape of the scores that it belongs to.
-        blocks: the number of blocks.
-        rate: the rate, unless it is traced.
-    """
+    """The shapes, number of blocks and untraced rate of a blockwise mask, known in advance."""
 
     mask: tuple[int, ...]
     scores: tuple[int, ...]
     blocks: int
-    rate: float | None
+    rate: float | None  # None if traced
 
 
 class BlockwiseDraw:
-    """The parts of one blockwise draw, which arrive in any order."""
+    """The pieces of one blockwise draw, which arrive in any order."""
 
     def __init__(self, plan: BlockwisePlan, sample: int | None) -> None:
         self.mask = Collected(plan.mask, sample)
@@ -88,7 +81,7 @@ class BlockwiseDraw:
         self._firsts: set[int] = set()
 
     def add_block(self, first: int, keep: np.ndarray, scores: np.ndarray) -> bool:
-        """Stores a block, unless it is there already; returns whether it did."""
+        """Store a block, unless it is already stored; return whether it was stored."""
         if first in self._firsts:
             return False
         self._firsts.add(first)
@@ -98,7 +91,7 @@ class BlockwiseDraw:
         return True
 
     def add_end(self, rate: float, log_total: np.ndarray) -> bool:
-        """Stores the rate and the rows' sums, unless they are there; returns whether it did."""
+        """Store the rate and row sums unless already stored; return whether this call did so."""
         if self.rate is not None:
             return False
         self.rate = rate if self._plan.rate is None else self._plan.rate
@@ -107,7 +100,7 @@ class BlockwiseDraw:
         return True
 
     def is_complete(self) -> bool:
-        """Whether all parts have arrived."""
+        """Return whether all pieces have arrived."""
         return self.rate is not None and len(self._firsts) == self._plan.blocks
 
     def _finish(self) -> None:

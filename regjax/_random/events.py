@@ -1,7 +1,7 @@
 """Record what every dropout draws, for comparisons between frameworks and for guard rails.
 
-Recording changes no value, and the recorded mask is the array that is applied. A dropout that
-nobody observes pays for one look at a flag.
+Recording changes no value, and the recorded mask is the array that is applied. Without an observer,
+a dropout only checks a flag.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from regshared.checks import check_callable
 from regshared.events import SiteKey
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Inexact
+    from jaxtyping import Array, Inexact
 
     Pair = tuple[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A dropout drew a mask.
+    """The event of a dropout that drew a mask.
 
     Attributes:
-        order: the place of the call in the program, counted from 0; a dropout inside a loop draws
-            several times under one number.
-        key: the two words of its key.
-        rate: the probability that an element is zeroed.
-        mask: the mask that was applied, True where an element is kept; of size 1 along dimensions
+        order: The position of the call in the program, counted from 0. All draws of a dropout
+            inside a loop have the same one.
+        key: The two words of its PRNG key.
+        rate: The dropout rate.
+        mask: The mask that was applied, True where an element is kept; of size 1 along dimensions
             that share it.
-        entering: the values that it masks.
-        function: the name of the function, such as `"dropout"`; a layer has that of its function.
-        where: the line of code that called it, `"path/model.py:42"`: the innermost one that is not
-            in the library or in a framework.
-        scope: the names of the modules around it, `"encoder/layer_0"`, where the framework gives
-            them to JAX as Linen and Haiku do, or `jax.named_scope`.
+        entering: The values that it masks.
+        function: The name of the function, such as `"dropout"`; a layer reports that of its
+            function.
+        where: The calling line of code, `"path/model.py:42"`: the innermost one outside the library
+            and the frameworks.
+        scope: The names of the enclosing modules, `"encoder/layer_0"`, where the framework passes
+            them to JAX, as Linen and Haiku do, or `jax.named_scope` does.
     """
 
     order: int
@@ -61,12 +62,12 @@ class Draw:
 
 @dataclasses.dataclass(frozen=True)
 class SampledDraw(Draw):
-    """A `Draw` for an observer of samples: `mask` and `entering` are one-dimensional samples.
+    """A `Draw` for an observer of samples: `mask` and `entering` are 1-D samples.
 
     Attributes:
-        shape: the shape of the values that were masked.
-        size: the number of elements of the mask.
-        kept: the number of elements that are kept.
+        shape: The shape of the masked values.
+        size: The number of elements of the mask.
+        kept: The number of elements that are kept.
     """
 
     shape: tuple[int, ...]
@@ -76,7 +77,7 @@ class SampledDraw(Draw):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call of a dropout function, as one observer counts it."""
+    """A call of a dropout function, as numbered by one observer."""
 
     order: int
     function: str
@@ -85,15 +86,15 @@ class _Call:
 
 
 class Observer:
-    """Receives events, and counts the dropouts of the program.
+    """A receiver of events that numbers the dropout calls of the program.
 
-    Events arrive from wherever the program runs, in no particular order: call
+    Events arrive from wherever the program runs, in no particular order. Call
     `jax.effects_barrier()` before reading them.
 
     Args:
-        record: called with each event.
-        sample: the number of elements, evenly spread, to keep of each mask and of the values that
-            it is applied to; None keeps all of them.
+        record: Called with each event.
+        sample: The number of elements, evenly spaced, to keep of each mask and of the values that
+            it applies to; None keeps all of them.
     """
 
     def __init__(
@@ -104,21 +105,21 @@ class Observer:
         self._orders = itertools.count()
         self._blockwise: dict[int, tuple[_Call, BlockwisePlan]] = {}
         self._unfinished = defaultdict[Any, list[BlockwiseDraw]](list)
-        self._lock = threading.Lock()  # each device calls back from a thread of its own
+        self._lock = threading.Lock()  # each device calls back from its own thread
 
     def called(self, function: str, where: str, scope: str) -> _Call:
-        """Counts a call."""
+        """Number a call."""
         return _Call(next(self._orders), function, where, scope)
 
     def draw(
         self, call: _Call, key: tuple[int, int], rate: float, mask: np.ndarray, entering: np.ndarray
     ) -> None:
-        """Records a mask that was applied at once."""
+        """Record a mask that was applied at once."""
         arrays = (Collected(array.shape, self._sample).add(array) for array in (mask, entering))
         self._record_draw(call, key, rate, *arrays)
 
     def expect_blocks(self, ticket: int, call: _Call, plan: BlockwisePlan) -> None:
-        """Announces the call whose blocks arrive under a ticket."""
+        """Register the call whose blocks arrive under a ticket."""
         self._blockwise[ticket] = call, plan
 
     def part(
@@ -128,10 +129,10 @@ class Observer:
         inputs: int,
         add: Callable[[BlockwiseDraw], bool],
     ) -> None:
-        """Adds a part to the oldest draw of its call, key and inputs that lacks it.
+        """Add a piece to the oldest draw of its call, key and inputs that lacks it.
 
-        The rows of a `vmap` over one key share call and key, and their parts arrive in any order;
-        `inputs` is a hash of what else the draw depends on.
+        The rows of a `vmap` over one key share call and key, and their pieces arrive in any order;
+        `inputs` is a hash of the other arrays that the draw depends on.
         """
         call, plan = self._blockwise[ticket]
         with self._lock:
@@ -149,7 +150,7 @@ class Observer:
             self._record_draw(call, key, draw.rate, draw.mask, draw.weights)
 
     def forget_unfinished(self) -> None:
-        """Drops the parts that a program left behind when it failed."""
+        """Discard the pieces that a failed program left behind."""
         self._unfinished.clear()
 
     def _record_draw(
@@ -164,33 +165,26 @@ class Observer:
 
 
 class BlockwiseCall(NamedTuple):
-    """What tells the parts of one blockwise draw from those of another, as operands.
+    """The operands that identify the pieces of one blockwise draw."""
 
-    Attributes:
-        ticket: from `Observers.expect_blocks`.
-        key: the two words of the key.
-        inputs: a hash of the arrays that the scores are made from.
-        off: True where the result is not used.
-    """
-
-    ticket: Any
+    ticket: Any  # from `Observers.expect_blocks`
     key: Pair
-    inputs: Any
-    off: Any
+    inputs: Any  # a hash of the arrays that the scores are computed from
+    off: Any  # True where the result is not used
 
 
-# Shared by all observers: a compiled function may serve several of them, one after the other.
+# Shared by all observers, because one compiled function may serve several of them in turn.
 _tickets = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
 class Observers:
-    """All observers at a place in the program; equal if they are the same ones."""
+    """All observers at one place in the program; equal if they are the same ones."""
 
     members: tuple[Observer, ...]
 
     def site_key(self, site: str, root: Pair, step: Pair, key: Pair) -> None:
-        """Records a derived key; called by `site_key` with two words of each."""
+        """Record a derived key; called by `site_key` with two words of each."""
 
         def record(root: Pair, step: Pair, key: Pair) -> None:
             high, low = _integers(step)
@@ -205,11 +199,11 @@ class Observers:
         function: str,
         key: Pair,
         rate: Any,
-        mask: Bool[Array, "*shape"],
+        mask: Array,
         entering: Inexact[Array, "*shape"],
         off: Any = False,
     ) -> None:
-        """Records the mask that a dropout applies; where `off` is True, the result is not used."""
+        """Record the mask that a dropout applies; where `off` is True, the result is not used."""
         calls = self._calls(function)
         exact = rate if isinstance(rate, float) else None  # an operand is rounded to float32
 
@@ -224,11 +218,10 @@ class Observers:
         jax.debug.callback(record, key, rate, mask, entering, off)
 
     def expect_blocks(self, function: str, plan: BlockwisePlan) -> np.ndarray:
-        """Announces a mask that is applied block by block.
+        """Register a mask that is applied block by block, and return the ticket of its pieces.
 
-        Returns:
-            A ticket for its parts. The program takes it as an operand, so that calls of equal
-            shapes share one compiled function.
+        The program takes the ticket as an operand, so that calls of equal shapes share one compiled
+        function.
         """
         ticket = next(_tickets)
         for member, call in self._calls(function):
@@ -236,7 +229,7 @@ class Observers:
         return np.asarray(ticket, np.uint32)
 
     def block(self, draw: BlockwiseCall, first: Any, keep: Any, scores: Any) -> None:
-        """Records a block of a mask, which begins at the index `first`, and the scores under it."""
+        """Record the block of a mask that begins at the index `first`, and the scores under it."""
 
         def record(draw: BlockwiseCall, first: Any, keep: Any, scores: Any) -> None:
             arrays = int(first), np.asarray(keep), np.asarray(scores)
@@ -245,7 +238,7 @@ class Observers:
         jax.debug.callback(record, draw, first, keep, scores)
 
     def end(self, draw: BlockwiseCall, rate: Any, log_total: Any) -> None:
-        """Records the rate of the blocks, and the logarithm of each row's sum."""
+        """Record the rate of the blocks, and the logarithm of each row's sum."""
 
         def record(draw: BlockwiseCall, rate: Any, log_total: Any) -> None:
             number, total = float(rate), np.asarray(log_total)
@@ -264,13 +257,13 @@ class Observers:
         return [(member, member.called(*names)) for member in self.members]
 
 
-# Part of the key of every cache of traces: a function that was jitted before anybody watched is
-# traced anew, and what was traced while somebody watched is not used afterwards.
+# Part of the key of every trace cache: a function jitted before an observer was added is traced
+# again, and a trace made under an observer is not reused without it.
 _observer = make_user_context()
 
 
 def observer() -> Observers | None:
-    """Return all who observe here, or None."""
+    """Return all active observers, or None."""
     return _observer.value
 
 
@@ -278,11 +271,11 @@ def observer() -> Observers | None:
 def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
     """Pass `record` every key that `site_key` derives and every mask that a dropout applies.
 
-    Blocks nest: events inside both go to both. Under `jax.checkpoint` the forward pass that runs
-    again for the backward one is recorded again.
+    Nested blocks each receive the events inside them. Under `jax.checkpoint`, the forward pass that
+    runs again for the backward pass is recorded again.
 
     Args:
-        record: called with each event, under jit at run time.
+        record: Called with each event; under jit, at run time.
 
     Example:
         >>> import jax, regjax
@@ -299,18 +292,18 @@ def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
 
 @contextlib.contextmanager
 def observed_by(added: Observer) -> Iterator[Observer]:
-    """Add an observer; functions traced in one such block are reused in the next."""
+    """Add an observer; later blocks with the same observers reuse the functions traced here."""
     outer = _observer.value
     with _observer(Observers((*(outer.members if outer else ()), added))):
         yield added
 
 
-# Code of these is not the user's.
+# Packages whose lines are not the user's code.
 _LIBRARIES = {"regjax", "jax", "flax", "equinox", "haiku", "contextlib"}
 
 
 def _user_line() -> str:
-    """The innermost line of code that is running outside of the libraries."""
+    """Return the innermost running line of code outside the libraries."""
     frame = sys._getframe(1)
     while frame.f_back:
         module = frame.f_globals.get("__name__", "")
@@ -322,8 +315,8 @@ def _user_line() -> str:
 
 
 def _scope() -> str:
-    """The name stack, `jvp(encoder)/layer_0`, without the transformations."""
-    # Here and not above: JAX may change it, and nobody needs it who does not watch.
+    """Return the name stack, `jvp(encoder)/layer_0`, without the transformations."""
+    # Imported here because JAX may change it, and only observers need it.
     from jax.extend import source_info_util
 
     return re.sub(r"\w+\(|\)", "", str(source_info_util.current_name_stack()))

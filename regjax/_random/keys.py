@@ -1,6 +1,6 @@
-"""Keys: what every mask is made from, and how a training step names its own.
+"""PRNG keys: the input of every mask, and their derivation for each training step.
 
-A key is made once, from a seed; `site_key` derives from it, without state, a key for each place of
+A key is made once, from a seed; `site_key` derives a key from it, without state, for each place in
 a model and each step of training. A resumed run continues exactly, and no RNG state is saved.
 """
 
@@ -24,18 +24,13 @@ if TYPE_CHECKING:
 
     from regjax._random.threefry import Words
 
-    KeyLike = Key[Array, ""] | UInt32[Array, " words"]
+    KeyLike = Key[Array, ""] | UInt32[Array, " _words"]
 
 _THREEFRY = "threefry2x32"
 
 
-def check_key(key: KeyLike, name: str = "key") -> KeyLike:
-    """Returns the key if it is one single key, typed or raw; `name` is that of the argument.
-
-    Raises:
-        TypeError: it is not a key at all.
-        ValueError: it is a batch of keys.
-    """
+def check_key(key: KeyLike | None, name: str = "key") -> KeyLike:
+    """Return `key` if it is a single key, typed or raw; `name` is the name of the argument."""
     is_array = isinstance(key, jax.Array | np.ndarray)
     is_typed = is_array and _is_typed(key)
     if not is_array or not (is_typed or key.dtype == np.uint32):
@@ -56,14 +51,11 @@ def check_key(key: KeyLike, name: str = "key") -> KeyLike:
 
 
 def key_words(key: KeyLike) -> Words:
-    """The two uint32 words that a mask is made from.
+    """Return the two uint32 words that a mask is drawn from.
 
-    A threefry key is its own two words, so that masks equal those of `jax.random`. Keys of any
-    other kind are hashed down to two words, block by block; a mask made from those equals no mask
-    of `jax.random`, but is as good.
-
-    Args:
-        key: checked by `check_key`.
+    A threefry key is its own two words, so that masks equal those of `jax.random`. Keys of other
+    implementations are hashed to two words, block by block; a mask drawn from those equals no mask
+    of `jax.random`, but is of the same quality. `check_key` has checked the key.
     """
     data = jnp.asarray(jax.random.key_data(key) if _is_typed(key) else key)
     if is_threefry(key):
@@ -77,35 +69,36 @@ def key_words(key: KeyLike) -> Words:
 
 
 def consume(key: KeyLike) -> None:
-    """Tells `jax_debug_key_reuse` that a mask is drawn from this key.
+    """Report to `jax_debug_key_reuse` that a mask is drawn from this key.
 
-    Reading a key's data is invisible to that check. These bits are not, and XLA drops them, since
-    nobody reads them.
+    That check does not see a read of the key's data. It sees these bits, which XLA removes because
+    they are unused.
     """
     if _is_typed(key):
         jax.random.bits(key, ())
 
 
 def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
-    """The key of one place in a model at one step of training, derived without state.
+    """Return the key of one place in a model at one step of training, derived without state.
 
     Two blocks of threefry: the root key encrypts a 64-bit hash of the site's name, and the result
     encrypts the step. Equal arguments give equal keys in every process, on every device, under
-    every setting of JAX, and in regtorch; different sites or steps give independent ones.
+    every configuration of JAX, and in regtorch; different sites or steps give independent keys.
 
     Args:
-        root: one key, typed or raw, of any kind. As with `jax.random.fold_in`, it is not used up.
-        step: the step of training, an integer of at least 0. A traced one is not checked.
-        site: the name of the place, such as `"encoder/3/attention"`.
+        root: One key, typed or raw, of any implementation. As with `jax.random.fold_in`, it is not
+            consumed.
+        step: The training step, an integer of at least 0. A traced one is not checked.
+        site: The name of the place, such as `"encoder/3/attention"`.
 
     Returns:
-        A threefry key: typed where the root is typed, raw (uint32 of shape (2,)) where it is raw.
+        A threefry key: typed if the root is typed, raw (uint32 of shape (2,)) if it is raw.
 
     Raises:
         TypeError: `step` is not an integer, `site` is not a string, or `root` is not a key.
         ValueError: `step` is negative or not below 2**64, or `root` is a batch of keys.
 
-    PyTorch:
+    Note (PyTorch):
         `regtorch.site_key` returns the same two words. PyTorch itself has no keys.
 
     Example:
@@ -126,14 +119,14 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
 
 
 def site_hash(site: str) -> Words:
-    """A name's stable 64-bit hash: the first eight bytes of its SHA-256, big-endian."""
+    """Return a stable 64-bit hash of a name: the first eight bytes of its SHA-256, big-endian."""
     digest = hashlib.sha256(site.encode()).digest()
     return jnp.uint32(int.from_bytes(digest[:4])), jnp.uint32(int.from_bytes(digest[4:8]))
 
 
 @jax.jit
 def _site_words(root: KeyLike, site: Words, step: Words) -> UInt32[Array, " words"]:
-    # The site first: its block does not depend on the step, and leaves a loop over steps.
+    # The site's block comes first: it does not depend on the step, so a loop over steps hoists it.
     return jnp.stack(threefry2x32(threefry2x32(key_words(root), site), step))
 
 
@@ -156,5 +149,5 @@ def _is_typed(key: KeyLike) -> bool:
 
 
 def is_threefry(key: KeyLike) -> bool:
-    """Whether the words of a key are its own."""
+    """Return whether a key consists of the two words that masks are drawn from."""
     return str(jax.random.key_impl(key)) == _THREEFRY if _is_typed(key) else key.shape == (2,)

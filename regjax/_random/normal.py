@@ -1,8 +1,9 @@
-"""Standard normal variates, with the same bits in both wings.
+"""Standard normal variates, bitwise identical in both packages.
 
-This is **normal stream v1**: a variate is a function of the key, its index and the type alone. No
-setting of JAX, no mesh and no transform changes it, and it will not change under this name. It is
-computed by operations that IEEE 754 rounds alike on every device; tests have seen that on CPUs.
+This is **normal stream v1**: a variate is a function of the key, its index and the dtype only. It
+does not depend on JAX's configuration, the mesh or any transform, and it will not change under this
+name. It is computed by operations that IEEE 754 rounds alike on every device; tests have confirmed
+that on CPUs.
 """
 
 from __future__ import annotations
@@ -35,31 +36,32 @@ def normal(
     *,
     out_sharding: Layout = None,
 ) -> Float[Array, "*shape"]:
-    """Draws standard normal variates: mean 0, standard deviation 1.
+    """Draw standard normal variates: mean 0, standard deviation 1.
 
-    Each is the quantile function at a uniform variate, which is made of the bits of threefry at the
-    element's row-major index: of the upper 23 of one word, or of the upper 52 of two for float64.
-    Half types are made in float32 and rounded once.
+    Each variate is the normal quantile function at a uniform variate, which is made from the
+    threefry bits at the element's row-major index: the upper 23 bits of one word, or the upper 52
+    of two for float64. Half types are computed in float32 and rounded once.
 
-    In float32 they lie between -5.42 and 5.23, within 8e-7 of the exact quantile. They are the
-    numbers of `jax.random.normal` with the same key, under JAX's default settings: within 1e-6 up
-    to a size of 2, and within 3e-5 beyond, where JAX's own are that far from the quantile.
+    In float32 the variates lie between -5.42 and 5.23, within 8e-7 of the exact quantile. They
+    match `jax.random.normal` with the same key, under JAX's default configuration: within 1e-6 up
+    to a magnitude of 2, and within 3e-5 beyond, where JAX's own variates are that far from the
+    quantile.
 
     Args:
-        key: one JAX random key, typed or raw, of any kind.
-        shape: the shape of the result.
-        dtype: float16, bfloat16, float32, or float64, which needs `jax_enable_x64`.
-        out_sharding: how the result is laid out over devices: a `Sharding` or a `PartitionSpec`.
+        key: One JAX PRNG key, typed or raw, of any implementation.
+        shape: The shape of the result.
+        dtype: float16, bfloat16, float32, or float64, which requires `jax_enable_x64`.
+        out_sharding: The layout of the result over devices: a `Sharding` or a `PartitionSpec`.
 
     Returns:
         An array of the given shape and dtype.
 
     Raises:
         TypeError: `key` is not a key, or `dtype` is none of these.
-        ValueError: `key` is a batch of keys, or `dtype` is float64 and JAX has none.
+        ValueError: `key` is a batch of keys, or `dtype` is float64 without `jax_enable_x64`.
 
-    PyTorch:
-        `regtorch.normal` gives the same bits. `torch.randn` draws another stream.
+    Note (PyTorch):
+        `regtorch.normal` returns the same bits. `torch.randn` draws another stream.
 
     Example:
         >>> import jax, regjax
@@ -68,7 +70,8 @@ def normal(
         >>> jax.random.normal(jax.random.key(0), (3,))
         Array([ 1.6226422 ,  2.0252647 , -0.43359444], dtype=float32)
 
-    Source: inversion, as in Devroye, "Non-uniform random variate generation", 1986, chapter II.
+    References:
+        Devroye, "Non-uniform random variate generation", 1986, chapter II (inversion).
     """
     shape, layout = check_shape("shape", shape), check_layout("out_sharding", out_sharding)
     return _normal(check_key(key), shape, _check_dtype(dtype), layout)
@@ -86,7 +89,7 @@ def _normal(
     else:
         bits = counter_bits(words, shape, out_sharding=out_sharding) >> np.uint32(9)
         bits, count = bits.astype(np.float32), 23
-    # Exact, every step of it: an odd multiple of 2**-(count + 1), and so neither 0 nor -1 nor 1.
+    # Every step is exact; an odd multiple of 2**-(count + 1) is never 0, -1 or 1.
     uniform = bits * 2.0 ** (1 - count) - (1 - 2.0 ** -(count + 1))
     return quantile(uniform).astype(dtype)
 

@@ -1,6 +1,7 @@
 """Packed keep masks: 32 elements at a time, from a few random words.
 
-For accelerators, where the random words are what dropout costs. The exact sampler is `bernoulli`.
+They are for accelerators, where drawing random words dominates the cost of dropout. The exact
+sampler is `bernoulli`.
 """
 
 from __future__ import annotations
@@ -38,17 +39,13 @@ if TYPE_CHECKING:
     from regjax._random.threefry import Layout, Words
 
 _LANES = 32
-# Below this size a mask costs next to nothing, and grouping only adds operations.
+# Smaller masks cost almost nothing, and grouping only adds operations.
 _SMALLEST_PACKED = 2**12
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedSampler(MaskSampler):
-    """The sampler behind `packed_bernoulli`.
-
-    Attributes:
-        bits: how many bits of the keep probability count.
-    """
+    """The sampler behind `packed_bernoulli`, with `bits` bits of the keep probability."""
 
     bits: int = 16
 
@@ -59,7 +56,7 @@ class PackedSampler(MaskSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draws a mask."""
+        """Draw a mask."""
         threshold = _threshold(keep_prob, self.bits)
         jitted = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
         return jitted(key, threshold, shape, self.bits, out_sharding)
@@ -70,12 +67,7 @@ class PackedSampler(MaskSampler):
 
 
 def mask_sampler(sampler: Sampler) -> MaskSampler:
-    """Return how `sampler` draws, with the options of a `functools.partial`.
-
-    Raises:
-        TypeError: it is not a function, or `bits` is not an integer.
-        ValueError: `bits` is not in 1..32.
-    """
+    """Return the `MaskSampler` of a `sampler`, with the options of a `functools.partial`."""
     if isinstance(sampler, MaskSampler):
         return sampler
     function, options = sampler, {}
@@ -96,24 +88,24 @@ def packed_bernoulli(
     bits: int = 16,
     out_sharding: Layout = None,
 ) -> Bool[Array, "*shape"]:
-    """Draws a keep mask, 32 elements at a time, with `keep_prob` rounded to a few bits.
+    """Draw a keep mask, 32 elements at a time, with `keep_prob` rounded to a few bits.
 
     An element is kept with probability `T / 2**bits`, where `T = round(keep_prob * 2**bits)`: a
-    uniform integer of `bits` bits is compared with T. That is done bit-sliced: one random word
-    holds one bit of 32 integers, and `and`/`or` of such words make 32 comparisons at once. An
+    uniform integer of `bits` bits is compared with T. The comparison is bit-sliced: one random word
+    holds one bit of 32 integers, and `and`/`or` of such words compare 32 elements at once. An
     element costs `bits / 64` blocks of threefry instead of a whole one, and less where T ends in
     zeros: keep probability 1/2 takes one block for 32 elements.
 
-    The 32 elements that share words follow each other along the longest axis, the last one
-    excepted, whose length is a multiple of 32 (of two, the later). Where there is none, or the
-    array has fewer than 4,096 elements, each compares the first `bits` bits of a word of its own.
+    The 32 elements that share words are consecutive along the longest axis, other than the last,
+    whose length is a multiple of 32 (the later of two equal ones). Without such an axis, or with
+    fewer than 4,096 elements, each element compares the first `bits` bits of its own word.
 
     Args:
-        key: one JAX random key, typed or raw, of any kind.
-        keep_prob: the probability of True, in [0, 1]; it may be traced. Rounded to float32 first.
-        shape: the shape of the mask.
-        bits: how many bits of `keep_prob` count, from 1 to 32.
-        out_sharding: how the mask is laid out over devices: a `NamedSharding` or `PartitionSpec`.
+        key: See `bernoulli`.
+        keep_prob: The probability of True, in [0, 1]; it may be traced. Rounded to float32 first.
+        shape: The shape of the mask.
+        bits: The number of bits of `keep_prob` that count, from 1 to 32.
+        out_sharding: The layout of the mask over devices: a `NamedSharding` or a `PartitionSpec`.
 
     Returns:
         A boolean array. Its mean is `T / 2**bits`, which `regjax.dropout` divides by: with 16 bits
@@ -121,13 +113,13 @@ def packed_bernoulli(
 
     Raises:
         TypeError: `key` is not a key, `keep_prob` is not a number, or `bits` is not an integer.
-        ValueError: a concrete `keep_prob` is not in [0, 1], or lies strictly inside but would round
-            to an end; `bits` is not in 1..32; `key` is a batch of keys. A traced `keep_prob` is not
-            checked: strictly inside it stays inside, below 0 or NaN it keeps nothing, above 1
-            everything.
+        ValueError: A concrete `keep_prob` is not in [0, 1], or lies strictly inside but would round
+            to an end; `bits` is not in 1..32; or `key` is a batch of keys. A traced `keep_prob` is
+            not checked: strictly inside it stays inside, below 0 or NaN it keeps nothing, above 1
+            it keeps everything.
 
-    PyTorch:
-        `regtorch.packed_bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+    Note (PyTorch):
+        `regtorch.packed_bernoulli` returns the same mask. `torch.bernoulli` draws another stream.
 
     Example:
         >>> import jax, regjax
@@ -143,10 +135,10 @@ def packed_bernoulli(
 
 
 def packed_axis(shape: Sequence[int]) -> int | None:
-    """The axis along which 32 elements share words; None where each has its own.
+    """Return the axis along which 32 elements share words; None if each element has its own.
 
-    Never the last axis, which accelerators lay out across lanes: to spread a word over lanes costs
-    more than to draw it anew. And never one chosen by the layout: the mask must not depend on it.
+    It is never the last axis, which accelerators lay out across lanes: spreading a word over lanes
+    costs more than drawing it again. It does not depend on the layout, and neither does the mask.
     """
     if math.prod(shape) < _SMALLEST_PACKED:
         return None
@@ -178,8 +170,8 @@ def _mask(
 def _at_packed_axis(draw: Callable[[int | None], Any], shape: tuple[int, ...]) -> Any:
     """Return `draw(packed_axis(shape))`.
 
-    The axis, and with it the mask, depends on the sizes. Where `jax.export` has a symbol for one of
-    them, the program contains a branch for every axis that may be packed.
+    The axis, and with it the mask, depends on the sizes. If one of them is a symbol of
+    `jax.export`, the program contains a branch for every axis that may be packed.
     """
     if all(is_number(size) for size in shape):
         return draw(packed_axis(shape))
@@ -197,17 +189,17 @@ def _at_packed_axis(draw: Callable[[int | None], Any], shape: tuple[int, ...]) -
     return lax.switch(branch, [functools.partial(draw, axis) for axis in (None, *axes)])
 
 
-# A concrete threshold is static, so that only the words that it needs are drawn.
+# A concrete threshold is static, so that only the required words are drawn.
 _mask_at_number = jax.jit(_mask, static_argnums=(1, 2, 3, 4))
 _mask_at_tracer = jax.jit(_mask, static_argnums=(2, 3, 4))
 
 
 def _threshold(keep_prob: float | Float[Array, ""], bits: int) -> int | Float[Array, ""]:
-    """How many of the 2**bits integers are kept; traced as float32, which holds it exactly."""
+    """Return how many of the 2**bits integers are kept; float32, if traced, holds it exactly."""
     levels = 2**bits
     if isinstance(keep_prob, jax.Array):
         probability = keep_prob.astype(jnp.float32)
-        # From 25 bits on, the end rounds to `levels`, which no probability below 1 does.
+        # From 25 bits on, the bound rounds to `levels`, but no probability below 1 does.
         inside = jnp.clip(jnp.round(probability * 2.0**bits), 1, float(levels - 1))
         ends = jnp.where(probability >= 1, float(levels), 0.0)
         return jnp.where((probability > 0) & (probability < 1), inside, ends)
@@ -227,7 +219,7 @@ def _check_bits(bits: int) -> int:
 def _below(
     drawn: UInt32[Array, "*shape"], threshold: int | Float[Array, ""], bits: int
 ) -> Bool[Array, "*shape"]:
-    """Compares each element's integer with the threshold, which may be too large for a word."""
+    """Compare each element's integer with the threshold, which may be too large for a word."""
     if isinstance(threshold, jax.Array):
         return (drawn < threshold.astype(jnp.uint32)) | (threshold >= 2.0**bits)
     return drawn <= np.uint32(threshold - 1) if threshold else jnp.zeros_like(drawn, bool)
@@ -236,14 +228,15 @@ def _below(
 def _compared(
     key: Words, threshold: int | Float[Array, ""], bits: int, group: Group
 ) -> UInt32[Array, "*words"]:
-    """Draws words that each hold 32 comparisons `U >= 2**bits - T` of uniform integers U.
+    """Draw words that each hold 32 comparisons `U >= 2**bits - T` of uniform integers U.
 
-    Bit i of 32 integers is one word, the most significant first. From the least significant up: a 1
-    where T has a 1, or a 0 where T has a 0, settles the comparison; otherwise the lower bits have.
+    Bit i of 32 integers is one word, the most significant first. From the least significant bit up,
+    a 1 where T has a 1, or a 0 where T has a 0, decides the comparison; otherwise the lower bits
+    do.
     """
     if not isinstance(threshold, jax.Array):
         bits_of_t = [bool(threshold >> (bits - 1 - i) & 1) for i in range(bits)]
-        # Trailing zeros of T settle nothing, and their words are not drawn.
+        # Trailing zeros of T decide nothing, and their words are not drawn.
         needed = max((i + 1 for i in range(bits) if bits_of_t[i]), default=0)
         everything = threshold == 2**bits
     else:
@@ -264,18 +257,18 @@ def _compared(
 def _select(
     condition: bool | Bool[Array, ""], x: UInt32[Array, "*words"], y: UInt32[Array, "*words"]
 ) -> UInt32[Array, "*words"]:
-    """`jnp.where` that leaves no trace of a condition known beforehand."""
+    """Return `jnp.where(condition, x, y)`, without an operation if the condition is a bool."""
     if isinstance(condition, bool):
         return x if condition else y
     return jnp.where(condition, x, y)
 
 
 def _stored(words: UInt32[Array, "*words"], unknown: UInt32[Array, ""]) -> UInt32[Array, "*words"]:
-    """The same words; on CPU a place where XLA stops fusing, and stores them.
+    """Return the same words; on CPU, force XLA to stop fusing here and store them.
 
-    Fused into their 32-way expansion they would be drawn anew for each element. XLA does not fuse
-    what it holds expensive into what reads it many times, and a division by a number that it does
-    not know is expensive. The number is 1.
+    Fused into their 32-way expansion, the words would be drawn again for each element. XLA does not
+    fuse an expensive operation into one that reads it many times, and it treats division by an
+    unknown number as expensive. The number is 1.
     """
 
     def divided(
@@ -287,11 +280,12 @@ def _stored(words: UInt32[Array, "*words"], unknown: UInt32[Array, ""]) -> UInt3
 
 
 def _bytes(words: UInt32[Array, "*words"]) -> tuple[UInt8[Array, "*words"], ...]:
-    """The bytes of each word as four arrays, the least significant first: how a GPU spreads words.
+    """Return the bytes of each word as four arrays, least significant first; GPUs spread these.
 
-    There each element reads what holds its bit: as a word twice as many bytes as a bfloat16 of the
-    array itself, as a byte half as many. One kernel draws the words and writes the four arrays. The
-    barrier keeps that so: without it XLA may store words, and cut them up where they are read.
+    On a GPU each element reads the container of its bit: a word has twice as many bytes as a
+    bfloat16 of the array itself, a byte half as many. One kernel draws the words and writes the
+    four arrays. The barrier preserves this: without it XLA may store words, and split them where
+    they are read.
     """
     places = [np.uint32(8 * i) for i in range(4)]
     return lax.optimization_barrier(tuple((words >> place).astype(jnp.uint8) for place in places))
@@ -299,12 +293,9 @@ def _bytes(words: UInt32[Array, "*words"]) -> tuple[UInt8[Array, "*words"], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Which elements share a word, and how words and elements are laid out over devices.
+    """The elements that share a word, and the layout of words and elements over devices.
 
-    Attributes:
-        shape: the shape of the mask.
-        axis: the axis along which 32 elements share a word.
-        out_sharding: the layout of the mask.
+    `shape` and `out_sharding` are those of the mask; 32 elements along `axis` share a word.
     """
 
     shape: tuple[int, ...]
@@ -313,8 +304,8 @@ class Group:
 
     @property
     def words_shape(self) -> tuple[int, ...]:
-        """The shape of the words: a 32nd along the axis."""
-        # A symbolic size may be none of 32's multiples; rounded up, there is at least one word.
+        """The shape of the words: one 32nd along the axis."""
+        # A symbolic size may not be a multiple of 32; rounded up, there is at least one word.
         return self._replace_axis(self.shape, -(-self.shape[self.axis] // _LANES))
 
     @property
@@ -334,7 +325,7 @@ class Group:
         return sharding.update(spec=PartitionSpec(*spec))
 
     def spread(self, words: UInt32[Array, "*words"]) -> Bool[Array, "*shape"]:
-        """Gives each element its bit of its word."""
+        """Return a mask in which each element has its bit of its word."""
         if not is_number(self.shape[self.axis]):
             return self._gathered(words)
         sharding = lanes_sharding = self.words_sharding
@@ -351,7 +342,7 @@ class Group:
         return mask if whole else jax.sharding.reshard(mask, self.out_sharding)
 
     def _gathered(self, words: UInt32[Array, "*words"]) -> Bool[Array, "*shape"]:
-        """As `spread`, along an axis of symbolic length, which cannot be split into words."""
+        """Spread words along an axis of symbolic length, which cannot be split into words."""
         sizes = [size if axis == self.axis else 1 for axis, size in enumerate(self.shape)]
         along = lax.broadcasted_iota(np.uint32, sizes, self.axis)
         at = jnp.reshape(along // np.uint32(_LANES), (sizes[self.axis],))
@@ -361,7 +352,7 @@ class Group:
     def _bits(
         self, parts: tuple[UInt[Array, "*words"], ...], sharding: Layout
     ) -> Bool[Array, "*lanes"]:
-        """Each lane's bit, of words that come as equal parts, the least significant first."""
+        """Return each lane's bit, from words given as equal pieces, least significant first."""
         after = self.axis + 1
         lanes = _LANES // len(parts)
         shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], lanes)
@@ -371,9 +362,9 @@ class Group:
             own.append((jnp.expand_dims(part, after) >> lane) & part.dtype.type(1) != 0)
         if len(own) == 1:
             return own[0]
-        # Not a concatenation: where XLA fuses this, an element reads its own part and no other.
+        # Unlike in a fused concatenation, an element reads only its own piece.
         shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], _LANES)
-        # The layout of the slabs, since JAX 0.8 distinguishes none from a mesh that shares no axis.
+        # Use the slabs' layout: JAX 0.8 distinguishes no layout from a mesh that shards no axis.
         bits = jnp.zeros(shape, bool, out_sharding=jax.typeof(own[0]).sharding)
         for i, slab in enumerate(own):
             bits = lax.dynamic_update_slice_in_dim(bits, slab, i * lanes, after)

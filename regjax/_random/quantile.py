@@ -1,11 +1,12 @@
-"""The quantile function of the normal distribution, with the same bits in both wings.
+"""The quantile function of the normal distribution, bitwise identical in both packages.
 
-A library's logarithm or inverse error function differs from another's in the last bit. Here is
-nothing but sums, products, comparisons and the bits of numbers, which all round alike, and no
-product is joined with a sum.
+The logarithm and the inverse error function differ between libraries in the last bit. This module
+uses only sums, products, comparisons and the bits of numbers, which round alike everywhere, and no
+product is contracted with a sum.
 
-Source: the variable w = -log2(1 - u**2), in which pieces of low degree suffice: Giles,
-"Approximating the erfinv function", GPU Computing Gems, 2011. The polynomials are our own.
+References:
+    Giles, "Approximating the erfinv function", GPU Computing Gems, 2011: the variable w = -log2(1 -
+    u**2), in which pieces of low degree suffice. The polynomials are our own.
 """
 
 from __future__ import annotations
@@ -26,13 +27,11 @@ if TYPE_CHECKING:
 
 
 def quantile(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The n for which a standard normal variable lies in [-|n|, |n|] with probability |u|.
+    """Return the n for which a standard normal variable lies in [-|n|, |n|] with probability |u|.
 
-    It has the sign of `u`. In float32 it is off by less than 8e-7 at every `u` that `normal` draws;
-    in float64 by less than 4e-15, at the 64,000 of them that a test looks at.
-
-    Args:
-        u: in (-1, 1), of dtype float32 or float64.
+    `u` is in (-1, 1), of dtype float32 or float64, and n has its sign. In float32 the error is
+    below 8e-7 at every `u` that `normal` draws; in float64 it is below 4e-15 at the 64,000 of them
+    that a test checks.
     """
     table = DOUBLE if u.dtype == np.float64 else SINGLE
     size = jnp.abs(u)
@@ -42,20 +41,20 @@ def quantile(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _minus_log2(x: Float[Array, "*shape"], series: Sequence[float]) -> Float[Array, "*shape"]:
-    """-log2(x) for positive normal numbers."""
+    """Return -log2(x) for positive normal numbers."""
     integer = np.int64 if x.dtype == np.float64 else np.int32
     info = np.finfo(x.dtype)
-    # As integers, floating numbers are in the same order, and `nmant` bits lie below the exponent.
+    # Positive floats sort like their bits as integers, and `nmant` bits lie below the exponent.
     root = integer(np.asarray(math.sqrt(0.5), x.dtype).view(integer))
     bits: Int[Array, "*shape"] = lax.bitcast_convert_type(x, integer)
     exponent = (bits - root) >> integer(info.nmant)
-    # From sqrt(1/2) up to sqrt(2), less 1.
+    # The significand in [sqrt(1/2), sqrt(2)), minus 1.
     rest = lax.bitcast_convert_type(bits - (exponent << integer(info.nmant)), x.dtype) - 1
     return -exponent.astype(x.dtype) - rounded(rest * _polynomial(rest, series))
 
 
 def _chosen(w: Float[Array, "*shape"], pieces: Sequence[Any]) -> list[Any]:
-    """Of the piece in which `w` lies: the centre and the coefficients."""
+    """Return the center and the coefficients of the piece that contains `w`."""
     rows = [[w.dtype.type(number) for number in (p.centre, *p.coefficients)] for p in pieces]
     chosen: list[Any] = rows[0]
     for piece, row in zip(pieces[1:], rows[1:], strict=True):

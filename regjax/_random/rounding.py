@@ -1,4 +1,4 @@
-"""Arithmetic that rounds where it is written, whatever a compiler makes of it."""
+"""Arithmetic that rounds as written, whatever a compiler does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return `x`, and prevent a compiler from contracting the product `x` with a later sum.
 
     XLA contracts `a * b + c` to one operation that rounds once, where PyTorch rounds twice, and
-    neither `lax.optimization_barrier` nor `lax.reduce_precision` hinders it. An operation between
+    neither `lax.optimization_barrier` nor `lax.reduce_precision` prevents it. An operation between
     the two does. This one is the identity for every value, and so is its derivative.
 
     Example:
@@ -27,8 +27,8 @@ def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         >>> jax.jit(lambda x: rounded(x * x) - x)(x) == x * x - x
         Array(True, dtype=bool)
     """
-    # Below 1 it is x, else the greater one of x and 1. A simpler choice does not do: of a product
-    # LLVM may know that it is not NaN, or not negative, but not how large it is.
+    # x below 1, otherwise max(x, 1). A simpler selection fails: LLVM may know that a product is
+    # not NaN or not negative, but not how large it is.
     one = lax.full_like(x, 1)
     return lax.select(lax.lt(x, one), x, lax.max(x, one))
 
@@ -39,28 +39,26 @@ def _derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
 
 
 def exact_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Return the correctly rounded square root, also where the backend's own is off by one ulp.
+    """Return the correctly rounded square root, even where the backend's own is off by one ulp.
 
     `torch.sqrt` on a CPU misrounds one float32 in five, whatever the instruction set. The error of
-    the backend's root is computed without any rounding, and the neighbor taken where it is nearer.
-
-    Args:
-        x: of dtype float32 or float64, zero or in [2**-60, 2**60]. Outside of that range, and for
-            infinity and NaN, the result is the backend's, or one of its neighbors.
+    the backend's root is computed exactly, and the neighbor is returned where it is nearer. `x`
+    must be zero or in [2**-60, 2**60], in float32 or float64; elsewhere, and for infinity and NaN,
+    the result is the backend's, or one of its neighbors.
 
     Example:
         >>> import jax.numpy as jnp
         >>> exact_sqrt(jnp.float32(2))
         Array(1.4142135, dtype=float32)
     """
-    # A product may not be joined with the first difference below; all other products are exact.
+    # `x` must not be contracted with the first difference below; all other products are exact.
     x = rounded(x)
     info = np.finfo(x.dtype)
     integer = np.int64 if x.dtype == np.float64 else np.int32
     as_float = functools.partial(lax.bitcast_convert_type, new_dtype=x.dtype)
     near = lax.sqrt(x)
     bits = lax.bitcast_convert_type(near, integer)
-    # Rounded to half of its digits, so that each of the three products below is exact.
+    # Rounded to half its digits, so that each of the three products below is exact.
     tail = integer(1 << (info.nmant + 2) // 2)
     high = as_float((bits + tail // 2) & -tail)
     low = near - high

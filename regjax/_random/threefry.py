@@ -1,10 +1,11 @@
 """Threefry-2x32 with 20 rounds: a key and a counter in, 64 random bits out.
 
-Written out instead of called, for two reasons. The bits stay the same whatever version or setting
-of JAX is in use; and as 20 unrolled rounds of elementwise arithmetic XLA fuses them with whatever
-consumes them, so that a mask never exists in memory.
+It is written out instead of called for two reasons. The bits stay the same under every version and
+configuration of JAX; and XLA fuses 20 unrolled rounds of elementwise arithmetic with their
+consumer, so that a mask is never materialized.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+References:
+    Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, UInt32
 
     Layout: TypeAlias = NamedSharding | PartitionSpec | None
-    Words: TypeAlias = tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]
+    # Two words of shapes that broadcast against each other, and against those they meet.
+    Words: TypeAlias = tuple[UInt32[Array, "*_hi"], UInt32[Array, "*_lo"]]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _KEY_PARITY = 0x1BD11BDA
@@ -33,20 +35,12 @@ _WORD = 2**32
 
 
 def threefry2x32(key: Words, counter: Words) -> Words:
-    """Encrypts counters: the block function, elementwise.
-
-    Args:
-        key: two uint32 words, of any shape that broadcasts against the counters.
-        counter: two uint32 words, high and low.
-
-    Returns:
-        Two uint32 words.
-    """
+    """Encrypt counters with the block function, elementwise; a pair is a high and a low word."""
     return _rounds(key, (counter[0] + key[0], counter[1] + key[1]))
 
 
 def _rounds(key: Words, state: Words) -> Words:
-    """The 20 rounds, from a counter to which the key was added."""
+    """Apply the 20 rounds to a counter to which the key was added."""
     k0, k1 = key
     schedule = (k0, k1, k0 ^ k1 ^ np.uint32(_KEY_PARITY))
     x0, x1 = state
@@ -55,7 +49,7 @@ def _rounds(key: Words, state: Words) -> Words:
             x0 = x0 + x1
             x1 = ((x1 << np.uint32(distance)) | (x1 >> np.uint32(32 - distance))) ^ x0
         x0 = x0 + schedule[(group + 1) % 3]
-        # Scalars first: the key and the group's number meet once, not once an element.
+        # Scalars first: the key and the group number are added once, not once per element.
         x1 = x1 + (schedule[(group + 2) % 3] + np.uint32(group + 1))
     return x0, x1
 
@@ -63,7 +57,7 @@ def _rounds(key: Words, state: Words) -> Words:
 def counter_bits(
     key: Words, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> UInt32[Array, "*shape"]:
-    """32 random bits an element: both words of the block at the element's row-major index.
+    """Return 32 random bits per element: both words of the block at its row-major index, xored.
 
     Equal to `jax.random.bits(key, shape, "uint32")` under JAX's default (partitionable) threefry.
     """
@@ -71,8 +65,8 @@ def counter_bits(
     if not at_most(math.prod(shape), _WORD):
         out0, out1 = threefry2x32(key, row_major_index(shape, out_sharding))
     else:
-        # The key first and the index added to it: an index of its own is the same at every turn of
-        # a loop, so that XLA would make it before the loop and keep it, an array as large as x.
+        # The index is added to the key: XLA would hoist a separate index, which does not change
+        # within a loop, and keep it in memory, an array as large as x.
         low = row_major_index(shape, out_sharding, start=key[1])[1]
         out0, out1 = _rounds(key, (key[0], low))
     return out0 ^ out1
@@ -85,18 +79,14 @@ def row_major_index(
     start: UInt32[Array, ""] | None = None,
     in_place: bool = False,
 ) -> Words:
-    """Each element's row-major index, plus `start`, as a high and a low word.
+    """Return each element's row-major index, plus `start`, as a high and a low word.
 
-    One iota an axis, never a reshape of one long iota: a reshape would mix the axes, and XLA could
-    no longer give each device only its own part. The slower axes are added up before the faster
-    ones broaden the sum, so that they cost next to nothing.
-
-    Args:
-        shape: of the array.
-        out_sharding: its layout.
-        start: what to count from; without it, 0. The sum must stay in the low word.
-        in_place: whether XLA:TPU is kept from making the index along each axis beforehand, in a
-            kernel of its own. Worth some more arithmetic where the array is small.
+    The sum must fit in the low word if `start` is given. There is one iota per axis, never a
+    reshape of one long iota: a reshape would mix the axes, and XLA could no longer compute only its
+    own shard on each device. The slower axes are summed before the faster ones broadcast the sum,
+    so that they cost almost nothing. `in_place` keeps XLA:TPU from computing the index along each
+    axis beforehand, in a separate kernel; that is worth some more arithmetic where the array is
+    small.
     """
     check_size(shape)
     along = _along_in_place if in_place else _along
@@ -117,13 +107,9 @@ def slice_index(
     *,
     out_sharding: Layout = None,
 ) -> Words:
-    """Each element's row-major index in a larger array, of which a slice of `shape` is looked at.
+    """Return the row-major index, in an array of shape `whole`, of each element of a slice.
 
-    Args:
-        whole: the shape of the larger array.
-        shape: of the slice.
-        starts: by axis, where the slice begins; 0 where nothing is said. They may be traced.
-        out_sharding: the layout of the slice.
+    `starts` maps an axis to the start of the slice, 0 for axes not listed; they may be traced.
     """
     carries = not at_most(math.prod(whole), _WORD)
     hi = lo = jnp.zeros((), jnp.uint32)
@@ -139,8 +125,8 @@ def slice_index(
 def at_most(size: int, limit: int) -> bool:
     """Return whether a size is known to be at most `limit`.
 
-    A symbolic size of `jax.export` may be unknown. Every caller treats False as "perhaps larger"
-    and draws the same mask in both cases.
+    The answer may be unknown for a symbolic size of `jax.export`. Every caller treats False as
+    "perhaps larger" and draws the same mask in both cases.
     """
     try:
         return bool(size <= limit)
@@ -149,11 +135,7 @@ def at_most(size: int, limit: int) -> bool:
 
 
 def check_size(shape: Sequence[int]) -> None:
-    """Refuse a shape that no array can have; XLA would end the process.
-
-    Raises:
-        ValueError: The shape has 2**63 elements or more.
-    """
+    """Reject a shape of 2**63 elements or more, for which XLA would end the process."""
     if _split(shape)[0] >= 2**63:
         raise ValueError(f"shape must have fewer than 2**63 elements; got {tuple(shape)}.")
 
@@ -161,8 +143,8 @@ def check_size(shape: Sequence[int]) -> None:
 def product_words(sizes: Sequence[int]) -> tuple[Any, Any]:
     """Return the product of sizes modulo 2**64 as a high and a low word.
 
-    NumPy scalars where every size is a number. A symbolic size has its value at run time only, and
-    the words of a product that contains one are arrays.
+    The words are NumPy scalars if every size is a number. A symbolic size has a value only at run
+    time, and the words of a product that contains one are arrays.
     """
     known, symbols = _split(sizes)
     high, low = np.uint32(known // _WORD % _WORD), np.uint32(known % _WORD)
@@ -173,7 +155,7 @@ def product_words(sizes: Sequence[int]) -> tuple[Any, Any]:
 
 
 def _split(sizes: Sequence[int]) -> tuple[int, Sequence[int]]:
-    """The product of the sizes that are numbers, and those that are symbols."""
+    """Return the product of the sizes that are numbers, and those that are symbols."""
     product = math.prod(sizes)
     if isinstance(product, int):
         return product, ()
@@ -186,8 +168,8 @@ def is_number(size: int) -> bool:
     return isinstance(size, int | np.integer)
 
 
-def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Array, "*shape"]:
-    """The index along one axis, of length 1 along every other."""
+def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Array, "*_shape"]:
+    """Return the index along one axis, of length 1 along every other."""
     if out_sharding is not None:
         is_named = isinstance(out_sharding, NamedSharding)
         spec = out_sharding.spec if is_named else out_sharding
@@ -201,11 +183,11 @@ def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Ar
 def _along_in_place(
     shape: tuple[int, ...], axis: int, out_sharding: Layout
 ) -> UInt32[Array, "*shape"]:
-    """The index along one axis, in a form that hides how little it depends on the others.
+    """Return the index along one axis, in a form that hides that it depends on that axis only.
 
-    Exclusive or with the index along the last axis, twice, changes no number. But what depends on
-    one axis alone, XLA:TPU would compute apart from what needs it, and to start a kernel takes it
-    as long as to draw tens of thousands of words.
+    Xor with the index along the last axis, applied twice, changes no number. XLA:TPU would compute
+    a value that depends on one axis separately from its consumer, and starting a kernel takes as
+    long as drawing tens of thousands of words.
     """
     index = lax.broadcasted_iota(np.uint32, shape, axis, out_sharding=out_sharding)
     if axis == len(shape) - 1:
@@ -215,9 +197,9 @@ def _along_in_place(
 
 
 def _add_product(
-    total: Words, along: UInt32[Array, "*shape"], stride: tuple[Any, Any], carries: bool
+    total: Words, along: UInt32[Array, "*_shape"], stride: tuple[Any, Any], carries: bool
 ) -> Words:
-    """Total + along * stride modulo 2**64; without `carries` the high word is known to stay 0."""
+    """Return total + along * stride modulo 2**64; without `carries` the high word stays 0."""
     hi, lo = total
     stride_hi, stride_lo = stride
     product = along * stride_lo
@@ -229,7 +211,7 @@ def _add_product(
 
 
 def _multiply_high(x: UInt32[Array, "*shape"], factor: Any) -> UInt32[Array, "*shape"]:
-    """The upper 32 bits of x * factor, by schoolbook multiplication of 16-bit halves."""
+    """Return the upper 32 bits of x * factor, by schoolbook multiplication of 16-bit halves."""
     half = np.uint32(16)
     mask = np.uint32(0xFFFF)
     x_hi, x_lo = x >> half, x & mask

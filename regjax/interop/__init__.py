@@ -1,4 +1,4 @@
-"""A PyTorch recipe, read off the torch objects that it is made of; torch itself is not imported."""
+"""Convert PyTorch training recipes by reading torch objects; torch itself is not imported."""
 
 from regjax.interop._leaves import Leaf
 from regjax.interop._optimizers import optimizer_from_torch
@@ -19,5 +19,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names."""
     return __all__

@@ -1,4 +1,4 @@
-"""Which JAX parameter is which PyTorch parameter, and of which group."""
+"""The correspondence of JAX and PyTorch parameters, and the parameter group of each."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """The name and the layout that a JAX parameter has in PyTorch.
+    """The name and layout of a JAX parameter in PyTorch.
 
     Attributes:
         name: The PyTorch parameter's name.
-        transpose: The order of its axes in JAX, as for `numpy.transpose`; None where it is the
-            same. A Flax kernel of a Linear weight is `(1, 0)`, of a Conv2d weight `(2, 3, 1, 0)`.
+        transpose: The order of its axes in JAX, as for `numpy.transpose`; None if it is the same.
+            It is `(1, 0)` for a Flax kernel of a Linear weight, `(2, 3, 1, 0)` for that of a Conv2d
+            weight.
 
-    Examples:
+    Example:
         >>> import numpy as np
         >>> leaf = Leaf("fc.weight", (1, 0))
         >>> leaf.to_jax(np.zeros((3, 5))).shape
@@ -39,12 +40,7 @@ class Leaf:
     transpose: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Counts axes from the front.
-
-        Raises:
-            TypeError: `name` is not a string, or `transpose` is not a sequence of integers.
-            ValueError: `transpose` is not an order of axes.
-        """
+        """Count axes from the front; raise a TypeError or ValueError for invalid attributes."""
         check_string("name", self.name)
         if self.transpose is not None:
             axes = check_integers("transpose", self.transpose)
@@ -57,11 +53,11 @@ class Leaf:
             object.__setattr__(self, "transpose", order)
 
     def to_jax(self, array: np.ndarray) -> np.ndarray:
-        """The PyTorch array as JAX holds it."""
+        """Return the PyTorch array in JAX's layout."""
         return array if self.transpose is None else np.transpose(array, self.transpose)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """The JAX array as PyTorch holds it."""
+        """Return the JAX array in PyTorch's layout."""
         if self.transpose is None:
             return array
         return np.transpose(array, np.argsort(self.transpose))
@@ -69,7 +65,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Located:
-    """A JAX parameter's counterpart: where it is found, and the tensor found there."""
+    """The counterpart of a JAX parameter: its `Leaf` and its tensor."""
 
     leaf: Leaf
     tensor: Any
@@ -77,51 +73,37 @@ class Located:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Parameters that one optimizer trains: a group, or of a group those in one layout.
+    """Parameters that one optimizer trains: a group, or those of a group that share a layout."""
 
-    Attributes:
-        label: Its name in the state.
-        index: The number of the group.
-        kind: Class of the PyTorch optimizer.
-        group: The group's options.
-        leaves: By the path in JAX.
-        transposed: Whether they are matrices that JAX holds transposed; for Muon only.
-    """
-
-    label: str
-    index: int
-    kind: str
-    group: dict[str, Any]
-    leaves: dict[str, Located]
-    transposed: bool = False
+    label: str  # its name in the state
+    index: int  # of the group
+    kind: str  # the class of the PyTorch optimizer
+    group: dict[str, Any]  # the options
+    leaves: dict[str, Located]  # by path in JAX
+    transposed: bool = False  # for Muon: whether JAX holds the matrices transposed
 
     @property
     def decoupled(self) -> bool:
-        """Whether the decay bypasses the moments."""
+        """True if the decay bypasses the moments."""
         return self.group.get("decoupled_weight_decay", self.kind in ("Adafactor", "Muon"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The groups of a PyTorch optimizer, with the JAX parameters in each.
-
-    Attributes:
-        parts: Those that are trained.
-        frozen: Paths of those that are not.
-    """
+    """The groups of a PyTorch optimizer with their JAX parameters; `frozen` are untrained paths."""
 
     parts: tuple[Part, ...]
     frozen: frozenset[str]
 
     @property
     def labels(self) -> dict[str, str]:
-        """By the path in JAX, the label of its part."""
+        """The label of each parameter's part, by path in JAX."""
         trained = {path: part.label for part in self.parts for path in part.leaves}
         return trained | dict.fromkeys(self.frozen, FROZEN)
 
     @property
     def is_single(self) -> bool:
-        """Whether one optimizer trains everything."""
+        """True if one optimizer trains everything."""
         return len(self.parts) == 1 and not self.frozen
 
 
@@ -129,19 +111,10 @@ FROZEN = "frozen"
 
 
 def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe:
-    """Find the counterpart of each JAX parameter, and its group.
+    """Find the PyTorch counterpart of each JAX parameter, and its group.
 
-    Args:
-        torch_optimizer: A `torch.optim` optimizer.
-        names: By the path in JAX, the name in PyTorch or a `Leaf`.
-        model: The module whose parameters are trained; not needed where the optimizer knows names.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        TypeError: `names` is not a mapping to strings and `Leaf`s, or `model` is not a module.
-        ValueError: Parameters have no names, or `names` does not match them.
+    `names` maps paths in JAX to names in PyTorch or to `Leaf`s. `model`, the module that is
+    trained, is not needed if the optimizer has parameter names.
     """
     check_names(names)
     leaves = {path: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for path, leaf in names.items()}
@@ -159,7 +132,7 @@ def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe
 
 
 def _by_layout(part: Part) -> Iterator[Part]:
-    """Parts of one layout each for Muon, whose step depends on which axis counts outputs."""
+    """Split a group for Muon, whose step depends on the output axis, into one part per layout."""
     if part.kind != "Muon":
         split = {False: part.leaves}
     else:
@@ -176,7 +149,7 @@ def _named_tensors(torch_optimizer: Any, model: Any) -> dict[str, Any]:
     if model is not None:
         if not callable(getattr(model, "named_parameters", None)):
             raise TypeError(f"model must be a torch.nn.Module or None; got {describe(model)}.")
-        # A tensor that the model has under two names may be called either.
+        # A tensor that the model has under two names may be given either one.
         return dict(model.named_parameters(remove_duplicate=False))
     named: dict[str, Any] = {}
     for index, group in enumerate(torch_optimizer.param_groups):
@@ -222,11 +195,7 @@ def _check_names(
 
 
 def check_names(names: Any) -> None:
-    """Refuse names that are not a mapping to strings and `Leaf`s.
-
-    Raises:
-        TypeError: They are something else.
-    """
+    """Reject names that are not a mapping to strings and `Leaf`s with a TypeError."""
     if not isinstance(names, Mapping):
         raise TypeError(
             "names must be a mapping from names in JAX to names in PyTorch or Leafs; got "
@@ -238,11 +207,7 @@ def check_names(names: Any) -> None:
 
 
 def check_paths(labels: Mapping[str, str], params: PyTree) -> None:
-    """Refuse parameters that do not have the paths in JAX that `names` gives.
-
-    Raises:
-        ValueError: The two differ; both sides of the difference are listed.
-    """
+    """Reject parameters whose paths differ from `names`; the ValueError lists both sides."""
     paths = {path for path, _ in named_leaves(params)}
     report(
         {
@@ -253,19 +218,14 @@ def check_paths(labels: Mapping[str, str], params: PyTree) -> None:
 
 
 def report(problems: Mapping[str, set[str]]) -> None:
-    """Refuse `names` with a list of all that is wrong with it, if anything is."""
+    """Raise a ValueError that lists all problems with `names`, if there are any."""
     found = [f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names]
     if found:
         raise ValueError("names and params must match; got " + "; ".join(found))
 
 
 def number(option: str, value: Any) -> float:
-    """A number that PyTorch holds as such, or as a tensor of one element.
-
-    Examples:
-        >>> number("lr", 0.1)
-        0.1
-    """
+    """Return a number that PyTorch stores as such, or as a tensor of one element."""
     if isinstance(value, int | float):
         return value
     if not hasattr(value, "item"):
@@ -279,12 +239,7 @@ def number(option: str, value: Any) -> float:
 
 
 def check_class(argument: str, thing: Any, home: str, known: Any) -> str:
-    """Return the name of a class of PyTorch, if it is a known one.
-
-    Raises:
-        TypeError: `thing` is not an object of PyTorch, or of a class derived from one.
-        ValueError: Its class is not one of those known.
-    """
+    """Return the name of a PyTorch object's class; a class that is not in `known` is an error."""
     name, module = type(thing).__name__, type(thing).__module__
     is_of_torch = module.partition(".")[0] == "torch"
     if not is_of_torch or name not in known:

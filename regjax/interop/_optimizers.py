@@ -37,48 +37,49 @@ def optimizer_from_torch(
     steps: int | None = None,
     steps_per_epoch: int = 1,
 ) -> optax.GradientTransformation:
-    """Read an optimizer off one of PyTorch, with its parameter groups and its scheduler.
+    """Create an optimizer from a PyTorch optimizer, with its parameter groups and its scheduler.
 
-    Every class of which `regjax.optim` has the function of the same name, so SGD, ASGD, Rprop,
-    Adam, AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, Adafactor and Muon, with every
-    option of every group. Nothing is carried over in part: what has no counterpart is an error.
+    Supports every class with a function of the same name in `regjax.optim`: SGD, ASGD, Rprop, Adam,
+    AdamW, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, Adafactor and Muon, with every option
+    of every group. Nothing is converted partially: an option without a counterpart is an error.
 
     Args:
-        torch_optimizer: A `torch.optim` optimizer; it is only read.
-        names: For each JAX parameter's path, such as `"dense/kernel"`, its name in PyTorch, or a
-            `Leaf` where its axes are ordered otherwise.
-        model: The module whose parameters are trained. Not needed where the optimizer was made with
+        torch_optimizer: A `torch.optim` optimizer; it is not modified.
+        names: A mapping from the path of each JAX parameter, such as `"dense/kernel"`, to its name
+            in PyTorch, or to a `Leaf` if its axes have another order.
+        model: The module that is trained. Not needed if the optimizer was created with
             `model.named_parameters()`.
-        scheduler: The scheduler of the learning rates, if there is one: see `schedule_from_torch`.
-            OneCycleLR moves the momentum too, or the first beta.
-        steps: For LambdaLR and MultiplicativeLR, how many of the scheduler's steps to tabulate;
-            None for every other scheduler and without one.
-        steps_per_epoch: How many steps the optimizer takes for one of the scheduler: 1 where
-            `scheduler.step()` follows each `optimizer.step()`, the number of batches where it is
-            called once per epoch. 1 without a scheduler.
+        scheduler: The learning rate scheduler, if any; see `schedule_from_torch`. OneCycleLR also
+            moves the momentum or the first beta.
+        steps: For LambdaLR and MultiplicativeLR, the number of scheduler steps to tabulate;
+            otherwise None.
+        steps_per_epoch: The number of optimizer steps per scheduler step: 1 if `scheduler.step()`
+            follows each `optimizer.step()`, the number of batches if it is called once per epoch. 1
+            without a scheduler.
 
     Returns:
-        An optax transformation: the chain of `regjax.optim` where there is one group, and otherwise
-        `optax.partition` of one chain per group, labelled "group0", "group1" and so on. (Muon's
-        step depends on the layout, so a group with both gets another chain for the matrices that
-        JAX holds transposed, "group0_transposed".) Parameters that PyTorch does not train, since
-        they have `requires_grad=False` or are in no group, are "frozen": their updates are zero.
-        Where the momentum moves, a `ScheduledMomentumState` is around the state of the chain. The
-        state starts anew: `state_from_torch` fills it in.
+        An optax transformation: the chain of `regjax.optim` for one group, otherwise
+        `optax.partition` of one chain per group, labeled "group0", "group1" and so on. (Muon's step
+        depends on the layout, so a group with both has a second chain, "group0_transposed", for the
+        matrices that JAX holds transposed.) Parameters that PyTorch does not train, because of
+        `requires_grad=False` or because they are in no group, are "frozen": their updates are zero.
+        If the momentum moves, a `ScheduledMomentumState` wraps the state of the chain. The state
+        starts anew; `state_from_torch` fills it in.
 
     Raises:
-        TypeError: An argument is of the wrong type.
-        ValueError: The optimizer or scheduler is of another class; the parameters have no names;
-            `names` does not match the parameters (from `init`, those of JAX); a group has an option
-            that is not known, `differentiable=True`, or a value that JAX cannot take; the optimizer
-            has hooks; it has a scheduler that was not passed, or the other way round; or Adafactor
-            is to factor axes that are not the last two in JAX.
+        TypeError: An argument has the wrong type.
+        ValueError: The optimizer or scheduler has another class; the parameters have no names;
+            `names` does not match the parameters (from `init`, those of JAX); a group has an
+            unknown option, `differentiable=True`, or a value that JAX cannot represent; the
+            optimizer has hooks; it has a scheduler that was not passed, or vice versa; or Adafactor
+            would factor axes that are not the last two in JAX.
 
-    PyTorch: `foreach`, `fused` and `capturable` say how a step is computed, not what, and have no
-    effect. A parameter without a gradient is skipped by PyTorch; in JAX its gradient is zero, and
-    it still decays.
+    Note (PyTorch):
+        `foreach`, `fused` and `capturable` determine how a step is computed, not its result, and
+        have no effect. PyTorch skips a parameter without a gradient; in JAX its gradient is zero,
+        and it still decays.
 
-    Examples:
+    Example:
         >>> import torch, jax.numpy as jnp
         >>> from regjax.interop import Leaf
         >>> layer = torch.nn.Linear(3, 2)
@@ -130,7 +131,7 @@ def _over_tree(
         inner = optax.partition({**chains, FROZEN: optax.set_to_zero()}, label)
 
     def init(params: PyTree) -> PyTree:
-        # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
+        # Nothing to check without leaves: optax.tree.map_params passes a placeholder.
         if jax.tree.leaves(params):
             check_paths(labels, params)
         return inner.init(params)
@@ -171,7 +172,7 @@ def _option(part: Part, name: str) -> Any:
 
 
 def _check_whole(torch_optimizer: Any, scheduler: Any) -> None:
-    """Refuse an optimizer with more to it than its groups, or with another's scheduler."""
+    """Reject an optimizer with hooks, and a scheduler of another optimizer or of Rprop."""
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if getattr(torch_optimizer, hooks, None):
             raise ValueError(
@@ -237,13 +238,13 @@ def _check_factored(part: Part) -> None:
 
 
 _ADAM = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
-# The function, and the options that it takes under PyTorch's names.
+# For each class, the function and the options that it takes under PyTorch's names.
 _KINDS: dict[str, tuple[Make, tuple[str, ...]]] = {
     "SGD": (optim.sgd, ("momentum", "dampening", "weight_decay", "nesterov", "maximize")),
     "ASGD": (optim.asgd, ("lambd", "alpha", "t0", "weight_decay", "maximize")),
     "Rprop": (optim.rprop, ("etas", "step_sizes", "maximize")),
     "Adam": (optim.adam, _ADAM),
-    # A group of torch.optim.AdamW has the flag too, and it is what decides.
+    # A group of torch.optim.AdamW has the decoupled_weight_decay flag too, which decides.
     "AdamW": (optim.adam, _ADAM),
     "NAdam": (
         optim.nadam,

@@ -1,4 +1,4 @@
-"""The parameters of a PyTorch model in the tree of a JAX model: which feeds which, and how."""
+"""Copy the parameters of a PyTorch model into the pytree of a JAX model."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
     from regjax._decay.paths import KeyPath
 
-# What PyTorch calls a leaf of Linen, NNX, Equinox or Haiku. Other leaves have one name in both.
+# PyTorch's name of a leaf of Linen, NNX, Equinox or Haiku. Other leaves keep their names.
 _TORCH_NAMES = {
     **dict.fromkeys(("kernel", "w", "scale", "embedding", "embeddings", "weight"), "weight"),
     **dict.fromkeys(("bias", "b", "offset"), "bias"),
     "mean": "running_mean",
     "var": "running_var",
 }
-# These have the channels last; every other leaf has its axes as PyTorch has them.
+# These have the channels last; every other leaf has its axes in PyTorch's order.
 _CHANNELS_LAST = ("kernel", "w")
 # The parts of attention. PyTorch stacks the first three; Equinox appends `_proj` to them.
 _STACKED = ("query", "key", "value")
 _OUTPUTS = ("out", "output_proj", "linear")
-# What str(tensor.dtype) says of tensors that NumPy has no type for; jax.numpy has the same words.
+# The dtype names of tensors that NumPy has no type for; jax.numpy uses the same names.
 _SMALL = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
-# Equinox's batch norm before its state is split off: mean and variance, and what says that they are
-# no fresh ones. After so many steps its correction for a start at zero is none.
+# Equinox's batch norm before its state is split off: mean and variance, and the leaves that mark
+# them as settled. After so many steps its correction for a start at zero vanishes.
 _STATISTIC = re.compile(r"(?:ema|batch)_state_index/init/([01])$")
 _SETTLED = {"ema_first_time_index/init": False, "batch_counter/init": 2**30}
 _TRANSPOSED = re.compile(r"conv.*transpose", re.IGNORECASE)
@@ -52,9 +52,9 @@ def params_from_torch(
     params: PyTree,
     names: Mapping[str, str | Leaf] = MappingProxyType({}),
 ) -> PyTree:
-    r"""Carry the parameters and running statistics of a PyTorch model over into a JAX model.
+    r"""Copy the parameters and running statistics of a PyTorch model into a JAX model.
 
-    The name of a leaf decides its layout, never its shape: a `kernel` is transposed also where it
+    The name of a leaf determines its layout, never its shape: a `kernel` is transposed even if it
     is square.
 
     | leaf in Linen, NNX, Equinox or Haiku | entry of PyTorch |
@@ -71,36 +71,37 @@ def params_from_torch(
 
     Args:
         state_dict: A module, or its `state_dict()`: tensors or NumPy arrays by name. Only a module
-            can say that a convolution with as many inputs as outputs is transposed.
-        params: The tree to fill: variables or parameters of Linen, a state or module of NNX, an
-            Equinox module, dicts; arrays or `jax.ShapeDtypeStruct`s. Leaves that are no arrays stay
-            what they are, and so do random keys and the counts beside them. For a float64 model,
+            shows that a convolution with as many inputs as outputs is transposed.
+        params: The pytree to fill: variables or parameters of Linen, a state or module of NNX, an
+            Equinox module, dicts; arrays or `jax.ShapeDtypeStruct`s. Leaves that are not arrays
+            stay unchanged, and so do PRNG keys and the counts beside them. For a float64 model,
             cast Flax's statistics: they are float32 whatever `param_dtype` is.
         names: Modules of `params`, such as `"Dense_0"`, to modules of PyTorch, such as `"hidden"`;
             or single leaves, such as `"Dense_0/kernel"`, to entries (`"hidden.weight"`) or to
-            `Leaf`s, which state the order of axes themselves. Paths are those of the tree with
-            slashes; `params/` or `batch_stats/` in front and `/value` behind may be left out. `""`
-            is the whole. The longest path wins, and what is named alike in both needs no mention.
+            `Leaf`s, which give the order of axes explicitly. Paths are those of the pytree with
+            slashes; a leading `params/` or `batch_stats/` and a trailing `/value` are optional.
+            `""` is the whole. The longest path wins; identical names need no entry.
 
     Returns:
-        A new tree with the structure of `params`. It shares no memory with PyTorch.
+        A new pytree with the structure of `params`. It shares no memory with PyTorch.
 
     Raises:
         TypeError: `state_dict` is neither a module nor a dict, or `names` is not a mapping.
-        ValueError: A leaf has no entry, or an entry no leaf (`num_batches_tracked` aside: it only
-            counts); they differ in shape or dtype; their layout cannot be told, as of transposed
-            convolutions and recurrent layers; or `names` speaks of what is not there. All that is
-            wrong is listed, and nothing is carried over.
+        ValueError: A leaf has no entry, or an entry no leaf (except `num_batches_tracked`, which
+            only counts); they differ in shape or dtype; their layout is ambiguous, as in transposed
+            convolutions and recurrent layers; or `names` contains unknown names. The message lists
+            all problems, and nothing is copied.
 
-    PyTorch: `load_state_dict(strict=True)`. Settings are no parameters and stay yours: the `eps`
-    of a norm (`LayerNorm`: 1e-5 in PyTorch, 1e-6 in Flax), the `momentum` of a batch norm (0.1 in
-    PyTorch is 0.9 in JAX), biases that are there or not. The kernel of a two-dimensional
-    `ConvTranspose` of Flax is `Leaf(name, (2, 3, 1, 0))` if made with `transpose_kernel=True`;
-    otherwise it is PyTorch's mirrored, as Equinox's weight is, and no order of axes does that. In
-    Equinox, fill the module before its state is split off, with
-    `equinox.nn.make_with_state(lambda: filled)()`.
+    Note (PyTorch):
+        `load_state_dict(strict=True)`. Settings are not parameters and are not copied: the `eps` of
+        a norm (`LayerNorm`: 1e-5 in PyTorch, 1e-6 in Flax), the `momentum` of a batch norm (0.1 in
+        PyTorch is 0.9 in JAX), the presence of biases. The kernel of a two-dimensional
+        `ConvTranspose` of Flax is `Leaf(name, (2, 3, 1, 0))` if it has `transpose_kernel=True`;
+        otherwise it is the mirror image of PyTorch's, like Equinox's weight, and no order of axes
+        is equivalent. In Equinox, fill the module before its state is split off, with
+        `equinox.nn.make_with_state(lambda: filled)()`.
 
-    Examples:
+    Example:
         >>> import numpy as np
         >>> state_dict = {"hidden.weight": np.array([[1.0, 2.0], [3.0, 4.0]], "float32")}
         >>> params = {"params": {"Dense_0": {"kernel": np.zeros((2, 2), "float32")}}}
@@ -121,30 +122,23 @@ def leaves_from_torch(
     params: PyTree,
     names: Mapping[str, str | Leaf] = MappingProxyType({}),
 ) -> dict[str, Leaf]:
-    """Return the name and layout in PyTorch of each parameter of a JAX model.
+    """Return the name and layout in PyTorch of each parameter of a JAX model, by path.
 
-    They are those that `params_from_torch` uses. A moment that an optimizer keeps for a parameter
-    has the axes of that parameter, and so the same layout.
-
-    Args:
-        state_dict: As for `params_from_torch`. Running statistics may have no leaf in `params`: no
-            optimizer knows them.
-        params: As for `params_from_torch`.
-        names: As for `params_from_torch`.
-
-    Returns:
-        By the path of a leaf, as `regjax` names it, its name and order of axes in PyTorch. Some of
-        them also unfold an axis: those of `DenseGeneral`, and biases of Equinox's convolutions.
+    They are those that `params_from_torch` uses, with the same arguments; running statistics may
+    have no leaf in `params`, because optimizers do not have them. An optimizer's moment has the
+    axes of its parameter, and so the same layout. Some of the `Leaf`s also unfold an axis: those of
+    `DenseGeneral`, and biases of Equinox's convolutions.
 
     Raises:
-        TypeError: As `params_from_torch` does.
-        ValueError: As `params_from_torch` does; and where one tensor of PyTorch feeds several
-            leaves, as `in_proj_weight` of `torch.nn.MultiheadAttention` does: those have no `Leaf`,
-            which stands for a whole tensor of its own.
+        TypeError: As in `params_from_torch`.
+        ValueError: As in `params_from_torch`; or one tensor of PyTorch feeds several leaves, like
+            `in_proj_weight` of `torch.nn.MultiheadAttention`. Those have no `Leaf`, which stands
+            for a whole tensor.
 
-    PyTorch: a parameter group lists tensors; their names are those of `named_parameters()`.
+    Note (PyTorch):
+        A parameter group lists tensors; their names are those of `named_parameters()`.
 
-    Examples:
+    Example:
         >>> import numpy as np
         >>> state_dict = {"hidden.weight": np.ones((3, 2), "float32")}
         >>> params = {"Dense_0": {"kernel": np.zeros((2, 3), "float32")}}
@@ -165,12 +159,7 @@ def leaves_from_torch(
 
 @dataclasses.dataclass(frozen=True)
 class _Unfolded(Leaf):
-    """A leaf of more axes than the tensor that feeds it.
-
-    Attributes:
-        folded: The tensor's shape once its axes are in order.
-        shape: The shape of the leaf.
-    """
+    """A leaf with more axes than its tensor, whose shape is `folded` once its axes are in order."""
 
     folded: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
@@ -184,7 +173,7 @@ class _Unfolded(Leaf):
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """What feeds a leaf: a tensor, or one of three equal parts along its first axis."""
+    """The source of a leaf: a tensor, or one of three equal parts along its first axis."""
 
     leaf: Leaf
     part: int | None = None
@@ -219,7 +208,7 @@ def _matched(
     names: Mapping[str, str | Leaf],
     optional: Collection[str] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, _Source]]:
-    """The entries of PyTorch, and for each leaf what feeds it."""
+    """Return the entries of PyTorch, and the source of each leaf."""
     check_names(names)
     entries, transposed = _entries(state_dict), _transposed_in_torch(state_dict)
     leaves = [(path_name(path), path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
@@ -267,7 +256,7 @@ def _array(value: Any) -> np.ndarray:
 
 
 def _is_fed(name: str, leaf: Any) -> bool:
-    """Whether a leaf comes from PyTorch, and is no setting, random key or mark of Equinox."""
+    """Return whether a leaf comes from PyTorch: not a setting, a PRNG key or a mark of Equinox."""
     is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     return is_array and _settled(name) is None and not _is_key(leaf)
 
@@ -286,12 +275,12 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _counts(keys: Sequence[str]) -> set[str]:
-    """Where the counts of NNX's random streams are: each stands beside a key."""
+    """Return the paths of the counts of NNX's random streams, each beside a key."""
     return {re.sub(r"(^|/)key(/value)?$", r"\1count\2", name) for name in keys}
 
 
 def _spellings(name: str) -> list[str]:
-    """What a leaf may be called, from its path to the shortest."""
+    """Return the accepted names of a leaf, from its path to the shortest."""
     keys = name.split("/")
     starts = (0, 1) if len(keys) > 1 and keys[0] in ("params", "batch_stats") else (0,)
     ends = (0, 1) if len(keys) > 1 and keys[-1] == "value" else (0,)
@@ -318,7 +307,7 @@ def _misspelt(names: Mapping[str, str | Leaf], leaves: Collection[str]) -> list[
 def _find(
     name: str, names: Mapping[str, str | Leaf], entries: Collection[str]
 ) -> tuple[str, str | Leaf, int | None]:
-    """The key that a leaf's layout is known by, the entry that feeds it, and which part of that."""
+    """Return the key that determines a leaf's layout, the entry that feeds it, and its part."""
     spellings = _spellings(name)
     key = spellings[-1].rpartition("/")[2]
     for spelling in spellings:
@@ -347,7 +336,7 @@ def _find(
 
 
 def _in_module(spelling: str, names: Mapping[str, str | Leaf]) -> tuple[str, list[str]]:
-    """The PyTorch module that the longest path in `names` leads to, and the rest of the path."""
+    """Return the PyTorch module of the longest path in `names`, and the rest of the path."""
     keys = spelling.split("/")
     for end in reversed(range(len(keys))):
         module = names.get("/".join(keys[:end]))
@@ -359,7 +348,7 @@ def _in_module(spelling: str, names: Mapping[str, str | Leaf]) -> tuple[str, lis
 def _candidates(
     target: str, keys: Sequence[str], entries: Collection[str]
 ) -> Iterator[tuple[str, int | None]]:
-    """Which entries a leaf may be fed by, and which part of them, the likeliest first."""
+    """Yield the entries that may feed a leaf, and the part of each, the likeliest first."""
     *modules, leaf = keys
     kind = _TORCH_NAMES.get(leaf, leaf)
     yield _joined(target, *modules, kind), None
@@ -383,7 +372,7 @@ def _joined(*names: str) -> str:
 
 
 def _laid_out(name: str, key: str, shape: tuple[int, ...], entry: str, array: np.ndarray) -> Leaf:
-    """The order of a tensor's axes in JAX, from the leaf's key; shapes only confirm it."""
+    """Return the order of a tensor's axes in JAX from the leaf's key; shapes only confirm it."""
     same_name = key == entry.rpartition(".")[2]
     channels_last = key in _CHANNELS_LAST and not same_name
     known = same_name or key in _TORCH_NAMES or array.ndim < 2
@@ -403,7 +392,7 @@ def _laid_out(name: str, key: str, shape: tuple[int, ...], entry: str, array: np
 
 
 def _unfolds(folded: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether one or two axes can each be unfolded to axes that follow each other."""
+    """Return whether one or two axes can each be unfolded into consecutive axes."""
     if len(folded) == 1:
         return math.prod(shape) == folded[0]
     cuts = ((math.prod(shape[:cut]), math.prod(shape[cut:])) for cut in range(1, len(shape)))
@@ -431,13 +420,13 @@ def _check_form(name: str, leaf: Any, source: _Source, entries: Mapping[str, np.
 
 
 def _transposed_in_torch(state_dict: Any) -> set[str]:
-    """The transposed convolutions of a module; a dict of tensors keeps silent about them."""
+    """Return the transposed convolutions of a module; a dict of tensors shows none."""
     modules = state_dict.named_modules() if hasattr(state_dict, "named_modules") else ()
     return {name for name, module in modules if getattr(module, "transposed", False)}
 
 
 def _is_transposed(name: str, path: KeyPath, params: PyTree) -> bool:
-    """Whether a leaf sits in a transposed convolution, by the names or types of its modules."""
+    """Return whether a leaf is in a transposed convolution, by names or types of its modules."""
     node, kinds = params, [type(params).__name__]
     for key in path[:-1]:
         attribute = getattr(key, "name", None)
@@ -454,7 +443,7 @@ def _item(node: Any, key: Any) -> Any:
 
 
 def _refuse_transposed(name: str, entry: str, entries: Mapping[str, np.ndarray]) -> None:
-    """A kernel of a transposed convolution is mirrored, unless made with transpose_kernel=True."""
+    """Reject a kernel of a transposed convolution, mirrored unless transpose_kernel=True."""
     ndim = entries[entry].ndim
     if ndim > 2:
         leaf = Leaf(entry, (*range(2, ndim), 1, 0))
@@ -469,7 +458,7 @@ def _left_over(
     taken: Mapping[str, Collection[int | None]],
     optional: Collection[str],
 ) -> list[str]:
-    # num_batches_tracked only counts: no layer of JAX keeps it, and nothing is computed from it.
+    # num_batches_tracked only counts: no JAX layer stores it, and nothing is computed from it.
     ignored = {"num_batches_tracked", *optional}
     left = []
     for entry in entries:

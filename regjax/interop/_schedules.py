@@ -1,9 +1,9 @@
-"""Learning rates of `torch.optim.lr_scheduler`, as schedules of optax.
+"""Learning rates of `torch.optim.lr_scheduler` as optax schedules.
 
-PyTorch computes a rate in double precision from the one before. Here it follows from the step
-alone, in whatever precision JAX has, so each form is one that loses no digits in float32: powers
-come from tables computed in double, a cosine is a sum of two weights that are never negative, and
-how far a phase is from its ends is counted in whole steps.
+PyTorch computes each rate in double precision from the previous one. Here a rate depends only on
+the step, in JAX's precision, so every formula is one that loses no digits in float32: powers come
+from tables computed in double, a cosine is a sum of two nonnegative weights, and the distances of a
+step from the ends of its phase are counted in whole steps.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from regshared.checks import check_integer
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jaxtyping import Array, Float, Int, PyTree
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Float, Int, Integer, PyTree
 
-    Count = Int[Array, ""]
+    Count = Integer[ArrayLike, ""]
     Rate = Callable[[Any], Any]
 
 
 def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[optax.Schedule]:
-    r"""Read the learning rates off a scheduler of PyTorch, one schedule per parameter group.
+    r"""Create one schedule per parameter group from the learning rates of a PyTorch scheduler.
 
-    With $\eta$ the rate a group began with, $t$ steps of the scheduler later it is
+    With $\eta$ the initial rate of a group, the rate after $t$ steps of the scheduler is
 
     $$\eta \gamma^{\lfloor t / s \rfloor} \text{ (StepLR)}, \qquad
       \eta_{\min} + (\eta - \eta_{\min}) \cos^2 \frac{\pi t}{2 T} \text{ (CosineAnnealingLR)}$$
@@ -43,28 +44,29 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
 
     Args:
         scheduler: A `torch.optim.lr_scheduler`, before its first step or anywhere in a run.
-        steps: For LambdaLR and MultiplicativeLR, whose functions JAX cannot trace, the steps to
-            tabulate. From there on the rate is NaN. None for every other scheduler.
+        steps: For LambdaLR and MultiplicativeLR, whose functions JAX cannot trace, the number of
+            steps to tabulate. After that the rate is NaN. None for every other scheduler.
 
     Returns:
-        For each group a function of the number of steps that the scheduler has taken since the
-        beginning of the run, so 0 is the first step of training, wherever the scheduler is now.
+        For each group a function of the number of scheduler steps since the beginning of the run: 0
+        is the first step of training, wherever the scheduler is now.
 
     Raises:
         TypeError: `scheduler` is not a scheduler, or `steps` not an integer.
-        ValueError: The scheduler is of another class, such as ReduceLROnPlateau, which follows the
-            loss; a number in it is not what it must be; a learning rate is a tensor; `steps` is
-            missing, too small, or given where nothing is tabulated; or a group's `lr` is not what
-            the scheduler has made of it.
+        ValueError: The scheduler has another class, such as ReduceLROnPlateau, which follows the
+            loss; one of its numbers is invalid; a learning rate is a tensor; `steps` is missing,
+            too small, or given where nothing is tabulated; or a group's `lr` differs from the
+            scheduler's.
 
-    PyTorch: the same numbers to rounding. In float32 the rate is that of PyTorch's doubles to a few
-    units in the last place, also where it is a small difference of large ones. Three details are
-    often missed: the cosine rises again after `T_max` steps; the phases of OneCycleLR end at
-    `pct_start * total_steps - 1` and `total_steps - 1`, not at `optax.cosine_onecycle_schedule`'s
-    steps, and beyond `total_steps`, where PyTorch raises, the rate is NaN. OneCycleLR moves the
-    momentum too: `optimizer_from_torch` follows it there.
+    Note (PyTorch):
+        Equal up to rounding: in float32 the rate agrees with PyTorch's doubles to a few units in
+        the last place, even where it is a small difference of large numbers. Three details are
+        often missed. The cosine rises again after `T_max` steps. The phases of OneCycleLR end at
+        `pct_start * total_steps - 1` and `total_steps - 1`, not at the steps of
+        `optax.cosine_onecycle_schedule`; after `total_steps`, where PyTorch raises, the rate is
+        NaN. OneCycleLR also moves the momentum, which `optimizer_from_torch` follows.
 
-    Examples:
+    Example:
         >>> import torch
         >>> weights = [torch.zeros(2, requires_grad=True)]
         >>> optimizer = torch.optim.SGD(weights, lr=0.5)
@@ -88,17 +90,7 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
 
 
 def momenta_from_torch(scheduler: Any) -> list[Rate] | None:
-    """What OneCycleLR makes of momentum or the first beta, by group; None where it leaves them.
-
-    Args:
-        scheduler: Any scheduler that `schedule_from_torch` takes.
-
-    Returns:
-        Functions as those of `schedule_from_torch`, or None.
-
-    Raises:
-        ValueError: A momentum is not what the scheduler has made of it.
-    """
+    """Return OneCycleLR's schedules of momentum or the first beta by group; None without any."""
     if not getattr(scheduler, "cycle_momentum", False):
         return None
     momenta = []
@@ -111,7 +103,7 @@ def momenta_from_torch(scheduler: Any) -> list[Rate] | None:
 
 
 def check_scheduler_options(scheduler: Any, steps: Any, steps_per_epoch: Any) -> None:
-    """Refuse options that have no effect, since there is no scheduler, or are out of range."""
+    """Reject options that are out of range, or have no effect without a scheduler."""
     if scheduler is not None:
         _check_scheduler(scheduler)
     if steps is not None:
@@ -126,7 +118,7 @@ def check_scheduler_options(scheduler: Any, steps: Any, steps_per_epoch: Any) ->
 
 
 def check_current(what: str, current: Any, rate: Rate, scheduler: Any) -> None:
-    """Refuse a scheduler that somebody overruled by hand."""
+    """Reject a value that differs from the scheduler's, because it was changed by hand."""
     if not isinstance(current, int | float):
         raise ValueError(
             f"{what} is a tensor, in whose dtype the scheduler rounds from step to step: pass a "
@@ -137,7 +129,7 @@ def check_current(what: str, current: Any, rate: Rate, scheduler: Any) -> None:
         raise ValueError(
             f"steps is too small: the scheduler has already taken {scheduler.last_epoch} steps"
         )
-    # PyTorch's own rounding adds up from step to step, relative to where it began.
+    # PyTorch's own rounding errors add up from step to step, relative to the initial value.
     if not abs(wanted - current) <= 1e-6 * abs(wanted) + 1e-9 * abs(start):
         raise ValueError(
             f"{what} is {current}, but after {scheduler.last_epoch} steps of the "
@@ -147,19 +139,13 @@ def check_current(what: str, current: Any, rate: Rate, scheduler: Any) -> None:
 
 
 def in_double(rate: Rate, step: int) -> float:
-    """The value at one step as PyTorch would hold it, whatever the precision of JAX is."""
+    """Return the value at one step in double, like PyTorch's, whatever JAX's precision."""
     with jax.enable_x64(True):
         return float(rate(jnp.asarray(step)))
 
 
 def move_scheduler(scheduler: Any, rates: Sequence[Rate], step: int) -> None:
-    """Set a scheduler of PyTorch, and what it rules, to where it would be after some steps.
-
-    Args:
-        scheduler: The scheduler; it is changed, and so are the groups of its optimizer.
-        rates: What `schedule_from_torch` gave for it.
-        step: How many steps.
-    """
+    """Move a PyTorch scheduler with these rates, and its optimizer's groups, to a step."""
     groups, momenta = scheduler.optimizer.param_groups, momenta_from_torch(scheduler)
     for index, (group, rate) in enumerate(zip(groups, rates, strict=True)):
         group["lr"] = in_double(rate, step)
@@ -181,7 +167,7 @@ def _place(scheduler: Any, step: int, last: list[float]) -> None:
                 _place(inner, max(starts[index + 1] - starts[index] - 1, 0), inner._last_lr)
             elif index > active:
                 _place(inner, 0, inner._last_lr)
-                inner.last_epoch = -1  # where it is until its turn comes
+                inner.last_epoch = -1  # its value until the scheduler is active
         _place(scheduler._schedulers[active], step - starts[active], last)
     else:
         scheduler._step_count = step + 1
@@ -192,7 +178,7 @@ def _place(scheduler: Any, step: int, last: list[float]) -> None:
 
 
 class ScheduledMomentumState(NamedTuple):
-    """Steps taken, and the state of an optimizer whose momentum moves with them."""
+    """The number of steps taken, and the state of an optimizer whose momentum is scheduled."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     inner_state: PyTree
@@ -201,14 +187,14 @@ class ScheduledMomentumState(NamedTuple):
 def with_momentum(
     make: Callable[..., optax.GradientTransformation], momentum: Rate
 ) -> optax.GradientTransformation:
-    """`optax.inject_hyperparams` of one number, in float32 beside half types."""
+    """`optax.inject_hyperparams` of one number, in float32 for half types."""
 
     def value(count: Int[Array, ""], params: PyTree) -> Array:
         highest = jnp.finfo(optax.tree.dtype(params, "highest"))
         return momentum(count).astype(jnp.float32 if highest.bits < 32 else highest.dtype)
 
     def init(params: PyTree) -> ScheduledMomentumState:
-        # What it is does not matter here, but it must not be a zero that needs no buffer.
+        # Any value but a zero, which needs no buffer.
         count = jnp.zeros([], jnp.int32)
         return ScheduledMomentumState(count, make(jnp.asarray(0.5)).init(params))
 
@@ -371,14 +357,14 @@ def _warm_restarts(scheduler: Any, base: float, index: int, steps: int | None) -
 
 
 def _restarts(first: int, factor: int, step: int) -> tuple[list[int], list[int]]:
-    """Where the cycles up to a step begin, and how long they are."""
+    """Return the starts and the lengths of the cycles up to a step."""
     if factor == 1:
         return [step - step % first], [first]
     starts, lengths = [0], [first]
     while starts[-1] + lengths[-1] <= step:
         starts.append(starts[-1] + lengths[-1])
         lengths.append(lengths[-1] * factor)
-    # A cycle too long for 32 bits ends after all that can be counted.
+    # A cycle too long for 32 bits ends after any step that can be counted.
     return starts, [min(length, 2**31 - 1) for length in lengths]
 
 
@@ -409,7 +395,7 @@ _FORMS: dict[str, Callable[[Any, float, int, int | None], Rate]] = {
 
 
 def _one_cycle(scheduler: Any, group: dict[str, Any], what: str) -> Rate:
-    """Of "lr" or "momentum"."""
+    """Return OneCycleLR's schedule of "lr" or "momentum"."""
     cosine, total = scheduler._anneal_func_type == "cos", scheduler.total_steps
     phases, start = [], 0.0
     for phase in scheduler._schedule_phases:
@@ -435,11 +421,9 @@ def _one_cycle(scheduler: Any, group: dict[str, Any], what: str) -> Rate:
 def _between(
     start: float, end: float, passed: Any, left: Any, length: Any, *, cosine: bool
 ) -> Float[Array, ""]:
-    """The value of a phase between its ends, as a sum of two shares.
-
-    Each share is computed from its own distance: as one minus the other, a small one would lose its
-    digits, and so would the small rates at the end of a run.
-    """
+    """Return the value of a phase between its ends, as a sum of two shares."""
+    # Each share is computed from its own distance: as one minus the other, a small one would lose
+    # its digits, and so would the small rates at the end of a run.
     shares = (jnp.asarray(steps, float) / length for steps in (left, passed))
     of_start, of_end = (
         jnp.square(jnp.sin(0.5 * math.pi * share)) if cosine else share for share in shares

@@ -1,4 +1,4 @@
-"""Moments, momenta and step counts of `torch.optim`, to optax and back."""
+"""Convert the state of `torch.optim` optimizers to optax and back."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def state_from_torch(
     steps: int | None = None,
     steps_per_epoch: int = 1,
 ) -> PyTree:
-    """Carry the state of an optimizer of PyTorch over, so that a run continues.
+    """Convert the state of a PyTorch optimizer, to continue its run.
 
     | optimizer | optax state | PyTorch state |
     |---|---|---|
@@ -59,31 +59,32 @@ def state_from_torch(
     | all | `count` | `step`, once per parameter; of schedules: the scheduler's `last_epoch` |
 
     Args:
-        torch_optimizer: The optimizer, after any number of steps; it is only read.
-        names: As for `optimizer_from_torch`.
+        torch_optimizer: The optimizer, after any number of steps; it is not modified.
+        names: See `optimizer_from_torch`.
         params: The JAX parameters.
         optimizer: The result of `optimizer_from_torch` with the same arguments.
-        model: As for `optimizer_from_torch`.
-        scheduler: As for `optimizer_from_torch`.
-        steps: As for `optimizer_from_torch`.
-        steps_per_epoch: As for `optimizer_from_torch`. Where PyTorch counts no steps (SGD, Muon),
-            the run must be at the end of an epoch.
+        model: See `optimizer_from_torch`.
+        scheduler: See `optimizer_from_torch`.
+        steps: See `optimizer_from_torch`.
+        steps_per_epoch: See `optimizer_from_torch`. Where PyTorch counts no steps (SGD, Muon), the
+            run must be at the end of an epoch.
 
     Returns:
-        The state for `optimizer.update`, of the structure and the dtypes of
-        `optimizer.init(params)`. For a group that has not taken a step it is that state.
+        The state for `optimizer.update`, with the structure and dtypes of `optimizer.init(params)`.
+        For a group that has not taken a step it is the initial state.
 
     Raises:
-        TypeError: As `optimizer_from_torch` does; `optimizer` is not an optax transformation.
-        ValueError: As `optimizer_from_torch` does; `optimizer` was made of other arguments; a
-            parameter lacks an entry that others of its group have, or has one that is not known; a
-            tensor has another shape or dtype than the parameter in JAX; the parameters of a group
-            were not all trained for the same number of steps; or that does not fit the scheduler.
+        TypeError: As in `optimizer_from_torch`; or `optimizer` is not an optax transformation.
+        ValueError: As in `optimizer_from_torch`; `optimizer` was created with other arguments; a
+            parameter lacks an entry that others of its group have, or has an unknown one; a tensor
+            has another shape or dtype than the parameter in JAX; the parameters of a group were not
+            all trained for the same number of steps; or that number does not match the scheduler.
 
-    PyTorch: a run of which a part is trained in PyTorch and the rest in JAX, or the other way
-    round, passes through the same parameters as one in PyTorch alone, to rounding.
+    Note (PyTorch):
+        A run that is split between PyTorch and JAX, in either order, passes through the same
+        parameters as one in PyTorch alone, up to rounding.
 
-    Examples:
+    Example:
         >>> import torch, jax.numpy as jnp
         >>> from regjax.interop import Leaf, optimizer_from_torch
         >>> layer = torch.nn.Linear(3, 2, bias=False)
@@ -132,29 +133,30 @@ def state_to_torch(
     steps_per_epoch: int = 1,
     step: int | None = None,
 ) -> None:
-    """Carry a state of optax back, into an optimizer of PyTorch; the inverse of `state_from_torch`.
+    """Write an optax state into a PyTorch optimizer; the inverse of `state_from_torch`.
 
-    Nothing is changed before everything is checked.
+    Nothing is changed until all checks have passed.
 
     Args:
         state: The state of the optimizer of `optimizer_from_torch`.
-        torch_optimizer: The optimizer that it was made of, or its like; its state is replaced.
-        names: As for `optimizer_from_torch`.
-        model: As for `optimizer_from_torch`.
-        scheduler: As for `optimizer_from_torch`; it is moved to where the run is, and with it the
+        torch_optimizer: The optimizer that it was created from, or an equal one; its state is
+            replaced.
+        names: See `optimizer_from_torch`.
+        model: See `optimizer_from_torch`.
+        scheduler: See `optimizer_from_torch`; it is moved to the current step, together with the
             learning rates of the groups, and the momentum.
-        steps: As for `optimizer_from_torch`.
-        steps_per_epoch: As for `optimizer_from_torch`.
-        step: How many steps were taken, for PyTorch's `step` where it does nothing but count, and
-            optax does not: in Rprop, Adagrad without `lr_decay`, Adadelta and RMSprop. With None
-            the count stays what it is in the optimizer.
+        steps: See `optimizer_from_torch`.
+        steps_per_epoch: See `optimizer_from_torch`.
+        step: The number of steps taken, for optimizers whose `step` in PyTorch only counts and has
+            no counterpart in optax: Rprop, Adagrad without `lr_decay`, Adadelta and RMSprop. None
+            leaves the count of the optimizer unchanged.
 
     Raises:
-        TypeError: As `optimizer_from_torch` does; `step` is not an integer.
-        ValueError: As `optimizer_from_torch` does; the state is not of that optimizer, has a tensor
-            of another shape or dtype than the parameter, or counts that do not agree.
+        TypeError: As in `optimizer_from_torch`; or `step` is not an integer.
+        ValueError: As in `optimizer_from_torch`; or the state is not of that optimizer, has a
+            tensor of another shape or dtype than the parameter, or has contradictory counts.
 
-    Examples:
+    Example:
         >>> import torch, jax.numpy as jnp
         >>> from regjax.interop import Leaf, optimizer_from_torch
         >>> layer = torch.nn.Linear(3, 2, bias=False)
@@ -192,7 +194,7 @@ def state_to_torch(
 
 
 class _Place(NamedTuple):
-    """A leaf of a chain's state: which link of the chain, which field, and of which parameter."""
+    """A leaf of a chain's state: the link of the chain, the field, the path of the parameter."""
 
     link: int
     field: str
@@ -200,7 +202,7 @@ class _Place(NamedTuple):
 
 
 def _place(path: tuple[Any, ...], recipe: Recipe) -> tuple[str, _Place]:
-    """To which part of the recipe a leaf of the state belongs, and where it is in there."""
+    """Return the label of the part that a leaf of the state belongs to, and its place in there."""
     label, rest = recipe.parts[0].label if recipe.parts else "", list(path)
     if not recipe.is_single:
         # .inner_states[label].inner_state
@@ -216,7 +218,7 @@ def _place(path: tuple[Any, ...], recipe: Recipe) -> tuple[str, _Place]:
 
 
 def _check_made_for(argument: str, state: Any, recipe: Recipe) -> None:
-    """Refuse a state with another outer structure than that of `optimizer_from_torch`."""
+    """Reject a state whose outer structure differs from that of `optimizer_from_torch`."""
     if recipe.is_single:
         chains = {recipe.parts[0].label: state}
     elif isinstance(state, optax.PartitionState):
@@ -238,7 +240,7 @@ def _check_made_for(argument: str, state: Any, recipe: Recipe) -> None:
 
 
 def _check_scheduled(state: PyTree, recipe: Recipe, scheduler: Any) -> None:
-    """Refuse a scheduler that has no schedule in the state, and the other way round."""
+    """Reject a scheduler that has no schedule in the state, and vice versa."""
     parts = {part.label: part for part in recipe.parts}
     scheduled = {label for label, part in parts.items() if _shares_count(part) and scheduler}
     for path, _ in jax.tree.leaves_with_path(state):
@@ -253,7 +255,7 @@ def _check_scheduled(state: PyTree, recipe: Recipe, scheduler: Any) -> None:
 
 
 def _role(part: Part, place: _Place) -> str:
-    """What a number that is not an array of a parameter's shape stands for."""
+    """Return the role of a number that is not an array of a parameter's shape."""
     if place.field != "count":
         return place.field
     if place.link == -1:
@@ -262,13 +264,13 @@ def _role(part: Part, place: _Place) -> str:
         return "started"
     if place.link == 3 and part.kind == "Adagrad" and part.group["lr_decay"] != 0:
         return "step"
-    # Decoupled decay stands behind the learning rate; the fourth link of ASGD is no schedule.
+    # Decoupled decay follows the learning rate; the fourth link of ASGD is not a schedule.
     of_rate = 2 if part.decoupled else 3
     return "step" if place.link < of_rate or part.kind == "ASGD" else "scheduled"
 
 
 class _Read:
-    """What PyTorch holds of the parameters of a part, for the places of a chain's state."""
+    """PyTorch's state of the parameters of a part, read by the places of a chain's state."""
 
     def __init__(
         self, part: Part, state: Mapping[Any, Any], epoch: int | None, steps_per_epoch: int
@@ -292,7 +294,7 @@ class _Read:
         if not self.has_begun:
             return old
         if role == "step":
-            # PyTorch's Muon does not count, and optax's average does not need it.
+            # PyTorch's Muon does not count steps, and optax's average does not need the count.
             number = self.scheduled or 0 if self.part.kind == "Muon" else self.step
             return jnp.asarray(number, old.dtype)
         return jnp.asarray(self._common(role), old.dtype)
@@ -316,14 +318,14 @@ class _Read:
         return jnp.array(array.astype(old.dtype))
 
     def _absence_is_zero(self, torch_name: str) -> bool:
-        # SGD's first gradient enters the buffer undamped, so with dampening it must be the first of
-        # all parameters, or of none.
+        # SGD's first gradient enters the buffer undamped, so with dampening it must be the first
+        # for all parameters, or for none.
         if self.part.kind != "SGD" or torch_name != "momentum_buffer":
             return False
         return self.part.group["dampening"] == 0
 
     def _common(self, torch_name: str) -> Any:
-        """A number that PyTorch keeps for each parameter, and optax for all."""
+        """Return a number that PyTorch keeps for each parameter, and optax for all."""
         found = {}
         for path, state in self.states.items():
             if torch_name not in state:
@@ -352,7 +354,7 @@ class _Read:
                 )
 
     def _scheduled(self, epoch: int | None, steps_per_epoch: int) -> int | None:
-        """The count of the schedule."""
+        """Return the count of the schedule."""
         if epoch is None:
             return None
         step = None if self.step is None else int(self.step)
@@ -370,7 +372,7 @@ class _Read:
 
 
 class _Written:
-    """What a chain's state says of the parameters of a part, as PyTorch holds it."""
+    """The state of a chain for the parameters of a part, in PyTorch's form."""
 
     def __init__(self, part: Part, state: Mapping[Any, Any]) -> None:
         self.part = part
@@ -405,7 +407,7 @@ class _Written:
         self.arrays[place.path][torch_name] = turned
 
     def entries(self, step: int | None) -> list[tuple[Any, dict[str, Any]]]:
-        """For each parameter its tensor, and the state to be."""
+        """Return the tensor and the new state of each parameter."""
         for role, found in self.numbers.items():
             if len(found) != 1:
                 raise ValueError(
@@ -422,7 +424,7 @@ class _Written:
                     f"{sorted(self.arrays[path]) or 'nothing'} of '{path}' in PyTorch's words, but "
                     f"{self.part.kind} with the options of the group keeps {sorted(wanted)}"
                 )
-            # As PyTorch has it before the first step, whose gradient is not damped.
+            # As in PyTorch before the first step, whose gradient is not damped.
             arrays = self.arrays[path] if numbers.get("started", 1) else {}
             entry = {name: _to_tensor(located.tensor, a) for name, a in arrays.items()}
             for name, value in self._numbers(path, numbers, step).items():
@@ -445,7 +447,7 @@ class _Written:
         return found
 
     def _scalar(self, tensor: Any, value: float) -> Any:
-        """A number as PyTorch keeps it: in float32, and on the CPU unless a kernel reads it."""
+        """Return a number as PyTorch keeps it: in float32, on the CPU unless a kernel reads it."""
         group = self.part.group
         on_device = self.part.kind == "ASGD" or group.get("capturable") or group.get("fused")
         scalar = tensor.new_zeros(()).detach().float()
@@ -457,14 +459,14 @@ def _counts(kind: str) -> bool:
 
 
 def _shares_count(part: Part) -> bool:
-    """Whether one count in JAX is both PyTorch's `step` and the step of the schedule."""
+    """Return whether one count in JAX is both PyTorch's `step` and the step of the schedule."""
     return part.kind in ("ASGD", "Adafactor") or (
         part.kind == "Adagrad" and part.group["lr_decay"] != 0
     )
 
 
 def _wanted(part: Part, located: Located) -> set[str]:
-    """The tensors of a parameter's shape that PyTorch keeps."""
+    """Return the names of the tensors of a parameter's shape that PyTorch keeps."""
     kind, group = part.kind, part.group
     if kind == "Adafactor":
         return {"row_var", "col_var"} if located.tensor.ndim > 1 else {"variance"}
@@ -479,7 +481,7 @@ def _wanted(part: Part, located: Located) -> set[str]:
 
 
 def _as_held(located: Located, torch_name: str) -> str:
-    """Rows of the one layout are columns of the other, where JAX holds a matrix transposed."""
+    """Swap rows and columns of a factor if JAX holds the matrix transposed."""
     order = located.leaf.transpose
     if torch_name not in _FLAT or order is None or order[-1] == len(order) - 1:
         return torch_name
@@ -488,7 +490,7 @@ def _as_held(located: Located, torch_name: str) -> str:
 
 def _to_numpy(tensor: Any) -> np.ndarray:
     tensor = tensor.detach().cpu()
-    # NumPy has no bfloat16; in float32 it keeps its bits.
+    # NumPy has no bfloat16; float32 represents it exactly.
     return (tensor.float() if _dtype(tensor) == "bfloat16" else tensor).numpy()
 
 
@@ -518,7 +520,7 @@ def _check_dtype(what: str, found: str, where: str, wanted: str) -> None:
 
 
 _ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq"}
-# By optimizer, the fields of optax's state that have a parameter's shape, and PyTorch's name.
+# For each optimizer, the fields of optax's state with a parameter's shape, and PyTorch's names.
 MOMENTS: dict[str, dict[str, str]] = {
     "SGD": {"trace": "momentum_buffer"},
     "ASGD": {"ax": "ax"},
@@ -534,7 +536,7 @@ MOMENTS: dict[str, dict[str, str]] = {
     "Adafactor": {"v_row": "row_var", "v_col": "col_var", "v": "variance"},
     "Muon": {"ema": "momentum_buffer"},
 }
-# What PyTorch keeps as a number for each parameter, beside `step`.
+# The numbers that PyTorch keeps for each parameter, beside `step`.
 _NUMBERS = {"ASGD": ("eta", "mu"), "NAdam": ("mu_product",)}
-# Along which axis a factor has length 1.
+# The axis along which a factor has length 1.
 _FLAT = {"row_var": -1, "col_var": -2}

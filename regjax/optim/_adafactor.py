@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
 
 def adafactor(
@@ -38,12 +38,12 @@ def adafactor(
     beta2_decay: ScalarLike = -0.8,
     eps: tuple[ScalarLike | None, ScalarLike] = (None, 1e-3),
     d: ScalarLike = 1.0,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.Adafactor`: second moments kept as rows and columns, and decoupled decay.
+    r"""Create the equivalent of `torch.optim.Adafactor`: factored second moments, decoupled decay.
 
     With $g_t = \pm\nabla f(w_{t-1})$ and $\beta_t = 1 - t^{\gamma}$, a leaf of shape (…, m, n)
     keeps the averages of its squared gradients along each of its last two axes,
@@ -60,61 +60,47 @@ def adafactor(
       u_t$$
 
     Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it: the
-            largest step, relative to the RMS of a leaf. It scales the decay too, even where
-            $1/\sqrt t$ caps the step.
-        beta2_decay: $\gamma$, at most 0: how fast $\beta_t$ nears 1.
-        eps: $\epsilon_1$, the least root of a second moment, and $\epsilon_2$, the least RMS of a
-            leaf in the step. `None` stands for the machine epsilon of the leaf's dtype.
+        learning_rate: $\eta$ (PyTorch: `lr`) or a schedule: the largest step, relative to the RMS
+            of a leaf. It scales the decay too, even where $1/\sqrt t$ caps the step.
+        beta2_decay: $\gamma$, at most 0; sets how fast $\beta_t$ approaches 1.
+        eps: $\epsilon_1$, the lower bound of the root of a second moment, and $\epsilon_2$, that of
+            the RMS of a leaf in the step. `None` is the machine epsilon of the leaf's dtype.
         d: The largest RMS of $u_t$, at least 1; infinity for no clipping.
-        weight_decay: $\lambda$, or a schedule. No penalty in the loss does the same.
-        maximize: Ascend. The decay still shrinks the parameters.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+        weight_decay: $\lambda$ or a schedule. No penalty in the loss is equivalent.
+        maximize: See `adam`.
+        mask: See `adam`.
 
     Returns:
         An optax transformation whose `update` always needs `params`. Part 1 of its state begins
-        with an `optax.FactoredState`: `v_row` of shape (…, m, 1) and `v_col` of shape (…, 1, n) as
-        torch's `row_var` and `col_var`, and `v` for leaves of fewer than two axes; where a field
-        has no array for a leaf, `optax.MaskedNode()` stands. So an (m, n) leaf costs m + n numbers.
+        with an `optax.FactoredState`: `v_row` of shape (…, m, 1) and `v_col` of shape (…, 1, n),
+        PyTorch's `row_var` and `col_var`, and `v` for leaves of fewer than two axes;
+        `optax.MaskedNode()` where a field has no array for a leaf. An (m, n) leaf thus costs m + n
+        numbers.
 
     Raises:
-        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
-            `init`, complex parameters.
-        ValueError: A coefficient is negative, infinite or NaN, `beta2_decay` above 0 or `d` below
-            1; from `init`, a mask of another structure than the parameters; from `update`, no
-            `params`.
+        TypeError: As in `adam`.
+        ValueError: As in `adam`; or `beta2_decay` is above 0, or `d` below 1.
 
-    PyTorch: the same numbers to rounding, and the decay as in `adamw`, with one exception: where
-    `eps[0]` is `None` and a group mixes dtypes, torch takes the epsilon of the first one for all.
+    Note (PyTorch):
+        Equal up to rounding, with the decay of `adamw`, with one exception: where `eps[0]` is
+        `None` and a group mixes dtypes, PyTorch takes the epsilon of the first one for all.
+        `optax.adafactor` is another algorithm: it factors other axes, and its bounds and its
+        learning rate differ.
 
-    What is optax's: the clipping by `d` (`optax.clip_by_block_rms`) and the factor
-    $\max(\epsilon_2, \operatorname{RMS}(w))$ (`optax.scale_by_param_block_rms`). What
-    `optax.adafactor` does otherwise, so that the second moment and the step size are our own:
-
-    - it factors the two largest axes, and only from 128 on; torch the last two, always. In a
-      convolution kernel these are height and width in torch's layout, and channels in Flax's: only
-      for matrices does the layout make no difference;
-    - it adds $10^{-30}$ to the squared gradient, where torch bounds the mean of $R_t$ by
-      $\epsilon_1$ and $v_t$ by $\epsilon_1^2$ from below;
-    - $\beta_t$ is computed in float32, also for float64 parameters;
-    - its learning rate is not capped by $1/\sqrt t$, and its decay is not scaled by it.
-
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
         >>> params = {"kernel": jnp.array([[3.0, -4.0, 0.0]]), "bias": jnp.array([1.0, -1.0])}
         >>> gradient = {"kernel": jnp.array([[0.5, -0.5, 0.5]]), "bias": jnp.array([2.0, -1.0])}
         >>> optimizer = adafactor(0.25, weight_decay=0.5)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(gradient, state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)["bias"]
         Array([ 0.625, -0.625], dtype=float32)
         >>> state[1][0].v_row["kernel"].shape, state[1][0].v_col["kernel"].shape
         ((1, 1), (1, 3))
 
     References:
-        Shazeer and Stern, [Adafactor: Adaptive Learning Rates with Sublinear Memory
-        Cost](https://arxiv.org/abs/1804.04235), ICML 2018.
+        Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost",
+        arXiv:1804.04235, ICML 2018.
     """
     check_rates(learning_rate, weight_decay)
     check_bounds("beta2_decay", beta2_decay, high=0.0, fix="pass -0.8, say")
@@ -135,7 +121,7 @@ def adafactor(
                 "update(updates, state, params)"
             )
 
-        # Read here: inside, half types are float32, whose epsilon is another.
+        # Computed here, because inside the chain half types are float32, with another epsilon.
         def floors() -> PyTree[ScalarLike]:
             return jax.tree.map(floor, params)
 
@@ -160,7 +146,15 @@ def adafactor(
 def _scale_by_factored_rms(
     beta2_decay: ScalarLike, floors: Callable[[], PyTree[ScalarLike]]
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_factored_rms` on the last two axes, with torch's lower bounds."""
+    """`optax.scale_by_factored_rms` on the last two axes, with PyTorch's lower bounds."""
+    # The second moment and the step size are our own, because optax.adafactor
+    # - factors the two largest axes, and only from 128 on; PyTorch always factors the last two. In
+    #   a convolution kernel these are height and width in PyTorch's layout, and channels in Flax's:
+    #   only for matrices does the layout make no difference;
+    # - adds 1e-30 to the squared gradient, where PyTorch bounds the mean of R by eps1 and v by
+    #   eps1**2 from below;
+    # - computes beta in float32, also for float64 parameters;
+    # - does not cap its learning rate by 1 / sqrt(t), nor scale its decay by it.
 
     def init(params: PyTree) -> optax.FactoredState:
         check_arrays(params)
@@ -192,7 +186,7 @@ def _scale_by_factored_rms(
         def scale(g: Array, row: Any, col: Any, v: Any, floor: ScalarLike) -> Array:
             if g.ndim > 1:
                 v = row * col / jnp.maximum(row.mean(-2, keepdims=True), floor)
-            # Not the square of the bound under the root: squared, a small one is 0 in float32.
+            # The bound is outside the root, because the square of a small one is 0 in float32.
             return g / jnp.maximum(jnp.sqrt(v), floor)
 
         v_row = jax.tree.map(lambda g, old: average(g, old, -1), updates, state.v_row)
@@ -213,12 +207,12 @@ def _zeros(leaf: Array, axis: int | None, *, if_factored: bool) -> Array | optax
 
 
 def _cap_learning_rate(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Let the learning rate that follows in the chain reach no further than `1 / sqrt(t)`."""
+    """Cap the learning rate that follows in the chain at `1 / sqrt(t)`."""
 
     def factor(count: ArrayLike) -> Float[Array, ""]:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
         root = jnp.sqrt(jnp.asarray(count, float) + 1)
-        # min(rate, 1 / root) / rate, without its 0 / 0.
+        # min(rate, 1 / root) / rate without a 0 / 0.
         return 1 / jnp.maximum(1.0, jnp.asarray(rate, root.dtype) * root)
 
     return optax.scale_by_schedule(factor)

@@ -1,4 +1,4 @@
-"""Adam and its kin."""
+"""Adam and its variants."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from regjax._decay.paths import named_leaves
@@ -34,16 +35,18 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
+
+    Betas = tuple[ScalarLike, ScalarLike] | Float[Array | np.ndarray, " 2"]
 
 State = TypeVar("State", bound=Any)
 
 
 def adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
@@ -51,68 +54,68 @@ def adam(
     mask: Mask = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.Adam`, whose weight decay is coupled unless told otherwise.
+    r"""Create the equivalent of `torch.optim.Adam`, with coupled weight decay by default.
 
     $$g_t = \pm\nabla f(w_{t-1}) + \lambda w_{t-1}, \qquad
       m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad
       v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \qquad
       w_t = w_{t-1} - \eta_t \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}$$
 
-    With `amsgrad`, the largest $v$ so far stands in for $v_t$. Coupled decay enters the gradient
-    and is rescaled with it, so `weight_decay=2 * c` is the same at every step as adding
-    `regjax.l2_penalty(params, c)` to the loss (the penalty has no one half).
+    With `amsgrad`, the largest $v$ so far replaces $v_t$. Coupled decay enters the gradient and is
+    rescaled with it, so `weight_decay=2 * c` equals the penalty `regjax.l2_penalty(params, c)` in
+    the loss at every step.
 
     Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
-        betas: $\beta_1, \beta_2$, each in [0, 1): a pair of numbers, or an array of two, which
-            `optax.inject_hyperparams` injects, as it does a schedule that returns such an array.
+        learning_rate: $\eta$ (PyTorch: `lr`), or a schedule from the step count, starting at 0.
+        betas: $\beta_1, \beta_2$, each in [0, 1): a pair of numbers, or an array of two.
         eps: $\epsilon$, added outside the root.
-        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
+        weight_decay: $\lambda$ or a schedule. With 0.0, `update` does not need `params`.
         amsgrad: Divide by the largest second moment so far.
         maximize: Ascend. The decay still shrinks the parameters.
-        decoupled_weight_decay: Decay as `adamw` does.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+        decoupled_weight_decay: Decay as in `adamw`.
+        mask: The parameters that decay: `None` (all), a pytree of bools with their structure or a
+            prefix of it, or a function from the parameters to such a pytree. PyTorch: parameter
+            groups.
         mu_dtype: The dtype in which $m$ is stored, as in `optax.adam`; `None` for that of the
-            parameters. It is rounded to it at the end of a step, which uses it unrounded.
+            parameters. A step rounds $m$ at its end and uses it unrounded.
 
     Returns:
         An optax transformation; `optax.ScaleByAdamState` (with amsgrad `optax.ScaleByAmsgradState`)
-        in part 2 of its state, or 1 where the decay is decoupled, holds $m$ and $v$.
+        in part 2 of its state, or part 1 if the decay is decoupled, holds $m$ and $v$.
 
     Raises:
-        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
-            `init`, complex parameters.
+        TypeError: An argument is not a number, or a flag or a leaf of the mask is not a bool; from
+            `init`, parameters are complex.
         ValueError: A coefficient is negative, infinite or NaN, or a beta outside [0, 1); from
-            `init`, a mask of another structure than the parameters; from `update`, no `params` to
-            decay.
+            `init`, the mask has another structure than the parameters; from `update`, `params` is
+            missing although they decay.
 
-    PyTorch: the same numbers to rounding; not the same bits, since a chain multiplies by the
-    learning rate last, and torch first. Three parts of optax would differ, and have a substitute
-    here: its bias correction `1 - decay**count` is off in float32 (by 1e-5 of its value for
-    $\beta_2 = 0.999$, by 1e-3 for 0.99999); `optax.amsgrad` takes the maximum of corrected second
-    moments, torch that of uncorrected ones; and its moments round in another order, which coupled
-    decay feeds back. For complex parameters torch treats real and imaginary part as two parameters:
-    so does `optax.contrib.split_real_and_imaginary(adam(...))`.
+    Note (PyTorch):
+        Equal up to rounding, but not bitwise: a chain multiplies by the learning rate last, PyTorch
+        first. Three parts of optax differ and are replaced here. Its bias correction
+        `1 - decay**count` is off in float32 (by 1e-5 of its value for $\beta_2 = 0.999$, by 1e-3
+        for 0.99999); `optax.amsgrad` takes the maximum of corrected second moments, PyTorch that of
+        uncorrected ones; and its moments round in another order, which coupled decay feeds back.
+        PyTorch treats the real and imaginary parts of complex parameters as two parameters, and so
+        does `optax.contrib.split_real_and_imaginary(adam(...))`.
 
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
-        >>> params = jnp.array([1.0, -2.0])
+        >>> params, gradient = jnp.array([1.0, -2.0]), jnp.array([0.25, 1.5])
         >>> optimizer = adam(0.1, weight_decay=0.5)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)
         Array([ 0.9, -2.1], dtype=float32)
 
     References:
-        Kingma and Ba, [Adam: A Method for Stochastic Optimization](https://arxiv.org/abs/1412.6980),
-        ICLR 2015. Reddi et al., [On the Convergence of Adam and
+        Kingma and Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980, ICLR 2015.
+        Reddi et al., [On the Convergence of Adam and
         Beyond](https://openreview.net/forum?id=ryQu7f-RZ), ICLR 2018.
     """
     _check(learning_rate, betas, eps, weight_decay)
     check_float_dtype("mu_dtype", mu_dtype)
     return _chain(
-        _scale_by_adam(*betas, eps, check_bool("amsgrad", amsgrad), mu_dtype),
+        _scale_by_adam(betas[0], betas[1], eps, check_bool("amsgrad", amsgrad), mu_dtype),
         learning_rate,
         weight_decay,
         mask,
@@ -123,63 +126,45 @@ def adam(
 
 def adamw(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 1e-2,
+    weight_decay: WeightDecay = 1e-2,
     amsgrad: bool = False,
     *,
     maximize: bool = False,
     mask: Mask = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.AdamW`: Adam with decoupled weight decay.
+    r"""Create the equivalent of `torch.optim.AdamW`: Adam with decoupled weight decay.
 
     $$w_t = (1 - \eta_t \lambda)\, w_{t-1}
       - \eta_t \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}$$
 
-    with the moments of `adam`, of the bare gradient: the decay never passes through them. **No
-    penalty in the loss does the same**, `regjax.l2_penalty` neither.
+    with the moments of `adam`, computed from the gradient alone: the decay never passes through
+    them. **No penalty in the loss is equivalent**, not even `regjax.l2_penalty`.
 
-    Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it. It
-            scales the decay too.
-        betas: $\beta_1, \beta_2$, each in [0, 1).
-        eps: $\epsilon$, added outside the root.
-        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
-        amsgrad: Divide by the largest second moment so far.
-        maximize: Ascend. The decay still shrinks the parameters.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
-        mu_dtype: The dtype in which $m$ is stored, as in `optax.adam`; `None` for that of the
-            parameters. It is rounded to it at the end of a step, which uses it unrounded.
+    The arguments, the state and the errors are those of `adam` with `decoupled_weight_decay=True`;
+    the learning rate scales the decay too.
 
-    Returns:
-        An optax transformation; `optax.ScaleByAdamState` (with amsgrad `optax.ScaleByAmsgradState`)
-        in part 1 of its state holds $m$ and $v$.
+    Note (PyTorch):
+        Equal up to rounding. In float32, PyTorch and this function shrink by the rounded number
+        $1 - \eta\lambda$, which keeps few digits of a small decay (0.14 % are lost at
+        $\eta\lambda = 10^{-5}$), and none below $3 \cdot 10^{-8}$. Where they matter, chain
+        `add_independent_weight_decay` or `optax.add_decayed_weights`, which keep them.
+        `optax.adamw` keeps them too, so a float32 run is 2e-5 from PyTorch's after a thousand
+        steps; it also has another default, `weight_decay=1e-4`, and the differences listed in
+        `adam`.
 
-    Raises:
-        TypeError: As `adam` does.
-        ValueError: As `adam` does.
-
-    PyTorch: the same numbers to rounding. In float32 torch shrinks by the rounded number
-    $1 - \eta\lambda$, and so does this: of a small decay it keeps few digits (0.14 % are lost at
-    $\eta\lambda = 10^{-5}$), and below $3 \cdot 10^{-8}$ none; where they matter, chain
-    `add_independent_weight_decay` or `optax.add_decayed_weights`, which keep them. `optax.adamw`
-    does, so that a run in float32 leaves torch's by 2e-5 in a thousand steps; it has another
-    default, `weight_decay=1e-4`, and the differences that `adam` names.
-
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
-        >>> params = jnp.array([1.0, -2.0])
+        >>> params, gradient = jnp.array([1.0, -2.0]), jnp.array([0.25, 1.5])
         >>> optimizer = adamw(0.1, weight_decay=0.5)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)
         Array([ 0.85, -2.  ], dtype=float32)
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
-        ICLR 2019.
+        Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv:1711.05101, ICLR 2019.
     """
     return adam(
         learning_rate,
@@ -196,9 +181,9 @@ def adamw(
 
 def nadam(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     momentum_decay: ScalarLike = 4e-3,
     decoupled_weight_decay: bool = False,
     *,
@@ -206,49 +191,38 @@ def nadam(
     mask: Mask = None,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.NAdam`: Adam that looks ahead along a momentum which warms up.
+    r"""Create the equivalent of `torch.optim.NAdam`: Adam with Nesterov momentum that warms up.
 
     $$\mu_t = \beta_1 \bigl(1 - \tfrac12\, 0.96^{t \psi}\bigr), \qquad
       \hat m_t = \frac{\mu_{t+1} m_t}{1 - \prod_{i \le t+1} \mu_i}
         + \frac{(1 - \mu_t) g_t}{1 - \prod_{i \le t} \mu_i}, \qquad
       w_t = w_{t-1} - \eta_t \frac{\hat m_t}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon}$$
 
-    with the gradient $g_t$ and the moments $m_t$ and $v_t$ of `adam`.
-
-    Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
-        betas: $\beta_1, \beta_2$, each in [0, 1).
-        eps: $\epsilon$, added outside the root.
-        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
-        momentum_decay: $\psi$, how fast the momentum $\mu_t$ grows from half of $\beta_1$ to all of
-            it. With 0.0 it stays at one half.
-        decoupled_weight_decay: Decay as `adamw` does: NAdamW.
-        maximize: Ascend. The decay still shrinks the parameters.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
-        mu_dtype: The dtype in which $m$ is stored, as in `optax.adam`; `None` for that of the
-            parameters. It is rounded to it at the end of a step, which uses it unrounded.
+    with the gradient $g_t$ and the moments $m_t$ and $v_t$ of `adam`. `momentum_decay` is $\psi$
+    and sets how fast the momentum $\mu_t$ grows from half of $\beta_1$ to all of it; with 0.0 it
+    stays at one half. With `decoupled_weight_decay`, this is NAdamW. The other arguments are those
+    of `adam`.
 
     Returns:
-        An optax transformation; `ScaleByNadamState` in part 2 of its state, or 1 where the decay is
-        decoupled, holds $m$, $v$ and the product of $\mu_i$.
+        An optax transformation; `ScaleByNadamState` in part 2 of its state, or part 1 if the decay
+        is decoupled, holds $m$, $v$ and the product of $\mu_i$.
 
     Raises:
-        TypeError: As `adam` does.
-        ValueError: As `adam` does, and for a `momentum_decay` that is negative, infinite or NaN.
+        TypeError: As in `adam`.
+        ValueError: As in `adam`; or `momentum_decay` is negative, infinite or NaN.
 
-    PyTorch: the same numbers to rounding, decoupled decay as in `adamw`. `optax.nadam` is another
-    algorithm: its momentum is $\beta_1$ at every step, so it has no product of $\mu_i$ either, and
-    its bias correction is the one that `adam` names. Torch keeps the product in float32 for
-    parameters of any dtype, and so does the state here. Torch adds the two terms of $\hat m_t$ one
-    after the other and rounds twice, and so does this, if `update` is given the parameters.
+    Note (PyTorch):
+        Equal up to rounding, with the decoupled decay of `adamw`. `optax.nadam` is another
+        algorithm: its momentum is $\beta_1$ at every step, so it has no product of $\mu_i$, and its
+        bias correction is the one described in `adam`. Like PyTorch, the state keeps the product in
+        float32 for parameters of any dtype, and the two terms of $\hat m_t$ are added one after the
+        other and rounded twice, if `update` is given the parameters.
 
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
-        >>> params = jnp.array([1.0, -2.0])
+        >>> params, gradient = jnp.array([1.0, -2.0]), jnp.array([0.25, 1.5])
         >>> optimizer = nadam(0.1, weight_decay=0.5, momentum_decay=0.0)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates).round(2)
         Array([ 0.89, -2.11], dtype=float32)
 
@@ -260,7 +234,7 @@ def nadam(
     check_float_dtype("mu_dtype", mu_dtype)
     check_coefficient("momentum_decay", momentum_decay, fix="pass 4e-3, say")
     return _chain(
-        _scale_by_nadam(*betas, eps, momentum_decay, mu_dtype),
+        _scale_by_nadam(betas[0], betas[1], eps, momentum_decay, mu_dtype),
         learning_rate,
         weight_decay,
         mask,
@@ -272,15 +246,15 @@ def nadam(
 
 def radam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     decoupled_weight_decay: bool = False,
     *,
     maximize: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.RAdam`: Adam that waits until its second moment is worth dividing by.
+    r"""Create the equivalent of `torch.optim.RAdam`: Adam with a rectified adaptive step.
 
     $$\rho_\infty = \frac{2}{1 - \beta_2} - 1, \qquad
       \rho_t = \rho_\infty - \frac{2 t \beta_2^t}{1 - \beta_2^t}, \qquad
@@ -291,48 +265,33 @@ def radam(
       r_t \sqrt{1 - \beta_2^t} / (\sqrt{v_t} + \epsilon) & \rho_t > 5 \\ 1 & \text{else}
       \end{cases}$$
 
-    with the moments of `adam`. $\rho_t$ is the length of a plain average that is as noisy as $v_t$;
-    for $\beta_2 = 0.999$ the first five steps are steps of gradient descent with momentum.
+    with the moments of `adam`. $\rho_t$ is the length of a simple average that is as noisy as
+    $v_t$; for $\beta_2 = 0.999$ the first five steps are gradient descent with momentum, and for
+    $\beta_2 \le 2/3$ all are. $\epsilon$ is added to $\sqrt{v_t}$, not to the corrected root as in
+    `adam`. The paper uses `decoupled_weight_decay`. The arguments, the state and the errors are
+    those of `adam`.
 
-    Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
-        betas: $\beta_1, \beta_2$, each in [0, 1). With $\beta_2 \le 2/3$ nothing is ever divided.
-        eps: $\epsilon$, added to $\sqrt{v_t}$, not to the corrected root that `adam` adds it to.
-        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
-        decoupled_weight_decay: Decay as `adamw` does, and as the paper does.
-        maximize: Ascend. The decay still shrinks the parameters.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+    Note (PyTorch):
+        Equal up to rounding, with the decoupled decay of `adamw`. `optax.radam` adds $\epsilon$ to
+        the root of the corrected moment, divides where $\rho_t = 5$ too, and computes $\rho_t$ in
+        float32 as the small difference of two large numbers; here it loses no digits. Its bias
+        correction is the one described in `adam`.
 
-    Returns:
-        An optax transformation; `optax.ScaleByAdamState` in part 2 of its state, or 1 where the
-        decay is decoupled, holds $m$ and $v$.
-
-    Raises:
-        TypeError: As `adam` does.
-        ValueError: As `adam` does.
-
-    PyTorch: the same numbers to rounding, decoupled decay as in `adamw`. `optax.radam` adds
-    $\epsilon$ to the root of the corrected moment, divides where $\rho_t = 5$ too, and takes
-    $\rho_t$ in float32 as the small difference of two large numbers; here it loses no digits. Its
-    bias correction is the one that `adam` names.
-
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
-        >>> params = jnp.array([1.0, -2.0])
+        >>> params, gradient = jnp.array([1.0, -2.0]), jnp.array([0.25, 1.5])
         >>> optimizer = radam(0.1, weight_decay=0.5)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)
         Array([ 0.925, -2.05 ], dtype=float32)
 
     References:
-        Liu et al., [On the Variance of the Adaptive Learning Rate and
-        Beyond](https://arxiv.org/abs/1908.03265), ICLR 2020.
+        Liu et al., "On the Variance of the Adaptive Learning Rate and Beyond", arXiv:1908.03265,
+        ICLR 2020.
     """
     _check(learning_rate, betas, eps, weight_decay)
     return _chain(
-        _scale_by_radam(*betas, eps),
+        _scale_by_radam(betas[0], betas[1], eps),
         learning_rate,
         weight_decay,
         mask,
@@ -343,56 +302,44 @@ def radam(
 
 def adamax(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
-    betas: tuple[ScalarLike, ScalarLike] = (0.9, 0.999),
+    betas: Betas = (0.9, 0.999),
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.Adamax`: Adam that divides by a fading maximum in place of a root.
+    r"""Create the equivalent of `torch.optim.Adamax`: Adam that divides by a decaying maximum.
 
     $$u_t = \max(\beta_2 u_{t-1},\; |g_t| + \epsilon), \qquad
       w_t = w_{t-1} - \eta_t \frac{m_t / (1 - \beta_1^t)}{u_t}$$
 
-    with the gradient $g_t$, decayed weights in it, and the first moment $m_t$ of `adam`.
-
-    Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
-        betas: $\beta_1, \beta_2$, each in [0, 1).
-        eps: $\epsilon$, added to each $|g_t|$.
-        weight_decay: $\lambda$, coupled, or a schedule. With 0.0 `update` can do without `params`.
-        maximize: Ascend. The decay still shrinks the parameters.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+    with the gradient $g_t$, which includes the coupled decay, and the first moment $m_t$ of `adam`.
+    The arguments and the errors are those of `adam`.
 
     Returns:
         An optax transformation; `optax.ScaleByAdamState` in part 2 of its state holds $m$ and, as
         `nu`, $u$.
 
-    Raises:
-        TypeError: As `adam` does.
-        ValueError: As `adam` does.
+    Note (PyTorch):
+        Equal up to rounding. `optax.adamax` differs only in the bias correction described in
+        `adam`.
 
-    PyTorch: the same numbers to rounding. From `optax.adamax` only the bias correction differs, as
-    `adam` says.
-
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
-        >>> params = jnp.array([1.0, -2.0])
+        >>> params, gradient = jnp.array([1.0, -2.0]), jnp.array([0.25, 1.5])
         >>> optimizer = adamax(0.1, weight_decay=0.5)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)
         Array([ 0.9, -2.1], dtype=float32)
 
     References:
-        Kingma and Ba, [Adam: A Method for Stochastic Optimization](https://arxiv.org/abs/1412.6980),
-        ICLR 2015, section 7.1.
+        Kingma and Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980, ICLR 2015,
+        section 7.1.
     """
     _check(learning_rate, betas, eps, weight_decay)
     return _chain(
-        _scale_by_adamax(*betas, eps),
+        _scale_by_adamax(betas[0], betas[1], eps),
         learning_rate,
         weight_decay,
         mask,
@@ -401,14 +348,14 @@ def adamax(
 
 
 class ScaleByNadamState(NamedTuple):
-    r"""What `nadam` keeps from step to step.
+    r"""State of `nadam`.
 
     Attributes:
-        count: How many steps have been taken.
+        count: The number of steps taken.
         mu: The first moment.
         nu: The second moment.
-        mu_product: $\prod_{i \le t} \mu_i$ over the steps taken, in float32 as torch keeps it. It
-            falls to 0, where it does no harm.
+        mu_product: $\prod_{i \le t} \mu_i$ over the steps taken, in float32 as in PyTorch. It falls
+            to 0, where it does no harm.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -419,9 +366,9 @@ class ScaleByNadamState(NamedTuple):
 
 def _check(
     learning_rate: optax.ScalarOrSchedule,
-    betas: tuple[ScalarLike, ScalarLike],
+    betas: Betas,
     eps: ScalarLike,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
 ) -> None:
     check_rates(learning_rate, weight_decay)
     check_coefficient("eps", eps, fix="pass 1e-8, say")
@@ -434,7 +381,7 @@ def _check(
 def _chain(
     moments: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
-    weight_decay: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay,
     mask: Mask,
     maximize: bool,
     decoupled: bool = False,
@@ -454,7 +401,7 @@ def _chain(
 def _scale_by_adam(
     b1: ScalarLike, b2: ScalarLike, eps: ScalarLike, amsgrad: bool, mu_dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` with an exact bias correction, and the maximum that torch takes."""
+    """`optax.scale_by_adam` with an exact bias correction, and PyTorch's maximum for amsgrad."""
 
     def init(params: PyTree) -> optax.ScaleByAdamState | optax.ScaleByAmsgradState:
         start = _no_moments(params, mu_dtype)
@@ -504,7 +451,7 @@ def _scale_by_nadam(
         new_state = new_state._replace(mu_product=product)
         product = product.astype(step.dtype)
         mu_next = limit - short_next
-        # Of 1 - mu each term is positive: nothing cancels where b1 is close to 1.
+        # Every term of 1 - mu is positive, so nothing cancels where b1 is close to 1.
         of_gradient = (1 - limit + short) / (1 - product)
         of_moment = mu_next / (1 - product * mu_next)
         c2 = bias_correction(b2, new_state.count)
@@ -545,12 +492,10 @@ def _scale_by_radam(
 def _average_lengths(
     b2: ScalarLike, count: Int[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    r"""Compute RAdam's $\rho_t$ and $\rho_\infty$.
-
-    With $L = -\log \beta_2$ and $h(x) = 1 - x / (e^x - 1)$ they are $1 + 2 (h(tL) - h(L)) / L$ and
-    $1 + 2 (1 - h(L)) / L$: as torch writes $\rho_t$, float32 would lose four of seven digits where
-    $\beta_2 = 0.999$, just where it is compared with 5.
-    """
+    r"""Compute RAdam's $\rho_t$ and $\rho_\infty$."""
+    # With L = -log(b2) and h(x) = 1 - x / (exp(x) - 1) they are 1 + 2 (h(tL) - h(L)) / L and 1 + 2
+    # (1 - h(L)) / L. PyTorch's formula for rho_t would lose four of seven digits in float32 where
+    # b2 = 0.999, just where it is compared with 5.
     if isinstance(b2, int | float):
         rate = jnp.asarray(-math.log(max(b2, _TINY)), float)
     else:
@@ -561,13 +506,13 @@ def _average_lengths(
 
 
 def _shortfall(x: Float[Array, ""]) -> Float[Array, ""]:
-    """Compute `1 - x / (exp(x) - 1)`; by its series where the difference would cancel."""
+    """Compute `1 - x / (exp(x) - 1)`, by its series where the difference would cancel."""
     series = jnp.polyval(jnp.asarray(_SHORTFALL, x.dtype), jnp.minimum(x, 0.25))
     return jnp.where(x < 0.25, series, 1 - x / jnp.expm1(x))
 
 
 def _rectification(length: Float[Array, ""], limit: Float[Array, ""]) -> Float[Array, ""]:
-    # Below 5 nobody asks: there the poles lie.
+    # The result is unused below 5, where the poles lie.
     length, limit = jnp.maximum(length, 5.0), jnp.maximum(limit, 5.0)
     return jnp.sqrt((length - 4) * (length - 2) / length * limit / ((limit - 4) * (limit - 2)))
 
@@ -605,7 +550,7 @@ def _no_moments(params: PyTree, mu_dtype: DTypeLike | None = None) -> optax.Scal
 
 
 def _with_moments(state: State, updates: PyTree, b1: ScalarLike, b2: ScalarLike) -> State:
-    """Count the step, and take its gradients into both moments, in torch's order of rounding."""
+    """Count the step and update both moments, in PyTorch's order of rounding."""
 
     def second(v: Array, g: Array) -> Array:
         return rounded_product(v, b2) + (1 - b2) * g * g
@@ -618,7 +563,8 @@ def _with_moments(state: State, updates: PyTree, b1: ScalarLike, b2: ScalarLike)
 
 
 def _first_moment(mu: PyTree, updates: PyTree, b1: ScalarLike) -> PyTree:
-    # From the nearer end, as torch's lerp: a long way from the other would round the gradient off.
+    # From the nearer end, like PyTorch's lerp: starting from the other would round the gradient
+    # off.
     def from_moment(m: Array, g: Array) -> Array:
         return m + (1 - b1) * (g - m)
 
@@ -634,7 +580,7 @@ def _first_moment(mu: PyTree, updates: PyTree, b1: ScalarLike) -> PyTree:
     return jax.tree.map(lerp, mu, updates)
 
 
-# Stands for a b2 of 0, whose logarithm is infinite.
+# Replaces a b2 of 0, whose logarithm is infinite.
 _TINY = 1e-30
 # x/2 - sum of B_2k x^2k / (2k)!, highest power first: exact to float64 up to 0.25.
 _SHORTFALL = (-1 / 47900160, 0, 1 / 1209600, 0, -1 / 30240, 0, 1 / 720, 0, -1 / 12, 1 / 2, 0)

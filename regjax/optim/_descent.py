@@ -1,4 +1,4 @@
-"""Gradient descent: plain, averaged, and by signs alone."""
+"""Gradient descent: SGD, averaged SGD, and Rprop."""
 
 from __future__ import annotations
 
@@ -34,68 +34,67 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Float, Int, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
 
 def sgd(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     momentum: ScalarLike = OFF,
     dampening: ScalarLike = OFF,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     nesterov: bool = False,
     *,
     maximize: bool = False,
     mask: Mask = None,
     accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.SGD`: gradient descent with momentum and coupled weight decay.
+    r"""Create the equivalent of `torch.optim.SGD`: momentum and coupled weight decay.
 
     $$g_t = \pm\nabla f(w_{t-1}) + \lambda w_{t-1}, \qquad
       b_1 = g_1,\; b_t = \mu b_{t-1} + (1 - \tau) g_t, \qquad
       w_t = w_{t-1} - \eta_t \begin{cases} g_t + \mu b_t & \text{nesterov} \\ b_t & \text{else}
       \end{cases}$$
 
-    The decay is coupled: it enters the gradient, so `weight_decay=2 * c` is the same at every step
-    as adding `regjax.l2_penalty(params, c)` to the loss (the penalty has no one half).
+    Coupled decay enters the gradient, so `weight_decay=2 * c` equals the penalty
+    `regjax.l2_penalty(params, c)` in the loss at every step.
 
     Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
-        momentum: $\mu$. With 0.0 no buffer is kept and `dampening` has no effect. A momentum that
-            is an array may change, so it always has a buffer: `optax.inject_hyperparams` makes one
-            of a number that is passed, also of 0.0, and leaves the default as it is.
-        dampening: $\tau$. As in torch, the first gradient enters the buffer undamped.
-        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
-        nesterov: Look ahead along the buffer; needs momentum and no dampening.
+        learning_rate: $\eta$ (PyTorch: `lr`), or a schedule from the step count, starting at 0.
+        momentum: $\mu$. With 0.0 no buffer is kept and `dampening` has no effect. An array may
+            change, so it always has a buffer; `optax.inject_hyperparams` makes an array of every
+            number that is passed, even 0.0, but not of the default.
+        dampening: $\tau$. As in PyTorch, the first gradient enters the buffer undamped.
+        weight_decay: $\lambda$ or a schedule. With 0.0, `update` does not need `params`.
+        nesterov: Look ahead along the buffer; requires momentum and no dampening.
         maximize: Ascend. The decay still shrinks the parameters.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+        mask: The parameters that decay; see `adam`.
         accumulator_dtype: The dtype in which $b$ is stored, as in `optax.sgd`; `None` for that of
-            the parameters. It is rounded to it at the end of a step, which uses it unrounded.
+            the parameters. A step rounds $b$ at its end and uses it unrounded.
 
     Returns:
         An optax transformation; `optax.TraceState` in part 2 of its state holds $b$. With
-        dampening, part 2 is a pair, `optax.ScaleByScheduleState` (the step count) before it.
+        dampening, part 2 is a pair that begins with `optax.ScaleByScheduleState` (the step count).
 
     Raises:
-        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool.
+        TypeError: An argument is not a number, or a flag or a leaf of the mask is not a bool.
         ValueError: A coefficient is negative, infinite or NaN; `nesterov` without momentum or with
-            dampening; from `init`, a mask of another structure than the parameters; from `update`,
-            no `params` to decay.
+            dampening; from `init`, the mask has another structure than the parameters; from
+            `update`, `params` is missing although they decay.
 
-    PyTorch: on a CPU the same bits in float32, step after step, where `update` and
-    `optax.apply_updates` are compiled together; one by one, each product is rounded before it is
-    added, and the two agree to rounding. So do they where only one framework has fused
-    multiply-adds, as under `ATEN_CPU_CAPABILITY=default`, and below 2.4e-38, half of which XLA
-    takes for zero. One part of optax would differ, and has a substitute here: compiled,
-    `optax.trace` adds the gradient to a product that is not rounded.
+    Note (PyTorch):
+        Bitwise identical in float32 on a CPU at every step, where `update` and
+        `optax.apply_updates` are compiled together; compiled separately, each product is rounded
+        before it is added, and the two agree up to rounding. They also agree up to rounding where
+        only one framework has fused multiply-adds, as under `ATEN_CPU_CAPABILITY=default`, and
+        below 2.4e-38, half of which XLA flushes to zero. `optax.trace` is replaced here, because
+        when compiled it adds the gradient to an unrounded product.
 
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
         >>> params = {"kernel": jnp.array([1.0, -2.0]), "bias": jnp.array([3.0])}
         >>> optimizer = sgd(0.1, weight_decay=0.5, mask={"kernel": True, "bias": False})
-        >>> state = optimizer.init(params)
         >>> gradient = {"kernel": jnp.array([1.0, 1.0]), "bias": jnp.array([1.0])}
-        >>> updates, state = optimizer.update(gradient, state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)
         {'bias': Array([2.9], dtype=float32), 'kernel': Array([ 0.85, -2.  ], dtype=float32)}
 
@@ -126,21 +125,21 @@ def sgd(
 
 
 class DescendState(NamedTuple):
-    """The steps that `asgd` has taken, and the size of the next one."""
+    """The number of steps that `asgd` has taken, and the size of the next one."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     eta: Float[Array, ""]
 
 
 class AverageState(NamedTuple):
-    """Steps taken, and the average of the parameters (torch: `ax`)."""
+    """The number of steps taken, and the average of the parameters (PyTorch: `ax`)."""
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
     ax: PyTree
 
 
 class RpropState(NamedTuple):
-    """The gradient before (0 where its sign had turned), and the step size, of each element."""
+    """The previous gradient (0 where its sign changed) and the step size of each element."""
 
     prev: PyTree
     step_size: PyTree
@@ -151,48 +150,42 @@ def asgd(
     lambd: ScalarLike = 1e-4,
     alpha: ScalarLike = 0.75,
     t0: ScalarLike = 1e6,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.ASGD`: gradient descent that averages the parameters it went through.
+    r"""Create the equivalent of `torch.optim.ASGD`: gradient descent with averaged parameters.
 
     $$w_t = (1 - \eta_t \Lambda)\, w_{t-1} - \eta_t (\pm\nabla f(w_{t-1}) + \lambda w_{t-1}), \qquad
       \bar w_t = \bar w_{t-1} + \mu_t (w_t - \bar w_{t-1}),$$
     $$\eta_1 = \eta,\quad \eta_{t+1} = \frac{\eta}{(1 + \Lambda \eta t)^\alpha}, \qquad
       \mu_t = \frac{1}{\max(1,\, t - 1 - t_0)}$$
 
-    The average is what to evaluate with, once more than `t0 + 1` steps are taken; until then it
-    is the last parameters. It is kept in the state: `state[3].ax`, `optax.tree.get(state, "ax")`.
+    Evaluate with the average after more than `t0 + 1` steps; until then it is the last parameters.
+    Read it from the state: `state[3].ax` or `optax.tree.get(state, "ax")`.
 
     Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it. As
-            in torch, a step's value takes effect in the step after it; the first is used twice.
-        lambd: $\Lambda$, a decay of all parameters, with no mask; it also makes steps smaller.
-        alpha: $\alpha$, how fast the steps grow small.
-        t0: $t_0$, the step after which to average.
-        weight_decay: $\lambda$, or a schedule: coupled, as in `sgd`.
+        learning_rate: $\eta$ (PyTorch: `lr`), or a schedule from the step count, starting at 0. As
+            in PyTorch, its value at a step applies to the step after; the first is used twice.
+        lambd: $\Lambda$, a decay of all parameters, without a mask; it also shrinks the steps.
+        alpha: $\alpha$, the power with which the steps shrink.
+        t0: $t_0$, the step after which averaging starts.
+        weight_decay: $\lambda$ or a schedule: coupled, as in `sgd`.
         maximize: Ascend. Both decays still shrink the parameters.
-        mask: Which parameters `weight_decay` decays: `None` (all), a tree of bools with their
-            structure or a prefix of it, or a function from the parameters to such a tree. Torch:
-            parameter groups.
+        mask: The parameters that `weight_decay` applies to; see `adam`.
 
     Returns:
         An optax transformation whose `update` needs `params`. Part 2 of its state holds $\eta_t$,
-        part 3 the average in `ax`.
+        part 3 the average in `ax`. Errors are those of `sgd`.
 
-    Raises:
-        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool.
-        ValueError: A coefficient is negative, infinite or NaN; from `init`, a mask of another
-            structure than the parameters; from `update`, no `params`.
+    Note (PyTorch):
+        Equal up to rounding. As in PyTorch, $\eta_t$ and $\mu_t$ are rounded to float32, even for
+        float64 parameters. optax has no such optimizer; `optax.add_decayed_weights` followed by a
+        schedule would be equivalent except in float32, where PyTorch and this function shrink by
+        the rounded number $1 - \eta_t \Lambda$, 1 % off at the defaults.
 
-    PyTorch: the same numbers to rounding. As in torch, $\eta_t$ and $\mu_t$ are rounded to float32,
-    even beside parameters in float64. optax has no such optimizer; `optax.add_decayed_weights`
-    followed by a schedule would do but for float32, where torch shrinks by the rounded number
-    $1 - \eta_t \Lambda$, at the defaults 1 % off, and so does this.
-
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
         >>> params = jnp.array([1.0, -2.0])
         >>> optimizer = asgd(0.5, t0=0)
@@ -229,7 +222,7 @@ def rprop(
     *,
     maximize: bool = False,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.Rprop`: descent by the signs of the gradient, for whole batches.
+    r"""Create the equivalent of `torch.optim.Rprop`: descent by signs, for full batches.
 
     $$s_t = \operatorname{clip}\bigl(s_{t-1} \cdot \begin{cases}
           \eta_+ & g_{t-1} g_t > 0 \\ \eta_- & g_{t-1} g_t < 0 \\ 1 & \text{else}
@@ -237,12 +230,12 @@ def rprop(
       g_t \leftarrow 0 \text{ where } g_{t-1} g_t < 0, \qquad
       w_t = w_{t-1} - s_t \operatorname{sign}(g_t)$$
 
-    The size of a gradient does not matter, so no weight decay can be coupled to it: torch has none,
-    nor has this. A penalty in the loss moves the point where signs turn, and nothing else.
+    The size of a gradient does not matter, so no weight decay can be coupled to it; like PyTorch,
+    this function has none. A penalty in the loss only moves the points where signs change.
 
     Args:
-        learning_rate: $s_0$, the first step size (torch: `lr`). There is nothing to schedule.
-        etas: $\eta_-, \eta_+$, what a step size is multiplied with; $0 < \eta_- < 1 < \eta_+$.
+        learning_rate: $s_0$, the first step size (PyTorch: `lr`). It cannot be a schedule.
+        etas: $\eta_-, \eta_+$, the factors of a step size; $0 < \eta_- < 1 < \eta_+$.
         step_sizes: $s_{\min}, s_{\max}$.
         maximize: Ascend.
 
@@ -250,17 +243,18 @@ def rprop(
         An optax transformation; part 2 of its state holds $g_t$ in `prev` and $s_t$ in `step_size`.
 
     Raises:
-        TypeError: An argument is not a number; from `init`, complex parameters.
-        ValueError: A number is out of its range.
+        TypeError: An argument is not a number; from `init`, parameters are complex.
+        ValueError: A number is out of range.
 
-    PyTorch: on a CPU bitwise identical in float32, compiled or not, where both frameworks have
-    fused multiply-adds or neither has; where only one has, as under
-    `ATEN_CPU_CAPABILITY=default`, the two agree to rounding. Gradients below 1e-22 are an
-    exception: the product of two underflows in torch, which then keeps the step size. (Below
-    1.2e-38, XLA takes a gradient for zero.) `optax.rprop` 0.2.8 is another optimizer: its update is
-    the one that was due at the step before; its first is zero.
+    Note (PyTorch):
+        Bitwise identical in float32 on a CPU, compiled or not, where both frameworks have fused
+        multiply-adds or neither has; where only one has, as under `ATEN_CPU_CAPABILITY=default`,
+        the two agree up to rounding. Gradients below 1e-22 are an exception: the product of two
+        underflows in PyTorch, which then keeps the step size. (Below 1.2e-38, XLA flushes a
+        gradient to zero.) `optax.rprop` 0.2.8 is another optimizer: its update is the one due at
+        the previous step, and its first is zero.
 
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
         >>> params = jnp.array([1.0, -2.0])
         >>> optimizer = rprop(0.5, etas=(0.5, 1.5))
@@ -280,7 +274,7 @@ def rprop(
     return rounded_once(
         optax.chain(
             ascend(maximize),
-            optax.identity(),  # where the others decay
+            optax.identity(),  # the position of the decay in other optimizers
             _resilient(learning_rate, etas, step_sizes),
             optax.scale(-1.0),
         )
@@ -290,7 +284,7 @@ def rprop(
 def _accumulate(
     momentum: ScalarLike, dampening: ScalarLike, nesterov: bool, dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
-    """Keep torch's momentum buffer, whose first gradient is not damped."""
+    """Keep PyTorch's momentum buffer, whose first gradient is not damped."""
     if is_zero(momentum):
         return optax.identity()
     trace = _trace(momentum, nesterov, dtype)
@@ -303,12 +297,10 @@ def _accumulate(
 def _trace(
     momentum: ScalarLike, nesterov: bool, dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
-    """`optax.trace`, rounded where torch rounds.
-
-    torch scales the buffer in a kernel of its own, so that product is rounded. Its other products,
-    of decay, dampening, the look ahead and the learning rate, are each a fused multiply-add there;
-    XLA fuses them too where update and `optax.apply_updates` are compiled together.
-    """
+    """`optax.trace`, rounded where PyTorch rounds."""
+    # PyTorch scales the buffer in a separate kernel, so that product is rounded. Its other
+    # products, of decay, dampening, Nesterov's look-ahead and the learning rate, are each a fused
+    # multiply-add; XLA fuses them too where update and optax.apply_updates are compiled together.
 
     def init(params: PyTree) -> optax.TraceState:
         return optax.TraceState(zeros_like(params, dtype))
@@ -326,7 +318,7 @@ def _trace(
 def _descend_and_shrink(
     learning_rate: optax.ScalarOrSchedule, lambd: ScalarLike, alpha: ScalarLike
 ) -> optax.GradientTransformation:
-    """Take the step of torch's ASGD, whose size is that of the state: one step behind."""
+    """Take the step of PyTorch's ASGD, whose size is that of the state: one step behind."""
 
     def rate(count: Int[Array, ""]) -> Float[Array, ""]:
         value = learning_rate(count) if callable(learning_rate) else learning_rate
@@ -351,7 +343,7 @@ def _descend_and_shrink(
 
         count = jnp.asarray(optax.safe_increment(state.count))
         eta = rate(state.count)
-        # (1 + x)^alpha, and no digit of a small x lost.
+        # (1 + x)^alpha without losing digits of a small x.
         eta = eta / jnp.exp(widest(alpha) * jnp.log1p(widest(lambd) * eta * count.astype(float)))
         return jax.tree.map(step, updates, params), DescendState(count, eta.astype(jnp.float32))
 
@@ -359,7 +351,7 @@ def _descend_and_shrink(
 
 
 def _average(t0: ScalarLike) -> optax.GradientTransformation:
-    """Keep the average of the parameters to come, and leave the update as it is."""
+    """Update the average with the new parameters, and return the update unchanged."""
 
     def init(params: PyTree) -> AverageState:
         return AverageState(jnp.zeros([], jnp.int32), zeros_like(params))
@@ -384,7 +376,7 @@ def _resilient(
     etas: tuple[ScalarLike, ScalarLike],
     step_sizes: tuple[ScalarLike, ScalarLike],
 ) -> optax.GradientTransformation:
-    """Turn gradients into steps of their signs."""
+    """Replace gradients with the steps of Rprop."""
     shrink, grow = etas
     smallest, largest = step_sizes
 
@@ -408,14 +400,14 @@ def _resilient(
             return lax.clamp(in_dtype_of(size, smallest), size, in_dtype_of(size, largest))
 
         def resized(g: Array, prev: Array, size: Array) -> Array:
-            # Of the signs: the product of two small gradients would underflow, as it does in torch.
+            # Signs, because the product of two small gradients would underflow, as in PyTorch.
             turn = jnp.sign(g) * jnp.sign(prev)
             other = jnp.where(turn < 0, size * shrink, size)
-            # Not one clip of both: XLA would do that again for the step, from a copy of `size`.
+            # Two clips, because XLA would repeat a single one for the step, from a copy of `size`.
             return jnp.where(turn > 0, clipped(size * grow), clipped(other))
 
         def remembered(g: Array, prev: Array, size: Array) -> Array:
-            # The new size turns no sign, but comes first: `prev` is then free to be written over.
+            # The new size changes no sign, but using it first frees `prev` to be overwritten.
             return jnp.where(size * jnp.sign(g) * jnp.sign(prev) < 0, 0.0, g)
 
         step_size = jax.tree.map(resized, updates, state.prev, state.step_size)

@@ -1,4 +1,4 @@
-"""Checks of parameters and gradients, and parameters that have no gradient."""
+"""Checks of parameters and gradients, and handling of parameters without a gradient."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Gaps = Mapping[KeyPath, Any]
 
 
-# The fields of a state that hold a tree with the structure and the shapes of the parameters ...
+# The fields of a state that hold a pytree with the structure and the shapes of the parameters ...
 _WHOLE = {"trace", "mu", "nu", "nu_max", "sum_of_squares", "e_g", "e_x", "ema", "prev"}
 _WHOLE |= {"step_size", "ax"}
 # ... and those of Adafactor, whose leaves have other shapes.
@@ -30,17 +30,7 @@ _FIELDS = _WHOLE | {"v_row", "v_col", "v"}
 
 
 def check_arrays(params: PyTree) -> None:
-    """Refuse leaves for which no moments can be kept.
-
-    Raises:
-        TypeError: A leaf is not an array, such as a function or a string.
-
-    Examples:
-        >>> check_arrays({"activation": "relu"})
-        Traceback (most recent call last):
-        TypeError: params must hold only arrays; got 'relu' at 'activation'. Pass
-        eqx.filter(model, eqx.is_array), or leave the leaf out with optax.masked.
-    """
+    """Reject leaves that are not arrays, such as functions and strings: they have no moments."""
     for name, leaf in named_leaves(params):
         if not is_array(leaf):
             raise TypeError(
@@ -50,24 +40,12 @@ def check_arrays(params: PyTree) -> None:
 
 
 def check_gradients(updates: PyTree, state: PyTree, params: PyTree | None) -> Gaps:
-    """Refuse gradients that are not those of the parameters, and find those that are missing.
+    """Check the gradients against the parameters and the state, and return the missing ones.
 
-    Only structure, shapes and dtypes are compared, so nothing is computed under `jit`.
-
-    Args:
-        updates: The gradients.
-        state: The state of the optimizer.
-        params: The parameters, where they are given.
-
-    Returns:
-        By path, the update of each parameter without a gradient: None for None, and zeros for the
-        `float0` that JAX returns for an integer.
-
-    Raises:
-        TypeError: The parameter is not an array, or an integer, or it is real and its gradient
-            complex.
-        ValueError: Structure or shape differ.
+    By path, the result holds the update of each parameter without a gradient: None for None, and
+    zeros for the `float0` that JAX returns for an integer.
     """
+    # Only structure, shapes and dtypes are compared, so nothing is computed under jit.
     gaps: dict[KeyPath, Any] = {}
     for what, tree in (("parameter", params), ("optimizer state", _moments(state))):
         if tree is not None:
@@ -76,10 +54,9 @@ def check_gradients(updates: PyTree, state: PyTree, params: PyTree | None) -> Ga
 
 
 def fill(gaps: Gaps, updates: PyTree, params: PyTree | None) -> tuple[PyTree, Gaps]:
-    """Give float parameters without a gradient a zero one, so that a mask function sees them.
+    """Give float parameters without a gradient a zero gradient, so that a mask function sees them.
 
-    Returns:
-        The gradients, and the remaining gaps, whose parameters no mask function looks at.
+    Returns the gradients, and the remaining gaps, whose parameters no mask function sees.
     """
     floats = {
         path: leaf
@@ -95,12 +72,12 @@ def fill(gaps: Gaps, updates: PyTree, params: PyTree | None) -> tuple[PyTree, Ga
 
 
 def without(gaps: Gaps, tree: PyTree) -> PyTree:
-    """Replace the leaves of parameters without a gradient by None."""
+    """Replace the leaves of parameters without a gradient with None."""
     return jax.tree.map_with_path(lambda path, leaf: None if path in gaps else leaf, tree)
 
 
 def state_without(gaps: Gaps, state: PyTree) -> PyTree:
-    """Replace the state of parameters without a gradient by None."""
+    """Replace the state of parameters without a gradient with None."""
 
     def keep(path: KeyPath, leaf: Any) -> Any:
         return None if _of_parameter(path) in gaps else leaf
@@ -122,7 +99,7 @@ def put_back(gaps: Gaps, removed: Gaps, updates: PyTree, new_updates: PyTree) ->
 
 
 def put_state_back(gaps: Gaps, removed: Gaps, state: PyTree, new_state: PyTree) -> PyTree:
-    """Insert the state of parameters without a gradient, which stays as it is."""
+    """Insert the unchanged state of parameters without a gradient."""
     rest = iter(jax.tree.leaves(new_state))
     leaves, structure = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_masked)
 
@@ -194,7 +171,7 @@ def _by_path(tree: PyTree) -> dict[KeyPath, Any]:
 
 
 def _moments(state: PyTree) -> PyTree | None:
-    """Find a tree in the state that has the shapes of the parameters."""
+    """Return a pytree in the state that has the shapes of the parameters, or None."""
 
     def fields(node: Any) -> list[str]:
         return [field for field in getattr(node, "_fields", ()) if field in _WHOLE]
@@ -206,7 +183,7 @@ def _moments(state: PyTree) -> PyTree | None:
 
 
 def _of_parameter(path: KeyPath) -> KeyPath | None:
-    """Return the path in the parameters of a leaf of the state, or None for what is shared."""
+    """Return the path in the parameters of a leaf of the state, or None if the leaf is shared."""
     for place, key in enumerate(path):
         if isinstance(key, GetAttrKey) and key.name in _FIELDS:
             return path[place + 1 :]

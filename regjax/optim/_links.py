@@ -1,4 +1,4 @@
-"""The links that the optimizers are chained from, and the checks of what they are given."""
+"""The links that the optimizers are composed of, and the checks of their arguments."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Inexact, PyTree, ScalarLike
 
     Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
+    # OFF is a scalar of NumPy.
+    WeightDecay = optax.ScalarOrSchedule | np.floating
 
 
-# A zero that optax.inject_hyperparams leaves as it is, since it is neither a float nor an array: a
-# hyperparameter that nobody passed is not injected, so it allocates nothing.
+# A zero that optax.inject_hyperparams does not inject, because it is neither a float nor an array:
+# a hyperparameter that was not passed allocates nothing.
 OFF: Any = np.float32(0.0)
 _SINGLE = np.dtype("float32")
 
@@ -45,21 +47,17 @@ def ascend(maximize: bool) -> optax.GradientTransformation:
     return optax.scale(-1.0) if is_ascent else optax.identity()
 
 
-def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.GradientTransformation:
-    """`optax.add_decayed_weights` whose mask is checked, and is always read off the parameters.
-
-    `optax.masked` asks a callable mask about the gradients at each update, and a tree of the wrong
-    structure fails there with no word about where.
-    """
+def decay_weights(weight_decay: WeightDecay, mask: Mask) -> optax.GradientTransformation:
+    """`optax.add_decayed_weights` with a checked mask, always computed from the parameters."""
     if is_zero(weight_decay):
         return optax.identity()
     check_mask(mask, weight_decay)
 
     def decay(params: PyTree) -> optax.GradientTransformation:
-        # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
+        # Nothing to check without leaves: optax.tree.map_params passes a placeholder.
         leafless = not jax.tree.leaves(params)
         resolved = mask if mask is None or leafless else resolve_mask(mask, params)
-        return optax.add_decayed_weights(weight_decay, resolved)
+        return optax.add_decayed_weights(weight_decay, resolved)  # pyright: ignore[reportArgumentType]
 
     def init(params: PyTree) -> PyTree:
         return decay(params).init(params)
@@ -75,15 +73,8 @@ def decay_weights(weight_decay: optax.ScalarOrSchedule, mask: Mask) -> optax.Gra
     return optax.GradientTransformation(init, update)
 
 
-def check_mask(mask: Mask, weight_decay: optax.ScalarOrSchedule) -> None:
-    """Refuse a mask that is certainly not one over the parameters.
-
-    `optax.inject_hyperparams` takes a callable mask for a schedule, and passes on what it returns
-    for a step count. That is one bool, beside a weight decay that is an array.
-
-    Raises:
-        ValueError: No leaf of a static mask is True, or it is a single bool under injection.
-    """
+def check_mask(mask: Mask, weight_decay: WeightDecay) -> None:
+    """Reject a static mask without any True, and a single bool under `optax.inject_hyperparams`."""
     leaves = jax.tree.leaves(mask)
     is_static = bool(leaves) and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
     if not is_static:
@@ -112,22 +103,22 @@ def _shortened(value: Any) -> str:
 
 
 class Terms(NamedTuple):
-    """Two terms of a parameter's step, in the order in which torch adds them."""
+    """Two terms of a parameter's step, in the order in which PyTorch adds them."""
 
     early: Array
     late: Array
 
 
 def add_in_turn(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule, mask: Mask
+    learning_rate: optax.ScalarOrSchedule, weight_decay: WeightDecay, mask: Mask
 ) -> optax.GradientTransformation:
-    """Shrink the parameters, then add the terms of their steps, rounding between as torch does.
+    """Shrink the parameters, then add the terms of their steps, rounding between as PyTorch does.
 
-    The last link of a chain, behind the learning rate. It takes a term for each parameter, or
-    `Terms`, and returns their sum with the decay, in which all but the last term are rounded to the
-    digits of the parameter, and so is `1 - learning_rate * weight_decay`: without this a run in
-    float32 is 2e-5 from torch's after a thousand steps.
+    The last link of a chain, after the learning rate. Its input is one term per parameter, or
+    `Terms`; its output is their sum with the decay.
     """
+    # All but the last term are rounded to the digits of the parameter, and so is 1 - learning_rate
+    # * weight_decay: without this a float32 run is 2e-5 from PyTorch's after a thousand steps.
     decaying = not is_zero(weight_decay)
     if decaying:
         check_mask(mask, weight_decay)
@@ -137,7 +128,7 @@ def add_in_turn(
         return resolve_mask(mask if decaying else False, params)
 
     def init(params: PyTree) -> PyTree:
-        # Without leaves there is nothing to check: optax.tree.map_params passes a placeholder.
+        # Nothing to check without leaves: optax.tree.map_params passes a placeholder.
         if jax.tree.leaves(params):
             decays(params)
         first = jnp.zeros([], jnp.int32)
@@ -172,7 +163,7 @@ def _sum(step: Array | Terms) -> Array:
     return lax.add(step.early, step.late) if isinstance(step, Terms) else step
 
 
-def _check_given(params: PyTree | None, weight_decay: optax.ScalarOrSchedule) -> None:
+def _check_given(params: PyTree | None, weight_decay: WeightDecay) -> None:
     if params is None:
         raise ValueError(
             f"params is None, but weight_decay={weight_decay} needs the parameters: call "
@@ -183,7 +174,7 @@ def _check_given(params: PyTree | None, weight_decay: optax.ScalarOrSchedule) ->
 def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
     """Compute `1 - decay**count` without cancellation."""
     if isinstance(decay, int | float):
-        # In double: float32(0.999) alone would cost 3e-5 of the logarithm.
+        # In double, because float32(0.999) alone would cost 3e-5 of the logarithm.
         log_decay = math.log(decay) if decay > 0 else -math.inf
     else:
         log_decay = jnp.log(widest(decay))
@@ -191,21 +182,13 @@ def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
 
 
 def rounded_product(x: Inexact[Array, "*shape"], factor: ScalarLike) -> Inexact[Array, "*shape"]:
-    """Multiply, and keep the compiler from fusing the product into a sum that it enters.
-
-    XLA on a CPU contracts `a * b + c` into one fused multiply-add, which rounds once where torch's
-    kernels round twice. Neither `lax.optimization_barrier` nor `lax.reduce_precision` nor
-    `--xla_allow_excess_precision=false` hinders it; an operation between product and sum does. Here
-    it is the sum of two halves, which rounds nothing (a half below 1.2e-38, though, is zero to
-    XLA). It costs nothing measurable, and XLA does not see through it.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> x = jnp.float32(1 + 2**-12)
-        >>> jax.jit(lambda x: rounded_product(x, x) - x)(x) == x * x - x
-        Array(True, dtype=bool)
-    """
-    # Of lax, not of jnp, whose functions take longer to trace: a thousand leaves feel it.
+    """Multiply, and keep the compiler from fusing the product into a sum that it enters."""
+    # XLA on a CPU contracts a * b + c into one fused multiply-add, which rounds once where
+    # PyTorch's kernels round twice. lax.optimization_barrier, lax.reduce_precision and
+    # --xla_allow_excess_precision=false do not prevent it; an operation between product and sum
+    # does. Here it is the sum of two halves, which rounds nothing (except that XLA flushes a half
+    # below 1.2e-38 to zero). It costs nothing measurable, and XLA does not simplify it.
+    # lax, because jnp functions take longer to trace, which shows with a thousand leaves.
     half = lax.mul(x, in_dtype_of(x, 0.5 * factor))
     return lax.add(half, half)
 
@@ -213,18 +196,14 @@ def rounded_product(x: Inexact[Array, "*shape"], factor: ScalarLike) -> Inexact[
 def rounded_once(
     inner: optax.GradientTransformation | Callable[[PyTree], optax.GradientTransformation],
 ) -> optax.GradientTransformationExtraArgs:
-    """Finish a public transformation: check its gradients, and round once at the end.
+    """Complete a public transformation: check its gradients, and round once at the end.
 
-    Half types are computed in float32, and rounded to their dtypes when all is done: in bfloat16
-    itself a momentum of 0.99 is 0.988, which sums up 85 gradients in place of 100.
-
-    Arguments beyond optax's three, such as `value` for a line search in the same chain, are
-    ignored. A parameter whose gradient is None keeps its state, and its update is None.
-
-    Args:
-        inner: The transformation, or a function that makes it from the parameters, in their own
-            dtypes.
+    `inner` is the transformation, or a function that creates it from the parameters, in their own
+    dtypes. Extra arguments, such as `value` for a line search in the same chain, are ignored. A
+    parameter whose gradient is None keeps its state, and its update is None.
     """
+    # Half types are computed in float32 and rounded to their dtypes at the end: in bfloat16 a
+    # momentum of 0.99 is 0.988, which sums up 85 gradients instead of 100.
 
     def chain(params: PyTree | None) -> optax.GradientTransformation:
         return inner if isinstance(inner, optax.GradientTransformation) else inner(params)
@@ -270,25 +249,25 @@ def _widened(leaf: Any) -> Any:
 
 
 def _cast_like(leaf: Any, like: Any) -> Any:
-    # Asked first: over a thousand leaves, casts that do nothing take time to trace.
+    # Over a thousand leaves, casts that do nothing take time to trace.
     return leaf if leaf.dtype == like.dtype else leaf.astype(like.dtype)
 
 
 def in_dtype_of(x: Inexact[Array, "*shape"], coefficient: ScalarLike) -> Inexact[ArrayLike, ""]:
-    """Make a coefficient what functions of lax, which promote nothing, take beside `x`."""
+    """Cast a coefficient to the dtype of `x`, for functions of lax, which promote nothing."""
     if isinstance(coefficient, int | float):
         return np.asarray(coefficient, x.dtype)
     return jnp.asarray(coefficient).astype(x.dtype)
 
 
 def widest(coefficient: ScalarLike) -> ScalarLike:
-    """Bring an array into the default float, to meet a step count in it; a number meets any."""
+    """Cast an array to the default float, to combine with a step count; leave a number as it is."""
     is_number = isinstance(coefficient, int | float)
     return coefficient if is_number else jnp.asarray(coefficient, float)
 
 
 def zeros_like(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
-    """Return zeros with the shapes and the sharding of the parameters, in one dtype if given."""
+    """Return zeros with the shapes and sharding of the parameters, in one dtype if given."""
     check_arrays(params)
     for name, leaf in [] if dtype is None else named_leaves(params):
         if jnp.iscomplexobj(leaf):
@@ -300,7 +279,7 @@ def zeros_like(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
 
 
 def promoted(updates: PyTree, moments: PyTree) -> tuple[PyTree, PyTree]:
-    """Cast gradients and moments, which may be stored in another dtype, to the wider of both."""
+    """Cast gradients and moments, which may be stored in another dtype, to the wider of the two."""
     pairs = zip(jax.tree.leaves(updates), jax.tree.leaves(moments), strict=True)
     if all(g.dtype == m.dtype for g, m in pairs):
         return updates, moments
@@ -319,7 +298,7 @@ def cast_like(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def check_pair(name: str, value: Any, *, fix: str, length: int = 2) -> None:
-    """Refuse anything that is not a sequence of so many numbers, or an array of them."""
+    """Reject a value that is not a sequence or an array of `length` numbers."""
     count = {2: "two", 3: "three"}[length]
     if isinstance(value, jax.Array | np.ndarray):
         fits = value.shape == (length,)
@@ -338,7 +317,7 @@ def check_float_dtype(name: str, dtype: DTypeLike | None) -> None:
 
 
 def is_dtype_of(kind: Any, dtype: Any) -> bool:
-    """Tell whether a value is a dtype of a kind, and not something else altogether."""
+    """Return whether a value is a dtype of a kind; False for anything that is not a dtype."""
     try:
         return dtype is not None and jnp.issubdtype(jnp.dtype(dtype), kind)
     except TypeError:
@@ -348,7 +327,7 @@ def is_dtype_of(kind: Any, dtype: Any) -> bool:
 def check_bounds(
     name: str, value: Any, *, fix: str, low: float = -np.inf, high: float = np.inf
 ) -> None:
-    """Refuse a number outside of `[low, high]`; a traced one cannot be looked at."""
+    """Reject a number outside `[low, high]`; a traced one is not checked."""
     if isinstance(value, Tracer):
         return
     is_scalar = isinstance(value, int | float | np.generic) or (
@@ -360,9 +339,7 @@ def check_bounds(
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}], but it is {value}: {fix}")
 
 
-def check_rates(
-    learning_rate: optax.ScalarOrSchedule, weight_decay: optax.ScalarOrSchedule
-) -> None:
+def check_rates(learning_rate: optax.ScalarOrSchedule, weight_decay: WeightDecay) -> None:
     if not callable(learning_rate):
         check_coefficient("learning_rate", learning_rate, fix="to ascend, pass maximize=True")
     if not callable(weight_decay):
@@ -370,10 +347,10 @@ def check_rates(
 
 
 def is_known(*values: Any) -> bool:
-    """Tell values that can be compared now from those that are traced."""
+    """Return whether none of the values is traced."""
     return not any(isinstance(value, Tracer) for value in values)
 
 
 def is_zero(value: Any) -> bool:
-    """Tell a zero known when the chain is made: an array may change, so it counts as non-zero."""
-    return isinstance(value, int | float | np.generic) and value == 0
+    """Return whether the value is a static zero; an array may change, so it counts as nonzero."""
+    return isinstance(value, int | float | np.generic) and bool(value == 0)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from jax.typing import DTypeLike
     from jaxtyping import Array, Float, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
     Matrix = Float[Array, "m n"]
     Coefficients = tuple[ScalarLike, ScalarLike, ScalarLike]
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def muon(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
-    weight_decay: optax.ScalarOrSchedule = 0.1,
+    weight_decay: WeightDecay = 0.1,
     momentum: ScalarLike = 0.95,
     nesterov: bool = True,
     ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
@@ -54,84 +54,71 @@ def muon(
     transposed: bool = False,
     mu_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.Muon`: momentum made orthogonal, and decoupled weight decay.
+    r"""Create the equivalent of `torch.optim.Muon`: orthogonalized momentum, decoupled decay.
 
     $$b_t = \mu b_{t-1} + (1 - \mu) \nabla f(w_{t-1}), \qquad
       u_t = \begin{cases} (1 - \mu) \nabla f(w_{t-1}) + \mu b_t & \text{nesterov} \\
       b_t & \text{else} \end{cases}, \qquad
       w_t = (1 - \eta_t \lambda)\, w_{t-1} - \eta_t\, s\, O(u_t)$$
 
-    $O$ brings the singular values of a matrix near 1 by steps of Newton and Schulz,
+    $O$ brings the singular values of a matrix near 1 by Newton-Schulz steps,
 
     $$X_0 = \frac{u}{\max(\lVert u \rVert_F, \epsilon)}, \qquad
       X_{k+1} = a X_k + (b A + c A^2) X_k, \qquad A = X_k X_k^\top$$
 
-    on the transpose where the matrix has more rows than columns. The factor $s$ depends on the
-    shape only.
-
-    Every parameter must be a matrix. Send biases, embeddings and the rest to another optimizer with
-    `optax.partition`, as the example does.
+    on the transpose if the matrix has more rows than columns. The factor $s$ depends only on the
+    shape. Every parameter must be a matrix; send biases, embeddings and the rest to another
+    optimizer with `optax.partition`, as in the example.
 
     Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it. It
+        learning_rate: $\eta$ (PyTorch: `lr`), or a schedule from the step count, starting at 0. It
             scales the decay too, without $s$.
-        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`. No
-            penalty in the loss does the same.
+        weight_decay: $\lambda$ or a schedule. With 0.0, `update` does not need `params`. No penalty
+            in the loss is equivalent.
         momentum: $\mu$.
         nesterov: Look ahead along the average of gradients.
         ns_coefficients: $a, b, c$.
         eps: $\epsilon$: a matrix of smaller norm is not scaled up to norm 1.
-        ns_steps: How many steps of Newton and Schulz, below 100. As in torch 0 is allowed: then
-            $O(u)$ is $u$ scaled to norm 1, and not orthogonal.
-        adjust_lr_fn: What $s$ is for `m` outputs and `n` inputs: `None` or "original" for
-            $\sqrt{\max(1, m / n)}$, "match_rms_adamw" for $0.2 \sqrt{\max(m, n)}$, which gives the
-            update the RMS that is usual for AdamW.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
-        ns_dtype: In what the steps of Newton and Schulz are stored. In "bfloat16", as in torch, an
-            update is off by 1 to 3 % of its length; "float32" gives its digits.
-        transposed: The matrices are (inputs, outputs), as Flax keeps kernels, and not (outputs,
-            inputs), as torch keeps weights. Only the "original" $s$ can tell.
-        mu_dtype: The dtype in which $b$ is stored, as in `optax.contrib.muon`; `None` for that of
-            the parameters. It is rounded to it at the end of a step, which uses it unrounded.
+        ns_steps: The number of Newton-Schulz steps, below 100. As in PyTorch, 0 is allowed: $O(u)$
+            is then $u$ scaled to norm 1, and not orthogonal.
+        adjust_lr_fn: The formula of $s$ for `m` outputs and `n` inputs: `None` or "original" for
+            $\sqrt{\max(1, m / n)}$; "match_rms_adamw" for $0.2 \sqrt{\max(m, n)}$, which gives the
+            update the RMS usual for AdamW.
+        mask: See `adam`.
+        ns_dtype: The dtype in which Newton-Schulz steps are stored. In "bfloat16", as in PyTorch,
+            an update is off by 1 to 3 % of its length; "float32" gives float32 precision.
+        transposed: The matrices are (inputs, outputs), as in Flax, not (outputs, inputs), as in
+            PyTorch. Only the "original" $s$ depends on it.
+        mu_dtype: The dtype in which $b$ is stored; see `adam`.
 
     Returns:
         An optax transformation; part 1 of its state begins with an `optax.EmaState`, which holds
         $b$.
 
     Raises:
-        TypeError: An argument is not a number, `ns_steps` not an integer, a flag or a leaf of the
-            mask not a bool; from `init`, complex parameters.
-        ValueError: A coefficient is negative, infinite or NaN, `ns_coefficients` are not three
-            finite numbers, `ns_steps` lies outside [0, 100), `adjust_lr_fn` is unknown or
-            `ns_dtype` no dtype of floats; from `init`, a parameter that is not a matrix, or a mask
-            of another structure than the parameters; from `update`, no `params` to decay.
+        TypeError: As in `adam`; or `ns_steps` is not an integer.
+        ValueError: As in `adam`; or `ns_coefficients` are not three finite numbers, `ns_steps` lies
+            outside [0, 100), `adjust_lr_fn` is unknown or `ns_dtype` is not a float dtype; from
+            `init`, a parameter is not a matrix.
 
-    PyTorch: the same to what bfloat16 leaves: each party sums in its own order, and five steps
-    enlarge a rounding by up to $a^5 \approx 480$. All else agrees to rounding: where both iterate
-    in float64, to 1e-12; the decay is that of `adamw`. Torch has no `ns_dtype` and no `transposed`.
+    Note (PyTorch):
+        Equal up to bfloat16: each framework sums in its own order, and five steps amplify a
+        rounding by up to $a^5 \approx 480$. Everything else agrees up to rounding: to 1e-12 where
+        both iterate in float64; the decay is that of `adamw`. PyTorch has no `ns_dtype` and no
+        `transposed`. `optax.contrib.muon` mixes the Nesterov momentum in other proportions,
+        iterates in the dtype of the gradients, has a default decay of 0, and sends parameters that
+        are not matrices to AdamW.
 
-    What `optax.contrib.muon` does otherwise, so that momentum and iteration are our own:
-
-    - it corrects the bias of $b$ and of the gradient, each by its own number, so that `nesterov`
-      mixes them in other proportions; without `nesterov` the scaling to norm 1 undoes it;
-    - it iterates in the dtype of the gradients, and stores the norm in it too;
-    - it adds $\epsilon = 10^{-8}$ to the norm, where torch takes the larger of the two;
-    - it counts the last axis as outputs, as does `transposed=True` here;
-    - its default decay is 0, and parameters that are not matrices go to AdamW by themselves.
-
-    Examples:
+    Example:
         >>> import jax, jax.numpy as jnp, optax
         >>> from regjax.optim import adamw
         >>> params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
         >>> kinds = jax.tree.map(lambda p: "muon" if p.ndim == 2 else "adamw", params)
         >>> parts = {"muon": muon(0.5, ns_dtype="float32"), "adamw": adamw(0.1)}
         >>> optimizer = optax.partition(parts, kinds)
-        >>> state = optimizer.init(params)
         >>> gradient = {"kernel": jnp.diag(jnp.array([3.0, -4.0])), "bias": jnp.ones(2)}
-        >>> updates, state = optimizer.update(gradient, state, params)
-        >>> step = updates["kernel"] + 0.5 * 0.1 * params["kernel"]  # without the decay
-        >>> jnp.sign(step)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
+        >>> jnp.sign(updates["kernel"] + 0.5 * 0.1 * params["kernel"])  # without the decay
         Array([[-1.,  0.], [ 0.,  1.]], dtype=float32)
         >>> muon().init(params)
         Traceback (most recent call last):
@@ -140,8 +127,8 @@ def muon(
 
     References:
         Jordan et al., [Muon: An optimizer for hidden layers in neural
-        networks](https://kellerjordan.github.io/posts/muon/), 2024. Liu et al., [Muon is Scalable
-        for LLM Training](https://arxiv.org/abs/2502.16982), 2025.
+        networks](https://kellerjordan.github.io/posts/muon/), 2024. Liu et al., "Muon is Scalable
+        for LLM Training", arXiv:2502.16982, 2025.
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("momentum", momentum, fix="pass 0.95, say")
@@ -170,7 +157,7 @@ def muon(
 
     return rounded_once(
         optax.chain(
-            ascend(maximize=False),  # torch's Muon only descends
+            ascend(maximize=False),  # PyTorch's Muon only descends
             optax.chain(_average(momentum, nesterov, mu_dtype), _on_matrices(step)),
             optax.scale_by_learning_rate(learning_rate),
             add_in_turn(learning_rate, weight_decay, mask),
@@ -192,30 +179,20 @@ def orthogonalize(
     steps: int,
     dtype: DTypeLike,
 ) -> Matrix:
-    """Bring the singular values of a matrix near 1 by steps of Newton and Schulz.
+    """Bring the singular values of a matrix near 1 by Newton-Schulz steps.
 
-    Args:
-        u: A matrix.
-        coefficients: Of the odd polynomial of degree 5 that each step applies to them.
-        eps: Least norm to divide by.
-        steps: How many.
-        dtype: What every intermediate matrix is rounded to; sums are in float32 at least.
-
-    Returns:
-        A matrix with the dtype of `u`.
-
-    Examples:
-        >>> import jax.numpy as jnp
-        >>> u = jnp.array([[3.0, 0.0], [0.0, -4.0]])
-        >>> orthogonalize(u, (1.5, -0.5, 0.0), 1e-7, 20, "float32").round(4)
-        Array([[ 1.,  0.], [ 0., -1.]], dtype=float32)
+    Each step applies the odd polynomial of degree 5 with these `coefficients` to the singular
+    values. The matrix is first divided by its norm, or by `eps` if that is larger. Every
+    intermediate matrix is rounded to `dtype`; sums are in float32 at least.
     """
-    # Matrices of half precision are multiplied as they are; the others without a shortcut.
+    # Half types are multiplied as they are, other types at the highest precision.
     is_half = jnp.finfo(dtype).bits < 32
     wide, precision = (jnp.float32, None) if is_half else (dtype, "highest")
     a, b, c = (jnp.asarray(x, wide) for x in coefficients)
 
-    def dot(left: Matrix, right: Matrix, layout: Any) -> Matrix:
+    def dot(
+        left: Float[Array, "m k"], right: Float[Array, "k n"], layout: Any
+    ) -> Float[Array, "m n"]:
         return jnp.matmul(
             left, right, precision=precision, preferred_element_type=wide, out_sharding=layout
         )
@@ -229,8 +206,8 @@ def orthogonalize(
     is_tall = u.shape[0] > u.shape[1]
     if is_tall:
         x = x.T
-    # Under an Explicit mesh the longer axis stays sharded, so that a step communicates only sums
-    # for the small Gram matrix. Elsewhere both are None.
+    # Under an Explicit mesh the longer axis stays sharded, so a step communicates only the sums for
+    # the small Gram matrix. Otherwise both are None.
     whole, by_columns = _layouts(x)
     if by_columns is not None:
         x = jax.sharding.reshard(x, by_columns)
@@ -255,6 +232,12 @@ def _average(
     momentum: ScalarLike, nesterov: bool, dtype: DTypeLike | None
 ) -> optax.GradientTransformation:
     """`optax.ema` without bias correction; with `nesterov`, mixed with the gradient once more."""
+    # Momentum and iteration are our own, because optax.contrib.muon
+    # - corrects the bias of b and of the gradient, each by its own number, so that nesterov mixes
+    #   them in other proportions; without nesterov the scaling to norm 1 undoes it;
+    # - iterates in the dtype of the gradients, and stores the norm in it too;
+    # - adds eps = 1e-8 to the norm, where PyTorch takes the larger of the two;
+    # - counts the last axis as outputs, like transposed=True here.
     ema = optax.ema(momentum, debias=False)
 
     def init(params: PyTree) -> optax.EmaState:

@@ -1,4 +1,8 @@
-"""Optimizers that divide by the root of a sum or a mean of squared gradients."""
+"""Optimizers that divide by the root of a sum or a mean of squared gradients.
+
+In all of them the decay is coupled: it enters the gradient and is rescaled with it, so
+`weight_decay=2 * c` equals the penalty `regjax.l2_penalty(params, c)` in the loss at every step.
+"""
 
 from __future__ import annotations
 
@@ -17,60 +21,43 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float, PyTree, ScalarLike
 
-    from regjax.optim._links import Mask
+    from regjax.optim._links import Mask, WeightDecay
 
 
 def adagrad(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     lr_decay: ScalarLike = OFF,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     initial_accumulator_value: ScalarLike = 0.0,
     eps: ScalarLike = 1e-10,
     *,
     maximize: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.Adagrad`: steps shrink with the sum of all squared gradients.
+    r"""Create the equivalent of `torch.optim.Adagrad`: steps shrink with the squared gradients.
 
     $$g_t = \pm\nabla f(w_{t-1}) + \lambda w_{t-1}, \qquad
       s_0 = \tau,\; s_t = s_{t-1} + g_t^2, \qquad
       w_t = w_{t-1} - \frac{\eta_t}{1 + (t - 1)\,\delta} \frac{g_t}{\sqrt{s_t} + \epsilon}$$
 
-    The decay is coupled: it enters the gradient and is rescaled with it, so `weight_decay=2 * c` is
-    the same at every step as adding `regjax.l2_penalty(params, c)` to the loss.
-
-    Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
-        lr_decay: $\delta$: after $t$ steps the learning rate is divided by $1 + t\delta$, on top of
-            a schedule.
-        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
-        initial_accumulator_value: $\tau$, where the sums start.
-        eps: $\epsilon$, added outside the root.
-        maximize: Ascend. The decay still shrinks the parameters.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+    `lr_decay` is $\delta$ and applies on top of a schedule; `initial_accumulator_value` is $\tau$.
+    The other arguments and the errors are those of `adam`; the decay is coupled.
 
     Returns:
         An optax transformation; `optax.ScaleByRssState` in part 2 of its state holds $s$. With
         `lr_decay` or a schedule, part 3 is `optax.ScaleByScheduleState`, the step count.
 
-    Raises:
-        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
-            `init`, complex parameters.
-        ValueError: A coefficient is negative, infinite or NaN; from `init`, a mask of another
-            structure than the parameters; from `update`, no `params` to decay.
+    Note (PyTorch):
+        Equal up to rounding. `optax.adagrad` adds `eps`, 1e-7, inside the root, takes no step where
+        a sum is zero, starts the sums at 0.1, and has no `lr_decay`. PyTorch treats the real and
+        imaginary parts of complex parameters as two parameters, and so does
+        `optax.contrib.split_real_and_imaginary(adagrad(...))`.
 
-    PyTorch: the same numbers to rounding. `optax.adagrad` differs, hence the link of its own here:
-    it adds `eps`, 1e-7, inside the root, takes no step at all where a sum is zero, starts the sums
-    at 0.1, and knows no `lr_decay`. For complex parameters torch treats real and imaginary part as
-    two parameters: so does `optax.contrib.split_real_and_imaginary(adagrad(...))`.
-
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
-        >>> params = jnp.array([1.0, -2.0])
+        >>> params, gradient = jnp.array([1.0, -2.0]), jnp.array([0.25, 1.5])
         >>> optimizer = adagrad(0.1, weight_decay=0.5)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)
         Array([ 0.9, -2.1], dtype=float32)
 
@@ -99,59 +86,41 @@ def adadelta(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     rho: ScalarLike = 0.9,
     eps: ScalarLike = 1e-6,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     *,
     maximize: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.Adadelta`: steps as large as the steps before them.
+    r"""Create the equivalent of `torch.optim.Adadelta`: steps scaled by the size of previous steps.
 
     $$g_t = \pm\nabla f(w_{t-1}) + \lambda w_{t-1}, \qquad
       v_t = \rho v_{t-1} + (1 - \rho) g_t^2, \qquad
       d_t = \frac{\sqrt{u_{t-1} + \epsilon}}{\sqrt{v_t + \epsilon}}\, g_t$$
     $$u_t = \rho u_{t-1} + (1 - \rho) d_t^2, \qquad w_t = w_{t-1} - \eta_t d_t$$
 
-    The decay is coupled: it enters the gradient and is rescaled with it, so `weight_decay=2 * c` is
-    the same at every step as adding `regjax.l2_penalty(params, c)` to the loss.
-
-    Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it.
-            $u$, the mean of squared steps, does not see it.
-        rho: $\rho$ of both means, in [0, 1).
-        eps: $\epsilon$, added inside both roots. It sets the size of the first steps.
-        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
-        maximize: Ascend. The decay still shrinks the parameters.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+    `rho` lies in [0, 1). `eps` is added inside both roots and sets the size of the first steps. The
+    learning rate does not enter $u$. The other arguments and the errors are those of `adam`; the
+    decay is coupled.
 
     Returns:
-        An optax transformation; `optax.ScaleByAdaDeltaState` in part 2 of its state holds $v$, as
-        `e_g`, and $u$, as `e_x`.
+        An optax transformation; `optax.ScaleByAdaDeltaState` in part 2 of its state holds $v$ as
+        `e_g` and $u$ as `e_x`.
 
-    Raises:
-        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
-            `init`, complex parameters.
-        ValueError: A coefficient is negative, infinite or NaN, or `rho` outside [0, 1); from
-            `init`, a mask of another structure than the parameters; from `update`, no `params` to
-            decay.
+    Note (PyTorch):
+        Equal up to rounding; PyTorch accepts `rho=1`, with which no mean ever moves.
+        `optax.adadelta(1.0)` has the same links; its default, no learning rate, keeps the sign of
+        the gradient and so ascends. For complex parameters, see `adagrad`.
 
-    PyTorch: the same numbers to rounding; torch lets `rho=1` through, with which no mean ever
-    moves. The same parts make `optax.adadelta(1.0)`; without a learning rate, its default, that one
-    keeps the sign of the gradient, and so ascends. For complex parameters torch treats real and
-    imaginary part as two parameters: so does
-    `optax.contrib.split_real_and_imaginary(adadelta(...))`.
-
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
-        >>> params = jnp.array([1.0, -2.0])
+        >>> params, gradient = jnp.array([1.0, -2.0]), jnp.array([-0.5, 1.0])
         >>> optimizer = adadelta(rho=0.75, eps=1.0, weight_decay=0.5)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(jnp.array([-0.5, 1.0]), state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)
         Array([ 1., -2.], dtype=float32)
 
     References:
-        Zeiler, [ADADELTA: An Adaptive Learning Rate Method](https://arxiv.org/abs/1212.5701), 2012.
+        Zeiler, "ADADELTA: An Adaptive Learning Rate Method", arXiv:1212.5701, 2012.
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("rho", rho, fix="pass 0.9, say", below=1.0)
@@ -173,71 +142,51 @@ def rmsprop(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     alpha: ScalarLike = 0.99,
     eps: ScalarLike = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = OFF,
+    weight_decay: WeightDecay = OFF,
     momentum: ScalarLike = OFF,
     centered: bool = False,
     *,
     maximize: bool = False,
     mask: Mask = None,
 ) -> optax.GradientTransformation:
-    r"""Make `torch.optim.RMSprop`: divide by the root of a running mean of squared gradients.
+    r"""Create the equivalent of `torch.optim.RMSprop`: divide by a running RMS of the gradients.
 
     $$g_t = \pm\nabla f(w_{t-1}) + \lambda w_{t-1}, \qquad
       v_t = \alpha v_{t-1} + (1 - \alpha) g_t^2, \qquad
       b_t = \mu b_{t-1} + \frac{g_t}{\sqrt{v_t} + \epsilon}, \qquad
       w_t = w_{t-1} - \eta_t b_t$$
 
-    With `centered`, the variance $v_t - m_t^2$ stands in for $v_t$, where $m_t = \alpha m_{t-1} +
-    (1 - \alpha) g_t$. The decay is coupled: it enters the gradient and is rescaled with it, so
-    `weight_decay=2 * c` is the same at every step as adding `regjax.l2_penalty(params, c)` to the
-    loss.
-
-    Args:
-        learning_rate: $\eta$ (torch: `lr`), or a schedule from the step, counted from 0, to it. It
-            scales the buffer of the momentum as it leaves, not what enters.
-        alpha: $\alpha$, in [0, 1).
-        eps: $\epsilon$, added outside the root.
-        weight_decay: $\lambda$, or a schedule. With 0.0 `update` can do without `params`.
-        momentum: $\mu$. With 0.0 no buffer is kept; see `sgd` for `optax.inject_hyperparams`.
-        centered: Divide by the standard deviation. As in torch, a gradient that stays the same for
-            some $10 / (1 - \alpha)$ steps ends in NaN: rounding may take the variance below zero.
-        maximize: Ascend. The decay still shrinks the parameters.
-        mask: Which parameters decay: `None` (all), a tree of bools with their structure or a prefix
-            of it, or a function from the parameters to such a tree. Torch: parameter groups.
+    `alpha` lies in [0, 1). `momentum` is $\mu$; with 0.0 no buffer is kept (see `sgd`), and the
+    learning rate scales the buffer's output, not its input. With `centered`, the variance
+    $v_t - m_t^2$ replaces $v_t$, where $m_t = \alpha m_{t-1} + (1 - \alpha) g_t$. As in PyTorch, a
+    gradient that stays constant for some $10 / (1 - \alpha)$ steps then ends in NaN, because
+    rounding may make the variance negative. The other arguments and the errors are those of `adam`;
+    the decay is coupled.
 
     Returns:
         An optax transformation; `optax.ScaleByRmsState` (centered: `optax.ScaleByRStdDevState`) in
-        part 2 of its state holds $v$, as `nu`, and $m$, as `mu`. With momentum, part 2 is a pair,
-        `optax.TraceState` after it, which holds $b$.
+        part 2 of its state holds $v$ as `nu` and $m$ as `mu`. With momentum, part 2 is a pair that
+        ends with `optax.TraceState`, which holds $b$.
 
-    Raises:
-        TypeError: An argument is not a number, a flag or a leaf of the mask not a bool; from
-            `init`, complex parameters.
-        ValueError: A coefficient is negative, infinite or NaN, or `alpha` outside [0, 1); from
-            `init`, a mask of another structure than the parameters; from `update`, no `params` to
-            decay.
+    Note (PyTorch):
+        Equal up to rounding; PyTorch accepts `alpha` of 1 and more. `optax.rmsprop` chains the same
+        links otherwise: the momentum follows the learning rate, so a schedule leaves old rates in
+        the buffer; `eps` is inside the root by default; and the default `decay` is 0.9. For complex
+        parameters, see `adagrad`.
 
-    PyTorch: the same numbers to rounding; torch lets `alpha` of 1 and more through. The parts are
-    optax's, but `optax.rmsprop` joins them otherwise: the momentum comes after the learning rate,
-    so that a schedule leaves old rates in the buffer, `eps` is inside the root unless told
-    otherwise, and the default `decay` is 0.9. For complex parameters torch treats real and
-    imaginary part as two parameters: so does
-    `optax.contrib.split_real_and_imaginary(rmsprop(...))`.
-
-    Examples:
+    Example:
         >>> import jax.numpy as jnp, optax
-        >>> params = jnp.array([1.0, -2.0])
+        >>> params, gradient = jnp.array([1.0, -2.0]), jnp.array([0.25, 1.5])
         >>> optimizer = rmsprop(0.1, alpha=0.75, weight_decay=0.5)
-        >>> state = optimizer.init(params)
-        >>> updates, state = optimizer.update(jnp.array([0.25, 1.5]), state, params)
+        >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)
         Array([ 0.8, -2.2], dtype=float32)
 
     References:
         Tieleman and Hinton, [Lecture 6.5, Neural Networks for Machine
         Learning](https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf), 2012.
-        Graves, [Generating Sequences With Recurrent Neural
-        Networks](https://arxiv.org/abs/1308.0850), 2013 (centered).
+        Graves, "Generating Sequences With Recurrent Neural Networks", arXiv:1308.0850, 2013
+        (centered).
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("alpha", alpha, fix="pass 0.99, say", below=1.0)
@@ -279,7 +228,7 @@ def _decayed(learning_rate: optax.ScalarOrSchedule, lr_decay: ScalarLike) -> opt
 
     def schedule(count: ArrayLike) -> Float[Array, ""]:
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        # All in one dtype: strict promotion would not divide a float32 by a float64.
+        # One dtype, because strict promotion would not divide a float32 by a float64.
         rate, slope, steps = (jnp.asarray(value, float) for value in (rate, lr_decay, count))
         return rate / (1.0 + steps * slope)
 
@@ -289,7 +238,7 @@ def _decayed(learning_rate: optax.ScalarOrSchedule, lr_decay: ScalarLike) -> opt
 def _of_real_parameters(
     name: str, inner: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Refuse complex parameters, of which optax's means of squares are not torch's."""
+    """Reject complex parameters, for which optax's means of squares differ from PyTorch's."""
 
     def init(params: PyTree) -> PyTree:
         check_arrays(params)

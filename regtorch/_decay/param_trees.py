@@ -1,4 +1,4 @@
-"""The parameters of a module as a rule sees them, and what decays: see `regshared.decay_rules`."""
+"""The parameters of a module as a decay rule sees them; see `regshared.decay_rules`."""
 
 from __future__ import annotations
 
@@ -27,45 +27,41 @@ if TYPE_CHECKING:
 def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
     """Return a mask of the parameters that receive weight decay.
 
-    For the `mask` of `regtorch.l2_penalty` and of `regtorch.optim`; for `torch.optim` itself see
+    The mask is for `regtorch.l2_penalty` and `regtorch.optim`; for `torch.optim` see
     `decay_groups`.
 
     Args:
         module: The model.
-        rule: `"default"`, a glob, a function `(path, tensor, kind)`, or pairs of glob and decision:
-            `regshared.decay_rules` describes them. Paths are the names of
-            `named_parameters()` with slashes for dots. `kind` is 'linear', 'conv', 'embedding',
-            'norm', 'attention', 'recurrent', 'activation' or empty: of the class of the module that
-            owns the parameter, and where that is no class of `torch.nn`, what its name suggests.
+        rule: `"default"`, a glob, a function `(path, tensor, kind)`, or pairs of glob and decision;
+            see `regshared.decay_rules`. A path is a name of `named_parameters()` with slashes for
+            dots. `kind` is 'linear', 'conv', 'embedding', 'norm', 'attention', 'recurrent',
+            'activation' or empty: it follows from the class of the module that owns the parameter
+            or, outside `torch.nn`, from names.
 
     Returns:
-        From each name of `named_parameters()` to a bool. Frozen parameters, `requires_grad=False`,
-        are False: torch.optim skips what has no gradient. Call again after unfreezing.
-
-        A tied parameter has one name here, the first, but counts with all its places: a glob
-        matches it if it matches one of them, and to the default rule the weight that an output
-        layer shares with an embedding is an embedding.
+        A dict from each name of `named_parameters()` to a bool. Frozen parameters
+        (`requires_grad=False`) are False, since torch.optim skips them; call again after
+        unfreezing. A tied parameter appears once, under its first name, but a glob may match any of
+        its places, and the default rule treats a weight shared by an embedding and an output layer
+        as an embedding.
 
     Raises:
-        TypeError: `module` is none, `rule` has another form, or says something else than True or
-            False: for rates, see `decay_rates`.
-        ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
-            know one; a function says False of everything. The message names the glob and paths.
+        TypeError: `module` is not a module, `rule` has another form, or a decision is not a bool;
+            for rates see `decay_rates`.
+        ValueError: A glob decides nothing, no pair covers a parameter, the default rule does not
+            know one, or a function returns False for all. The message names the glob and the paths.
 
-    JAX: `regjax.decay_mask(params, rule)`, by the same rules. A JAX array does not know whether it
-    gets a gradient, so there `frozen` names those that get none.
+    Note (JAX):
+        In `regjax.decay_mask(params, rule)`, `frozen` names the parameters without a gradient,
+        since a JAX array does not know whether it gets one.
 
-    Examples:
+    Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
         >>> decay_mask(model)
         {'0.weight': True, '0.bias': False, '1.weight': False, '1.bias': False}
         >>> decay_mask(model, [("bias", True), ("**", "default")])
         {'0.weight': True, '0.bias': True, '1.weight': False, '1.bias': True}
-        >>> decay_mask(model, "encoder/**")
-        Traceback (most recent call last):
-        ValueError: rule has 'encoder/**', which matches none of '0/weight' [3, 2], '0/bias' [3],
-        '1/weight' [3], '1/bias' [3]
     """
     parameters = _parameters(module)
     return dict(zip(_names(parameters), bools(parameters, rule), strict=True))
@@ -74,23 +70,23 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
 def decay_rates(
     module: nn.Module, weight_decay: float = 1.0, rule: Rule = "default"
 ) -> dict[str, float]:
-    """Return the rate of weight decay of each parameter.
+    """Return a dict from each name of `named_parameters()` to its rate, 0.0 where nothing decays.
+
+    The other errors are those of `decay_mask`.
 
     Args:
-        module: As in `decay_mask`.
-        weight_decay: The rate of what the rule says True of.
-        rule: As in `decay_mask`; a decision may be a rate, which stands as it is.
-
-    Returns:
-        From each name of `named_parameters()` to a number, 0.0 where nothing decays.
+        module: The model.
+        weight_decay: The rate where the decision is True.
+        rule: See `decay_mask`; a decision may also be a rate, which is used as it is.
 
     Raises:
-        TypeError: As `decay_mask` does, or a rate is no number.
-        ValueError: As `decay_mask` does, or a rate is negative, infinite or NaN.
+        TypeError: A rate is not a number.
+        ValueError: A rate is negative, infinite or NaN.
 
-    JAX: `regjax.decay_rates(params, weight_decay, rule)`, for `regjax.optim.add_decay_by_leaf`.
+    Note (JAX):
+        `regjax.decay_rates(params, weight_decay, rule)`, for `regjax.optim.add_decay_by_leaf`.
 
-    Examples:
+    Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
         >>> decay_rates(model, 0.1, [("1/weight", 0.5), ("**", "default")])
@@ -104,27 +100,27 @@ def decay_rates(
 def decay_groups(
     module: nn.Module, weight_decay: float, rule: Rule = "default"
 ) -> list[dict[str, Any]]:
-    """Make parameter groups for `torch.optim`, of which only the right ones decay.
+    """Return parameter groups for `torch.optim`, one for each rate of weight decay.
+
+    The groups are in order of appearance, with the names of their parameters as
+    `named_parameters()` gives them to an optimizer. Frozen parameters are in no group: call again
+    after unfreezing. A parameter that requires a gradient but is unused is in a group, yet
+    torch.optim, unlike optax, skips it as long as its gradient is None. The other errors are those
+    of `decay_rates`.
 
     Args:
-        module: As in `decay_mask`.
-        weight_decay: The rate of what the rule says True of.
-        rule: As in `decay_rates`.
-
-    Returns:
-        One group for each rate, in the order in which they come, with the names of the parameters
-        in it, as `named_parameters()` gives them to an optimizer. Frozen parameters are in none:
-        after unfreezing, make the groups anew. A parameter that requires a gradient and is not used
-        is in one, yet torch.optim skips it as long as its gradient is None, and optax would not.
+        module: The model.
+        weight_decay: The rate where the decision is True.
+        rule: See `decay_rates`.
 
     Raises:
-        TypeError: As `decay_rates` does.
-        ValueError: As `decay_rates` does, or nothing requires a gradient.
+        ValueError: No parameter requires a gradient.
 
-    JAX: `regjax.optim.adamw(..., mask=regjax.decay_mask)`, or, with more than one rate,
-    `regjax.optim.add_decay_by_leaf(regjax.decay_rates(params, ...))`.
+    Note (JAX):
+        `regjax.optim.adamw(..., mask=regjax.decay_mask)`, or, with more than one rate,
+        `regjax.optim.add_decay_by_leaf(regjax.decay_rates(params, ...))`.
 
-    Examples:
+    Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
         >>> groups = decay_groups(model, 0.1)
@@ -133,8 +129,8 @@ def decay_groups(
         >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
-        ICLR 2019.
+        Loshchilov and Hutter, [Decoupled Weight Decay
+        Regularization](https://arxiv.org/abs/1711.05101), ICLR 2019.
     """
     parameters = _parameters(module)
     groups: dict[float, list[tuple[str, Tensor]]] = {}
@@ -150,23 +146,12 @@ def decay_groups(
 
 
 def decay_table(module: nn.Module, weight_decay: float = 1.0, rule: Rule = "default") -> DecayTable:
-    """List which parameter decays, at what rate, and why.
+    """Return a table of which parameters decay, at what rate, and why, with totals.
 
-    Args:
-        module: As in `decay_mask`.
-        weight_decay: The rate of what the rule says True of.
-        rule: As in `decay_rates`.
+    It can be printed and iterated over; its rows have the fields of `DecayRow`. For the arguments
+    and errors see `decay_rates`; in JAX, `regjax.decay_table(params, weight_decay, rule)`.
 
-    Returns:
-        A table to print, with totals, and to walk through: its rows have the fields of `DecayRow`.
-
-    Raises:
-        TypeError: As `decay_rates` does.
-        ValueError: As `decay_rates` does.
-
-    JAX: `regjax.decay_table(params, weight_decay, rule)`.
-
-    Examples:
+    Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
         >>> table = decay_table(model, 0.01)
@@ -219,17 +204,17 @@ def _names(parameters: Sequence[Parameter]) -> Iterator[str]:
 
 
 def _place(module: nn.Module, path: str) -> Place:
-    """Say what a parameter is called, and what owns it."""
+    """Return the path of a parameter, its name, and the kind of its owner."""
     *parents, own = path.split(".")
     if parents[-2:-1] == ["parametrizations"]:
-        # What torch.nn.utils.parametrize keeps of a weight stands for the weight.
+        # A tensor that torch.nn.utils.parametrize stores is treated as the weight it makes.
         how = type(_at(module, parents)[0]).__name__
         is_magnitude = (how, own) == ("_WeightNorm", "original0")
         *parents, _, own = parents
         own = "scale" if is_magnitude else own
     owner = _at(module, parents)
     names = [part for part in (*parents, own) if words(part)]
-    # A position in a list is no name, and a list of parameters is no owner.
+    # A position in a list is not a name, and a list of parameters is not an owner.
     while isinstance(owner, nn.ParameterList) and parents:
         parents = parents[:-1]
         owner = _at(module, parents)
@@ -243,7 +228,7 @@ def _at(module: nn.Module, parents: Sequence[str]) -> Any:
 
 
 def _kind(owner: nn.Module, holder: str) -> tuple[str, bool]:
-    """Say what owns a parameter: by its class where that tells, else by what it is called."""
+    """Return the kind of an owner, from its class if that decides, else from its attribute name."""
     for kind, classes in _CLASSES.items():
         if isinstance(owner, classes):
             return kind, True

@@ -1,4 +1,4 @@
-"""Names of parameters: every way in which PyTorch code holds them, as one list of named tensors."""
+"""Parameter names: every form in which PyTorch code holds parameters, as one named list."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:
         Pairs of name and tensor. What is no tensor is passed on, for the caller to judge.
 
     Raises:
-        TypeError: `params` is none of these.
+        TypeError: `params` is not a module, a tensor, a dict, or an iterable.
         ValueError: `params` is a generator that yields nothing.
 
-    Examples:
+    Example:
         >>> import torch
         >>> [name for name, _ in named_leaves(torch.nn.Linear(2, 3))]
         ['weight', 'bias']

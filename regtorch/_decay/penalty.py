@@ -1,4 +1,4 @@
-"""Penalties: regularisation as a term of the loss."""
+"""Penalties: regularization as a term of the loss, with the same values in `regjax`."""
 
 from __future__ import annotations
 
@@ -29,28 +29,15 @@ def l1_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = Non
     $$\Omega(w) = \lambda \sum_i |w_i|, \qquad
       \nabla \Omega(w) = \lambda \operatorname{sign}(w), \quad \operatorname{sign}(0) = 0$$
 
-    Under SGD and Adam (coupled decay) it trains as `regtorch.optim.add_l1_decay` with the same
-    coefficient does. A subgradient step crosses zero and comes back: it makes weights small, and
-    seldom exactly 0.
+    Under SGD and Adam (coupled decay) it trains like `regtorch.optim.add_l1_decay` with the same
+    coefficient. A subgradient step crosses zero and comes back: it makes weights small, and seldom
+    exactly 0. A complex number counts with its modulus. For the arguments, result and errors see
+    `l2_penalty`.
 
-    Args:
-        params: What `l2_penalty` takes. Of a complex number the modulus counts.
-        weight_decay: The coefficient $\lambda$: a finite number, not negative; or a 0-d tensor,
-            which may require a gradient and whose value is not checked.
-        mask: Which parameters count, as in `l2_penalty`.
+    Note (JAX):
+        `regjax.l1_penalty` has the same gradient at 0 (where that of `jnp.abs` is 1).
 
-    Returns:
-        A real 0-d tensor of the dtype and device that `l2_penalty` has; 0.0 where there is nothing
-        to sum.
-
-    Raises:
-        TypeError: As `l2_penalty` does.
-        ValueError: As `l2_penalty` does.
-
-    JAX: `regjax.l1_penalty(params, weight_decay)` is the same number, with the same gradient at 0
-    (where that of `jnp.abs` is 1).
-
-    Examples:
+    Example:
         >>> import torch
         >>> weight = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
         >>> penalty = l1_penalty([weight], 0.5)
@@ -70,40 +57,35 @@ def l2_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = Non
 
     $$\Omega(w) = \lambda \sum_i |w_i|^2, \qquad \nabla \Omega(w) = 2 \lambda w$$
 
-    There is no one half in it, hence the 2 in the gradient. The `weight_decay=d` of an optimizer
-    adds $d\,w$ to the gradient, so **this penalty with `weight_decay=c` trains like an optimizer
-    with `weight_decay=2 * c`** where the decay is coupled (SGD, Adam), and like no setting of
-    AdamW, whose decay never passes through the moments.
-
-    A frozen parameter (`requires_grad=False`) counts in the value, as the formula has it, and gets
-    no gradient; the `weight_decay` of `torch.optim` leaves it alone too. Mask it out where the
-    value should go without it: `mask=lambda name, tensor: tensor.requires_grad`.
+    There is no factor of one half, hence the 2 in the gradient. The `weight_decay=d` of an
+    optimizer adds $d\,w$ to the gradient, so **this penalty with `weight_decay=c` trains like an
+    optimizer with `weight_decay=2 * c`** if the decay is coupled (SGD, Adam). It matches no setting
+    of AdamW, whose decay never passes through the moments.
 
     Args:
         params: A module, one tensor, a dict from names to tensors, or an iterable of tensors or of
-            `(name, tensor)` pairs, float or complex, of any shapes and dtypes. Not `state_dict()`:
-            it is detached, and holds buffers too.
+            `(name, tensor)` pairs, float or complex, of any shapes and dtypes. Not `state_dict()`,
+            which is detached and holds buffers too. A frozen parameter (`requires_grad=False`)
+            counts in the value; to leave it out, pass `mask=lambda name, tensor:
+            tensor.requires_grad`.
         weight_decay: The coefficient $\lambda$: a finite number, not negative; or a 0-d tensor,
             which may require a gradient and whose value is not checked.
         mask: Which parameters count: `None` (all), a dict from each name to a bool, a function of
-            name and tensor, or, for tensors without names, a sequence of bools. What is masked out
+            name and tensor, or, for tensors without names, a sequence of bools. Masked-out entries
             may be anything.
 
     Returns:
-        A real 0-d tensor on the device of the first parameter that counts. Half precision is summed
-        in float32; the result has the widest dtype in which a parameter was summed. It is 0.0 where
-        there is nothing to sum.
+        A real 0-d tensor on the device of the first parameter that counts; 0.0 if there is none.
+        Half precision is summed in float32; the result has the widest dtype of the sums.
 
     Raises:
-        TypeError: A parameter that counts is not a float or complex tensor, the mask says something
-            else than True or False, or `weight_decay` is not a number.
+        TypeError: A parameter that counts is not a float or complex tensor, a value of the mask is
+            not a bool, or `weight_decay` is not a number.
         ValueError: `weight_decay` is negative, infinite or NaN, the mask does not fit the
             parameters, or `params` is a generator that yields nothing (`module.parameters()` can be
-            walked only once).
+            iterated only once).
 
-    JAX: `regjax.l2_penalty(params, weight_decay)` is the same number.
-
-    Examples:
+    Example:
         >>> import torch
         >>> kernel, bias = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0])
         >>> l2_penalty([kernel, bias], 0.5).item()
@@ -116,7 +98,7 @@ def l2_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = Non
     References:
         Hoerl and Kennard, "Ridge Regression", Technometrics 12(1), 1970.
         Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
-        ICLR 2019: why a penalty is not what AdamW does.
+        ICLR 2019: why a penalty differs from AdamW.
     """
     check_coefficient("weight_decay", weight_decay, fix=_FIX)
     return _times(weight_decay, _sum(map(_squared, _weights("l2_penalty", params, mask))))
@@ -130,27 +112,15 @@ def elastic_net_penalty(
     $$\Omega(w) = \lambda_1 \sum_i |w_i| + \lambda_2 \sum_i |w_i|^2, \qquad
       \nabla \Omega(w) = \lambda_1 \operatorname{sign}(w) + 2 \lambda_2 w$$
 
-    scikit-learn's `ElasticNet(alpha, l1_ratio)` minimises half the mean squared error plus this
+    The arguments `l1` and `l2` are the coefficients $\lambda_1$ and $\lambda_2$, each in the form
+    of `weight_decay` in `l2_penalty`, which also describes the other arguments, the result and the
+    errors.
+
+    scikit-learn's `ElasticNet(alpha, l1_ratio)` minimizes half the mean squared error plus this
     penalty with `l1 = alpha * l1_ratio` and `l2 = alpha * (1 - l1_ratio) / 2`, intercept masked
-    out. Beside the mean squared error without the half (`nn.MSELoss`), double both.
+    out. With the full mean squared error (`nn.MSELoss`), double both.
 
-    Args:
-        params: What `l2_penalty` takes.
-        l1: The coefficient $\lambda_1$ of the absolute values, as `l1_penalty` takes it.
-        l2: The coefficient $\lambda_2$ of the squares, as `l2_penalty` takes it: no one half.
-        mask: Which parameters count, as in `l2_penalty`.
-
-    Returns:
-        A real 0-d tensor of the dtype and device that `l2_penalty` has; 0.0 where there is nothing
-        to sum.
-
-    Raises:
-        TypeError: As `l2_penalty` does, of `l1` and `l2`.
-        ValueError: As `l2_penalty` does, of `l1` and `l2`.
-
-    JAX: `regjax.elastic_net_penalty(params, l1, l2)` is the same number.
-
-    Examples:
+    Example:
         >>> import torch
         >>> weight = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
         >>> penalty = elastic_net_penalty([weight], 0.5, 0.25)
@@ -177,33 +147,28 @@ def l2_sp_penalty(
     $$\Omega(w) = \lambda \sum_i |w_i - w^0_i|^2, \qquad
       \nabla \Omega(w) = 2 \lambda (w - w^0)$$
 
-    For fine-tuning: weights are drawn to those of the pretrained model, not to zero. As in
-    `l2_penalty` there is no one half, so under SGD and Adam (coupled decay) it trains as
-    `regtorch.optim.add_l2_sp_decay(optimizer, reference, 2 * weight_decay)` does. Layers that were
-    not pretrained take `l2_penalty`, in the usual recipe with a coefficient of their own.
+    In fine-tuning it pulls weights toward those of the pretrained model instead of zero. Without a
+    factor of one half, as in `l2_penalty`, it trains under SGD and Adam (coupled decay) like
+    `regtorch.optim.add_l2_sp_decay(optimizer, reference, 2 * weight_decay)`. Layers that were not
+    pretrained take `l2_penalty`, in the usual recipe with a coefficient of their own. The result
+    and other errors are those of `l2_penalty`.
 
     Args:
-        params: What `l2_penalty` takes.
-        reference: $w^0$: the same kinds of things, with the names of `params` in any order, and the
-            same shapes where they count; such as `copy.deepcopy(module)`, or the dict of a
-            checkpoint without its buffers. It gets no gradient. A tensor is cast to the dtype in
+        params: See `l2_penalty`.
+        reference: $w^0$, in any form that `params` may take, such as `copy.deepcopy(module)` or the
+            dict of a checkpoint without its buffers. It has the names of `params` in any order, and
+            the same shapes where they count. It gets no gradient. A tensor is cast to the dtype in
             which its parameter is summed, and moved to its device.
-        weight_decay: The coefficient $\lambda$, as in `l2_penalty`.
-        mask: Which parameters count, as in `l2_penalty`.
-
-    Returns:
-        A real 0-d tensor of the dtype and device that `l2_penalty` has; 0.0 where there is nothing
-        to sum.
+        weight_decay: The coefficient $\lambda$; see `l2_penalty`.
+        mask: See `l2_penalty`.
 
     Raises:
-        TypeError: As `l2_penalty` does; or the reference of a parameter is not a float or complex
-            tensor, or complex beside a real parameter.
-        ValueError: As `l2_penalty` does; or the reference has other names than `params`, or a
-            tensor of it another shape: the message gives the name.
+        TypeError: The reference of a parameter is not a float or complex tensor, or is complex and
+            the parameter real.
+        ValueError: The reference has other names than `params`, or a tensor in it another shape:
+            the message names it.
 
-    JAX: `regjax.l2_sp_penalty(params, reference, weight_decay)` is the same number.
-
-    Examples:
+    Example:
         >>> import torch
         >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> penalty = l2_sp_penalty({"w": weight}, {"w": torch.ones(2)}, 0.5)
@@ -225,7 +190,7 @@ def l2_sp_penalty(
 
 
 def _counted(things: Sequence[_T], leaves: Sequence[tuple[str, Any]], mask: Mask) -> list[_T]:
-    """Choose, of one thing for each parameter, those that the mask lets through."""
+    """Return the items, one for each parameter, whose parameter the mask selects."""
     decays = resolve_mask(mask, leaves)
     return list(compress(things, decays))
 
@@ -256,7 +221,7 @@ def _squared(leaf: Tensor) -> Tensor:
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
-    """Add up all elements of all tensors, in the widest of their dtypes, where the first one is."""
+    """Sum all elements of all tensors in the widest of their dtypes, on the device of the first."""
     sums = [term.sum() for term in terms]
     dtype = max(
         (s.dtype for s in sums), key=lambda d: d.itemsize, default=torch.get_default_dtype()

@@ -1,4 +1,4 @@
-"""Which parameters decay, how much, towards what: the checks of loss terms and optimizers."""
+"""Checks of masks and references, for penalties and optimizers."""
 
 from __future__ import annotations
 
@@ -19,28 +19,11 @@ if TYPE_CHECKING:
 
 
 def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
-    """Decide for each parameter whether it decays.
-
-    Args:
-        mask: `None` (every one), a dict from each name to a bool, a function of name and tensor,
-            or, for tensors without names, a sequence of bools in their order.
-        leaves: Pairs of name and tensor, as `regtorch._decay.paths.named_leaves` lists them.
-
-    Returns:
-        One bool for each pair, in order.
+    """Return one bool for each named tensor, in order: whether it decays.
 
     Raises:
         ValueError: The mask does not fit the names, or the number of tensors.
         TypeError: A value of the mask is neither True nor False.
-
-    Examples:
-        >>> import torch
-        >>> leaves = list(torch.nn.Linear(2, 3).named_parameters())
-        >>> resolve_mask(lambda name, tensor: tensor.ndim > 1, leaves)
-        [True, False]
-        >>> resolve_mask({"weight": True}, leaves)
-        Traceback (most recent call last):
-        ValueError: mask and parameters differ at 'bias': the mask has nothing there
     """
     names = [name for name, _ in leaves]
     if mask is None:
@@ -64,26 +47,11 @@ def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
 def resolve_reference(
     reference: Params, leaves: Sequence[tuple[str, Any]]
 ) -> list[tuple[str, Any]]:
-    """Find the reference that each parameter decays towards.
-
-    Args:
-        reference: What a penalty takes for parameters, with the names that `leaves` have, in any
-            order.
-        leaves: Pairs of name and tensor, as `regtorch._decay.paths.named_leaves` lists them.
-
-    Returns:
-        For each pair, in order, its name and the leaf of the reference.
+    """Return the name and the reference of each parameter, in the order of the parameters.
 
     Raises:
-        TypeError: The reference is nothing that holds parameters.
-        ValueError: The reference has other names; the message gives the first that differs.
-
-    Examples:
-        >>> import torch
-        >>> leaves = list(torch.nn.Linear(2, 3).named_parameters())
-        >>> resolve_reference({"weight": torch.zeros(3, 2)}, leaves)
-        Traceback (most recent call last):
-        ValueError: reference and parameters differ at 'bias': the reference has nothing there
+        TypeError: The reference holds no parameters.
+        ValueError: The reference has other names; the message names the first that differs.
     """
     by_name = dict(named_leaves(reference, "reference"))
     names = [name for name, _ in leaves]
@@ -92,23 +60,12 @@ def resolve_reference(
 
 
 def check_reference(name: str, leaf: Tensor, reference: Any) -> None:
-    """Refuse a reference that a parameter cannot decay towards.
-
-    Args:
-        name: What the parameter is called.
-        leaf: The parameter.
-        reference: What stands in its place in the reference.
+    """Raise unless a parameter can decay toward its reference.
 
     Raises:
-        TypeError: The reference is no float or complex tensor, or complex where the parameter is
+        TypeError: The reference is not a float or complex tensor, or is complex and the parameter
             real.
-        ValueError: It has another shape.
-
-    Examples:
-        >>> import torch
-        >>> check_reference("kernel", torch.ones(2, 3), torch.ones(3))
-        Traceback (most recent call last):
-        ValueError: reference at 'kernel' has shape (3,), but the parameter has shape (2, 3)
+        ValueError: The reference has another shape.
     """
     is_tensor = isinstance(reference, torch.Tensor)
     if not is_tensor or not (reference.is_floating_point() or reference.is_complex()):
@@ -127,19 +84,7 @@ def check_reference(name: str, leaf: Tensor, reference: Any) -> None:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Compute in float32 with half types: they have too few digits to add up in.
-
-    Args:
-        tensor: Float or complex, of any shape.
-
-    Returns:
-        The same, at least in float32 or complex64.
-
-    Examples:
-        >>> import torch
-        >>> widened(torch.ones(2, dtype=torch.bfloat16))
-        tensor([1., 1.])
-    """
+    """Return a tensor in at least float32 or complex64: half types have too few digits for sums."""
     least = torch.complex64 if tensor.is_complex() else torch.float32
     return tensor.to(least) if tensor.dtype.itemsize < least.itemsize else tensor
 

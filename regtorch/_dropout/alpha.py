@@ -1,4 +1,4 @@
-"""Alpha dropout: dropped elements saturate, and mean 0 and variance 1 stay what they were."""
+"""Alpha dropout: dropped elements saturate, and mean 0 and variance 1 are preserved."""
 
 from __future__ import annotations
 
@@ -28,49 +28,43 @@ def alpha_dropout(
     broadcast_dims: Sequence[int] = (),
     sampler: Sampler = bernoulli,
 ) -> Tensor:
-    """Dropout for self-normalising networks: if `x` has mean 0 and variance 1, so has the result.
+    """Apply dropout for self-normalizing networks, which preserves mean 0 and variance 1.
 
-    An element is dropped with probability `rate`, to `-alpha`, where the SELU saturates, and not to
-    0, where it does not. With q = 1 - rate, alpha = 1.7580993408473766 and
-    a = 1 / sqrt((1 + alpha**2 * rate) * q):
+    An element is dropped with probability `rate`, to `-alpha`, the value at which the SELU
+    saturates, instead of 0. With q = 1 - rate, alpha = 1.7580993408473766 and a = 1 / sqrt((1 +
+    alpha**2 * rate) * q):
 
         y = where(keep, (x + alpha * rate) * a, -alpha * q * a)
 
     The constants are computed in double and rounded once; the sum and the product follow in
-    float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum
-    comes first, because a compiler could contract a product and a sum to one rounding.
+    float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum comes
+    first, because a compiler could contract a product and a sum into one rounding. The result has
+    the shape, dtype and device of `x`; the other errors are those of `dropout`.
 
     Args:
-        x: real floating, of any shape, also 0-d and empty.
-        rate: the probability that an element is dropped, in [0, 1]; a number or a 0-d tensor.
-            The constants of the latter are computed in float32, in double for float64, and may
-            differ from those in their last bits. At 1 everything is 0, the limit of the formula.
-        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-        broadcast_dims: dimensions along which one mask is shared.
-        sampler: what draws the mask.
-
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
+        x: Real floating, of any shape, including 0-d and empty.
+        rate: The probability that an element is dropped, in [0, 1]; a number or a 0-d tensor. For a
+            tensor the constants are computed in float32, in double for float64, and may differ in
+            their last bits. At 1 the result is 0, the limit of the formula.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        broadcast_dims: See `dropout`.
+        sampler: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`, or `x` is complex.
-        ValueError: as `dropout`.
+        TypeError: `x` is complex.
 
-    PyTorch:
-        `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)`, whose product
-        comes before the sum; the results differ by rounding.
-
-    JAX:
-        `regjax.alpha_dropout` with the same key gives the same result bit for bit.
+    Note (PyTorch):
+        `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)` multiplies before
+        it adds; the results differ by rounding.
 
     Example:
         >>> import torch, regtorch
         >>> regtorch.alpha_dropout(torch.zeros(6), 0.5, key=regtorch.key(0))
         tensor([-0.7792, -0.7792,  0.7792,  0.7792, -0.7792,  0.7792])
 
-    Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
-    NeurIPS 2017.
+    References:
+        Klambauer et al., "Self-normalizing neural networks", NeurIPS 2017.
     """
     x = _check_real(x)
     dims = check_dims(broadcast_dims, x.ndim)
@@ -86,39 +80,22 @@ def feature_alpha_dropout(
     channel_axis: int = 1,
     sampler: Sampler = bernoulli,
 ) -> Tensor:
-    """Alpha dropout of whole channels: one decision for each channel of each row.
+    """Apply alpha dropout to whole channels, with one decision for each channel of each row.
 
-    To `alpha_dropout` what `feature_dropout` is to `dropout`.
+    It relates to `alpha_dropout` as `feature_dropout` does to `dropout`: see these for the
+    arguments, result and errors.
 
-    Args:
-        x: real floating, with the batch first; see `feature_dropout`.
-        rate: the probability that a channel is dropped, in [0, 1].
-        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-        channel_axis: the dimension of the channels, counted from the end if negative.
-        sampler: what draws the mask.
-
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
-
-    Raises:
-        TypeError: as `alpha_dropout`, or `channel_axis` is not an integer.
-        ValueError: as `alpha_dropout`, or `channel_axis` is not a dimension of `x`.
-
-    PyTorch:
+    Note (PyTorch):
         `torch.nn.functional.feature_alpha_dropout(x, p=rate, training=not deterministic)`.
 
-    JAX:
-        `regjax.feature_alpha_dropout`, whose channels are last by default.
+    Note (JAX):
+        In `regjax.feature_alpha_dropout` the channels are last by default.
 
     Example:
         >>> import torch, regtorch
         >>> y = regtorch.feature_alpha_dropout(torch.zeros(1, 4, 3), 0.5, key=regtorch.key(0))
         >>> y[0, :, 0]
         tensor([-0.7792, -0.7792,  0.7792,  0.7792])
-
-    Source: Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks",
-    NeurIPS 2017.
     """
     x = _check_real(x)
     shared = shared_dims(x.ndim, channel_axis)
@@ -128,12 +105,12 @@ def feature_alpha_dropout(
 
 
 def alpha(name: str, sampler: Sampler, dims: tuple[int, ...]) -> SampledMask:
-    """Alpha dropout under the name of the function that calls it."""
+    """Return alpha dropout under the name of the calling function."""
     return SampledMask(name, mask_sampler(sampler), dims, _scale, _offsets)
 
 
 def _scale(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """What keeps the variance at 1: 1 / sqrt((1 + alpha**2 * (1 - keep_prob)) * keep_prob)."""
+    """Return the scale for variance 1: 1 / sqrt((1 + alpha**2 * (1 - keep_prob)) * keep_prob)."""
     if isinstance(keep_prob, Tensor):
         variance = (_ONE_MORE - keep_prob) * keep_prob
         positive = variance > 0
@@ -145,7 +122,7 @@ def _scale(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 def _offsets(
     keep_prob: float | Tensor, dtype: torch.dtype
 ) -> tuple[float | Tensor, float | Tensor]:
-    """What is added to a kept element before the scale, and what a dropped one becomes."""
+    """Return the shift of a kept element before scaling, and the value of a dropped one."""
     if isinstance(keep_prob, Tensor):
         fill = (keep_prob * -_ALPHA) * _scale(keep_prob, dtype)
         return rounded((1 - keep_prob) * _ALPHA), fill

@@ -1,4 +1,4 @@
-"""Attention with dropout: with the whole matrix of weights, or block by block without it."""
+"""Attention with dropout: with the whole matrix of weights, or blockwise without it."""
 
 from __future__ import annotations
 
@@ -42,51 +42,51 @@ def dot_product_attention(
     scale: float | Tensor | None = None,
     block_size: int | None = None,
 ) -> Tensor:
-    """Attention whose weights are dropped in training.
+    """Compute attention with dropout of the attention weights.
 
         weights = softmax(scale * query . key + bias), 0 where the mask is False
         result  = dropout(weights) . value
 
-    The softmax, and the dropout of its weights, are in float32 for half types. A query that may
-    look at no key gives 0.
+    The softmax, and the dropout of its weights, are in float32 for half types. The result of a
+    query that may attend to no key is 0.
 
-    With `block_size` the weights never exist as a whole: they are made `block_size` keys at a time,
-    forward and backward, and the memory grows with the length and not with its square. The mask of
-    a block is made from the places of its elements in the whole, so that **the two forms drop the
-    same elements, bit for bit**, whatever the size of a block. In blocks it has derivatives of
-    every order, in reverse mode; for forward mode, leave `block_size` out.
+    With `block_size` the weights are never materialized: forward and backward compute them for
+    `block_size` keys at a time, and memory is linear in sequence length. The mask of a block
+    depends on the places of its elements in the whole, so that **both forms drop the same elements,
+    bitwise identically**, for every block size. The blockwise form has reverse-mode derivatives of
+    every order; for forward mode, leave `block_size` out. The other errors are those of `dropout`.
 
     Args:
-        query: of shape (..., queries, heads, depth), with any number of batch dimensions.
-        key: of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
-            heads, one after the other (grouped queries).
-        value: of shape (..., keys, kv_heads, features).
-        bias: added to the scores; broadcasts against (..., heads, queries, keys).
-        mask: True where a query may look at a key; broadcasts likewise.
-        dropout_rng: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
-        dropout_rate: the probability that a weight is zeroed, in [0, 1]; a number or a 0-d tensor.
-        deterministic: True in evaluation.
-        broadcast_dropout: whether all rows and heads share one mask, as in Flax's modules unless
-            they are told otherwise. PyTorch draws one for each.
-        is_causal: whether query i may look at keys 0 to i only.
-        scale: the number that multiplies the products, `1 / sqrt(depth)` by default. A 0-d tensor
-            multiplies the query instead, so that it can be learned; NaN then gives NaN.
-        block_size: how many keys are looked at at a time; without it, all of them.
+        query: Shape (..., queries, heads, depth), with any number of batch dimensions.
+        key: Shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
+            consecutive heads (grouped queries).
+        value: Shape (..., keys, kv_heads, features).
+        bias: Added to the scores; broadcasts against (..., heads, queries, keys).
+        mask: True where a query may attend to a key; broadcasts likewise.
+        dropout_rng: The PRNG key, or a `torch.Generator`; see `key` of `dropout`.
+        dropout_rate: The probability that a weight is zeroed; see `rate` of `dropout`.
+        deterministic: See `dropout`.
+        broadcast_dropout: Whether all rows and heads share one mask, the default in Flax's modules.
+            PyTorch draws one for each.
+        is_causal: Whether query i may attend to keys 0 to i only.
+        scale: The factor of the products, `1 / sqrt(depth)` by default. A 0-d tensor multiplies the
+            query instead, so that it can be learned; NaN then gives NaN.
+        block_size: The number of keys in a block; None for all of them.
 
     Returns:
         A tensor of shape (..., queries, heads, features) in the dtype of the tensors.
 
     Raises:
-        TypeError: the tensors are not floating or differ in dtype, `scale` is no number, `mask` is
-            not boolean, or as `dropout`.
-        ValueError: shapes do not fit, named with the argument; `scale` is not finite; `block_size`
-            is below 1; or as `dropout`. A rate out of range in a tensor gives NaN.
+        TypeError: The tensors are not floating or differ in dtype, `scale` is not a number, `mask`
+            is not boolean.
+        ValueError: A shape does not fit (the message names the argument), `scale` is not finite,
+            `block_size` is below 1. A tensor rate out of range gives NaN.
 
-    PyTorch:
+    Note (PyTorch):
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
-        enable_gqa=True)`, whose heads come before the lengths.
+        enable_gqa=True)` has the heads before the lengths.
 
-    JAX:
+    Note (JAX):
         `regjax.dot_product_attention` with the same key drops the same weights.
 
     Example:
@@ -100,9 +100,10 @@ def dot_product_attention(
         >>> torch.allclose(y, blockwise, atol=1e-5)
         True
 
-    Source: Vaswani et al., "Attention is all you need", NeurIPS 2017; the form in blocks: Rabe,
-    Staats, "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention",
-    NeurIPS 2022.
+    References:
+        Vaswani et al., "Attention is all you need", NeurIPS 2017. Blockwise: Rabe, Staats,
+        "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention", NeurIPS
+        2022.
     """
     _check_arrays(query, key, value)
     _check_shapes(query, key, value, bias, mask)
@@ -129,7 +130,7 @@ def dot_product_attention(
     if evaluates:
         return _blockwise(blocks, *arrays)
     if one_key is None:
-        # In the graph, so that its gradient is zeros and not an error.
+        # This keeps the result in the graph, with a gradient of zeros.
         whole = _blockwise(blocks, *arrays)
         keep = flag if isinstance(flag, Tensor) else torch.tensor(False, device=whole.device)
         return torch.where(keep, whole, 0)
@@ -144,12 +145,7 @@ def dot_product_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Scores:
-    """The scores of a run of keys, -inf where a query may not look.
-
-    Attributes:
-        scale: what products are multiplied by.
-        is_causal: whether query i may look at keys 0 to i only.
-    """
+    """The scores of a run of keys, -inf where a query may not attend."""
 
     scale: float
     is_causal: bool
@@ -157,7 +153,7 @@ class _Scores:
     def __call__(
         self, query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, first: int = 0
     ) -> Tensor:
-        """Of the keys from `first` on, of shape (..., heads, queries, keys)."""
+        """Return the scores from key `first` on, of shape (..., heads, queries, keys)."""
         wide = real_dtype(query.dtype)
         scores = _products(query.to(wide), key.to(wide)) * self.scale
         if bias is not None:
@@ -171,7 +167,7 @@ class _Scores:
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Along the last axis; zeros where all scores are -inf, with gradients that are zeros too."""
+    """Return the softmax along the last axis; where all scores are -inf, 0 with zero gradients."""
     if not scores.shape[-1]:
         return scores
     powers = torch.exp(scores - _finite(scores.detach().amax(-1, keepdim=True)))
@@ -183,40 +179,40 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x == -math.inf, 0.0, x)
 
 
-# The three products of attention, each of which is the derivative of the two others. A key's head
-# serves a group of the query's.
+# The three products of attention; each is the derivative of the two others. A key's head serves a
+# group of the query's heads.
 def _products(query: Tensor, key: Tensor) -> Tensor:
-    """Of each query with each key: (..., heads, queries, keys)."""
+    """Return the product of each query with each key: (..., heads, queries, keys)."""
     return torch.einsum("...qhgd,...khd->...hgqk", _grouped(query, key, -2), key).flatten(-4, -3)
 
 
 def _mixed(weights: Tensor, value: Tensor) -> Tensor:
-    """For each query the weighted sum of the values: (..., queries, heads, features)."""
+    """Return for each query the weighted sum of the values: (..., queries, heads, features)."""
     grouped = _grouped(weights, value, -3)
     return torch.einsum("...hgqk,...khd->...qhgd", grouped, value).flatten(-3, -2)
 
 
 def _gathered(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """For each key the weighted sum of the queries: (..., keys, kv_heads, depth)."""
+    """Return for each key the weighted sum of the queries: (..., keys, kv_heads, depth)."""
     grouped = _grouped(weights, key, -3), _grouped(query, key, -2)
     return torch.einsum("...hgqk,...qhgd->...khd", *grouped)
 
 
 def _grouped(x: Tensor, key: Tensor, dim: int) -> Tensor:
-    """With the heads of `x` by the head of the key that serves them."""
+    """Group the heads of `x` by the head of the key that serves them."""
     kv_heads = key.shape[-2]
     return x.unflatten(dim, (kv_heads, x.shape[dim] // kv_heads))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """What of the form in blocks is no tensor.
+    """The settings of the blockwise form.
 
     Attributes:
-        scores: of a block.
-        size: how many keys it has; the last may have fewer.
-        keys: how many there are.
-        broadcast_dropout: whether rows and heads share one mask.
+        scores: Computes the scores of a block.
+        size: The number of keys in a block; the last may have fewer.
+        keys: The number of keys.
+        broadcast_dropout: Whether rows and heads share one mask.
     """
 
     scores: _Scores
@@ -225,24 +221,24 @@ class _Blocks:
     broadcast_dropout: bool
 
     def __iter__(self) -> Any:
-        """The first key of each block, and the number of its keys."""
+        """Yield the first key of each block, and the number of its keys."""
         return ((i, min(self.size, self.keys - i)) for i in range(0, self.keys, self.size))
 
     def shape(self, query: Tensor) -> tuple[int, ...]:
-        """Of the whole mask."""
+        """Return the shape of the whole mask."""
         *batch, queries, heads, _ = query.shape
         rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
         return (*rows, queries, self.keys)
 
     def plan(self, query: Tensor) -> BlockwisePlan:
-        """The shapes of the whole mask, and of the scores."""
+        """Return the shapes of the whole mask, and of the scores."""
         *batch, queries, heads, _ = query.shape
         return BlockwisePlan(self.shape(query), (*batch, heads, queries, self.keys))
 
     def keep(
         self, query: Tensor, words: Tensor | None, keep_prob: Any, first: int, size: int
     ) -> Tensor | None:
-        """The part of the whole mask that belongs to a block; None without dropout."""
+        """Return the part of the whole mask that belongs to a block; None without dropout."""
         if words is None:
             return None
         rows = self.shape(query)[:-1]
@@ -252,10 +248,10 @@ class _Blocks:
 
 
 class _Attend(torch.autograd.Function):
-    """The result, not scaled for dropout, and the logarithm of each row's sum; float32 or wider.
+    """The result before dropout's scale, and the logarithm of each row's sum; float32 or wider.
 
-    Nothing else is kept for the backward pass, which makes the weights of a block and their mask
-    again, of operations that can be differentiated in turn.
+    Nothing else is stored for the backward pass, which computes the weights of a block and their
+    mask again, by differentiable operations.
     """
 
     @staticmethod
@@ -304,15 +300,15 @@ class _Attend(torch.autograd.Function):
         query, key, value, bias, mask, words, result, log_total = ctx.saved_tensors
         blocks, wide = ctx.blocks, result.dtype
         of_result, of_log_total = grad_outputs
-        # What a row's sum gives back to each of its weights.
+        # The gradient that each weight of a row receives through the row's sum.
         shared = of_log_total - (of_result * result).sum(-1).transpose(-1, -2)
-        # Wide: every block has a share in the gradient of every query.
+        # In the wide dtype, since every block adds to the gradient of every query.
         of_query = torch.zeros_like(query, dtype=wide)
         others = [
             torch.zeros_like(x) if wanted else None
             for x, wanted in zip((key, value, bias), ctx.needs_input_grad[4:7], strict=True)
         ]
-        # The masks are made again, and not recorded.
+        # The masks are drawn again without being recorded.
         for first, size in blocks:
             keys, values, added, seen = _parts((key, value, bias, mask), first, size)
             scores = blocks.scores(query, keys, added, seen, first)
@@ -355,7 +351,7 @@ def _blockwise(
 
 
 def _parts(inputs: Sequence[Any], first: int, size: int) -> tuple[Any, ...]:
-    """Of key, value, bias and mask what belongs to a block, as views; all where all share it."""
+    """Return the views of key, value, bias and mask that belong to a block."""
     dims = (-3, -3, -1, -1)
     return tuple(
         x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
@@ -390,13 +386,9 @@ def _check_arrays(*arrays: Tensor) -> None:
 
 
 def _scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
-    """Return the query and the number that multiplies its products.
+    """Return the query and the factor of its products, after checks of the scale.
 
     A tensor multiplies the query, so that gradients flow to it and NaN gives NaN.
-
-    Raises:
-        TypeError: The scale is not a real number.
-        ValueError: The scale is a tensor with dimensions, or an infinite number or NaN.
     """
     if scale is None:
         return query, 1 / math.sqrt(query.shape[-1])
@@ -411,12 +403,7 @@ def _scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]
 def _check_shapes(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> None:
-    """Refuses what does not fit together, by name.
-
-    Raises:
-        TypeError: `mask` is not boolean.
-        ValueError: a shape does not fit.
-    """
+    """Raise if the shapes do not fit, or a bias or mask has the wrong dtype; name the argument."""
     *batch, queries, heads, depth = query.shape
     *key_batch, keys, kv_heads, key_depth = key.shape
     if key_batch != batch or key_depth != depth:
@@ -448,7 +435,7 @@ def _check_shapes(
 
 
 def _require_rng(dropout_rng: Tensor | torch.Generator | None) -> Tensor:
-    """As `require_key`, under the name that it has here, where `key` is another argument."""
+    """Apply `require_key`, with `dropout_rng` as the name of the argument."""
     if dropout_rng is None:
         raise ValueError(
             "dropout_rng is missing: dropout in training needs a random key. Pass "

@@ -29,45 +29,47 @@ def dropout(
     broadcast_dims: Sequence[int] = (),
     sampler: Sampler = bernoulli,
 ) -> Tensor:
-    """Zeroes each element with probability `rate` and divides the others by `1 - rate`.
+    """Zero each element with probability `rate` and divide the others by `1 - rate`.
 
-    With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`, so that
-    the mean of `y` is `x`: in evaluation there is nothing to undo, and `deterministic=True` returns
-    `x` itself. A dropped NaN or infinity is 0.
+    With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`. The mean
+    of `y` is `x`, so evaluation needs no rescaling: `deterministic=True` returns `x` itself. A
+    dropped NaN or infinity is 0.
 
-    The division is a multiplication by `float32(1) / float32(1 - rate)`; in double for float64 and
+    The division is a multiplication by `float32(1) / float32(1 - rate)`, in double for float64 and
     complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
-    with a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12, the scale is the
-    inverse of that multiple, so that the mean is right for every rate below 1.
+    with a probability that is a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12,
+    the scale is the inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
-        x: floating or complex, of any shape, also 0-d and empty.
-        rate: the probability that an element is zeroed, in [0, 1]. A Python number, or a 0-d
-            tensor; then the rounding of `1 - rate` is float32's, which may change its last bit, and
-            no gradient flows to it.
-        key: the random key, or a `torch.Generator` from which one is drawn; needed unless
-            `deterministic`, or `rate` is the number 0 or 1. Use each key once; `site_key` makes one
-            for every place and step.
+        x: Floating or complex, of any shape, including 0-d and empty.
+        rate: The dropout rate, in [0, 1]: a number, or a 0-d tensor. For a tensor `1 - rate` is
+            rounded in float32, which may change its last bit, and no gradient flows to it.
+        key: The PRNG key, or a `torch.Generator` from which a key is drawn; required unless
+            `deterministic`, or `rate` is the number 0 or 1. Use each key once; `site_key` derives
+            one for every place and step.
         deterministic: True in evaluation; a bool, or a 0-d boolean tensor.
-        broadcast_dims: dimensions along which one mask is shared, such as `(1,)` for the same mask
+        broadcast_dims: Dimensions along which one mask is shared, such as `(1,)` for the same mask
             at every timestep of (batch, time, features).
-        sampler: what draws the mask: `bernoulli`, `packed_bernoulli`, or a function with their
-            arguments.
+        sampler: The function that draws the mask: `bernoulli`, `packed_bernoulli`, or any function
+            with their arguments.
 
     Returns:
         A tensor of the shape, dtype, device and memory layout of `x`.
 
     Raises:
-        TypeError: `x` is of an integer or boolean dtype, `rate` is not a real number, `key` is not
-            a key, or `deterministic` is not a boolean.
-        ValueError: the number `rate` is not in [0, 1]; the key is missing, or a batch of keys; or
+        TypeError: `x` has an integer or boolean dtype, `rate` is not a real number, `key` is not a
+            key, or `deterministic` is not a boolean.
+        ValueError: The number `rate` is not in [0, 1]; `key` is missing, or a batch of keys; or
             `broadcast_dims` are not distinct dimensions of `x`. A tensor rate out of range does not
-            raise, as reading it would wait for the device: the result is NaN.
+            raise, because reading it would wait for the device: the result is NaN.
 
-    PyTorch:
-        `torch.nn.functional.dropout(x, p=rate, training=not deterministic)`, whose masks come from
-        a hidden generator. Here the mask is explicit, and `regjax.dropout` with the same key gives
-        the same result bit for bit.
+    Note (PyTorch):
+        `torch.nn.functional.dropout(x, p=rate, training=not deterministic)` draws its masks from a
+        hidden generator.
+
+    Note (JAX):
+        `regjax.dropout` with the same key returns bitwise identical results. So do the other
+        functions of the family, unless a note states otherwise.
 
     Example:
         >>> import torch, regtorch
@@ -77,8 +79,9 @@ def dropout(
         >>> regtorch.dropout(x, 0.5, deterministic=True)
         tensor([1., 2., 3., 4., 5., 6.])
 
-    Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
-    prevent neural networks from overfitting", JMLR 15, 2014; in the inverted form.
+    References:
+        Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
+        15, 2014; here in the inverted form.
     """
     x = check_inexact(x)
     dims = check_dims(broadcast_dims, x.ndim)
@@ -95,22 +98,16 @@ def apply_dropout(
     deterministic: bool | Tensor,
     given: Tensor | None = None,
 ) -> Tensor:
-    """The frame of the whole family: checks, shortcuts, the key, who watches, then the mask.
+    """Apply a kind of dropout to `x`: checks, shortcuts, key, observers, mask.
 
-    Args:
-        spec: what is drawn, and what becomes of `x`.
-        x: what is dropped, checked by `check_inexact`.
-        rate: as `dropout` takes it, like `key` and `deterministic`.
-        key: see there.
-        deterministic: see there.
-        given: a tensor that the mask depends on besides.
+    `check_inexact` has checked `x`; `given` is a further tensor that the mask depends on.
     """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     if deterministic is True or is_number(rate, 0):
         return x
     if is_number(rate, 1):
-        # Not zeros_like: the result stays in the graph, and its gradient is zeros, not an error.
+        # Unlike zeros_like, this keeps the result in the graph, with a gradient of zeros.
         dropped = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
     else:
         one_key = require_key(key).to(x.device)
@@ -126,7 +123,7 @@ def apply_dropout(
 
 
 def inverse_keep_prob(keep_prob: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """Dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
+    """Return dropout's scale: 1 / keep_prob, or 0 where nothing is kept."""
     real = real_dtype(dtype)
     if isinstance(keep_prob, Tensor):
         return torch.where(keep_prob > 0, 1 / keep_prob, 0.0).to(real)
@@ -135,10 +132,10 @@ def inverse_keep_prob(keep_prob: float | Tensor, dtype: torch.dtype) -> float | 
 
 @runtime_checkable
 class DropoutSpec(Protocol):
-    """A kind of dropout, and what of it is no tensor: one value, into which no transform looks.
+    """A kind of dropout with its options, without tensors: one value, opaque to transforms.
 
     Attributes:
-        name: the name of the function, for observers.
+        name: The name of the function, for observers.
     """
 
     @property
@@ -147,33 +144,33 @@ class DropoutSpec(Protocol):
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draws the mask for `x`: True keeps. `given` is a tensor that it depends on besides.
+        """Return the mask for `x`, True where kept, of size 1 along dimensions that share it.
 
-        Of size 1 along dimensions that share it.
+        `given` is a further tensor that the mask depends on.
         """
         ...
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Masks and scales."""
+        """Mask and scale."""
         ...
 
     def slope(self) -> DropoutSpec:
-        """The kind whose `apply` is the derivative of this one's: linear in `x`."""
+        """Return the kind whose `apply`, linear in `x`, is the derivative of this one's."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class SampledMask:
-    """A mask from a sampler, a scale from the rate: `dropout`, and what differs in those only.
+    """A mask drawn by a sampler, with a scale and offsets computed from the keep probability.
 
-    An element that is kept becomes `(x + shift) * scale`, one that is dropped `fill`.
+    A kept element becomes `(x + shift) * scale`, a dropped one `fill`.
 
     Attributes:
-        name: the name of the function, for observers.
-        sampler: what draws the mask.
-        broadcast_dims: dimensions along which one mask is shared, in order.
-        scale: makes the scale from the keep probability and the dtype.
-        offsets: makes `(shift, fill)` from the same; both are 0 without it.
+        name: The name of the function, for observers.
+        sampler: The sampler of the mask.
+        broadcast_dims: Dimensions along which one mask is shared, in order.
+        scale: Computes the scale from the keep probability and the dtype.
+        offsets: Computes `(shift, fill)` from the same; both are 0 without it.
     """
 
     name: str
@@ -185,12 +182,12 @@ class SampledMask:
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draws the mask."""
+        """Draw the mask."""
         shape = tuple([1 if dim in self.broadcast_dims else n for dim, n in enumerate(x.shape)])
         return self.sampler.draw(key, keep_prob_of(rate, x.dtype), shape)
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Masks, shifts and scales."""
+        """Mask, shift and scale."""
         realised = self.sampler.realised_keep_prob(keep_prob_of(rate, x.dtype))
         if isinstance(realised, Tensor):
             realised = realised.to(real_dtype(x.dtype))
@@ -198,13 +195,13 @@ class SampledMask:
         if self.offsets is None:
             return where_kept(keep, x, scale)
         shift, fill = self.offsets(realised, x.dtype)
-        # The sum before the product: no compiler can contract these two to one rounding. `x` may be
-        # a product itself.
+        # Sum before product: no compiler can contract the two into one rounding. `x` may itself be
+        # a product.
         kept = (rounded(x.to(real_dtype(x.dtype))) + shift) * scale
         return torch.where(laid_out(keep, x), kept, fill).to(x.dtype)
 
     def slope(self) -> SampledMask:
-        """Without the offsets."""
+        """Return the same kind without the offsets."""
         return dataclasses.replace(self, offsets=None)
 
 
@@ -215,10 +212,9 @@ def _masked(
 
 
 class _Drop(torch.autograd.Function):
-    """Masks and scales; affine in `x`, so that derivatives of every kind are the same again.
+    """Masking and scaling, affine in `x`, so that every derivative masks and scales again.
 
-    Nothing is kept for them but the key, the rate where it is a tensor, and what the mask depends
-    on besides: the mask is made anew.
+    Derivatives store only the key, a tensor rate and `given`: they draw the mask again.
     """
 
     generate_vmap_rule = True
@@ -255,16 +251,13 @@ def _drop_again(ctx: Any, x: Tensor) -> Tensor:
 def mask_and_scale(
     spec: DropoutSpec, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
 ) -> Tensor:
-    """What `kind` makes of `x`; of a tensor rate outside [0, 1], NaN.
-
-    The backward pass has nothing but the key, and draws again.
-    """
-    # A compiler sees through the plain function and settles by itself what to keep; it cannot trace
-    # a Function that has a forward-mode rule.
+    """Apply `spec` to `x`; return NaN for a tensor rate outside [0, 1]."""
+    # A compiler traces the plain function and decides what to store; it cannot trace a Function
+    # that has a forward-mode rule.
     apply = _masked if torch.compiler.is_compiling() else _Drop.apply
     if not isinstance(rate, Tensor):
         return apply(x, key, rate, spec, given)
-    rate = rounded(rate.detach())  # a product of the user's, perhaps
+    rate = rounded(rate.detach())  # the caller may pass a product, which is subtracted later
     nan = torch.full((), torch.nan, dtype=x.dtype, device=x.device)
     dropped = apply(x, key, rate, spec, given)
     return torch.where((rate >= 0) & (rate <= 1), dropped, nan)
@@ -272,33 +265,29 @@ def mask_and_scale(
 
 @dataclasses.dataclass(frozen=True)
 class _Drawn:
-    """A kind whose mask is drawn already: observers get the very tensor that is applied."""
+    """A kind whose mask is already drawn, so that observers get the very tensor that is applied."""
 
     spec: DropoutSpec
 
     @property
     def name(self) -> str:
-        """The name of the function."""
         return self.spec.name
 
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """The mask, which is given."""
         assert given is not None
         return given
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Masks and scales as the kind does."""
         return self.spec.apply(x, keep, rate)
 
     def slope(self) -> _Drawn:
-        """The same with the kind's slope."""
         return _Drawn(self.spec.slope())
 
 
 def keep_prob_of(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """1 - rate, rounded once to the precision that `dtype` is scaled in."""
+    """Return 1 - rate, rounded once to the precision that `dtype` is scaled in."""
     real = real_dtype(dtype)
     if isinstance(rate, Tensor):
         return 1 - rate.to(real)
@@ -306,22 +295,21 @@ def keep_prob_of(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which elements of `dtype` are scaled, before they are rounded once."""
+    """Return the dtype in which elements of `dtype` are scaled before they are rounded once."""
     return torch.float64 if dtype in _DOUBLE else torch.float32
 
 
 def where_kept(keep: Tensor, x: Tensor, scale: float | Tensor) -> Tensor:
-    """The elements that are kept, scaled, and zeros."""
-    # A selection, not a product: a dropped NaN or infinity must become 0.
+    """Return the kept elements, scaled, and zeros elsewhere."""
+    # Select instead of multiply: a dropped NaN or infinity must become 0.
     return _scaled(torch.where(laid_out(keep, x), x, 0), scale)
 
 
 def laid_out(keep: Tensor, x: Tensor) -> Tensor:
-    """Return a mask with the order of strides of `x`, such as channels last.
-
-    A mask is drawn in row-major order, and the result of `torch.where` has the layout of its mask.
-    """
-    if x.is_contiguous() or 0 in x.stride():  # an expanded dimension has no place in an order
+    """Return a mask with the stride order of `x`, such as channels last."""
+    # A mask is drawn in row-major order, and the result of `torch.where` has its layout. An
+    # expanded dimension (stride 0) has no place in the order.
+    if x.is_contiguous() or 0 in x.stride():
         return keep
     order = sorted(range(x.ndim), key=x.stride, reverse=True)
     back = sorted(range(x.ndim), key=order.__getitem__)
@@ -330,7 +318,7 @@ def laid_out(keep: Tensor, x: Tensor) -> Tensor:
 
 def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:
     if x.is_complex():
-        # Part by part: a complex product would make NaN of an infinite part.
+        # Real and imaginary parts separately: a complex product turns an infinite part into NaN.
         return torch.view_as_complex(torch.view_as_real(x) * scale)
     if isinstance(scale, float) and x.dtype.itemsize > 1 and not torch.compiler.is_compiling():
         return x * scale  # half types in float32 and rounded once, without a copy in float32
@@ -338,11 +326,11 @@ def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def require_key(key: Tensor | torch.Generator | None) -> Tensor:
-    """Returns the key if there is one, and one only; draws one from a generator.
+    """Return the key if it is a single key, or draw one from a generator.
 
     Raises:
-        TypeError: it is not a key.
-        ValueError: it is missing, or a batch of keys.
+        TypeError: `key` is not a key.
+        ValueError: `key` is missing, or a batch of keys.
     """
     if key is None:
         raise ValueError(
@@ -354,11 +342,7 @@ def require_key(key: Tensor | torch.Generator | None) -> Tensor:
 
 
 def check_inexact(x: Tensor) -> Tensor:
-    """Returns `x` if it is a floating or complex tensor; integers cannot be scaled.
-
-    Raises:
-        TypeError: it is of another dtype, or not a tensor.
-    """
+    """Return `x`; raise a TypeError if it is not a floating or complex tensor."""
     check_tensor("x", x)
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
@@ -368,11 +352,7 @@ def check_inexact(x: Tensor) -> Tensor:
 
 
 def check_real(x: Tensor, what: str, advice: str) -> Tensor:
-    """Returns `x` if it is a real floating tensor.
-
-    Raises:
-        TypeError: it is of another dtype, or not a tensor.
-    """
+    """Return `x`; raise a TypeError if it is not a real floating tensor."""
     x = check_inexact(x)
     if x.is_complex():
         raise TypeError(f"x must be real for {what}; got dtype {x.dtype}. {advice}")
@@ -380,11 +360,7 @@ def check_real(x: Tensor, what: str, advice: str) -> Tensor:
 
 
 def check_flag(deterministic: bool | Tensor) -> bool | Tensor:
-    """Returns the flag if it is a bool or a 0-d boolean tensor.
-
-    Raises:
-        TypeError: it is not one boolean.
-    """
+    """Return the flag; raise a TypeError if it is not a bool or a 0-d boolean tensor."""
     is_flag = isinstance(deterministic, Tensor) and deterministic.dtype == torch.bool
     if not (isinstance(deterministic, bool) or (is_flag and deterministic.ndim == 0)):
         raise TypeError(
@@ -395,11 +371,7 @@ def check_flag(deterministic: bool | Tensor) -> bool | Tensor:
 
 
 def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
-    """Returns `broadcast_dims` as a sorted tuple of distinct dimensions.
-
-    Raises:
-        ValueError: one of them is negative, too large, or there twice.
-    """
+    """Return `broadcast_dims` sorted; raise a ValueError if they are not distinct dimensions."""
     dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
@@ -410,11 +382,11 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
-    """Returns a dimension of `x`, counted from the end if negative, as one counted from 0.
+    """Return a dimension of `x`, which may be negative, counted from 0.
 
     Raises:
-        TypeError: it is not an integer.
-        ValueError: it is not one of `ndim` dimensions; `advice` says what to do.
+        TypeError: `axis` is not an integer.
+        ValueError: `axis` is not one of `ndim` dimensions; `advice` ends the message.
     """
     index = check_integer(name, axis)
     if not ndim:
@@ -425,5 +397,5 @@ def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
 
 
 def is_number(rate: float | Tensor, number: int) -> bool:
-    """Whether a rate is known, and this number."""
+    """Return whether a rate is not a tensor and equals `number`."""
     return not isinstance(rate, Tensor) and rate == number

@@ -43,62 +43,62 @@ def drop_block(
     scale_by_keep: bool = True,
     with_noise: bool = False,
 ) -> Tensor:
-    """Zeroes blocks of neighbouring elements of feature maps, and scales up what is left.
+    """Zero blocks of neighboring elements of feature maps, and scale up the rest.
 
-    Neighbouring elements carry nearly the same information, so that a feature that is dropped
-    element by element can still be read; here squares, cubes or, along one dimension, runs of
-    `block_size` are dropped. Every place where a whole block fits starts one with probability
+    Neighboring elements carry nearly the same information, so that a feature dropped element by
+    element can still be read; this drops squares, cubes or, along one dimension, runs of
+    `block_size`. Every place where a whole block fits starts one with probability
 
         gamma = rate / block_size**d * prod(size / (size - block_size + 1))
 
     over the d spatial dimensions: a block covers an element `rate` times on average. As blocks may
-    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. The rest of the whole
-    batch is multiplied by elements / elements left, as they are counted: the mean of the mask and
-    scale is 1.
+    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. The rest of the whole batch
+    is multiplied by elements / elements left, as counted, so that the mean of mask times scale is
+    1.
 
     Row n, channel c and the block that starts at s draw from the row-major index of `(n, c, *s)`
-    wherever the channels lie, so that NCHW and NHWC have one mask. Nothing but the key is stored
-    for the backward pass.
+    wherever the channels lie, so that NCHW and NHWC have the same mask. Only the key is stored for
+    the backward pass. The other errors are those of `dropout`.
 
     Args:
-        x: floating or complex, the batch first, then the channels and one or more spatial
-            dimensions. Give a single row a batch dimension of 1.
-        rate: about the share of elements that is zeroed, in [0, 1]; a number or a 0-d tensor. At 1
-            everything is, as in the whole family.
-        block_size: how many elements a block has along each spatial dimension, odd or even. On a
-            map that is smaller in some dimension, that dimension's size.
-        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-        channel_axis: the dimension of the channels, counted from the end if negative.
-        share_channels: whether all channels of a row have one mask; each has its own otherwise.
-        gamma_scale: a factor of gamma, finite and at least 0: how many more blocks start than the
-            formula gives. A gamma above 1 counts as 1, and a rate of 1 drops everything.
-        scale_by_keep: False leaves the elements that are kept as they are, and the mean falls.
-        with_noise: whether a dropped element becomes a standard normal variate instead of 0. The
-            elements that are kept are then not scaled. Variates come from a key of their own, made
-            from `key`; element (n, c, *s) has the same one wherever the channels lie.
+        x: Floating or complex, the batch first, with channels and one or more spatial dimensions.
+            Give a single row a batch dimension of 1.
+        rate: About the share of zeroed elements, in [0, 1]; a number or a 0-d tensor. At 1
+            everything is zeroed.
+        block_size: The length of a block along each spatial dimension, odd or even, capped at the
+            size of the smallest spatial dimension.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        channel_axis: The dimension of the channels, counted from the end if negative.
+        share_channels: Whether all channels of a row share one mask.
+        gamma_scale: A factor of gamma, finite and at least 0. A gamma above 1 counts as 1, and a
+            rate of 1 drops everything.
+        scale_by_keep: Whether to scale the kept elements; without it the mean falls.
+        with_noise: Whether a dropped element becomes a standard normal variate instead of 0. The
+            kept elements are then not scaled. The variates have a key of their own, derived from
+            `key`; element (n, c, *s) has the same one wherever the channels lie.
 
     Returns:
-        A tensor of the shape, dtype and device of `x`. If nothing is left, zeros.
+        A tensor of the shape, dtype and device of `x`; zeros if no element is left.
 
     Raises:
-        TypeError: as `dropout`; `block_size` or `channel_axis` is not an integer; `gamma_scale` is
-            not a real number; or `x` is complex with noise.
-        ValueError: as `dropout`; `block_size` is below 1; `gamma_scale` is negative, infinite or
-            NaN; `channel_axis` is not a dimension of `x`, or is the batch dimension; or `x` has no
+        TypeError: `block_size` or `channel_axis` is not an integer; `gamma_scale` is not a real
+            number; or `x` is complex with noise.
+        ValueError: `block_size` is below 1; `gamma_scale` is negative, infinite or NaN;
+            `channel_axis` is not a dimension of `x`, or is the batch dimension; or `x` has no
             spatial dimension.
 
-    PyTorch:
-        `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in this way too,
-        for blocks that are odd and fit into the map. `gamma_scale`, `scale_by_keep` and
-        `with_noise` are those of `timm.layers.drop_block_2d` (1.0.29), and `share_channels` is its
-        `couple_channels`, which is on by default. There a block may start at any element and is cut
-        off at the border, masks and noise come from the global generator, and channels that share a
-        mask share their noise.
+    Note (PyTorch):
+        `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in the same way,
+        for odd blocks that fit into the map. `timm.layers.drop_block_2d` (1.0.29) has
+        `gamma_scale`, `scale_by_keep`, `with_noise` and, on by default, `couple_channels`
+        (`share_channels`); there a block may start at any element and is cut off at the border,
+        masks and noise come from the global generator, and channels that share a mask share their
+        noise.
 
-    JAX:
-        `regjax.drop_block`, whose channels are last by default: with the same key the same blocks
-        of the same rows are zeroed, and the results agree bit for bit.
+    Note (JAX):
+        In `regjax.drop_block` the channels are last by default; with the same key the results are
+        bitwise identical.
 
     Example:
         >>> import torch, regtorch
@@ -113,8 +113,9 @@ def drop_block(
         >>> y.max()  # 40 elements / 22 elements left
         tensor(1.8182)
 
-    Source: Ghiasi, Lin, Le, "DropBlock: a regularization method for convolutional networks",
-    NeurIPS 2018.
+    References:
+        Ghiasi, Lin, Le, "DropBlock: a regularization method for convolutional networks", NeurIPS
+        2018.
     """
     x = check_inexact(x)
     blocks = _check_blocks(tuple(x.shape), block_size, channel_axis, share_channels)
@@ -131,15 +132,7 @@ def drop_block(
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """Masks of blocks, and the scale by what they leave.
-
-    Attributes:
-        size: how many elements a block has along each spatial dimension.
-        channel_axis: the dimension of the channels, counted from 0.
-        share_channels: whether all channels of a row have one mask.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-    """
+    """Masks of blocks, and the scale computed from the kept elements; see `drop_block`."""
 
     size: int
     channel_axis: int
@@ -151,7 +144,7 @@ class _Blocks:
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draws where blocks start, and spreads them."""
+        """Draw the starts of the blocks, and extend them."""
         batch, channels, *sizes = (x.shape[dim] for dim in self.order(x.ndim))
         starts = [size - self.size + 1 for size in sizes]
         shape = (batch, 1 if self.share_channels else channels, *starts)
@@ -162,29 +155,28 @@ class _Blocks:
         return keep.movedim(1, self.channel_axis)
 
     def order(self, ndim: int) -> tuple[int, ...]:
-        """The dimensions with the channels second, the order in which elements are numbered."""
+        """Return the dimensions with the channels second, the order that numbers the elements."""
         first = (0, self.channel_axis)
         return (*first, *(dim for dim in range(ndim) if dim not in first))
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Masks, and scales by elements / elements kept."""
+        """Mask, and scale by elements / elements kept."""
         del rate
         if not self.scale_by_keep:
             return where_kept(keep, x, 1.0)
         real = real_dtype(x.dtype)
-        # Two exact integers, rounded where they are large, and one division; a number divided by a
-        # tensor would be two, as PyTorch takes the reciprocal first.
+        # One division of two integers, exact unless they are large. PyTorch divides a number by a
+        # tensor in two steps, through the reciprocal.
         kept, size = keep.sum().to(real), torch.full((), keep.numel(), dtype=real, device=x.device)
         return where_kept(keep, x, torch.where(kept > 0, size / kept, 0))
 
     def slope(self) -> _Blocks:
-        """The same: linear as it is."""
         return self
 
 
 @dataclasses.dataclass(frozen=True)
 class _Dropped:
-    """The complement of a mask of blocks: it keeps what they drop, and does not scale."""
+    """The complement of a mask of blocks, without a scale."""
 
     blocks: _Blocks
     name: str = "drop_block"
@@ -192,15 +184,12 @@ class _Dropped:
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draws the mask of the blocks."""
         return ~self.blocks.keep(x, key, rate)
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Masks."""
         return self.blocks.apply(x, keep, rate)
 
     def slope(self) -> _Dropped:
-        """The same: linear as it is."""
         return self
 
 
@@ -211,7 +200,7 @@ def _noisy(
     deterministic: bool | Tensor,
     blocks: _Blocks,
 ) -> Tensor:
-    """DropBlock, and noise in place of the zeros: two masked terms, of which one is 0."""
+    """Apply DropBlock with noise in place of the zeros: two masked terms, one of which is 0."""
     x = check_real(x, "noise", "Leave with_noise out, or drop in x.real and x.imag.")
     rate, flag = check_probability("rate", rate), check_flag(deterministic)
     if flag is True or is_number(rate, 0):
@@ -225,10 +214,8 @@ def _noisy(
 
 
 def _noise(x: Tensor, key: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Variates for all elements, numbered in an order of the dimensions.
-
-    Their key is the block of the last counter, which no mask has an element for.
-    """
+    """Return variates for all elements, numbered in the given order of the dimensions."""
+    # The key is the block of the last counter, which no mask has an element for.
     last = torch.full((), -1, dtype=torch.int32, device=key.device)
     own_key = torch.stack(threefry2x32(key_words(key), (last, last))).view(torch.uint32)
     variates = normal(own_key, tuple(x.shape[dim] for dim in order), real_dtype(x.dtype))
@@ -238,20 +225,20 @@ def _noise(x: Tensor, key: Tensor, order: tuple[int, ...]) -> Tensor:
 def _start_keep_prob(
     rate: float | Tensor, block: int, sizes: list[int], gamma_scale: float = 1.0
 ) -> float | Tensor:
-    """1 - gamma: how probably no block starts at a place."""
+    """Return 1 - gamma, the probability that no block starts at a place."""
     gamma_of_1 = math.prod([size / (block * (size - block + 1)) for size in sizes if size])
     gamma_of_1 *= gamma_scale
     if isinstance(rate, Tensor):
         single = rate.to(torch.float32)
-        some = torch.clamp(1 - rounded(single * gamma_of_1), min=0)  # a NaN stays one
+        some = torch.clamp(1 - rounded(single * gamma_of_1), min=0)  # NaN stays NaN
         return torch.where(single >= 1, 0, some)
     return max(0.0, 1 - rate * gamma_of_1)
 
 
 def _spread(keep: Tensor, dim: int, size: int) -> Tensor:
-    """Each False becomes `size` of them along one dimension, from its place on."""
+    """Extend each False to `size` of them along one dimension, from its place on."""
     if size == 1:
-        return keep  # which may be empty
+        return keep  # it may be empty
     ends = [0, 0] * (keep.ndim - 1 - dim) + [size - 1, size - 1]  # the last dimension comes first
     return pad(keep, ends, value=True).unfold(dim, size, 1).all(-1)
 
@@ -266,26 +253,16 @@ def _check_blocks(
             "x must have a batch dimension, which comes first, a channel dimension and at least "
             f"one spatial dimension; got shape {shape} with channel_axis={channel_axis}."
         )
-    # Of an empty map no block is left, but its mask still has a shape.
+    # An empty map has no block, but its mask still has a shape.
     sizes = [max(1, length) for dim, length in enumerate(shape) if dim not in (0, axis)]
     return _Blocks(min(size, *sizes), axis, check_bool("share_channels", share_channels))
 
 
 def check_gamma_scale(gamma_scale: float) -> float:
-    """Returns the factor as a Python float.
-
-    Raises:
-        TypeError: it is not a real number.
-        ValueError: it is negative, infinite or NaN.
-    """
+    """Return the factor as a float; raise if it is not a finite real number of at least 0."""
     return check_number("gamma_scale", gamma_scale, minimum=0)
 
 
 def check_block_size(block_size: int) -> int:
-    """Returns the number of elements as a Python integer.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is below 1.
-    """
+    """Return the size as an int; raise if it is not an integer of at least 1."""
     return check_integer("block_size", block_size, minimum=1)

@@ -1,4 +1,4 @@
-"""DropConnect: dropout of the weights of a layer, not of its activations."""
+"""DropConnect: dropout of the weights of a layer instead of its activations."""
 
 from __future__ import annotations
 
@@ -56,44 +56,41 @@ def drop_connect(
     rule: Rule = "default",
     sampler: Sampler = bernoulli,
 ) -> Tensor | Mapping[str, Tensor]:
-    """Zeroes each weight with probability `rate` and divides the others by `1 - rate`.
+    """Zero each weight with probability `rate` and divide the others by `1 - rate`.
 
-    Of a dict, the kernels: what `rule` says True of, as `decay_mask` reads it. Biases, scales of
-    norms and embeddings stay as they are unless the rule says otherwise; the paper drops biases
-    too, `rule="**"`. Each tensor draws from a key of its own, `site_key(key, 0, name)`, where the
-    name has slashes for dots. The gradient of a dropped weight is 0.
+    In a dict, only the kernels are dropped, or the tensors for which `rule` is True. Each tensor
+    draws from its own key, `site_key(key, 0, name)`, where the name has slashes for dots. The
+    gradient of a dropped weight is 0.
 
-    There is one mask a call: every row of a batch meets the same weights, as everywhere but in the
-    paper, which draws a mask for each example. That is `torch.func.vmap` over keys, at the cost of
-    as many kernels as rows. Where the paper approximates the mean over masks in evaluation by
-    samples of a normal distribution, weights are here scaled in training, and evaluation takes them
-    as they are.
+    There is one mask per call: all rows of a batch see the same weights, as everywhere but in the
+    paper, which draws a mask for each example. `torch.func.vmap` over keys does so, at the cost of
+    as many kernels as rows. In evaluation the paper approximates the mean over masks by samples of
+    a normal distribution; here the weights are scaled in training and unchanged in evaluation. The
+    other errors are those of `dropout` and `decay_mask`.
 
     Args:
-        weights: one floating or complex tensor, or a dict from names to tensors;
-            integers stay as they are.
-        rate: the probability that a weight is zeroed, in [0, 1]; a number or a 0-d tensor.
-        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
-        deterministic: True in evaluation: `weights` itself.
-        rule: which tensors of a dict are dropped: "default" (kernels), a glob such as
-            "weight_hh_l0", a function `(path, tensor, kind)`, or pairs of glob and bool: see
-            `regshared.decay_rules`. One tensor is dropped without being asked for its name, unless
-            you give a rule.
-        sampler: what draws the masks.
+        weights: One floating or complex tensor, or a dict from names to tensors, in which integers
+            are left unchanged.
+        rate: See `dropout`.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        rule: Which tensors of a dict are dropped: "default" (kernels), a glob such as
+            "weight_hh_l0" or "**" (also biases, as in the paper), a function `(path, tensor,
+            kind)`, or pairs of glob and bool; see `regshared.decay_rules`. It applies to a single
+            tensor only if it is not "default".
+        sampler: See `dropout`.
 
     Returns:
-        What `weights` is: a tensor, or a dict of the same names in the same order.
+        A tensor, or a dict with the same names in the same order.
 
     Raises:
-        TypeError: as `dropout` and `decay_mask`.
-        ValueError: as `dropout`; as `decay_mask`, such as for a glob that matches nothing or a name
-            that the default rule does not know; or the rule leaves nothing to drop.
+        ValueError: The rule selects nothing.
 
-    PyTorch:
-        `regtorch.nn.DropConnect` wraps a module; the function serves `torch.func.functional_call`.
+    Note (PyTorch):
+        `regtorch.nn.DropConnect` wraps a module; this function is for `torch.func.functional_call`.
 
-    JAX:
-        `regjax.drop_connect` of a tree: the same masks where names and shapes are the same.
+    Note (JAX):
+        `regjax.drop_connect` of a pytree draws the same masks where names and shapes are the same.
 
     Example:
         >>> import torch, regtorch
@@ -104,9 +101,10 @@ def drop_connect(
         >>> regtorch.drop_connect(torch.ones(4), 0.5, key=regtorch.key(0))
         tensor([0., 0., 2., 2.])
 
-    Source: Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of neural networks using
-    DropConnect", ICML 2013. Of recurrent weights: Merity, Keskar, Socher, "Regularizing and
-    optimizing LSTM language models", ICLR 2018.
+    References:
+        Wan et al., "Regularization of neural networks using DropConnect", ICML 2013. For recurrent
+        weights: Merity, Keskar, Socher, "Regularizing and optimizing LSTM language models", ICLR
+        2018.
     """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
@@ -114,7 +112,7 @@ def drop_connect(
     spec = SampledMask("drop_connect", mask_sampler(sampler))
     if deterministic is True or is_number(rate, 0):
         return weights
-    root = None if key is None else require_key(key)  # a generator is asked once for all
+    root = None if key is None else require_key(key)  # one draw from a generator for all tensors
 
     def leaf(name: str, weight: Tensor) -> Tensor:
         site = "/".join(components(name))
@@ -129,7 +127,7 @@ def drop_connect(
 
 
 def _chosen(weights: Tensor | Mapping[str, Tensor], rule: Rule) -> set[str]:
-    """The names of the tensors that are dropped."""
+    """Return the names of the tensors that are dropped."""
     if isinstance(weights, Tensor):
         if not (weights.is_floating_point() or weights.is_complex()):
             raise TypeError(f"weights must be floating or complex; got {describe(weights)}.")
@@ -158,7 +156,7 @@ def _chosen(weights: Tensor | Mapping[str, Tensor], rule: Rule) -> set[str]:
 
 
 def _parameter(name: str, weight: Tensor) -> Parameter:
-    """What a rule may look at, where there is no module but only a name."""
+    """Describe a tensor to a rule, from its name alone."""
     path = components(name)
     names = [part for part in path if words(part)]
     own, holder = names[-1] if names else "", names[-2] if len(names) > 1 else ""

@@ -1,4 +1,4 @@
-"""Stochastic depth: the residual branch of a whole row is dropped or kept as one."""
+"""Stochastic depth: drop or keep the residual branch of a whole row."""
 
 from __future__ import annotations
 
@@ -23,48 +23,39 @@ def drop_path(
     scale_by_keep: bool = True,
     sampler: Sampler = bernoulli,
 ) -> Tensor:
-    """Zeroes each row of a batch with probability `rate` and divides the others by `1 - rate`.
+    """Zero each row of a batch with probability `rate` and divide the others by `1 - rate`.
 
-    `x` is what a residual branch adds: `h + drop_path(branch(h), rate)`. A row whose branch is
-    dropped skips that layer, so that in training the network is shorter for it. It is `dropout`
-    whose mask is shared along every dimension but the batch, dimension 0: row n draws from the
-    index n. `depth_rates` gives the rates of a stack of layers.
+    `x` is the output of a residual branch: `h + drop_path(branch(h), rate)`. A row whose branch is
+    dropped skips that layer, so that the network is shorter for it in training. It is `dropout`
+    with a mask shared along every dimension but the batch, dimension 0: row n draws from the index
+    n. `depth_rates` computes the rates of a stack of layers. The result has the shape, dtype and
+    device of `x`; the other errors are those of `dropout`.
 
     Args:
-        x: floating or complex, with the batch first.
-        rate: the probability that a row is zeroed, in [0, 1]; a number or a 0-d tensor.
-        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-        mode: "row" decides for each row, "batch" once for all of them.
-        scale_by_keep: False leaves what is kept as it is. Then the mean changes with the rate, and
-            evaluation sees branches that are stronger than in training.
-        sampler: what draws the mask.
-
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
+        x: Floating or complex, with the batch first.
+        rate: See `dropout`.
+        key: See `dropout`.
+        deterministic: See `dropout`.
+        mode: "row" for one decision for each row, "batch" for one for all.
+        scale_by_keep: Whether to scale the kept rows. Without it the mean changes with the rate,
+            and branches are stronger in evaluation than in training.
+        sampler: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`.
-        ValueError: as `dropout`; `mode` is neither of the two; or `x` has no dimension, and so no
-            rows.
+        ValueError: `mode` is neither of the two; or `x` is 0-d and has no rows.
 
-    PyTorch:
+    Note (PyTorch):
         `timm.layers.drop_path(x, rate, training, scale_by_keep)` and
         `torchvision.ops.stochastic_depth(x, p=rate, mode=mode, training=training)`.
 
-    JAX:
-        `regjax.drop_path` with the same key gives the same result bit for bit.
-
     Example:
         >>> import torch, regtorch
-        >>> regtorch.drop_path(torch.ones(4, 3), 0.5, key=regtorch.key(0))
-        tensor([[0., 0., 0.],
-                [0., 0., 0.],
-                [2., 2., 2.],
-                [2., 2., 2.]])
+        >>> regtorch.drop_path(torch.ones(4, 3), 0.5, key=regtorch.key(0))[:, 0]
+        tensor([0., 0., 2., 2.])
 
-    Source: Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016,
-    which multiplies by `1 - rate` in evaluation instead.
+    References:
+        Huang et al., "Deep networks with stochastic depth", ECCV 2016, which instead multiplies by
+        `1 - rate` in evaluation.
     """
     x = check_inexact(x)
     scale = inverse_keep_prob if check_bool("scale_by_keep", scale_by_keep) else _one
@@ -73,11 +64,7 @@ def drop_path(
 
 
 def check_mode(mode: str) -> str:
-    """Returns the mode if it is one.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return the mode; raise a ValueError if it is neither "row" nor "batch"."""
     return check_choice("mode", mode, ("row", "batch"))
 
 

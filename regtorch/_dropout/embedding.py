@@ -1,4 +1,4 @@
-"""Dropout of words: a word that is dropped is dropped wherever it occurs in the batch."""
+"""Word dropout: a dropped word is dropped wherever it occurs in the batch."""
 
 from __future__ import annotations
 
@@ -25,34 +25,29 @@ def embedding_dropout(
     key: Tensor | torch.Generator | None = None,
     deterministic: bool | Tensor = False,
 ) -> Tensor:
-    """Zeroes each word with probability `rate`, wherever it occurs, divides the others by `1-rate`.
+    """Zero each word with probability `rate`, wherever it occurs; divide the others by `1 - rate`.
 
-    With `x = table[ids]` it equals, bit for bit, dropout of whole rows of the table,
+    With `x = table[ids]` it is bitwise identical to dropout of whole rows of the table,
 
         dropout(table, rate, key=key, broadcast_dims=(1,))[ids]
 
-    but draws only for the words that are there: nothing of the table's size is made. Dropout of the
-    rows of `x` instead would drop a word in one place and show it in the next.
+    but draws only for the words that occur: nothing of the table's size is materialized. Dropout of
+    the rows of `x` would instead drop a word in one place and keep it in the next. The result has
+    the shape, dtype and device of `x`; the other errors are those of `dropout`.
 
     Args:
-        x: floating or complex: the embeddings of the words, one feature vector for each id.
-        ids: the words, integers of any shape, not negative.
-        rate: the probability that a word is zeroed, in [0, 1]; a number or a 0-d tensor.
-        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`.
-        deterministic: True in evaluation: `x` itself.
-
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
+        x: The embeddings of the words, floating or complex, one feature vector for each id.
+        ids: The words: integers of any shape, not negative.
+        rate: See `dropout`.
+        key: See `dropout`.
+        deterministic: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`, or `ids` is not a tensor of integers.
-        ValueError: as `dropout`; `x.shape` is not `(*ids.shape, features)`; or an id is negative,
-            which indexing would count from the end of a table that is not known here. On a device
-            that would have to be waited for, and under transforms, ids are not checked: a negative
-            one is a word of its own.
-
-    JAX:
-        `regjax.embedding_dropout` with the same key gives the same result bit for bit.
+        TypeError: `ids` is not a tensor of integers.
+        ValueError: `x.shape` is not `(*ids.shape, features)`; or an id is negative, which indexing
+            would count from the end of a table that is unknown here. Ids are not checked under
+            transforms or where reading them would wait for the device: a negative one is then a
+            word of its own.
 
     Example:
         >>> import torch, regtorch
@@ -62,8 +57,9 @@ def embedding_dropout(
         tensor([[0., 2., 0.],
                 [0., 2., 2.]])
 
-    Source: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
-    networks", NeurIPS 2016.
+    References:
+        Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+        networks", NeurIPS 2016.
     """
     x = check_inexact(x)
     return apply_dropout(_Words(), x, rate, key, deterministic, _check_ids(ids, x.shape))
@@ -71,24 +67,22 @@ def embedding_dropout(
 
 @dataclasses.dataclass(frozen=True)
 class _Words:
-    """The mask of the words that are there."""
+    """The mask of the words that occur."""
 
     name: str = "embedding_dropout"
 
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """The elements of a mask over the vocabulary, at the words' indices, which are given."""
+        """Return the elements of a mask over the vocabulary at the ids, which are given."""
         assert given is not None
         return bernoulli_at(key, keep_prob_of(rate, x.dtype), given.to(torch.int64))[..., None]
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Masks and scales as dropout does."""
         share = exact_keep_prob(keep_prob_of(rate, x.dtype))
         return where_kept(keep, x, inverse_keep_prob(share, x.dtype))
 
     def slope(self) -> _Words:
-        """The same: linear as it is."""
         return self
 
 
@@ -111,10 +105,10 @@ def _check_ids(ids: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _has_negative(ids: Tensor) -> bool:
-    """Whether an id is negative, where looking waits for nothing."""
+    """Return whether an id is negative, where reading does not wait for a device."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     try:
         return bool((ids < 0).any())
-    except RuntimeError:  # under torch.func.vmap there is no one value
+    except RuntimeError:  # under torch.func.vmap there is no single value
         return False

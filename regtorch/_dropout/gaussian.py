@@ -1,6 +1,6 @@
-"""Gaussian noise: multiplied with the activations, or added to them.
+"""Gaussian noise, multiplied with the activations or added to them.
 
-`observing` tells of masks. Here there is none, and it tells nothing.
+`observing` records masks; noise has none and is not recorded.
 """
 
 from __future__ import annotations
@@ -26,47 +26,42 @@ def gaussian_dropout(
     key: Tensor | torch.Generator | None = None,
     deterministic: bool | Tensor = False,
 ) -> Tensor:
-    """Multiplies each element by a normal variate of mean 1 and variance `rate / (1 - rate)`.
+    """Multiply each element by a normal variate of mean 1 and variance `rate / (1 - rate)`.
 
-    That is the mean and the variance of the factor by which `dropout` multiplies at this rate, 0 or
-    `1 / (1 - rate)`; here nothing is zeroed. With n ~ N(0, 1) for each element,
+    These are the mean and the variance of the factor by which `dropout` multiplies at this rate, 0
+    or `1 / (1 - rate)`; here nothing is zeroed. With n ~ N(0, 1) for each element,
 
         y = x * (1 + sqrt(rate / (1 - rate)) * n)
 
-    Nothing but the key is stored for the backward pass, which draws the same factors again.
+    Only the key is stored for the backward pass, which draws the same factors again.
+    `keras.layers.GaussianDropout(rate)` is the same function with other variates.
 
     The root is computed in double and rounded once, that of a tensor rate by three correctly
     rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
-    rounded once, at the end.
+    rounded once, at the end. The result has the shape, dtype and device of `x`; the other errors
+    are those of `dropout`.
 
     Args:
-        x: real floating, of any shape, also 0-d and empty.
-        rate: that of the dropout it resembles, at least 0 and below 1; a number or a 0-d tensor.
-            The root of the latter is computed in float32, in double for float64. No gradient flows
-            to it.
-        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`. Needed
-            unless `deterministic`, or `rate` is the number 0.
-        deterministic: True in evaluation: `x` itself.
-
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
+        x: Real floating, of any shape, including 0-d and empty.
+        rate: The rate of the dropout that it resembles, at least 0 and below 1; a number or a 0-d
+            tensor, whose root is computed in float32, in double for float64. No gradient flows to
+            it.
+        key: See `dropout`; required unless `deterministic`, or `rate` is the number 0.
+        deterministic: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`, or `x` is complex.
-        ValueError: as `dropout`, or `rate` is 1, where the variance is infinite. A tensor rate
-            outside [0, 1) gives NaN.
-
-    JAX:
-        `regjax.gaussian_dropout` with the same key gives the same result bit for bit.
-        `keras.layers.GaussianDropout(rate)` is the same function of other variates.
+        TypeError: `x` is complex.
+        ValueError: `rate` is 1, where the variance is infinite. A tensor rate outside [0, 1) gives
+            NaN.
 
     Example:
         >>> import torch, regtorch
         >>> regtorch.gaussian_dropout(torch.ones(4), 0.2, key=regtorch.key(0))
         tensor([1.8113, 2.0126, 0.7832, 0.9607])
 
-    Source: Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to
-    prevent neural networks from overfitting", JMLR 15, 2014, section 10.
+    References:
+        Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
+        15, 2014, section 10.
     """
     return _noisy(x, check_noise_rate(rate), key, deterministic, _multiplied)
 
@@ -78,41 +73,33 @@ def gaussian_noise(
     key: Tensor | torch.Generator | None = None,
     deterministic: bool | Tensor = False,
 ) -> Tensor:
-    """Adds to each element a normal variate of mean 0 and standard deviation `stddev`.
+    """Add to each element a normal variate of mean 0 and standard deviation `stddev`.
 
-    With n ~ N(0, 1) for each element, `y = x + stddev * n`. The gradient with respect to `x` is
-    that of `x` itself.
-
-    The arithmetic is in float32, in double for float64; half and 8-bit types are rounded once, at
-    the end.
+    With n ~ N(0, 1) for each element, `y = x + stddev * n`, as in
+    `keras.layers.GaussianNoise(stddev)`, which draws other variates. The gradient with respect to
+    `x` is that of `x` itself. The arithmetic is in float32, in double for float64; half and 8-bit
+    types are rounded once, at the end. The result has the shape, dtype and device of `x`; the other
+    errors are those of `dropout`.
 
     Args:
-        x: real floating, of any shape, also 0-d and empty.
-        stddev: at least 0; a number or a 0-d tensor. No gradient flows to it: to learn it, write
-            `x + stddev * regtorch.normal(key, x.shape)`.
-        key: the random key, or a `torch.Generator` from which one is drawn; see `dropout`. Needed
-            unless `deterministic`, or `stddev` is the number 0.
-        deterministic: True in evaluation: `x` itself.
-
-    Returns:
-        A tensor of the shape, dtype and device of `x`.
+        x: Real floating, of any shape, including 0-d and empty.
+        stddev: At least 0; a number or a 0-d tensor. No gradient flows to it: to learn it, write `x
+            + stddev * regtorch.normal(key, x.shape)`.
+        key: See `dropout`; required unless `deterministic`, or `stddev` is the number 0.
+        deterministic: See `dropout`.
 
     Raises:
-        TypeError: as `dropout`, `x` is complex, or `stddev` is not a real number.
-        ValueError: as `dropout`, or the number `stddev` is negative, infinite or NaN. A tensor
-            gives NaN.
-
-    JAX:
-        `regjax.gaussian_noise` with the same key gives the same result bit for bit.
-        `keras.layers.GaussianNoise(stddev)` is the same function of other variates.
+        TypeError: `x` is complex, or `stddev` is not a real number.
+        ValueError: The number `stddev` is negative, infinite or NaN. Such a tensor gives NaN.
 
     Example:
         >>> import torch, regtorch
         >>> regtorch.gaussian_noise(torch.zeros(4), 0.1, key=regtorch.key(0))
         tensor([ 0.1623,  0.2025, -0.0434, -0.0079])
 
-    Source: Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural
-    Computation 7, 1995.
+    References:
+        Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural Computation
+        7, 1995.
     """
     return _noisy(x, check_stddev(stddev), key, deterministic, _added)
 
@@ -124,7 +111,7 @@ def _noisy(
     deterministic: bool | Tensor,
     make: Callable[[Tensor, Tensor, float | Tensor], Tensor],
 ) -> Tensor:
-    """Checks, shortcuts, the key, then `make(x, key, amount)`."""
+    """Apply `make(x, key, amount)` after checks and shortcuts."""
     x = _check_real(x)
     deterministic = check_flag(deterministic)
     if deterministic is True or (isinstance(amount, float) and amount == 0):
@@ -144,15 +131,12 @@ class _Factors:
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draws the factors."""
         return 1 + rounded(_noise(x, key) * _deviation(rate, x.dtype))
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Multiplies."""
         return rounded(x.to(keep.dtype) * keep).to(x.dtype)
 
     def slope(self) -> _Factors:
-        """The same: linear as it is."""
         return self
 
 
@@ -161,7 +145,7 @@ def _multiplied(x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
 
 
 def _deviation(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """sqrt(rate / (1 - rate)); NaN at 1."""
+    """Return sqrt(rate / (1 - rate)), or NaN at 1."""
     if isinstance(rate, Tensor):
         rate = rate.to(real_dtype(dtype))
         return torch.where(rate < 1, exact_sqrt(rate / (1 - rate)), torch.nan)
@@ -177,17 +161,12 @@ def _added(x: Tensor, key: Tensor, stddev: float | Tensor) -> Tensor:
 
 
 def _noise(x: Tensor, key: Tensor) -> Tensor:
-    """A variate for each element, in the type that `x` is computed in."""
+    """Return a variate for each element, in the dtype that `x` is computed in."""
     return normal(key, x.shape, real_dtype(x.dtype))
 
 
 def check_noise_rate(rate: float | Tensor) -> float | Tensor:
-    """Returns a rate as `check_probability` does, if it is not the number 1.
-
-    Raises:
-        TypeError: as `check_probability`.
-        ValueError: as `check_probability`, or it is the number 1.
-    """
+    """Return a rate as `check_probability` does; raise a ValueError if it is the number 1."""
     rate = check_probability("rate", rate)
     if isinstance(rate, float) and rate == 1:
         raise ValueError("rate must be below 1, where the variance is infinite; got 1.")
@@ -195,11 +174,11 @@ def check_noise_rate(rate: float | Tensor) -> float | Tensor:
 
 
 def check_stddev(stddev: float | Tensor) -> float | Tensor:
-    """Returns a number as a Python float, a 0-d tensor as it is.
+    """Return a number as a Python float, a 0-d tensor unchanged.
 
     Raises:
-        TypeError: it is not a real number.
-        ValueError: it is a number that is negative, infinite or NaN, or a tensor with dimensions.
+        TypeError: `stddev` is not a real number.
+        ValueError: `stddev` is a negative, infinite or NaN number, or a tensor with dimensions.
     """
     is_tensor = isinstance(stddev, Tensor)
     is_real = isinstance(stddev, numbers.Real) and not isinstance(stddev, bool)

@@ -1,4 +1,9 @@
-"""Rates that change: from step to step of training, and from layer to layer of a stack."""
+"""Schedules of rates: over the steps of training, and over the layers of a stack.
+
+Step schedules return a float32 0-d tensor on the device of the step, an integer or a 0-d integer
+tensor; a Python number would be recompiled for each of its values. They compute in float32 by
+operations that round the same everywhere, so `regjax` returns the same bits at every step.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +22,17 @@ from regtorch._random.rounding import rounded
 Schedule: TypeAlias = Callable[[int | Tensor], Tensor]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-# Of sin(pi z) / 2 = z * polynomial in z**2: for |z| up to 1/2, what follows is below 1e-11.
+# sin(pi z) / 2 = z * polynomial in z**2 with these coefficients; for |z| up to 1/2, the remainder
+# is below 1e-11.
 _SINE = [(-1) ** k * math.pi ** (2 * k + 1) / math.factorial(2 * k + 1) / 2 for k in range(8)]
 
 
 def constant_rate(rate: float) -> Schedule:
-    """The same rate at every step, as a schedule.
-
-    Args:
-        rate: in [0, 1].
-
-    Returns:
-        A function from the step to a float32 tensor of no dimension.
+    """Return a schedule with the same rate, in [0, 1], at every step.
 
     Raises:
         TypeError: `rate` is not a real number.
-        ValueError: it is not in [0, 1].
+        ValueError: `rate` is not in [0, 1].
 
     Example:
         >>> import regtorch
@@ -47,21 +47,17 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
     """Return a rate that moves from `start` to `end` in equal steps, and then stays there.
 
     Args:
-        start: the rate at step 0, and before it; in [0, 1].
-        end: the rate at step `steps`, and after it; in [0, 1].
-        steps: how many steps it takes, at least 1.
+        start: The rate at step 0, and before it; in [0, 1].
+        end: The rate at step `steps`, and after it; in [0, 1].
+        steps: The number of steps from `start` to `end`, at least 1.
 
     Returns:
-        A function from the step, an integer or an integer tensor of no dimension, to a float32
-        tensor of no dimension, on the device of the step: a number would be compiled anew for
-        each of its values. It is computed in float32, by operations that round alike everywhere.
+        A function from the step, an integer or a 0-d integer tensor, to a float32 0-d tensor on the
+        device of the step.
 
     Raises:
         TypeError: `start` or `end` is not a real number, or `steps` is not an integer.
         ValueError: `start` or `end` is not in [0, 1], or `steps` is below 1.
-
-    JAX:
-        `regjax.linear_rate` gives the same bits at every step.
 
     Example:
         >>> import torch, regtorch
@@ -70,10 +66,6 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
         [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
         >>> regtorch.dropout(torch.ones(6), rate(3), key=regtorch.key(0))
         tensor([0.0000, 0.0000, 1.6000, 1.6000, 1.6000, 1.6000])
-        >>> layer = regtorch.nn.Dropout(0.0)
-        >>> layer.rate = rate(3)  # a layer takes it at any step
-        >>> layer(torch.ones(6), key=regtorch.key(0))
-        tensor([0.0000, 0.0000, 1.6000, 1.6000, 1.6000, 1.6000])
     """
     return _between(start, end, steps, lambda progress: progress)
 
@@ -81,24 +73,8 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
 def cosine_rate(start: float, end: float, steps: int) -> Schedule:
     """Return a rate that moves from `start` to `end` along half a cosine, and then stays there.
 
-    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`: slow at both ends, and
-    fastest in the middle.
-
-    Args:
-        start: the rate at step 0, and before it; in [0, 1].
-        end: the rate at step `steps`, and after it; in [0, 1].
-        steps: how many steps it takes, at least 1.
-
-    Returns:
-        A function from the step to a float32 tensor of no dimension; see `linear_rate`. It is
-        within 1e-6 of the formula.
-
-    Raises:
-        TypeError: as `linear_rate`.
-        ValueError: as `linear_rate`.
-
-    JAX:
-        `regjax.cosine_rate` gives the same bits at every step.
+    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`, within 1e-6: slow at
+    both ends, and fastest in the middle. For the arguments, result and errors see `linear_rate`.
 
     Example:
         >>> import regtorch
@@ -106,8 +82,9 @@ def cosine_rate(start: float, end: float, steps: int) -> Schedule:
         >>> [round(float(rate(step)), 6) for step in range(6)]
         [0.0, 0.073223, 0.25, 0.426777, 0.5, 0.5]
 
-    Source: the shape of Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts",
-    ICLR 2017.
+    References:
+        The shape of Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts",
+        ICLR 2017.
     """
     return _between(start, end, steps, _half_wave)
 
@@ -115,45 +92,46 @@ def cosine_rate(start: float, end: float, steps: int) -> Schedule:
 def depth_rates(
     rate: float, depth: int, *, shape: Literal["linear", "constant"] = "linear"
 ) -> tuple[float, ...]:
-    """The rates of `drop_path` for a stack of layers: 0 at the first, `rate` at the last.
+    """Return the rates of `drop_path` for a stack of layers: 0 at the first, `rate` at the last.
 
-    Layer l of L, counted from 0, has `rate * l / (L - 1)`: what lies nearer to the input is used by
-    more layers, and so is dropped more rarely. The paper counts from 1 and divides by L, so that
-    the first layer is dropped too: `depth_rates(rate, depth + 1)[1:]`. torchvision counts from 0
-    and divides by L, so that the last layer stays below: `depth_rates(rate, depth + 1)[:-1]`.
+    Layer l of L, counted from 0, has `rate * l / (L - 1)`: layers near the input feed more layers,
+    and are dropped less often. The paper counts from 1 and divides by L, so that the first layer is
+    dropped too: `depth_rates(rate, depth + 1)[1:]`. torchvision counts from 0 and divides by L, so
+    that the last layer stays below `rate`: `depth_rates(rate, depth + 1)[:-1]`.
 
     Args:
-        rate: that of the last layer, in [0, 1].
-        depth: how many layers there are, at least 1. A single one has rate 0, unless "constant".
+        rate: The rate of the last layer, in [0, 1].
+        depth: The number of layers, at least 1. A single one has rate 0, unless "constant".
         shape: "linear", or "constant" for `rate` everywhere.
 
     Returns:
-        A number for each layer; the same in both packages.
+        A number for each layer, the same in both packages.
 
     Raises:
         TypeError: `rate` is not a real number, or `depth` is not an integer.
         ValueError: `rate` is not in [0, 1], `depth` is below 1, or `shape` is neither of the two.
 
-    PyTorch:
-        `torch.linspace(0, rate, depth).tolist()`, as timm's models have it, rounded to float32.
+    Note (PyTorch):
+        timm's models use `torch.linspace(0, rate, depth).tolist()`, rounded to float32.
 
     Example:
         >>> import regtorch
         >>> regtorch.depth_rates(0.5, 5)
         (0.0, 0.125, 0.25, 0.375, 0.5)
 
-    Source: Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016.
+    References:
+        Huang et al., "Deep networks with stochastic depth", ECCV 2016.
     """
     rate = float(check_probability("rate", rate))
     depth = _check_count("depth", depth)
     check_choice("shape", shape, ("linear", "constant"))
-    # The quotient first: that of the last layer is 1, and its rate is `rate` itself.
+    # Divide first: the last quotient is 1, so that the rate of the last layer is exactly `rate`.
     last = max(1, depth - 1)
     return tuple(rate * (layer / last) if shape == "linear" else rate for layer in range(depth))
 
 
 def _between(start: float, end: float, steps: int, shape: Callable[[Tensor], Tensor]) -> Schedule:
-    """From `start` to `end` as `shape` goes from 0 to 1, in float32 throughout."""
+    """Return a schedule from `start` to `end` as `shape` moves from 0 to 1, all in float32."""
     start = float(check_probability("start", start))
     end = float(check_probability("end", end))
     steps = _check_count("steps", steps)
@@ -170,7 +148,7 @@ def _between(start: float, end: float, steps: int, shape: Callable[[Tensor], Ten
 
 
 def _half_wave(progress: Tensor) -> Tensor:
-    """(1 - cos(pi * progress)) / 2, of `progress` from 0 to 1."""
+    """Return (1 - cos(pi * progress)) / 2, for `progress` from 0 to 1."""
     z = progress - 0.5
     square = rounded(z * z)
     first, *middle, last = _SINE
@@ -181,7 +159,7 @@ def _half_wave(progress: Tensor) -> Tensor:
 
 
 def _count(step: int | Tensor, steps: int) -> Tensor:
-    """The step as a float32: exact below 2**24, and beyond to seven digits."""
+    """Return the step in float32: exact below 2**24, to seven digits beyond."""
     if isinstance(step, numbers.Integral) and not isinstance(step, bool):
         step = torch.tensor(min(max(int(step), 0), steps))
     if not isinstance(step, Tensor) or step.dtype not in _INTEGERS:

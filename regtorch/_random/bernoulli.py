@@ -1,7 +1,7 @@
 """Keep masks: random bits compared with a threshold.
 
 This is **mask stream v1**: the mask is a function of the key, the keep probability and the shape
-alone. No setting and no device changes it, and it will not change under this name. It equals
+alone. It does not depend on settings or devices, and it will not change under this name. It equals
 `regjax.bernoulli`, and `jax.random.bernoulli` under JAX's default configuration.
 """
 
@@ -21,39 +21,40 @@ from regtorch._random.keys import check_key, key_words
 from regtorch._random.threefry import in_pieces, range_bits, shift_right, threefry2x32
 
 _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
-# A subnormal probability counts as 0: some devices flush it, others do not, and the mask must not
-# depend on which it runs on.
+# A subnormal probability counts as 0: only some devices flush it, and the mask must not depend on
+# the device.
 _SMALLEST = torch.finfo(torch.float32).smallest_normal
-_TINY = 2.0**-12  # below it, the share that is kept may differ from the request
+_TINY = 2.0**-12  # below it, the kept share may differ from the request
 
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What draws a keep mask: `bernoulli`, or any function with its arguments."""
+    """A function that draws a keep mask: `bernoulli`, or any function with its arguments."""
 
     def __call__(self, key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
-        """Draws a mask of the given shape; True keeps."""
+        """Draw a mask of the given shape; True keeps."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskSampler:
-    """How a mask is drawn, and which share of its elements is kept on average.
+    """The drawing of a mask, with the share of kept elements on average.
 
-    This one calls a function of the user's, and takes its word for the share.
+    This class calls a user's function, and assumes that the share is the keep probability.
 
     Attributes:
-        function: what was passed as `sampler`.
+        function: The argument `sampler`.
     """
 
     function: Sampler
 
     def __call__(self, key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
-        """Draws as the function does."""
-        return self.function(key, keep_prob, shape)
+        """Draw a mask, as any other sampler does."""
+        probability = check_probability("keep_prob", keep_prob)
+        return self.draw(key, probability, tuple(shape))
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Draws a mask from arguments that were checked before; True keeps."""
+        """Draw a mask from checked arguments; True keeps."""
         return self.function(key, keep_prob, shape)
 
     def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
@@ -66,7 +67,7 @@ def exact_keep_prob(keep_prob: float | Tensor) -> float | Tensor:
 
     It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
     and the scale uses `keep_prob` itself, as other libraries do. Below, the difference can be
-    large: an element that is to be kept with probability 1e-10 is kept with 2**-23.
+    large: `bernoulli` keeps an element of keep probability 1e-10 with probability 2**-23.
     """
     if isinstance(keep_prob, Tensor):
         share = torch.as_tensor(_threshold(keep_prob)).to(keep_prob.dtype) * 2.0**-_MANTISSA
@@ -78,7 +79,7 @@ class ExactSampler(MaskSampler):
     """The sampler behind `bernoulli`."""
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Draws a mask."""
+        """Draw a mask."""
         words, threshold = key_words(key), _threshold(keep_prob)
 
         def mask(start: int, stop: int) -> Tensor:
@@ -92,26 +93,26 @@ class ExactSampler(MaskSampler):
 
 
 def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
-    """Draws a keep mask: each element is True with probability `keep_prob`, independently.
+    """Draw a keep mask: each element is True with probability `keep_prob`, independently.
 
-    An element is kept where `(bits >> 9) < ceil(float32(keep_prob) * 2**23)`, its bits being those
-    of threefry at its row-major index. The mask therefore depends on nothing but the arguments.
+    An element is kept where `(bits >> 9) < ceil(float32(keep_prob) * 2**23)`, where `bits` are
+    those of threefry at its row-major index. The mask therefore depends only on the arguments.
 
     Args:
-        key: one key.
-        keep_prob: the probability of True, in [0, 1]; a number or a 0-d tensor. Rounded to float32.
-        shape: the shape of the mask.
+        key: One key.
+        keep_prob: The keep probability, in [0, 1]; a number or a 0-d tensor. Rounded to float32.
+        shape: The shape of the mask.
 
     Returns:
         A boolean tensor, on the key's device.
 
     Raises:
         TypeError: `key` is not a key, or `keep_prob` is not a number.
-        ValueError: the number `keep_prob` is not in [0, 1], or `key` is a batch of keys. A tensor
+        ValueError: The number `keep_prob` is not in [0, 1], or `key` is a batch of keys. A tensor
             is not checked: below 0 or NaN keeps nothing, above 1 everything.
 
-    JAX:
-        `regjax.bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+    Note (JAX):
+        `regjax.bernoulli` draws the same mask; `torch.bernoulli` draws another stream.
 
     Example:
         >>> import regtorch
@@ -126,23 +127,18 @@ EXACT = ExactSampler(bernoulli)
 
 
 def bernoulli_at(key: Tensor, keep_prob: float | Tensor, index: Tensor) -> Tensor:
-    """The elements of `bernoulli`'s mask at given row-major indices, whatever its shape.
+    """Return the elements of `bernoulli`'s mask at row-major indices (int64), whatever its shape.
 
-    What makes a mask piece by piece, or of a few rows only, without the rest of it.
-
-    Args:
-        key: one key, as `bernoulli` takes it.
-        keep_prob: the probability of True, checked by `check_probability`.
-        index: of dtype int64, on the key's device.
+    This draws a mask piece by piece, or for a few rows only. The arguments are checked.
     """
-    # The conversion keeps the lower 32 bits, whose sign is only how they are read.
+    # The conversion keeps the lower 32 bits; the sign has no meaning.
     counter = ((index >> 32).to(torch.int32), index.to(torch.int32))
     out0, out1 = threefry2x32(key_words(key), counter)
     return shift_right(out0 ^ out1, 32 - _MANTISSA) < _threshold(keep_prob)
 
 
 def _threshold(keep_prob: float | Tensor) -> int | Tensor:
-    """How many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
+    """Return how many of the 2**23 equally likely uniforms lie below float32(keep_prob)."""
     if isinstance(keep_prob, Tensor):
         probability = keep_prob.to(torch.float32)
         scaled = torch.clamp(torch.ceil(probability * 2.0**_MANTISSA), max=2.0**_MANTISSA)
@@ -153,11 +149,11 @@ def _threshold(keep_prob: float | Tensor) -> int | Tensor:
 
 
 def check_probability(name: str, value: float | Tensor) -> float | Tensor:
-    """Returns a number as a Python float, a 0-d tensor as it is.
+    """Return a number as a Python float, a 0-d tensor unchanged.
 
     Raises:
-        TypeError: it is not a real number.
-        ValueError: it is a number outside [0, 1], or a tensor with dimensions.
+        TypeError: `value` is not a real number.
+        ValueError: `value` is a number outside [0, 1], or a tensor with dimensions.
     """
     is_tensor = isinstance(value, Tensor)
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -13,8 +13,8 @@ class Collected:
     """A tensor that arrives in blocks along its last dimension.
 
     Args:
-        shape: the shape of the whole tensor.
-        sample: the number of elements to keep, evenly spread; None keeps all of them.
+        shape: The shape of the whole tensor.
+        sample: The number of elements to keep, evenly spread; None keeps all of them.
     """
 
     def __init__(self, shape: tuple[int, ...], sample: int | None) -> None:
@@ -28,12 +28,12 @@ class Collected:
 
     @property
     def values(self) -> Tensor:
-        """The elements in the shape of the tensor; a sample of them is one-dimensional."""
+        """Return the elements in the shape of the tensor, or a one-dimensional sample of them."""
         values = self._stored(torch.empty(0, dtype=torch.bool))
         return values if self._sampled else values.reshape(self.shape)
 
     def add(self, block: Tensor, first: int = 0) -> Collected:
-        """Copies the block at index `first` of the last dimension."""
+        """Copy the block at index `first` of the last dimension."""
         block = block.reshape(self._rows, block.shape[-1] if self.shape else 1)
         end = first + block.shape[1]
         if block.dtype == torch.bool:
@@ -48,7 +48,7 @@ class Collected:
         return self
 
     def normalize(self, log_total: Tensor) -> Collected:
-        """Replaces scores by the weights of a softmax, from the logarithm of each row's sum."""
+        """Replace scores by the weights of a softmax, from the logarithm of each row's sum."""
         total = log_total.reshape(self._rows)
         total = total[self._row.to(total.device)] if self._sampled else total[:, None]
         self._stored(log_total).sub_(total).exp_()
@@ -76,10 +76,10 @@ class BlockwiseDraw:
         self.weights = Collected(plan.scores, sample)
 
     def add_block(self, first: int, keep: Tensor, scores: Tensor) -> None:
-        """Copies a block."""
+        """Copy a block."""
         self.mask.add(keep, first)
         self.weights.add(scores, first)
 
     def add_end(self, log_total: Tensor) -> None:
-        """Makes weights of the scores, from the logarithm of each row's sum."""
+        """Convert the scores to weights, from the logarithm of each row's sum."""
         self.weights.normalize(log_total)

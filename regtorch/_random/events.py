@@ -1,7 +1,7 @@
-"""Record what every dropout draws, for comparisons between frameworks and for guard rails.
+"""Recording of every mask that dropout draws, for comparisons between frameworks and for guards.
 
-Recording changes no value, and the recorded mask is the tensor that is applied. A dropout that
-nobody observes pays for one look at a flag.
+Recording changes no value, and the recorded mask is the tensor that is applied. Without an observer
+a dropout only tests a flag.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from regtorch._random.collect import BlockwiseDraw, BlockwisePlan, Collected
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A dropout drew a mask.
+    """A mask drawn by a dropout.
 
     Attributes:
-        order: how many dropouts drew before it; the rows of a `torch.func.vmap` have one number.
-        key: the two words of its key.
-        rate: the probability that an element is zeroed.
-        mask: the mask that was applied, True where an element is kept; of size 1 along dimensions
-            that share it.
-        entering: the values that it masks.
-        function: the name of the function, such as `"dropout"`; a layer has that of its function.
-        where: the line of code that called it, `"path/model.py:42"`: the innermost one that is not
-            in the library or in PyTorch.
-        remade: True where a checkpoint makes a forward pass again for the backward one, whose line
-            of code it then is.
+        order: The number of earlier draws; the rows of a `torch.func.vmap` share one number.
+        key: The two words of the key.
+        rate: The dropout rate.
+        mask: The applied mask, True where kept; of size 1 along dimensions that share it.
+        entering: The values that the mask is applied to.
+        function: The name of the function, such as `"dropout"`, also for a layer.
+        where: The line of code that called it, `"path/model.py:42"`: the innermost one outside the
+            library and PyTorch.
+        remade: True where a checkpoint runs a forward pass again; `where` is then in the backward
+            pass.
     """
 
     order: int
@@ -55,9 +54,9 @@ class SampledDraw(Draw):
     """A `Draw` for an observer of samples: `mask` and `entering` are one-dimensional samples.
 
     Attributes:
-        shape: the shape of the values that were masked.
-        size: the number of elements of the mask.
-        kept: the number of elements that are kept.
+        shape: The shape of the values that were masked.
+        size: The number of elements of the mask.
+        kept: The number of kept elements.
     """
 
     shape: tuple[int, ...]
@@ -67,7 +66,7 @@ class SampledDraw(Draw):
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call of a dropout function, as one observer counts it."""
+    """A call of a dropout function, as counted by one observer."""
 
     order: int
     function: str
@@ -76,15 +75,15 @@ class _Call:
 
 
 class Observer:
-    """Receives events, and counts the dropouts.
+    """A receiver of events that counts the dropouts.
 
     Args:
-        record: called with each event.
-        sample: the number of elements, evenly spread, to keep of each mask and of the values that
+        record: Called with each event.
+        sample: The number of elements, evenly spread, to keep of each mask and of the values that
             it is applied to; None keeps all of them.
 
     Attributes:
-        idle: the sites of converted layers that were called in training at the rate 0.
+        idle: The sites of converted layers that were called in training at rate 0.
     """
 
     def __init__(
@@ -96,23 +95,23 @@ class Observer:
         self._orders = itertools.count()
 
     def called(self, function: str, where: str, remade: bool) -> _Call:
-        """Counts a call."""
+        """Count a call."""
         return _Call(next(self._orders), function, where, remade)
 
     def draw(
         self, call: _Call, key: tuple[int, int], rate: float, mask: Tensor, entering: Tensor
     ) -> None:
-        """Records a mask that was applied at once."""
+        """Record a mask that was applied at once."""
         # Copies: the model may go on to write into the tensors.
         arrays = (Collected(tuple(x.shape), self._sample).add(x) for x in (mask, entering))
         self._record_draw(call, key, rate, *arrays)
 
     def blocks(self, plan: BlockwisePlan) -> BlockwiseDraw:
-        """Starts a draw whose mask is applied block by block."""
+        """Start a draw whose mask is applied block by block."""
         return BlockwiseDraw(plan, self._sample)
 
     def end(self, call: _Call, key: tuple[int, int], rate: float, draw: BlockwiseDraw) -> None:
-        """Records a draw whose blocks are all there."""
+        """Record a draw whose blocks are complete."""
         self._record_draw(call, key, rate, draw.mask, draw.weights)
 
     def _record_draw(
@@ -133,12 +132,12 @@ class Observers:
         self.members = members
 
     def site_key(self, site: str, root: tuple[int, int], step: int, key: tuple[int, int]) -> None:
-        """Records a derived key."""
+        """Record a derived key."""
         for member in self.members:
             member.record(SiteKey(site, root, step, key))
 
     def idle(self, site: str) -> None:
-        """Notes a converted layer that draws nothing, as its rate is 0."""
+        """Record a converted layer that draws nothing because its rate is 0."""
         for member in self.members:
             member.idle.add(site)
 
@@ -151,13 +150,13 @@ class Observers:
         entering: Tensor,
         off: bool | Tensor = False,
     ) -> None:
-        """Records the mask that a dropout applies; where `off` is True, the result is not used."""
+        """Record the mask that a dropout applies, except where `off` makes the result unused."""
         calls = self._calls(function)
 
         def record(
             key: Tensor, rate: float | Tensor, mask: Tensor, entering: Tensor, off: bool | Tensor
         ) -> None:
-            if off:  # a tensor as a flag does not branch
+            if off:  # a tensor flag does not branch: the mask was drawn, but is not used
                 return
             high, low = key.tolist()
             for member, call in calls:
@@ -168,7 +167,7 @@ class Observers:
     def blockwise(
         self, function: str, rate: float | Tensor, plan: BlockwisePlan, off: bool | Tensor
     ) -> _Blockwise:
-        """Starts the record of a mask that is applied block by block."""
+        """Start the record of a mask that is applied block by block."""
         draws = [(member, call, member.blocks(plan)) for member, call in self._calls(function)]
         return _Blockwise(draws, rate, off)
 
@@ -180,19 +179,19 @@ class Observers:
 
 @dataclasses.dataclass(frozen=True)
 class _Blockwise:
-    """A mask that is being applied block by block, under `torch.func`'s transforms too."""
+    """A mask that is being applied block by block, also under `torch.func`'s transforms."""
 
     draws: list[tuple[Observer, _Call, BlockwiseDraw]]
     rate: float | Tensor
     off: bool | Tensor
 
     def block(self, first: int, keep: Tensor, scores: Tensor) -> None:
-        """Records the block that begins at the index `first`, and the scores under it."""
+        """Record the block that begins at the index `first`, and its scores."""
         for _, _, draw in self.draws:
             draw.add_block(first, keep, scores)
 
     def end(self, key: Tensor, log_total: Tensor) -> None:
-        """Records the whole, given the logarithm of each row's sum."""
+        """Record the whole, given the logarithm of each row's sum."""
         if self.off:
             return
         high, low = key.tolist()
@@ -202,7 +201,7 @@ class _Blockwise:
 
 
 class _Tell(torch.autograd.Function):
-    """Calls a function with the values behind `torch.func`'s transforms; under vmap row by row."""
+    """A function call with the values behind `torch.func`'s transforms; per row under vmap."""
 
     @staticmethod
     def forward(record: Callable[..., None], *values: Any) -> Tensor:
@@ -228,19 +227,16 @@ _observer: contextvars.ContextVar[Observers | None] = contextvars.ContextVar("ob
 
 
 def observer() -> Observers | None:
-    """Return all who observe here, or None; nobody can observe what is being compiled."""
+    """Return the observers at this place, or None; compiled code cannot be observed."""
     return None if torch.compiler.is_compiling() else _observer.get(None)
 
 
 @contextlib.contextmanager
 def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
-    """Pass `record` every key derived for a site and every mask that a dropout applies.
+    """Pass every key derived for a site and every mask that a dropout applies to `record`.
 
-    Blocks nest: events inside both go to both. Under `torch.utils.checkpoint` the forward pass that
-    runs again for the backward one is recorded again.
-
-    Args:
-        record: called with each event.
+    Blocks nest: both receive the events inside both. Under `torch.utils.checkpoint` the forward
+    pass that runs again in the backward pass is recorded again.
 
     Example:
         >>> import torch, regtorch
@@ -265,12 +261,12 @@ def observed_by(added: Observer) -> Iterator[Observer]:
         _observer.reset(token)
 
 
-# Code of these is not the user's.
+# Modules whose code is not the user's.
 _LIBRARIES = {"regtorch", "torch", "contextlib"}
 
 
 def _user_line() -> str:
-    """The innermost line of code that is running outside of the libraries."""
+    """Return the innermost line of code that is running outside of the libraries."""
     frame = sys._getframe(1)
     while frame.f_back:
         module = frame.f_globals.get("__name__", "")

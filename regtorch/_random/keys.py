@@ -1,9 +1,10 @@
-"""Keys: what every mask is made from, and how a training step names its own.
+"""PRNG keys: the source of every mask.
 
-A key is a tensor of two 32-bit words, uint32 of shape (2,): the same two words as the raw threefry
-key of JAX. It is made once, from a seed; `site_key` derives from it, without state, a key for each
-place of a model and each step of training. A resumed run continues exactly, and no RNG state is
-saved.
+A key is a tensor of two 32-bit words, uint32 of shape (2,), equal to the words of JAX's raw
+threefry key. It is made once, from a seed; `site_key` derives from it, without state, a key for
+each place of a model and each step of training. A resumed run continues exactly without a saved RNG
+state. The functions raise a TypeError for a `key` that is not a key, and a ValueError for a batch
+of keys.
 """
 
 from __future__ import annotations
@@ -22,19 +23,16 @@ from regtorch._random.threefry import Words, counter_bits, encrypt, threefry2x32
 
 
 def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Makes a key from a seed: the words of `jax.random.key(seed)` under JAX's default settings.
+    """Return a key with the words of `jax.random.key(seed)` under JAX's default settings.
 
     Args:
-        seed: an integer of 32 bits, from -2**31 to 2**32 - 1.
-        device: where the key lives.
-
-    Returns:
-        A key, uint32 of shape (2,).
+        seed: An integer of 32 bits, from -2**31 to 2**32 - 1.
+        device: The device of the key.
 
     Raises:
-        TypeError: `seed` is not an integer, or `device` not a device.
-        ValueError: `seed` takes more than 32 bits; by its default settings JAX would drop the rest.
-            Or `device` is a string that names no device.
+        TypeError: `seed` is not an integer, or `device` is not a device.
+        ValueError: `seed` needs more than 32 bits, which JAX's default settings would drop, or
+            `device` is a string that names no device.
 
     Example:
         >>> import regtorch
@@ -55,18 +53,9 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
 
 
 def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
-    """Derives independent keys: the words of `jax.random.split(key, num)`.
+    """Return independent keys, the words of `jax.random.split(key, num)`, of shape `(*num, 2)`.
 
-    Args:
-        key: one key.
-        num: how many, or the shape of a batch of keys.
-
-    Returns:
-        Keys, uint32 of shape `(*num, 2)`.
-
-    Raises:
-        TypeError: `key` is not a key.
-        ValueError: `key` is a batch of keys.
+    `num` is the number of keys, or the shape of a batch of keys.
 
     Example:
         >>> import regtorch
@@ -81,18 +70,11 @@ def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
 
 
 def fold_in(key: Tensor, data: int) -> Tensor:
-    """Derives a key from a key and an integer: the words of `jax.random.fold_in(key, data)`.
-
-    Args:
-        key: one key.
-        data: an integer of 32 bits, from -2**31 to 2**32 - 1.
-
-    Returns:
-        A key, uint32 of shape (2,).
+    """Derive a key from a key and an integer, with the words of `jax.random.fold_in(key, data)`.
 
     Raises:
         TypeError: `key` is not a key, or `data` is not an integer.
-        ValueError: `key` is a batch of keys, or `data` takes more than 32 bits.
+        ValueError: `key` is a batch of keys, or `data` is not in [-2**31, 2**32).
 
     Example:
         >>> import regtorch
@@ -107,18 +89,7 @@ def fold_in(key: Tensor, data: int) -> Tensor:
 
 
 def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
-    """Random 32-bit integers: `jax.random.bits(key, shape, "uint32")`.
-
-    Args:
-        key: one key.
-        shape: the shape of the result.
-
-    Returns:
-        A uint32 tensor.
-
-    Raises:
-        TypeError: `key` is not a key.
-        ValueError: `key` is a batch of keys.
+    """Return random 32-bit integers (uint32), those of `jax.random.bits(key, shape, "uint32")`.
 
     Example:
         >>> import regtorch
@@ -129,16 +100,16 @@ def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def site_key(root: Tensor, step: int, site: str) -> Tensor:
-    """The key of one place in a model at one step of training, derived without state.
+    """Derive the key of one place in a model at one step of training, without state.
 
-    Two blocks of threefry: the root key encrypts a 64-bit hash of the site's name, and the result
-    encrypts the step. Equal arguments give equal keys in every process, on every device, and in
-    regjax; different sites or steps give independent ones.
+    The root key encrypts a 64-bit hash of the site's name in one block of threefry, and the result
+    encrypts the step in another. Equal arguments give equal keys in every process, on every device,
+    and in `regjax`; different sites or steps give independent ones.
 
     Args:
-        root: one key. As with `fold_in`, it is not used up.
-        step: the step of training, an integer of at least 0, or a 0-d integer tensor.
-        site: the name of the place, such as `"encoder/3/attention"`.
+        root: One key; it may be used again, as with `fold_in`.
+        step: The step of training, an integer of at least 0, or a 0-d integer tensor.
+        site: The name of the place, such as `"encoder/3/attention"`.
 
     Returns:
         A key, uint32 of shape (2,).
@@ -146,9 +117,6 @@ def site_key(root: Tensor, step: int, site: str) -> Tensor:
     Raises:
         TypeError: `step` is not an integer, `site` is not a string, or `root` is not a key.
         ValueError: `step` is negative or not below 2**64, or `root` is a batch of keys.
-
-    JAX:
-        `regjax.site_key` returns the same two words.
 
     Example:
         >>> import regtorch
@@ -165,18 +133,18 @@ def site_key(root: Tensor, step: int, site: str) -> Tensor:
 
 
 def _host_words(root: Tensor) -> tuple[int, int] | None:
-    """A key's words as Python's integers, where reading them waits for nothing."""
+    """Return a key's words as Python integers, or None where reading them waits for a device."""
     if root.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     try:
         high, low = root.tolist()
-    except RuntimeError:  # under torch.func.vmap there is no one value
+    except RuntimeError:  # under torch.func.vmap there is no single value
         return None
     return high, low
 
 
 def site_words(root: tuple[int, int], step: int, site: str) -> tuple[int, int]:
-    """The words of `site_key`, from and to Python's integers, much faster than on 0-d tensors."""
+    """Return the words of `site_key`, from and to Python integers: much faster than 0-d tensors."""
     at_site = encrypt(root, divmod(site_hash(site), 2**32))
     words = encrypt(at_site, divmod(step, 2**32))
     if observers := observer():
@@ -185,17 +153,12 @@ def site_words(root: tuple[int, int], step: int, site: str) -> tuple[int, int]:
 
 
 def site_hash(site: str) -> int:
-    """A name's stable 64-bit hash: the first eight bytes of its SHA-256, big-endian."""
+    """Return a stable 64-bit hash: the first eight bytes of the name's SHA-256, big-endian."""
     return int.from_bytes(hashlib.sha256(site.encode()).digest()[:8])
 
 
 def check_step(step: int) -> int:
-    """Returns the step as a Python integer.
-
-    Raises:
-        TypeError: it is not an integer.
-        ValueError: it is negative, or takes more than 64 bits.
-    """
+    """Return the step as a Python integer; raise if it is not an integer in [0, 2**64)."""
     step = check_integer("step", step)
     if not 0 <= step < 2**64:
         raise ValueError(f"step must lie in [0, 2**64); got {step}.")
@@ -203,17 +166,17 @@ def check_step(step: int) -> int:
 
 
 def generator_key(generator: torch.Generator) -> Tensor:
-    """Draws a key from a generator, which moves on: two words of 32 bits, on the same device."""
+    """Draw a key from a generator, on its device; this advances the generator by two words."""
     words = torch.randint(0, 2**32, (2,), generator=generator, device=generator.device)
     return words.to(torch.uint32)
 
 
 def check_key(key: Tensor, name: str = "key") -> Tensor:
-    """Returns the key if it is one single key; `name` is that of the argument.
+    """Return the key if it is a single key.
 
     Raises:
-        TypeError: it is not a key at all.
-        ValueError: it is a batch of keys.
+        TypeError: `key` is not a key.
+        ValueError: `key` is a batch of keys.
     """
     if not isinstance(key, Tensor) or key.dtype != torch.uint32 or key.shape[-1:] != (2,):
         raise TypeError(
@@ -229,7 +192,7 @@ def check_key(key: Tensor, name: str = "key") -> Tensor:
 
 
 def key_words(key: Tensor) -> Words:
-    """The two words of a key that was checked, as int32 tensors of no dimension."""
+    """Return the two words of a checked key, as 0-d int32 tensors."""
     words = key.view(torch.int32)
     return words[0], words[1]
 
@@ -239,7 +202,7 @@ def _key_of(words: Words) -> Tensor:
 
 
 def _words(value: int, device: torch.device) -> Words:
-    """A 64-bit integer as two words, high and low."""
+    """Return a 64-bit integer as two words, high and low."""
     halves = torch.tensor([value >> 32, value & 0xFFFFFFFF], dtype=torch.int64, device=device)
     high, low = halves.to(torch.int32)  # keeps the lower 32 bits
     return high, low

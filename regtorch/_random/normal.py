@@ -1,8 +1,8 @@
-"""Standard normal variates, with the same bits in both wings.
+"""Standard normal variates, bitwise identical in both packages.
 
-This is **normal stream v1**: a variate is a function of the key, its index and the type alone. No
-setting changes it, and it will not change under this name. It is computed by operations that
-IEEE 754 rounds alike on every device; tests have seen that on CPUs.
+This is **normal stream v1**: a variate is a function of the key, its index and the dtype alone. It
+does not depend on settings, and it will not change under this name. It is computed by operations
+that IEEE 754 rounds the same on every device; tests confirm this on CPUs.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draws standard normal variates: mean 0, standard deviation 1.
+    """Draw standard normal variates: mean 0, standard deviation 1.
 
-    Each is the quantile function at a uniform variate, which is made of the bits of threefry at the
-    element's row-major index: of the upper 23 of one word, or of the upper 52 of two for float64.
-    Half types are made in float32 and rounded once.
-
-    In float32 they lie between -5.42 and 5.23, within 8e-7 of the exact quantile.
+    Each variate is the quantile function at a uniform variate, which consists of bits of threefry
+    at the element's row-major index: the upper 23 of one word, or the upper 52 of two for float64.
+    Half types are computed in float32 and rounded once. In float32 the variates lie between -5.42
+    and 5.23, within 8e-7 of the exact quantile.
 
     Args:
-        key: one key.
-        shape: the shape of the result.
-        dtype: float16, bfloat16, float32 or float64.
+        key: One key.
+        shape: The shape of the result.
+        dtype: One of float16, bfloat16, float32 and float64.
 
     Returns:
         A tensor of the given shape and dtype, on the key's device.
@@ -41,18 +40,19 @@ def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
         TypeError: `key` is not a key, or `dtype` is none of these.
         ValueError: `key` is a batch of keys.
 
-    PyTorch:
-        `torch.randn`, which draws another stream, from a hidden generator.
+    Note (PyTorch):
+        `torch.randn` draws another stream, from a hidden generator.
 
-    JAX:
-        `regjax.normal` gives the same bits, and `jax.random.normal` nearly the same numbers.
+    Note (JAX):
+        `regjax.normal` draws the same bits, and `jax.random.normal` nearly the same numbers.
 
     Example:
         >>> import regtorch
         >>> regtorch.normal(regtorch.key(0), (3,))
         tensor([ 1.6226,  2.0253, -0.4336])
 
-    Source: inversion, as in Devroye, "Non-uniform random variate generation", 1986, chapter II.
+    References:
+        Inversion, as in Devroye, "Non-uniform random variate generation", 1986, chapter II.
     """
     if dtype not in _TYPES:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype}.")
@@ -63,13 +63,13 @@ def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
             index = torch.arange(start, stop, device=key.device)
             counter = ((index >> 32).to(torch.int32), index.to(torch.int32))
             high, low = threefry2x32(words, counter)
-            # In int64, which holds a word without a sign.
+            # int64 holds a word as an unsigned integer.
             bits = ((high.to(torch.int64) & 0xFFFFFFFF) << 20) | shift_right(low, 12)
             count = 52
         else:
             bits, count = shift_right(range_bits(words, start, stop), 9), 23
         bits = bits.to(torch.float64 if count == 52 else torch.float32)
-        # Exact, every step of it: an odd multiple of 2**-(count + 1), so neither 0 nor -1 nor 1.
+        # Every step is exact: an odd multiple of 2**-(count + 1), so never 0, -1 or 1.
         uniform = bits * 2.0 ** (1 - count) - (1 - 2.0 ** -(count + 1))
         return quantile(uniform).to(dtype)
 

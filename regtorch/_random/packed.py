@@ -1,6 +1,6 @@
 """Packed keep masks: 32 elements at a time, from a few random words.
 
-The mirror of `regjax._random.packed`, which says why. The exact sampler is `bernoulli`.
+`regjax._random.packed`, which this file mirrors, explains why. The exact sampler is `bernoulli`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class PackedSampler(MaskSampler):
     """The sampler behind `packed_bernoulli`.
 
     Attributes:
-        bits: how many bits of the keep probability count.
+        bits: The number of bits of the keep probability that count.
     """
 
     bits: int = 16
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Draws a mask."""
+        """Draw a mask."""
         words, threshold = key_words(key), _threshold(keep_prob, self.bits)
         check_size(shape, key.device)
         axis = packed_axis(shape)
@@ -63,10 +63,10 @@ class PackedSampler(MaskSampler):
 
 
 def mask_sampler(sampler: Sampler) -> MaskSampler:
-    """Return how `sampler` draws, with the options of a `functools.partial`.
+    """Return the `MaskSampler` of a sampler, with the options of a `functools.partial`.
 
     Raises:
-        TypeError: it is not a function, or `bits` is not an integer.
+        TypeError: `sampler` is not a function, or `bits` is not an integer.
         ValueError: `bits` is not in 1..32.
     """
     if isinstance(sampler, MaskSampler):
@@ -84,24 +84,24 @@ def mask_sampler(sampler: Sampler) -> MaskSampler:
 def packed_bernoulli(
     key: Tensor, keep_prob: float | Tensor, shape: Sequence[int], *, bits: int = 16
 ) -> Tensor:
-    """Draws a keep mask, 32 elements at a time, with `keep_prob` rounded to a few bits.
+    """Draw a keep mask, 32 elements at a time, with `keep_prob` rounded to a few bits.
 
     An element is kept with probability `T / 2**bits`, where `T = round(keep_prob * 2**bits)`: a
-    uniform integer of `bits` bits is compared with T. That is done bit-sliced: one random word
+    uniform integer of `bits` bits is compared with T. The comparison is bit-sliced: one random word
     holds one bit of 32 integers, and `and`/`or` of such words make 32 comparisons at once. An
     element costs `bits / 64` blocks of threefry instead of a whole one, and less where T ends in
     zeros: keep probability 1/2 takes one block for 32 elements.
 
-    The 32 elements that share words follow each other along the longest axis, the last one
-    excepted, whose length is a multiple of 32 (of two, the later). Where there is none, or the
-    array has fewer than 4,096 elements, each compares the first `bits` bits of a word of its own.
+    The 32 elements that share words are consecutive along the longest axis, except the last, whose
+    length is a multiple of 32 (of two, the later). Without such an axis, or in an array of fewer
+    than 4,096 elements, each element compares the first `bits` bits of its own word.
 
     Args:
-        key: one key.
-        keep_prob: the probability of True, in [0, 1]; a number or a 0-d tensor. Rounded to float32
-            first.
-        shape: the shape of the mask.
-        bits: how many bits of `keep_prob` count, from 1 to 32.
+        key: One key.
+        keep_prob: The keep probability, in [0, 1]; a number or a 0-d tensor. First rounded to
+            float32.
+        shape: The shape of the mask.
+        bits: The number of bits of `keep_prob` that count, from 1 to 32.
 
     Returns:
         A boolean tensor, on the key's device. Its mean is `T / 2**bits`, which `regtorch.dropout`
@@ -109,12 +109,12 @@ def packed_bernoulli(
 
     Raises:
         TypeError: `key` is not a key, `keep_prob` is not a number, or `bits` is not an integer.
-        ValueError: the number `keep_prob` is not in [0, 1], or lies strictly inside but would round
+        ValueError: The number `keep_prob` is not in [0, 1], or is strictly inside but would round
             to an end; `bits` is not in 1..32; `key` is a batch of keys. A tensor is not checked:
             strictly inside it stays inside, below 0 or NaN it keeps nothing, above 1 everything.
 
-    JAX:
-        `regjax.packed_bernoulli` gives the same mask. `torch.bernoulli` draws another stream.
+    Note (JAX):
+        `regjax.packed_bernoulli` draws the same mask; `torch.bernoulli` draws another stream.
 
     Example:
         >>> import torch, regtorch
@@ -130,7 +130,7 @@ def packed_bernoulli(
 
 
 def packed_axis(shape: Sequence[int]) -> int | None:
-    """The axis along which 32 elements share words; None where each has its own."""
+    """Return the axis along which 32 elements share words; None where each has its own."""
     if math.prod(shape) < _SMALLEST_PACKED:
         return None
     axes = [axis for axis, size in enumerate(shape[:-1]) if size % _LANES == 0]
@@ -138,7 +138,7 @@ def packed_axis(shape: Sequence[int]) -> int | None:
 
 
 def _threshold(keep_prob: float | Tensor, bits: int) -> int | Tensor:
-    """How many of the 2**bits integers are kept; of a tensor in float64, which holds it exactly."""
+    """Return how many of the 2**bits integers are kept; a tensor in float64, which is exact."""
     levels = 2**bits
     if isinstance(keep_prob, Tensor):
         probability = keep_prob.to(torch.float32).to(torch.float64)
@@ -159,15 +159,16 @@ def _check_bits(bits: int) -> int:
 
 
 def _below(drawn: Tensor, threshold: int | Tensor, bits: int) -> Tensor:
-    """Compares each element's integer with the threshold; in 64 bits, which hold both."""
+    """Compare each element's integer with the threshold, in 64 bits, which hold both."""
     return (drawn.to(torch.int64) & (2**bits - 1)) < threshold
 
 
 def _compared(key: Words, threshold: int | Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Draws words that each hold 32 comparisons `U >= 2**bits - T` of uniform integers U.
+    """Draw words that each hold 32 comparisons `U >= 2**bits - T` of uniform integers U.
 
-    Bit i of 32 integers is one word, the most significant first. From the least significant up: a 1
-    where T has a 1, or a 0 where T has a 0, settles the comparison; otherwise the lower bits have.
+    Bit i of 32 integers is one word, the most significant first. Starting at the least significant,
+    a 1 where T has a 1, or a 0 where T has a 0, decides the comparison; otherwise the lower bits
+    decide.
     """
     if isinstance(threshold, Tensor):
         whole = threshold.to(torch.int64)
@@ -175,7 +176,7 @@ def _compared(key: Words, threshold: int | Tensor, bits: int, shape: tuple[int, 
         needed, everything = bits, whole >= 2**bits
     else:
         bits_of_t = [bool(threshold >> (bits - 1 - i) & 1) for i in range(bits)]
-        # Trailing zeros of T settle nothing, and their words are not drawn.
+        # Trailing zeros of T decide nothing, and their words are not drawn.
         needed = bits + 1 - (threshold & -threshold).bit_length() if threshold else 0
         everything = threshold == 2**bits
     index = torch.arange(math.prod(shape), device=key[0].device).reshape(shape)
@@ -191,14 +192,14 @@ def _compared(key: Words, threshold: int | Tensor, bits: int, shape: tuple[int, 
 
 
 def _select(condition: bool | Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """`torch.where` that leaves no trace of a condition known beforehand."""
+    """Apply `torch.where`, or Python's choice if the condition is known beforehand."""
     if isinstance(condition, Tensor):
         return torch.where(condition, x, y)
     return x if condition else y
 
 
 def _spread(words: Tensor, axis: int) -> Tensor:
-    """Gives each element its bit of its word, on a new axis behind `axis`."""
+    """Give each element its bit of its word, on a new axis behind `axis`."""
     lanes = torch.arange(_LANES, dtype=torch.int32, device=words.device)
     lanes = lanes.reshape(_LANES, *[1] * (words.ndim - axis - 1))
     return ((words.unsqueeze(axis + 1) >> lanes) & 1) != 0

@@ -1,11 +1,12 @@
-"""The quantile function of the normal distribution, with the same bits in both wings.
+"""The quantile function of the normal distribution, bitwise identical in both packages.
 
-A library's logarithm or inverse error function differs from another's in the last bit. Here is
-nothing but sums, products, comparisons and the bits of numbers, which all round alike, and no
-product is joined with a sum.
+The logarithm or inverse error function of one library differs from another's in the last bit. This
+module uses only sums, products, comparisons and the bits of numbers, which all round the same, and
+contracts no product with a sum.
 
-Source: the variable w = -log2(1 - u**2), in which pieces of low degree suffice: Giles,
-"Approximating the erfinv function", GPU Computing Gems, 2011. The polynomials are our own.
+References:
+    The variable w = -log2(1 - u**2), for which pieces of low degree suffice: Giles, "Approximating
+    the erfinv function", GPU Computing Gems, 2011. The polynomials are our own.
 """
 
 from __future__ import annotations
@@ -24,13 +25,10 @@ _LAYOUTS = {torch.float32: (torch.int32, 23), torch.float64: (torch.int64, 52)}
 
 
 def quantile(u: Tensor) -> Tensor:
-    """The n for which a standard normal variable lies in [-|n|, |n|] with probability |u|.
+    """Return the n for which a standard normal variable lies in [-|n|, |n|] with probability |u|.
 
-    It has the sign of `u`. In float32 it is off by less than 8e-7 at every `u` that `normal` draws;
-    in float64 by less than 4e-15, at the 64,000 of them that a test looks at.
-
-    Args:
-        u: in (-1, 1), of dtype float32 or float64.
+    It has the sign of `u`, in (-1, 1). The error is below 8e-7 in float32 at every `u` that
+    `normal` draws, and below 4e-15 in float64 at the 64,000 of them that a test checks.
     """
     table = DOUBLE if u.dtype == torch.float64 else SINGLE
     size = u.abs()
@@ -40,19 +38,19 @@ def quantile(u: Tensor) -> Tensor:
 
 
 def _minus_log2(x: Tensor, series: Sequence[float]) -> Tensor:
-    """-log2(x) for positive normal numbers."""
+    """Return -log2(x) for positive normal numbers."""
     integer, mantissa = _LAYOUTS[x.dtype]
-    # As integers, floating numbers are in the same order.
+    # Positive floating numbers have the same order as their bits as integers.
     root = int(torch.tensor(math.sqrt(0.5), dtype=x.dtype).view(integer))
     bits = x.view(integer)
     exponent = (bits - root) >> mantissa
-    # From sqrt(1/2) up to sqrt(2), less 1.
+    # The mantissa, from sqrt(1/2) up to sqrt(2), minus 1.
     rest = (bits - (exponent << mantissa)).view(x.dtype) - 1
     return -exponent.to(x.dtype) - rounded(rest * _polynomial(rest, series))
 
 
 def _chosen(w: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
-    """Of the piece in which `w` lies: the centre and the coefficients."""
+    """Return the center and the coefficients of the piece in which `w` lies."""
     rows = [(piece.centre, *piece.coefficients) for piece in pieces]
     first, *others = torch.tensor(rows, dtype=w.dtype, device=w.device)
     chosen = list(first)

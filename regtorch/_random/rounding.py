@@ -1,4 +1,4 @@
-"""Arithmetic that rounds where it is written, whatever a compiler makes of it."""
+"""Arithmetic that rounds where it is written, also after compilation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,9 @@ from torch import Tensor
 def rounded(x: Tensor) -> Tensor:
     """Return `x`, and prevent a compiler from contracting the product `x` with a later sum.
 
-    PyTorch runs operation by operation and rounds each. A compiler may contract `a * b + c` to one
-    operation that rounds once, unless there is another one between the two. This one is the
-    identity for every value, and so is its derivative.
-
-    Example:
-        >>> import torch
-        >>> x = torch.tensor(1 + 2**-12)
-        >>> rounded(x * x) - x == x * x - x
-        tensor(True)
+    PyTorch runs operation by operation and rounds each. A compiler may contract `a * b + c` into
+    one operation that rounds once, unless there is another operation between the two. This one is
+    the identity for every value, and so is its derivative.
     """
     if not torch.compiler.is_compiling():
         return x
@@ -28,18 +22,12 @@ def exact_sqrt(x: Tensor) -> Tensor:
     """Return the correctly rounded square root, also where the backend's own is off by one ulp.
 
     `torch.sqrt` on a CPU misrounds one float32 in five, whatever the instruction set. The error of
-    the backend's root is computed without any rounding, and the neighbor taken where it is nearer.
+    the backend's root is computed exactly, and a nearer neighbor replaces it.
 
-    Args:
-        x: of dtype float32 or float64, zero or in [2**-60, 2**60]. Outside of that range, and for
-            infinity and NaN, the result is the backend's, or one of its neighbors.
-
-    Example:
-        >>> import torch
-        >>> exact_sqrt(torch.tensor(2.0))
-        tensor(1.4142)
+    `x` is float32 or float64, zero or in [2**-60, 2**60]. Outside of that range, and for infinity
+    and NaN, the result is the backend's, or one of its neighbors.
     """
-    # A product may not be joined with the first difference below; all other products are exact.
+    # A product must not be contracted with the first difference below; all others are exact.
     x = rounded(x)
     integer, mantissa = (torch.int64, 52) if x.dtype == torch.float64 else (torch.int32, 23)
     near = torch.sqrt(x)

@@ -5,24 +5,25 @@
         regtorch.keyed.set_key(model, root, step)
         loss(model(batch)).backward()
 
-**Names.** A site is named after its module's dotted path in the model that was given to `convert`:
-`"encoder.layers.0.dropout1"`. A module that the model holds in several places has the name of the
-first. The dropout of `torch.nn.MultiheadAttention` has the path of the attention; the one after
+**Names.** A site is named after its module's dotted path in the model that was passed to `convert`:
+`"encoder.layers.0.dropout1"`. A module that the model holds in several places has the first of its
+names. The dropout of `torch.nn.MultiheadAttention` has the path of the attention; the one after
 layer 0 of a `torch.nn.LSTM`, `GRU` or `RNN` its path and `.0`, and so on.
 
 **Keys.** The first call of a site after `set_key(model, root, step)` draws from
-`regtorch.site_key(root, step, name)`, the n-th call after it from
-`regtorch.site_key(root, step, f"{name}#{n}")`, n = 1, 2, …: a module that is called twice in a
-forward pass, and each micro-batch of a step that accumulates gradients, has masks of its own. A JAX
-model gets the same masks from `regjax.site_key`.
+`regtorch.site_key(root, step, name)`, the n-th call after it from `regtorch.site_key(root, step,
+f"{name}#{n}")`, n = 1, 2, …: a module that is called twice in a forward pass draws different masks,
+and so does each micro-batch of a step that accumulates gradients. A JAX model gets the same masks
+from `regjax.site_key`.
 
 **Checkpoints.** `torch.utils.checkpoint` runs a forward again in the backward pass. A site that was
-called once since `set_key` draws the same mask again by itself. One that was called more often
-cannot know which call it is and says so; there `replay` tells it.
+called once since `set_key` draws the same mask again. A site that was called more often cannot know
+which call is repeated, and raises an error; use `replay` there.
 
-**What is not seen.** `F.dropout` in the forward of a model's own module: use `torch.nn.Dropout`, or
-`regtorch.dropout` with a key. Under `torch.func.vmap` the mapped rows share a mask, and under
-`torch.compile` each step's key is a constant that compiles again: pass keys to the functions there.
+**Limitations.** `F.dropout` in the forward of a user's module is not converted: use
+`torch.nn.Dropout`, or `regtorch.dropout` with a key. Under `torch.func.vmap` the mapped rows share
+a mask, and under `torch.compile` each step's key is a constant that causes a recompilation: pass
+keys to the functions there.
 """
 
 from __future__ import annotations
@@ -50,34 +51,34 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names, for `dir` and completion."""
     return __all__
 
 
 _M = TypeVar("_M", bound=nn.Module)
-# What has a dropout of its own: by these a subclass is known that cannot be converted.
+# Classes with a dropout of their own, whose subclasses cannot be converted.
 _FAMILY = (*KEYED, nn.RNNBase)
 
 
 def convert(model: _M) -> _M:
-    """Makes every dropout of a model draw its masks from explicit keys, in place.
+    """Make every dropout of a model draw its masks from explicit keys, in place.
 
-    The modules of PyTorch's dropout family, and `torch.nn.MultiheadAttention`, `LSTM`, `GRU` and
-    `RNN` where they drop, also inside `torch.nn.Transformer` and its layers. Each stays the same
-    object with the same parameters, hooks and attributes, and changes its class: the state dict,
-    every reference to a module, and evaluation are what they were. A second call changes nothing.
+    This converts the modules of PyTorch's dropout family, and `torch.nn.MultiheadAttention`,
+    `LSTM`, `GRU` and `RNN` where they drop, also inside `torch.nn.Transformer` and its layers. Only
+    the class of a module changes: its parameters, hooks, attributes and state dict, every reference
+    to it, and evaluation stay the same. A second call changes nothing.
 
     Args:
-        model: any module; it may itself be a dropout layer.
+        model: Any module; it may itself be a dropout layer.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: a module is of a subclass of one of these, whose forward is not known; named by
-            its path. Nothing is converted then.
-        ValueError: a module was converted as part of another model, under another name. Nothing is
-            converted then.
+        TypeError: A module is of a subclass of one of these, whose forward is unknown; the message
+            has its path. No module is converted then.
+        ValueError: A module was converted as part of another model, under another name. No module
+            is converted then.
 
     Example:
         >>> import torch, regtorch
@@ -106,13 +107,7 @@ def convert(model: _M) -> _M:
 
 
 def revert(model: _M) -> _M:
-    """Undoes `convert`: the same modules are PyTorch's own again.
-
-    Args:
-        model: a converted model, or a part of one.
-
-    Returns:
-        The same model.
+    """Undo `convert` in a converted model, or in a part of one, and return it.
 
     Example:
         >>> import torch, regtorch
@@ -129,13 +124,9 @@ def revert(model: _M) -> _M:
 
 
 def sites(model: nn.Module) -> list[str]:
-    """The names of a converted model's sites, in the order of its modules.
+    """Return the names of a converted model's sites, for `regtorch.site_key`, in module order.
 
-    Args:
-        model: a converted model, or a part of one, whose names stay those of the whole.
-
-    Returns:
-        The names that `regtorch.site_key` takes.
+    In a part of a converted model the names stay those of the whole.
 
     Example:
         >>> import torch, regtorch
@@ -147,22 +138,22 @@ def sites(model: nn.Module) -> list[str]:
 
 
 def set_key(model: nn.Module, root: Tensor, step: int) -> None:
-    """Gives every site of a converted model its key for one step, and counts its calls from 0.
+    """Give every site of a converted model its key for one step, and count its calls from 0.
 
-    The root key is read once here; the keys of the calls are then derived on the CPU. Call it
+    The root key is read once here; the keys of the calls are then derived on the CPU. Call this
     before each forward pass, and not between a forward pass and its backward.
 
     Args:
-        model: a converted model.
-        root: one key. As with `site_key`, it is not used up.
-        step: the step of training, an integer of at least 0, or a 0-d integer tensor.
+        model: A converted model.
+        root: One key; it may be used again, as with `site_key`.
+        step: The step of training, an integer of at least 0, or a 0-d integer tensor.
 
     Raises:
         TypeError: `root` is not a key, or `step` is not an integer.
         ValueError: `root` is a batch of keys; `step` is negative or not below 2**64; or a module of
             the model drops and is not converted.
 
-    JAX:
+    Note (JAX):
         `regjax.site_key(root, step, name)` is the key of the site `name`.
 
     Example:
@@ -189,16 +180,12 @@ def set_key(model: nn.Module, root: Tensor, step: int) -> None:
 def replay(
     model: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `torch.utils.checkpoint`, where a site is called more than once since `set_key`.
+    """Return contexts for `torch.utils.checkpoint`, if a site is called repeatedly after `set_key`.
 
-    Pass `context_fn=lambda: regtorch.keyed.replay(model)`, with `use_reentrant=False`: the forward
-    pass that is made again then draws what the first one drew.
-
-    Args:
-        model: a converted model, or the part of one that is checkpointed.
-
-    Returns:
-        The contexts of the forward pass and of its repetition.
+    Pass `context_fn=lambda: regtorch.keyed.replay(model)`, with `use_reentrant=False`: the repeated
+    forward pass then draws the same masks as the first one. `model` is a converted model, or the
+    part of one that is checkpointed. The contexts are those of the forward pass and of its
+    repetition.
 
     Example:
         >>> import torch, regtorch

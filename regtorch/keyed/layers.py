@@ -1,8 +1,8 @@
-"""The layers that `regtorch.keyed.convert` turns PyTorch's own into.
+"""The layers to which `regtorch.keyed.convert` converts PyTorch's own.
 
-Each is a subclass that adds nothing but its sites: a layer becomes keyed, and goes back, by a
-change of class. Its parameters, hooks, attributes and every reference to it stay what they were.
-In evaluation it runs PyTorch's own forward.
+Each is a subclass that adds only its sites: conversion and reversion change the class of a layer.
+Its parameters, hooks, attributes and every reference to it stay the same. In evaluation it runs
+PyTorch's own forward.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from regtorch._random.keys import site_words
 
 @dataclasses.dataclass
 class Site:
-    """One place of a model that drops, and what its next key is made from.
+    """A place of a model that drops, with the state from which its next key is derived.
 
     Attributes:
-        name: its name, which `regtorch.site_key` hashes.
-        root: the two words of the root key; None before the first `set_key`.
-        step: the step of training.
-        calls: how many keys it has given since `set_key`.
-        replayed: True where the calls were put back by `keyed.replay`.
+        name: The name that `regtorch.site_key` hashes.
+        root: The two words of the root key; None before the first `set_key`.
+        step: The step of training.
+        calls: The number of keys derived since `set_key`.
+        replayed: Whether `keyed.replay` restored the calls.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Site:
     replayed: bool = False
 
     def key(self, device: torch.device) -> Tensor:
-        """The key of the next call: that of the name, and of `name#1`, `name#2`, … after it.
+        """Return the key of the next call, of the name first and then of `name#1`, `name#2`, ….
 
         Raises:
-            ValueError: no key was set.
-            RuntimeError: a checkpointed call is made again, and which of several is not known.
+            ValueError: No key was set.
+            RuntimeError: A checkpoint repeats one of several calls, and it is unknown which.
         """
         if self.root is None:
             raise ValueError(
@@ -60,7 +60,7 @@ class Site:
         return torch.tensor(words, dtype=torch.uint32, device=device)
 
     def _next_call(self) -> int:
-        # Inside a backward pass a forward is a checkpoint's, made again; -1: there is none.
+        # A forward inside a backward pass (id other than -1) is a checkpoint's, run again.
         if torch._C._current_graph_task_id() != -1 and not self.replayed:
             if self.calls != 1:
                 raise RuntimeError(
@@ -75,17 +75,17 @@ class Site:
 
 
 class Keyed(nn.Module):
-    """A layer with sites; the class of PyTorch's own layer stands behind it."""
+    """A layer with sites, a subclass of PyTorch's own layer."""
 
     sites: tuple[Site, ...]
 
     @classmethod
     def site_names(cls, module: Any, path: str) -> list[str]:
-        """The names of a module's sites, given its path in the model."""
+        """Return the names of a module's sites, given its path in the model."""
         return [path]
 
     def extra_repr(self) -> str:
-        """What PyTorch prints of the layer, and the names of the sites."""
+        """Return PyTorch's text for the layer, with the names of the sites."""
         names = ", ".join(site.name for site in self.sites)
         return ", ".join(filter(None, [super().extra_repr(), f"site={names}"]))
 
@@ -112,7 +112,7 @@ class _KeyedFeatureDropout(_KeyedDropout):
 
     original: ClassVar[Callable[..., Tensor]]
     twin_function = staticmethod(feature_dropout)
-    # The number of dimensions of a batch where other inputs have none; 0 where all have one.
+    # The ndim of a batched input; 0 if every input is batched.
     batched_ndim: ClassVar[int] = 0
 
     def _drop(self, x: Tensor) -> Tensor:
@@ -168,15 +168,15 @@ class KeyedFeatureAlphaDropout(_KeyedFeatureDropout, nn.FeatureAlphaDropout):
 
 
 class KeyedMultiheadAttention(Keyed, nn.MultiheadAttention):
-    """`torch.nn.MultiheadAttention` at a site: in training attention is written out.
+    """`torch.nn.MultiheadAttention` at a site; training computes the attention weights explicitly.
 
-    The mask is drawn for the probabilities, in the shape (batch, heads, queries, keys), whatever
-    the layout of the inputs.
+    The mask is drawn for the weights, in the shape (batch, heads, queries, keys), whatever the
+    layout of the inputs.
     """
 
     @classmethod
     def site_names(cls, module: Any, path: str) -> list[str]:
-        """The module's own path; none where nothing is dropped."""
+        """Return the module's own path; nothing if it does not drop."""
         return [path] if module.dropout else []
 
     def forward(
@@ -190,7 +190,7 @@ class KeyedMultiheadAttention(Keyed, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """The arguments and results of `torch.nn.MultiheadAttention`."""
+        """Take the arguments and return the results of `torch.nn.MultiheadAttention`."""
         if not self.training or self.dropout == 0:
             return super().forward(
                 query,
@@ -225,7 +225,7 @@ class KeyedMultiheadAttention(Keyed, nn.MultiheadAttention):
         return y, weights if need_weights else None
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values as (batch, heads, length, features of a head)."""
+        """Return queries, keys and values as (batch, heads, length, features of a head)."""
         if self.in_proj_weight is None:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         else:
@@ -245,7 +245,7 @@ class KeyedMultiheadAttention(Keyed, nn.MultiheadAttention):
     def _masks(
         self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, scores: Tensor
     ) -> list[Tensor]:
-        """What is added to the scores; True in a boolean mask forbids."""
+        """Return the terms to add to the scores; True in a boolean mask forbids."""
         if attn_mask is not None and attn_mask.dim() == 3:
             attn_mask = attn_mask.unflatten(0, scores.shape[:2])
         if key_padding_mask is not None:
@@ -256,17 +256,17 @@ class KeyedMultiheadAttention(Keyed, nn.MultiheadAttention):
                 if mask.dtype == torch.bool:
                     zeros = torch.zeros_like(mask, dtype=scores.dtype)
                     mask = zeros.masked_fill(mask, -torch.inf)
-                # The keys that the layer adds are seen by all.
+                # Every query may attend to the keys that the layer adds.
                 masks.append(F.pad(mask, (0, scores.shape[-1] - mask.shape[-1])))
         return masks
 
 
 class _KeyedRecurrent(Keyed):
-    """In training layer by layer, with a site after each but the last: `path.0`, `path.1`, ….
+    """A recurrent layer, trained layer by layer, with a site after each but the last: `path.0`, ….
 
-    One layer is PyTorch's own forward on a copy that shares the parameters: packed sequences,
-    missing batches, projections and directions are its business. Where nothing is dropped, the
-    result has the bits of PyTorch's layer; with an initial state it agrees to rounding, since the
+    One layer is PyTorch's own forward on a copy that shares the parameters, and that handles packed
+    sequences, missing batches, projections and directions. Where nothing is dropped, the result is
+    bitwise identical to PyTorch's layer; with an initial state it agrees to rounding, since the
     order of PyTorch's own sums depends on the address of the state.
     """
 
@@ -280,12 +280,12 @@ class _KeyedRecurrent(Keyed):
 
     @classmethod
     def site_names(cls, module: Any, path: str) -> list[str]:
-        """A name for each layer but the last; none where nothing is dropped."""
+        """Return a name for each layer but the last; nothing if the module does not drop."""
         between = module.num_layers - 1 if module.dropout else 0
         return [".".join(filter(None, [path, str(layer)])) for layer in range(between)]
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:  # noqa: A002 - torch.nn's
-        """The arguments and results of PyTorch's layer."""
+        """Take the arguments and return the results of PyTorch's layer."""
         if not self.training or self.dropout == 0:
             return super().forward(input, hx)
         x, states = input, []
@@ -304,7 +304,7 @@ class _KeyedRecurrent(Keyed):
         return dropout(x, self.dropout, key=site.key(x.device))
 
     def _state_of(self, hx: Any, index: int) -> Any:
-        """One layer's part of the initial state."""
+        """Return one layer's part of the initial state."""
         if hx is None:
             return None
         if isinstance(hx, tuple):
@@ -313,7 +313,7 @@ class _KeyedRecurrent(Keyed):
         return hx[index * directions : (index + 1) * directions]
 
     def _layer(self, index: int) -> nn.RNNBase:
-        """One layer as a module of PyTorch's own, on the same parameters."""
+        """Return one layer as a module of PyTorch's own, on the same parameters."""
         layer: Any = copy.copy(self)
         layer.__class__ = self.original
         directions = 2 if self.bidirectional else 1
@@ -346,7 +346,7 @@ class KeyedGRU(_KeyedRecurrent, nn.GRU):
     original = nn.GRU
 
 
-# PyTorch's class -> ours. Exact classes: a subclass may have a forward of its own.
+# The keys are PyTorch's exact classes: a subclass may have a forward of its own.
 KEYED: dict[type[nn.Module], type[Keyed]] = {
     nn.Dropout: KeyedDropout,
     nn.Dropout1d: KeyedDropout1d,

@@ -1,4 +1,11 @@
-"""Modules over the functions: the settings live in the module, the work in the function."""
+"""Modules that hold the settings of the functions, and draw keys from a generator.
+
+In training a module calls its function with the key of the call, `layer(x, key=key)`, or with a key
+drawn from its `generator`; after `eval()` it drops nothing. A module cannot hold a key, which would
+draw the same mask at every step. A number or a 0-d tensor may be assigned to its `rate` at any
+step, such as the result of `linear_rate`. In JAX, call the functions of `regjax` with
+`deterministic=not training`.
+"""
 
 from regtorch.nn._alpha import AlphaDropout, FeatureAlphaDropout
 from regtorch.nn._blocks import DropBlock1d, DropBlock2d, DropBlock3d
@@ -30,5 +37,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """List what is public, for `dir` and completion."""
+    """List the public names, for `dir` and completion."""
     return __all__

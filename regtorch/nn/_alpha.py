@@ -1,4 +1,4 @@
-"""Dropout that keeps mean and variance, for self-normalising networks."""
+"""Modules of alpha dropout, for self-normalizing networks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from regtorch.nn._layer import Layer
 
 
 class AlphaDropout(Layer):
-    """`torch.nn.AlphaDropout` whose masks come from an explicit key or generator.
+    """`torch.nn.AlphaDropout` with masks from an explicit key or generator.
 
-    In training it keeps mean 0 and variance 1. See `regtorch.alpha_dropout`.
-
-    Attributes:
-        rate: the probability that an element is dropped; `p` in PyTorch.
-        generator: where a call without a key draws one from.
+    In training it preserves mean 0 and variance 1; `rate` is `p` in PyTorch. See
+    `regtorch.alpha_dropout`.
 
     Example:
         >>> import torch, regtorch
@@ -27,21 +24,16 @@ class AlphaDropout(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """`regtorch.alpha_dropout`."""
+        """Call `regtorch.alpha_dropout`."""
         return alpha_dropout(x, rate, **options)
 
 
 class FeatureAlphaDropout(Layer):
-    """`torch.nn.FeatureAlphaDropout` whose masks come from an explicit key or generator.
+    """`torch.nn.FeatureAlphaDropout` with masks from an explicit key or generator.
 
-    Alpha dropout of each channel of (N, C, ...) as one. See `regtorch.feature_alpha_dropout`.
-
-    Attributes:
-        rate: the probability that a channel is dropped; `p` in PyTorch.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        ValueError: when called on an input of fewer than 2 dimensions.
+    It drops each channel of (N, C, ...) as one; `rate` is `p` in PyTorch. See
+    `regtorch.feature_alpha_dropout`. A call on an input of fewer than 2 dimensions raises a
+    ValueError.
 
     Example:
         >>> import torch, regtorch
@@ -52,5 +44,5 @@ class FeatureAlphaDropout(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """`regtorch.feature_alpha_dropout`."""
+        """Call `regtorch.feature_alpha_dropout`."""
         return feature_alpha_dropout(x, rate, **options)

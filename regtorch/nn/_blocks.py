@@ -1,4 +1,4 @@
-"""Dropout of blocks of feature maps."""
+"""Modules of DropBlock."""
 
 from __future__ import annotations
 
@@ -14,16 +14,9 @@ from regtorch.nn._layer import Layer
 
 
 class BlockLayer(Layer):
-    """Dropout of blocks, of inputs that have as many spatial dimensions as the layer knows.
+    """DropBlock for inputs with the number of spatial dimensions of the class.
 
-    Attributes:
-        rate: about the share of elements that are zeroed; `p` in torchvision.
-        block_size: how many elements a block has along each spatial dimension.
-        share_channels: whether all channels of a row have one mask.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-        with_noise: whether dropped elements become normal variates, not 0.
-        generator: where a call without a key draws one from.
+    The attributes are the arguments of `regtorch.drop_block`, and `generator`.
     """
 
     spatial_dims: ClassVar[int]
@@ -48,7 +41,7 @@ class BlockLayer(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """`regtorch.drop_block`, of as many dimensions as the layer is made for."""
+        """Call `regtorch.drop_block`, after a check of the dimensions."""
         if check_tensor("x", x).ndim != cls.spatial_dims + 2:
             raise ValueError(
                 f"x must be {cls.spatial_dims + 2}-D for {cls.__name__}, with the batch first and "
@@ -57,7 +50,7 @@ class BlockLayer(Layer):
         return drop_block(x, rate, **options)
 
     def options(self) -> dict[str, Any]:
-        """The shape of the blocks, and what becomes of them and of the rest."""
+        """Return the settings of the blocks."""
         return {
             "block_size": self.block_size,
             "share_channels": self.share_channels,
@@ -67,7 +60,7 @@ class BlockLayer(Layer):
         }
 
     def extra_repr(self) -> str:
-        """What stands between the parentheses of the printed module."""
+        """Return the text between the parentheses of the printed module."""
         shown = {"share_channels": False, "gamma_scale": 1.0, "scale_by_keep": True}
         shown |= {"with_noise": False}
         others = [
@@ -79,21 +72,11 @@ class BlockLayer(Layer):
 
 
 class DropBlock1d(BlockLayer):
-    """DropBlock of (N, C, L), whose masks come from an explicit key or generator.
+    """DropBlock for (N, C, L), with masks from an explicit key or generator.
 
-    In training it zeroes runs of `block_size` neighbouring elements. See `regtorch.drop_block`.
-
-    Attributes:
-        rate: about the share of elements that are zeroed.
-        block_size: how many elements a block has.
-        share_channels: whether all channels of a row have one mask.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-        with_noise: whether dropped elements become normal variates, not 0.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        ValueError: when called on an input that is not 3-D.
+    In training it zeroes runs of `block_size` neighboring elements. The attributes are the
+    arguments of `regtorch.drop_block`, and `generator`. A call on an input that is not 3-D raises a
+    ValueError.
 
     Example:
         >>> import torch, regtorch
@@ -106,55 +89,27 @@ class DropBlock1d(BlockLayer):
 
 
 class DropBlock2d(BlockLayer):
-    """`torchvision.ops.DropBlock2d` whose masks come from an explicit key or generator.
+    """`torchvision.ops.DropBlock2d` with masks from an explicit key or generator.
 
-    In training it zeroes squares of `block_size` by `block_size` elements of (N, C, H, W). See
-    `regtorch.drop_block`.
-
-    Attributes:
-        rate: about the share of elements that are zeroed; `p` in torchvision.
-        block_size: how many elements a block has along each spatial dimension.
-        share_channels: whether all channels of a row have one mask.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-        with_noise: whether dropped elements become normal variates, not 0.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        ValueError: when called on an input that is not 4-D.
+    In training it zeroes squares of `block_size` by `block_size` elements of (N, C, H, W); `rate`
+    is `p` in torchvision. The attributes are the arguments of `regtorch.drop_block`, and
+    `generator`. A call on an input that is not 4-D raises a ValueError.
 
     Example:
         >>> import torch, regtorch
         >>> layer = regtorch.nn.DropBlock2d(0.2, block_size=3)
-        >>> (layer(torch.ones(1, 1, 6, 6), key=regtorch.key(1)) > 0).int()[0, 0]
-        tensor([[1, 1, 1, 1, 1, 1],
-                [1, 1, 0, 0, 0, 1],
-                [1, 1, 0, 0, 0, 1],
-                [1, 1, 0, 0, 0, 1],
-                [1, 1, 1, 1, 1, 1],
-                [1, 1, 1, 1, 1, 1]], dtype=torch.int32)
+        >>> (layer(torch.ones(1, 1, 6, 6), key=regtorch.key(1)) > 0).int()[0, 0, 1]
+        tensor([1, 1, 0, 0, 0, 1], dtype=torch.int32)
     """
 
     spatial_dims: ClassVar[int] = 2
 
 
 class DropBlock3d(BlockLayer):
-    """`torchvision.ops.DropBlock3d` whose masks come from an explicit key or generator.
+    """`torchvision.ops.DropBlock3d` with masks from an explicit key or generator.
 
-    In training it zeroes cubes of `block_size` elements a side of (N, C, D, H, W). See
-    `regtorch.drop_block`.
-
-    Attributes:
-        rate: about the share of elements that are zeroed; `p` in torchvision.
-        block_size: how many elements a block has along each spatial dimension.
-        share_channels: whether all channels of a row have one mask.
-        gamma_scale: a factor of the probability that a block starts.
-        scale_by_keep: whether elements that are kept are scaled.
-        with_noise: whether dropped elements become normal variates, not 0.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        ValueError: when called on an input that is not 5-D.
+    In training it zeroes cubes with an edge of `block_size` elements of (N, C, D, H, W); see
+    `DropBlock2d`. A call on an input that is not 5-D raises a ValueError.
 
     Example:
         >>> import torch, regtorch

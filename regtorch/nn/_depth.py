@@ -1,4 +1,4 @@
-"""Stochastic depth."""
+"""Module of stochastic depth."""
 
 from __future__ import annotations
 
@@ -13,34 +13,22 @@ from regtorch.nn._layer import Layer
 
 
 class DropPath(Layer):
-    """Stochastic depth, on what a residual branch adds: `h + drop_path(branch(h))`.
+    """Stochastic depth for the output of a residual branch: `h + drop_path(branch(h))`.
 
-    In training it zeroes each row of the batch with probability `rate` and divides the others by
-    `1 - rate`. See `regtorch.drop_path`; `regtorch.depth_rates` gives the rates of a stack of
-    layers.
+    In training it zeroes each row of the batch with probability `rate` and divides the others by `1
+    - rate`. `regtorch.drop_path` describes the attributes, and `regtorch.depth_rates` computes the
+    rates of a stack of layers. The constructor raises a ValueError for a `mode` other than "row"
+    and "batch".
 
-    Attributes:
-        rate: the probability that a row is zeroed; timm's `drop_prob`, whose default is 0 too. A
-            number or a 0-d tensor may be assigned to it at any step, as `linear_rate` makes one.
-        mode: "row" decides for each row, "batch" once for all of them.
-        scale_by_keep: False leaves what is kept as it is.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        ValueError: `mode` is neither of the two.
-
-    PyTorch:
-        `timm.layers.DropPath(rate, scale_by_keep)` and
+    Note (PyTorch):
+        `timm.layers.DropPath(rate, scale_by_keep)`, whose `drop_prob` is also 0 by default, and
         `torchvision.ops.StochasticDepth(rate, mode)`.
 
     Example:
         >>> import torch, regtorch
         >>> layer = regtorch.nn.DropPath(0.5)
-        >>> layer(torch.ones(4, 2), key=regtorch.key(0))
-        tensor([[0., 0.],
-                [0., 0.],
-                [2., 2.],
-                [2., 2.]])
+        >>> layer(torch.ones(4, 2), key=regtorch.key(0))[:, 0]
+        tensor([0., 0., 2., 2.])
     """
 
     def __init__(
@@ -57,15 +45,15 @@ class DropPath(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """`regtorch.drop_path`."""
+        """Call `regtorch.drop_path`."""
         return drop_path(x, rate, **options)
 
     def options(self) -> dict[str, Any]:
-        """What is decided at once, and whether what is kept is scaled."""
+        """Return the mode and the choice of scale."""
         return {"mode": self.mode, "scale_by_keep": self.scale_by_keep}
 
     def extra_repr(self) -> str:
-        """What stands between the parentheses of the printed module."""
+        """Return the text between the parentheses of the printed module."""
         mode = "" if self.mode == "row" else f", mode={self.mode!r}"
         scale = "" if self.scale_by_keep else ", scale_by_keep=False"
         return super().extra_repr() + mode + scale

@@ -1,4 +1,4 @@
-"""Dropout of elements."""
+"""Module of elementwise dropout."""
 
 from __future__ import annotations
 
@@ -14,23 +14,19 @@ from regtorch.nn._layer import Layer
 
 
 class Dropout(Layer):
-    """`torch.nn.Dropout` whose masks come from an explicit key or generator.
+    """`torch.nn.Dropout` with masks from an explicit key or generator.
 
     In training it zeroes each element with probability `rate` and divides the others by `1 - rate`;
     after `eval()` it returns its input itself. See `regtorch.dropout`.
 
     Attributes:
-        rate: the probability that an element is zeroed; `p` in `torch.nn.Dropout`.
-        broadcast_dims: dimensions along which one mask is shared.
-        generator: where a call without a key draws one from. A key cannot live here: the same key
-            at every step would be the same mask at every step.
+        rate: The dropout rate; `p` in `torch.nn.Dropout`.
+        broadcast_dims: Dimensions along which one mask is shared.
+        generator: The source of the key of a call without one. A key is refused: it would draw the
+            same mask at every step.
 
-    PyTorch:
-        `torch.nn.Dropout(p=rate)`, which draws from the global generator.
-
-    JAX:
-        `regjax.dropout(x, rate, key=key, deterministic=not training)` gives the same result bit for
-        bit.
+    Note (PyTorch):
+        `torch.nn.Dropout(p=rate)` draws from the global generator.
 
     Example:
         >>> import torch, regtorch
@@ -59,14 +55,14 @@ class Dropout(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """`regtorch.dropout`."""
+        """Call `regtorch.dropout`."""
         return dropout(x, rate, **options)
 
     def options(self) -> dict[str, Any]:
-        """The dimensions that share a mask."""
+        """Return the dimensions that share a mask."""
         return {"broadcast_dims": self.broadcast_dims}
 
     def extra_repr(self) -> str:
-        """What stands between the parentheses of the printed module."""
+        """Return the text between the parentheses of the printed module."""
         shared = f", broadcast_dims={self.broadcast_dims}" if self.broadcast_dims else ""
         return super().extra_repr() + shared

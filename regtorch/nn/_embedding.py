@@ -1,4 +1,4 @@
-"""Dropout of words."""
+"""Module of word dropout."""
 
 from __future__ import annotations
 
@@ -11,18 +11,10 @@ from regtorch.nn._layer import GeneratorModule
 
 
 class EmbeddingDropout(GeneratorModule):
-    """Dropout of whole words: a word that is dropped is dropped wherever it occurs in the batch.
+    """Dropout of whole words: a dropped word is dropped wherever it occurs in the batch.
 
-    It stands behind an embedding, and takes the ids beside the vectors. See
+    It follows an embedding, and takes the ids along with the vectors. See
     `regtorch.embedding_dropout`.
-
-    Attributes:
-        rate: the probability that a word is zeroed.
-        generator: where a call without a key draws one from.
-
-    JAX:
-        `regjax.embedding_dropout(x, ids, rate, key=key, deterministic=not training)` gives the same
-        result bit for bit.
 
     Example:
         >>> import torch, regtorch
@@ -41,10 +33,10 @@ class EmbeddingDropout(GeneratorModule):
     def forward(
         self, x: Tensor, ids: Tensor, *, key: Tensor | torch.Generator | None = None
     ) -> Tensor:
-        """Drops in training, nothing in evaluation; `key` comes before the generator."""
+        """Drop in training, nothing in evaluation; `key` takes precedence over the generator."""
         key = self.generator if key is None else key
         return embedding_dropout(x, ids, self.rate, key=key, deterministic=not self.training)
 
     def extra_repr(self) -> str:
-        """What stands between the parentheses of the printed module."""
+        """Return the text between the parentheses of the printed module."""
         return f"rate={self.rate}"

@@ -1,4 +1,4 @@
-"""Dropout of whole channels."""
+"""Modules of dropout of whole channels."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from regtorch.nn._layer import Layer
 
 
 class FeatureLayer(Layer):
-    """Dropout of whole channels, of inputs that have as many dimensions as the layer knows."""
+    """Dropout of whole channels, for inputs with the numbers of dimensions of the class."""
 
-    # Number of dimensions of the input -> which of them is the channel's. 0: there is no batch.
+    # From the ndim of the input to its channel axis, which is 0 without a batch.
     channel_axes: ClassVar[dict[int, int]]
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """`regtorch.feature_dropout`, the channel's dimension taken from the number of them."""
+        """Call `regtorch.feature_dropout`, with the channel axis for the number of dimensions."""
         if check_tensor("x", x).ndim not in cls.channel_axes:
             known = " or ".join(f"{ndim}-D" for ndim in cls.channel_axes)
             raise RuntimeError(
@@ -31,44 +31,28 @@ class FeatureLayer(Layer):
 
 
 class Dropout1d(FeatureLayer):
-    """`torch.nn.Dropout1d` whose masks come from an explicit key or generator.
+    """`torch.nn.Dropout1d` with masks from an explicit key or generator.
 
-    In training it zeroes each channel of (N, C, L), or of (C, L), with probability `rate` and
-    divides the others by `1 - rate`. See `regtorch.feature_dropout`.
-
-    Attributes:
-        rate: the probability that a channel is zeroed; `p` in PyTorch.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        RuntimeError: when called on an input that is not 2-D or 3-D, as PyTorch does.
+    In training it zeroes each channel of (N, C, L), or of (C, L), with probability `rate`,
+    PyTorch's `p`, and divides the others by `1 - rate`. See `regtorch.feature_dropout`. A call on
+    an input that is not 2-D or 3-D raises a RuntimeError, as PyTorch does.
 
     Example:
         >>> import torch, regtorch
         >>> layer = regtorch.nn.Dropout1d(0.5)
-        >>> layer(torch.ones(4, 2), key=regtorch.key(0))
-        tensor([[0., 0.],
-                [0., 0.],
-                [2., 2.],
-                [2., 2.]])
+        >>> layer(torch.ones(4, 2), key=regtorch.key(0))[:, 0]
+        tensor([0., 0., 2., 2.])
     """
 
     channel_axes: ClassVar[dict[int, int]] = {2: 0, 3: 1}
 
 
 class Dropout2d(FeatureLayer):
-    """`torch.nn.Dropout2d` whose masks come from an explicit key or generator.
+    """`torch.nn.Dropout2d` with masks from an explicit key or generator.
 
-    In training it zeroes each channel of (N, C, H, W) with probability `rate` and divides the
-    others by `1 - rate`. See `regtorch.feature_dropout`. A 3-D input is (N, C, L) and not
-    (C, H, W): PyTorch takes it so, with a warning.
-
-    Attributes:
-        rate: the probability that a channel is zeroed; `p` in PyTorch.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        RuntimeError: when called on an input that is not 3-D or 4-D; PyTorch warns that it will.
+    It zeroes channels of (N, C, H, W), and is otherwise like `Dropout1d`. A 3-D input is (N, C, L)
+    and not (C, H, W), as in PyTorch, which warns. A call on an input that is not 3-D or 4-D raises
+    a RuntimeError; PyTorch warns that it will.
 
     Example:
         >>> import torch, regtorch
@@ -81,17 +65,10 @@ class Dropout2d(FeatureLayer):
 
 
 class Dropout3d(FeatureLayer):
-    """`torch.nn.Dropout3d` whose masks come from an explicit key or generator.
+    """`torch.nn.Dropout3d` with masks from an explicit key or generator.
 
-    In training it zeroes each channel of (N, C, D, H, W), or of (C, D, H, W), with probability
-    `rate` and divides the others by `1 - rate`. See `regtorch.feature_dropout`.
-
-    Attributes:
-        rate: the probability that a channel is zeroed; `p` in PyTorch.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        RuntimeError: when called on an input that is not 4-D or 5-D; PyTorch warns that it will.
+    It zeroes channels of (N, C, D, H, W), or of (C, D, H, W), and is otherwise like `Dropout1d`. A
+    call on an input that is not 4-D or 5-D raises a RuntimeError; PyTorch warns that it will.
 
     Example:
         >>> import torch, regtorch

@@ -1,4 +1,4 @@
-"""What every module of the family shares."""
+"""Base classes of the modules."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from regtorch._random.bernoulli import check_probability
 
 
 class GeneratorModule(nn.Module):
-    """A module that draws a key from its generator where a call is given none."""
+    """A module that draws a key from its generator if a call has none."""
 
     @property
     def generator(self) -> torch.Generator | None:
-        """The generator, or None."""
+        """Return the generator, or None."""
         return self.__dict__["generator"]
 
     @generator.setter
@@ -25,7 +25,7 @@ class GeneratorModule(nn.Module):
 
 
 class Layer(GeneratorModule):
-    """What the family shares: the settings, and where the key comes from."""
+    """A module with a rate, which calls one function."""
 
     def __init__(self, rate: float = 0.5, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -33,19 +33,19 @@ class Layer(GeneratorModule):
         self.generator = generator
 
     def forward(self, x: Tensor, *, key: Tensor | torch.Generator | None = None) -> Tensor:
-        """Drops in training, nothing in evaluation; `key` comes before the generator."""
+        """Drop in training, nothing in evaluation; `key` takes precedence over the generator."""
         key = self.generator if key is None else key
         return self.drop(x, self.rate, key=key, deterministic=not self.training, **self.options())
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """The function that the layer calls, after its own rule for the shape of `x`."""
+        """Call the function of the layer, after its own check of the shape of `x`."""
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """What it passes to the function besides the rate, the key and the mode."""
+        """Return the arguments of the function besides the rate, the key and the mode."""
         return {}
 
     def extra_repr(self) -> str:
-        """What stands between the parentheses of the printed module."""
+        """Return the text between the parentheses of the printed module."""
         return f"rate={self.rate}"

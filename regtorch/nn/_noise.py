@@ -1,4 +1,4 @@
-"""Gaussian noise."""
+"""Modules of Gaussian noise."""
 
 from __future__ import annotations
 
@@ -17,21 +17,10 @@ from regtorch.nn._layer import GeneratorModule, Layer
 
 
 class GaussianDropout(Layer):
-    """Multiplies by normal variates in training; mean and variance are those of dropout.
+    """Multiplication by normal variates with dropout's mean and variance, in training.
 
-    See `regtorch.gaussian_dropout`.
-
-    Attributes:
-        rate: that of the dropout it resembles. A number or a 0-d tensor may be assigned to it at
-            any step.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        ValueError: `rate` is not at least 0 and below 1.
-
-    JAX:
-        `regjax.gaussian_dropout(x, rate, key=key, deterministic=not training)` gives the same
-        result bit for bit. `keras.layers.GaussianDropout(rate)` draws other variates.
+    See `regtorch.gaussian_dropout`. The constructor raises a ValueError for a `rate` outside [0,
+    1).
 
     Example:
         >>> import torch, regtorch
@@ -46,26 +35,15 @@ class GaussianDropout(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """`regtorch.gaussian_dropout`."""
+        """Call `regtorch.gaussian_dropout`."""
         return gaussian_dropout(x, rate, **options)
 
 
 class GaussianNoise(GeneratorModule):
-    """Adds normal variates in training.
+    """Addition of normal variates with standard deviation `stddev`, in training.
 
-    See `regtorch.gaussian_noise`.
-
-    Attributes:
-        stddev: the standard deviation of what is added. A number or a 0-d tensor may be assigned to
-            it at any step.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        ValueError: `stddev` is negative, infinite or NaN.
-
-    JAX:
-        `regjax.gaussian_noise(x, stddev, key=key, deterministic=not training)` gives the same
-        result bit for bit. `keras.layers.GaussianNoise(stddev)` draws other variates.
+    See `regtorch.gaussian_noise`. The constructor raises a ValueError for a negative, infinite or
+    NaN `stddev`. A number or a 0-d tensor may be assigned to it at any step.
 
     Example:
         >>> import torch, regtorch
@@ -80,10 +58,10 @@ class GaussianNoise(GeneratorModule):
         self.generator = generator
 
     def forward(self, x: Tensor, *, key: Tensor | torch.Generator | None = None) -> Tensor:
-        """Adds noise in training, nothing in evaluation; `key` comes before the generator."""
+        """Add noise in training, none in evaluation; `key` takes precedence over the generator."""
         key = self.generator if key is None else key
         return gaussian_noise(x, self.stddev, key=key, deterministic=not self.training)
 
     def extra_repr(self) -> str:
-        """What stands between the parentheses of the printed module."""
+        """Return the text between the parentheses of the printed module."""
         return f"stddev={self.stddev}"

@@ -1,4 +1,4 @@
-"""Dropout for sequences."""
+"""Module of variational dropout, for sequences."""
 
 from __future__ import annotations
 
@@ -15,17 +15,10 @@ from regtorch.nn._layer import Layer
 class VariationalDropout(Layer):
     """Dropout with one mask for all timesteps, also called locked dropout.
 
-    It stands before, between and behind recurrent layers; see `regtorch.variational_dropout`, also
-    for the state inside a recurrence.
-
-    Attributes:
-        rate: the probability that an element is zeroed.
-        time_axis: the dimension of time: 1 of (batch, time, features), 0 of (time, batch,
-            features), which `torch.nn.LSTM` takes unless it is `batch_first`.
-        generator: where a call without a key draws one from.
-
-    Raises:
-        ValueError: when called on an input that has no such dimension.
+    Use it before, between and after recurrent layers; for the state inside a recurrence, see
+    `regtorch.variational_dropout`. The `time_axis` is 1 for (batch, time, features), and 0 for
+    (time, batch, features), which `torch.nn.LSTM` takes unless it is `batch_first`. A call on an
+    input without this dimension raises a ValueError.
 
     Example:
         >>> import torch, regtorch
@@ -47,13 +40,13 @@ class VariationalDropout(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """`regtorch.variational_dropout`."""
+        """Call `regtorch.variational_dropout`."""
         return variational_dropout(x, rate, **options)
 
     def options(self) -> dict[str, Any]:
-        """The dimension along which one mask is shared."""
+        """Return the dimension along which one mask is shared."""
         return {"time_axis": self.time_axis}
 
     def extra_repr(self) -> str:
-        """What stands between the parentheses of the printed module."""
+        """Return the text between the parentheses of the printed module."""
         return f"{super().extra_repr()}, time_axis={self.time_axis}"

@@ -1,4 +1,4 @@
-"""Dropout of weights."""
+"""Module of DropConnect."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ class DropConnect(GeneratorModule):
     """A module whose weights are dropped in training, with one mask for each call.
 
     In training each call runs the wrapped module with `regtorch.drop_connect` of its weights; after
-    `eval()` it runs it as it is. The parameters stay those of the wrapped module, under its names
-    behind `module.`, and the optimizer sees whole weights.
+    `eval()` it runs the module unchanged. The parameters stay those of the wrapped module, under
+    its names with the prefix `module.`, and the optimizer gets undropped weights.
 
     Around a recurrent module, with `rule="weight_hh_*"`, it drops connections between states, with
     one mask for the whole sequence.
 
     Attributes:
-        module: what is wrapped.
-        rate: the probability that a weight is zeroed.
-        names: of the parameters that are dropped, as the wrapped module calls them; told by the
-            rule when the layer is made. "default" is the kernels. Frozen parameters are none.
-        generator: where a call without a key draws one from.
+        module: The wrapped module.
+        rate: The probability that a weight is zeroed.
+        names: The names of the dropped parameters in the wrapped module, selected by the rule
+            ("default": the kernels) at construction. Frozen parameters are never selected.
+        generator: The source of the key of a call without one.
 
     Raises:
-        ValueError: the rule leaves nothing to drop, or as `regtorch.decay_mask`.
+        ValueError: The rule selects nothing, or as for `regtorch.decay_mask`.
 
-    JAX:
-        `regjax.drop_connect` of a tree with the same names and shapes draws the same masks.
+    Note (JAX):
+        `regjax.drop_connect` of a pytree with the same names and shapes draws the same masks.
 
     Example:
         >>> import torch, regtorch
@@ -52,9 +52,8 @@ class DropConnect(GeneratorModule):
         >>> lstm = regtorch.nn.DropConnect(torch.nn.LSTM(4, 3), 0.5, rule="weight_hh_*")
         >>> states, _ = lstm(torch.ones(5, 2, 4), key=regtorch.key(0))
 
-    Source: Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of neural networks using
-    DropConnect", ICML 2013. Of recurrent weights: Merity, Keskar, Socher, "Regularizing and
-    optimizing LSTM language models", ICLR 2018.
+    References:
+        See `regtorch.drop_connect`.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class DropConnect(GeneratorModule):
     def forward(
         self, *args: Any, key: Tensor | torch.Generator | None = None, **kwargs: Any
     ) -> Any:
-        """Calls the wrapped module; `key` comes before the generator."""
+        """Call the wrapped module; `key` takes precedence over the generator."""
         if not self.training:
             return self.module(*args, **kwargs)
         key = self.generator if key is None else key
@@ -88,5 +87,5 @@ class DropConnect(GeneratorModule):
         return torch.func.functional_call(self.module, dict(dropped), args, kwargs)
 
     def extra_repr(self) -> str:
-        """What stands between the parentheses of the printed module."""
+        """Return the text between the parentheses of the printed module."""
         return f"rate={self.rate}, names={self.names}"

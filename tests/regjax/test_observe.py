@@ -221,6 +221,7 @@ class Names:
         pass
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_every_layer_is_recorded_under_the_name_of_its_function(framework):
     for name, run in runs_of(framework):

@@ -33,7 +33,7 @@ SPECIAL = np.array(
 def test_rounded_product_is_the_product(wrap):
     once = np.asarray(wrap(lambda x: rounded_product(x, 1.0))(jnp.asarray(SPECIAL)))
     np.testing.assert_array_equal(once.view("uint32"), SPECIAL.view("uint32"))
-    numbers = np.random.default_rng(0).standard_normal(10_000).astype("float32")
+    numbers = jnp.asarray(np.random.default_rng(0).standard_normal(10_000), "float32")
     for factor in (0.9, 1.5, jnp.float32(0.9)):
         product = wrap(lambda x, factor=factor: rounded_product(x, factor))(numbers)
         np.testing.assert_array_equal(product, numbers * np.float32(factor))

@@ -1,0 +1,72 @@
+"""Check every annotation of the packages at run time: `make test-types`.
+
+A plugin of pytest: `python -m pytest -p tests.types_plugin`. The packages import jaxtyping, and the
+names that only annotations need, under `if TYPE_CHECKING`, which is therefore true while they are
+imported. Their dependencies are imported before: some of those have circular imports there.
+
+A test that passes a wrong argument on purpose is skipped where an annotation refuses the argument
+inside `pytest.raises`; where nothing is raised without this plugin, by the marker `wrong_types`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import typing
+
+import numpy as np
+import pytest
+from beartype import BeartypeConf, FrozenDict, beartype
+from jaxtyping import TypeCheckError, install_import_hook
+
+DEPENDENCIES = [
+    "chex",
+    "equinox",
+    "flax.linen",
+    "flax.nnx",
+    "haiku",
+    "jax.experimental",
+    "jax.export",
+    "optax",
+    "torch",
+    "torch.func",
+]
+PACKAGES = ["regjax", "regshared", "regtorch"]
+
+# As for static type checkers, an int is accepted where a float is expected; and, as for
+# `check_integer`, an integer of NumPy where an int is.
+INTEGERS = FrozenDict({int: int | np.integer})
+check = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=INTEGERS))
+
+
+class Raises(pytest.RaisesExc):
+    """`pytest.raises`, which skips the test where an annotation refuses an argument."""
+
+    def matches(self, exception: BaseException | None) -> bool:
+        """Return whether the exception is an expected one."""
+        if isinstance(exception, TypeCheckError) and "checking the parameters" in str(exception):
+            pytest.skip("an annotation refuses an argument that is wrong on purpose")
+        return super().matches(exception)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import every module of the packages with a check in each function and dataclass."""
+    if loaded := {*PACKAGES} & {*sys.modules}:
+        raise pytest.UsageError(f"{loaded} must not be imported before this plugin.")
+    pytest.raises = Raises
+    for name in DEPENDENCIES:
+        importlib.import_module(name)
+    typing.TYPE_CHECKING = True
+    with install_import_hook(PACKAGES, f"{__name__}.check"):
+        for name in PACKAGES:
+            package = importlib.import_module(name)
+            for module in pkgutil.walk_packages(package.__path__, f"{name}."):
+                importlib.import_module(module.name)
+    typing.TYPE_CHECKING = False
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that passes what annotations refuse."""
+    if item.get_closest_marker("wrong_types"):
+        pytest.skip("an annotation refuses an argument that is wrong on purpose")
