@@ -477,7 +477,8 @@ def _scale_by_radam(
         state = _with_moments(state, updates, b1, b2)
         c1, c2 = bias_correction(b1, state.count), bias_correction(b2, state.count)
         length, limit = _average_lengths(b2, state.count)
-        divides = length > 5.0
+        # Up to 2/3 no length exceeds 5, but that of many steps may round to more.
+        divides = (length > 5.0) & (jnp.asarray(b2) > 2 / 3)
         scale = jnp.where(divides, _rectification(length, limit) * jnp.sqrt(c2), 1.0) / c1
 
         def direction(m: Array, v: Array) -> Array:

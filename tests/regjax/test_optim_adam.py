@@ -84,6 +84,17 @@ def test_radam_divides_from_its_sixth_step_on():
     np.testing.assert_allclose(never, -10.0, rtol=1e-6)
 
 
+def test_radam_divides_by_no_length_that_was_rounded_up():
+    # Of 5 steps it is 5 - 4e-9.
+    updates, _ = scalar_updates(optim.radam(0.1, (0.9, 1 - 1e-9)), [100.0] * 5)
+    np.testing.assert_allclose(updates, -10.0, rtol=1e-6)
+    # Of any number of steps it is less than 5.
+    optimizer = optim.radam(0.1, (0.0, 2 / 3))
+    state = optimizer.init(jnp.array(0.0))
+    state = (*state[:2], state[2]._replace(count=jnp.int32(99)), state[3])
+    np.testing.assert_allclose(optimizer.update(jnp.array(100.0), state)[0], -10.0, rtol=1e-6)
+
+
 def test_radam_adds_eps_to_the_root_that_is_not_corrected():
     (*_, update), _ = scalar_updates(optim.radam(0.1, eps=1.0), [1.0] * 6)
     (*_, without), _ = scalar_updates(optim.radam(0.1), [1.0] * 6)
