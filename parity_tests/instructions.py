@@ -26,17 +26,22 @@ def float16_error() -> str:
 
 
 def levels() -> dict[str, str]:
-    """Return the instruction set of each framework as PyTorch calls it; nothing where not x86."""
+    """Return the instruction set of each framework as PyTorch calls it, where it can be read.
+
+    Nothing where the CPU is not an x86, and not that of XLA before JAX 0.10, where programs cannot
+    be serialized.
+    """
     import torch
 
     if platform.machine() not in ("x86_64", "AMD64"):
         return {}
+    found = {"torch": torch.backends.cpu.get_cpu_capability().lower()}
     # A compiled program contains the features of the CPU that it was compiled for.
     program = jax.jit(lambda x: x + 1).lower(np.float32(0)).compile().runtime_executable()
-    features = program.serialize() if program else b""
-    names = {"avx512": b"+avx512f", "avx2": b"+avx2"}
-    xla = next((level for level, feature in names.items() if feature in features), "default")
-    return {"torch": torch.backends.cpu.get_cpu_capability().lower(), "xla": xla}
+    if serialize := getattr(program, "serialize", None):
+        features, names = serialize(), {"avx512": b"+avx512f", "avx2": b"+avx2"}
+        found["xla"] = next((name for name, it in names.items() if it in features), "default")
+    return found
 
 
 def require(asked: dict[str, str]) -> None:

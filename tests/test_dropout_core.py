@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -164,13 +166,14 @@ def test_a_mask_is_stored_where_elements_would_draw_it_again(monkeypatch, shape,
 # Of 0.9 as a number and as an array, `1 - rate` rounds differently.
 @pytest.mark.parametrize("rate", [0.9, jnp.float32(0.9)], ids=["number", "array"])
 def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
-    spec = jax_dropout.SampledMask("dropout", mask_sampler(JAX.library.bernoulli), (0,))
-    given = (spec, jnp.asarray(X), JAX.key(5), rate)
-    is_number = isinstance(rate, float)
-    observed = jax_dropout._masked_at_number if is_number else jax_dropout._masked_at_tracer
-    dropped, keep = observed(*given)
-    np.testing.assert_array_equal(dropped, jax_dropout.mask_and_scale(*given))
-    np.testing.assert_array_equal(keep, JAX.bernoulli(5, 1 - 0.9, (1, 4, 5)))
+    drop = jax.jit(lambda x: JAX.library.dropout(x, rate, key=JAX.key(5), broadcast_dims=(0,)))
+    events: list[Any] = []
+    with JAX.library.observing(events.append):
+        dropped = jax.block_until_ready(drop(jnp.asarray(X)))
+        jax.effects_barrier()
+    np.testing.assert_array_equal(dropped, drop(jnp.asarray(X)))
+    (event,) = events
+    np.testing.assert_array_equal(event.mask, JAX.bernoulli(5, 1 - 0.9, (1, 4, 5)))
 
 
 def test_a_mask_is_laid_out_as_what_it_masks():
