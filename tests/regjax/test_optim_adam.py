@@ -139,7 +139,7 @@ def test_radam_meets_no_nan_that_it_would_drop():
         return first_update(optim.radam(0.1, (0.9, b2)), jnp.ones(()), jnp.ones(()))
 
     with jax.debug_nans(True):
-        for b2 in (0.999, 0.6):
+        for b2 in (0.999, 0.5):
             scalar_updates(optim.radam(0.1, (0.9, b2)), [1.0] * 4)
             assert jax.grad(first_step)(b2) == 0.0
 

@@ -448,7 +448,9 @@ def test_what_is_no_parameter_is_false_and_not_asked_about():
     assert decay_mask(variables, "kernel")["batch_stats"] == {"kernel": False}
     # Another name beside `params` is no collection of Flax, and is judged.
     assert decay_mask({"params": LAYER, "critic": LAYER})["critic"]["kernel"]
-    assert not decay_mask({"net": {"params": LAYER, "cache": LAYER}})["net"]["params"]["bias"]
+    # Nor is one of these names anywhere else.
+    assert decay_mask({"net": {"params": LAYER, "cache": LAYER}})["net"]["cache"]["kernel"]
+    assert decay_mask({"cache": LAYER})["cache"]["kernel"]
 
 
 def test_partitioned_linen_parameters():
