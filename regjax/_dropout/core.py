@@ -250,7 +250,7 @@ def keep_mask(
     draw = functools.partial(sampler.draw, key, keep_prob, shape, layout)
     first = min([dim for dim in dims if not at_most(x.shape[dim], 1)], default=x.ndim)
     # Shared along the last dimensions only, a mask element stays in a register.
-    is_redrawn = first < x.ndim and not at_most(math.prod(shape[first:]), 1)
+    is_redrawn = not at_most(math.prod(shape[first:]), 1)
     return materialize_mask(draw) if is_redrawn else draw()
 
 
