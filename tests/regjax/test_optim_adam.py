@@ -169,6 +169,13 @@ def test_a_moment_is_averaged_from_the_nearer_end(b1, moment, gradient, expected
         assert found["w"] == expected
 
 
+@each_optimizer
+def test_the_second_moment_fades_by_the_second_beta(make):
+    # The first step does not show it: its bias correction cancels the share of the gradient.
+    _, state = scalar_updates(make(betas=(0.5, 0.75)), [2.0, 1.0])
+    assert state[2].nu == (1.5 if make is optim.adamax else 1.0)
+
+
 def test_only_nadam_adds_two_terms():
     for name, make in OPTIMIZERS.items():
         last = make().init(PARAMS)[3]
