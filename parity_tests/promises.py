@@ -5,6 +5,8 @@ instruction set: `parity_tests.instruction_sets` starts one for each setting. St
 numbers are also compared with digests, and so across processes.
 """
 
+# ruff: noqa: B023  # each function made in a loop is called in the same turn
+
 from __future__ import annotations
 
 import copy
@@ -355,7 +357,7 @@ def attention() -> Pairs:
             for block_size in (None, 16):
 
                 def at(rate: Any, wing: Wing = wing, arrays: Any = arrays, size: Any = block_size):
-                    options = {"broadcast_dropout": shared, "block_size": size}  # noqa: B023
+                    options = {"broadcast_dropout": shared, "block_size": size}
                     return wing.library.dot_product_attention(
                         *arrays, dropout_rng=wing.key(3), dropout_rate=rate, **options
                     )

@@ -69,7 +69,7 @@ def check_settings(layer: object) -> None:
 
 
 class FlaxLayer:
-    """Base of the layers for Linen and NNX: call `function` with the layer's settings.
+    """Base of the layers for Linen and NNX: calls `_function` with the layer's settings.
 
     Attributes:
         _function: The regjax function behind the layer; private, or `nnx.tabulate` would show it.

@@ -7,7 +7,7 @@ from regshared import __version__
 from regshared.extras import needs
 
 with needs("regtorch", extra="torch", package="torch"):
-    import torch as _torch  # noqa: F401
+    import torch as _torch  # noqa: F401  # so that the error names the extra
 
 from regshared.report import DropoutProblem, DropoutReport
 from regtorch import keyed, nn, optim

@@ -3,6 +3,8 @@
 These are the cheapest tests that catch a changed operation in it; `make mutants` runs them first.
 """
 
+# ruff: noqa: B023  # each function made in a loop is called in the same turn
+
 from __future__ import annotations
 
 import itertools
@@ -52,7 +54,7 @@ def test_every_element_takes_the_bits_of_its_own_index(shape):
     theirs = torch_threefry.counter_bits(torch_words(*KEY), shape)
     np.testing.assert_array_equal(theirs.numpy().view(np.uint32), expected)
     for in_place in (False, True):
-        index = jax.jit(lambda: jax_threefry.row_major_index(shape, None, in_place=in_place))()  # noqa: B023
+        index = jax.jit(lambda: jax_threefry.row_major_index(shape, None, in_place=in_place))()
         expected = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
         np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
 
@@ -74,7 +76,7 @@ def test_a_slice_knows_where_it_lies(wing: Wing, whole):
     for far in (0.0, 0.3, 0.999, 1.0):
         starts = {i: int((n - s) * far) for i, (n, s) in enumerate(zip(whole, shape, strict=True))}
         given = starts if far else {}
-        index = jax.jit(lambda: jax_threefry.slice_index(whole, shape, given))()  # noqa: B023
+        index = jax.jit(lambda: jax_threefry.slice_index(whole, shape, given))()
         places = np.indices(shape)
         expected = row_major(whole, tuple(p + starts[i] for i, p in enumerate(places)))
         np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
@@ -92,7 +94,7 @@ def test_more_than_a_word_of_elements():
     """The first shape whose index takes two words, and the last whose index takes one."""
     for shape in ((2**16, 2**16), (2**16, 2**16 + 1)):
         rows = [0, 1, 2**15, 2**16 - 1]
-        draw = lambda: jax_threefry.counter_bits(jax_words(*KEY), shape)[jnp.array(rows), -2:]  # noqa: B023
+        draw = lambda: jax_threefry.counter_bits(jax_words(*KEY), shape)[jnp.array(rows), -2:]
         index = [
             [row * shape[1] + column for column in (shape[1] - 2, shape[1] - 1)] for row in rows
         ]
@@ -140,7 +142,7 @@ def test_a_layout_is_a_sharding_or_a_spec(wing: Wing):
         for layout in (spec, sharding):
             with jax.set_mesh(mesh):
                 mask = wing.library.bernoulli(key, 0.3, expected.shape, out_sharding=layout)
-                index = jax.make_jaxpr(lambda: jax_threefry.row_major_index(mask.shape, layout))()  # noqa: B023
+                index = jax.make_jaxpr(lambda: jax_threefry.row_major_index(mask.shape, layout))()
             axes = [e.outvars[0].aval for e in index.eqns if e.primitive.name == "iota"]
             assert [aval.sharding.spec for aval in axes] == [
                 P(*(spec[axis] if axis == i < len(spec) else None for axis in range(3)))
