@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -64,7 +64,7 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
         {'0.weight': True, '0.bias': True, '1.weight': False, '1.bias': True}
     """
     parameters = _parameters(module)
-    return dict(zip(_names(parameters), bools(parameters, rule), strict=True))
+    return _by_name(parameters, bools(parameters, rule))
 
 
 def decay_rates(
@@ -93,8 +93,7 @@ def decay_rates(
         {'0.weight': 0.1, '0.bias': 0.0, '1.weight': 0.5, '1.bias': 0.0}
     """
     parameters = _parameters(module)
-    found = (rate for rate, _ in rates(parameters, weight_decay, rule))
-    return dict(zip(_names(parameters), found, strict=True))
+    return _by_name(parameters, [rate for rate, _ in rates(parameters, weight_decay, rule)])
 
 
 def decay_groups(
@@ -134,7 +133,8 @@ def decay_groups(
     """
     parameters = _parameters(module)
     groups: dict[float, list[tuple[str, Tensor]]] = {}
-    for parameter, (rate, _) in zip(parameters, rates(parameters, weight_decay, rule), strict=True):
+    decisions = rates(parameters, weight_decay, rule)
+    for parameter, (rate, _) in zip(parameters, decisions, strict=True):
         if not parameter.frozen:
             groups.setdefault(float(rate), []).append((parameter.path, parameter.leaf))
     if not groups:
@@ -199,8 +199,9 @@ def _parameters(module: nn.Module) -> list[Parameter]:
     ]
 
 
-def _names(parameters: Sequence[Parameter]) -> Iterator[str]:
-    return (parameter.path for parameter in parameters)
+def _by_name(parameters: Sequence[Parameter], answers: list[Any]) -> dict[str, Any]:
+    paths = [parameter.path for parameter in parameters]
+    return dict(zip(paths, answers, strict=True))
 
 
 def _place(module: nn.Module, path: str) -> Place:
