@@ -127,7 +127,9 @@ JUDGES = {
     ],
     "regtorch/_decay/param_trees.py": ["tests/regtorch/test_rules.py"],
     "regtorch/_decay/penalty.py": ["tests/regtorch/test_penalty.py"],
-    "regtorch/optim.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_decays.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_groups.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_hooks.py": ["tests/regtorch/test_optim.py"],
 }
 
 
