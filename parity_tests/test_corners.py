@@ -97,7 +97,7 @@ def test_a_changing_flag_switches_between_training_and_evaluation(wing: Wing, de
 @both_wings
 @pytest.mark.parametrize("flag", [0, 1, None, "no"])
 def test_a_flag_that_is_no_boolean_is_refused(wing: Wing, flag):
-    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+    with pytest.raises(TypeError, match="deterministic must be a boolean"):
         wing.dropout(X, 0.5, deterministic=flag)
 
 
@@ -111,7 +111,7 @@ def test_integers_are_refused_with_the_cast_that_mends_it(wing: Wing, dtype, det
 
 @both_wings
 def test_a_missing_key_lists_the_ways_out(wing: Wing):
-    with pytest.raises(ValueError, match="key is missing") as error:
+    with pytest.raises(ValueError, match="key must be a random key in training") as error:
         wing.dropout(X, 0.5, key=None)
     assert all(way in str(error.value) for way in ("key(seed)", "site_key", "deterministic=True"))
 

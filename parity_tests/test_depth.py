@@ -84,7 +84,7 @@ def test_the_corners_are_those_of_dropout(wing: Wing, options):
     assert drop_path(x, 0) is x
     assert drop_path(x, 0.5, deterministic=True) is x
     np.testing.assert_array_equal(wing.numpy(drop_path(x, 1)), np.zeros((30, 4)))
-    with pytest.raises(ValueError, match="key is missing"):
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         drop_path(x, 0.5)
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]; got 2"):
         drop_path(x, 2, key=wing.key(0))

@@ -125,13 +125,13 @@ def test_corners(wing: Wing, name):
     assert function(x, 0.5, deterministic=True) is x
     assert function(wing.array(np.zeros((0, 3), np.float32)), 0.5, key=wing.key(0)).shape == (0, 3)
     assert function(wing.array(np.array(1, np.float32)), 0.5, key=wing.key(0)).shape == ()
-    with pytest.raises(ValueError, match="key is missing"):
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         function(x, 0.5)
     with pytest.raises(TypeError, match="x must be floating"):
         function(wing.array(np.ones(3, np.int32)), 0.5, key=wing.key(0))
     with pytest.raises(TypeError, match="x must be real for Gaussian noise; got dtype"):
         function(wing.array(np.ones(3, np.complex64)), 0.5, key=wing.key(0))
-    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+    with pytest.raises(TypeError, match="deterministic must be a boolean"):
         function(x, 0.5, key=wing.key(0), deterministic=1)
     bad = np.array([np.nan, np.inf, -np.inf], np.float32)
     y = wing.numpy(function(wing.array(bad), 0.1, key=wing.key(0)))

@@ -156,9 +156,8 @@ def mc_dropout(
     prediction, improper = run(inputs, key)
     if settings.outputs == "probabilities" and not isinstance(improper, Tracer) and improper:
         raise ValueError(
-            "outputs='probabilities' must be at least 0 and sum to 1 along class_axis="
-            f"{settings.class_axis}; what predict returns does not. If it returns logits, pass "
-            "outputs='logits'."
+            "predict must return probabilities, at least 0 and with sum 1 along "
+            f"class_axis={settings.class_axis}; got other values. Pass outputs='logits' for logits."
         )
     return prediction
 
@@ -313,25 +312,25 @@ def _check_outputs(one_pass: Callable[..., Any], settings: _Settings) -> None:
     y = jax.eval_shape(one_pass, jnp.uint32(0))
     if not isinstance(y, jax.ShapeDtypeStruct) or not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(
-            "predict must return one floating array, not several, and logits or probabilities "
-            f"rather than classes; got {y}."
+            "predict must return one floating array, not several, of logits or probabilities, not "
+            f"classes; got {y}."
         )
     if settings.outputs != "values":
         if not -y.ndim <= settings.class_axis < y.ndim:
             raise ValueError(
-                f"class_axis must be a dimension of what predict returns, of shape {y.shape}; got "
+                f"class_axis must be a dimension of the output of predict, of shape {y.shape}; got "
                 f"{settings.class_axis}."
             )
         if y.shape[settings.class_axis] < 2:
             raise ValueError(
-                f"class_axis={settings.class_axis} must hold at least two classes; predict returns "
-                f"the shape {y.shape}. From one logit z make two, [0, z]; from one probability p "
-                "make [1 - p, p]."
+                f"class_axis={settings.class_axis} must hold at least two classes; got outputs of "
+                f"shape {y.shape}. Return [0, z] for one logit z, or [1 - p, p] for one "
+                "probability p."
             )
     if 0 not in y.shape and not _depends_on_index(one_pass):
         raise ValueError(
-            "predict must depend on its key; got the same from all passes. Turn dropout on in it "
-            "(deterministic=False, a rate above 0) and give it the key."
+            "predict must depend on its key; got the same output for all keys. Turn its dropout on "
+            "(deterministic=False, a rate above 0), and pass the key to it."
         )
 
 

@@ -129,14 +129,14 @@ class Layer(eqx.Module):
         try:
             flag = check_flag(inference)
         except TypeError:
-            raise TypeError(f"inference must be one boolean; got {inference!r}.") from None
+            raise TypeError(f"inference must be a boolean; got {inference!r}.") from None
         if flag is True or (isinstance(rate_or_stddev, int | float) and rate_or_stddev == 0):
             return inputs[0]
         name = type(self).__name__
         if key is None:
             raise RuntimeError(
-                f"key is missing: {name} in training needs one. Pass key=jax.random.key(seed), or "
-                "evaluate with equinox.nn.inference_mode(model)."
+                f"key must be a random key for {name} in training; got None. Pass "
+                "key=jax.random.key(seed), or evaluate with equinox.nn.inference_mode(model)."
             )
         with jax.named_scope(f"regjax.equinox.{name}"), naming(weights="x"):
             return self._drop(*inputs, rate_or_stddev, key=key, deterministic=flag)
@@ -262,7 +262,8 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
         """
         if deterministic is not None:
             warnings.warn(
-                "Dropout()(deterministic=...) is deprecated: it is called inference.", stacklevel=2
+                "Dropout()(deterministic=...) is deprecated. Pass inference=... instead.",
+                stacklevel=2,
             )
             inference = deterministic
         inference = self.inference if inference is None else inference

@@ -134,9 +134,9 @@ class Layer(FlaxLayer, nnx.Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic is None:
             raise ValueError(
-                f"deterministic is missing: {type(self).__name__} is told neither to drop nor not "
-                "to. Pass it to the constructor or to the call; or set it for a whole model with "
-                "model.train(), model.eval() or nnx.view(model, deterministic=...)."
+                f"deterministic must be a boolean for {type(self).__name__}; got None. Pass it to "
+                "the constructor or the call, or set it for a whole model with model.train(), "
+                "model.eval() or nnx.view(model, deterministic=...)."
             )
         flag = check_flag(deterministic)
         if flag is True:
@@ -156,8 +156,8 @@ class Layer(FlaxLayer, nnx.Module):
             return rngs
         if rngs is None:
             raise ValueError(
-                f"rngs is missing: {type(self).__name__} in training needs a key. Pass "
-                "rngs=nnx.Rngs(seed) to the constructor or to the call, or deterministic=True to "
+                f"rngs must hold a key for {type(self).__name__} in training; got None. Pass "
+                "rngs=nnx.Rngs(seed) to the constructor or the call, or deterministic=True to "
                 "evaluate."
             )
         raise TypeError(f"rngs must be an Rngs, an RngStream or a key; got {rngs!r}.")

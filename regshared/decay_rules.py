@@ -91,8 +91,8 @@ def _apply_rule(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, 
     missed = [parameters[i] for i, index in enumerate(taken) if index is None]
     if missed:
         raise ValueError(
-            f"rule has no pair for {listed(missed)}: end it with ('**', False), ('**', True) or "
-            "('**', 'default')"
+            f"rule must cover all parameters; got no pair for {listed(missed)}. End it with ('**', "
+            "False), ('**', True) or ('**', 'default')."
         )
     decisions = [
         (False, "frozen") if parameter.frozen else _decision(parameter, *pairs[index or 0])
@@ -101,8 +101,8 @@ def _apply_rule(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, 
     asked = [parameter for parameter in parameters if not parameter.frozen]
     if callable(rule) and asked and all(decision is False for decision, _ in decisions):
         raise ValueError(
-            f"rule {_named(rule)} says False of all of {listed(asked)}: for no decay at all, pass "
-            "[('**', False)]"
+            f"rule must select a parameter; got False from {_named(rule)} for all of "
+            f"{listed(asked)}. Pass [('**', False)] for no decay at all."
         )
     return decisions
 
@@ -116,13 +116,11 @@ def _pairs(rule: Rule) -> list[tuple[str, Decision]]:
     if not isinstance(rule, Sequence) or not rule:
         raise TypeError(
             "rule must be 'default', a glob such as '**/kernel', a function (path, leaf, kind) -> "
-            f"bool, or a list of pairs (glob, bool or rate), but it is {rule!r}"
+            f"bool, or a list of pairs (glob, bool or rate); got {rule!r}."
         )
     for position, pair in enumerate(rule):
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise TypeError(
-                f"rule[{position}] must be a pair (glob, bool or rate), but it is {pair!r}"
-            )
+            raise TypeError(f"rule[{position}] must be a pair (glob, bool or rate); got {pair!r}.")
         if pair[1] != "default" and not callable(pair[1]):
             _check_decision(f"rule[{position}], '{pair[0]}',", pair[1])
     return [(pattern, decision) for pattern, decision in rule]
@@ -140,7 +138,10 @@ def _decision(parameter: Parameter, pattern: str, decision: Decision) -> tuple[A
     first, *others = said
     if any(each != first for each in others):
         paths = " and ".join(f"'{place.path}'" for place in parameter.places)
-        raise ValueError(f"rule {name} says {said} of {paths}, which are one parameter")
+        raise ValueError(
+            f"rule must decide once for each parameter; got {said} from {name} for {paths}, which "
+            "are tied. Return the same for all of its names."
+        )
     return first, name
 
 
@@ -150,7 +151,7 @@ def _named(function: Any) -> str:
 
 def _check_decision(what: str, decision: Any) -> None:
     if not isinstance(decision, bool):
-        check_coefficient(what, decision, fix="give True, False, or the rate of its decay")
+        check_coefficient(what, decision, fix="Pass True, False or a rate.")
 
 
 def _by_default(parameter: Parameter) -> tuple[bool, str]:
@@ -159,9 +160,9 @@ def _by_default(parameter: Parameter) -> tuple[bool, str]:
     sure = sorted(decision for decision in decisions if decision is not None)
     if not sure:
         raise ValueError(
-            f"the default rule cannot tell what {listed([parameter])} is, by its name and its "
-            f"module: say it ahead of the default, rule=[('{parameter.places[0].path}', False), "
-            "('**', 'default')]"
+            f"rule must have a pair for {listed([parameter])}; got 'default', which knows neither "
+            f"its name nor its module. Pass [('{parameter.places[0].path}', False), ('**', "
+            "'default')], for example."
         )
     return sure[0]
 
@@ -247,10 +248,13 @@ def _idle(
     earlier = [pairs[index][0] for index in takers if index is not None]
     if earlier:
         return (
-            f"rule has '{pattern}' behind '{earlier[0]}', which takes all that it matches: the "
-            "first pair that matches wins, so put the special ones first"
+            f"rule must use each of its globs; got '{pattern}' after '{earlier[0]}', which decides "
+            f"all that it matches. Put '{pattern}' first: the first matching pair wins."
         )
-    return f"rule has '{pattern}', which matches none of {listed(parameters)}"
+    return (
+        f"rule must match a parameter with each glob; got '{pattern}', which matches none of "
+        f"{listed(parameters)}."
+    )
 
 
 def listed(parameters: Sequence[Parameter]) -> str:
@@ -265,15 +269,15 @@ def bools(parameters: Sequence[Parameter], rule: Rule) -> list[bool]:
     for parameter, (decision, why) in zip(parameters, decisions, strict=True):
         if not isinstance(decision, bool):
             raise TypeError(
-                f"rule {why} gives '{parameter.path}' the rate {decision!r}, but a mask says only "
-                "whether a parameter decays: for rates take decay_rates"
+                f"rule must return True or False for a mask; got the rate {decision!r} from {why} "
+                f"for '{parameter.path}'. Use decay_rates for rates."
             )
     return [decision for decision, _ in decisions]
 
 
 def rates(parameters: Sequence[Parameter], weight_decay: Any, rule: Rule) -> list[tuple[Any, str]]:
     """Return each parameter's rate of decay, and the part of the rule that decided it."""
-    check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+    check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
 
     def rate(decision: Any) -> Any:
         return (weight_decay if decision else 0.0) if isinstance(decision, bool) else decision

@@ -253,7 +253,10 @@ def judge(
     for pattern in allow:
         if not any(site.fits(pattern) for site in sites):
             known = ", ".join(map(str, sites)) or "no site at all"
-            raise ValueError(f"allow has {pattern!r}, which matches none of {known}.")
+            raise ValueError(
+                f"allow must match a site with each glob; got {pattern!r}, which matches none of "
+                f"{known}."
+            )
     allowed = {str(site) for site in sites if any(site.fits(pattern) for pattern in allow)}
     found = [
         *_reused_keys(steps),

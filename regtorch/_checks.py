@@ -76,8 +76,8 @@ def check_generator(name: str, value: Any) -> torch.Generator | None:
     """
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(
-            f"{name} must be a torch.Generator or None; got {describe(value)}. A key in a "
-            "layer would draw the same mask at every step: pass a new key to each call, "
-            "layer(x, key=key), or torch.Generator().manual_seed(seed) here."
+            f"{name} must be a torch.Generator or None; got {describe(value)}. Pass "
+            "torch.Generator().manual_seed(seed), or a new key to each call, layer(x, key=key): a "
+            "key in a layer would draw the same mask at every step."
         )
     return value

@@ -145,8 +145,8 @@ class DropoutGuard:
         """
         if len(self._steps) < 2:
             raise ValueError(
-                f"{len(self._steps)} steps of training were watched, and masks are compared between"
-                " two: run each of two steps in a block of its own, with guard.training(): …"
+                f"a guard must observe two training steps to compare; got {len(self._steps)}. Run "
+                "each of two steps in its own block: with guard.training(): …"
             )
         seen = self._steps, self._evaluations, self._derived
         return judge(*seen, ADVICE, expect, allow, self._observer.idle)
@@ -156,13 +156,13 @@ class DropoutGuard:
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "check_dropout and the blocks of a DropoutGuard must be outside of torch.compile, "
-                "which nobody can observe; got a call while a function is compiled. Check the step "
+                "whose code cannot be observed; got a call in a compiled function. Check the step "
                 "before it is compiled: regtorch.check_dropout(train_step, …)."
             )
         if self._events is not None:
             raise RuntimeError(
                 "guard.training() and guard.evaluation() must not be nested in one another; got a "
-                "block inside a block of the same guard. End the first one before, or use a second "
+                "block inside a block of the same guard. End the first block, or use a second "
                 "DropoutGuard, which may be nested."
             )
         self._events = events = []
@@ -245,8 +245,7 @@ def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
     if not fits:
         got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
         raise ValueError(
-            f"train_step must return what takes the place of the {len(carry)} it was called with "
-            "before the step, such as lambda state, step: update(state, batch)[0] of a pair; got "
-            f"{got}."
+            f"train_step must return the next values of its {len(carry)} arguments before the "
+            f"step; got {got}. Select them: lambda state, step: update(state, batch)[0]."
         )
     return result if others else (result,)

@@ -152,8 +152,8 @@ def mc_dropout(
         _check_outputs(first, outputs, class_axis)
         if _versions(inputs) != versions:
             raise ValueError(
-                "predict writes into its inputs, so that the next pass would see other ones. Turn "
-                "inplace off in the layers that they enter, or let predict copy them: x.clone()."
+                "predict must not write into its inputs, which the next pass uses; got changed "
+                "inputs. Turn inplace off in its first layers, or copy the inputs: x.clone()."
             )
         moments, kept, same = _moments(first, outputs, class_axis), [first], first.numel() > 0
         for index in range(
@@ -169,13 +169,13 @@ def mc_dropout(
                 kept.append(y)
     if same and one_pass.repeats_its_keys():
         raise ValueError(
-            "predict must depend on its key; got the same from all passes. Turn dropout on in it "
-            "(deterministic=False, training mode, a rate above 0) and give it the key."
+            "predict must depend on its key; got the same output for all keys. Turn its dropout on "
+            "(deterministic=False, training mode, a rate above 0), and pass the key to it."
         )
     if same:
         warnings.warn(
-            "all passes returned the same, although their keys differ: at a rate this small, take "
-            "more samples; or what is dropped does not reach the output.",
+            "passes must differ; got the same output from all, although their keys differ. Draw "
+            "more samples at so low a rate, or check that the dropped values reach the output.",
             stacklevel=2,
         )
     return _prediction(moments, torch.stack(kept) if keep_samples else None, class_axis)
@@ -250,9 +250,9 @@ def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
         keyed.set_key(model, key, 0)  # raises for a layer that drops and is not converted
         if not sites and not own:
             raise ValueError(
-                "predict is a model without a layer that drops, so that all passes would be the "
-                "same. If its forward calls regtorch.dropout, pass a function of (*inputs, key) "
-                "that calls the model under regtorch.dropout_only(model)."
+                "predict must have a layer that drops; got a model without one. If its forward "
+                "calls regtorch.dropout, pass a function of (*inputs, key) that calls the model "
+                "under regtorch.dropout_only(model)."
             )
         high, low = key.tolist()
         for site in own.values():
@@ -326,9 +326,8 @@ def _prediction(moments: _Moments, samples: Tensor | None, class_axis: int) -> P
         return Prediction(mean, std, None, None, None, samples)
     if moments.improper:
         raise ValueError(
-            "outputs='probabilities' must be at least 0 and sum to 1 along class_axis="
-            f"{class_axis}; what predict returns does not. If it returns logits, pass "
-            "outputs='logits'."
+            "predict must return probabilities, at least 0 and with sum 1 along "
+            f"class_axis={class_axis}; got other values. Pass outputs='logits' for logits."
         )
     mean = mean.clamp(0, 1)  # rounding could exceed the ends, where entropy is undefined
     entropy = entr(mean).sum(class_axis)
@@ -341,20 +340,20 @@ def _check_outputs(y: Any, outputs: str, class_axis: int) -> None:
     if not isinstance(y, Tensor) or not y.is_floating_point():
         got = f"a tensor of dtype {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise TypeError(
-            "predict must return one floating tensor, not several, and logits or probabilities "
-            f"rather than classes; got {got}."
+            "predict must return one floating tensor, not several, of logits or probabilities, not "
+            f"classes; got {got}."
         )
     if outputs != "values":
         if not -y.ndim <= class_axis < y.ndim:
             raise ValueError(
-                "class_axis must be a dimension of what predict returns, of shape "
+                "class_axis must be a dimension of the output of predict, of shape "
                 f"{tuple(y.shape)}; got {class_axis}."
             )
         if y.shape[class_axis] < 2:
             raise ValueError(
-                f"class_axis={class_axis} must hold at least two classes; predict returns the "
-                f"shape {tuple(y.shape)}. From one logit z make two, [0, z]; from one probability "
-                "p make [1 - p, p]."
+                f"class_axis={class_axis} must hold at least two classes; got outputs of shape "
+                f"{tuple(y.shape)}. Return [0, z] for one logit z, or [1 - p, p] for one "
+                "probability p."
             )
 
 

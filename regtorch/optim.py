@@ -279,8 +279,8 @@ def add_cautious_weight_decay(
     for (name, p), decays in zip(leaves, resolve_mask(mask, leaves), strict=True):
         if decays and p.is_complex():
             raise TypeError(
-                f"cautious decay compares signs, but the parameter '{name}' is complex: use the "
-                "optimizer's weight_decay, or give it False in `mask`"
+                f"parameter '{name}' must be real for cautious decay, which compares signs; got "
+                f"{p.dtype}. Use the optimizer's weight_decay, or set it to False in `mask`."
             )
     decay = _Decay(
         optimizer,
@@ -338,14 +338,14 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
     _check_optimizer(optimizer)
     if not callable(multiplier):
         raise TypeError(
-            f"multiplier must be a function of the step, but it is {multiplier!r}: for a constant "
-            "decay set weight_decay itself"
+            f"multiplier must be a function of the step; got {multiplier!r}. Set weight_decay "
+            "itself for a constant decay."
         )
     for position, group in enumerate(optimizer.param_groups):
         if "weight_decay" not in group:
             raise ValueError(
-                f"{type(optimizer).__name__} has no weight_decay in parameter group {position}: "
-                "there is nothing to schedule"
+                "optimizer must have a weight_decay in each parameter group; got none in group "
+                f"{position} of {type(optimizer).__name__}."
             )
     count = _Count(optimizer, "scheduled_weight_decay")
 
@@ -425,10 +425,10 @@ def layerwise_groups(
     check_callable("layer_of", layer_of, "from a parameter's name to its layer")
     if depth is not None:
         check_integer("depth", depth, minimum=0)
-    check_coefficient("lr", lr, fix="to ascend, pass maximize=True to the optimizer")
-    check_coefficient("lr_factor", lr_factor, fix="pass 1.0 for the same in all layers")
-    check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
-    check_coefficient("decay_factor", decay_factor, fix="pass 1.0 for the same in all layers")
+    check_coefficient("lr", lr, fix="Pass maximize=True to ascend.")
+    check_coefficient("lr_factor", lr_factor, fix="Pass 1.0 for the same in all layers.")
+    check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
+    check_coefficient("decay_factor", decay_factor, fix="Pass 1.0 for the same in all layers.")
     leaves = named_leaves(params)
     _check_mask(mask, weight_decay, leaves)
     layers = [_layer(name, layer_of(name), depth) for name, _ in leaves]
@@ -448,10 +448,10 @@ def layerwise_groups(
 
 def _layer(name: str, layer: Any, depth: int | None) -> int:
     if not isinstance(layer, int) or isinstance(layer, bool):
-        raise TypeError(f"layer_of('{name}') must be an int, but it is {layer!r}")
+        raise TypeError(f"layer_of('{name}') must be an int; got {layer!r}.")
     if layer < 0 or (depth is not None and layer > depth):
         limit = "not negative" if depth is None else f"in [0, depth={depth}]"
-        raise ValueError(f"layer_of('{name}') must be {limit}, but it is {layer}")
+        raise ValueError(f"layer_of('{name}') must be {limit}; got {layer}.")
     return layer
 
 
@@ -461,8 +461,8 @@ def _check_mask(mask: Mask, weight_decay: Schedule, leaves: Sequence[tuple[str, 
     if is_zero or callable(mask) or not leaves or any(resolve_mask(mask, leaves)):
         return
     raise ValueError(
-        "mask must be True for some parameter, since weight_decay is not 0; got False for all "
-        f"of {len(leaves)}, with which nothing decays. For no decay, pass weight_decay=0.0."
+        "mask must be True for some parameter, since weight_decay is not 0; got False for all of "
+        f"{len(leaves)}, with which nothing decays. For no decay, pass weight_decay=0.0."
     )
 
 
@@ -479,7 +479,7 @@ class _Decay:
         others: dict[str, Any] | None = None,
     ) -> None:
         if not callable(weight_decay):
-            check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+            check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
         leaves = [(name, p) for name, p, _ in _parameters(optimizer)]
         _check_mask(mask, weight_decay, leaves)
         self.optimizer, self.weight_decay, self.mask = optimizer, weight_decay, mask
@@ -558,7 +558,7 @@ class _Count:
         group = self.optimizer.param_groups[0]
         step = group.get(self.key, 0)
         value = schedule(step)
-        check_coefficient(f"{name} at step {step}", value, fix="mend the schedule")
+        check_coefficient(f"{name} at step {step}", value, fix="Correct the schedule.")
         group[self.key] = step + 1
         return value
 
@@ -584,11 +584,11 @@ def _check_optimizer(optimizer: Any) -> None:
 def _refuse_unready_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
         raise ValueError(
-            "step(closure) makes the gradients after a coupled decay was to be added to them: call "
-            "backward() before step(), or put the penalty into the loss"
+            "closure must be None with a coupled decay, which needs the gradients before the step; "
+            "got a function. Call backward() before step(), or add a penalty to the loss."
         )
     if getattr(optimizer, "grad_scale", None) is not None:
         raise ValueError(
-            "the gradients are still scaled, so a coupled decay would be too small: call "
-            "scaler.unscale_(optimizer) before scaler.step(optimizer)"
+            "gradients must be unscaled for a coupled decay; got scaled ones. Call "
+            "scaler.unscale_(optimizer) before scaler.step(optimizer)."
         )

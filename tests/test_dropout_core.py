@@ -40,7 +40,7 @@ def test_which_values_are_flags(wing: Wing):
         checked = check(wing.array(np.bool_(flag)))
         assert checked is flag if wing is JAX else checked.item() is flag
     for value in (0, 1, None, "no", wing.array(np.ones(1, bool)), wing.array(np.int32(1))):
-        with pytest.raises(TypeError, match="deterministic must be one boolean"):
+        with pytest.raises(TypeError, match="deterministic must be a boolean"):
             check(value)
 
 

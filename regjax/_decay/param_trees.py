@@ -74,8 +74,8 @@ def decay_mask(
         {'dense': {'bias': True, 'kernel': True}, 'norm': {'bias': True, 'scale': False}}
         >>> decay_mask(params, "encoder/**")
         Traceback (most recent call last):
-        ValueError: rule has 'encoder/**', which matches none of 'dense/bias' [3],
-        'dense/kernel' [2, 3], 'norm/bias' [3], 'norm/scale' [3]
+        ValueError: rule must match a parameter with each glob; got 'encoder/**', which matches
+        none of 'dense/bias' [3], 'dense/kernel' [2, 3], 'norm/bias' [3], 'norm/scale' [3].
     """
     parameters = _parameters(params, frozen)
     return _tree(params, parameters, bools(_present(parameters), rule), False)
@@ -168,16 +168,19 @@ def _parameters(params: PyTree, frozen: str | Sequence[str]) -> list[Parameter |
     if jax.tree_util.all_leaves([params]) and not _is_inexact(params):
         found = f"{params.dtype}{list(params.shape)}" if hasattr(params, "dtype") else repr(params)
         raise TypeError(
-            f"params must be a pytree of parameters; got {found}. If this was called as the mask "
-            "of an optimizer under optax.inject_hyperparams, which takes a function for a "
-            "schedule, pass static_args=('mask',)."
+            f"params must be a pytree of parameters; got {found}. Pass static_args=('mask',) if "
+            "this is the mask of an optimizer under optax.inject_hyperparams, which treats a "
+            "function as a schedule."
         )
     leaves = list(_leaves(params, _Node()))
     patterns = [frozen] if isinstance(frozen, str) else check_strings("frozen", frozen)
     present = _present(leaves)
     for pattern in patterns:
         if present and not any(matches(pattern, leaf.path) for leaf in present):
-            raise ValueError(f"frozen has '{pattern}', which matches none of {listed(present)}")
+            raise ValueError(
+                f"frozen must match a parameter with each glob; got '{pattern}', which matches "
+                f"none of {listed(present)}."
+            )
     return [
         leaf and leaf._replace(frozen=any(matches(pattern, leaf.path) for pattern in patterns))
         for leaf in leaves

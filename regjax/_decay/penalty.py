@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
 
 _T = TypeVar("_T")
-_FIX = "pass 0.0 for no penalty, and of a schedule its value at this step"
+_FIX = "Pass 0.0 for no penalty, or the value of a schedule at this step."
 
 
 def l1_penalty(params: PyTree, weight_decay: ScalarLike, *, mask: Mask = None) -> Scalar:
@@ -205,9 +205,9 @@ def _widened(function: str, name: str, leaf: Any) -> Inexact[Array, "*shape"]:
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         found = f"an array of {leaf.dtype}" if is_array else repr(leaf)
         raise TypeError(
-            f"{function} takes float or complex arrays, but params at '{name}' is {found}: give it "
-            "False in `mask`, or pass the trainable arrays only "
-            "(such as equinox.filter(model, equinox.is_inexact_array))"
+            f"params at '{name}' must be a float or complex array for {function}; got {found}. Set "
+            "it to False in `mask`, or pass the trainable arrays only, such as "
+            "equinox.filter(model, equinox.is_inexact_array)."
         )
     # Half types have too few digits to accumulate in, and float16 overflows at 256 squared.
     leaf = jnp.asarray(leaf)

@@ -312,7 +312,7 @@ def require_key(key: KeyLike | None) -> KeyLike:
     """Return the key if it is present and a single key."""
     if key is None:
         raise ValueError(
-            "key is missing: dropout in training needs one. Pass key=jax.random.key(seed), or "
+            "key must be a random key in training; got None. Pass key=jax.random.key(seed), or "
             "key=regjax.site_key(root, step, site) inside a training loop, or deterministic=True "
             "to evaluate."
         )
@@ -344,7 +344,7 @@ def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
         return deterministic
     if getattr(deterministic, "dtype", None) != np.bool_ or np.ndim(deterministic):
         raise TypeError(
-            "deterministic must be one boolean: False in training, True in evaluation; got "
+            "deterministic must be a boolean, False in training and True in evaluation; got "
             f"{deterministic!r}."
         )
     return deterministic if isinstance(deterministic, Tracer) else bool(deterministic)
@@ -355,8 +355,8 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
     dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
-            "broadcast_dims must be distinct dimensions of x, counted from 0 and below "
-            f"{ndim}; got {tuple(broadcast_dims)}."
+            f"broadcast_dims must be distinct dimensions of x, counted from 0 and below {ndim}; "
+            f"got {tuple(broadcast_dims)}."
         )
     return dims
 

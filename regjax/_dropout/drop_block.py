@@ -209,8 +209,8 @@ class _Blocks:
         high, size = product_words(keep.shape)
         if not isinstance(high, jax.Array) and high:
             raise ValueError(
-                f"x must have fewer than 2**32 elements to mask; got {keep.size}, which are not "
-                "counted. Map over rows with jax.vmap, or pass share_channels=True."
+                f"x must have fewer than 2**32 elements to mask and count; got {keep.size}. Map "
+                "over rows with jax.vmap, or pass share_channels=True."
             )
         kept = jnp.sum(keep, dtype=jnp.uint32)
         # One division of two exact integers, which are rounded where they are large.
@@ -316,14 +316,14 @@ def _check_blocks(
     axis = check_axis("channel_axis", channel_axis, ndim)
     if ndim < 3 or axis == 0:
         raise ValueError(
-            "x must have a batch dimension, which comes first, a channel dimension and at least "
-            f"one spatial dimension; got shape {shape} with channel_axis={channel_axis}."
+            "x must have a batch dimension first, a channel dimension and at least one spatial "
+            f"dimension; got shape {shape} with channel_axis={channel_axis}."
         )
     sizes = [length for dim, length in enumerate(shape) if dim not in (0, axis)]
     if not all(is_known(length) for length in sizes):
         raise ValueError(
-            "x must have spatial dimensions of known size, on which the probability of a block "
-            f"depends; got shape {shape}. Export one program for each size: only the batch and the "
+            "x must have spatial dimensions of known size, which determine the probability of a "
+            f"block; got shape {shape}. Export one program for each size: only the batch and the "
             "channels may be symbolic."
         )
     # An empty map has no place for a block, but its mask still has a shape.

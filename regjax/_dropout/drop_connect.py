@@ -111,6 +111,7 @@ def _chosen(weights: PyTree, rule: Rule) -> PyTree[bool]:
     chosen = decay_mask(weights, rule)
     if not any(jax.tree.leaves(chosen)):
         raise ValueError(
-            f"weights have no leaf that rule {rule!r} says True of, so there is nothing to drop"
+            f"rule must select a leaf of weights to drop; got {rule!r}, which selects none. Pass "
+            "'**' for all."
         )
     return chosen

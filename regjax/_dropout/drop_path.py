@@ -86,7 +86,7 @@ def _shared_dims(ndim: int, mode: str) -> tuple[int, ...]:
     by_row = _check_mode(mode) == "row"
     if by_row and ndim == 0:
         raise ValueError(
-            'x has no dimension, and so no rows. Give it a batch dimension, or pass mode="batch".'
+            'x must have a batch dimension with mode="row"; got shape (). Pass mode="batch".'
         )
     return tuple(range(by_row, ndim))
 

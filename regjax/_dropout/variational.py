@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
 
 
-_ADVICE = " Of a single timestep, use dropout, with the same key at every step."
+_ADVICE = " For a single timestep, use dropout with the same key at every step."
 
 
 def variational_dropout(

@@ -101,6 +101,7 @@ def _check_dtype(dtype: DTypeLike) -> np.dtype:
         raise TypeError(f"dtype must be {wanted}; got {dtype}.")
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(
-            'dtype float64 needs double precision: jax.config.update("jax_enable_x64", True).'
+            "dtype must have at most 32 bits without double precision; got float64. Enable it: "
+            'jax.config.update("jax_enable_x64", True).'
         )
     return dtype

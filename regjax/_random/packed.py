@@ -206,8 +206,9 @@ def _threshold(keep_prob: float | Float[Array, ""], bits: int) -> int | Float[Ar
     threshold = round(float(np.float32(keep_prob)) * levels)
     if 0 < keep_prob < 1 and threshold in (0, levels):
         raise ValueError(
-            f"keep_prob={keep_prob} rounds to {threshold // levels} in {bits} bits: use more bits, "
-            "as in functools.partial(regjax.packed_bernoulli, bits=32), or regjax.bernoulli."
+            f"keep_prob must not round to {threshold // levels} in {bits} bits; got {keep_prob}. "
+            "Use more bits, as in functools.partial(regjax.packed_bernoulli, bits=32), or "
+            "regjax.bernoulli."
         )
     return threshold
 

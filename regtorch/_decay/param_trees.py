@@ -139,8 +139,8 @@ def decay_groups(
             groups.setdefault(float(rate), []).append((parameter.path, parameter.leaf))
     if not groups:
         raise ValueError(
-            "module has no parameter that requires a gradient, so there is nothing to optimize: "
-            "call module.requires_grad_() first"
+            "module must have a parameter that requires a gradient; got none. Call "
+            "module.requires_grad_() first."
         )
     return [{"params": members, "weight_decay": rate} for rate, members in groups.items()]
 
@@ -184,12 +184,15 @@ def _parameters(module: nn.Module) -> list[Parameter]:
     """List the parameters in the order of `named_parameters`, tied ones once."""
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"module must be a torch.nn.Module, whose layers say what decays, but it is {module!r}"
+            f"module must be a torch.nn.Module, whose layers decide what decays; got {module!r}."
         )
     names: dict[Tensor, list[str]] = {}
     for name, leaf in module.named_parameters(remove_duplicate=False):
         if isinstance(leaf, nn.parameter.UninitializedParameter):
-            raise ValueError(f"'{name}' of a lazy module has no shape yet: call the module once")
+            raise ValueError(
+                f"module must have parameters with a shape; got '{name}' of a lazy module. Call "
+                "the module once."
+            )
         names.setdefault(leaf, []).append(name)
     return [
         Parameter(

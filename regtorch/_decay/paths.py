@@ -45,15 +45,15 @@ def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:
     if not isinstance(params, Iterable) or isinstance(params, str):
         raise TypeError(
             f"{what} must be a module, a tensor, a dict from names to tensors, or an iterable of "
-            f"tensors or (name, tensor) pairs, but it is {params!r}"
+            f"tensors or (name, tensor) pairs; got {params!r}."
         )
     leaves: list[tuple[str, Any]] = [
         item if _is_named(item) else (str(position), item) for position, item in enumerate(params)
     ]
     if not leaves and isinstance(params, Iterator):
         raise ValueError(
-            f"{what} is a generator that yields nothing: module.parameters() can be walked only "
-            "once, so call it again for each use, or pass the module itself"
+            f"{what} must yield parameters; got a generator that yields nothing. Call "
+            "module.parameters() again for each use, or pass the module itself."
         )
     return leaves
 

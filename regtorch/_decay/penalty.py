@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from regtorch._decay.validation import Mask
 
 _T = TypeVar("_T")
-_FIX = "pass 0.0 for no penalty, and of a schedule its value at this step"
+_FIX = "Pass 0.0 for no penalty, or the value of a schedule at this step."
 
 
 def l1_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = None) -> Tensor:
@@ -205,8 +205,9 @@ def _widened(function: str, name: str, leaf: Any) -> Tensor:
     if not is_tensor or not (leaf.is_floating_point() or leaf.is_complex()):
         found = f"a tensor of {leaf.dtype}" if is_tensor else repr(leaf)
         raise TypeError(
-            f"{function} takes float or complex tensors, but params at '{name}' is {found}: give "
-            "it False in `mask`, or pass the trainable tensors only (module.named_parameters())"
+            f"params at '{name}' must be a float or complex tensor for {function}; got {found}. "
+            "Set it to False in `mask`, or pass the trainable tensors only, such as "
+            "module.named_parameters()."
         )
     return widened(leaf)
 

@@ -382,7 +382,7 @@ def _check_arrays(*arrays: Tensor) -> None:
             )
     if len({array.dtype for array in arrays}) > 1:
         dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, arrays, strict=True))
-        raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Cast them.")
+        raise TypeError(f"query, key and value must have the same dtype; got {dtypes}. Cast them.")
 
 
 def _scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
@@ -408,21 +408,24 @@ def _check_shapes(
     *key_batch, keys, kv_heads, key_depth = key.shape
     if key_batch != batch or key_depth != depth:
         raise ValueError(
-            f"query and key must have one batch and one depth; got shapes {tuple(query.shape)} and "
-            f"{tuple(key.shape)}."
+            f"query and key must have the same batch and depth; got shapes {tuple(query.shape)} "
+            f"and {tuple(key.shape)}."
         )
     if value.shape[:-1] != key.shape[:-1]:
         raise ValueError(
-            f"value must have key's shape {tuple(key.shape[:-1])} but for the features; got "
+            f"value must have key's shape {tuple(key.shape[:-1])} before its features; got "
             f"{tuple(value.shape)}."
         )
     if not kv_heads or heads % kv_heads:
-        raise ValueError(f"query has {heads} heads, not a multiple of key's {kv_heads}.")
+        raise ValueError(f"query must have a multiple of key's {kv_heads} heads; got {heads}.")
     whole = (*batch, heads, queries, keys)
     if bias is not None and (check_tensor("bias", bias).is_complex() or bias.dtype == torch.bool):
-        raise TypeError(f"bias must be real numbers; got {bias.dtype}. Or pass mask.")
+        raise TypeError(f"bias must be real; got dtype {bias.dtype}. Pass booleans as mask.")
     if mask is not None and check_tensor("mask", mask).dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True to look; got {mask.dtype}. Or pass bias.")
+        raise TypeError(
+            f"mask must be boolean, True to attend; got dtype {mask.dtype}. Pass numbers to add to "
+            "the scores as bias."
+        )
     for name, array in (("bias", bias), ("mask", mask)):
         if array is None:
             continue
@@ -438,7 +441,7 @@ def _require_rng(dropout_rng: Tensor | torch.Generator | None) -> Tensor:
     """Apply `require_key`, with `dropout_rng` as the name of the argument."""
     if dropout_rng is None:
         raise ValueError(
-            "dropout_rng is missing: dropout in training needs a random key. Pass "
+            "dropout_rng must be a random key in training; got None. Pass "
             "dropout_rng=regtorch.key(seed), or dropout_rng=regtorch.site_key(root, step, site) "
             "inside a training loop, or a torch.Generator, or deterministic=True to evaluate."
         )

@@ -334,7 +334,7 @@ def require_key(key: Tensor | torch.Generator | None) -> Tensor:
     """
     if key is None:
         raise ValueError(
-            "key is missing: dropout in training needs one. Pass key=regtorch.key(seed), or "
+            "key must be a random key in training; got None. Pass key=regtorch.key(seed), or "
             "key=regtorch.site_key(root, step, site) inside a training loop, or a torch.Generator, "
             "or deterministic=True to evaluate."
         )
@@ -364,7 +364,7 @@ def check_flag(deterministic: bool | Tensor) -> bool | Tensor:
     is_flag = isinstance(deterministic, Tensor) and deterministic.dtype == torch.bool
     if not (isinstance(deterministic, bool) or (is_flag and deterministic.ndim == 0)):
         raise TypeError(
-            "deterministic must be one boolean: False in training, True in evaluation; got "
+            "deterministic must be a boolean, False in training and True in evaluation; got "
             f"{deterministic!r}."
         )
     return deterministic
@@ -375,8 +375,8 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
     dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
-            "broadcast_dims must be distinct dimensions of x, counted from 0 and below "
-            f"{ndim}; got {tuple(broadcast_dims)}."
+            f"broadcast_dims must be distinct dimensions of x, counted from 0 and below {ndim}; "
+            f"got {tuple(broadcast_dims)}."
         )
     return dims
 

@@ -250,8 +250,8 @@ def _check_blocks(
     axis = check_axis("channel_axis", channel_axis, ndim)
     if ndim < 3 or axis == 0:
         raise ValueError(
-            "x must have a batch dimension, which comes first, a channel dimension and at least "
-            f"one spatial dimension; got shape {shape} with channel_axis={channel_axis}."
+            "x must have a batch dimension first, a channel dimension and at least one spatial "
+            f"dimension; got shape {shape} with channel_axis={channel_axis}."
         )
     # An empty map has no block, but its mask still has a shape.
     sizes = [max(1, length) for dim, length in enumerate(shape) if dim not in (0, axis)]

@@ -143,14 +143,15 @@ def _chosen(weights: Tensor | Mapping[str, Tensor], rule: Rule) -> set[str]:
         if not isinstance(weight, Tensor):
             raise TypeError(
                 "weights must be one tensor, or a dict from names to tensors such as "
-                f"dict(module.named_parameters()); at {name!r} it has {weight!r}."
+                f"dict(module.named_parameters()); got {describe(weight)} at {name!r}."
             )
     known = {n: w for n, w in weights.items() if w.is_floating_point() or w.is_complex()}
     decisions = bools([_parameter(name, weight) for name, weight in known.items()], rule)
     chosen = {name for name, decision in zip(known, decisions, strict=True) if decision}
     if not chosen:
         raise ValueError(
-            f"weights have no tensor that rule {rule!r} says True of, so there is nothing to drop"
+            f"rule must select a tensor of weights to drop; got {rule!r}, which selects none. Pass "
+            "'**' for all."
         )
     return chosen
 

@@ -90,7 +90,7 @@ def _check_ids(ids: Tensor, shape: torch.Size) -> Tensor:
     is_tensor = isinstance(ids, Tensor)
     if not is_tensor or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         found = f"dtype {ids.dtype}" if is_tensor else repr(ids)
-        raise TypeError(f"ids must be a tensor of integers, as an embedding takes it; got {found}.")
+        raise TypeError(f"ids must be a tensor of integers; got {found}.")
     if not shape or shape[:-1] != ids.shape:
         raise ValueError(
             f"ids must have the shape of x without its last axis, {tuple(shape[:-1])}; got "
@@ -98,8 +98,8 @@ def _check_ids(ids: Tensor, shape: torch.Size) -> Tensor:
         )
     if _has_negative(ids):
         raise ValueError(
-            f"ids must not be negative; got {int(ids.min())}. Give the word its "
-            "place in the table, counted from 0."
+            f"ids must not be negative; got {int(ids.min())}. Count words from the start of the "
+            "table."
         )
     return ids
 

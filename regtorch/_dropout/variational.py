@@ -9,7 +9,7 @@ from regtorch._dropout.core import SampledMask, apply_dropout, check_axis, check
 from regtorch._random.bernoulli import Sampler, bernoulli
 from regtorch._random.packed import mask_sampler
 
-_ADVICE = " Of a single timestep, use dropout, with the same key at every step."
+_ADVICE = " For a single timestep, use dropout with the same key at every step."
 
 
 def variational_dropout(

@@ -180,13 +180,13 @@ def check_key(key: Tensor, name: str = "key") -> Tensor:
     """
     if not isinstance(key, Tensor) or key.dtype != torch.uint32 or key.shape[-1:] != (2,):
         raise TypeError(
-            f"{name} must be a key, as regtorch.key(seed) makes one (uint32 of shape (2,)); got "
+            f"{name} must be a key, such as regtorch.key(seed), uint32 of shape (2,); got "
             f"{describe(key)}."
         )
     if key.ndim != 1:
         raise ValueError(
-            f"{name} must be one single key; got a batch of keys, {describe(key)}. To use one key "
-            "for each row, map over both with torch.func.vmap; to use one of them, index it."
+            f"{name} must be a single key; got a batch of keys, {describe(key)}. Map over keys and "
+            "rows with torch.func.vmap, or select one key by its index."
         )
     return key
 

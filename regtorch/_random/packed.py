@@ -148,8 +148,9 @@ def _threshold(keep_prob: float | Tensor, bits: int) -> int | Tensor:
     threshold = round(torch.tensor(keep_prob, dtype=torch.float32).item() * levels)
     if 0 < keep_prob < 1 and threshold in (0, levels):
         raise ValueError(
-            f"keep_prob={keep_prob} rounds to {threshold // levels} in {bits} bits: use more bits, "
-            "as in functools.partial(regtorch.packed_bernoulli, bits=32), or regtorch.bernoulli."
+            f"keep_prob must not round to {threshold // levels} in {bits} bits; got {keep_prob}. "
+            "Use more bits, as in functools.partial(regtorch.packed_bernoulli, bits=32), or "
+            "regtorch.bernoulli."
         )
     return threshold
 

@@ -170,8 +170,8 @@ def set_key(model: nn.Module, root: Tensor, step: int) -> None:
         keyed = KEYED.get(type(module))
         if keyed and keyed.site_names(module, path):
             raise ValueError(
-                f"module {path!r} ({type(module).__name__}) is not converted, and would draw from "
-                "PyTorch's generator: call regtorch.keyed.convert(model) first."
+                f"module {path!r} must be converted; got a {type(module).__name__}, which draws "
+                "from PyTorch's generator. Call regtorch.keyed.convert(model) first."
             )
     for site in _sites(model):
         site.root, site.step, site.calls = (high, low), step, 0
@@ -243,10 +243,10 @@ def _refuse_unknown(path: str, module: nn.Module) -> None:
     if isinstance(module, _FAMILY) and drops and not known:
         base = next(kind for kind in type(module).__mro__ if kind in _FAMILY)
         raise TypeError(
-            f"module {path!r} is a {type(module).__name__}, a subclass of torch.nn."
-            f"{base.__name__} whose forward may differ, and cannot be converted. Put a torch.nn."
-            f"{base.__name__} in its place, or write its forward with regtorch.dropout, or set its "
-            "dropout to 0."
+            f"module {path!r} must be of a class whose forward is known; got "
+            f"{type(module).__name__}, a subclass of torch.nn.{base.__name__}. Use a "
+            f"torch.nn.{base.__name__} instead, or call regtorch.dropout in its forward, or set "
+            "its dropout to 0."
         )
 
 
@@ -255,7 +255,8 @@ def _refuse_renamed(path: str, module: nn.Module) -> None:
         names = [site.name for site in module.sites]
         if names != module.site_names(module, path):
             raise ValueError(
-                f"module {path!r} was converted as part of another model, under the name "
-                f"{', '.join(map(repr, names))}. Call regtorch.keyed.revert(model) first, then "
-                "convert the whole."
+                f"module {path!r} must not be converted as part of another model; got the name "
+                f"{', '.join(map(repr, names))}. Call regtorch.keyed.revert(model), then convert "
+                "the "
+                "whole model."
             )

@@ -70,8 +70,8 @@ class DropConnect(GeneratorModule):
         self.names = tuple(name for name, chosen in decay_mask(module, rule).items() if chosen)
         if not self.names:
             raise ValueError(
-                f"module has no parameter that rule {rule!r} says True of, so there is nothing to "
-                "drop"
+                f"rule must select a parameter of module to drop; got {rule!r}, which selects "
+                "none. Pass '**' for all."
             )
         self.generator = generator
 

@@ -179,7 +179,7 @@ def test_argument_out_of_range_is_refused(arguments, message):
 @pytest.mark.parametrize("value", [True, None, "0.1", jnp.ones(2)])
 @pytest.mark.parametrize("argument", ["momentum", "eps"])
 def test_argument_that_is_no_number_is_refused(argument, value):
-    with pytest.raises(TypeError, match=f"{argument} must be a real number, but it is"):
+    with pytest.raises(TypeError, match=f"{argument} must be a real number; got"):
         optim.muon(**{argument: value})
 
 
