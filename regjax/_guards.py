@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from regjax._random.events import Observer, SampledDraw, observed_by
+from regjax._random.events import Observer, observed_by
 from regshared.checks import check_callable
-from regshared.events import SiteKey
-from regshared.report import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
+from regshared.events import SampledDraw, SiteKey
+from regshared.report import DropoutProblem, DropoutReport, MaskSummary, Site, draws_of, make_report
 
 if TYPE_CHECKING:
     from regshared.report import Expected, Step
@@ -91,7 +91,7 @@ def check_dropout(
     guard = DropoutGuard()
     for step in range(2):
         with guard.training():
-            carry = _carried(train_step(*carry, step), carry)
+            carry = _next_carry(train_step(*carry, step), carry)
     if evaluate is not None:
         with guard.evaluation():
             evaluate(*carry)
@@ -120,7 +120,7 @@ class DropoutGuard:
 
     def __init__(self) -> None:
         self._observer = Observer(self._record, sample=_SAMPLE)
-        self._events: list[SiteKey | Drawn] | None = None
+        self._events: list[SiteKey | MaskSummary] | None = None
         self._steps: list[Step] = []
         self._evaluations: list[Step] = []
         self._derived: set[str] = set()
@@ -128,7 +128,7 @@ class DropoutGuard:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Observe one training step; a report requires two."""
-        with self._watching() as events:
+        with self._observing() as events:
             yield
         self._steps.append(draws_of(events))
         self._derived |= {event.site for event in events if isinstance(event, SiteKey)}
@@ -136,7 +136,7 @@ class DropoutGuard:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """Observe an evaluation, in which nothing may be dropped."""
-        with self._watching() as events:
+        with self._observing() as events:
             yield
         self._evaluations.append(draws_of(events))
 
@@ -156,10 +156,10 @@ class DropoutGuard:
                 f"a guard must observe two training steps to compare; got {len(self._steps)}. Run "
                 "each of two steps in its own block: with guard.training(): …"
             )
-        return judge(self._steps, self._evaluations, self._derived, ADVICE, expect, allow)
+        return make_report(self._steps, self._evaluations, self._derived, ADVICE, expect, allow)
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[list[SiteKey | Drawn]]:
+    def _observing(self) -> Iterator[list[SiteKey | MaskSummary]]:
         if isinstance(jnp.zeros(()), Tracer):
             raise RuntimeError(
                 "check_dropout and the blocks of a DropoutGuard must be outside of jax.jit and of "
@@ -192,21 +192,21 @@ class DropoutGuard:
 _SAMPLE = 2**11
 
 
-def _summary(draw: SampledDraw) -> Drawn:
-    values = draw.entering
+def _summary(sampled: SampledDraw) -> MaskSummary:
+    draw, values = sampled.draw, sampled.draw.entering
     if np.iscomplexobj(values):
         values = np.concatenate([np.real(values), np.imag(values)])
     values = values.astype(float)
-    return Drawn(
+    return MaskSummary(
         order=draw.order,
         site=Site(draw.scope, draw.where),
         key=draw.key,
         origin="",
         function=draw.function,
         rate=draw.rate,
-        shape=draw.shape,
-        size=draw.size,
-        kept=draw.kept,
+        shape=sampled.shape,
+        size=sampled.size,
+        kept=sampled.kept,
         sample=draw.mask.tobytes(),
         values=array("d", values[np.isfinite(values)].tobytes()),
         digits=float(jnp.finfo(draw.entering.dtype).eps),
@@ -241,7 +241,7 @@ ADVICE = {
 }
 
 
-def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+def _next_carry(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the carry of the next step."""
     if not carry:
         return ()

@@ -115,7 +115,7 @@ class Layer(eqx.Module):
         """Check the settings."""
         check_settings(self)
 
-    def _drop(self, *inputs_and_amount: Any, **options: Any) -> Any:
+    def _drop(self, *inputs_and_rate: Any, **options: Any) -> Any:
         """Apply the function behind the layer; `options` holds `key` and `deterministic`."""
         raise NotImplementedError
 

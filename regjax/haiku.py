@@ -142,8 +142,8 @@ def dropout(
     if x.dtype != jnp.float32 or sampler is not bernoulli:
         return regjax.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
     if observers := observer():
-        watched = _masked_at_tracer if is_traced else _masked_at_number
-        dropped, keep = watched(x, key, rate, dims)
+        apply = _masked_at_tracer if is_traced else _masked_at_number
+        dropped, keep = apply(x, key, rate, dims)
         observers.draw("dropout", key_words(key), rate, keep, x)
         return dropped
     return (_at_tracer if is_traced else _at_number)(x, key, rate, dims)
@@ -370,7 +370,7 @@ def gaussian_noise(
     return regjax.gaussian_noise(x, stddev, key=rng)
 
 
-def _as_theirs(
+def _dropout_as_in_haiku(
     x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
 ) -> Float[Array, "*shape"]:
     """Apply dropout by Haiku's operations, which XLA rounds differently from `regjax.dropout`."""
@@ -394,8 +394,8 @@ def _apply_mask(
     return every.astype(x.dtype) * _finite(x, every) / q, keep
 
 
-_at_number = jax.jit(_as_theirs, static_argnums=(2, 3))
-_at_tracer = jax.jit(_as_theirs, static_argnums=3)
+_at_number = jax.jit(_dropout_as_in_haiku, static_argnums=(2, 3))
+_at_tracer = jax.jit(_dropout_as_in_haiku, static_argnums=3)
 _masked_at_number = jax.jit(_apply_mask, static_argnums=(2, 3))
 _masked_at_tracer = jax.jit(_apply_mask, static_argnums=3)
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regshared.checks import check_callable
-from regshared.events import SiteKey
-from regshared.report import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
-from regtorch._random.events import Observer, SampledDraw, observed_by
+from regshared.events import SampledDraw, SiteKey
+from regshared.report import DropoutProblem, DropoutReport, MaskSummary, Site, draws_of, make_report
+from regtorch._random.events import Observer, observed_by
 
 if TYPE_CHECKING:
     from regshared.report import Expected, Step
@@ -83,7 +83,7 @@ def check_dropout(
     guard = DropoutGuard()
     for step in range(2):
         with guard.training():
-            carry = _carried(train_step(*carry, step), carry)
+            carry = _next_carry(train_step(*carry, step), carry)
     if evaluate is not None:
         with guard.evaluation():
             evaluate(*carry)
@@ -112,7 +112,7 @@ class DropoutGuard:
 
     def __init__(self) -> None:
         self._observer = Observer(self._record, sample=_SAMPLE)
-        self._events: list[SiteKey | Drawn] | None = None
+        self._events: list[SiteKey | MaskSummary] | None = None
         self._steps: list[Step] = []
         self._evaluations: list[Step] = []
         self._derived: set[str] = set()
@@ -120,7 +120,7 @@ class DropoutGuard:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Observe one training step; a report needs two of them."""
-        with self._watching() as events:
+        with self._observing() as events:
             yield
         self._steps.append(draws_of(events))
         self._derived |= {event.site for event in events if isinstance(event, SiteKey)}
@@ -128,7 +128,7 @@ class DropoutGuard:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """Observe an evaluation, in which nothing may be dropped."""
-        with self._watching() as events:
+        with self._observing() as events:
             yield
         self._evaluations.append(draws_of(events))
 
@@ -149,10 +149,10 @@ class DropoutGuard:
                 "each of two steps in its own block: with guard.training(): …"
             )
         seen = self._steps, self._evaluations, self._derived
-        return judge(*seen, ADVICE, expect, allow, self._observer.idle)
+        return make_report(*seen, ADVICE, expect, allow, self._observer.idle)
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[list[SiteKey | Drawn]]:
+    def _observing(self) -> Iterator[list[SiteKey | MaskSummary]]:
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "check_dropout and the blocks of a DropoutGuard must be outside of torch.compile, "
@@ -177,7 +177,7 @@ class DropoutGuard:
             return
         if isinstance(event, SiteKey):
             self._events.append(event)
-        elif not event.remade:
+        elif not event.draw.remade:
             self._events.append(_summary(event))
 
 
@@ -185,19 +185,19 @@ class DropoutGuard:
 _SAMPLE = 2**11
 
 
-def _summary(draw: SampledDraw) -> Drawn:
-    values = draw.entering
+def _summary(sampled: SampledDraw) -> MaskSummary:
+    draw, values = sampled.draw, sampled.draw.entering
     values = torch.view_as_real(values) if values.is_complex() else values.to(torch.float64)
-    return Drawn(
+    return MaskSummary(
         order=draw.order,
         site=Site("", draw.where),
         key=draw.key,
         origin="",
         function=draw.function,
         rate=draw.rate,
-        shape=draw.shape,
-        size=draw.size,
-        kept=draw.kept,
+        shape=sampled.shape,
+        size=sampled.size,
+        kept=sampled.kept,
         sample=bytes(draw.mask.tolist()),
         values=array("d", values[values.isfinite()].tolist()),
         digits=torch.finfo(draw.entering.dtype).eps,
@@ -231,7 +231,7 @@ ADVICE = {
 }
 
 
-def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+def _next_carry(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments of the next step, from the result of this one."""
     if not carry:
         return ()

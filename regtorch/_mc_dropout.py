@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.special import entr
 
 from regshared.checks import check_bool, check_callable, check_choice, check_integer
-from regshared.events import SiteKey
+from regshared.events import SampledDraw, SiteKey
 from regtorch import keyed
 from regtorch import nn as layers
 from regtorch._checks import check_module
 from regtorch._dropout.core import real_dtype
-from regtorch._random.events import Draw, Observer, observed_by
+from regtorch._random.events import Observer, observed_by
 from regtorch._random.keys import check_key, site_key
 from regtorch.keyed.layers import KEYED, Keyed, Site
 
@@ -147,7 +147,7 @@ def mc_dropout(
     check_key(key)
     function = _passes(predict) if isinstance(predict, nn.Module) else nullcontext(predict)
     with torch.no_grad(), function as one_pass:
-        versions, one_pass = _versions(inputs), _Watched(one_pass)
+        versions, one_pass = _versions(inputs), _ObservedPass(one_pass)
         first = one_pass(*inputs, key=site_key(key, 0, _SITE))
         _check_outputs(first, outputs, class_axis)
         if _versions(inputs) != versions:
@@ -181,7 +181,7 @@ def mc_dropout(
     return _prediction(moments, torch.stack(kept) if keep_samples else None, class_axis)
 
 
-class _Watched:
+class _ObservedPass:
     """A pass whose first two calls are observed for the keys of their masks."""
 
     def __init__(self, one_pass: Callable[..., Tensor]) -> None:
@@ -194,9 +194,9 @@ class _Watched:
         keys: list[tuple[int, int]] = []
         self._keys.append(keys)
 
-        def record(event: SiteKey | Draw) -> None:
-            if isinstance(event, Draw):
-                keys.append(event.key)
+        def record(event: SiteKey | SampledDraw) -> None:
+            if isinstance(event, SampledDraw):
+                keys.append(event.draw.key)
 
         with observed_by(Observer(record, sample=0)):
             return self._one_pass(*inputs, key=key)

@@ -355,13 +355,13 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
             initial = group.setdefault("initial_weight_decay", group["weight_decay"])
             group["weight_decay"] = initial * factor
 
-    def put_back() -> None:
+    def restore() -> None:
         for group in optimizer.param_groups:
             if "initial_weight_decay" in group:
                 group["weight_decay"] = group.pop("initial_weight_decay")
 
     hook = optimizer.register_step_pre_hook(set_decay)
-    return DecayHandle(hook.remove, count.remove, put_back)
+    return DecayHandle(hook.remove, count.remove, restore)
 
 
 def layerwise_groups(
@@ -506,7 +506,7 @@ class _Decay:
     def couple(self) -> DecayHandle:
         @torch.no_grad()
         def add_to_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            _refuse_unready_gradients(optimizer, args, kwargs)
+            _check_gradients(optimizer, args, kwargs)
             coefficient = self.coefficient()
             for _, p, group, other in self.targets():
                 if p.grad is None:
@@ -522,7 +522,7 @@ class _Decay:
     def decouple(self, *, times_lr: bool = True) -> DecayHandle:
         pending: list[tuple[Tensor, Tensor, float | Tensor, Any]] = []
 
-        def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        def remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             coefficient = self.coefficient()
             pending.clear()
             for _, p, group, other in self.targets():
@@ -537,7 +537,7 @@ class _Decay:
                     p.copy_(now - rate * self.direction(before, before - now, other))
             pending.clear()
 
-        before = self.optimizer.register_step_pre_hook(look)
+        before = self.optimizer.register_step_pre_hook(remember)
         after = self.optimizer.register_step_post_hook(shrink)
         return DecayHandle(before.remove, after.remove, self.count.remove)
 
@@ -581,7 +581,7 @@ def _check_optimizer(optimizer: Any) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {describe(optimizer)}.")
 
 
-def _refuse_unready_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _check_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
         raise ValueError(
             "closure must be None with a coupled decay, which needs the gradients before the step; "

@@ -198,12 +198,12 @@ def dot_product_attention(
     if one_key is None:
         zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
         return zeros() if flag is False else lax.cond(flag, attend, zeros)
-    watched = None
+    recorded = None
     if observers := observer():
         plan = blocks.plan(query, rate)
         ticket = observers.expect_blocks("dot_product_attention", plan)
-        watched = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
-    drop = functools.partial(attend, one_key, rate, watched)
+        recorded = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
+    drop = functools.partial(attend, one_key, rate, recorded)
     return drop() if flag is False else lax.cond(flag, attend, drop)
 
 
@@ -290,12 +290,12 @@ def _mixed(
     precision: Any,
 ) -> Float[Array, "*batch queries heads features"]:
     heads, kv_heads = weights.shape[-3], value.shape[-2]
-    how = {"precision": precision, "preferred_element_type": real_dtype(value.dtype)}
+    options = {"precision": precision, "preferred_element_type": real_dtype(value.dtype)}
     if heads == kv_heads:
-        return jnp.einsum("...hqk,...khd->...qhd", weights, value, **how)
+        return jnp.einsum("...hqk,...khd->...qhd", weights, value, **options)
     split = kv_heads, heads // kv_heads
     grouped = weights.reshape(*weights.shape[:-3], *split, *weights.shape[-2:])
-    mixed = jnp.einsum("...hgqk,...khd->...qhgd", grouped, value, **how)
+    mixed = jnp.einsum("...hgqk,...khd->...qhgd", grouped, value, **options)
     return mixed.reshape(*mixed.shape[:-3], heads, mixed.shape[-1])
 
 
@@ -343,7 +343,7 @@ class _Draw(NamedTuple):
     words: Array
     keep_prob: Array
     # For observers: the ticket of this call, the flag that turns it off, and the rate.
-    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None
+    recorded: tuple[ArrayLike, ArrayLike, ArrayLike] | None
 
 
 def _where_kept(keep: Array | None, weights: Array) -> Array:
@@ -384,8 +384,8 @@ def _attend(
 
     # The derivative draws the same masks again, and records nothing.
     record_block = record_end = None
-    if draw is not None and draw.watched is not None and (observers := observer()):
-        ticket, off, rate = draw.watched
+    if draw is not None and draw.recorded is not None and (observers := observer()):
+        ticket, off, rate = draw.recorded
         words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
         call = BlockwiseCall(ticket, words, inputs, off)
         record_block = functools.partial(observers.block, call)
@@ -450,7 +450,7 @@ def _blockwise(
     mask: Any,
     dropout_rng: KeyLike | None = None,
     rate: float | Float[Array, ""] = 0.0,
-    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+    recorded: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
 ) -> Array:
     # At least one block, even without keys: a scan traces one before it runs.
     whole = blocks.size * (-(-blocks.keys // blocks.size) if blocks.keys else 1)
@@ -463,7 +463,7 @@ def _blockwise(
         keep_prob = keep_prob_of(rate, query.dtype)
         consume(dropout_rng)
         words = jnp.stack(key_words(dropout_rng))
-        draw = _Draw(words, jnp.asarray(keep_prob, np.float32), watched)
+        draw = _Draw(words, jnp.asarray(keep_prob, np.float32), recorded)
         scale = inverse_keep_prob(exact_keep_prob(keep_prob), query.dtype)
     arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
     result, _ = _attend_in_one(blocks, *arrays, draw)

@@ -222,13 +222,13 @@ class SampledMask:
         """Draw the mask, shift and scale."""
         keep_prob = keep_prob_of(rate, x.dtype)
         keep = keep_mask(x, key, keep_prob, self.broadcast_dims, self.sampler)
-        realised = self.sampler.realised_keep_prob(keep_prob)
-        if isinstance(realised, jax.Array):
-            realised = realised.astype(real_dtype(x.dtype))
-        scale = self.scale(realised, x.dtype)
+        realized = self.sampler.realized_keep_prob(keep_prob)
+        if isinstance(realized, jax.Array):
+            realized = realized.astype(real_dtype(x.dtype))
+        scale = self.scale(realized, x.dtype)
         if self.offsets is None:
             return where_kept(keep, x, scale), keep
-        shift, fill = self.offsets(realised, x.dtype)
+        shift, fill = self.offsets(realized, x.dtype)
         # Sum before product: no compiler can contract the two into one rounding. `x` may itself be
         # a product.
         kept = (rounded(x.astype(scale.dtype)) + shift) * scale

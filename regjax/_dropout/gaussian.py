@@ -127,19 +127,19 @@ def gaussian_noise(
 
 def _noisy(
     x: Float[ArrayLike, "*shape"],
-    amount: float | Float[Array, ""],
+    rate_or_stddev: float | Float[Array, ""],
     key: KeyLike | None,
     deterministic: ArrayLike,
     make: Callable[..., Any],
 ) -> Float[Array, "*shape"]:
-    """Check the arguments, take the shortcuts, then return `make(x, key, amount)`."""
+    """Check the arguments, take the shortcuts, then return `make(x, key, rate_or_stddev)`."""
     x = _check_real(x)
     deterministic = check_flag(deterministic)
-    if deterministic is True or (isinstance(amount, float) and amount == 0):
+    if deterministic is True or (isinstance(rate_or_stddev, float) and rate_or_stddev == 0):
         return x
 
     def noisy() -> Float[Array, "*shape"]:
-        return make(x, require_key(key), amount)
+        return make(x, require_key(key), rate_or_stddev)
 
     return noisy() if deterministic is False else lax.cond(deterministic, lambda: x, noisy)
 

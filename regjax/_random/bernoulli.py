@@ -86,7 +86,7 @@ class MaskSampler:
         """Draw a mask from checked arguments; True keeps an element."""
         return self.function(key, keep_prob, shape, out_sharding=out_sharding)
 
-    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+    def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         """Return the number by which kept elements are divided."""
         return keep_prob
 
@@ -118,7 +118,7 @@ class ExactSampler(MaskSampler):
         """Draw a mask."""
         return _threshold_mask(key, _threshold(keep_prob), shape, out_sharding)
 
-    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+    def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         """Return `exact_keep_prob(keep_prob)`."""
         return exact_keep_prob(keep_prob)
 

@@ -61,7 +61,7 @@ class PackedSampler(MaskSampler):
         jitted = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
         return jitted(key, threshold, shape, self.bits, out_sharding)
 
-    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+    def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         """Return a multiple of `2**-bits`."""
         return _threshold(keep_prob, self.bits) / 2**self.bits
 

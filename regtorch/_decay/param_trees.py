@@ -212,8 +212,8 @@ def _place(module: nn.Module, path: str) -> Place:
     *parents, own = path.split(".")
     if parents[-2:-1] == ["parametrizations"]:
         # A tensor that torch.nn.utils.parametrize stores is treated as the weight it makes.
-        how = type(_at(module, parents)[0]).__name__
-        is_magnitude = (how, own) == ("_WeightNorm", "original0")
+        parametrization = type(_at(module, parents)[0]).__name__
+        is_magnitude = (parametrization, own) == ("_WeightNorm", "original0")
         *parents, _, own = parents
         own = "scale" if is_magnitude else own
     owner = _at(module, parents)

@@ -92,11 +92,11 @@ def dot_product_attention(
     Example:
         >>> import torch, regtorch
         >>> q, k, v = torch.randn(3, 2, 100, 4, 8, generator=torch.Generator().manual_seed(0))
-        >>> how = dict(dropout_rng=regtorch.key(1), dropout_rate=0.1, is_causal=True)
-        >>> y = regtorch.dot_product_attention(q, k, v, **how)
+        >>> options = dict(dropout_rng=regtorch.key(1), dropout_rate=0.1, is_causal=True)
+        >>> y = regtorch.dot_product_attention(q, k, v, **options)
         >>> y.shape
         torch.Size([2, 100, 4, 8])
-        >>> blockwise = regtorch.dot_product_attention(q, k, v, block_size=32, **how)
+        >>> blockwise = regtorch.dot_product_attention(q, k, v, block_size=32, **options)
         >>> torch.allclose(y, blockwise, atol=1e-5)
         True
 
@@ -299,11 +299,11 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, mask, words, result, log_total = ctx.saved_tensors
         blocks, wide = ctx.blocks, result.dtype
-        of_result, of_log_total = grad_outputs
+        grad_result, grad_log_total = grad_outputs
         # The gradient that each weight of a row receives through the row's sum.
-        shared = of_log_total - (of_result * result).sum(-1).transpose(-1, -2)
+        shared = grad_log_total - (grad_result * result).sum(-1).transpose(-1, -2)
         # In the wide dtype, since every block adds to the gradient of every query.
-        of_query = torch.zeros_like(query, dtype=wide)
+        grad_query = torch.zeros_like(query, dtype=wide)
         others = [
             torch.zeros_like(x) if wanted else None
             for x, wanted in zip((key, value, bias), ctx.needs_input_grad[4:7], strict=True)
@@ -314,18 +314,18 @@ class _Attend(torch.autograd.Function):
             scores = blocks.scores(query, keys, added, seen, first)
             weights = torch.exp(scores - log_total[..., None])
             keep = blocks.keep(query, words, ctx.keep_prob, first, size)
-            of_weights = _selected(keep, _products(of_result, values.to(wide)))
-            of_scores = weights * (of_weights + shared[..., None])
-            of_products = of_scores * blocks.scores.scale
-            of_query = of_query + _mixed(of_products, keys.to(wide))
-            of_key, of_value, of_bias, _ = _parts((*others, None), first, size)
-            if of_key is not None:
-                of_key += _gathered(of_products, query.to(wide), keys)
-            if of_value is not None:
-                of_value += _gathered(_selected(keep, weights), of_result, values)
-            if of_bias is not None:
-                of_bias += of_scores.sum_to_size(of_bias.shape)
-        return None, None, None, of_query.to(query.dtype), *others, None, None
+            grad_weights = _selected(keep, _products(grad_result, values.to(wide)))
+            grad_scores = weights * (grad_weights + shared[..., None])
+            grad_products = grad_scores * blocks.scores.scale
+            grad_query = grad_query + _mixed(grad_products, keys.to(wide))
+            grad_key, grad_value, grad_bias, _ = _parts((*others, None), first, size)
+            if grad_key is not None:
+                grad_key += _gathered(grad_products, query.to(wide), keys)
+            if grad_value is not None:
+                grad_value += _gathered(_selected(keep, weights), grad_result, values)
+            if grad_bias is not None:
+                grad_bias += grad_scores.sum_to_size(grad_bias.shape)
+        return None, None, None, grad_query.to(query.dtype), *others, None, None
 
 
 def _blockwise(

@@ -114,7 +114,7 @@ def apply_dropout(
         if observers := observer():
             keep = spec.keep(x, one_key, rate, given)
             observers.draw(spec.name, one_key, rate, keep, x, deterministic)
-            dropped = mask_and_scale(_Drawn(spec), x, one_key, rate, keep)
+            dropped = mask_and_scale(_DrawnMask(spec), x, one_key, rate, keep)
         else:
             dropped = mask_and_scale(spec, x, one_key, rate, given)
     if isinstance(deterministic, Tensor):
@@ -188,13 +188,13 @@ class SampledMask:
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         """Mask, shift and scale."""
-        realised = self.sampler.realised_keep_prob(keep_prob_of(rate, x.dtype))
-        if isinstance(realised, Tensor):
-            realised = realised.to(real_dtype(x.dtype))
-        scale = self.scale(realised, x.dtype)
+        realized = self.sampler.realized_keep_prob(keep_prob_of(rate, x.dtype))
+        if isinstance(realized, Tensor):
+            realized = realized.to(real_dtype(x.dtype))
+        scale = self.scale(realized, x.dtype)
         if self.offsets is None:
             return where_kept(keep, x, scale)
-        shift, fill = self.offsets(realised, x.dtype)
+        shift, fill = self.offsets(realized, x.dtype)
         # Sum before product: no compiler can contract the two into one rounding. `x` may itself be
         # a product.
         kept = (rounded(x.to(real_dtype(x.dtype))) + shift) * scale
@@ -264,7 +264,7 @@ def mask_and_scale(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drawn:
+class _DrawnMask:
     """A kind whose mask is already drawn, so that observers get the very tensor that is applied."""
 
     spec: DropoutSpec
@@ -282,8 +282,8 @@ class _Drawn:
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         return self.spec.apply(x, keep, rate)
 
-    def slope(self) -> _Drawn:
-        return _Drawn(self.spec.slope())
+    def slope(self) -> _DrawnMask:
+        return _DrawnMask(self.spec.slope())
 
 
 def keep_prob_of(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:

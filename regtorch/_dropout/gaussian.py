@@ -106,17 +106,17 @@ def gaussian_noise(
 
 def _noisy(
     x: Tensor,
-    amount: float | Tensor,
+    rate_or_stddev: float | Tensor,
     key: Tensor | torch.Generator | None,
     deterministic: bool | Tensor,
     make: Callable[[Tensor, Tensor, float | Tensor], Tensor],
 ) -> Tensor:
-    """Apply `make(x, key, amount)` after checks and shortcuts."""
+    """Apply `make(x, key, rate_or_stddev)` after checks and shortcuts."""
     x = _check_real(x)
     deterministic = check_flag(deterministic)
-    if deterministic is True or (isinstance(amount, float) and amount == 0):
+    if deterministic is True or (isinstance(rate_or_stddev, float) and rate_or_stddev == 0):
         return x
-    noisy = make(x, require_key(key).to(x.device), amount)
+    noisy = make(x, require_key(key).to(x.device), rate_or_stddev)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, noisy)
     return noisy

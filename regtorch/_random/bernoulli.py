@@ -57,7 +57,7 @@ class MaskSampler:
         """Draw a mask from checked arguments; True keeps."""
         return self.function(key, keep_prob, shape)
 
-    def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
+    def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         """Return the number by which kept elements are divided."""
         return keep_prob
 
@@ -87,7 +87,7 @@ class ExactSampler(MaskSampler):
 
         return in_pieces(mask, shape, key.device)
 
-    def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
+    def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         """Return a multiple of 2**-23 where the difference is large."""
         return exact_keep_prob(keep_prob)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from regshared.checks import check_callable
-from regshared.events import SiteKey
+from regshared.events import SampledDraw, SiteKey
 from regtorch._random.collect import BlockwiseDraw, BlockwisePlan, Collected
 
 
@@ -50,21 +50,6 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampledDraw(Draw):
-    """A `Draw` for an observer of samples: `mask` and `entering` are one-dimensional samples.
-
-    Attributes:
-        shape: The shape of the values that were masked.
-        size: The number of elements of the mask.
-        kept: The number of kept elements.
-    """
-
-    shape: tuple[int, ...]
-    size: int
-    kept: int
-
-
-@dataclasses.dataclass(frozen=True)
 class _Call:
     """A call of a dropout function, as counted by one observer."""
 
@@ -86,9 +71,7 @@ class Observer:
         idle: The sites of converted layers that were called in training at rate 0.
     """
 
-    def __init__(
-        self, record: Callable[[SiteKey | Draw], None], *, sample: int | None = None
-    ) -> None:
+    def __init__(self, record: Callable[[Any], None], *, sample: int | None = None) -> None:
         self.record = record
         self.idle: set[str] = set()
         self._sample = sample
@@ -118,11 +101,11 @@ class Observer:
         self, call: _Call, key: tuple[int, int], rate: float, mask: Collected, entering: Collected
     ) -> None:
         names = call.function, call.where, call.remade
-        fields = call.order, key, rate, mask.values, entering.values, *names
+        draw = Draw(call.order, key, rate, mask.values, entering.values, *names)
         if self._sample is None:
-            self.record(Draw(*fields))
+            self.record(draw)
         else:
-            self.record(SampledDraw(*fields, entering.shape, mask.size, mask.nonzero))
+            self.record(SampledDraw(draw, entering.shape, mask.size, mask.nonzero))
 
 
 class Observers:
@@ -162,7 +145,7 @@ class Observers:
             for member, call in calls:
                 member.draw(call, (high, low), float(rate), mask, entering)
 
-        _Tell.apply(record, key, rate, mask, entering.detach(), off)
+        _CallAtRuntime.apply(record, key, rate, mask, entering.detach(), off)
 
     def blockwise(
         self, function: str, rate: float | Tensor, plan: BlockwisePlan, off: bool | Tensor
@@ -200,7 +183,7 @@ class _Blockwise:
             member.end(call, (high, low), float(self.rate), draw)
 
 
-class _Tell(torch.autograd.Function):
+class _CallAtRuntime(torch.autograd.Function):
     """A function call with the values behind `torch.func`'s transforms; per row under vmap."""
 
     @staticmethod
@@ -219,7 +202,7 @@ class _Tell(torch.autograd.Function):
                 arg if dim is None else arg.select(dim, row)
                 for arg, dim in zip(args, in_dims, strict=True)
             )
-            _Tell.apply(*at_row)
+            _CallAtRuntime.apply(*at_row)
         return torch.empty(0), None
 
 

@@ -57,7 +57,7 @@ class PackedSampler(MaskSampler):
         grouped = (*shape[:axis], shape[axis] // _LANES, *shape[axis + 1 :])
         return _spread(_compared(words, threshold, self.bits, grouped), axis).reshape(shape)
 
-    def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
+    def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         """Return a multiple of `2**-bits`."""
         return _threshold(keep_prob, self.bits) / 2**self.bits
 

@@ -94,8 +94,8 @@ def convert(model: _M) -> _M:
     """
     found = []
     for path, module in check_module("model", model).named_modules():
-        _refuse_unknown(path, module)
-        _refuse_renamed(path, module)
+        _check_class(path, module)
+        _check_names(path, module)
         keyed = KEYED.get(type(module))
         names = keyed.site_names(module, path) if keyed else []
         if names:
@@ -237,7 +237,7 @@ def _sites(model: nn.Module) -> Iterator[Site]:
     return (site for module in _keyed_modules(model) for site in module.sites)
 
 
-def _refuse_unknown(path: str, module: nn.Module) -> None:
+def _check_class(path: str, module: nn.Module) -> None:
     known = type(module) in KEYED or isinstance(module, Keyed)
     drops = getattr(module, "p", 0) or getattr(module, "dropout", 0)
     if isinstance(module, _FAMILY) and drops and not known:
@@ -250,7 +250,7 @@ def _refuse_unknown(path: str, module: nn.Module) -> None:
         )
 
 
-def _refuse_renamed(path: str, module: nn.Module) -> None:
+def _check_names(path: str, module: nn.Module) -> None:
     if isinstance(module, Keyed):
         names = [site.name for site in module.sites]
         if names != module.site_names(module, path):

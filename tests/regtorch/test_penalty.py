@@ -316,7 +316,11 @@ def test_a_reference_goes_by_names():
         ({"kernel": KERNEL}, ValueError, "reference must have .* got none for 'bias'"),
         ({**REFERENCE, "x": BIAS}, ValueError, "reference must have .* got 'x', which is none"),
         ([KERNEL, BIAS], ValueError, "reference must have .* got none for 'kernel'"),
-        ({**REFERENCE, "kernel": BIAS}, ValueError, r"reference at 'kernel' must have .* got \(1,\)"),
+        (
+            {**REFERENCE, "kernel": BIAS},
+            ValueError,
+            r"reference at 'kernel' must have .* got \(1,\)",
+        ),
         ({**REFERENCE, "kernel": None}, TypeError, "'kernel' must be a float .*; got None"),
         (
             {**REFERENCE, "kernel": KERNEL.int()},
