@@ -1,28 +1,26 @@
-"""Decays beyond L2, attached to any optimizer of `torch.optim`; links of a chain in `regjax.optim`.
+"""Decays beyond L2 for any optimizer of `torch.optim`, the links of a chain in `regjax.optim`.
 
     optimizer = torch.optim.Adam(model.named_parameters(), lr=1e-3)
     handle = add_l1_decay(optimizer, 1e-4, mask=lambda name, tensor: tensor.ndim > 1)
     ...                                # loss.backward(), optimizer.step(), scheduler.step()
     handle.remove()
 
-A decay is a pair of step hooks. A coupled one adds to `p.grad` before the step, after any clipping,
-and in place like `torch.nn.utils.clip_grad_norm_`. A decoupled one subtracts from the parameter
-after the step a term computed from the parameter before it, which meanwhile takes one copy of the
-decaying parameters. Several decays act in the order in which they were attached.
+A decay is a pair of step hooks; several act in the order in which they were attached. A coupled
+decay adds to `p.grad` in place before the step, after any clipping. It cannot act inside
+`step(closure)` or on scaled gradients: `step` raises an error, and a penalty in the loss is the
+alternative. A decoupled decay subtracts from the parameter after the step a term computed from a
+copy made before it, multiplied by the `lr` of the group at that step.
 
-Masks and references use the names of the parameters if the optimizer was made with
-`named_parameters()`, and their positions, '0', '1', ..., if with `parameters()`. A parameter whose
-gradient is None, which torch skips, does not decay. Parameter groups and learning-rate schedulers
-work as before: a decoupled decay is multiplied by the `lr` of its group at the step. Hooks are
-neither copied nor pickled with an optimizer: attach them again.
+Masks and references use the names that the optimizer has from `named_parameters()`, or the
+positions '0', '1', ... after `parameters()`. A parameter whose gradient is None does not decay.
+Hooks are neither copied nor pickled with an optimizer: attach them again.
 
-Each `weight_decay` may be a function from the step, counted from 0, to the coefficient. The count
-is stored in `optimizer.param_groups[0]`, so `optimizer.state_dict()` saves it and `load_state_dict`
-restores it, before or after the decays are attached, in the same order.
+Each `weight_decay` may be a function from the step, counted from 0, to the coefficient.
+`optimizer.param_groups[0]` holds the count, so that `state_dict()` and `load_state_dict` restore it
+for decays attached in the same order.
 
-Coupled decay cannot act inside `step(closure)`, nor on gradients that are still scaled: `step`
-raises an error, and a penalty in the loss does the same there. L2 itself is the `weight_decay` of
-`torch.optim`; the elastic net is that, with `2 * l2`, together with `add_l1_decay(optimizer, l1)`.
+L2 itself is the `weight_decay` of `torch.optim`; the elastic net adds `add_l1_decay(optimizer, l1)`
+to a `weight_decay` of `2 * l2`.
 """
 
 from __future__ import annotations
@@ -71,25 +69,13 @@ _taken: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictiona
 
 
 class DecayHandle:
-    """A handle that removes a decay from its optimizer.
-
-    Example:
-        >>> import torch
-        >>> weight = torch.ones(1, requires_grad=True)
-        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
-        >>> handle = add_independent_weight_decay(optimizer, 0.25)
-        >>> handle.remove()
-        >>> weight.grad = torch.zeros(1)
-        >>> optimizer.step()
-        >>> weight.item()
-        1.0
-    """
+    """Handle that removes a decay from its optimizer."""
 
     def __init__(self, *removals: Callable[[], None]) -> None:
         self._removals = removals
 
     def remove(self) -> None:
-        """Detach the decay, and forget the count of its schedule; a second call does nothing."""
+        """Detach the decay and its count; a second call does nothing."""
         for removal in self._removals:
             removal()
         self._removals = ()
@@ -102,14 +88,14 @@ def add_l1_decay(
 
     $$g \leftarrow g + \lambda_t \operatorname{sign}(w), \qquad \operatorname{sign}(0) = 0$$
 
-    At every step this acts like `regtorch.l1_penalty(params, weight_decay)` in the loss, without a
+    At every step this equals `regtorch.l1_penalty(params, weight_decay)` in the loss, without a
     factor 2. Decoupled, $w \leftarrow w - \eta_t \lambda_t \operatorname{sign}(w)$ bypasses the
-    moments, and no penalty does the same.
+    moments, and no penalty is equal to it.
 
     Args:
         optimizer: Any optimizer of `torch.optim`.
         weight_decay: $\lambda$: a finite number, not negative, or a function from the step, counted
-            from 0, to it.
+            from 0, to one.
         decoupled: Whether to shrink the parameters themselves, by learning rate times coefficient.
         mask: Which parameters decay; see `regtorch.l2_penalty`.
 
@@ -118,10 +104,10 @@ def add_l1_decay(
 
     Raises:
         TypeError: `optimizer` is not an optimizer, `weight_decay` is not a number, `decoupled` is
-            not a bool, or a value of the mask is neither True nor False.
+            not a bool, or a value of the mask is not a bool.
         ValueError: `weight_decay` is negative, infinite or NaN (for a schedule, `step` raises it);
             the mask does not fit the parameters, or is False for all of them; or a coupled `step`
-            gets a closure or gradients that are still scaled.
+            gets a closure or scaled gradients.
 
     Note (JAX):
         `regjax.optim.add_l1_decay(weight_decay)`, ahead of the optimizer in `optax.chain`, or
@@ -136,6 +122,7 @@ def add_l1_decay(
         >>> optimizer.step()
         >>> weight.detach()
         tensor([ 1.2500, -2.2500, -0.5000])
+        >>> handle.remove()
 
     References:
         Tibshirani, "Regression Shrinkage and Selection via the Lasso", JRSS B 58(1), 1996.
@@ -157,26 +144,25 @@ def add_l2_sp_decay(
 
     $$g \leftarrow g + \lambda_t (w - w^0)$$
 
-    With `weight_decay=2 * c` this acts at every step like `regtorch.l2_sp_penalty(params,
-    reference, c)` in the loss, which has no factor of one half and so the gradient
-    $2 c (w - w^0)$. The result and other errors are those of `add_l1_decay`.
+    With `weight_decay=2 * c` this equals `regtorch.l2_sp_penalty(params, reference, c)` in the
+    loss, whose gradient is $2 c (w - w^0)$. The result and other errors are those of
+    `add_l1_decay`.
 
     Args:
         optimizer: Any optimizer of `torch.optim`.
-        reference: $w^0$: a module, tensor, dict or iterable as a penalty takes, with the
-            optimizer's names for the parameters, and the same shapes where they decay. It is copied
-            now, so the model itself will do, and then decays toward its current parameters. The
-            copy is on the device of the parameters and in no state dict: pass the same reference to
-            resume.
+        reference: $w^0$: a module, tensor, dict or iterable, with the optimizer's names of the
+            parameters and, where they decay, their shapes. It is copied to their devices, so that
+            the model itself means its current parameters. No state dict holds the copy: pass the
+            same reference to resume.
         weight_decay: $\lambda$; see `add_l1_decay`.
         decoupled: See `add_l1_decay`.
         mask: See `add_l1_decay`.
 
     Raises:
         TypeError: `reference` is none of the four; or the reference of a parameter is not a float
-            or complex tensor, or is complex and the parameter real.
+            or complex tensor, or is complex while the parameter is real.
         ValueError: `reference` is a generator that yields nothing, has other names than the
-            parameters, or a tensor of another shape: the message names it.
+            parameters, or a tensor of another shape; the message names it.
 
     Example:
         >>> import torch
@@ -189,8 +175,7 @@ def add_l2_sp_decay(
         tensor([1.0000, 2.5000])
 
     References:
-        Li, Grandvalet and Davoine, [Explicit Inductive Bias for Transfer Learning with
-        Convolutional Networks](https://arxiv.org/abs/1802.01483), ICML 2018.
+        Li, Grandvalet and Davoine, [ICML 2018](https://arxiv.org/abs/1802.01483).
     """
     check_bool("decoupled", decoupled)
     leaves = [(name, p) for name, p, _ in _parameters(optimizer)]
@@ -216,10 +201,10 @@ def add_independent_weight_decay(
     $$w_t = w_{t-1} - \lambda_t w_{t-1} - \eta_t u_t$$
 
     where $\eta_t u_t$ is the optimizer's step. This is decoupled decay as its authors first defined
-    it, and no penalty in the loss does the same; each `weight_decay` of `torch.optim` is multiplied
-    by the learning rate. The optimizer itself should have no decay. For the authors' schedule
-    multiplier, one for both rates, pass `weight_decay=lambda step: c * multiplier(step)`. For the
-    arguments, result and errors see `add_l1_decay`.
+    it; each `weight_decay` of `torch.optim` is multiplied by the learning rate. The optimizer
+    itself should have no decay. For the authors' schedule multiplier, one for both rates, pass
+    `weight_decay=lambda step: c * multiplier(step)`. For the arguments, result and errors see
+    `add_l1_decay`.
 
     Note (JAX):
         `regjax.optim.add_independent_weight_decay(weight_decay)` as the last link of a chain.
@@ -235,10 +220,8 @@ def add_independent_weight_decay(
         tensor([ 1., -2.])
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay
-        Regularization](https://arxiv.org/abs/1711.05101), ICLR 2019, algorithms 1 and 2. Wortsman
-        et al., [Small-scale proxies for large-scale Transformer training
-        instabilities](https://arxiv.org/abs/2309.14322), ICLR 2024, for the name.
+        Loshchilov and Hutter, [ICLR 2019](https://arxiv.org/abs/1711.05101), algorithms 1 and 2.
+        Wortsman et al., [ICLR 2024](https://arxiv.org/abs/2309.14322), for the name.
     """
     decay = _Decay(optimizer, "independent_weight_decay", weight_decay, mask, lambda w, u, other: w)
     return decay.decouple(times_lr=False)
@@ -249,18 +232,16 @@ def add_cautious_weight_decay(
 ) -> DecayHandle:
     r"""Decay only the coordinates that the step itself moves toward zero.
 
-    $$w_t = w_{t-1} - \eta_t \left(u_t + \lambda_t \, [\, u_t w_{t-1} \ge 0 \,] \,
-      w_{t-1}\right)$$
+    $$w_t = w_{t-1} - \eta_t \left(u_t + \lambda_t \, [\, u_t w_{t-1} \ge 0 \,] \, w_{t-1}\right)$$
 
-    Where $u_t$, the step that is subtracted, and $w_{t-1}$ have the same sign, or $u_t = 0$, both
-    step and decay shrink the coordinate; where they differ, there is no decay. The optimizer itself
-    should have no decay. For the arguments, result and errors see `add_l1_decay`; a complex
-    parameter that is to decay is also a TypeError.
+    There is no decay where $u_t$, the step that is subtracted, and $w_{t-1}$ differ in sign. The
+    optimizer itself should have no decay. For the arguments, result and errors see `add_l1_decay`;
+    a complex parameter that decays is also a TypeError.
 
     Note (JAX):
         `regjax.optim.add_cautious_weight_decay(weight_decay)`, ahead of the learning rate. There
         the sign of $u_t$ is known; here it follows from the parameters before and after the step,
-        so a step too small to move a parameter counts as $u_t = 0$.
+        so that a step too small to move a parameter counts as $u_t = 0$.
 
     Example:
         >>> import torch
@@ -294,12 +275,12 @@ def add_cautious_weight_decay(
 
 
 def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], float]) -> DecayHandle:
-    r"""Let the optimizer's own `weight_decay` follow a schedule, group by group.
+    r"""Set the optimizer's own `weight_decay` by a schedule before each step, group by group.
 
     $$\lambda_t = \lambda_0 \, s(t)$$
 
-    This is to the `weight_decay` what `torch.optim.lr_scheduler.LambdaLR` is to the learning rate:
-    a group without decay keeps none. It is set just before each step.
+    `torch.optim.lr_scheduler.LambdaLR` does the same for the learning rate. A group without decay
+    keeps none.
 
     Args:
         optimizer: An optimizer whose groups have a `weight_decay`, $\lambda_0$.
@@ -317,8 +298,7 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
             or NaN.
 
     Note (JAX):
-        `weight_decay=lambda count: c * multiplier(count)` in `regjax.optim` and in each of its
-        decays.
+        `weight_decay=lambda count: c * multiplier(count)` in `regjax.optim` and each of its decays.
 
     Example:
         >>> import torch
@@ -332,8 +312,7 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
         0.75
 
     References:
-        Caron et al., [Emerging Properties in Self-Supervised Vision
-        Transformers](https://arxiv.org/abs/2104.14294), ICCV 2021.
+        Caron et al. (DINO), [ICCV 2021](https://arxiv.org/abs/2104.14294).
     """
     _check_optimizer(optimizer)
     if not callable(multiplier):
@@ -380,29 +359,27 @@ def layerwise_groups(
     $$\eta_l = \eta \, \text{lr\_factor}^{\,\text{depth} - l}, \qquad
       \lambda_l = \lambda \, \text{decay\_factor}^{\,\text{depth} - l}$$
 
-    A scheduler multiplies the rates of all groups alike, so the ratios stay.
+    A scheduler multiplies the rates of all groups alike, so that the ratios stay.
 
     Args:
-        params: A module, dict or iterable of parameters, as a penalty takes.
-        layer_of: From a parameter's name, such as `'layers.0.weight'`, to its layer: 0 next to the
+        params: A module, dict or iterable of parameters; see `regtorch.l2_penalty`.
+        layer_of: Maps a parameter's name, such as `'layers.0.weight'`, to its layer: 0 next to the
             input (embeddings), the largest for the head.
         lr: $\eta$, the learning rate of layer `depth`.
-        lr_factor: The ratio of the learning rate of each layer to that of the layer above, such as
-            0.75.
+        lr_factor: The ratio of a layer's learning rate to that of the layer above, such as 0.75.
         weight_decay: $\lambda$, the decay of layer `depth`.
-        decay_factor: The ratio of the decay of each layer to that of the layer above.
-        depth: The layer whose rates are `lr` and `weight_decay`; by default the largest result of
-            `layer_of`.
-        mask: Which parameters decay, as in `regtorch.l2_penalty`; the others have a decay of 0.
+        decay_factor: The ratio of a layer's decay to that of the layer above.
+        depth: The layer with the rates `lr` and `weight_decay`; by default the largest layer.
+        mask: Which parameters decay; see `regtorch.l2_penalty`. The others have a decay of 0.
 
     Returns:
-        Groups for any optimizer of `torch.optim`, with the names of the parameters in them.
+        Groups for any optimizer of `torch.optim`, with the names of their parameters.
 
     Raises:
         TypeError: `layer_of` is not a function, or does not return an int; a rate is not a number,
             or `depth` not an integer.
         ValueError: A layer is negative or above `depth`, `depth` is negative, a rate is negative,
-            infinite or NaN, or the mask does not match: the message names it.
+            infinite or NaN, or the mask does not fit; the message names it.
 
     Note (JAX):
         `regjax.optim.layerwise_scale`, for `scale_by_leaf` (learning rates) and
@@ -411,16 +388,14 @@ def layerwise_groups(
     Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
-        >>> groups = layerwise_groups(
-        ...     model, lambda name: int(name.split(".")[0]), lr=0.1, lr_factor=0.5
-        ... )
+        >>> groups = layerwise_groups(model, lambda name: int(name[0]), lr=0.1, lr_factor=0.5)
         >>> [(group["lr"], [name for name, _ in group["params"]]) for group in groups]
         [(0.05, ['0.weight', '0.bias']), (0.1, ['1.weight', '1.bias'])]
         >>> optimizer = torch.optim.AdamW(groups)
 
     References:
-        Clark et al., [ELECTRA](https://arxiv.org/abs/2003.10555), ICLR 2020. Bao et al.,
-        [BEiT](https://arxiv.org/abs/2106.08254), ICLR 2022.
+        Clark et al. (ELECTRA), [ICLR 2020](https://arxiv.org/abs/2003.10555). Bao et al. (BEiT),
+        [ICLR 2022](https://arxiv.org/abs/2106.08254).
     """
     check_callable("layer_of", layer_of, "from a parameter's name to its layer")
     if depth is not None:
@@ -456,7 +431,7 @@ def _layer(name: str, layer: Any, depth: int | None) -> int:
 
 
 def _check_mask(mask: Mask, weight_decay: Schedule, leaves: Sequence[tuple[str, Any]]) -> None:
-    """Raise if a mask other than a function lets nothing decay."""
+    """Raise a ValueError if a mask that is not a function is False for all parameters."""
     is_zero = isinstance(weight_decay, int | float) and weight_decay == 0
     if is_zero or callable(mask) or not leaves or any(resolve_mask(mask, leaves)):
         return

@@ -1,4 +1,4 @@
-"""Parameter names: every form in which PyTorch code holds parameters, as one named list."""
+"""Parameter names: one named list from each form in which PyTorch code holds parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:
-    """List parameters with their names, in the order in which they come.
+    """Return the names and values of parameters, in their order.
 
     Args:
         params: A module, one tensor, a dict from names to tensors, or an iterable of tensors or of
@@ -23,7 +23,7 @@ def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:
         what: The name of the argument, for messages.
 
     Returns:
-        Pairs of name and tensor. What is no tensor is passed on, for the caller to judge.
+        Pairs of name and value; a value that is not a tensor is left to the caller.
 
     Raises:
         TypeError: `params` is not a module, a tensor, a dict, or an iterable.
@@ -31,8 +31,6 @@ def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:
 
     Example:
         >>> import torch
-        >>> [name for name, _ in named_leaves(torch.nn.Linear(2, 3))]
-        ['weight', 'bias']
         >>> [name for name, _ in named_leaves([torch.ones(2), torch.ones(3)])]
         ['0', '1']
     """

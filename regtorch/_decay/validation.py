@@ -23,7 +23,7 @@ def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
 
     Raises:
         ValueError: The mask does not fit the names, or the number of tensors.
-        TypeError: A value of the mask is neither True nor False.
+        TypeError: A value of the mask is not a bool.
     """
     names = [name for name, _ in leaves]
     if mask is None:
@@ -60,13 +60,7 @@ def resolve_reference(
 
 
 def check_reference(name: str, leaf: Tensor, reference: Any) -> None:
-    """Raise unless a parameter can decay toward its reference.
-
-    Raises:
-        TypeError: The reference is not a float or complex tensor, or is complex and the parameter
-            real.
-        ValueError: The reference has another shape.
-    """
+    """Raise an error if the parameter `name` cannot decay toward this reference."""
     is_tensor = isinstance(reference, torch.Tensor)
     if not is_tensor or not (reference.is_floating_point() or reference.is_complex()):
         found = f"a tensor of {reference.dtype}" if is_tensor else repr(reference)

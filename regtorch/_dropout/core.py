@@ -182,12 +182,10 @@ class SampledMask:
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draw the mask."""
         shape = tuple([1 if dim in self.broadcast_dims else n for dim, n in enumerate(x.shape)])
         return self.sampler.draw(key, keep_prob_of(rate, x.dtype), shape)
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Mask, shift and scale."""
         realized = self.sampler.realized_keep_prob(keep_prob_of(rate, x.dtype))
         if isinstance(realized, Tensor):
             realized = realized.to(real_dtype(x.dtype))
@@ -265,7 +263,7 @@ def mask_and_scale(
 
 @dataclasses.dataclass(frozen=True)
 class _DrawnMask:
-    """A kind whose mask is already drawn, so that observers get the very tensor that is applied."""
+    """A kind whose mask is already drawn, so that observers receive the tensor that is applied."""
 
     spec: DropoutSpec
 
@@ -326,12 +324,7 @@ def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def require_key(key: Tensor | torch.Generator | None) -> Tensor:
-    """Return the key if it is a single key, or draw one from a generator.
-
-    Raises:
-        TypeError: `key` is not a key.
-        ValueError: `key` is missing, or a batch of keys.
-    """
+    """Return the key if it is a single key, or draw one from a generator."""
     if key is None:
         raise ValueError(
             "key must be a random key in training; got None. Pass key=regtorch.key(seed), or "
@@ -342,7 +335,7 @@ def require_key(key: Tensor | torch.Generator | None) -> Tensor:
 
 
 def check_inexact(x: Tensor) -> Tensor:
-    """Return `x`; raise a TypeError if it is not a floating or complex tensor."""
+    """Return `x` if it is a floating or complex tensor; integers cannot be scaled."""
     check_tensor("x", x)
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
@@ -352,7 +345,7 @@ def check_inexact(x: Tensor) -> Tensor:
 
 
 def check_real(x: Tensor, what: str, advice: str) -> Tensor:
-    """Return `x`; raise a TypeError if it is not a real floating tensor."""
+    """Return `x` if it is a real floating tensor."""
     x = check_inexact(x)
     if x.is_complex():
         raise TypeError(f"x must be real for {what}; got dtype {x.dtype}. {advice}")
@@ -360,7 +353,7 @@ def check_real(x: Tensor, what: str, advice: str) -> Tensor:
 
 
 def check_flag(deterministic: bool | Tensor) -> bool | Tensor:
-    """Return the flag; raise a TypeError if it is not a bool or a 0-d boolean tensor."""
+    """Return the flag if it is a bool or a 0-d boolean tensor."""
     is_flag = isinstance(deterministic, Tensor) and deterministic.dtype == torch.bool
     if not (isinstance(deterministic, bool) or (is_flag and deterministic.ndim == 0)):
         raise TypeError(
@@ -371,7 +364,7 @@ def check_flag(deterministic: bool | Tensor) -> bool | Tensor:
 
 
 def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
-    """Return `broadcast_dims` sorted; raise a ValueError if they are not distinct dimensions."""
+    """Return `broadcast_dims` as a sorted tuple of distinct dimensions."""
     dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
@@ -382,12 +375,7 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
 
 
 def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
-    """Return a dimension of `x`, which may be negative, counted from 0.
-
-    Raises:
-        TypeError: `axis` is not an integer.
-        ValueError: `axis` is not one of `ndim` dimensions; `advice` ends the message.
-    """
+    """Return a dimension of `x`, which may be negative, counted from 0; `advice` ends the error."""
     index = check_integer(name, axis)
     if not ndim:
         raise ValueError(f"x must have a {name}; got shape ().{advice}")

@@ -38,16 +38,11 @@ _SMALLEST_PACKED = 2**12
 
 @dataclasses.dataclass(frozen=True)
 class PackedSampler(MaskSampler):
-    """The sampler behind `packed_bernoulli`.
-
-    Attributes:
-        bits: The number of bits of the keep probability that count.
-    """
+    """The sampler behind `packed_bernoulli`, with `bits` bits of the keep probability."""
 
     bits: int = 16
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Draw a mask."""
         words, threshold = key_words(key), _threshold(keep_prob, self.bits)
         check_size(shape, key.device)
         axis = packed_axis(shape)
@@ -63,12 +58,7 @@ class PackedSampler(MaskSampler):
 
 
 def mask_sampler(sampler: Sampler) -> MaskSampler:
-    """Return the `MaskSampler` of a sampler, with the options of a `functools.partial`.
-
-    Raises:
-        TypeError: `sampler` is not a function, or `bits` is not an integer.
-        ValueError: `bits` is not in 1..32.
-    """
+    """Return the `MaskSampler` of a `sampler`, with the options of a `functools.partial`."""
     if isinstance(sampler, MaskSampler):
         return sampler
     function, options = sampler, {}

@@ -1,8 +1,6 @@
 """The layers to which `regtorch.keyed.convert` converts PyTorch's own.
 
-Each is a subclass that adds only its sites: conversion and reversion change the class of a layer.
-Its parameters, hooks, attributes and every reference to it stay the same. In evaluation it runs
-PyTorch's own forward.
+Each is a subclass that adds only its sites, and runs PyTorch's own forward in evaluation.
 """
 
 from __future__ import annotations

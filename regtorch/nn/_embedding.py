@@ -38,5 +38,4 @@ class EmbeddingDropout(GeneratorModule):
         return embedding_dropout(x, ids, self.rate, key=key, deterministic=not self.training)
 
     def extra_repr(self) -> str:
-        """Return the text between the parentheses of the printed module."""
         return f"rate={self.rate}"

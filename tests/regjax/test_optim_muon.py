@@ -156,10 +156,10 @@ def test_bfloat16_is_rounded_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"momentum": -0.5}, r"momentum must be .* is -0\.5: pass 0\.95"),
-        ({"momentum": math.nan}, "momentum must be .* is nan"),
-        ({"eps": -1e-7}, "eps must be .* is -1e-07"),
-        ({"eps": math.nan}, "eps must be .* is nan"),
+        ({"momentum": -0.5}, r"momentum must be .* got -0\.5\. Pass 0\.95"),
+        ({"momentum": math.nan}, "momentum must be .* got nan"),
+        ({"eps": -1e-7}, "eps must be .* got -1e-07"),
+        ({"eps": math.nan}, "eps must be .* got nan"),
         ({"ns_steps": -1}, "^ns_steps must be at least 0; got -1"),
         ({"ns_steps": 100}, "^ns_steps must be at most 99; got 100"),
         ({"ns_coefficients": (1.0, 2.0)}, r"must be three numbers; got \(1\.0, 2\.0\)"),
