@@ -1,8 +1,8 @@
-"""Guards against silent errors in dropout.
+"""Guard rails that report silent errors of dropout.
 
-A key that does not advance, a key shared by two layers, a mode that evaluation forgets to set:
-training continues, only worse, without an error. The guards observe a few steps and compare the
-masks that were drawn.
+A key that does not advance, a key that two layers share, a mode that evaluation forgets to set:
+training continues, with worse results and no error. This module observes a few steps, and compares
+the masks that were drawn.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ def check_dropout(
     expect: Expected = (),
     allow: Collection[str] = (),
 ) -> DropoutReport:
-    """Run a training step twice and report errors in its dropout.
+    """Run a training step twice, and report errors of its dropout.
 
-    `DropoutProblem` lists the problems: sites that draw the same mask in both steps or at every
-    timestep, sites that share a key, dropout that is inactive in training or active in evaluation.
-    The check observes the masks of `regtorch`'s functions and of the layers made from them; not
-    those of other libraries, and not Gaussian noise, which has no mask. If a loop does not fit the
-    arguments, use a `DropoutGuard`.
+    `DropoutProblem` lists the errors: sites that drew the same mask in both steps, or at every
+    timestep; sites that share a key; dropout that is inactive in training, or active in evaluation.
+    The check covers the masks that `regtorch` draws, in its functions and in the layers made from
+    them; no other library's, and no Gaussian noise, which has no mask. For a loop that does not fit
+    the arguments, use a `DropoutGuard`.
 
-    Pass real data: a site that draws from one key for the same values again counts once, as under a
-    checkpoint, and the rows of a batch of ones are indistinguishable.
+    Pass real data. A site that draws again from one key for the same values counts once, as under a
+    checkpoint: the rows of a batch of ones could not be distinguished.
 
     Args:
         train_step: Called as `train_step(step)` with steps 0 and 1; in a functional program as
             `train_step(*carry, step)`, which returns the next `carry`, several values as a tuple.
         *carry: The training state, unless a module holds it.
-        evaluate: Called once as `evaluate(*carry)`, with dropout expected to be off.
+        evaluate: Called once as `evaluate(*carry)`; dropout must be off in it.
         expect: Names of sites that must draw, such as `regtorch.keyed.sites(model)`, or a dict from
-            names to rates, with rate 0 for a site that must not draw. A converted layer called at
-            rate 0 need not draw, unless the dict gives it another rate. A site has the name passed
-            to `site_key`, and also its line of code, `"model.py:42"`. Globs are allowed.
-        allow: Names of sites whose findings are ignored, such as one with the same mask at every
-            timestep by design. Globs are allowed; one that matches nothing is an error.
+            names to rates, 0 for a site that must not draw. A converted layer called at rate 0 need
+            not draw, unless the dict gives it another rate. A site's name is the one passed to
+            `site_key`; its line of code, `"model.py:42"`, also names it. Globs are allowed.
+        allow: Names of sites whose findings are ignored, such as one whose mask is the same at
+            every timestep on purpose. Globs are allowed; one that matches nothing is an error.
 
     Returns:
-        A printable report; its `.raise_if_wrong()` raises if there are findings.
+        A report to print; `.raise_if_wrong()` raises an error if there are findings.
 
     Raises:
         TypeError: `expect` or `allow` is a string.
-        ValueError: `train_step` does not return the structure of `carry`, or a glob of `allow`
-            matches nothing.
-        RuntimeError: The call is inside `torch.compile`.
+        ValueError: The result of `train_step` does not match `carry`, or a glob of `allow` matches
+            nothing.
+        RuntimeError: Called inside `torch.compile`.
 
     Note (JAX):
-        `regjax.check_dropout` finds the same problems.
+        `regjax.check_dropout` reports the same errors.
 
     Example:
         >>> import torch, regtorch
@@ -72,10 +72,8 @@ def check_dropout(
         ...     regtorch.keyed.set_key(model, regtorch.key(0), 0)  # forgets the step
         ...     model(torch.ones(8, requires_grad=True)).sum().backward()
         >>> report = regtorch.check_dropout(train_step)
-        >>> [finding.problem.name for finding in report.findings]
-        ['SAME_MASK']
-        >>> report.findings[0].detail
-        "the key of '0' at step 0 drew in steps 0 and 1"
+        >>> report.findings[0].problem.name, report.findings[0].detail
+        ('SAME_MASK', "the key of '0' at step 0 drew in steps 0 and 1")
     """
     check_callable("train_step", train_step, "(*carry, step)")
     if evaluate is not None:
@@ -91,21 +89,20 @@ def check_dropout(
 
 
 class DropoutGuard:
-    """Observer of the dropout in a loop: some steps of training, and evaluation.
+    """An observer of the dropout of a loop: some training steps, and evaluation.
 
     Blocks of different guards may be nested, and `check_dropout` may be called inside a block: each
     guard sees all masks drawn inside its own blocks.
 
     Example:
         >>> import torch, regtorch
-        >>> root = regtorch.key(0)
-        >>> guard = regtorch.DropoutGuard()
+        >>> guard, x = regtorch.DropoutGuard(), torch.ones(8)
         >>> for step in range(2):
         ...     with guard.training():
-        ...         key = regtorch.site_key(root, step, "hidden")
-        ...         y = regtorch.dropout(torch.ones(8), 0.5, key=key)
+        ...         key = regtorch.site_key(regtorch.key(0), step, "hidden")
+        ...         y = regtorch.dropout(x, 0.5, key=key)
         >>> with guard.evaluation():
-        ...     y = regtorch.dropout(torch.ones(8), 0.5, key=key)  # forgets deterministic=True
+        ...     y = regtorch.dropout(x, 0.5, key=key)  # forgets deterministic=True
         >>> [finding.problem.value for finding in guard.report().findings]
         ['active in evaluation']
     """
@@ -119,7 +116,7 @@ class DropoutGuard:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Observe one training step; a report needs two of them."""
+        """Observe one training step; a report requires two."""
         with self._observing() as events:
             yield
         self._steps.append(draws_of(events))
@@ -133,11 +130,11 @@ class DropoutGuard:
         self._evaluations.append(draws_of(events))
 
     def report(self, *, expect: Expected = (), allow: Collection[str] = ()) -> DropoutReport:
-        """Report the problems observed so far.
+        """Report the errors in the observed steps.
 
         Args:
-            expect: Names of sites that must draw; see `check_dropout`.
-            allow: Names of sites whose findings are ignored.
+            expect: See `check_dropout`.
+            allow: See `check_dropout`.
 
         Raises:
             TypeError: `expect` or `allow` is a string.
@@ -232,7 +229,6 @@ ADVICE = {
 
 
 def _next_carry(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of the next step, from the result of this one."""
     if not carry:
         return ()
     first, *others = carry

@@ -1,4 +1,4 @@
-"""Uncertainty by Monte Carlo dropout: stochastic forward passes at test time, and their spread."""
+"""Uncertainty from Monte Carlo dropout: stochastic forward passes and their disagreement."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _DROPPING = (*KEYED, nn.RNNBase, *_OURS, *_FUSED)
 class Prediction(NamedTuple):
     """The combined prediction of many stochastic forward passes.
 
-    In float32, or in float64 where the outputs are. The last four are None where they do not apply:
-    entropies for values, and samples that were not requested.
+    The tensors are float32, or float64 if the outputs are. The last four are None where they do not
+    apply: entropies for values, and samples that were not requested.
 
     Attributes:
-        mean: The mean of the passes, of probabilities or of values.
+        mean: The mean of the passes: of probabilities, or of values.
         std: Their standard deviation, the square root of the mean squared distance from the mean.
-        entropy: The entropy of the mean probabilities, in nats: the total uncertainty.
-        expected_entropy: The mean of the passes' entropies: the uncertainty on which they agree.
+        entropy: The entropy of the mean probabilities in nats: the total uncertainty.
+        expected_entropy: The mean entropy of the passes: the uncertainty that they agree on.
         mutual_information: The difference, never negative: the disagreement of the passes, which
             more data could resolve.
         samples: The outputs of each pass, passes first.
@@ -70,15 +70,15 @@ def mc_dropout(
     class_axis: int = -1,
     keep_samples: bool = False,
 ) -> Prediction:
-    """Predict with dropout on, many times, and return mean, deviation and entropy.
+    """Predict with dropout on, many times: mean, deviation and entropy.
 
-    Each pass keeps other units and so is another, smaller model. Pass i is `predict(*inputs,
-    key=site_key(key, i, "mc_dropout"))`: it draws the same masks for every number of passes, and in
-    `regjax`. The passes run one after the other, without gradients; the state between them does not
-    grow with `samples`. Deviations are summed as differences from the first pass, so that nearly
-    equal outputs keep their digits.
+    Each pass keeps other units and is another, smaller model. Pass i is `predict(*inputs,
+    key=site_key(key, i, "mc_dropout"))`: its masks do not depend on the number of passes, and are
+    the same in `regjax`. The passes run one after the other, without gradients; the memory kept
+    between them does not grow with `samples`. Deviations are summed as differences from the first
+    pass, so that nearly equal outputs keep their digits.
 
-    **Normalization layers belong in evaluation mode**, with their running averages, while dropout
+    **Normalization layers must be in evaluation mode**, with their running averages, while dropout
     is on. A model runs under `dropout_only`, and has its mode back afterwards; a function that
     calls a model must set the mode itself.
 
@@ -86,7 +86,7 @@ def mc_dropout(
         predict: A model, or a function of `*inputs` and the keyword `key` that returns one floating
             tensor. In a model converted by `regtorch.keyed.convert` or made of `regtorch.nn`
             layers, the site `name` draws from `site_key(key, 0, name)`, where `key` is that of the
-            pass; `regtorch.keyed` describes the names.
+            pass.
         *inputs: The inputs of `predict`.
         key: One key; it may be used again, as with `site_key`.
         outputs: The kind of output of `predict`: `"logits"`, to which a softmax is applied;
@@ -94,7 +94,7 @@ def mc_dropout(
             entropy.
         samples: The number of passes. The mean has a standard error of `std / sqrt(samples)`.
         class_axis: The dimension of the classes in the output of one pass.
-        keep_samples: Whether to return the predictions of each pass, too.
+        keep_samples: Whether to return the output of each pass too.
 
     Returns:
         A `Prediction`, a tuple of tensors.
@@ -113,11 +113,10 @@ def mc_dropout(
 
     Note (JAX):
         `regjax.mc_dropout` runs the passes side by side within a budget of memory. A `predict` that
-        ignores its key is an error in both, for any number of `samples`. regjax detects this in the
-        traced program. Here a second pass is compared with the first, also with `samples=1`, and
-        only masks of this package are observed: a `predict` with other masks is assumed to ignore
-        its key if all of its passes are the same. Where masks are drawn but do not reach the
-        output, regjax raises an error, and this function warns.
+        ignores its key is an error in both, which regjax detects in the traced program. Here a
+        second pass is compared with the first, also with `samples=1`. Only masks of this package
+        are observed: a `predict` with other masks is an error if all of its passes are the same.
+        Masks that are drawn but do not reach the output are an error in regjax, and a warning here.
 
     Example:
         >>> import torch, regtorch
@@ -127,17 +126,11 @@ def mc_dropout(
         >>> y = regtorch.mc_dropout(model, x, key=regtorch.key(0), outputs="logits", samples=50)
         >>> y.mean.shape, y.std.shape, y.entropy.shape
         (torch.Size([2, 3]), torch.Size([2, 3]), torch.Size([2]))
-        >>> def predict(x, *, key):
-        ...     return regtorch.dropout(x, 0.5, key=key).mean(1)
-        >>> y = regtorch.mc_dropout(predict, x, key=regtorch.key(0), outputs="values", samples=50)
-        >>> y.mean.shape, y.entropy
-        (torch.Size([2]), None)
 
     References:
-        Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016. Decomposition of the
-        entropy: Houlsby et al., "Bayesian active learning for classification and preference
-        learning", arXiv:1112.5745, 2011. Sums of deviations: Chan, Golub, LeVeque, "Updating
-        formulae and a pairwise algorithm for computing sample variances", 1979.
+        Gal and Ghahramani, "Dropout as a Bayesian approximation", ICML 2016. The decomposition of
+        the entropy: Houlsby et al., arXiv:1112.5745, 2011. Sums of deviations: Chan, Golub,
+        LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     check_callable("predict", predict, "(*inputs, key), or a module")
     check_choice("outputs", outputs, _KINDS)
@@ -222,8 +215,6 @@ def dropout_only(model: _M) -> Iterator[_M]:
         >>> with regtorch.dropout_only(model):
         ...     [module.training for module in model]
         [False, True]
-        >>> [module.training for module in model]
-        [True, True]
     """
     check_module("model", model)
     modes = {module: module.training for module in model.modules()}
@@ -277,7 +268,7 @@ def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
 
 
 class _Moments(NamedTuple):
-    """Running statistics of the passes; `mean` and `squares` are of differences from `origin`."""
+    """The moments of the passes so far. `mean` and `squares` are of differences from `origin`."""
 
     passes: int
     origin: Tensor

@@ -200,11 +200,10 @@ def add_independent_weight_decay(
 
     $$w_t = w_{t-1} - \lambda_t w_{t-1} - \eta_t u_t$$
 
-    where $\eta_t u_t$ is the optimizer's step. This is decoupled decay as its authors first defined
-    it; each `weight_decay` of `torch.optim` is multiplied by the learning rate. The optimizer
-    itself should have no decay. For the authors' schedule multiplier, one for both rates, pass
-    `weight_decay=lambda step: c * multiplier(step)`. For the arguments, result and errors see
-    `add_l1_decay`.
+    where $\eta_t u_t$ is the optimizer's step. Each `weight_decay` of `torch.optim`, in contrast,
+    is multiplied by the learning rate. The optimizer itself should have no decay. For the authors'
+    schedule multiplier, one for both rates, pass `weight_decay=lambda step: c * multiplier(step)`.
+    For the arguments, result and errors see `add_l1_decay`.
 
     Note (JAX):
         `regjax.optim.add_independent_weight_decay(weight_decay)` as the last link of a chain.
@@ -221,7 +220,6 @@ def add_independent_weight_decay(
 
     References:
         Loshchilov and Hutter, [ICLR 2019](https://arxiv.org/abs/1711.05101), algorithms 1 and 2.
-        Wortsman et al., [ICLR 2024](https://arxiv.org/abs/2309.14322), for the name.
     """
     decay = _Decay(optimizer, "independent_weight_decay", weight_decay, mask, lambda w, u, other: w)
     return decay.decouple(times_lr=False)

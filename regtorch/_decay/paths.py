@@ -15,19 +15,7 @@ if TYPE_CHECKING:
 
 
 def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:
-    """Return the names and values of parameters, in their order.
-
-    Args:
-        params: A module, one tensor, a dict from names to tensors, or an iterable of tensors or of
-            `(name, tensor)` pairs. Tensors without a name are called by their position.
-        what: The name of the argument, for messages.
-
-    Returns:
-        Pairs of name and value; a value that is not a tensor is left to the caller.
-
-    Raises:
-        TypeError: `params` is not a module, a tensor, a dict, or an iterable.
-        ValueError: `params` is a generator that yields nothing.
+    """Return the names and values of parameters, in their order; unnamed ones have their positions.
 
     Example:
         >>> import torch

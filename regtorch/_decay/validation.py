@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 
 def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
-    """Return one bool for each named tensor, in order: whether it decays.
-
-    Raises:
-        ValueError: The mask does not fit the names, or the number of tensors.
-        TypeError: A value of the mask is not a bool.
-    """
+    """Return one bool for each named tensor, in order: whether it decays."""
     names = [name for name, _ in leaves]
     if mask is None:
         return [True] * len(leaves)
@@ -47,12 +42,7 @@ def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
 def resolve_reference(
     reference: Params, leaves: Sequence[tuple[str, Any]]
 ) -> list[tuple[str, Any]]:
-    """Return the name and the reference of each parameter, in the order of the parameters.
-
-    Raises:
-        TypeError: The reference holds no parameters.
-        ValueError: The reference has other names; the message names the first that differs.
-    """
+    """Return the name and the reference of each parameter, in the order of the parameters."""
     by_name = dict(named_leaves(reference, "reference"))
     names = [name for name, _ in leaves]
     _check_names("reference", by_name, names)

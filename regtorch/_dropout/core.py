@@ -31,9 +31,10 @@ def dropout(
 ) -> Tensor:
     """Zero each element with probability `rate` and divide the others by `1 - rate`.
 
-    With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`. The mean
-    of `y` is `x`, so evaluation needs no rescaling: `deterministic=True` returns `x` itself. A
-    dropped NaN or infinity is 0.
+    With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`, so that
+    the mean of `y` is `x` and evaluation needs no rescaling: `deterministic=True` returns `x`
+    itself. A dropped NaN or infinity is 0. Only the key is stored for the backward pass, which
+    draws the same mask again.
 
     The division is a multiplication by `float32(1) / float32(1 - rate)`, in double for float64 and
     complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
@@ -60,8 +61,8 @@ def dropout(
         TypeError: `x` has an integer or boolean dtype, `rate` is not a real number, `key` is not a
             key, or `deterministic` is not a boolean.
         ValueError: The number `rate` is not in [0, 1]; `key` is missing, or a batch of keys; or
-            `broadcast_dims` are not distinct dimensions of `x`. A tensor rate out of range does not
-            raise, because reading it would wait for the device: the result is NaN.
+            `broadcast_dims` are not distinct dimensions of `x`. A tensor rate out of range gives
+            NaN, because reading it would wait for the device.
 
     Note (PyTorch):
         `torch.nn.functional.dropout(x, p=rate, training=not deterministic)` draws its masks from a
@@ -73,11 +74,8 @@ def dropout(
 
     Example:
         >>> import torch, regtorch
-        >>> x = torch.arange(1.0, 7.0)
-        >>> regtorch.dropout(x, 0.5, key=regtorch.key(0))
+        >>> regtorch.dropout(torch.arange(1.0, 7.0), 0.5, key=regtorch.key(0))
         tensor([ 0.,  0.,  6.,  8.,  0., 12.])
-        >>> regtorch.dropout(x, 0.5, deterministic=True)
-        tensor([1., 2., 3., 4., 5., 6.])
 
     References:
         Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR

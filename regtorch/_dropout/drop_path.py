@@ -64,7 +64,6 @@ def drop_path(
 
 
 def check_mode(mode: str) -> str:
-    """Return the mode, or raise a ValueError."""
     return check_choice("mode", mode, ("row", "batch"))
 
 

@@ -1,12 +1,12 @@
 """The quantile function of the normal distribution, bitwise identical in both packages.
 
-The logarithm or inverse error function of one library differs from another's in the last bit. This
-module uses only sums, products, comparisons and the bits of numbers, which all round the same, and
-contracts no product with a sum.
+The logarithm and the inverse error function differ between libraries in the last bit. This module
+uses only sums, products, comparisons and the bits of numbers, which round alike everywhere, and no
+product is contracted with a sum.
 
 References:
-    The variable w = -log2(1 - u**2), for which pieces of low degree suffice: Giles, "Approximating
-    the erfinv function", GPU Computing Gems, 2011. The polynomials are our own.
+    Giles, "Approximating the erfinv function", GPU Computing Gems, 2011: the variable w = -log2(1 -
+    u**2), in which pieces of low degree suffice. The polynomials are our own.
 """
 
 from __future__ import annotations

@@ -44,9 +44,7 @@ class Site:
     def key(self, device: torch.device) -> Tensor:
         """Return the key of the next call, of the name first and then of `name#1`, `name#2`, ….
 
-        Raises:
-            ValueError: No key was set.
-            RuntimeError: A checkpoint repeats one of several calls, and it is unknown which.
+        It is an error if no key was set, or if a checkpoint repeats one of several calls.
         """
         if self.root is None:
             raise ValueError(

@@ -55,7 +55,6 @@ class GaussianNoise(GeneratorModule):
         self.generator = generator
 
     def forward(self, x: Tensor, *, key: Tensor | torch.Generator | None = None) -> Tensor:
-        """Add noise in training, none in evaluation; `key` takes precedence over the generator."""
         key = self.generator if key is None else key
         return gaussian_noise(x, self.stddev, key=key, deterministic=not self.training)
 

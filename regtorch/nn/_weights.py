@@ -68,7 +68,6 @@ class DropConnect(GeneratorModule):
     def forward(
         self, *args: Any, key: Tensor | torch.Generator | None = None, **kwargs: Any
     ) -> Any:
-        """Call the wrapped module; `key` takes precedence over the generator."""
         if not self.training:
             return self.module(*args, **kwargs)
         key = self.generator if key is None else key
