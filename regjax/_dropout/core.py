@@ -51,8 +51,8 @@ def dropout(
 
     The division is a multiplication by `float32(1) / float32(1 - rate)`, in double for float64 and
     complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
-    with a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12, the scale is the
-    inverse of that multiple, so that the mean is right for every rate below 1.
+    with a probability that is a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12,
+    the scale is the inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
         x: Floating or complex, of any shape, including 0-d and empty.
@@ -74,26 +74,23 @@ def dropout(
         TypeError: `x` has an integer or boolean dtype, `rate` is not a real number, `key` is not a
             key, or `deterministic` is not a boolean.
         ValueError: A concrete `rate` is not in [0, 1]; `key` is missing, or a batch of keys; or
-            `broadcast_dims` are not distinct dimensions of `x`. A traced rate out of range cannot
-            raise: the result is NaN.
+            `broadcast_dims` are not distinct dimensions of `x`. A traced rate out of range gives
+            NaN.
 
     Note (PyTorch):
         `torch.nn.functional.dropout(x, p=rate, training=not deterministic)` draws its masks from a
-        hidden generator. `regtorch.dropout` with the same key returns bitwise identical results.
-        Inside a larger jitted function, XLA may contract the scale of a shared mask with a sum that
-        follows, which then rounds once.
+        hidden generator. `regtorch.dropout` with the same key returns bitwise identical results,
+        and so do the other functions of the family. Inside a larger jitted function, XLA may
+        contract the scale of a shared mask with a sum that follows, which then rounds once.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
-        >>> x = jnp.arange(1.0, 7.0)
-        >>> regjax.dropout(x, 0.5, key=jax.random.key(0))
+        >>> regjax.dropout(jnp.arange(1.0, 7.0), 0.5, key=jax.random.key(0))
         Array([ 0.,  0.,  6.,  8.,  0., 12.], dtype=float32)
-        >>> regjax.dropout(x, 0.5, deterministic=True)
-        Array([1., 2., 3., 4., 5., 6.], dtype=float32)
 
     References:
-        Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to prevent
-        neural networks from overfitting", JMLR 15, 2014; here in the inverted form.
+        Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
+        15, 2014; here in the inverted form.
     """
     x = check_inexact(x)
     is_default = isinstance(broadcast_dims, tuple) and not broadcast_dims

@@ -59,9 +59,6 @@ def embedding_dropout(
             would count from the end of a table of unknown length. A traced id is not checked: a
             negative one is a separate word.
 
-    Note (PyTorch):
-        `regtorch.embedding_dropout` with the same key returns bitwise identical results.
-
     Example:
         >>> import jax, jax.numpy as jnp, regjax
         >>> ids = jnp.array([[0, 2, 0], [1, 2, 3]])
