@@ -61,7 +61,7 @@ def check_dropout(
             every timestep on purpose. Globs are allowed; one that matches nothing is an error.
 
     Returns:
-        A report to print; `.raise_if_wrong()` ends a program or a test with it.
+        A report to print; `.raise_if_wrong()` raises an error if there are findings.
 
     Raises:
         TypeError: `expect` or `allow` is a string.
@@ -80,10 +80,8 @@ def check_dropout(
         ...     key = regjax.site_key(root, 0, "hidden")  # forgets the step
         ...     return w - 0.1 * jax.grad(lambda w: regjax.dropout(w, 0.5, key=key).sum())(w)
         >>> report = regjax.check_dropout(train_step, jnp.ones(8))
-        >>> [finding.problem.name for finding in report.findings]
-        ['SAME_MASK']
-        >>> report.findings[0].detail
-        "the key of 'hidden' at step 0 drew in steps 0 and 1"
+        >>> report.findings[0].problem.name, report.findings[0].detail
+        ('SAME_MASK', "the key of 'hidden' at step 0 drew in steps 0 and 1")
     """
     check_callable("train_step", train_step, "(*carry, step)")
     if evaluate is not None:
@@ -242,7 +240,6 @@ ADVICE = {
 
 
 def _next_carry(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the carry of the next step."""
     if not carry:
         return ()
     first, *others = carry

@@ -128,11 +128,9 @@ def dot_product_attention(
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 4, 8))
         >>> options = dict(dropout_rng=jax.random.key(1), dropout_rate=0.1, is_causal=True)
         >>> y = regjax.dot_product_attention(q, k, v, **options)
-        >>> y.shape
-        (2, 100, 4, 8)
         >>> blockwise = regjax.dot_product_attention(q, k, v, block_size=32, **options)
-        >>> bool(jnp.allclose(y, blockwise, atol=1e-5))
-        True
+        >>> y.shape, bool(jnp.allclose(y, blockwise, atol=1e-5))
+        ((2, 100, 4, 8), True)
 
         In Flax's modules:
 

@@ -91,7 +91,6 @@ class Observer:
         self._lock = threading.Lock()  # each device calls back from its own thread
 
     def called(self, function: str, where: str, scope: str) -> _Call:
-        """Number a call."""
         return _Call(next(self._orders), function, where, scope)
 
     def draw(

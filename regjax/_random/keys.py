@@ -102,10 +102,8 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
 
     Example:
         >>> import jax, regjax
-        >>> root = jax.random.key(0)
-        >>> at_step = [regjax.site_key(root, step, "hidden") for step in range(2)]
-        >>> x = jax.numpy.ones(6)
-        >>> [regjax.dropout(x, 0.5, key=key).tolist() for key in at_step]
+        >>> keys = [regjax.site_key(jax.random.key(0), step, "hidden") for step in range(2)]
+        >>> [regjax.dropout(jax.numpy.ones(6), 0.5, key=key).tolist() for key in keys]
         [[0.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]]
     """
     check_string("site", site, "a string that names the place")

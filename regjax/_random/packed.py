@@ -56,13 +56,11 @@ class PackedSampler(MaskSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draw a mask."""
         threshold = _threshold(keep_prob, self.bits)
         jitted = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
         return jitted(key, threshold, shape, self.bits, out_sharding)
 
     def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
-        """Return a multiple of `2**-bits`."""
         return _threshold(keep_prob, self.bits) / 2**self.bits
 
 
