@@ -241,7 +241,7 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
         inference: ArrayLike | None = None,
         deterministic: ArrayLike | None = None,
     ) -> Inexact[Array, "*shape"]:
-        """Apply dropout in training; see `RateLayer`. `deterministic` is a deprecated `inference`."""
+        """Apply dropout in training; see `RateLayer`. `deterministic` is a deprecated name."""
         if deterministic is not None:
             warnings.warn(
                 "Dropout()(deterministic=...) is deprecated. Pass inference=... instead.",
