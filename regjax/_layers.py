@@ -125,7 +125,6 @@ class _FlaxSampler(ExactSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draw a mask."""
         if _is_default(key) and at_most(math.prod(shape), _LARGEST_FUSED):
             if key.dtype == jnp.uint32:  # raw threefry key; threefry may not be the default
                 key = jax.random.wrap_key_data(key, impl="threefry2x32")
@@ -143,7 +142,6 @@ class _ComparingSampler(ExactSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draw a mask."""
         return uniform(key, shape, out_sharding=out_sharding) < keep_prob
 
 

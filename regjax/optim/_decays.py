@@ -334,7 +334,7 @@ def layerwise_scale(
         See `scale_by_leaf`.
     """
     check_callable("layer_of", layer_of, "from a parameter's name to its layer")
-    check_coefficient("factor", factor, fix="pass 1.0 for the same in all layers")
+    check_coefficient("factor", factor, fix="Pass 1.0 for the same in all layers.")
     if depth is not None:
         check_integer("depth", depth, minimum=0)
     layers = [_layer(name, layer_of(name), depth) for name, _ in named_leaves(params)]
@@ -362,7 +362,7 @@ def _decay(
     `resolve` checks the parameters and returns the pytree of the others, or None.
     """
     if not callable(weight_decay):
-        check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+        check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
     if not is_zero(weight_decay):
         check_mask(mask, weight_decay)
 
