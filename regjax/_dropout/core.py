@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -20,8 +19,8 @@ from regjax._random.bernoulli import MaskSampler, Sampler, bernoulli, check_prob
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words
 from regjax._random.packed import mask_sampler
-from regjax._random.rounding import rounded
 from regjax._random.threefry import at_most
+from regjax._random.xla import materialize, rounded
 from regshared.checks import check_integer, check_integers
 
 if TYPE_CHECKING:
@@ -247,24 +246,11 @@ def keep_mask(
     if not dims:
         return sampler.draw(key, keep_prob, x.shape, layout)
     shape = tuple([1 if dim in dims else size for dim, size in enumerate(x.shape)])
-    draw = functools.partial(sampler.draw, key, keep_prob, shape, layout)
+    keep = sampler.draw(key, keep_prob, shape, layout)
     first = min([dim for dim in dims if not at_most(x.shape[dim], 1)], default=x.ndim)
     # Shared along the last dimensions only, a mask element stays in a register.
     is_redrawn = not at_most(math.prod(shape[first:]), 1)
-    return materialize_mask(draw) if is_redrawn else draw()
-
-
-def materialize_mask(draw: Callable[[], Bool[Array, "*mask"]]) -> Bool[Array, "*mask"]:
-    """Draw a mask before it is read; a CPU would draw it again for each element that shares it.
-
-    XLA treats a draw as cheap, and repeats it in every loop that reads the mask, but does not look
-    into the branches of a conditional. The barrier hides that the condition is constant.
-    """
-
-    def in_a_branch() -> Bool[Array, "*mask"]:
-        return lax.cond(lax.optimization_barrier(True), draw, lambda: jnp.zeros_like(draw()))
-
-    return lax.platform_dependent(cpu=in_a_branch, default=draw)
+    return materialize(keep) if is_redrawn else keep
 
 
 def keep_prob_of(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:

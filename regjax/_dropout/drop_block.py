@@ -30,9 +30,9 @@ from regjax._dropout.core import (
 from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.keys import key_words
 from regjax._random.normal import normal
-from regjax._random.rounding import rounded
 from regjax._random.threefry import is_number as is_known
 from regjax._random.threefry import product_words, threefry2x32
+from regjax._random.xla import rounded
 from regshared.checks import check_bool, check_integer
 
 if TYPE_CHECKING:

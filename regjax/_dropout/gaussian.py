@@ -26,7 +26,8 @@ from regjax._dropout.core import (
 )
 from regjax._random.bernoulli import check_probability
 from regjax._random.normal import normal
-from regjax._random.rounding import exact_sqrt, rounded
+from regjax._random.rounding import exact_sqrt
+from regjax._random.xla import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
