@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from regjax._random.keys import KeyLike
 
+_Draw = TypeVar("_Draw", bound=Callable[..., tuple[Any, Any]])
 _DOUBLE = (np.dtype(np.float64), np.dtype(np.complex128))
 
 
@@ -116,7 +118,10 @@ class DropoutSpec(Protocol):
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Array]:
-        """Return the result and the applied mask, of size 1 along dimensions that share it."""
+        """Return the result and the applied mask, of size 1 along dimensions that share it.
+
+        The result is NaN for a traced rate outside [0, 1], by `guard_rate` or otherwise.
+        """
         ...
 
 
@@ -154,7 +159,7 @@ def apply_dropout(
 def mask_and_scale(
     spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
-    """Apply `spec` to `x`; return NaN for a traced rate outside [0, 1]."""
+    """Apply `spec` to `x`, in one dispatch."""
     jitted = _drop_at_number if isinstance(rate, float) else _drop_at_tracer
     return jitted(spec, x, key, rate)
 
@@ -163,12 +168,7 @@ def _masked(
     spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> tuple[Inexact[Array, "*shape"], Array]:
     """Return the result of `mask_and_scale` and the mask."""
-    if not isinstance(rate, jax.Array):
-        return spec(x, key, rate)
-    rate = rounded(rate)  # the caller may pass a product, which is subtracted later
-    dropped, keep = spec(x, key, rate)
-    in_range = (rate >= 0) & (rate <= 1)
-    return jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype)), keep
+    return spec(x, key, rate)
 
 
 def _drop(
@@ -177,8 +177,9 @@ def _drop(
     """Return the result alone; the backward pass draws the mask again."""
     # The backward pass only needs the mask. prevent_cse=False, because the barriers of a
     # checkpoint would keep XLA from fusing the mask.
-    drop = jax.checkpoint(lambda spec, x, key: _masked(spec, x, key, rate)[0], prevent_cse=False)
-    return drop(spec, x, key)
+    return jax.checkpoint(lambda spec, x, key: spec(x, key, rate)[0], prevent_cse=False)(
+        spec, x, key
+    )
 
 
 # The inner jit makes an eager call one dispatch instead of a hundred, and sites of a model with
@@ -187,6 +188,23 @@ _drop_at_number = jax.jit(_drop, static_argnums=3)
 _drop_at_tracer = jax.jit(_drop)
 _masked_at_number = jax.jit(_masked, static_argnums=3)
 _masked_at_tracer = jax.jit(_masked)
+
+
+def guard_rate(draw: _Draw) -> _Draw:
+    """Decorate the call of a `DropoutSpec`: NaN where a traced rate is outside [0, 1]."""
+
+    @functools.wraps(draw)
+    def guarded(
+        spec: Any, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> tuple[Inexact[Array, "*shape"], Array]:
+        if not isinstance(rate, jax.Array):
+            return draw(spec, x, key, rate)
+        rate = rounded(rate)  # the caller may pass a product, which is subtracted later
+        dropped, keep = draw(spec, x, key, rate)
+        in_range = (rate >= 0) & (rate <= 1)
+        return jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype)), keep
+
+    return guarded
 
 
 def inverse_keep_prob(
@@ -215,6 +233,7 @@ class SampledMask:
     scale: Callable[..., Any] = inverse_keep_prob
     offsets: Callable[..., Any] | None = None
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:

@@ -20,6 +20,7 @@ from regjax._dropout.core import (
     check_flag,
     check_inexact,
     check_real,
+    guard_rate,
     is_number,
     mask_and_scale,
     mask_sharding,
@@ -161,6 +162,7 @@ class _Blocks:
     scale_by_keep: bool = True
     name: str = "drop_block"
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
@@ -228,6 +230,7 @@ class _Dropped:
     blocks: _Blocks
     name: str = "drop_block"
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:

@@ -19,6 +19,7 @@ from regjax._checks import as_number
 from regjax._dropout.core import (
     check_flag,
     check_real,
+    guard_rate,
     mask_and_scale,
     mask_sharding,
     real_dtype,
@@ -152,6 +153,7 @@ class _Factors:
 
     name: str = "gaussian_dropout"
 
+    @guard_rate
     def __call__(
         self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
