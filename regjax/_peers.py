@@ -59,9 +59,9 @@ class DividedMask:
         self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Float[Array, "*shape"], Bool[Array, "*mask"]]:
         """Draw the mask and divide."""
-        # No guard_rate: a traced rate may be a product, which XLA contracts with the subtraction from
-        # 1 as in the originals, if nothing else needs the product. So the range of the difference
-        # is checked, which makes a rate from -2**-24 to 0 count as 0.
+        # No guard_rate: a traced rate may be a product, which XLA contracts with the subtraction
+        # from 1 as in the originals, if nothing else needs the product. So the range of the
+        # difference is checked, which makes a rate from -2**-24 to 0 count as 0.
         keep_prob = exact_keep_prob(keep_prob_of(rate, x.dtype))
         if isinstance(keep_prob, jax.Array):
             # -1 lies below every number in [0, 1) and keeps nothing; dividing by 0 would give NaN.
