@@ -104,6 +104,10 @@ JUDGES = {
     ],
     "regjax/_dropout/core.py": [*_DROPOUT, _JAX_DROPOUT],
     "regshared/globs.py": ["tests/test_globs.py"],
+    "regshared/layerwise.py": [
+        "tests/regtorch/test_optim.py",
+        "tests/regjax/test_optim_decays.py",
+    ],
     "regshared/decay_rules.py": ["tests/test_decay_rules.py"],
     "regjax/_decay/paths.py": ["tests/regjax/test_decay.py"],
     "regjax/_decay/validation.py": ["tests/regjax/test_decay.py"],
