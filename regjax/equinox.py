@@ -33,6 +33,8 @@ Both are leaves of the model: `equinox.nn.inference_mode` switches all layers at
 
 Every layer raises a `RuntimeError` when called in training without a key, as Equinox's does, and
 otherwise the errors of its function.
+
+All layers are in this one file, because pickled models name the module of their classes.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ rate that changes with the step (see `regjax.linear_rate`) costs one compilation
     [1. 1. 1. 1. 1. 1.]
     [2. 2. 2. 0. 2. 0.]
     [0. 0. 0. 0. 0. 0.]
+
+All layers are in this one file, because pickled models name the module of their classes.
 """
 
 from __future__ import annotations
