@@ -55,7 +55,7 @@ class FunctionLayer:
 
     _function: ClassVar[Callable[..., Any]]
 
-    def _drop(self, inputs: Sequence[Any], rate_or_stddev: ArrayLike, **options: Any) -> Any:
+    def _drop(self, inputs: Sequence[Any], rate_or_stddev: ArrayLike, /, **options: Any) -> Any:
         """Apply the function to the inputs; `options` holds `key` and `deterministic`."""
         settings = {name: getattr(self, name) for name in _SETTINGS if hasattr(self, name)}
         if "broadcast_dims" in settings:

@@ -115,18 +115,19 @@ class Layer(FunctionLayer, eqx.Module):
         """Check the settings."""
         check_settings(self)
 
+    # Any: each layer has `inference`, but after its rate, so it cannot be a field of this class.
     def _call(
-        self,
+        self: Any,
         inputs: Sequence[Any],
         rate_or_stddev: ArrayLike,
         key: KeyLike | None,
         inference: ArrayLike | None,
     ) -> Any:
-        inference = self.inference if inference is None else inference
+        evaluates: ArrayLike = self.inference if inference is None else inference
         try:
-            flag = check_flag(inference)
+            flag = check_flag(evaluates)
         except TypeError:
-            raise TypeError(f"inference must be one boolean; got {inference!r}.") from None
+            raise TypeError(f"inference must be one boolean; got {evaluates!r}.") from None
         if flag is True or (isinstance(rate_or_stddev, int | float) and rate_or_stddev == 0):
             return inputs[0]
         name = type(self).__name__
@@ -263,7 +264,7 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
             inference = deterministic
         return self._call((x,), self.p, key, inference)
 
-    def _drop(self, inputs: Sequence[Any], p: ArrayLike, **options: Any) -> Any:
+    def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
         """Apply `regjax.dropout` with the roundings of Equinox."""
         x = check_inexact(inputs[0])
         sampler = COMPARING if self.sampler is bernoulli else self.sampler
@@ -292,7 +293,7 @@ class FeatureDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, inputs: Sequence[Any], p: ArrayLike, **options: Any) -> Any:
+    def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
         """Apply dropout with one mask for all dimensions but the channels; there are no rows."""
         (x,) = inputs
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
@@ -326,7 +327,7 @@ class FeatureAlphaDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, inputs: Sequence[Any], p: ArrayLike, **options: Any) -> Any:
+    def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
         """Apply alpha dropout with one mask for all dimensions but the channels."""
         (x,) = inputs
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
@@ -375,7 +376,7 @@ class DropBlock(RateLayer):
     scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
     with_noise: bool = eqx.field(default=False, static=True, kw_only=True)
 
-    def _drop(self, inputs: Sequence[Any], p: ArrayLike, **options: Any) -> Any:
+    def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
         """Apply `regjax.drop_block` to a batch of one."""
         axis = self.channel_axis + (self.channel_axis >= 0)
         settings = {

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from regjax._random.keys import KeyLike
 
-_Draw = TypeVar("_Draw", bound=Callable[..., tuple[Any, Any]])
 _DOUBLE = (np.dtype(np.float64), np.dtype(np.complex128))
 
 
@@ -190,7 +189,7 @@ _masked_at_number = jax.jit(_masked, static_argnums=3)
 _masked_at_tracer = jax.jit(_masked)
 
 
-def guard_rate(draw: _Draw) -> _Draw:
+def guard_rate(draw: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the call of a `DropoutSpec`: NaN where a traced rate is outside [0, 1]."""
 
     @functools.wraps(draw)

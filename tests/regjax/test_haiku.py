@@ -88,7 +88,7 @@ def test_in_every_situation_the_bits_are_theirs(name, leaning):
         assert same_bits(mine, theirs)
 
 
-def test_a_rate_that_is_a_product_is_subtracted_as_theirs_is():
+def test_a_rate_that_is_a_product_is_subtracted_as_theirs_is(leaning):
     """XLA contracts `1 - a * b` in theirs: a guard of the product would change the last bit."""
     theirs, mine = (
         jax.jit(lambda a, b, dropout=dropout: dropout(KEY, a * b, X))
