@@ -66,7 +66,11 @@ def materialize(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     XLA treats a draw as cheap, and repeats it in the loop that reads it, for every element that
     shares it: all elements along a dimension that shares a mask, or the 32 elements of a word. XLA
     does not fuse an expensive operation into one that reads it many times, and it treats division
-    as expensive. It does not see that the divisor is 1; behind a barrier it would, up to JAX 0.8.
+    as expensive. It does not see that the divisor is 1. (With a barrier in front of a literal 1, it
+    does, up to JAX 0.8.)
+
+    Measured in CPU time on arrays of (64, 256, 1024): a mask shared along one of the first two axes
+    takes half as long as without it, and 8 million packed bits a twelfth.
     """
 
     def divided(x: Array) -> Array:
