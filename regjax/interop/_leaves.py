@@ -82,11 +82,6 @@ class Part:
     leaves: dict[str, Located]  # by path in JAX
     transposed: bool = False  # for Muon: whether JAX holds the matrices transposed
 
-    @property
-    def decoupled(self) -> bool:
-        """True if the decay bypasses the moments."""
-        return self.group.get("decoupled_weight_decay", self.kind in ("Adafactor", "Muon"))
-
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:

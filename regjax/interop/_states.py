@@ -94,7 +94,7 @@ def state_from_torch(
         >>> names, params = {"kernel": Leaf("weight", (1, 0))}, {"kernel": jnp.ones((3, 2))}
         >>> optimizer = optimizer_from_torch(recipe, names)
         >>> state = state_from_torch(recipe, names, params, optimizer)
-        >>> int(state[2].count), state[2].mu["kernel"].shape
+        >>> int(state["moments"].count), state["moments"].mu["kernel"].shape
         (1, (3, 2))
     """
     check_class("torch_optimizer", torch_optimizer, "torch.optim", MOMENTS)
@@ -196,7 +196,7 @@ def state_to_torch(
 class _Place(NamedTuple):
     """A leaf of a chain's state: the link of the chain, the field, the path of the parameter."""
 
-    link: int
+    link: str
     field: str
     path: str
 
@@ -209,9 +209,9 @@ def _place(path: tuple[Any, ...], recipe: Recipe) -> tuple[str, _Place]:
         label, rest = rest[1].key, rest[3:]
     if isinstance(rest[0], GetAttrKey):
         if rest[0].name == "count":
-            return label, _Place(-1, "count", "")
+            return label, _Place("", "count", "")
         rest = rest[1:]
-    link, at = rest[0].idx, 1
+    link, at = rest[0].key, 1
     while isinstance(rest[at], SequenceKey):
         at += 1
     return label, _Place(link, rest[at].name, path_name(tuple(rest[at + 1 :])))
@@ -232,7 +232,7 @@ def _check_made_for(argument: str, state: Any, recipe: Recipe) -> None:
         for label, chain in chains.items()
     }
     fits = inner.keys() == {part.label for part in recipe.parts}
-    if not fits or not all(type(c) is tuple and len(c) == 4 for c in inner.values()):
+    if not fits or not all(isinstance(c, dict) and "moments" in c for c in inner.values()):
         raise ValueError(
             f"{argument} must be that of optimizer_from_torch with the same arguments; got a state "
             f"of another structure, a {type(state).__name__}. Leave out what is chained to it."
@@ -258,15 +258,10 @@ def _role(part: Part, place: _Place) -> str:
     """Return the role of a number that is not an array of a parameter's shape."""
     if place.field != "count":
         return place.field
-    if place.link == -1:
-        return "scheduled"
-    if place.link == 2 and part.kind == "SGD":
-        return "started"
-    if place.link == 3 and part.kind == "Adagrad" and part.group["lr_decay"] != 0:
-        return "step"
-    # Decoupled decay follows the learning rate; the fourth link of ASGD is not a schedule.
-    of_rate = 2 if part.decoupled else 3
-    return "step" if place.link < of_rate or part.kind == "ASGD" else "scheduled"
+    if place.link == "moments":
+        return "started" if part.kind == "SGD" else "step"
+    counts_steps = place.link == "learning_rate" and _shares_count(part)
+    return "step" if counts_steps else "scheduled"
 
 
 class _Read:

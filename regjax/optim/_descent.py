@@ -13,7 +13,7 @@ from regjax._decay.paths import named_leaves
 from regjax.optim._gradients import check_arrays
 from regjax.optim._links import (
     OFF,
-    ascend,
+    chain_links,
     check_bounds,
     check_float_dtype,
     check_pair,
@@ -22,6 +22,7 @@ from regjax.optim._links import (
     in_dtype_of,
     is_known,
     is_zero,
+    named_links,
     promoted,
     rounded_once,
     rounded_product,
@@ -72,8 +73,8 @@ def sgd(
             the parameters. A step rounds $b$ at its end and uses it unrounded.
 
     Returns:
-        An optax transformation; `optax.TraceState` in part 2 of its state holds $b$. With
-        dampening, part 2 is a pair that begins with `optax.ScaleByScheduleState` (the step count).
+        An optax transformation; `state["moments"]` is an `optax.TraceState`, which holds $b$. With
+        dampening, it is a pair that begins with `optax.ScaleByScheduleState` (the step count).
 
     Raises:
         TypeError: An argument is not a number, or a flag or a leaf of the mask is not a bool.
@@ -114,14 +115,8 @@ def sgd(
             f"momentum={momentum} and dampening={dampening}: pass momentum=0.9, say, or leave "
             "nesterov out"
         )
-    return rounded_once(
-        optax.chain(
-            ascend(maximize),
-            decay_weights(weight_decay, mask),
-            _accumulate(momentum, dampening, nesterov, accumulator_dtype),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-    )
+    moments = _accumulate(momentum, dampening, nesterov, accumulator_dtype)
+    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, maximize=maximize))
 
 
 class DescendState(NamedTuple):
@@ -163,7 +158,7 @@ def asgd(
       \mu_t = \frac{1}{\max(1,\, t - 1 - t_0)}$$
 
     Evaluate with the average after more than `t0 + 1` steps; until then it is the last parameters.
-    Read it from the state: `state[3].ax` or `optax.tree.get(state, "ax")`.
+    Read it from the state: `state["moments"].ax` or `optax.tree.get(state, "ax")`.
 
     Args:
         learning_rate: $\eta$ (PyTorch: `lr`), or a schedule from the step count, starting at 0. As
@@ -176,8 +171,8 @@ def asgd(
         mask: The parameters that `weight_decay` applies to; see `adam`.
 
     Returns:
-        An optax transformation whose `update` needs `params`. Part 2 of its state holds $\eta_t$,
-        part 3 the average in `ax`. Errors are those of `sgd`.
+        An optax transformation whose `update` needs `params`. `state["learning_rate"].eta` is
+        $\eta_t$, `state["moments"].ax` the average. Errors are those of `sgd`.
 
     Note (PyTorch):
         Equal up to rounding. As in PyTorch, $\eta_t$ and $\mu_t$ are rounded to float32, even for
@@ -193,7 +188,7 @@ def asgd(
         >>> for _ in range(3):
         ...     updates, state = optimizer.update(jnp.array([0.0, -1.0]), state, params)
         ...     params = optax.apply_updates(params, updates)
-        >>> print(params.round(2), state[3].ax.round(2))
+        >>> print(params.round(2), state["moments"].ax.round(2))
         [ 1.  -0.5] [ 1.   -0.75]
 
     References:
@@ -206,11 +201,11 @@ def asgd(
     check_coefficient("alpha", alpha, fix="pass 0.0 for steps of one size")
     check_coefficient("t0", t0, fix="pass 0 to average from the first step on")
     return rounded_once(
-        optax.chain(
-            ascend(maximize),
-            decay_weights(weight_decay, mask),
-            _descend_and_shrink(learning_rate, lambd, alpha),
-            _average(t0),
+        named_links(
+            maximize,
+            weight_decay=decay_weights(weight_decay, mask),
+            learning_rate=_descend_and_shrink(learning_rate, lambd, alpha),
+            moments=_average(t0),
         )
     )
 
@@ -240,7 +235,7 @@ def rprop(
         maximize: Ascend.
 
     Returns:
-        An optax transformation; part 2 of its state holds $g_t$ in `prev` and $s_t$ in `step_size`.
+        An optax transformation; `state["moments"]` holds $g_t$ in `prev` and $s_t$ in `step_size`.
 
     Raises:
         TypeError: An argument is not a number; from `init`, parameters are complex.
@@ -271,14 +266,8 @@ def rprop(
     """
     check_coefficient("learning_rate", learning_rate, fix="it is the first step size, so 0.01, say")
     _check_rprop(etas, step_sizes)
-    return rounded_once(
-        optax.chain(
-            ascend(maximize),
-            optax.identity(),  # the position of the decay in other optimizers
-            _resilient(learning_rate, etas, step_sizes),
-            optax.scale(-1.0),
-        )
-    )
+    moments = _resilient(learning_rate, etas, step_sizes)
+    return rounded_once(chain_links(moments, 1.0, maximize=maximize))
 
 
 def _accumulate(

@@ -42,6 +42,46 @@ OFF: Any = np.float32(0.0)
 _SINGLE = np.dtype("float32")
 
 
+def chain_links(
+    moments: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay = OFF,
+    mask: Mask = None,
+    *,
+    maximize: bool = False,
+    decoupled: bool = False,
+    step: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """Chain the four links of an optimizer, whose decay precedes its moments or is decoupled.
+
+    `step` replaces the multiplication by the learning rate.
+    """
+    step = optax.scale_by_learning_rate(learning_rate) if step is None else step
+    if check_bool("decoupled_weight_decay", decoupled):
+        decay = add_in_turn(learning_rate, weight_decay, mask)
+        return named_links(maximize, moments=moments, learning_rate=step, weight_decay=decay)
+    decay = decay_weights(weight_decay, mask)
+    return named_links(maximize, weight_decay=decay, moments=moments, learning_rate=step)
+
+
+def named_links(
+    maximize: bool, **links: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`optax.named_chain` that begins with the sign of the gradient, with a plain dict as state."""
+    # The OrderedDict of optax 0.2.8 is unknown to flax.serialization, and {**state} would have
+    # another tree structure.
+    chained = optax.named_chain(("maximize", ascend(maximize)), *links.items())
+
+    def init(params: PyTree) -> dict[str, PyTree]:
+        return dict(chained.init(params))
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        updates, state = chained.update(updates, state, params)
+        return updates, dict(state)
+
+    return optax.GradientTransformation(init, update)
+
+
 def ascend(maximize: bool) -> optax.GradientTransformation:
     is_ascent = check_bool("maximize", maximize)
     return optax.scale(-1.0) if is_ascent else optax.identity()

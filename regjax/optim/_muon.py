@@ -14,9 +14,8 @@ from jax.core import Tracer
 from regjax._decay.paths import named_leaves
 from regjax.optim._gradients import check_arrays
 from regjax.optim._links import (
-    add_in_turn,
-    ascend,
     cast_like,
+    chain_links,
     check_float_dtype,
     check_pair,
     check_rates,
@@ -92,7 +91,7 @@ def muon(
         mu_dtype: The dtype in which $b$ is stored; see `adam`.
 
     Returns:
-        An optax transformation; part 1 of its state begins with an `optax.EmaState`, which holds
+        An optax transformation; `state["moments"]` begins with an `optax.EmaState`, which holds
         $b$.
 
     Raises:
@@ -155,14 +154,9 @@ def muon(
         scale = _SCALES[adjust_lr_fn](outputs, inputs)
         return scale * orthogonalize(u, ns_coefficients, eps, ns_steps, ns_dtype)
 
-    return rounded_once(
-        optax.chain(
-            ascend(maximize=False),  # PyTorch's Muon only descends
-            optax.chain(_average(momentum, nesterov, mu_dtype), _on_matrices(step)),
-            optax.scale_by_learning_rate(learning_rate),
-            add_in_turn(learning_rate, weight_decay, mask),
-        )
-    )
+    # PyTorch's Muon only descends.
+    moments = optax.chain(_average(momentum, nesterov, mu_dtype), _on_matrices(step))
+    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, decoupled=True))
 
 
 _SCALES: dict[str | None, Callable[[int, int], float]] = {

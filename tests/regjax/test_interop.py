@@ -118,8 +118,8 @@ def test_under_scan_map_params_and_inside_a_chain():
     (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=3)
     doubled = optax.tree.map_params(optimizer, lambda x: 2 * x, state)
     np.testing.assert_array_equal(
-        doubled[1].inner_states["group1"].inner_state[2].trace["c"],
-        2 * state[1].inner_states["group1"].inner_state[2].trace["c"],
+        doubled[1].inner_states["group1"].inner_state["moments"].trace["c"],
+        2 * state[1].inner_states["group1"].inner_state["moments"].trace["c"],
     )
 
 
@@ -132,8 +132,10 @@ def test_bfloat16_there_and_back():
     names, params = {"w": Leaf("p0", (1, 0))}, {"w": jnp.ones((3, 2), jnp.bfloat16)}
     optimizer = optimizer_from_torch(recipe, names)
     state = state_from_torch(recipe, names, params, optimizer)
-    assert state[2].trace["w"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(state[2].trace["w"].T.astype("float32"), before.float().numpy())
+    assert state["moments"].trace["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        state["moments"].trace["w"].T.astype("float32"), before.float().numpy()
+    )
     recipe.state.clear()
     state_to_torch(state, recipe, names)
     after = recipe.state[weight]["momentum_buffer"]
@@ -158,7 +160,7 @@ def test_what_is_carried_over_is_a_copy():
     optimizer = optimizer_from_torch(recipe, names)
     state = state_from_torch(recipe, names, params, optimizer)
     recipe.state[weight]["momentum_buffer"].zero_()
-    np.testing.assert_array_equal(state[2].trace["w"], 1.0)
+    np.testing.assert_array_equal(state["moments"].trace["w"], 1.0)
 
 
 def test_a_tensor_for_a_rate_and_options_without_effect():

@@ -153,15 +153,16 @@ VARIANTS = {
     ),
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+LINKS = {"maximize", "weight_decay", "moments", "learning_rate"}
 
 
 @each_variant
-def test_state_has_four_parts_that_keep_their_form(variant):
+def test_state_has_four_links_that_keep_their_form(variant):
     params, gradient = variant.problem
     optimizer = variant.make(0.1)
     state = optimizer.init(params)
     after = jax.eval_shape(optimizer.update, gradient, state, params)[1]
-    assert len(state) == 4
+    assert state.keys() == LINKS
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     # What optax's tools take for parameters, they map; and nothing else.
@@ -172,50 +173,56 @@ def test_state_has_four_parts_that_keep_their_form(variant):
     ) == jax.tree.map(lambda _: True, state)
 
 
-# Which part of the state has what a user may look for, and what that is.
-STATES = {
-    "sgd": (optim.sgd(weight_decay=0.1), 2, optax.EmptyState),
-    "momentum": (optim.sgd(momentum=0.9), 2, optax.TraceState),
+# The type of state["moments"], and below of state["learning_rate"].
+MOMENTS_STATES = {
+    "sgd": (optim.sgd(weight_decay=0.1), optax.EmptyState),
+    "momentum": (optim.sgd(momentum=0.9), optax.TraceState),
     "dampened": (
         optim.sgd(momentum=0.9, dampening=0.5),
-        2,
         (optax.ScaleByScheduleState, optax.TraceState),
     ),
-    "adam": (optim.adam(weight_decay=0.1), 2, optax.ScaleByAdamState),
-    "amsgrad": (optim.adam(amsgrad=True), 2, optax.ScaleByAmsgradState),
-    "adamw": (optim.adamw(), 1, optax.ScaleByAdamState),
-    "adamw-amsgrad": (optim.adamw(0.1, amsgrad=True), 1, optax.ScaleByAmsgradState),
-    "nadam": (optim.nadam(weight_decay=0.1), 2, optim.ScaleByNadamState),
-    "nadamw": (optim.nadam(decoupled_weight_decay=True), 1, optim.ScaleByNadamState),
-    "radam": (optim.radam(), 2, optax.ScaleByAdamState),
-    "radamw": (optim.radam(decoupled_weight_decay=True), 1, optax.ScaleByAdamState),
-    "adamax": (optim.adamax(0.1), 2, optax.ScaleByAdamState),
-    "adagrad": (optim.adagrad(weight_decay=0.1), 2, optax.ScaleByRssState),
-    "adagrad-rate": (optim.adagrad(), 3, optax.EmptyState),
-    "adagrad-lr-decay": (optim.adagrad(lr_decay=0.1), 3, optax.ScaleByScheduleState),
-    "adadelta": (optim.adadelta(weight_decay=0.1), 2, optax.ScaleByAdaDeltaState),
-    "adadelta-schedule": (optim.adadelta(lambda count: 0.1), 3, optax.ScaleByScheduleState),
-    "rmsprop": (optim.rmsprop(weight_decay=0.1), 2, optax.ScaleByRmsState),
-    "rmsprop-centered": (optim.rmsprop(centered=True), 2, optax.ScaleByRStdDevState),
+    "adam": (optim.adam(weight_decay=0.1), optax.ScaleByAdamState),
+    "amsgrad": (optim.adam(amsgrad=True), optax.ScaleByAmsgradState),
+    "adamw": (optim.adamw(), optax.ScaleByAdamState),
+    "adamw-amsgrad": (optim.adamw(0.1, amsgrad=True), optax.ScaleByAmsgradState),
+    "nadam": (optim.nadam(weight_decay=0.1), optim.ScaleByNadamState),
+    "nadamw": (optim.nadam(decoupled_weight_decay=True), optim.ScaleByNadamState),
+    "radam": (optim.radam(), optax.ScaleByAdamState),
+    "radamw": (optim.radam(decoupled_weight_decay=True), optax.ScaleByAdamState),
+    "adamax": (optim.adamax(0.1), optax.ScaleByAdamState),
+    "adagrad": (optim.adagrad(weight_decay=0.1), optax.ScaleByRssState),
+    "adadelta": (optim.adadelta(weight_decay=0.1), optax.ScaleByAdaDeltaState),
+    "rmsprop": (optim.rmsprop(weight_decay=0.1), optax.ScaleByRmsState),
+    "rmsprop-centered": (optim.rmsprop(centered=True), optax.ScaleByRStdDevState),
     "rmsprop-momentum": (
         optim.rmsprop(momentum=0.9),
-        2,
         (optax.ScaleByRmsState, optax.TraceState),
     ),
     "rmsprop-both": (
         optim.rmsprop(momentum=0.9, centered=True),
-        2,
         (optax.ScaleByRStdDevState, optax.TraceState),
     ),
-    "muon": (optim.muon(), 1, (optax.EmaState, optax.EmptyState)),
+    "adafactor": (optim.adafactor(), (optax.FactoredState, *(optax.EmptyState,) * 2)),
+    "muon": (optim.muon(), (optax.EmaState, optax.EmptyState)),
+}
+RATE_STATES = {
+    "adagrad": (optim.adagrad(), optax.EmptyState),
+    "adagrad-lr-decay": (optim.adagrad(lr_decay=0.1), optax.ScaleByScheduleState),
+    "adadelta-schedule": (optim.adadelta(lambda count: 0.1), optax.ScaleByScheduleState),
 }
 
 
-@pytest.mark.parametrize(("optimizer", "part", "kind"), STATES.values(), ids=STATES)
-def test_state_is_what_optax_tools_know(optimizer, part, kind):
-    state = optimizer.init(PARAMS["kernel"])
-    kinds = type(state[part])
-    assert kind == (tuple(map(type, state[part])) if kinds is tuple else kinds)
+@pytest.mark.parametrize(
+    ("link", "optimizer", "expected"),
+    [
+        *(("moments", *case) for case in MOMENTS_STATES.values()),
+        *(("learning_rate", *case) for case in RATE_STATES.values()),
+    ],
+    ids=[*MOMENTS_STATES, *RATE_STATES],
+)
+def test_state_is_what_optax_tools_know(link, optimizer, expected):
+    state = optimizer.init(PARAMS["kernel"])[link]
+    assert expected == (tuple(map(type, state)) if type(state) is tuple else type(state))
 
 
 def _arrays(state):

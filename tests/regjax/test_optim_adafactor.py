@@ -52,7 +52,7 @@ def test_the_second_moment_follows_the_step():
     state = optimizer.init(params)
     for gradient, expected in ((1.0, 1.0), (2.0, 1 + 3 / math.sqrt(2))):
         _, state = optimizer.update(jnp.array([gradient]), state, params)
-        np.testing.assert_allclose(state[1][0].v, [expected], rtol=1e-6)
+        np.testing.assert_allclose(state["moments"][0].v, [expected], rtol=1e-6)
 
 
 def test_the_learning_rate_is_capped_by_the_root_of_the_step():
@@ -69,8 +69,7 @@ def test_state_of_a_matrix_is_its_rows_and_columns():
     params = {"conv": jnp.ones((2, 3, 4, 5)), "kernel": jnp.ones((6, 7)), "bias": jnp.ones(8)}
     optimizer = optim.adafactor(weight_decay=0.1, mask=matrices)
     state = optimizer.init(params)
-    assert len(state) == 4
-    factored = state[1][0]
+    factored = state["moments"][0]
     assert isinstance(factored, optax.FactoredState)
     assert not any(leaf.any() for leaf in jax.tree.leaves(state))
     nothing = optax.MaskedNode()
@@ -86,7 +85,7 @@ def test_state_of_a_matrix_is_its_rows_and_columns():
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     mapped = optax.tree.map_params(optimizer, lambda leaf: leaf + 1, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
-    assert mapped[1][0].v_row["kernel"][0, 0] == mapped[1][0].v["bias"][0] == 1
+    assert mapped["moments"][0].v_row["kernel"][0, 0] == mapped["moments"][0].v["bias"][0] == 1
 
 
 def test_the_layout_of_a_matrix_makes_no_difference():
@@ -122,9 +121,10 @@ def test_bfloat16_is_rounded_once():
     state = optimizer.init(params)
     held, gradient = jnp.bfloat16(1.0), jnp.bfloat16(1.6171875)
     count = jnp.int32(9)
-    factored = state[1][0]._replace(count=count, v=held[None])
-    state = (state[0], (factored, *state[1][1:]), *state[2:])
-    v = optimizer.update(gradient[None], state, params)[1][1][0].v[0]
+    factored, *rest = state["moments"]
+    factored = factored._replace(count=count, v=held[None])
+    state = {**state, "moments": (factored, *rest)}
+    v = optimizer.update(gradient[None], state, params)[1]["moments"][0].v[0]
     share = 10**-0.8
     assert v == jnp.bfloat16(1 + share * (1.6171875**2 - 1))
     squared = gradient * gradient

@@ -75,7 +75,7 @@ def test_the_average_and_nesterov():
         _, state = optimizer.update(g1, state)
         update, state = optimizer.update(g2, state)
         np.testing.assert_allclose(-jnp.diag(update), expected, rtol=1e-6)
-        np.testing.assert_allclose(jnp.diag(state[1][0].ema), [0.1875, 0.25], rtol=1e-6)
+        np.testing.assert_allclose(jnp.diag(state["moments"][0].ema), [0.1875, 0.25], rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)])
@@ -148,8 +148,9 @@ def test_bfloat16_is_rounded_once():
     held, gradient = jnp.full((1, 1), 1.0, "bfloat16"), jnp.full((1, 1), 3.015625, "bfloat16")
     optimizer = optim.muon(weight_decay=0.0)
     state = optimizer.init(held)
-    state = (state[0], (state[1][0]._replace(ema=held), state[1][1]), *state[2:])
-    ema = optimizer.update(gradient, state)[1][1][0].ema
+    average, *rest = state["moments"]
+    state = {**state, "moments": (average._replace(ema=held), *rest)}
+    ema = optimizer.update(gradient, state)[1]["moments"][0].ema
     assert ema == jnp.bfloat16(0.95 + 0.05 * 3.015625)
 
 
