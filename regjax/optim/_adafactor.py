@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax._decay.paths import named_leaves
-from regjax.optim._gradients import check_arrays
+from regjax.optim._gradients import PARTITION, check_given, check_real
 from regjax.optim._links import (
     OFF,
     chain_links,
@@ -103,23 +102,19 @@ def adafactor(
         arXiv:1804.04235, ICML 2018.
     """
     check_rates(learning_rate, weight_decay)
-    check_bounds("beta2_decay", beta2_decay, high=0.0, fix="pass -0.8, say")
+    check_bounds("beta2_decay", beta2_decay, high=0.0, fix="Pass -0.8.")
     check_pair("eps", eps, fix="Pass (None, 1e-3).")
     eps1, eps2 = eps
     if eps1 is not None:
         check_coefficient("eps[0]", eps1, fix="pass None for the machine epsilon")
     check_coefficient("eps[1]", eps2, fix="pass 1e-3, say")
-    check_bounds("d", d, low=1.0, fix="pass 1.0, or math.inf for no clipping")
+    check_bounds("d", d, low=1.0, fix="Pass 1.0, or math.inf for no clipping.")
 
     def floor(leaf: Array) -> ScalarLike:
         return float(jnp.finfo(leaf.dtype).eps) if eps1 is None else eps1
 
     def chain(params: PyTree | None) -> optax.GradientTransformation:
-        if params is None:
-            raise ValueError(
-                "params is None, but Adafactor's step is relative to the parameters: call "
-                "update(updates, state, params)"
-            )
+        check_given(params, "Adafactor's step is relative to them")
 
         # Computed here, because inside the chain half types are float32, with another epsilon.
         def floors() -> PyTree[ScalarLike]:
@@ -156,13 +151,7 @@ def _scale_by_factored_rms(
     # - does not cap its learning rate by 1 / sqrt(t), nor scale its decay by it.
 
     def init(params: PyTree) -> optax.FactoredState:
-        check_arrays(params)
-        for name, leaf in named_leaves(params):
-            if jnp.iscomplexobj(leaf):
-                raise TypeError(
-                    f"Adafactor has no factors for the complex parameter '{name}': torch refuses "
-                    "it too; send it to another optimizer with optax.partition"
-                )
+        check_real(params, "Adafactor", PARTITION)
         return optax.FactoredState(
             jnp.zeros([], jnp.int32),
             v_row=jax.tree.map(lambda p: _zeros(p, -1, if_factored=True), params),

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from regjax._decay.paths import named_leaves
-from regjax.optim._gradients import check_arrays
+from regjax.optim._gradients import SPLIT, check_real
 from regjax.optim._links import (
     OFF,
     Terms,
@@ -114,8 +113,10 @@ def adam(
     _check(learning_rate, betas, eps, weight_decay)
     check_float_dtype("mu_dtype", mu_dtype)
     moments = _scale_by_adam(betas[0], betas[1], eps, check_bool("amsgrad", amsgrad), mu_dtype)
-    options = {"maximize": maximize, "decoupled": decoupled_weight_decay}
-    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, **options))
+    links = chain_links(
+        moments, learning_rate, weight_decay, mask, maximize, decoupled_weight_decay
+    )
+    return rounded_once(links)
 
 
 def adamw(
@@ -228,11 +229,13 @@ def nadam(
     check_float_dtype("mu_dtype", mu_dtype)
     check_coefficient("momentum_decay", momentum_decay, fix="pass 4e-3, say")
     moments = _scale_by_nadam(betas[0], betas[1], eps, momentum_decay, mu_dtype)
-    options = {"maximize": maximize, "decoupled": decoupled_weight_decay}
+    step = optax.scale_by_learning_rate(learning_rate)
     if not decoupled_weight_decay:
-        scale = optax.scale_by_learning_rate(learning_rate)
-        options["step"] = optax.chain(scale, add_in_turn(learning_rate, 0.0, None))
-    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, **options))
+        step = optax.chain(step, add_in_turn(learning_rate, 0.0, None))
+    links = chain_links(
+        moments, learning_rate, weight_decay, mask, maximize, decoupled_weight_decay, step
+    )
+    return rounded_once(links)
 
 
 def radam(
@@ -282,8 +285,10 @@ def radam(
     """
     _check(learning_rate, betas, eps, weight_decay)
     moments = _scale_by_radam(betas[0], betas[1], eps)
-    options = {"maximize": maximize, "decoupled": decoupled_weight_decay}
-    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, **options))
+    links = chain_links(
+        moments, learning_rate, weight_decay, mask, maximize, decoupled_weight_decay
+    )
+    return rounded_once(links)
 
 
 def adamax(
@@ -498,14 +503,7 @@ def _scale_by_adamax(
 
 
 def _no_moments(params: PyTree, mu_dtype: DTypeLike | None = None) -> optax.ScaleByAdamState:
-    check_arrays(params)
-    for name, leaf in named_leaves(params):
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"Adam has no one second moment for the complex parameter '{name}': torch takes "
-                "real and imaginary part as two parameters, and so does "
-                "optax.contrib.split_real_and_imaginary around this optimizer"
-            )
+    check_real(params, "Adam and its variants", SPLIT)
     count = jnp.zeros([], jnp.int32)
     return optax.ScaleByAdamState(count, zeros_like(params, mu_dtype), zeros_like(params))
 

@@ -29,7 +29,7 @@ import optax
 
 from regjax._decay.paths import named_leaves, path_name
 from regjax._decay.validation import check_reference, resolve_mask, resolve_reference, resolve_scale
-from regjax.optim._gradients import is_array
+from regjax.optim._gradients import check_given, is_array
 from regjax.optim._links import check_mask, is_zero, rounded_once
 from regshared.checks import check_callable, check_coefficient, check_integer
 
@@ -200,8 +200,9 @@ def add_cautious_weight_decay(
         for (name, leaf), decay in zip(named_leaves(params), jax.tree.leaves(decays), strict=True):
             if decay and is_array(leaf) and jnp.iscomplexobj(leaf):
                 raise TypeError(
-                    f"cautious decay compares signs, but the parameter '{name}' is complex: use "
-                    "optax.add_decayed_weights, or give it False in `mask`"
+                    f"params must be real for cautious decay, which compares signs; got "
+                    f"{leaf.dtype} at '{name}'. Use optax.add_decayed_weights, or pass False for "
+                    "it in mask."
                 )
 
     def term(c: Inexact[Array, ""], u: Leaf, w: Leaf, _: Any) -> Leaf:
@@ -344,10 +345,10 @@ def layerwise_scale(
 
 def _layer(name: str, layer: Any, depth: int | None) -> int:
     if not isinstance(layer, int) or isinstance(layer, bool):
-        raise TypeError(f"layer_of('{name}') must be an int, but it is {layer!r}")
+        raise TypeError(f"layer_of('{name}') must be an int; got {layer!r}.")
     if layer < 0 or (depth is not None and layer > depth):
-        limit = "not negative" if depth is None else f"in [0, depth={depth}]"
-        raise ValueError(f"layer_of('{name}') must be {limit}, but it is {layer}")
+        limit = "nonnegative" if depth is None else f"in [0, depth={depth}]"
+        raise ValueError(f"layer_of('{name}') must be {limit}; got {layer}.")
     return layer
 
 
@@ -380,11 +381,7 @@ def _decay(
         return optax.EmptyState()
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        if params is None:
-            raise ValueError(
-                "params is None, but a decay needs the parameters: call update(updates, state, "
-                "params)"
-            )
+        check_given(params, "a decay needs them")
         coefficient = weight_decay
         if callable(weight_decay):
             coefficient = weight_decay(state.count)

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from regjax._decay.paths import named_leaves
-from regjax.optim._gradients import check_arrays
+from regjax.optim._gradients import SPLIT, check_given, check_real
 from regjax.optim._links import (
     OFF,
     chain_links,
@@ -105,15 +104,14 @@ def sgd(
     """
     check_rates(learning_rate, weight_decay)
     check_coefficient("momentum", momentum, fix="pass 0.0 for none")
-    check_bounds("dampening", dampening, low=-1e30, high=1e30, fix="pass 0.0 for none")
+    check_bounds("dampening", dampening, low=-1e30, high=1e30, fix="Pass 0.0 for none.")
     check_bool("nesterov", nesterov)
     check_float_dtype("accumulator_dtype", accumulator_dtype)
     damped = is_known(dampening) and dampening != 0
     if nesterov and (is_zero(momentum) or damped):
         raise ValueError(
-            "nesterov=True needs momentum > 0 and dampening = 0, but they are "
-            f"momentum={momentum} and dampening={dampening}: pass momentum=0.9, say, or leave "
-            "nesterov out"
+            "nesterov must be False without momentum or with dampening; got True, momentum="
+            f"{momentum} and dampening={dampening}. Pass momentum=0.9, or leave nesterov out."
         )
     moments = _accumulate(momentum, dampening, nesterov, accumulator_dtype)
     return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, maximize=maximize))
@@ -319,11 +317,7 @@ def _descend_and_shrink(
         return DescendState(count, rate(count).astype(jnp.float32))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        if params is None:
-            raise ValueError(
-                "params is None, but asgd shrinks and averages the parameters: call "
-                "update(updates, state, params)"
-            )
+        check_given(params, "asgd shrinks and averages them")
 
         def step(g: Array, p: Array) -> Array:
             eta = state.eta.astype(jnp.finfo(p.dtype).dtype)
@@ -370,14 +364,7 @@ def _resilient(
     smallest, largest = step_sizes
 
     def init(params: PyTree) -> RpropState:
-        check_arrays(params)
-        for name, leaf in named_leaves(params):
-            if jnp.iscomplexobj(leaf):
-                raise TypeError(
-                    f"Rprop has no sign for the complex parameter '{name}': torch takes real and "
-                    "imaginary part as two parameters, and so does "
-                    "optax.contrib.split_real_and_imaginary around this optimizer"
-                )
+        check_real(params, "Rprop", SPLIT)
         return RpropState(
             optax.tree.zeros_like(params), optax.tree.full_like(params, learning_rate)
         )
@@ -416,9 +403,9 @@ def _check_rprop(etas: tuple[Any, Any], step_sizes: tuple[Any, Any]) -> None:
     check_coefficient("step_sizes[0]", step_sizes[0], fix="pass 1e-6, say")
     check_coefficient("step_sizes[1]", step_sizes[1], fix="pass 50.0, say")
     if is_known(*etas) and (etas[0] == 0 or etas[1] <= 1):
-        raise ValueError(f"etas must be 0 < etas[0] < 1 < etas[1], but they are {etas}: {fix}")
+        raise ValueError(f"etas must be 0 < etas[0] < 1 < etas[1]; got {etas}. Pass (0.5, 1.2).")
     if is_known(*step_sizes) and step_sizes[0] > step_sizes[1]:
         raise ValueError(
-            f"step_sizes must be the smallest and the largest step, but they are {step_sizes}: "
-            "pass (1e-6, 50.0), say"
+            f"step_sizes must be the smallest and the largest step; got {step_sizes}. Pass "
+            "(1e-6, 50.0)."
         )

@@ -12,11 +12,12 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from regjax._decay.paths import named_leaves
 from regjax._decay.validation import resolve_mask
 from regjax.optim._gradients import (
     check_arrays,
+    check_given,
     check_gradients,
+    check_real,
     fill,
     put_back,
     put_state_back,
@@ -47,7 +48,6 @@ def chain_links(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: WeightDecay = OFF,
     mask: Mask = None,
-    *,
     maximize: bool = False,
     decoupled: bool = False,
     step: optax.GradientTransformation | None = None,
@@ -73,11 +73,12 @@ def named_links(
     chained = optax.named_chain(("maximize", ascend(maximize)), *links.items())
 
     def init(params: PyTree) -> dict[str, PyTree]:
-        return dict(chained.init(params))
+        state: Any = chained.init(params)
+        return dict(state)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        updates, state = chained.update(updates, state, params)
-        return updates, dict(state)
+        updates, new_state = chained.update(updates, state, params)
+        return updates, dict(new_state)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     return optax.GradientTransformation(init, update)
 
@@ -105,7 +106,7 @@ def decay_weights(weight_decay: WeightDecay, mask: Mask) -> optax.GradientTransf
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
-        _check_given(params, weight_decay)
+        _check_params(params, weight_decay)
         updates, _ = decay(params).update(updates, state, params)
         # The state of a schedule is its step count, which Optax 0.2.6 does not advance.
         return updates, jax.tree.map(optax.safe_increment, state)
@@ -180,7 +181,7 @@ def add_in_turn(
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if decaying:
-            _check_given(params, weight_decay)
+            _check_params(params, weight_decay)
         elif params is None:
             return jax.tree.map(_sum, updates, is_leaf=lambda x: isinstance(x, Terms)), state
         kept: Any = share(state) if decaying else None
@@ -203,12 +204,10 @@ def _sum(step: Array | Terms) -> Array:
     return lax.add(step.early, step.late) if isinstance(step, Terms) else step
 
 
-def _check_given(params: PyTree | None, weight_decay: WeightDecay) -> None:
+def _check_params(params: PyTree | None, weight_decay: WeightDecay) -> None:
     if params is None:
-        raise ValueError(
-            f"params is None, but weight_decay={weight_decay} needs the parameters: call "
-            "update(updates, state, params), or pass weight_decay=0.0"
-        )
+        fix = ", or pass weight_decay=0.0"
+        check_given(params, f"weight_decay={weight_decay} needs them", fix)
 
 
 def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
@@ -308,13 +307,10 @@ def widest(coefficient: ScalarLike) -> ScalarLike:
 
 def zeros_like(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Return zeros with the shapes and sharding of the parameters, in one dtype if given."""
-    check_arrays(params)
-    for name, leaf in [] if dtype is None else named_leaves(params):
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"params must be real where a dtype of their moments is given; got {leaf.dtype} at "
-                f"'{name}'. Pass None as the dtype."
-            )
+    if dtype is None:
+        check_arrays(params)
+    else:
+        check_real(params, "moments of a given dtype", "Pass None as the dtype.")
     return optax.tree.zeros_like(params, dtype=dtype and jnp.dtype(dtype))
 
 
@@ -374,9 +370,9 @@ def check_bounds(
         isinstance(value, jax.Array | np.ndarray) and value.shape == ()
     )
     if not is_scalar or isinstance(value, bool):
-        raise TypeError(f"{name} must be a real number, but it is {value!r}: {fix}")
+        raise TypeError(f"{name} must be a real number; got {value!r}. {fix}")
     if not low <= float(value) <= high:
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], but it is {value}: {fix}")
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {value}. {fix}")
 
 
 def check_rates(learning_rate: optax.ScalarOrSchedule, weight_decay: WeightDecay) -> None:

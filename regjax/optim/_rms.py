@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax._decay.paths import named_leaves
-from regjax.optim._gradients import check_arrays
+from regjax.optim._gradients import SPLIT, check_real
 from regjax.optim._links import OFF, chain_links, check_rates, is_zero, rounded_once
 from regshared.checks import check_bool, check_coefficient
 
@@ -215,14 +214,7 @@ def _of_real(name: str, inner: optax.GradientTransformation) -> optax.GradientTr
     """Reject complex parameters, for which optax's means of squares differ from PyTorch's."""
 
     def init(params: PyTree) -> PyTree:
-        check_arrays(params)
-        for path, leaf in named_leaves(params):
-            if jnp.iscomplexobj(leaf):
-                raise TypeError(
-                    f"{name} has no one square to average for the complex parameter '{path}': "
-                    "torch takes real and imaginary part as two parameters, and so does "
-                    "optax.contrib.split_real_and_imaginary around this optimizer"
-                )
+        check_real(params, name, SPLIT)
         return inner.init(params)
 
     return optax.GradientTransformation(init, inner.update)

@@ -103,7 +103,9 @@ def test_scalars_are_vectors():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_update_always_needs_parameters(weight_decay):
     optimizer = optim.adafactor(weight_decay=weight_decay)
-    with pytest.raises(ValueError, match="params is None, but Adafactor's step is relative"):
+    with pytest.raises(
+        ValueError, match=r"^params must be given, since Adafactor's step is relative"
+    ):
         optimizer.update(GRADIENT, optimizer.init(PARAMS))
 
 
@@ -129,40 +131,3 @@ def test_bfloat16_is_rounded_once():
     assert v == jnp.bfloat16(1 + share * (1.6171875**2 - 1))
     squared = gradient * gradient
     assert v != held + jnp.bfloat16(share) * (squared - held)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"beta2_decay": 0.8}, r"beta2_decay must lie in \[-inf, 0\], .* is 0\.8: pass -0\.8"),
-        ({"beta2_decay": math.nan}, "beta2_decay must lie in .* is nan"),
-        ({"eps": (-1e-8, 1e-3)}, r"eps\[0\] must be .* is -1e-08: pass None"),
-        ({"eps": (math.nan, 1e-3)}, r"eps\[0\] must be .* is nan"),
-        ({"eps": (None, -1e-3)}, r"eps\[1\] must be .* is -0\.001: pass 1e-3"),
-        ({"eps": (None, math.nan)}, r"eps\[1\] must be .* is nan"),
-        ({"d": 0.5}, r"d must lie in \[1, inf\], but it is 0\.5: pass 1\.0"),
-        ({"d": jnp.float32(-1)}, r"d must lie in .* is -1\.0"),
-        ({"d": math.nan}, "d must lie in .* is nan"),
-    ],
-)
-def test_argument_out_of_range_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        optim.adafactor(**arguments)
-
-
-@pytest.mark.parametrize("value", [True, None, "0.1", jnp.ones(2)])
-@pytest.mark.parametrize("argument", ["beta2_decay", "d"])
-def test_argument_that_is_no_number_is_refused(argument, value):
-    with pytest.raises(TypeError, match=f"{argument} must be a real number, but it is"):
-        optim.adafactor(**{argument: value})
-
-
-def test_a_mask_that_is_false_for_all_is_refused():
-    with pytest.raises(ValueError, match="mask must be True for some parameter"):
-        optim.adafactor(weight_decay=0.1, mask=False)
-    optim.adafactor(mask=False)
-
-
-def test_complex_parameters_are_refused():
-    with pytest.raises(TypeError, match="complex parameter 'spectrum'"):
-        optim.adafactor().init({"spectrum": jnp.array([1 + 2j])})
