@@ -1,7 +1,7 @@
 """Polynomials for the quantile function of the normal distribution.
 
-Made by `python -m benchmarks.quantile`, which says how; the same file in both wings. Coefficients
-go up from the constant term.
+Written by `python -m benchmarks.quantile`, which describes the method; both packages use this file.
+Coefficients are in ascending order, from the constant term.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A polynomial for quantile(u) / u in w - centre, for w = -log2(1 - u**2) from `edge` on."""
+    """A polynomial for quantile(u) / u in w - centre, for w = -log2(1 - u**2) >= `edge`."""
 
     edge: float
     centre: float

@@ -125,7 +125,9 @@ JUDGES = {
     ],
     "regtorch/_decay/param_trees.py": ["tests/regtorch/test_rules.py"],
     "regtorch/_decay/penalty.py": ["tests/regtorch/test_penalty.py"],
-    "regtorch/optim.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_decays.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_groups.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_hooks.py": ["tests/regtorch/test_optim.py"],
 }
 
 
@@ -210,13 +212,20 @@ class OnePackage:
     """A plugin of pytest that leaves out the tests of the package that is not mutated."""
 
     def __init__(self, package: str):
-        self.wing = package.removeprefix("reg")
+        self.framework = package.removeprefix("reg")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Keep the tests of no package or of this one."""
         params = [getattr(item, "callspec", None) for item in items]
-        wings = [str(spec.params.get("wing", self.wing)) if spec else self.wing for spec in params]
-        items[:] = [item for item, wing in zip(items, wings, strict=True) if wing == self.wing]
+        frameworks = [
+            str(spec.params.get("framework", self.framework)) if spec else self.framework
+            for spec in params
+        ]
+        items[:] = [
+            item
+            for item, framework in zip(items, frameworks, strict=True)
+            if framework == self.framework
+        ]
 
 
 def start(file: str, source: str | None) -> int:

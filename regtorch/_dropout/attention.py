@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from regshared.checks import check_bool, check_integer, describe
 from regtorch._checks import check_number, check_tensor
+from regtorch._dropout.blockwise import Blocks, blockwise
 from regtorch._dropout.core import (
     SampledMask,
     apply_dropout,
     check_flag,
-    inverse_keep_prob,
     is_number,
-    keep_prob_of,
     real_dtype,
     require_key,
 )
-from regtorch._random.bernoulli import EXACT, bernoulli_at, check_probability, exact_keep_prob
-from regtorch._random.collect import BlockwisePlan
+from regtorch._dropout.scores import Scores, mixed_values, softmax
+from regtorch._random.bernoulli import EXACT, check_probability
 from regtorch._random.events import observer
 
 
@@ -114,257 +110,33 @@ def dot_product_attention(
     one_key = _require_rng(dropout_rng).to(query.device) if draws else None
     broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
     query, factor = _scaled(query, scale)
-    scores = _Scores(
+    scores = Scores(
         scale=factor,
         is_causal=check_bool("is_causal", is_causal),
     )
     if block_size is None:
-        weights = _softmax(scores(query, key, bias, mask))
+        weights = softmax(scores(query, key, bias, mask))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
         spec = SampledMask("dot_product_attention", EXACT, shared)
         weights = apply_dropout(spec, weights, rate, one_key, flag)
-        return _mixed(weights.to(value.dtype), value)
+        return mixed_values(weights.to(value.dtype), value)
     size = _check_block(block_size, key.shape[-3])
-    blocks = _Blocks(scores, size, key.shape[-3], broadcast_dropout)
+    blocks = Blocks(scores, size, key.shape[-3], broadcast_dropout)
     arrays = (query, key, value, bias, mask)
     if evaluates:
-        return _blockwise(blocks, *arrays)
+        return blockwise(blocks, *arrays)
     if one_key is None:
         # This keeps the result in the graph, with a gradient of zeros.
-        whole = _blockwise(blocks, *arrays)
+        whole = blockwise(blocks, *arrays)
         keep = flag if isinstance(flag, Tensor) else torch.tensor(False, device=whole.device)
         return torch.where(keep, whole, 0)
     record = None
     if observers := observer():
         record = observers.blockwise("dot_product_attention", rate, blocks.plan(query), flag)
-    dropped = _blockwise(blocks, *arrays, one_key, rate, record)
+    dropped = blockwise(blocks, *arrays, one_key, rate, record)
     if isinstance(flag, Tensor):
-        return torch.where(flag, _blockwise(blocks, *arrays), dropped)
+        return torch.where(flag, blockwise(blocks, *arrays), dropped)
     return dropped
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scores:
-    """The scores of a run of keys, -inf where a query may not attend."""
-
-    scale: float
-    is_causal: bool
-
-    def __call__(
-        self, query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, first: int = 0
-    ) -> Tensor:
-        """Return the scores from key `first` on, of shape (..., heads, queries, keys)."""
-        wide = real_dtype(query.dtype)
-        scores = _products(query.to(wide), key.to(wide)) * self.scale
-        if bias is not None:
-            scores = scores + bias.to(wide)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        if self.is_causal:
-            queries, keys = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
-            scores = scores.masked_fill(keys + first > queries[:, None], -math.inf)
-        return scores
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    """Return the softmax along the last axis; where all scores are -inf, 0 with zero gradients."""
-    if not scores.shape[-1]:
-        return scores
-    powers = torch.exp(scores - _finite(scores.detach().amax(-1, keepdim=True)))
-    total = powers.sum(-1, keepdim=True)
-    return powers / torch.where(total > 0, total, 1.0)
-
-
-def _finite(x: Tensor) -> Tensor:
-    return torch.where(x == -math.inf, 0.0, x)
-
-
-# The three products of attention; each is the derivative of the two others. A key's head serves a
-# group of the query's heads.
-def _products(query: Tensor, key: Tensor) -> Tensor:
-    """Return the product of each query with each key: (..., heads, queries, keys)."""
-    return torch.einsum("...qhgd,...khd->...hgqk", _grouped(query, key, -2), key).flatten(-4, -3)
-
-
-def _mixed(weights: Tensor, value: Tensor) -> Tensor:
-    """Return for each query the weighted sum of the values: (..., queries, heads, features)."""
-    grouped = _grouped(weights, value, -3)
-    return torch.einsum("...hgqk,...khd->...qhgd", grouped, value).flatten(-3, -2)
-
-
-def _gathered(weights: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Return for each key the weighted sum of the queries: (..., keys, kv_heads, depth)."""
-    grouped = _grouped(weights, key, -3), _grouped(query, key, -2)
-    return torch.einsum("...hgqk,...qhgd->...khd", *grouped)
-
-
-def _grouped(x: Tensor, key: Tensor, dim: int) -> Tensor:
-    """Group the heads of `x` by the head of the key that serves them."""
-    kv_heads = key.shape[-2]
-    return x.unflatten(dim, (kv_heads, x.shape[dim] // kv_heads))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Blocks:
-    """The settings of the blockwise form.
-
-    Attributes:
-        scores: Computes the scores of a block.
-        size: The number of keys in a block; the last may have fewer.
-        keys: The number of keys.
-        broadcast_dropout: Whether rows and heads share one mask.
-    """
-
-    scores: _Scores
-    size: int
-    keys: int
-    broadcast_dropout: bool
-
-    def __iter__(self) -> Any:
-        """Yield the first key of each block, and the number of its keys."""
-        return ((i, min(self.size, self.keys - i)) for i in range(0, self.keys, self.size))
-
-    def shape(self, query: Tensor) -> tuple[int, ...]:
-        """Return the shape of the whole mask."""
-        *batch, queries, heads, _ = query.shape
-        rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
-        return (*rows, queries, self.keys)
-
-    def plan(self, query: Tensor) -> BlockwisePlan:
-        """Return the shapes of the whole mask, and of the scores."""
-        *batch, queries, heads, _ = query.shape
-        return BlockwisePlan(self.shape(query), (*batch, heads, queries, self.keys))
-
-    def keep(
-        self, query: Tensor, words: Tensor | None, keep_prob: Any, first: int, size: int
-    ) -> Tensor | None:
-        """Return the part of the whole mask that belongs to a block; None without dropout."""
-        if words is None:
-            return None
-        rows = self.shape(query)[:-1]
-        row = torch.arange(math.prod(rows), device=query.device).reshape(*rows, 1)
-        along = torch.arange(first, first + size, device=query.device)
-        return bernoulli_at(words, keep_prob, row * self.keys + along)
-
-
-class _Attend(torch.autograd.Function):
-    """The result before dropout's scale, and the logarithm of each row's sum; float32 or wider.
-
-    Nothing else is stored for the backward pass, which computes the weights of a block and their
-    mask again, by differentiable operations.
-    """
-
-    @staticmethod
-    def forward(
-        blocks: _Blocks,
-        keep_prob: float | Tensor,
-        record: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        words: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        wide = real_dtype(query.dtype)
-        rows = (*query.shape[:-3], query.shape[-2], query.shape[-3])
-        top = query.new_full(rows, -math.inf, dtype=wide)
-        total = query.new_zeros(rows, dtype=wide)
-        result = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=wide)
-        for first, size in blocks:
-            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
-            scores = blocks.scores(query, keys, added, seen, first)
-            new_top = torch.maximum(top, scores.amax(-1))
-            shrink = torch.exp(top - _finite(new_top))
-            powers = torch.exp(scores - _finite(new_top)[..., None])
-            top, total = new_top, total * shrink + powers.sum(-1)
-            keep = blocks.keep(query, words, keep_prob, first, size)
-            if record:
-                record.block(first, keep, scores)
-            kept = _selected(keep, powers)
-            result = result * _per_query(shrink) + _mixed(kept.to(value.dtype), values)
-        saw = total > 0
-        total = torch.where(saw, total, 1.0)
-        log_total = torch.where(saw, _finite(top) + torch.log(total), 0.0)
-        if record:
-            record.end(words, log_total)
-        return result / _per_query(total), log_total
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.blocks, ctx.keep_prob, _, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, mask, words, result, log_total = ctx.saved_tensors
-        blocks, wide = ctx.blocks, result.dtype
-        of_result, of_log_total = grad_outputs
-        # The gradient that each weight of a row receives through the row's sum.
-        shared = of_log_total - (of_result * result).sum(-1).transpose(-1, -2)
-        # In the wide dtype, since every block adds to the gradient of every query.
-        of_query = torch.zeros_like(query, dtype=wide)
-        others = [
-            torch.zeros_like(x) if wanted else None
-            for x, wanted in zip((key, value, bias), ctx.needs_input_grad[4:7], strict=True)
-        ]
-        # The masks are drawn again without being recorded.
-        for first, size in blocks:
-            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
-            scores = blocks.scores(query, keys, added, seen, first)
-            weights = torch.exp(scores - log_total[..., None])
-            keep = blocks.keep(query, words, ctx.keep_prob, first, size)
-            of_weights = _selected(keep, _products(of_result, values.to(wide)))
-            of_scores = weights * (of_weights + shared[..., None])
-            of_products = of_scores * blocks.scores.scale
-            of_query = of_query + _mixed(of_products, keys.to(wide))
-            of_key, of_value, of_bias, _ = _parts((*others, None), first, size)
-            if of_key is not None:
-                of_key += _gathered(of_products, query.to(wide), keys)
-            if of_value is not None:
-                of_value += _gathered(_selected(keep, weights), of_result, values)
-            if of_bias is not None:
-                of_bias += of_scores.sum_to_size(of_bias.shape)
-        return None, None, None, of_query.to(query.dtype), *others, None, None
-
-
-def _blockwise(
-    blocks: _Blocks,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    dropout_rng: Tensor | None = None,
-    rate: float | Tensor = 0.0,
-    record: Any = None,
-) -> Tensor:
-    wide = real_dtype(query.dtype)
-    rate = rate.detach() if isinstance(rate, Tensor) else rate
-    keep_prob = keep_prob_of(rate, wide)
-    result, _ = _Attend.apply(blocks, keep_prob, record, query, key, value, bias, mask, dropout_rng)
-    if dropout_rng is not None:
-        result = result * inverse_keep_prob(exact_keep_prob(keep_prob), wide)
-    if isinstance(rate, Tensor):
-        result = torch.where((rate >= 0) & (rate <= 1), result, math.nan)
-    return result.to(value.dtype)
-
-
-def _parts(inputs: Sequence[Any], first: int, size: int) -> tuple[Any, ...]:
-    """Return the views of key, value, bias and mask that belong to a block."""
-    dims = (-3, -3, -1, -1)
-    return tuple(
-        x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
-        for x, dim in zip(inputs, dims, strict=True)
-    )
-
-
-def _selected(keep: Tensor | None, weights: Tensor) -> Tensor:
-    return weights if keep is None else torch.where(keep, weights, 0.0)
-
-
-def _per_query(x: Tensor) -> Tensor:
-    return x.transpose(-1, -2)[..., None]
 
 
 def _check_arrays(*arrays: Tensor) -> None:
