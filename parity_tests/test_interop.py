@@ -471,34 +471,27 @@ def entry(**entries):
     return lambda optimizer: optimizer.param_groups[0].update(entries)
 
 
-REFUSED = [
-    (
-        lambda o: torch.optim.SparseAdam([torch.zeros(1, requires_grad=True)]),
-        r"^torch_optimizer must be one of torch\.optim: .*; got .*SparseAdam",
+# By the error, a change of an optimizer, or another one.
+REFUSED = {
+    r"^torch_optimizer must be one of torch\.optim: .*; got .*SparseAdam": lambda o: (
+        torch.optim.SparseAdam([torch.zeros(1, requires_grad=True)])
     ),
-    (other_home, r"^torch_optimizer must be one of .*; got mine\.SGD"),
-    (
-        lambda o: torch.optim.SGD(o.param_groups[0]["params"]),
-        "^model must be given if group 0 has no names .* Pass the model",
+    r"^torch_optimizer must be one of .*; got mine\.SGD": other_home,
+    "^model must be given if group 0 has no names .* Pass the model": lambda o: torch.optim.SGD(
+        o.param_groups[0]["params"]
     ),
-    (entry(differentiable=True), "^differentiable of group 0 must be False; got True"),
-    (entry(lr_scale=0.5), r"^group 0 must not have lr_scale; got .*torch\.optim\.SGD"),
-    (
-        entry(lr=torch.tensor(0.1, requires_grad=True)),
-        "^lr of group 0 must not require a gradient",
-    ),
-    (entry(momentum="much"), "^momentum must be a real number"),
-    (lambda o: o.param_groups[0].pop("nesterov"), "^group 0 must have nesterov; got"),
-    (lambda o: o.register_step_post_hook(print), "^torch_optimizer must have no hooks"),
-    (
-        lambda o: lr_scheduler.StepLR(o, 5),
-        "^scheduler must be given if group 0 has 'initial_lr'; got None",
-    ),
-]
+    "^differentiable of group 0 must be False; got True": entry(differentiable=True),
+    r"^group 0 must not have lr_scale; got .*torch\.optim\.SGD": entry(lr_scale=0.5),
+    "^lr of group 0 must not require a gradient": entry(lr=torch.tensor(0.1, requires_grad=True)),
+    "^momentum must be a real number": entry(momentum="much"),
+    "^group 0 must have nesterov; got": lambda o: o.param_groups[0].pop("nesterov"),
+    "^torch_optimizer must have no hooks": lambda o: o.register_step_post_hook(print),
+    "^scheduler must be given if .* 'initial_lr'; got None": lambda o: lr_scheduler.StepLR(o, 5),
+}
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSED)
-def test_what_cannot_be_carried_over_is_an_error(change, message):
+@pytest.mark.parametrize(("message", "change"), REFUSED.items(), ids=range(len(REFUSED)))
+def test_what_cannot_be_carried_over_is_an_error(message, change):
     optimizer = sgd(lr=0.1)
     changed = change(optimizer)
     optimizer = changed if isinstance(changed, torch.optim.Optimizer) else optimizer
@@ -559,46 +552,30 @@ def in_sequence(inner):
     return make
 
 
+SCHEDULERS_REFUSED = {
+    "^scheduler must be one of .*; got .*ReduceLROnPlateau": lr_scheduler.ReduceLROnPlateau,
+    "^scheduler must be one of .*; got .*CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.2),
+    "^steps must be an integer for LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1.0),
+    r"^lr of group 0 must be 0\.1 after 0 steps of the StepLR; got 0\.1001": overruled,
+    "another optimizer": lambda o: lr_scheduler.StepLR(sgd(), 5),
+    "^initial_lr of group 0 must be a number": lambda o: (
+        entry(lr=torch.tensor(0.1))(o) or lr_scheduler.StepLR(o, 5)
+    ),
+    "^total_iters must be .* at least 1; got 0": lambda o: lr_scheduler.ConstantLR(o, 0.5, 0),
+    "^T_max must be .* at least 1; got 2.5": lambda o: lr_scheduler.CosineAnnealingLR(o, HALF),
+    "^schedulers of SequentialLR must not .* got OneCycleLR": in_sequence(
+        lambda o: lr_scheduler.OneCycleLR(o, 0.1, 10)
+    ),
+    "^schedulers of SequentialLR must not .* got MultiplicativeLR": in_sequence(
+        lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9)
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lr_scheduler.ReduceLROnPlateau, "^scheduler must be one of .*; got .*ReduceLROnPlateau"),
-        (
-            lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.2),
-            "^scheduler must be one of .*; got .*CyclicLR",
-        ),
-        (
-            lambda o: lr_scheduler.LambdaLR(o, lambda t: 1.0),
-            "^steps must be an integer for LambdaLR",
-        ),
-        (
-            overruled,
-            r"^lr of group 0 must be 0\.1 after 0 steps of the StepLR; got 0\.1001",
-        ),
-        (lambda o: lr_scheduler.StepLR(sgd(), 5), "another optimizer"),
-        (
-            lambda o: entry(lr=torch.tensor(0.1))(o) or lr_scheduler.StepLR(o, 5),
-            "^initial_lr of group 0 must be a number",
-        ),
-        (
-            lambda o: lr_scheduler.ConstantLR(o, total_iters=0),
-            "^total_iters must be an integer of at least 1; got 0",
-        ),
-        (
-            lambda o: lr_scheduler.CosineAnnealingLR(o, HALF),
-            "^T_max must be an integer of at least 1; got 2.5",
-        ),
-        (
-            in_sequence(lambda o: lr_scheduler.OneCycleLR(o, 0.1, 10)),
-            "^schedulers of SequentialLR must not .* got OneCycleLR",
-        ),
-        (
-            in_sequence(lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 0.9)),
-            "^schedulers of SequentialLR must not .* got MultiplicativeLR",
-        ),
-    ],
+    ("message", "make"), SCHEDULERS_REFUSED.items(), ids=range(len(SCHEDULERS_REFUSED))
 )
-def test_schedulers_that_cannot_be_carried_over(make, message):
+def test_schedulers_that_cannot_be_carried_over(message, make):
     optimizer = sgd(lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=message):
         optimizer_from_torch(optimizer, NAMES, scheduler=make(optimizer))
@@ -627,46 +604,26 @@ def test_a_table_that_is_too_short():
     assert np.isnan(schedule(4))
 
 
-# Changes of PyTorch's state of one parameter.
-CHANGES = [
-    (
-        "dense.bias",
-        lambda state: state.update(step=state["step"] + 1),
-        "of group 0 must have one 'step'.*'dense/bias' 3",
+# By the error, a change of PyTorch's states of dense.bias and dense.weight.
+CHANGES = {
+    "of group 0 must have one 'step'.*'dense/bias' 3": lambda b, w: b.update(step=b["step"] + 1),
+    r"^state of 'dense.bias' \('dense/bias'\) must have 'exp_avg'": lambda b, w: b.pop("exp_avg"),
+    r"^state of 'dense.bias' \('dense/bias'\) must have 'step'": lambda b, w: b.clear(),
+    r"^state of 'dense.bias' .* must have only .*; got more": lambda b, w: b.update(more=1),
+    r"'exp_avg' of 'dense.weight' must be .*\[3, 4\].*; got .*\[4, 3\].*Leaf": lambda b, w: (
+        w.update(exp_avg=w["exp_avg"].T.contiguous())
     ),
-    (
-        "dense.bias",
-        lambda state: state.pop("exp_avg"),
-        r"^state of 'dense.bias' \('dense/bias'\) must have 'exp_avg'",
+    "'exp_avg' of 'dense.weight' must be float64.* 'dense/kernel'; got float32": lambda b, w: (
+        w.update(exp_avg=w["exp_avg"].float())
     ),
-    (
-        "dense.bias",
-        lambda state: state.clear(),
-        r"^state of 'dense.bias' \('dense/bias'\) must have 'step'",
-    ),
-    (
-        "dense.bias",
-        lambda state: state.update(more=1),
-        r"^state of 'dense.bias' \('dense/bias'\) must have only .*; got more",
-    ),
-    (
-        "dense.weight",
-        lambda state: state.update(exp_avg=torch.zeros(3, 4).double()),
-        r"'exp_avg' of 'dense.weight' must be .*\[3, 4\].*; got .*\[4, 3\].*Leaf",
-    ),
-    (
-        "dense.weight",
-        lambda state: state.update(exp_avg=state["exp_avg"].float()),
-        "'exp_avg' of 'dense.weight' must be float64.* 'dense/kernel'; got float32",
-    ),
-]
+}
 
 
-@pytest.mark.parametrize(("name", "change", "message"), CHANGES)
-def test_states_that_cannot_be_carried_over(name, change, message):
+@pytest.mark.parametrize(("message", "change"), CHANGES.items(), ids=range(len(CHANGES)))
+def test_states_that_cannot_be_carried_over(message, change):
     run = TorchRun(CASES["adam"])
     run.walk(0, 2)
-    change(run.optimizer.state[run.params[name]])
+    change(*(run.optimizer.state[run.params[name]] for name in ("dense.bias", "dense.weight")))
     with jax.enable_x64(True), pytest.raises(ValueError, match=message):
         run.to_jax()
 

@@ -344,26 +344,19 @@ def _cosine(scheduler: Any, base: float) -> Rate:
 
 
 def _warm_restarts(scheduler: Any, base: float) -> Rate:
+    first, factor = scheduler.T_0, scheduler.T_mult
     least = number("eta_min", scheduler.eta_min)
-    if scheduler.T_mult == 1:
-        period = scheduler.T_0
-
-        def rate_of_one(count: Count) -> Float[Array, ""]:
-            passed = jnp.asarray(count) % period
-            return _between(base, least, passed, period - passed, period, cosine=True)
-
-        return rate_of_one
-    starts, lengths = (
-        np.array(x, np.int32) for x in _restarts(scheduler.T_0, scheduler.T_mult, 2**29)
-    )
+    starts, lengths = (np.array(x, np.int32) for x in _restarts(first, factor, 2**29))
 
     def rate(count: Count) -> Float[Array, ""]:
         count = jnp.asarray(count, jnp.int32)
-        cycle = jnp.searchsorted(starts, count, side="right") - 1
-        passed, length = count - jnp.asarray(starts)[cycle], jnp.asarray(lengths)[cycle]
-        return _between(
-            base, least, passed, length - passed, jnp.asarray(length, float), cosine=True
-        )
+        if factor == 1:
+            passed, length = count % first, jnp.asarray(first)
+        else:
+            cycle = jnp.searchsorted(starts, count, side="right") - 1
+            passed, length = count - jnp.asarray(starts)[cycle], jnp.asarray(lengths)[cycle]
+        whole = jnp.asarray(length, float)
+        return _between(base, least, passed, length - passed, whole, cosine=True)
 
     return rate
 

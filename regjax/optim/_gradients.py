@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 # The fields of a state that hold an array for each parameter ...
 _FIELDS = {array.field for record in RECORDS.values() for array in record.arrays}
 # ... and those where it always has the parameter's shape.
-_WHOLE = _FIELDS - {array.field for array in RECORDS["Adafactor"].arrays}
+_FACTORED = [record for record in RECORDS.values() if record.is_factored]
+_WHOLE = _FIELDS - {array.field for record in _FACTORED for array in record.arrays}
 
 
 def check_arrays(params: PyTree) -> None:

@@ -39,17 +39,17 @@ EXTRA |= {"SGD": "mask accumulator_dtype", "Rprop": "", "Muon": "mask ns_dtype t
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_signature(name):
-    ours = inspect.signature(getattr(optim, name.lower())).parameters
-    theirs = inspect.signature(getattr(torch.optim, name)).parameters
-    expected = {arg: p.default for arg, p in theirs.items() if arg not in NO_EFFECT}
+    parameters = inspect.signature(getattr(optim, name.lower())).parameters
+    torch_parameters = inspect.signature(getattr(torch.optim, name)).parameters
+    expected = {arg: p.default for arg, p in torch_parameters.items() if arg not in NO_EFFECT}
     assert expected.keys() - {"lr"} <= set(RECORDS[name].options)
     expected = {"learning_rate": expected.pop("lr"), **expected}
     extra = {arg: JAX_ONLY[arg] for arg in EXTRA[name].split()}
-    assert {arg: p.default for arg, p in ours.items()} == expected | extra
-    keyword_only = [arg for arg, p in ours.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-    positional = [arg for arg in ours if arg not in keyword_only]
+    assert {arg: p.default for arg, p in parameters.items()} == expected | extra
+    keywords = [arg for arg, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    assert {"maximize", *extra} & parameters.keys() <= set(keywords)
+    positional = [arg for arg in parameters if arg not in keywords]
     assert positional == [arg for arg in expected if arg in positional]
-    assert {"maximize", *extra} & ours.keys() <= set(keyword_only)
 
 
 # Muon takes matrices only.

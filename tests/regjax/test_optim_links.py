@@ -30,6 +30,12 @@ def test_a_default_is_nothing():
     assert links.OFF == 0.0
 
 
+ORDER = {
+    False: ["weight_decay", "moments", "learning_rate"],
+    True: ["moments", "learning_rate", "weight_decay"],
+}
+
+
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_four_named_links(decoupled):
     double = lambda by: optax.chain(optax.scale(2.0), optax.trace(by))
@@ -42,12 +48,6 @@ def test_four_named_links(decoupled):
     assert [*state] == ["maximize", *ORDER[decoupled]]
     assert type(state) is type(link.init(PARAMS)) is dict
     assert jax.tree.structure({**state}) == jax.tree.structure(link.init(PARAMS))
-
-
-ORDER = {
-    False: ["weight_decay", "moments", "learning_rate"],
-    True: ["moments", "learning_rate", "weight_decay"],
-}
 
 
 def test_ascend():
