@@ -128,7 +128,7 @@ def test_the_iteration_multiplies_along_the_longer_axis(shape):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 def test_other_parameters_than_matrices_are_refused_by_name(shape):
     params = {"hidden": {"kernel": jnp.ones((2, 3)), "other": jnp.ones(shape)}}
-    with pytest.raises(ValueError, match=r"'hidden/other' has shape \(.*optax\.partition"):
+    with pytest.raises(ValueError, match=r"got shape \(.* at 'hidden/other'\. .*optax\.partition"):
         optim.muon().init(params)
 
 
