@@ -68,8 +68,8 @@ def named_links(
     maximize: bool, **links: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """`optax.named_chain` that begins with the sign of the gradient, with a plain dict as state."""
-    # The OrderedDict of optax 0.2.8 is unknown to flax.serialization, and {**state} would have
-    # another tree structure.
+    # optax returns an OrderedDict, which flax.serialization cannot store, and of which {**state}
+    # has another tree structure.
     chained = optax.named_chain(("maximize", ascend(maximize)), *links.items())
 
     def init(params: PyTree) -> dict[str, PyTree]:
