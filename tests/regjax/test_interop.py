@@ -148,6 +148,20 @@ def test_a_state_there_and_back_is_a_copy(dtype, order):
     assert torch.equal(before, after)
 
 
+def test_a_missing_buffer_is_zero_unless_gradients_are_damped():
+    for dampening in (0.0, 0.5):
+        recipe = torch_sgd(2, 2, lr=0.1, momentum=0.9, dampening=dampening)
+        recipe.param_groups[0]["params"][0].grad = torch.ones(2)
+        recipe.step()
+        names, params = {"a": "p0", "b": "p1"}, {"a": jnp.ones(2), "b": jnp.ones(2)}
+        optimizer = optimizer_from_torch(recipe, names)
+        if not dampening:
+            trace = state_from_torch(recipe, names, params, optimizer)["moments"].trace
+            assert jax.tree.map(list, trace) == {"a": [1, 1], "b": [0, 0]}
+    with pytest.raises(ValueError, match=r"^state of 'p1' \('b'\) must have 'momentum_buffer'"):
+        state_from_torch(recipe, names, params, optimizer)
+
+
 def test_a_tensor_for_a_rate_and_options_without_effect():
     recipe = torch_sgd(2, lr=torch.tensor(0.5), foreach=True)
     optimizer = optimizer_from_torch(recipe, {"w": "p0"})
