@@ -141,11 +141,10 @@ def _chain(part: Part, rate: Rate | None, momentum: Rate | None) -> optax.Gradie
     create = functools.partial(getattr(optim, record.function), rate or _option(part, "lr"))
     if momentum is None:
         return create(**options)
+    name = record.momentum
 
     def create_with(value: Any) -> optax.GradientTransformation:
-        return create(
-            **options | {record.momentum: replace_momentum(options[record.momentum], value)}
-        )
+        return create(**options | {name: replace_momentum(options[name], value)})
 
     return with_momentum(create_with, momentum)
 

@@ -433,10 +433,6 @@ def test_parameters_may_hold_none(name, make):
         updates = jax.eval_shape(lambda o=optimizer: first_update(o, params, gradient))
         assert updates["unused"] is None
         assert updates["kernel"].shape == params["kernel"].shape
-
-
-def test_parameters_of_rprop_may_hold_none():
-    params, gradient = {**PARAMS, "unused": None}, {**GRADIENT, "unused": None}
     assert first_update(optim.rprop(0.1), params, gradient)["unused"] is None
 
 

@@ -42,12 +42,15 @@ def test_four_named_links(decoupled):
     options = {"maximize": True, "decoupled": decoupled, "step": double(0.0)}
     link = links.chain_links(double(0.0), 0.5, 0.25, **options)
     updates, state = _walk(link, steps=2)
-    # 4 times the negated gradient; the decay of 0.25 is within it, or of half that size beside it.
+    # 4 times the negated gradient plus 0.25 w; decoupled, minus 0.5 * 0.25 w.
     expected = (-4.5, 9.0) if decoupled else (0.0, 0.0)
     assert_close(updates, dict(zip("ab", map(jnp.atleast_1d, expected), strict=True)))
     assert [*state] == ["maximize", *ORDER[decoupled]]
     assert type(state) is type(link.init(PARAMS)) is dict
     assert jax.tree.structure({**state}) == jax.tree.structure(link.init(PARAMS))
+    updates, state = _walk(links.chain_links(optax.identity(), 0.5))
+    assert_close(updates, optax.tree.scale(-0.5, STEP))
+    assert [*state] == ["maximize", *ORDER[False]]
 
 
 def test_ascend():
