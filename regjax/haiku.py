@@ -38,11 +38,11 @@ import jax.numpy as jnp
 
 import regjax
 from regjax._checks import check_array, naming
-from regjax._dropout.core import check_inexact, keep_mask, keep_prob_of
-from regjax._layers import COMPARING, wrapped_dims
-from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exact_keep_prob
-from regjax._random.events import observer
-from regjax._random.keys import check_key, key_words
+from regjax._dropout.core import apply_dropout, check_inexact, is_number
+from regjax._layers import wrapped_dims
+from regjax._peers import DividedMask
+from regjax._random.bernoulli import Sampler, bernoulli, check_probability
+from regjax._random.keys import check_key
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -127,22 +127,16 @@ def dropout(
         (2, 8)
     """
     rate = check_probability("rate", rate)
-    is_traced = isinstance(rate, jax.Array)
-    if not is_traced and rate == 1:
+    if is_number(rate, 1):
         raise ValueError(f"rate must lie in [0, 1); got {rate}.")
     x = check_inexact(x)
     dims = wrapped_dims(broadcast_dims, x.ndim, of="x", error=ValueError)
-    if not is_traced and rate == 0:
+    if is_number(rate, 0):
         return x
     key = check_key(rng)
-    if x.dtype != jnp.float32 or sampler is not bernoulli:
-        return regjax.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
-    if observers := observer():
-        apply = _masked_at_tracer if is_traced else _masked_at_number
-        dropped, keep = apply(x, key, rate, dims)
-        observers.draw("dropout", key_words(key), rate, keep, x)
-        return dropped
-    return (_at_tracer if is_traced else _at_number)(x, key, rate, dims)
+    if x.dtype == jnp.float32 and sampler is bernoulli:
+        return apply_dropout(DividedMask(_divide, dims), x, rate, key, deterministic=False)
+    return regjax.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
 
 
 @naming(key="rng")
@@ -361,34 +355,12 @@ def gaussian_noise(
     return regjax.gaussian_noise(x, stddev, key=rng)
 
 
-def _dropout_as_in_haiku(
-    x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
+def _divide(
+    keep: Bool[Array, "*mask"], x: Float[Array, "*shape"], keep_prob: float | Float[Array, ""]
 ) -> Float[Array, "*shape"]:
-    """Apply dropout by Haiku's operations, which XLA rounds differently from `regjax.dropout`."""
-
-    def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        return _apply_mask(x, key, rate, dims)[0]
-
-    return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as in `regjax.dropout`
-
-
-def _apply_mask(
-    x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
-) -> tuple[Float[Array, "*shape"], Bool[Array, "*mask"]]:
-    """Return the result and the mask."""
-    q = exact_keep_prob(keep_prob_of(rate, x.dtype))
-    if isinstance(q, jax.Array):
-        # -1 lies below every number in [0, 1) and so keeps nothing; dividing by 0 would give NaN.
-        q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
-    keep = keep_mask(x, key, q, dims, COMPARING)
+    """Multiply by the mask and divide, as Haiku does."""
     every = jnp.broadcast_to(keep, x.shape)
-    return every.astype(x.dtype) * _finite(x, every) / q, keep
-
-
-_at_number = jax.jit(_dropout_as_in_haiku, static_argnums=(2, 3))
-_at_tracer = jax.jit(_dropout_as_in_haiku, static_argnums=3)
-_masked_at_number = jax.jit(_apply_mask, static_argnums=(2, 3))
-_masked_at_tracer = jax.jit(_apply_mask, static_argnums=3)
+    return every.astype(x.dtype) * _finite(x, every) / keep_prob
 
 
 @jax.custom_jvp

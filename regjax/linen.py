@@ -34,11 +34,9 @@ from layer to layer of a scanned stack (see `regjax.depth_rates`), costs one com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from regjax._checks import naming
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
-from regjax._dropout.core import check_flag, dropout
 from regjax._dropout.drop_block import drop_block
 from regjax._dropout.drop_connect import drop_connect
 from regjax._dropout.drop_path import drop_path
@@ -52,6 +50,7 @@ from regjax._dropout.gaussian import (
 )
 from regjax._dropout.variational import variational_dropout
 from regjax._layers import FlaxLayer, check_settings
+from regjax._peers import flax_dropout
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regshared.extras import needs
 
@@ -100,25 +99,19 @@ class Layer(FlaxLayer, linen.Module, kw_only=True):
     deterministic: ArrayLike | None = None
     rng_collection: str = "dropout"
 
+    _key_name: ClassVar[str] = "rng"
+
     def __post_init__(self) -> None:
         check_settings(self)
         super().__post_init__()
 
     @linen.nowrap
-    def _call(
-        self,
-        inputs: Sequence[Any],
-        rate_or_stddev: ArrayLike,
-        deterministic: ArrayLike | None,
-        rng: KeyLike | None,
-    ) -> Any:
-        flag = check_flag(linen.merge_param("deterministic", self.deterministic, deterministic))
-        if flag is True:
-            return inputs[0]
-        if rng is None and self._needs_key(rate_or_stddev):
-            rng = self.make_rng(self.rng_collection)
-        with naming(x="inputs", weights="inputs", key="rng"):
-            return self._drop(inputs, rate_or_stddev, key=rng, deterministic=flag)
+    def _flag(self, deterministic: ArrayLike | None) -> ArrayLike:
+        return linen.merge_param("deterministic", self.deterministic, deterministic)
+
+    @linen.nowrap
+    def _key(self, source: KeyLike | None) -> KeyLike:
+        return self.make_rng(self.rng_collection) if source is None else source
 
 
 class RateLayer(Layer):
@@ -197,7 +190,7 @@ class Dropout(RateLayer, linen.Dropout):
         (1, 8)
     """
 
-    _function = staticmethod(dropout)
+    _function = staticmethod(flax_dropout)
 
     rate: float | Float[Array, ""]  # pyright: ignore[reportIncompatibleVariableOverride]
     broadcast_dims: Sequence[int] = ()

@@ -26,6 +26,8 @@ rate that changes with the step (see `regjax.linear_rate`) costs one compilation
     [1. 1. 1. 1. 1. 1.]
     [2. 2. 2. 0. 2. 0.]
     [0. 0. 0. 0. 0. 0.]
+
+All layers are in this one file, because pickled models name the module of their classes.
 """
 
 from __future__ import annotations
@@ -36,9 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 
-from regjax._checks import naming
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
-from regjax._dropout.core import check_flag, dropout
 from regjax._dropout.drop_block import drop_block
 from regjax._dropout.drop_connect import drop_connect
 from regjax._dropout.drop_path import drop_path
@@ -52,6 +52,7 @@ from regjax._dropout.gaussian import (
 )
 from regjax._dropout.variational import variational_dropout
 from regjax._layers import FlaxLayer, check_settings
+from regjax._peers import flax_dropout
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regshared.extras import needs
 
@@ -105,6 +106,8 @@ class Layer(FlaxLayer, nnx.Module):
     rng_collection: str = "dropout"
     rngs: nnx.Rngs | nnx.RngStream | None = nnx.data(default=None)  # noqa: RUF009  # a field
 
+    _key_name: ClassVar[str] = "rngs"
+
     def __post_init__(self) -> None:
         check_settings(self)
         if isinstance(self.rngs, nnx.Rngs):
@@ -123,13 +126,7 @@ class Layer(FlaxLayer, nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def _call(
-        self,
-        inputs: Sequence[Any],
-        rate_or_stddev: ArrayLike,
-        deterministic: ArrayLike | None,
-        rngs: Source | None,
-    ) -> Any:
+    def _flag(self, deterministic: ArrayLike | None) -> ArrayLike:
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic is None:
             raise ValueError(
@@ -137,16 +134,10 @@ class Layer(FlaxLayer, nnx.Module):
                 "the constructor or the call, or set it for a whole model with model.train(), "
                 "model.eval() or nnx.view(model, deterministic=...)."
             )
-        flag = check_flag(deterministic)
-        if flag is True:
-            return inputs[0]
-        key = None
-        if self._needs_key(rate_or_stddev):
-            key = self._key(self.rngs if rngs is None else rngs)
-        with naming(x="inputs", weights="inputs", key="rngs"):
-            return self._drop(inputs, rate_or_stddev, key=key, deterministic=flag)
+        return deterministic
 
-    def _key(self, rngs: Source | None) -> KeyLike:
+    def _key(self, source: Source | None) -> KeyLike:
+        rngs = self.rngs if source is None else source
         if isinstance(rngs, nnx.Rngs):
             return rngs[self.rng_collection]()
         if isinstance(rngs, nnx.RngStream):
@@ -241,7 +232,7 @@ class Dropout(RateLayer, nnx.Dropout):
         True
     """
 
-    _function = staticmethod(dropout)
+    _function = staticmethod(flax_dropout)
 
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli

@@ -14,7 +14,8 @@ from regjax._dropout.core import SampledMask, apply_dropout, check_dims, check_r
 from regjax._dropout.features import shared_dims
 from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
-from regjax._random.rounding import exact_sqrt, rounded
+from regjax._random.rounding import exact_sqrt
+from regjax._random.xla import rounded
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike

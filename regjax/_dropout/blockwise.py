@@ -16,7 +16,6 @@ from regjax._dropout.core import (
     inverse_keep_prob,
     keep_prob_of,
     mask_sharding,
-    materialize_mask,
     real_dtype,
 )
 from regjax._dropout.scores import Scores, mixed_values
@@ -24,8 +23,8 @@ from regjax._random.bernoulli import bernoulli_at, exact_keep_prob
 from regjax._random.collect import BlockwisePlan
 from regjax._random.events import BlockwiseCall, observer
 from regjax._random.keys import consume, key_words
-from regjax._random.rounding import rounded
 from regjax._random.threefry import slice_index
+from regjax._random.xla import materialize, rounded
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -68,8 +67,8 @@ class Blocks:
         layout = mask_sharding(weights, tuple(i for i, n in enumerate(whole) if n == 1))
         shape = (*whole[:-1], self.size)
         index = slice_index(whole, shape, {len(whole) - 1: first}, out_sharding=layout)
-        make = functools.partial(bernoulli_at, draw.words, draw.keep_prob, index)
-        return materialize_mask(make) if self.broadcast_dropout else make()
+        keep = bernoulli_at(draw.words, draw.keep_prob, index)
+        return materialize(keep) if self.broadcast_dropout else keep
 
 
 class _Draw(NamedTuple):

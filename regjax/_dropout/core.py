@@ -20,8 +20,8 @@ from regjax._random.bernoulli import MaskSampler, Sampler, bernoulli, check_prob
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words
 from regjax._random.packed import mask_sampler
-from regjax._random.rounding import rounded
 from regjax._random.threefry import at_most
+from regjax._random.xla import materialize, rounded
 from regshared.checks import check_integer, check_integers
 
 if TYPE_CHECKING:
@@ -114,7 +114,10 @@ class DropoutSpec(Protocol):
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Array]:
-        """Return the result and the applied mask, of size 1 along dimensions that share it."""
+        """Return the result and the applied mask, of size 1 along dimensions that share it.
+
+        The result is NaN for a traced rate outside [0, 1], by `guard_rate` or otherwise.
+        """
         ...
 
 
@@ -152,7 +155,7 @@ def apply_dropout(
 def mask_and_scale(
     spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
-    """Apply `spec` to `x`; return NaN for a traced rate outside [0, 1]."""
+    """Apply `spec` to `x`, in one dispatch."""
     jitted = _drop_at_number if isinstance(rate, float) else _drop_at_tracer
     return jitted(spec, x, key, rate)
 
@@ -161,12 +164,7 @@ def _masked(
     spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> tuple[Inexact[Array, "*shape"], Array]:
     """Return the result of `mask_and_scale` and the mask."""
-    if not isinstance(rate, jax.Array):
-        return spec(x, key, rate)
-    rate = rounded(rate)  # the caller may pass a product, which is subtracted later
-    dropped, keep = spec(x, key, rate)
-    in_range = (rate >= 0) & (rate <= 1)
-    return jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype)), keep
+    return spec(x, key, rate)
 
 
 def _drop(
@@ -175,8 +173,9 @@ def _drop(
     """Return the result alone; the backward pass draws the mask again."""
     # The backward pass only needs the mask. prevent_cse=False, because the barriers of a
     # checkpoint would keep XLA from fusing the mask.
-    drop = jax.checkpoint(lambda spec, x, key: _masked(spec, x, key, rate)[0], prevent_cse=False)
-    return drop(spec, x, key)
+    return jax.checkpoint(lambda spec, x, key: spec(x, key, rate)[0], prevent_cse=False)(
+        spec, x, key
+    )
 
 
 # The inner jit makes an eager call one dispatch instead of a hundred, and sites of a model with
@@ -185,6 +184,23 @@ _drop_at_number = jax.jit(_drop, static_argnums=3)
 _drop_at_tracer = jax.jit(_drop)
 _masked_at_number = jax.jit(_masked, static_argnums=3)
 _masked_at_tracer = jax.jit(_masked)
+
+
+def guard_rate(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the call of a `DropoutSpec`: NaN where a traced rate is outside [0, 1]."""
+
+    @functools.wraps(draw)
+    def guarded(
+        spec: Any, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> tuple[Inexact[Array, "*shape"], Array]:
+        if not isinstance(rate, jax.Array):
+            return draw(spec, x, key, rate)
+        rate = rounded(rate)  # the caller may pass a product, which is subtracted later
+        dropped, keep = draw(spec, x, key, rate)
+        in_range = (rate >= 0) & (rate <= 1)
+        return jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype)), keep
+
+    return guarded
 
 
 def inverse_keep_prob(
@@ -213,6 +229,7 @@ class SampledMask:
     scale: Callable[..., Any] = inverse_keep_prob
     offsets: Callable[..., Any] | None = None
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
@@ -244,24 +261,11 @@ def keep_mask(
     if not dims:
         return sampler.draw(key, keep_prob, x.shape, layout)
     shape = tuple([1 if dim in dims else size for dim, size in enumerate(x.shape)])
-    draw = functools.partial(sampler.draw, key, keep_prob, shape, layout)
+    keep = sampler.draw(key, keep_prob, shape, layout)
     first = min([dim for dim in dims if not at_most(x.shape[dim], 1)], default=x.ndim)
     # Shared along the last dimensions only, a mask element stays in a register.
     is_redrawn = not at_most(math.prod(shape[first:]), 1)
-    return materialize_mask(draw) if is_redrawn else draw()
-
-
-def materialize_mask(draw: Callable[[], Bool[Array, "*mask"]]) -> Bool[Array, "*mask"]:
-    """Draw a mask before it is read; a CPU would draw it again for each element that shares it.
-
-    XLA treats a draw as cheap, and repeats it in every loop that reads the mask, but does not look
-    into the branches of a conditional. The barrier hides that the condition is constant.
-    """
-
-    def in_a_branch() -> Bool[Array, "*mask"]:
-        return lax.cond(lax.optimization_barrier(True), draw, lambda: jnp.zeros_like(draw()))
-
-    return lax.platform_dependent(cpu=in_a_branch, default=draw)
+    return materialize(keep) if is_redrawn else keep
 
 
 def keep_prob_of(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:

@@ -20,6 +20,7 @@ from regjax._dropout.core import (
     check_flag,
     check_inexact,
     check_real,
+    guard_rate,
     is_number,
     mask_and_scale,
     mask_sharding,
@@ -30,9 +31,9 @@ from regjax._dropout.core import (
 from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.keys import key_words
 from regjax._random.normal import normal
-from regjax._random.rounding import rounded
 from regjax._random.threefry import is_number as is_known
 from regjax._random.threefry import product_words, threefry2x32
+from regjax._random.xla import rounded
 from regshared.checks import check_bool, check_integer
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class _Blocks:
     scale_by_keep: bool = True
     name: str = "drop_block"
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
@@ -217,6 +219,7 @@ class _Dropped:
     blocks: _Blocks
     name: str = "drop_block"
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:

@@ -15,6 +15,7 @@ from regjax._checks import check_array
 from regjax._dropout.core import (
     apply_dropout,
     check_inexact,
+    guard_rate,
     inverse_keep_prob,
     keep_prob_of,
     where_kept,
@@ -83,6 +84,7 @@ class _Words:
     ids: Integer[Array, "*ids"]
     name: str = "embedding_dropout"
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*ids features"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*ids features"], Bool[Array, "*ids 1"]]:

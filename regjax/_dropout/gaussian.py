@@ -19,6 +19,7 @@ from regjax._checks import as_number
 from regjax._dropout.core import (
     check_flag,
     check_real,
+    guard_rate,
     mask_and_scale,
     mask_sharding,
     real_dtype,
@@ -26,7 +27,8 @@ from regjax._dropout.core import (
 )
 from regjax._random.bernoulli import check_probability
 from regjax._random.normal import normal
-from regjax._random.rounding import exact_sqrt, rounded
+from regjax._random.rounding import exact_sqrt
+from regjax._random.xla import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,6 +149,7 @@ class _Factors:
 
     name: str = "gaussian_dropout"
 
+    @guard_rate
     def __call__(
         self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:

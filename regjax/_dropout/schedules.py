@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from regjax._checks import as_number
 from regjax._random.bernoulli import check_probability
-from regjax._random.rounding import rounded
+from regjax._random.xla import rounded
 from regshared.checks import check_choice, check_integer
 
 if TYPE_CHECKING:

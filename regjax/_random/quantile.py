@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from regjax._random.rounding import rounded
+from regjax._random.xla import rounded
 from regshared.quantile_tables import DOUBLE, SINGLE
 
 if TYPE_CHECKING:

@@ -86,8 +86,8 @@ def sgd(
         `optax.apply_updates` are compiled together; compiled separately, each product is rounded
         before it is added, and the two agree up to rounding. They also agree up to rounding where
         only one framework has fused multiply-adds, as under `ATEN_CPU_CAPABILITY=default`, and
-        below 2.4e-38, half of which XLA flushes to zero. `optax.trace` is replaced here, because
-        when compiled it adds the gradient to an unrounded product.
+        below 1.2e-38, which XLA flushes to zero. `optax.trace` is replaced here, because when
+        compiled it adds the gradient to an unrounded product.
 
     Example:
         >>> import jax.numpy as jnp, optax

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from regshared.checks import check_callable, check_coefficient, check_integer
+from regshared.checks import check_coefficient
+from regshared.layerwise import distances_from_top
 from regtorch._decay.paths import named_leaves
 from regtorch._decay.validation import resolve_mask
 from regtorch.optim._hooks import check_mask
@@ -72,34 +73,21 @@ def layerwise_groups(
         Clark et al. (ELECTRA), [ICLR 2020](https://arxiv.org/abs/2003.10555). Bao et al. (BEiT),
         [ICLR 2022](https://arxiv.org/abs/2106.08254).
     """
-    check_callable("layer_of", layer_of, "from a parameter's name to its layer")
-    if depth is not None:
-        check_integer("depth", depth, minimum=0)
-    check_coefficient("lr", lr, fix="Pass maximize=True to ascend.")
+    check_coefficient("lr", lr, fix="Pass maximize=True to the optimizer to ascend.")
     check_coefficient("lr_factor", lr_factor, fix="Pass 1.0 for the same in all layers.")
     check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
     check_coefficient("decay_factor", decay_factor, fix="Pass 1.0 for the same in all layers.")
     leaves = named_leaves(params)
     check_mask(mask, weight_decay, leaves)
-    layers = [check_layer(name, layer_of(name), depth) for name, _ in leaves]
-    top = max(layers, default=0) if depth is None else depth
+    distances = distances_from_top([name for name, _ in leaves], layer_of, depth)
     groups: dict[tuple[int, bool], list[tuple[str, Tensor]]] = {}
-    for leaf, layer, decays in zip(leaves, layers, resolve_mask(mask, leaves), strict=True):
-        groups.setdefault((layer, decays), []).append(leaf)
+    for leaf, distance, decays in zip(leaves, distances, resolve_mask(mask, leaves), strict=True):
+        groups.setdefault((distance, decays), []).append(leaf)
     return [
         {
             "params": members,
-            "lr": lr * lr_factor ** (top - layer),
-            "weight_decay": weight_decay * decay_factor ** (top - layer) if decays else 0.0,
+            "lr": lr * lr_factor**distance,
+            "weight_decay": weight_decay * decay_factor**distance if decays else 0.0,
         }
-        for (layer, decays), members in groups.items()
+        for (distance, decays), members in groups.items()
     ]
-
-
-def check_layer(name: str, layer: Any, depth: int | None) -> int:
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise TypeError(f"layer_of('{name}') must be an int; got {layer!r}.")
-    if layer < 0 or (depth is not None and layer > depth):
-        limit = "not negative" if depth is None else f"in [0, depth={depth}]"
-        raise ValueError(f"layer_of('{name}') must be {limit}; got {layer}.")
-    return layer

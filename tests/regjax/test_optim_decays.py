@@ -207,12 +207,12 @@ def test_layerwise_scale():
 @pytest.mark.parametrize(
     ("layer", "depth", "error", "message"),
     [
-        (-1, None, ValueError, r"layer_of\('kernel'\) must be not negative, but it is -1"),
+        (-1, None, ValueError, r"layer_of\('kernel'\) must be at least 0; got -1"),
         (0, -1, ValueError, "depth must be at least 0; got -1"),
-        (3, 2, ValueError, r"layer_of\('kernel'\) must be in \[0, depth=2\], but it is 3"),
-        (0.5, None, TypeError, r"layer_of\('kernel'\) must be an int, but it is 0\.5"),
-        (True, None, TypeError, "must be an int, but it is True"),
-        (None, None, TypeError, "must be an int, but it is None"),
+        (3, 2, ValueError, r"layer_of\('kernel'\) must be at most 2; got 3"),
+        (0.5, None, TypeError, r"layer_of\('kernel'\) must be an integer; got 0\.5"),
+        (True, None, TypeError, "must be an integer; got True"),
+        (None, None, TypeError, "must be an integer; got None"),
     ],
 )
 def test_layer_that_is_none_is_refused(layer, depth, error, message):
