@@ -112,7 +112,6 @@ class Layer(FunctionLayer, eqx.Module):
     """Base of all layers."""
 
     def __check_init__(self) -> None:
-        """Check the settings."""
         check_settings(self)
 
     # Any: each layer has `inference`, but after its rate, so it cannot be a field of this class.
@@ -127,14 +126,14 @@ class Layer(FunctionLayer, eqx.Module):
         try:
             flag = check_flag(evaluates)
         except TypeError:
-            raise TypeError(f"inference must be one boolean; got {evaluates!r}.") from None
+            raise TypeError(f"inference must be a boolean; got {evaluates!r}.") from None
         if flag is True or (isinstance(rate_or_stddev, int | float) and rate_or_stddev == 0):
             return inputs[0]
         name = type(self).__name__
         if key is None:
             raise RuntimeError(
-                f"key is missing: {name} in training needs one. Pass key=jax.random.key(seed), or "
-                "evaluate with equinox.nn.inference_mode(model)."
+                f"key must be a random key for {name} in training; got None. Pass "
+                "key=jax.random.key(seed), or evaluate with equinox.nn.inference_mode(model)."
             )
         with jax.named_scope(f"regjax.equinox.{name}"), naming(weights="x"):
             return self._drop(inputs, rate_or_stddev, key=key, deterministic=flag)
@@ -152,7 +151,6 @@ class RateLayer(Layer):
     inference: bool = False
 
     def __check_init__(self) -> None:
-        """Check the rate."""
         check_probability("p", self.p)
 
     def __call__(
@@ -194,19 +192,12 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
 
     It also fixes these cases: the mean is correct above `p` = 1 - 2**-12, where Equinox divides by
     less than it keeps; gradients at `p` = 1 are 0, not NaN; `inference` may be traced; integer
-    inputs are an error, not cast to floats; and a `p` outside [0, 1] is an error, or gives NaN if
-    it is traced.
+    inputs are an error; and a `p` outside [0, 1] is an error, or gives NaN if it is traced.
 
     Attributes:
-        p: The probability of zeroing an element, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns the input itself.
-        sampler: The function that draws the mask: `regjax.bernoulli`, `regjax.packed_bernoulli`, or
-            one with their arguments. Equinox has no such attribute.
-
-    Raises:
-        RuntimeError: The layer is called in training without a key, as in Equinox.
-        TypeError: The layer is called on an integer or boolean array, or `key` is not a key.
-        ValueError: `p` is a number outside [0, 1], or `key` is a batch of keys.
+        p: See `RateLayer`.
+        inference: See `RateLayer`.
+        sampler: See `regjax.dropout`. Equinox has no such attribute.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp
@@ -214,8 +205,6 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
         >>> model = eqx.nn.Sequential([eqx.nn.Linear(4, 8, key=key), Dropout(0.1)])
         >>> jax.vmap(model)(jnp.ones((2, 4)), key=jax.random.split(key, 2)).shape
         (2, 8)
-        >>> Dropout(0.5)(jnp.arange(1.0, 7.0), key=key)
-        Array([ 0.,  0.,  6.,  8.,  0., 12.], dtype=float32)
 
         Replace the layers of a model built elsewhere, such as the dropout inside attention:
 
@@ -249,17 +238,11 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
         inference: ArrayLike | None = None,
         deterministic: ArrayLike | None = None,
     ) -> Inexact[Array, "*shape"]:
-        """Apply dropout in training; return `x` itself in evaluation.
-
-        Args:
-            x: A floating or complex array of any shape.
-            key: The PRNG key; required in training, unless `p` is the number 0.
-            inference: Overrides the attribute unless None. May be traced.
-            deterministic: Deprecated name of `inference`.
-        """
+        """Apply dropout in training; see `RateLayer`. `deterministic` is a deprecated name."""
         if deterministic is not None:
             warnings.warn(
-                "Dropout()(deterministic=...) is deprecated: it is called inference.", stacklevel=2
+                "Dropout()(deterministic=...) is deprecated. Pass inference=... instead.",
+                stacklevel=2,
             )
             inference = deterministic
         return self._call((x,), self.p, key, inference)
@@ -294,7 +277,7 @@ class FeatureDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
-        """Apply dropout with one mask for all dimensions but the channels; there are no rows."""
+        # One mask for all dimensions but the channels; there are no rows.
         (x,) = inputs
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         spec = SampledMask("feature_dropout", mask_sampler(self.sampler), dims)
@@ -328,7 +311,6 @@ class FeatureAlphaDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
-        """Apply alpha dropout with one mask for all dimensions but the channels."""
         (x,) = inputs
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         spec = alpha("feature_alpha_dropout", self.sampler, dims)
@@ -377,7 +359,7 @@ class DropBlock(RateLayer):
     with_noise: bool = eqx.field(default=False, static=True, kw_only=True)
 
     def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
-        """Apply `regjax.drop_block` to a batch of one."""
+        # A batch of one.
         axis = self.channel_axis + (self.channel_axis >= 0)
         settings = {
             "block_size": self.block_size,
@@ -416,12 +398,12 @@ class DropConnect(RateLayer):
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp
         >>> key = jax.random.key(0)
-        >>> linear, drop = eqx.nn.Linear(4, 3, key=key), DropConnect(0.5)
-        >>> (drop(linear, key=key).weight != 0).astype(int)
+        >>> dropped = DropConnect(0.5)(eqx.nn.Linear(4, 3, key=key), key=key)
+        >>> (dropped.weight != 0).astype(int)
         Array([[1, 1, 0, 0],
                [0, 0, 0, 1],
                [0, 0, 0, 1]], dtype=int32)
-        >>> drop(linear, key=key)(jnp.ones(4)).shape
+        >>> dropped(jnp.ones(4)).shape
         (3,)
     """
 
@@ -433,13 +415,7 @@ class DropConnect(RateLayer):
     def __call__(
         self, x: PyTree, *, key: KeyLike | None = None, inference: ArrayLike | None = None
     ) -> PyTree:
-        """Drops weights in training, and returns `x` itself in evaluation.
-
-        Args:
-            x: an array of weights, or a layer or another tree that holds some.
-            key: the random key; needed in training, unless `p` is the number 0.
-            inference: comes before the attribute, unless None. It may be traced.
-        """
+        """Drop weights in training; return `x` itself in evaluation. See `RateLayer`."""
         return self._call((x,), self.p, key, inference)
 
 
@@ -499,7 +475,6 @@ class GaussianNoise(Layer):
     inference: bool = False
 
     def __check_init__(self) -> None:
-        """Check the standard deviation."""
         check_stddev(self.stddev)
 
     def __call__(

@@ -102,7 +102,6 @@ class Layer(FlaxLayer, linen.Module, kw_only=True):
     _key_name: ClassVar[str] = "rng"
 
     def __post_init__(self) -> None:
-        """Check the settings."""
         check_settings(self)
         super().__post_init__()
 
@@ -125,7 +124,6 @@ class RateLayer(Layer):
     rate: float | Float[Array, ""]
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         self._rate(None)
         super().__post_init__()
 
@@ -177,12 +175,11 @@ class Dropout(RateLayer, linen.Dropout):
     - Masks are sharded like the array that they mask.
 
     Attributes:
-        rate: The probability of zeroing an element, in [0, 1].
+        rate: The dropout rate, in [0, 1].
         broadcast_dims: Dimensions along which one mask is shared.
-        deterministic: True in evaluation; required here or in the call.
-        rng_collection: The name of the rngs that the key is made from.
-        sampler: The function that draws the mask; `regjax.packed_bernoulli` draws another mask,
-            faster on GPUs and TPUs.
+        deterministic: See `Layer`.
+        rng_collection: See `Layer`.
+        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on GPUs and TPUs.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -293,15 +290,7 @@ class DropConnect(RateLayer, kw_only=True):
         *,
         rate: ArrayLike | None = None,
     ) -> PyTree:
-        """Drops weights in training, and returns `inputs` itself in evaluation.
-
-        Args:
-            inputs: an array of weights, or a tree of them.
-            deterministic: True in evaluation; to be given here or in the constructor. It may be
-                traced.
-            rng: the key; without it, one is made from `rng_collection`.
-            rate: comes before the rate of the constructor. It may be traced.
-        """
+        """Drop weights in training; return `inputs` itself in evaluation. See `RateLayer`."""
         return self._call((inputs,), self._rate(rate), deterministic, rng)
 
 
@@ -349,7 +338,6 @@ class GaussianDropout(RateLayer):
     _function = staticmethod(gaussian_dropout)
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         check_noise_rate(self._rate(None))
         super().__post_init__()
 
@@ -364,7 +352,6 @@ class GaussianNoise(Layer):
     keyless_rates: ClassVar[tuple[float, ...]] = (0,)
 
     def __post_init__(self) -> None:
-        """Check the standard deviation."""
         check_stddev(self.stddev)
         super().__post_init__()
 

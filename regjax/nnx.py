@@ -109,7 +109,6 @@ class Layer(FlaxLayer, nnx.Module):
     _key_name: ClassVar[str] = "rngs"
 
     def __post_init__(self) -> None:
-        """Check the settings and fork the stream."""
         check_settings(self)
         if isinstance(self.rngs, nnx.Rngs):
             self.rngs = self.rngs[self.rng_collection].fork()
@@ -131,9 +130,9 @@ class Layer(FlaxLayer, nnx.Module):
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic is None:
             raise ValueError(
-                f"deterministic is missing: {type(self).__name__} is told neither to drop nor not "
-                "to. Pass it to the constructor or to the call; or set it for a whole model with "
-                "model.train(), model.eval() or nnx.view(model, deterministic=...)."
+                f"deterministic must be a boolean for {type(self).__name__}; got None. Pass it to "
+                "the constructor or the call, or set it for a whole model with model.train(), "
+                "model.eval() or nnx.view(model, deterministic=...)."
             )
         return deterministic
 
@@ -147,8 +146,8 @@ class Layer(FlaxLayer, nnx.Module):
             return rngs
         if rngs is None:
             raise ValueError(
-                f"rngs is missing: {type(self).__name__} in training needs a key. Pass "
-                "rngs=nnx.Rngs(seed) to the constructor or to the call, or deterministic=True to "
+                f"rngs must hold a key for {type(self).__name__} in training; got None. Pass "
+                "rngs=nnx.Rngs(seed) to the constructor or the call, or deterministic=True to "
                 "evaluate."
             )
         raise TypeError(f"rngs must be an Rngs, an RngStream or a key; got {rngs!r}.")
@@ -165,7 +164,6 @@ class RateLayer(Layer):
     rate: ArrayLike | nnx.Variable[Any] = dataclasses.field(kw_only=False)
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         self._rate(None)
         super().__post_init__()
 
@@ -215,14 +213,12 @@ class Dropout(RateLayer, nnx.Dropout):
     out without them.
 
     Attributes:
-        rate: The probability of zeroing an element, in [0, 1]; a number, or an `nnx.Variable` that
-            holds one.
+        rate: See `RateLayer`.
         broadcast_dims: Dimensions along which one mask is shared.
-        deterministic: True in evaluation; `train()` and `eval()` of a model set it.
-        rng_collection: The name of the stream that the key is taken from.
-        rngs: The layer's own stream, forked from the one passed to the constructor.
-        sampler: The function that draws the mask; `regjax.packed_bernoulli` draws another mask,
-            faster on GPUs and TPUs.
+        deterministic: See `Layer`.
+        rng_collection: See `Layer`.
+        rngs: See `Layer`.
+        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on GPUs and TPUs.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -335,20 +331,13 @@ class DropConnect(RateLayer):
         rngs: Source | None = None,
         rate: ArrayLike | None = None,
     ) -> PyTree:
-        """Drops weights in training, and returns `inputs` itself in evaluation.
-
-        Args:
-            inputs: an array of weights, or a tree of them.
-            deterministic: True in evaluation; comes before that of the layer. It may be traced.
-            rngs: where the key comes from, or the key; comes before the stream of the layer.
-            rate: comes before the rate of the layer. It may be traced.
-        """
+        """Drop weights in training; return `inputs` itself in evaluation. See `RateLayer`."""
         return self._call((inputs,), self._rate(rate), deterministic, rngs)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class EmbeddingDropout(RateLayer):
-    """Dropout of words at all their occurrences in the batch: see `regjax.embedding_dropout`.
+    """Dropout of words, at every occurrence in the batch: see `regjax.embedding_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -386,7 +375,6 @@ class GaussianDropout(RateLayer):
     _function = staticmethod(gaussian_dropout)
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         check_noise_rate(self._rate(None))
         super().__post_init__()
 
@@ -405,7 +393,6 @@ class GaussianNoise(Layer):
     keyless_rates: ClassVar[tuple[float, ...]] = (0,)
 
     def __post_init__(self) -> None:
-        """Check the standard deviation."""
         check_stddev(_number(self.stddev))
         super().__post_init__()
 

@@ -47,7 +47,7 @@ def test_which_values_are_flags(framework: Framework):
         framework.array(np.ones(1, bool)),
         framework.array(np.int32(1)),
     ):
-        with pytest.raises(TypeError, match="deterministic must be one boolean"):
+        with pytest.raises(TypeError, match="deterministic must be a boolean"):
             check(value)
 
 
@@ -207,8 +207,11 @@ def test_a_kind_is_a_value_and_so_is_one_whose_mask_is_drawn():
     make = lambda: torch_dropout.SampledMask(
         "dropout", torch_mask_sampler(TORCH.library.bernoulli), (0,)
     )
-    assert len({make(), make(), torch_dropout._Drawn(make()), torch_dropout._Drawn(make())}) == 2
-    assert torch_dropout._Drawn(make()).name == "dropout"
+    assert (
+        len({make(), make(), torch_dropout._DrawnMask(make()), torch_dropout._DrawnMask(make())})
+        == 2
+    )
+    assert torch_dropout._DrawnMask(make()).name == "dropout"
 
 
 def test_a_compiler_sees_the_plain_operations(monkeypatch):

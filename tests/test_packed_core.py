@@ -33,7 +33,9 @@ def test_packed_thresholds(bits, keep_prob):
         assert torch_packed._threshold(keep_prob, bits) == expected
     elif 0 <= keep_prob <= 1:
         for packed in (jax_packed, torch_packed):
-            with pytest.raises(ValueError, match=f"rounds to {rounded >> bits} in {bits} bits"):
+            with pytest.raises(
+                ValueError, match=f"must not round to {rounded >> bits} in {bits} bits"
+            ):
                 packed._threshold(keep_prob, bits)
     if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush what is smaller
         changing = jax.jit(jax_packed._threshold, static_argnums=1)

@@ -77,7 +77,7 @@ class _Draw(NamedTuple):
     words: Array
     keep_prob: Array
     # For observers: the ticket of this call, the flag that turns it off, and the rate.
-    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None
+    recorded: tuple[ArrayLike, ArrayLike, ArrayLike] | None
 
 
 def _where_kept(keep: Array | None, weights: Array) -> Array:
@@ -118,8 +118,8 @@ def _attend(
 
     # The derivative draws the same masks again, and records nothing.
     record_block = record_end = None
-    if draw is not None and draw.watched is not None and (observers := observer()):
-        ticket, off, rate = draw.watched
+    if draw is not None and draw.recorded is not None and (observers := observer()):
+        ticket, off, rate = draw.recorded
         words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
         call = BlockwiseCall(ticket, words, inputs, off)
         record_block = functools.partial(observers.block, call)
@@ -184,7 +184,7 @@ def blockwise(
     mask: Any,
     dropout_rng: KeyLike | None = None,
     rate: float | Float[Array, ""] = 0.0,
-    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+    recorded: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
 ) -> Array:
     # At least one block, even without keys: a scan traces one before it runs.
     whole = blocks.size * (-(-blocks.keys // blocks.size) if blocks.keys else 1)
@@ -197,7 +197,7 @@ def blockwise(
         keep_prob = keep_prob_of(rate, query.dtype)
         consume(dropout_rng)
         words = jnp.stack(key_words(dropout_rng))
-        draw = _Draw(words, jnp.asarray(keep_prob, np.float32), watched)
+        draw = _Draw(words, jnp.asarray(keep_prob, np.float32), recorded)
         scale = inverse_keep_prob(exact_keep_prob(keep_prob), query.dtype)
     arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
     result, _ = _attend_in_one(blocks, *arrays, draw)

@@ -51,8 +51,8 @@ def dropout(
 
     The division is a multiplication by `float32(1) / float32(1 - rate)`, in double for float64 and
     complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
-    with a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12, the scale is the
-    inverse of that multiple, so that the mean is right for every rate below 1.
+    with a probability that is a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12,
+    the scale is the inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
         x: Floating or complex, of any shape, including 0-d and empty.
@@ -74,26 +74,23 @@ def dropout(
         TypeError: `x` has an integer or boolean dtype, `rate` is not a real number, `key` is not a
             key, or `deterministic` is not a boolean.
         ValueError: A concrete `rate` is not in [0, 1]; `key` is missing, or a batch of keys; or
-            `broadcast_dims` are not distinct dimensions of `x`. A traced rate out of range cannot
-            raise: the result is NaN.
+            `broadcast_dims` are not distinct dimensions of `x`. A traced rate out of range gives
+            NaN.
 
     Note (PyTorch):
         `torch.nn.functional.dropout(x, p=rate, training=not deterministic)` draws its masks from a
-        hidden generator. `regtorch.dropout` with the same key returns bitwise identical results.
-        Inside a larger jitted function, XLA may contract the scale of a shared mask with a sum that
-        follows, which then rounds once.
+        hidden generator. `regtorch.dropout` with the same key returns bitwise identical results,
+        and so do the other functions of the family. Inside a larger jitted function, XLA may
+        contract the scale of a shared mask with a sum that follows, which then rounds once.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
-        >>> x = jnp.arange(1.0, 7.0)
-        >>> regjax.dropout(x, 0.5, key=jax.random.key(0))
+        >>> regjax.dropout(jnp.arange(1.0, 7.0), 0.5, key=jax.random.key(0))
         Array([ 0.,  0.,  6.,  8.,  0., 12.], dtype=float32)
-        >>> regjax.dropout(x, 0.5, deterministic=True)
-        Array([1., 2., 3., 4., 5., 6.], dtype=float32)
 
     References:
-        Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to prevent
-        neural networks from overfitting", JMLR 15, 2014; here in the inverted form.
+        Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
+        15, 2014; here in the inverted form.
     """
     x = check_inexact(x)
     is_default = isinstance(broadcast_dims, tuple) and not broadcast_dims
@@ -239,13 +236,13 @@ class SampledMask:
         """Draw the mask, shift and scale."""
         keep_prob = keep_prob_of(rate, x.dtype)
         keep = keep_mask(x, key, keep_prob, self.broadcast_dims, self.sampler)
-        realised = self.sampler.realised_keep_prob(keep_prob)
-        if isinstance(realised, jax.Array):
-            realised = realised.astype(real_dtype(x.dtype))
-        scale = self.scale(realised, x.dtype)
+        realized = self.sampler.realized_keep_prob(keep_prob)
+        if isinstance(realized, jax.Array):
+            realized = realized.astype(real_dtype(x.dtype))
+        scale = self.scale(realized, x.dtype)
         if self.offsets is None:
             return where_kept(keep, x, scale), keep
-        shift, fill = self.offsets(realised, x.dtype)
+        shift, fill = self.offsets(realized, x.dtype)
         # Sum before product: no compiler can contract the two into one rounding. `x` may itself be
         # a product.
         kept = (rounded(x.astype(scale.dtype)) + shift) * scale
@@ -316,7 +313,7 @@ def require_key(key: KeyLike | None) -> KeyLike:
     """Return the key if it is present and a single key."""
     if key is None:
         raise ValueError(
-            "key is missing: dropout in training needs one. Pass key=jax.random.key(seed), or "
+            "key must be a random key in training; got None. Pass key=jax.random.key(seed), or "
             "key=regjax.site_key(root, step, site) inside a training loop, or deterministic=True "
             "to evaluate."
         )
@@ -348,7 +345,7 @@ def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
         return deterministic
     if getattr(deterministic, "dtype", None) != np.bool_ or np.ndim(deterministic):
         raise TypeError(
-            "deterministic must be one boolean: False in training, True in evaluation; got "
+            "deterministic must be a boolean, False in training and True in evaluation; got "
             f"{deterministic!r}."
         )
     return deterministic if isinstance(deterministic, Tracer) else bool(deterministic)
@@ -359,8 +356,8 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
     dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
-            "broadcast_dims must be distinct dimensions of x, counted from 0 and below "
-            f"{ndim}; got {tuple(broadcast_dims)}."
+            f"broadcast_dims must be distinct dimensions of x, counted from 0 and below {ndim}; "
+            f"got {tuple(broadcast_dims)}."
         )
     return dims
 

@@ -57,13 +57,11 @@ class PackedSampler(MaskSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draw a mask."""
         threshold = _threshold(keep_prob, self.bits)
         jitted = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
         return jitted(key, threshold, shape, self.bits, out_sharding)
 
-    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
-        """Return a multiple of `2**-bits`."""
+    def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         return _threshold(keep_prob, self.bits) / 2**self.bits
 
 
@@ -207,8 +205,9 @@ def _threshold(keep_prob: float | Float[Array, ""], bits: int) -> int | Float[Ar
     threshold = round(float(np.float32(keep_prob)) * levels)
     if 0 < keep_prob < 1 and threshold in (0, levels):
         raise ValueError(
-            f"keep_prob={keep_prob} rounds to {threshold // levels} in {bits} bits: use more bits, "
-            "as in functools.partial(regjax.packed_bernoulli, bits=32), or regjax.bernoulli."
+            f"keep_prob must not round to {threshold // levels} in {bits} bits; got {keep_prob}. "
+            "Use more bits, as in functools.partial(regjax.packed_bernoulli, bits=32), or "
+            "regjax.bernoulli."
         )
     return threshold
 

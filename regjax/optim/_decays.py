@@ -334,7 +334,7 @@ def layerwise_scale(
     References:
         See `scale_by_leaf`.
     """
-    check_coefficient("factor", factor, fix="pass 1.0 for the same in all layers")
+    check_coefficient("factor", factor, fix="Pass 1.0 for the same in all layers.")
     names = [name for name, _ in named_leaves(params)]
     distances = distances_from_top(names, layer_of, depth)
     return jax.tree.structure(params).unflatten(factor**distance for distance in distances)
@@ -351,7 +351,7 @@ def _decay(
     `resolve` checks the parameters and returns the pytree of the others, or None.
     """
     if not callable(weight_decay):
-        check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+        check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
     if not is_zero(weight_decay):
         check_mask(mask, weight_decay)
 

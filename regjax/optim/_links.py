@@ -329,16 +329,16 @@ def check_bounds(
         isinstance(value, jax.Array | np.ndarray) and value.shape == ()
     )
     if not is_scalar or isinstance(value, bool):
-        raise TypeError(f"{name} must be a real number, but it is {value!r}: {fix}")
+        raise TypeError(f"{name} must be a real number; got {value!r}. {fix}")
     if not low <= float(value) <= high:
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], but it is {value}: {fix}")
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {value}. {fix}")
 
 
 def check_rates(learning_rate: optax.ScalarOrSchedule, weight_decay: WeightDecay) -> None:
     if not callable(learning_rate):
-        check_coefficient("learning_rate", learning_rate, fix="to ascend, pass maximize=True")
+        check_coefficient("learning_rate", learning_rate, fix="Pass maximize=True to ascend.")
     if not callable(weight_decay):
-        check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+        check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
 
 
 def is_known(*values: Any) -> bool:

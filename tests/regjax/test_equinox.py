@@ -360,9 +360,9 @@ def test_a_layer_evaluates_and_asks_for_what_is_missing(name):
     assert one.call(one.layer, X, inference=True) is X
     assert one.call(one.at(0.0), X) is X
     kind = type(one.layer).__name__
-    with pytest.raises(RuntimeError, match=f"key is missing: {kind} in training needs one"):
+    with pytest.raises(RuntimeError, match=f"key must be a random key for {kind} in training"):
         one.call(one.layer, X)
-    with pytest.raises(TypeError, match="inference must be one boolean"):
+    with pytest.raises(TypeError, match="inference must be a boolean"):
         one.call(one.layer, X, key=KEY, inference="False")
     with pytest.raises(ValueError, match=f"{one.amount} must"):
         a_layer(name, -1.0)
