@@ -73,7 +73,7 @@ def layerwise_groups(
         Clark et al. (ELECTRA), [ICLR 2020](https://arxiv.org/abs/2003.10555). Bao et al. (BEiT),
         [ICLR 2022](https://arxiv.org/abs/2106.08254).
     """
-    check_coefficient("lr", lr, fix="Pass maximize=True to ascend.")
+    check_coefficient("lr", lr, fix="Pass maximize=True to the optimizer to ascend.")
     check_coefficient("lr_factor", lr_factor, fix="Pass 1.0 for the same in all layers.")
     check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
     check_coefficient("decay_factor", decay_factor, fix="Pass 1.0 for the same in all layers.")
