@@ -277,7 +277,7 @@ class FeatureDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
-        # One mask for all dimensions but the channels; there are no rows.
+        """Apply dropout with one mask for all dimensions but the channels; there are no rows."""
         (x,) = inputs
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         spec = SampledMask("feature_dropout", mask_sampler(self.sampler), dims)
@@ -311,6 +311,7 @@ class FeatureAlphaDropout(RateLayer):
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
     def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
+        """Apply alpha dropout with one mask for all dimensions but the channels."""
         (x,) = inputs
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         spec = alpha("feature_alpha_dropout", self.sampler, dims)
@@ -359,7 +360,7 @@ class DropBlock(RateLayer):
     with_noise: bool = eqx.field(default=False, static=True, kw_only=True)
 
     def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
-        # A batch of one.
+        """Apply `regjax.drop_block` to a batch of one."""
         axis = self.channel_axis + (self.channel_axis >= 0)
         settings = {
             "block_size": self.block_size,
