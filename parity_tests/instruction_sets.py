@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import torch
 
-from parity_tests.output import prepare, write_atomically
+from parity_tests.output import integer, prepare, write_atomically
 from parity_tests.promises import PROMISES
 
 LEVELS = ("default", "avx2", "avx512")  # as PyTorch calls them
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", action="store_true", help="all 54 combinations")
     parser.add_argument("--core", action="store_true", help="the cheap promises only")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--jobs", type=integer(1), default=1, help="processes at a time")
     parser.add_argument("--out", type=Path, help="where to write the page")
     options = parser.parse_args(arguments)
     if options.out:
