@@ -33,7 +33,7 @@ def kept(key, draw, keep_prob):
 
 
 def bias_z(draw, asked: float, realised: float) -> float:
-    """How many sigmas the share of kept elements lies from what is realised."""
+    """Return the z-score of the number of kept elements, for the realised probability."""
     total = sum(int(kept(jax.random.key(seed), draw, asked)) for seed in range(KEYS))
     draws = KEYS * math.prod(SHAPE)
     return (total - draws * realised) / math.sqrt(draws * realised * (1 - realised))
@@ -49,13 +49,13 @@ def test_the_share_of_kept_elements_is_unbiased(name, keep_prob):
 
 @pytest.mark.parametrize("keep_prob", [0.1, 0.5, 0.9])
 def test_a_planted_bias_of_a_thousandth_is_seen(keep_prob):
-    """The test of the test: one element in a thousand too many is kept."""
+    """Test of the test: one element in a thousand too many is kept."""
     assert bias_z(regjax.bernoulli, keep_prob + 1e-3, keep_prob) > FIVE_SIGMA
 
 
 @pytest.mark.parametrize("keep_prob", [0.1, 0.5, 0.9])
 def test_the_lanes_of_a_packed_word_are_independent(keep_prob):
-    """496 pairs of 32 lanes, over half a million words; 6 sigma: a false alarm in a million."""
+    """Test 496 pairs of 32 lanes over half a million words at 6 sigma: false-alarm rate 1e-6."""
     mask = np.asarray(regjax.packed_bernoulli(jax.random.key(3), keep_prob, SHAPE))
     realised = round(float(np.float32(keep_prob)) * 2**16) / 2**16
     # (4096, 4096) packs along its first axis: 128 groups of 32 rows.
@@ -65,10 +65,10 @@ def test_the_lanes_of_a_packed_word_are_independent(keep_prob):
 
 
 def runs_p_value(mask: np.ndarray, keep_prob: float) -> float:
-    """The p-value of the lengths of runs of kept elements, by chi-square.
+    """Return the p-value of a chi-square test of the lengths of runs of kept elements.
 
-    Between one dropped element and the next lie k kept ones with probability q**k (1 - q). Classes
-    go on as long as 20 runs are expected in them; the last takes all that is longer.
+    A run between two dropped elements has length k with probability q**k (1 - q). Each length with
+    at least 20 expected runs is a class; the last class contains all longer runs.
     """
     lengths = np.diff(np.flatnonzero(~mask.ravel())) - 1
     classes = 1 + int(math.log(20 / lengths.size) / math.log(keep_prob))
@@ -90,7 +90,7 @@ def test_runs_have_the_lengths_of_independent_draws(name, keep_prob, axis):
 
 
 def test_runs_that_are_too_long_are_seen():
-    """The test of the test: one element in a hundred copies its neighbour."""
+    """Test of the test: one element in a hundred copies its neighbor."""
     rng = np.random.default_rng(0)
     mask = rng.random((1024, 1024)) < 0.5
     assert runs_p_value(mask, 0.5) > 1e-6

@@ -9,11 +9,11 @@ import pytest
 
 from parity_tests import reference
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
-from parity_tests.statistics import FIVE_SIGMA, keep_rate_z, neighbour_z
+from parity_tests.statistics import FIVE_SIGMA, keep_rate_z, neighbor_z
 
 both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 
-PACKED = [(64, 64), (2, 96, 24), (3, 32, 64, 2), (64, 64, 2)]  # the last one ties: the later axis
+PACKED = [(64, 64), (2, 96, 24), (3, 32, 64, 2), (64, 64, 2)]  # the last packs the later axis
 EACH_ITS_OWN = [(), (0,), (4096,), (100, 77), (32, 32), (64, 31)]
 
 
@@ -45,7 +45,7 @@ def test_where_nothing_packs_each_element_has_its_own_word(framework: Framework,
     )
 
 
-# `make test` takes the ends of each axis of this table; each entry compiles a program or two.
+# `make test` runs a few entries of this table, since each compiles one or two programs.
 QUICK = [(1, 0.5), (16, 0.1), (16, 0.0), (24, 0.9), (32, 0.123), (32, 1.0)]
 TABLE = [
     pytest.param(bits, keep_prob, marks=[pytest.mark.slow] * ((bits, keep_prob) not in QUICK))
@@ -85,7 +85,7 @@ def test_packed_masks_are_fair(framework: Framework, keep_prob, shape):
     realised = round(keep_prob * 2**16) / 2**16
     assert abs(keep_rate_z(mask, realised)) < FIVE_SIGMA
     for axis in range(len(shape)):
-        assert abs(neighbour_z(mask, realised, axis)) < FIVE_SIGMA
+        assert abs(neighbor_z(mask, realised, axis)) < FIVE_SIGMA
 
 
 @both_frameworks

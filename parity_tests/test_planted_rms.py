@@ -1,4 +1,4 @@
-"""Tests of the tests of Adagrad, Adadelta and RMSprop: a defect, and optax itself, are caught."""
+"""Tests of the tests of Adagrad, Adadelta and RMSprop: planted defects, and optax, are caught."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _with(case: Case, **options) -> Case:
 
 
 def _scaled_by(scale: Callable[[jax.Array], jax.Array]):
-    """Make Adagrad with another function of the sums of squares, and whatever options."""
+    """Return a constructor of Adagrad with another function of the sums of squares."""
 
     def make(learning_rate, *, mask, **options):
         del mask, options
@@ -58,7 +58,7 @@ def _decayed_from_the_first_step(learning_rate, *, lr_decay, mask):
 
 
 def _rate_in_the_mean_of_steps(learning_rate, *, mask):
-    """Make Adadelta whose second mean sees the learning rate."""
+    """Return Adadelta whose mean of squared steps includes the learning rate."""
     del mask
 
     def update(updates, state, params=None):
@@ -81,7 +81,7 @@ def _uncentered(learning_rate, *, centered, mask):
     return regjax.optim.rmsprop(learning_rate, mask=mask)
 
 
-# What torch does, what JAX does instead, and with what.
+# The case in torch, the wrong case in JAX, and the wrong constructor in JAX, if any.
 PLANTED = {
     "Adagrad's eps inside the root": (
         *[_with(ADAGRAD, eps=1e-3)] * 2,
@@ -122,12 +122,12 @@ PLANTED = {
 @pytest.mark.parametrize("defect", PLANTED)
 def test_planted_defect_is_caught_by_the_loosest_tier(defect):
     right, wrong, make = PLANTED[defect]
-    ours, theirs = walk_jax(wrong, SMALL["float32"], make), walk_torch(right, SMALL["float32"])
-    with pytest.raises(AssertionError, match=r"regjax and torch part at step \d+ in 'dense/"):
-        assert_same_at_every_step(ours, theirs, FLOAT32, names=("regjax", "torch"))
+    in_jax, in_torch = walk_jax(wrong, SMALL["float32"], make), walk_torch(right, SMALL["float32"])
+    with pytest.raises(AssertionError, match=r"regjax and torch diverge at step \d+ in 'dense/"):
+        assert_same_at_every_step(in_jax, in_torch, FLOAT32, names=("regjax", "torch"))
 
 
-# Where optax's own optimizers part from torch: why regjax.optim has links, or an order, of its own.
+# Differences of optax's optimizers from torch, which regjax.optim avoids by other links or order.
 OPTAX = {
     "adagrad's defaults": (
         ADAGRAD,
@@ -171,13 +171,13 @@ OPTAX = {
 
 @pytest.mark.parametrize(("case", "tier", "make"), OPTAX.values(), ids=OPTAX)
 def test_optax_itself_is_caught(case, tier, make):
-    ours, theirs = walk_jax(case, SMALL[tier.dtype], make), walk_torch(case, SMALL[tier.dtype])
-    with pytest.raises(AssertionError, match="part at step"):
-        assert_same_at_every_step(ours, theirs, tier)
+    in_jax, in_torch = walk_jax(case, SMALL[tier.dtype], make), walk_torch(case, SMALL[tier.dtype])
+    with pytest.raises(AssertionError, match="diverge at step"):
+        assert_same_at_every_step(in_jax, in_torch, tier)
 
 
-# The same, told what torch does: nothing else differs.
-TOLD = {
+# With options that match torch, the same optimizers agree.
+CONFIGURED = {
     "adadelta": (ADADELTA, lambda learning_rate, mask: optax.adadelta(learning_rate)),
     "rmsprop": (
         RMSPROP,
@@ -192,7 +192,7 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize(("case", "make"), TOLD.values(), ids=TOLD)
-def test_optax_passes_where_it_can_be_told(case, make):
-    ours, theirs = walk_jax(case, SMALL["float64"], make), walk_torch(case, SMALL["float64"])
-    assert_same_at_every_step(ours, theirs, FLOAT64)
+@pytest.mark.parametrize(("case", "make"), CONFIGURED.values(), ids=CONFIGURED)
+def test_optax_passes_with_matching_options(case, make):
+    in_jax, in_torch = walk_jax(case, SMALL["float64"], make), walk_torch(case, SMALL["float64"])
+    assert_same_at_every_step(in_jax, in_torch, FLOAT64)
