@@ -179,8 +179,8 @@ def test_both_frameworks_have_the_same_errors_for_parameters(name):
     with pytest.raises(TypeError) as in_torch:
         getattr(torch_penalty, name)({"a": 0.5}, *arguments({"a": 0.5}))
     for message in (in_jax, in_torch):
-        assert str(message.value).startswith(f"{name} takes float or complex")
-        assert "params at 'a' is 0.5: give it False in `mask`" in str(message.value)
+        assert str(message.value).startswith("params at 'a' must be a float or complex")
+        assert f"for {name}; got 0.5. Set it to False in `mask`" in str(message.value)
 
 
 @pytest.mark.parametrize(

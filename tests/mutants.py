@@ -93,8 +93,20 @@ TESTS = {
         *_PACKED,
         f"{_LAYOUTS}test_packed_masks_ask_for_indices_in_place",
     ],
+    "regjax/_random/xla.py": [
+        "tests/regjax/test_noise.py::test_no_product_is_joined_with_a_sum",
+        "tests/regjax/test_optim_descent.py",
+        "tests/regjax/test_spread.py",
+        "tests/test_packed_core.py",
+        f"{_JAX_DROPOUT}::test_a_shared_mask_is_drawn_once",
+        f"{_LAYOUTS}test_a_packed_mask_computes_no_index_apart_from_its_words",
+    ],
     "regjax/_dropout/core.py": [*_DROPOUT, _JAX_DROPOUT],
     "regshared/globs.py": ["tests/test_globs.py"],
+    "regshared/layerwise.py": [
+        "tests/regtorch/test_optim.py",
+        "tests/regjax/test_optim_decays.py",
+    ],
     "regshared/decay_rules.py": ["tests/test_decay_rules.py"],
     "regjax/_decay/paths.py": ["tests/regjax/test_decay.py"],
     "regjax/_decay/validation.py": ["tests/regjax/test_decay.py"],
@@ -126,7 +138,9 @@ TESTS = {
     ],
     "regtorch/_decay/param_trees.py": ["tests/regtorch/test_rules.py"],
     "regtorch/_decay/penalty.py": ["tests/regtorch/test_penalty.py"],
-    "regtorch/optim.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_decays.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_groups.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_hooks.py": ["tests/regtorch/test_optim.py"],
 }
 
 

@@ -287,7 +287,7 @@ def test_both_packages_reject_the_same_rules(tree, rule):
         ours, theirs = decisions(tree, rule)
     except ValueError:
         for decide, params in ((regjax.decay_mask, tree), (regtorch.decay_mask, module_of(tree))):
-            with pytest.raises(ValueError, match=r"^rule has "):
+            with pytest.raises(ValueError, match=r"^rule must "):
                 decide(params, rule)
     else:
         assert ours == theirs
