@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# On tensors this small torch's threads mostly wait for each other: one is twice as fast.
+# `test_instruction_sets.py` covers several.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A plugin that needs beartype: `make test-types`.
 collect_ignore = ["tests/types_plugin.py"]
 
