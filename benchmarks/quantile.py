@@ -1,8 +1,8 @@
-"""Makes the tables from which `normal` computes: `python -m benchmarks.quantile > TABLE`.
+"""Compute the tables of `normal`: `python -m benchmarks.quantile > TABLE`.
 
-What it prints is the text of `regshared/quantile_tables.py`. Each polynomial interpolates at the
-Chebyshev nodes of its interval, which comes within a small factor of the best one of its degree; it
-is computed with 50 digits and rounded once. mpmath comes with PyTorch.
+The output is the text of `regshared/quantile_tables.py`. Each polynomial interpolates at the
+Chebyshev nodes of its interval, so its error is within a small factor of the minimax error for its
+degree; it is computed with 50 digits and rounded once. PyTorch depends on mpmath.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import mpmath as mp
 import numpy as np
 
-# Degree of the logarithm, the edges between the pieces, degree of each piece; so that what the
-# polynomials neglect is less than half of the last bit of what they make.
+# Degree of the logarithm, edges between the pieces, degree of each piece. The truncation error of
+# each polynomial is less than half a unit in the last place.
 PLANS: dict[str, tuple[type[np.floating], int, Sequence[float], int]] = {
     "SINGLE": (np.float32, 8, (0, 7, 23), 9),
     "DOUBLE": (np.float64, 20, (0, 7, 23, 52), 22),
@@ -23,8 +23,8 @@ PLANS: dict[str, tuple[type[np.floating], int, Sequence[float], int]] = {
 
 HEADER = '''"""Polynomials for the quantile function of the normal distribution.
 
-Made by `python -m benchmarks.quantile`, which says how; the same file in both wings. Coefficients
-go up from the constant term.
+Written by `python -m benchmarks.quantile`, which describes the method; both packages use this file.
+Coefficients are in ascending order, from the constant term.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A polynomial for quantile(u) / u in w - centre, for w = -log2(1 - u**2) from `edge` on."""
+    """A polynomial for quantile(u) / u in w - center, for w = -log2(1 - u**2) >= `edge`."""
 
     edge: float
-    centre: float
+    center: float
     coefficients: tuple[float, ...]
 
 
@@ -51,7 +51,7 @@ class Table(NamedTuple):
 
 
 def ratio(w: Any) -> Any:
-    """How far out of 2 Phi(n) - 1 = u its n lies, relative to u, where u = sqrt(1 - 2**-w)."""
+    """Return n / u for the n with 2 Phi(n) - 1 = u, where u = sqrt(1 - 2**-w)."""
     if w == 0:
         return mp.sqrt(mp.pi / 2)
     u = mp.sqrt(-mp.expm1(-w * mp.log(2)))
@@ -73,11 +73,11 @@ def log_ratio(x: Any) -> Any:
 
 
 def interpolated(
-    f: Callable[[Any], Any], low: Any, high: Any, centre: Any, degree: int
+    f: Callable[[Any], Any], low: Any, high: Any, center: Any, degree: int
 ) -> list[Any]:
-    """Coefficients in `x - centre`, from the constant term up."""
-    ends = [mp.mpf(low) - centre, mp.mpf(high) - centre]
-    return mp.chebyfit(lambda x: f(x + centre), ends, degree + 1)[::-1]
+    """Coefficients in `x - center`, from the constant term up."""
+    ends = [mp.mpf(low) - center, mp.mpf(high) - center]
+    return mp.chebyfit(lambda x: f(x + center), ends, degree + 1)[::-1]
 
 
 def lines(dtype: type[np.floating], log_degree: int, edges: Any, degree: int) -> Iterator[str]:
@@ -94,12 +94,12 @@ def lines(dtype: type[np.floating], log_degree: int, edges: Any, degree: int) ->
     yield "    ),"
     yield "    pieces=("
     for low, high in itertools.pairwise(edges):
-        centre = (low + high) / 2
+        center = (low + high) / 2
         yield "        Piece("
         yield f"            edge={float(low)},"
-        yield f"            centre={centre},"
+        yield f"            center={center},"
         yield "            coefficients=("
-        yield from numbers(interpolated(ratio, low, high, centre, degree), " " * 16)
+        yield from numbers(interpolated(ratio, low, high, center, degree), " " * 16)
         yield "            ),"
         yield "        ),"
     yield "    ),"

@@ -105,7 +105,7 @@ def _equal_words(pairs: Iterator[tuple[Any, Any]], unit: str = "bits") -> Outcom
 
 
 def _keys(quick: bool) -> Outcome:
-    from parity_tests.wings import TORCH, from_torch
+    from parity_tests.frameworks import TORCH, from_torch
 
     def pairs() -> Iterator[tuple[Any, Any]]:
         library = TORCH.library
@@ -139,15 +139,17 @@ def _masks_of_jax(quick: bool) -> Outcome:
 
 
 def _masks_of_torch(quick: bool) -> Outcome:
-    from parity_tests.wings import JAX, TORCH
+    from parity_tests.frameworks import JAX, TORCH
 
     def pairs() -> Iterator[tuple[Any, Any]]:
         shape = (256, 4096) if quick else (4096, 4096)
         for seed, rate in enumerate((0.9, 0.5, 0.123)[: 1 if quick else 3]):
             for name in ("bernoulli", "packed_bernoulli"):
                 ours, theirs = (
-                    wing.numpy(getattr(wing.library, name)(wing.key(seed), rate, shape))
-                    for wing in (JAX, TORCH)
+                    framework.numpy(
+                        getattr(framework.library, name)(framework.key(seed), rate, shape)
+                    )
+                    for framework in (JAX, TORCH)
                 )
                 yield ours, theirs
 
@@ -156,7 +158,7 @@ def _masks_of_torch(quick: bool) -> Outcome:
 
 def _values(dtype: str, name: str = "dropout", **options: Any) -> Callable[[bool], Outcome]:
     def run(quick: bool) -> Outcome:
-        from parity_tests.wings import JAX, TORCH
+        from parity_tests.frameworks import JAX, TORCH
 
         shape = (64, 129) if quick else (1024, 1025)
         rng = np.random.default_rng(0)
@@ -169,12 +171,14 @@ def _values(dtype: str, name: str = "dropout", **options: Any) -> Callable[[bool
             )
             for rate in _RATES:
                 sides = []
-                for wing in (JAX, TORCH):
+                for framework in (JAX, TORCH):
                     function = functools.partial(
-                        getattr(wing.library, name), rate=rate, key=wing.key(1), **options
+                        getattr(framework.library, name), rate=rate, key=framework.key(1), **options
                     )
-                    results = wing.vjp(function, wing.array(x), wing.array(cotangent))
-                    sides.append([wing.numpy(result) for result in results])
+                    results = framework.vjp(
+                        function, framework.array(x), framework.array(cotangent)
+                    )
+                    sides.append([framework.numpy(result) for result in results])
                 for ours, theirs in zip(*sides, strict=True):
                     compared += ours.size
                     worst = max(worst, ulps(ours, theirs))
@@ -220,16 +224,16 @@ def _haiku(x: Any, rate: float, key: Any) -> Any:
 
 
 def _fairness(quick: bool) -> Outcome:
+    from parity_tests.frameworks import FRAMEWORKS
     from parity_tests.statistics import FIVE_SIGMA, dropout_z
-    from parity_tests.wings import WINGS
 
     x = 0.1 + np.abs(np.random.default_rng(1).normal(size=(256, 1024))).astype(np.float32)
     figures = {
-        f"{wing}, rate {rate}, {name}": z
-        for wing in WINGS
+        f"{framework}, rate {rate}, {name}": z
+        for framework in FRAMEWORKS
         for rate in (_RATES[:2] if quick else _RATES)
         for name, z in dropout_z(
-            lambda x, r, wing=wing: wing.dropout(x, r, seed=20), x, rate
+            lambda x, r, framework=framework: framework.dropout(x, r, seed=20), x, rate
         ).items()
     }
     name, worst = max(figures.items(), key=lambda item: abs(item[1]))

@@ -27,6 +27,7 @@ import torch
 from parity_tests import compare
 from parity_tests.compare import FLOAT32, Tier
 from parity_tests.comparison import QUANTITIES, Comparison, Divergence
+from parity_tests.frameworks import from_torch, to_torch
 from parity_tests.recording import (
     Difference,
     Drawn,
@@ -34,7 +35,6 @@ from parity_tests.recording import (
     mask_differences,
     value_deviations,
 )
-from parity_tests.wings import from_torch, to_torch
 from regjax._decay.paths import named_leaves
 from regjax.interop import Leaf as Leaf
 from regjax.interop._leaves import report

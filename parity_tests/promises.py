@@ -29,11 +29,11 @@ import torch
 import regjax
 import regjax.optim
 import regtorch
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from parity_tests.instructions import float16_error
 from parity_tests.optimizers import CASES
 from parity_tests.optimizers.case import Case
 from parity_tests.trajectories import WALKS, synthetic
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
 
 Pairs = Iterator[tuple[str, Any, Any]]
 
@@ -95,29 +95,29 @@ def _difference(label: str, one: Any, other: Any) -> str:
 SHAPE = (16, 6, 4, 48)  # rows, two spatial dimensions, channels; 4,608 elements fill packed masks
 
 
-def _ids(wing: Wing) -> Any:
-    return wing.array(np.random.default_rng(1).integers(0, 50, SHAPE[:-1]))
+def _ids(framework: Framework) -> Any:
+    return framework.array(np.random.default_rng(1).integers(0, 50, SHAPE[:-1]))
 
 
-def _embedding(wing: Wing, x: Any, rate: Any) -> Any:
-    return wing.library.embedding_dropout(x, _ids(wing), rate, key=wing.key(3))
+def _embedding(framework: Framework, x: Any, rate: Any) -> Any:
+    return framework.library.embedding_dropout(x, _ids(framework), rate, key=framework.key(3))
 
 
-def _drop_connect(wing: Wing, x: Any, rate: Any) -> Any:
-    return wing.library.drop_connect({"kernel": x}, rate, key=wing.key(3))["kernel"]
+def _drop_connect(framework: Framework, x: Any, rate: Any) -> Any:
+    return framework.library.drop_connect({"kernel": x}, rate, key=framework.key(3))["kernel"]
 
 
-def _call(name: str, wing: Wing, x: Any, rate: Any, **options: Any) -> Any:
+def _call(name: str, framework: Framework, x: Any, rate: Any, **options: Any) -> Any:
     if isinstance(sampler := options.get("sampler"), str):
-        options["sampler"] = getattr(wing.library, sampler)
-    return getattr(wing.library, name)(x, rate, key=wing.key(3), **options)
+        options["sampler"] = getattr(framework.library, sampler)
+    return getattr(framework.library, name)(x, rate, key=framework.key(3), **options)
 
 
-def _member(name: str, **options: Any) -> Callable[[Wing, Any, Any], Any]:
+def _member(name: str, **options: Any) -> Callable[[Framework, Any, Any], Any]:
     return functools.partial(_call, name, **options)
 
 
-FAMILY: dict[str, Callable[[Wing, Any, Any], Any]] = {
+FAMILY: dict[str, Callable[[Framework, Any, Any], Any]] = {
     "dropout": _member("dropout"),
     "dropout, packed": _member("dropout", sampler="packed_bernoulli"),
     "dropout, shared mask": _member("dropout", broadcast_dims=(1, 3)),
@@ -142,19 +142,19 @@ def inputs(dtype: Any, shape: tuple[int, ...] = SHAPE) -> list[np.ndarray]:
 
 
 def _forward_and_backward(
-    member: Callable[..., Any], wing: Wing, dtype: Any
+    member: Callable[..., Any], framework: Framework, dtype: Any
 ) -> Callable[[Any], list[np.ndarray]]:
     """Return a function of a rate; a NumPy scalar is traced in JAX, and a tensor in PyTorch."""
-    arrays = [wing.array(array) for array in inputs(dtype)]
+    arrays = [framework.array(array) for array in inputs(dtype)]
 
     def run(rate: Any) -> Any:
-        return wing.vjp(lambda x: member(wing, x, rate), *arrays)
+        return framework.vjp(lambda x: member(framework, x, rate), *arrays)
 
-    traced = jax.jit(run) if wing is JAX else lambda rate: run(torch.tensor(rate))
+    traced = jax.jit(run) if framework is JAX else lambda rate: run(torch.tensor(rate))
 
     def call(rate: Any) -> list[np.ndarray]:
         pair = traced(rate) if isinstance(rate, np.generic) else run(rate)
-        return [wing.numpy(array) for array in pair]
+        return [framework.numpy(array) for array in pair]
 
     return call
 
@@ -166,7 +166,7 @@ def family(
     for dtype in map(np.dtype, dtypes):
         with jax.enable_x64(dtype.itemsize == 8):
             for name in names:
-                ours, theirs = (_forward_and_backward(FAMILY[name], w, dtype) for w in WINGS)
+                ours, theirs = (_forward_and_backward(FAMILY[name], w, dtype) for w in FRAMEWORKS)
                 for rate in rates:
                     label = f"{name}, {dtype}, {type(rate).__name__} {rate}"
                     for direction, one, two in zip("yg", ours(rate), theirs(rate), strict=True):
@@ -189,9 +189,9 @@ def compiled(names: Iterable[str] = FAMILY) -> Pairs:
     x, other = inputs(np.float32)
     part = np.sqrt(np.float32(0.3))
 
-    def run(wing: Wing, name: str, rate: Any, x: Any, other: Any, part: Any) -> Any:
+    def run(framework: Framework, name: str, rate: Any, x: Any, other: Any, part: Any) -> Any:
         share = part * part if rate is None else rate
-        y = FAMILY[name](wing, x * other, share)
+        y = FAMILY[name](framework, x * other, share)
         return y if name in NOT_BEFORE_A_SUM else y + other
 
     for name, rate in ((name, rate) for name in names for rate in (0.3, None)):
@@ -242,31 +242,31 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
     return found.hexdigest()[:32]
 
 
-def _stream(name: str, draw: Callable[[Wing], list[np.ndarray]]) -> Pairs:
+def _stream(name: str, draw: Callable[[Framework], list[np.ndarray]]) -> Pairs:
     """Compare the two packages with each other, and each with a digest that never changes."""
-    drawn = [draw(wing) for wing in WINGS]
+    drawn = [draw(framework) for framework in FRAMEWORKS]
     for number, pair in enumerate(zip(*drawn, strict=True)):
         yield f"{name} {number}", *pair
-    for wing, arrays in zip(WINGS, drawn, strict=True):
-        yield f"{name} of {wing}", digest(arrays), DIGESTS[name]
+    for framework, arrays in zip(FRAMEWORKS, drawn, strict=True):
+        yield f"{name} of {framework}", digest(arrays), DIGESTS[name]
 
 
 def masks(sampler: str) -> Pairs:
     """Compare masks at numbers and at traced probabilities."""
 
-    def draw(wing: Wing) -> list[np.ndarray]:
-        sample = getattr(wing.library, sampler)
+    def draw(framework: Framework) -> list[np.ndarray]:
+        sample = getattr(framework.library, sampler)
         keep_probs = KEEP_PROBS if sampler == "bernoulli" else KEEP_PROBS[2:-2]
         found = []
         for shape in ((33, 65), (64, 96)):
 
             def at(keep_prob: Any, shape: tuple[int, ...] = shape) -> Any:
-                return sample(wing.key(7), keep_prob, shape)
+                return sample(framework.key(7), keep_prob, shape)
 
-            compiled_at = jax.jit(at) if wing is JAX else lambda value: at(torch.tensor(value))
+            compiled_at = jax.jit(at) if framework is JAX else lambda value: at(torch.tensor(value))
             for keep_prob in keep_probs:
                 found += [at(keep_prob), compiled_at(np.float32(keep_prob))]
-        return [wing.numpy(mask) for mask in found]
+        return [framework.numpy(mask) for mask in found]
 
     yield from _stream(sampler, draw)
     key, shape = jax.random.key(7), (33, 65)
@@ -278,12 +278,14 @@ def masks(sampler: str) -> Pairs:
 def normals() -> Pairs:
     """Compare normal variates, 2**17 of them in float32."""
 
-    def draw(wing: Wing) -> list[np.ndarray]:
-        library = jnp if wing is JAX else torch
+    def draw(framework: Framework) -> list[np.ndarray]:
+        library = jnp if framework is JAX else torch
         sizes = {"float32": 2**17, "float64": 2**15, "bfloat16": 2**10}
         with jax.enable_x64(True):
             return [
-                wing.numpy(wing.library.normal(wing.key(5), (size,), getattr(library, dtype)))
+                framework.numpy(
+                    framework.library.normal(framework.key(5), (size,), getattr(library, dtype))
+                )
                 for dtype, size in sizes.items()
             ]
 
@@ -293,19 +295,19 @@ def normals() -> Pairs:
 def keys() -> Pairs:
     """Compare keys of sites and steps, `split` and `fold_in`."""
 
-    def draw(wing: Wing) -> list[np.ndarray]:
-        root = wing.key(2**32 - 1)
+    def draw(framework: Framework) -> list[np.ndarray]:
+        root = framework.key(2**32 - 1)
         step = np.int32(12)
 
         def of_site(step: Any) -> Any:
-            return wing.library.site_key(root, step, "encoder/3")
+            return framework.library.site_key(root, step, "encoder/3")
 
-        if wing is JAX:
+        if framework is JAX:
             found = [*jax.random.split(root, 5), jax.random.fold_in(root, 17)]
         else:
             found = [*regtorch.split(root, 5), regtorch.fold_in(root, 17)]
-        found += [of_site(0), of_site(2**40 + 5), wing.traced(of_site)(step)]
-        return [np.array(wing.words(key), np.uint32) for key in found]
+        found += [of_site(0), of_site(2**40 + 5), framework.traced(of_site)(step)]
+        return [np.array(framework.words(key), np.uint32) for key in found]
 
     yield from _stream("keys", draw)
 
@@ -314,21 +316,23 @@ def schedules() -> Pairs:
     """Compare every step of three lengths, at numbers and traced."""
     at = np.arange(-2, 1203, dtype=np.int32)
 
-    def draw(wing: Wing) -> list[np.ndarray]:
+    def draw(framework: Framework) -> list[np.ndarray]:
         found = []
         for name in ("linear_rate", "cosine_rate"):
             for start, end, steps in ((0.0, 0.5, 1000), (0.9, 0.123, 41), (0.1, 1.0, 1)):
-                schedule = getattr(wing.library, name)(start, end, steps)
-                if wing is JAX:
+                schedule = getattr(framework.library, name)(start, end, steps)
+                if framework is JAX:
                     found.append(np.asarray(jax.jit(jax.vmap(schedule))(at)))
                 else:
                     found.append(torch.func.vmap(schedule)(torch.tensor(at)).numpy())
-                found.append(np.stack([wing.numpy(schedule(step)) for step in range(0, 40, 3)]))
+                found.append(
+                    np.stack([framework.numpy(schedule(step)) for step in range(0, 40, 3)])
+                )
         return found
 
     yield from _stream("schedules", draw)
     for depth in (1, 12, 100):
-        one, two = (np.array(w.library.depth_rates(0.3, depth)) for w in WINGS)
+        one, two = (np.array(w.library.depth_rates(0.3, depth)) for w in FRAMEWORKS)
         yield f"depth_rates {depth}", one, two
 
 
@@ -338,11 +342,11 @@ def schedules() -> Pairs:
 def embedding_of_rows() -> Pairs:
     """Compare `embedding_dropout` with dropout of whole rows of the table."""
     table = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
-    for wing in WINGS:
-        rows, ids = wing.array(table), _ids(wing)
-        one = wing.library.embedding_dropout(rows[ids], ids, 0.3, key=wing.key(3))
-        two = wing.library.dropout(rows, 0.3, key=wing.key(3), broadcast_dims=(1,))[ids]
-        yield str(wing), wing.numpy(one), wing.numpy(two)
+    for framework in FRAMEWORKS:
+        rows, ids = framework.array(table), _ids(framework)
+        one = framework.library.embedding_dropout(rows[ids], ids, 0.3, key=framework.key(3))
+        two = framework.library.dropout(rows, 0.3, key=framework.key(3), broadcast_dims=(1,))[ids]
+        yield str(framework), framework.numpy(one), framework.numpy(two)
 
 
 def attention() -> Pairs:
@@ -352,18 +356,25 @@ def attention() -> Pairs:
     v = np.broadcast_to(np.eye(40, dtype=np.float32)[:, None], (2, 40, 3, 40)).copy()
     for shared in (False, True):
         found = []
-        for wing in WINGS:
-            arrays = [wing.array(array) for array in (q, k, v)]
+        for framework in FRAMEWORKS:
+            arrays = [framework.array(array) for array in (q, k, v)]
             for block_size in (None, 16):
 
-                def at(rate: Any, wing: Wing = wing, arrays: Any = arrays, size: Any = block_size):
+                def at(
+                    rate: Any,
+                    framework: Framework = framework,
+                    arrays: Any = arrays,
+                    size: Any = block_size,
+                ):
                     options = {"broadcast_dropout": shared, "block_size": size}
-                    return wing.library.dot_product_attention(
-                        *arrays, dropout_rng=wing.key(3), dropout_rate=rate, **options
+                    return framework.library.dot_product_attention(
+                        *arrays, dropout_rng=framework.key(3), dropout_rate=rate, **options
                     )
 
-                for result in (at(0.3), wing.traced(at)(np.float32(0.3))):
-                    found.append((f"{wing} {block_size} {shared}", wing.numpy(result) != 0))
+                for result in (at(0.3), framework.traced(at)(np.float32(0.3))):
+                    found.append(
+                        (f"{framework} {block_size} {shared}", framework.numpy(result) != 0)
+                    )
         for label, mask in found[1:]:
             yield label, mask, found[0][1]
 

@@ -18,7 +18,7 @@ import regjax
 import regtorch
 from parity_tests import compare
 from parity_tests.compare import Tier
-from parity_tests.wings import from_torch
+from parity_tests.frameworks import from_torch
 
 
 @dataclasses.dataclass(frozen=True)

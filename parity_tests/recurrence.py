@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from parity_tests.wings import from_torch
+from parity_tests.frameworks import from_torch
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

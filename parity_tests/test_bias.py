@@ -1,8 +1,9 @@
-"""Bias and independence over 10^8 draws, where errors too small for a small mask would show.
+"""Bias and independence over 10^8 draws, which reveal errors too small for a small mask.
 
-Both wings draw the same bits (`test_masks`, `test_packed`), so JAX, the faster on CPUs, draws here.
-A share off by 5 sigma has the probability 6e-7, a p-value below 1e-6 that of 1e-6: with fresh seeds
-the figures below would raise a false alarm once in some 40,000 runs. The seeds are fixed.
+Both packages draw the same bits (`test_masks`, `test_packed`), so only JAX, the faster on CPUs, is
+tested. A fraction exceeds 5 sigma with probability 6e-7, and a p-value is below 1e-6 with
+probability 1e-6: with random seeds these tests would fail once in about 40,000 runs. The seeds are
+fixed.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ import torch
 from torch.optim import lr_scheduler
 
 from parity_tests.compare import BITWISE, FLOAT64, assert_same_at_every_step
+from parity_tests.frameworks import from_torch, to_torch
 from parity_tests.harness import Leaf
 from parity_tests.optimizers._muon import BFLOAT16
 from parity_tests.trajectories import nested
-from parity_tests.wings import from_torch, to_torch
 from regjax._decay.paths import named_leaves
 from regjax.interop import (
     optimizer_from_torch,

@@ -1,4 +1,4 @@
-"""Normal variates: the same bits in both wings, near the true quantiles, and near JAX's own."""
+"""Normal variates: equal bits in both frameworks, close to exact quantiles and to JAX's own."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from scipy import special
 import regjax
 import regjax._random.quantile
 import regtorch._random.quantile
-from parity_tests.wings import JAX, TORCH, WINGS, Wing, from_torch, to_torch
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework, from_torch, to_torch
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 DTYPES = [np.dtype(dtype) for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)]
 
 
-def draw(wing: Wing, seed: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    kind = jnp.dtype(dtype) if wing is JAX else to_torch(np.zeros(0, dtype)).dtype
-    return wing.numpy(wing.library.normal(wing.key(seed), shape, kind))
+def draw(
+    framework: Framework, seed: int, shape: tuple[int, ...], dtype: Any = np.float32
+) -> np.ndarray:
+    kind = jnp.dtype(dtype) if framework is JAX else to_torch(np.zeros(0, dtype)).dtype
+    return framework.numpy(framework.library.normal(framework.key(seed), shape, kind))
 
 
 def words(array: np.ndarray) -> np.ndarray:
@@ -41,8 +43,8 @@ def exact(u: np.ndarray) -> np.ndarray:
     return -special.ndtri((1 - np.abs(u)) / 2) * np.sign(u)
 
 
-def quantiles(wing: Wing, u: np.ndarray) -> np.ndarray:
-    if wing is JAX:
+def quantiles(framework: Framework, u: np.ndarray) -> np.ndarray:
+    if framework is JAX:
         return np.asarray(jax.jit(regjax._random.quantile.quantile)(u))
     return from_torch(regtorch._random.quantile.quantile(to_torch(u)))
 
@@ -51,7 +53,7 @@ def test_every_variate_of_float32():
     u = uniforms(np.arange(2**23), 23)
     single = u.astype(np.float32)
     np.testing.assert_array_equal(single, u)  # all of them are float32 numbers
-    ours, theirs = (quantiles(wing, single) for wing in WINGS)
+    ours, theirs = (quantiles(framework, single) for framework in FRAMEWORKS)
     np.testing.assert_array_equal(words(ours), words(theirs))
     few = slice(None, None, 7)
     apart = np.abs(ours[few] - exact(u[few]))
@@ -68,7 +70,7 @@ def test_variates_of_float64():
     tails = np.r_[np.arange(2000), 2.0 ** rng.uniform(0, 51, 20_000)].astype(np.int64)
     u = uniforms(np.r_[tails, 2**52 - 1 - tails, rng.integers(0, 2**52, 20_000)], 52)
     with jax.enable_x64():
-        ours, theirs = (quantiles(wing, u) for wing in WINGS)
+        ours, theirs = (quantiles(framework, u) for framework in FRAMEWORKS)
     np.testing.assert_array_equal(words(ours), words(theirs))
     assert np.abs(ours - exact(u)).max() < 4e-15
     assert -8.3 < ours.min() < ours.max() < 8.2
@@ -77,7 +79,7 @@ def test_variates_of_float64():
 @pytest.mark.parametrize(
     ("dtype", "x64"), [(d, d.itemsize == 8) for d in DTYPES] + [(DTYPES[0], True)]
 )
-def test_both_wings_draw_the_same_bits(dtype, x64):
+def test_both_frameworks_draw_the_same_bits(dtype, x64):
     shape = (3, 5, 8741)  # a few more than the 2**17 that PyTorch makes at a time
     with jax.enable_x64(x64):
         ours = draw(JAX, 3, shape, dtype)
@@ -103,11 +105,11 @@ GOLDEN = [
 ]
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(("seed", "shape", "dtype", "digest"), GOLDEN)
-def test_normal_stream_v1(wing: Wing, seed, shape, dtype, digest):
+def test_normal_stream_v1(framework: Framework, seed, shape, dtype, digest):
     with jax.enable_x64(dtype is np.float64):
-        values = draw(wing, seed, shape, dtype)
+        values = draw(framework, seed, shape, dtype)
     assert hashlib.sha256(values.tobytes()).hexdigest()[:16] == digest
 
 
@@ -148,9 +150,9 @@ def defects(sample: np.ndarray) -> list[str]:
     return [name for name, z in figures.items() if abs(z) > 5]
 
 
-@both_wings
-def test_the_sample_is_normal(wing: Wing):
-    assert not defects(draw(wing, 0, (256, 1024)))
+@both_frameworks
+def test_the_sample_is_normal(framework: Framework):
+    assert not defects(draw(framework, 0, (256, 1024)))
 
 
 @pytest.mark.parametrize(
@@ -170,23 +172,23 @@ def test_a_spoilt_sample_is_seen(spoil, found):
     assert found in defects(spoil(draw(TORCH, 0, (2**18,))))
 
 
-@both_wings
-def test_what_is_refused(wing: Wing):
-    normal, key = wing.library.normal, wing.key(0)
-    integers = wing.array(np.zeros(0, np.int32)).dtype
+@both_frameworks
+def test_what_is_refused(framework: Framework):
+    normal, key = framework.library.normal, framework.key(0)
+    integers = framework.array(np.zeros(0, np.int32)).dtype
     with pytest.raises(TypeError, match="dtype must be float16, bfloat16, float32 or float64"):
         normal(key, (3,), integers)
-    batch = jax.random.split(key) if wing is JAX else wing.library.split(key)
+    batch = jax.random.split(key) if framework is JAX else framework.library.split(key)
     with pytest.raises(ValueError, match="batch of keys"):
         normal(batch, (3,))
     with pytest.raises(TypeError, match="key must be"):
         normal(0, (3,))
-    if wing is JAX:
+    if framework is JAX:
         with pytest.raises(ValueError, match="jax_enable_x64"):
             normal(key, (3,), np.float64)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1, 1)])
-def test_small_shapes(wing: Wing, shape):
-    assert draw(wing, 0, shape).shape == shape
+def test_small_shapes(framework: Framework, shape):
+    assert draw(framework, 0, shape).shape == shape

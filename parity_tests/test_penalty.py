@@ -20,7 +20,7 @@ from regtorch._decay.penalty import l2_penalty as torch_l2_penalty
 SHAPES = {"bias": (7,), "empty": (0, 3), "kernel": (5, 7), "scale": ()}
 MASKS = {"no mask": None, "mask": {"bias": False, "empty": True, "kernel": True, "scale": True}}
 # Half types are squared and summed in float32: values agree as closely as float32 does, while a
-# gradient is rounded to the half type at the end in both wings.
+# gradient is rounded to the half type at the end in both frameworks.
 TOLERANCES = {
     "float16": 1e-6,
     "bfloat16": 1e-6,
@@ -48,7 +48,7 @@ def _torch(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 # Value and gradient in NumPy of the penalty at parameters and reference, and the arguments with
-# which a wing is asked for it.
+# which a framework is asked for it.
 PENALTIES = {
     "l1_penalty": (
         lambda p, p0, mask: reference_penalty.l1_penalty(p, 0.3, mask),
@@ -161,7 +161,7 @@ def test_gradient_with_respect_to_the_coefficient_agrees():
 
 
 @pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), float("inf"), True, "0.1"])
-def test_both_wings_refuse_a_coefficient_with_the_same_words(weight_decay):
+def test_both_frameworks_refuse_a_coefficient_with_the_same_words(weight_decay):
     arrays = _arrays("float32")
     with pytest.raises((ValueError, TypeError)) as ours:
         jax_l2_penalty(arrays, weight_decay)
@@ -172,22 +172,22 @@ def test_both_wings_refuse_a_coefficient_with_the_same_words(weight_decay):
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_both_wings_name_themselves_with_the_same_words(name):
+def test_both_frameworks_name_themselves_with_the_same_words(name):
     arguments = PENALTIES[name][2]
     with pytest.raises(TypeError) as ours:
         getattr(jax_penalty, name)({"a": 0.5}, *arguments({"a": 0.5}))
     with pytest.raises(TypeError) as theirs:
         getattr(torch_penalty, name)({"a": 0.5}, *arguments({"a": 0.5}))
     for message in (ours, theirs):
-        assert str(message.value).startswith(f"{name} takes float or complex")
-        assert "params at 'a' is 0.5: give it False in `mask`" in str(message.value)
+        assert str(message.value).startswith("params at 'a' must be a float or complex")
+        assert f"for {name}; got 0.5. Set it to False in `mask`" in str(message.value)
 
 
 @pytest.mark.parametrize(
     ("reference", "error"),
     [(np.ones((3, 2)), ValueError), (np.ones((2, 3)) * 1j, TypeError)],
 )
-def test_both_wings_refuse_a_reference_with_the_same_words(reference, error):
+def test_both_frameworks_refuse_a_reference_with_the_same_words(reference, error):
     params = np.ones((2, 3))
     with jax.enable_x64(True), pytest.raises(error) as ours:
         jax_penalty.l2_sp_penalty({"a": params}, {"a": reference}, 0.1)

@@ -1,4 +1,4 @@
-"""Tests of the tests: a defect in one wing must make the comparison of `test_optimizers` fail."""
+"""Tests of the tests: a defect in one framework must make `test_optimizers` fail."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ import torch
 
 import regjax
 import regtorch
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework, from_torch, to_torch
 from parity_tests.recurrence import assert_close, lstm
-from parity_tests.wings import JAX, TORCH, WINGS, Wing, from_torch, to_torch
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 TIME, BATCH, FEATURES, HIDDEN = 7, 3, 5, 4
 XS = np.random.default_rng(0).normal(size=(TIME, BATCH, FEATURES))
 
@@ -24,18 +24,20 @@ XS = np.random.default_rng(0).normal(size=(TIME, BATCH, FEATURES))
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("axis", [0, 1, -2])
 def test_the_mask_is_that_of_dropout_shared_along_time(axis, rate):
-    """Forward and backward, bit for bit in both wings."""
+    """Forward and backward, bit for bit in both frameworks."""
     x, ct = (np.random.default_rng(i).normal(size=(5, 6, 7)).astype(np.float32) for i in range(2))
     shared = (axis % 3,)
     results = []
-    for wing in WINGS:
+    for framework in FRAMEWORKS:
         drops = (
-            functools.partial(wing.library.variational_dropout, time_axis=axis),
-            functools.partial(wing.library.dropout, broadcast_dims=shared),
+            functools.partial(framework.library.variational_dropout, time_axis=axis),
+            functools.partial(framework.library.dropout, broadcast_dims=shared),
         )
         for drop in drops:
-            f = functools.partial(drop, rate=rate, key=wing.key(2))
-            results.append([*map(wing.numpy, wing.vjp(f, wing.array(x), wing.array(ct)))])
+            f = functools.partial(drop, rate=rate, key=framework.key(2))
+            results.append(
+                [*map(framework.numpy, framework.vjp(f, framework.array(x), framework.array(ct)))]
+            )
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
     kept = np.moveaxis(results[0][0] != 0, axis, 0)
@@ -43,21 +45,21 @@ def test_the_mask_is_that_of_dropout_shared_along_time(axis, rate):
     assert 0 < kept.sum() < kept.size
 
 
-@both_wings
-def test_the_corners_are_those_of_dropout(wing: Wing):
-    drop = wing.library.variational_dropout
-    x = wing.array(np.full((5, 6, 7), np.inf, np.float32))
+@both_frameworks
+def test_the_corners_are_those_of_dropout(framework: Framework):
+    drop = framework.library.variational_dropout
+    x = framework.array(np.full((5, 6, 7), np.inf, np.float32))
     assert drop(x, 0) is x
     assert drop(x, 0.5, deterministic=True) is x
-    assert not wing.numpy(drop(x, 1)).any()
-    assert (wing.numpy(drop(x, 0.5, key=wing.key(0))) == 0).any()
-    with pytest.raises(ValueError, match="key is missing"):
+    assert not framework.numpy(drop(x, 1)).any()
+    assert (framework.numpy(drop(x, 0.5, key=framework.key(0))) == 0).any()
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         drop(x, 0.5)
     for axis in (3, -4):
         with pytest.raises(ValueError, match=rf"time_axis .* has 3; got {axis}"):
-            drop(x, 0.5, key=wing.key(0), time_axis=axis)
+            drop(x, 0.5, key=framework.key(0), time_axis=axis)
     with pytest.raises(TypeError, match="integer"):
-        drop(x, 0.5, key=wing.key(0), time_axis=1.0)
+        drop(x, 0.5, key=framework.key(0), time_axis=1.0)
 
 
 def torch_states(
@@ -72,7 +74,7 @@ def torch_states(
     return torch.stack(states)
 
 
-def test_the_state_of_a_recurrence_is_dropped_alike_in_both_wings():
+def test_the_state_of_a_recurrence_is_dropped_alike_in_both_frameworks():
     """States and gradients at 1e-12 in norm; every step draws one mask."""
     torch.manual_seed(0)
     cell = torch.nn.LSTMCell(FEATURES, HIDDEN).double()

@@ -1,4 +1,4 @@
-"""One language of rules in both wings: the same leaves decay, and training goes the same way."""
+"""Decay rules are the same in both packages: the same leaves decay, and training runs agree."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ MODELS = {
     ),
 }
 LABELS = RNG.integers(0, 3, 16)
-# The same list in both wings: it names what both have.
+# The same list in both frameworks: it names what both have.
 PAIRS = [("head/bias", 0.5), ("norm*/**", 0.25), ("**/norm*/*", True), ("**", "default")]
 
 

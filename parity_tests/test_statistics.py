@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from parity_tests import reference
+from parity_tests.frameworks import FRAMEWORKS, Framework
 from parity_tests.statistics import assert_fair, dropout_z
-from parity_tests.wings import WINGS, Wing
 
 RATES = [0.01, 0.1, 0.15, 0.3, 0.5, 0.75, 0.9, 0.99]
 SHAPES = [(100_003,), (256, 1024), (8, 16, 32, 33)]
@@ -23,19 +23,23 @@ def inputs(shape: tuple[int, ...]) -> np.ndarray:
     return (0.1 + np.abs(np.random.default_rng(1).normal(size=shape))).astype(np.float32)
 
 
-@pytest.mark.parametrize("wing", WINGS, ids=str)
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rate", RATES)
-def test_masks_are_fair(wing: Wing, rate, shape):
-    assert_fair(lambda x, rate: wing.dropout(x, rate, seed=KEY[1]), inputs(shape), rate)
+def test_masks_are_fair(framework: Framework, rate, shape):
+    assert_fair(lambda x, rate: framework.dropout(x, rate, seed=KEY[1]), inputs(shape), rate)
 
 
-@pytest.mark.parametrize("wing", WINGS, ids=str)
-def test_masks_of_different_keys_sites_and_steps_are_independent(wing: Wing):
-    shape, root = (64, 1024), wing.key(0)
-    keys = [wing.library.site_key(root, step, site) for step in range(4) for site in ("a", "b")]
-    keys += [wing.key(seed) for seed in range(4)]
-    draws = np.stack([wing.numpy(wing.library.bernoulli(key, 0.5, shape)) for key in keys])
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
+def test_masks_of_different_keys_sites_and_steps_are_independent(framework: Framework):
+    shape, root = (64, 1024), framework.key(0)
+    keys = [
+        framework.library.site_key(root, step, site) for step in range(4) for site in ("a", "b")
+    ]
+    keys += [framework.key(seed) for seed in range(4)]
+    draws = np.stack(
+        [framework.numpy(framework.library.bernoulli(key, 0.5, shape)) for key in keys]
+    )
     centred = 2.0 * draws.reshape(len(keys), -1) - 1
     # The correlation of each pair of masks, in standard deviations.
     z = centred @ centred.T / np.sqrt(centred.shape[1])

@@ -94,8 +94,20 @@ JUDGES = {
         *_PACKED,
         f"{_LAYOUTS}test_packed_masks_ask_for_indices_in_place",
     ],
+    "regjax/_random/xla.py": [
+        "tests/regjax/test_noise.py::test_no_product_is_joined_with_a_sum",
+        "tests/regjax/test_optim_descent.py",
+        "tests/regjax/test_spread.py",
+        "tests/test_packed_core.py",
+        f"{_JAX_DROPOUT}::test_a_shared_mask_is_drawn_once",
+        f"{_LAYOUTS}test_a_packed_mask_computes_no_index_apart_from_its_words",
+    ],
     "regjax/_dropout/core.py": [*_DROPOUT, _JAX_DROPOUT],
     "regshared/globs.py": ["tests/test_globs.py"],
+    "regshared/layerwise.py": [
+        "tests/regtorch/test_optim.py",
+        "tests/regjax/test_optim_decays.py",
+    ],
     "regshared/decay_rules.py": ["tests/test_decay_rules.py"],
     "regjax/_decay/paths.py": ["tests/regjax/test_decay.py"],
     "regjax/_decay/validation.py": ["tests/regjax/test_decay.py"],
@@ -127,7 +139,9 @@ JUDGES = {
     ],
     "regtorch/_decay/param_trees.py": ["tests/regtorch/test_rules.py"],
     "regtorch/_decay/penalty.py": ["tests/regtorch/test_penalty.py"],
-    "regtorch/optim.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_decays.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_groups.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_hooks.py": ["tests/regtorch/test_optim.py"],
 }
 
 
@@ -212,13 +226,20 @@ class OnePackage:
     """A plugin of pytest that leaves out the tests of the package that is not mutated."""
 
     def __init__(self, package: str):
-        self.wing = package.removeprefix("reg")
+        self.framework = package.removeprefix("reg")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         """Keep the tests of no package or of this one."""
         params = [getattr(item, "callspec", None) for item in items]
-        wings = [str(spec.params.get("wing", self.wing)) if spec else self.wing for spec in params]
-        items[:] = [item for item, wing in zip(items, wings, strict=True) if wing == self.wing]
+        frameworks = [
+            str(spec.params.get("framework", self.framework)) if spec else self.framework
+            for spec in params
+        ]
+        items[:] = [
+            item
+            for item, framework in zip(items, frameworks, strict=True)
+            if framework == self.framework
+        ]
 
 
 def start(file: str, source: str | None) -> int:

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from parity_tests import reference
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from regjax._random import keys as jax_keys
 from regtorch._random import keys as torch_keys
-from tests.test_random_core import both_wings
+from tests.test_random_core import both_frameworks
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "threefry2x32"])
@@ -69,11 +69,11 @@ TORCH_KEYS = {
 }
 
 
-@both_wings
-def test_which_arrays_are_keys(wing: Wing):
-    check = jax_keys.check_key if wing is JAX else torch_keys.check_key
-    for (dtype, shape), error in (JAX_KEYS if wing is JAX else TORCH_KEYS).items():
-        key = wing.array(np.ones(shape, dtype))
+@both_frameworks
+def test_which_arrays_are_keys(framework: Framework):
+    check = jax_keys.check_key if framework is JAX else torch_keys.check_key
+    for (dtype, shape), error in (JAX_KEYS if framework is JAX else TORCH_KEYS).items():
+        key = framework.array(np.ones(shape, dtype))
         if error is None:
             assert check(key) is key
         else:
@@ -147,6 +147,8 @@ def test_halves_of_a_step():
     assert torch_keys._words(2**40 + 2**31 + 5, torch.device("cpu"))[0] == 2**8
     assert torch_keys.check_step(2**64 - 1) == 2**64 - 1
     expected = reference.site_key((0, 1), 2**64 - 1, "site")
-    for wing in WINGS:
+    for framework in FRAMEWORKS:
         step = np.uint64(2**64 - 1)
-        assert wing.words(wing.library.site_key(wing.key(1), step, "site")) == expected
+        assert (
+            framework.words(framework.library.site_key(framework.key(1), step, "site")) == expected
+        )

@@ -264,7 +264,7 @@ def test_results_that_cannot_be_saved_get_one_line(capsys, monkeypatch, tmp_path
     ("optimizer", "name"),
     [*(("adam", name) for name in NAMES), ("sgd", "weight_decay"), ("adamw", "weight_decay")],
 )
-def test_both_wings_agree_at_every_evaluation(name, optimizer):
+def test_both_frameworks_agree_at_every_evaluation(name, optimizer):
     """With dropout on: the masks are the same, so only the rounding of float32 is left."""
     jax, torch = (
         train(framework, name, steps=60, width=32, optimizer=optimizer)

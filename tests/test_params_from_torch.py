@@ -17,7 +17,7 @@ import torch
 from flax import nnx
 
 from parity_tests.compare import FLOAT32
-from parity_tests.wings import from_torch
+from parity_tests.frameworks import from_torch
 from regjax._decay.paths import named_leaves
 from regjax.interop._leaves import Leaf
 from regjax.interop._params import leaves_from_torch, params_from_torch

@@ -19,12 +19,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parity_tests import reference
-from parity_tests.wings import JAX, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
 from regjax._random import threefry as jax_threefry
 from regtorch._random import threefry as torch_threefry
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
-only_jax = pytest.mark.parametrize("wing", [JAX], ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
+only_jax = pytest.mark.parametrize("framework", [JAX], ids=str)
 KEY = (0x13198A2E, 0x83707344)
 
 
@@ -70,7 +70,7 @@ WHOLES = [
 
 @only_jax
 @pytest.mark.parametrize("whole", WHOLES, ids=str)
-def test_a_slice_knows_where_it_lies(wing: Wing, whole):
+def test_a_slice_knows_where_it_lies(framework: Framework, whole):
     """Also where the index passes 2**32: the high word takes the product and both carries."""
     shape = tuple(min(size, 3) for size in whole)
     for far in (0.0, 0.3, 0.999, 1.0):
@@ -103,7 +103,7 @@ def test_more_than_a_word_of_elements():
 
 
 @only_jax
-def test_symbolic_sizes_make_the_words_that_numbers_make(wing: Wing):
+def test_symbolic_sizes_make_the_words_that_numbers_make(framework: Framework):
     """Of an exported program whose sizes are symbols: products, indices, slices and bits."""
 
     def words(x, y, z):
@@ -134,14 +134,14 @@ def test_symbolic_sizes_make_the_words_that_numbers_make(wing: Wing):
 
 
 @only_jax
-def test_a_layout_is_a_sharding_or_a_spec(wing: Wing):
+def test_a_layout_is_a_sharding_or_a_spec(framework: Framework):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    key, expected = wing.key(9), wing.bernoulli(9, 0.3, (4, 8, 3))
+    key, expected = framework.key(9), framework.bernoulli(9, 0.3, (4, 8, 3))
     for spec in (P("a", "b"), P(None, ("a", "b")), P("b")):
         sharding = NamedSharding(mesh, spec)
         for layout in (spec, sharding):
             with jax.set_mesh(mesh):
-                mask = wing.library.bernoulli(key, 0.3, expected.shape, out_sharding=layout)
+                mask = framework.library.bernoulli(key, 0.3, expected.shape, out_sharding=layout)
                 index = jax.make_jaxpr(lambda: jax_threefry.row_major_index(mask.shape, layout))()
             axes = [e.outvars[0].aval for e in index.eqns if e.primitive.name == "iota"]
             assert [aval.sharding.spec for aval in axes] == [

@@ -103,13 +103,13 @@ def adafactor(
         arXiv:1804.04235, ICML 2018.
     """
     check_rates(learning_rate, weight_decay)
-    check_bounds("beta2_decay", beta2_decay, high=0.0, fix="pass -0.8, say")
+    check_bounds("beta2_decay", beta2_decay, high=0.0, fix="Pass -0.8.")
     check_pair("eps", eps, fix="Pass (None, 1e-3).")
     eps1, eps2 = eps
     if eps1 is not None:
-        check_coefficient("eps[0]", eps1, fix="pass None for the machine epsilon")
-    check_coefficient("eps[1]", eps2, fix="pass 1e-3, say")
-    check_bounds("d", d, low=1.0, fix="pass 1.0, or math.inf for no clipping")
+        check_coefficient("eps[0]", eps1, fix="Pass None for the machine epsilon.")
+    check_coefficient("eps[1]", eps2, fix="Pass 1e-3.")
+    check_bounds("d", d, low=1.0, fix="Pass 1.0, or math.inf for no clipping.")
 
     def floor(leaf: Array) -> ScalarLike:
         return float(jnp.finfo(leaf.dtype).eps) if eps1 is None else eps1

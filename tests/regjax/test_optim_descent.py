@@ -22,8 +22,8 @@ from tests.regjax.optimizers import (
 SPECIAL = np.array(
     [
         *[0x7FC00000, 0xFFC00000, 0x7FC00123, 0x7F800000, 0xFF800000],  # NaNs, infinities
-        # Zeros, and between the largest number whose double is one and the smallest whose half is.
-        *[0, 0x80000000, 0x7EFFFFFF, 0x3FC00000, 0xBFC00000, 0x01000000, 0x81000000],
+        # Zeros, and normal numbers from the largest to the smallest.
+        *[0, 0x80000000, 0x7F7FFFFF, 0xFF7FFFFF, 0x3FC00000, 0xBFC00000, 0x00800000, 0x80800000],
     ],
     "uint32",
 ).view("float32")
@@ -252,23 +252,23 @@ def test_a_step_and_a_scan_have_the_same_bits(variant):
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (optim.sgd, {"momentum": -0.5}, r"momentum must be .* is -0\.5"),
+        (optim.sgd, {"momentum": -0.5}, r"momentum must be .* got -0\.5"),
         (optim.sgd, {"nesterov": True}, r"nesterov=True needs .* momentum=0\.0 and dampening=0\.0"),
         (
             optim.sgd,
             {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
             r"nesterov=True needs .* momentum=0\.9 and dampening=0\.1",
         ),
-        (optim.asgd, {"lambd": -0.1}, r"lambd must be .* is -0\.1: pass 0\.0"),
-        (optim.asgd, {"alpha": float("nan")}, "alpha must be .* is nan"),
-        (optim.asgd, {"t0": float("inf")}, "t0 must be .* is inf: pass 0 to average"),
-        (optim.rprop, {"learning_rate": -0.1}, r"learning_rate must be .* is -0\.1: it is the"),
+        (optim.asgd, {"lambd": -0.1}, r"lambd must be .* got -0\.1\. Pass 0\.0"),
+        (optim.asgd, {"alpha": float("nan")}, "alpha must be .* got nan"),
+        (optim.asgd, {"t0": float("inf")}, r"t0 must be .* got inf\. Pass 0 to average"),
+        (optim.rprop, {"learning_rate": -0.1}, r"learning_rate must be .* got -0\.1\. Pass 0\.01"),
         (optim.rprop, {"etas": (0.0, 1.2)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.0"),
         (optim.rprop, {"etas": (0.5, 1.0)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.5"),
-        (optim.rprop, {"etas": (1.0, 1.2)}, r"etas\[0\] must be in \[0, 1\), but it is 1\.0"),
-        (optim.rprop, {"etas": (0.5, float("inf"))}, r"etas\[1\] must be .* is inf: pass \(0\.5"),
-        (optim.rprop, {"step_sizes": (0.1, float("inf"))}, r"step_sizes\[1\] must be .* is inf"),
-        (optim.rprop, {"step_sizes": (-1.0, 1.0)}, r"step_sizes\[0\] must be .* is -1\.0"),
+        (optim.rprop, {"etas": (1.0, 1.2)}, r"etas\[0\] must be in \[0, 1\); got 1\.0"),
+        (optim.rprop, {"etas": (0.5, float("inf"))}, r"etas\[1\] must be .* got inf\. Pass \(0\.5"),
+        (optim.rprop, {"step_sizes": (0.1, float("inf"))}, r"step_sizes\[1\] must be .* got inf"),
+        (optim.rprop, {"step_sizes": (-1.0, 1.0)}, r"step_sizes\[0\] must be .* got -1\.0"),
         (optim.rprop, {"step_sizes": (2.0, 1.0)}, r"step_sizes must be .* are \(2\.0, 1\.0\)"),
     ],
 )

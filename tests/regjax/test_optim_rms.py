@@ -134,14 +134,14 @@ def test_a_parameter_without_gradient_stays_where_it_is(make, dtype):
 
 
 NUMBERS = [
-    (optim.adagrad, "lr_decay", r"pass 0\.0 for none"),
-    (optim.adagrad, "initial_accumulator_value", r"pass 0\.0, say"),
-    (optim.adagrad, "eps", "pass 1e-10, say"),
-    (optim.adadelta, "rho", r"pass 0\.9, say"),
-    (optim.adadelta, "eps", "pass 1e-6, say"),
-    (optim.rmsprop, "alpha", r"pass 0\.99, say"),
-    (optim.rmsprop, "eps", "pass 1e-8, say"),
-    (optim.rmsprop, "momentum", r"pass 0\.0 for none"),
+    (optim.adagrad, "lr_decay", r"Pass 0\.0 for none\."),
+    (optim.adagrad, "initial_accumulator_value", r"Pass 0\.0\."),
+    (optim.adagrad, "eps", r"Pass 1e-10\."),
+    (optim.adadelta, "rho", r"Pass 0\.9\."),
+    (optim.adadelta, "eps", r"Pass 1e-6\."),
+    (optim.rmsprop, "alpha", r"Pass 0\.99\."),
+    (optim.rmsprop, "eps", r"Pass 1e-8\."),
+    (optim.rmsprop, "momentum", r"Pass 0\.0 for none\."),
 ]
 each_number = pytest.mark.parametrize(("make", "argument", "fix"), NUMBERS)
 
@@ -149,14 +149,14 @@ each_number = pytest.mark.parametrize(("make", "argument", "fix"), NUMBERS)
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), np.float32(-1), -1])
 @each_number
 def test_argument_out_of_range_is_refused(make, argument, fix, value):
-    with pytest.raises(ValueError, match=rf"^{argument} must be .* it is {value}: {fix}$"):
+    with pytest.raises(ValueError, match=rf"^{argument} must be .* got {value}\. {fix}$"):
         make(**{argument: value})
 
 
 @pytest.mark.parametrize("value", [1.0, 1.5, jnp.float32(1)])
 @pytest.mark.parametrize(("make", "argument"), [(optim.adadelta, "rho"), (optim.rmsprop, "alpha")])
 def test_mean_that_never_moves_is_refused(make, argument, value):
-    with pytest.raises(ValueError, match=rf"{argument} must be in \[0, 1\), but it is {value}: "):
+    with pytest.raises(ValueError, match=rf"{argument} must be in \[0, 1\); got {value}\. "):
         make(**{argument: value})
 
 
@@ -164,7 +164,7 @@ def test_mean_that_never_moves_is_refused(make, argument, value):
 @each_number
 def test_argument_that_is_no_number_is_refused(make, argument, fix, value):
     del fix
-    with pytest.raises(TypeError, match=f"^{argument} must be a real number, but it is"):
+    with pytest.raises(TypeError, match=f"^{argument} must be a real number; got"):
         make(**{argument: value})
 
 

@@ -1,0 +1,178 @@
+"""Attention by blocks of keys, in memory linear in sequence length."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regtorch._dropout.core import inverse_keep_prob, keep_prob_of, real_dtype
+from regtorch._dropout.scores import Scores, finite, gathered, mixed_values, products
+from regtorch._random.bernoulli import bernoulli_at, exact_keep_prob
+from regtorch._random.collect import BlockwisePlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The static part of blockwise attention.
+
+    Attributes:
+        scores: Computes the scores of a block.
+        size: The number of keys in a block; the last may have fewer.
+        keys: The number of keys.
+        broadcast_dropout: Whether rows and heads share one mask.
+    """
+
+    scores: Scores
+    size: int
+    keys: int
+    broadcast_dropout: bool
+
+    def __iter__(self) -> Any:
+        """Yield the first key of each block, and the number of its keys."""
+        return ((i, min(self.size, self.keys - i)) for i in range(0, self.keys, self.size))
+
+    def shape(self, query: Tensor) -> tuple[int, ...]:
+        *batch, queries, heads, _ = query.shape
+        rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
+        return (*rows, queries, self.keys)
+
+    def plan(self, query: Tensor) -> BlockwisePlan:
+        """Return the shapes of the whole mask, and of the scores."""
+        *batch, queries, heads, _ = query.shape
+        return BlockwisePlan(self.shape(query), (*batch, heads, queries, self.keys))
+
+    def keep(
+        self, query: Tensor, words: Tensor | None, keep_prob: Any, first: int, size: int
+    ) -> Tensor | None:
+        """Return the part of the whole mask that belongs to a block; None without dropout."""
+        if words is None:
+            return None
+        rows = self.shape(query)[:-1]
+        row = torch.arange(math.prod(rows), device=query.device).reshape(*rows, 1)
+        along = torch.arange(first, first + size, device=query.device)
+        return bernoulli_at(words, keep_prob, row * self.keys + along)
+
+
+class _Attend(torch.autograd.Function):
+    """The result, unscaled, in float32 or wider, and the logarithm of each row's sum.
+
+    Nothing else is stored for the backward pass, which computes the weights of a block and their
+    mask again, by differentiable operations.
+    """
+
+    @staticmethod
+    def forward(
+        blocks: Blocks,
+        keep_prob: float | Tensor,
+        record: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        words: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        wide = real_dtype(query.dtype)
+        rows = (*query.shape[:-3], query.shape[-2], query.shape[-3])
+        top = query.new_full(rows, -math.inf, dtype=wide)
+        total = query.new_zeros(rows, dtype=wide)
+        result = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=wide)
+        for first, size in blocks:
+            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
+            scores = blocks.scores(query, keys, added, seen, first)
+            new_top = torch.maximum(top, scores.amax(-1))
+            shrink = torch.exp(top - finite(new_top))
+            powers = torch.exp(scores - finite(new_top)[..., None])
+            top, total = new_top, total * shrink + powers.sum(-1)
+            keep = blocks.keep(query, words, keep_prob, first, size)
+            if record:
+                record.block(first, keep, scores)
+            kept = _selected(keep, powers)
+            result = result * _per_query(shrink) + mixed_values(kept.to(value.dtype), values)
+        attends = total > 0
+        total = torch.where(attends, total, 1.0)
+        log_total = torch.where(attends, finite(top) + torch.log(total), 0.0)
+        if record:
+            record.end(words, log_total)
+        return result / _per_query(total), log_total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.blocks, ctx.keep_prob, _, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, mask, words, result, log_total = ctx.saved_tensors
+        blocks, wide = ctx.blocks, result.dtype
+        grad_result, grad_log_total = grad_outputs
+        # The gradient that each weight of a row receives through the row's sum.
+        shared = grad_log_total - (grad_result * result).sum(-1).transpose(-1, -2)
+        # In the wide dtype, since every block adds to the gradient of every query.
+        grad_query = torch.zeros_like(query, dtype=wide)
+        others = [
+            torch.zeros_like(x) if wanted else None
+            for x, wanted in zip((key, value, bias), ctx.needs_input_grad[4:7], strict=True)
+        ]
+        # The masks are drawn again without being recorded.
+        for first, size in blocks:
+            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
+            scores = blocks.scores(query, keys, added, seen, first)
+            weights = torch.exp(scores - log_total[..., None])
+            keep = blocks.keep(query, words, ctx.keep_prob, first, size)
+            grad_weights = _selected(keep, products(grad_result, values.to(wide)))
+            grad_scores = weights * (grad_weights + shared[..., None])
+            grad_products = grad_scores * blocks.scores.scale
+            grad_query = grad_query + mixed_values(grad_products, keys.to(wide))
+            grad_key, grad_value, grad_bias, _ = _parts((*others, None), first, size)
+            if grad_key is not None:
+                grad_key += gathered(grad_products, query.to(wide), keys)
+            if grad_value is not None:
+                grad_value += gathered(_selected(keep, weights), grad_result, values)
+            if grad_bias is not None:
+                grad_bias += grad_scores.sum_to_size(grad_bias.shape)
+        return None, None, None, grad_query.to(query.dtype), *others, None, None
+
+
+def blockwise(
+    blocks: Blocks,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dropout_rng: Tensor | None = None,
+    rate: float | Tensor = 0.0,
+    record: Any = None,
+) -> Tensor:
+    wide = real_dtype(query.dtype)
+    rate = rate.detach() if isinstance(rate, Tensor) else rate
+    keep_prob = keep_prob_of(rate, wide)
+    result, _ = _Attend.apply(blocks, keep_prob, record, query, key, value, bias, mask, dropout_rng)
+    if dropout_rng is not None:
+        result = result * inverse_keep_prob(exact_keep_prob(keep_prob), wide)
+    if isinstance(rate, Tensor):
+        result = torch.where((rate >= 0) & (rate <= 1), result, math.nan)
+    return result.to(value.dtype)
+
+
+def _parts(inputs: Sequence[Any], first: int, size: int) -> tuple[Any, ...]:
+    """Return the views of key, value, bias and mask that belong to a block."""
+    dims = (-3, -3, -1, -1)
+    return tuple(
+        x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
+        for x, dim in zip(inputs, dims, strict=True)
+    )
+
+
+def _selected(keep: Tensor | None, weights: Tensor) -> Tensor:
+    return weights if keep is None else torch.where(keep, weights, 0.0)
+
+
+def _per_query(x: Tensor) -> Tensor:
+    return x.transpose(-1, -2)[..., None]
