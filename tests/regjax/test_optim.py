@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 
 from regjax import optim
 from regjax.optim._records import RECORDS
@@ -39,6 +38,7 @@ EXTRA |= {"SGD": "mask accumulator_dtype", "Rprop": "", "Muon": "mask ns_dtype t
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_signature(name):
+    torch = pytest.importorskip("torch")
     parameters = inspect.signature(getattr(optim, name.lower())).parameters
     torch_parameters = inspect.signature(getattr(torch.optim, name)).parameters
     expected = {arg: p.default for arg, p in torch_parameters.items() if arg not in NO_EFFECT}
