@@ -33,10 +33,10 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A polynomial for quantile(u) / u in w - centre, for w = -log2(1 - u**2) >= `edge`."""
+    """A polynomial for quantile(u) / u in w - center, for w = -log2(1 - u**2) >= `edge`."""
 
     edge: float
-    centre: float
+    center: float
     coefficients: tuple[float, ...]
 
 
@@ -73,11 +73,11 @@ def log_ratio(x: Any) -> Any:
 
 
 def interpolated(
-    f: Callable[[Any], Any], low: Any, high: Any, centre: Any, degree: int
+    f: Callable[[Any], Any], low: Any, high: Any, center: Any, degree: int
 ) -> list[Any]:
-    """Coefficients in `x - centre`, from the constant term up."""
-    ends = [mp.mpf(low) - centre, mp.mpf(high) - centre]
-    return mp.chebyfit(lambda x: f(x + centre), ends, degree + 1)[::-1]
+    """Coefficients in `x - center`, from the constant term up."""
+    ends = [mp.mpf(low) - center, mp.mpf(high) - center]
+    return mp.chebyfit(lambda x: f(x + center), ends, degree + 1)[::-1]
 
 
 def lines(dtype: type[np.floating], log_degree: int, edges: Any, degree: int) -> Iterator[str]:
@@ -94,12 +94,12 @@ def lines(dtype: type[np.floating], log_degree: int, edges: Any, degree: int) ->
     yield "    ),"
     yield "    pieces=("
     for low, high in itertools.pairwise(edges):
-        centre = (low + high) / 2
+        center = (low + high) / 2
         yield "        Piece("
         yield f"            edge={float(low)},"
-        yield f"            centre={centre},"
+        yield f"            center={center},"
         yield "            coefficients=("
-        yield from numbers(interpolated(ratio, low, high, centre, degree), " " * 16)
+        yield from numbers(interpolated(ratio, low, high, center, degree), " " * 16)
         yield "            ),"
         yield "        ),"
     yield "    ),"

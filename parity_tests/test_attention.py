@@ -276,18 +276,18 @@ def test_a_layer_of_pytorch_is_a_layer_of_flax():
 BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "key's depth": (
         {"key": (2, 11, 4, 7)},
-        r"query and key must have one batch and one depth; got shapes",
+        r"query and key must have the same batch and depth; got shapes",
         ValueError,
     ),
     "key's batch": (
         {"key": (3, 11, 4, 8)},
-        r"query and key must have one batch .*; got shapes \(2, .* and \(3, ",
+        r"query and key must have the same batch .*; got shapes \(2, .* and \(3, ",
         ValueError,
     ),
     "value": ({"value": (2, 10, 4, 8)}, "value must have key's shape", ValueError),
     "heads": (
         {"key": (2, 11, 3, 8), "value": (2, 11, 3, 8)},
-        "4 heads, not a multiple",
+        "query must have a multiple of key's 3 heads; got 4",
         ValueError,
     ),
     "rank": ({"query": (7, 8)}, r"query must have shape \(..., length, heads", ValueError),
@@ -295,11 +295,11 @@ BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "bias": ({"bias": np.ones((1, 2, 4, 7, 11))}, "bias must broadcast", ValueError),
     "mask of numbers": ({"mask": np.full((7, 11), -np.inf)}, "mask must be boolean", TypeError),
     "integers": ({"query": np.ones((2, 7, 4, 8), np.int32)}, "query must be floating", TypeError),
-    "no key": ({"dropout_rng": None}, "dropout_rng is missing", ValueError),
+    "no key": ({"dropout_rng": None}, "dropout_rng must be a random key in training", ValueError),
     "what is no key": ({"dropout_rng": 0}, "dropout_rng: key must be a", TypeError),
     "rate": ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\]; got 1.5", ValueError),
     "block": ({"block_size": 0}, "block_size must be at least 1; got 0", ValueError),
-    "flag": ({"deterministic": 1}, "deterministic must be one boolean", TypeError),
+    "flag": ({"deterministic": 1}, "deterministic must be a boolean", TypeError),
 }
 
 

@@ -159,7 +159,7 @@ def test_noise_is_left_out_in_evaluation_and_needs_a_key_in_training(framework: 
     np.testing.assert_array_equal(
         framework.numpy(at(np.bool_(False))), framework.numpy(drop(0.5, key=framework.key(0)))
     )
-    with pytest.raises(ValueError, match="key is missing"):
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         drop(1)
 
 
@@ -285,7 +285,7 @@ def test_where_nothing_is_left_there_are_zeros_and_zero_gradients(framework: Fra
         ((2, 5, 5, 3), {"channel_axis": 0}, ValueError, "x must have a batch dimension"),
         ((5, 3), {}, ValueError, r"at least one spatial dimension; got shape \(5, 3\)"),
         ((2, 5, 5, 3), {"rate": 2}, ValueError, r"rate must lie in \[0, 1\]; got 2"),
-        ((2, 5, 5, 3), {"key": None}, ValueError, "key is missing"),
+        ((2, 5, 5, 3), {"key": None}, ValueError, "key must be a random key in training"),
         ((2, 5, 5, 3), {"dtype": np.int32}, TypeError, "x must be floating"),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_changing_flag_switches_between_training_and_evaluation(
 @both_frameworks
 @pytest.mark.parametrize("flag", [0, 1, None, "no"])
 def test_a_flag_that_is_no_boolean_is_refused(framework: Framework, flag):
-    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+    with pytest.raises(TypeError, match="deterministic must be a boolean"):
         framework.dropout(X, 0.5, deterministic=flag)
 
 
@@ -117,7 +117,7 @@ def test_integers_are_refused_with_the_cast_that_mends_it(
 
 @both_frameworks
 def test_a_missing_key_lists_the_ways_out(framework: Framework):
-    with pytest.raises(ValueError, match="key is missing") as error:
+    with pytest.raises(ValueError, match="key must be a random key in training") as error:
         framework.dropout(X, 0.5, key=None)
     assert all(way in str(error.value) for way in ("key(seed)", "site_key", "deterministic=True"))
 

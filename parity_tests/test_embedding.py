@@ -164,7 +164,7 @@ def test_the_corners_are_those_of_dropout(framework: Framework):
         (np.array([True, False]), {}, TypeError, "ids must be .*integers.*bool"),
         (np.array([0, 1, 2]), {}, ValueError, r"\(2,\); got \(3,\) with x of shape \(2, 4\)"),
         (np.array([0, 1]), {"rate": 2}, ValueError, r"rate must lie in \[0, 1\]; got 2"),
-        (np.array([0, 1]), {"key": None}, ValueError, "key is missing"),
+        (np.array([0, 1]), {"key": None}, ValueError, "key must be a random key in training"),
     ],
 )
 def test_wrong_arguments_are_refused(framework: Framework, ids, options, error, message):

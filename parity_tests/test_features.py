@@ -105,7 +105,7 @@ def test_the_corners_are_those_of_dropout(framework: Framework, name):
     assert function(x, 0) is x
     assert function(x, 0.5, deterministic=True) is x
     np.testing.assert_array_equal(framework.numpy(function(x, 1)), np.zeros((30, 4)))
-    with pytest.raises(ValueError, match="key is missing"):
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         function(x, 0.5)
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]; got 2"):
         function(x, 2, key=framework.key(0))

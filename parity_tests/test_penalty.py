@@ -179,8 +179,8 @@ def test_both_frameworks_name_themselves_with_the_same_words(name):
     with pytest.raises(TypeError) as theirs:
         getattr(torch_penalty, name)({"a": 0.5}, *arguments({"a": 0.5}))
     for message in (ours, theirs):
-        assert str(message.value).startswith(f"{name} takes float or complex")
-        assert "params at 'a' is 0.5: give it False in `mask`" in str(message.value)
+        assert str(message.value).startswith("params at 'a' must be a float or complex")
+        assert f"for {name}; got 0.5. Set it to False in `mask`" in str(message.value)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_the_corners_are_those_of_dropout(framework: Framework):
     assert drop(x, 0.5, deterministic=True) is x
     assert not framework.numpy(drop(x, 1)).any()
     assert (framework.numpy(drop(x, 0.5, key=framework.key(0))) == 0).any()
-    with pytest.raises(ValueError, match="key is missing"):
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         drop(x, 0.5)
     for axis in (3, -4):
         with pytest.raises(ValueError, match=rf"time_axis .* has 3; got {axis}"):

@@ -231,7 +231,7 @@ CORNERS = [
     ({"samples": True}, TypeError, "samples must be an integer; got True"),
     ({"samples": 1.5}, TypeError, "samples must be an integer"),
     ({"outputs": "softmax"}, ValueError, 'outputs must be "logits", "probabilities" or "values"'),
-    ({"outputs": "probabilities"}, ValueError, "sum to 1 along class_axis=-1"),
+    ({"outputs": "probabilities"}, ValueError, "sum 1 along class_axis=-1"),
     ({"outputs": "logits", "class_axis": 2}, ValueError, "class_axis must be a dimension"),
     ({"outputs": "logits", "class_axis": 1}, ValueError, "at least two classes"),
     ({"key": None}, TypeError, "key must be a"),
@@ -277,7 +277,7 @@ def test_probabilities_that_are_negative_are_refused(framework: Framework):
         pair = (y, 1 - y)
         return jnp.concatenate(pair, 1) if framework is JAX else torch.cat(pair, 1)
 
-    with pytest.raises(ValueError, match="outputs='probabilities' must be at least 0"):
+    with pytest.raises(ValueError, match="predict must return probabilities, at least 0"):
         run(framework, negative, outputs="probabilities")
 
 

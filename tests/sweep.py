@@ -116,7 +116,7 @@ TENSORS: dict[str, dict[str, str]] = {
 # `inputs: x must be`. Linen's own error about `deterministic` puts a word before it.
 FORM = (
     r'(Parameter ")?(\w+ and )?{argument}"?( and \w+)?(\[.+?\])*( at (the root|\'.*?\'))?(: \w+)? '
-    r"(must|has|have|is missing|differ at|are not for)\b"
+    r"(must|has|have)\b"
 )
 
 

@@ -26,6 +26,7 @@ ROOMS = {
         "optim",
         "interop",
         "__init__",
+        "_peers",
         "_layers",
         "linen",
         "nnx",
@@ -137,7 +138,8 @@ def test_both_packages_have_the_same_files():
     def private(package: str) -> set[str]:
         return {name for name in files(package) if name.startswith("_")}
 
-    assert private("regjax") - {"_compat", "_layers"} == private("regtorch")
+    only_jax = {"_compat", "_layers", "_peers", "_random.xla"}
+    assert private("regjax") - only_jax == private("regtorch")
 
 
 def test_arrows_that_climb_are_seen():
@@ -207,6 +209,13 @@ def test_a_version_switch_is_seen(source):
     """The test of the test."""
     assert version_switches(source)
     assert not version_switches("x = getattr(module, 'rate')\ny = jax.typeof(x).sharding")
+
+
+def test_one_file_holds_the_workarounds_for_xla():
+    words = ("optimization_barrier(", "platform_dependent(", "reduce_precision(")
+    found = {name: source_of("regjax", name) for name in files("regjax")}
+    users = [name for name, source in found.items() if any(word in source for word in words)]
+    assert users == ["_random.xla"]
 
 
 def test_arguments_are_checked_in_one_place():

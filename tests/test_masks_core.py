@@ -48,8 +48,8 @@ def test_what_share_of_the_elements_is_kept(keep_prob):
     kept = math.ceil(float(changing) * 2**23) / 2**23 * (changing >= SMALLEST)
     if keep_prob >= 0:
         expected = kept if keep_prob < TINY else keep_prob
-        assert jax_masks.EXACT.realised_keep_prob(keep_prob) == expected
-        assert torch_masks.EXACT.realised_keep_prob(keep_prob) == expected
+        assert jax_masks.EXACT.realized_keep_prob(keep_prob) == expected
+        assert torch_masks.EXACT.realized_keep_prob(keep_prob) == expected
     if keep_prob <= 0 or keep_prob >= SMALLEST:  # a device may flush what is smaller
         expected = np.float32(kept) if 0 < keep_prob < TINY else changing
         assert jax_masks.exact_keep_prob(jnp.asarray(changing)) == expected
@@ -60,13 +60,13 @@ def test_what_share_of_the_elements_is_kept(keep_prob):
 def test_a_sampler_may_say_what_it_keeps(framework: Framework):
     """Also where a partial gave it options; one that says nothing keeps what is asked for."""
     of = (jax_packed if framework is JAX else torch_packed).mask_sampler
-    realised = lambda sampler, keep_prob: of(sampler).realised_keep_prob(keep_prob)
+    realized = lambda sampler, keep_prob: of(sampler).realized_keep_prob(keep_prob)
     packed = framework.library.packed_bernoulli
     for share in (0.1, 0.3):
-        assert realised(packed, share) == round(share * 2**16) / 2**16
-    assert realised(functools.partial(packed, bits=3), 0.3) == 2 / 8
+        assert realized(packed, share) == round(share * 2**16) / 2**16
+    assert realized(functools.partial(packed, bits=3), 0.3) == 2 / 8
     for silent in (lambda *_: None, functools.partial(lambda *_, **options: None, bits=3)):
-        assert realised(silent, 0.3) == 0.3
+        assert realized(silent, 0.3) == 0.3
 
 
 @both_frameworks

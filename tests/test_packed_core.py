@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from parity_tests import reference
 from parity_tests.frameworks import JAX, Framework
 from regjax._random import packed as jax_packed
+from regjax._random.xla import word_bytes
 from regtorch._random import packed as torch_packed
 from tests.test_masks_core import PROBABILITIES, SMALLEST
 from tests.test_random_core import KEY, both_frameworks, only_jax, torch_words
@@ -32,7 +33,9 @@ def test_packed_thresholds(bits, keep_prob):
         assert torch_packed._threshold(keep_prob, bits) == expected
     elif 0 <= keep_prob <= 1:
         for packed in (jax_packed, torch_packed):
-            with pytest.raises(ValueError, match=f"rounds to {rounded >> bits} in {bits} bits"):
+            with pytest.raises(
+                ValueError, match=f"must not round to {rounded >> bits} in {bits} bits"
+            ):
                 packed._threshold(keep_prob, bits)
     if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush what is smaller
         changing = jax.jit(jax_packed._threshold, static_argnums=1)
@@ -128,7 +131,7 @@ def test_each_element_takes_its_bit_of_its_word(shape, axis):
     spread = torch_packed._spread(torch.from_numpy(words.view(np.int32)), axis)
     np.testing.assert_array_equal(spread.numpy().reshape(shape), expected)
     words = jnp.asarray(words)
-    for parts in ((words,), jax_packed._bytes(words)):
+    for parts in ((words,), word_bytes(words)):
         bits = np.asarray(group._bits(parts, None))
         np.testing.assert_array_equal(bits.reshape(shape), expected)
     for found in (group.spread(words), group._gathered(words)):

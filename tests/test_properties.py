@@ -287,7 +287,7 @@ def test_rules_are_refused_by_both_packages_or_by_none(tree, rule):
         ours, theirs = decisions(tree, rule)
     except ValueError:
         for decide, params in ((regjax.decay_mask, tree), (regtorch.decay_mask, module_of(tree))):
-            with pytest.raises(ValueError, match=r"^rule has "):
+            with pytest.raises(ValueError, match=r"^rule must "):
                 decide(params, rule)
     else:
         assert ours == theirs

@@ -106,8 +106,8 @@ def adafactor(
     check_pair("eps", eps, fix="Pass (None, 1e-3).")
     eps1, eps2 = eps
     if eps1 is not None:
-        check_coefficient("eps[0]", eps1, fix="pass None for the machine epsilon")
-    check_coefficient("eps[1]", eps2, fix="pass 1e-3, say")
+        check_coefficient("eps[0]", eps1, fix="Pass None for the machine epsilon.")
+    check_coefficient("eps[1]", eps2, fix="Pass 1e-3.")
     check_bounds("d", d, low=1.0, fix="Pass 1.0, or math.inf for no clipping.")
 
     def floor(leaf: Array) -> ScalarLike:

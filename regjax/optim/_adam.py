@@ -227,7 +227,7 @@ def nadam(
     """
     _check(learning_rate, betas, eps, weight_decay)
     check_float_dtype("mu_dtype", mu_dtype)
-    check_coefficient("momentum_decay", momentum_decay, fix="pass 4e-3, say")
+    check_coefficient("momentum_decay", momentum_decay, fix="Pass 4e-3.")
     moments = _scale_by_nadam(betas[0], betas[1], eps, momentum_decay, mu_dtype)
     step = optax.scale_by_learning_rate(learning_rate)
     if not decoupled_weight_decay:
@@ -357,11 +357,11 @@ def _check(
     weight_decay: WeightDecay,
 ) -> None:
     check_rates(learning_rate, weight_decay)
-    check_coefficient("eps", eps, fix="pass 1e-8, say")
+    check_coefficient("eps", eps, fix="Pass 1e-8.")
     check_pair("betas", betas, fix="Pass (0.9, 0.999).")
     b1, b2 = betas
-    check_coefficient("betas[0]", b1, fix="pass 0.9, say", below=1.0)
-    check_coefficient("betas[1]", b2, fix="pass 0.999, say", below=1.0)
+    check_coefficient("betas[0]", b1, fix="Pass 0.9.", below=1.0)
+    check_coefficient("betas[1]", b2, fix="Pass 0.999.", below=1.0)
 
 
 def _scale_by_adam(

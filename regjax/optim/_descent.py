@@ -86,8 +86,8 @@ def sgd(
         `optax.apply_updates` are compiled together; compiled separately, each product is rounded
         before it is added, and the two agree up to rounding. They also agree up to rounding where
         only one framework has fused multiply-adds, as under `ATEN_CPU_CAPABILITY=default`, and
-        below 2.4e-38, half of which XLA flushes to zero. `optax.trace` is replaced here, because
-        when compiled it adds the gradient to an unrounded product.
+        below 1.2e-38, which XLA flushes to zero. `optax.trace` is replaced here, because when
+        compiled it adds the gradient to an unrounded product.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -103,7 +103,7 @@ def sgd(
         learning](https://proceedings.mlr.press/v28/sutskever13.html), ICML 2013.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("momentum", momentum, fix="pass 0.0 for none")
+    check_coefficient("momentum", momentum, fix="Pass 0.0 for none.")
     check_bounds("dampening", dampening, low=-1e30, high=1e30, fix="Pass 0.0 for none.")
     check_bool("nesterov", nesterov)
     check_float_dtype("accumulator_dtype", accumulator_dtype)
@@ -195,9 +195,9 @@ def asgd(
         [Stochastic Gradient Descent Tricks](https://doi.org/10.1007/978-3-642-35289-8_25), 2012.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("lambd", lambd, fix="pass 0.0 for none")
-    check_coefficient("alpha", alpha, fix="pass 0.0 for steps of one size")
-    check_coefficient("t0", t0, fix="pass 0 to average from the first step on")
+    check_coefficient("lambd", lambd, fix="Pass 0.0 for none.")
+    check_coefficient("alpha", alpha, fix="Pass 0.0 for steps of one size.")
+    check_coefficient("t0", t0, fix="Pass 0 to average from the first step on.")
     return rounded_once(
         named_links(
             maximize,
@@ -262,7 +262,7 @@ def rprop(
         Riedmiller and Braun, [A direct adaptive method for faster backpropagation learning: the
         RPROP algorithm](https://doi.org/10.1109/ICNN.1993.298623), ICNN 1993.
     """
-    check_coefficient("learning_rate", learning_rate, fix="it is the first step size, so 0.01, say")
+    check_coefficient("learning_rate", learning_rate, fix="Pass 0.01, the first step size.")
     _check_rprop(etas, step_sizes)
     moments = _resilient(learning_rate, etas, step_sizes)
     return rounded_once(chain_links(moments, 1.0, maximize=maximize))
@@ -395,13 +395,13 @@ def _resilient(
 
 
 def _check_rprop(etas: tuple[Any, Any], step_sizes: tuple[Any, Any]) -> None:
-    fix = "pass (0.5, 1.2), say"
+    fix = "Pass (0.5, 1.2)."
     check_pair("etas", etas, fix="Pass (0.5, 1.2).")
     check_pair("step_sizes", step_sizes, fix="Pass (1e-6, 50.0).")
     check_coefficient("etas[0]", etas[0], fix=fix, below=1.0)
     check_coefficient("etas[1]", etas[1], fix=fix)
-    check_coefficient("step_sizes[0]", step_sizes[0], fix="pass 1e-6, say")
-    check_coefficient("step_sizes[1]", step_sizes[1], fix="pass 50.0, say")
+    check_coefficient("step_sizes[0]", step_sizes[0], fix="Pass 1e-6.")
+    check_coefficient("step_sizes[1]", step_sizes[1], fix="Pass 50.0.")
     if is_known(*etas) and (etas[0] == 0 or etas[1] <= 1):
         raise ValueError(f"etas must be 0 < etas[0] < 1 < etas[1]; got {etas}. Pass (0.5, 1.2).")
     if is_known(*step_sizes) and step_sizes[0] > step_sizes[1]:

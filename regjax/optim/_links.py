@@ -13,6 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from regjax._decay.validation import resolve_mask
+from regjax._random import xla
 from regjax.optim._gradients import (
     check_arrays,
     check_given,
@@ -221,15 +222,9 @@ def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
 
 
 def rounded_product(x: Inexact[Array, "*shape"], factor: ScalarLike) -> Inexact[Array, "*shape"]:
-    """Multiply, and keep the compiler from fusing the product into a sum that it enters."""
-    # XLA on a CPU contracts a * b + c into one fused multiply-add, which rounds once where
-    # PyTorch's kernels round twice. lax.optimization_barrier, lax.reduce_precision and
-    # --xla_allow_excess_precision=false do not prevent it; an operation between product and sum
-    # does. Here it is the sum of two halves, which rounds nothing (except that XLA flushes a half
-    # below 1.2e-38 to zero). It costs nothing measurable, and XLA does not simplify it.
+    """Multiply, and round the product before it enters a sum, as PyTorch's kernels do."""
     # lax, because jnp functions take longer to trace, which shows with a thousand leaves.
-    half = lax.mul(x, in_dtype_of(x, 0.5 * factor))
-    return lax.add(half, half)
+    return xla.rounded(lax.mul(x, in_dtype_of(x, factor)))
 
 
 def rounded_once(
@@ -372,14 +367,14 @@ def check_bounds(
     if not is_scalar or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number; got {value!r}. {fix}")
     if not low <= float(value) <= high:
-        raise ValueError(f"{name} must be in [{low:g}, {high:g}]; got {value}. {fix}")
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {value}. {fix}")
 
 
 def check_rates(learning_rate: optax.ScalarOrSchedule, weight_decay: WeightDecay) -> None:
     if not callable(learning_rate):
-        check_coefficient("learning_rate", learning_rate, fix="to ascend, pass maximize=True")
+        check_coefficient("learning_rate", learning_rate, fix="Pass maximize=True to ascend.")
     if not callable(weight_decay):
-        check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+        check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
 
 
 def is_known(*values: Any) -> bool:

@@ -130,8 +130,8 @@ def muon(
         for LLM Training", arXiv:2502.16982, 2025.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("momentum", momentum, fix="pass 0.95, say")
-    check_coefficient("eps", eps, fix="pass 1e-7, say")
+    check_coefficient("momentum", momentum, fix="Pass 0.95.")
+    check_coefficient("eps", eps, fix="Pass 1e-7.")
     check_bool("nesterov", nesterov)
     check_bool("transposed", transposed)
     check_float_dtype("mu_dtype", mu_dtype)

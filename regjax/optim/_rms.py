@@ -66,9 +66,9 @@ def adagrad(
         Optimization](https://jmlr.org/papers/v12/duchi11a.html), JMLR 2011.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("lr_decay", lr_decay, fix="pass 0.0 for none")
-    check_coefficient("initial_accumulator_value", initial_accumulator_value, fix="pass 0.0, say")
-    check_coefficient("eps", eps, fix="pass 1e-10, say")
+    check_coefficient("lr_decay", lr_decay, fix="Pass 0.0 for none.")
+    check_coefficient("initial_accumulator_value", initial_accumulator_value, fix="Pass 0.0.")
+    check_coefficient("eps", eps, fix="Pass 1e-10.")
     moments = _of_real("Adagrad", _scale_by_root_of_sum(initial_accumulator_value, eps))
     rate = _decayed(learning_rate, lr_decay)
     return rounded_once(chain_links(moments, rate, weight_decay, mask, maximize=maximize))
@@ -115,8 +115,8 @@ def adadelta(
         Zeiler, "ADADELTA: An Adaptive Learning Rate Method", arXiv:1212.5701, 2012.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("rho", rho, fix="pass 0.9, say", below=1.0)
-    check_coefficient("eps", eps, fix="pass 1e-6, say")
+    check_coefficient("rho", rho, fix="Pass 0.9.", below=1.0)
+    check_coefficient("eps", eps, fix="Pass 1e-6.")
     moments = _of_real("Adadelta", optax.scale_by_adadelta(rho, eps))
     return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, maximize=maximize))
 
@@ -172,9 +172,9 @@ def rmsprop(
         (centered).
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("alpha", alpha, fix="pass 0.99, say", below=1.0)
-    check_coefficient("eps", eps, fix="pass 1e-8, say")
-    check_coefficient("momentum", momentum, fix="pass 0.0 for none")
+    check_coefficient("alpha", alpha, fix="Pass 0.99.", below=1.0)
+    check_coefficient("eps", eps, fix="Pass 1e-8.")
+    check_coefficient("momentum", momentum, fix="Pass 0.0 for none.")
     scale = optax.scale_by_stddev if check_bool("centered", centered) else optax.scale_by_rms
     moments = _of_real("RMSprop", scale(alpha, eps, eps_in_sqrt=False))
     if not is_zero(momentum):

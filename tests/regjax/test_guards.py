@@ -18,7 +18,7 @@ import regjax.linen
 import regjax.nnx
 from regjax import DropoutProblem as Problem
 from regjax._guards import ADVICE
-from regshared.report import Drawn, Site, judge
+from regshared.report import MaskSummary, Site, make_report
 
 ROOT = jax.random.key(3)
 X = jnp.linspace(-1.0, 1.0, 8 * 16).reshape(8, 16)
@@ -391,7 +391,7 @@ def test_a_mask_that_nobody_draws_is_named(options, problem):
 @pytest.mark.parametrize("size", [20, 40])
 def test_masks_that_agree_are_judged_by_their_chance(size):
     """Two masks of 20 fair bits agree once in 2**20 times, and nothing is said; of 40, it is."""
-    drawn = Drawn(
+    drawn = MaskSummary(
         order=0,
         site=Site("", "model.py:1"),
         key=(0, 1),
@@ -406,7 +406,7 @@ def test_masks_that_agree_are_judged_by_their_chance(size):
         digits=0.0,
     )
     other = dataclasses.replace(drawn, key=(0, 2))
-    findings = judge([[drawn], [other]], [], [], ADVICE, (), ()).findings
+    findings = make_report([[drawn], [other]], [], [], ADVICE, (), ()).findings
     expected = [] if size == 20 else [(Problem.IGNORED_KEY, 2.0**-40)]
     assert [(finding.problem, finding.chance) for finding in findings] == expected
 

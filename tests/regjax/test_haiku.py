@@ -88,6 +88,16 @@ def test_in_every_situation_the_bits_are_theirs(name, leaning):
         assert same_bits(mine, theirs)
 
 
+def test_a_rate_that_is_a_product_is_subtracted_as_theirs_is(leaning):
+    """XLA contracts `1 - a * b` in theirs: a guard of the product would change the last bit."""
+    theirs, mine = (
+        jax.jit(lambda a, b, dropout=dropout: dropout(KEY, a * b, X))
+        for dropout in (hk.dropout, ours.dropout)
+    )
+    for a, b in np.random.default_rng(0).uniform(0.1, 0.9, (20, 2)).astype("float32"):
+        assert same_bits(mine(a, b), theirs(a, b))
+
+
 def test_the_arguments_are_theirs():
     theirs, mine = (
         [(p.name, p.default, p.kind) for p in inspect.signature(dropout).parameters.values()]

@@ -301,7 +301,7 @@ def test_a_rate_out_of_range_is_refused_and_a_traced_one_gives_nan(rate):
 
 @pytest.mark.parametrize("flag", [0, "False", jnp.zeros(2, bool)], ids=str)
 def test_a_flag_that_is_no_boolean_is_refused(flag):
-    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+    with pytest.raises(TypeError, match="deterministic must be a boolean"):
         OURS(0.5).apply({}, X, flag, rng=KEY)
 
 

@@ -308,7 +308,7 @@ def test_a_rate_out_of_range_is_refused_and_a_traced_one_gives_nan(rate):
 
 @pytest.mark.parametrize("flag", [0, "False", jnp.zeros(2, bool)], ids=str)
 def test_a_flag_that_is_no_boolean_is_refused(flag):
-    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+    with pytest.raises(TypeError, match="deterministic must be a boolean"):
         OURS(0.5)(X, deterministic=flag, rngs=KEY)
 
 
@@ -377,7 +377,7 @@ def test_a_layer_is_its_function(name):
 
 def test_noise_of_standard_deviation_1_needs_a_key():
     """Where a rate of 1 needs none."""
-    with pytest.raises(ValueError, match="rngs is missing"):
+    with pytest.raises(ValueError, match="rngs must hold a key"):
         regjax.nnx.GaussianNoise(1.0)(X)
 
 
@@ -401,9 +401,9 @@ def test_the_amount_of_the_call_comes_first(name):
 def test_a_layer_asks_for_what_is_missing(name):
     settings, inputs, _ = FAMILY[name]
     layer = getattr(regjax.nnx, name)
-    with pytest.raises(ValueError, match=f"rngs is missing: {name} in training needs a key"):
+    with pytest.raises(ValueError, match=f"rngs must hold a key for {name} in training; got None"):
         layer(0.3, **settings)(*inputs)
-    with pytest.raises(ValueError, match=f"deterministic is missing: {name} is told neither"):
+    with pytest.raises(ValueError, match=f"deterministic must be a boolean for {name}; got None"):
         layer(0.3, deterministic=None, **settings)(*inputs, rngs=KEY)
     with pytest.raises(ValueError, match=f"{AMOUNT[name]} must"):
         layer(-1.0, **settings)

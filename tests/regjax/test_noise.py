@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 import regjax
 from regjax._random.keys import key_words
 from regjax._random.quantile import quantile
-from regjax._random.rounding import rounded
 from regjax._random.threefry import threefry2x32
+from regjax._random.xla import rounded
 from tests.regjax.versions import debug_key_reuse
 
 KEY = jax.random.key(0)

@@ -22,8 +22,8 @@ from tests.regjax.optimizers import (
 SPECIAL = np.array(
     [
         *[0x7FC00000, 0xFFC00000, 0x7FC00123, 0x7F800000, 0xFF800000],  # NaNs, infinities
-        # Zeros, and between the largest number whose double is one and the smallest whose half is.
-        *[0, 0x80000000, 0x7EFFFFFF, 0x3FC00000, 0xBFC00000, 0x01000000, 0x81000000],
+        # Zeros, and normal numbers from the largest to the smallest.
+        *[0, 0x80000000, 0x7F7FFFFF, 0xFF7FFFFF, 0x3FC00000, 0xBFC00000, 0x00800000, 0x80800000],
     ],
     "uint32",
 ).view("float32")

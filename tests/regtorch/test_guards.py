@@ -204,7 +204,7 @@ def test_a_sound_step_gives_an_empty_report(run):
 
 def test_a_key_that_was_never_set_is_an_error_of_its_own():
     model = converted()
-    with pytest.raises(ValueError, match="has no key"):
+    with pytest.raises(ValueError, match="must have a key in training"):
         regtorch.check_dropout(lambda step: model(X))
 
 

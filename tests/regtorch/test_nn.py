@@ -29,7 +29,7 @@ def an_input(name: str) -> torch.Tensor:
 def test_evaluation_is_the_input_and_training_needs_a_key(name):
     layer, _ = layers(name)
     x = an_input(name)
-    with pytest.raises(ValueError, match="key is missing"):
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         layer(x)
     assert layer.eval()(x) is x
     assert not layer.state_dict()

@@ -75,7 +75,7 @@ def test_a_layer_is_its_function_in_training_and_nothing_in_evaluation(name):
     assert torch.equal(layer(X, key=KEY), function(X, 0.5, key=KEY))
     assert repr(layer) == f"{name}({printed})"
     assert not layer.state_dict()
-    with pytest.raises(ValueError, match="key is missing"):
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         layer(X)
     layer.generator = torch.Generator().manual_seed(0)
     assert not torch.equal(layer(X), layer(X))

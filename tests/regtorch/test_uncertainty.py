@@ -151,9 +151,12 @@ def unconverted():
 @pytest.mark.parametrize(
     ("predict", "message"),
     [
-        (unconverted(), r"module '1' \(Dropout\) is not converted"),
-        (nn.Linear(8, 4), "a model without a layer that drops"),
-        (keyed.convert(nn.Sequential(nn.Dropout(0.5, inplace=True))), "writes into its inputs"),
+        (unconverted(), r"module '1' must be converted; got a Dropout"),
+        (nn.Linear(8, 4), "must have a layer that drops"),
+        (
+            keyed.convert(nn.Sequential(nn.Dropout(0.5, inplace=True))),
+            "must not write into its inputs",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_right_is_refused(predict, message):
