@@ -252,5 +252,5 @@ def test_a_step_and_a_scan_have_the_same_bits(variant):
 def test_rprop_may_have_one_step_size_but_no_schedule():
     state = optim.rprop(step_sizes=(1.0, 1.0)).init(PARAMS)
     assert state["moments"].step_size.keys() == PARAMS.keys()
-    with pytest.raises(TypeError, match=r"learning_rate must be a real number, .* first step size"):
+    with pytest.raises(TypeError, match=r"learning_rate must be a real number; .* first step size"):
         optim.rprop(lambda count: 0.1)
