@@ -1,4 +1,4 @@
-"""Stochastic depth: the same bits in both frameworks, and what timm and torchvision document."""
+"""Stochastic depth: equal bits in both frameworks, as timm and torchvision document."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 def vjp(framework: Framework, x: np.ndarray, cotangent: np.ndarray, rate: Any, **options: Any):
-    """The function and its gradient, from NumPy to NumPy; a NumPy scalar as the rate is traced."""
+    """Return result and gradient as NumPy arrays; a rate that is a NumPy scalar is traced."""
     key = framework.key(options.pop("seed", 11))
     function = functools.partial(framework.library.drop_path, key=key, **options)
 
@@ -43,10 +43,10 @@ def test_forward_and_backward_agree_in_every_bit(dtype, options):
     x, cotangent = (rng.normal(size=(33, 5, 3)).astype(dtype) for _ in range(2))
     for rate in (0.15, np.float32(0.15)):
         with jax.enable_x64(dtype == np.float64):
-            ours, theirs = (
+            in_jax, in_torch = (
                 vjp(framework, x, cotangent, rate, **options) for framework in FRAMEWORKS
             )
-        for array, twin in zip(ours, theirs, strict=True):
+        for array, twin in zip(in_jax, in_torch, strict=True):
             assert array.dtype == twin.dtype == dtype
             np.testing.assert_array_equal(array.view(np.uint8), twin.view(np.uint8))
 
@@ -54,8 +54,8 @@ def test_forward_and_backward_agree_in_every_bit(dtype, options):
 @both_frameworks
 @each_option
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_what_timm_and_torchvision_document(framework: Framework, rate, options):
-    """A row, or the batch, times Bernoulli(keep) / keep; in timm also without the division."""
+def test_the_formula_of_timm_and_torchvision(framework: Framework, rate, options):
+    """A row or the batch is multiplied by Bernoulli(keep) / keep; timm's division is optional."""
     x = np.random.default_rng(0).normal(size=(64, 3, 2)).astype(np.float32)
     y, gradient = vjp(framework, x, np.ones_like(x), rate, **options)
     keep = framework.bernoulli(11, 1 - rate, (1 if options.get("mode") == "batch" else 64,))
@@ -67,7 +67,7 @@ def test_what_timm_and_torchvision_document(framework: Framework, rate, options)
 
 @both_frameworks
 def test_batches_are_dropped_as_often_as_rows(framework: Framework):
-    """At 5 sigma: a false alarm in 860,000 runs, and by the fixed seeds none."""
+    """A test at 5 sigma: one false alarm in 860,000 runs, and none with fixed seeds."""
     x = framework.array(np.ones((4096, 1), np.float32))
     rows = framework.numpy(framework.library.drop_path(x, 0.2, key=framework.key(0)))
     assert abs(keep_rate_z(rows != 0, 0.8)) < FIVE_SIGMA
@@ -126,7 +126,7 @@ def test_the_packed_sampler_reaches_the_scale(framework: Framework):
 
 
 @both_frameworks
-def test_a_draw_is_told(framework: Framework):
+def test_a_draw_is_observed(framework: Framework):
     drawn: list[Any] = []
     with framework.library.observing(drawn.append):
         framework.library.drop_path(

@@ -1,4 +1,4 @@
-"""Dropout of channels and alpha dropout: the same bits in both frameworks."""
+"""Dropout of channels and alpha dropout: equal bits in both frameworks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = ("feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 
 
 def vjp(framework: Framework, name: str, x: np.ndarray, ct: np.ndarray, rate: Any, **options: Any):
-    """A function of the family and its gradient, from NumPy to NumPy."""
+    """Return the result and the gradient of a function as NumPy arrays."""
     function = functools.partial(getattr(framework.library, name), key=framework.key(11), **options)
 
     def at(rate):
@@ -41,18 +41,18 @@ def inputs(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
 def test_forward_and_backward_agree_in_every_bit(name, dtype, rate):
     options = {"channel_axis": 1} if "feature" in name else {}
     with jax.enable_x64(dtype.itemsize == 8):
-        ours, theirs = (
+        in_jax, in_torch = (
             vjp(framework, name, *inputs(dtype), rate, **options) for framework in FRAMEWORKS
         )
     words = np.dtype(f"u{dtype.itemsize}")
-    for array, twin in zip(ours, theirs, strict=True):
+    for array, twin in zip(in_jax, in_torch, strict=True):
         assert array.dtype == twin.dtype == dtype
         np.testing.assert_array_equal(array.view(words), twin.view(words))
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_fused_into_a_larger_computation(rate):
-    """Bitwise, unless arithmetic comes right before, which XLA may join with our sum."""
+def test_inside_a_larger_computation(rate):
+    """Bits are equal unless arithmetic precedes the call, which XLA may contract with its sum."""
     x, _ = inputs(np.dtype(np.float32))
 
     def run(framework: Framework, before):
@@ -65,13 +65,13 @@ def test_fused_into_a_larger_computation(rate):
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_a_changing_rate_agrees_to_the_last_bits(rate):
+def test_a_traced_rate_agrees_to_the_last_bits(rate):
     x, ct = inputs(np.dtype(np.float32))
-    ours, theirs = (
+    in_jax, in_torch = (
         vjp(framework, "alpha_dropout", x, ct, np.float32(rate)) for framework in FRAMEWORKS
     )
     number = vjp(TORCH, "alpha_dropout", x, ct, rate)
-    for array, twin, fixed in zip(ours, theirs, number, strict=True):
+    for array, twin, fixed in zip(in_jax, in_torch, number, strict=True):
         np.testing.assert_allclose(array, twin, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(twin, fixed, rtol=1e-6, atol=1e-6)
 
@@ -90,7 +90,7 @@ def test_channels_first_and_channels_last_draw_the_same_mask(framework: Framewor
         np.testing.assert_array_equal((first != 0).all((2, 3)), keep)
 
 
-def test_the_default_axes_are_each_framework_s_own():
+def test_default_axes_follow_the_convention_of_each_framework():
     x = np.ones((5, 8, 3, 4), np.float32)
     torch_y = TORCH.library.feature_dropout(TORCH.array(x), 0.5, key=TORCH.key(2))
     jax_y = JAX.library.feature_dropout(x.transpose(0, 2, 3, 1), 0.5, key=JAX.key(2))

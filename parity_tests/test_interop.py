@@ -1,4 +1,4 @@
-"""A run that moves from PyTorch to JAX and back, beside one that stays in PyTorch."""
+"""A run that moves from PyTorch to JAX and back agrees with one that stays in PyTorch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NAMES = {
     "mix/kernel": Leaf("mix.weight", (1, 0)),
     "out/bias": Leaf("out.bias"),
 }
-# PyTorch's factors are of the last two axes, which must be those of JAX too.
+# PyTorch factors the last two axes, which must be the last two in JAX, too.
 FACTORED = {**NAMES, "conv/kernel": Leaf("conv.weight", (1, 0, 3, 2))}
 MATRICES = {"dense/kernel": NAMES["dense/kernel"], "mix/kernel": Leaf("mix.weight")}
 STEPS = 12
@@ -134,7 +134,7 @@ SCHEDULED = {
         scheduler=lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
         steps=100,
     ),
-    # The run moves in the midst of an epoch.
+    # The run moves in the middle of an epoch.
     "adamw-per-epoch": replace(
         CASES["adamw"],
         scheduler=lambda o: lr_scheduler.ExponentialLR(o, 0.5),
@@ -149,7 +149,7 @@ SCHEDULED = {
 
 
 class TorchRun:
-    """Parameters with a PyTorch optimizer, and maybe a scheduler."""
+    """Parameters with a PyTorch optimizer, and optionally a scheduler."""
 
     def __init__(self, case: Case) -> None:
         rng = np.random.default_rng(0)
@@ -204,7 +204,7 @@ class TorchRun:
 
 @dataclass
 class JaxRun:
-    """The same in JAX."""
+    """The same run in JAX."""
 
     case: Case
     optimizer: optax.GradientTransformation
@@ -240,7 +240,7 @@ def alone(case: Case, steps: int) -> list[dict[str, np.ndarray]]:
 
 
 def there_and_back(case: Case) -> tuple[TorchRun, list[dict[str, np.ndarray]]]:
-    """A third in PyTorch, a third in JAX, and a third in an optimizer of PyTorch that is new."""
+    """Train a third in PyTorch, a third in JAX, and a third with a new PyTorch optimizer."""
     with jax.enable_x64(case.dtype == "float64"):
         first, last = TorchRun(case), TorchRun(case)
         visited = first.walk(0, STEPS)
@@ -251,7 +251,7 @@ def there_and_back(case: Case) -> tuple[TorchRun, list[dict[str, np.ndarray]]]:
 
 
 def states(run: TorchRun) -> dict[str, np.ndarray]:
-    """All that PyTorch keeps, and what its groups are at."""
+    """Return the state of PyTorch's optimizer, and the current numbers of its groups."""
     found = {
         f"{key} of {name}": from_torch(value).astype(run.case.dtype)
         for name, p in run.params.items()
@@ -264,19 +264,19 @@ def states(run: TorchRun) -> dict[str, np.ndarray]:
 
 
 def places(scheduler: Any) -> dict[Any, Any]:
-    """How far a scheduler and its parts are."""
+    """Return the progress of a scheduler and of its nested schedulers."""
     if scheduler is None:
         return {}
     own = {k: v for k, v in vars(scheduler).items() if k in ("last_epoch", "T_cur")}
     return {"": own, **{i: places(s) for i, s in enumerate(getattr(scheduler, "_schedulers", ()))}}
 
 
-# Compiling Muon in bfloat16 takes its time.
+# Muon in bfloat16 takes long to compile.
 SLOW = pytest.param("muon-one-cycle", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [*CASES, *(n for n in SCHEDULED if n != "muon-one-cycle"), SLOW])
-def test_a_run_goes_on_in_jax_and_back(name):
+def test_a_run_continues_in_jax_and_back(name):
     case = (CASES | SCHEDULED)[name]
     tier = replace(FLOAT64, tolerance=case.tolerance)
     names = ("there and back", "PyTorch alone")
@@ -303,12 +303,12 @@ def test_before_the_first_step_the_state_is_that_of_init(name):
         jax.tree.map(np.testing.assert_array_equal, run.state, start)
         other = TorchRun(case)
         other.from_jax(run)
-    # PyTorch's own kernels may sum in another order where an array lies at another address.
+    # The order of sums in PyTorch's kernels may depend on the address of an array.
     tier = replace(FLOAT64, tolerance=1e-14)
     assert_same_at_every_step(other.walk(0, STEPS), alone(case, STEPS), tier)
 
 
-def test_steps_that_do_not_fit_the_scheduler():
+def test_steps_that_contradict_the_scheduler():
     run = TorchRun(SCHEDULED["adamw-per-epoch"])
     run.walk(0, STEPS)
     run.case = replace(run.case, steps_per_epoch=4)
@@ -317,7 +317,7 @@ def test_steps_that_do_not_fit_the_scheduler():
         run.to_jax()
 
 
-def test_a_count_that_is_the_step_of_the_schedule_too():
+def test_a_count_that_contradicts_the_scheduler():
     run = TorchRun(SCHEDULED["asgd-step"])
     run.walk(0, 2)
     run.scheduler.step()
@@ -335,7 +335,7 @@ def test_names_by_the_model_one_group_and_frozen_parameters():
         for i in range(2)
         for kind, name, order in (("kernel", "weight", (1, 0)), ("bias", "bias", None))
     }
-    # The bias of the last layer is in no group: PyTorch does not train it either.
+    # The bias of the last layer is in no group, so PyTorch does not train it.
     optimizer = torch.optim.Adam([*first.parameters(), last.weight], lr=0.1)
     tensors = dict(model.named_parameters())
     with jax.enable_x64(True):
@@ -390,7 +390,7 @@ def tabulated(name, steps):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedules(name):
-    """To 1e-14 of the group's largest rate: PyTorch's own rounding is relative to that."""
+    """Compare within 1e-14 of the largest rate of the group, which scales PyTorch's rounding."""
     rates = (0.1, 0.03, 0.7)
     groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in rates]
     optimizer = torch.optim.SGD(groups, momentum=0.5)
@@ -406,9 +406,9 @@ def test_schedules(name):
         double = np.stack([jax.jit(jax.vmap(s))(counts) for s in schedules], axis=1)
     assert (single.dtype, double.dtype) == (np.float32, np.float64)
     np.testing.assert_array_less(np.abs(double - theirs) / theirs.max(axis=0), 1e-14)
-    # Four units in the last place of float32, and of each rate, however small.
+    # Within four units in the last place of each rate in float32.
     np.testing.assert_array_less(np.abs(single - double), 5e-7 * np.abs(double) + 1e-30)
-    # Wherever the scheduler is, the schedule is that of the whole run.
+    # The schedule covers the whole run, independent of the progress of the scheduler.
     if "Lambda" not in name and "Multiplicative" not in name:
         again = schedule_from_torch(scheduler)
         assert [np.asarray(s(7)) for s in again] == [np.asarray(s(7)) for s in schedules]
@@ -431,7 +431,7 @@ def second_rate_ignored(first: TorchRun, run: JaxRun) -> None:
 
 
 def transpose_forgotten(first: TorchRun, run: JaxRun) -> None:
-    # Of a square matrix, whose shape does not tell.
+    # The matrix is square, so its shape does not reveal the error.
     names = {**NAMES, "mix/kernel": Leaf("mix.weight")}
     run.state = state_from_torch(first.optimizer, names, run.params, run.optimizer)
 
@@ -452,9 +452,9 @@ def started_anew(first: TorchRun, run: JaxRun) -> None:
 )
 @pytest.mark.parametrize("name", ["adam", "nadam"])
 def test_a_defect_is_caught(name, change):
-    """The test of the tests."""
+    """Test of the tests."""
     planted(name, lambda first, run: None)
-    with pytest.raises(AssertionError, match="part at step 13"):
+    with pytest.raises(AssertionError, match="diverge at step 13"):
         planted(name, change)
 
 
@@ -491,7 +491,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("message", "change"), REFUSED.items(), ids=range(len(REFUSED)))
-def test_what_cannot_be_carried_over_is_an_error(message, change):
+def test_optimizers_that_cannot_be_converted(message, change):
     optimizer = sgd(lr=0.1)
     changed = change(optimizer)
     optimizer = changed if isinstance(changed, torch.optim.Optimizer) else optimizer
@@ -507,12 +507,12 @@ def test_what_cannot_be_carried_over_is_an_error(message, change):
         ({**NAMES, "more": "out.bias"}, "the same PyTorch parameter: more, out/bias"),
     ],
 )
-def test_names_that_do_not_fit_are_listed(names, message):
+def test_wrong_names_are_listed(names, message):
     with pytest.raises(ValueError, match=message):
         optimizer_from_torch(sgd(), names)
 
 
-def test_parameters_of_jax_that_do_not_fit_are_listed():
+def test_wrong_jax_parameters_are_listed():
     params = nested({path: jnp.ones(1) for path in NAMES})
     optimizer = optimizer_from_torch(sgd(), NAMES)
     with pytest.raises(ValueError, match=r"without a name in PyTorch: more; names of .*: out/bias"):
@@ -575,7 +575,7 @@ SCHEDULERS_REFUSED = {
 @pytest.mark.parametrize(
     ("message", "make"), SCHEDULERS_REFUSED.items(), ids=range(len(SCHEDULERS_REFUSED))
 )
-def test_schedulers_that_cannot_be_carried_over(message, make):
+def test_schedulers_that_cannot_be_converted(message, make):
     optimizer = sgd(lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=message):
         optimizer_from_torch(optimizer, NAMES, scheduler=make(optimizer))
@@ -620,7 +620,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("message", "change"), CHANGES.items(), ids=range(len(CHANGES)))
-def test_states_that_cannot_be_carried_over(message, change):
+def test_states_that_cannot_be_converted(message, change):
     run = TorchRun(CASES["adam"])
     run.walk(0, 2)
     change(*(run.optimizer.state[run.params[name]] for name in ("dense.bias", "dense.weight")))
@@ -654,7 +654,7 @@ def test_a_state_of_another_optimizer(name, change, message):
             state_to_torch(optimizer.init(run.params), first.optimizer, NAMES)
 
 
-def test_nothing_is_assigned_before_everything_is_checked():
+def test_everything_is_checked_before_anything_is_assigned():
     with jax.enable_x64(True):
         first = TorchRun(SCHEDULED["adam-cosine"])
         first.walk(0, 2)

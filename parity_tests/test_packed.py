@@ -9,11 +9,11 @@ import pytest
 
 from parity_tests import reference
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
-from parity_tests.statistics import FIVE_SIGMA, keep_rate_z, neighbour_z
+from parity_tests.statistics import FIVE_SIGMA, keep_rate_z, neighbor_z
 
 both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 
-PACKED = [(64, 64), (2, 96, 24), (3, 32, 64, 2), (64, 64, 2)]  # the last one ties: the later axis
+PACKED = [(64, 64), (2, 96, 24), (3, 32, 64, 2), (64, 64, 2)]  # the last packs the later axis
 EACH_ITS_OWN = [(), (0,), (4096,), (100, 77), (32, 32), (64, 31)]
 
 
@@ -45,7 +45,7 @@ def test_where_nothing_packs_each_element_has_its_own_word(framework: Framework,
     )
 
 
-# `make test` takes the ends of each axis of this table; each entry compiles a program or two.
+# `make test` runs a few entries of this table, since each compiles one or two programs.
 QUICK = [(1, 0.5), (16, 0.1), (16, 0.0), (24, 0.9), (32, 0.123), (32, 1.0)]
 TABLE = [
     pytest.param(bits, keep_prob, marks=[pytest.mark.slow] * ((bits, keep_prob) not in QUICK))
@@ -82,10 +82,10 @@ def packed(framework: Framework, shape, bits, keep_prob):
 @pytest.mark.parametrize("shape", [(1024, 512), (16, 64, 128)], ids=str)
 def test_packed_masks_are_fair(framework: Framework, keep_prob, shape):
     mask = draw(framework, 1, keep_prob, shape)
-    realised = round(keep_prob * 2**16) / 2**16
-    assert abs(keep_rate_z(mask, realised)) < FIVE_SIGMA
+    realized = round(keep_prob * 2**16) / 2**16
+    assert abs(keep_rate_z(mask, realized)) < FIVE_SIGMA
     for axis in range(len(shape)):
-        assert abs(neighbour_z(mask, realised, axis)) < FIVE_SIGMA
+        assert abs(neighbor_z(mask, realized, axis)) < FIVE_SIGMA
 
 
 @both_frameworks
@@ -94,8 +94,8 @@ def test_dropout_scales_by_what_is_really_kept(framework: Framework, bits):
     x = np.ones((256, 64), np.float32)
     sampler = functools.partial(framework.library.packed_bernoulli, bits=bits)
     y = framework.dropout(x, 0.3, sampler=sampler)
-    realised = np.float32(round(0.7 * 2**bits) / 2**bits)
-    assert set(np.unique(y)) == {0.0, np.float32(1) / realised}
+    realized = np.float32(round(0.7 * 2**bits) / 2**bits)
+    assert set(np.unique(y)) == {0.0, np.float32(1) / realized}
     np.testing.assert_array_equal(y != 0, draw(framework, 0, 0.7, x.shape, bits=bits))
 
 

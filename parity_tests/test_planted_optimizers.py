@@ -178,9 +178,9 @@ PLANTED = {
 @pytest.mark.parametrize("defect", PLANTED)
 def test_planted_defect_is_caught_by_the_loosest_tier(defect):
     right, wrong, make = PLANTED[defect]
-    ours, theirs = walk_jax(wrong, SMALL["float32"], make), walk_torch(right, SMALL["float32"])
-    with pytest.raises(AssertionError, match=r"regjax and torch part at step \d+ in 'dense/"):
-        assert_same_at_every_step(ours, theirs, FLOAT32, names=("regjax", "torch"))
+    in_jax, in_torch = walk_jax(wrong, SMALL["float32"], make), walk_torch(right, SMALL["float32"])
+    with pytest.raises(AssertionError, match=r"regjax and torch diverge at step \d+ in 'dense/"):
+        assert_same_at_every_step(in_jax, in_torch, FLOAT32, names=("regjax", "torch"))
 
 
 # Where optax's own optimizers differ from torch: why regjax.optim has its own links or order.
@@ -239,9 +239,9 @@ OPTAX = {
 def test_optax_itself_is_caught(case, tier, make):
     # optax raises a float to the integer count, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):
-        ours = walk_jax(case, SMALL[tier.dtype], make)
-    with pytest.raises(AssertionError, match="part at step"):
-        assert_same_at_every_step(ours, walk_torch(case, SMALL[tier.dtype]), tier)
+        in_jax = walk_jax(case, SMALL[tier.dtype], make)
+    with pytest.raises(AssertionError, match="diverge at step"):
+        assert_same_at_every_step(in_jax, walk_torch(case, SMALL[tier.dtype]), tier)
 
 
 # The same, told what torch does: nothing else differs.
@@ -298,7 +298,7 @@ def test_the_first_step_and_the_worst_parameter_are_named():
 def test_each_tier_has_its_edge(tier, passes, fails):
     reference = _run(1.0, np.nan if np.isnan(passes) else 1.0)
     assert_same_at_every_step(_run(1.0, passes), reference, tier)
-    with pytest.raises(AssertionError, match="part at step 2 in 'b'"):
+    with pytest.raises(AssertionError, match="diverge at step 2 in 'b'"):
         assert_same_at_every_step(_run(1.0, fails), reference, tier)
 
 

@@ -18,32 +18,32 @@ NAMES = [name.lower() for name in RECORDS]
 DECAYING = [name for name in NAMES if name != "rprop"]
 # Numbers from 0 on, and the fix that the message gives.
 NUMBERS = [
-    *((name, "learning_rate", "Pass maximize=True to ascend") for name in DECAYING),
-    *((name, "weight_decay", r"Pass 0\.0 for none") for name in DECAYING),
-    ("sgd", "momentum", r"Pass 0\.0 for none"),
-    ("asgd", "lambd", r"Pass 0\.0 for none"),
-    ("asgd", "alpha", r"Pass 0\.0 for steps of one size"),
-    ("asgd", "t0", "Pass 0 to average from the first step on"),
-    ("rprop", "learning_rate", r"Pass 0\.01, the first step size"),
-    *((name, "eps", "Pass 1e-8") for name in ("adam", "adamw", "nadam", "radam", "adamax")),
-    ("nadam", "momentum_decay", "Pass 4e-3"),
-    ("adagrad", "lr_decay", r"Pass 0\.0 for none"),
-    ("adagrad", "initial_accumulator_value", r"Pass 0\.0"),
-    ("adagrad", "eps", "Pass 1e-10"),
-    ("adadelta", "rho", r"Pass 0\.9"),
-    ("adadelta", "eps", "Pass 1e-6"),
-    ("rmsprop", "alpha", r"Pass 0\.99"),
-    ("rmsprop", "eps", "Pass 1e-8"),
-    ("rmsprop", "momentum", r"Pass 0\.0 for none"),
-    ("muon", "momentum", r"Pass 0\.95"),
-    ("muon", "eps", "Pass 1e-7"),
+    *((name, "learning_rate", r"Pass maximize=True to ascend\.") for name in DECAYING),
+    *((name, "weight_decay", r"Pass 0\.0 for none\.") for name in DECAYING),
+    ("sgd", "momentum", r"Pass 0\.0 for none\."),
+    ("asgd", "lambd", r"Pass 0\.0 for none\."),
+    ("asgd", "alpha", r"Pass 0\.0 for steps of one size\."),
+    ("asgd", "t0", r"Pass 0 to average from the first step on\."),
+    ("rprop", "learning_rate", r"Pass 0\.01, the first step size\."),
+    *((name, "eps", r"Pass 1e-8\.") for name in ("adam", "adamw", "nadam", "radam", "adamax")),
+    ("nadam", "momentum_decay", r"Pass 4e-3\."),
+    ("adagrad", "lr_decay", r"Pass 0\.0 for none\."),
+    ("adagrad", "initial_accumulator_value", r"Pass 0\.0\."),
+    ("adagrad", "eps", r"Pass 1e-10\."),
+    ("adadelta", "rho", r"Pass 0\.9\."),
+    ("adadelta", "eps", r"Pass 1e-6\."),
+    ("rmsprop", "alpha", r"Pass 0\.99\."),
+    ("rmsprop", "eps", r"Pass 1e-8\."),
+    ("rmsprop", "momentum", r"Pass 0\.0 for none\."),
+    ("muon", "momentum", r"Pass 0\.95\."),
+    ("muon", "eps", r"Pass 1e-7\."),
 ]
 
 
 @pytest.mark.parametrize("value", [-0.5, math.nan, math.inf, np.float32(-1), jnp.float32(-1), -1])
 @pytest.mark.parametrize(("name", "argument", "fix"), NUMBERS)
 def test_a_number_out_of_range_is_refused(name, argument, fix, value):
-    with pytest.raises(ValueError, match=rf"^{argument} must be .*; got {value}\. {fix}\.$"):
+    with pytest.raises(ValueError, match=rf"^{argument} must .*; got {value}\. {fix}$"):
         getattr(optim, name)(**{argument: value})
 
 
@@ -58,10 +58,10 @@ def test_what_is_no_number_is_refused(name, argument, value):
 
 
 BETAS = [
-    ({"betas": (1.0, 0.999)}, r"betas\[0\] must be in \[0, 1\); got 1\.0"),
-    ({"betas": (math.nan, 0.999)}, r"betas\[0\] must be in \[0, 1\); got nan"),
-    ({"betas": (0.9, -0.1)}, r"betas\[1\] must be in \[0, 1\); got -0\.1"),
-    ({"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1\); got 1\.0"),
+    ({"betas": (1.0, 0.999)}, r"betas\[0\] must lie in \[0, 1\); got 1\.0"),
+    ({"betas": (math.nan, 0.999)}, r"betas\[0\] must lie in \[0, 1\); got nan"),
+    ({"betas": (0.9, -0.1)}, r"betas\[1\] must lie in \[0, 1\); got -0\.1"),
+    ({"betas": (0.9, 1.0)}, r"betas\[1\] must lie in \[0, 1\); got 1\.0"),
 ]
 MEAN = [1.0, 1.5, jnp.float32(1)]
 REFUSED = {
@@ -76,21 +76,21 @@ REFUSED = {
     "rprop": [
         ({"etas": (0.0, 1.2)}, r"0 < etas\[0\] < 1 < etas\[1\]; got \(0\.0"),
         ({"etas": (0.5, 1.0)}, r"0 < etas\[0\] < 1 < etas\[1\]; got \(0\.5"),
-        ({"etas": (1.0, 1.2)}, r"etas\[0\] must be in \[0, 1\); got 1\.0"),
-        ({"etas": (0.5, math.inf)}, r"etas\[1\] must be .* got inf\. Pass \(0\.5"),
-        ({"step_sizes": (0.1, math.inf)}, r"step_sizes\[1\] must be .* got inf"),
-        ({"step_sizes": (-1.0, 1.0)}, r"step_sizes\[0\] must be .* got -1\.0"),
+        ({"etas": (1.0, 1.2)}, r"etas\[0\] must lie in \[0, 1\); got 1\.0"),
+        ({"etas": (0.5, math.inf)}, r"etas\[1\] must be .*; got inf\. Pass \(0\.5"),
+        ({"step_sizes": (0.1, math.inf)}, r"step_sizes\[1\] must be .*; got inf"),
+        ({"step_sizes": (-1.0, 1.0)}, r"step_sizes\[0\] must be .*; got -1\.0"),
         ({"step_sizes": (2.0, 1.0)}, r"step_sizes must be .*; got \(2\.0, 1\.0\)"),
     ],
-    "adadelta": [({"rho": x}, rf"rho must be in \[0, 1\); got {x}\. ") for x in MEAN],
-    "rmsprop": [({"alpha": x}, rf"alpha must be in \[0, 1\); got {x}\. ") for x in MEAN],
+    "adadelta": [({"rho": x}, rf"rho must lie in \[0, 1\); got {x}\. ") for x in MEAN],
+    "rmsprop": [({"alpha": x}, rf"alpha must lie in \[0, 1\); got {x}\. ") for x in MEAN],
     "adafactor": [
         ({"beta2_decay": 0.8}, r"^beta2_decay must lie in \[-inf, 0\]; got 0\.8\. Pass -0\.8"),
         ({"beta2_decay": math.nan}, "^beta2_decay must lie in .*; got nan"),
-        ({"eps": (-1e-8, 1e-3)}, r"eps\[0\] must be .* got -1e-08\. Pass None"),
-        ({"eps": (math.nan, 1e-3)}, r"eps\[0\] must be .* got nan"),
-        ({"eps": (None, -1e-3)}, r"eps\[1\] must be .* got -0\.001\. Pass 1e-3"),
-        ({"eps": (None, math.nan)}, r"eps\[1\] must be .* got nan"),
+        ({"eps": (-1e-8, 1e-3)}, r"eps\[0\] must be .*; got -1e-08\. Pass None"),
+        ({"eps": (math.nan, 1e-3)}, r"eps\[0\] must be .*; got nan"),
+        ({"eps": (None, -1e-3)}, r"eps\[1\] must be .*; got -0\.001\. Pass 1e-3"),
+        ({"eps": (None, math.nan)}, r"eps\[1\] must be .*; got nan"),
         ({"d": 0.5}, r"^d must lie in \[1, inf\]; got 0\.5\. Pass 1\.0"),
         ({"d": jnp.float32(-1)}, r"^d must lie in .*; got -1\.0"),
         ({"d": math.nan}, "^d must lie in .*; got nan"),

@@ -294,13 +294,13 @@ def test_a_number_in_bounds_passes(value):
 
 @pytest.mark.parametrize("value", [0.5, 3.5, math.nan, np.float32(4), jnp.array(-2.0)])
 def test_a_number_out_of_bounds_is_refused(value):
-    with pytest.raises(ValueError, match=r"^x must lie in \[1, 3\]; got .*\. Fix it\."):
+    with pytest.raises(ValueError, match=r"x must lie in \[1, 3\]; got .*\. Fix it"):
         links.check_bounds("x", value, low=1.0, high=3.0, fix="Fix it.")
 
 
 @pytest.mark.parametrize("value", [True, None, "0.5", 1j, np.ones(1), jnp.ones(1), [1.0]])
 def test_a_bounded_number_must_be_one(value):
-    with pytest.raises(TypeError, match=r"^x must be a real number; got .*\. Fix it\."):
+    with pytest.raises(TypeError, match=r"x must be a real number; got .*\. Fix it"):
         links.check_bounds("x", value, fix="Fix it.")
 
 
