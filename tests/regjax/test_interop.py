@@ -1,4 +1,4 @@
-"""What `regjax.interop` promises of itself; beside PyTorch, parity_tests/test_interop.py has it."""
+"""Tests of `regjax.interop` alone; parity_tests/test_interop.py compares it with PyTorch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_long_schedule_keeps_its_digits_in_float32(name):
-    """Also at its end, where the rate is the small difference of what it is computed from."""
+    """Including the end, where the rate is a small difference of large numbers."""
     [schedule] = schedule_from_torch(LONG[name](torch_sgd(2, lr=0.1, momentum=0.9)))
     counts = [0, 1, 2, 999, 123_455, 123_456, 299_999, 300_000, 654_321, 999_990, 999_998, 999_999]
     counts = np.array(counts, np.int32)
@@ -224,5 +224,5 @@ def test_muon_with_both_layouts_in_a_group():
     state = optimizer.init(params)
     assert {"group0", "group0_transposed"} <= set(state.inner_states)
     updates, _ = optimizer.update(params, state, params)
-    # The larger of 1 and outputs / inputs scales the step: of four outputs, not of two.
+    # The scale of the step is the larger of 1 and outputs / inputs.
     np.testing.assert_array_equal(updates["left"], updates["right"].T)

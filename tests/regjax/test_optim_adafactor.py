@@ -12,7 +12,7 @@ from regjax import optim
 from tests.regjax.optimizers import GRADIENT, PARAMS, assert_close, first_update, matrices, walk
 
 
-# The first step from w = -2 with gradient 1, worked out by hand: u = 1, RMS(w) = 2.
+# The first step from w = -2 with gradient 1, computed by hand: u = 1, RMS(w) = 2.
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -21,7 +21,7 @@ from tests.regjax.optimizers import GRADIENT, PARAMS, assert_close, first_update
         ({"weight_decay": 0.25, "maximize": True}, 0.25),
         ({"eps": (2.0, 1e-3)}, -0.1),
         ({"eps": (None, 4.0)}, -0.4),
-        # The step is capped at 1 / sqrt(1), the decay is not.
+        # The step is limited to 1 / sqrt(1), the decay is not.
         ({"learning_rate": 3.0, "weight_decay": 0.25}, -0.5),
         ({"learning_rate": 0.0, "weight_decay": 0.25}, 0.0),
         ({"learning_rate": lambda count: jnp.where(count == 0, 0.1, 0.0)}, -0.2),
@@ -41,7 +41,7 @@ def test_first_step_of_a_matrix_by_hand():
     for d, divisor in ((1.0, 5 / 3), (1.25, 4 / 3), (math.inf, 1.0)):
         update = first_update(optim.adafactor(0.1, d=d), params, gradient)
         np.testing.assert_allclose(update, -0.2 * u / divisor, rtol=1e-6)
-    # Bounded by 5 from below, the mean makes v half as large; and no root is below 5.
+    # With the lower bound 5, the mean halves v, and no root is below 5.
     update = first_update(optim.adafactor(0.1, d=math.inf, eps=(5.0, 1e-3)), params, gradient)
     np.testing.assert_allclose(update, -0.2 * gradient / 5, rtol=1e-6)
 

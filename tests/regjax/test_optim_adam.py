@@ -27,7 +27,7 @@ def _early(value):
     return lambda count: jnp.where(count == 0, value, 0.0)
 
 
-# The first step from w = -2 with gradient 1, worked out by hand. NAdam with betas (0.8, ...) and no
+# The first step from w = -2 with gradient 1, computed by hand. NAdam with betas (0.8, ...) and no
 # momentum_decay has mu = 0.4 at each step: 0.4 * 0.2 / (1 - 0.16) + 0.6 / (1 - 0.4) = 1 + 2 / 21.
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
@@ -45,7 +45,7 @@ def _early(value):
         (optim.nadam(0.1, (0.8, 0.9), momentum_decay=0.0), -0.1 * (1 + 2 / 21)),
         (optim.nadam(0.1, (0.8, 0.9), weight_decay=1.0, momentum_decay=0.0), 0.1 * (1 + 2 / 21)),
         (optim.nadam(0.1, (0.8, 0.9), 1.0, momentum_decay=0.0), -0.05 * (1 + 2 / 21)),
-        # 0.96 ** 1e6 is nothing: mu is 0.8 from the first step on.
+        # 0.96 ** 1e6 is 0, so mu is 0.8 from the first step on.
         (optim.nadam(0.1, (0.8, 0.9), momentum_decay=1e6), -0.1 * (0.16 / 0.36 + 1)),
         # 0.96 ** psi is one half: mu is 0.6, then 0.7.
         (
@@ -85,10 +85,10 @@ def test_radam_divides_from_its_sixth_step_on():
 
 
 def test_radam_divides_by_no_length_that_was_rounded_up():
-    # Of 5 steps it is 5 - 4e-9.
+    # After 5 steps it is 5 - 4e-9.
     updates, _ = scalar_updates(optim.radam(0.1, (0.9, 1 - 1e-9)), [100.0] * 5)
     np.testing.assert_allclose(updates, -10.0, rtol=1e-6)
-    # Of any number of steps it is less than 5.
+    # It is less than 5 for any number of steps.
     optimizer = optim.radam(0.1, (0.0, 2 / 3))
     state = optimizer.init(jnp.array(0.0))
     state = {**state, "moments": state["moments"]._replace(count=jnp.int32(99))}
@@ -171,7 +171,7 @@ def test_a_moment_is_averaged_from_the_nearer_end(b1, moment, gradient, expected
 
 @each_optimizer
 def test_the_second_moment_fades_by_the_second_beta(make):
-    # The first step does not show it: its bias correction cancels the share of the gradient.
+    # The first step does not depend on it, since the bias correction cancels the factor.
     _, state = scalar_updates(make(betas=(0.5, 0.75)), [2.0, 1.0])
     assert state["moments"].nu == (1.5 if make is optim.adamax else 1.0)
 
@@ -189,7 +189,7 @@ def test_nadams_product_is_of_all_momenta():
     assert state["moments"].mu_product.dtype == "float32"
 
 
-# Each term is less than half of the last digit of 1, both together are more; torch loses both.
+# Each term is less than half a unit in the last place of 1, but not their sum; torch loses both.
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_nadam_rounds_between_its_terms(decoupled):
     optimizer = optim.nadam(

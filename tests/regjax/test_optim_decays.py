@@ -14,7 +14,7 @@ GRADIENT = {"kernel": jnp.array([[0.5, 1.0], [0.0, 0.0]]), "bias": jnp.array([0.
 REFERENCE = jax.tree.map(jnp.ones_like, PARAMS)
 SCALE = {"kernel": 0.5, "bias": 2.0}
 
-# Each link, made with a coefficient of 0.25, and what it then does to an update u of a weight w.
+# Each link with a coefficient of 0.25, and its effect on an update u of a weight w.
 LINKS = {
     "l1": (optim.add_l1_decay, lambda u, w, s: u + 0.25 * jnp.sign(w)),
     "l2_sp": (

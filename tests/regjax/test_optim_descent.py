@@ -48,7 +48,7 @@ def test_rounded_product_keeps_other_dtypes(dtype):
 
 
 def _fused(product, dtype):
-    """How many of 10,000 sums were rounded but once, in a step and in a scan over two."""
+    """Return how many of 10,000 sums were rounded only once, in a step and in a scan of two."""
     x, y = np.random.default_rng(0).standard_normal((2, 10_000)).astype("float32")
     x, y = (np.asarray(jnp.asarray(leaf).astype(dtype)) for leaf in (x, y))
     expected = x.astype("float32") * np.float32(0.3) + y.astype("float32")
@@ -79,7 +79,7 @@ def test_rounded_product_has_the_derivatives_of_the_product():
         assert jax.hessian(square)(x) == 2
 
 
-# The first step from w = -2 with gradient 1, worked out by hand.
+# The first step from w = -2 with gradient 1, computed by hand.
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
@@ -98,7 +98,7 @@ def test_first_step_of_sgd_by_hand(optimizer, expected):
 
 
 def test_a_schedule_of_weight_decay_advances():
-    """In Optax 0.2.6 `add_decayed_weights` stays at the first step."""
+    """`add_decayed_weights` of Optax 0.2.6 evaluates a schedule at the first step only."""
     optimizer = optim.sgd(1.0, weight_decay=lambda count: jnp.asarray(count, float), mask=NO_BIAS)
     params = {"kernel": jnp.array([1.0]), "bias": jnp.array([1.0])}
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -133,7 +133,7 @@ def test_sgd_takes_complex_parameters():
         assert_close(visited[1], {"spectrum": first - 0.5 * second})
 
 
-# Two steps from there.
+# Two further steps.
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
@@ -203,7 +203,7 @@ def test_optax_rprop_is_a_step_late():
     gradients = jnp.array([1.0, -1.0])[:, None]
     with jax.numpy_dtype_promotion("standard"):
         visited, _ = walk(optax.rprop(1.0), gradients, jnp.zeros(1))
-    # If this fails, optax has mended it, and the docstring must say so.
+    # If this fails, optax has fixed it, and the docstring must be updated.
     assert visited[0] == 0.0
     assert walk(optim.rprop(1.0), gradients, jnp.zeros(1))[0][0] == -1.0
 

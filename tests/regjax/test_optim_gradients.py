@@ -1,4 +1,4 @@
-"""What every optimizer and every decay accepts as parameters and gradients, and what it refuses."""
+"""Parameters and gradients that every optimizer and every decay accepts or rejects."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_integers_are_not_trained(link):
     for wrong in (gradient["step"], jnp.ones((1, 1))):
         with pytest.raises(TypeError, match=r"params must be float .* int32\[1, 1\] at 'step'"):
             link.update({**gradient, "step": wrong}, state, params)
-    # What jax.grad(allow_int=True) returns for an integer.
+    # The gradient of an integer in jax.grad(allow_int=True).
     nothing = {**gradient, "step": np.zeros((1, 1), jax.dtypes.float0)}
     updates, after = link.update(nothing, state, params)
     assert optax.apply_updates(params, updates)["step"] == 7
@@ -206,7 +206,7 @@ def test_a_pair_must_be_one(name, makes, value):
             make(**{name: value})
 
 
-# --- state: dtype, sharding, what an injected hyperparameter allocates ---
+# --- state: dtype, sharding, memory of an injected hyperparameter ---
 
 DTYPES = {
     "sgd": (optim.sgd, "accumulator_dtype", {"momentum": 0.9, "nesterov": True}, "trace"),

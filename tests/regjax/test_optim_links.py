@@ -76,7 +76,7 @@ def test_coupled_decay(decay, mask, steps, expected):
     assert_close(updates, dict(zip("ab", map(jnp.atleast_1d, expected), strict=True)))
 
 
-# The share that is kept of a parameter is 1 - 0.5 * decay.
+# The remaining fraction of a parameter is 1 - 0.5 * decay.
 @pytest.mark.parametrize(
     ("rate", "decay", "mask", "steps", "expected"),
     [
@@ -118,7 +118,7 @@ def test_a_decay_checks_its_mask_and_needs_parameters(make):
     with pytest.raises(ValueError, match="mask must be True for some"):
         make(0.25, False)
     make(0.0, False).update(STEP, make(0.0, False).init(PARAMS))
-    # The placeholder of optax.tree.map_params has no leaves, and fits no mask.
+    # The placeholder of optax.tree.map_params has no leaves, and matches no mask.
     link = make(RISING, ONLY_A)
     state = link.init(PARAMS)
     mapped = optax.tree.map_params(link, lambda leaf: leaf, state)

@@ -116,7 +116,7 @@ def test_ns_dtype_is_what_the_iteration_is_rounded_to():
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (9, 9)])
 def test_the_iteration_multiplies_along_the_longer_axis(shape):
-    """The Gram matrix has the size of the shorter one; float32 is multiplied without a shortcut."""
+    """The Gram matrix has the size of the shorter axis; float32 products have full precision."""
     for dtype in ("float32", "bfloat16"):
         optimizer = optim.muon(weight_decay=0.0, ns_dtype=dtype)
         gradient = jnp.ones(shape)
@@ -170,7 +170,7 @@ def test_arguments_at_the_ends_of_their_ranges_pass():
 
 
 def test_no_steps_scale_to_norm_1_as_in_torch():
-    """torch.optim.Muon takes 0 steps too, and then only normalizes."""
+    """torch.optim.Muon accepts 0 steps, and then only normalizes."""
     torch = pytest.importorskip("torch")
     weight = torch.nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     weight.grad = weight.detach().clone()
@@ -183,7 +183,7 @@ def test_no_steps_scale_to_norm_1_as_in_torch():
 
 
 def test_the_number_of_steps_can_be_injected():
-    """Traced, its type is checked all the same."""
+    """The dtype of a traced value is checked."""
     params = jnp.array([[3.0, 0.0], [0.0, 4.0]])
     optimizer = optax.inject_hyperparams(optim.muon)(1.0, ns_steps=2)
     updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
@@ -210,7 +210,7 @@ def test_under_an_explicit_mesh_the_numbers_are_the_same(spec, shape):
 
 
 def test_the_longer_axis_stays_sharded():
-    """A step of the iteration gathers nothing: it sums small Gram matrices over devices."""
+    """The iteration has no all-gather: it sums small Gram matrices over devices."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     optimizer = optim.muon(0.1, ns_dtype="float32")
     with jax.set_mesh(mesh):

@@ -18,7 +18,7 @@ def _early(value):
     return lambda count: jnp.where(count == 0, value, 0.0)
 
 
-# The first step from w = -2 with gradient 1, worked out by hand.
+# The first step from w = -2 with gradient 1, computed by hand.
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
@@ -74,7 +74,7 @@ RATES_OF_THREE_STEPS = jnp.array([1.0, 0.5, 0.25])
         (optim.adadelta(0.1, 0.0, 1.0), [0.1 * 0.5**0.5, 0.1 * 0.75**0.5, 0.1 * 0.875**0.5]),
         (optim.rmsprop(1.0, 0.5), [2**0.5, (4 / 3) ** 0.5, (8 / 7) ** 0.5]),
         (optim.rmsprop(1.0, 0.0, momentum=0.5), [1.0, 1.5, 1.75]),
-        # Nor the momentum.
+        # Neither does the momentum.
         (
             optim.rmsprop(lambda count: RATES_OF_THREE_STEPS[count], 0.0, momentum=0.5),
             [1.0, 0.75, 0.4375],

@@ -1,4 +1,4 @@
-"""Modules and transforms of blocks, words, sequences and weights, and what PyTorch has of them."""
+"""Modules and transforms of blocks, words, sequences and weights, and PyTorch's equivalents."""
 
 from __future__ import annotations
 
