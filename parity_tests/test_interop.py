@@ -634,7 +634,7 @@ def test_states_that_cannot_be_converted(message, change):
         (
             "adam-cosine",
             lambda optimizer: optimizer,
-            "^scheduler must be the one that .*; got None. Pass the same arguments",
+            "^scheduler must be given if group 0 has 'initial_lr'; got None",
         ),
         (
             "adam",
@@ -652,6 +652,19 @@ def test_a_state_of_another_optimizer(name, change, message):
             state_from_torch(first.optimizer, NAMES, run.params, optimizer)
         with pytest.raises(ValueError, match=message):
             state_to_torch(optimizer.init(run.params), first.optimizer, NAMES)
+
+
+def test_a_state_without_the_schedule_of_the_scheduler():
+    with jax.enable_x64(True):
+        first, run = TorchRun(SCHEDULED["adam-cosine"]), TorchRun(CASES["adam"]).to_jax()
+        message = "^scheduler must be the one that .*; got CosineAnnealingLR. Pass the same"
+        with pytest.raises(ValueError, match=message):
+            state_from_torch(
+                first.optimizer, NAMES, run.params, run.optimizer, scheduler=first.scheduler
+            )
+        state = run.optimizer.init(run.params)
+        with pytest.raises(ValueError, match=message):
+            state_to_torch(state, first.optimizer, NAMES, scheduler=first.scheduler)
 
 
 def test_everything_is_checked_before_anything_is_assigned():

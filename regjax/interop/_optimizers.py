@@ -182,11 +182,6 @@ def _check_group(index: int, group: dict[str, Any], record: Record, scheduler: A
             f"size; got {type(scheduler).__name__}. Leave it out, and remove 'initial_lr' from the "
             "groups."
         )
-    if scheduler is None and "initial_lr" in group:
-        raise ValueError(
-            f"scheduler must be given if group {index} has 'initial_lr'; got None. Pass the "
-            "scheduler, or remove the entry if the scheduler is out of use."
-        )
     if group.get("differentiable"):
         raise ValueError(
             f"differentiable of group {index} must be False; got True. Leave it out: updates of "

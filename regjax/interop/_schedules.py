@@ -104,6 +104,12 @@ def read_rates(
                 f"leave {name} out."
             )
     if scheduler is None:
+        for index, group in enumerate(torch_optimizer.param_groups):
+            if "initial_lr" in group:
+                raise ValueError(
+                    f"scheduler must be given if group {index} has 'initial_lr'; got None. Pass "
+                    "the scheduler, or remove the entry if the scheduler is out of use."
+                )
         return None
     _check_scheduler(scheduler)
     if scheduler.optimizer is not torch_optimizer:
