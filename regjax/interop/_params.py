@@ -199,9 +199,7 @@ def _described(entry: str, part: int | None) -> str:
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         listed = "".join(f"\n- {problem}" for problem in problems)
-        raise ValueError(
-            f"state_dict must match params; got differences, so nothing was converted:{listed}"
-        )
+        raise ValueError(f"state_dict must match params; got these differences:{listed}")
 
 
 def _matched(
@@ -414,8 +412,8 @@ def _check_form(name: str, leaf: Any, source: _Source, entries: Mapping[str, np.
         )
     if arrived.dtype != leaf.dtype:
         raise ValueError(
-            f"'{name}' must be {arrived.dtype}, like {source}; got {leaf.dtype} in params. Cast one "
-            "of them."
+            f"'{name}' must be {arrived.dtype}, like {source}; got {leaf.dtype} in params. Cast "
+            "one of them."
         )
     if jax.dtypes.canonicalize_dtype(arrived.dtype) != arrived.dtype:
         raise ValueError(
@@ -453,8 +451,8 @@ def _refuse_transposed(name: str, entry: str, entries: Mapping[str, np.ndarray])
     if ndim > 2:
         leaf = Leaf(entry, (*range(2, ndim), 1, 0))
         raise ValueError(
-            f"'{name}' belongs to a transposed convolution, whose layout is ambiguous: in Flax with "
-            f"transpose_kernel=True it is {leaf}; otherwise the kernel is also mirrored."
+            f"'{name}' belongs to a transposed convolution, whose layout is ambiguous: in Flax "
+            f"with transpose_kernel=True it is {leaf}; otherwise the kernel is also mirrored."
         )
 
 
