@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# The tensors of the tests are small: several threads of torch would mostly wait for each other.
+# `test_instruction_sets.py` runs two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The plugin of `make test-types` requires beartype.
 collect_ignore = ["tests/types_plugin.py"]
 

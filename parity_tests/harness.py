@@ -38,7 +38,7 @@ from parity_tests.recording import (
 from regjax._decay.paths import named_leaves
 from regjax.interop import Leaf as Leaf
 from regjax.interop._leaves import report
-from regjax.interop._states import MOMENTS
+from regjax.optim._records import RECORDS
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -356,7 +356,8 @@ def _states(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the moments and momenta that both sides keep, by parameter."""
     tensors = dict(side.model.named_parameters())
-    kept_as = MOMENTS.get(type(side.optimizer).__name__, {})
+    record = RECORDS.get(type(side.optimizer).__name__)
+    kept_as = record.torch_names if record else {}
     kinds = "|".join(kept_as)
     in_jax, in_torch = {}, {}
     for place, array in named_leaves(state) if kinds else ():

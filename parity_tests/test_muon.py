@@ -6,6 +6,7 @@ runs twice: with a bound for bfloat16, and with float64 instead of bfloat16 with
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -18,28 +19,38 @@ import torch
 from parity_tests.compare import FLOAT64, Tier, assert_same_at_every_step, deviation
 from parity_tests.optimizers import CASES_2D
 from parity_tests.optimizers._muon import BFLOAT16, MATRICES
-from parity_tests.trajectories import WALKS, synthetic, walk_jax, walk_torch
+from parity_tests.trajectories import (
+    WALKS,
+    Run,
+    synthetic,
+    walk_jax,
+    walk_jax_together,
+    walk_numpy,
+    walk_torch,
+)
 from regjax import optim
 
 PROBLEMS = {dtype: synthetic(dtype, MATRICES) for dtype in ("float32", "float64")}
 MUON = CASES_2D[0]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Limit torch to one thread, which is a hundred times faster for small matrices."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _with(case, **options):
     return replace(case, options={**case.options, **options})
 
 
-def _assert_three_agree(runs, tier):
-    reference, ours, theirs = runs
+@functools.cache
+def jax_runs(dtype: str, **options: str) -> dict[str, Run]:
+    """The runs of every case by its name, with further options."""
+    runs = walk_jax_together([_with(case, **options) for case in CASES_2D], PROBLEMS[dtype])
+    return dict(zip(map(str, CASES_2D), runs, strict=True))
+
+
+@functools.cache
+def right() -> Run:
+    return walk_torch(MUON, PROBLEMS["float32"])
+
+
+def _assert_three_agree(reference, ours, theirs, tier):
     assert_same_at_every_step(theirs, reference, tier, names=("torch", "NumPy"))
     assert_same_at_every_step(ours, reference, tier, names=("regjax", "NumPy"))
     assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
@@ -49,8 +60,9 @@ def _assert_three_agree(runs, tier):
 @pytest.mark.parametrize("case", CASES_2D, ids=str)
 def test_three_parties_take_the_same_steps(case, dtype):
     bound = case.float64 if dtype == "float64" else case.float32
-    runs = [walk(case, PROBLEMS[dtype]) for walk in WALKS.values()]
-    _assert_three_agree(runs, Tier(dtype, bound, in_norm=True))
+    reference, theirs = (walk(case, PROBLEMS[dtype]) for walk in (walk_numpy, walk_torch))
+    ours = jax_runs(dtype)[case.name]
+    _assert_three_agree(reference, ours, theirs, Tier(dtype, bound, in_norm=True))
 
 
 @pytest.fixture
@@ -62,10 +74,9 @@ def torch_in_float64(monkeypatch):
 @pytest.mark.usefixtures("torch_in_float64")
 @pytest.mark.parametrize("case", CASES_2D, ids=str)
 def test_only_bfloat16_sets_them_apart(case):
-    exact = _with(case, ns_dtype="float64")
-    cases = {"numpy": exact, "jax": exact, "torch": case}
-    runs = [walk(cases[name], PROBLEMS["float64"]) for name, walk in WALKS.items()]
-    _assert_three_agree(runs, FLOAT64)
+    reference = walk_numpy(_with(case, ns_dtype="float64"), PROBLEMS["float64"])
+    ours = jax_runs("float64", ns_dtype="float64")[case.name]
+    _assert_three_agree(reference, ours, walk_torch(case, PROBLEMS["float64"]), FLOAT64)
 
 
 @pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
@@ -91,9 +102,8 @@ PLANTED = {
 def test_planted_defect_is_caught(wrong):
     tier = Tier("float32", BFLOAT16, in_norm=True)
     ours = walk_jax(_with(MUON, **wrong), PROBLEMS["float32"])
-    theirs = walk_torch(MUON, PROBLEMS["float32"])
     with pytest.raises(AssertionError, match=r"regjax and torch diverge at step \d+ in '"):
-        assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
+        assert_same_at_every_step(ours, right(), tier, names=("regjax", "torch"))
 
 
 @pytest.mark.usefixtures("torch_in_float64")

@@ -110,7 +110,7 @@ def test_the_corners_are_those_of_dropout(framework: Framework):
     ("options", "error", "message"),
     [
         ({"rule": "decoder/**"}, ValueError, "rule must .* got 'decoder/.*matches none"),
-        ({"rule": [("**", False)]}, ValueError, "rule must select a .* to drop"),
+        ({"rule": [("**", False)]}, ValueError, "weights must have a .* selects; got none"),
         ({"rule": [("**", 0.5)]}, TypeError, "rule must return True or False"),
         ({"rate": 1.5}, ValueError, r"rate must lie in \[0, 1\]; got 1\.5"),
         ({"key": None}, ValueError, "key must be a random key in training"),

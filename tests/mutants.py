@@ -73,7 +73,8 @@ _PACKED = [
 _DROPOUT = ["tests/test_dropout_core.py", "parity_tests/test_corners.py"]
 _JAX_DROPOUT = "tests/regjax/test_dropout.py"
 _LAYOUTS = "tests/regjax/test_layouts.py::"
-_SIGNATURE = "tests/regjax/test_optim.py::test_signature"
+_MASK = "tests/regjax/test_optim_gradients.py::test_a_mask_that_is_false_for_all_is_refused"
+_OPTIM = ["tests/regjax/test_optim.py::test_signature", "tests/regjax/test_optim_arguments.py"]
 TESTS = {
     "regjax/_random/threefry.py": [
         *_BITS,
@@ -113,16 +114,13 @@ TESTS = {
     "regjax/_decay/param_trees.py": ["tests/regjax/test_rules.py"],
     "regjax/_decay/penalty.py": ["tests/regjax/test_penalty.py"],
     "regjax/optim/_links.py": ["tests/regjax/test_optim_links.py"],
-    "regjax/optim/_decays.py": [
-        "tests/regjax/test_optim_decays.py",
-        "tests/regjax/test_optim_gradients.py::test_a_mask_that_is_false_for_all_is_refused",
-    ],
+    "regjax/optim/_decays.py": ["tests/regjax/test_optim_decays.py", _MASK],
     "regjax/optim/_gradients.py": ["tests/regjax/test_optim_gradients.py"],
-    "regjax/optim/_descent.py": ["tests/regjax/test_optim_descent.py", _SIGNATURE],
-    "regjax/optim/_adam.py": ["tests/regjax/test_optim_adam.py", _SIGNATURE],
-    "regjax/optim/_rms.py": ["tests/regjax/test_optim_rms.py", _SIGNATURE],
-    "regjax/optim/_adafactor.py": ["tests/regjax/test_optim_adafactor.py", _SIGNATURE],
-    "regjax/optim/_muon.py": ["tests/regjax/test_optim_muon.py", _SIGNATURE],
+    "regjax/optim/_descent.py": ["tests/regjax/test_optim_descent.py", *_OPTIM],
+    "regjax/optim/_adam.py": ["tests/regjax/test_optim_adam.py", *_OPTIM],
+    "regjax/optim/_rms.py": ["tests/regjax/test_optim_rms.py", *_OPTIM],
+    "regjax/optim/_adafactor.py": ["tests/regjax/test_optim_adafactor.py", *_OPTIM, _MASK],
+    "regjax/optim/_muon.py": ["tests/regjax/test_optim_muon.py", *_OPTIM],
     "regtorch/_random/threefry.py": _BITS,
     "regtorch/_random/keys.py": [
         *_KEYS,

@@ -209,7 +209,7 @@ def test_coefficient_out_of_range_is_refused(value):
 
 @pytest.mark.parametrize("value", [1.0, 2, -0.5, float("nan")])
 def test_coefficient_has_an_upper_end(value):
-    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\); got .*\. Fix"):
+    with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\); got .*\. Fix"):
         check_coefficient("beta", value, fix="Fix it so.", below=1.0)
 
 

@@ -249,14 +249,14 @@ def test_a_step_uses_the_moment_unrounded_and_stores_it_rounded():
         trace = 0.875 * stored.astype("float32") + gradient["a"][0, 0]
         stored = trace.astype(dtype)
         assert_close(updates["a"], jnp.full((2, 3), -trace), rtol=1e-6)
-        assert_close(state[2].trace["a"], jnp.full((2, 3), stored))
+        assert_close(state["moments"].trace["a"], jnp.full((2, 3), stored))
     with jax.numpy_dtype_promotion("standard"):
         optimizer = optax.sgd(1.0, 0.875, accumulator_dtype=dtype)
         reference = optimizer.init(gradient)
         for _ in range(3):
             expected, reference = optimizer.update(gradient, reference)
     assert_close(updates, expected, rtol=4e-3)
-    assert dtypes((updates, state[2].trace)) == dtypes((expected, reference[0].trace))
+    assert dtypes((updates, state["moments"].trace)) == dtypes((expected, reference[0].trace))
 
 
 def test_a_narrow_moment_rounds_no_gradient():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
 import regjax
@@ -144,6 +146,12 @@ def flax_train_state(make):
     state = TrainState.create(apply_fn=None, params=PARAMS, tx=make())
     state = jax.jit(lambda s: s.apply_gradients(grads=GRADIENT))(state)
     assert_close(state.params, walk(make(), [GRADIENT], PARAMS)[0][0], atol=CLOSE)
+    for restored in (
+        serialization.from_bytes(state.opt_state, serialization.to_bytes(state.opt_state)),
+        pickle.loads(pickle.dumps(state.opt_state)),
+    ):
+        assert jax.tree.structure(restored) == jax.tree.structure(state.opt_state)
+        assert_close(restored, state.opt_state)
 
 
 class _Model(eqx.Module):
