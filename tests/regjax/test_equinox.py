@@ -1,4 +1,7 @@
-"""Equinox's layers: ours in place of theirs changes no bit, and the family follows its customs."""
+"""Equinox's layers: ours in place of theirs changes no bit, and the family follows its customs.
+
+This file is long because one table of situations compares every layer with the layer of Equinox.
+"""
 
 from __future__ import annotations
 

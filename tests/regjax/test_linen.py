@@ -1,4 +1,7 @@
-"""The layers for Flax Linen: as Linen's own to the last bit, and in all that it publishes."""
+"""The layers for Flax Linen: as Linen's own to the last bit, and in all that it publishes.
+
+The file has the sections of `test_nnx.py` in the same order, so that both are read side by side.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`regtorch.keyed`: existing models draw from explicit keys; nothing else changes."""
+"""`regtorch.keyed`: existing models draw from explicit keys; nothing else changes.
+
+The file covers one function, `convert`, for each kind of layer; they share models and helpers.
+"""
 
 from __future__ import annotations
 
