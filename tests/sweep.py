@@ -3,7 +3,7 @@
 `python -m tests.sweep` prints each call that is accepted although the value is wrong, and each
 error that does not begin with the argument. `tests/test_sweep.py` asserts that there are none.
 
-The tables of calls, wrong values and exceptions stay in one file, since a new function adds to each.
+The tables of calls, wrong values and exceptions stay in one file: a new function adds to each.
 """
 
 from __future__ import annotations
