@@ -258,6 +258,8 @@ def test_the_state_of_other_optimizers_is_compared_too(name):
     theirs = lambda m: getattr(torch.optim, name)(m.parameters(), 1e-2)
     with jax.enable_x64(True):
         both = sides(PERCEPTRON, make(1e-2), theirs, dtype="float64")
-        found = compare_training(*both, batches(5, "float64"), PERCEPTRON.names, tier=FLOAT64)
+        found = compare_training(
+            *both, batches(5, "float64"), PERCEPTRON.names, tier=FLOAT64, record=False
+        )
         found.raise_if_different()
         assert max(found.deviations["state"]) > 0  # rounding: so it was looked at

@@ -205,9 +205,17 @@ def _cast(leaf: Any, dtype: str) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("port", PORTS.values(), ids=PORTS)
-def test_the_same_outputs(port, dtype):
+# Every port in float64, where a wrong layout is furthest from rounding, and one in float32.
+OUTPUTS = [
+    pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype == "float32" and name != "linen"))
+    for name in PORTS
+    for dtype in TOLERANCES
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), OUTPUTS)
+def test_the_same_outputs(name, dtype):
+    port = PORTS[name]
     model = randomized(Original(), dtype)
     with jax.enable_x64(dtype == "float64"):
         params = jax.tree.map(lambda leaf: _cast(leaf, dtype), port.params(dtype))
@@ -492,7 +500,7 @@ def test_what_is_no_parameter_stays():
 
 
 def test_names_reach_a_wrapped_model():
-    wrapped = {"module.fc.weight": np.ones((3, 2)), "module.fc.bias": np.zeros(3)}
-    layer = {"kernel": np.zeros((2, 3)), "bias": np.zeros(3)}
+    wrapped = {"module.fc.weight": np.ones((3, 2), "f"), "module.fc.bias": np.zeros(3, "f")}
+    layer = {"kernel": np.zeros((2, 3), "f"), "bias": np.zeros(3, "f")}
     filled = params_from_torch(wrapped, {"params": {"fc": layer}}, {"": "module"})
     np.testing.assert_array_equal(filled["params"]["fc"]["kernel"], np.ones((2, 3)))
