@@ -55,7 +55,7 @@ def ratio(w: Any) -> Any:
     if w == 0:
         return mp.sqrt(mp.pi / 2)
     u = mp.sqrt(-mp.expm1(-w * mp.log(2)))
-    tail = mp.log(mp.mpf(2) ** -w / (1 + u))  # both sides' 1 - u, without cancellation
+    tail = mp.log(mp.mpf(2) ** -w / (1 + u))  # the logarithm of 1 - u, without cancellation
     n = mp.sqrt(w) if w > 1 else u * mp.sqrt(mp.pi / 2)
     for _ in range(100):  # Newton's iteration on the logarithm of the tail, which is concave
         outside = mp.erfc(n / mp.sqrt(2))
@@ -64,28 +64,28 @@ def ratio(w: Any) -> Any:
         n -= change
         if abs(change) < mp.mpf(10) ** -45 * n:
             return n / u
-    raise ArithmeticError(f"no quantile found at w = {w}")
+    raise ArithmeticError(f"Newton's iteration must converge; got w = {w}. Raise the precision.")
 
 
 def log_ratio(x: Any) -> Any:
-    """log2(1 + x) / x."""
+    """Return log2(1 + x) / x."""
     return (mp.log1p(x) / x if x else 1) / mp.log(2)
 
 
 def interpolated(
     f: Callable[[Any], Any], low: Any, high: Any, center: Any, degree: int
 ) -> list[Any]:
-    """Coefficients in `x - center`, from the constant term up."""
+    """Return the coefficients in `x - center`, from the constant term up."""
     ends = [mp.mpf(low) - center, mp.mpf(high) - center]
     return mp.chebyfit(lambda x: f(x + center), ends, degree + 1)[::-1]
 
 
 def lines(dtype: type[np.floating], log_degree: int, edges: Any, degree: int) -> Iterator[str]:
-    """A table as the lines of its source."""
+    """Yield the lines of the source of a table."""
 
     def numbers(coefficients: Sequence[Any], indent: str) -> Iterator[str]:
         for number in coefficients:
-            # In float32 the shortest decimal that rounds to it.
+            # The shortest decimal that rounds to the number.
             yield f"{indent}{dtype(mp.nstr(number, 40))!s},"
 
     root = mp.sqrt(2)
@@ -106,7 +106,7 @@ def lines(dtype: type[np.floating], log_degree: int, edges: Any, degree: int) ->
 
 
 def source() -> str:
-    """The text of the tables' file."""
+    """Return the text of `regshared/quantile_tables.py`."""
     with mp.workdps(50):
         tables = [
             "\n".join([f"{name} = Table(", *lines(*plan), ")"]) for name, plan in PLANS.items()
@@ -115,7 +115,7 @@ def source() -> str:
 
 
 def main() -> None:
-    """Prints the file."""
+    """Print the text."""
     print(source(), end="")
 
 

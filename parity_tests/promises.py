@@ -46,11 +46,11 @@ class Promise:
 
     Attributes:
         name: The promise, in a few words.
-        place: Where it is made.
+        place: Where it is documented.
         pairs: Yields a label and two arrays, or two digests, that must be equal.
-        package: The optional package that it concerns.
-        needs_float16: Whether it is made only where XLA compiles float16.
-        needs_fma: Whether it is made only where both frameworks have fused multiply-adds.
+        package: The optional package that it requires.
+        needs_float16: Whether it holds only where XLA compiles float16.
+        needs_fma: Whether it holds only where both frameworks have fused multiply-adds or neither.
         is_core: Whether `make test` checks it under other instruction sets, too.
     """
 
@@ -63,7 +63,7 @@ class Promise:
     is_core: bool = False
 
     def broken(self) -> list[str]:
-        """Return the differences, one line for each pair; nothing if the promise is kept."""
+        """Return the differences, one line for each pair; nothing if the promise holds."""
         lines: list[str] = []
         try:
             lines.extend(_difference(label, *pair) for label, *pair in self.pairs())
@@ -82,10 +82,10 @@ class Promise:
 
 def _difference(label: str, one: Any, other: Any) -> str:
     if isinstance(one, str):
-        return "" if one == other else f"{label}: digest {one}, not {other}"
+        return "" if one == other else f"{label}: digest {one} instead of {other}"
     one, other = np.asarray(one), np.asarray(other)
     if one.dtype != other.dtype or one.shape != other.shape:
-        return f"{label}: {one.dtype}{one.shape} beside {other.dtype}{other.shape}"
+        return f"{label}: {one.dtype}{one.shape} and {other.dtype}{other.shape}"
     # The sign of a NaN is not promised.
     words = one.view(f"u{one.itemsize}") != other.view(f"u{other.itemsize}")
     different = np.count_nonzero(words & ((one == one) | (other == other)))
@@ -168,10 +168,12 @@ def family(
     for dtype in map(np.dtype, dtypes):
         with jax.enable_x64(dtype.itemsize == 8):
             for name in names:
-                ours, theirs = (_forward_and_backward(FAMILY[name], w, dtype) for w in FRAMEWORKS)
+                in_jax, in_torch = (
+                    _forward_and_backward(FAMILY[name], w, dtype) for w in FRAMEWORKS
+                )
                 for rate in rates:
                     label = f"{name}, {dtype}, {type(rate).__name__} {rate}"
-                    for direction, one, two in zip("yg", ours(rate), theirs(rate), strict=True):
+                    for direction, one, two in zip("yg", in_jax(rate), in_torch(rate), strict=True):
                         yield f"{label}, {direction}", one, two
 
 
@@ -197,9 +199,9 @@ def compiled(names: Iterable[str] = FAMILY) -> Pairs:
         return y if name in NOT_BEFORE_A_SUM else y + other
 
     for name, rate in ((name, rate) for name in names for rate in (0.3, None)):
-        ours = jax.jit(functools.partial(run, JAX, name, rate))(x, other, part)
-        theirs = run(TORCH, name, rate, *map(torch.tensor, (x, other, part)))
-        yield f"{name}, {rate or 'a product as rate'}", ours, theirs.numpy()
+        in_jax = jax.jit(functools.partial(run, JAX, name, rate))(x, other, part)
+        in_torch = run(TORCH, name, rate, *map(torch.tensor, (x, other, part)))
+        yield f"{name}, {rate or 'a product as rate'}", in_jax, in_torch.numpy()
 
 
 def many_rates(count: int, dtypes: Iterable[Any] = (np.float32, np.float64)) -> Pairs:
@@ -212,9 +214,9 @@ def many_rates(count: int, dtypes: Iterable[Any] = (np.float32, np.float64)) -> 
         with jax.enable_x64(dtype.itemsize == 8):
             x = np.ones((2,), dtype)
             for name, member in members.items():
-                ours = jax.jit(lambda r, x=x, member=member: member(JAX, jnp.asarray(x), r))
+                in_jax = jax.jit(lambda r, x=x, member=member: member(JAX, jnp.asarray(x), r))
                 rates = values.astype(dtype)
-                one = np.stack([np.asarray(ours(rate)) for rate in rates])
+                one = np.stack([np.asarray(in_jax(rate)) for rate in rates])
                 tensors = torch.tensor(rates)
                 two = [member(TORCH, torch.tensor(x), rate).numpy() for rate in tensors]
                 yield f"{name}, {dtype}, traced", one, np.stack(two)
@@ -401,9 +403,9 @@ def decoupled_decay() -> Pairs:
 
 
 def _walks(case: Case, problem: Any) -> Pairs:
-    ours, theirs = (WALKS[side](case, problem)[-1] for side in ("jax", "torch"))
-    for name, leaf in theirs.items():
-        yield f"{case} {name}", ours[name], leaf
+    in_jax, in_torch = (WALKS[side](case, problem)[-1] for side in ("jax", "torch"))
+    for name, leaf in in_torch.items():
+        yield f"{case} {name}", in_jax[name], leaf
 
 
 def converted_layers() -> Pairs:

@@ -1,4 +1,4 @@
-"""Attention with dropout: one mask in both frameworks and in every form, values at stated tiers.
+"""Attention with dropout: equal masks in both frameworks and algorithms, values at stated tiers.
 
 One table of cases serves every test: splitting the file would split the table.
 """
@@ -51,7 +51,7 @@ case = pytest.mark.parametrize("name", CASES)
 def inputs(
     batch=(BATCH,), heads=HEADS, kv_heads=HEADS, **options: Any
 ) -> tuple[list[np.ndarray], dict]:
-    """Query, key, value, a cotangent; and what the function takes besides."""
+    """Return query, key, value and a cotangent, and the other arguments."""
     rng = np.random.default_rng(1)
     shapes = [
         (*batch, QUERIES, heads, DEPTH),
@@ -71,7 +71,7 @@ def run(
     gradients=True,
     **how: Any,
 ):
-    """The result and the gradients of query, key, value and, where there is one, bias."""
+    """Return the result and the gradients of query, key, value and, if present, bias."""
     *qkv, ct = (framework.array(array.astype(dtype)) for array in arrays)
     options = dict(options)
     if "mask" in options:
@@ -98,13 +98,13 @@ def run(
 
 
 def assert_close(ours, theirs, bound: float) -> None:
-    """In norm: the largest difference over the largest magnitude."""
+    """Assert that the largest difference over the largest magnitude is within the bound."""
     for array, twin in zip(ours, theirs, strict=True):
         assert np.abs(array - twin).max() <= bound * max(1, np.abs(twin).max())
 
 
 def expected(arrays: list[np.ndarray], options: dict, seed: int = SEED) -> np.ndarray:
-    """Attention in NumPy, in double, with the mask of the reference."""
+    """Return attention in NumPy, in double, with the mask of the reference."""
     q, k, v, _ = arrays
     groups = q.shape[-2] // k.shape[-2]
     k, v = (np.repeat(x, groups, axis=-2) for x in (k, v))
@@ -127,7 +127,7 @@ def expected(arrays: list[np.ndarray], options: dict, seed: int = SEED) -> np.nd
 @case
 @both_frameworks
 def test_it_is_attention(framework: Framework, name):
-    """Against NumPy, in the whole form and in every size of block: float64, 1e-12 in norm."""
+    """Compare with NumPy, whole and blockwise, in float64 within 1e-12 in norm."""
     arrays, options = inputs(**CASES[name])
     with jax.enable_x64(True):
         for block_size in (None, 4):
@@ -136,7 +136,7 @@ def test_it_is_attention(framework: Framework, name):
             )
             assert_close([y], [expected(arrays, options)], 1e-12)
     if not options.get("deterministic") and options["dropout_rate"]:
-        # Another key gives something else, so that the mask is part of what was compared.
+        # Another key gives another result, so the comparison depends on the mask.
         assert np.abs(expected(arrays, options, SEED + 1) - y).max() > 0.1
 
 
@@ -148,7 +148,7 @@ BACKWARD = ("a query that sees nothing", "two batches", "eight heads over two")
     [*BACKWARD, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in BACKWARD)],
 )
 def test_the_wings_agree_forward_and_backward(name):
-    """float64 within 1e-12 in norm, and float32 within 2e-6, in the whole form and in blocks."""
+    """Float64 agrees within 1e-12 in norm and float32 within 2e-6, whole and blockwise."""
     arrays, options = inputs(**CASES[name])
     with jax.enable_x64(True):
         whole = run(JAX, arrays, options, "float64")
@@ -164,7 +164,7 @@ def test_the_wings_agree_forward_and_backward(name):
 @both_frameworks
 @pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
 def test_every_form_drops_the_same_weights(framework: Framework, shared):
-    """Read off values that are unit vectors: what is zero was dropped; p < 2e-7 of an accident."""
+    """With unit vectors as values, zeros are dropped weights; the false-alarm rate is 2e-7."""
     arrays, options = inputs(broadcast_dropout=shared)
     unit = np.eye(KEYS)[None, :, None].repeat(BATCH, 0).repeat(HEADS, 2)
     shape = (1, 1, QUERIES, KEYS) if shared else (BATCH, HEADS, QUERIES, KEYS)
@@ -185,7 +185,7 @@ def test_every_form_drops_the_same_weights(framework: Framework, shared):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_half_types_have_their_softmax_in_float32(framework: Framework, dtype, block_size):
-    """Scores of 40 and more, whose sums of powers half types cannot hold."""
+    """Scores above 40 would overflow the softmax in half types."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(1, 64, 2, 16)) * size for size in (4, 4, 1)]
     arrays = [array.astype(jnp.dtype(dtype)) for array in arrays]
@@ -200,7 +200,7 @@ def test_half_types_have_their_softmax_in_float32(framework: Framework, dtype, b
 
 @both_frameworks
 def test_gradients_of_half_types_do_not_wear_with_the_number_of_blocks(framework: Framework):
-    """Every block has a share in a query's gradient: in bfloat16 the sum would be 4 times worse."""
+    """Every block adds to the gradient of a query; a sum in bfloat16 would be 4 times worse."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(1, 256, 1, 16)).astype(jnp.bfloat16) for _ in range(4)]
     options = {"dropout_rate": RATE}
@@ -247,7 +247,7 @@ def test_without_dropout_it_is_the_attention_of_pytorch(name):
 
 
 def test_a_layer_of_pytorch_is_a_layer_of_flax():
-    """torch.nn.MultiheadAttention, unmodified but for its key, beside Linen's with our function."""
+    """Compare a converted torch.nn.MultiheadAttention with Linen's, which calls regjax."""
     torch.manual_seed(0)
     width = HEADS * DEPTH
     theirs = torch.nn.MultiheadAttention(width, HEADS, dropout=RATE, batch_first=True)
@@ -271,7 +271,7 @@ def test_a_layer_of_pytorch_is_a_layer_of_flax():
     out = theirs.out_proj.weight.detach().numpy().T.reshape(HEADS, DEPTH, width)
     params["out"] = {"kernel": out, "bias": theirs.out_proj.bias.detach().numpy()}
     key = regjax.site_key(jax.random.key(SEED), 3, "")
-    with jax.numpy_rank_promotion("allow"):  # Linen's own layers lean on it
+    with jax.numpy_rank_promotion("allow"):  # Linen's own layers depend on it
         z = ours.apply({"params": params}, x, dropout_rng=key)
     np.testing.assert_allclose(np.asarray(z), y.detach().numpy(), atol=1e-6)
 
@@ -299,7 +299,7 @@ BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "mask of numbers": ({"mask": np.full((7, 11), -np.inf)}, "mask must be boolean", TypeError),
     "integers": ({"query": np.ones((2, 7, 4, 8), np.int32)}, "query must be floating", TypeError),
     "no key": ({"dropout_rng": None}, "dropout_rng must be a random key in training", ValueError),
-    "what is no key": ({"dropout_rng": 0}, "dropout_rng: key must be a", TypeError),
+    "not a key": ({"dropout_rng": 0}, "dropout_rng: key must be a", TypeError),
     "rate": ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\]; got 1.5", ValueError),
     "block": ({"block_size": 0}, "block_size must be at least 1; got 0", ValueError),
     "flag": ({"deterministic": 1}, "deterministic must be a boolean", TypeError),
@@ -323,7 +323,7 @@ def test_what_does_not_fit_is_named(framework: Framework, name, block_size):
 @both_frameworks
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_a_changing_rate(framework: Framework, block_size):
-    """As a number to float32, without a gradient; NaN out of range; 0 and 1 are exact."""
+    """A traced rate equals the number to float32, and gives NaN out of range; 0 and 1 are exact."""
     arrays, _ = inputs()
     q, k, v = (framework.array(x.astype(np.float32)) for x in arrays[:3])
 
@@ -360,7 +360,7 @@ def test_who_watches_is_told_the_whole_mask(framework: Framework, block_size):
     np.testing.assert_array_equal(
         np.asarray(told[0].mask), framework.bernoulli(SEED, 1 - RATE, shape)
     )
-    # The weights of the whole matrix, with which PyTorch's twin is compared above.
+    # The whole matrix has the same weights, which previous tests compare with PyTorch.
     whole = []
     with framework.library.observing(whole.append):
         run(framework, arrays, options, "float32", gradients=False, block_size=None)

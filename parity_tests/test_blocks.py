@@ -1,4 +1,4 @@
-"""DropBlock: the same bits in both frameworks, those of the published formula."""
+"""DropBlock: equal bits in both frameworks, which follow the published formula."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Case:
 
     @property
     def block(self) -> int:
-        """No longer than the shortest dimension."""
+        """Return the size of a block, at most the shortest dimension."""
         return min(self.block_size, *self.shape[1:-1])
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """How many places a block can start at: row, channel, then along each dimension."""
+        """Return the numbers of possible starts of a block: row, channel, then each dimension."""
         channels = 1 if self.share_channels else self.shape[-1]
         return (self.shape[0], channels, *(size - self.block + 1 for size in self.shape[1:-1]))
 
     def gamma(self, rate: float) -> float:
-        """How probably a block starts at a place, as the paper has it."""
+        """Return the probability that a block starts at a position, as in the paper."""
         fraction = math.prod(self.shape[1:-1]) / math.prod(self.starts[2:])
         return min(1.0, self.gamma_scale * rate / self.block ** (len(self.shape) - 2) * fraction)
 
@@ -70,7 +70,7 @@ def run(
     seed: int = 11,
     **options: Any,
 ):
-    """Result and gradient of a channels-last array, in the order that each framework prefers."""
+    """Return result and gradient of a channels-last array, in the layout of each framework."""
     there = channels_first if framework is TORCH else np.asarray
     options |= {name: getattr(case, name) for name in ("block_size", "share_channels")}
     options["gamma_scale"] = case.gamma_scale
@@ -81,7 +81,7 @@ def run(
 
 
 def oracle(case: Case, rate: float, seed: int = 11) -> np.ndarray:
-    """The mask of the published algorithm, block by block, channels last."""
+    """Return the mask of the published algorithm, block by block, channels last."""
     starts = ~reference.bernoulli((0, seed), 1 - case.gamma(rate), case.starts)
     keep = np.ones((*case.starts[:2], *case.shape[1:-1]), bool)
     for row, channel, *place in np.argwhere(starts):
@@ -107,7 +107,7 @@ def test_the_mask_and_the_scale_are_those_of_the_published_formula(framework: Fr
     ("rate", "gamma_scale", "options"),
     [
         (0.3, 0.5, {}),
-        (0.3, 100.0, {}),  # more than 1: everything goes
+        (0.3, 100.0, {}),  # gamma above 1 drops everything
         (np.float32(0.3), 2.0, {"scale_by_keep": False}),
         (0.3, 1.0, {"scale_by_keep": False}),
         (0.3, 2.0, {"with_noise": True}),
@@ -117,7 +117,7 @@ def test_the_mask_and_the_scale_are_those_of_the_published_formula(framework: Fr
     ],
 )
 def test_the_options_of_timm(framework: Framework, rate, gamma_scale, options):
-    """More or fewer blocks; no scale; noise in place of zeros, with the gradient of the mask."""
+    """Scaled gamma, no scale of kept elements, and noise instead of zeros."""
     case = Case((2, 9, 8, 3), 3, gamma_scale=gamma_scale)
     x, ct = inputs(case.shape)
     keep = oracle(case, float(rate)) if rate < 1 else np.zeros(case.shape, bool)
@@ -153,7 +153,7 @@ def test_noise_is_left_out_in_evaluation_and_needs_a_key_in_training(framework: 
 
 @both_frameworks
 def test_an_error_of_a_thousandth_in_gamma_is_seen(framework: Framework):
-    """An error of 1e-3 in gamma moves a few of the starts at 100,000 places."""
+    """A relative error of 1e-3 in gamma changes a few of 100,000 possible starts."""
     case = Case((1, 100, 102, 10), 3)
     x, ct = inputs(case.shape)
     y, _ = run(framework, x, ct, 0.5, case)
@@ -165,7 +165,7 @@ def test_an_error_of_a_thousandth_in_gamma_is_seen(framework: Framework):
     dropped = np.asarray(windows.any((-1, -2)))
     np.testing.assert_array_equal(y == 0, np.moveaxis(dropped, 1, -1))
     moved = draws >= math.ceil(float(np.float32(1 - 1.001 * case.gamma(0.5))) * 2**23)
-    assert (moved != starts).any()  # the test of the test
+    assert (moved != starts).any()  # test of the test
 
 
 def regjax_bits(shape: tuple[int, ...]) -> Any:
@@ -282,9 +282,9 @@ def test_wrong_arguments_are_refused(framework: Framework, shape, options, error
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_the_share_of_zeros_and_their_shape(rate):
-    """Of 4000 maps: the share within 5 sigma of its expectation, p < 6e-7; squares, by the oracle.
+    """The fraction of zeros in 4000 maps is within 5 sigma (p < 6e-7), and zeros form squares.
 
-    An element is kept if none of the blocks that reach it starts. The variance is that of maps,
+    An element is kept if none of the blocks that cover it starts. The variance is that of maps,
     which are independent.
     """
     case = Case((1000, 10, 12, 4), 3)
@@ -292,14 +292,14 @@ def test_the_share_of_zeros_and_their_shape(rate):
         JAX.library.drop_block(np.ones(case.shape, np.float32), rate, block_size=3, key=JAX.key(2))
     )
     down, across = (np.convolve(np.ones(size - 2), np.ones(3)) for size in (10, 12))
-    reach = np.outer(down, across)  # how many blocks reach an element
+    reach = np.outer(down, across)  # the number of blocks that cover an element
     expected = 1 - ((1 - case.gamma(rate)) ** reach).mean()
     shares = (y == 0).mean((1, 2))
     sigma = shares.std() / shares.size**0.5
     assert abs(shares.mean() - expected) < 5 * sigma
-    # What the paper's gamma is for: `rate` blocks on an element on average.
+    # With the paper's gamma, `rate` blocks cover an element on average.
     assert case.gamma(rate) * reach.mean() == pytest.approx(rate)
-    # Planted: a gamma without the correction for the places at the border.
+    # Planted: a gamma without the correction for the border.
     uncorrected = 1 - ((1 - rate / 9) ** reach).mean()
     assert abs(shares.mean() - uncorrected) > 5 * sigma
     assert y.mean() == pytest.approx(1, abs=1e-5)
@@ -307,7 +307,7 @@ def test_the_share_of_zeros_and_their_shape(rate):
 
 
 def all_zeros_lie_in_blocks(y: np.ndarray, block: int) -> bool:
-    """Whether every zero is in a square of zeros of this size."""
+    """Return whether every zero is in a square of zeros of this size."""
     windows = functools.partial(
         np.lib.stride_tricks.sliding_window_view, window_shape=(block, block), axis=(1, 2)
     )
@@ -317,7 +317,7 @@ def all_zeros_lie_in_blocks(y: np.ndarray, block: int) -> bool:
 
 
 def test_under_vmap_every_row_has_its_own_scale():
-    """As each row is a batch: the sum of a row of ones is what it was."""
+    """Each row is a batch of its own, so the sum of a row of ones does not change."""
     keys = jax.random.split(jax.random.key(0), 5)
     drop = functools.partial(JAX.library.drop_block, rate=0.4, block_size=3)
     rows = jax.vmap(lambda x, key: drop(x[None], key=key)[0])(jnp.ones((5, 8, 8, 3)), keys)

@@ -1,4 +1,4 @@
-"""The corner table of dropout: one row, one test, in both frameworks."""
+"""Corner cases of dropout, each with a test, in both frameworks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_rate_1_gives_zeros_and_zero_gradients(framework: Framework, traced):
 
     y, gradient = framework.traced(run)(np.float32(1)) if traced else run(1.0)
     np.testing.assert_array_equal(framework.numpy(y), np.zeros(4))
-    # A cotangent of NaN or infinity meets a dropped element: still nothing.
+    # A cotangent of NaN or infinity at a dropped element gives 0, too.
     np.testing.assert_array_equal(framework.numpy(gradient), np.zeros(4))
 
 
@@ -181,7 +181,7 @@ def test_wrong_dimensions_are_refused_by_value(framework: Framework, dims):
     assert str(dims) in str(error.value)
 
 
-# The relative error that one rounding, to the last bit of each dtype, can make.
+# The largest relative error of one rounding to each dtype.
 DTYPES = {
     np.dtype(np.float16): 2.0**-11,
     np.dtype(ml_dtypes.bfloat16): 2.0**-8,

@@ -31,7 +31,7 @@ from tests.regjax.versions import OPTAX_COUNTS_DECAY_STEPS
 STEPS = 200
 SHAPES = {"head/kernel": (8, 3), "stem/bias": (8,), "stem/kernel": (5, 8)}
 COEFFICIENT = 0.05
-# What the optimizers are, and how the recursion here calls their options.
+# The optimizers, and their options in the recursion of this file.
 BASES = {
     "SGD": {"lr": 0.1, "momentum": 0.9},
     "Adam": {"lr": 0.01},
@@ -53,15 +53,15 @@ Link: TypeAlias = Callable[..., optax.GradientTransformation]
 
 @dataclass(frozen=True)
 class Decay:
-    """What decays, and how.
+    """A decay.
 
     Attributes:
         form: A key of DIRECTIONS.
-        place: 'coupled', 'decoupled' (times the learning rate), 'independent' (not), or 'loss'.
+        place: 'coupled', 'decoupled' (times the learning rate), 'independent' (of it), or 'loss'.
         base: A key of BASES.
-        coefficient: Of the decay.
+        coefficient: The coefficient of the decay.
         scheduled: Whether the coefficient follows a rising cosine.
-        masked: Whether biases are left alone.
+        masked: Whether biases do not decay.
     """
 
     form: str
@@ -76,7 +76,7 @@ class Decay:
         return f"{self.form}-{self.place}-{self.base}{extra}"
 
     def rate(self, cos: Callable[[Any], Any]) -> Any:
-        """The coefficient, or its schedule in a framework's cosine."""
+        """Return the coefficient, or its schedule with a framework's cosine."""
         if not self.scheduled:
             return self.coefficient
         return lambda t: self.coefficient * rising(cos)(t)
@@ -86,12 +86,12 @@ class Decay:
 
 
 def rising(cos: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """DINO's: half a period of the cosine, upwards."""
+    """Return the schedule of DINO: half a period of the cosine, rising."""
     return lambda t: 1.0 - 0.5 * (1.0 + cos(np.pi * t / STEPS))
 
 
 def _problem() -> Problem:
-    """Beside the usual ones, weights without any gradient: of 0, where signs show, and of not 0."""
+    """Return a problem that has weights without gradients, some of which are 0."""
     problem = synthetic("float64", SHAPES, STEPS)
     dead = problem.params["stem/kernel"]
     dead[0] = 0.0
@@ -105,7 +105,7 @@ REFERENCE = {n: w + 0.5 for n, w in synthetic("float64", SHAPES, 1).params.items
 
 
 def _numpy_step(base: str, state: dict[str, Any], g: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """What the base subtracts, before the learning rate."""
+    """Return the update of the base, before the learning rate."""
     if base == "SGD":
         state["b"] = 0.9 * state["b"] + g if state else g
         return state["b"]
@@ -122,7 +122,7 @@ def walk_numpy(decay: Decay) -> Run:
     params, run = dict(PROBLEM.params), []
     states: dict[str, dict[str, Any]] = {n: {} for n in params}
     rate, mask = decay.rate(np.cos), decay.mask(params)
-    # The penalty towards a reference has no one half.
+    # The L2-SP penalty has no factor one half.
     factor = 2 if (decay.place, decay.form) == ("loss", "l2_sp") else 1
     for step, gradient in enumerate(PROBLEM.gradients):
         c = factor * at(rate, step)
@@ -237,7 +237,7 @@ def walk_torch(decay: Decay) -> Run:
     elastic = decay.form == "elastic_net" and decay.place == "coupled"
     if elastic:
         options["weight_decay"] = 2 * decay.coefficient
-    # A mask of torch's own decay is a group without.
+    # In torch, a mask of the decay is a group without decay.
     groups: list[dict[str, Any]] = [
         {"params": [(n, p) for n, p in params.items() if mask[n]]},
         {"params": [(n, p) for n, p in params.items() if not mask[n]]},
@@ -295,7 +295,7 @@ FORMS = [
     ("l1", "decoupled", ("SGD", "Adam", "AdamW")),
     ("l2_sp", "coupled", ("SGD", "Adam", "AdamW")),
     ("l2_sp", "decoupled", ("SGD", "Adam", "AdamW")),
-    # Beside the decoupled decay of AdamW there is no L2 to share the coefficient with.
+    # The decay of AdamW is decoupled, so its elastic net would have two kinds of L2.
     ("elastic_net", "coupled", ("SGD", "Adam")),
     ("independent", "independent", ("SGD", "Adam")),
     ("cautious", "decoupled", ("SGD", "Adam")),
@@ -316,7 +316,7 @@ def test_three_parties_take_the_same_steps(decay):
     assert_same_at_every_step(ours, theirs, FLOAT64, names=("regjax", "regtorch"))
 
 
-# The same decay in the loss and as a transformation: only the distance has a factor 2.
+# The same decay in the loss and as a transformation; only L2-SP has a factor 2.
 EQUAL = [
     (
         Decay(form, "loss", base, masked=masked),
@@ -339,7 +339,7 @@ UNEQUAL = [
     (Decay("l1", "loss", "AdamW"), Decay("l1", "decoupled", "AdamW")),
     (Decay("l2_sp", "loss", "Adam"), Decay("l2_sp", "decoupled", "Adam", 2 * COEFFICIENT)),
     (Decay("l2_sp", "loss", "AdamW"), Decay("l2_sp", "decoupled", "AdamW", 2 * COEFFICIENT)),
-    # Times the learning rate: in SGD without momentum the first of these two would be equal.
+    # With the learning rate as a factor; without momentum the first pair would be equal.
     (Decay("l2", "loss", "SGD"), Decay("independent", "independent", "SGD", 0.2 * COEFFICIENT)),
     (Decay("l2", "loss", "Adam"), Decay("independent", "independent", "Adam", 0.02 * COEFFICIENT)),
     (Decay("l2", "loss", "SGD"), Decay("cautious", "decoupled", "SGD", 2 * COEFFICIENT)),
@@ -466,12 +466,12 @@ def test_layerwise_rates_agree(base):
 
 
 def test_a_wrong_depth_is_caught():
-    with pytest.raises(AssertionError, match="part at step 1 in"):
+    with pytest.raises(AssertionError, match="diverge at step 1 in"):
         assert_same_at_every_step(_layerwise_jax("Adam", 3), _layerwise_torch("Adam"), FLOAT64)
 
 
 def _term(direct: Callable[..., Any]) -> Link:
-    """A link without masks, schedules or care, for planting defects."""
+    """Return a link without masks and schedules, to plant defects."""
 
     def make(rate: Any, mask: Any) -> optax.GradientTransformation:
         reference = _nested(REFERENCE)
@@ -484,7 +484,7 @@ def _term(direct: Callable[..., Any]) -> Link:
     return make
 
 
-# What is right, and the defect in its place.
+# The correct decay, and a defect.
 PLANTED: dict[str, tuple[Decay, Link]] = {
     "sign of 0 is 1": (
         Decay("l1", "coupled", "SGD"),
@@ -550,5 +550,5 @@ def planted_in_jax() -> dict[str, Run]:
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_defect_is_caught(name):
     ours, theirs = planted_in_jax()[name], walk_torch(PLANTED[name][0])
-    with pytest.raises(AssertionError, match=r"regjax and regtorch part at step \d+ in"):
+    with pytest.raises(AssertionError, match=r"regjax and regtorch diverge at step \d+ in"):
         assert_same_at_every_step(ours, theirs, FLOAT64, names=("regjax", "regtorch"))

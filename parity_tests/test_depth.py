@@ -1,4 +1,4 @@
-"""Stochastic depth: the same bits in both frameworks, and what timm and torchvision document."""
+"""Stochastic depth: equal bits in both frameworks, as timm and torchvision document."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_forward_and_backward_agree_in_every_bit(dtype, options):
 @both_frameworks
 @each_option
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_what_timm_and_torchvision_document(framework: Framework, rate, options):
-    """A row, or the batch, times Bernoulli(keep) / keep; in timm also without the division."""
+def test_the_formula_of_timm_and_torchvision(framework: Framework, rate, options):
+    """A row or the batch is multiplied by Bernoulli(keep) / keep; timm's division is optional."""
     x = np.random.default_rng(0).normal(size=(64, 3, 2)).astype(np.float32)
     y, gradient = vjp(framework, x, np.ones_like(x), rate, **options)
     keep = framework.bernoulli(11, 1 - rate, (1 if options.get("mode") == "batch" else 64,))
@@ -51,7 +51,7 @@ def test_what_timm_and_torchvision_document(framework: Framework, rate, options)
 
 @both_frameworks
 def test_batches_are_dropped_as_often_as_rows(framework: Framework):
-    """At 5 sigma: a false alarm in 860,000 runs, and by the fixed seeds none."""
+    """A test at 5 sigma: one false alarm in 860,000 runs, and none with fixed seeds."""
     x = framework.array(np.ones((4096, 1), np.float32))
     rows = framework.numpy(framework.library.drop_path(x, 0.2, key=framework.key(0)))
     assert abs(keep_rate_z(rows != 0, 0.8)) < FIVE_SIGMA
@@ -110,7 +110,7 @@ def test_the_packed_sampler_reaches_the_scale(framework: Framework):
 
 
 @both_frameworks
-def test_a_draw_is_told(framework: Framework):
+def test_a_draw_is_observed(framework: Framework):
     drawn: list[Any] = []
     with framework.library.observing(drawn.append):
         framework.library.drop_path(

@@ -1,4 +1,4 @@
-"""Dropout of words: the same bits in both frameworks, and those of dropout of the table's rows."""
+"""Dropout of words: equal bits in both frameworks, as in dropout of the rows of the table."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def words(shape: tuple[int, ...] = (6, 11), dtype: Any = np.int32) -> np.ndarray
 
 
 def of_words(framework: Framework, ids: np.ndarray, rate: Any, weights: Any) -> Any:
-    """What enters the network: rows of the table, whole words of them dropped."""
+    """Return the rows of the table for each word, with dropout of words."""
     there = framework.array(ids)
     rows = weights[there.long() if framework is TORCH else there]
     return framework.library.embedding_dropout(rows, there, rate, key=framework.key(11))
 
 
 def of_rows(framework: Framework, ids: np.ndarray, rate: Any, weights: Any) -> Any:
-    """The same by dropout of the whole table."""
+    """Return the same by dropout of the whole table."""
     there = framework.array(ids)
     dropped = framework.library.dropout(weights, rate, key=framework.key(11), broadcast_dims=(1,))
     return dropped[there.long() if framework is TORCH else there]
@@ -48,7 +48,7 @@ def of_rows(framework: Framework, ids: np.ndarray, rate: Any, weights: Any) -> A
 
 @pytest.mark.parametrize(("dtype", "rate"), CASES, ids=str)
 def test_forward_and_backward_are_those_of_dropout_of_the_table(dtype, rate):
-    """Every bit of the result. The gradient adds up rows in an order of its own: to rounding."""
+    """Results are bitwise identical; gradients sum rows in another order and agree to rounding."""
     ids = words()
     ct = np.random.default_rng(2).normal(size=(*ids.shape, 5)).astype(dtype)
     with jax.enable_x64(dtype.itemsize == 8):
@@ -95,8 +95,8 @@ def test_ids_of_any_integer_type(framework: Framework, dtype):
 
 
 @both_frameworks
-def test_nothing_of_the_size_of_the_vocabulary_is_made(framework: Framework):
-    """Words far beyond any table, which no memory would hold a mask of."""
+def test_no_array_has_the_size_of_the_vocabulary(framework: Framework):
+    """The ids are so large that no memory could hold a mask of the table."""
     ids = np.array([2**31 - 1, 2**40 + 5, 2**62, *range(2**40 + 6, 2**40 + 40)])
     with jax.enable_x64(True):
         x = framework.array(np.ones((len(ids), 3), np.float32))
@@ -116,7 +116,7 @@ def test_a_word_is_dropped_everywhere_or_nowhere(framework: Framework):
     assert all(len(fate) == 1 for fate in fates)
     assert {True} in fates
     assert {False} in fates
-    # Planted: dropout of the places and not of the words.
+    # Planted: dropout of positions instead of words.
     z = framework.numpy(
         framework.library.dropout(x, 0.5, key=framework.key(0), broadcast_dims=(2,))
     )
@@ -124,17 +124,17 @@ def test_a_word_is_dropped_everywhere_or_nowhere(framework: Framework):
 
 
 @both_frameworks
-def test_a_changing_rate_is_that_of_the_number(framework: Framework):
+def test_a_traced_rate_gives_the_result_of_the_number(framework: Framework):
     weights = framework.array(table())
     at = framework.traced(lambda rate: of_words(framework, words(), rate, weights))
-    for rate in (0.0, 0.25, 0.5, 1.0):  # whose arithmetic is exact
+    for rate in (0.0, 0.25, 0.5, 1.0):  # their arithmetic is exact
         number = framework.numpy(of_words(framework, words(), rate, weights))
         np.testing.assert_array_equal(framework.numpy(at(np.float32(rate))), number)
     assert np.isnan(framework.numpy(at(np.float32(2)))).all()
 
 
 @both_frameworks
-def test_whoever_watches_sees_the_words(framework: Framework):
+def test_observers_receive_the_mask_of_the_words(framework: Framework):
     drawn = []
     ids = words()
     with framework.library.observing(drawn.append):
@@ -174,8 +174,8 @@ def test_wrong_arguments_are_refused(framework: Framework, ids, options, error, 
         framework.library.embedding_dropout(x, framework.array(ids), **options)
 
 
-def test_under_transforms_ids_are_taken_as_they_are():
-    """A negative one is a word of its own, the same one throughout."""
+def test_ids_are_not_checked_under_transforms():
+    """A negative id is a word of its own."""
     ids = np.array([[3, -1, -1], [-1, 3, 2]])
     x = np.ones((2, 3, 4), np.float32)
 
@@ -185,7 +185,7 @@ def test_under_transforms_ids_are_taken_as_they_are():
         )
         return framework.numpy(transform(drop)(framework.array(x), framework.array(ids)))
 
-    ours, theirs = run(JAX, jax.jit), run(TORCH, torch.func.vmap)
-    for y in (ours, theirs):
+    in_jax, in_torch = run(JAX, jax.jit), run(TORCH, torch.func.vmap)
+    for y in (in_jax, in_torch):
         assert len({tuple(row) for row in y[ids == -1]}) == 1
-    np.testing.assert_array_equal(ours[ids >= 0], theirs[ids >= 0])
+    np.testing.assert_array_equal(in_jax[ids >= 0], in_torch[ids >= 0])

@@ -1,4 +1,4 @@
-"""Dropout of channels and alpha dropout: the same bits in both frameworks."""
+"""Dropout of channels and alpha dropout: equal bits in both frameworks."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_forward_and_backward_agree_in_every_bit(name, dtype, rate):
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_fused_into_a_larger_computation(rate):
-    """Bitwise, unless arithmetic comes right before, which XLA may join with our sum."""
+def test_inside_a_larger_computation(rate):
+    """Bits are equal unless arithmetic precedes the call, which XLA may contract with its sum."""
     x, _ = inputs((7, 33, 5))
 
     def run(framework: Framework, before):
@@ -50,10 +50,12 @@ def test_fused_into_a_larger_computation(rate):
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_a_changing_rate_agrees_to_the_last_bits(rate):
-    ours, theirs = (vjp(framework, "alpha_dropout", np.float32(rate)) for framework in FRAMEWORKS)
+def test_a_traced_rate_agrees_to_the_last_bits(rate):
+    in_jax, in_torch = (
+        vjp(framework, "alpha_dropout", np.float32(rate)) for framework in FRAMEWORKS
+    )
     number = vjp(TORCH, "alpha_dropout", rate)
-    for array, twin, fixed in zip(ours, theirs, number, strict=True):
+    for array, twin, fixed in zip(in_jax, in_torch, number, strict=True):
         np.testing.assert_allclose(array, twin, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(twin, fixed, rtol=1e-6, atol=1e-6)
 
@@ -72,7 +74,7 @@ def test_channels_first_and_channels_last_draw_the_same_mask(framework: Framewor
         np.testing.assert_array_equal((first != 0).all((2, 3)), keep)
 
 
-def test_the_default_axes_are_each_framework_s_own():
+def test_default_axes_follow_the_convention_of_each_framework():
     x = np.ones((5, 8, 3, 4), np.float32)
     torch_y = TORCH.library.feature_dropout(TORCH.array(x), 0.5, key=TORCH.key(2))
     jax_y = JAX.library.feature_dropout(x.transpose(0, 2, 3, 1), 0.5, key=JAX.key(2))

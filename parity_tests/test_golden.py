@@ -1,7 +1,7 @@
-"""Golden vectors of mask stream v1: what must never change, whatever is rewritten.
+"""Golden vectors of mask stream v1, which must never change.
 
-A digest is the first half of the SHA-256 of `numpy.packbits(mask)`. All were made by the NumPy
-reference, which a test of its own checks against the published vectors of threefry.
+A digest is the first half of the SHA-256 of `numpy.packbits(mask)`. All digests were computed with
+the NumPy reference, which another test compares with the published vectors of threefry.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from parity_tests.tables import both_frameworks
 
 @dataclass(frozen=True)
 class Golden:
-    """A mask: who draws it, from what, and its digest."""
+    """The sampler of a mask, its arguments, and the digest of the mask."""
 
     sampler: str
     seed: int

@@ -1,4 +1,4 @@
-"""The same bugs in both frameworks: the same report of each, to the letter."""
+"""Checks of a training step: the same bugs give the same report in both frameworks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def model(framework: Framework, w: Any, keys: Any, *, rate: Any = 0.5, **options
 
 
 def trainer(framework: Framework, keys_of: Callable[..., Any], **options: Any) -> Step:
-    """A step of gradient descent that carries its weights; in JAX it is jitted."""
+    """Return a step of gradient descent that carries its weights, jitted in JAX."""
 
     def train_step(w: Any, step: Any) -> Any:
         keys = keys_of(framework, step)
@@ -65,7 +65,7 @@ def forgetful(framework: Framework, w: Any) -> Any:
 
 stuck = functools.partial(keys_of, stays=True)
 shared = functools.partial(keys_of, names=("one", "one"))
-# The keys of the step, the model's options, those of the check, and the problems to be found.
+# The keys of the step, the options of the model, those of the check, and the expected problems.
 CASES: dict[str, tuple[Any, ...]] = {
     "loop over layers": (keys_of, {}, {}, ["REPEATED_MASK"]),
     "allowed": (keys_of, {}, {"allow": ["layer"]}, []),
@@ -113,23 +113,23 @@ def without_advice(report: Any) -> str:
 
 @pytest.mark.parametrize(("keys_of", "options", "how", "expected"), CASES.values(), ids=CASES)
 def test_both_frameworks_report_the_same(keys_of, options, how, expected):
-    ours, theirs = (check(framework, keys_of, options, how) for framework in FRAMEWORKS)
-    assert [finding.problem.name for finding in ours.findings] == expected
-    assert ours.rows == theirs.rows
-    for here, there in zip(ours.findings, theirs.findings, strict=True):
+    in_jax, in_torch = (check(framework, keys_of, options, how) for framework in FRAMEWORKS)
+    assert [finding.problem.name for finding in in_jax.findings] == expected
+    assert in_jax.rows == in_torch.rows
+    for here, there in zip(in_jax.findings, in_torch.findings, strict=True):
         assert here.problem.value == there.problem.value
         assert here[1:] == there[1:]
-    assert without_advice(ours) == without_advice(theirs)
+    assert without_advice(in_jax) == without_advice(in_torch)
 
 
-def test_what_is_printed():
-    ours = check(JAX, *CASES["stuck"][:3])
+def test_the_printed_report():
+    in_jax = check(JAX, *CASES["stuck"][:3])
     first, last = (
         f"test_guards.py:{number}"
         for number, text in enumerate(Path(__file__).read_text().splitlines(), 1)
         if text.endswith(("  # layer", "  # last"))
     )
-    assert without_advice(ours) == "\n".join([
+    assert without_advice(in_jax) == "\n".join([
         "site   where              function         shape    rate  draws  evaluation",
         f"layer  {first}  dropout          (8, 16)  0.5   2 + 2  -",
         f"last   {last}  feature_dropout  (8, 16)  0.25  1 + 1  -",
@@ -146,12 +146,12 @@ def test_what_is_printed():
 
 
 @both_frameworks
-def test_every_problem_has_its_advice(framework: Framework):
+def test_every_problem_has_advice(framework: Framework):
     assert set(framework.library._guards.ADVICE) == set(framework.library.DropoutProblem)
 
 
 @both_frameworks
-def test_a_constant_or_total_mask_is_named(framework: Framework):
+def test_a_constant_or_total_mask_is_reported(framework: Framework):
     shape = X.shape
     masks = {
         "IGNORED_KEY": np.random.default_rng(0).random(shape) < 0.5,
@@ -166,12 +166,12 @@ def test_a_constant_or_total_mask_is_named(framework: Framework):
 
         (finding,) = framework.library.check_dropout(step).findings
         assert finding.problem.name == problem
-        # 128 fair bits: equal to given ones, or all zero, once in 2**128.
+        # 128 fair bits have given values with probability 2**-128.
         assert finding.chance == 2.0**-128
 
 
 @both_frameworks
-def test_a_rate_out_of_range_is_named(framework: Framework):
+def test_a_rate_out_of_range_is_reported(framework: Framework):
     def step(number):
         key = framework.library.site_key(framework.key(7), number, "it")
         framework.traced(lambda rate: framework.library.dropout(framework.array(X), rate, key=key))(
@@ -183,7 +183,7 @@ def test_a_rate_out_of_range_is_named(framework: Framework):
 
 
 @both_frameworks
-def test_a_loop_of_one_s_own_is_watched(framework: Framework):
+def test_a_guard_in_a_training_loop(framework: Framework):
     guard = framework.library.DropoutGuard()
     root, x = framework.key(7), framework.array(X)
 
@@ -204,7 +204,7 @@ def test_a_loop_of_one_s_own_is_watched(framework: Framework):
     for number in range(3):
         with guard.training():
             run(number)
-        run(number)  # between the blocks nobody watches
+        run(number)  # not recorded between the blocks
     with guard.evaluation():
         framework.library.dropout(x, 0.5, deterministic=True)
     (row,) = guard.report().rows
@@ -216,7 +216,7 @@ def test_a_loop_of_one_s_own_is_watched(framework: Framework):
 
 
 @both_frameworks
-def test_what_is_asked_wrongly_is_refused(framework: Framework):
+def test_wrong_arguments_are_rejected(framework: Framework):
     lib, x = framework.library, framework.array(X)
 
     def step(*carry_and_number):
@@ -241,8 +241,8 @@ def test_what_is_asked_wrongly_is_refused(framework: Framework):
     lib.check_dropout(step, x, x).raise_if_wrong()
 
 
-def test_watching_sees_the_rows_of_a_torch_vmap():
-    """Watching changes nothing: `torch.func.vmap` over keys goes on as it did."""
+def test_observers_receive_the_rows_of_a_torch_vmap():
+    """Observation does not change `torch.func.vmap` over keys."""
     jax_keys = jax.random.split(JAX.key(7), 8)
     drawn: list[Any] = []
     library = FRAMEWORKS[1].library
@@ -261,13 +261,13 @@ def once(framework: Framework, number: Any, **options: Any) -> Any:
 
 
 @both_frameworks
-def test_the_mask_that_is_applied_is_the_one_that_is_judged(framework: Framework):
-    """Of a sampler that is not pure another draw would not do."""
+def test_the_check_uses_the_mask_that_is_applied(framework: Framework):
+    """An impure sampler would return another mask in another call."""
     masks = np.random.default_rng(0)
     results, events = [], []
 
     def step(number: int) -> None:
-        # Another function for each step: JAX would compile the mask of a step into the next.
+        # A new function for each step; otherwise JAX would reuse the compiled mask.
         sampler = lambda key, keep_prob, shape, **_: framework.array(masks.random(shape) < 0.5)
         results.append(framework.numpy(once(framework, number, sampler=sampler)))
 
@@ -281,7 +281,7 @@ def test_the_mask_that_is_applied_is_the_one_that_is_judged(framework: Framework
 
 
 @both_frameworks
-def test_guards_may_be_nested_and_blocks_of_one_may_not(framework: Framework):
+def test_guards_nest_but_blocks_of_one_guard_do_not(framework: Framework):
     outer, inner = framework.library.DropoutGuard(), []
     for number in range(2):
         with outer.training():

@@ -1,4 +1,4 @@
-"""The stream: both frameworks, the NumPy reference and jax.random draw the same bits."""
+"""Mask stream v1: both frameworks, the NumPy reference and jax.random draw the same bits."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_changing_keep_prob_draws_the_same_mask(framework: Framework, keep_pro
 
 
 def test_the_smallest_uniform_and_the_smallest_probabilities():
-    """A uniform of exactly 0 is kept down to the smallest normal probability, and not below it."""
+    """A uniform of exactly 0 is kept for every normal probability, but not for a subnormal one."""
     bits = np.asarray(jax.random.bits(JAX.key(7), (4096, 4096), "uint32"))
     zeros = int(np.count_nonzero(bits >> 9 == 0))
     assert zeros > 0
@@ -89,7 +89,7 @@ def test_the_smallest_uniform_and_the_smallest_probabilities():
 
 
 def test_counters_carry_into_the_high_word():
-    """More than 2**32 elements, looked at where the low word wraps: nothing of it is allocated."""
+    """Read a mask of more than 2**32 elements where the low word wraps, without allocating it."""
     shape = (2**17, 2**16)  # 2**33 elements
     words = (jnp.uint32(1), jnp.uint32(2))
     whole = jax.jit(lambda: jax_threefry.counter_bits(words, shape)[2**16 - 1 : 2**16 + 1, ::21845])
@@ -108,7 +108,7 @@ def test_counters_carry_into_the_high_word():
 
 @pytest.mark.parametrize("shape", [(3, 2**31, 5), (5, 2**17, 2**16, 3)])
 def test_counters_of_long_axes_and_strides(shape):
-    """Strides beyond 2**32: the 64-bit product of index and stride, at corners of the array."""
+    """Read the last element of arrays with strides beyond 2**32, which need 64-bit products."""
     words = (jnp.uint32(3), jnp.uint32(4))
     corner = tuple(slice(size - 1, size) for size in shape)
     last = jax.jit(lambda: jax_threefry.counter_bits(words, shape)[corner])
@@ -152,7 +152,7 @@ def test_a_hundred_million_elements_are_the_same_in_both_wings(seed):
 
 
 def test_a_mask_can_be_read_at_any_index():
-    """As the reference has it, beyond 32 bits too, at every keep probability."""
+    """Compare single elements with the reference, including indices beyond 32 bits."""
     index = np.array(
         [0, 1, 77, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 5, *range(2**33, 2**33 + 99)]
     )

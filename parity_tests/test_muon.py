@@ -1,7 +1,7 @@
-"""Muon, whose parameters are matrices: regjax.optim and torch.optim against NumPy, at every step.
+"""Muon: regjax.optim and torch.optim agree with NumPy at every step.
 
-Torch iterates in bfloat16, where each party rounds in its own way. So every case is walked twice:
-as it is, to what bfloat16 leaves, and with float64 in its place, to 1e-12.
+Torch iterates in bfloat16, in which each implementation rounds differently. Every case therefore
+runs twice: with a bound for bfloat16, and with float64 instead of bfloat16 within 1e-12.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_three_parties_take_the_same_steps(case, dtype):
 
 @pytest.fixture
 def torch_in_float64(monkeypatch):
-    """Keep torch's Muon from rounding to bfloat16; it writes into what it rounds, hence a copy."""
+    """Make torch's Muon compute in float64; it modifies the rounded tensor, hence the copy."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
 
 
@@ -113,16 +113,16 @@ def planted_runs() -> dict[str, Run]:
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_defect_is_caught(name):
     tier, ours = Tier("float32", BFLOAT16, in_norm=True), planted_runs()[name]
-    with pytest.raises(AssertionError, match=r"regjax and torch part at step \d+ in '"):
+    with pytest.raises(AssertionError, match=r"regjax and torch diverge at step \d+ in '"):
         assert_same_at_every_step(ours, right(), tier, names=("regjax", "torch"))
 
 
 @pytest.mark.usefixtures("torch_in_float64")
 def test_optax_itself_is_caught():
-    """Its nesterov mixes otherwise: why regjax.optim has a Muon of its own."""
+    """Optax's Nesterov momentum differs, so regjax.optim has its own Muon."""
 
     def make(learning_rate, *, mask):
-        # Fed with squares only, it needs no scale by the shape, which Optax 0.2.6 contains.
+        # Square matrices need no scale by the shape, which Optax 0.2.6 does not separate.
         dimensions = lambda tree: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), tree)
         muon = optax.contrib.scale_by_muon(eps=1e-7, weight_dimension_numbers=dimensions)
         decay = optax.add_decayed_weights(0.1, mask)
@@ -132,8 +132,8 @@ def test_optax_itself_is_caught():
     problem = synthetic("float64", shapes)
     with jax.numpy_dtype_promotion("standard"):
         ours = walk_jax(MUON, problem, make)
-    # On the first step a look ahead has nothing to mix.
-    with pytest.raises(AssertionError, match="part at step 2"):
+    # At the first step both kinds of momentum are the same.
+    with pytest.raises(AssertionError, match="diverge at step 2"):
         assert_same_at_every_step(
             ours, walk_torch(MUON, problem), Tier("float64", 1e-6, in_norm=True)
         )

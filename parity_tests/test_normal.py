@@ -28,12 +28,12 @@ def draw(
 
 
 def uniforms(k: np.ndarray, bits: int) -> np.ndarray:
-    """What the k-th of 2**bits equally likely values is, as jax.random.normal has it."""
+    """Return the k-th of 2**bits equally likely values, as in jax.random.normal."""
     return k * 2.0 ** (1 - bits) - (1 - 2.0 ** -(bits + 1))
 
 
 def exact(u: np.ndarray) -> np.ndarray:
-    """The true quantiles, by way of the tails, in double."""
+    """Return the exact quantiles in double, computed from the tails."""
     return -special.ndtri((1 - np.abs(u)) / 2) * np.sign(u)
 
 
@@ -46,7 +46,7 @@ def quantiles(framework: Framework, u: np.ndarray) -> np.ndarray:
 def test_every_variate_of_float32():
     u = uniforms(np.arange(2**23), 23)
     single = u.astype(np.float32)
-    np.testing.assert_array_equal(single, u)  # all of them are float32 numbers
+    np.testing.assert_array_equal(single, u)  # all are exact in float32
     ours, theirs = (quantiles(framework, single) for framework in FRAMEWORKS)
     np.testing.assert_array_equal(words(ours), words(theirs))
     few = slice(None, None, 7)
@@ -74,7 +74,7 @@ def test_variates_of_float64():
     ("dtype", "x64"), [(d, d.itemsize == 8) for d in FLOATS] + [(FLOATS[0], True)]
 )
 def test_both_frameworks_draw_the_same_bits(dtype, x64):
-    shape = (3, 5, 8741)  # a few more than the 2**17 that PyTorch makes at a time
+    shape = (3, 5, 8741)  # a little more than the 2**17 elements that regtorch draws at a time
     with jax.enable_x64(x64):
         ours = draw(JAX, 3, shape, dtype)
         jitted = jax.jit(lambda key: regjax.normal(key, shape, dtype))(jax.random.key(3))
@@ -121,9 +121,10 @@ def test_jax_random_draws_nearly_the_same_numbers(dtype, near, far):
 
 
 def defects(sample: np.ndarray) -> list[str]:
-    """What tells a sample from normal variates: nothing, but once in about 150,000 samples.
+    """Return the tests that a sample of normal variates fails.
 
-    Nine figures at 5 sigma, and a Kolmogorov-Smirnov test at p = 1e-6.
+    Nine figures are tested at 5 sigma, and the distribution by Kolmogorov-Smirnov at p = 1e-6: a
+    false alarm in about 150,000 samples.
     """
     x = sample.astype(np.float64).ravel()
     size = x.size
@@ -132,14 +133,14 @@ def defects(sample: np.ndarray) -> list[str]:
         "variance": (np.mean(x**2) - 1) * math.sqrt(size / 2),
         "skewness": np.mean(x**3) * math.sqrt(size / 15),
         "kurtosis": (np.mean(x**4) - 3) * math.sqrt(size / 96),
-        "neighbours": np.mean(x[1:] * x[:-1]) * math.sqrt(size - 1),
+        "neighbors": np.mean(x[1:] * x[:-1]) * math.sqrt(size - 1),
     }
     for bound in (1, 2, 3, 4):
         share = math.erfc(bound / math.sqrt(2))
         excess = np.count_nonzero(np.abs(x) > bound) - size * share
         figures[f"beyond {bound}"] = excess / math.sqrt(size * share * (1 - share))
     steps = np.abs(special.ndtr(np.sort(x)) - (np.arange(size) + 0.5) / size)
-    # Kolmogorov's bound for p = 1e-6, in units that look like the others.
+    # Kolmogorov's bound for p = 1e-6, scaled to 5.
     figures["distribution"] = 5 * (steps.max() + 0.5 / size) * math.sqrt(size) / 2.694
     return [name for name, z in figures.items() if abs(z) > 5]
 
@@ -150,24 +151,24 @@ def test_the_sample_is_normal(framework: Framework):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "found"),
+    ("corrupt", "found"),
     [
         (lambda x: x + 0.01, "mean"),
         (lambda x: x * 1.01, "variance"),
         (lambda x: np.clip(x, -2.9, 2.9), "beyond 3"),
         (lambda x: np.where(x > 0, x * 1.02, x * 0.98), "skewness"),
-        (lambda x: np.repeat(x[::2], 2), "neighbours"),
+        (lambda x: np.repeat(x[::2], 2), "neighbors"),
         (lambda x: np.round(x * 20) / 20, "distribution"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_spoilt_sample_is_seen(spoil, found):
-    """The test of the test."""
-    assert found in defects(spoil(draw(TORCH, 0, (2**18,))))
+def test_a_corrupted_sample_is_detected(corrupt, found):
+    """Test of the test."""
+    assert found in defects(corrupt(draw(TORCH, 0, (2**18,))))
 
 
 @both_frameworks
-def test_what_is_refused(framework: Framework):
+def test_wrong_arguments_are_rejected(framework: Framework):
     normal, key = framework.library.normal, framework.key(0)
     integers = framework.array(np.zeros(0, np.int32)).dtype
     with pytest.raises(TypeError, match="dtype must be float16, bfloat16, float32 or float64"):

@@ -1,4 +1,4 @@
-"""Every optimizer: regjax.optim and torch.optim against NumPy, at every step."""
+"""Every optimizer: regjax.optim and torch.optim agree with NumPy at every step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_three_parties_take_the_same_steps(case, tier):
     assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
 
 
-# The penalty has the gradient 2 * c * w, weight decay adds d * w: the same where d = 2 * c.
+# The penalty has the gradient 2 * c * w, and weight decay adds d * w: equal if d = 2 * c.
 COUPLED = [
     Case("sgd", "SGD", {"lr": 0.1, "momentum": 0.9}, mask=no_bias),
     Case("adam", "Adam", {"lr": 0.01}, mask=no_bias),
@@ -86,10 +86,10 @@ SHRINKING = [
 ]
 
 
-# Without a gradient the decay is all there is: 1 - lr * wd is rounded, and then the product.
+# Without a gradient only the decay remains: 1 - lr * wd is rounded, and then the product.
 @pytest.mark.parametrize("case", SHRINKING, ids=str)
 def test_decoupled_decay_has_the_bits_of_torch(case):
-    # A matrix, which Muon asks for.
+    # Muon requires matrices.
     problem = synthetic("float32", {"a/kernel": (40, 50), "a/bias": (1, 9)}, steps=30)
     still = [{name: 0 * g for name, g in step.items()} for step in problem.gradients]
     ours, theirs = (
@@ -110,7 +110,7 @@ def test_complex_parameters(name):
     if name == "Adam":
         optimizer = optax.contrib.split_real_and_imaginary(optimizer)
     runs = [], []
-    # optax joins the parts in a way that strict promotion forbids.
+    # optax combines real and imaginary parts in a way that strict promotion forbids.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         ours = jnp.asarray(start)
         state = optimizer.init(ours)

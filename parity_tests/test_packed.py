@@ -10,7 +10,7 @@ import pytest
 
 from parity_tests import reference
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
-from parity_tests.statistics import FIVE_SIGMA, keep_rate_z, neighbour_z
+from parity_tests.statistics import FIVE_SIGMA, keep_rate_z, neighbor_z
 from parity_tests.tables import RATES, assert_same_bits, both_frameworks, inputs, vjp
 
 EACH_ITS_OWN = [(), (0,), (4096,), (100, 77), (32, 32), (64, 31)]
@@ -72,10 +72,10 @@ def packed(framework: Framework, shape, bits, keep_prob):
 @pytest.mark.parametrize("shape", [(1024, 512), (16, 64, 128)], ids=str)
 def test_packed_masks_are_fair(framework: Framework, keep_prob, shape):
     mask = draw(framework, 1, keep_prob, shape)
-    realised = round(keep_prob * 2**16) / 2**16
-    assert abs(keep_rate_z(mask, realised)) < FIVE_SIGMA
+    realized = round(keep_prob * 2**16) / 2**16
+    assert abs(keep_rate_z(mask, realized)) < FIVE_SIGMA
     for axis in range(len(shape)):
-        assert abs(neighbour_z(mask, realised, axis)) < FIVE_SIGMA
+        assert abs(neighbor_z(mask, realized, axis)) < FIVE_SIGMA
 
 
 @both_frameworks
@@ -84,8 +84,8 @@ def test_dropout_scales_by_what_is_really_kept(framework: Framework, bits):
     x = np.ones((256, 64), np.float32)
     sampler = functools.partial(framework.library.packed_bernoulli, bits=bits)
     y = framework.dropout(x, 0.3, sampler=sampler)
-    realised = np.float32(round(0.7 * 2**bits) / 2**bits)
-    assert set(np.unique(y)) == {0.0, np.float32(1) / realised}
+    realized = np.float32(round(0.7 * 2**bits) / 2**bits)
+    assert set(np.unique(y)) == {0.0, np.float32(1) / realized}
     np.testing.assert_array_equal(y != 0, draw(framework, 0, 0.7, x.shape, bits=bits))
 
 

@@ -1,4 +1,4 @@
-"""One mask for all timesteps: of inputs, and of the state inside the recurrence."""
+"""One mask for all timesteps, of inputs and of the state inside a recurrence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ XS = np.random.default_rng(0).normal(size=(TIME, BATCH, FEATURES))
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("axis", [0, 1, -2])
 def test_the_mask_is_that_of_dropout_shared_along_time(axis, rate):
-    """Forward and backward, bit for bit in both frameworks."""
+    """Results and gradients are bitwise identical in both frameworks."""
     x, ct = (np.random.default_rng(i).normal(size=(5, 6, 7)).astype(np.float32) for i in range(2))
     shared = (axis % 3,)
     results = []
@@ -65,7 +65,7 @@ def test_the_corners_are_those_of_dropout(framework: Framework):
 def torch_states(
     cell: torch.nn.Module, xs: torch.Tensor, rate: float, keys: list[torch.Tensor]
 ) -> torch.Tensor:
-    """A loop over a cell, whose hidden state is dropped with the key of each step."""
+    """Loop over a cell, with dropout of the hidden state by the key of each step."""
     h, c = (xs.new_zeros(xs.shape[1], HIDDEN) for _ in range(2))
     states = []
     for x, key in zip(xs, keys, strict=True):
@@ -74,8 +74,8 @@ def torch_states(
     return torch.stack(states)
 
 
-def test_the_state_of_a_recurrence_is_dropped_alike_in_both_frameworks():
-    """States and gradients at 1e-12 in norm; every step draws one mask."""
+def test_dropout_of_the_state_of_a_recurrence_agrees():
+    """States and gradients agree within 1e-12 in norm; every step has the same mask."""
     torch.manual_seed(0)
     cell = torch.nn.LSTMCell(FEATURES, HIDDEN).double()
     drawn: dict[str, list[Any]] = {"jax": [], "torch": []}
@@ -102,14 +102,14 @@ def test_the_state_of_a_recurrence_is_dropped_alike_in_both_frameworks():
     assert all((mask == masks[0]).all() for mask in masks)
     assert masks[0].shape == (BATCH, HIDDEN)
     assert 0 < masks[0].sum() < masks[0].size
-    # Planted: a key for each step, which is another network.
+    # Planted: another key for each step.
     apart = torch_states(cell, to_torch(XS), 0.4, list(regtorch.split(TORCH.key(5), TIME)))
     with pytest.raises(AssertionError):
         assert_close(ours, apart)
 
 
-def test_a_gru_in_a_loop_is_dropped_alike():
-    """By the recipe of a cell that knows nothing of dropout, against JAX's scan."""
+def test_dropout_of_the_state_of_a_gru_agrees():
+    """Compare a loop over PyTorch's cell, which has no dropout, with a scan in JAX."""
     torch.manual_seed(0)
     cell = torch.nn.GRUCell(FEATURES, HIDDEN).double()
     h, key = torch.zeros(BATCH, HIDDEN, dtype=torch.float64), TORCH.key(1)
@@ -150,13 +150,13 @@ def a_keras_lstm(keras: Any, rate: float, recurrent_rate: float, units: int = HI
 
 
 @pytest.mark.slow
-def test_keras_with_our_masks_is_our_scan(keras, monkeypatch):
-    """`dropout` and `recurrent_dropout` of Keras, at 1e-6: one mask a gate, for all timesteps."""
+def test_keras_with_masks_of_regjax_is_a_scan_of_regjax(keras, monkeypatch):
+    """Keras' `dropout` and `recurrent_dropout` have one mask per gate for all timesteps."""
     keys = jax.random.split(JAX.key(9), 8)
     made = []
 
     def ours(cell, x, rate):
-        """Of the input first, then of the state: a mask for each of the four gates."""
+        """Return a mask for each of the four gates, first of the input, then of the state."""
         of = keys[4 * len(made) : 4 * len(made) + 4]
         made.append(rate)
         return [regjax.dropout(jnp.ones(x.shape), rate, key=key) for key in of]
@@ -190,8 +190,8 @@ def test_keras_with_our_masks_is_our_scan(keras, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_masks_of_keras_have_our_statistics(keras):
-    """Its own: constant in time, of the same scale, and of the same rate in 5 sigma, p < 6e-7."""
+def test_masks_of_keras_have_the_same_statistics(keras):
+    """Masks of Keras are constant over time, with the same scale, and rate within 5 sigma."""
     rows, rate, seen = 500, 0.3, []
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         layer = a_keras_lstm(keras, rate, rate, units=8)

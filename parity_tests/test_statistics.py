@@ -1,7 +1,7 @@
-"""What dropout promises about its masks: keep rate, mean, variance, independence, at 5 sigma.
+"""Statistics of masks: keep rate, mean, variance and independence, at 5 sigma.
 
-Each figure is off by more than 5 sigma once in 1.7 million; the 200 or so below would raise a false
-alarm in one of 8,000 suites, and having fixed seeds, they do not: a pass here is a pass for ever.
+A figure exceeds 5 sigma with probability 6e-7. The about 200 figures of these tests would raise a
+false alarm in one of 8,000 runs with random seeds; the seeds are fixed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KEY = (0, 20)
 
 
 def inputs(shape: tuple[int, ...]) -> np.ndarray:
-    """Values above 0.1: a zero in the output means dropped, and a wrong scale moves the mean."""
+    """Return values above 0.1, so that zeros of the output are dropped elements."""
     return (0.1 + np.abs(np.random.default_rng(1).normal(size=shape))).astype(np.float32)
 
 
@@ -72,7 +72,7 @@ PLANTED = {
     scaled_by_rate: "mean",
     not_scaled: "mean",
     rate_taken_for_keep_prob: "keep rate",
-    one_mask_for_two_elements: "neighbours along axis 1",
+    one_mask_for_two_elements: "neighbors along axis 1",
 }
 
 
@@ -80,7 +80,7 @@ PLANTED = {
     ("planted", "figure"), PLANTED.items(), ids=lambda value: getattr(value, "__name__", None)
 )
 def test_a_planted_error_is_caught_by_name(planted, figure):
-    """The test of the tests: the same check, on functions that are wrong."""
+    """Test of the tests: the same check of wrong functions."""
     x = inputs((128, 128))
     assert_fair(lambda x, rate: reference.dropout(x, rate, KEY), x, 0.3)
     with pytest.raises(AssertionError, match=figure):
@@ -88,7 +88,7 @@ def test_a_planted_error_is_caught_by_name(planted, figure):
 
 
 def test_at_rate_one_half_the_variance_is_exact():
-    """Where each element's share is certain, any other scale is infinitely many sigmas off."""
+    """Each element's contribution is constant, so another scale has an infinite z-score."""
     x = inputs((128, 128))
     assert dropout_z(lambda x, rate: reference.dropout(x, rate, KEY), x, 0.5)["variance"] == 0
     assert dropout_z(not_scaled, x, 0.5)["variance"] == -np.inf

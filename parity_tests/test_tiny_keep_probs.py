@@ -1,4 +1,4 @@
-"""Keep probabilities near the resolution of a mask, 2**-23: the mean stays that of the input."""
+"""Keep probabilities near the resolution of a mask, 2**-23, preserve the mean of the input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RATES = [1 - 1e-10, 1 - 1.5 * 2**-23, 1 - 1e-5, 0.9999, 0.9]
 
 
 def attend(library, block_size):
-    """Two rows, each of which attends to one key."""
+    """Return attention of two rows, each of which has one key."""
 
     def call(x, rate, key):
         query = x.reshape(2, 1, 1, 2)
@@ -28,7 +28,7 @@ def attend(library, block_size):
 
 
 def family(framework: Framework):
-    """Functions of x, of shape (2, 2), whose two results depend on elements 0 and 1 of the mask."""
+    """Return functions of x (2, 2) whose two results depend on elements 0 and 1 of the mask."""
     library, ids = framework.library, framework.array(np.arange(2))
     shared = {"broadcast_dims": (1,)}
     return {
@@ -59,13 +59,13 @@ IDS = [f"{framework}-{name}" for framework, name, _ in CASES]
 
 
 @pytest.mark.parametrize(("framework", "name", "function"), CASES, ids=IDS)
-def test_the_mean_is_that_of_the_input(framework: Framework, name, function):
-    """Element 0 is kept, element 1 is not: weighed by their probabilities they give the mean."""
+def test_the_mean_is_preserved(framework: Framework, name, function):
+    """Element 0 is kept and element 1 dropped; weighted by probability, they give the mean."""
     value = 0.0 if "alpha" in name else 1.0  # the mean that alpha dropout preserves
     x = framework.array(np.full((2, 2), value, np.float32))
     at_number = functools.partial(function, x, key=framework.key(LUCKY))
     at_tracer = framework.traced(at_number)
-    # One program takes every traced rate, while each number makes its own.
+    # One program serves all traced rates, while each number needs its own.
     numbers = [(at_number, rate) for rate in RATES[:2]]
     for drop, rate in numbers + [(at_tracer, np.float32(rate)) for rate in RATES]:
         p = math.ceil(float(np.float32(1 - rate)) * 2**23) / 2**23

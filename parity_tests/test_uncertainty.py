@@ -1,4 +1,4 @@
-"""Monte Carlo dropout: the same passes in both frameworks, and NumPy's statistics of them."""
+"""Monte Carlo dropout: the same passes and statistics in both frameworks and NumPy."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from parity_tests.tables import both_frameworks
 KINDS = ("logits", "probabilities", "values")
 FIELDS = ("mean", "std", "entropy", "expected_entropy", "mutual_information", "samples")
 SAMPLES = 13
-# Of the largest entry. In float32 the product of matrices rounds differently in each framework.
+# Relative to the largest entry. In float32 matrix products round differently in each framework.
 BOUNDS = {np.dtype(np.float64): 1e-12, np.dtype(np.float32): 2e-6}
 
 
 def sizes(dtype: np.dtype) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Images and the weights, biases and running averages of a network that normalises."""
+    """Return images, and the weights, biases and running averages of a network."""
     rng = np.random.default_rng(0)
     shapes = {"w0": (6, 16), "b0": (16,), "mean": (16,), "w1": (16, 4), "b1": (4,)}
     params = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
@@ -33,7 +33,7 @@ def sizes(dtype: np.dtype) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def in_jax(params: Any, x: Any, *, key: Any, kind: str, shared: bool = False) -> Any:
-    """The network with running averages, and dropout before the norm and after it."""
+    """Apply the network with running averages, and dropout before and after the norm."""
     root = jax.random.key(0) if shared else key
     y = x @ params["w0"] + params["b0"][None]
     y = regjax.dropout(y, 0.3, key=regjax.site_key(root, 0, "1"))
@@ -44,7 +44,7 @@ def in_jax(params: Any, x: Any, *, key: Any, kind: str, shared: bool = False) ->
 
 
 def in_torch(params: dict[str, np.ndarray], kind: str) -> torch.nn.Module:
-    """The same network as a model in training mode."""
+    """Return the same network as a model in training mode."""
     model = torch.nn.Sequential(
         torch.nn.Linear(6, 16),
         torch.nn.Dropout(0.3),
@@ -63,7 +63,7 @@ def in_torch(params: dict[str, np.ndarray], kind: str) -> torch.nn.Module:
 
 
 def predictions(dtype: np.dtype, kind: str, chunk_size: int | None) -> tuple[Any, Any]:
-    """What both frameworks say, fields as NumPy arrays."""
+    """Return the predictions of both frameworks, as NumPy arrays."""
     x, params = sizes(dtype)
     options = {"outputs": kind, "samples": SAMPLES, "keep_samples": True}
     predict = functools.partial(in_jax, kind=kind)
@@ -79,7 +79,7 @@ def as_numpy(framework: Framework, prediction: Any) -> dict[str, np.ndarray | No
 
 
 def in_numpy(samples: np.ndarray, kind: str) -> dict[str, np.ndarray | None]:
-    """The reference: NumPy in double, all passes at once."""
+    """Return the reference, computed in double from all passes."""
     y = samples.astype(np.float64)
     if kind == "logits":
         y = np.exp(y - y.max(-1, keepdims=True))
@@ -109,7 +109,7 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], bound: float) -> No
 )
 def test_the_frameworks_agree_with_each_other_and_with_numpy(kind, dtype):
     with jax.enable_x64(dtype.itemsize == 8):
-        # 13 passes in chunks of 4: one pass and three chunks.
+        # 13 passes in chunks of 4 are three chunks and one pass.
         for chunk_size in (4, None) if kind == "logits" else (4,):
             ours, theirs = predictions(dtype, kind, chunk_size)
             assert ours["std"].max() > 0.1
@@ -122,7 +122,7 @@ def shares_one_key(params: Any, x: Any, *, key: Any) -> Any:
     return in_jax(params, x, key=key, kind="logits", shared=True)
 
 
-def test_passes_that_share_a_key_are_found():
+def test_passes_that_share_a_key_are_an_error():
     x, params = sizes(np.dtype(np.float32))
     with pytest.raises(ValueError, match=r"^predict must depend on its key"):
         regjax.mc_dropout(shares_one_key, params, x, key=JAX.key(7), outputs="logits")
@@ -131,8 +131,8 @@ def test_passes_that_share_a_key_are_found():
         regtorch.mc_dropout(fixed, TORCH.array(x), key=TORCH.key(0), outputs="values")
 
 
-def test_a_norm_in_training_mode_would_be_seen():
-    """The test of the tests above: statistics of the batch make another prediction."""
+def test_a_norm_in_training_mode_gives_another_prediction():
+    """Test of the previous tests, which would detect statistics of the batch."""
     x, params = sizes(np.dtype(np.float32))
     model, options = in_torch(params, "logits"), {"key": TORCH.key(7), "outputs": "logits"}
     right = regtorch.mc_dropout(model, TORCH.array(x), **options)
@@ -148,7 +148,7 @@ def test_a_norm_in_training_mode_would_be_seen():
 def noise(
     framework: Framework, shape: tuple[int, ...], scale: float = 1.0, shift: float = 0.0
 ) -> Any:
-    """A pass that is nothing but a mask: 0 and 2, scaled and shifted."""
+    """Return a pass whose output is a mask with values 0 and 2, scaled and shifted."""
     ones = np.ones(shape, np.float32)
     return lambda *, key: (
         framework.library.dropout(framework.array(ones), 0.5, key=key) * scale + shift
@@ -160,7 +160,7 @@ def run(framework: Framework, predict: Any, **options: Any) -> Any:
     return framework.library.mc_dropout(predict, **options)
 
 
-def test_the_masks_are_the_same_bits_for_any_chunks_and_any_number_of_passes():
+def test_masks_do_not_depend_on_chunks_or_the_number_of_passes():
     keys = [regtorch.site_key(TORCH.key(3), i, "mc_dropout") for i in range(10)]
     masks = np.stack([2.0 * TORCH.numpy(regtorch.bernoulli(key, 0.5, (4, 9))) for key in keys])
     torch_samples = run(TORCH, noise(TORCH, (4, 9)), keep_samples=True).samples
@@ -171,8 +171,8 @@ def test_the_masks_are_the_same_bits_for_any_chunks_and_any_number_of_passes():
 
 
 @both_frameworks
-def test_the_deviation_of_nearly_equal_values_keeps_its_digits(framework: Framework):
-    """In float32: at 1,000 apart by 1e-3, where a sum of squares would lose every digit."""
+def test_the_deviation_of_nearly_equal_values_is_accurate(framework: Framework):
+    """Values near 1,000 that differ by 1e-3; a sum of squares in float32 would lose all digits."""
     scale, shift, n = 2.0**-11, 1000.0, 500
     y = run(framework, noise(framework, (50,), scale, shift), samples=n, keep_samples=True)
     exact = framework.numpy(y.samples).astype(np.float64)
@@ -197,8 +197,8 @@ def test_half_types_are_summed_in_single(framework: Framework):
 
 
 @both_frameworks
-def test_certain_and_uncertain(framework: Framework):
-    """Passes that agree have no mutual information; passes that contradict have nothing else."""
+def test_mutual_information_of_passes_that_disagree(framework: Framework):
+    """The entropy of passes that contradict each other is mutual information alone."""
 
     def contradict(*, key: Any) -> Any:
         one = noise(framework, (200, 1), 500.0)(key=key)
@@ -208,7 +208,7 @@ def test_certain_and_uncertain(framework: Framework):
     y = run(framework, contradict, outputs="logits", samples=64)
     np.testing.assert_allclose(framework.numpy(y.expected_entropy), 0, atol=1e-6)
     np.testing.assert_array_equal(framework.numpy(y.mutual_information), framework.numpy(y.entropy))
-    # Of 64 fair coins fewer than 12 fall on one side once in 3e7 times; this for each of 200.
+    # Fewer than 12 of 64 fair coins show one side with probability 3e-8, here for each of 200.
     assert framework.numpy(y.entropy).min() > -(12 / 64) * np.log(12 / 64) - (52 / 64) * np.log(
         52 / 64
     )
@@ -219,7 +219,7 @@ def test_certain_and_uncertain(framework: Framework):
 
 @both_frameworks
 @pytest.mark.parametrize("axis", [1, -3])
-def test_the_classes_may_lie_along_any_axis(framework: Framework, axis):
+def test_classes_may_be_any_axis(framework: Framework, axis):
     y = run(framework, noise(framework, (2, 4, 3, 5)), outputs="logits", class_axis=axis)
     assert y.mean.shape == (2, 4, 3, 5)
     assert y.entropy.shape == (2, 3, 5)
@@ -243,7 +243,7 @@ CORNERS = [
 @pytest.mark.parametrize(
     ("options", "error", "message"), CORNERS, ids=[message for *_, message in CORNERS]
 )
-def test_what_is_wrong_is_refused(framework: Framework, options, error, message):
+def test_wrong_arguments_are_rejected(framework: Framework, options, error, message):
     if options.get("key") == "batch":
         split = jax.random.split if framework is JAX else regtorch.split
         options = {"key": split(framework.key(0), 3)}
@@ -271,7 +271,7 @@ def test_a_pass_returns_one_floating_array(framework: Framework, make):
 
 
 @both_frameworks
-def test_probabilities_that_are_negative_are_refused(framework: Framework):
+def test_negative_probabilities_are_rejected(framework: Framework):
     def negative(*, key: Any) -> Any:
         y = noise(framework, (2, 1))(key=key)
         pair = (y, 1 - y)
@@ -283,7 +283,7 @@ def test_probabilities_that_are_negative_are_refused(framework: Framework):
 
 @both_frameworks
 def test_mutual_information_is_never_negative(framework: Framework):
-    """Passes that hardly differ: the difference of the entropies is rounding, of either sign."""
+    """For nearly equal passes the difference of entropies is rounding, of either sign."""
     x = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
     x, small = framework.array(x), framework.array(np.full((500, 4), 1e-6, np.float32))
 
@@ -298,7 +298,7 @@ def test_mutual_information_is_never_negative(framework: Framework):
     assert mutual.min() == 0
 
 
-# How `dropout` ends up with the key of a pass, and whether the outputs then depend on it.
+# Uses of the key of a pass, and whether the outputs depend on it.
 KEY_USES = {
     "dropped": (lambda framework, x, key: framework.library.dropout(x, 0.5, key=key), True),
     "site": (
@@ -324,7 +324,7 @@ KEY_USES = {
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize(("use", "depends"), KEY_USES.values(), ids=KEY_USES)
 @both_frameworks
-def test_a_predict_that_ignores_its_key_is_refused(framework: Framework, use, depends, samples):
+def test_a_predict_that_ignores_its_key_is_rejected(framework: Framework, use, depends, samples):
     def predict(x, *, key):
         return use(framework, x, key)
 

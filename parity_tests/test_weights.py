@@ -28,7 +28,7 @@ KERNELS = {"dense/kernel", "cells/0/kernel"}
 
 
 def a_tree(framework: Framework) -> Any:
-    """The same weights as each framework names them."""
+    """Return the same weights, with the names of each framework."""
     rng = np.random.default_rng(0)
     flat = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
     if framework is TORCH:
@@ -51,7 +51,7 @@ def flat(framework: Framework, tree: Any) -> dict[str, Any]:
 
 @both_frameworks
 @pytest.mark.parametrize("name", ["bernoulli", "packed_bernoulli"])
-def test_kernels_are_dropped_by_name_and_nothing_else(framework: Framework, name):
+def test_only_kernels_are_dropped(framework: Framework, name):
     weights = a_tree(framework)
     key, sampler = framework.key(3), getattr(framework.library, name)
     dropped = flat(
@@ -69,20 +69,20 @@ def test_kernels_are_dropped_by_name_and_nothing_else(framework: Framework, name
 
 @pytest.mark.parametrize("rule", ["default", "**", "cells/**", [("bias", True), ("**", False)]])
 def test_both_frameworks_drop_the_same_weights(rule):
-    ours, theirs = (
+    in_jax, in_torch = (
         flat(
             framework,
             framework.library.drop_connect(a_tree(framework), 0.3, key=framework.key(3), rule=rule),
         )
         for framework in FRAMEWORKS
     )
-    assert ours.keys() == theirs.keys()
-    for path, leaf in ours.items():
-        np.testing.assert_array_equal(np.asarray(leaf), from_torch(theirs[path]))
+    assert in_jax.keys() == in_torch.keys()
+    for path, leaf in in_jax.items():
+        np.testing.assert_array_equal(np.asarray(leaf), from_torch(in_torch[path]))
 
 
 @both_frameworks
-def test_one_array_is_dropped_as_by_dropout(framework: Framework):
+def test_a_single_array_is_dropped_as_by_dropout(framework: Framework):
     kernel = framework.array(np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
     y = framework.library.drop_connect(kernel, 0.3, key=framework.key(3))
     expected = framework.library.dropout(kernel, 0.3, key=framework.key(3))
@@ -110,7 +110,7 @@ def test_the_corners_are_those_of_dropout(framework: Framework):
     ("options", "error", "message"),
     [
         ({"rule": "decoder/**"}, ValueError, "rule must .* got 'decoder/.*matches none"),
-        ({"rule": [("**", False)]}, ValueError, "rule must select a .* to drop"),
+        ({"rule": [("**", False)]}, ValueError, "weights must have a .* selects; got none"),
         ({"rule": [("**", 0.5)]}, TypeError, "rule must return True or False"),
         ({"rate": 1.5}, ValueError, r"rate must lie in \[0, 1\]; got 1\.5"),
         ({"key": None}, ValueError, "key must be a random key in training"),
@@ -124,22 +124,22 @@ def test_wrong_arguments_are_refused(framework: Framework, options, error, messa
 
 
 @both_frameworks
-def test_a_weight_of_which_nothing_is_known_is_not_dropped_in_silence(framework: Framework):
+def test_a_weight_of_unknown_kind_is_an_error(framework: Framework):
     weights = {"mystery": framework.array(np.ones((2, 2), np.float32))}
     with pytest.raises(ValueError, match="rule must have a pair for 'mystery'"):
         framework.library.drop_connect(weights, 0.5, key=framework.key(0))
 
 
 def test_a_mask_for_each_example():
-    """`vmap` over keys: row i is that of its own kernel."""
+    """With `vmap` over keys, each row has its own kernel."""
     x, kernel = (np.random.default_rng(i).normal(size=(4, 6)).astype(np.float32) for i in range(2))
     keys = jax.random.split(JAX.key(0), 4)
     row = lambda x, key: (x[None] * regjax.drop_connect(kernel, 0.5, key=key)).sum()
-    ours = np.asarray(jax.vmap(row)(jnp.asarray(x), keys))
+    in_jax = np.asarray(jax.vmap(row)(jnp.asarray(x), keys))
     row = lambda x, key: (x * regtorch.drop_connect(to_torch(kernel), 0.5, key=key)).sum()
-    theirs = torch.func.vmap(row)(to_torch(x), regtorch.split(TORCH.key(0), 4))
-    np.testing.assert_allclose(ours, from_torch(theirs), rtol=1e-5)
-    assert len(np.unique(ours)) == 4
+    in_torch = torch.func.vmap(row)(to_torch(x), regtorch.split(TORCH.key(0), 4))
+    np.testing.assert_allclose(in_jax, from_torch(in_torch), rtol=1e-5)
+    assert len(np.unique(in_jax)) == 4
 
 
 MODULES = {
@@ -156,13 +156,13 @@ def linear(weights: Any, xs: Any) -> Any:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_training_with_a_wrapped_module_is_that_of_the_tree(name):
-    """Five steps of SGD: states, losses and gradients of both frameworks at 1e-12 in norm each."""
+    """Compare states and gradients within 1e-12 in norm over five steps of SGD."""
     make, rule = MODULES[name]
     torch.manual_seed(0)
     layer = regtorch.nn.DropConnect(make().double(), 0.4, rule=rule)
     apply = linear if name == "linear" else lstm
     with jax.enable_x64(True):
-        # A copy: the steps below write into the memory of the parameters.
+        # A copy, since the steps modify the parameters in place.
         weights = {n: jnp.array(from_torch(p)) for n, p in layer.module.named_parameters()}
 
         @jax.jit

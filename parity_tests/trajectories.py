@@ -75,10 +75,10 @@ class Problem:
 def synthetic(
     dtype: str, shapes: Mapping[str, tuple[int, ...]] = SMALL, steps: int = 100
 ) -> Problem:
-    """Make parameters, and gradients that depend on nothing.
+    """Return random parameters, and random gradients that do not depend on them.
 
-    The gradients shrink over time, by a factor of 20 in all, so that the largest second moment is
-    not the last one. Their sizes differ between parameters, and about every fifth element is 0 in a
+    The gradients shrink by a factor of 20 over the run, so that the largest second moment is not
+    the last one. Their sizes differ between parameters, and about every fifth element is 0 in a
     step. `shapes` are by name, `layer/kind`.
 
     Example:
@@ -166,7 +166,7 @@ def walk_jax(
     """Return the parameters by name after each step of `regjax.optim`.
 
     A mask becomes a tree of bools, and a schedule one of optax; in float64 the run enables x64.
-    `make` is another function that makes the optimizer, for the tests of the tests.
+    `make` replaces the constructor of the optimizer, for the tests of the tests.
 
     Example:
         >>> run = walk_jax(Case("plain", "SGD", {"lr": 0.1}), synthetic("float32"))
@@ -244,7 +244,7 @@ WALKS = {"numpy": walk_numpy, "jax": walk_jax, "torch": walk_torch}
 
 
 def _halving(learning_rate: float, half_life: int, steps: int) -> optax.Schedule:
-    # A table, computed as in torch: a power in float32 would be off in its last digit.
+    # A table, computed as in torch: a power in float32 would differ in the last digit.
     table = np.array([learning_rate * 0.5 ** (step / half_life) for step in range(steps)])
     return lambda count: jnp.asarray(table, float)[count]
 

@@ -58,7 +58,6 @@ class DividedMask:
     def __call__(
         self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Float[Array, "*shape"], Bool[Array, "*mask"]]:
-        """Draw the mask and divide."""
         # No guard_rate: a traced rate may be a product, which XLA contracts with the subtraction
         # from 1 as in the originals, if nothing else needs the product. So the range of the
         # difference is checked, which makes a rate from -2**-24 to 0 count as 0.
@@ -81,7 +80,6 @@ class _FlaxSampler(ExactSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draw a mask."""
         if _is_default(key) and at_most(math.prod(shape), _LARGEST_FUSED):
             if key.dtype == jnp.uint32:  # raw threefry key; threefry may not be the default
                 key = jax.random.wrap_key_data(key, impl="threefry2x32")
@@ -99,7 +97,6 @@ class _ComparingSampler(ExactSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draw a mask."""
         return uniform(key, shape, out_sharding=out_sharding) < keep_prob
 
 

@@ -148,5 +148,5 @@ def check_coefficient(name: str, value: Any, *, fix: str, below: float = math.in
     except TypeError:  # it is traced
         return
     if not 0.0 <= number < below:
-        wanted = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
-        raise ValueError(f"{name} must be {wanted}; got {value}. {fix}")
+        wanted = "be finite and not negative" if below == math.inf else f"lie in [0, {below:g})"
+        raise ValueError(f"{name} must {wanted}; got {value}. {fix}")

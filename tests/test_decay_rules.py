@@ -1,4 +1,4 @@
-"""The language of rules, on parameters of no framework: `test_rules.py` has the trees of each."""
+"""Decay rules for parameters without a framework; `test_rules.py` tests trees of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FROZEN = [parameter._replace(frozen=True) for parameter in PARAMETERS]
 TIED = _parameter("head/w", "embed/w")
 SIX = [_parameter(f"x{i}") for i in range(6)]
 
-# The name of a parameter, what is known of its module, and what the default rule takes it for.
+# The name of a parameter, its module, and the kind that the default rule infers.
 RECIPES: list[tuple[str, dict[str, Any], str]] = [
     ("bias", {}, "bias"),
     ("in_proj_bias", {"kind": "norm"}, "bias"),
@@ -55,7 +55,7 @@ RECIPES: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), RECIPES)
-def test_what_the_default_rule_takes_a_parameter_for(name, options, expected):
+def test_the_kind_that_the_default_rule_infers(name, options, expected):
     rate = 0.5 if expected == "kernel" else 0.0
     assert rates([_parameter(name, **options)], 0.5, "default") == [(rate, expected)]
 
@@ -70,7 +70,7 @@ def test_what_the_default_rule_takes_a_parameter_for(name, options, expected):
         ("w", {"kind": "embedding"}),
     ],
 )
-def test_the_default_rule_asks_where_it_cannot_tell(name, options):
+def test_the_default_rule_raises_for_unknown_kinds(name, options):
     with pytest.raises(ValueError, match=f"must have a pair for '{name}' .*\\('{name}', False\\)"):
         bools([_parameter(name, **options)], "default")
 
@@ -112,7 +112,7 @@ def test_the_kind_of_a_class_is_that_of_its_bases():
     assert kind_of_class(type("PatchEmbedding", (), {})) == ("embedding", False)
 
 
-# What each of PARAMETERS gets from a rule at a weight decay of 0.5, and why.
+# The rate and the deciding rule of each of PARAMETERS at a weight decay of 0.5.
 RULES: dict[str, tuple[Any, list[tuple[float, str]]]] = {
     "glob": ("kernel", [(0.5, "kernel"), (0.0, "**"), (0.5, "kernel"), (0.0, "**")]),
     "default": ("default", [(0.5, "kernel"), (0.0, "bias"), (0.5, "kernel"), (0.0, "bias")]),
@@ -146,7 +146,7 @@ def test_rates(rule, expected):
     assert rates(half, 0.5, rule) == [*expected[:2], (0.0, "frozen"), (0.0, "frozen")]
 
 
-def test_no_parameters_need_no_pairs():
+def test_empty_parameters_with_pairs():
     assert rates([], 0.5, "kernel") == bools([], "kernel") == []
 
 
@@ -164,7 +164,7 @@ def test_tied_parameters():
     for pattern in ("head/*", "embed/*"):
         assert bools([TIED], [(pattern, True), ("**", False)]) == [True]
     assert bools([TIED], lambda path, leaf, kind: True) == [True]
-    # Tied to an embedding, an output layer is an embedding.
+    # An output layer that is tied to an embedding is an embedding.
     places = (Place("head/w", "w", "linear", True), Place("embed/w", "w", "embedding", True))
     for order in (places, places[::-1]):
         assert rates([TIED._replace(places=order)], 0.5, "default") == [(0.0, "embedding")]
@@ -211,12 +211,12 @@ def _says(answer):
         ),
     ],
 )
-def test_bad_rules_are_refused(rule, error, message):
+def test_wrong_rules_are_rejected(rule, error, message):
     with pytest.raises(error, match=re.escape(message)):
         rates(PARAMETERS, 0.5, rule)
 
 
-def test_a_tied_parameter_is_called_as_in_its_first_place():
+def test_a_tied_parameter_has_the_name_of_its_first_occurrence():
     with pytest.raises(ValueError, match=r"pair for 'a/x' \[2, 3\];.*Pass \[\('a/x', False\)"):
         bools([_parameter("a/x", "a/y")], "default")
 
@@ -224,6 +224,6 @@ def test_a_tied_parameter_is_called_as_in_its_first_place():
 @pytest.mark.parametrize(
     ("count", "end"), [(5, "'x3' [2, 3], 'x4' [2, 3]"), (6, "'x4' [2, 3], ... (6 in all)")]
 )
-def test_long_lists_are_cut(count, end):
+def test_long_lists_are_truncated(count, end):
     with pytest.raises(ValueError, match=re.escape(end) + r"\.$"):
         bools(SIX[:count], "y")

@@ -1,4 +1,4 @@
-"""The parts of dropout in small, in both packages: what `make mutants` runs first on them."""
+"""Unit tests of the parts of dropout, in both packages; `make mutants` runs them first."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def dtype_of(framework: Framework, dtype):
 
 
 @both_frameworks
-def test_which_values_are_flags(framework: Framework):
+def test_flags(framework: Framework):
     check = module(framework).check_flag
     for flag in (True, False):
         assert check(flag) is flag
@@ -52,7 +52,7 @@ def test_which_values_are_flags(framework: Framework):
 
 
 @both_frameworks
-def test_which_dimensions_share_a_mask(framework: Framework):
+def test_dimensions_that_share_a_mask(framework: Framework):
     check = module(framework).check_dims
     for dims, ndim, expected in [((), 0, ()), ((2, 0), 3, (0, 2)), ((1,), 2, (1,))]:
         assert check(dims, ndim) == expected
@@ -72,7 +72,7 @@ def test_an_axis_counts_from_either_end(framework: Framework):
 
 
 @both_frameworks
-def test_which_arrays_are_dropped_from(framework: Framework):
+def test_arrays_that_dropout_accepts(framework: Framework):
     inexact, real = module(framework).check_inexact, module(framework).check_real
     for dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
         x = framework.array(np.ones(2, dtype))
@@ -104,7 +104,7 @@ def test_the_scale_is_rounded_once(framework: Framework, rate):
 
 
 @both_frameworks
-def test_where_nothing_is_kept_the_scale_is_0(framework: Framework):
+def test_the_scale_is_0_if_nothing_is_kept(framework: Framework):
     scale = lambda keep_prob: module(framework).inverse_keep_prob(
         keep_prob, dtype_of(framework, np.float32)
     )
@@ -113,14 +113,14 @@ def test_where_nothing_is_kept_the_scale_is_0(framework: Framework):
 
 
 @both_frameworks
-def test_which_rates_are_known(framework: Framework):
+def test_known_rates(framework: Framework):
     is_number = module(framework).is_number
     assert [is_number(rate, 1) for rate in (0, 0.5, 1, 1.0)] == [False, False, True, True]
     assert not is_number(framework.array(np.float32(1)), 1)
 
 
 @both_frameworks
-def test_in_which_type_elements_are_scaled(framework: Framework):
+def test_the_dtype_in_which_elements_are_scaled(framework: Framework):
     for dtype in ["float16", "float32", "complex64", "float64", "complex128"]:
         with jax.enable_x64(True):
             real = module(framework).real_dtype(dtype_of(framework, dtype))
@@ -135,7 +135,7 @@ def test_in_which_type_elements_are_scaled(framework: Framework):
 @both_frameworks
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_an_element_is_shifted_before_it_is_scaled(framework: Framework, dtype):
-    """In float32, rounded once; and the gradient has no offsets."""
+    """Arithmetic is in float32, rounded once; the gradient has no offsets."""
     offsets = lambda keep_prob, dtype: (3.0, -7.0)
     sampler = (mask_sampler if framework is JAX else torch_mask_sampler)(
         framework.library.bernoulli
@@ -150,7 +150,7 @@ def test_an_element_is_shifted_before_it_is_scaled(framework: Framework, dtype):
     np.testing.assert_array_equal(framework.numpy(gradient), np.where(keep, scale, 0).astype(dtype))
 
 
-# The size of x, the dimensions that share its mask, and whether a CPU stores that mask.
+# The shape of x, the dimensions that share its mask, and whether a CPU stores the mask.
 STORED = [
     ((4, 5, 6), (0,), True),
     ((4, 5, 6), (0, 2), True),
@@ -166,7 +166,7 @@ STORED = [
 
 
 @pytest.mark.parametrize(("shape", "dims", "stored"), STORED)
-def test_a_mask_is_stored_where_elements_would_draw_it_again(monkeypatch, shape, dims, stored):
+def test_a_mask_is_stored_if_elements_would_draw_it_again(monkeypatch, shape, dims, stored):
     calls, store = [], jax_dropout.materialize
     monkeypatch.setattr(jax_dropout, "materialize", lambda mask: calls.append(1) or store(mask))
     sampler = mask_sampler(JAX.library.bernoulli)
@@ -176,9 +176,9 @@ def test_a_mask_is_stored_where_elements_would_draw_it_again(monkeypatch, shape,
     assert bool(calls) == stored
 
 
-# Of 0.9 as a number and as an array, `1 - rate` rounds differently.
+# `1 - rate` rounds differently for 0.9 as a number and as an array.
 @pytest.mark.parametrize("rate", [0.9, jnp.float32(0.9)], ids=["number", "array"])
-def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
+def test_the_observed_mask_is_the_applied_mask(rate):
     drop = jax.jit(lambda x: JAX.library.dropout(x, rate, key=JAX.key(5), broadcast_dims=(0,)))
     events: list[Any] = []
     with JAX.library.observing(events.append):
@@ -189,7 +189,7 @@ def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
     np.testing.assert_array_equal(event.mask, JAX.bernoulli(5, 1 - 0.9, (1, 4, 5)))
 
 
-def test_a_mask_is_laid_out_as_what_it_masks():
+def test_a_mask_has_the_layout_of_its_input():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("a", "b")))
     for dims, spec in [((), P("a", "b")), ((0,), P(None, "b")), ((0, 1), P(None, None))]:
@@ -203,7 +203,7 @@ def test_no_barrier_keeps_xla_from_fusing_a_mask():
     assert "barrier" not in jax.jit(jax.grad(drop)).lower(jnp.asarray(X)).as_text()
 
 
-def test_a_kind_is_a_value_and_so_is_one_whose_mask_is_drawn():
+def test_specifications_and_sampled_masks_are_values():
     make = lambda: torch_dropout.SampledMask(
         "dropout", torch_mask_sampler(TORCH.library.bernoulli), (0,)
     )
@@ -214,7 +214,7 @@ def test_a_kind_is_a_value_and_so_is_one_whose_mask_is_drawn():
     assert torch_dropout._DrawnMask(make()).name == "dropout"
 
 
-def test_a_compiler_sees_the_plain_operations(monkeypatch):
+def test_compilers_trace_plain_operations(monkeypatch):
     x = torch.ones(3, requires_grad=True)
     drop = lambda: TORCH.library.dropout(x, 0.3, key=TORCH.key(5))
     assert "Drop" in drop().grad_fn.name()
@@ -223,7 +223,7 @@ def test_a_compiler_sees_the_plain_operations(monkeypatch):
 
 
 class Copies(TorchDispatchMode):
-    """Counts conversions from dtype to dtype."""
+    """A counter of conversions between dtypes."""
 
     count = 0
 
@@ -235,7 +235,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("dtype", ["float8_e5m2", "float16", "bfloat16", "float32"])
 def test_half_types_are_scaled_without_a_copy_in_float32(monkeypatch, dtype, compiling):
-    """By the CPU itself; a compiler is told to convert, and leaves no copy either."""
+    """Eager PyTorch converts inside the operation; compiled code fuses the conversion."""
     x, scale = torch.linspace(-2, 3, 60).to(getattr(torch, dtype)), (1 / torch.tensor(0.7)).item()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     with Copies() as copies:
@@ -259,4 +259,4 @@ def test_the_result_has_the_layout_of_the_input(order, dims):
     assert torch_dropout.laid_out(keep, x.contiguous()) is keep
     y = TORCH.library.dropout(wide, 0.3, **options)
     assert torch.equal(y, expected)
-    assert dims or y.is_contiguous()  # an expanded dimension has no place in an order
+    assert dims or y.is_contiguous()  # an expanded dimension has no position in the order

@@ -1,4 +1,4 @@
-"""Keep masks in small, against the NumPy reference: what `make mutants` runs first on them."""
+"""Unit tests of keep masks, with the NumPy reference; `make mutants` runs them first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.test_random_core import jax_words
 
 @pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, -1.0, 2.0, math.nan])
 def test_thresholds(keep_prob):
-    """`ceil(p * 2**23)`, and nothing below the smallest normal number, as a number and changing."""
+    """The threshold is `ceil(p * 2**23)`, or 0 below the smallest normal number, also if traced."""
     inside = min(keep_prob, 1.0) if keep_prob >= SMALLEST else 0.0
     expected = math.ceil(float(np.float32(inside)) * 2**23)
     assert int(jax.jit(jax_masks._threshold)(jnp.float32(keep_prob))) == expected
@@ -39,15 +39,15 @@ SHARES = [-0.5, 3e-7, float(np.nextafter(np.float32(TINY), np.float32(0))), TINY
 
 
 @pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, *SHARES])
-def test_what_share_of_the_elements_is_kept(keep_prob):
-    """The threshold's share below 2**-12, and otherwise what is asked for."""
+def test_the_fraction_of_kept_elements(keep_prob):
+    """The fraction is that of the threshold below 2**-12, otherwise the requested probability."""
     changing = np.float32(keep_prob)
     kept = math.ceil(float(changing) * 2**23) / 2**23 * (changing >= SMALLEST)
     if keep_prob >= 0:
         expected = kept if keep_prob < TINY else keep_prob
         assert jax_masks.EXACT.realized_keep_prob(keep_prob) == expected
         assert torch_masks.EXACT.realized_keep_prob(keep_prob) == expected
-    if keep_prob <= 0 or keep_prob >= SMALLEST:  # a device may flush what is smaller
+    if keep_prob <= 0 or keep_prob >= SMALLEST:  # a device may flush smaller numbers to zero
         expected = np.float32(kept) if 0 < keep_prob < TINY else changing
         assert jax_masks.exact_keep_prob(jnp.asarray(changing)) == expected
         assert torch_masks.exact_keep_prob(torch.tensor(changing)) == expected
@@ -55,7 +55,7 @@ def test_what_share_of_the_elements_is_kept(keep_prob):
 
 @both_frameworks
 def test_a_sampler_may_say_what_it_keeps(framework: Framework):
-    """Also where a partial gave it options; one that says nothing keeps what is asked for."""
+    """Also through `functools.partial`; without an attribute it keeps the requested probability."""
     of = (jax_packed if framework is JAX else torch_packed).mask_sampler
     realized = lambda sampler, keep_prob: of(sampler).realized_keep_prob(keep_prob)
     packed = framework.library.packed_bernoulli
@@ -67,7 +67,7 @@ def test_a_sampler_may_say_what_it_keeps(framework: Framework):
 
 
 @both_frameworks
-def test_which_numbers_are_probabilities(framework: Framework):
+def test_probabilities(framework: Framework):
     check = (jax_masks if framework is JAX else torch_masks).check_probability
     for value in (0, 1, 0.5, np.float32(0.25), np.float64(1)):
         checked = check("share", value)
@@ -92,7 +92,7 @@ def test_which_numbers_are_probabilities(framework: Framework):
 
 
 def test_a_uniform_equal_to_the_threshold_is_dropped():
-    """The threshold of one element, exactly: it falls on the side of the dropped ones."""
+    """The threshold is exactly that of an element, which is dropped."""
     (drawn,) = reference.bits((0, 9), [4])
     for kept, uniform in enumerate((drawn >> 9, (drawn >> 9) + 1)):
         keep_prob = float(uniform) / 2**23
@@ -103,7 +103,7 @@ def test_a_uniform_equal_to_the_threshold_is_dropped():
 
 
 def test_eager_calls_compile_once():
-    """A call is one dispatch: neither the key nor the probability is static."""
+    """A call is one dispatch, since key and probability are not static."""
     before = jax_masks._threshold_mask._cache_size()
     for seed in range(3):
         JAX.library.bernoulli(JAX.key(seed), seed / 3, (3, 5, 11))

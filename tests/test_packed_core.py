@@ -1,4 +1,4 @@
-"""The packed sampler in small, against the NumPy reference: `make mutants` runs these first."""
+"""Unit tests of the packed sampler, with the NumPy reference; `make mutants` runs them first."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.test_random_core import KEY, only_jax, torch_words
 @pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])
 @pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, 1e-3, 0.75, -1.0, 2.0, math.nan])
 def test_packed_thresholds(bits, keep_prob):
-    """`round(p * 2**bits)`, kept off both ends where the probability is."""
+    """The threshold is `round(p * 2**bits)`, and 0 or 2**bits only if the probability is 0 or 1."""
     exact = float(np.float32(keep_prob))
     rounded = round(exact * 2**bits) if math.isfinite(exact) else 0
     expected = min(max(rounded, 1), 2**bits - 1) if 0 < exact < 1 else 2**bits * (exact >= 1)
@@ -37,14 +37,14 @@ def test_packed_thresholds(bits, keep_prob):
                 ValueError, match=f"must not round to {rounded >> bits} in {bits} bits"
             ):
                 packed._threshold(keep_prob, bits)
-    if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush what is smaller
+    if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush smaller numbers to zero
         changing = jax.jit(jax_packed._threshold, static_argnums=1)
         assert float(changing(jnp.float32(keep_prob), bits)) == expected
         assert float(torch_packed._threshold(torch.tensor(keep_prob), bits)) == expected
 
 
 @both_frameworks
-def test_16_bits_count_unless_others_do(framework: Framework):
+def test_the_default_is_16_bits(framework: Framework):
     draw = lambda keep_prob: framework.library.packed_bernoulli(framework.key(9), keep_prob, (3,))
     assert not framework.numpy(draw(2.0**-16)).any()
     for too_small in (2.0**-17, 1e-9):
@@ -57,7 +57,7 @@ AXES |= {(32, 64, 2): 1, (4096,): None, (33, 128): None, (2, 64, 64): 1, (0, 64)
 AXES |= {(33, 64, 64): 1, (32, 2**16, 2**11): 1}
 
 
-def test_which_axis_packs():
+def test_the_packed_axis():
     for shape, axis in AXES.items():
         assert (jax_packed.packed_axis(shape), torch_packed.packed_axis(shape)) == (axis, axis)
 
@@ -66,8 +66,8 @@ SMALL = [(64, 64, 1), (64, 63, 1), (32, 64, 1), (63, 65, 1)]
 
 
 @only_jax
-def test_which_axis_of_symbolic_sizes_packs(framework: Framework):
-    """Of vectors: the sizes of one array would make it too large."""
+def test_the_packed_axis_of_symbolic_sizes(framework: Framework):
+    """The sizes are those of vectors, since one array would be too large."""
 
     def axes(x, y, z):
         draw = lambda axis: jnp.int32(-1 if axis is None else axis)
@@ -91,10 +91,10 @@ BLOCKS |= {(1, 16): 8, (1, 1): 1, (1, 32): 16, (2, 32): 16, (4, 32): 15}
 
 @both_frameworks
 @pytest.mark.parametrize(("threshold", "bits"), BLOCKS)
-def test_only_the_words_that_settle_something_are_drawn(
+def test_words_after_the_last_bit_of_the_threshold_are_not_drawn(
     framework: Framework, monkeypatch, threshold, bits
 ):
-    """Two words a block, down to the last 1 of the threshold; the counter numbers the blocks."""
+    """A block gives two words; the counter is the index of the block."""
     packed, drawn = jax_packed if framework is JAX else torch_packed, []
     block = packed.threefry2x32
     monkeypatch.setattr(packed, "threefry2x32", lambda *a: drawn.append(a[1]) or block(*a))
@@ -112,7 +112,7 @@ def test_only_the_words_that_settle_something_are_drawn(
 
 
 def test_the_number_of_a_word_may_take_more_than_32_bits(monkeypatch):
-    """As in an array too large for any test: the first word of each block, far behind the first."""
+    """The first word of blocks with large indices, as in an array too large for a test."""
     start, arange = 2**36 + 2**31 + 5, torch.arange
     monkeypatch.setattr(torch, "arange", lambda size, **_: arange(start, start + size))
     words = torch_packed._compared(torch_words(*KEY), 2**15, 16, (3,)).numpy().view(np.uint32)
@@ -122,7 +122,7 @@ def test_the_number_of_a_word_may_take_more_than_32_bits(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "axis"), [((64, 3), 0), ((2, 96, 5), 1)], ids=str)
 def test_each_element_takes_its_bit_of_its_word(shape, axis):
-    """As words and as bytes, as a GPU reads them; and where the axis has a symbolic length."""
+    """As words, as bytes (which GPUs read), and for an axis of symbolic length."""
     group = jax_packed.Group(shape, axis, None)
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, group.words_shape, np.uint32)
@@ -151,7 +151,7 @@ LAYOUTS = [
 
 @only_jax
 @pytest.mark.parametrize(("shape", "spec", "expected"), LAYOUTS)
-def test_words_are_laid_out_as_their_elements_unless_devices_would_share_one(
+def test_words_have_the_sharding_of_their_elements_if_shards_hold_whole_words(
     framework: Framework, shape, spec, expected
 ):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
@@ -188,7 +188,7 @@ def test_packed_words(framework: Framework, shape, threshold, bits):
 
 @both_frameworks
 @pytest.mark.parametrize("bits", [1, 8, 32])
-def test_without_words_to_share(framework: Framework, bits):
+def test_shapes_without_a_packed_axis(framework: Framework, bits):
     drawn = reference.bits((0, 9), range(99)) >> np.uint32(32 - bits)
     for threshold in {0, 1, 2 ** (bits - 1), 2**bits}:
         draw = lambda p: framework.library.packed_bernoulli(framework.key(9), p, (99,), bits=bits)
@@ -208,7 +208,7 @@ def test_a_threshold_of_2_to_the_32_keeps_every_integer():
 
 @only_jax
 def test_a_cpu_draws_no_word_in_the_loop_that_reads_it(framework: Framework):
-    """XLA would fuse the two, and draw a word anew for each of its 32 elements."""
+    """XLA would fuse the two, and draw each word for each of its 32 elements."""
     draw = jax.jit(lambda key: framework.library.packed_bernoulli(key, 0.3, (64, 128)))
     loops = draw.lower(framework.key(9)).compile().as_text().split("\n\n")
     assert any("xor(" in loop for loop in loops)

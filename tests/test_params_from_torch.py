@@ -1,4 +1,4 @@
-"""The parameters of PyTorch in Linen, NNX, Equinox and Haiku: the same outputs, or an error.
+"""PyTorch parameters in Linen, NNX, Equinox and Haiku give the same outputs, or an error.
 
 One model is ported to four frameworks: the ports are compared side by side, hence in one file.
 `test_params_from_torch_errors.py` has the errors.
@@ -33,7 +33,7 @@ TOLERANCES = {"float32": FLOAT32.tolerance, "float64": 1e-10}
 
 @pytest.fixture(autouse=True)
 def _as_the_frameworks_need_it() -> Iterator[None]:
-    """Flax and Equinox promote silently, and their layers are not what is tested here."""
+    """Allow promotion, which the layers of Flax and Equinox require."""
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
@@ -45,7 +45,7 @@ def _as_the_frameworks_need_it() -> Iterator[None]:
 
 
 def randomized(module: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:
-    """The module in evaluation, none of its parameters or statistics left at zero or one."""
+    """Return the module in evaluation, with no parameter or statistic equal to zero or one."""
     module = module.to(getattr(torch, dtype)).eval()
     for tensor in module.state_dict().values():
         if tensor.is_floating_point():
@@ -57,7 +57,7 @@ def randomized(module: torch.nn.Module, dtype: str = "float32") -> torch.nn.Modu
 
 
 class Original(torch.nn.Module):
-    """Every axis that could be confused with another is as long as that."""
+    """A model in which axes that could be confused have the same length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class InNNX(nnx.Module):
     def __init__(self, dtype: Any, rngs: nnx.Rngs) -> None:
         of = {"param_dtype": dtype, "rngs": rngs}
         self.embed = nnx.Embed(WORDS, WIDTH, **of)
-        # NNX's own goes through jax.nn.dot_product_attention, which is float32 in its middle.
+        # NNX calls jax.nn.dot_product_attention, which computes in float32 internally.
         attend = lambda q, k, v, **_: nn.dot_product_attention(q, k, v, deterministic=True)
         self.attention = nnx.MultiHeadAttention(
             HEADS, WIDTH, decode=False, attention_fn=attend, **of
@@ -149,9 +149,9 @@ class Port:
     """A model of one framework.
 
     Attributes:
-        params: makes the tree to fill, of a dtype.
-        forward: of the filled tree and the words.
-        names: to PyTorch's.
+        params: Returns the tree to fill, for a dtype.
+        forward: A function of the filled tree and the words.
+        names: The names in PyTorch.
     """
 
     params: Callable[[str], Any]
@@ -199,7 +199,7 @@ PORTS = {
 
 
 def _cast(leaf: Any, dtype: str) -> Any:
-    """Flax's running statistics are float32, whatever its parameters are."""
+    """Convert the running statistics of Flax, which are float32 for any dtype of parameters."""
     if not hasattr(leaf, "dtype") or leaf.dtype != np.float32:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
@@ -227,7 +227,7 @@ def test_the_same_outputs(name, dtype):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCES[dtype])
 
 
-# By the number of axes, the steps along each.
+# The strides of each axis, by the number of axes.
 SIZES = {1: (7,), 2: (5, 6), 3: (4, 3, 5)}
 CONVOLUTIONS = [
     (framework, axes, groups)
@@ -248,7 +248,7 @@ def _channels_first(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("framework", "axes", "groups"), CONVOLUTIONS)
 def test_convolutions(framework, axes, groups):
-    # In two groups, as many channels enter the kernel as there are steps along its axes.
+    # With two groups, the kernel has as many input channels as elements along its axes.
     channels, size = 4, (2, 3, 2)[:axes]
     model = randomized(getattr(torch.nn, f"Conv{axes}d")(channels, channels, size, groups=groups))
     x = np.random.default_rng(1).standard_normal((2, *SIZES[axes], channels)).astype(np.float32)
@@ -323,7 +323,7 @@ def test_haiku():
 
 @pytest.mark.parametrize("framework", ["linen", "equinox"])
 def test_attention_of_other_widths(framework):
-    """PyTorch holds three weights then, but stacks the biases all the same."""
+    """PyTorch has three weights in this case, but stacked biases."""
     rng = np.random.default_rng(2)
     q, k, v = (rng.standard_normal((LENGTH, w)).astype(np.float32) for w in (WIDTH, 3, 4))
     model = randomized(torch.nn.MultiheadAttention(WIDTH, HEADS, kdim=3, vdim=4))
@@ -341,7 +341,7 @@ def test_attention_of_other_widths(framework):
 
 
 @pytest.mark.parametrize("mode", ["ema", "batch"])
-def test_statistics_of_equinox_go_on_where_pytorch_left_them(mode):
+def test_statistics_of_equinox_continue_those_of_pytorch(mode):
     model: Any = randomized(torch.nn.BatchNorm1d(WIDTH))
     layer = eqx.nn.BatchNorm(WIDTH, "batch", momentum=0.9, mode=mode)
     filled = params_from_torch(model, layer)
@@ -351,7 +351,7 @@ def test_statistics_of_equinox_go_on_where_pytorch_left_them(mode):
     mapped = {"in_axes": (0, None), "out_axes": (0, None), "axis_name": "batch"}
     _, state = jax.vmap(layer, **mapped)(x, state)
     ours, _ = jax.vmap(eqx.nn.inference_mode(layer), **mapped)(x, state)
-    # PyTorch adds the variance of a sample, JAX's layers that of a population.
+    # PyTorch uses the sample variance, the layers in JAX the population variance.
     model.running_var -= torch.from_numpy(0.1 * x.var(0) / (len(x) - 1))
     theirs = model.eval()(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -369,8 +369,8 @@ def test_transposed_convolution_of_flax_with_a_leaf():
 
 
 @pytest.mark.parametrize("plant", ["transposed", "key for query", "statistics"])
-def test_a_planted_defect_is_seen(plant):
-    """The test of the test: each of them fits in shape."""
+def test_a_planted_defect_is_detected(plant):
+    """Test of the test: each defect has valid shapes."""
     model = randomized(Original())
     names: dict[str, Any] = dict(LINEN.names)
     entries = model.state_dict()
@@ -389,7 +389,7 @@ def test_a_planted_defect_is_seen(plant):
 
 
 class Plain(torch.nn.Module):
-    """What has a Leaf for every parameter."""
+    """A model with a Leaf for every parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -420,7 +420,7 @@ def _plain_equinox() -> Any:
 
 
 @pytest.mark.parametrize("make", [_plain_linen, _plain_equinox], ids=["linen", "equinox"])
-def test_leaves_carry_moments(make):
+def test_leaves_convert_moments(make):
     model, params = randomized(Plain()), make()
     parameters = {name: tensor.numpy() for name, tensor in model.named_parameters()}
     statistics = ("batch_norm.running_mean", "batch_norm.running_var")
@@ -435,14 +435,14 @@ def test_leaves_carry_moments(make):
         np.testing.assert_array_equal(leaf.to_torch(there), parameters[leaf.name])
 
 
-def test_leaves_are_plain_where_axes_are_only_ordered():
+def test_leaves_are_plain_if_axes_are_only_permuted():
     leaves = leaves_from_torch(Plain(), _plain_linen())
     assert leaves["hidden/kernel"] == Leaf("hidden.weight", (1, 0))
     assert leaves["conv/kernel"] == Leaf("conv.weight", (2, 3, 1, 0))
     assert leaves["conv/bias"] == Leaf("conv.bias")
 
 
-def test_an_unfolded_leaf_goes_both_ways():
+def test_an_unfolded_leaf_converts_in_both_directions():
     weight = np.arange(24, dtype=np.float32).reshape(6, 4)
     params = {"kernel": np.zeros((4, 2, 3), np.float32)}
     leaf = leaves_from_torch({"weight": weight}, params)["kernel"]
@@ -451,7 +451,7 @@ def test_an_unfolded_leaf_goes_both_ways():
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["attention", "tied"])
-def test_what_feeds_several_leaves_has_no_leaf(weights):
+def test_a_parameter_of_several_leaves_has_no_leaf(weights):
     if weights:
         entries = {"a.weight": np.zeros((2, 2), np.float32)}
         params = {name: {"kernel": np.zeros((2, 2), np.float32)} for name in ("a", "b")}
@@ -483,7 +483,7 @@ def test_small_types(dtype):
     np.testing.assert_array_equal(np.asarray(filled), from_torch(model.weight).T)
 
 
-def test_what_is_no_parameter_stays():
+def test_other_leaves_are_unchanged():
     model = randomized(torch.nn.Linear(2, 2))
     params = {
         "weight": np.zeros((2, 2), np.float32),
@@ -499,7 +499,7 @@ def test_what_is_no_parameter_stays():
     assert filled["rngs"]["key"] == params["rngs"]["key"]
 
 
-def test_names_reach_a_wrapped_model():
+def test_names_of_a_wrapped_model():
     wrapped = {"module.fc.weight": np.ones((3, 2), "f"), "module.fc.bias": np.zeros(3, "f")}
     layer = {"kernel": np.zeros((2, 3), "f"), "bias": np.zeros(3, "f")}
     filled = params_from_torch(wrapped, {"params": {"fc": layer}}, {"": "module"})

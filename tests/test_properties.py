@@ -1,7 +1,7 @@
-"""Properties of both packages, over shapes, dtypes, rates, keys, trees and options that are drawn.
+"""Properties of both packages for random shapes, dtypes, rates, keys, trees and options.
 
-Hypothesis draws the examples, the same ones in every run; `PROPERTIES=thorough`, which
-`make test-all` sets, draws twenty times as many.
+Hypothesis draws the same examples in every run; with `PROPERTIES=thorough`, which `make test-all`
+sets, it draws twenty times as many.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from regjax._decay.paths import named_leaves
 from regshared.globs import matches
 
 TIMES = 20 if os.environ.get("PROPERTIES") == "thorough" else 1
-# XLA compiles no float16 where the CPU has no conversions.
+# XLA compiles float16 only if the CPU has its conversions.
 DTYPES = (np.float32, *([] if float16_error() else [np.float16]), ml_dtypes.bfloat16)
 
 
 def examples(number: int) -> Callable[[Any], Any]:
-    """How many examples a property is tried on."""
+    """Return the settings with a number of examples."""
     return settings(
         max_examples=number * TIMES,
         derandomize=True,
@@ -53,7 +53,7 @@ shapes = shapes_from(0)
 
 @st.composite
 def arrays(draw: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Values of every size, zeros, infinities and NaNs among them."""
+    """Draw values of every magnitude, including zeros, infinities and NaNs."""
     rng = np.random.default_rng(draw(seeds))
     values = rng.normal(size=shape) * 10.0 ** rng.integers(-3, 4, shape)
     special = rng.choice([0.0, -0.0, np.inf, np.nan], shape)
@@ -61,14 +61,14 @@ def arrays(draw: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:
-    """The bits of each element; any NaN is as good as another."""
+    """Return the bits of each element, with one representation of NaN."""
     array = np.where(np.isnan(array), np.zeros((), array.dtype) + np.nan, array)
     return array.view(f"u{array.dtype.itemsize}")
 
 
 @st.composite
 def calls(draw: Any, name: str) -> tuple[str, np.ndarray, float, dict[str, Any]]:
-    """A function of the family with an input, a rate and options that fit it."""
+    """Draw a function of the family with a valid input, rate and options."""
     shape = draw(shapes_from(DIMENSIONS.get(name, 1)))
     rate = draw(RATES.get(name, rates))
     drawn = {option: draw(values(shape)) for option, values in OPTIONS[name].items()}
@@ -76,7 +76,7 @@ def calls(draw: Any, name: str) -> tuple[str, np.ndarray, float, dict[str, Any]]
 
 
 RATES = {"gaussian_noise": st.floats(0.0, 3.0), "gaussian_dropout": st.floats(0.0, 0.99)}
-# An input with fewer dimensions is refused.
+# An input with fewer dimensions is an error.
 DIMENSIONS = {"dropout": 0, "drop_block": 3, "feature_dropout": 2, "feature_alpha_dropout": 2}
 Options = dict[str, Callable[[tuple[int, ...]], st.SearchStrategy]]
 flag = lambda shape: st.booleans()
@@ -109,7 +109,7 @@ OPTIONS: dict[str, Options] = {
 
 
 def apply(framework: Framework, call: Any, **key_or_flag: Any) -> tuple[Any, Any]:
-    """The input of a call as the package takes it, and the output."""
+    """Return the input of a call, converted for the package, and the output."""
     name, x, rate, options = call
     function, x = getattr(framework.library, name), framework.array(x)
     if name == "embedding_dropout":
@@ -149,7 +149,7 @@ def test_evaluation_returns_the_input(framework, name, data):
 @examples(12)
 @given(shape=shapes, rate=rates, seed=seeds, dims=st.sets(st.integers(0, 3)))
 def test_output_and_gradient_are_the_scaled_mask(framework, shape, rate, seed, dims):
-    """So that the expectation is the input: kept elements are divided by their probability."""
+    """Kept elements are divided by their probability, so that the expectation is the input."""
     dims = tuple(dim for dim in sorted(dims) if dim < len(shape))
     x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
     drop = lambda x: framework.library.dropout(
@@ -166,8 +166,8 @@ def test_output_and_gradient_are_the_scaled_mask(framework, shape, rate, seed, d
 
 @examples(10)
 @given(keep_prob=st.floats(0.05, 0.95), seed=seeds, packed=st.booleans())
-def test_a_mask_keeps_its_share(keep_prob, seed, packed):
-    """Within five standard deviations, in one package: another test compares them."""
+def test_a_mask_keeps_the_expected_fraction(keep_prob, seed, packed):
+    """Within five standard deviations; one package suffices, since another test compares both."""
     draw = regtorch.packed_bernoulli if packed else regtorch.bernoulli
     mask = draw(regtorch.key(seed), keep_prob, (128, 256)).numpy()
     deviation = (keep_prob * (1 - keep_prob) / mask.size) ** 0.5
@@ -179,7 +179,7 @@ def test_a_mask_keeps_its_share(keep_prob, seed, packed):
     seed=seeds,
     shape=st.sampled_from([(64, 64), (4, 32, 40), (33, 7), (4096,), (0, 3)]),
     threshold=st.integers(0, 2**8),
-    bits=st.sampled_from([8, 13, 20]),  # each takes a compilation
+    bits=st.sampled_from([8, 13, 20]),  # each example is compiled
 )
 def test_both_packages_draw_the_same_packed_mask(seed, shape, threshold, bits):
     keep_prob = threshold / 2**8
@@ -194,7 +194,7 @@ def test_both_packages_draw_the_same_packed_mask(seed, shape, threshold, bits):
 
 @examples(50)
 @given(seed=seeds, step=st.integers(0, 2**64 - 1), site=st.text(max_size=20))
-def test_site_keys_agree_and_differ_from_their_neighbours(seed, step, site):
+def test_site_keys_agree_and_differ_for_neighboring_sites(seed, step, site):
     site = site.encode("utf-8", "ignore").decode()
     words = [
         framework.words(
@@ -231,7 +231,7 @@ rules = st.one_of(
 
 
 def globs_of(path: str) -> set[str]:
-    """Globs that match a path, from one leaf to all."""
+    """Return globs that match a path, from a single leaf to all leaves."""
     *owners, name = path.split("/")
     some = {"**", path, name, f"**/{name[:2]}*", "/".join([*"*" * len(owners), name])}
     return some | {f"{owner}/**" for owner in owners[:1]}
@@ -239,7 +239,7 @@ def globs_of(path: str) -> set[str]:
 
 @st.composite
 def trees_with_rules(draw: Any) -> tuple[Any, Any]:
-    """A tree and a rule of which each glob decides something: most others are refused."""
+    """Draw a tree and a rule whose globs all decide a leaf; other rules are mostly errors."""
     tree = draw(trees)
     paths = [path for path, _ in named_leaves(tree)]
     globs = st.sampled_from(sorted(set[str]().union(*map(globs_of, paths))))
@@ -254,7 +254,7 @@ def trees_with_rules(draw: Any) -> tuple[Any, Any]:
 
 
 def module_of(tree: Any) -> torch.nn.Module:
-    """The tree as a module without layers, so that only paths and shapes count."""
+    """Return the tree as a module without layers, for which only paths and shapes matter."""
     module = torch.nn.Module()
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -265,7 +265,7 @@ def module_of(tree: Any) -> torch.nn.Module:
 
 
 def decisions(tree: Any, rule: Any) -> list[dict[str, bool]]:
-    """What each package decides."""
+    """Return the decisions of each package."""
     theirs = regtorch.decay_mask(module_of(tree), rule)
     return [
         dict(named_leaves(regjax.decay_mask(tree, rule))),
@@ -282,7 +282,7 @@ def test_rules_choose_the_same_leaves(tree_with_rule):
 
 @examples(30)
 @given(tree=trees, rule=rules)
-def test_rules_are_refused_by_both_packages_or_by_none(tree, rule):
+def test_both_packages_reject_the_same_rules(tree, rule):
     try:
         ours, theirs = decisions(tree, rule)
     except ValueError:
@@ -334,7 +334,7 @@ PROBLEM = synthetic("float64", {"dense/bias": (3,), "dense/kernel": (2, 3)}, ste
 
 @st.composite
 def cases(draw: Any) -> Case:
-    """An optimizer of torch with options drawn at random."""
+    """Draw an optimizer of torch with random options."""
     name = draw(st.sampled_from(sorted(OPTIMIZERS)))
     options = {option: draw(values) for option, values in (OPTIMIZERS[name] | FLAGS).items()}
     options["lr"] = draw(positive(1e-4, 0.1))

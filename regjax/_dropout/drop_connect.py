@@ -110,7 +110,7 @@ def _chosen(weights: PyTree, rule: Rule) -> PyTree[bool]:
     chosen = decay_mask(weights, rule)
     if not any(jax.tree.leaves(chosen)):
         raise ValueError(
-            f"rule must select a leaf of weights to drop; got {rule!r}, which selects none. Pass "
-            "'**' for all."
+            f"weights must have a leaf that rule {rule!r} selects; got none. Pass rule='**' for "
+            "all."
         )
     return chosen

@@ -29,7 +29,7 @@ import optax
 
 from regjax._decay.paths import named_leaves, path_name
 from regjax._decay.validation import check_reference, resolve_mask, resolve_reference, resolve_scale
-from regjax.optim._gradients import is_array
+from regjax.optim._gradients import check_given, is_array
 from regjax.optim._links import check_mask, is_zero, rounded_once
 from regshared.checks import check_coefficient
 from regshared.layerwise import distances_from_top
@@ -201,8 +201,9 @@ def add_cautious_weight_decay(
         for (name, leaf), decay in zip(named_leaves(params), jax.tree.leaves(decays), strict=True):
             if decay and is_array(leaf) and jnp.iscomplexobj(leaf):
                 raise TypeError(
-                    f"cautious decay compares signs, but the parameter '{name}' is complex: use "
-                    "optax.add_decayed_weights, or give it False in `mask`"
+                    f"params must be real for cautious decay, which compares signs; got "
+                    f"{leaf.dtype} at '{name}'. Use optax.add_decayed_weights, or pass False for "
+                    "it in mask."
                 )
 
     def term(c: Inexact[Array, ""], u: Leaf, w: Leaf, _: Any) -> Leaf:
@@ -369,11 +370,7 @@ def _decay(
         return optax.EmptyState()
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        if params is None:
-            raise ValueError(
-                "params is None, but a decay needs the parameters: call update(updates, state, "
-                "params)"
-            )
+        check_given(params, "a decay needs them")
         coefficient = weight_decay
         if callable(weight_decay):
             coefficient = weight_decay(state.count)

@@ -12,12 +12,13 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from regjax._decay.paths import named_leaves
 from regjax._decay.validation import resolve_mask
 from regjax._random import xla
 from regjax.optim._gradients import (
     check_arrays,
+    check_given,
     check_gradients,
+    check_real,
     fill,
     put_back,
     put_state_back,
@@ -43,6 +44,46 @@ OFF: Any = np.float32(0.0)
 _SINGLE = np.dtype("float32")
 
 
+def chain_links(
+    moments: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay = OFF,
+    mask: Mask = None,
+    maximize: bool = False,
+    decoupled: bool = False,
+    step: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """Chain the four links of an optimizer, whose decay precedes its moments or is decoupled.
+
+    `step` replaces the multiplication by the learning rate.
+    """
+    step = optax.scale_by_learning_rate(learning_rate) if step is None else step
+    if check_bool("decoupled_weight_decay", decoupled):
+        decay = add_in_turn(learning_rate, weight_decay, mask)
+        return named_links(maximize, moments=moments, learning_rate=step, weight_decay=decay)
+    decay = decay_weights(weight_decay, mask)
+    return named_links(maximize, weight_decay=decay, moments=moments, learning_rate=step)
+
+
+def named_links(
+    maximize: bool, **links: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`optax.named_chain` that begins with the sign of the gradient, with a plain dict as state."""
+    # optax returns an OrderedDict, which flax.serialization cannot store, and of which {**state}
+    # has another tree structure.
+    chained = optax.named_chain(("maximize", ascend(maximize)), *links.items())
+
+    def init(params: PyTree) -> dict[str, PyTree]:
+        state: Any = chained.init(params)
+        return dict(state)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        updates, new_state = chained.update(updates, state, params)
+        return updates, dict(new_state)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    return optax.GradientTransformation(init, update)
+
+
 def ascend(maximize: bool) -> optax.GradientTransformation:
     is_ascent = check_bool("maximize", maximize)
     return optax.scale(-1.0) if is_ascent else optax.identity()
@@ -66,7 +107,7 @@ def decay_weights(weight_decay: WeightDecay, mask: Mask) -> optax.GradientTransf
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
-        _check_given(params, weight_decay)
+        _check_params(params, weight_decay)
         updates, _ = decay(params).update(updates, state, params)
         # The state of a schedule is its step count, which Optax 0.2.6 does not advance.
         return updates, jax.tree.map(optax.safe_increment, state)
@@ -141,7 +182,7 @@ def add_in_turn(
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if decaying:
-            _check_given(params, weight_decay)
+            _check_params(params, weight_decay)
         elif params is None:
             return jax.tree.map(_sum, updates, is_leaf=lambda x: isinstance(x, Terms)), state
         kept: Any = share(state) if decaying else None
@@ -164,12 +205,10 @@ def _sum(step: Array | Terms) -> Array:
     return lax.add(step.early, step.late) if isinstance(step, Terms) else step
 
 
-def _check_given(params: PyTree | None, weight_decay: WeightDecay) -> None:
+def _check_params(params: PyTree | None, weight_decay: WeightDecay) -> None:
     if params is None:
-        raise ValueError(
-            f"params is None, but weight_decay={weight_decay} needs the parameters: call "
-            "update(updates, state, params), or pass weight_decay=0.0"
-        )
+        fix = ", or pass weight_decay=0.0"
+        check_given(params, f"weight_decay={weight_decay} needs them", fix)
 
 
 def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
@@ -263,13 +302,10 @@ def widest(coefficient: ScalarLike) -> ScalarLike:
 
 def zeros_like(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Return zeros with the shapes and sharding of the parameters, in one dtype if given."""
-    check_arrays(params)
-    for name, leaf in [] if dtype is None else named_leaves(params):
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"params must be real where a dtype of their moments is given; got {leaf.dtype} at "
-                f"'{name}'. Pass None as the dtype."
-            )
+    if dtype is None:
+        check_arrays(params)
+    else:
+        check_real(params, "moments of a given dtype", "Pass None as the dtype.")
     return optax.tree.zeros_like(params, dtype=dtype and jnp.dtype(dtype))
 
 

@@ -147,8 +147,8 @@ def _chosen(weights: Tensor | Mapping[str, Tensor], rule: Rule) -> set[str]:
     chosen = {name for name, decision in zip(known, decisions, strict=True) if decision}
     if not chosen:
         raise ValueError(
-            f"rule must select a tensor of weights to drop; got {rule!r}, which selects none. Pass "
-            "'**' for all."
+            f"weights must have a tensor that rule {rule!r} selects; got none. Pass rule='**' for "
+            "all."
         )
     return chosen
 

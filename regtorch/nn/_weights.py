@@ -60,8 +60,8 @@ class DropConnect(GeneratorModule):
         self.names = tuple(name for name, chosen in decay_mask(module, rule).items() if chosen)
         if not self.names:
             raise ValueError(
-                f"rule must select a parameter of module to drop; got {rule!r}, which selects "
-                "none. Pass '**' for all."
+                f"module must have a parameter that rule {rule!r} selects; got none. Pass "
+                "rule='**' for all."
             )
         self.generator = generator
 

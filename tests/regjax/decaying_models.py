@@ -57,7 +57,7 @@ class Equinox(eqx.Module):
     """Most layers of Equinox, and a part that is missing."""
 
     embed: eqx.nn.Embedding
-    # A linear layer, whatever it is called.
+    # A linear layer with any name.
     patch_embed: eqx.nn.Linear
     layers: list
     attention: eqx.nn.MultiheadAttention
@@ -159,7 +159,7 @@ HAIKU = {
 }
 
 
-# The tree, what of it decays, and how many parameters it has in all.
+# The tree, the leaves that decay, and the number of parameters.
 MODELS = {
     "linen-params": (linen_params, LINEN, 35),
     "linen-variables": (linen_variables, {f"params/{name}" for name in LINEN}, 35),

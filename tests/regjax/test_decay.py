@@ -53,7 +53,7 @@ def test_names_of_every_kind_of_node():
         (False, [False, False, False, False]),
         ({"dense": True, "scale": False}, [True, True, True, False]),
         ({"dense": [Layer(True, False), True], "scale": False}, [True, False, True, False]),
-        # A None of the mask meets a None of the parameters, and a bool may stand over it.
+        # A None of the mask matches a None of the parameters, as does a bool above it.
         ({"dense": [False, Layer(True, None)], "scale": True}, [False, False, True, True]),
         ({"dense": [False, Layer(True, True)], "scale": True}, [False, False, True, True]),
         (_matrices, [True, False, True, False]),
@@ -154,7 +154,7 @@ def test_a_box_of_flax_and_its_content_fit_each_other(box):
             resolved = resolve_reference(reference, params)
             assert jax.tree.structure(resolved) == jax.tree.structure(params)
             assert jax.tree.leaves(resolved)[0] is jax.tree.leaves(reference)[0]
-    # A box is no prefix of another tree.
+    # A box is not a prefix of another tree.
     with pytest.raises(ValueError, match=r"got an array .* at 'kernel'"):
         resolve_reference(boxed, {"kernel": {"a": jnp.ones(2)}})
 
@@ -209,7 +209,7 @@ def test_coefficient_out_of_range_is_refused(value):
 
 @pytest.mark.parametrize("value", [1.0, 2, -0.5, float("nan")])
 def test_coefficient_has_an_upper_end(value):
-    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\); got .*\. Fix"):
+    with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\); got .*\. Fix"):
         check_coefficient("beta", value, fix="Fix it so.", below=1.0)
 
 

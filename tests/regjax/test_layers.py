@@ -1,4 +1,4 @@
-"""What the layers of all frameworks share: small masks, dimensions, and what is kept."""
+"""Behavior that the layers of all frameworks share: small masks, dimensions, and scales."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_dim_that_is_not_there_is_refused(dim):
         wrapped_dims((dim,), 3)
 
 
-# By framework, a layer at a rate that may be traced.
+# A layer with a possibly traced rate, by framework.
 LAYERS = {
     "linen": lambda x, rate: linen.Dropout(rate, deterministic=False).apply(
         {}, x, rngs={"dropout": KEY}
@@ -110,13 +110,13 @@ def test_key_reuse_is_seen_outside_of_jit_too(shape):
 
 
 def test_vmap_counts_what_all_keys_draw():
-    """By the operations of `jax.random`, which are slow, only as long as all together are few."""
+    """Small masks use the slow operations of `jax.random` only while their total size is small."""
 
     def counts(*keys):
         draw = lambda key: uniform(key, (8,))
         for _ in keys:
             draw = jax.vmap(draw)
-        # The other way counts the elements.
+        # The other implementation counts the elements.
         return "iota" in str(jax.make_jaxpr(draw)(jax.random.split(KEY, keys)))
 
     assert not counts(3)

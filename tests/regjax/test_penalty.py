@@ -223,7 +223,7 @@ def test_half_types_of_the_other_penalties_are_summed_in_float32():
     ones, zeros = jnp.ones(4097, jnp.bfloat16), jnp.zeros(4097, jnp.bfloat16)
     assert l1_penalty(ones, 1.0) == 4097
     assert l2_sp_penalty(ones, zeros, 1.0) == 4097
-    # The difference is taken in float32 too: in bfloat16 the reference would be 1.
+    # The difference is computed in float32: in bfloat16 the reference would be 1.
     assert l2_sp_penalty(ones[:1], jnp.float32([1 + 2**-9]), 1.0) == 2**-18
 
 

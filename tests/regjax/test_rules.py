@@ -1,4 +1,4 @@
-"""Rules of decay on the trees that real layers of each library make."""
+"""Decay rules on the trees of layers of each library."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_kernels_of_real_layers_decay_and_nothing_else(name):
 @pytest.mark.parametrize(
     "params",
     [
-        # Of linen.scan, of eqx.filter_vmap, and stacked by hand.
+        # Layers of linen.scan and eqx.filter_vmap, and manually stacked ones.
         jax.eval_shape(Scanned().init, KEY, jnp.zeros((2, 4)))["params"],
         eqx.filter_vmap(lambda k: [eqx.nn.Linear(2, 3, key=k), eqx.nn.LayerNorm(3)])(
             jax.random.split(KEY, 4)
@@ -61,7 +61,7 @@ def test_stacked_layers(params):
     decays = decaying(params, decay_mask(params))
     assert len(decays) == 1
     assert {"kernel", "weight"} & set(words(min(decays)))
-    # The planted defect: the rule of ndim takes biases and scales of stacked layers for kernels.
+    # Planted: a rule by ndim treats biases and scales of stacked layers as kernels.
     by_dimensions = decaying(params, decay_mask(params, lambda path, leaf, kind: leaf.ndim > 1))
     assert any("bias" in name for name in by_dimensions)
     assert len(by_dimensions) == 4
@@ -138,7 +138,7 @@ def test_default_rule_asks_where_it_cannot_tell(params, path):
         ValueError, match=rf"must have a pair for '{path}' .*Pass \[\('{path}', False\)"
     ):
         decay_mask(params)
-    # What it says to do helps, but for a leaf without a name, which no glob but ** matches.
+    # The suggested fix works, except for a leaf without a name, which only ** matches.
     if path:
         assert not decaying(params, decay_mask(params, [(path, False), ("**", "default")])) & {path}
 
@@ -227,7 +227,7 @@ def test_frozen_parameters_do_not_decay():
     assert decaying(PARAMS, mask) == {"encoder/1/dense/kernel", "head/kernel"}
     table = decay_table(PARAMS, frozen="encoder/**")
     assert {row.rule for row in table.rows[:-2]} == {"frozen"}
-    # A rule still matches what is frozen, and need not know it.
+    # A rule matches frozen parameters, too.
     params = {"temperature": jnp.ones(()), "kernel": jnp.ones((2, 2))}
     assert not decay_mask(params, frozen="temperature")["temperature"]
     rates = decay_rates(PARAMS, 0.1, [("head/**", 0.5), ("**", True)], frozen="head/*")
@@ -302,9 +302,9 @@ def test_what_is_no_parameter_is_false_and_not_asked_about():
         decay_mask(params, "count")
     variables = {"params": LAYER, "batch_stats": {"kernel": jnp.ones((2, 2))}}
     assert decay_mask(variables, "kernel")["batch_stats"] == {"kernel": False}
-    # Another name beside `params` is no collection of Flax, and is judged.
+    # A name other than `params` is not a collection of Flax, and the rule applies.
     assert decay_mask({"params": LAYER, "critic": LAYER})["critic"]["kernel"]
-    # Nor is one of these names anywhere else.
+    # Neither is one of these names at another level.
     assert decay_mask({"net": {"params": LAYER, "cache": LAYER}})["net"]["cache"]["kernel"]
     assert decay_mask({"cache": LAYER})["cache"]["kernel"]
 

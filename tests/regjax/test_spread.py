@@ -1,4 +1,4 @@
-"""How words become masks: on a GPU byte by byte, elsewhere word by word, with the same bits."""
+"""Conversion of words to masks, by bytes on GPUs and by words elsewhere, with the same bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_bytes_and_words_spread_to_the_same_mask(shape, axis):
 
 
 def test_on_cuda_each_element_reads_a_byte():
-    """The CPU cannot run that branch, but can export it: bytes are cut where words are drawn."""
+    """The CPU cannot run the branch for GPUs, but can export it; words are split into bytes."""
     draw = jax.jit(lambda key: _packed.packed_bernoulli(key, 0.5, (64, 64)))
     key = jax.eval_shape(lambda: jax.random.key(0))
     texts = {

@@ -1,4 +1,4 @@
-"""What only PyTorch can get wrong: generators, modules, the graph, devices of keys."""
+"""Tests that only PyTorch needs: generators, modules, the graph, devices of keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`regtorch.keyed`: existing models draw from explicit keys; nothing else changes.
+"""`regtorch.keyed`: existing models draw from explicit keys, and are otherwise unchanged.
 
 The file covers one function, `convert`, for each kind of layer; they share models and helpers.
 """
@@ -25,7 +25,7 @@ X = torch.linspace(-2.0, 3.0, 24).reshape(3, 8)
 
 
 class Shared(nn.Module):
-    """One dropout in two places, one in a dict, one called twice."""
+    """A model with a dropout in two places, one in a dict, and one that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_keys_from_integers_are_keys_from_tensors(root, step):
         tensor = torch.tensor(root, dtype=torch.uint32)
         words = list(site_words(root, step, site))
         assert regtorch.site_key(tensor, step, site).tolist() == words
-        # Where a tensor has no one value, its words are worked on as tensors.
+        # If the value of a tensor is not available, its words remain tensors.
         mapped = torch.func.vmap(
             lambda key, step=step, site=site: regtorch.site_key(key, step, site)
         )
@@ -136,7 +136,7 @@ def test_convert_keeps_parameters_state_and_objects_and_revert_puts_the_classes_
     names = keyed.sites(model)
     keyed.set_key(model, ROOT, 0)
     keys = [site.root for module in modules for site in getattr(module, "sites", ())]
-    assert keyed.convert(model) is model  # once more: nothing changes, keys included
+    assert keyed.convert(model) is model  # a second call changes nothing, including keys
     assert keyed.sites(model) == names
     assert [s.root for m in modules for s in getattr(m, "sites", ())] == keys
     assert keyed.revert(model) is model
@@ -196,7 +196,7 @@ def test_what_drops_nothing_is_left_alone():
     assert [type(module) for module in model] == [Custom, nn.MultiheadAttention, nn.LSTM]
 
 
-# Attention: what is written out equals PyTorch's own, with every option.
+# Attention: the converted module equals PyTorch's, with every option.
 ATTENTION = {
     "plain": {},
     "batch first": {"batch_first": True},
@@ -208,7 +208,7 @@ ATTENTION = {
 
 @pytest.fixture
 def no_dropout(monkeypatch):
-    """Dropout that keeps everything, on both sides."""
+    """Replace dropout on both sides, to keep everything."""
     monkeypatch.setattr("regtorch.keyed.layers.dropout", lambda x, rate, *, key: x)
     monkeypatch.setattr(F, "dropout", lambda x, p: x)
     kernel = F.scaled_dot_product_attention
@@ -285,7 +285,7 @@ def test_recurrent_layers_run_one_by_one_as_in_pytorch(kind, bidirectional, form
         x = pack_padded_sequence(x, torch.tensor([4, 6, 2]), True, enforce_sorted=False)
     (y, state), (given, given_state) = plain(x), model(x)
     same_bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-    # PyTorch's own sums follow another order where the state lies at another address.
+    # The order of PyTorch's sums may depend on the address of the state.
     same_to_rounding = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
     for check in (same_bits, same_to_rounding):  # without and with an initial state
         check(getattr(given, "data", given), getattr(y, "data", y))
@@ -388,7 +388,7 @@ def test_a_checkpoint_of_a_site_called_twice_needs_replay():
         y.sum().backward()
     keyed.set_key(model, ROOT, 0)
     y = twice(model, x, context_fn=lambda: keyed.replay(model))
-    keyed.set_key(model, ROOT, 9)  # even then: the step is part of what is put back
+    keyed.set_key(model, ROOT, 9)  # even then: the step is restored, too
     y.sum().backward()
     assert torch.equal(x.grad, expected)
     assert (model[1].sites[0].step, model[1].sites[0].calls) == (9, 0)

@@ -32,7 +32,7 @@ def test_nothing_but_the_key_is_saved_for_the_backward_pass(noise, rate):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = noise(X.clone().requires_grad_(), rate, key=KEY)
     assert y.requires_grad
-    # A tensor rate leaves the scalar condition of its range, and what it is filled with.
+    # A tensor rate needs the scalar condition of its range, and the fill value.
     assert all(tensor.numel() <= 2 for tensor in saved)
 
 
@@ -120,7 +120,7 @@ def test_a_rate_may_be_assigned_at_any_step(name):
 
 
 def test_noise_on_the_device_of_the_input_without_a_copy_of_the_table():
-    """On "meta" nothing is computed, so that a tensor left on the CPU would be an error."""
+    """On the device "meta", a tensor on the CPU would be an error."""
     meta = torch.empty(3, 5, device="meta")
     for noise in FAMILY.values():
         y = noise(meta, 0.3, key=KEY.to("meta"))

@@ -12,8 +12,8 @@ from torch import nn
 
 from regtorch import l1_penalty, l2_sp_penalty, optim
 
-# Each decay attached with a rate of 0.25, and what it subtracts from w = 2 or -2, from the step of
-# SGD with a learning rate of 0.5 and a gradient of 1, beside that step itself.
+# Each decay with a rate of 0.25, and its additional effect on a step of SGD from w = 2 or -2, with
+# a learning rate of 0.5 and a gradient of 1.
 FORMS = {
     "l1": (lambda o, rate, mask=None: optim.add_l1_decay(o, rate, mask=mask), (0.125, -0.125)),
     "l1 decoupled": (
@@ -126,7 +126,7 @@ def test_what_has_no_gradient_does_not_decay(attach):
 
 
 class _Descent(torch.optim.Optimizer):
-    """An optimizer that has no `maximize`."""
+    """An optimizer without `maximize`."""
 
     def step(self, closure=None):
         for p in self.param_groups[0]["params"]:
@@ -217,9 +217,9 @@ def test_any_optimizer_groups_and_scheduler(make, attach):
     seen = module.kernel.detach().clone(), module.bias.detach().clone()
     _step(optimizer, module)
     if make is torch.optim.Rprop:
-        return  # its step sizes are no learning rates
+        return  # its step sizes are not learning rates
     independent = attach is FORMS["independent"][0]
-    # At a learning rate of 0 only the independent decay goes on.
+    # At a learning rate of 0 only the independent decay has an effect.
     assert torch.equal(module.kernel, seen[0]) != independent
     assert seen[1].item() == (1.5 if independent else 2.0)
 

@@ -1,4 +1,4 @@
-"""Rules of decay on the layers of torch.nn, and on parameter groups for torch.optim."""
+"""Decay rules on the layers of torch.nn, and parameter groups for torch.optim."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def decaying(module: nn.Module) -> set[str]:
 
 
 class PartsNorm(nn.Module):
-    """A norm that keeps its parameters in a list, which owns nothing itself."""
+    """A norm with its parameters in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def _normed_twice() -> nn.Module:
     return nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
 
 
-# A module, and what of it decays.
+# A module, and the parameters that decay.
 LAYERS = {
     "linear": (nn.Linear(2, 3), {"weight"}),
     "bilinear": (nn.Bilinear(2, 3, 4), {"weight"}),
@@ -136,9 +136,9 @@ def test_classes_of_ones_own():
         "2.weight",
     }
     assert decay_table(LlamaRMSNorm()).rows[0].kind == "norm"
-    # What it is called says what its class does not.
+    # The name determines the kind if the class does not.
     assert decaying(nn.ModuleDict({"norm1": Affine(3), "x": Affine(3, 2)})) == {"x.weight"}
-    # A linear layer is one, whatever it is called.
+    # A linear layer may have any name.
     assert decaying(nn.ModuleDict({"embed": nn.Linear(2, 3)})) == {"embed.weight"}
 
 
@@ -170,7 +170,7 @@ def test_tied_weights_are_one_parameter(head_first):
     module = Tied(head_first)
     name = "head.weight" if head_first else "embed.weight"
     assert decay_mask(module) == {name: False}
-    # A glob may name either place.
+    # A glob may match either name.
     for pattern in ("head/weight", "embed/weight"):
         assert decay_rates(module, 1.0, [(pattern, 0.5), ("**", "default")]) == {name: 0.5}
     assert len(decay_table(module)) == 1
@@ -194,7 +194,7 @@ def test_frozen_parameters_are_left_out():
     groups = decay_groups(module, 0.1)
     names = {name for group in groups for name, _ in group["params"]}
     assert names == {"1.weight", "1.bias", "2.weight", "2.bias"}
-    # A rule still matches what is frozen, and need not know it.
+    # A rule matches frozen parameters, too.
     assert decay_rates(module, 0.1, [("0/*", True), ("**", False)])["0.weight"] == 0.0
     assert decay_mask(nn.Sequential(Affine(3).requires_grad_(False))) == {"0.weight": False}
     with pytest.raises(
@@ -264,7 +264,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="weight_decay must be finite"):
         decay_groups(model(), -1.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that lazy modules are new
+        warnings.simplefilter("ignore")  # the warning of lazy modules
         lazy = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"must have .* got '0\.weight' of a lazy module"):
         decay_mask(lazy)
@@ -298,7 +298,7 @@ def test_only_what_decays_moves_without_gradients(make):
     make(decay_groups(module, 0.5), lr=0.1).step()
     moved = {name for name, p in module.named_parameters() if bool((p != 1.0).any())}
     assert moved == {"0.weight", "2.weight"}
-    # A parameter without a gradient is skipped by torch itself.
+    # torch skips a parameter without a gradient.
     module[0].weight.grad = None
     before = module[0].weight.detach().clone()
     make(decay_groups(module, 0.5), lr=0.1).step()
