@@ -75,6 +75,7 @@ _JAX_DROPOUT = "tests/regjax/test_dropout.py"
 _LAYOUTS = "tests/regjax/test_layouts.py::"
 _MASK = "tests/regjax/test_optim_gradients.py::test_a_mask_that_is_false_for_all_is_refused"
 _OPTIM = ["tests/regjax/test_optim.py::test_signature", "tests/regjax/test_optim_arguments.py"]
+_TORCH_OPTIM = ["tests/regtorch/test_optim.py", "tests/regtorch/test_optim_refusals.py"]
 TESTS = {
     "regjax/_random/threefry.py": [
         *_BITS,
@@ -105,7 +106,7 @@ TESTS = {
     "regjax/_dropout/core.py": [*_DROPOUT, _JAX_DROPOUT],
     "regshared/globs.py": ["tests/test_globs.py"],
     "regshared/layerwise.py": [
-        "tests/regtorch/test_optim.py",
+        *_TORCH_OPTIM,
         "tests/regjax/test_optim_decays.py",
     ],
     "regshared/decay_rules.py": ["tests/test_decay_rules.py"],
@@ -132,13 +133,13 @@ TESTS = {
     "regtorch/_decay/paths.py": ["tests/regtorch/test_penalty.py"],
     "regtorch/_decay/validation.py": [
         "tests/regtorch/test_penalty.py",
-        "tests/regtorch/test_optim.py",
+        *_TORCH_OPTIM,
     ],
     "regtorch/_decay/param_trees.py": ["tests/regtorch/test_rules.py"],
     "regtorch/_decay/penalty.py": ["tests/regtorch/test_penalty.py"],
-    "regtorch/optim/_decays.py": ["tests/regtorch/test_optim.py"],
-    "regtorch/optim/_groups.py": ["tests/regtorch/test_optim.py"],
-    "regtorch/optim/_hooks.py": ["tests/regtorch/test_optim.py"],
+    "regtorch/optim/_decays.py": _TORCH_OPTIM,
+    "regtorch/optim/_groups.py": _TORCH_OPTIM,
+    "regtorch/optim/_hooks.py": _TORCH_OPTIM,
 }
 
 

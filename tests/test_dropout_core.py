@@ -14,13 +14,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
+from parity_tests.frameworks import JAX, TORCH, Framework
+from parity_tests.tables import both_frameworks
 from regjax._dropout import core as jax_dropout
 from regjax._random.packed import mask_sampler
 from regtorch._dropout import core as torch_dropout
 from regtorch._random.packed import mask_sampler as torch_mask_sampler
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 X = np.linspace(-2, 3, 60, dtype=np.float32).reshape(3, 4, 5)
 
 

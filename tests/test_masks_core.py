@@ -14,18 +14,15 @@ import torch
 
 from parity_tests import reference
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
+from parity_tests.tables import KEEP_PROBS, SMALLEST, both_frameworks
 from regjax._random import bernoulli as jax_masks
 from regjax._random import packed as jax_packed
 from regtorch._random import bernoulli as torch_masks
 from regtorch._random import packed as torch_packed
-from tests.test_random_core import both_frameworks, jax_words
-
-SMALLEST = 2.0**-126
-PROBABILITIES = [0.0, 1e-45, float(np.nextafter(np.float32(SMALLEST), np.float32(0))), SMALLEST]
-PROBABILITIES += [1e-9, 2.0**-24, 2.0**-23, 0.123, 0.5, 0.9, 1 - 2.0**-24, 1.0]
+from tests.test_random_core import jax_words
 
 
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, -1.0, 2.0, math.nan])
+@pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, -1.0, 2.0, math.nan])
 def test_thresholds(keep_prob):
     """The threshold is `ceil(p * 2**23)`, or 0 below the smallest normal number, also if traced."""
     inside = min(keep_prob, 1.0) if keep_prob >= SMALLEST else 0.0
@@ -41,7 +38,7 @@ TINY = 2.0**-12
 SHARES = [-0.5, 3e-7, float(np.nextafter(np.float32(TINY), np.float32(0))), TINY, 1.001 * TINY]
 
 
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, *SHARES])
+@pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, *SHARES])
 def test_the_fraction_of_kept_elements(keep_prob):
     """The fraction is that of the threshold below 2**-12, otherwise the requested probability."""
     changing = np.float32(keep_prob)
