@@ -385,7 +385,7 @@ each_optimizer = pytest.mark.parametrize(("name", "make"), OPTIMIZERS.items(), i
 @pytest.mark.parametrize("mask", [NO_BIAS, lambda params: NO_BIAS], ids=["tree", "function"])
 @each_optimizer
 def test_mask(name, make, mask):
-    # The decay changes the sign of the first gradient of the kernel, which is visible in any update.
+    # The decay changes the sign of the first gradient of the kernel, and so of any update.
     problem = VARIANTS[name].problem
     masked = first_update(make(0.1, weight_decay=2.0, mask=mask), *problem)
     full = first_update(make(0.1, weight_decay=2.0), *problem)
