@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -174,6 +175,14 @@ def test_a_mask_is_stored_if_elements_would_draw_it_again(monkeypatch, shape, di
     alone = tuple(1 if dim in dims else size for dim, size in enumerate(shape))
     np.testing.assert_array_equal(np.asarray(mask), JAX.bernoulli(5, 0.5, alone))
     assert bool(calls) == stored
+
+
+def test_a_spec_is_static_under_jit():
+    spec = jax_dropout.SampledMask("dropout", mask_sampler(JAX.library.bernoulli))
+    assert jax.tree.leaves(spec) == []
+    assert hash(spec) == hash(dataclasses.replace(spec))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.name = "other"
 
 
 # `1 - rate` rounds differently for 0.9 as a number and as an array.

@@ -76,7 +76,7 @@ def materialize(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     def divided(x: Array) -> Array:
         integers = x.astype(np.uint8) if x.dtype == np.bool_ else x
         one = integers.dtype.type(1)
-        divisor = (integers == integers + one).astype(integers.dtype) + one
+        divisor = (integers == ~integers).astype(integers.dtype) + one
         return (integers // divisor).astype(x.dtype)
 
     return lax.platform_dependent(x, cpu=divided, default=lambda x: x)
