@@ -142,7 +142,7 @@ def masks() -> dict[str, np.ndarray]:
     drawn: dict[str, list[Any]] = {"NNX": [], "PyTorch": []}
     in_linen, key = linen_lstm(), jax.random.key(0)
     weights = in_linen.init({"params": key, "dropout": key}, xs)
-    # The loops of Flax 0.12.12 refuse a callback that reads their data, which an observer is.
+    # The loops of Flax 0.12.12 reject a callback that reads their data, as an observer does.
     ones = jnp.ones((BATCH, HIDDEN))
     options = {"rngs": {"dropout": key}, "mutable": "intermediates"}
     _, sown = in_linen.apply(weights, xs, initial_carry=(ones, ones), **options)

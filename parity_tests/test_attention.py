@@ -350,25 +350,25 @@ def test_a_changing_rate(framework: Framework, block_size):
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_who_watches_is_told_the_whole_mask(framework: Framework, block_size):
     arrays, options = inputs()
-    told = []
-    with framework.library.observing(told.append):
+    draws = []
+    with framework.library.observing(draws.append):
         run(framework, arrays, options, "float32", gradients=False, block_size=block_size)
         jax.effects_barrier()
     shape = (BATCH, HEADS, QUERIES, KEYS)
-    assert len(told) == 1
-    assert told[0].function == "dot_product_attention"
+    assert len(draws) == 1
+    assert draws[0].function == "dot_product_attention"
     np.testing.assert_array_equal(
-        np.asarray(told[0].mask), framework.bernoulli(SEED, 1 - RATE, shape)
+        np.asarray(draws[0].mask), framework.bernoulli(SEED, 1 - RATE, shape)
     )
     # The whole matrix has the same weights, which previous tests compare with PyTorch.
     whole = []
     with framework.library.observing(whole.append):
         run(framework, arrays, options, "float32", gradients=False, block_size=None)
         jax.effects_barrier()
-    entering = (np.asarray(draw.entering) for draw in (told[0], whole[0]))
+    entering = (np.asarray(draw.entering) for draw in (draws[0], whole[0]))
     np.testing.assert_allclose(*entering, rtol=1e-5, atol=1e-7)
-    assert np.asarray(told[0].entering).shape == shape
-    assert told[0].rate == RATE
+    assert np.asarray(draws[0].entering).shape == shape
+    assert draws[0].rate == RATE
 
 
 @both_frameworks
@@ -379,12 +379,12 @@ def test_who_watches_is_not_told_what_a_changing_flag_turns_off(framework: Frame
     options |= {"dropout_rng": framework.key(SEED), "block_size": block_size}
     attend = framework.library.dot_product_attention
     changing = framework.traced(lambda flag: attend(*qkv, deterministic=flag, **options))
-    told = []
-    with framework.library.observing(told.append):
+    draws = []
+    with framework.library.observing(draws.append):
         for flag, times in ((True, 0), (False, 1)):
             changing(flag)
             jax.effects_barrier()
-            assert len(told) == times
+            assert len(draws) == times
 
 
 @both_frameworks

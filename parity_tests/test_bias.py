@@ -32,9 +32,9 @@ def kept(key, draw, keep_prob):
     return draw(key, keep_prob, SHAPE).sum(dtype=jnp.int32)
 
 
-def bias_z(draw, asked: float, realized: float) -> float:
+def bias_z(draw, keep_prob: float, realized: float) -> float:
     """Return the z-score of the number of kept elements, for the realized probability."""
-    total = sum(int(kept(jax.random.key(seed), draw, asked)) for seed in range(KEYS))
+    total = sum(int(kept(jax.random.key(seed), draw, keep_prob)) for seed in range(KEYS))
     draws = KEYS * math.prod(SHAPE)
     return (total - draws * realized) / math.sqrt(draws * realized * (1 - realized))
 

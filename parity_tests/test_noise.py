@@ -73,7 +73,7 @@ def test_the_formula(framework: Framework, name, amount):
 )
 @each_amount
 def test_fused_with_arithmetic_before_and_after(name, amount, before):
-    """XLA joins products and sums where it can: here it must not."""
+    """Equal bits require that XLA contracts no product with a sum."""
     x, bias = inputs(SHAPE)
 
     def run(framework: Framework) -> np.ndarray:
@@ -87,7 +87,7 @@ def test_fused_with_arithmetic_before_and_after(name, amount, before):
 
 
 def test_noise_on_bytes_scaled_in_the_same_function():
-    """Of a product that was made from integers LLVM knows that it is not NaN."""
+    """LLVM infers that a product of converted integers is not NaN."""
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
     scaled = lambda x: (x.astype(np.float32) if isinstance(x, jax.Array) else x.float()) * (1 / 255)
 
@@ -184,7 +184,7 @@ def test_no_gradient_flows_to_a_changing_amount(framework: Framework, name):
         assert not loss(framework.array(np.array(0.3, np.float32)).requires_grad_()).requires_grad
 
 
-# Mean and standard deviation of outputs at x = 2, in standard deviations of those figures.
+# Mean and standard deviation of the outputs of Keras at x = 2.
 KERAS = """
 import json, sys
 import keras, numpy as np
@@ -199,14 +199,14 @@ print(json.dumps(outputs))
 
 
 def figures(name: str, amount: float, mean: float, std: float, size: int) -> list[float]:
-    """How far mean and standard deviation of `size` outputs at x = 2 lie from what they should."""
+    """Return the z-scores of mean and standard deviation of `size` outputs at x = 2."""
     true = 2 * math.sqrt(amount / (1 - amount)) if name == "gaussian_dropout" else amount
     return [(mean - 2) / true * math.sqrt(size), (std / true - 1) * math.sqrt(2 * size)]
 
 
 @pytest.mark.slow
 def test_mean_and_deviation_are_those_of_keras():
-    """18 figures at 5 sigma: a false alarm in 95,000 runs, and by the fixed seeds none."""
+    """Test 18 figures at 5 sigma: a false alarm in 95,000 runs, and none with fixed seeds."""
     size, amounts = 512 * 1024, [(name, amount) for name, amount in AMOUNTS if amount < 1]
     result = subprocess.run(
         [sys.executable, "-c", KERAS, json.dumps(amounts)],

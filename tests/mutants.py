@@ -171,6 +171,10 @@ def normalized(source: str) -> str:
             node.annotation = None
         elif isinstance(node, ast.FunctionDef):
             node.returns = None
+        elif isinstance(node, ast.ClassDef):
+            # Only a check of annotations at run time needs it.
+            kept = [d for d in node.decorator_list if ast.unparse(d) != "runtime_checkable"]
+            node.decorator_list = kept
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(None)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

@@ -1,11 +1,11 @@
-"""What the tests of both packages share; it needs no framework."""
+"""Code that the tests of both packages share, without a framework."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# Numbers and depths of layers that are none, and the error: of a parameter named 'kernel'.
+# Invalid numbers and depths of layers, and the error for a parameter named 'kernel'.
 WRONG_LAYERS = [
     (-1, None, ValueError, r"layer_of\('kernel'\) must be at least 0; got -1"),
     (0, -1, ValueError, "depth must be at least 0; got -1"),
@@ -17,7 +17,7 @@ WRONG_LAYERS = [
 
 
 def line(file: str, marker: str) -> str:
-    """Return where a file has a comment, in the form of a report's site."""
+    """Return the line of a comment of a file, in the format of a report."""
     lines = Path(file).read_text().splitlines()
     (number,) = [n for n, text in enumerate(lines, 1) if text.endswith(f"  # {marker}")]
     return f"{Path(file).name}:{number}"

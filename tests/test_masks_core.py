@@ -64,6 +64,9 @@ def test_a_sampler_may_say_what_it_keeps(framework: Framework):
     assert realized(functools.partial(packed, bits=3), 0.3) == 2 / 8
     for silent in (lambda *_: None, functools.partial(lambda *_, **options: None, bits=3)):
         assert realized(silent, 0.3) == 0.3
+    exact = (jax_packed if framework is JAX else torch_packed).EXACT
+    assert of(framework.library.bernoulli) is of(functools.partial(framework.library.bernoulli))
+    assert of(framework.library.bernoulli) is exact
 
 
 @both_frameworks
@@ -89,6 +92,13 @@ def test_probabilities(framework: Framework):
         check("share", framework.array(np.ones(1, np.float32)))
     for dtype in (np.float32, np.int32):
         assert framework.traced(lambda value: check("share", value) + 0)(np.array(3, dtype)) == 3
+
+
+def test_a_float_in_range_takes_the_shortcut(monkeypatch):
+    """An eager call of dropout checks its rate: no conversion to an array, which takes time."""
+    monkeypatch.delattr(jax_masks, "as_number")
+    for value in (0.0, 0.5, 1.0):
+        assert jax_masks.check_probability("share", value) is value
 
 
 def test_a_uniform_equal_to_the_threshold_is_dropped():

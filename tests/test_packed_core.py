@@ -213,3 +213,13 @@ def test_a_cpu_draws_no_word_in_the_loop_that_reads_it(framework: Framework):
     loops = draw.lower(framework.key(9)).compile().as_text().split("\n\n")
     assert any("xor(" in loop for loop in loops)
     assert not any("xor(" in loop and "pred[2,32,128]" in loop for loop in loops)
+
+
+def test_a_traced_probability_takes_a_layout():
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
+    layout, key = NamedSharding(mesh, P("a")), jax.random.key(9)
+    draw = jax.jit(lambda q: JAX.library.packed_bernoulli(key, q, (64, 32), out_sharding=layout))
+    with jax.set_mesh(mesh):
+        mask = draw(jnp.float32(0.3))
+    assert mask.sharding.is_equivalent_to(layout, 2)
+    np.testing.assert_array_equal(mask, JAX.library.packed_bernoulli(key, 0.3, (64, 32)))

@@ -182,7 +182,7 @@ ERRORS = {
 def test_errors(entries, params, names, messages):
     with pytest.raises(
         ValueError,
-        match=r"^state_dict must match params; got differences, so nothing was converted",
+        match=r"^state_dict must match params; got these differences",
     ) as raised:
         params_from_torch(entries, params, names)
     assert all(message in str(raised.value) for message in messages), raised.value

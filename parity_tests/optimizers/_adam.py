@@ -110,7 +110,7 @@ def nadam(
         lr: Learning rate, or a function of the step.
         betas: Decay rates of the two moments.
         eps: Added to the root.
-        weight_decay: Decay, coupled unless told otherwise.
+        weight_decay: Coupled decay, or decoupled with `decoupled_weight_decay`.
         momentum_decay: Rate at which the momentum warms up.
         decoupled_weight_decay: Whether the decay bypasses the moments.
         maximize: Whether to maximize.
@@ -171,7 +171,7 @@ def radam(
         lr: Learning rate, or a function of the step.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment, before bias correction.
-        weight_decay: Decay, coupled unless told otherwise.
+        weight_decay: Coupled decay, or decoupled with `decoupled_weight_decay`.
         decoupled_weight_decay: Whether the decay bypasses the moments.
         maximize: Whether to maximize.
         mask: Returns whether a parameter of a given name decays; None for all.

@@ -1,4 +1,4 @@
-"""What the decays of `regtorch.optim` refuse, and the errors that name it."""
+"""Arguments that the decays of `regtorch.optim` reject."""
 
 from __future__ import annotations
 
