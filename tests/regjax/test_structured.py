@@ -147,7 +147,7 @@ def test_words_are_the_same_on_every_mesh_and_nothing_is_sent(axis_type):
 
 def test_a_mask_too_large_to_count_is_refused():
     maps = jax.ShapeDtypeStruct((2**16, 64, 64, 16), jnp.float32)
-    message = r"x must have fewer .* got 4294967296, .* share_channels=True"
+    message = r"x must have fewer .* got 4294967296\. .* share_channels=True"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda x: block(x, 0.3, key=KEY), maps)
     jax.eval_shape(lambda x: block(x, 0.3, key=KEY, share_channels=True), maps)
