@@ -67,6 +67,8 @@ class Raises(pytest.RaisesExc):
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import every module of the packages with a check in each function and dataclass."""
+    # The checks choose random items of containers, also inside Hypothesis's strategies.
+    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module")
     if loaded := {*PACKAGES} & {*sys.modules}:
         raise pytest.UsageError(f"{loaded} must not be imported before this plugin.")
     pytest.raises = Raises
