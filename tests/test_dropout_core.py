@@ -92,13 +92,10 @@ def test_arrays_that_dropout_accepts(framework: Framework):
 def test_the_scale_is_rounded_once(framework: Framework, rate):
     keep_prob_of, inverse = module(framework).keep_prob_of, module(framework).inverse_keep_prob
     for real in (np.float32, np.float64):
-        keep_prob = keep_prob_of(
-            rate, dtype_of(framework, real) if framework is TORCH else np.dtype(real)
-        )
+        dtype = dtype_of(framework, real)
+        keep_prob = keep_prob_of(rate, dtype)
         assert (keep_prob, type(keep_prob)) == (float(real(1 - rate)), float)
-        scale = inverse(
-            keep_prob, getattr(torch, np.dtype(real).name) if framework is TORCH else real
-        )
+        scale = inverse(keep_prob, dtype)
         assert scale == real(1) / real(keep_prob)
     changing = lambda rate: keep_prob_of(rate, dtype_of(framework, np.float16))
     assert framework.traced(changing)(np.float32(rate)) == 1 - np.float32(rate)
