@@ -1,5 +1,5 @@
-# `make demo` and `make test` need nothing but Python 3.11 or newer with pip, and make: each prepares .venv
-# once (again only when pyproject.toml or constraints.txt changes) and then does its job.
+# `make demo` and `make test` require Python 3.11 or newer with pip, and make. Each creates .venv on its first
+# run, and updates it after a change of pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_MUTANTS := $(VENV)/.ready-mutants
 ARGS ?=
-# Tests compile more than they compute, each on one core: several processes share them.
+# Tests spend most time in compilation, which uses one core: several processes share them.
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
@@ -17,51 +17,51 @@ SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
 
-demo: $(READY)  ## Watch overfitting happen and be cured, in JAX and in PyTorch (ARGS="--help" for options)
+demo: $(READY)  ## Show overfitting and its remedies, in JAX and in PyTorch (ARGS="--help" for options)
 	$(RUN) -m examples.overfit $(ARGS)
 
-figures: $(READY)  ## Make the pictures and the tables of the examples that README shows
+figures: $(READY)  ## Write the pictures and tables of the examples in README
 	$(RUN) -m examples.overfit --out docs/overfit
 	$(RUN) -m examples.uncertainty --out docs/uncertainty
 
 test: $(READY)  ## Run the tests, without the slow ones
 	$(RUN) -m pytest $(SHARED) -m "not slow" $(ARGS)
 
-test-all: $(READY)  ## Run every test, and each property on twenty times as many examples
+test-all: $(READY)  ## Run every test, with twenty times as many examples of each property
 	PROPERTIES=thorough $(RUN) -m pytest $(SHARED) $(ARGS)
 
-mutants: $(READY_MUTANTS)  ## Plant a defect at a time in the core and see it caught (ARGS="FILE ... --every 10" for less)
+mutants: $(READY_MUTANTS)  ## Plant defects in the core, one at a time, and run its tests (ARGS="FILE ... --every 10" for fewer)
 	$(RUN) -m tests.mutants $(ARGS)
 
-test-isa: $(READY)  ## Every promise of equal bits under every instruction set of this CPU, as a table
+test-isa: $(READY)  ## Check every promise of equal bits under every instruction set of this CPU
 	$(RUN) -m parity_tests.instruction_sets --jobs 2 $(ARGS)
 
-test-versions: $(READY_DEV)  ## Run the tests on each supported Python and JAX (ARGS="-s floor -- --cases 2" for a part)
+test-versions: $(READY_DEV)  ## Run the tests on each supported Python and JAX (ARGS="-s floor -- --cases 2" for fewer)
 	$(RUN) -m nox $(ARGS)
 
 test-types: $(READY_DEV)  ## Run the tests with every annotation checked at run time
 	$(RUN) -m pytest $(SHARED) -p tests.types_plugin -m "not slow" tests parity_tests $(ARGS)
 
-parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for less)
+parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for a short run)
 	$(RUN) -m parity_tests $(ARGS)
 
-exactness: $(READY)  ## How far each optimizer is from PyTorch's after each of 1,000 steps (ARGS="--quick" for 100)
+exactness: $(READY)  ## Measure the deviation of each optimizer from PyTorch's over 1,000 steps (ARGS="--quick" for 100)
 	$(RUN) -m parity_tests.exactness $(ARGS)
 
-bench: $(READY_DEV)  ## Race dropout against the libraries' own: tables, times, pictures (ARGS="--quick" to try)
+bench: $(READY_DEV)  ## Compare the time of dropout with other libraries (ARGS="--quick" for a short run)
 	$(RUN) -m benchmarks.dropout_speed --dtypes float32 bfloat16 $(ARGS)
 	$(RUN) -m benchmarks.shared_masks $(ARGS)
 	$(RUN) -m benchmarks.overhead $(ARGS)
 	$(RUN) -m benchmarks.transformer_step $(ARGS)
 	$(RUN) -m benchmarks.torch_speed $(ARGS)
 
-bench-attention: $(READY_DEV)  ## What dropout costs in attention, in time and memory (ARGS="--quick" to try)
+bench-attention: $(READY_DEV)  ## Measure time and memory of attention with dropout (ARGS="--quick" for a short run)
 	$(RUN) -m benchmarks.attention $(ARGS)
 
-bench-optimizers: $(READY_DEV)  ## What each optimizer costs beside optax's, at 100 M parameters (ARGS="--quick" to try)
+bench-optimizers: $(READY_DEV)  ## Compare each optimizer with Optax's, at 100 M parameters (ARGS="--quick" for a short run)
 	$(RUN) -m benchmarks.optimizers $(ARGS)
 
-bench-models: $(READY_DEV)  ## What the compilers for TPU and GPU expect, where they are installed
+bench-models: $(READY_DEV)  ## Estimate dropout on TPUs and GPUs with their compilers, if installed
 	$(RUN) -m benchmarks.tpu_model $(ARGS)
 	$(RUN) -m benchmarks.gpu_model $(ARGS)
 
@@ -70,7 +70,7 @@ lint: $(READY_DEV)  ## Check style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright
 
-format: $(READY_DEV)  ## Let ruff format and fix
+format: $(READY_DEV)  ## Format the code and apply automatic fixes
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
@@ -79,12 +79,12 @@ lock: $(READY_DEV) $(READY_MUTANTS)  ## Write the installed versions to constrai
 	   $(RUN) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	@mv constraints.new constraints.txt
 
-clean:  ## Remove .venv and everything that was built
+clean:  ## Remove .venv and all build products
 	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN):
-	@$(PYTHON) -c 'import sys; sys.exit("regjax needs Python 3.11 or newer; this is %d.%d. Name another one: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit("PYTHON must be Python 3.11 or newer; got %d.%d. Run: make PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
 $(READY): pyproject.toml constraints.txt | $(RUN)

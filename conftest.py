@@ -1,4 +1,4 @@
-"""Settings of every test run, made before JAX is first imported."""
+"""Settings of every test run, applied before the first import of JAX."""
 
 import gc
 import os
@@ -11,17 +11,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
-# A plugin that needs beartype: `make test-types`.
+# The tensors of the tests are small: several threads of torch would mostly wait for each other.
+# `test_instruction_sets.py` runs two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The plugin of `make test-types` requires beartype.
 collect_ignore = ["tests/types_plugin.py"]
 
-# Nothing may lean on silent promotion: neither of dtypes nor of ranks.
+# The library must not depend on implicit promotion of dtypes or ranks.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
-    """Skips a test for which XLA cannot compile float16, as under `--xla_cpu_max_isa=SSE4_2`."""
+    """Skip a test for which XLA cannot compile float16, as under `--xla_cpu_max_isa=SSE4_2`."""
     try:
         yield
     except Exception as error:
@@ -36,7 +39,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
 
 @pytest.fixture(scope="session")
 def contracts() -> bool:
-    """Whether XLA contracts a product and a sum: it does where the CPU fuses the two."""
+    """Return whether XLA contracts a product and a sum, which it does if the CPU has FMA."""
     import jax
 
     x = jax.numpy.float32(1 + 2**-12)
@@ -49,14 +52,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(trylast=True)  # after `-m` has left out what it leaves out
+@pytest.hookimpl(trylast=True)  # after the selection by `-m`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not (limit := config.getoption("--cases")):
         return
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    # Evenly spaced, the first and the last included: tables group similar cases.
+    # Choose evenly spaced cases, since tables group similar ones.
     for test in cases.values():
         gaps = max(limit - 1, 1)
         chosen = {i * (len(test) - 1) // gaps for i in range(min(limit, len(test)))}
@@ -66,14 +69,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item in kept]
 
 
-# Traces are millions of small objects that live on: to look at them all again and again takes
-# 5 to 10 % of the time of a run.
+# Traces are millions of small objects that stay alive. With the default thresholds, the garbage
+# collector takes 5 to 10 % of the time of a run to scan them.
 gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _let_go_of_programs() -> Iterator[None]:
-    """What a module has compiled is of no use to the next, and adds up to gigabytes."""
+def _clear_compiled_programs() -> Iterator[None]:
+    """Clear the compiled programs of each module, which add up to gigabytes."""
     yield
     if jax := sys.modules.get("jax"):
         jax.clear_caches()

@@ -1,12 +1,12 @@
 """The matrix of supported versions: `make test-versions`, or `nox -s NAME` for one session.
 
-Each session makes an environment of its own under `.nox`. Arguments after `--` go to pytest:
+Each session has its own environment under `.nox`. nox passes arguments after `--` to pytest:
 `nox -s floor -- --cases 2` runs at most two cases of each test. A session whose Python is not
 installed is skipped.
 
 PyTorch releases for Linux on PyPI contain CUDA libraries of several gigabytes. The sessions on
-Python 3.12 and newer therefore leave PyTorch out and run `tests/regjax`, unless REGJAX_WITH_TORCH
-is set; `pip` may be pointed to a CPU build with PIP_EXTRA_INDEX_URL.
+Python 3.12 and newer therefore exclude PyTorch and run `tests/regjax`, unless REGJAX_WITH_TORCH
+is set. Set PIP_EXTRA_INDEX_URL to install a CPU build.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def floor(session: nox.Session) -> None:
 @nox.session(python=["3.11"])
 @nox.parametrize("jax", ["0.9.2"])
 def between(session: nox.Session, jax: str) -> None:
-    """Test one JAX between the ends, with the newest of all else that accepts it."""
+    """Test a JAX between both ends, with the newest packages that support it."""
     run(session, [*PACKAGES, f"jax=={jax}", f"jaxlib=={jax}"], with_torch=True)
 
 
@@ -71,12 +71,12 @@ def newest(session: nox.Session) -> None:
 
 
 def run(session: nox.Session, requirements: list[str], *options: str, with_torch: bool) -> None:
-    """Install exactly these requirements, and the package without its own; then run the tests."""
+    """Install exactly these requirements and the package without its own, and run the tests."""
     torch = [TORCH] if with_torch else []
     session.install(*options, *requirements, *torch, *TOOLS)
     session.install("--no-deps", "-e", ".")
     session.run("python", "-m", "pip", "check")
     session.run("python", "-m", "pip", "freeze", "--exclude-editable")
-    # Without PyTorch: the tests of regjax alone, but for those that convert from PyTorch.
+    # Without PyTorch, run the tests of regjax, except those of conversions from PyTorch.
     tests = [] if with_torch else ["tests/regjax", "--ignore", "tests/regjax/test_interop.py"]
     session.run("python", "-m", "pytest", *SHARED, "-m", "not slow", *tests, *session.posargs)

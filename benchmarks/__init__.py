@@ -1,1 +1,1 @@
-"""Programs that print and plot the figures README quotes: `python -m benchmarks.NAME`."""
+"""Programs that measure the figures in README: `python -m benchmarks.NAME`."""

@@ -1,10 +1,10 @@
-"""What dropout costs in attention, in time and in memory, over sequences of growing length.
+"""Measure time and memory of attention with dropout, for several sequence lengths.
 
 python -m benchmarks.attention          # up to 4,096 positions; a few minutes
-python -m benchmarks.attention --quick  # short sequences, to see that it runs
+python -m benchmarks.attention --quick  # short sequences, to test
 
-All are over jax.nn.dot_product_attention, which has no dropout. The memory is what XLA sets aside
-beyond arguments and results; PyTorch gives no such account.
+All figures are relative to jax.nn.dot_product_attention, which has no dropout. Memory is the
+temporary memory that XLA allocates beyond arguments and results; PyTorch reports no such figure.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the attention is of.
+    """The sizes of an attention.
 
     Attributes:
-        batch: how many sequences.
-        length: of queries and keys.
-        heads: how many.
-        depth: of each head.
+        batch: The number of sequences.
+        length: The number of positions of queries and keys.
+        heads: The number of heads.
+        depth: The size of a head.
     """
 
     batch: int
@@ -52,19 +52,19 @@ class Shape:
 
     @property
     def weights(self) -> int:
-        """How many weights it has."""
+        """Return the number of weights."""
         return self.batch * self.heads * self.length**2
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The race at one length.
+    """The measurements at one length.
 
     Attributes:
-        length: of the sequences.
-        backward: whether the gradients were made too.
-        times: of all candidates.
-        temporary: bytes beyond arguments and results, of those in JAX.
+        length: The number of positions.
+        backward: Whether they include the gradients.
+        times: The times of all candidates.
+        temporary: The bytes that each JAX candidate allocates beyond arguments and results.
     """
 
     length: int
@@ -73,22 +73,22 @@ class Row:
     temporary: dict[str, int]
 
     def time_ratios(self) -> dict[str, float]:
-        """Each candidate's time over that without dropout."""
+        """Return the time of each candidate over that without dropout."""
         return {name: self.times.ratio(name, BASE) for name in self.times.seconds}
 
     def memory_ratios(self) -> dict[str, float]:
-        """Each candidate's memory over that without dropout."""
+        """Return the memory of each candidate over that without dropout."""
         return {name: size / self.temporary[BASE] for name, size in self.temporary.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Races, prints the tables, and writes them as Markdown, JSON and a picture."""
+    """Measure, and write the tables as Markdown, JSON and a picture."""
     options = _parser().parse_args(argv)
     lengths, rounds = ([64, 256], 2) if options.quick else (options.lengths, options.rounds)
     console = Console()
     rows = []
     with Progress(console=console) as progress:
-        task = progress.add_task("racing", total=len(lengths) * len(WORK) * rounds)
+        task = progress.add_task("measuring", total=len(lengths) * len(WORK) * rounds)
         for length in lengths:
             for backward in WORK:
                 progress.update(task, description=f"{length:,} positions, {WORK[backward]}")
@@ -136,40 +136,45 @@ def _parser() -> argparse.ArgumentParser:
         "--lengths",
         nargs="+",
         default=[256, 1024, 2048, 4096],
-        help="positions of a sequence (default: 256 to 4096)",
+        help="numbers of positions (default: 256 to 4096)",
         **numbers,
     )
     parser.add_argument(
         "--blocks",
         nargs="+",
         default=[64, 128, 256],
-        help="sizes of a block (default: 64, 128 and 256)",
+        help="block sizes (default: 64, 128 and 256)",
         **numbers,
     )
-    parser.add_argument("--batch", default=1, help="sequences (default: %(default)s)", **numbers)
-    parser.add_argument("--heads", default=4, help="heads (default: %(default)s)", **numbers)
-    parser.add_argument("--depth", default=64, help="of a head (default: %(default)s)", **numbers)
-    parser.add_argument("--rate", type=cli.rate, default=0.1, help="(default: %(default)s)")
+    for name, default, text in (
+        ("batch", 1, "number of sequences"),
+        ("heads", 4, "number of heads"),
+        ("depth", 64, "size of a head"),
+    ):
+        text = f"{text} (default: %(default)s)"
+        parser.add_argument(f"--{name}", default=default, help=text, **numbers)
+    text = "dropout rate (default: %(default)s)"
+    parser.add_argument("--rate", type=cli.rate, default=0.1, help=text)
     return parser
 
 
-def candidates(rate: float, blocks: Sequence[int], say: Callable[[str], None]) -> dict[str, Attend]:
-    """By name, attention in JAX: without dropout, ours in both forms, Flax's."""
+def candidates(rate: float, blocks: Sequence[int], log: Callable[[str], None]) -> dict[str, Attend]:
+    """Return JAX's attention without dropout, and those with dropout, by name."""
 
-    def ours(q: Any, k: Any, v: Any, key: jax.Array, block_size: int | None = None) -> jax.Array:
+    def attend(q: Any, k: Any, v: Any, key: jax.Array, block_size: int | None = None) -> jax.Array:
         return regjax.dot_product_attention(
             q, k, v, dropout_rng=key, dropout_rate=rate, block_size=block_size
         )
 
     found: dict[str, Attend] = {
         BASE: lambda q, k, v, key: jax.nn.dot_product_attention(q, k, v),
-        WHOLE: ours,
+        WHOLE: attend,
     }
-    found |= {f"{WHOLE}, blocks of {n}": functools.partial(ours, block_size=n) for n in blocks}
+    found |= {f"{WHOLE}, blocks of {n}": functools.partial(attend, block_size=n) for n in blocks}
     try:
         from flax import linen
     except ImportError as error:
-        say(f"left out: {PEER} ({error})")
+        log(f"skipped: {PEER} ({error})")
         return found
     found[PEER] = lambda q, k, v, key: linen.dot_product_attention(
         q, k, v, dropout_rng=key, dropout_rate=rate, broadcast_dropout=False
@@ -180,7 +185,7 @@ def candidates(rate: float, blocks: Sequence[int], say: Callable[[str], None]) -
 def in_jax(
     attends: Mapping[str, Attend], shape: Shape, *, backward: bool
 ) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
-    """Compiled and bound to their arguments, and the temporary memory of each."""
+    """Return compiled functions without arguments, and the temporary memory of each."""
     arrays = [jax.numpy.asarray(array) for array in _inputs(shape)]
     key = jax.random.key(0)
     runs, temporary = {}, {}
@@ -200,13 +205,13 @@ def _with_backward(attend: Attend, q: Any, k: Any, v: Any, key: jax.Array) -> An
 
 
 def in_torch(
-    rate: float, shape: Shape, say: Callable[[str], None], *, backward: bool
+    rate: float, shape: Shape, log: Callable[[str], None], *, backward: bool
 ) -> dict[str, Callable[[], object]]:
-    """PyTorch's own function, eager."""
+    """Return PyTorch's own function, eager and without arguments."""
     try:
         import torch
     except ImportError as error:
-        say(f"left out: {TORCH} ({error})")
+        log(f"skipped: {TORCH} ({error})")
         return {}
     q, k, v = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in _inputs(shape))
     leaves = [x.requires_grad_(backward) for x in (q, k, v)]
@@ -225,7 +230,7 @@ def _inputs(shape: Shape) -> list[np.ndarray]:
 
 
 def markdown(rows: Sequence[Row], *, batch: int, heads: int, depth: int, rate: float) -> str:
-    """A table of times and one of memory: a race a line, a candidate a column."""
+    """Return a table of times and one of memory, with a column for each candidate."""
     names = list(rows[0].times.seconds)
     in_jax = list(rows[0].temporary)
     setting = (
@@ -251,7 +256,7 @@ def _table(head: list[str], rows: Sequence[Row], cells: Sequence[list[str]]) -> 
 
 
 def panels(rows: Sequence[Row]) -> list[tuple[str, Mapping[str, float]]]:
-    """Of each length, forward and backward: time on the left, memory on the right."""
+    """Return two panels for each length: time and memory, forward and backward."""
     return [
         (f"{row.length:,} positions: {what}", ratios)
         for row in rows

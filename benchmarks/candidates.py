@@ -1,6 +1,6 @@
-"""Dropout as the libraries offer it, each behind `apply(x, key) -> y` and ready to be raced.
+"""Dropout of each library, as a function `apply(x, key) -> y`.
 
-A library that is not installed is left out, and said so.
+A library that is not installed is skipped with a message.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ Apply = Callable[[jax.Array, jax.Array], Any]
 Dims = tuple[int, ...]
 
 COPY = "copy"
-OURS = "regjax"
+EXACT = "regjax"
 PACKED = "regjax, packed"
-OWN = (OURS, PACKED)
+OWN = (EXACT, PACKED)
 
 
 def copy(x: jax.Array, key: jax.Array) -> jax.Array:
-    """What no dropout can beat: read each element once, write it once."""
+    """Read and write each element once, a lower bound for any dropout."""
     del key
     return x * jnp.asarray(1.5, x.dtype)
 
 
-def ours(rate: float, dims: Dims = ()) -> dict[str, Apply]:
-    """Both samplers of regjax."""
+def own(rate: float, dims: Dims = ()) -> dict[str, Apply]:
+    """Return the dropout of regjax with each sampler."""
     drop = functools.partial(regjax.dropout, rate=rate, broadcast_dims=dims)
     return {
-        OURS: lambda x, key: drop(x, key=key),
+        EXACT: lambda x, key: drop(x, key=key),
         PACKED: lambda x, key: drop(x, key=key, sampler=regjax.packed_bernoulli),
     }
 
@@ -87,28 +87,28 @@ PEERS = {
     "Haiku": _haiku,
     "Keras": _keras,
 }
-# Those whose masks can be shared along dimensions.
+# The libraries whose masks can be shared along dimensions.
 SHARING = ("Flax Linen", "Flax NNX", "Haiku")
 
 
-def peers(rate: float, say: Callable[[str], None], dims: Dims = ()) -> dict[str, Apply]:
-    """The JAX libraries that are installed, and can share masks along `dims`.
+def peers(rate: float, log: Callable[[str], None], dims: Dims = ()) -> dict[str, Apply]:
+    """Return the installed JAX libraries that can share masks along `dims`.
 
-    `say` is told of those that are not installed.
+    `log` receives a message about each library that is not installed.
     """
     found = {}
     for name in SHARING if dims else PEERS:
         try:
             found[name] = PEERS[name](rate, dims)
         except ImportError as error:
-            say(f"left out: {name} ({error})")
+            log(f"skipped: {name} ({error})")
     return found
 
 
 def in_jax(
     applies: Mapping[str, Apply], x: jax.Array, key: jax.Array, *, backward: bool
 ) -> dict[str, Callable[[], object]]:
-    """Jitted and bound to their arguments; with `backward`, the gradient as well as the value."""
+    """Return jitted functions without arguments; with `backward` they include the gradient."""
     runs = {}
     for name, apply in applies.items():
         run = jax.jit(_with_backward(apply) if backward else apply)
@@ -119,19 +119,19 @@ def in_jax(
 def _with_backward(apply: Apply) -> Callable[[jax.Array, jax.Array], Any]:
     def run(x: jax.Array, key: jax.Array) -> Any:
         y, pull_back = jax.vjp(lambda x: apply(x, key), x)
-        return y, pull_back(x)  # the values of the cotangent do not matter, its memory does
+        return y, pull_back(x)  # any cotangent of this size gives the same time
 
     return run
 
 
 def in_torch(
-    rate: float, size: int, dtype: str, *, backward: bool, say: Callable[[str], None]
+    rate: float, size: int, dtype: str, *, backward: bool, log: Callable[[str], None]
 ) -> dict[str, Callable[[], object]]:
-    """PyTorch's own function, eager and, where this machine can compile, compiled."""
+    """Return PyTorch's own function, eager and, where compilation works, compiled."""
     try:
         import torch
     except ImportError as error:
-        say(f"left out: PyTorch ({error})")
+        log(f"skipped: PyTorch ({error})")
         return {}
     x = torch.ones(size, dtype=getattr(torch, dtype), requires_grad=backward)
     dropout = functools.partial(torch.nn.functional.dropout, p=rate)
@@ -148,6 +148,6 @@ def in_torch(
         compiled = torch.compile(dropout)
         compiled(x)
         runs["PyTorch, compiled"] = bound(compiled)
-    except Exception as error:  # the compiler's failures have no common class
-        say(f"left out: PyTorch, compiled ({str(error).strip().splitlines()[0]})")
+    except Exception as error:  # errors of the compiler have no common class
+        log(f"skipped: PyTorch, compiled ({str(error).strip().splitlines()[0]})")
     return runs

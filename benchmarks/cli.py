@@ -1,4 +1,4 @@
-"""What every benchmark that runs on this machine asks on its command line."""
+"""The command-line options that all benchmarks share."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from parity_tests import output
 OUT = "outputs/benchmarks"
 
 
+# A rate of 0 or 1 draws no mask.
+rate = output.number("in (0, 1)", lambda value: 0 < value < 1)
+whole = output.integer(1)
+
+
 def parser(name: str, about: str | None, *, rounds: int) -> argparse.ArgumentParser:
-    """A parser with the options that the benchmarks share.
+    """Return a parser with the shared options.
 
     Args:
-        name: of the module in `benchmarks`.
-        about: its docstring.
-        rounds: how many times each candidate runs unless told otherwise.
+        name: The name of the module in `benchmarks`.
+        about: The docstring of the module.
+        rounds: The default number of runs of each candidate.
     """
     made = output.Parser(f"python -m benchmarks.{name}", about)
     made.add_argument(
@@ -23,24 +28,20 @@ def parser(name: str, about: str | None, *, rounds: int) -> argparse.ArgumentPar
         type=whole,
         default=rounds,
         metavar="N",
-        help="runs of each (default: %(default)s)",
+        help="runs of each candidate (default: %(default)s)",
     )
-    made.add_argument("--quick", action="store_true", help="small and few, to see that it runs")
+    made.add_argument("--quick", action="store_true", help="a short run with small sizes, to test")
     made.add_out(OUT, "table, times and picture")
     return made
 
 
-def whole(text: str) -> int:
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1; got {text}")
-    return value
-
-
-def rate(text: str) -> float:
-    """A rate strictly between 0 and 1: at the ends dropout does nothing that takes time."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie strictly between 0 and 1; got {text}")
-    return value
+def add_rates(made: argparse.ArgumentParser) -> None:
+    """Add the option `--rates`."""
+    made.add_argument(
+        "--rates",
+        type=rate,
+        nargs="+",
+        default=[0.1, 0.5],
+        metavar="RATE",
+        help="dropout rates (default: 0.1 and 0.5)",
+    )

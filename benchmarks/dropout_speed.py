@@ -1,7 +1,7 @@
-"""How fast dropout is: each library's over a copy of the array, forward and with the gradient.
+"""Measure dropout of each library relative to a copy of the array, forward and with the gradient.
 
-python -m benchmarks.dropout_speed          # 16.8 M elements, as README quotes it
-python -m benchmarks.dropout_speed --quick  # 1 M elements, to see that it runs
+python -m benchmarks.dropout_speed          # 16.8 M elements, as in README
+python -m benchmarks.dropout_speed --quick  # 1 M elements, to test
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from benchmarks import candidates as field
 from benchmarks import cli
 from benchmarks.race import WORK, Result, environment, race
 from benchmarks.report import Panels, publish
+from parity_tests.output import integer
 
 COLUMNS = 4096
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Races, prints the table, and writes JSON and a picture."""
+    """Measure, print the tables, and write JSON and a picture."""
     options = _parser().parse_args(argv)
     rows, rounds = (256, 5) if options.quick else (options.size // COLUMNS, options.rounds)
     console = Console()
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     results = []
     with Progress(console=console) as progress:
-        task = progress.add_task("racing", total=len(races) * rounds)
+        task = progress.add_task("measuring", total=len(races) * rounds)
         for dtype, backward, rate in races:
             results.append(
                 _race(
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     dtype,
                     backward=backward,
                     rounds=rounds,
-                    say=progress.console.print,
+                    log=progress.console.print,
                     on_round=lambda: progress.advance(task),
                 )
             )
@@ -65,17 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("dropout_speed", __doc__, rounds=11)
-    parser.add_argument("--size", type=_size, default=2**24, help="elements (default: %(default)s)")
-    parser.add_argument("--rates", type=cli.rate, nargs="+", default=[0.1, 0.5], metavar="RATE")
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    text = "number of elements (default: %(default)s)"
+    parser.add_argument("--size", type=integer(COLUMNS), default=2**24, metavar="N", help=text)
+    cli.add_rates(parser)
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32"],
+        choices=["float32", "bfloat16"],
+        help="dtypes of the array (default: float32)",
+    )
     return parser
-
-
-def _size(text: str) -> int:
-    value = int(text)
-    if value < COLUMNS:
-        raise argparse.ArgumentTypeError(f"must be at least {COLUMNS}; got {text}")
-    return value
 
 
 def _race(
@@ -85,41 +86,41 @@ def _race(
     *,
     backward: bool,
     rounds: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     on_round: Callable[[], None],
 ) -> Result:
     x, key = jnp.ones(shape, dtype), jax.random.key(0)
-    applies = {field.COPY: field.copy, **field.ours(rate), **field.peers(rate, say)}
+    applies = {field.COPY: field.copy, **field.own(rate), **field.peers(rate, log)}
     runs = field.in_jax(applies, x, key, backward=backward)
-    runs |= field.in_torch(rate, x.size, dtype, backward=backward, say=say)
+    runs |= field.in_torch(rate, x.size, dtype, backward=backward, log=log)
     title = f"{dtype}, rate {rate}, {WORK[backward]}"
     return race(title, runs, elements=x.size, rounds=rounds, on_round=on_round)
 
 
 def peers_of(result: Result) -> list[str]:
-    """The candidates that are neither ours nor the copy."""
+    """Return the candidates that are neither regjax nor the copy."""
     return [name for name in result.seconds if name not in (field.COPY, *field.OWN)]
 
 
 def table(result: Result) -> Table:
-    """One race: time of an element, over the copy, over ours."""
+    """Return a table of one race: time per element, over the copy, and over regjax."""
     title = f"{result.title}, {result.elements / 1e6:.1f} M elements"
-    drawn = Table(title=title, title_justify="left")
+    made = Table(title=title, title_justify="left")
     for heading in ("", "ns / element", "over copy", "over regjax"):
-        drawn.add_column(heading, justify="right" if heading else "left")
+        made.add_column(heading, justify="right" if heading else "left")
     fastest = result.fastest(peers_of(result)) if peers_of(result) else None
     for name in result.seconds:
-        drawn.add_row(
+        made.add_row(
             f"{name} (fastest peer)" if name == fastest else name,
             f"{result.nanoseconds(name):.2f}",
             f"{result.ratio(name, field.COPY):.2f}",
-            f"{result.ratio(name, field.OURS):.2f}",
+            f"{result.ratio(name, field.EXACT):.2f}",
         )
-    return drawn
+    return made
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Markdown: both samplers over a copy, and the fastest peers over them."""
+    """Return a Markdown table of both samplers over a copy, and the fastest peers over regjax."""
     rows = [
         f"| {results[0].elements / 1e6:.1f} M elements on {environment()['cores']} cores "
         "| regjax / copy | packed / copy | fastest JAX peer / regjax "
@@ -127,17 +128,17 @@ def summary(results: Sequence[Result]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
-        rivals = [name for name in peers_of(result) if not name.startswith("PyTorch")]
-        ratios = [(field.OURS, field.COPY), (field.PACKED, field.COPY)]
-        ratios += [(result.fastest(rivals), field.OURS)] if rivals else []
-        ratios += [(name, field.OURS) for name in peers_of(result) if name not in rivals]
+        in_jax = [name for name in peers_of(result) if not name.startswith("PyTorch")]
+        ratios = [(field.EXACT, field.COPY), (field.PACKED, field.COPY)]
+        ratios += [(result.fastest(in_jax), field.EXACT)] if in_jax else []
+        ratios += [(name, field.EXACT) for name in peers_of(result) if name not in in_jax]
         cells = " | ".join(f"{result.ratio(*pair):.2f}" for pair in ratios)
         rows.append(f"| {result.title} | {cells} |")
     return "\n".join(rows) + "\n"
 
 
 def panels(results: Sequence[Result]) -> Panels:
-    """Each candidate's time over the copy, a panel a race."""
+    """Return a panel for each race: the time of each candidate over the copy."""
     return [(r.title, {name: r.ratio(name, field.COPY) for name in r.seconds}) for r in results]
 
 

@@ -1,13 +1,13 @@
-r"""What dropout costs on an H100, by XLA's compiler model: no GPU is needed, and none was timed.
+r"""Estimate the cost of dropout on an H100 with XLA's cost model, without a GPU.
 
     pip install --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 \
         nvidia-cuda-nvcc nvidia-nvvm    # the compiler, of JAX's version; about 400 MB
     python -m benchmarks.gpu_model      # time over that of a copy, bfloat16
 
-XLA compiles for GPUs that are not there, given a description of one, and notes in the program how
-long it expects each kernel to take. The sum over a program's kernels is compared with that of
-`x * 1.5`. The model is the compiler's own, by which it decides what to fuse: it weighs arithmetic
-against memory traffic, and knows nothing of what a kernel costs to launch.
+XLA compiles for a described GPU that need not be present, and records in the program the expected
+time of each kernel. This program compares the sum over the kernels with that of `x * 1.5`. XLA uses
+the same model to decide what to fuse. The model compares arithmetic with memory traffic and ignores
+the time to launch a kernel. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 from benchmarks import modelled
 from parity_tests import output
 
-# The host computes on its CPU; the plug-in only compiles, and would look for a GPU otherwise.
+# The plug-in only compiles; without this setting it would look for a GPU.
 PLATFORMS = "cpu"
 NOTE_COSTS = "--xla_gpu_collect_cost_model_stats=true"
 PLUGIN = "jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} nvidia-cuda-nvcc nvidia-nvvm"
-# An H100 SXM with 80 GB, in the words of XLA's GpuTargetConfigProto.
+# An H100 SXM with 80 GB, as a GpuTargetConfigProto of XLA.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -51,7 +51,7 @@ gpu_device_info {
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 }
 """
-# Global shapes, and the axis over which the GPUs share the array; None: every GPU has all of it.
+# Global shapes, and the axis that is sharded over the GPUs; None: every GPU has a copy.
 LAYOUTS = (
     ((8192, 8192), None),
     ((8, 512, 4096), None),
@@ -61,19 +61,19 @@ LAYOUTS = (
     ((8, 512, 4096), 2),
 )
 NOTE = (
-    "Bits of an rbg key are XLA's Philox. Where its outputs are joined, the model charges about "
-    "400 operations for each element, whatever they are: those figures are likely to be too high."
+    "The bits of rbg keys come from XLA's Philox. The model charges about 400 operations per "
+    "element for the concatenation of its outputs, so these figures are probably too high."
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compiles, prints the table, and writes it as JSON, Markdown and a picture."""
+    """Compile, print the table, and write it as JSON, Markdown and a picture."""
     options = _parser().parse_args(argv)
     if not any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):
         packages = PLUGIN.format(version("jaxlib"))
-        print(f"skipped: JAX's plug-in for CUDA is not installed: pip install --no-deps {packages}")
+        print(f"skipped: JAX's CUDA plug-in is not installed. pip install --no-deps {packages}")
         return 0
-    # Before jax is imported, for the plug-in reads these once.
+    # The plug-in reads these once, when jax is imported.
     os.environ["JAX_PLATFORMS"] = PLATFORMS
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NOTE_COSTS}".strip()
     kinds = [f"H100:{options.gpus}"]
@@ -85,15 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = output.Parser("python -m benchmarks.gpu_model", __doc__)
-    parser.add_argument(
-        "--gpus", type=int, default=4, metavar="N", help="GPUs of one host (default: %(default)s)"
-    )
+    text = "number of GPUs (default: %(default)s)"
+    parser.add_argument("--gpus", type=output.integer(1), default=4, metavar="N", help=text)
     parser.add_out("outputs/benchmarks", "table, JSON and picture")
     return parser
 
 
 def devices(kind: str) -> Sequence[Any]:
-    """The GPUs of a name such as "H100:4", on one host; they need not be there."""
+    """Return the GPUs of a name such as "H100:4", on one host; they need not be present."""
     from jax.experimental import topologies
 
     count = int(kind.removeprefix("H100:"))
@@ -103,16 +102,19 @@ def devices(kind: str) -> Sequence[Any]:
 
 
 def microseconds(program: str) -> float:
-    """How long XLA expects all kernels of a program to take.
+    """Return the time that XLA expects for all kernels of a program.
 
     Raises:
-        ValueError: it priced some of them only, so that the sum would say too little.
+        ValueError: A kernel has no estimate, which would make the sum too small.
     """
-    # Of each kernel's estimates the first is the one that XLA fuses by.
+    # Each kernel has several estimates; XLA bases fusion on the first.
     costs = re.findall(r'"reification_cost":\[\{[^}]*?"exec_time_us":([\d.e+-]+)', program)
     kernels = len(re.findall(r"= .*\b(?:fusion|custom-call|while|sort)\(", program))
     if len(costs) < kernels:
-        raise ValueError(f"XLA priced {len(costs)} of {kernels} kernels.")
+        raise ValueError(
+            f"program must have an estimate for each of its {kernels} kernels; got {len(costs)}. "
+            f"Set XLA_FLAGS={NOTE_COSTS} before the import of jax."
+        )
     return sum(map(float, costs))
 
 

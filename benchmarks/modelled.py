@@ -1,10 +1,9 @@
-"""What compilers say dropout costs on accelerators: what the benchmarks that ask them share.
+"""Programs, tables and pictures that the estimates of dropout on accelerators share.
 
-A compiler notes in a program what it expects of it, for chips that are not there. Nothing is timed.
-How to reach a compiler, and where it writes its notes, is the business of `tpu_model` and others;
-here are the programs, what is recorded of them, the table and the picture.
+A compiler records its cost estimates in a program, for chips that need not be present. Nothing is
+timed. `tpu_model` and `gpu_model` set up a compiler and read its estimates.
 
-Nothing of JAX is imported before a function is called: compilers read their settings when it is.
+JAX is imported inside functions only, since compilers read their settings on import.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     Apply = Callable[[Any, Any], Any]
     Devices = Sequence[Any]
 
-# Global shapes, and the axis over which the chips share the array; None: every chip has all of it.
+# Global shapes, and the axis that is sharded over the chips; None: every chip has a copy.
 LAYOUTS = (
     ((8192, 8192), None),
     ((8, 512, 4096), 0),
@@ -35,22 +34,22 @@ LAYOUTS = (
 )
 RATES = (0.5, 0.1)
 DTYPE = "bfloat16"
-# Of a training step in float32: activations of 64 MiB a layer, too many for a TPU's fast memory,
-# whose use would blur the figures.
+# A training step in float32 with activations of 64 MiB per layer, which do not fit a TPU's fast
+# memory: its use would distort the figures.
 LAYERS, BATCH, WIDTH = 8, 8192, 2048
 STEP_RATE = 0.1
 COLLECTIVE = r"\b(?:all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\("
-COLOURS = ("#D55E00", "#E69F00", "#999999", "#CCCCCC")
+COLORS = ("#D55E00", "#E69F00", "#999999", "#CCCCCC")
 
 
 @dataclass(frozen=True)
 class Program:
-    """What the compiler says of one program.
+    """The estimates for one program.
 
     Attributes:
-        cost: in the compiler's unit.
-        collectives: how many operations talk to other chips.
-        temporary: bytes of memory beyond arguments and result, on each chip.
+        cost: The cost, in the compiler's unit.
+        collectives: The number of collective operations.
+        temporary: The bytes of memory beyond arguments and result, on each chip.
     """
 
     cost: float
@@ -63,14 +62,14 @@ class Row:
     """One program, compiled for one kind of chip.
 
     Attributes:
-        chips: kind and grid.
-        shape: global shape of the array.
-        axis: the axis that the chips share, or None.
-        rate: the dropout rate.
-        name: whose dropout.
-        over_copy: cost over that of the copy.
-        collectives: how many operations talk to other chips.
-        temporary: bytes of memory beyond arguments and result, on each chip.
+        chips: The kind of chip, and the grid.
+        shape: The global shape of the array.
+        axis: The sharded axis, or None.
+        rate: The dropout rate.
+        name: The library of the dropout.
+        over_copy: The cost over that of the copy.
+        collectives: The number of collective operations.
+        temporary: The bytes of memory beyond arguments and result, on each chip.
     """
 
     chips: str
@@ -84,12 +83,12 @@ class Row:
 
     @property
     def place(self) -> tuple[str, tuple[int, ...], int | None, float]:
-        """What the candidates have in common that are compared with each other."""
+        """Return the attributes that compared candidates have in common."""
         return self.chips, self.shape, self.axis, self.rate
 
     @property
     def layout(self) -> str:
-        """The shape and how chips share it, in words."""
+        """Return the shape and its sharding, in words."""
         shared = "on each chip" if self.axis is None else f"shared on axis {self.axis}"
         return f"{self.shape} {shared}"
 
@@ -99,11 +98,11 @@ class Step:
     """One training step of `perceptron`, compiled for one chip.
 
     Attributes:
-        chips: kind and grid.
-        form: how its layers are written, "unrolled" or "scanned".
-        name: whose dropout.
-        temporary: bytes of memory beyond arguments and result.
-        without: the same without dropout.
+        chips: The kind of chip, and the grid.
+        form: "unrolled" or "scanned" layers.
+        name: The library of the dropout.
+        temporary: The bytes of memory beyond arguments and result.
+        without: The same without dropout.
     """
 
     chips: str
@@ -119,13 +118,13 @@ def measure(
     cost_of: Callable[[str], float],
     layouts: Sequence[tuple[tuple[int, ...], int | None]] = LAYOUTS,
 ) -> list[Row]:
-    """Compiles every candidate in every layout for every kind of chip.
+    """Compile every candidate in every layout for every kind of chip.
 
     Args:
-        kinds: names of chips, with their grid.
-        devices_of: the devices that a name stands for.
-        cost_of: the cost that the compiler noted in the text of a program.
-        layouts: global shapes, each with the axis that the chips share, or None.
+        kinds: Names of chips, with their grid.
+        devices_of: Returns the devices of a name.
+        cost_of: Returns the cost that the compiler recorded in the text of a program.
+        layouts: Global shapes, each with the sharded axis or None.
     """
     from rich.progress import track
 
@@ -133,7 +132,7 @@ def measure(
     rows = []
     for kind, shape, axis in track(work, "compiling"):
         devices = devices_of(kind)
-        # 256 chips cannot share 8 rows.
+        # An axis of 8 rows cannot be sharded over 256 chips.
         if axis is not None and shape[axis] % len(devices):
             continue
         copy = program(devices, shape, axis, lambda x, key: x * 1.5, cost_of=cost_of)
@@ -147,11 +146,11 @@ def measure(
 
 
 def measure_steps(kinds: Iterable[str], devices_of: Callable[[str], Devices]) -> list[Step]:
-    """Compiles a training step with every candidate that draws from threefry.
+    """Compile a training step with every candidate that draws from threefry.
 
     Args:
-        kinds: names of chips, with their grid.
-        devices_of: the devices that a name stands for.
+        kinds: Names of chips, with their grid.
+        devices_of: Returns the devices of a name.
     """
     from rich.progress import track
 
@@ -173,7 +172,7 @@ def measure_steps(kinds: Iterable[str], devices_of: Callable[[str], Devices]) ->
 
 
 def step_bytes(devices: Devices, form: str, dropout: Apply, layers: int = LAYERS) -> int:
-    """Temporary memory of a training step of `perceptron` on the first of the devices."""
+    """Return the temporary memory of a training step of `perceptron` on the first device."""
     from jax.sharding import SingleDeviceSharding
 
     from benchmarks import perceptron
@@ -189,7 +188,7 @@ def step_bytes(devices: Devices, form: str, dropout: Apply, layers: int = LAYERS
 
 
 def candidates(rate: float) -> dict[str, tuple[Apply, str]]:
-    """Each dropout, and the kind of key it is given."""
+    """Return each dropout with the implementation of its key."""
     from flax import linen
 
     import regjax
@@ -219,7 +218,7 @@ def program(
     *,
     cost_of: Callable[[str], float],
 ) -> Program:
-    """Compiles `apply(x, key)` for the devices, `x` shared along `axis`, and reads the notes."""
+    """Compile `apply(x, key)` with `x` sharded along `axis`, and return the estimates."""
     compiled = compile_shared(devices, shape, axis, apply, impl)
     text = compiled.as_text() or ""
     memory = compiled.memory_analysis()
@@ -230,7 +229,7 @@ def program(
 def compile_shared(
     devices: Devices, shape: tuple[int, ...], axis: int | None, apply: Apply, impl: str
 ) -> jax.stages.Compiled:
-    """Compiles `apply(x, key)` for devices that need not be there."""
+    """Compile `apply(x, key)` for devices that need not be present."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -246,14 +245,14 @@ def compile_shared(
 def save(
     stem: Path, rows: Sequence[Row], unit: str, note: str = "", steps: Sequence[Step] = ()
 ) -> str:
-    """Writes JSON, Markdown and a picture beside each other; returns the Markdown.
+    """Write JSON, Markdown and a picture, and return the Markdown.
 
     Args:
-        stem: the path without an ending.
-        rows: what was compiled.
-        unit: what the cost counts.
-        note: what a reader of the table must know besides.
-        steps: training steps, for a table of their own.
+        stem: The path without a suffix.
+        rows: The compiled programs.
+        unit: The unit of the cost.
+        note: A note below the table.
+        steps: Training steps, for a second table.
     """
     parts = [markdown(rows, unit), steps and markdown_of_steps(steps), note and f"{note}\n"]
     text = "\n".join(part for part in parts if part)
@@ -265,7 +264,7 @@ def save(
 
 
 def markdown(rows: Sequence[Row], unit: str) -> str:
-    """A table: layouts down, whose dropout across; cost over that of a copy."""
+    """Return a table of cost over that of a copy, with a column for each library."""
     names = list(dict.fromkeys(row.name for row in rows))
     lines = [
         f"| {unit} over a copy (compiler model, not timed) | rate | " + " | ".join(names) + " |",
@@ -278,7 +277,7 @@ def markdown(rows: Sequence[Row], unit: str) -> str:
 
 
 def markdown_of_steps(steps: Sequence[Step]) -> str:
-    """A table: training steps down, whose dropout across; memory, and that over none."""
+    """Return a table of memory of training steps, with a column for each library."""
     names = list(dict.fromkeys(step.name for step in steps))
     lines = [
         f"| temporary MB of a training step, {LAYERS} layers of ({BATCH}, {WIDTH}) (compiled, not "
@@ -299,14 +298,14 @@ def _cell(row: Row) -> str:
 
 
 def _grouped(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
-    """One row of each place, and the place's rows by candidate."""
+    """Yield for each place its first row, and all its rows by candidate."""
     for place in dict.fromkeys(row.place for row in rows):
         here = {row.name: row for row in rows if row.place == place}
         yield next(iter(here.values())), here
 
 
 def draw(path: Path, rows: Sequence[Row], unit: str) -> None:
-    """Bars of each candidate's cost over the copy, grouped by layout and rate; one panel a kind."""
+    """Draw a panel for each kind of chip, with bars of cost over the copy by layout and rate."""
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(row.chips for row in rows))
@@ -335,12 +334,12 @@ def _draw_kind(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
         offset = (i - (len(names) - 1) / 2) * thickness
         places = [at + offset for at, (_, here) in enumerate(groups) if name in here]
         ratios = [here[name].over_copy for _, here in groups if name in here]
-        colour = COLOURS[i % len(COLOURS)]
-        bars = axes.barh(places, ratios, thickness, color=colour, label=name)
+        color = COLORS[i % len(COLORS)]
+        bars = axes.barh(places, ratios, thickness, color=color, label=name)
         axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2, fontsize=7)
     labels = [f"{first.layout}\nrate {first.rate}" for first, _ in groups]
     axes.set_yticks(range(len(groups)), labels, fontsize=8)
-    axes.invert_yaxis()  # as in the table, from above
+    axes.invert_yaxis()  # the order of the table
     axes.axvline(1, color="#333333", linewidth=1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.1, y=0.02)

@@ -1,16 +1,16 @@
-"""What regjax.optim's optimizers cost beside optax's own, where a model is large.
+"""Compare time and memory of regjax.optim with those of optax, for a large model.
 
 python -m benchmarks.optimizers             # 100 M parameters in 1,000 leaves; half an hour
-python -m benchmarks.optimizers --only sgd  # that row anew; a minute or two
-python -m benchmarks.optimizers --quick     # 1 M in 10 leaves, to see that it runs
+python -m benchmarks.optimizers --only sgd  # measure one row again; a minute or two
+python -m benchmarks.optimizers --quick     # 1 M in 10 leaves, to test
 
-Each step updates and applies, in one jitted call that may write over parameters and state. Where
-optax has the optimizer, its own chain with the same decay is raced beside ours; the L2 term of the
-loss is raced beside the decay of the optimizer.
+A step updates and applies, in one jitted call with donated parameters and state. The reference is
+optax's chain with the same decay, where optax has the optimizer. The L2 term of the loss is
+compared with the decay of the optimizer.
 
-Rows are written as they come. `--only` keeps the others that an earlier run has left in the folder,
-if machine, versions and number of leaves were the same: so the table can be had in pieces. After a
-change of code, measure all that it concerns again.
+Each row is written as soon as it is measured. `--only` keeps the other rows of an earlier run in
+the same folder if machine, versions and number of leaves are the same. After a change of code,
+measure all affected rows again.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from benchmarks.report import draw
 from parity_tests.output import write_atomically
 from regjax import optim
 
-OURS, PEER = "regjax", "optax"
+REGJAX, OPTAX = "regjax", "optax"
 DECAY = 0.01
 LEAF = (250, 400)
 SIZE = LEAF[0] * LEAF[1]
-# Muon takes some thirty times as long as the others: its row has fewer leaves, and says so.
+# Muon takes about thirty times as long as the others, so its row has fewer leaves.
 MOST_MATRICES = 100
 
 Make = Callable[[], optax.GradientTransformation]
@@ -49,7 +49,7 @@ def _coupled(make: Callable[[], optax.GradientTransformation]) -> Make:
     return lambda: optax.chain(optax.add_decayed_weights(DECAY), make())
 
 
-# Ours, and what a user of optax would write for it. ASGD has no counterpart there.
+# The optimizer of regjax and its counterpart in optax, which has no ASGD.
 PAIRS: dict[str, tuple[Make, Make | None]] = {
     "sgd": (
         lambda: optim.sgd(1e-3, 0.9, weight_decay=DECAY),
@@ -97,13 +97,13 @@ NAMES = (*PAIRS, LOSS_TERM)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One optimizer beside optax's.
+    """The measurements of one optimizer.
 
     Attributes:
-        name: of the optimizer.
-        update: the race of one step.
-        build: the race of tracing and compiling it.
-        temporary: bytes beyond arguments and results, by candidate.
+        name: The name of the optimizer.
+        update: The times of a step.
+        build: The times of tracing and compilation.
+        temporary: The bytes that each candidate allocates beyond arguments and results.
     """
 
     name: str
@@ -113,21 +113,21 @@ class Row:
 
     @property
     def leaves(self) -> int:
-        """How many leaves the parameters had."""
+        """Return the number of leaves of the parameters."""
         return self.update.elements // SIZE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Races, prints the table, and writes it as Markdown, JSON and a picture."""
+    """Measure, and write the table as Markdown, JSON and a picture."""
     options = _parser().parse_args(argv)
     console = Console()
     leaves = 10 if options.quick else options.leaves
     rounds = 2 if options.quick else options.rounds
     names = options.only or NAMES
     stem = options.out / "optimizers"
-    rows = _left(stem.with_suffix(".json"), leaves) if options.only else {}
+    rows = _earlier(stem.with_suffix(".json"), leaves) if options.only else {}
     with Progress(console=console) as progress:
-        task = progress.add_task("racing", total=len(names) * 2 * rounds)
+        task = progress.add_task("measuring", total=len(names) * 2 * rounds)
         for name in names:
             progress.update(task, description=name)
             few = min(leaves, MOST_MATRICES) if name == "muon" else leaves
@@ -147,8 +147,8 @@ def _save(path: Path, rows: Mapping[str, Row], leaves: int) -> None:
     )
 
 
-def _left(path: Path, leaves: int) -> dict[str, Row]:
-    """The rows of an earlier run, if it measured the same under the same circumstances."""
+def _earlier(path: Path, leaves: int) -> dict[str, Row]:
+    """Return the rows of an earlier run if it had the same environment and settings."""
     record = json.loads(path.read_text()) if path.exists() else {}
     now = {"environment": environment(), **_settings(leaves)}
     if {key: record.get(key) for key in now} != now:
@@ -165,16 +165,16 @@ def _settings(leaves: int) -> dict[str, Any]:
 
 
 def _show(stem: Path, rows: Sequence[Row], leaves: int, console: Console) -> None:
-    """Writes the table as Markdown and the ratios as a picture."""
+    """Write the table as Markdown and the ratios as a picture."""
     text = markdown(rows, leaves)
     write_atomically(stem.with_suffix(".md"), text)
-    raced = [row for row in rows if len(row.update.seconds) > 1]
-    if raced:
+    compared = [row for row in rows if len(row.update.seconds) > 1]
+    if compared:
         panels = [
-            (f"{title}, time over optax's", {_shown(row): _ratio(get(row)) for row in raced})
+            (f"{title}, time over optax's", {_label(row): _ratio(get(row)) for row in compared})
             for title, get in (("update", lambda r: r.update), ("compilation", lambda r: r.build))
         ]
-        own = [_shown(row) for row in raced]
+        own = [_label(row) for row in compared]
         picture, unit = stem.with_suffix(".png"), "ratio (lower is better)"
         draw(picture, panels, unit=unit, own=own, digits=2)
     console.print(text, soft_wrap=True, markup=False)
@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=NAMES,
         metavar="NAME",
-        help="some rows, beside those that are there",
+        help="rows to measure; keeps the other rows of an earlier run",
     )
     return parser
 
@@ -204,15 +204,15 @@ Step = Callable[[Any, Any, Any], Any]
 
 
 def _steps(name: str) -> dict[str, tuple[optax.GradientTransformation, Step]]:
-    """By candidate, its optimizer and the step it takes."""
+    """Return the optimizer and the step of each candidate."""
     if name == LOSS_TERM:
         plain, decayed = optim.sgd(1e-3, 0.9), optim.sgd(1e-3, 0.9, weight_decay=2 * DECAY)
-        # Of the loss only the term itself: what it adds to a step, not what a model costs.
+        # The loss is the term alone, without a model.
         return {
-            OURS: (plain, functools.partial(_step, plain, penalty=DECAY)),
-            PEER: (decayed, functools.partial(_step, decayed)),
+            REGJAX: (plain, functools.partial(_step, plain, penalty=DECAY)),
+            OPTAX: (decayed, functools.partial(_step, decayed)),
         }
-    made = dict(zip((OURS, PEER), PAIRS[name], strict=True))
+    made = dict(zip((REGJAX, OPTAX), PAIRS[name], strict=True))
     optimizers = {side: make() for side, make in made.items() if make is not None}
     return {side: (o, functools.partial(_step, o)) for side, o in optimizers.items()}
 
@@ -259,7 +259,7 @@ def _row(name: str, leaves: int, rounds: int, on_round: Callable[[], None]) -> R
 
 
 class _Walk:
-    """Steps on from where the last call came to: arguments are given away."""
+    """A training run that each call continues by one step; arguments are donated."""
 
     def __init__(self, step: Any, params: Any, state: Any, gradient: Any) -> None:
         self.step, self.params, self.state, self.gradient = step, params, state, gradient
@@ -270,7 +270,7 @@ class _Walk:
 
 
 def _build(step: Step, params: Any, state: Any, gradient: Any) -> None:
-    jax.clear_caches()  # each candidate starts from nothing
+    jax.clear_caches()  # each candidate compiles everything
     jax.jit(step, donate_argnums=(0, 1)).lower(params, state, gradient).compile()
 
 
@@ -280,17 +280,17 @@ def _tree(leaves: int, size: float) -> dict[str, jax.Array]:
     return {f"{i:04}": draw(key) for i, key in enumerate(keys)}
 
 
-def _shown(row: Row) -> str:
-    """The name of a row in the picture; the loss term has another base than its neighbours."""
+def _label(row: Row) -> str:
+    """Return the label of a row in the picture, with the base if it is not optax."""
     return "L2 in the loss\nover sgd's decay" if row.name == LOSS_TERM else row.name
 
 
 def _ratio(result: Result) -> float:
-    return result.ratio(OURS, PEER)
+    return result.ratio(REGJAX, OPTAX)
 
 
 def markdown(rows: Sequence[Row], leaves: int) -> str:
-    """A table: one optimizer a line."""
+    """Return a table with a line for each optimizer."""
     elements = leaves * SIZE
     lines = [
         f"| {elements / 1e6:,.0f} M parameters in {leaves:,} leaves, {environment()['cores']} cores"
@@ -306,14 +306,14 @@ def _line(row: Row, leaves: int) -> str:
     ratios = [f"{_ratio(result):.2f}" if both else "" for result in (row.update, row.build)]
     memory = [
         f"{row.temporary[side] / 1e6:,.1f}" if side in row.temporary else ""
-        for side in (OURS, PEER)
+        for side in (REGJAX, OPTAX)
     ]
-    seconds = row.build.nanoseconds(OURS) / 1e9
+    seconds = row.build.nanoseconds(REGJAX) / 1e9
     title = "L2 in the loss / in `sgd`" if row.name == LOSS_TERM else f"`{row.name}`"
     if row.leaves != leaves:
         title += f", {row.leaves:,} leaves"
     return (
-        f"| {title} | {row.update.nanoseconds(OURS):.2f} | {ratios[0]} | {seconds:.1f}"
+        f"| {title} | {row.update.nanoseconds(REGJAX):.2f} | {ratios[0]} | {seconds:.1f}"
         f" | {ratios[1]} | {memory[0]} | {memory[1]} |"
     )
 

@@ -1,7 +1,7 @@
-"""What dropout costs where arrays are small: a call, and the compilation of a model of many sites.
+"""Measure calls of dropout on small arrays, and the compilation of a model with many sites.
 
 python -m benchmarks.overhead          # eager and jitted calls, then trace and compile times
-python -m benchmarks.overhead --quick  # few rounds, to see that it runs
+python -m benchmarks.overhead --quick  # few rounds, to test
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ WIDTH = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Races, prints the table, and writes it as Markdown and JSON."""
+    """Measure, and write the table as Markdown, JSON and a picture."""
     options = _parser().parse_args(argv)
     console = Console()
     rounds = 5 if options.quick else options.rounds
-    applies = {**field.ours(RATE), **field.peers(RATE, console.print)}
+    applies = {**field.own(RATE), **field.peers(RATE, console.print)}
     calls = []
     with Progress(console=console) as progress:
-        task = progress.add_task("racing", total=len(SIZES) * len(CALLS) * rounds + rounds)
+        task = progress.add_task("measuring", total=len(SIZES) * len(CALLS) * rounds + rounds)
         step = functools.partial(progress.advance, task)
         for size in SIZES:
             for how in CALLS:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.out / "overhead",
         results,
         markdown(results),
-        [(r.title, {name: r.ratio(name, field.OURS) for name in r.seconds}) for r in results],
+        [(r.title, {name: r.ratio(name, field.EXACT) for name in r.seconds}) for r in results],
         unit="time over regjax's (lower is better)",
         own=field.OWN,
         digits=2,
@@ -67,7 +67,7 @@ def _calls(
     applies: dict[str, field.Apply], size: int, *, jitted: bool
 ) -> dict[str, Callable[[], object]]:
     x, key = jnp.ones(size), jax.random.key(0)
-    # One call takes microseconds: a run is as many as the clock resolves well.
+    # A call takes microseconds, so a run repeats it until the clock resolves it well.
     repeats = 100 if jitted else 20
 
     def run(apply: field.Apply) -> None:
@@ -81,8 +81,8 @@ def _calls(
 
 
 def _build(apply: field.Apply) -> None:
-    """Traces and compiles the gradient of a deep network with a dropout behind every layer."""
-    jax.clear_caches()  # each candidate starts from nothing
+    """Trace and compile the gradient of a deep network with dropout after every layer."""
+    jax.clear_caches()  # each candidate compiles everything
 
     def loss(weights: jax.Array, x: jax.Array, key: jax.Array) -> jax.Array:
         for site in range(SITES):
@@ -94,14 +94,14 @@ def _build(apply: field.Apply) -> None:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table: what was raced down, the time of each candidate over ours across."""
+    """Return a table of times over that of regjax, with a column for each candidate."""
     names = list(results[0].seconds)
     lines = [
         f"| time over regjax's, {environment()['cores']} cores | " + " | ".join(names[1:]) + " |",
         "| --- |" + " ---: |" * len(names[1:]),
     ]
     for result in results:
-        ratios = [f"{result.ratio(name, field.OURS):.2f}" for name in names[1:]]
+        ratios = [f"{result.ratio(name, field.EXACT):.2f}" for name in names[1:]]
         lines.append(f"| {result.title} | " + " | ".join(ratios) + " |")
     return "\n".join(lines) + "\n"
 

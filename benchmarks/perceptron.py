@@ -1,4 +1,4 @@
-"""Training steps whose memory is asked of compilers: a deep perceptron, a dropout in each layer."""
+"""Training steps to measure memory: a deep perceptron with dropout in each layer."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ LAYERS = 8
 
 
 def none(x: jax.Array, key: jax.Array) -> jax.Array:
-    """No dropout: what a step takes without it."""
+    """Return `x`, for a step without dropout."""
     del key
     return x
 
 
 def layer(x: jax.Array, weight: jax.Array, key: jax.Array, dropout: Dropout) -> jax.Array:
-    """One layer.
+    """Apply one layer with ReLU and dropout.
 
-    Not tanh: its gradient needs its own output beside what dropout makes of it, so that autodiff
-    would store two arrays a layer where it stored one.
+    The gradient of tanh would need its output in addition to that of dropout, so that autodiff
+    would store two arrays per layer.
     """
     return dropout(jax.nn.relu(x @ weight), key)
 
 
 def unrolled(weights: jax.Array, x: jax.Array, keys: jax.Array, dropout: Dropout) -> jax.Array:
-    """A loss, its layers written out one after the other."""
+    """Return a loss whose layers are written out one after the other."""
     for i in range(len(weights)):
         x = layer(x, weights[i], keys[i], dropout)
     return (x**2).sum()
 
 
 def scanned(weights: jax.Array, x: jax.Array, keys: jax.Array, dropout: Dropout) -> jax.Array:
-    """The same loss, its layers in a loop."""
+    """Return the same loss with its layers in a scan."""
     x, _ = jax.lax.scan(lambda x, at: (layer(x, *at, dropout), None), x, (weights, keys))
     return (x**2).sum()
 
@@ -55,15 +55,15 @@ def temporary_bytes(
     layers: int = LAYERS,
     sharding: jax.sharding.Sharding | None = None,
 ) -> int:
-    """Memory that the compiled gradient needs beside its arguments and its result.
+    """Return the memory of the compiled gradient beyond its arguments and its result.
 
     Args:
-        loss: one of `LOSSES`.
-        dropout: applied in each layer.
-        batch: how many examples there are.
-        width: how many neurons a layer has.
-        layers: how many layers there are.
-        sharding: which devices compute, and how; without it, the default one.
+        loss: One of `LOSSES`.
+        dropout: The dropout of each layer.
+        batch: The number of examples.
+        width: The number of neurons per layer.
+        layers: The number of layers.
+        sharding: The sharding of the arguments; None for the default device.
     """
     step = jax.jit(jax.grad(functools.partial(loss, dropout=dropout)), in_shardings=sharding)
     weights = jax.ShapeDtypeStruct((layers, width, width), jnp.float32)

@@ -1,8 +1,8 @@
-"""Makes the tables from which `normal` computes: `python -m benchmarks.quantile > TABLE`.
+"""Compute the tables of `normal`: `python -m benchmarks.quantile > TABLE`.
 
-What it prints is the text of `regshared/quantile_tables.py`. Each polynomial interpolates at the
-Chebyshev nodes of its interval, which comes within a small factor of the best one of its degree; it
-is computed with 50 digits and rounded once. mpmath comes with PyTorch.
+The output is the text of `regshared/quantile_tables.py`. Each polynomial interpolates at the
+Chebyshev nodes of its interval, so its error is within a small factor of the minimax error for its
+degree; it is computed with 50 digits and rounded once. PyTorch depends on mpmath.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import mpmath as mp
 import numpy as np
 
-# Degree of the logarithm, the edges between the pieces, degree of each piece; so that what the
-# polynomials neglect is less than half of the last bit of what they make.
+# Degree of the logarithm, edges between the pieces, degree of each piece. The truncation error of
+# each polynomial is less than half a unit in the last place.
 PLANS: dict[str, tuple[type[np.floating], int, Sequence[float], int]] = {
     "SINGLE": (np.float32, 8, (0, 7, 23), 9),
     "DOUBLE": (np.float64, 20, (0, 7, 23, 52), 22),
@@ -23,8 +23,8 @@ PLANS: dict[str, tuple[type[np.floating], int, Sequence[float], int]] = {
 
 HEADER = '''"""Polynomials for the quantile function of the normal distribution.
 
-Made by `python -m benchmarks.quantile`, which says how; the same file in both wings. Coefficients
-go up from the constant term.
+Written by `python -m benchmarks.quantile`, which describes the method; both packages use this file.
+Coefficients are in ascending order, from the constant term.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A polynomial for quantile(u) / u in w - centre, for w = -log2(1 - u**2) from `edge` on."""
+    """A polynomial for quantile(u) / u in w - center, for w = -log2(1 - u**2) >= `edge`."""
 
     edge: float
-    centre: float
+    center: float
     coefficients: tuple[float, ...]
 
 
@@ -51,11 +51,11 @@ class Table(NamedTuple):
 
 
 def ratio(w: Any) -> Any:
-    """How far out of 2 Phi(n) - 1 = u its n lies, relative to u, where u = sqrt(1 - 2**-w)."""
+    """Return n / u for the n with 2 Phi(n) - 1 = u, where u = sqrt(1 - 2**-w)."""
     if w == 0:
         return mp.sqrt(mp.pi / 2)
     u = mp.sqrt(-mp.expm1(-w * mp.log(2)))
-    tail = mp.log(mp.mpf(2) ** -w / (1 + u))  # both sides' 1 - u, without cancellation
+    tail = mp.log(mp.mpf(2) ** -w / (1 + u))  # the logarithm of 1 - u, without cancellation
     n = mp.sqrt(w) if w > 1 else u * mp.sqrt(mp.pi / 2)
     for _ in range(100):  # Newton's iteration on the logarithm of the tail, which is concave
         outside = mp.erfc(n / mp.sqrt(2))
@@ -64,28 +64,28 @@ def ratio(w: Any) -> Any:
         n -= change
         if abs(change) < mp.mpf(10) ** -45 * n:
             return n / u
-    raise ArithmeticError(f"no quantile found at w = {w}")
+    raise ArithmeticError(f"Newton's iteration must converge; got w = {w}. Raise the precision.")
 
 
 def log_ratio(x: Any) -> Any:
-    """log2(1 + x) / x."""
+    """Return log2(1 + x) / x."""
     return (mp.log1p(x) / x if x else 1) / mp.log(2)
 
 
 def interpolated(
-    f: Callable[[Any], Any], low: Any, high: Any, centre: Any, degree: int
+    f: Callable[[Any], Any], low: Any, high: Any, center: Any, degree: int
 ) -> list[Any]:
-    """Coefficients in `x - centre`, from the constant term up."""
-    ends = [mp.mpf(low) - centre, mp.mpf(high) - centre]
-    return mp.chebyfit(lambda x: f(x + centre), ends, degree + 1)[::-1]
+    """Return the coefficients in `x - center`, from the constant term up."""
+    ends = [mp.mpf(low) - center, mp.mpf(high) - center]
+    return mp.chebyfit(lambda x: f(x + center), ends, degree + 1)[::-1]
 
 
 def lines(dtype: type[np.floating], log_degree: int, edges: Any, degree: int) -> Iterator[str]:
-    """A table as the lines of its source."""
+    """Yield the lines of the source of a table."""
 
     def numbers(coefficients: Sequence[Any], indent: str) -> Iterator[str]:
         for number in coefficients:
-            # In float32 the shortest decimal that rounds to it.
+            # The shortest decimal that rounds to the number.
             yield f"{indent}{dtype(mp.nstr(number, 40))!s},"
 
     root = mp.sqrt(2)
@@ -94,19 +94,19 @@ def lines(dtype: type[np.floating], log_degree: int, edges: Any, degree: int) ->
     yield "    ),"
     yield "    pieces=("
     for low, high in itertools.pairwise(edges):
-        centre = (low + high) / 2
+        center = (low + high) / 2
         yield "        Piece("
         yield f"            edge={float(low)},"
-        yield f"            centre={centre},"
+        yield f"            center={center},"
         yield "            coefficients=("
-        yield from numbers(interpolated(ratio, low, high, centre, degree), " " * 16)
+        yield from numbers(interpolated(ratio, low, high, center, degree), " " * 16)
         yield "            ),"
         yield "        ),"
     yield "    ),"
 
 
 def source() -> str:
-    """The text of the tables' file."""
+    """Return the text of `regshared/quantile_tables.py`."""
     with mp.workdps(50):
         tables = [
             "\n".join([f"{name} = Table(", *lines(*plan), ")"]) for name, plan in PLANS.items()
@@ -115,7 +115,7 @@ def source() -> str:
 
 
 def main() -> None:
-    """Prints the file."""
+    """Print the text."""
     print(source(), end="")
 
 

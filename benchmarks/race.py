@@ -1,8 +1,8 @@
-"""How the benchmarks measure: all candidates in one process, in turn, medians and ratios.
+"""Timing of several candidates in one process, with medians and ratios.
 
-A machine speeds up and slows down by itself, so a time says little and a difference of two times
-less. Each round runs every candidate once, starting with another one each time; a ratio is the
-median over rounds of the two times of one round.
+The speed of a machine varies over time, so separately measured times are not comparable. Each round
+runs every candidate once and starts with another one; a ratio is the median over rounds of the
+ratio of two times of the same round.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from parity_tests.output import write_atomically
 
-# By whether the gradient is made too.
+# By whether a run includes the gradient.
 WORK = {False: "forward", True: "forward + backward"}
 PACKAGES = ("jax", "flax", "equinox", "dm-haiku", "keras", "torch", "numpy")
 
@@ -29,9 +29,9 @@ class Result:
     """The times of one race.
 
     Attributes:
-        title: what was raced.
-        elements: how many elements one run works on.
-        seconds: for each candidate, its time in each round.
+        title: The title of the race.
+        elements: The number of elements of a run.
+        seconds: The time of each candidate in each round.
     """
 
     title: str
@@ -39,21 +39,21 @@ class Result:
     seconds: Mapping[str, list[float]]
 
     def nanoseconds(self, name: str) -> float:
-        """Median time of an element."""
+        """Return the median time per element."""
         return statistics.median(self.seconds[name]) / self.elements * 1e9
 
     def ratio(self, name: str, base: str) -> float:
-        """Median over rounds of a candidate's time over another's."""
+        """Return the median over rounds of one candidate's time over another's."""
         pairs = zip(self.seconds[name], self.seconds[base], strict=True)
-        return statistics.median(ours / theirs for ours, theirs in pairs)
+        return statistics.median(one / other for one, other in pairs)
 
     def added(self, name: str, base: str) -> float:
-        """Median over rounds of a candidate's time less another's, in seconds."""
+        """Return the median over rounds of one candidate's time minus another's, in seconds."""
         pairs = zip(self.seconds[name], self.seconds[base], strict=True)
-        return statistics.median(ours - theirs for ours, theirs in pairs)
+        return statistics.median(one - other for one, other in pairs)
 
     def fastest(self, names: Iterable[str]) -> str:
-        """The candidate of lowest median time."""
+        """Return the candidate with the lowest median time."""
         return min(names, key=self.nanoseconds)
 
 
@@ -65,14 +65,14 @@ def race(
     rounds: int,
     on_round: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Runs every candidate once a round, after one warm-up each.
+    """Run every candidate once per round, after one warm-up each.
 
     Args:
-        title: what is raced.
-        candidates: functions that return when their work is done.
-        elements: how many elements one run works on.
-        rounds: how many times each runs.
-        on_round: told after each round.
+        title: The title of the result.
+        candidates: Functions that return when their work is done.
+        elements: The number of elements of a run.
+        rounds: The number of rounds.
+        on_round: Called after each round.
 
     Returns:
         All times.
@@ -82,7 +82,7 @@ def race(
         run()
     names = list(candidates)
     for turn in range(rounds):
-        shift = turn % len(names)  # nobody always follows the same one, or always comes first
+        shift = turn % len(names)  # another candidate starts each round
         for name in names[shift:] + names[:shift]:
             run = candidates[name]
             start = time.perf_counter()
@@ -93,7 +93,7 @@ def race(
 
 
 def environment() -> dict[str, object]:
-    """What the figures depend on: the machine and the versions."""
+    """Return the machine and the versions that the figures depend on."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -109,7 +109,7 @@ def environment() -> dict[str, object]:
 
 
 def save(path: Path, results: Iterable[Result], **extra: object) -> None:
-    """Writes results, environment and anything else as JSON."""
+    """Write results, environment and anything else as JSON."""
     record = {
         "environment": environment(),
         "results": [

@@ -1,4 +1,4 @@
-"""How a race is shown: a table as text, the times as JSON, and a picture of bars."""
+"""Output of a race: a table in Markdown, the times as JSON, and a bar chart."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from parity_tests.output import replacing, write_atomically
 
 Panels = Sequence[tuple[str, Mapping[str, float]]]
 
-OWN_COLOUR = "#D55E00"
-PEER_COLOUR = "#999999"
+OWN_COLOR = "#D55E00"
+PEER_COLOR = "#999999"
 
 
 def publish(
@@ -27,17 +27,17 @@ def publish(
     digits: int = 1,
     console: Console,
 ) -> None:
-    """Writes STEM.md, STEM.json and STEM.png, and says so.
+    """Write STEM.md, STEM.json and STEM.png, and print the table.
 
     Args:
-        stem: the path without an ending.
-        results: all times, for the JSON.
-        text: the table, in Markdown.
-        panels: for each panel of the picture its title and the value of each candidate.
-        unit: what the values are, for the axis.
-        own: the candidates to stand out.
-        digits: how many decimals the picture shows.
-        console: where to print.
+        stem: The path without a suffix.
+        results: All times, for the JSON.
+        text: The table, in Markdown.
+        panels: The title of each panel, and the value of each candidate.
+        unit: The label of the axis.
+        own: The highlighted candidates.
+        digits: The number of decimals in the picture.
+        console: The console to print to.
     """
     save(stem.with_suffix(".json"), results)
     write_atomically(stem.with_suffix(".md"), text)
@@ -47,7 +47,7 @@ def publish(
 
 
 def draw(path: Path, panels: Panels, *, unit: str, own: Collection[str], digits: int = 1) -> None:
-    """Draws one panel of horizontal bars for each race, two beside each other."""
+    """Draw a panel of horizontal bars for each race, in two columns."""
     from matplotlib.figure import Figure
 
     columns = min(2, len(panels))
@@ -59,10 +59,10 @@ def draw(path: Path, panels: Panels, *, unit: str, own: Collection[str], digits:
     for axes in places[len(panels) :]:
         axes.remove()
     for axes, (title, values) in zip(places[: len(panels)], panels, strict=True):
-        names = list(values)[::-1]  # bars grow from below
+        names = list(values)[::-1]  # matplotlib starts at the bottom
         heights = [values[name] for name in names]
-        colours = [OWN_COLOUR if name in own else PEER_COLOUR for name in names]
-        bars = axes.barh(names, heights, color=colours)
+        colors = [OWN_COLOR if name in own else PEER_COLOR for name in names]
+        bars = axes.barh(names, heights, color=colors)
         axes.bar_label(bars, [f"{height:.{digits}f}" for height in heights], padding=3)
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set_xlabel(unit)

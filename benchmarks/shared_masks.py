@@ -1,10 +1,10 @@
-"""How fast dropout is whose mask is shared along dimensions, over a copy of the array.
+"""Measure dropout with a mask that is shared along dimensions, relative to a copy of the array.
 
-python -m benchmarks.shared_masks          # 16.8 M elements, as README quotes it
-python -m benchmarks.shared_masks --quick  # 1 M elements, to see that it runs
+python -m benchmarks.shared_masks          # 16.8 M elements, as in README
+python -m benchmarks.shared_masks --quick  # 1 M elements, to test
 
-Such a mask has few elements. What it costs shows whether each is drawn once, or again for every
-element that shares it. Of the JAX libraries three can share masks.
+Such a mask has few elements. Its cost depends on whether each is drawn once, or again for every
+element that shares it. Three of the JAX libraries can share masks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RATE = 0.1
 
 
 def cases(batch: int) -> dict[str, tuple[tuple[int, ...], field.Dims]]:
-    """By what shares a mask: the shape of the array, and the dimensions that share."""
+    """Return by name the shape of an array and the dimensions that share the mask."""
     return {
         "all timesteps": ((batch, 256, 256), (1,)),
         "all pixels, channels last": ((batch, 32, 32, 64), (1, 2)),
@@ -35,17 +35,17 @@ def cases(batch: int) -> dict[str, tuple[tuple[int, ...], field.Dims]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Races, prints the table, and writes it as Markdown, JSON and a picture."""
+    """Measure, and write the table as Markdown, JSON and a picture."""
     options = cli.parser("shared_masks", __doc__, rounds=11).parse_args(argv)
     batch, rounds = (16, 3) if options.quick else (256, options.rounds)
     console = Console()
     shapes = cases(batch)
     results = []
     with Progress(console=console) as progress:
-        task = progress.add_task("racing", total=len(shapes) * len(WORK) * rounds)
+        task = progress.add_task("measuring", total=len(shapes) * len(WORK) * rounds)
         for name, (shape, dims) in shapes.items():
             x, key = jnp.ones(shape), jax.random.key(0)
-            applies = {field.COPY: field.copy, **field.ours(RATE, dims)}
+            applies = {field.COPY: field.copy, **field.own(RATE, dims)}
             applies |= field.peers(RATE, progress.console.print, dims)
             for backward, work in WORK.items():
                 results.append(
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """Each candidate's time over that of a copy."""
+    """Return a table of times over that of a copy, with a column for each candidate."""
     names = [name for name in results[0].seconds if name != field.COPY]
     size = f"{results[0].elements / 1e6:.1f} M elements on {environment()['cores']} cores"
     lines = [

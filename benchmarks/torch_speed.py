@@ -1,7 +1,7 @@
-"""How fast regtorch's dropout is: over PyTorch's own, and how much memory it takes meanwhile.
+"""Measure time and memory of regtorch's dropout relative to PyTorch's.
 
 python -m benchmarks.torch_speed          # 16.8 M elements
-python -m benchmarks.torch_speed --quick  # 1 M elements, to see that it runs
+python -m benchmarks.torch_speed --quick  # 1 M elements, to test
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from benchmarks import cli
 from benchmarks.race import WORK, Result, environment, race
 from benchmarks.report import publish
 
-THEIRS = "torch F.dropout"
-OURS = "regtorch"
+TORCH = "torch F.dropout"
+EXACT = "regtorch"
 PACKED = "regtorch, packed"
-_STATUS, _FORGET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Races, prints the table, and writes it with times and picture."""
+    """Measure, and write the table as Markdown, JSON and a picture."""
     options = _parser().parse_args(argv)
     console = Console()
     rows, rounds = (256, 3) if options.quick else (4096, options.rounds)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     results, extra = [], []
     with Progress(console=console) as progress:
-        task = progress.add_task("racing", total=len(cases) * rounds)
+        task = progress.add_task("measuring", total=len(cases) * rounds)
         for dtype, backward, rate in cases:
             x = torch.ones(rows, 4096, dtype=getattr(torch, dtype), requires_grad=backward)
             runs = {n: _bound(f, x, backward) for n, f in candidates(rate).items()}
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.out / "torch_speed",
         results,
         markdown(results, extra),
-        [(r.title, {name: r.ratio(name, THEIRS) for name in r.seconds}) for r in results],
+        [(r.title, {name: r.ratio(name, TORCH) for name in r.seconds}) for r in results],
         unit="time over torch.nn.functional.dropout (lower is better)",
-        own=(OURS, PACKED),
+        own=(EXACT, PACKED),
         digits=2,
         console=console,
     )
@@ -71,18 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("torch_speed", __doc__, rounds=7)
-    parser.add_argument("--rates", type=cli.rate, nargs="+", default=[0.1, 0.5], metavar="RATE")
+    cli.add_rates(parser)
     return parser
 
 
 def candidates(rate: float) -> dict[str, Apply]:
-    """PyTorch's dropout and both samplers of regtorch."""
+    """Return PyTorch's dropout, and regtorch's with each sampler."""
     key = regtorch.key(0)
-    ours = functools.partial(regtorch.dropout, rate=rate, key=key)
+    dropout = functools.partial(regtorch.dropout, rate=rate, key=key)
     return {
-        THEIRS: functools.partial(torch.nn.functional.dropout, p=rate),
-        OURS: ours,
-        PACKED: functools.partial(ours, sampler=regtorch.packed_bernoulli),
+        TORCH: functools.partial(torch.nn.functional.dropout, p=rate),
+        EXACT: dropout,
+        PACKED: functools.partial(dropout, sampler=regtorch.packed_bernoulli),
     }
 
 
@@ -95,16 +95,16 @@ def _bound(apply: Apply, x: torch.Tensor, backward: bool) -> Callable[[], object
 
 
 def _extra_memory(run: Callable[[], object], x: torch.Tensor) -> float | None:
-    """Peak memory of the process above what it holds before and the result, over the input's bytes.
+    """Return the temporary memory of a run at its peak, over the bytes of the input.
 
-    None where the system does not tell (it takes Linux, and leave to reset the peak).
+    None unless the system is Linux and permits the process to reset its peak.
     """
     try:
-        _FORGET.write_text("5")
+        _RESET_PEAK.write_text("5")
     except OSError:
         return None
     before = _resident("VmRSS")
-    kept = run()  # held, as a caller would
+    kept = run()  # keep a reference, so that the result stays allocated
     results = kept if isinstance(kept, tuple) else (kept,)
     size = x.numel() * x.element_size()
     return (_resident("VmHWM") - before) / size - len(results)
@@ -116,7 +116,7 @@ def _resident(field: str) -> int:
 
 
 def markdown(results: Sequence[Result], extra: Sequence[dict[str, float | None]]) -> str:
-    """A table: time over PyTorch's, and extra memory in units of the array's own bytes."""
+    """Return a table of time over PyTorch's, and of temporary memory over the array's bytes."""
     names = list(results[0].seconds)
     lines = [
         f"| {results[0].elements / 1e6:.1f} M elements on {environment()['cores']} cores | "
@@ -127,7 +127,7 @@ def markdown(results: Sequence[Result], extra: Sequence[dict[str, float | None]]
         "| --- |" + " ---: |" * (2 * len(names) - 1),
     ]
     for result, memory in zip(results, extra, strict=True):
-        times = [f"{result.ratio(name, THEIRS):.2f}" for name in names[1:]]
+        times = [f"{result.ratio(name, TORCH):.2f}" for name in names[1:]]
         bytes_ = ["" if memory[n] is None else f"{memory[n]:.2f}" for n in names]
         lines.append(f"| {result.title} | " + " | ".join([*times, *bytes_]) + " |")
     return "\n".join(lines) + "\n"

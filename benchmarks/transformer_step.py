@@ -1,11 +1,11 @@
-"""What dropout adds to a transformer's training step, by library.
+"""Measure the cost of dropout in the training step of a transformer, for each library.
 
-The network, the optimizer and the places of dropout (embedding, attention weights, both residual
-branches of every layer) stay the same; only the function that drops changes. The cost of dropout
-is the time of a step less that of the same step without it, in the same round.
+The network, the optimizer and the sites of dropout (embedding, attention weights, both residual
+branches of every layer) stay the same; only the function changes. The cost of dropout is the time
+of a step minus that of the same step without dropout, in the same round.
 
 python -m benchmarks.transformer_step          # 4 layers, width 256, sequence 128, batch 16
-python -m benchmarks.transformer_step --quick  # one layer, to see that it runs
+python -m benchmarks.transformer_step --quick  # one layer, to test
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BATCH = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Races training steps, prints the table, and writes it as Markdown and JSON."""
+    """Measure training steps, and write the table as Markdown, JSON and a picture."""
     options = _parser().parse_args(argv)
     console = Console()
     layers, rounds = (1, 3) if options.quick else (options.layers, options.rounds)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for rate in options.rates:
             applies = {
                 NONE: lambda x, key: x,
-                **field.ours(rate),
+                **field.own(rate),
                 **field.peers(rate, progress.console.print),
             }
             runs = {name: training_step(apply, layers=layers) for name, apply in applies.items()}
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             (r.title, {name: r.added(name, NONE) * 1e3 for name in r.seconds if name != NONE})
             for r in results
         ],
-        unit="what dropout adds to a training step, ms (lower is better)",
+        unit="cost of dropout in a training step, ms (lower is better)",
         own=field.OWN,
         console=console,
     )
@@ -77,20 +77,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("transformer_step", __doc__, rounds=9)
-    parser.add_argument("--rates", type=cli.rate, nargs="+", default=[0.1, 0.5], metavar="RATE")
-    parser.add_argument("--layers", type=cli.whole, metavar="N", default=4)
+    cli.add_rates(parser)
+    text = "number of layers (default: %(default)s)"
+    parser.add_argument("--layers", type=cli.whole, metavar="N", default=4, help=text)
     return parser
 
 
 def training_step(drop: field.Apply, *, layers: int) -> Callable[[], object]:
-    """One jitted step of Adam on a next-token loss, bound to its arguments.
+    """Return a jitted step of Adam on a next-token loss, without arguments.
 
     Args:
-        drop: `drop(x, key)`, a library's dropout.
-        layers: how many transformer blocks.
+        drop: `drop(x, key)`, the dropout of a library.
+        layers: The number of transformer blocks.
 
     Returns:
-        A function that makes a step and waits for its end.
+        A function that runs a step and waits for its result.
     """
     optimizer = optax.adam(1e-3)
     params = _init(jax.random.key(0), layers)
@@ -160,7 +161,7 @@ def _norm(x: jax.Array) -> jax.Array:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table: what dropout adds to the step, in milliseconds and as a share of what Flax adds."""
+    """Return a table of the cost of dropout in milliseconds, and relative to that of Flax."""
     lines = [
         f"| training step on {environment()['cores']} cores | library | step, ms "
         "| cost of dropout, ms | share of Flax's |",

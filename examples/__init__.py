@@ -1,1 +1,1 @@
-"""Programs that a reader can copy from; run them as `python -m examples.<name>`."""
+"""Example programs: `python -m examples.NAME`."""

@@ -1,13 +1,13 @@
-"""Carry a PyTorch training run over to JAX in the middle, and prove that it goes on as before.
+"""Convert a PyTorch training run to JAX after half its steps, and compare every further step.
 
     python -m examples.port_from_torch                 # 300 steps in PyTorch, 300 more in both
-    python -m examples.port_from_torch --mistake state # a defect built in, and where it is found
+    python -m examples.port_from_torch --mistake state # with a planted defect
 
-The PyTorch model has dropouts, parameter groups with rates of their own and a one-cycle schedule.
-It stays as it is: `regtorch.keyed.convert` gives each of its dropouts a key, named after the
-module's path, and the JAX model draws from the same keys, by the same names. After the first half,
-`regjax.interop` reads the parameters, the optimizer with its groups and schedule, and the moments
-off PyTorch's objects. Then both train on, and every step is compared.
+The PyTorch model has dropouts, parameter groups with different learning rates, and a one-cycle
+schedule. Its code is unchanged: `regtorch.keyed.convert` gives each dropout a key that is named
+after the path of the module, and the JAX model uses the same names. After the first half,
+`regjax.interop` converts the parameters, the optimizer with its groups and schedule, and the
+moments. Then both sides continue, and every step is compared.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ ROOT = 0
 RATES = {"1": 0.1, "4": 0.5}  # by the path of the torch.nn.Dropout in the model
 LAYERS = {"hidden": "0", "middle": "2", "out": "5"}  # by the path of the torch.nn.Linear
 MISTAKES = {
-    "none": "the port as it should be",
-    "key": "one dropout draws with the key of the next step",
-    "rate": "one dropout has rate 0.51 for 0.5",
-    "bias": "the biases decay too",
-    "state": "the optimizer begins anew, without moments and schedule",
+    "none": "the correct port",
+    "key": "one dropout uses the key of the next step",
+    "rate": "one dropout has rate 0.51 instead of 0.5",
+    "bias": "the biases decay, too",
+    "state": "the optimizer starts without moments, at the start of the schedule",
 }
 
 
 def torch_model() -> torch.nn.Module:
-    """The original, as somebody wrote it: nothing in it knows of keys."""
+    """Return the original model, which has no keys."""
     return torch.nn.Sequential(
         torch.nn.Linear(64, 64),
         torch.nn.Dropout(RATES["1"]),
@@ -56,10 +56,10 @@ def torch_model() -> torch.nn.Module:
 
 
 def torch_side(steps: int) -> TorchSide:
-    """The original with its recipe: biases learn faster and do not decay; one cycle of the rates.
+    """Return the original with its optimizer and schedule; biases learn faster and do not decay.
 
     Args:
-        steps: of the whole run.
+        steps: The number of steps of the whole run.
     """
     torch.manual_seed(0)
     model = regtorch.keyed.convert(torch_model())
@@ -82,7 +82,7 @@ def torch_side(steps: int) -> TorchSide:
 
 
 def train_in_torch(side: TorchSide, batches: Sequence[Any], on_step: Callable[[], None]) -> None:
-    """The first half: nothing but PyTorch."""
+    """Train the first half in PyTorch alone."""
     assert side.scheduler is not None
     for step, batch in enumerate(batches):
         side.optimizer.zero_grad()
@@ -93,11 +93,11 @@ def train_in_torch(side: TorchSide, batches: Sequence[Any], on_step: Callable[[]
 
 
 def jax_side(original: TorchSide, mistake: str = "none") -> tuple[JaxSide, dict[str, Leaf]]:
-    """The port, from where the original stands, and which of its parameters is which.
+    """Return the port in the current state of the original, and the names of its parameters.
 
     Args:
-        original: after any number of steps.
-        mistake: one of `MISTAKES`.
+        original: The original, after any number of steps.
+        mistake: One of `MISTAKES`.
     """
     sizes = {"hidden": (64, 64), "middle": (64, 32), "out": (32, 10)}
     template = {n: {"kernel": jnp.zeros(s), "bias": jnp.zeros(s[1])} for n, s in sizes.items()}
@@ -127,14 +127,14 @@ def jax_side(original: TorchSide, mistake: str = "none") -> tuple[JaxSide, dict[
         images, labels = batch
         x = drop(dense(params["hidden"], images), "1", step)
         x = drop(jax.nn.silu(dense(params["middle"], x)), "4", step)
-        chances = jax.nn.log_softmax(dense(params["out"], x))
-        return -jnp.take_along_axis(chances, labels[:, None], axis=1).mean()
+        log_probs = jax.nn.log_softmax(dense(params["out"], x))
+        return -jnp.take_along_axis(log_probs, labels[:, None], axis=1).mean()
 
     return JaxSide(params, loss, optimizer, state), names
 
 
 def batches(steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Batches of 64 handwritten digits, in the same order for both."""
+    """Return random batches of 64 handwritten digits, the same in every call."""
     images, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(0)
     picks = [rng.integers(0, len(labels), 64) for _ in range(steps)]
@@ -142,7 +142,7 @@ def batches(steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, carries over, trains on in both, and says whether they stay the same."""
+    """Train, convert, continue on both sides, and return 0 if they agree."""
     options = _parser().parse_args(argv)
     console = Console()
     half, data = options.steps, batches(2 * options.steps)
@@ -161,9 +161,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress=lambda step: progress.update(second, completed=step),
         )
     console.print(str(found), markup=False, soft_wrap=True)
-    ours, theirs = found.losses[-1]
-    taken = half + len(found.losses)
-    console.print(f"loss after {taken} steps: JAX {ours:.6f}, PyTorch {theirs:.6f}")
+    in_jax, in_torch = found.losses[-1]
+    steps = half + len(found.losses)
+    console.print(f"loss after {steps} steps: JAX {in_jax:.6f}, PyTorch {in_torch:.6f}")
     picture = options.out / "port_from_torch.png"
     found.plot(picture)
     console.print(f"picture: {picture}", soft_wrap=True)
@@ -174,14 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = output.Parser("python -m examples.port_from_torch", __doc__)
     parser.add_argument(
         "--steps",
-        type=int,
-        choices=range(1, 10_001),
+        type=output.integer(1, 10_000),
         metavar="N",
         default=300,
-        help="of each half (default: %(default)s)",
+        help="number of steps of each half (default: %(default)s)",
     )
-    what = "; ".join(f"{name}: {about}" for name, about in MISTAKES.items())
-    parser.add_argument("--mistake", choices=MISTAKES, default="none", metavar="NAME", help=what)
+    text = "; ".join(f"{name}: {about}" for name, about in MISTAKES.items())
+    parser.add_argument("--mistake", choices=MISTAKES, default="none", metavar="NAME", help=text)
     parser.add_out("outputs", "the picture")
     return parser
 

@@ -1,10 +1,11 @@
-"""Dropout of the state of an LSTM, with one mask for all timesteps: in Flax and in PyTorch.
+"""Dropout of the state of an LSTM with one mask for all timesteps, in Flax and in PyTorch.
 
     python -m examples.recurrent_dropout
 
-Three times the same recipe, `dropout` of the state with one key for the whole sequence. In Linen
-`nn.RNN` is told not to split the key along time; in NNX the key is made before the loop and lies
-beside the weights; in PyTorch it is an argument of the loop. What is printed is what was drawn.
+Each framework uses the same recipe: `dropout` of the state with one key for the whole sequence. In
+Linen, `nn.RNN` does not split the key along time; in NNX, the model creates the key before the loop
+and stores it in a variable; in PyTorch, the key is an argument of the loop. The program prints the
+masks.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ RATE, BATCH, TIME, FEATURES, HIDDEN = 0.5, 1, 5, 3, 16
 
 
 class LinenDroppedState(linen.RNNCellBase):
-    """A cell of Linen whose hidden state is dropped on its way into each step.
+    """A Linen cell with dropout of the hidden state at each step.
 
     Attributes:
-        cell: any cell whose carry is `(c, h)`.
-        rate: the probability that an element of the state is zeroed.
+        cell: A cell whose carry is `(c, h)`.
+        rate: The probability that an element of the state is zeroed.
         deterministic: True in evaluation.
     """
 
@@ -39,36 +40,41 @@ class LinenDroppedState(linen.RNNCellBase):
     deterministic: bool = False
 
     def __call__(self, carry: Any, inputs: Any) -> Any:
-        """One step of the cell."""
+        """Return the carry and the output of one step."""
         c, h = carry
         key = None if self.deterministic else self.make_rng("dropout")
         h = regjax.dropout(h, self.rate, key=key, deterministic=self.deterministic)
+        self.sow("intermediates", "state", h)
         return self.cell((c, h), inputs)
 
     @linen.nowrap
     def initialize_carry(self, rng: Any, input_shape: tuple[int, ...]) -> Any:
-        """As the cell does."""
+        """Return the initial carry of the cell."""
         return self.cell.initialize_carry(rng, input_shape)
 
     @property
     def num_feature_axes(self) -> int:
-        """As the cell says."""
+        """Return the number of feature axes of the cell."""
         return self.cell.num_feature_axes
 
 
 def linen_lstm(deterministic: bool = False) -> linen.RNN:
-    """With `"dropout": True` every step would draw a mask of its own."""
+    """Return an LSTM; with `"dropout": True`, every step would draw another mask."""
     cell = LinenDroppedState(linen.OptimizedLSTMCell(HIDDEN), RATE, deterministic)
-    return linen.RNN(cell, split_rngs={"params": False, "dropout": False})
+    return linen.RNN(
+        cell,
+        variable_axes={"intermediates": 0},
+        split_rngs={"params": False, "dropout": False},
+    )
 
 
 class NnxDroppedState(RNNCellBase):
-    """A cell of NNX whose hidden state is dropped on its way into each step.
+    """An NNX cell with dropout of the hidden state at each step.
 
     Attributes:
-        cell: any cell whose carry is `(c, h)`.
-        rate: the probability that an element of the state is zeroed.
-        key: of the sequence at hand.
+        cell: A cell whose carry is `(c, h)`.
+        rate: The probability that an element of the state is zeroed.
+        key: The key of the current sequence.
         deterministic: True in evaluation; `nnx.Module.eval` sets it.
     """
 
@@ -79,7 +85,7 @@ class NnxDroppedState(RNNCellBase):
         self.deterministic = False
 
     def __call__(self, carry: Any, inputs: Any) -> Any:
-        """One step of the cell."""
+        """Return the carry and the output of one step."""
         c, h = carry
         h = regjax.dropout(h, self.rate, key=self.key[...], deterministic=self.deterministic)
         return self.cell((c, h), inputs)
@@ -87,21 +93,21 @@ class NnxDroppedState(RNNCellBase):
     def initialize_carry(
         self, input_shape: tuple[int, ...], rngs: Any = None, carry_init: Any = None
     ) -> Any:
-        """As the cell does."""
+        """Return the initial carry of the cell."""
         return self.cell.initialize_carry(input_shape, rngs, carry_init)
 
     @property
     def num_feature_axes(self) -> int:
-        """As the cell says."""
+        """Return the number of feature axes of the cell."""
         return self.cell.num_feature_axes
 
 
 class NnxLstm(nnx.Module):
-    """It gives its cell a new key for each batch of sequences.
+    """An LSTM with a new key for each batch of sequences.
 
     Attributes:
-        rnn: the loop over time.
-        rngs: where the keys come from.
+        rnn: The loop over time.
+        rngs: The source of the keys.
     """
 
     def __init__(self, rngs: nnx.Rngs) -> None:
@@ -110,7 +116,7 @@ class NnxLstm(nnx.Module):
         self.rngs = rngs.dropout.fork()
 
     def __call__(self, xs: Any) -> Any:
-        """From (batch, time, features) to (batch, time, hidden)."""
+        """Map (batch, time, features) to (batch, time, hidden)."""
         cell = self.rnn.cell
         assert isinstance(cell, NnxDroppedState)
         cell.key[...] = self.rngs()
@@ -120,7 +126,7 @@ class NnxLstm(nnx.Module):
 def torch_lstm(
     cell: torch.nn.LSTMCell, xs: torch.Tensor, key: torch.Tensor, deterministic: bool = False
 ) -> torch.Tensor:
-    """From (time, batch, features) to (time, batch, hidden)."""
+    """Map (time, batch, features) to (time, batch, hidden)."""
     h = c = xs.new_zeros(xs.shape[1], cell.hidden_size)
     states = []
     for x in xs:
@@ -131,14 +137,15 @@ def torch_lstm(
 
 
 def masks() -> dict[str, np.ndarray]:
-    """What each of the three draws at every timestep."""
+    """Return the masks that each framework draws, one per timestep."""
     xs = jnp.ones((BATCH, TIME, FEATURES))
-    drawn: dict[str, list[Any]] = {name: [] for name in ("Linen", "NNX", "PyTorch")}
+    drawn: dict[str, list[Any]] = {"NNX": [], "PyTorch": []}
     in_linen, key = linen_lstm(), jax.random.key(0)
     weights = in_linen.init({"params": key, "dropout": key}, xs)
-    with regjax.observing(drawn["Linen"].append):
-        in_linen.apply(weights, xs, rngs={"dropout": key})
-        jax.effects_barrier()
+    # The loops of Flax 0.12.12 reject a callback that reads their data, as an observer does.
+    ones = jnp.ones((BATCH, HIDDEN))
+    options = {"rngs": {"dropout": key}, "mutable": "intermediates"}
+    _, sown = in_linen.apply(weights, xs, initial_carry=(ones, ones), **options)
     in_nnx = NnxLstm(nnx.Rngs(0))
     with regjax.observing(drawn["NNX"].append):
         nnx.jit(lambda model, xs: model(xs))(in_nnx, xs)
@@ -146,13 +153,12 @@ def masks() -> dict[str, np.ndarray]:
     cell = torch.nn.LSTMCell(FEATURES, HIDDEN)
     with regtorch.observing(drawn["PyTorch"].append):
         torch_lstm(cell, torch.ones(TIME, BATCH, FEATURES), regtorch.key(0))
-    return {
-        name: np.stack([np.asarray(draw.mask) for draw in draws]) for name, draws in drawn.items()
-    }
+    stacked = {name: np.stack([d.mask for d in draws]) for name, draws in drawn.items()}
+    return {"Linen": np.asarray(sown["intermediates"]["cell"]["state"][0]) != 0, **stacked}
 
 
 def main() -> None:
-    """Prints the masks of one sequence, a line for each timestep."""
+    """Print the masks of a sequence, with a line for each timestep."""
     console = Console()
     for name, mask in masks().items():
         console.print(name)

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checks = [check for check in all_checks() if _wanted(check, options.only)]
     if not checks:
         names = ", ".join(check.name for check in all_checks())
-        console.print(f"--only {' '.join(options.only)} names no check; there are: {names}")
+        console.print(f"--only must name a check; got {' '.join(options.only)}. Choose: {names}")
         return 1
     if options.list:
         for check in checks:
@@ -49,20 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(report.summary(entries))
     for path in report.write(options.out, entries):
         console.print(f"written: {path}", soft_wrap=True)
-    verdicts = {entry.verdict for entry in entries}
-    return 0 if "agrees" in verdicts and "differs" not in verdicts else 1
+    results = {entry.result for entry in entries}
+    return 0 if "agrees" in results and "differs" not in results else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = output.Parser("python -m parity_tests", __doc__)
     parser.add_argument("--quick", action="store_true", help="fewer draws and steps")
-    parser.add_argument("--list", action="store_true", help="name the checks and stop")
+    parser.add_argument("--list", action="store_true", help="list the checks and exit")
     parser.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="checks by name, or by how the name begins",
+        help="names of checks, or their beginnings",
     )
     parser.add_out("outputs/parity", "JSON and HTML")
     return parser
@@ -84,13 +84,13 @@ def run(check: Check, *, quick: bool) -> Entry:
 
 def _table(entries: Sequence[Entry]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for heading in ("check", "verdict", "compared", "found"):
+    for heading in ("check", "result", "compared", "found"):
         table.add_column(heading, no_wrap=heading != "found", overflow="fold")
-    styles = {"agrees": "green", "differs": "bold red", "left out": "dim"}
+    styles = {"agrees": "green", "differs": "bold red", "skipped": "dim"}
     for entry in entries:
         compared = report.cells(entry).get("compared", "")
-        style = styles[entry.verdict]
-        table.add_row(entry.check.name, entry.verdict, compared, report.found(entry), style=style)
+        style = styles[entry.result]
+        table.add_row(entry.check.name, entry.result, compared, report.found(entry), style=style)
     return table
 
 

@@ -68,7 +68,7 @@ class Check:
     needs: tuple[str, ...] = ("torch",)
 
 
-def ulps(ours: np.ndarray, theirs: np.ndarray) -> int:
+def ulps(one: np.ndarray, other: np.ndarray) -> int:
     """Return the largest distance of two arrays in units in the last place; 0 for equal bits.
 
     Example:
@@ -76,11 +76,11 @@ def ulps(ours: np.ndarray, theirs: np.ndarray) -> int:
         >>> ulps(np.float32([1.0, 2.0]), np.float32([1.0, 2.0000002]))
         1
     """
-    if ours.size == 0:
+    if one.size == 0:
         return 0
-    if np.iscomplexobj(ours):
-        ours, theirs = (array.view(np.real(array).dtype) for array in (ours, theirs))
-    word = np.dtype(f"int{8 * ours.dtype.itemsize}")
+    if np.iscomplexobj(one):
+        one, other = (array.view(np.real(array).dtype) for array in (one, other))
+    word = np.dtype(f"int{8 * one.dtype.itemsize}")
     lowest = int(np.iinfo(word).min)
 
     def ordered(array: np.ndarray) -> np.ndarray:
@@ -88,42 +88,42 @@ def ulps(ours: np.ndarray, theirs: np.ndarray) -> int:
         bits = np.ascontiguousarray(array).view(word).astype(object)
         return np.where(bits < 0, lowest - bits, bits)
 
-    differ = np.flatnonzero(ours.ravel().view(word) != theirs.ravel().view(word))
+    differ = np.flatnonzero(one.ravel().view(word) != other.ravel().view(word))
     if not differ.size:
         return 0
-    return int(np.abs(ordered(ours.ravel()[differ]) - ordered(theirs.ravel()[differ])).max())
+    return int(np.abs(ordered(one.ravel()[differ]) - ordered(other.ravel()[differ])).max())
 
 
 def _equal_words(pairs: Iterator[tuple[Any, Any]], unit: str = "bits") -> Outcome:
     compared = different = 0
-    for ours, theirs in pairs:
-        ours, theirs = np.asarray(ours), np.asarray(theirs)
-        different += int(np.count_nonzero(ours != theirs))
-        compared += ours.size * (32 if ours.dtype == np.uint32 else 1)
+    for one, other in pairs:
+        one, other = np.asarray(one), np.asarray(other)
+        different += int(np.count_nonzero(one != other))
+        compared += one.size * (32 if one.dtype == np.uint32 else 1)
     detail = f"{different} differ" if different else ""
     return Outcome(compared, unit, "equal", not different, detail=detail)
 
 
 def _keys(quick: bool) -> Outcome:
-    from parity_tests.wings import TORCH, from_torch
+    from parity_tests.frameworks import TORCH, from_torch
 
     def pairs() -> Iterator[tuple[Any, Any]]:
         library = TORCH.library
         for seed in range(3 if quick else 50):
-            ours, theirs = library.key(seed), jax.random.key(seed)
-            yield from_torch(ours), jax.random.key_data(theirs)
+            torch_key, jax_key = library.key(seed), jax.random.key(seed)
+            yield from_torch(torch_key), jax.random.key_data(jax_key)
             yield (
-                from_torch(library.split(ours, 7)),
-                jax.random.key_data(jax.random.split(theirs, 7)),
+                from_torch(library.split(torch_key, 7)),
+                jax.random.key_data(jax.random.split(jax_key, 7)),
             )
-            folded = jax.random.fold_in(theirs, seed)
-            yield from_torch(library.fold_in(ours, seed)), jax.random.key_data(folded)
+            folded = jax.random.fold_in(jax_key, seed)
+            yield from_torch(library.fold_in(torch_key, seed)), jax.random.key_data(folded)
             at = (
-                library.site_key(ours, seed, "encoder/0"),
-                regjax.site_key(theirs, seed, "encoder/0"),
+                library.site_key(torch_key, seed, "encoder/0"),
+                regjax.site_key(jax_key, seed, "encoder/0"),
             )
             yield from_torch(at[0]), jax.random.key_data(at[1])
-            yield from_torch(library.bits(ours, (257,))), jax.random.bits(theirs, (257,))
+            yield from_torch(library.bits(torch_key, (257,))), jax.random.bits(jax_key, (257,))
 
     return _equal_words(pairs())
 
@@ -139,24 +139,26 @@ def _masks_of_jax(quick: bool) -> Outcome:
 
 
 def _masks_of_torch(quick: bool) -> Outcome:
-    from parity_tests.wings import JAX, TORCH
+    from parity_tests.frameworks import JAX, TORCH
 
     def pairs() -> Iterator[tuple[Any, Any]]:
         shape = (256, 4096) if quick else (4096, 4096)
         for seed, rate in enumerate((0.9, 0.5, 0.123)[: 1 if quick else 3]):
             for name in ("bernoulli", "packed_bernoulli"):
-                ours, theirs = (
-                    wing.numpy(getattr(wing.library, name)(wing.key(seed), rate, shape))
-                    for wing in (JAX, TORCH)
+                in_jax, in_torch = (
+                    framework.numpy(
+                        getattr(framework.library, name)(framework.key(seed), rate, shape)
+                    )
+                    for framework in (JAX, TORCH)
                 )
-                yield ours, theirs
+                yield in_jax, in_torch
 
     return _equal_words(pairs(), "mask bits")
 
 
 def _values(dtype: str, name: str = "dropout", **options: Any) -> Callable[[bool], Outcome]:
     def run(quick: bool) -> Outcome:
-        from parity_tests.wings import JAX, TORCH
+        from parity_tests.frameworks import JAX, TORCH
 
         shape = (64, 129) if quick else (1024, 1025)
         rng = np.random.default_rng(0)
@@ -169,16 +171,18 @@ def _values(dtype: str, name: str = "dropout", **options: Any) -> Callable[[bool
             )
             for rate in _RATES:
                 sides = []
-                for wing in (JAX, TORCH):
+                for framework in (JAX, TORCH):
                     function = functools.partial(
-                        getattr(wing.library, name), rate=rate, key=wing.key(1), **options
+                        getattr(framework.library, name), rate=rate, key=framework.key(1), **options
                     )
-                    results = wing.vjp(function, wing.array(x), wing.array(cotangent))
-                    sides.append([wing.numpy(result) for result in results])
-                for ours, theirs in zip(*sides, strict=True):
-                    compared += ours.size
-                    worst = max(worst, ulps(ours, theirs))
-                    wide = (array.astype(np.float64) for array in (ours, theirs))
+                    results = framework.vjp(
+                        function, framework.array(x), framework.array(cotangent)
+                    )
+                    sides.append([framework.numpy(result) for result in results])
+                for in_jax, in_torch in zip(*sides, strict=True):
+                    compared += in_jax.size
+                    worst = max(worst, ulps(in_jax, in_torch))
+                    wide = (array.astype(np.float64) for array in (in_jax, in_torch))
                     difference = max(difference, float(np.abs(np.subtract(*wide)).max()))
         return Outcome(compared, "values", "equal bits", worst == 0, worst, difference)
 
@@ -192,10 +196,10 @@ def _peer(apply: Callable[[Any, float, Any], Any]) -> Callable[[bool], Outcome]:
         for seed, rate in enumerate(_RATES):
             key = jax.random.key(seed)
             with jax.numpy_dtype_promotion("standard"):  # the peers rely on promotion
-                theirs = np.asarray(apply(x, rate, key))
-            ours = np.asarray(regjax.dropout(x, rate, key=key))
-            compared += ours.size
-            worst = max(worst, ulps(ours, theirs))
+                reference = np.asarray(apply(x, rate, key))
+            y = np.asarray(regjax.dropout(x, rate, key=key))
+            compared += y.size
+            worst = max(worst, ulps(y, reference))
         return Outcome(compared, "values", "equal bits", worst == 0, worst)
 
     return run
@@ -220,16 +224,16 @@ def _haiku(x: Any, rate: float, key: Any) -> Any:
 
 
 def _fairness(quick: bool) -> Outcome:
+    from parity_tests.frameworks import FRAMEWORKS
     from parity_tests.statistics import FIVE_SIGMA, dropout_z
-    from parity_tests.wings import WINGS
 
     x = 0.1 + np.abs(np.random.default_rng(1).normal(size=(256, 1024))).astype(np.float32)
     figures = {
-        f"{wing}, rate {rate}, {name}": z
-        for wing in WINGS
+        f"{framework}, rate {rate}, {name}": z
+        for framework in FRAMEWORKS
         for rate in (_RATES[:2] if quick else _RATES)
         for name, z in dropout_z(
-            lambda x, r, wing=wing: wing.dropout(x, r, seed=20), x, rate
+            lambda x, r, framework=framework: framework.dropout(x, r, seed=20), x, rate
         ).items()
     }
     name, worst = max(figures.items(), key=lambda item: abs(item[1]))
@@ -239,7 +243,7 @@ def _fairness(quick: bool) -> Outcome:
         f"every figure within {FIVE_SIGMA:g} sigma",
         abs(worst) < FIVE_SIGMA,
         p_value=math.erfc(abs(worst) / math.sqrt(2)),
-        detail=f"furthest: {name}, {worst:+.2f} sigma",
+        detail=f"largest: {name}, {worst:+.2f} sigma",
     )
 
 
@@ -250,8 +254,8 @@ def _optimizer(case: Case) -> Callable[[bool], Outcome]:
 
         shapes = optimizers.MATRICES if case in optimizers.CASES_2D else SMALL
         problem = synthetic("float64", shapes, 20 if quick else 100)
-        ours, theirs = walk_jax(case, problem), walk_torch(case, problem)
-        apart = [deviation([a], [b]) for a, b in zip(ours, theirs, strict=True)]
+        in_jax, in_torch = walk_jax(case, problem), walk_torch(case, problem)
+        apart = [deviation([a], [b]) for a, b in zip(in_jax, in_torch, strict=True)]
         return Outcome(
             len(apart),
             "steps",
@@ -265,7 +269,7 @@ def _optimizer(case: Case) -> Callable[[bool], Outcome]:
 
 
 def _with_decay() -> dict[str, Case]:
-    """Return for each torch optimizer a case in which it decays, except Rprop, which never does."""
+    """Return a case with decay for each torch optimizer, except Rprop, which has no decay."""
     found: dict[str, Case] = {}
     for case in (*optimizers.CASES, *optimizers.CASES_2D):
         if case.optimizer not in found or (
@@ -284,7 +288,7 @@ def _training(name: str) -> Callable[[bool], Outcome]:
         from parity_tests.models import PAIRS, batches, sides
 
         steps = 20 if quick else 300
-        tier = dataclasses.replace(FLOAT64, tolerance=1e-10)  # rounding adds up over the steps
+        tier = dataclasses.replace(FLOAT64, tolerance=1e-10)  # rounding accumulates over the steps
         with jax.enable_x64(True):
             both = sides(
                 PAIRS[name],
@@ -320,7 +324,7 @@ def all_checks() -> list[Check]:
     family = [
         Check(
             f"{name}/float32",
-            f"So have {about} and its gradient (float32).",
+            f"The same for {about} (float32).",
             _values("float32", name, **options),
         )
         for name, about, options in (
@@ -328,7 +332,7 @@ def all_checks() -> list[Check]:
             ("alpha_dropout", "alpha dropout", {}),
             ("feature_alpha_dropout", "alpha dropout of whole channels", {"channel_axis": 1}),
             ("drop_path", "dropout of whole samples", {}),
-            ("variational_dropout", "dropout alike at all timesteps", {}),
+            ("variational_dropout", "dropout with one mask for all timesteps", {}),
             ("drop_block", "dropout of blocks", {"channel_axis": 1, "block_size": 5}),
             ("drop_connect", "dropout of weights", {"rule": "**"}),
             ("gaussian_dropout", "multiplication by Gaussian noise", {}),
@@ -369,13 +373,13 @@ def all_checks() -> list[Check]:
         )
     ]
     return [
-        Check("keys", "Keys derived in PyTorch are those of JAX and of regjax.", _keys),
+        Check("keys", "regtorch derives the same keys as JAX and regjax.", _keys),
         Check("masks/jax", "regjax.bernoulli is jax.random.bernoulli.", _masks_of_jax, needs=()),
         Check("masks/torch", "Both samplers draw the same masks in PyTorch.", _masks_of_torch),
         *values,
         *family,
         *peers,
-        Check("fairness", "Masks keep what they should, independently.", _fairness),
+        Check("fairness", "Masks are unbiased and independent.", _fairness),
         *decays,
         *trainings,
     ]

@@ -63,7 +63,7 @@ def assert_same_at_every_step(
         >>> runs = [{"w": np.array([1.0, 2.0])}], [{"w": np.array([1.0, 2.5])}]
         >>> assert_same_at_every_step(*runs, FLOAT64)
         Traceback (most recent call last):
-        AssertionError: left and right part at step 1 in 'w': deviation 2.000e-01 exceeds 1e-12
+        AssertionError: left and right diverge at step 1 in 'w': deviation 2.000e-01 exceeds 1e-12
     """
     first, second = names
     if not len(left) == len(right) > 0:
@@ -71,15 +71,15 @@ def assert_same_at_every_step(
             f"{first} has {len(left)} steps and {second} has {len(right)}: nothing to compare"
         )
     worst = 0.0
-    for step, (ours, theirs) in enumerate(zip(left, right, strict=True), start=1):
-        _assert_same_form(ours, theirs, f"{first} and {second} at step {step}")
-        apart = deviations(ours, theirs, tier)
+    for step, (one, other) in enumerate(zip(left, right, strict=True), start=1):
+        _assert_same_form(one, other, f"{first} and {second} at step {step}")
+        apart = deviations(one, other, tier)
         name = furthest(apart)
         limit = tier.tolerance or 0.0
         # `not <=` instead of `>`, so that NaN fails.
         if not apart[name] <= limit:
             raise AssertionError(
-                f"{first} and {second} part at step {step} in '{name}': deviation "
+                f"{first} and {second} diverge at step {step} in '{name}': deviation "
                 f"{apart[name]:.3e} exceeds {limit:g}"
             )
         worst = max(worst, apart[name])
@@ -97,26 +97,26 @@ def deviation(left: Sequence[Leaves], right: Sequence[Leaves]) -> float:
     return max(deviations(left[-1], right[-1], FLOAT64).values())
 
 
-def _assert_same_form(ours: Leaves, theirs: Leaves, where: str) -> None:
-    if not ours or sorted(ours) != sorted(theirs):
-        raise AssertionError(f"{where} have other names, or none: {[*ours]}, {[*theirs]}")
-    for name, leaf in ours.items():
-        form, other = (leaf.dtype, leaf.shape), (theirs[name].dtype, theirs[name].shape)
-        if form != other:
-            raise AssertionError(f"{where} differ in form in '{name}': {form}, {other}")
+def _assert_same_form(one: Leaves, other: Leaves, where: str) -> None:
+    if not one or sorted(one) != sorted(other):
+        raise AssertionError(f"{where} have other names, or none: {[*one]}, {[*other]}")
+    for name, leaf in one.items():
+        forms = [(array.dtype, array.shape) for array in (leaf, other[name])]
+        if forms[0] != forms[1]:
+            raise AssertionError(f"{where} differ in form in '{name}': {forms[0]}, {forms[1]}")
 
 
-def deviations(ours: Leaves, theirs: Leaves, tier: Tier) -> dict[str, float]:
+def deviations(one: Leaves, other: Leaves, tier: Tier) -> dict[str, float]:
     """Return the deviation of each leaf, in the unit of the tier; 1.0 or 0.0 if it is bitwise."""
     if tier.tolerance is None:
-        return {name: float(ours[name].tobytes() != theirs[name].tobytes()) for name in ours}
+        return {name: float(one[name].tobytes() != other[name].tobytes()) for name in one}
     scale = 1.0
     if tier.in_norm:
-        largest = (np.abs(leaf).max(initial=0.0) for leaf in theirs.values())
+        largest = (np.abs(leaf).max(initial=0.0) for leaf in other.values())
         scale = max(largest, default=0.0) or 1.0
     return {
-        name: float(np.abs(leaf - theirs[name]).max(initial=0.0) / scale)
-        for name, leaf in ours.items()
+        name: float(np.abs(leaf - other[name]).max(initial=0.0) / scale)
+        for name, leaf in one.items()
     }
 
 

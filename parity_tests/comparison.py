@@ -41,10 +41,9 @@ class Divergence:
     def __str__(self) -> str:
         """Return one sentence."""
         finite = "" if np.isinf(self.deviation) else f"deviation {self.deviation:.3e}"
-        by = "; ".join(filter(None, (finite, self.detail)))
-        return (
-            f"JAX and PyTorch part at step {self.step}, in the {self.quantity} '{self.name}': {by}"
-        )
+        why = "; ".join(filter(None, (finite, self.detail)))
+        place = f"the {self.quantity} '{self.name}'"
+        return f"JAX and PyTorch diverge at step {self.step}, in {place}: {why}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +109,14 @@ class Comparison:
         left, right = figure.subplots(1, 2)
         steps = range(self.start + 1, self.start + 1 + len(self.losses))
         marker = "o" if len(steps) == 1 else ""  # a single point draws no line
-        left.plot(steps, [ours for ours, _ in self.losses], label="JAX", marker=marker)
+        left.plot(steps, [in_jax for in_jax, _ in self.losses], label="JAX", marker=marker)
         left.plot(
-            steps, [theirs for _, theirs in self.losses], "--", label="PyTorch", marker=marker
+            steps, [in_torch for _, in_torch in self.losses], "--", label="PyTorch", marker=marker
         )
         left.set_ylabel("loss")
         for quantity, values in self.deviations.items():
             if values:
-                # A deviation of 0 has no place on a logarithmic axis: draw it below the others.
+                # A logarithmic axis has no 0: draw it below the other deviations.
                 heights = [max(value, 1e-18) for value in values]
                 right.plot(steps, heights, label=quantity, marker=marker)
         if self.tier.tolerance:
@@ -133,8 +132,8 @@ class Comparison:
 
     def __str__(self) -> str:
         """Return the conclusion and the table."""
-        verdict = "JAX and PyTorch agree." if self.first is None else f"{self.first}."
+        conclusion = "JAX and PyTorch agree." if self.first is None else f"{self.first}."
         masks = sum(self.sites.values())
-        compared = f"{masks} masks at {len(self.sites)} sites compared: {', '.join(self.sites)}."
-        lines = [verdict, *([compared] if masks else []), *self.notes]
+        compared = f"Compared {masks} masks at {len(self.sites)} sites: {', '.join(self.sites)}."
+        lines = [conclusion, *([compared] if masks else []), *self.notes]
         return "\n".join(lines) + f"\n\n{self.table()}"

@@ -1,4 +1,4 @@
-"""What the tests need wherever they are run from, also out of an installed package."""
+"""Configuration of the tests, independent of the folder that pytest runs in."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Names the marker of slow tests where no pyproject.toml does."""
+    """Register the marker of slow tests, for runs without pyproject.toml."""
     config.addinivalue_line("markers", "slow: takes more than about ten seconds")

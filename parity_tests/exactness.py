@@ -5,12 +5,12 @@
     python -m parity_tests.exactness --list     # the cases and their bounds
     python -m parity_tests.exactness --only sgd adamw
 
-Each case trains 10,062 parameters on made-up gradients (synthetic), on those of a perceptron that
-torch trained with the same optimizer (recorded), and in training, where each side computes its own
-gradients. A deviation is in norm: the largest difference of two parameters, divided by the largest
+Each case trains 10,062 parameters on random gradients (synthetic), on those of a perceptron that
+torch trained with the same optimizer (recorded), and on gradients that each side computes itself
+(trained). A deviation is in norm: the largest difference of two parameters, divided by the largest
 parameter of that step.
 
-Exit code: 0 if every bound holds at every step, 1 if one is broken.
+Exit code: 0 if every bound holds at every required step, otherwise 1.
 """
 
 from __future__ import annotations
@@ -101,21 +101,21 @@ class Finding:
         return self.holds < self.required
 
     def __str__(self) -> str:
-        asked = "equal bits" if self.bound is None else f"{self.bound:g} in norm"
+        bound = "equal bits" if self.bound is None else f"{self.bound:g} in norm"
         return (
-            f"{self.case}, {self.setting}: {asked} asked to step {self.required}, held to step "
-            f"{self.holds}; deviation {self.deviation:.1e}"
+            f"{self.case}, {self.setting}: {bound} required to step {self.required}, satisfied to "
+            f"step {self.holds}; deviation {self.deviation:.1e}"
         )
 
 
 def compare(
-    ours: Run, theirs: Run, bound: float | None, required: int | None = None
+    run: Run, reference: Run, bound: float | None, required: int | None = None
 ) -> dict[str, Any]:
     """Compare two runs at every step, and return the figures of a `Finding`, by name.
 
     Args:
-        ours: Parameters by name after each step.
-        theirs: The same for the other run.
+        run: Parameters by name after each step.
+        reference: The same for the other run.
         bound: The largest deviation in norm that passes; None requires equal bits.
         required: Steps that must pass; None for all.
 
@@ -124,10 +124,10 @@ def compare(
         >>> compare(*runs, bound=0.1)["holds"], compare(*runs, bound=0.2)["holds"]
         (0, 1)
     """
-    steps = len(theirs)
+    steps = len(reference)
     required = steps if required is None else min(required, steps)
     apart, holds = np.empty(steps), steps
-    for step, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+    for step, (left, right) in enumerate(zip(run, reference, strict=True)):
         apart[step] = deviation([left], [right])
         # `<=` is False for NaN, which therefore fails.
         passes = not mismatches(left, right) if bound is None else apart[step] <= bound
@@ -139,12 +139,12 @@ def compare(
         "required": required,
         "holds": holds,
         "deviation": float(apart[: max(holds, 1)].max()),
-        "mismatches": mismatches(ours[-1], theirs[-1]),
-        "elements": sum(leaf.size for leaf in theirs[-1].values()),
+        "mismatches": mismatches(run[-1], reference[-1]),
+        "elements": sum(leaf.size for leaf in reference[-1].values()),
     }
 
 
-def mismatches(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> int:
+def mismatches(run: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> int:
     """Count the elements with different bits.
 
     Example:
@@ -152,7 +152,7 @@ def mismatches(ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray])
         1
     """
     return sum(
-        int(np.count_nonzero(_bits(leaf) != _bits(theirs[name]))) for name, leaf in ours.items()
+        int(np.count_nonzero(_bits(leaf) != _bits(reference[name]))) for name, leaf in run.items()
     )
 
 
@@ -169,20 +169,20 @@ def measure(
         case: The optimizer and its options.
         setting: The source of the gradients, and the dtype.
         steps: The number of steps.
-        make: Another function that makes the JAX optimizer, for the tests of the tests.
+        make: A replacement for the JAX optimizer's constructor, for the tests of the tests.
     """
     with _one_thread():
         problem = _problem(case, setting, steps)
-        theirs = walk_torch(case, problem, **({"fused": True} if setting.fused else {}))
-    ours = walk_jax(case, problem, make)
+        in_torch = walk_torch(case, problem, **({"fused": True} if setting.fused else {}))
+    in_jax = walk_jax(case, problem, make)
     bound = case.float64 if setting.dtype == FLOAT64.dtype else case.float32
     required = horizon(case.name, f"{setting.dtype} {setting.source}", steps)
-    return Finding(case.name, str(setting), **compare(ours, theirs, bound, required))
+    return Finding(case.name, str(setting), **compare(in_jax, in_torch, bound, required))
 
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    # On matrices this small, torch's threads spend more time waiting than working.
+    # With small matrices, torch's threads wait longer than they compute.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -246,8 +246,8 @@ def as_markdown(findings: Sequence[Finding]) -> str:
     elements = f"{max(finding.elements for finding in findings):,}"
     lines = [
         f"Largest deviation in norm over {findings[0].steps:,} steps, {elements} parameters; in "
-        "float32 with the elements whose bits differ at the end. Where a recursion cannot be "
-        "followed to the end, the step to which the bound was held is named.",
+        'float32 after the number of elements whose bits differ at the end. "to N": the bound '
+        "holds for N steps, after which the recursion amplifies rounding.",
         "",
         "| " + " | ".join(HEADINGS) + " |",
         "|---" * len(HEADINGS) + "|",
@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for case in every if _wanted(case, options.only)]
     if not cases:
         names = ", ".join(case.name for case in every)
-        console.print(f"--only {' '.join(options.only)} names no case; there are: {names}")
+        console.print(f"--only must name a case; got {' '.join(options.only)}. Choose: {names}")
         return 1
     if options.list:
         for case in cases:
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(task, description=case.name)
             steps = QUICK if options.quick else STEPS
             findings += [measure(case, setting, steps) for setting in settings(case)]
-            paths = write(options.out, findings)  # after each case, for runs that are interrupted
+            paths = write(options.out, findings)  # keep the results of an interrupted run
             progress.advance(task)
     for path in paths:
         console.print(f"written: {path}", soft_wrap=True)
@@ -325,13 +325,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("python -m parity_tests.exactness", __doc__)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} steps")
-    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    parser.add_argument("--list", action="store_true", help="list the cases and exit")
     parser.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="cases by name, or by how the name begins",
+        help="names of cases, or their beginnings",
     )
     parser.add_out("outputs/exactness", "Markdown and JSON")
     return parser

@@ -1,4 +1,4 @@
-"""Comparison of a JAX port with its PyTorch model, dropout on: they agree, or diverge at step N.
+"""Comparison of a JAX port with its PyTorch model at every step, with dropout on.
 
 Both sides start from the same parameters and receive the same batches; their keys derive from the
 same root, so that they draw the same masks. After each step the masks, the loss, the gradients, the
@@ -27,6 +27,7 @@ import torch
 from parity_tests import compare
 from parity_tests.compare import FLOAT32, Tier
 from parity_tests.comparison import QUANTITIES, Comparison, Divergence
+from parity_tests.frameworks import from_torch, to_torch
 from parity_tests.recording import (
     Difference,
     Drawn,
@@ -34,11 +35,10 @@ from parity_tests.recording import (
     mask_differences,
     value_deviations,
 )
-from parity_tests.wings import from_torch, to_torch
 from regjax._decay.paths import named_leaves
 from regjax.interop import Leaf as Leaf
 from regjax.interop._leaves import report
-from regjax.interop._states import MOMENTS
+from regjax.optim._records import RECORDS
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
@@ -79,18 +79,18 @@ class TorchSide:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
 
-def compare_forward(ours: Any, theirs: torch.Tensor, tier: Tier = FLOAT32) -> float:
+def compare_forward(in_jax: Any, in_torch: torch.Tensor, tier: Tier = FLOAT32) -> float:
     """Compare one output and return its deviation.
 
     Args:
-        ours: JAX array.
-        theirs: Tensor of the same shape.
+        in_jax: JAX array.
+        in_torch: Tensor of the same shape.
         tier: How closely they must agree.
 
     Raises:
         AssertionError: They differ in shape or dtype, or by more than the tier allows.
     """
-    left, right = np.asarray(ours), from_torch(theirs)
+    left, right = np.asarray(in_jax), from_torch(in_torch)
     if (left.shape, left.dtype) != (right.shape, right.dtype):
         raise AssertionError(
             f"outputs differ in form: JAX {left.dtype}{list(left.shape)}, "
@@ -176,7 +176,7 @@ def compare_training(
             if first and stop_at_first:
                 break
     if not losses:
-        raise ValueError("batches is empty: there is nothing to compare")
+        raise ValueError("batches must have at least one batch; got none. Pass one per step.")
     return Comparison(tier, deviations, losses, first, dict(sites), tuple(notes), start)
 
 
@@ -194,19 +194,19 @@ def _steps(
     gradient = jax.jit(jax.value_and_grad(jax_side.loss))
     update = jax.jit(jax_side.optimizer.update)
     for step, batch in enumerate(batches, start):
-        ours_loss, ours_gradient = gradient(params, batch, step)
-        updates, state = update(ours_gradient, state, params)
+        jax_loss, jax_gradient = gradient(params, batch, step)
+        updates, state = update(jax_gradient, state, params)
         params = optax.apply_updates(params, updates)
         optimizer.zero_grad()
-        theirs_loss = torch_side.loss(model, batch, step)
-        theirs_loss.backward()
-        theirs_gradient = _torch_arrays(model, leaves, lambda p: p.grad)
+        torch_loss = torch_side.loss(model, batch, step)
+        torch_loss.backward()
+        torch_gradient = _torch_arrays(model, leaves, lambda p: p.grad)
         optimizer.step()
         if torch_side.scheduler is not None:
             torch_side.scheduler.step()
         yield {
-            "loss": ({"loss": np.asarray(ours_loss)}, {"loss": from_torch(theirs_loss)}),
-            "gradient": (_jax_arrays(ours_gradient), theirs_gradient),
+            "loss": ({"loss": np.asarray(jax_loss)}, {"loss": from_torch(torch_loss)}),
+            "gradient": (_jax_arrays(jax_gradient), torch_gradient),
             "parameter": (_jax_arrays(params), _torch_arrays(model, leaves)),
             "state": _states(state, torch_side, leaves),
         }
@@ -229,9 +229,13 @@ def _bounds(tier: Tier, tolerances: Mapping[str, float]) -> dict[str, float]:
     held = QUANTITIES[QUANTITIES.index("loss") :]
     for quantity, bound in tolerances.items():
         if quantity not in held:
-            raise ValueError(f"tolerances has '{quantity}', but it may have: {', '.join(held)}")
+            raise ValueError(
+                f"tolerances must have keys among {', '.join(held)}; got '{quantity}'. Remove it."
+            )
         if not bound >= 0:
-            raise ValueError(f"tolerances['{quantity}'] must be at least 0, but it is {bound}")
+            raise ValueError(
+                f"tolerances['{quantity}'] must be at least 0; got {bound}. Pass a bound."
+            )
     return {quantity: tolerances.get(quantity, tier.tolerance or 0.0) for quantity in held}
 
 
@@ -239,21 +243,21 @@ def _bounds(tier: Tier, tolerances: Mapping[str, float]) -> dict[str, float]:
 class _Draws:
     """The draws of both sides in one step."""
 
-    ours: Sequence[Drawn]
-    theirs: Sequence[Drawn]
+    in_jax: Sequence[Drawn]
+    in_torch: Sequence[Drawn]
 
     @property
     def on_both_sides(self) -> bool:
-        return bool(self.ours and self.theirs)
+        return bool(self.in_jax and self.in_torch)
 
     @property
     def sites(self) -> list[str]:
-        return [drawn.site for drawn in self.theirs] if self.on_both_sides else []
+        return [drawn.site for drawn in self.in_torch] if self.on_both_sides else []
 
     @property
     def notes(self) -> list[str]:
         """Return a note if only one side drew masks: dropout of another library is not observed."""
-        sides = {"JAX": ("regjax", self.ours), "PyTorch": ("regtorch", self.theirs)}
+        sides = {"JAX": ("regjax", self.in_jax), "PyTorch": ("regtorch", self.in_torch)}
         seen = [f"{len(draws)} in {side}" for side, (_, draws) in sides.items() if draws]
         blind = [f"{library} in {side}" for side, (library, draws) in sides.items() if not draws]
         if len(blind) != 1:
@@ -264,9 +268,11 @@ class _Draws:
         """Return the differences by quantity, and append the deviations of this step."""
         if not self.on_both_sides:
             return {}
-        masks = mask_differences(self.ours, self.theirs)
+        masks = mask_differences(self.in_jax, self.in_torch)
         # In norm, since activations have no fixed scale.
-        values = value_deviations(self.ours, self.theirs, dataclasses.replace(tier, in_norm=True))
+        values = value_deviations(
+            self.in_jax, self.in_torch, dataclasses.replace(tier, in_norm=True)
+        )
         deviations["mask"].append(float(bool(masks)))
         deviations["activation"].append(max(values.values(), default=0.0))
         found = {"mask": masks[0]} if masks else {}
@@ -289,39 +295,39 @@ def _first(step: int, found: Mapping[str, Difference], draws: _Draws) -> Diverge
     cause = found[differ[0]]
     detail = cause.detail
     if differ[0] == "loss" and draws.on_both_sides:
-        last = draws.theirs[-1].site
+        last = draws.in_torch[-1].site
         detail = f"masks agree, and so do the values that enter them up to the last, '{last}'"
     return Divergence(step, differ[0], cause.site, cause.deviation, detail)
 
 
 def _moved(params: PyTree, model: torch.nn.Module, leaves: Mapping[str, Leaf]) -> PyTree:
     """Return the tree of `params` with the values of the model."""
-    tensors, ours = dict(model.named_parameters()), dict(named_leaves(params))
-    _check_names(ours, tensors, leaves)
+    tensors, in_jax = dict(model.named_parameters()), dict(named_leaves(params))
+    _check_names(in_jax, tensors, leaves)
     moved = []
-    for path, leaf in ours.items():
+    for path, leaf in in_jax.items():
         array = leaves[path].to_jax(from_torch(tensors[leaves[path].name]))
         wanted = (np.dtype(leaf.dtype), leaf.shape)
         if (array.dtype, array.shape) != wanted:
             raise ValueError(
-                f"parameter '{path}' is {wanted[0]}{list(wanted[1])} in JAX, but "
-                f"'{leaves[path].name}' of PyTorch arrives as {array.dtype}{list(array.shape)}: "
-                "see Leaf(name, transpose)"
+                f"params at '{path}' must be {array.dtype}{list(array.shape)}, as "
+                f"'{leaves[path].name}' of PyTorch; got {wanted[0]}{list(wanted[1])}. Pass "
+                "Leaf(name, transpose) if its axes have another order."
             )
         moved.append(jax.numpy.array(array))
     return jax.tree.unflatten(jax.tree.structure(params), moved)
 
 
 def _check_names(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], leaves: Mapping[str, Leaf]
+    in_jax: Mapping[str, Any], in_torch: Mapping[str, Any], leaves: Mapping[str, Leaf]
 ) -> None:
     mapped = {leaf.name for leaf in leaves.values()}
     report(
         {
-            "JAX parameters without a name in PyTorch": set(ours) - set(leaves),
-            "names of JAX parameters that do not exist": set(leaves) - set(ours),
-            "PyTorch parameters that no JAX parameter is": set(theirs) - mapped,
-            "names of PyTorch parameters that do not exist": mapped - set(theirs),
+            "JAX parameters without a name in PyTorch": set(in_jax) - set(leaves),
+            "names of JAX parameters that do not exist": set(leaves) - set(in_jax),
+            "PyTorch parameters that no JAX parameter is": set(in_torch) - mapped,
+            "names of PyTorch parameters that do not exist": mapped - set(in_torch),
         }
     )
 
@@ -350,9 +356,10 @@ def _states(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the moments and momenta that both sides keep, by parameter."""
     tensors = dict(side.model.named_parameters())
-    kept_as = MOMENTS.get(type(side.optimizer).__name__, {})
+    record = RECORDS.get(type(side.optimizer).__name__)
+    kept_as = record.torch_names if record else {}
     kinds = "|".join(kept_as)
-    ours, theirs = {}, {}
+    in_jax, in_torch = {}, {}
     for place, array in named_leaves(state) if kinds else ():
         for path, leaf in leaves.items():
             match = re.search(rf"(?:^|/)({kinds})/{re.escape(path)}$", place)
@@ -362,8 +369,11 @@ def _states(
             # Skip shapes that differ: Adafactor's rows are columns if JAX transposes a matrix.
             if kept is not None and np.shape(array) == leaf.to_jax(from_torch(kept)).shape:
                 name = f"{kept_as[match[1]]} of {path}"
-                ours[name], theirs[name] = np.asarray(array), leaf.to_jax(from_torch(kept).copy())
-    return ours, theirs
+                in_jax[name], in_torch[name] = (
+                    np.asarray(array),
+                    leaf.to_jax(from_torch(kept).copy()),
+                )
+    return in_jax, in_torch
 
 
 def tensors(batch: Any) -> Any:

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 import torch
 
-from parity_tests.output import prepare, write_atomically
+from parity_tests.output import integer, prepare, write_atomically
 from parity_tests.promises import PROMISES
 
 LEVELS = ("default", "avx2", "avx512")  # as PyTorch calls them
@@ -69,15 +69,17 @@ class Setting:
 
 def _covering() -> Iterator[Setting]:
     """Yield every pair of levels of two frameworks at least once, with 1 and 2 threads."""
-    for number, (ours, theirs) in enumerate(itertools.product(LEVELS, LEVELS)):
-        third = LEVELS[(LEVELS.index(ours) + LEVELS.index(theirs)) % 3]
-        yield Setting(ours, theirs, third, 1 + number % 2)
+    for number, (torch_level, xla_level) in enumerate(itertools.product(LEVELS, LEVELS)):
+        onednn_level = LEVELS[(LEVELS.index(torch_level) + LEVELS.index(xla_level)) % 3]
+        yield Setting(torch_level, xla_level, onednn_level, 1 + number % 2)
 
 
 COVERING = tuple(_covering())
 EVERY = tuple(
-    Setting(ours, theirs, third, threads)
-    for ours, theirs, third, threads in itertools.product(LEVELS, LEVELS, LEVELS, (1, 2))
+    Setting(torch_level, xla_level, onednn_level, threads)
+    for torch_level, xla_level, onednn_level, threads in itertools.product(
+        LEVELS, LEVELS, LEVELS, (1, 2)
+    )
 )
 CORE = (Setting("default", "default", "default", 1), Setting("avx2", "avx2", "avx2", 2))
 
@@ -152,11 +154,13 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
         "",
         *(f"- **{number}**: {setting}" for number, setting in enumerate(settings, 1)),
         "",
-        "`=`: all bits are equal. `(n)`: n arrays differ, nothing is promised. `n !`: n arrays",
-        "differ and a promise is broken. `-`: skipped, since the CPU, a package or float16 is",
+        "`=`: all bits are equal. `(n)`: n arrays differ, which no promise covers. `n !`: n arrays",
+        "differ, which breaks a promise. `-`: skipped, since the CPU, a package or float16 is",
         "missing.",
         "",
-        "| promise | made in | " + " | ".join(str(n) for n, _ in enumerate(settings, 1)) + " |",
+        "| promise | documented in | "
+        + " | ".join(str(n) for n, _ in enumerate(settings, 1))
+        + " |",
         "| --- | --- |" + " :---: |" * len(settings),
     ]
     for promise in PROMISES:
@@ -166,9 +170,9 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
 
 
 _NOTES = (
-    "SGD and Rprop have the bits of `torch.optim` where both frameworks fuse products with sums or",
-    "neither does: where PyTorch is held to `default` and XLA is not, or the other way round, they",
-    "agree to rounding. XLA compiles no float16 under SSE4_2; its promise is skipped there.",
+    "SGD and Rprop are bitwise identical to `torch.optim` where both frameworks fuse products with",
+    "sums or neither does. If only one of PyTorch and XLA is limited to `default`, they agree to",
+    "rounding. XLA does not compile float16 under SSE4_2; its promise is skipped there.",
 )
 
 
@@ -191,9 +195,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check the matrix, print each setting as it ends, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--every", action="store_true", help="all 54 combinations")
-    parser.add_argument("--core", action="store_true", help="the cheap promises only")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--out", type=Path, help="where to write the page")
+    parser.add_argument("--core", action="store_true", help="only the cheap promises")
+    parser.add_argument(
+        "--jobs",
+        type=integer(1),
+        default=1,
+        metavar="N",
+        help="number of concurrent processes (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="Markdown page to write")
     options = parser.parse_args(arguments)
     if options.out:
         prepare(parser, options.out.parent)
@@ -210,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results[setting] = found = future if isinstance(future, str) else future.result()
             lines = [f"skipped: {found}"] if isinstance(found, str) else broken(setting, found)
             failures += [] if isinstance(found, str) else lines
-            print(f"{len(results):3d}  {setting}: {'; '.join(lines) or 'all kept'}", flush=True)
+            print(f"{len(results):3d}  {setting}: {'; '.join(lines) or 'all hold'}", flush=True)
             if options.out:
                 write_atomically(options.out, page(results))
     return bool(failures)

@@ -1,6 +1,6 @@
-"""What XLA and PyTorch use of the CPU in this process. PyTorch is imported only where it is asked.
+"""The instruction sets that XLA and PyTorch use in this process.
 
-oneDNN is left out: it names its instruction set only in the log of `ONEDNN_VERBOSE`.
+oneDNN is not included, since it reports its instruction set only in the log of `ONEDNN_VERBOSE`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 @functools.cache
 def float16_error() -> str:
-    """Return how XLA's error begins where it compiles no float16, as under SSE4.2; else nothing.
+    """Return the beginning of XLA's error if it cannot compile float16, as under SSE4.2.
 
-    The names that follow in the message are those of the one program.
+    The rest of the message depends on the program. An empty string if there is no error.
     """
     try:
         jax.jit(lambda x: x.astype("float16"))(np.ones(8, np.float32))
@@ -26,10 +26,10 @@ def float16_error() -> str:
 
 
 def levels() -> dict[str, str]:
-    """Return the instruction set of each framework as PyTorch calls it, where it can be read.
+    """Return the instruction set of each framework, in PyTorch's names, where it can be read.
 
-    Nothing where the CPU is not an x86, and not that of XLA before JAX 0.10, where programs cannot
-    be serialized.
+    Empty on CPUs other than x86, and without XLA before JAX 0.10, whose programs cannot be
+    serialized.
     """
     import torch
 
@@ -44,15 +44,15 @@ def levels() -> dict[str, str]:
     return found
 
 
-def require(asked: dict[str, str]) -> None:
+def require(expected: dict[str, str]) -> None:
     """Check the instruction sets of this process, where they can be read.
 
     Raises:
         RuntimeError: PyTorch or XLA uses another one.
     """
     for name, level in levels().items():
-        if level != asked[name]:
+        if level != expected[name]:
             raise RuntimeError(
-                f"{name} must use {asked[name]}; got {level}. Its environment variable had no "
-                "effect: check that this version still reads it."
+                f"{name} must use {expected[name]}; got {level}. Check that this version reads its "
+                "environment variable."
             )

@@ -18,8 +18,8 @@ import torch
 
 import regjax
 import regtorch
+from parity_tests.frameworks import to_torch
 from parity_tests.harness import JaxSide, Leaf, TorchSide
-from parity_tests.wings import to_torch
 
 ROOT = 7
 RATE = 0.1

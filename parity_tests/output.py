@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,37 @@ def folder(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"must name a folder; got {text!r}")
     return Path(text)
+
+
+def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """Return a function that converts the value of an option to an integer from low to high."""
+    allowed = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be an integer {allowed}; got {text!r}")
+        return value
+
+    return convert
+
+
+def number(allowed: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
+    """Return a function that converts the value of an option to an accepted number."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not accept(value):  # no comparison accepts NaN
+            raise argparse.ArgumentTypeError(f"must be a number {allowed}; got {text!r}")
+        return value
+
+    return convert
 
 
 def prepare(parser: argparse.ArgumentParser, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A small model in both frameworks for an optimizer to train: a problem with real gradients."""
+"""A small model in both frameworks, as a problem with real gradients for optimizers."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Training(Problem):
-    """A perceptron that learns scikit-learn's digits; each side finds its own gradients.
+    """A perceptron on scikit-learn's digits; each framework computes its own gradients.
 
     Attributes:
-        params: Where to start; biases may be left out.
-        gradients: Not known beforehand, so empty.
+        params: Initial parameters; biases are optional.
+        gradients: Empty, since they are not known in advance.
         batches: Images in `x` and their labels in `y`, for each step.
-        ascend: Whether the optimizer maximizes: it is then given the negative loss.
+        ascend: Whether the optimizer maximizes; it then receives the negative loss.
     """
 
     batches: Sequence[Leaves] = ()
@@ -47,13 +47,13 @@ class Training(Problem):
 
     @property
     def steps(self) -> Sequence[Leaves]:
-        """The batches."""
+        """Return the batches."""
         return self.batches
 
     def torch_gradient(
         self, params: Mapping[str, torch.Tensor], known: Leaves
     ) -> dict[str, torch.Tensor]:
-        """The gradient of the loss, by name."""
+        """Return the gradient of the loss, by name."""
         x = torch.tensor(known["x"])
         for layer in LAYERS:
             x = x if layer == LAYERS[0] else torch.tanh(x)
@@ -64,7 +64,7 @@ class Training(Problem):
         return dict(zip(params, gradients, strict=True))
 
     def jax_gradient(self, params: PyTree, known: Mapping[str, jax.Array]) -> PyTree:
-        """The gradient of the loss, in the structure of the parameters."""
+        """Return the gradient of the loss, in the structure of the parameters."""
 
         def objective(params: dict[str, dict[str, jax.Array]]) -> jax.Array:
             x = known["x"]
@@ -81,15 +81,15 @@ class Training(Problem):
 def training(
     case: Case, dtype: str, steps: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES
 ) -> Training:
-    """Make a training run, from a start that does not depend on the case.
+    """Return a training run, whose initial parameters do not depend on the case.
 
     Args:
-        case: What will train; ascends if it does.
+        case: The optimizer, which may maximize.
         dtype: Dtype of parameters and images.
-        steps: How many batches.
-        shapes: Of the parameters by name.
+        steps: The number of batches.
+        shapes: The shapes of the parameters, by name.
 
-    Examples:
+    Example:
         >>> problem = training(Case("plain", "SGD", {"lr": 0.1}), "float32", steps=3)
         >>> sum(leaf.size for leaf in problem.params.values()), len(problem.steps)
         (10062, 3)
@@ -106,17 +106,17 @@ def training(
 def recorded(
     case: Case, dtype: str, steps: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES
 ) -> Problem:
-    """Train with torch by the very optimizer, and keep the gradients that it was given.
+    """Train in torch with the optimizer of the case, and return the recorded gradients.
 
-    Gradients whose square would underflow are kept as zeros.
+    Gradients whose square would underflow are recorded as zeros.
 
     Args:
-        case: What trains.
+        case: The optimizer.
         dtype: Dtype of parameters and gradients.
-        steps: How many gradients.
-        shapes: Of the parameters by name.
+        steps: The number of gradients.
+        shapes: The shapes of the parameters, by name.
 
-    Examples:
+    Example:
         >>> problem = recorded(Case("plain", "SGD", {"lr": 0.1}), "float32", steps=3)
         >>> len(problem.gradients), problem.gradients[0]["out/bias"].shape
         (3, (10,))
@@ -133,11 +133,11 @@ class _Recording(Training):
 
     def torch_gradient(self, params: Mapping[str, torch.Tensor], known: Leaves) -> dict[str, Any]:
         gradients = super().torch_gradient(params, known)
-        self.kept.append({name: _without_dust(leaf.numpy()) for name, leaf in gradients.items()})
+        self.kept.append({name: _flush_tiny(leaf.numpy()) for name, leaf in gradients.items()})
         return gradients
 
 
-def _without_dust(gradient: np.ndarray) -> np.ndarray:
-    # Of numbers whose square underflows, XLA makes zeros earlier than torch; a saturated softmax
-    # has many of them.
+def _flush_tiny(gradient: np.ndarray) -> np.ndarray:
+    # XLA flushes squares that underflow to zero earlier than torch, and a saturated softmax has
+    # many such gradients.
     return np.where(np.abs(gradient) ** 2 < np.finfo(gradient.dtype).tiny, 0, gradient)

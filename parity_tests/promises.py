@@ -29,11 +29,11 @@ import torch
 import regjax
 import regjax.optim
 import regtorch
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from parity_tests.instructions import float16_error
 from parity_tests.optimizers import CASES
 from parity_tests.optimizers.case import Case
 from parity_tests.trajectories import WALKS, synthetic
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
 
 Pairs = Iterator[tuple[str, Any, Any]]
 
@@ -44,11 +44,11 @@ class Promise:
 
     Attributes:
         name: The promise, in a few words.
-        place: Where it is made.
+        place: Where it is documented.
         pairs: Yields a label and two arrays, or two digests, that must be equal.
-        package: The optional package that it concerns.
-        needs_float16: Whether it is made only where XLA compiles float16.
-        needs_fma: Whether it is made only where both frameworks have fused multiply-adds.
+        package: The optional package that it requires.
+        needs_float16: Whether it holds only where XLA compiles float16.
+        needs_fma: Whether it holds only where both frameworks have fused multiply-adds or neither.
         is_core: Whether `make test` checks it under other instruction sets, too.
     """
 
@@ -61,7 +61,7 @@ class Promise:
     is_core: bool = False
 
     def broken(self) -> list[str]:
-        """Return the differences, one line for each pair; nothing if the promise is kept."""
+        """Return the differences, one line for each pair; nothing if the promise holds."""
         lines: list[str] = []
         try:
             lines.extend(_difference(label, *pair) for label, *pair in self.pairs())
@@ -80,10 +80,10 @@ class Promise:
 
 def _difference(label: str, one: Any, other: Any) -> str:
     if isinstance(one, str):
-        return "" if one == other else f"{label}: digest {one}, not {other}"
+        return "" if one == other else f"{label}: digest {one} instead of {other}"
     one, other = np.asarray(one), np.asarray(other)
     if one.dtype != other.dtype or one.shape != other.shape:
-        return f"{label}: {one.dtype}{one.shape} beside {other.dtype}{other.shape}"
+        return f"{label}: {one.dtype}{one.shape} and {other.dtype}{other.shape}"
     # The sign of a NaN is not promised.
     words = one.view(f"u{one.itemsize}") != other.view(f"u{other.itemsize}")
     different = np.count_nonzero(words & ((one == one) | (other == other)))
@@ -95,29 +95,29 @@ def _difference(label: str, one: Any, other: Any) -> str:
 SHAPE = (16, 6, 4, 48)  # rows, two spatial dimensions, channels; 4,608 elements fill packed masks
 
 
-def _ids(wing: Wing) -> Any:
-    return wing.array(np.random.default_rng(1).integers(0, 50, SHAPE[:-1]))
+def _ids(framework: Framework) -> Any:
+    return framework.array(np.random.default_rng(1).integers(0, 50, SHAPE[:-1]))
 
 
-def _embedding(wing: Wing, x: Any, rate: Any) -> Any:
-    return wing.library.embedding_dropout(x, _ids(wing), rate, key=wing.key(3))
+def _embedding(framework: Framework, x: Any, rate: Any) -> Any:
+    return framework.library.embedding_dropout(x, _ids(framework), rate, key=framework.key(3))
 
 
-def _drop_connect(wing: Wing, x: Any, rate: Any) -> Any:
-    return wing.library.drop_connect({"kernel": x}, rate, key=wing.key(3))["kernel"]
+def _drop_connect(framework: Framework, x: Any, rate: Any) -> Any:
+    return framework.library.drop_connect({"kernel": x}, rate, key=framework.key(3))["kernel"]
 
 
-def _call(name: str, wing: Wing, x: Any, rate: Any, **options: Any) -> Any:
+def _call(name: str, framework: Framework, x: Any, rate: Any, **options: Any) -> Any:
     if isinstance(sampler := options.get("sampler"), str):
-        options["sampler"] = getattr(wing.library, sampler)
-    return getattr(wing.library, name)(x, rate, key=wing.key(3), **options)
+        options["sampler"] = getattr(framework.library, sampler)
+    return getattr(framework.library, name)(x, rate, key=framework.key(3), **options)
 
 
-def _member(name: str, **options: Any) -> Callable[[Wing, Any, Any], Any]:
+def _member(name: str, **options: Any) -> Callable[[Framework, Any, Any], Any]:
     return functools.partial(_call, name, **options)
 
 
-FAMILY: dict[str, Callable[[Wing, Any, Any], Any]] = {
+FAMILY: dict[str, Callable[[Framework, Any, Any], Any]] = {
     "dropout": _member("dropout"),
     "dropout, packed": _member("dropout", sampler="packed_bernoulli"),
     "dropout, shared mask": _member("dropout", broadcast_dims=(1, 3)),
@@ -142,19 +142,19 @@ def inputs(dtype: Any, shape: tuple[int, ...] = SHAPE) -> list[np.ndarray]:
 
 
 def _forward_and_backward(
-    member: Callable[..., Any], wing: Wing, dtype: Any
+    member: Callable[..., Any], framework: Framework, dtype: Any
 ) -> Callable[[Any], list[np.ndarray]]:
     """Return a function of a rate; a NumPy scalar is traced in JAX, and a tensor in PyTorch."""
-    arrays = [wing.array(array) for array in inputs(dtype)]
+    arrays = [framework.array(array) for array in inputs(dtype)]
 
     def run(rate: Any) -> Any:
-        return wing.vjp(lambda x: member(wing, x, rate), *arrays)
+        return framework.vjp(lambda x: member(framework, x, rate), *arrays)
 
-    traced = jax.jit(run) if wing is JAX else lambda rate: run(torch.tensor(rate))
+    traced = jax.jit(run) if framework is JAX else lambda rate: run(torch.tensor(rate))
 
     def call(rate: Any) -> list[np.ndarray]:
         pair = traced(rate) if isinstance(rate, np.generic) else run(rate)
-        return [wing.numpy(array) for array in pair]
+        return [framework.numpy(array) for array in pair]
 
     return call
 
@@ -166,10 +166,12 @@ def family(
     for dtype in map(np.dtype, dtypes):
         with jax.enable_x64(dtype.itemsize == 8):
             for name in names:
-                ours, theirs = (_forward_and_backward(FAMILY[name], w, dtype) for w in WINGS)
+                in_jax, in_torch = (
+                    _forward_and_backward(FAMILY[name], w, dtype) for w in FRAMEWORKS
+                )
                 for rate in rates:
                     label = f"{name}, {dtype}, {type(rate).__name__} {rate}"
-                    for direction, one, two in zip("yg", ours(rate), theirs(rate), strict=True):
+                    for direction, one, two in zip("yg", in_jax(rate), in_torch(rate), strict=True):
                         yield f"{label}, {direction}", one, two
 
 
@@ -189,15 +191,15 @@ def compiled(names: Iterable[str] = FAMILY) -> Pairs:
     x, other = inputs(np.float32)
     part = np.sqrt(np.float32(0.3))
 
-    def run(wing: Wing, name: str, rate: Any, x: Any, other: Any, part: Any) -> Any:
+    def run(framework: Framework, name: str, rate: Any, x: Any, other: Any, part: Any) -> Any:
         share = part * part if rate is None else rate
-        y = FAMILY[name](wing, x * other, share)
+        y = FAMILY[name](framework, x * other, share)
         return y if name in NOT_BEFORE_A_SUM else y + other
 
     for name, rate in ((name, rate) for name in names for rate in (0.3, None)):
-        ours = jax.jit(functools.partial(run, JAX, name, rate))(x, other, part)
-        theirs = run(TORCH, name, rate, *map(torch.tensor, (x, other, part)))
-        yield f"{name}, {rate or 'a product as rate'}", ours, theirs.numpy()
+        in_jax = jax.jit(functools.partial(run, JAX, name, rate))(x, other, part)
+        in_torch = run(TORCH, name, rate, *map(torch.tensor, (x, other, part)))
+        yield f"{name}, {rate or 'a product as rate'}", in_jax, in_torch.numpy()
 
 
 def many_rates(count: int, dtypes: Iterable[Any] = (np.float32, np.float64)) -> Pairs:
@@ -210,9 +212,9 @@ def many_rates(count: int, dtypes: Iterable[Any] = (np.float32, np.float64)) -> 
         with jax.enable_x64(dtype.itemsize == 8):
             x = np.ones((2,), dtype)
             for name, member in members.items():
-                ours = jax.jit(lambda r, x=x, member=member: member(JAX, jnp.asarray(x), r))
+                in_jax = jax.jit(lambda r, x=x, member=member: member(JAX, jnp.asarray(x), r))
                 rates = values.astype(dtype)
-                one = np.stack([np.asarray(ours(rate)) for rate in rates])
+                one = np.stack([np.asarray(in_jax(rate)) for rate in rates])
                 tensors = torch.tensor(rates)
                 two = [member(TORCH, torch.tensor(x), rate).numpy() for rate in tensors]
                 yield f"{name}, {dtype}, traced", one, np.stack(two)
@@ -242,31 +244,31 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
     return found.hexdigest()[:32]
 
 
-def _stream(name: str, draw: Callable[[Wing], list[np.ndarray]]) -> Pairs:
+def _stream(name: str, draw: Callable[[Framework], list[np.ndarray]]) -> Pairs:
     """Compare the two packages with each other, and each with a digest that never changes."""
-    drawn = [draw(wing) for wing in WINGS]
+    drawn = [draw(framework) for framework in FRAMEWORKS]
     for number, pair in enumerate(zip(*drawn, strict=True)):
         yield f"{name} {number}", *pair
-    for wing, arrays in zip(WINGS, drawn, strict=True):
-        yield f"{name} of {wing}", digest(arrays), DIGESTS[name]
+    for framework, arrays in zip(FRAMEWORKS, drawn, strict=True):
+        yield f"{name} of {framework}", digest(arrays), DIGESTS[name]
 
 
 def masks(sampler: str) -> Pairs:
     """Compare masks at numbers and at traced probabilities."""
 
-    def draw(wing: Wing) -> list[np.ndarray]:
-        sample = getattr(wing.library, sampler)
+    def draw(framework: Framework) -> list[np.ndarray]:
+        sample = getattr(framework.library, sampler)
         keep_probs = KEEP_PROBS if sampler == "bernoulli" else KEEP_PROBS[2:-2]
         found = []
         for shape in ((33, 65), (64, 96)):
 
             def at(keep_prob: Any, shape: tuple[int, ...] = shape) -> Any:
-                return sample(wing.key(7), keep_prob, shape)
+                return sample(framework.key(7), keep_prob, shape)
 
-            compiled_at = jax.jit(at) if wing is JAX else lambda value: at(torch.tensor(value))
+            compiled_at = jax.jit(at) if framework is JAX else lambda value: at(torch.tensor(value))
             for keep_prob in keep_probs:
                 found += [at(keep_prob), compiled_at(np.float32(keep_prob))]
-        return [wing.numpy(mask) for mask in found]
+        return [framework.numpy(mask) for mask in found]
 
     yield from _stream(sampler, draw)
     key, shape = jax.random.key(7), (33, 65)
@@ -278,12 +280,14 @@ def masks(sampler: str) -> Pairs:
 def normals() -> Pairs:
     """Compare normal variates, 2**17 of them in float32."""
 
-    def draw(wing: Wing) -> list[np.ndarray]:
-        library = jnp if wing is JAX else torch
+    def draw(framework: Framework) -> list[np.ndarray]:
+        library = jnp if framework is JAX else torch
         sizes = {"float32": 2**17, "float64": 2**15, "bfloat16": 2**10}
         with jax.enable_x64(True):
             return [
-                wing.numpy(wing.library.normal(wing.key(5), (size,), getattr(library, dtype)))
+                framework.numpy(
+                    framework.library.normal(framework.key(5), (size,), getattr(library, dtype))
+                )
                 for dtype, size in sizes.items()
             ]
 
@@ -293,19 +297,19 @@ def normals() -> Pairs:
 def keys() -> Pairs:
     """Compare keys of sites and steps, `split` and `fold_in`."""
 
-    def draw(wing: Wing) -> list[np.ndarray]:
-        root = wing.key(2**32 - 1)
+    def draw(framework: Framework) -> list[np.ndarray]:
+        root = framework.key(2**32 - 1)
         step = np.int32(12)
 
         def of_site(step: Any) -> Any:
-            return wing.library.site_key(root, step, "encoder/3")
+            return framework.library.site_key(root, step, "encoder/3")
 
-        if wing is JAX:
+        if framework is JAX:
             found = [*jax.random.split(root, 5), jax.random.fold_in(root, 17)]
         else:
             found = [*regtorch.split(root, 5), regtorch.fold_in(root, 17)]
-        found += [of_site(0), of_site(2**40 + 5), wing.traced(of_site)(step)]
-        return [np.array(wing.words(key), np.uint32) for key in found]
+        found += [of_site(0), of_site(2**40 + 5), framework.traced(of_site)(step)]
+        return [np.array(framework.words(key), np.uint32) for key in found]
 
     yield from _stream("keys", draw)
 
@@ -314,21 +318,23 @@ def schedules() -> Pairs:
     """Compare every step of three lengths, at numbers and traced."""
     at = np.arange(-2, 1203, dtype=np.int32)
 
-    def draw(wing: Wing) -> list[np.ndarray]:
+    def draw(framework: Framework) -> list[np.ndarray]:
         found = []
         for name in ("linear_rate", "cosine_rate"):
             for start, end, steps in ((0.0, 0.5, 1000), (0.9, 0.123, 41), (0.1, 1.0, 1)):
-                schedule = getattr(wing.library, name)(start, end, steps)
-                if wing is JAX:
+                schedule = getattr(framework.library, name)(start, end, steps)
+                if framework is JAX:
                     found.append(np.asarray(jax.jit(jax.vmap(schedule))(at)))
                 else:
                     found.append(torch.func.vmap(schedule)(torch.tensor(at)).numpy())
-                found.append(np.stack([wing.numpy(schedule(step)) for step in range(0, 40, 3)]))
+                found.append(
+                    np.stack([framework.numpy(schedule(step)) for step in range(0, 40, 3)])
+                )
         return found
 
     yield from _stream("schedules", draw)
     for depth in (1, 12, 100):
-        one, two = (np.array(w.library.depth_rates(0.3, depth)) for w in WINGS)
+        one, two = (np.array(w.library.depth_rates(0.3, depth)) for w in FRAMEWORKS)
         yield f"depth_rates {depth}", one, two
 
 
@@ -338,11 +344,11 @@ def schedules() -> Pairs:
 def embedding_of_rows() -> Pairs:
     """Compare `embedding_dropout` with dropout of whole rows of the table."""
     table = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
-    for wing in WINGS:
-        rows, ids = wing.array(table), _ids(wing)
-        one = wing.library.embedding_dropout(rows[ids], ids, 0.3, key=wing.key(3))
-        two = wing.library.dropout(rows, 0.3, key=wing.key(3), broadcast_dims=(1,))[ids]
-        yield str(wing), wing.numpy(one), wing.numpy(two)
+    for framework in FRAMEWORKS:
+        rows, ids = framework.array(table), _ids(framework)
+        one = framework.library.embedding_dropout(rows[ids], ids, 0.3, key=framework.key(3))
+        two = framework.library.dropout(rows, 0.3, key=framework.key(3), broadcast_dims=(1,))[ids]
+        yield str(framework), framework.numpy(one), framework.numpy(two)
 
 
 def attention() -> Pairs:
@@ -352,18 +358,25 @@ def attention() -> Pairs:
     v = np.broadcast_to(np.eye(40, dtype=np.float32)[:, None], (2, 40, 3, 40)).copy()
     for shared in (False, True):
         found = []
-        for wing in WINGS:
-            arrays = [wing.array(array) for array in (q, k, v)]
+        for framework in FRAMEWORKS:
+            arrays = [framework.array(array) for array in (q, k, v)]
             for block_size in (None, 16):
 
-                def at(rate: Any, wing: Wing = wing, arrays: Any = arrays, size: Any = block_size):
+                def at(
+                    rate: Any,
+                    framework: Framework = framework,
+                    arrays: Any = arrays,
+                    size: Any = block_size,
+                ):
                     options = {"broadcast_dropout": shared, "block_size": size}
-                    return wing.library.dot_product_attention(
-                        *arrays, dropout_rng=wing.key(3), dropout_rate=rate, **options
+                    return framework.library.dot_product_attention(
+                        *arrays, dropout_rng=framework.key(3), dropout_rate=rate, **options
                     )
 
-                for result in (at(0.3), wing.traced(at)(np.float32(0.3))):
-                    found.append((f"{wing} {block_size} {shared}", wing.numpy(result) != 0))
+                for result in (at(0.3), framework.traced(at)(np.float32(0.3))):
+                    found.append(
+                        (f"{framework} {block_size} {shared}", framework.numpy(result) != 0)
+                    )
         for label, mask in found[1:]:
             yield label, mask, found[0][1]
 
@@ -388,9 +401,9 @@ def decoupled_decay() -> Pairs:
 
 
 def _walks(case: Case, problem: Any) -> Pairs:
-    ours, theirs = (WALKS[side](case, problem)[-1] for side in ("jax", "torch"))
-    for name, leaf in theirs.items():
-        yield f"{case} {name}", ours[name], leaf
+    in_jax, in_torch = (WALKS[side](case, problem)[-1] for side in ("jax", "torch"))
+    for name, leaf in in_torch.items():
+        yield f"{case} {name}", in_jax[name], leaf
 
 
 def converted_layers() -> Pairs:

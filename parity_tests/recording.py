@@ -18,7 +18,7 @@ import regjax
 import regtorch
 from parity_tests import compare
 from parity_tests.compare import Tier
-from parity_tests.wings import from_torch
+from parity_tests.frameworks import from_torch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Recorder:
         >>> with recorder.watching():
         ...     key = regjax.site_key(jax.random.key(0), 3, "hidden")
         ...     y = regjax.dropout(jax.numpy.ones(64), 0.5, key=key)
-        ...     ours, theirs = recorder.taken()
-        >>> [drawn.site for drawn in ours], theirs
+        ...     in_jax, in_torch = recorder.taken()
+        >>> [drawn.site for drawn in in_jax], in_torch
         (['hidden'], [])
     """
 
@@ -93,17 +93,17 @@ class Recorder:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Record the draws inside; enter it once around a loop, since each entry recompiles."""
-        ours, theirs = self._events
-        with regjax.observing(ours.append), regtorch.observing(theirs.append):
+        in_jax, in_torch = self._events
+        with regjax.observing(in_jax.append), regtorch.observing(in_torch.append):
             yield
 
     def taken(self) -> tuple[list[Drawn], list[Drawn]]:
         """Return the draws of JAX and of PyTorch since the last call, each in program order."""
         jax.effects_barrier()
-        ours, theirs = (_drawn(events) for events in self._events)
+        in_jax, in_torch = (_drawn(events) for events in self._events)
         for events in self._events:
             events.clear()
-        return ours, theirs
+        return in_jax, in_torch
 
 
 def _drawn(events: Iterable[Any]) -> list[Drawn]:
@@ -125,7 +125,7 @@ def _drawn(events: Iterable[Any]) -> list[Drawn]:
     return list(found.values())
 
 
-def mask_differences(ours: Sequence[Drawn], theirs: Sequence[Drawn]) -> list[Difference]:
+def mask_differences(in_jax: Sequence[Drawn], in_torch: Sequence[Drawn]) -> list[Difference]:
     """Return the sites whose masks differ, in the order of the PyTorch program.
 
     Masks are compared element by element in row-major order, so that a mask of (batch, 1, 1,
@@ -134,13 +134,13 @@ def mask_differences(ours: Sequence[Drawn], theirs: Sequence[Drawn]) -> list[Dif
     Example:
         >>> import numpy as np
         >>> x = np.ones(2)
-        >>> ours = Drawn("a", (0, 1), None, 0.5, np.array([True, False]), x)
-        >>> theirs = Drawn("a", (0, 1), None, 0.5, np.array([True, True]), x)
-        >>> [difference.detail for difference in mask_differences([ours], [theirs])]
+        >>> in_jax = Drawn("a", (0, 1), None, 0.5, np.array([True, False]), x)
+        >>> in_torch = Drawn("a", (0, 1), None, 0.5, np.array([True, True]), x)
+        >>> [difference.detail for difference in mask_differences([in_jax], [in_torch])]
         ['1 of 2 elements of the mask differ']
     """
-    pairs, left, right = _paired(ours, theirs)
-    places = {id(drawn): place for place, drawn in enumerate(theirs)}
+    pairs, left, right = _paired(in_jax, in_torch)
+    places = {id(drawn): place for place, drawn in enumerate(in_torch)}
     found = [
         (places[id(there)], Difference(there.site, float("inf"), detail))
         for here, there in pairs
@@ -149,20 +149,20 @@ def mask_differences(ours: Sequence[Drawn], theirs: Sequence[Drawn]) -> list[Dif
     found += [
         (places[id(there)], _alone(there, ("PyTorch", "JAX"), unmatched=left)) for there in right
     ]
-    found += [(len(theirs), _alone(here, ("JAX", "PyTorch"), unmatched=right)) for here in left]
+    found += [(len(in_torch), _alone(here, ("JAX", "PyTorch"), unmatched=right)) for here in left]
     return [difference for _, difference in sorted(found, key=lambda item: item[0])]
 
 
 def value_deviations(
-    ours: Sequence[Drawn], theirs: Sequence[Drawn], tier: Tier
+    in_jax: Sequence[Drawn], in_torch: Sequence[Drawn], tier: Tier
 ) -> dict[str, float]:
     """Return the deviation of the values that enter each site, by site in the order of the program.
 
     If a site has another layout in JAX, such as channels last, the values are compared in sorted
     order, which ignores their places.
     """
-    pairs, _, _ = _paired(ours, theirs)
-    pairs.sort(key=lambda pair: [id(drawn) for drawn in theirs].index(id(pair[1])))
+    pairs, _, _ = _paired(in_jax, in_torch)
+    pairs.sort(key=lambda pair: [id(drawn) for drawn in in_torch].index(id(pair[1])))
     found: dict[str, float] = {}
     for here, there in pairs:
         left, right = here.entering, there.entering
@@ -177,11 +177,11 @@ def value_deviations(
 
 
 def _paired(
-    ours: Sequence[Drawn], theirs: Sequence[Drawn]
+    in_jax: Sequence[Drawn], in_torch: Sequence[Drawn]
 ) -> tuple[list[tuple[Drawn, Drawn]], list[Drawn], list[Drawn]]:
     """Pair the draws of JAX and PyTorch, by name or else by key; return the unpaired ones, too."""
-    left, pairs, alone = list(ours), [], []
-    by_name = _match(theirs, left, lambda here, there: here.site == there.site)
+    left, pairs, alone = list(in_jax), [], []
+    by_name = _match(in_torch, left, lambda here, there: here.site == there.site)
     for there, here in by_name:
         (pairs.append((here, there)) if here else alone.append(there))
     by_key = _match(alone, left, lambda here, there: here.key == there.key)
@@ -209,32 +209,32 @@ def _match(
     return found
 
 
-def _difference(ours: Drawn, theirs: Drawn) -> str:
+def _difference(in_jax: Drawn, in_torch: Drawn) -> str:
     """Describe the difference of two masks of one site; an empty string if they are equal."""
     causes = []
-    if not np.isclose(ours.rate, theirs.rate, rtol=1e-6, atol=0.0):
-        causes.append(f"rate {ours.rate:.6g} in JAX and {theirs.rate:.6g} in PyTorch")
-    if ours.key != theirs.key:
-        causes.append(_key_difference(ours, theirs))
-    if ours.mask.size != theirs.mask.size:
-        shapes = (list(drawn.mask.shape) for drawn in (ours, theirs))
+    if not np.isclose(in_jax.rate, in_torch.rate, rtol=1e-6, atol=0.0):
+        causes.append(f"rate {in_jax.rate:.6g} in JAX and {in_torch.rate:.6g} in PyTorch")
+    if in_jax.key != in_torch.key:
+        causes.append(_key_difference(in_jax, in_torch))
+    if in_jax.mask.size != in_torch.mask.size:
+        shapes = (list(drawn.mask.shape) for drawn in (in_jax, in_torch))
         causes.append("a mask of shape {} in JAX and {} in PyTorch".format(*shapes))
     else:
-        differ = int(np.count_nonzero(ours.mask.ravel() != theirs.mask.ravel()))
+        differ = int(np.count_nonzero(in_jax.mask.ravel() != in_torch.mask.ravel()))
         if differ:
-            causes.append(f"{differ} of {ours.mask.size} elements of the mask differ")
+            causes.append(f"{differ} of {in_jax.mask.size} elements of the mask differ")
     return "; ".join(causes)
 
 
-def _key_difference(ours: Drawn, theirs: Drawn) -> str:
-    here, there = ours.origin, theirs.origin
+def _key_difference(in_jax: Drawn, in_torch: Drawn) -> str:
+    here, there = in_jax.origin, in_torch.origin
     if here and there:
         if here.root != there.root:
             return f"another root key: {here.root} in JAX and {there.root} in PyTorch"
         if here.step != there.step:
             return f"its key is that of step {here.step} in JAX and of {there.step} in PyTorch"
         return f"its key is that of site '{here.site}' in JAX and of '{there.site}' in PyTorch"
-    unknown = "one that no site_key derived"
+    unknown = "a key that site_key did not derive"
     return (
         f"another key: {here.site if here else unknown} in JAX and "
         f"{there.site if there else unknown} in PyTorch"
@@ -244,6 +244,6 @@ def _key_difference(ours: Drawn, theirs: Drawn) -> str:
 def _alone(drawn: Drawn, sides: tuple[str, str], *, unmatched: Sequence[Drawn]) -> Difference:
     side, other = sides
     rest = ", ".join(repr(each.site) for each in unmatched)
-    instead = f", which draws at {rest} instead" if rest else ""
+    instead = f", but at {rest}" if rest else ""
     detail = f"{side} draws a mask here, {other} does not{instead}"
     return Difference(drawn.site, float("inf"), detail)

@@ -1,4 +1,4 @@
-"""An LSTM in JAX that computes what PyTorch's does, to compare what is dropped in it."""
+"""An LSTM in JAX with the equations of PyTorch's, to compare dropout inside recurrences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from parity_tests.wings import from_torch
+from parity_tests.frameworks import from_torch
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -23,12 +23,12 @@ def lstm(
     xs: Float[Array, "time batch features"],
     drop: Callable[[Float[Array, "batch hidden"]], Float[Array, "batch hidden"]] = lambda h: h,
 ) -> Float[Array, "time batch hidden"]:
-    """The hidden states of `torch.nn.LSTM`, from zeros.
+    """Return the hidden states of `torch.nn.LSTM`, from an initial state of zeros.
 
     Args:
-        weights: by the names of `torch.nn.LSTM`, one layer.
-        xs: the sequences.
-        drop: what becomes of the hidden state before it enters a step.
+        weights: The weights of one layer, by the names of `torch.nn.LSTM`.
+        xs: The sequences.
+        drop: A function that is applied to the hidden state at the start of each step.
     """
     hidden = weights["weight_hh_l0"].shape[1]
     bias = weights["bias_ih_l0"] + weights["bias_hh_l0"]
@@ -47,7 +47,7 @@ def lstm(
     return jax.lax.scan(step, (zeros, zeros), xs)[1]
 
 
-def assert_close(ours: Array, theirs: torch.Tensor) -> None:
-    """At 1e-12 in norm, of the norm or of 1."""
-    array, twin = np.asarray(ours), from_torch(theirs)
+def assert_close(in_jax: Array, in_torch: torch.Tensor) -> None:
+    """Assert that the difference is at most 1e-12 in norm, relative to the norm or to 1."""
+    array, twin = np.asarray(in_jax), from_torch(in_torch)
     assert np.linalg.norm(array - twin) <= 1e-12 * max(1, np.linalg.norm(twin))

@@ -1,8 +1,8 @@
-"""NumPy as the third party: what both wings must compute, written down a second time.
+"""Independent NumPy reference for masks, dropout and keys.
 
-Slow, plain, and by other means than the wings use: the key and the counter are Python integers cut
-to 32 bits, the uniform is a real float32, the mask compares it with the keep probability, and the
-output divides. Whoever doubts a wing reads this.
+It is slow and plain, and shares no method with the packages: keys and counters are Python integers
+truncated to 32 bits, the uniform variate is a real float32 that is compared with the keep
+probability, and the output is a division.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 
 
 def threefry2x32(key: Key, counter: tuple[int, int], rounds: int = 20) -> tuple[int, int]:
-    """One block, round by round as the paper states it: inject the key every fourth round."""
+    """Encrypt one block as in the paper: inject the key every fourth round."""
     schedule = (*key, 0x1BD11BDA ^ key[0] ^ key[1])
     x0, x1 = counter
     x0, x1 = (x0 + schedule[0]) & _MASK, (x1 + schedule[1]) & _MASK
@@ -37,28 +37,28 @@ def threefry2x32(key: Key, counter: tuple[int, int], rounds: int = 20) -> tuple[
 
 
 def bits(key: Key, indices: Iterable[int]) -> np.ndarray:
-    """The 32 bits of the elements with the given row-major indices, uint32."""
+    """Return the 32 bits of the elements at the given row-major indices, as uint32."""
     blocks = (threefry2x32(key, (index >> 32, index & _MASK)) for index in indices)
     return np.array([out0 ^ out1 for out0, out1 in blocks], np.uint32)
 
 
 def bernoulli(key: Key, keep_prob: float, shape: Sequence[int]) -> np.ndarray:
-    """The keep mask: a float32 uniform from the upper 23 bits, compared with float32(keep_prob)."""
+    """Return a keep mask: a float32 uniform of the upper 23 bits is less than the probability."""
     return bernoulli_at(key, keep_prob, range(math.prod(shape))).reshape(tuple(shape))
 
 
 def bernoulli_at(key: Key, keep_prob: float, indices: Iterable[int]) -> np.ndarray:
-    """The elements of the keep mask at the given row-major indices."""
+    """Return the elements of a keep mask at the given row-major indices."""
     drawn = bits(key, map(int, indices))
     uniform = ((drawn >> np.uint32(9)) | np.uint32(0x3F800000)).view(np.float32) - np.float32(1)
     return uniform < np.float32(keep_prob)
 
 
 def packed_bernoulli(key: Key, threshold: int, shape: Sequence[int], bits: int) -> np.ndarray:
-    """The packed keep mask, element by element: a uniform integer U with U >= 2**bits - T.
+    """Return a packed keep mask: each element is kept if its integer U is >= 2**bits - threshold.
 
-    Bit i of U, counted from the most significant, is the element's bit of word i: the word with its
-    group's index in the upper or lower half of block i // 2.
+    Bit i of U, counted from the most significant, is the element's bit in word i of its group. Word
+    i is the upper or lower half of block i // 2.
     """
     drawn = np.zeros(shape, np.int64)
     axes = [axis for axis, size in enumerate(shape[:-1]) if size % 32 == 0]
@@ -78,10 +78,10 @@ def packed_bernoulli(key: Key, threshold: int, shape: Sequence[int], bits: int) 
 
 
 def dropout(x: np.ndarray, rate: float, key: Key, broadcast_dims: Sequence[int] = ()) -> np.ndarray:
-    """Inverted dropout in double, rounded to the dtype of `x` at the end.
+    """Return inverted dropout, computed in double and rounded once to the dtype of `x`.
 
-    Float64 and complex128 differ from the wings by at most the rounding of a division against that
-    of a product with the reciprocal; the others by that and one rounding of the result.
+    The packages multiply by the reciprocal instead of dividing. Float64 and complex128 differ from
+    them by that rounding alone, the other dtypes also by one rounding of the result.
     """
     shape = [1 if dim in broadcast_dims else size for dim, size in enumerate(x.shape)]
     keep = bernoulli(key, 1 - rate, shape)
@@ -91,7 +91,7 @@ def dropout(x: np.ndarray, rate: float, key: Key, broadcast_dims: Sequence[int] 
 
 
 def site_key(root: Key, step: int, site: str) -> Key:
-    """Two blocks: the root encrypts the site's hash, the result encrypts the step."""
+    """Derive a key in two blocks: the root encrypts the site's hash, and the result the step."""
     digest = hashlib.sha256(site.encode()).hexdigest()
     at_site = threefry2x32(root, (int(digest[:8], 16), int(digest[8:16], 16)))
     return threefry2x32(at_site, (step >> 32, step & _MASK))

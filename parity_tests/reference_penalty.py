@@ -12,17 +12,17 @@ Leaves = Mapping[str, np.ndarray]
 def l2_penalty(
     params: Leaves, weight_decay: float, mask: Mapping[str, bool] | None = None
 ) -> float:
-    """Sum squares, in double.
+    """Return the L2 penalty, computed in double.
 
     Args:
         params: Arrays by name.
         weight_decay: The coefficient.
-        mask: Which names count; None for all.
+        mask: Whether each parameter is included; None for all.
 
     Returns:
         `weight_decay` times the sum of `|w|**2`.
 
-    Examples:
+    Example:
         >>> l2_penalty({"w": np.array([3.0, 4.0])}, 0.5)
         12.5
     """
@@ -35,17 +35,17 @@ def l2_penalty(
 def l2_gradient(
     params: Leaves, weight_decay: float, mask: Mapping[str, bool] | None = None
 ) -> dict[str, np.ndarray]:
-    """Differentiate `l2_penalty`, as PyTorch does where parameters are complex.
+    """Return the gradient of `l2_penalty`, with PyTorch's convention for complex parameters.
 
     Args:
         params: Arrays by name.
         weight_decay: The coefficient.
-        mask: Which names count; None for all.
+        mask: Whether each parameter is included; None for all.
 
     Returns:
-        `2 * weight_decay * w` where the mask allows, else zeros.
+        `2 * weight_decay * w` where the mask is True, else zeros.
 
-    Examples:
+    Example:
         >>> l2_gradient({"w": np.array([3.0, 4.0])}, 0.5)
         {'w': array([3., 4.])}
     """
@@ -55,17 +55,17 @@ def l2_gradient(
 def l1_penalty(
     params: Leaves, weight_decay: float, mask: Mapping[str, bool] | None = None
 ) -> float:
-    """Sum absolute values, in double.
+    """Return the L1 penalty, computed in double.
 
     Args:
         params: Arrays by name.
         weight_decay: The coefficient.
-        mask: Which names count; None for all.
+        mask: Whether each parameter is included; None for all.
 
     Returns:
         `weight_decay` times the sum of `|w|`.
 
-    Examples:
+    Example:
         >>> l1_penalty({"w": np.array([3.0, -4.0])}, 0.5)
         3.5
     """
@@ -76,17 +76,17 @@ def l1_penalty(
 def l1_gradient(
     params: Leaves, weight_decay: float, mask: Mapping[str, bool] | None = None
 ) -> dict[str, np.ndarray]:
-    """Differentiate `l1_penalty`, as PyTorch does where parameters are complex.
+    """Return the gradient of `l1_penalty`, with PyTorch's convention for complex parameters.
 
     Args:
         params: Arrays by name.
         weight_decay: The coefficient.
-        mask: Which names count; None for all.
+        mask: Whether each parameter is included; None for all.
 
     Returns:
-        `weight_decay * w / |w|` where the mask allows, and zeros elsewhere and where `w` is 0.
+        `weight_decay * w / |w|` where the mask is True and `w` is not 0, else zeros.
 
-    Examples:
+    Example:
         >>> l1_gradient({"w": np.array([3.0, -4.0, 0.0])}, 0.5)
         {'w': array([ 0.5, -0.5,  0. ])}
     """
@@ -95,16 +95,16 @@ def l1_gradient(
 
 
 def distance(params: Leaves, reference: Leaves) -> dict[str, np.ndarray]:
-    """Subtract a reference: L2-SP is L2 of what is left.
+    """Return the difference from a reference, whose L2 penalty is L2-SP.
 
     Args:
         params: Arrays by name.
-        reference: The same.
+        reference: Arrays by the same names.
 
     Returns:
         The differences by name.
 
-    Examples:
+    Example:
         >>> distance({"w": np.array([3.0])}, {"w": np.array([1.0])})
         {'w': array([2.])}
     """

@@ -35,10 +35,10 @@ class Entry:
     seconds: float = 0.0
 
     @property
-    def verdict(self) -> str:
-        """Return `agrees`, `differs` or `left out`."""
+    def result(self) -> str:
+        """Return `agrees`, `differs` or `skipped`."""
         if self.outcome is None:
-            return "left out"
+            return "skipped"
         return "agrees" if self.outcome.passed else "differs"
 
 
@@ -57,12 +57,12 @@ def cells(entry: Entry) -> dict[str, str]:
     """Return the columns of the table, by heading."""
     outcome = entry.outcome
     if outcome is None:
-        return {"check": entry.check.name, "verdict": entry.verdict, "detail": entry.missing}
+        return {"check": entry.check.name, "result": entry.result, "detail": entry.missing}
     return {
         "check": entry.check.name,
-        "verdict": entry.verdict,
+        "result": entry.result,
         "compared": f"{outcome.compared:,} {outcome.unit}",
-        "asked": outcome.bound,
+        "required": outcome.bound,
         "max ulp": "" if outcome.ulp is None else str(outcome.ulp),
         "max difference": "" if outcome.difference is None else f"{outcome.difference:.1e}",
         "p-value": "" if outcome.p_value is None else f"{outcome.p_value:.2g}",
@@ -72,9 +72,9 @@ def cells(entry: Entry) -> dict[str, str]:
 
 HEADINGS = (
     "check",
-    "verdict",
+    "result",
     "compared",
-    "asked",
+    "required",
     "max ulp",
     "max difference",
     "p-value",
@@ -104,7 +104,7 @@ def as_json(entries: Sequence[Entry]) -> str:
             {
                 "name": entry.check.name,
                 "promise": entry.check.promise,
-                "verdict": entry.verdict,
+                "result": entry.result,
                 "missing": entry.missing,
                 "seconds": round(entry.seconds, 3),
                 "outcome": entry.outcome and asdict(entry.outcome),
@@ -125,7 +125,7 @@ body {{ margin: 2rem auto; padding: 0 1rem }}
 table {{ border-collapse: collapse; font-size: 14px; width: 100% }}
 th, td {{ border-bottom: 1px solid #ccc; padding: .35rem .6rem; text-align: left }}
 .agrees {{ color: #00602b }} .differs {{ color: #b00020; font-weight: bold }}
-.left {{ color: #666 }} img {{ max-width: 100% }}
+.skipped {{ color: #666 }} img {{ max-width: 100% }}
 </style>
 <h1>Parity of regjax and regtorch</h1>
 <p>{summary}</p>
@@ -133,7 +133,7 @@ th, td {{ border-bottom: 1px solid #ccc; padding: .35rem .6rem; text-align: left
 {rows}
 </tbody></table>
 {plots}
-<h2>What each check promises</h2>
+<h2>Verified promises</h2>
 <dl>
 {promises}
 </dl>
@@ -146,7 +146,7 @@ th, td {{ border-bottom: 1px solid #ccc; padding: .35rem .6rem; text-align: left
 def as_html(entries: Sequence[Entry]) -> str:
     """Return a standalone page: the table, a plot of the comparisons step by step, versions."""
     rows = "\n".join(
-        f'<tr class="{entry.verdict.split()[0]}">'
+        f'<tr class="{entry.result}">'
         + "".join(f"<td>{html.escape(cells(entry).get(name, ''))}</td>" for name in HEADINGS)
         + "</tr>"
         for entry in entries
@@ -171,10 +171,10 @@ def as_html(entries: Sequence[Entry]) -> str:
 
 
 def summary(entries: Sequence[Entry]) -> str:
-    """Return one line with the numbers of checks that agree, differ, and were left out."""
-    counts: dict[str, int] = dict.fromkeys(("agrees", "differs", "left out"), 0)
+    """Return one line with the numbers of checks that agree, differ, and were skipped."""
+    counts: dict[str, int] = dict.fromkeys(("agrees", "differs", "skipped"), 0)
     for entry in entries:
-        counts[entry.verdict] += 1
+        counts[entry.result] += 1
     return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing ran"
 
 
@@ -184,12 +184,12 @@ def _plots(series: Mapping[str, Sequence[float]]) -> str:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, values in series.items():
-        # A difference of 0 has no place on a logarithmic axis: draw it below the others.
+        # A logarithmic axis has no 0: draw it below the other differences.
         axes.plot(range(1, len(values) + 1), [max(value, 1e-18) for value in values], label=name)
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("difference of JAX and PyTorch, in norm")
-    axes.set_title("Where two runs part: the largest difference after each step", loc="left")
+    axes.set_title("The largest difference after each step", loc="left")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Attention with dropout: one mask in both wings and in every form, values at stated tiers."""
+"""Attention with dropout: equal masks in both frameworks and algorithms, values at stated tiers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flax import linen
 import regjax
 import regtorch
 from parity_tests import reference
-from parity_tests.wings import JAX, TORCH, WINGS, Wing, to_torch
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework, to_torch
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 BATCH, QUERIES, KEYS, HEADS, DEPTH = 2, 7, 11, 4, 8
 RATE, SEED = 0.3, 5
 
@@ -48,7 +48,7 @@ case = pytest.mark.parametrize("name", CASES)
 def inputs(
     batch=(BATCH,), heads=HEADS, kv_heads=HEADS, **options: Any
 ) -> tuple[list[np.ndarray], dict]:
-    """Query, key, value, a cotangent; and what the function takes besides."""
+    """Return query, key, value and a cotangent, and the other arguments."""
     rng = np.random.default_rng(1)
     shapes = [
         (*batch, QUERIES, heads, DEPTH),
@@ -60,22 +60,28 @@ def inputs(
 
 
 def run(
-    wing: Wing, arrays: list[np.ndarray], options: dict, dtype: str, *, gradients=True, **how: Any
+    framework: Framework,
+    arrays: list[np.ndarray],
+    options: dict,
+    dtype: str,
+    *,
+    gradients=True,
+    **how: Any,
 ):
-    """The result and the gradients of query, key, value and, where there is one, bias."""
-    *qkv, ct = (wing.array(array.astype(dtype)) for array in arrays)
+    """Return the result and the gradients of query, key, value and, if present, bias."""
+    *qkv, ct = (framework.array(array.astype(dtype)) for array in arrays)
     options = dict(options)
     if "mask" in options:
-        options["mask"] = wing.array(np.array(options["mask"]))
-    bias = [wing.array(options.pop("bias").astype(dtype))] if "bias" in options else []
-    how = options | {"dropout_rng": wing.key(SEED)} | how
+        options["mask"] = framework.array(np.array(options["mask"]))
+    bias = [framework.array(options.pop("bias").astype(dtype))] if "bias" in options else []
+    how = options | {"dropout_rng": framework.key(SEED)} | how
 
     def attend(*differentiated):
-        return wing.library.dot_product_attention(*differentiated, **how)
+        return framework.library.dot_product_attention(*differentiated, **how)
 
     if not gradients:
-        return [wing.numpy(attend(*qkv, *bias))]
-    if wing is JAX:
+        return [framework.numpy(attend(*qkv, *bias))]
+    if framework is JAX:
 
         def both(ct, *differentiated):
             y, pull_back = jax.vjp(attend, *differentiated)
@@ -85,17 +91,17 @@ def run(
     leaves = [x.requires_grad_() for x in (*qkv, *bias)]
     y = attend(*leaves)
     gradients = torch.autograd.grad(y, leaves, ct)
-    return [wing.numpy(x) for x in (y, *gradients)]
+    return [framework.numpy(x) for x in (y, *gradients)]
 
 
 def assert_close(ours, theirs, bound: float) -> None:
-    """In norm: the largest difference over the largest magnitude."""
+    """Assert that the largest difference over the largest magnitude is within the bound."""
     for array, twin in zip(ours, theirs, strict=True):
         assert np.abs(array - twin).max() <= bound * max(1, np.abs(twin).max())
 
 
 def expected(arrays: list[np.ndarray], options: dict, seed: int = SEED) -> np.ndarray:
-    """Attention in NumPy, in double, with the mask of the reference."""
+    """Return attention in NumPy, in double, with the mask of the reference."""
     q, k, v, _ = arrays
     groups = q.shape[-2] // k.shape[-2]
     k, v = (np.repeat(x, groups, axis=-2) for x in (k, v))
@@ -116,16 +122,18 @@ def expected(arrays: list[np.ndarray], options: dict, seed: int = SEED) -> np.nd
 
 
 @case
-@both_wings
-def test_it_is_attention(wing: Wing, name):
-    """Against NumPy, in the whole form and in every size of block: float64, 1e-12 in norm."""
+@both_frameworks
+def test_it_is_attention(framework: Framework, name):
+    """Compare with NumPy, whole and blockwise, in float64 within 1e-12 in norm."""
     arrays, options = inputs(**CASES[name])
     with jax.enable_x64(True):
         for block_size in (None, 4):
-            (y,) = run(wing, arrays, options, "float64", gradients=False, block_size=block_size)
+            (y,) = run(
+                framework, arrays, options, "float64", gradients=False, block_size=block_size
+            )
             assert_close([y], [expected(arrays, options)], 1e-12)
     if not options.get("deterministic") and options["dropout_rate"]:
-        # Another key gives something else, so that the mask is part of what was compared.
+        # Another key gives another result, so the comparison depends on the mask.
         assert np.abs(expected(arrays, options, SEED + 1) - y).max() > 0.1
 
 
@@ -137,74 +145,78 @@ BACKWARD = ("a query that sees nothing", "two batches", "eight heads over two")
     [*BACKWARD, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in BACKWARD)],
 )
 def test_the_wings_agree_forward_and_backward(name):
-    """float64 within 1e-12 in norm, and float32 within 2e-6, in the whole form and in blocks."""
+    """Float64 agrees within 1e-12 in norm and float32 within 2e-6, whole and blockwise."""
     arrays, options = inputs(**CASES[name])
     with jax.enable_x64(True):
         whole = run(JAX, arrays, options, "float64")
-        for wing, block_size in ((TORCH, None), (JAX, 4), (TORCH, 4)):
-            assert_close(run(wing, arrays, options, "float64", block_size=block_size), whole, 1e-12)
-    for wing, block_size in ((JAX, 4), (TORCH, None)):
-        found = run(wing, arrays, options, "float32", block_size=block_size)
+        for framework, block_size in ((TORCH, None), (JAX, 4), (TORCH, 4)):
+            assert_close(
+                run(framework, arrays, options, "float64", block_size=block_size), whole, 1e-12
+            )
+    for framework, block_size in ((JAX, 4), (TORCH, None)):
+        found = run(framework, arrays, options, "float32", block_size=block_size)
         assert_close(found, [array.astype(np.float32) for array in whole], 2e-6)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
-def test_every_form_drops_the_same_weights(wing: Wing, shared):
-    """Read off values that are unit vectors: what is zero was dropped; p < 2e-7 of an accident."""
+def test_every_form_drops_the_same_weights(framework: Framework, shared):
+    """With unit vectors as values, zeros are dropped weights; the false-alarm rate is 2e-7."""
     arrays, options = inputs(broadcast_dropout=shared)
     unit = np.eye(KEYS)[None, :, None].repeat(BATCH, 0).repeat(HEADS, 2)
     shape = (1, 1, QUERIES, KEYS) if shared else (BATCH, HEADS, QUERIES, KEYS)
-    keep = np.broadcast_to(wing.bernoulli(SEED, 1 - RATE, shape), (BATCH, HEADS, QUERIES, KEYS))
+    keep = np.broadcast_to(
+        framework.bernoulli(SEED, 1 - RATE, shape), (BATCH, HEADS, QUERIES, KEYS)
+    )
     for block_size in BLOCKS:
-        y = wing.library.dot_product_attention(
-            *(wing.array(x.astype(np.float32)) for x in (*arrays[:2], unit)),
-            dropout_rng=wing.key(SEED),
+        y = framework.library.dot_product_attention(
+            *(framework.array(x.astype(np.float32)) for x in (*arrays[:2], unit)),
+            dropout_rng=framework.key(SEED),
             block_size=block_size,
             **options,
         )
-        np.testing.assert_array_equal(wing.numpy(y).transpose(0, 2, 1, 3) != 0, keep)
+        np.testing.assert_array_equal(framework.numpy(y).transpose(0, 2, 1, 3) != 0, keep)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_half_types_have_their_softmax_in_float32(wing: Wing, dtype, block_size):
-    """Scores of 40 and more, whose sums of powers half types cannot hold."""
+def test_half_types_have_their_softmax_in_float32(framework: Framework, dtype, block_size):
+    """Scores above 40 would overflow the softmax in half types."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(1, 64, 2, 16)) * size for size in (4, 4, 1)]
     arrays = [array.astype(jnp.dtype(dtype)) for array in arrays]
-    how = {"dropout_rng": wing.key(SEED), "dropout_rate": RATE, "block_size": block_size}
-    attend = wing.library.dot_product_attention
-    y = wing.numpy(attend(*map(wing.array, arrays), **how))
-    wide = wing.numpy(attend(*(wing.array(x.astype(np.float32)) for x in arrays), **how))
+    how = {"dropout_rng": framework.key(SEED), "dropout_rate": RATE, "block_size": block_size}
+    attend = framework.library.dot_product_attention
+    y = framework.numpy(attend(*map(framework.array, arrays), **how))
+    wide = framework.numpy(attend(*(framework.array(x.astype(np.float32)) for x in arrays), **how))
     assert y.dtype == jnp.dtype(dtype)
     eps = float(jnp.finfo(dtype).eps)
     assert np.abs(y.astype(np.float32) - wide).max() < 2 * eps * np.abs(wide).max()
 
 
-@both_wings
-def test_gradients_of_half_types_do_not_wear_with_the_number_of_blocks(wing: Wing):
-    """Every block has a share in a query's gradient: in bfloat16 the sum would be 4 times worse."""
+@both_frameworks
+def test_gradients_of_half_types_do_not_wear_with_the_number_of_blocks(framework: Framework):
+    """Every block adds to the gradient of a query; a sum in bfloat16 would be 4 times worse."""
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(1, 256, 1, 16)).astype(jnp.bfloat16) for _ in range(4)]
     options = {"dropout_rate": RATE}
-    exact = run(wing, arrays, options, "float32")
+    exact = run(framework, arrays, options, "float32")
     once, often = (
         [
             np.linalg.norm(x.astype(np.float32) - y) / np.linalg.norm(y)
             for x, y in zip(found, exact, strict=True)
         ]
-        for found in (run(wing, arrays, options, "bfloat16", block_size=n) for n in (256, 2))
+        for found in (run(framework, arrays, options, "bfloat16", block_size=n) for n in (256, 2))
     )
     assert max(once) < float(jnp.finfo(jnp.bfloat16).eps)
     np.testing.assert_array_less(often, 2 * np.array(once))
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("block_size", [None, 4])
 @pytest.mark.parametrize("sizes", [(0, 5, 7), (2, 0, 7), (2, 5, 0)], ids=str)
-def test_where_nothing_is_there_the_result_is_zeros(wing: Wing, block_size, sizes):
+def test_where_nothing_is_there_the_result_is_zeros(framework: Framework, block_size, sizes):
     batch, queries, keys = sizes
     shapes = [
         (batch, queries, 2, 4),
@@ -212,7 +224,7 @@ def test_where_nothing_is_there_the_result_is_zeros(wing: Wing, block_size, size
         (batch, queries, 2, 3),
     ]
     arrays = [np.ones(shape) for shape in shapes]
-    y, *gradients = run(wing, arrays, {"dropout_rate": RATE}, "float32", block_size=block_size)
+    y, *gradients = run(framework, arrays, {"dropout_rate": RATE}, "float32", block_size=block_size)
     assert y.shape == shapes[3]
     assert [x.shape for x in gradients] == shapes[:3]
     assert not any(x.any() for x in (y, *gradients))
@@ -232,7 +244,7 @@ def test_without_dropout_it_is_the_attention_of_pytorch(name):
 
 
 def test_a_layer_of_pytorch_is_a_layer_of_flax():
-    """torch.nn.MultiheadAttention, unmodified but for its key, beside Linen's with our function."""
+    """Compare a converted torch.nn.MultiheadAttention with Linen's, which calls regjax."""
     torch.manual_seed(0)
     width = HEADS * DEPTH
     theirs = torch.nn.MultiheadAttention(width, HEADS, dropout=RATE, batch_first=True)
@@ -256,7 +268,7 @@ def test_a_layer_of_pytorch_is_a_layer_of_flax():
     out = theirs.out_proj.weight.detach().numpy().T.reshape(HEADS, DEPTH, width)
     params["out"] = {"kernel": out, "bias": theirs.out_proj.bias.detach().numpy()}
     key = regjax.site_key(jax.random.key(SEED), 3, "")
-    with jax.numpy_rank_promotion("allow"):  # Linen's own layers lean on it
+    with jax.numpy_rank_promotion("allow"):  # Linen's own layers depend on it
         z = ours.apply({"params": params}, x, dropout_rng=key)
     np.testing.assert_allclose(np.asarray(z), y.detach().numpy(), atol=1e-6)
 
@@ -264,18 +276,18 @@ def test_a_layer_of_pytorch_is_a_layer_of_flax():
 BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "key's depth": (
         {"key": (2, 11, 4, 7)},
-        r"query and key must have one batch and one depth; got shapes",
+        r"query and key must have the same batch and depth; got shapes",
         ValueError,
     ),
     "key's batch": (
         {"key": (3, 11, 4, 8)},
-        r"query and key must have one batch .*; got shapes \(2, .* and \(3, ",
+        r"query and key must have the same batch .*; got shapes \(2, .* and \(3, ",
         ValueError,
     ),
     "value": ({"value": (2, 10, 4, 8)}, "value must have key's shape", ValueError),
     "heads": (
         {"key": (2, 11, 3, 8), "value": (2, 11, 3, 8)},
-        "4 heads, not a multiple",
+        "query must have a multiple of key's 3 heads; got 4",
         ValueError,
     ),
     "rank": ({"query": (7, 8)}, r"query must have shape \(..., length, heads", ValueError),
@@ -283,92 +295,96 @@ BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "bias": ({"bias": np.ones((1, 2, 4, 7, 11))}, "bias must broadcast", ValueError),
     "mask of numbers": ({"mask": np.full((7, 11), -np.inf)}, "mask must be boolean", TypeError),
     "integers": ({"query": np.ones((2, 7, 4, 8), np.int32)}, "query must be floating", TypeError),
-    "no key": ({"dropout_rng": None}, "dropout_rng is missing", ValueError),
-    "what is no key": ({"dropout_rng": 0}, "dropout_rng: key must be a", TypeError),
+    "no key": ({"dropout_rng": None}, "dropout_rng must be a random key in training", ValueError),
+    "not a key": ({"dropout_rng": 0}, "dropout_rng: key must be a", TypeError),
     "rate": ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\]; got 1.5", ValueError),
     "block": ({"block_size": 0}, "block_size must be at least 1; got 0", ValueError),
-    "flag": ({"deterministic": 1}, "deterministic must be one boolean", TypeError),
+    "flag": ({"deterministic": 1}, "deterministic must be a boolean", TypeError),
 }
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_what_does_not_fit_is_named(wing: Wing, name, block_size):
+def test_what_does_not_fit_is_named(framework: Framework, name, block_size):
     change, message, error = BAD[name]
     shapes = {"query": (2, 7, 4, 8), "key": (2, 11, 4, 8), "value": (2, 11, 4, 8)}
-    how: dict[str, Any] = {"dropout_rng": wing.key(0), "dropout_rate": RATE}
+    how: dict[str, Any] = {"dropout_rng": framework.key(0), "dropout_rate": RATE}
     how |= {"block_size": block_size} | {n: np.ones(s, np.float32) for n, s in shapes.items()}
     how |= {n: np.ones(c, np.float32) if isinstance(c, tuple) else c for n, c in change.items()}
-    how = {n: wing.array(x) if isinstance(x, np.ndarray) else x for n, x in how.items()}
+    how = {n: framework.array(x) if isinstance(x, np.ndarray) else x for n, x in how.items()}
     with pytest.raises(error, match=message):
-        wing.library.dot_product_attention(**how)
+        framework.library.dot_product_attention(**how)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_a_changing_rate(wing: Wing, block_size):
-    """As a number to float32, without a gradient; NaN out of range; 0 and 1 are exact."""
+def test_a_changing_rate(framework: Framework, block_size):
+    """A traced rate equals the number to float32, and gives NaN out of range; 0 and 1 are exact."""
     arrays, _ = inputs()
-    q, k, v = (wing.array(x.astype(np.float32)) for x in arrays[:3])
+    q, k, v = (framework.array(x.astype(np.float32)) for x in arrays[:3])
 
     def at(rate):
-        return wing.library.dot_product_attention(
-            q, k, v, dropout_rng=wing.key(SEED), dropout_rate=rate, block_size=block_size
+        return framework.library.dot_product_attention(
+            q, k, v, dropout_rng=framework.key(SEED), dropout_rate=rate, block_size=block_size
         )
 
-    changing = wing.traced(at)
+    changing = framework.traced(at)
     for rate in (0.25, 0.5):
         np.testing.assert_allclose(
-            wing.numpy(changing(np.float32(rate))), wing.numpy(at(rate)), atol=1e-6
+            framework.numpy(changing(np.float32(rate))), framework.numpy(at(rate)), atol=1e-6
         )
     for rate in (-0.5, 1.5, np.nan):
-        assert np.isnan(wing.numpy(changing(np.float32(rate)))).all()
-    assert not wing.numpy(changing(np.float32(1))).any()
-    assert not wing.numpy(at(1)).any()
-    np.testing.assert_allclose(wing.numpy(changing(np.float32(0))), wing.numpy(at(0)), atol=1e-6)
+        assert np.isnan(framework.numpy(changing(np.float32(rate)))).all()
+    assert not framework.numpy(changing(np.float32(1))).any()
+    assert not framework.numpy(at(1)).any()
+    np.testing.assert_allclose(
+        framework.numpy(changing(np.float32(0))), framework.numpy(at(0)), atol=1e-6
+    )
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_who_watches_is_told_the_whole_mask(wing: Wing, block_size):
+def test_who_watches_is_told_the_whole_mask(framework: Framework, block_size):
     arrays, options = inputs()
-    told = []
-    with wing.library.observing(told.append):
-        run(wing, arrays, options, "float32", gradients=False, block_size=block_size)
+    draws = []
+    with framework.library.observing(draws.append):
+        run(framework, arrays, options, "float32", gradients=False, block_size=block_size)
         jax.effects_barrier()
     shape = (BATCH, HEADS, QUERIES, KEYS)
-    assert len(told) == 1
-    assert told[0].function == "dot_product_attention"
-    np.testing.assert_array_equal(np.asarray(told[0].mask), wing.bernoulli(SEED, 1 - RATE, shape))
-    # The weights of the whole matrix, with which PyTorch's twin is compared above.
+    assert len(draws) == 1
+    assert draws[0].function == "dot_product_attention"
+    np.testing.assert_array_equal(
+        np.asarray(draws[0].mask), framework.bernoulli(SEED, 1 - RATE, shape)
+    )
+    # The whole matrix has the same weights, which previous tests compare with PyTorch.
     whole = []
-    with wing.library.observing(whole.append):
-        run(wing, arrays, options, "float32", gradients=False, block_size=None)
+    with framework.library.observing(whole.append):
+        run(framework, arrays, options, "float32", gradients=False, block_size=None)
         jax.effects_barrier()
-    entering = (np.asarray(draw.entering) for draw in (told[0], whole[0]))
+    entering = (np.asarray(draw.entering) for draw in (draws[0], whole[0]))
     np.testing.assert_allclose(*entering, rtol=1e-5, atol=1e-7)
-    assert np.asarray(told[0].entering).shape == shape
-    assert told[0].rate == RATE
+    assert np.asarray(draws[0].entering).shape == shape
+    assert draws[0].rate == RATE
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_who_watches_is_not_told_what_a_changing_flag_turns_off(wing: Wing, block_size):
+def test_who_watches_is_not_told_what_a_changing_flag_turns_off(framework: Framework, block_size):
     arrays, options = inputs()
-    qkv = [wing.array(x.astype(np.float32)) for x in arrays[:3]]
-    options |= {"dropout_rng": wing.key(SEED), "block_size": block_size}
-    attend = wing.library.dot_product_attention
-    changing = wing.traced(lambda flag: attend(*qkv, deterministic=flag, **options))
-    told = []
-    with wing.library.observing(told.append):
+    qkv = [framework.array(x.astype(np.float32)) for x in arrays[:3]]
+    options |= {"dropout_rng": framework.key(SEED), "block_size": block_size}
+    attend = framework.library.dot_product_attention
+    changing = framework.traced(lambda flag: attend(*qkv, deterministic=flag, **options))
+    draws = []
+    with framework.library.observing(draws.append):
         for flag, times in ((True, 0), (False, 1)):
             changing(flag)
             jax.effects_barrier()
-            assert len(told) == times
+            assert len(draws) == times
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(
     ("scale", "error"),
     [
@@ -381,20 +397,20 @@ def test_who_watches_is_not_told_what_a_changing_flag_turns_off(wing: Wing, bloc
         (1j, TypeError),
     ],
 )
-def test_a_scale_that_is_no_finite_number_is_refused(wing: Wing, scale, error):
+def test_a_scale_that_is_no_finite_number_is_refused(framework: Framework, scale, error):
     (q, k, v, _), _ = inputs()
     with pytest.raises(error, match="scale must be"):
-        wing.library.dot_product_attention(*map(wing.array, (q, k, v)), scale=scale)
+        framework.library.dot_product_attention(*map(framework.array, (q, k, v)), scale=scale)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("block_size", [None, 4])
-def test_a_changing_scale_is_that_of_the_number_and_of_nan_nan(wing: Wing, block_size):
-    q, k, v = (wing.array(x.astype(np.float32)) for x in inputs()[0][:3])
-    attend = lambda scale: wing.library.dot_product_attention(
+def test_a_changing_scale_is_that_of_the_number_and_of_nan_nan(framework: Framework, block_size):
+    q, k, v = (framework.array(x.astype(np.float32)) for x in inputs()[0][:3])
+    attend = lambda scale: framework.library.dot_product_attention(
         q, k, v, scale=scale, block_size=block_size
     )
     for scale in (0.2, -1.0, 0.0):
-        y = wing.numpy(wing.traced(attend)(np.float32(scale)))
-        np.testing.assert_allclose(y, wing.numpy(attend(scale)), rtol=1e-4, atol=1e-5)
-    assert np.isnan(wing.numpy(wing.traced(attend)(np.float32(np.nan)))).all()
+        y = framework.numpy(framework.traced(attend)(np.float32(scale)))
+        np.testing.assert_allclose(y, framework.numpy(attend(scale)), rtol=1e-4, atol=1e-5)
+    assert np.isnan(framework.numpy(framework.traced(attend)(np.float32(np.nan)))).all()

@@ -1,4 +1,4 @@
-"""Stochastic depth: the same bits in both wings, and what timm and torchvision document."""
+"""Stochastic depth: equal bits in both frameworks, as timm and torchvision document."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
 from parity_tests.statistics import FIVE_SIGMA, keep_rate_z
-from parity_tests.wings import JAX, WINGS, Wing
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 DTYPES = [
     np.dtype(dtype)
     for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16, np.complex64)
@@ -22,16 +22,18 @@ OPTIONS = [{}, {"mode": "batch"}, {"scale_by_keep": False}]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
-def vjp(wing: Wing, x: np.ndarray, cotangent: np.ndarray, rate: Any, **options: Any):
-    """The function and its gradient, from NumPy to NumPy; a NumPy scalar as the rate is traced."""
-    key = wing.key(options.pop("seed", 11))
-    function = functools.partial(wing.library.drop_path, key=key, **options)
+def vjp(framework: Framework, x: np.ndarray, cotangent: np.ndarray, rate: Any, **options: Any):
+    """Return result and gradient as NumPy arrays; a rate that is a NumPy scalar is traced."""
+    key = framework.key(options.pop("seed", 11))
+    function = functools.partial(framework.library.drop_path, key=key, **options)
 
     def at(rate):
-        return wing.vjp(lambda x: function(x, rate), wing.array(x), wing.array(cotangent))
+        return framework.vjp(
+            lambda x: function(x, rate), framework.array(x), framework.array(cotangent)
+        )
 
-    y, gradient = wing.traced(at)(rate) if isinstance(rate, np.generic) else at(rate)
-    return wing.numpy(y), wing.numpy(gradient)
+    y, gradient = framework.traced(at)(rate) if isinstance(rate, np.generic) else at(rate)
+    return framework.numpy(y), framework.numpy(gradient)
 
 
 @each_option
@@ -41,92 +43,96 @@ def test_forward_and_backward_agree_in_every_bit(dtype, options):
     x, cotangent = (rng.normal(size=(33, 5, 3)).astype(dtype) for _ in range(2))
     for rate in (0.15, np.float32(0.15)):
         with jax.enable_x64(dtype == np.float64):
-            ours, theirs = (vjp(wing, x, cotangent, rate, **options) for wing in WINGS)
-        for array, twin in zip(ours, theirs, strict=True):
+            in_jax, in_torch = (
+                vjp(framework, x, cotangent, rate, **options) for framework in FRAMEWORKS
+            )
+        for array, twin in zip(in_jax, in_torch, strict=True):
             assert array.dtype == twin.dtype == dtype
             np.testing.assert_array_equal(array.view(np.uint8), twin.view(np.uint8))
 
 
-@both_wings
+@both_frameworks
 @each_option
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_what_timm_and_torchvision_document(wing: Wing, rate, options):
-    """A row, or the batch, times Bernoulli(keep) / keep; in timm also without the division."""
+def test_the_formula_of_timm_and_torchvision(framework: Framework, rate, options):
+    """A row or the batch is multiplied by Bernoulli(keep) / keep; timm's division is optional."""
     x = np.random.default_rng(0).normal(size=(64, 3, 2)).astype(np.float32)
-    y, gradient = vjp(wing, x, np.ones_like(x), rate, **options)
-    keep = wing.bernoulli(11, 1 - rate, (1 if options.get("mode") == "batch" else 64,))
+    y, gradient = vjp(framework, x, np.ones_like(x), rate, **options)
+    keep = framework.bernoulli(11, 1 - rate, (1 if options.get("mode") == "batch" else 64,))
     scale = np.float32(1) / np.float32(1 - rate) if options.get("scale_by_keep", True) else 1
     factor = np.broadcast_to((keep * np.float32(scale)).reshape(-1, 1, 1), x.shape)
     np.testing.assert_array_equal(y, x * factor)
     np.testing.assert_array_equal(gradient, factor)
 
 
-@both_wings
-def test_batches_are_dropped_as_often_as_rows(wing: Wing):
-    """At 5 sigma: a false alarm in 860,000 runs, and by the fixed seeds none."""
-    x = wing.array(np.ones((4096, 1), np.float32))
-    rows = wing.numpy(wing.library.drop_path(x, 0.2, key=wing.key(0)))
+@both_frameworks
+def test_batches_are_dropped_as_often_as_rows(framework: Framework):
+    """A test at 5 sigma: one false alarm in 860,000 runs, and none with fixed seeds."""
+    x = framework.array(np.ones((4096, 1), np.float32))
+    rows = framework.numpy(framework.library.drop_path(x, 0.2, key=framework.key(0)))
     assert abs(keep_rate_z(rows != 0, 0.8)) < FIVE_SIGMA
-    one, keep = wing.array(np.ones((2, 1), np.float32)), []
+    one, keep = framework.array(np.ones((2, 1), np.float32)), []
     for step in range(256):
-        key = wing.library.site_key(wing.key(0), step, "block")
-        y = wing.numpy(wing.library.drop_path(one, 0.2, key=key, mode="batch"))
+        key = framework.library.site_key(framework.key(0), step, "block")
+        y = framework.numpy(framework.library.drop_path(one, 0.2, key=key, mode="batch"))
         assert y[0] == y[1]
         keep.append(y[0, 0] != 0)
     assert abs(keep_rate_z(np.array(keep), 0.8)) < FIVE_SIGMA
 
 
-@both_wings
+@both_frameworks
 @each_option
-def test_the_corners_are_those_of_dropout(wing: Wing, options):
-    drop_path = functools.partial(wing.library.drop_path, **options)
-    x = wing.array(np.array([[np.nan, np.inf, -np.inf, 1.0]] * 30, np.float32))
+def test_the_corners_are_those_of_dropout(framework: Framework, options):
+    drop_path = functools.partial(framework.library.drop_path, **options)
+    x = framework.array(np.array([[np.nan, np.inf, -np.inf, 1.0]] * 30, np.float32))
     assert drop_path(x, 0) is x
     assert drop_path(x, 0.5, deterministic=True) is x
-    np.testing.assert_array_equal(wing.numpy(drop_path(x, 1)), np.zeros((30, 4)))
-    with pytest.raises(ValueError, match="key is missing"):
+    np.testing.assert_array_equal(framework.numpy(drop_path(x, 1)), np.zeros((30, 4)))
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         drop_path(x, 0.5)
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]; got 2"):
-        drop_path(x, 2, key=wing.key(0))
+        drop_path(x, 2, key=framework.key(0))
     with pytest.raises(TypeError, match="x must be floating"):
-        drop_path(wing.array(np.ones((2, 2), np.int32)), 0.5, key=wing.key(0))
-    y = wing.numpy(drop_path(x, 0.5, key=wing.key(0)))
+        drop_path(framework.array(np.ones((2, 2), np.int32)), 0.5, key=framework.key(0))
+    y = framework.numpy(drop_path(x, 0.5, key=framework.key(0)))
     kept = y[:, 3] != 0
     np.testing.assert_array_equal(y[~kept], 0)
     assert (np.isfinite(y[kept]) == [False, False, False, True]).all()
     for rate, value in ((1.0, 0), (1.5, np.nan), (np.nan, np.nan)):
         ones = np.ones((5, 2), np.float32)
-        y, gradient = vjp(wing, ones, ones, np.float32(rate), **options)
+        y, gradient = vjp(framework, ones, ones, np.float32(rate), **options)
         np.testing.assert_array_equal(y, np.full((5, 2), value))
         assert np.isfinite(gradient).all() or np.isnan(value)
 
 
-@both_wings
-def test_modes_and_shapes(wing: Wing):
-    drop_path, key = wing.library.drop_path, wing.key(0)
-    scalar = wing.array(np.array(1, np.float32))
+@both_frameworks
+def test_modes_and_shapes(framework: Framework):
+    drop_path, key = framework.library.drop_path, framework.key(0)
+    scalar = framework.array(np.array(1, np.float32))
     with pytest.raises(ValueError, match='mode must be "row" or "batch"; got \'layer\''):
         drop_path(scalar, 0.5, key=key, mode="layer")
-    with pytest.raises(ValueError, match="x has no dimension, and so no rows"):
+    with pytest.raises(ValueError, match='x must have a batch dimension with mode="row"'):
         drop_path(scalar, 0.5, key=key)
     assert drop_path(scalar, 0.5, key=key, mode="batch").shape == ()
-    assert drop_path(wing.array(np.ones((0, 3), np.float32)), 0.5, key=key).shape == (0, 3)
+    assert drop_path(framework.array(np.ones((0, 3), np.float32)), 0.5, key=key).shape == (0, 3)
 
 
-@both_wings
-def test_the_packed_sampler_reaches_the_scale(wing: Wing):
-    x = wing.array(np.ones((4096, 2), np.float32))
-    sampler = functools.partial(wing.library.packed_bernoulli, bits=4)
-    y = wing.library.drop_path(x, 0.1, key=wing.key(0), sampler=sampler)
-    np.testing.assert_array_equal(np.unique(wing.numpy(y)), [0, np.float32(16 / 14)])
+@both_frameworks
+def test_the_packed_sampler_reaches_the_scale(framework: Framework):
+    x = framework.array(np.ones((4096, 2), np.float32))
+    sampler = functools.partial(framework.library.packed_bernoulli, bits=4)
+    y = framework.library.drop_path(x, 0.1, key=framework.key(0), sampler=sampler)
+    np.testing.assert_array_equal(np.unique(framework.numpy(y)), [0, np.float32(16 / 14)])
 
 
-@both_wings
-def test_a_draw_is_told(wing: Wing):
+@both_frameworks
+def test_a_draw_is_observed(framework: Framework):
     drawn: list[Any] = []
-    with wing.library.observing(drawn.append):
-        wing.library.drop_path(wing.array(np.ones((4, 3), np.float32)), 0.5, key=wing.key(0))
-        if wing is JAX:
+    with framework.library.observing(drawn.append):
+        framework.library.drop_path(
+            framework.array(np.ones((4, 3), np.float32)), 0.5, key=framework.key(0)
+        )
+        if framework is JAX:
             jax.effects_barrier()
     (draw,) = drawn
     assert (draw.function, draw.rate, draw.mask.shape) == ("drop_path", 0.5, (4, 1))

@@ -1,4 +1,4 @@
-"""The optimizers over 1,000 steps on 10,062 parameters, and that a defect in them would be seen."""
+"""The optimizers over 1,000 steps with 10,062 parameters, and planted defects."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_asgd_keeps_the_average_of_torch():
     assert_same_at_every_step(ours, theirs, FLOAT64, names=("regjax", "torch"))
     assert_same_at_every_step(reference, theirs, FLOAT64, names=("NumPy", "torch"))
     last = walk_torch(Case("asgd", "ASGD", {"lr": lr, **options}), problem)
-    assert deviation(last, theirs) > 1e-3  # the average is another point
+    assert deviation(last, theirs) > 1e-3  # the average differs from the last parameters
 
 
 def _small_eps(learning_rate, *, mask):
@@ -101,7 +101,7 @@ def _small_eps(learning_rate, *, mask):
 
 
 def _late(learning_rate, *, mask, **options):
-    """A schedule that is one step behind, in the last of a thousand steps only."""
+    """Return SGD with another learning rate in the last of a thousand steps only."""
     rate = lambda count: jax.numpy.where(count == STEPS - 1, 1.01, 1.0) * learning_rate
     return regjax.optim.sgd(rate, mask=mask, **options)
 
@@ -120,7 +120,7 @@ def _optax_rprop(learning_rate):
     return optax.rprop(learning_rate)
 
 
-# A defect in JAX, and the bound that it must break.
+# A planted defect in JAX, and the bound that it must break.
 PLANTED = {
     "eps 1e-7 for 1e-8": (ADAM, Setting("float64", "synthetic"), _small_eps),
     "fused where torch rounds": (MOMENTUM, SYNTHETIC, _optax_sgd),
@@ -132,21 +132,21 @@ PLANTED = {
 @pytest.mark.parametrize(("case", "setting", "make"), PLANTED.values(), ids=PLANTED)
 def test_planted_defect_is_caught(case, setting, make, contracts):
     found = measure(case, setting, STEPS, make)
-    # Without fused multiply-adds there is nothing to fuse.
+    # Without fused multiply-adds this defect has no effect.
     assert found.broken == (contracts or make is not _optax_sgd), found
 
 
-def test_no_guard_no_equal_bits(monkeypatch, contracts):
+def test_bits_differ_without_the_rounding_guard(monkeypatch, contracts):
     monkeypatch.setattr(_descent, "rounded_product", lambda x, factor: factor * x)
     found = measure(MOMENTUM, SYNTHETIC, STEPS)
-    # Fused and rounded sums are close: only the bits differ, where XLA fuses.
+    # Fused sums differ from rounded ones in few bits, and only where XLA fuses.
     assert found.broken == contracts
     assert (found.mismatches > 1000) == contracts
     assert found.deviation < 1e-6
 
 
 def test_optax_rounds_the_decay_elsewhere():
-    # Measured, not asked for: no bound breaks. Ours is within 1e-6, as FAST asks.
+    # A measurement without a bound; regjax is within 1e-6, as FAST verifies.
     with jax.numpy_dtype_promotion("standard"):
         found = measure(replace(ADAMW, float32=1.0), SYNTHETIC, STEPS, _optax_adamw)
     assert 1e-5 < found.deviation < 3e-5
@@ -158,7 +158,7 @@ def test_settings_cover_both_dtypes_and_fused_kernels():
     assert sum(setting.fused for setting in settings(ADAM)) == 2
 
 
-def test_command_writes_what_it_found(tmp_path, capsys):
+def test_command_writes_its_findings(tmp_path, capsys):
     arguments = ["--quick", "--only", "sgd-nesterov-m", "--out", str(tmp_path)]
     assert exactness.main(arguments) == 0
     table = (tmp_path / "exactness.md").read_text()
@@ -174,12 +174,12 @@ def test_command_fails_where_a_bound_is_broken(tmp_path, capsys, monkeypatch):
     arguments = ["--quick", "--only", "sgd-momentum", "--out", str(tmp_path)]
     assert exactness.main(arguments) == 1
     printed = capsys.readouterr().out
-    assert "broken: sgd-momentum, float32 synthetic: equal bits asked" in printed
+    assert "broken: sgd-momentum, float32 synthetic: equal bits required" in printed
     assert "**" in (tmp_path / "exactness.md").read_text()
 
 
-def test_command_names_its_cases(capsys):
+def test_command_lists_its_cases(capsys):
     assert exactness.main(["--list", "--only", "rprop"]) == 0
     assert "rprop-etas" in capsys.readouterr().out
     assert exactness.main(["--only", "nothing"]) == 1
-    assert "names no case; there are: sgd," in capsys.readouterr().out
+    assert "--only must name a case; got nothing. Choose: sgd," in capsys.readouterr().out

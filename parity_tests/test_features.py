@@ -1,4 +1,4 @@
-"""Dropout of channels and alpha dropout: the same bits in both wings."""
+"""Dropout of channels and alpha dropout: equal bits in both frameworks."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 DTYPES = [np.dtype(dtype) for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)]
 RATES = (0.1, 0.123, 0.5, 0.9)
 NAMES = ("feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 
 
-def vjp(wing: Wing, name: str, x: np.ndarray, ct: np.ndarray, rate: Any, **options: Any):
-    """A function of the family and its gradient, from NumPy to NumPy."""
-    function = functools.partial(getattr(wing.library, name), key=wing.key(11), **options)
+def vjp(framework: Framework, name: str, x: np.ndarray, ct: np.ndarray, rate: Any, **options: Any):
+    """Return the result and the gradient of a function as NumPy arrays."""
+    function = functools.partial(getattr(framework.library, name), key=framework.key(11), **options)
 
     def at(rate):
-        return wing.vjp(lambda x: function(x, rate), wing.array(x), wing.array(ct))
+        return framework.vjp(lambda x: function(x, rate), framework.array(x), framework.array(ct))
 
-    y, gradient = wing.traced(at)(rate) if isinstance(rate, np.generic) else at(rate)
-    return wing.numpy(y), wing.numpy(gradient)
+    y, gradient = framework.traced(at)(rate) if isinstance(rate, np.generic) else at(rate)
+    return framework.numpy(y), framework.numpy(gradient)
 
 
 def inputs(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -41,21 +41,23 @@ def inputs(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
 def test_forward_and_backward_agree_in_every_bit(name, dtype, rate):
     options = {"channel_axis": 1} if "feature" in name else {}
     with jax.enable_x64(dtype.itemsize == 8):
-        ours, theirs = (vjp(wing, name, *inputs(dtype), rate, **options) for wing in WINGS)
+        in_jax, in_torch = (
+            vjp(framework, name, *inputs(dtype), rate, **options) for framework in FRAMEWORKS
+        )
     words = np.dtype(f"u{dtype.itemsize}")
-    for array, twin in zip(ours, theirs, strict=True):
+    for array, twin in zip(in_jax, in_torch, strict=True):
         assert array.dtype == twin.dtype == dtype
         np.testing.assert_array_equal(array.view(words), twin.view(words))
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_fused_into_a_larger_computation(rate):
-    """Bitwise, unless arithmetic comes right before, which XLA may join with our sum."""
+def test_inside_a_larger_computation(rate):
+    """Bits are equal unless arithmetic precedes the call, which XLA may contract with its sum."""
     x, _ = inputs(np.dtype(np.float32))
 
-    def run(wing: Wing, before):
-        whole = lambda x: wing.library.alpha_dropout(before(x), rate, key=wing.key(3))
-        return wing.numpy((jax.jit(whole) if wing is JAX else whole)(wing.array(x)))
+    def run(framework: Framework, before):
+        whole = lambda x: framework.library.alpha_dropout(before(x), rate, key=framework.key(3))
+        return framework.numpy((jax.jit(whole) if framework is JAX else whole)(framework.array(x)))
 
     np.testing.assert_array_equal(run(JAX, abs), run(TORCH, abs))
     for before in (lambda x: x * x, lambda x: 1 - x):
@@ -63,64 +65,66 @@ def test_fused_into_a_larger_computation(rate):
 
 
 @pytest.mark.parametrize("rate", RATES)
-def test_a_changing_rate_agrees_to_the_last_bits(rate):
+def test_a_traced_rate_agrees_to_the_last_bits(rate):
     x, ct = inputs(np.dtype(np.float32))
-    ours, theirs = (vjp(wing, "alpha_dropout", x, ct, np.float32(rate)) for wing in WINGS)
+    in_jax, in_torch = (
+        vjp(framework, "alpha_dropout", x, ct, np.float32(rate)) for framework in FRAMEWORKS
+    )
     number = vjp(TORCH, "alpha_dropout", x, ct, rate)
-    for array, twin, fixed in zip(ours, theirs, number, strict=True):
+    for array, twin, fixed in zip(in_jax, in_torch, number, strict=True):
         np.testing.assert_allclose(array, twin, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(twin, fixed, rtol=1e-6, atol=1e-6)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("name", ["feature_dropout", "feature_alpha_dropout"])
-def test_channels_first_and_channels_last_draw_the_same_mask(wing: Wing, name):
+def test_channels_first_and_channels_last_draw_the_same_mask(framework: Framework, name):
     x = np.random.default_rng(0).normal(size=(5, 8, 3, 4)).astype(np.float32)
-    function = functools.partial(getattr(wing.library, name), key=wing.key(2))
-    first = wing.numpy(function(wing.array(x), 0.5, channel_axis=1))
-    last = wing.numpy(function(wing.array(x.transpose(0, 2, 3, 1)), 0.5, channel_axis=-1))
+    function = functools.partial(getattr(framework.library, name), key=framework.key(2))
+    first = framework.numpy(function(framework.array(x), 0.5, channel_axis=1))
+    last = framework.numpy(function(framework.array(x.transpose(0, 2, 3, 1)), 0.5, channel_axis=-1))
     np.testing.assert_array_equal(first, last.transpose(0, 3, 1, 2))
-    keep = wing.bernoulli(2, 0.5, (5, 8))
+    keep = framework.bernoulli(2, 0.5, (5, 8))
     assert 0 < keep.sum() < keep.size
     if name == "feature_dropout":
         np.testing.assert_array_equal((first != 0).all((2, 3)), keep)
 
 
-def test_the_default_axes_are_each_framework_s_own():
+def test_default_axes_follow_the_convention_of_each_framework():
     x = np.ones((5, 8, 3, 4), np.float32)
     torch_y = TORCH.library.feature_dropout(TORCH.array(x), 0.5, key=TORCH.key(2))
     jax_y = JAX.library.feature_dropout(x.transpose(0, 2, 3, 1), 0.5, key=JAX.key(2))
     np.testing.assert_array_equal(TORCH.numpy(torch_y), JAX.numpy(jax_y).transpose(0, 3, 1, 2))
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("name", NAMES)
-def test_the_corners_are_those_of_dropout(wing: Wing, name):
-    x = wing.array(np.array([[np.nan, np.inf, -np.inf, 1.0]] * 30, np.float32))
-    function = getattr(wing.library, name)
+def test_the_corners_are_those_of_dropout(framework: Framework, name):
+    x = framework.array(np.array([[np.nan, np.inf, -np.inf, 1.0]] * 30, np.float32))
+    function = getattr(framework.library, name)
     assert function(x, 0) is x
     assert function(x, 0.5, deterministic=True) is x
-    np.testing.assert_array_equal(wing.numpy(function(x, 1)), np.zeros((30, 4)))
-    with pytest.raises(ValueError, match="key is missing"):
+    np.testing.assert_array_equal(framework.numpy(function(x, 1)), np.zeros((30, 4)))
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         function(x, 0.5)
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]; got 2"):
-        function(x, 2, key=wing.key(0))
+        function(x, 2, key=framework.key(0))
     with pytest.raises(TypeError, match="x must be floating"):
-        function(wing.array(np.ones((2, 2), np.int32)), 0.5, key=wing.key(0))
-    y = wing.numpy(function(x, 0.5, key=wing.key(0)))
-    keep = wing.bernoulli(0, 0.5, (30, 4))  # two dimensions: row and channel
+        function(framework.array(np.ones((2, 2), np.int32)), 0.5, key=framework.key(0))
+    y = framework.numpy(function(x, 0.5, key=framework.key(0)))
+    keep = framework.bernoulli(0, 0.5, (30, 4))  # two dimensions: row and channel
     dropped = y[~keep]
     assert (dropped == dropped[0]).all()
     assert np.isfinite(dropped).all()
-    assert not np.isfinite(y[keep & ~np.isfinite(wing.numpy(x))]).any()
+    assert not np.isfinite(y[keep & ~np.isfinite(framework.numpy(x))]).any()
 
 
-@both_wings
-def test_the_packed_sampler_reaches_the_constants(wing: Wing):
-    x = wing.array(np.zeros((64, 64), np.float32))
-    sampler = functools.partial(wing.library.packed_bernoulli, bits=4)
-    y = wing.library.alpha_dropout(x, 0.1, key=wing.key(0), sampler=sampler)
+@both_frameworks
+def test_the_packed_sampler_reaches_the_constants(framework: Framework):
+    x = framework.array(np.zeros((64, 64), np.float32))
+    sampler = functools.partial(framework.library.packed_bernoulli, bits=4)
+    y = framework.library.alpha_dropout(x, 0.1, key=framework.key(0), sampler=sampler)
     alpha, keep = 1.7580993408473766, 14 / 16
     scale = ((1 + alpha**2 * (1 - keep)) * keep) ** -0.5
     expected = [-alpha * keep * scale, alpha * (1 - keep) * scale]
-    np.testing.assert_allclose(np.unique(wing.numpy(y)), expected, rtol=1e-6)
+    np.testing.assert_allclose(np.unique(framework.numpy(y)), expected, rtol=1e-6)

@@ -1,7 +1,7 @@
-"""Golden vectors of mask stream v1: what must never change, whatever is rewritten.
+"""Golden vectors of mask stream v1, which must never change.
 
-A digest is the first half of the SHA-256 of `numpy.packbits(mask)`. All were made by the NumPy
-reference, which a test of its own checks against the published vectors of threefry.
+A digest is the first half of the SHA-256 of `numpy.packbits(mask)`. All digests were computed with
+the NumPy reference, which another test compares with the published vectors of threefry.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from parity_tests import reference
-from parity_tests.wings import WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, Framework
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 
 
 @dataclass(frozen=True)
 class Golden:
-    """A mask: who draws it, from what, and its digest."""
+    """The sampler of a mask, its arguments, and the digest of the mask."""
 
     sampler: str
     seed: int
@@ -53,22 +53,22 @@ SITE_KEYS = {
 }
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("golden", MASKS, ids=str)
-def test_masks(wing: Wing, golden: Golden):
-    draw = getattr(wing.library, golden.sampler)
-    mask = draw(wing.key(golden.seed), golden.keep_prob, golden.shape, **golden.options)
-    packed = np.packbits(wing.numpy(mask))
+def test_masks(framework: Framework, golden: Golden):
+    draw = getattr(framework.library, golden.sampler)
+    mask = draw(framework.key(golden.seed), golden.keep_prob, golden.shape, **golden.options)
+    packed = np.packbits(framework.numpy(mask))
     assert hashlib.sha256(packed.tobytes()).hexdigest()[:16] == golden.digest
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(("arguments", "words"), SITE_KEYS.items())
-def test_site_keys(wing: Wing, arguments, words):
+def test_site_keys(framework: Framework, arguments, words):
     seed, step, site = arguments
-    assert wing.words(wing.library.site_key(wing.key(seed), step, site)) == words
+    assert framework.words(framework.library.site_key(framework.key(seed), step, site)) == words
 
 
 def test_bits():
     assert reference.bits((0, 0), range(4)).tolist() == BITS
-    assert WINGS[1].library.bits(WINGS[1].key(0), (4,)).tolist() == BITS
+    assert FRAMEWORKS[1].library.bits(FRAMEWORKS[1].key(0), (4,)).tolist() == BITS

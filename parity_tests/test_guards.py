@@ -1,4 +1,4 @@
-"""The same bugs in both wings: the same report of each, to the letter."""
+"""Checks of a training step: the same bugs give the same report in both frameworks."""
 
 from __future__ import annotations
 
@@ -13,55 +13,59 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests.wings import JAX, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 X = np.linspace(-1.0, 1.0, 8 * 16, dtype=np.float32).reshape(8, 16)
 Step = Callable[..., Any]
 
 
-def model(wing: Wing, w: Any, keys: Any, *, rate: Any = 0.5, **options: Any) -> Any:
-    h = wing.array(X) @ w
+def model(framework: Framework, w: Any, keys: Any, *, rate: Any = 0.5, **options: Any) -> Any:
+    h = framework.array(X) @ w
     for _ in range(2):
-        h = wing.library.dropout(h, rate, key=keys["layer"], **options)  # layer
-    h = wing.library.feature_dropout(h, 0.25, key=keys["last"], **options)  # last
+        h = framework.library.dropout(h, rate, key=keys["layer"], **options)  # layer
+    h = framework.library.feature_dropout(h, 0.25, key=keys["last"], **options)  # last
     return (h**2).sum()
 
 
-def trainer(wing: Wing, keys_of: Callable[..., Any], **options: Any) -> Step:
-    """A step of gradient descent that carries its weights; in JAX it is jitted."""
+def trainer(framework: Framework, keys_of: Callable[..., Any], **options: Any) -> Step:
+    """Return a step of gradient descent that carries its weights, jitted in JAX."""
 
     def train_step(w: Any, step: Any) -> Any:
-        keys = keys_of(wing, step)
-        loss = lambda w: model(wing, w, keys, **options)
-        return w - 0.1 * wing.vjp(loss, w, wing.array(np.array(1.0, np.float32)))[1]
+        keys = keys_of(framework, step)
+        loss = lambda w: model(framework, w, keys, **options)
+        return w - 0.1 * framework.vjp(loss, w, framework.array(np.array(1.0, np.float32)))[1]
 
-    return jax.jit(train_step) if wing is JAX else train_step
+    return jax.jit(train_step) if framework is JAX else train_step
 
 
 def keys_of(
-    wing: Wing, step: Any, *, names: tuple[str, str] = ("layer", "last"), stays: bool = False
+    framework: Framework,
+    step: Any,
+    *,
+    names: tuple[str, str] = ("layer", "last"),
+    stays: bool = False,
 ) -> dict[str, Any]:
     at = 0 if stays else step
-    made = (wing.library.site_key(wing.key(7), at, name) for name in names)
+    made = (framework.library.site_key(framework.key(7), at, name) for name in names)
     return dict(zip(("layer", "last"), made, strict=True))
 
 
-def constant(wing: Wing, step: Any) -> dict[str, Any]:
-    return dict.fromkeys(("layer", "last"), wing.key(7))
+def constant(framework: Framework, step: Any) -> dict[str, Any]:
+    return dict.fromkeys(("layer", "last"), framework.key(7))
 
 
-def healthy(wing: Wing, w: Any) -> Any:
-    return model(wing, w, dict.fromkeys(("layer", "last")), deterministic=True)
+def healthy(framework: Framework, w: Any) -> Any:
+    return model(framework, w, dict.fromkeys(("layer", "last")), deterministic=True)
 
 
-def forgetful(wing: Wing, w: Any) -> Any:
-    return model(wing, w, keys_of(wing, 9))
+def forgetful(framework: Framework, w: Any) -> Any:
+    return model(framework, w, keys_of(framework, 9))
 
 
 stuck = functools.partial(keys_of, stays=True)
 shared = functools.partial(keys_of, names=("one", "one"))
-# The keys of the step, the model's options, those of the check, and the problems to be found.
+# The keys of the step, the options of the model, those of the check, and the expected problems.
 CASES: dict[str, tuple[Any, ...]] = {
     "loop over layers": (keys_of, {}, {}, ["REPEATED_MASK"]),
     "allowed": (keys_of, {}, {"allow": ["layer"]}, []),
@@ -96,11 +100,11 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check(wing: Wing, keys_of: Any, options: Any, how: dict[str, Any]) -> Any:
+def check(framework: Framework, keys_of: Any, options: Any, how: dict[str, Any]) -> Any:
     if "evaluate" in how:
-        how = {**how, "evaluate": functools.partial(how["evaluate"], wing)}
-    w = wing.array(np.eye(16, dtype=np.float32))
-    return wing.library.check_dropout(trainer(wing, keys_of, **options), w, **how)
+        how = {**how, "evaluate": functools.partial(how["evaluate"], framework)}
+    w = framework.array(np.eye(16, dtype=np.float32))
+    return framework.library.check_dropout(trainer(framework, keys_of, **options), w, **how)
 
 
 def without_advice(report: Any) -> str:
@@ -108,24 +112,24 @@ def without_advice(report: Any) -> str:
 
 
 @pytest.mark.parametrize(("keys_of", "options", "how", "expected"), CASES.values(), ids=CASES)
-def test_both_wings_report_the_same(keys_of, options, how, expected):
-    ours, theirs = (check(wing, keys_of, options, how) for wing in WINGS)
-    assert [finding.problem.name for finding in ours.findings] == expected
-    assert ours.rows == theirs.rows
-    for here, there in zip(ours.findings, theirs.findings, strict=True):
+def test_both_frameworks_report_the_same(keys_of, options, how, expected):
+    in_jax, in_torch = (check(framework, keys_of, options, how) for framework in FRAMEWORKS)
+    assert [finding.problem.name for finding in in_jax.findings] == expected
+    assert in_jax.rows == in_torch.rows
+    for here, there in zip(in_jax.findings, in_torch.findings, strict=True):
         assert here.problem.value == there.problem.value
         assert here[1:] == there[1:]
-    assert without_advice(ours) == without_advice(theirs)
+    assert without_advice(in_jax) == without_advice(in_torch)
 
 
-def test_what_is_printed():
-    ours = check(JAX, *CASES["stuck"][:3])
+def test_the_printed_report():
+    in_jax = check(JAX, *CASES["stuck"][:3])
     first, last = (
         f"test_guards.py:{number}"
         for number, text in enumerate(Path(__file__).read_text().splitlines(), 1)
         if text.endswith(("  # layer", "  # last"))
     )
-    assert without_advice(ours) == "\n".join([
+    assert without_advice(in_jax) == "\n".join([
         "site   where              function         shape    rate  draws  evaluation",
         f"layer  {first}  dropout          (8, 16)  0.5   2 + 2  -",
         f"last   {last}  feature_dropout  (8, 16)  0.25  1 + 1  -",
@@ -141,50 +145,50 @@ def test_what_is_printed():
     ])  # fmt: skip
 
 
-@both_wings
-def test_every_problem_has_its_advice(wing: Wing):
-    assert set(wing.library._guards.ADVICE) == set(wing.library.DropoutProblem)
+@both_frameworks
+def test_every_problem_has_advice(framework: Framework):
+    assert set(framework.library._guards.ADVICE) == set(framework.library.DropoutProblem)
 
 
-@both_wings
-def test_a_constant_or_total_mask_is_named(wing: Wing):
+@both_frameworks
+def test_a_constant_or_total_mask_is_reported(framework: Framework):
     shape = X.shape
     masks = {
         "IGNORED_KEY": np.random.default_rng(0).random(shape) < 0.5,
         "ALL_OR_NOTHING": np.zeros(shape, bool),
     }
     for problem, mask in masks.items():
-        sampler = lambda *_, mask=mask, **__: wing.array(mask)
+        sampler = lambda *_, mask=mask, **__: framework.array(mask)
 
         def step(number, sampler=sampler):
-            key = wing.library.site_key(wing.key(7), number, "it")
-            wing.library.dropout(wing.array(X), 0.5, key=key, sampler=sampler)
+            key = framework.library.site_key(framework.key(7), number, "it")
+            framework.library.dropout(framework.array(X), 0.5, key=key, sampler=sampler)
 
-        (finding,) = wing.library.check_dropout(step).findings
+        (finding,) = framework.library.check_dropout(step).findings
         assert finding.problem.name == problem
-        # 128 fair bits: equal to given ones, or all zero, once in 2**128.
+        # 128 fair bits have given values with probability 2**-128.
         assert finding.chance == 2.0**-128
 
 
-@both_wings
-def test_a_rate_out_of_range_is_named(wing: Wing):
+@both_frameworks
+def test_a_rate_out_of_range_is_reported(framework: Framework):
     def step(number):
-        key = wing.library.site_key(wing.key(7), number, "it")
-        wing.traced(lambda rate: wing.library.dropout(wing.array(X), rate, key=key))(
+        key = framework.library.site_key(framework.key(7), number, "it")
+        framework.traced(lambda rate: framework.library.dropout(framework.array(X), rate, key=key))(
             np.float32(np.nan)
         )
 
-    (finding,) = wing.library.check_dropout(step).findings
+    (finding,) = framework.library.check_dropout(step).findings
     assert (finding.problem.name, finding.detail) == ("INVALID_RATE", "rate nan gives NaN")
 
 
-@both_wings
-def test_a_loop_of_one_s_own_is_watched(wing: Wing):
-    guard = wing.library.DropoutGuard()
-    root, x = wing.key(7), wing.array(X)
+@both_frameworks
+def test_a_guard_in_a_training_loop(framework: Framework):
+    guard = framework.library.DropoutGuard()
+    root, x = framework.key(7), framework.array(X)
 
     def run(number):
-        return wing.library.dropout(x, 0.5, key=wing.library.site_key(root, number, "it"))
+        return framework.library.dropout(x, 0.5, key=framework.library.site_key(root, number, "it"))
 
     def broken():
         with guard.training():
@@ -193,14 +197,16 @@ def test_a_loop_of_one_s_own_is_watched(wing: Wing):
 
     with pytest.raises(ZeroDivisionError):
         broken()
-    with pytest.raises(ValueError, match=r"0 steps of training .* guard.training\(\)"):
+    with pytest.raises(
+        ValueError, match=r"must observe two training steps .* got 0\. .* guard.training\(\)"
+    ):
         guard.report()
     for number in range(3):
         with guard.training():
             run(number)
-        run(number)  # between the blocks nobody watches
+        run(number)  # not recorded between the blocks
     with guard.evaluation():
-        wing.library.dropout(x, 0.5, deterministic=True)
+        framework.library.dropout(x, 0.5, deterministic=True)
     (row,) = guard.report().rows
     assert (row.draws, row.evaluation) == ((1, 1, 1), 0)
     with guard.training():
@@ -209,18 +215,20 @@ def test_a_loop_of_one_s_own_is_watched(wing: Wing):
     assert finding.detail == "the key of 'it' at step 1 drew in steps 1 and 3"
 
 
-@both_wings
-def test_what_is_asked_wrongly_is_refused(wing: Wing):
-    lib, x = wing.library, wing.array(X)
+@both_frameworks
+def test_wrong_arguments_are_rejected(framework: Framework):
+    lib, x = framework.library, framework.array(X)
 
     def step(*carry_and_number):
-        key = lib.site_key(wing.key(7), carry_and_number[-1], "it")
+        key = lib.site_key(framework.key(7), carry_and_number[-1], "it")
         lib.dropout(x, 0.5, key=key)
         return carry_and_number[:-1]
 
-    with pytest.raises(TypeError, match=r"expect must be a collection of globs: \['it'\]"):
+    with pytest.raises(
+        TypeError, match=r"expect must be a list of globs; got 'it'\. Pass \['it'\]"
+    ):
         lib.check_dropout(step, expect="it")
-    with pytest.raises(ValueError, match=r"allow has 'that', which matches none of it \("):
+    with pytest.raises(ValueError, match=r"allow must .* got 'that', which matches none of it \("):
         lib.check_dropout(step, allow=["that"])
     for wrong, carry, got in [
         (step, (x,), "a tuple of 1"),
@@ -233,11 +241,11 @@ def test_what_is_asked_wrongly_is_refused(wing: Wing):
     lib.check_dropout(step, x, x).raise_if_wrong()
 
 
-def test_watching_sees_the_rows_of_a_torch_vmap():
-    """Watching changes nothing: `torch.func.vmap` over keys goes on as it did."""
+def test_observers_receive_the_rows_of_a_torch_vmap():
+    """Observation does not change `torch.func.vmap` over keys."""
     jax_keys = jax.random.split(JAX.key(7), 8)
     drawn: list[Any] = []
-    library = WINGS[1].library
+    library = FRAMEWORKS[1].library
     with library.observing(drawn.append):
         y = torch.func.vmap(lambda x, key: library.dropout(x, 0.5, key=key))(
             torch.from_numpy(X), library.split(library.key(7), 8)
@@ -247,39 +255,39 @@ def test_watching_sees_the_rows_of_a_torch_vmap():
     np.testing.assert_array_equal(np.stack([draw.mask for draw in drawn]), expected != 0)
 
 
-def once(wing: Wing, number: Any, **options: Any) -> Any:
-    key = wing.library.site_key(wing.key(7), number, "it")
-    return wing.library.dropout(wing.array(X), 0.5, key=key, **options)
+def once(framework: Framework, number: Any, **options: Any) -> Any:
+    key = framework.library.site_key(framework.key(7), number, "it")
+    return framework.library.dropout(framework.array(X), 0.5, key=key, **options)
 
 
-@both_wings
-def test_the_mask_that_is_applied_is_the_one_that_is_judged(wing: Wing):
-    """Of a sampler that is not pure another draw would not do."""
+@both_frameworks
+def test_the_check_uses_the_mask_that_is_applied(framework: Framework):
+    """An impure sampler would return another mask in another call."""
     masks = np.random.default_rng(0)
     results, events = [], []
 
     def step(number: int) -> None:
-        # Another function for each step: JAX would compile the mask of a step into the next.
-        sampler = lambda key, keep_prob, shape, **_: wing.array(masks.random(shape) < 0.5)
-        results.append(wing.numpy(once(wing, number, sampler=sampler)))
+        # A new function for each step; otherwise JAX would reuse the compiled mask.
+        sampler = lambda key, keep_prob, shape, **_: framework.array(masks.random(shape) < 0.5)
+        results.append(framework.numpy(once(framework, number, sampler=sampler)))
 
-    with wing.library.observing(events.append):
-        wing.library.check_dropout(step).raise_if_wrong()
+    with framework.library.observing(events.append):
+        framework.library.check_dropout(step).raise_if_wrong()
         jax.effects_barrier()
     draws = [event for event in events if hasattr(event, "mask")]
     assert len(draws) == len(results) == 2
     for draw, y in zip(draws, results, strict=True):
-        np.testing.assert_array_equal(y, np.where(wing.numpy(draw.mask), 2 * X, 0))
+        np.testing.assert_array_equal(y, np.where(framework.numpy(draw.mask), 2 * X, 0))
 
 
-@both_wings
-def test_guards_may_be_nested_and_blocks_of_one_may_not(wing: Wing):
-    outer, inner = wing.library.DropoutGuard(), []
+@both_frameworks
+def test_guards_nest_but_blocks_of_one_guard_do_not(framework: Framework):
+    outer, inner = framework.library.DropoutGuard(), []
     for number in range(2):
         with outer.training():
-            once(wing, number)
-            step = lambda step, n=number: once(wing, 2 + 2 * n + step)
-            inner += wing.library.check_dropout(step).rows
+            once(framework, number)
+            step = lambda step, n=number: once(framework, 2 + 2 * n + step)
+            inner += framework.library.check_dropout(step).rows
     assert [row.draws for row in inner] == [(1, 1)] * 2
     assert [row.draws for row in outer.report().rows] == [(3, 3)]
     with (
@@ -291,10 +299,10 @@ def test_guards_may_be_nested_and_blocks_of_one_may_not(wing: Wing):
     assert [row.draws for row in outer.report().rows] == [(3, 3, 0)]
 
 
-@both_wings
-def test_a_site_that_is_expected_at_rate_0_must_not_draw(wing: Wing):
-    check = wing.library.check_dropout
-    silent = lambda number: once(wing, number, deterministic=True)
+@both_frameworks
+def test_a_site_that_is_expected_at_rate_0_must_not_draw(framework: Framework):
+    check = framework.library.check_dropout
+    silent = lambda number: once(framework, number, deterministic=True)
     check(silent, expect={"it": 0.0}).raise_if_wrong()
-    (finding,) = check(lambda number: once(wing, number), expect={"it": 0.0}).findings
+    (finding,) = check(lambda number: once(framework, number), expect={"it": 0.0}).findings
     assert finding.detail == "its rate is 0.5, and 0 was expected"

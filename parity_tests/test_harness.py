@@ -1,4 +1,4 @@
-"""Whole training runs with dropout on, in both frameworks; and defects, each named where it is."""
+"""Training runs with dropout in both frameworks, and planted defects that are located."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ OPTIMIZERS = {
         lambda m: torch.optim.AdamW(m.parameters(), 1e-3, weight_decay=0.1),
     ),
 }
-# Over a thousand steps rounding adds up: the longest recursion is held to this in norm.
+# Rounding accumulates over a thousand steps; this is the bound in norm of the longest recursion.
 THOUSAND_STEPS = dataclasses.replace(FLOAT64, tolerance=1e-10)
-# Where a gradient is zero but for rounding, as that of the keys' bias in attention, Adam makes full
-# steps of the rounding: in float32 parameters part there, and losses are what is compared.
+# If a gradient is zero except for rounding, as for the bias of attention keys, Adam takes full
+# steps along the rounding errors. Parameters then diverge in float32, so losses are compared.
 LOSSES = Tier("float32", tolerance=math.inf)
 
 
@@ -57,7 +57,7 @@ def run(name: str, optimizer: str, steps: int, tier: Tier, **options):
         return compare_training(*both, batches(steps, tier.dtype), pair.names, tier=tier, **options)
 
 
-# Every optimizer on the smallest model, every model under one optimizer; the others are slow.
+# Every optimizer with the smallest model, and every model with one optimizer; the others are slow.
 RUNS = [
     pytest.param(
         name,
@@ -95,7 +95,7 @@ def test_float32_losses_are_the_same(name):
     "steps", [15, pytest.param(1000, marks=pytest.mark.slow)], ids=["15", "1000"]
 )
 def test_an_unmodified_transformer_layer_of_pytorch_trains_the_same(steps):
-    """torch.nn.TransformerEncoderLayer, converted, beside attention written in JAX."""
+    """Compare a converted torch.nn.TransformerEncoderLayer with attention in JAX."""
     pair = models.UNMODIFIED_ENCODER
     with jax.enable_x64(True):
         both = sides(pair, *OPTIMIZERS["adamw"], dtype="float64")
@@ -110,7 +110,7 @@ def test_a_thousand_steps_in_float64(name, optimizer):
     found = run(name, optimizer, 1000, THOUSAND_STEPS, record=False)
     found.raise_if_different()
     losses = [ours for ours, _ in found.losses]
-    assert np.mean(losses[-100:]) < np.mean(losses[:100])  # it learned: the run is a run
+    assert np.mean(losses[-100:]) < np.mean(losses[:100])  # the model learned
 
 
 @pytest.mark.slow
@@ -174,17 +174,17 @@ def test_a_planted_defect_is_named_at_its_step_and_place(pair, options, where):
     assert first_of(found).step == 1
     assert first_of(found).quantity == where[0]
     assert where[1] in first_of(found).name
-    with pytest.raises(AssertionError, match=r"JAX and PyTorch part at step 1, in the"):
+    with pytest.raises(AssertionError, match=r"JAX and PyTorch diverge at step 1, in the"):
         found.raise_if_different()
 
 
 def test_a_defect_that_comes_late_is_named_at_its_step():
-    """A learning rate that changes on one side only, after three steps."""
+    """Change the learning rate on one side after three steps."""
     schedule = lambda count: jax.numpy.where(count < 3, 0.1, 0.2)
     both = sides(PERCEPTRON, optax.sgd(schedule), lambda m: torch.optim.SGD(m.parameters(), 0.1))
     found = compare_training(*both, batches(6), PERCEPTRON.names)
     assert (first_of(found).step, first_of(found).quantity) == (4, "parameter")
-    assert len(found.losses) == 4  # it stops where the sides part
+    assert len(found.losses) == 4  # it stops at the divergence
 
 
 def test_different_masks_are_told_with_their_rates():
@@ -203,7 +203,7 @@ def test_table_and_plot(tmp_path):
 
 
 def test_a_run_of_one_step_can_be_seen():
-    """A line through one point is none, and a run that parts at once has one."""
+    """A run that diverges at the first step has one point, which needs a marker."""
     found = compare_step(*sides(PERCEPTRON, **SGD, plant="rate"), batches(1)[0], PERCEPTRON.names)
     losses, apart = found.figure().axes
     for line in [*losses.lines, *apart.lines[: len(found.deviations)]]:
@@ -234,7 +234,7 @@ def test_compare_forward():
         ({"hidden/kernel": None}, "JAX parameters without a name in PyTorch: hidden/kernel"),
         ({"hiden/kernel": Leaf("hidden.weight")}, "JAX parameters that do not exist: hiden/kernel"),
         ({"hidden/bias": Leaf("hidden.b")}, "PyTorch parameters that do not exist: hidden.b"),
-        ({"hidden/kernel": Leaf("hidden.weight")}, r"'hidden/kernel' is float32\[64, 32\] in JAX"),
+        ({"hidden/kernel": Leaf("hidden.weight")}, r"'hidden/kernel' must be float32\[32, 64\]"),
     ],
 )
 def test_names_that_do_not_fit_are_refused(change, message):
@@ -245,7 +245,7 @@ def test_names_that_do_not_fit_are_refused(change, message):
 
 
 def test_no_batches_are_refused():
-    with pytest.raises(ValueError, match="batches is empty"):
+    with pytest.raises(ValueError, match="batches must have at least one batch"):
         compare_training(*sides(PERCEPTRON, **SGD), [], PERCEPTRON.names)
 
 
@@ -263,4 +263,4 @@ def test_the_state_of_other_optimizers_is_compared_too(name):
         both = sides(PERCEPTRON, make(1e-2), theirs, dtype="float64")
         found = compare_training(*both, batches(5, "float64"), PERCEPTRON.names, tier=FLOAT64)
         found.raise_if_different()
-        assert max(found.deviations["state"]) > 0  # rounding: so it was looked at
+        assert max(found.deviations["state"]) > 0  # rounding shows that it was compared

@@ -1,4 +1,4 @@
-"""Promises of equal bits: the traced rates here, the cheap ones under other instruction sets."""
+"""Promises of equal bits: traced rates, and cheap promises under other instruction sets."""
 
 from __future__ import annotations
 

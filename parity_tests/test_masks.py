@@ -1,4 +1,4 @@
-"""The stream: both wings, the NumPy reference and jax.random draw the same bits."""
+"""Mask stream v1: both frameworks, the NumPy reference and jax.random draw the same bits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from parity_tests import reference
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from regjax._random import bernoulli as jax_masks
 from regjax._random import threefry as jax_threefry
 from regtorch._random import bernoulli as torch_masks
 from regtorch._random import threefry as torch_threefry
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 SHAPES = [(), (0,), (1,), (257,), (3, 5, 7), (2, 1, 9), (64, 33)]
 KEEP_PROBS = [0.0, 1.0, 0.5, 0.9, 0.123, 2.0**-24, 1 - 2.0**-24, 1e-45]
 
@@ -61,28 +61,31 @@ def test_split_fold_in_and_bits_are_those_of_jax():
         np.testing.assert_array_equal(TORCH.numpy(TORCH.library.bits(ours, shape)), expected)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("keep_prob", KEEP_PROBS)
-def test_masks_are_those_of_jax_and_of_the_reference(wing: Wing, keep_prob):
+def test_masks_are_those_of_jax_and_of_the_reference(framework: Framework, keep_prob):
     for shape in SHAPES:
-        mask = wing.bernoulli(9, keep_prob, shape)
+        mask = framework.bernoulli(9, keep_prob, shape)
         expected = np.asarray(jax.random.bernoulli(jax.random.key(9), keep_prob, shape))
         np.testing.assert_array_equal(mask, expected)
     np.testing.assert_array_equal(
-        wing.bernoulli(9, keep_prob, (3, 5, 7)), reference.bernoulli((0, 9), keep_prob, (3, 5, 7))
+        framework.bernoulli(9, keep_prob, (3, 5, 7)),
+        reference.bernoulli((0, 9), keep_prob, (3, 5, 7)),
     )
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, float("nan"), -1.0, 2.0])
-def test_a_changing_keep_prob_draws_the_same_mask(wing: Wing, keep_prob):
-    draw = wing.traced(lambda prob: wing.library.bernoulli(wing.key(9), prob, (64, 33)))
+def test_a_changing_keep_prob_draws_the_same_mask(framework: Framework, keep_prob):
+    draw = framework.traced(
+        lambda prob: framework.library.bernoulli(framework.key(9), prob, (64, 33))
+    )
     expected = np.asarray(jax.random.bernoulli(jax.random.key(9), np.float32(keep_prob), (64, 33)))
-    np.testing.assert_array_equal(wing.numpy(draw(np.float32(keep_prob))), expected)
+    np.testing.assert_array_equal(framework.numpy(draw(np.float32(keep_prob))), expected)
 
 
 def test_the_smallest_uniform_and_the_smallest_probabilities():
-    """A uniform of exactly 0 is kept down to the smallest normal probability, and not below it."""
+    """A uniform of exactly 0 is kept for every normal probability, but not for a subnormal one."""
     bits = np.asarray(jax.random.bits(JAX.key(7), (4096, 4096), "uint32"))
     zeros = int(np.count_nonzero(bits >> 9 == 0))
     assert zeros > 0
@@ -92,16 +95,16 @@ def test_the_smallest_uniform_and_the_smallest_probabilities():
         assert (ours, theirs) == (kept, kept)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("keep_prob", [-0.1, 1.5, float("nan")])
-def test_a_keep_prob_out_of_range_is_refused_by_value(wing: Wing, keep_prob):
+def test_a_keep_prob_out_of_range_is_refused_by_value(framework: Framework, keep_prob):
     with pytest.raises(ValueError, match=r"keep_prob must lie in \[0, 1\]; got") as error:
-        wing.bernoulli(0, keep_prob, (3,))
+        framework.bernoulli(0, keep_prob, (3,))
     assert str(keep_prob) in str(error.value)
 
 
 def test_counters_carry_into_the_high_word():
-    """More than 2**32 elements, looked at where the low word wraps: nothing of it is allocated."""
+    """Read a mask of more than 2**32 elements where the low word wraps, without allocating it."""
     shape = (2**17, 2**16)  # 2**33 elements
     words = (jnp.uint32(1), jnp.uint32(2))
     whole = jax.jit(lambda: jax_threefry.counter_bits(words, shape)[2**16 - 1 : 2**16 + 1, ::21845])
@@ -120,7 +123,7 @@ def test_counters_carry_into_the_high_word():
 
 @pytest.mark.parametrize("shape", [(3, 2**31, 5), (5, 2**17, 2**16, 3)])
 def test_counters_of_long_axes_and_strides(shape):
-    """Strides beyond 2**32: the 64-bit product of index and stride, at corners of the array."""
+    """Read the last element of arrays with strides beyond 2**32, which need 64-bit products."""
     words = (jnp.uint32(3), jnp.uint32(4))
     corner = tuple(slice(size - 1, size) for size in shape)
     last = jax.jit(lambda: jax_threefry.counter_bits(words, shape)[corner])
@@ -128,16 +131,16 @@ def test_counters_of_long_axes_and_strides(shape):
     assert int(last().item()) == int(reference.bits((3, 4), [index])[0])
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("site", ["", "hidden", "encoder/3/attention", "Schicht ü"])
 @pytest.mark.parametrize("step", [0, 1, 2**31, 2**40 + 5])
-def test_site_keys_are_those_of_the_reference(wing: Wing, step, site):
-    assert wing.words(wing.library.site_key(wing.key(6), step, site)) == reference.site_key(
-        (0, 6), step, site
-    )
+def test_site_keys_are_those_of_the_reference(framework: Framework, step, site):
+    assert framework.words(
+        framework.library.site_key(framework.key(6), step, site)
+    ) == reference.site_key((0, 6), step, site)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(
     ("step", "site", "error", "message"),
     [
@@ -148,9 +151,9 @@ def test_site_keys_are_those_of_the_reference(wing: Wing, step, site):
         (0, 3, TypeError, "site must be a string that names the place; got 3"),
     ],
 )
-def test_wrong_steps_and_sites_are_refused(wing: Wing, step, site, error, message):
+def test_wrong_steps_and_sites_are_refused(framework: Framework, step, site, error, message):
     with pytest.raises(error, match=message):
-        wing.library.site_key(wing.key(0), step, site)
+        framework.library.site_key(framework.key(0), step, site)
 
 
 @pytest.mark.slow
@@ -158,13 +161,13 @@ def test_wrong_steps_and_sites_are_refused(wing: Wing, step, site, error, messag
 def test_a_hundred_million_elements_are_the_same_in_both_wings(seed):
     shape = (2048, 8192)  # 2**24 elements, six times
     np.testing.assert_array_equal(
-        WINGS[0].bernoulli(seed, 0.9 - 0.1 * seed, shape),
-        WINGS[1].bernoulli(seed, 0.9 - 0.1 * seed, shape),
+        FRAMEWORKS[0].bernoulli(seed, 0.9 - 0.1 * seed, shape),
+        FRAMEWORKS[1].bernoulli(seed, 0.9 - 0.1 * seed, shape),
     )
 
 
 def test_a_mask_can_be_read_at_any_index():
-    """As the reference has it, beyond 32 bits too, at every keep probability."""
+    """Compare single elements with the reference, including indices beyond 32 bits."""
     index = np.array(
         [0, 1, 77, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 5, *range(2**33, 2**33 + 99)]
     )
@@ -177,10 +180,10 @@ def test_a_mask_can_be_read_at_any_index():
         np.testing.assert_array_equal(TORCH.numpy(theirs), expected)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("shape", [(2**40, 2**40), (2**62, 2)])
-def test_a_shape_that_no_array_has_is_refused(wing: Wing, shape):
-    library, key = wing.library, wing.key(0)
+def test_a_shape_that_no_array_has_is_refused(framework: Framework, shape):
+    library, key = framework.library, framework.key(0)
     for draw in (
         lambda: library.bernoulli(key, 0.5, shape),
         lambda: library.packed_bernoulli(key, 0.5, shape),

@@ -1,11 +1,12 @@
-"""Muon, whose parameters are matrices: regjax.optim and torch.optim against NumPy, at every step.
+"""Muon: regjax.optim and torch.optim agree with NumPy at every step.
 
-Torch iterates in bfloat16, where each party rounds in its own way. So every case is walked twice:
-as it is, to what bfloat16 leaves, and with float64 in its place, to 1e-12.
+Torch iterates in bfloat16, in which each implementation rounds differently. Every case therefore
+runs twice: with a bound for bfloat16, and with float64 instead of bfloat16 within 1e-12.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -18,28 +19,38 @@ import torch
 from parity_tests.compare import FLOAT64, Tier, assert_same_at_every_step, deviation
 from parity_tests.optimizers import CASES_2D
 from parity_tests.optimizers._muon import BFLOAT16, MATRICES
-from parity_tests.trajectories import WALKS, synthetic, walk_jax, walk_torch
+from parity_tests.trajectories import (
+    WALKS,
+    Run,
+    synthetic,
+    walk_jax,
+    walk_jax_together,
+    walk_numpy,
+    walk_torch,
+)
 from regjax import optim
 
 PROBLEMS = {dtype: synthetic(dtype, MATRICES) for dtype in ("float32", "float64")}
 MUON = CASES_2D[0]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """On matrices this small torch's threads wait for each other a hundred times longer."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _with(case, **options):
     return replace(case, options={**case.options, **options})
 
 
-def _assert_three_agree(runs, tier):
-    reference, ours, theirs = runs
+@functools.cache
+def jax_runs(dtype: str, **options: str) -> dict[str, Run]:
+    """The runs of every case by its name, with further options."""
+    runs = walk_jax_together([_with(case, **options) for case in CASES_2D], PROBLEMS[dtype])
+    return dict(zip(map(str, CASES_2D), runs, strict=True))
+
+
+@functools.cache
+def right() -> Run:
+    return walk_torch(MUON, PROBLEMS["float32"])
+
+
+def _assert_three_agree(reference, ours, theirs, tier):
     assert_same_at_every_step(theirs, reference, tier, names=("torch", "NumPy"))
     assert_same_at_every_step(ours, reference, tier, names=("regjax", "NumPy"))
     assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
@@ -49,23 +60,23 @@ def _assert_three_agree(runs, tier):
 @pytest.mark.parametrize("case", CASES_2D, ids=str)
 def test_three_parties_take_the_same_steps(case, dtype):
     bound = case.float64 if dtype == "float64" else case.float32
-    runs = [walk(case, PROBLEMS[dtype]) for walk in WALKS.values()]
-    _assert_three_agree(runs, Tier(dtype, bound, in_norm=True))
+    reference, theirs = (walk(case, PROBLEMS[dtype]) for walk in (walk_numpy, walk_torch))
+    ours = jax_runs(dtype)[case.name]
+    _assert_three_agree(reference, ours, theirs, Tier(dtype, bound, in_norm=True))
 
 
 @pytest.fixture
 def torch_in_float64(monkeypatch):
-    """Keep torch's Muon from rounding to bfloat16; it writes into what it rounds, hence a copy."""
+    """Make torch's Muon compute in float64; it modifies the rounded tensor, hence the copy."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
 
 
 @pytest.mark.usefixtures("torch_in_float64")
 @pytest.mark.parametrize("case", CASES_2D, ids=str)
 def test_only_bfloat16_sets_them_apart(case):
-    exact = _with(case, ns_dtype="float64")
-    cases = {"numpy": exact, "jax": exact, "torch": case}
-    runs = [walk(cases[name], PROBLEMS["float64"]) for name, walk in WALKS.items()]
-    _assert_three_agree(runs, FLOAT64)
+    reference = walk_numpy(_with(case, ns_dtype="float64"), PROBLEMS["float64"])
+    ours = jax_runs("float64", ns_dtype="float64")[case.name]
+    _assert_three_agree(reference, ours, walk_torch(case, PROBLEMS["float64"]), FLOAT64)
 
 
 @pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
@@ -91,17 +102,16 @@ PLANTED = {
 def test_planted_defect_is_caught(wrong):
     tier = Tier("float32", BFLOAT16, in_norm=True)
     ours = walk_jax(_with(MUON, **wrong), PROBLEMS["float32"])
-    theirs = walk_torch(MUON, PROBLEMS["float32"])
-    with pytest.raises(AssertionError, match=r"regjax and torch part at step \d+ in '"):
-        assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
+    with pytest.raises(AssertionError, match=r"regjax and torch diverge at step \d+ in '"):
+        assert_same_at_every_step(ours, right(), tier, names=("regjax", "torch"))
 
 
 @pytest.mark.usefixtures("torch_in_float64")
 def test_optax_itself_is_caught():
-    """Its nesterov mixes otherwise: why regjax.optim has a Muon of its own."""
+    """Optax's Nesterov momentum differs, so regjax.optim has its own Muon."""
 
     def make(learning_rate, *, mask):
-        # Fed with squares only, it needs no scale by the shape, which Optax 0.2.6 contains.
+        # Square matrices need no scale by the shape, which Optax 0.2.6 does not separate.
         dimensions = lambda tree: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), tree)
         muon = optax.contrib.scale_by_muon(eps=1e-7, weight_dimension_numbers=dimensions)
         decay = optax.add_decayed_weights(0.1, mask)
@@ -111,8 +121,8 @@ def test_optax_itself_is_caught():
     problem = synthetic("float64", shapes)
     with jax.numpy_dtype_promotion("standard"):
         ours = walk_jax(MUON, problem, make)
-    # On the first step a look ahead has nothing to mix.
-    with pytest.raises(AssertionError, match="part at step 2"):
+    # At the first step both kinds of momentum are the same.
+    with pytest.raises(AssertionError, match="diverge at step 2"):
         assert_same_at_every_step(
             ours, walk_torch(MUON, problem), Tier("float64", 1e-6, in_norm=True)
         )

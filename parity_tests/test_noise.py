@@ -1,4 +1,4 @@
-"""Gaussian dropout and Gaussian noise: the same bits in both wings, and the statistics of Keras."""
+"""Gaussian dropout and noise: equal bits in both frameworks, and the statistics of Keras."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from parity_tests.wings import JAX, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 DTYPES = [
     np.dtype(dtype)
     for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e5m2)
@@ -42,15 +42,17 @@ def words(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.dtype.itemsize}")
 
 
-def vjp(wing: Wing, name: str, amount: Any, x: np.ndarray, cotangent: np.ndarray):
+def vjp(framework: Framework, name: str, amount: Any, x: np.ndarray, cotangent: np.ndarray):
     """A function and its gradient, from NumPy to NumPy; a NumPy scalar as the amount is traced."""
-    function = functools.partial(getattr(wing.library, name), key=wing.key(11))
+    function = functools.partial(getattr(framework.library, name), key=framework.key(11))
 
     def at(amount):
-        return wing.vjp(lambda x: function(x, amount), wing.array(x), wing.array(cotangent))
+        return framework.vjp(
+            lambda x: function(x, amount), framework.array(x), framework.array(cotangent)
+        )
 
-    y, gradient = wing.traced(at)(amount) if isinstance(amount, np.generic) else at(amount)
-    return wing.numpy(y), wing.numpy(gradient)
+    y, gradient = framework.traced(at)(amount) if isinstance(amount, np.generic) else at(amount)
+    return framework.numpy(y), framework.numpy(gradient)
 
 
 @pytest.mark.parametrize(
@@ -62,18 +64,18 @@ def vjp(wing: Wing, name: str, amount: Any, x: np.ndarray, cotangent: np.ndarray
 def test_forward_and_backward_agree_in_every_bit(name, amount, dtype):
     for value in (amount, np.float32(amount)):
         with jax.enable_x64(dtype.itemsize == 8):
-            ours, theirs = (vjp(wing, name, value, *inputs(dtype)) for wing in WINGS)
+            ours, theirs = (vjp(framework, name, value, *inputs(dtype)) for framework in FRAMEWORKS)
         for array, twin in zip(ours, theirs, strict=True):
             assert array.dtype == twin.dtype == dtype
             np.testing.assert_array_equal(words(array), words(twin))
 
 
-@both_wings
+@both_frameworks
 @each_amount
-def test_the_formula(wing: Wing, name, amount):
+def test_the_formula(framework: Framework, name, amount):
     x, cotangent = inputs()
-    y, gradient = vjp(wing, name, amount, x, cotangent)
-    n = wing.numpy(wing.library.normal(wing.key(11), x.shape)).astype(np.float64)
+    y, gradient = vjp(framework, name, amount, x, cotangent)
+    n = framework.numpy(framework.library.normal(framework.key(11), x.shape)).astype(np.float64)
     if name == "gaussian_dropout":
         factor = 1 + math.sqrt(amount / (1 - amount)) * n
         expected, slope = x * factor, cotangent * factor
@@ -93,13 +95,13 @@ def test_fused_with_arithmetic_before_and_after(name, amount, before):
     """XLA joins products and sums where it can: here it must not."""
     x, bias = inputs()
 
-    def run(wing: Wing) -> np.ndarray:
-        function = getattr(wing.library, name)
-        whole = lambda x, b: function(before(x), amount, key=wing.key(3)) + b
-        whole = jax.jit(whole) if wing is JAX else whole
-        return wing.numpy(whole(wing.array(x), wing.array(bias)))
+    def run(framework: Framework) -> np.ndarray:
+        function = getattr(framework.library, name)
+        whole = lambda x, b: function(before(x), amount, key=framework.key(3)) + b
+        whole = jax.jit(whole) if framework is JAX else whole
+        return framework.numpy(whole(framework.array(x), framework.array(bias)))
 
-    ours, theirs = map(run, WINGS)
+    ours, theirs = map(run, FRAMEWORKS)
     np.testing.assert_array_equal(words(ours), words(theirs))
 
 
@@ -108,37 +110,41 @@ def test_noise_on_bytes_scaled_in_the_same_function():
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
     scaled = lambda x: (x.astype(np.float32) if isinstance(x, jax.Array) else x.float()) * (1 / 255)
 
-    def run(wing: Wing) -> np.ndarray:
-        whole = lambda x: wing.library.gaussian_noise(scaled(x), 0.1, key=wing.key(3))
-        return wing.numpy((jax.jit(whole) if wing is JAX else whole)(wing.array(images)))
+    def run(framework: Framework) -> np.ndarray:
+        whole = lambda x: framework.library.gaussian_noise(scaled(x), 0.1, key=framework.key(3))
+        return framework.numpy(
+            (jax.jit(whole) if framework is JAX else whole)(framework.array(images))
+        )
 
-    ours, theirs = map(run, WINGS)
+    ours, theirs = map(run, FRAMEWORKS)
     np.testing.assert_array_equal(words(ours), words(theirs))
 
 
-@both_wings
+@both_frameworks
 @each_name
-def test_corners(wing: Wing, name):
-    function = getattr(wing.library, name)
-    x = wing.array(inputs()[0])
+def test_corners(framework: Framework, name):
+    function = getattr(framework.library, name)
+    x = framework.array(inputs()[0])
     assert function(x, 0) is x
     assert function(x, 0.5, deterministic=True) is x
-    assert function(wing.array(np.zeros((0, 3), np.float32)), 0.5, key=wing.key(0)).shape == (0, 3)
-    assert function(wing.array(np.array(1, np.float32)), 0.5, key=wing.key(0)).shape == ()
-    with pytest.raises(ValueError, match="key is missing"):
+    assert function(
+        framework.array(np.zeros((0, 3), np.float32)), 0.5, key=framework.key(0)
+    ).shape == (0, 3)
+    assert function(framework.array(np.array(1, np.float32)), 0.5, key=framework.key(0)).shape == ()
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         function(x, 0.5)
     with pytest.raises(TypeError, match="x must be floating"):
-        function(wing.array(np.ones(3, np.int32)), 0.5, key=wing.key(0))
+        function(framework.array(np.ones(3, np.int32)), 0.5, key=framework.key(0))
     with pytest.raises(TypeError, match="x must be real for Gaussian noise; got dtype"):
-        function(wing.array(np.ones(3, np.complex64)), 0.5, key=wing.key(0))
-    with pytest.raises(TypeError, match="deterministic must be one boolean"):
-        function(x, 0.5, key=wing.key(0), deterministic=1)
+        function(framework.array(np.ones(3, np.complex64)), 0.5, key=framework.key(0))
+    with pytest.raises(TypeError, match="deterministic must be a boolean"):
+        function(x, 0.5, key=framework.key(0), deterministic=1)
     bad = np.array([np.nan, np.inf, -np.inf], np.float32)
-    y = wing.numpy(function(wing.array(bad), 0.1, key=wing.key(0)))
+    y = framework.numpy(function(framework.array(bad), 0.1, key=framework.key(0)))
     np.testing.assert_array_equal(np.isfinite(y), False)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(
     ("name", "amount", "error", "message"),
     [
@@ -153,14 +159,14 @@ def test_corners(wing: Wing, name):
         ("gaussian_noise", True, TypeError, "stddev must be a real number"),
     ],
 )
-def test_amounts_that_are_refused(wing: Wing, name, amount, error, message):
-    x = wing.array(inputs()[0])
-    for options in ({"key": wing.key(0)}, {"deterministic": True}):
+def test_amounts_that_are_refused(framework: Framework, name, amount, error, message):
+    x = framework.array(inputs()[0])
+    for options in ({"key": framework.key(0)}, {"deterministic": True}):
         with pytest.raises(error, match=message):
-            getattr(wing.library, name)(x, amount, **options)
+            getattr(framework.library, name)(x, amount, **options)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(
     ("name", "amount", "finite"),
     [
@@ -174,9 +180,9 @@ def test_amounts_that_are_refused(wing: Wing, name, amount, error, message):
         ("gaussian_noise", math.nan, False),
     ],
 )
-def test_a_changing_amount_out_of_range_gives_nan(wing: Wing, name, amount, finite):
+def test_a_changing_amount_out_of_range_gives_nan(framework: Framework, name, amount, finite):
     x, _ = inputs()
-    y, gradient = vjp(wing, name, np.float32(amount), x, x)
+    y, gradient = vjp(framework, name, np.float32(amount), x, x)
     if finite:
         np.testing.assert_array_equal(y, x)
         np.testing.assert_array_equal(gradient, x)
@@ -184,15 +190,17 @@ def test_a_changing_amount_out_of_range_gives_nan(wing: Wing, name, amount, fini
         assert np.isnan(y).all()
 
 
-@both_wings
+@both_frameworks
 @each_name
-def test_no_gradient_flows_to_a_changing_amount(wing: Wing, name):
-    x = wing.array(inputs()[0])
-    loss = lambda amount: (getattr(wing.library, name)(x, amount, key=wing.key(0)) ** 2).sum()
-    if wing is JAX:
+def test_no_gradient_flows_to_a_changing_amount(framework: Framework, name):
+    x = framework.array(inputs()[0])
+    loss = lambda amount: (
+        getattr(framework.library, name)(x, amount, key=framework.key(0)) ** 2
+    ).sum()
+    if framework is JAX:
         assert jax.grad(loss)(0.3) == 0
     else:
-        assert not loss(wing.array(np.array(0.3, np.float32)).requires_grad_()).requires_grad
+        assert not loss(framework.array(np.array(0.3, np.float32)).requires_grad_()).requires_grad
 
 
 # Mean and standard deviation of outputs at x = 2, in standard deviations of those figures.
@@ -230,8 +238,8 @@ def test_mean_and_deviation_are_those_of_keras():
     for name, amount in amounts:
         mean, std = theirs[f"{name} {amount}"]
         found = [figures(name, amount, mean, std, size)]
-        for wing in WINGS:
-            x = wing.array(np.full((512, 1024), 2, np.float32))
-            y = wing.numpy(getattr(wing.library, name)(x, amount, key=wing.key(0)))
+        for framework in FRAMEWORKS:
+            x = framework.array(np.full((512, 1024), 2, np.float32))
+            y = framework.numpy(getattr(framework.library, name)(x, amount, key=framework.key(0)))
             found.append(figures(name, amount, y.mean(dtype=float), y.std(dtype=float), size))
         assert np.abs(found).max() < 5, (name, amount, found)

@@ -1,4 +1,4 @@
-"""Normal variates: the same bits in both wings, near the true quantiles, and near JAX's own."""
+"""Normal variates: equal bits in both frameworks, close to exact quantiles and to JAX's own."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from scipy import special
 import regjax
 import regjax._random.quantile
 import regtorch._random.quantile
-from parity_tests.wings import JAX, TORCH, WINGS, Wing, from_torch, to_torch
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework, from_torch, to_torch
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 DTYPES = [np.dtype(dtype) for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)]
 
 
-def draw(wing: Wing, seed: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    kind = jnp.dtype(dtype) if wing is JAX else to_torch(np.zeros(0, dtype)).dtype
-    return wing.numpy(wing.library.normal(wing.key(seed), shape, kind))
+def draw(
+    framework: Framework, seed: int, shape: tuple[int, ...], dtype: Any = np.float32
+) -> np.ndarray:
+    kind = jnp.dtype(dtype) if framework is JAX else to_torch(np.zeros(0, dtype)).dtype
+    return framework.numpy(framework.library.normal(framework.key(seed), shape, kind))
 
 
 def words(array: np.ndarray) -> np.ndarray:
@@ -32,17 +34,17 @@ def words(array: np.ndarray) -> np.ndarray:
 
 
 def uniforms(k: np.ndarray, bits: int) -> np.ndarray:
-    """What the k-th of 2**bits equally likely values is, as jax.random.normal has it."""
+    """Return the k-th of 2**bits equally likely values, as in jax.random.normal."""
     return k * 2.0 ** (1 - bits) - (1 - 2.0 ** -(bits + 1))
 
 
 def exact(u: np.ndarray) -> np.ndarray:
-    """The true quantiles, by way of the tails, in double."""
+    """Return the exact quantiles in double, computed from the tails."""
     return -special.ndtri((1 - np.abs(u)) / 2) * np.sign(u)
 
 
-def quantiles(wing: Wing, u: np.ndarray) -> np.ndarray:
-    if wing is JAX:
+def quantiles(framework: Framework, u: np.ndarray) -> np.ndarray:
+    if framework is JAX:
         return np.asarray(jax.jit(regjax._random.quantile.quantile)(u))
     return from_torch(regtorch._random.quantile.quantile(to_torch(u)))
 
@@ -50,8 +52,8 @@ def quantiles(wing: Wing, u: np.ndarray) -> np.ndarray:
 def test_every_variate_of_float32():
     u = uniforms(np.arange(2**23), 23)
     single = u.astype(np.float32)
-    np.testing.assert_array_equal(single, u)  # all of them are float32 numbers
-    ours, theirs = (quantiles(wing, single) for wing in WINGS)
+    np.testing.assert_array_equal(single, u)  # all are exact in float32
+    ours, theirs = (quantiles(framework, single) for framework in FRAMEWORKS)
     np.testing.assert_array_equal(words(ours), words(theirs))
     few = slice(None, None, 7)
     apart = np.abs(ours[few] - exact(u[few]))
@@ -68,7 +70,7 @@ def test_variates_of_float64():
     tails = np.r_[np.arange(2000), 2.0 ** rng.uniform(0, 51, 20_000)].astype(np.int64)
     u = uniforms(np.r_[tails, 2**52 - 1 - tails, rng.integers(0, 2**52, 20_000)], 52)
     with jax.enable_x64():
-        ours, theirs = (quantiles(wing, u) for wing in WINGS)
+        ours, theirs = (quantiles(framework, u) for framework in FRAMEWORKS)
     np.testing.assert_array_equal(words(ours), words(theirs))
     assert np.abs(ours - exact(u)).max() < 4e-15
     assert -8.3 < ours.min() < ours.max() < 8.2
@@ -77,8 +79,8 @@ def test_variates_of_float64():
 @pytest.mark.parametrize(
     ("dtype", "x64"), [(d, d.itemsize == 8) for d in DTYPES] + [(DTYPES[0], True)]
 )
-def test_both_wings_draw_the_same_bits(dtype, x64):
-    shape = (3, 5, 8741)  # a few more than the 2**17 that PyTorch makes at a time
+def test_both_frameworks_draw_the_same_bits(dtype, x64):
+    shape = (3, 5, 8741)  # a little more than the 2**17 elements that regtorch draws at a time
     with jax.enable_x64(x64):
         ours = draw(JAX, 3, shape, dtype)
         jitted = jax.jit(lambda key: regjax.normal(key, shape, dtype))(jax.random.key(3))
@@ -103,11 +105,11 @@ GOLDEN = [
 ]
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(("seed", "shape", "dtype", "digest"), GOLDEN)
-def test_normal_stream_v1(wing: Wing, seed, shape, dtype, digest):
+def test_normal_stream_v1(framework: Framework, seed, shape, dtype, digest):
     with jax.enable_x64(dtype is np.float64):
-        values = draw(wing, seed, shape, dtype)
+        values = draw(framework, seed, shape, dtype)
     assert hashlib.sha256(values.tobytes()).hexdigest()[:16] == digest
 
 
@@ -125,9 +127,10 @@ def test_jax_random_draws_nearly_the_same_numbers(dtype, near, far):
 
 
 def defects(sample: np.ndarray) -> list[str]:
-    """What tells a sample from normal variates: nothing, but once in about 150,000 samples.
+    """Return the tests that a sample of normal variates fails.
 
-    Nine figures at 5 sigma, and a Kolmogorov-Smirnov test at p = 1e-6.
+    Nine figures are tested at 5 sigma, and the distribution by Kolmogorov-Smirnov at p = 1e-6: a
+    false alarm in about 150,000 samples.
     """
     x = sample.astype(np.float64).ravel()
     size = x.size
@@ -136,57 +139,57 @@ def defects(sample: np.ndarray) -> list[str]:
         "variance": (np.mean(x**2) - 1) * math.sqrt(size / 2),
         "skewness": np.mean(x**3) * math.sqrt(size / 15),
         "kurtosis": (np.mean(x**4) - 3) * math.sqrt(size / 96),
-        "neighbours": np.mean(x[1:] * x[:-1]) * math.sqrt(size - 1),
+        "neighbors": np.mean(x[1:] * x[:-1]) * math.sqrt(size - 1),
     }
     for bound in (1, 2, 3, 4):
         share = math.erfc(bound / math.sqrt(2))
         excess = np.count_nonzero(np.abs(x) > bound) - size * share
         figures[f"beyond {bound}"] = excess / math.sqrt(size * share * (1 - share))
     steps = np.abs(special.ndtr(np.sort(x)) - (np.arange(size) + 0.5) / size)
-    # Kolmogorov's bound for p = 1e-6, in units that look like the others.
+    # Kolmogorov's bound for p = 1e-6, scaled to 5.
     figures["distribution"] = 5 * (steps.max() + 0.5 / size) * math.sqrt(size) / 2.694
     return [name for name, z in figures.items() if abs(z) > 5]
 
 
-@both_wings
-def test_the_sample_is_normal(wing: Wing):
-    assert not defects(draw(wing, 0, (256, 1024)))
+@both_frameworks
+def test_the_sample_is_normal(framework: Framework):
+    assert not defects(draw(framework, 0, (256, 1024)))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "found"),
+    ("corrupt", "found"),
     [
         (lambda x: x + 0.01, "mean"),
         (lambda x: x * 1.01, "variance"),
         (lambda x: np.clip(x, -2.9, 2.9), "beyond 3"),
         (lambda x: np.where(x > 0, x * 1.02, x * 0.98), "skewness"),
-        (lambda x: np.repeat(x[::2], 2), "neighbours"),
+        (lambda x: np.repeat(x[::2], 2), "neighbors"),
         (lambda x: np.round(x * 20) / 20, "distribution"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_spoilt_sample_is_seen(spoil, found):
-    """The test of the test."""
-    assert found in defects(spoil(draw(TORCH, 0, (2**18,))))
+def test_a_corrupted_sample_is_detected(corrupt, found):
+    """Test of the test."""
+    assert found in defects(corrupt(draw(TORCH, 0, (2**18,))))
 
 
-@both_wings
-def test_what_is_refused(wing: Wing):
-    normal, key = wing.library.normal, wing.key(0)
-    integers = wing.array(np.zeros(0, np.int32)).dtype
+@both_frameworks
+def test_wrong_arguments_are_rejected(framework: Framework):
+    normal, key = framework.library.normal, framework.key(0)
+    integers = framework.array(np.zeros(0, np.int32)).dtype
     with pytest.raises(TypeError, match="dtype must be float16, bfloat16, float32 or float64"):
         normal(key, (3,), integers)
-    batch = jax.random.split(key) if wing is JAX else wing.library.split(key)
+    batch = jax.random.split(key) if framework is JAX else framework.library.split(key)
     with pytest.raises(ValueError, match="batch of keys"):
         normal(batch, (3,))
     with pytest.raises(TypeError, match="key must be"):
         normal(0, (3,))
-    if wing is JAX:
+    if framework is JAX:
         with pytest.raises(ValueError, match="jax_enable_x64"):
             normal(key, (3,), np.float64)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1, 1)])
-def test_small_shapes(wing: Wing, shape):
-    assert draw(wing, 0, shape).shape == shape
+def test_small_shapes(framework: Framework, shape):
+    assert draw(framework, 0, shape).shape == shape

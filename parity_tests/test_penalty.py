@@ -1,4 +1,4 @@
-"""Penalties: regjax and regtorch against NumPy, values and gradients."""
+"""Penalties: values and gradients of regjax and regtorch agree with NumPy."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from regtorch._decay.penalty import l2_penalty as torch_l2_penalty
 
 SHAPES = {"bias": (7,), "empty": (0, 3), "kernel": (5, 7), "scale": ()}
 MASKS = {"no mask": None, "mask": {"bias": False, "empty": True, "kernel": True, "scale": True}}
-# Half types are squared and summed in float32: values agree as closely as float32 does, while a
-# gradient is rounded to the half type at the end in both wings.
+# Half types are squared and summed in float32, so values agree as in float32; the gradient is
+# rounded to the half type at the end in both frameworks.
 TOLERANCES = {
     "float16": 1e-6,
     "bfloat16": 1e-6,
@@ -47,8 +47,8 @@ def _torch(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {n: tensors[n].requires_grad_() for n in arrays}
 
 
-# Value and gradient in NumPy of the penalty at parameters and reference, and the arguments with
-# which a wing is asked for it.
+# Value and gradient of each penalty in NumPy, for parameters and reference, and its arguments in
+# the packages.
 PENALTIES = {
     "l1_penalty": (
         lambda p, p0, mask: reference_penalty.l1_penalty(p, 0.3, mask),
@@ -90,7 +90,7 @@ def _added(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> dict[st
 @pytest.mark.parametrize("name", PENALTIES)
 def test_three_parties_agree(name, dtype, mask):
     arrays = _arrays(dtype)
-    # A zero, where signs and moduli have no derivative.
+    # A zero, at which signs and moduli have no derivative.
     arrays["kernel"][0, 0] = 0
     origins = {n: np.asarray(a + np.asarray(1, a.dtype)) for n, a in arrays.items()}
     value_of, gradient_of, arguments = PENALTIES[name]
@@ -102,21 +102,21 @@ def test_three_parties_agree(name, dtype, mask):
         params = {n: jnp.asarray(a) for n, a in arrays.items()}
         reference = {n: jnp.asarray(a) for n, a in origins.items()}
         penalty = functools.partial(getattr(jax_penalty, name), mask=mask)
-        ours, slope = jax.jit(jax.value_and_grad(penalty))(params, *arguments(reference))
-        # JAX gives the conjugate of what PyTorch calls the gradient.
+        in_jax, slope = jax.jit(jax.value_and_grad(penalty))(params, *arguments(reference))
+        # The gradient in JAX is the conjugate of the gradient in PyTorch.
         slope = {n: np.asarray(g.conj()) for n, g in slope.items()}
-        ours = np.asarray(ours)
+        in_jax = np.asarray(in_jax)
     tensors, torch_reference = _torch(arrays), _torch(origins)
-    theirs = getattr(torch_penalty, name)(tensors, *arguments(torch_reference), mask=mask)
-    theirs.backward()
+    in_torch = getattr(torch_penalty, name)(tensors, *arguments(torch_reference), mask=mask)
+    in_torch.backward()
     assert all(tensor.grad is None for tensor in torch_reference.values())
 
     limit = TOLERANCES[dtype]
-    assert ours.dtype == theirs.detach().numpy().dtype
-    assert ours.dtype == ("float64" if dtype in ("float64", "complex128") else "float32")
-    np.testing.assert_allclose(ours, value, rtol=limit)
-    np.testing.assert_allclose(theirs.item(), value, rtol=limit)
-    # The gradient of a half type is right to half of its last place, which has 8 or 11 digits.
+    assert in_jax.dtype == in_torch.detach().numpy().dtype
+    assert in_jax.dtype == ("float64" if dtype in ("float64", "complex128") else "float32")
+    np.testing.assert_allclose(in_jax, value, rtol=limit)
+    np.testing.assert_allclose(in_torch.item(), value, rtol=limit)
+    # The gradient of a half type is accurate to half a unit in its last place.
     limit = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(dtype, limit)
     for leaf, expected in gradient.items():
         grad = tensors[leaf].grad
@@ -141,62 +141,62 @@ def test_mixed_dtypes_agree():
         {n: a.astype("complex128") for n, a in arrays.items()}, 0.3
     )
     with jax.enable_x64(True):
-        ours = jax_l2_penalty({n: jnp.asarray(a) for n, a in arrays.items()}, 0.3)
-        assert ours.dtype == "float64"
-        np.testing.assert_allclose(ours, value, rtol=1e-6)
-    theirs = torch_l2_penalty(_torch(arrays), 0.3)
-    assert theirs.dtype == torch.float64
-    np.testing.assert_allclose(theirs.item(), value, rtol=1e-6)
+        in_jax = jax_l2_penalty({n: jnp.asarray(a) for n, a in arrays.items()}, 0.3)
+        assert in_jax.dtype == "float64"
+        np.testing.assert_allclose(in_jax, value, rtol=1e-6)
+    in_torch = torch_l2_penalty(_torch(arrays), 0.3)
+    assert in_torch.dtype == torch.float64
+    np.testing.assert_allclose(in_torch.item(), value, rtol=1e-6)
 
 
 def test_gradient_with_respect_to_the_coefficient_agrees():
     arrays = _arrays("float32")
     expected = reference_penalty.l2_penalty(arrays, 1.0)
-    ours = jax.grad(jax_l2_penalty, argnums=1)(arrays, jnp.float32(0.3))
+    in_jax = jax.grad(jax_l2_penalty, argnums=1)(arrays, jnp.float32(0.3))
     weight_decay = torch.tensor(0.3, requires_grad=True)
     torch_l2_penalty(_torch(arrays), weight_decay).backward()
     assert weight_decay.grad is not None
-    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    np.testing.assert_allclose(in_jax, expected, rtol=1e-6)
     np.testing.assert_allclose(weight_decay.grad.item(), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), float("inf"), True, "0.1"])
-def test_both_wings_refuse_a_coefficient_with_the_same_words(weight_decay):
+def test_both_frameworks_have_the_same_errors_for_coefficients(weight_decay):
     arrays = _arrays("float32")
-    with pytest.raises((ValueError, TypeError)) as ours:
+    with pytest.raises((ValueError, TypeError)) as in_jax:
         jax_l2_penalty(arrays, weight_decay)
-    with pytest.raises((ValueError, TypeError)) as theirs:
+    with pytest.raises((ValueError, TypeError)) as in_torch:
         torch_l2_penalty(_torch(arrays), weight_decay)
-    assert ours.type is theirs.type
-    assert str(ours.value) == str(theirs.value)
+    assert in_jax.type is in_torch.type
+    assert str(in_jax.value) == str(in_torch.value)
 
 
 @pytest.mark.parametrize("name", PENALTIES)
-def test_both_wings_name_themselves_with_the_same_words(name):
+def test_both_frameworks_have_the_same_errors_for_parameters(name):
     arguments = PENALTIES[name][2]
-    with pytest.raises(TypeError) as ours:
+    with pytest.raises(TypeError) as in_jax:
         getattr(jax_penalty, name)({"a": 0.5}, *arguments({"a": 0.5}))
-    with pytest.raises(TypeError) as theirs:
+    with pytest.raises(TypeError) as in_torch:
         getattr(torch_penalty, name)({"a": 0.5}, *arguments({"a": 0.5}))
-    for message in (ours, theirs):
-        assert str(message.value).startswith(f"{name} takes float or complex")
-        assert "params at 'a' is 0.5: give it False in `mask`" in str(message.value)
+    for message in (in_jax, in_torch):
+        assert str(message.value).startswith("params at 'a' must be a float or complex")
+        assert f"for {name}; got 0.5. Set it to False in `mask`" in str(message.value)
 
 
 @pytest.mark.parametrize(
     ("reference", "error"),
     [(np.ones((3, 2)), ValueError), (np.ones((2, 3)) * 1j, TypeError)],
 )
-def test_both_wings_refuse_a_reference_with_the_same_words(reference, error):
+def test_both_frameworks_have_the_same_errors_for_references(reference, error):
     params = np.ones((2, 3))
-    with jax.enable_x64(True), pytest.raises(error) as ours:
+    with jax.enable_x64(True), pytest.raises(error) as in_jax:
         jax_penalty.l2_sp_penalty({"a": params}, {"a": reference}, 0.1)
-    with pytest.raises(error) as theirs:
+    with pytest.raises(error) as in_torch:
         torch_penalty.l2_sp_penalty(
             {"a": torch.tensor(params)}, {"a": torch.tensor(reference)}, 0.1
         )
-    assert str(ours.value) == str(theirs.value)
-    assert "reference at 'a'" in str(ours.value)
+    assert str(in_jax.value) == str(in_torch.value)
+    assert "reference at 'a'" in str(in_jax.value)
 
 
 def test_elastic_net_is_that_of_scikit_learn():

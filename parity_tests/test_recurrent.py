@@ -1,4 +1,4 @@
-"""One mask for all timesteps: of inputs, and of the state inside the recurrence."""
+"""One mask for all timesteps, of inputs and of the state inside a recurrence."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 import regjax
 import regtorch
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework, from_torch, to_torch
 from parity_tests.recurrence import assert_close, lstm
-from parity_tests.wings import JAX, TORCH, WINGS, Wing, from_torch, to_torch
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 TIME, BATCH, FEATURES, HIDDEN = 7, 3, 5, 4
 XS = np.random.default_rng(0).normal(size=(TIME, BATCH, FEATURES))
 
@@ -24,18 +24,20 @@ XS = np.random.default_rng(0).normal(size=(TIME, BATCH, FEATURES))
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 @pytest.mark.parametrize("axis", [0, 1, -2])
 def test_the_mask_is_that_of_dropout_shared_along_time(axis, rate):
-    """Forward and backward, bit for bit in both wings."""
+    """Results and gradients are bitwise identical in both frameworks."""
     x, ct = (np.random.default_rng(i).normal(size=(5, 6, 7)).astype(np.float32) for i in range(2))
     shared = (axis % 3,)
     results = []
-    for wing in WINGS:
+    for framework in FRAMEWORKS:
         drops = (
-            functools.partial(wing.library.variational_dropout, time_axis=axis),
-            functools.partial(wing.library.dropout, broadcast_dims=shared),
+            functools.partial(framework.library.variational_dropout, time_axis=axis),
+            functools.partial(framework.library.dropout, broadcast_dims=shared),
         )
         for drop in drops:
-            f = functools.partial(drop, rate=rate, key=wing.key(2))
-            results.append([*map(wing.numpy, wing.vjp(f, wing.array(x), wing.array(ct)))])
+            f = functools.partial(drop, rate=rate, key=framework.key(2))
+            results.append(
+                [*map(framework.numpy, framework.vjp(f, framework.array(x), framework.array(ct)))]
+            )
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
     kept = np.moveaxis(results[0][0] != 0, axis, 0)
@@ -43,27 +45,27 @@ def test_the_mask_is_that_of_dropout_shared_along_time(axis, rate):
     assert 0 < kept.sum() < kept.size
 
 
-@both_wings
-def test_the_corners_are_those_of_dropout(wing: Wing):
-    drop = wing.library.variational_dropout
-    x = wing.array(np.full((5, 6, 7), np.inf, np.float32))
+@both_frameworks
+def test_the_corners_are_those_of_dropout(framework: Framework):
+    drop = framework.library.variational_dropout
+    x = framework.array(np.full((5, 6, 7), np.inf, np.float32))
     assert drop(x, 0) is x
     assert drop(x, 0.5, deterministic=True) is x
-    assert not wing.numpy(drop(x, 1)).any()
-    assert (wing.numpy(drop(x, 0.5, key=wing.key(0))) == 0).any()
-    with pytest.raises(ValueError, match="key is missing"):
+    assert not framework.numpy(drop(x, 1)).any()
+    assert (framework.numpy(drop(x, 0.5, key=framework.key(0))) == 0).any()
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         drop(x, 0.5)
     for axis in (3, -4):
         with pytest.raises(ValueError, match=rf"time_axis .* has 3; got {axis}"):
-            drop(x, 0.5, key=wing.key(0), time_axis=axis)
+            drop(x, 0.5, key=framework.key(0), time_axis=axis)
     with pytest.raises(TypeError, match="integer"):
-        drop(x, 0.5, key=wing.key(0), time_axis=1.0)
+        drop(x, 0.5, key=framework.key(0), time_axis=1.0)
 
 
 def torch_states(
     cell: torch.nn.Module, xs: torch.Tensor, rate: float, keys: list[torch.Tensor]
 ) -> torch.Tensor:
-    """A loop over a cell, whose hidden state is dropped with the key of each step."""
+    """Loop over a cell, with dropout of the hidden state by the key of each step."""
     h, c = (xs.new_zeros(xs.shape[1], HIDDEN) for _ in range(2))
     states = []
     for x, key in zip(xs, keys, strict=True):
@@ -72,8 +74,8 @@ def torch_states(
     return torch.stack(states)
 
 
-def test_the_state_of_a_recurrence_is_dropped_alike_in_both_wings():
-    """States and gradients at 1e-12 in norm; every step draws one mask."""
+def test_dropout_of_the_state_of_a_recurrence_agrees():
+    """States and gradients agree within 1e-12 in norm; every step has the same mask."""
     torch.manual_seed(0)
     cell = torch.nn.LSTMCell(FEATURES, HIDDEN).double()
     drawn: dict[str, list[Any]] = {"jax": [], "torch": []}
@@ -100,14 +102,14 @@ def test_the_state_of_a_recurrence_is_dropped_alike_in_both_wings():
     assert all((mask == masks[0]).all() for mask in masks)
     assert masks[0].shape == (BATCH, HIDDEN)
     assert 0 < masks[0].sum() < masks[0].size
-    # Planted: a key for each step, which is another network.
+    # Planted: another key for each step.
     apart = torch_states(cell, to_torch(XS), 0.4, list(regtorch.split(TORCH.key(5), TIME)))
     with pytest.raises(AssertionError):
         assert_close(ours, apart)
 
 
-def test_a_gru_in_a_loop_is_dropped_alike():
-    """By the recipe of a cell that knows nothing of dropout, against JAX's scan."""
+def test_dropout_of_the_state_of_a_gru_agrees():
+    """Compare a loop over PyTorch's cell, which has no dropout, with a scan in JAX."""
     torch.manual_seed(0)
     cell = torch.nn.GRUCell(FEATURES, HIDDEN).double()
     h, key = torch.zeros(BATCH, HIDDEN, dtype=torch.float64), TORCH.key(1)
@@ -148,13 +150,13 @@ def a_keras_lstm(keras: Any, rate: float, recurrent_rate: float, units: int = HI
 
 
 @pytest.mark.slow
-def test_keras_with_our_masks_is_our_scan(keras, monkeypatch):
-    """`dropout` and `recurrent_dropout` of Keras, at 1e-6: one mask a gate, for all timesteps."""
+def test_keras_with_masks_of_regjax_is_a_scan_of_regjax(keras, monkeypatch):
+    """Keras' `dropout` and `recurrent_dropout` have one mask per gate for all timesteps."""
     keys = jax.random.split(JAX.key(9), 8)
     made = []
 
     def ours(cell, x, rate):
-        """Of the input first, then of the state: a mask for each of the four gates."""
+        """Return a mask for each of the four gates, first of the input, then of the state."""
         of = keys[4 * len(made) : 4 * len(made) + 4]
         made.append(rate)
         return [regjax.dropout(jnp.ones(x.shape), rate, key=key) for key in of]
@@ -188,8 +190,8 @@ def test_keras_with_our_masks_is_our_scan(keras, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_masks_of_keras_have_our_statistics(keras):
-    """Its own: constant in time, of the same scale, and of the same rate in 5 sigma, p < 6e-7."""
+def test_masks_of_keras_have_the_same_statistics(keras):
+    """Masks of Keras are constant over time, with the same scale, and rate within 5 sigma."""
     rows, rate, seen = 500, 0.3, []
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         layer = a_keras_lstm(keras, rate, rate, units=8)

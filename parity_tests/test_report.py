@@ -1,4 +1,4 @@
-"""The report says what was compared, and fails when something differs."""
+"""The report: its contents, and its exit code when something differs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run_with(monkeypatch, tmp_path, *found: Check, options=()) -> int:
 @pytest.mark.parametrize(
     ("found", "code"),
     [((AGREES,), 0), ((AGREES, DIFFERS), 1), ((AGREES, ABSENT), 0), ((ABSENT,), 1)],
-    ids=["agrees", "differs", "left out", "nothing ran"],
+    ids=["agrees", "differs", "skipped", "nothing ran"],
 )
 def test_the_exit_code(monkeypatch, tmp_path, found, code):
     assert run_with(monkeypatch, tmp_path, *found) == code
@@ -42,17 +42,17 @@ def test_a_missing_framework_is_one_line(monkeypatch, tmp_path, capsys):
     run_with(monkeypatch, tmp_path, AGREES, ABSENT)
     lines = [line for line in capsys.readouterr().out.splitlines() if "no_such_package" in line]
     assert len(lines) == 1
-    assert "left out" in lines[0]
+    assert "skipped" in lines[0]
 
 
 def test_the_page_and_the_json_tell_everything(monkeypatch, tmp_path):
     run_with(monkeypatch, tmp_path, AGREES, DIFFERS, ABSENT)
     page = (tmp_path / "parity.html").read_text()
-    assert "1 agrees, 1 differs, 1 left out" in page
+    assert "1 agrees, 1 differs, 1 skipped" in page
     assert "It does &lt;not&gt;." in page
     assert "data:image/png;base64," in page
     record = json.loads((tmp_path / "parity.json").read_text())
-    assert [check["verdict"] for check in record["checks"]] == ["agrees", "differs", "left out"]
+    assert [check["result"] for check in record["checks"]] == ["agrees", "differs", "skipped"]
     assert record["checks"][1]["outcome"]["series"] == {"run": [0.0, 1.0]}
     assert record["versions"]["jax"]
 
@@ -62,10 +62,10 @@ def test_list_and_only(monkeypatch, tmp_path, capsys):
     assert "It holds." in capsys.readouterr().out
     assert run_with(monkeypatch, tmp_path, AGREES, DIFFERS, options=["--only", "fin"]) == 0
     assert run_with(monkeypatch, tmp_path, AGREES, options=["--only", "typo"]) == 1
-    assert "names no check; there are: fine" in capsys.readouterr().out
+    assert "--only must name a check; got typo. Choose: fine" in capsys.readouterr().out
 
 
-# `test_harness.py` trains the same models, so that one of them is enough here.
+# `test_harness.py` trains the same models, so one of them suffices here.
 SLOW = ("training/convolutional", "training/encoder")
 
 
@@ -82,13 +82,13 @@ def test_every_check_passes(check):
     if check.name.startswith("peer/") and EAGER_DIVISION_IS_EXACT:
         assert entry.outcome.ulp in (0, 1)
     else:
-        assert entry.verdict == "agrees", report.found(entry)
+        assert entry.result == "agrees", report.found(entry)
     assert entry.outcome.compared > 0
 
 
 @pytest.mark.parametrize("name", ["masks/jax", "dropout/float32", "peer/nnx"])
 def test_a_planted_error_fails_a_check(monkeypatch, name):
-    """The test of the tests: JAX draws with another key than it was given."""
+    """Test of the tests: JAX draws with another key."""
     import jax
 
     import regjax
@@ -108,4 +108,4 @@ def test_ulps(dtype):
     assert ulps(np.array([one]), np.array([np.nextafter(one, dtype(2))])) == 1
     assert ulps(np.array([-tiny, one]), np.array([tiny, one])) == 2
     assert ulps(np.array([one]), np.array([one])) == 0
-    assert Entry(AGREES, None).verdict == "left out"
+    assert Entry(AGREES, None).result == "skipped"

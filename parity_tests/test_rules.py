@@ -1,4 +1,4 @@
-"""One language of rules in both wings: the same leaves decay, and training goes the same way."""
+"""Decay rules are the same in both packages: the same leaves decay, and training runs agree."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from regjax._decay.paths import named_leaves
 STEPS = 20
 LR = 0.01
 WEIGHT_DECAY = 0.1
-# A bias ahead of a batch norm and that of an attention's keys have no gradient but rounding errors,
-# which Adam with its usual eps of 1e-8 would blow up.
+# The gradients of a bias before a batch norm and of the bias of attention keys are rounding errors,
+# which Adam would amplify with its default eps of 1e-8.
 EPS = 1e-3
 RNG = np.random.default_rng(0)
 
@@ -34,12 +34,11 @@ class Model:
     """One model in both frameworks.
 
     Attributes:
-        module: Makes the PyTorch module.
-        forward: The same in JAX, of parameters and a batch.
-        names: From each path of the JAX parameters to the PyTorch name; several may share a packed
-            one.
-        batch: What goes in.
-        decaying: The paths that decay, said by hand.
+        module: Returns the PyTorch module.
+        forward: The same in JAX, a function of parameters and a batch.
+        names: The PyTorch name of each path of the JAX parameters; several may share a packed one.
+        batch: The input.
+        decaying: The paths that must decay.
     """
 
     module: Callable[[], nn.Module]
@@ -53,9 +52,9 @@ class Model:
 
 
 def _layout(path: str, array: np.ndarray) -> np.ndarray:
-    """Bring a PyTorch array into the form that the JAX path has."""
+    """Convert a PyTorch array to the layout of the JAX path."""
     parts = [i for i, part in enumerate(("/query/", "/key/", "/value/")) if part in path]
-    if parts:  # torch packs them
+    if parts:  # packed in torch
         array = np.split(array, 3)[parts[0]]
     if path.endswith("kernel"):
         return array.transpose(*range(2, array.ndim), 1, 0)
@@ -149,8 +148,8 @@ def _encoder_names() -> Iterator[tuple[str, str]]:
     yield from {"tokens/embedding": "tokens.weight", "cls_token": "cls_token"}.items()
     yield from (_pair("norm", "norm", "scale") | _pair("head", "head")).items()
     for path, name in (("layers/0", "layers.0"), ("layers/1", "layers.1")):
-        for ours, theirs in {"up": "linear1", "down": "linear2"}.items():
-            yield from _pair(f"{path}/{ours}", f"{name}.{theirs}").items()
+        for in_jax, in_torch in {"up": "linear1", "down": "linear2"}.items():
+            yield from _pair(f"{path}/{in_jax}", f"{name}.{in_torch}").items()
         yield from _pair(f"{path}/attention/out", f"{name}.self_attn.out_proj").items()
         for part in ("query", "key", "value"):
             yield f"{path}/attention/{part}/kernel", f"{name}.self_attn.in_proj_weight"
@@ -199,7 +198,7 @@ MODELS = {
     ),
 }
 LABELS = RNG.integers(0, 3, 16)
-# The same list in both wings: it names what both have.
+# The same rules in both frameworks, with names that both have.
 PAIRS = [("head/bias", 0.5), ("norm*/**", 0.25), ("**/norm*/*", True), ("**", "default")]
 
 
@@ -207,7 +206,7 @@ def _make(model: Model) -> nn.Module:
     torch.manual_seed(0)
     module = model.module().double()
     with torch.no_grad():
-        # No zeros and no ones, which would hide whether a bias or a scale decays.
+        # Zeros and ones would hide whether a bias or a scale decays.
         for parameter in module.parameters():
             parameter.add_(torch.rand_like(parameter))
     return module
@@ -281,47 +280,49 @@ def model(request):
 def test_the_same_leaves_decay(model, rule):
     module = _make(model)
     params = _nested(model.to_jax(_arrays(module)))
-    ours = dict(named_leaves(regjax.decay_mask(params, rule)))
-    theirs = regtorch.decay_mask(module, rule)
-    assert set(theirs) == set(model.names.values())
-    assert ours == {path: theirs[name] for path, name in model.names.items()}
+    in_jax = dict(named_leaves(regjax.decay_mask(params, rule)))
+    in_torch = regtorch.decay_mask(module, rule)
+    assert set(in_torch) == set(model.names.values())
+    assert in_jax == {path: in_torch[name] for path, name in model.names.items()}
     grouped = {
         name: group["weight_decay"]
         for group in regtorch.decay_groups(module, WEIGHT_DECAY, rule)
         for name, _ in group["params"]
     }
-    assert ours == {path: grouped[name] > 0 for path, name in model.names.items()}
+    assert in_jax == {path: grouped[name] > 0 for path, name in model.names.items()}
     if rule == "default":
-        assert {path for path, decays in ours.items() if decays} == model.decaying
+        assert {path for path, decays in in_jax.items() if decays} == model.decaying
 
 
 def test_tables_agree(model):
     module = _make(model)
-    ours = regjax.decay_table(_nested(model.to_jax(_arrays(module))), WEIGHT_DECAY)
-    theirs = regtorch.decay_table(module, WEIGHT_DECAY)
-    assert ours.decaying.parameters == theirs.decaying.parameters
-    assert ours.exempt.parameters == theirs.exempt.parameters
-    reasons = {row.path: (row.rule, row.weight_decay) for row in theirs}
-    # A packed projection has one row in PyTorch and three here.
-    assert {row.path: (row.rule, row.weight_decay) for row in ours} == {
+    in_jax = regjax.decay_table(_nested(model.to_jax(_arrays(module))), WEIGHT_DECAY)
+    in_torch = regtorch.decay_table(module, WEIGHT_DECAY)
+    assert in_jax.decaying.parameters == in_torch.decaying.parameters
+    assert in_jax.exempt.parameters == in_torch.exempt.parameters
+    reasons = {row.path: (row.rule, row.weight_decay) for row in in_torch}
+    # A packed projection has one row in PyTorch and three in JAX.
+    assert {row.path: (row.rule, row.weight_decay) for row in in_jax} == {
         path: reasons[name] for path, name in model.names.items()
     }
 
 
 def test_training_agrees(model):
-    ours = _jax_run(model, lambda params: _adamw(regjax.decay_mask(params)))
-    theirs = _torch_run(model, lambda module: regtorch.decay_groups(module, WEIGHT_DECAY))
-    assert_same_at_every_step(ours, theirs, FLOAT64, names=("JAX", "PyTorch"))
+    in_jax = _jax_run(model, lambda params: _adamw(regjax.decay_mask(params)))
+    in_torch = _torch_run(model, lambda module: regtorch.decay_groups(module, WEIGHT_DECAY))
+    assert_same_at_every_step(in_jax, in_torch, FLOAT64, names=("JAX", "PyTorch"))
 
 
 def test_training_agrees_with_a_rate_for_each_leaf():
     model = MODELS["encoder"]
-    ours = _jax_run(model, lambda params: _by_leaf(regjax.decay_rates(params, WEIGHT_DECAY, PAIRS)))
-    theirs = _torch_run(model, lambda module: regtorch.decay_groups(module, WEIGHT_DECAY, PAIRS))
-    assert_same_at_every_step(ours, theirs, FLOAT64, names=("JAX", "PyTorch"))
+    in_jax = _jax_run(
+        model, lambda params: _by_leaf(regjax.decay_rates(params, WEIGHT_DECAY, PAIRS))
+    )
+    in_torch = _torch_run(model, lambda module: regtorch.decay_groups(module, WEIGHT_DECAY, PAIRS))
+    assert_same_at_every_step(in_jax, in_torch, FLOAT64, names=("JAX", "PyTorch"))
 
 
-# Rules that are wrong in ways that are met in the wild.
+# Common wrong rules.
 DEFECTS: dict[str, Callable[[str, Any, str], bool]] = {
     "everything": lambda path, leaf, kind: True,
     "scales": lambda path, leaf, kind: not path.endswith("bias"),
@@ -331,16 +332,16 @@ DEFECTS: dict[str, Callable[[str, Any, str], bool]] = {
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_wrong_rule_is_caught(defect):
-    """The test of the test."""
+    """Test of the test."""
     model = MODELS["cnn"]
-    ours = _jax_run(model, lambda params: _adamw(regjax.decay_mask(params, DEFECTS[defect])))
-    theirs = _torch_run(model, lambda module: regtorch.decay_groups(module, WEIGHT_DECAY))
-    assert deviation(ours, theirs) > 1e-3
-    with pytest.raises(AssertionError, match="part at step 1"):
-        assert_same_at_every_step(ours, theirs, FLOAT64)
+    in_jax = _jax_run(model, lambda params: _adamw(regjax.decay_mask(params, DEFECTS[defect])))
+    in_torch = _torch_run(model, lambda module: regtorch.decay_groups(module, WEIGHT_DECAY))
+    assert deviation(in_jax, in_torch) > 1e-3
+    with pytest.raises(AssertionError, match="diverge at step 1"):
+        assert_same_at_every_step(in_jax, in_torch, FLOAT64)
 
 
-def test_frozen_in_both():
+def test_frozen_layers_agree():
     model = MODELS["encoder"]
 
     def freeze(module: nn.Module) -> Any:

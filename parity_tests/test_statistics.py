@@ -1,7 +1,7 @@
-"""What dropout promises about its masks: keep rate, mean, variance, independence, at 5 sigma.
+"""Statistics of masks: keep rate, mean, variance and independence, at 5 sigma.
 
-Each figure is off by more than 5 sigma once in 1.7 million; the 200 or so below would raise a false
-alarm in one of 8,000 suites, and having fixed seeds, they do not: a pass here is a pass for ever.
+A figure exceeds 5 sigma with probability 6e-7. The about 200 figures of these tests would raise a
+false alarm in one of 8,000 runs with random seeds; the seeds are fixed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from parity_tests import reference
+from parity_tests.frameworks import FRAMEWORKS, Framework
 from parity_tests.statistics import assert_fair, dropout_z
-from parity_tests.wings import WINGS, Wing
 
 RATES = [0.01, 0.1, 0.15, 0.3, 0.5, 0.75, 0.9, 0.99]
 SHAPES = [(100_003,), (256, 1024), (8, 16, 32, 33)]
@@ -19,23 +19,27 @@ KEY = (0, 20)
 
 
 def inputs(shape: tuple[int, ...]) -> np.ndarray:
-    """Values above 0.1: a zero in the output means dropped, and a wrong scale moves the mean."""
+    """Return values above 0.1, so that zeros of the output are dropped elements."""
     return (0.1 + np.abs(np.random.default_rng(1).normal(size=shape))).astype(np.float32)
 
 
-@pytest.mark.parametrize("wing", WINGS, ids=str)
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rate", RATES)
-def test_masks_are_fair(wing: Wing, rate, shape):
-    assert_fair(lambda x, rate: wing.dropout(x, rate, seed=KEY[1]), inputs(shape), rate)
+def test_masks_are_fair(framework: Framework, rate, shape):
+    assert_fair(lambda x, rate: framework.dropout(x, rate, seed=KEY[1]), inputs(shape), rate)
 
 
-@pytest.mark.parametrize("wing", WINGS, ids=str)
-def test_masks_of_different_keys_sites_and_steps_are_independent(wing: Wing):
-    shape, root = (64, 1024), wing.key(0)
-    keys = [wing.library.site_key(root, step, site) for step in range(4) for site in ("a", "b")]
-    keys += [wing.key(seed) for seed in range(4)]
-    draws = np.stack([wing.numpy(wing.library.bernoulli(key, 0.5, shape)) for key in keys])
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
+def test_masks_of_different_keys_sites_and_steps_are_independent(framework: Framework):
+    shape, root = (64, 1024), framework.key(0)
+    keys = [
+        framework.library.site_key(root, step, site) for step in range(4) for site in ("a", "b")
+    ]
+    keys += [framework.key(seed) for seed in range(4)]
+    draws = np.stack(
+        [framework.numpy(framework.library.bernoulli(key, 0.5, shape)) for key in keys]
+    )
     centred = 2.0 * draws.reshape(len(keys), -1) - 1
     # The correlation of each pair of masks, in standard deviations.
     z = centred @ centred.T / np.sqrt(centred.shape[1])
@@ -68,7 +72,7 @@ PLANTED = {
     scaled_by_rate: "mean",
     not_scaled: "mean",
     rate_taken_for_keep_prob: "keep rate",
-    one_mask_for_two_elements: "neighbours along axis 1",
+    one_mask_for_two_elements: "neighbors along axis 1",
 }
 
 
@@ -76,7 +80,7 @@ PLANTED = {
     ("planted", "figure"), PLANTED.items(), ids=lambda value: getattr(value, "__name__", None)
 )
 def test_a_planted_error_is_caught_by_name(planted, figure):
-    """The test of the tests: the same check, on functions that are wrong."""
+    """Test of the tests: the same check of wrong functions."""
     x = inputs((128, 128))
     assert_fair(lambda x, rate: reference.dropout(x, rate, KEY), x, 0.3)
     with pytest.raises(AssertionError, match=figure):
@@ -84,7 +88,7 @@ def test_a_planted_error_is_caught_by_name(planted, figure):
 
 
 def test_at_rate_one_half_the_variance_is_exact():
-    """Where each element's share is certain, any other scale is infinitely many sigmas off."""
+    """Each element's contribution is constant, so another scale has an infinite z-score."""
     x = inputs((128, 128))
     assert dropout_z(lambda x, rate: reference.dropout(x, rate, KEY), x, 0.5)["variance"] == 0
     assert dropout_z(not_scaled, x, 0.5)["variance"] == -np.inf

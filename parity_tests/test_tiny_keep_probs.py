@@ -1,4 +1,4 @@
-"""Keep probabilities near the resolution of a mask, 2**-23: the mean stays that of the input."""
+"""Keep probabilities near the resolution of a mask, 2**-23, preserve the mean of the input."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import math
 import numpy as np
 import pytest
 
-from parity_tests.wings import JAX, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
 from regjax import equinox, haiku, linen, nnx
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 LUCKY = 780_233  # element 0 of this key is below every threshold, element 1 is not
 RATES = [1 - 1e-10, 1 - 1.5 * 2**-23, 1 - 1e-5, 0.9999, 0.9]
 
 
 def attend(library, block_size):
-    """Two rows, each of which attends to one key."""
+    """Return attention of two rows, each of which has one key."""
 
     def call(x, rate, key):
         query = x.reshape(2, 1, 1, 2)
@@ -27,9 +27,9 @@ def attend(library, block_size):
     return call
 
 
-def family(wing: Wing):
-    """Functions of x, of shape (2, 2), whose two results depend on elements 0 and 1 of the mask."""
-    library, ids = wing.library, wing.array(np.arange(2))
+def family(framework: Framework):
+    """Return functions of x (2, 2) whose two results depend on elements 0 and 1 of the mask."""
+    library, ids = framework.library, framework.array(np.arange(2))
     shared = {"broadcast_dims": (1,)}
     return {
         "dropout": lambda x, rate, key: library.dropout(x, rate, key=key, **shared)[:, 0],
@@ -53,19 +53,19 @@ LAYERS = {
     "equinox": lambda x, rate, key: equinox.Dropout(rate)(x, key=key)[0],
     "haiku": lambda x, rate, key: haiku.dropout(key, rate, x)[0],
 }
-CASES = [(wing, *each) for wing in WINGS for each in family(wing).items()]
+CASES = [(framework, *each) for framework in FRAMEWORKS for each in family(framework).items()]
 CASES += [(JAX, *each) for each in LAYERS.items()]
-IDS = [f"{wing}-{name}" for wing, name, _ in CASES]
+IDS = [f"{framework}-{name}" for framework, name, _ in CASES]
 
 
-@pytest.mark.parametrize(("wing", "name", "function"), CASES, ids=IDS)
-def test_the_mean_is_that_of_the_input(wing: Wing, name, function):
-    """Element 0 is kept, element 1 is not: weighed by their probabilities they give the mean."""
+@pytest.mark.parametrize(("framework", "name", "function"), CASES, ids=IDS)
+def test_the_mean_is_preserved(framework: Framework, name, function):
+    """Element 0 is kept and element 1 dropped; weighted by probability, they give the mean."""
     value = 0.0 if "alpha" in name else 1.0  # the mean that alpha dropout preserves
-    x = wing.array(np.full((2, 2), value, np.float32))
-    at_number = functools.partial(function, x, key=wing.key(LUCKY))
-    at_tracer = wing.traced(at_number)
-    # One program takes every traced rate, while each number makes its own.
+    x = framework.array(np.full((2, 2), value, np.float32))
+    at_number = functools.partial(function, x, key=framework.key(LUCKY))
+    at_tracer = framework.traced(at_number)
+    # One program serves all traced rates, while each number needs its own.
     numbers = [(at_number, rate) for rate in RATES[:2]]
     for drop, rate in numbers + [(at_tracer, np.float32(rate)) for rate in RATES]:
         p = math.ceil(float(np.float32(1 - rate)) * 2**23) / 2**23
@@ -75,17 +75,19 @@ def test_the_mean_is_that_of_the_input(wing: Wing, name, function):
         assert mean == pytest.approx(value, rel=2**-10, abs=2**-10)
 
 
-@both_wings
-def test_ordinary_scales_are_the_inverse_of_the_keep_probability(wing: Wing):
+@both_frameworks
+def test_ordinary_scales_are_the_inverse_of_the_keep_probability(framework: Framework):
     for rate in (0.1, 0.5, 0.999, 1 - 2**-12):
-        y = wing.dropout(np.ones(1, np.float32), rate, seed=LUCKY)
+        y = framework.dropout(np.ones(1, np.float32), rate, seed=LUCKY)
         assert y[0] == np.float32(1) / np.float32(1 - rate)
 
 
-@both_wings
-def test_a_subnormal_probability_keeps_nothing_and_the_smallest_normal_one_does(wing: Wing):
+@both_frameworks
+def test_a_subnormal_probability_keeps_nothing_and_the_smallest_normal_one_does(
+    framework: Framework,
+):
     smallest = np.finfo(np.float32).smallest_normal
     for keep_prob, is_kept in ((smallest, True), (np.nextafter(smallest, np.float32(0)), False)):
-        draw = lambda p: wing.library.bernoulli(wing.key(LUCKY), p, (1,))
-        assert wing.numpy(draw(float(keep_prob))).item() is is_kept
-        assert wing.numpy(wing.traced(draw)(keep_prob)).item() is is_kept
+        draw = lambda p: framework.library.bernoulli(framework.key(LUCKY), p, (1,))
+        assert framework.numpy(draw(float(keep_prob))).item() is is_kept
+        assert framework.numpy(framework.traced(draw)(keep_prob)).item() is is_kept

@@ -1,4 +1,4 @@
-"""Monte Carlo dropout: the same passes in both wings, and NumPy's statistics of them."""
+"""Monte Carlo dropout: the same passes and statistics in both frameworks and NumPy."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 
 import regjax
 import regtorch
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 KINDS = ("logits", "probabilities", "values")
 FIELDS = ("mean", "std", "entropy", "expected_entropy", "mutual_information", "samples")
 SAMPLES = 13
-# Of the largest entry. In float32 the product of matrices rounds differently in each wing.
+# Relative to the largest entry. In float32 matrix products round differently in each framework.
 BOUNDS = {np.dtype(np.float64): 1e-12, np.dtype(np.float32): 2e-6}
 
 
 def sizes(dtype: np.dtype) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Images and the weights, biases and running averages of a network that normalises."""
+    """Return images, and the weights, biases and running averages of a network."""
     rng = np.random.default_rng(0)
     shapes = {"w0": (6, 16), "b0": (16,), "mean": (16,), "w1": (16, 4), "b1": (4,)}
     params = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
@@ -33,7 +33,7 @@ def sizes(dtype: np.dtype) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def in_jax(params: Any, x: Any, *, key: Any, kind: str, shared: bool = False) -> Any:
-    """The network with running averages, and dropout before the norm and after it."""
+    """Apply the network with running averages, and dropout before and after the norm."""
     root = jax.random.key(0) if shared else key
     y = x @ params["w0"] + params["b0"][None]
     y = regjax.dropout(y, 0.3, key=regjax.site_key(root, 0, "1"))
@@ -44,7 +44,7 @@ def in_jax(params: Any, x: Any, *, key: Any, kind: str, shared: bool = False) ->
 
 
 def in_torch(params: dict[str, np.ndarray], kind: str) -> torch.nn.Module:
-    """The same network as a model in training mode."""
+    """Return the same network as a model in training mode."""
     model = torch.nn.Sequential(
         torch.nn.Linear(6, 16),
         torch.nn.Dropout(0.3),
@@ -63,7 +63,7 @@ def in_torch(params: dict[str, np.ndarray], kind: str) -> torch.nn.Module:
 
 
 def predictions(dtype: np.dtype, kind: str, chunk_size: int | None) -> tuple[Any, Any]:
-    """What both wings say, fields as NumPy arrays."""
+    """Return the predictions of both frameworks, as NumPy arrays."""
     x, params = sizes(dtype)
     options = {"outputs": kind, "samples": SAMPLES, "keep_samples": True}
     predict = functools.partial(in_jax, kind=kind)
@@ -73,13 +73,13 @@ def predictions(dtype: np.dtype, kind: str, chunk_size: int | None) -> tuple[Any
     return as_numpy(JAX, ours), as_numpy(TORCH, theirs)
 
 
-def as_numpy(wing: Wing, prediction: Any) -> dict[str, np.ndarray | None]:
+def as_numpy(framework: Framework, prediction: Any) -> dict[str, np.ndarray | None]:
     fields = {name: getattr(prediction, name) for name in FIELDS}
-    return {name: None if v is None else wing.numpy(v) for name, v in fields.items()}
+    return {name: None if v is None else framework.numpy(v) for name, v in fields.items()}
 
 
 def in_numpy(samples: np.ndarray, kind: str) -> dict[str, np.ndarray | None]:
-    """The reference: NumPy in double, all passes at once."""
+    """Return the reference, computed in double from all passes."""
     y = samples.astype(np.float64)
     if kind == "logits":
         y = np.exp(y - y.max(-1, keepdims=True))
@@ -107,9 +107,9 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], bound: float) -> No
     [*((kind, np.dtype(np.float64)) for kind in KINDS), ("logits", np.dtype(np.float32))],
     ids=str,
 )
-def test_the_wings_agree_with_each_other_and_with_numpy(kind, dtype):
+def test_the_frameworks_agree_with_each_other_and_with_numpy(kind, dtype):
     with jax.enable_x64(dtype.itemsize == 8):
-        # 13 passes in chunks of 4: one pass and three chunks.
+        # 13 passes in chunks of 4 are three chunks and one pass.
         for chunk_size in (4, None) if kind == "logits" else (4,):
             ours, theirs = predictions(dtype, kind, chunk_size)
             assert ours["std"].max() > 0.1
@@ -122,7 +122,7 @@ def shares_one_key(params: Any, x: Any, *, key: Any) -> Any:
     return in_jax(params, x, key=key, kind="logits", shared=True)
 
 
-def test_passes_that_share_a_key_are_found():
+def test_passes_that_share_a_key_are_an_error():
     x, params = sizes(np.dtype(np.float32))
     with pytest.raises(ValueError, match=r"^predict must depend on its key"):
         regjax.mc_dropout(shares_one_key, params, x, key=JAX.key(7), outputs="logits")
@@ -131,8 +131,8 @@ def test_passes_that_share_a_key_are_found():
         regtorch.mc_dropout(fixed, TORCH.array(x), key=TORCH.key(0), outputs="values")
 
 
-def test_a_norm_in_training_mode_would_be_seen():
-    """The test of the tests above: statistics of the batch make another prediction."""
+def test_a_norm_in_training_mode_gives_another_prediction():
+    """Test of the previous tests, which would detect statistics of the batch."""
     x, params = sizes(np.dtype(np.float32))
     model, options = in_torch(params, "logits"), {"key": TORCH.key(7), "outputs": "logits"}
     right = regtorch.mc_dropout(model, TORCH.array(x), **options)
@@ -145,18 +145,22 @@ def test_a_norm_in_training_mode_would_be_seen():
     assert (y.mean - right.mean).abs().max() > 0.01
 
 
-def noise(wing: Wing, shape: tuple[int, ...], scale: float = 1.0, shift: float = 0.0) -> Any:
-    """A pass that is nothing but a mask: 0 and 2, scaled and shifted."""
+def noise(
+    framework: Framework, shape: tuple[int, ...], scale: float = 1.0, shift: float = 0.0
+) -> Any:
+    """Return a pass whose output is a mask with values 0 and 2, scaled and shifted."""
     ones = np.ones(shape, np.float32)
-    return lambda *, key: wing.library.dropout(wing.array(ones), 0.5, key=key) * scale + shift
+    return lambda *, key: (
+        framework.library.dropout(framework.array(ones), 0.5, key=key) * scale + shift
+    )
 
 
-def run(wing: Wing, predict: Any, **options: Any) -> Any:
-    options = {"key": wing.key(3), "outputs": "values", "samples": 10} | options
-    return wing.library.mc_dropout(predict, **options)
+def run(framework: Framework, predict: Any, **options: Any) -> Any:
+    options = {"key": framework.key(3), "outputs": "values", "samples": 10} | options
+    return framework.library.mc_dropout(predict, **options)
 
 
-def test_the_masks_are_the_same_bits_for_any_chunks_and_any_number_of_passes():
+def test_masks_do_not_depend_on_chunks_or_the_number_of_passes():
     keys = [regtorch.site_key(TORCH.key(3), i, "mc_dropout") for i in range(10)]
     masks = np.stack([2.0 * TORCH.numpy(regtorch.bernoulli(key, 0.5, (4, 9))) for key in keys])
     torch_samples = run(TORCH, noise(TORCH, (4, 9)), keep_samples=True).samples
@@ -166,58 +170,60 @@ def test_the_masks_are_the_same_bits_for_any_chunks_and_any_number_of_passes():
         np.testing.assert_array_equal(samples, masks[: options.get("samples")])
 
 
-@both_wings
-def test_the_deviation_of_nearly_equal_values_keeps_its_digits(wing: Wing):
-    """In float32: at 1,000 apart by 1e-3, where a sum of squares would lose every digit."""
+@both_frameworks
+def test_the_deviation_of_nearly_equal_values_is_accurate(framework: Framework):
+    """Values near 1,000 that differ by 1e-3; a sum of squares in float32 would lose all digits."""
     scale, shift, n = 2.0**-11, 1000.0, 500
-    y = run(wing, noise(wing, (50,), scale, shift), samples=n, keep_samples=True)
-    exact = wing.numpy(y.samples).astype(np.float64)
+    y = run(framework, noise(framework, (50,), scale, shift), samples=n, keep_samples=True)
+    exact = framework.numpy(y.samples).astype(np.float64)
     assert set(np.unique(exact)) == {shift, shift + 2 * scale}
-    np.testing.assert_allclose(wing.numpy(y.std), exact.std(0), rtol=1e-5)
-    np.testing.assert_allclose(wing.numpy(y.mean), exact.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(framework.numpy(y.std), exact.std(0), rtol=1e-5)
+    np.testing.assert_allclose(framework.numpy(y.mean), exact.mean(0), rtol=1e-7)
     rounded = exact.astype(np.float32)
     naive = np.square(rounded).mean(0) - np.square(rounded.mean(0))
     assert np.abs(naive - exact.var(0)).max() > exact.var(0).max()
 
 
-@both_wings
-def test_half_types_are_summed_in_single(wing: Wing):
+@both_frameworks
+def test_half_types_are_summed_in_single(framework: Framework):
     def half(*, key: Any) -> Any:
-        y = noise(wing, (3, 5))(key=key)
-        return y.astype(jnp.bfloat16) if wing is JAX else y.bfloat16()
+        y = noise(framework, (3, 5))(key=key)
+        return y.astype(jnp.bfloat16) if framework is JAX else y.bfloat16()
 
-    y = run(wing, half, outputs="logits", keep_samples=True)
-    assert wing.numpy(y.mean).dtype == np.float32
+    y = run(framework, half, outputs="logits", keep_samples=True)
+    assert framework.numpy(y.mean).dtype == np.float32
     assert str(y.samples.dtype).endswith("bfloat16")
-    np.testing.assert_allclose(wing.numpy(y.mean).sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(framework.numpy(y.mean).sum(-1), 1, rtol=1e-6)
 
 
-@both_wings
-def test_certain_and_uncertain(wing: Wing):
-    """Passes that agree have no mutual information; passes that contradict have nothing else."""
+@both_frameworks
+def test_mutual_information_of_passes_that_disagree(framework: Framework):
+    """The entropy of passes that contradict each other is mutual information alone."""
 
     def contradict(*, key: Any) -> Any:
-        one = noise(wing, (200, 1), 500.0)(key=key)
+        one = noise(framework, (200, 1), 500.0)(key=key)
         zero = one * 0 + 500
-        return jnp.concatenate([one, zero], 1) if wing is JAX else torch.cat([one, zero], 1)
+        return jnp.concatenate([one, zero], 1) if framework is JAX else torch.cat([one, zero], 1)
 
-    y = run(wing, contradict, outputs="logits", samples=64)
-    np.testing.assert_allclose(wing.numpy(y.expected_entropy), 0, atol=1e-6)
-    np.testing.assert_array_equal(wing.numpy(y.mutual_information), wing.numpy(y.entropy))
-    # Of 64 fair coins fewer than 12 fall on one side once in 3e7 times; this for each of 200.
-    assert wing.numpy(y.entropy).min() > -(12 / 64) * np.log(12 / 64) - (52 / 64) * np.log(52 / 64)
-    one_pass = run(wing, contradict, outputs="logits", samples=1)
-    assert not wing.numpy(one_pass.std).any()
-    assert not wing.numpy(one_pass.mutual_information).any()
+    y = run(framework, contradict, outputs="logits", samples=64)
+    np.testing.assert_allclose(framework.numpy(y.expected_entropy), 0, atol=1e-6)
+    np.testing.assert_array_equal(framework.numpy(y.mutual_information), framework.numpy(y.entropy))
+    # Fewer than 12 of 64 fair coins show one side with probability 3e-8, here for each of 200.
+    assert framework.numpy(y.entropy).min() > -(12 / 64) * np.log(12 / 64) - (52 / 64) * np.log(
+        52 / 64
+    )
+    one_pass = run(framework, contradict, outputs="logits", samples=1)
+    assert not framework.numpy(one_pass.std).any()
+    assert not framework.numpy(one_pass.mutual_information).any()
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("axis", [1, -3])
-def test_the_classes_may_lie_along_any_axis(wing: Wing, axis):
-    y = run(wing, noise(wing, (2, 4, 3, 5)), outputs="logits", class_axis=axis)
+def test_classes_may_be_any_axis(framework: Framework, axis):
+    y = run(framework, noise(framework, (2, 4, 3, 5)), outputs="logits", class_axis=axis)
     assert y.mean.shape == (2, 4, 3, 5)
     assert y.entropy.shape == (2, 3, 5)
-    np.testing.assert_allclose(wing.numpy(y.mean).sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(framework.numpy(y.mean).sum(1), 1, rtol=1e-6)
 
 
 CORNERS = [
@@ -225,7 +231,7 @@ CORNERS = [
     ({"samples": True}, TypeError, "samples must be an integer; got True"),
     ({"samples": 1.5}, TypeError, "samples must be an integer"),
     ({"outputs": "softmax"}, ValueError, 'outputs must be "logits", "probabilities" or "values"'),
-    ({"outputs": "probabilities"}, ValueError, "sum to 1 along class_axis=-1"),
+    ({"outputs": "probabilities"}, ValueError, "sum 1 along class_axis=-1"),
     ({"outputs": "logits", "class_axis": 2}, ValueError, "class_axis must be a dimension"),
     ({"outputs": "logits", "class_axis": 1}, ValueError, "at least two classes"),
     ({"key": None}, TypeError, "key must be a"),
@@ -233,100 +239,111 @@ CORNERS = [
 ]
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(
     ("options", "error", "message"), CORNERS, ids=[message for *_, message in CORNERS]
 )
-def test_what_is_wrong_is_refused(wing: Wing, options, error, message):
+def test_wrong_arguments_are_rejected(framework: Framework, options, error, message):
     if options.get("key") == "batch":
-        split = jax.random.split if wing is JAX else regtorch.split
-        options = {"key": split(wing.key(0), 3)}
+        split = jax.random.split if framework is JAX else regtorch.split
+        options = {"key": split(framework.key(0), 3)}
     with pytest.raises(error, match=message):
-        run(wing, noise(wing, (2, 1) if options.get("class_axis") == 1 else (2, 3)), **options)
+        run(
+            framework,
+            noise(framework, (2, 1) if options.get("class_axis") == 1 else (2, 3)),
+            **options,
+        )
 
 
-def several(wing: Wing) -> Any:
-    return lambda *, key: (noise(wing, (2, 3))(key=key),) * 2
+def several(framework: Framework) -> Any:
+    return lambda *, key: (noise(framework, (2, 3))(key=key),) * 2
 
 
-def classes(wing: Wing) -> Any:
-    return lambda *, key: noise(wing, (2, 3))(key=key).argmax(-1)
+def classes(framework: Framework) -> Any:
+    return lambda *, key: noise(framework, (2, 3))(key=key).argmax(-1)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("make", [several, classes])
-def test_a_pass_returns_one_floating_array(wing: Wing, make):
+def test_a_pass_returns_one_floating_array(framework: Framework, make):
     with pytest.raises(TypeError, match="predict must return one floating"):
-        run(wing, make(wing), outputs="logits")
+        run(framework, make(framework), outputs="logits")
 
 
-@both_wings
-def test_probabilities_that_are_negative_are_refused(wing: Wing):
+@both_frameworks
+def test_negative_probabilities_are_rejected(framework: Framework):
     def negative(*, key: Any) -> Any:
-        y = noise(wing, (2, 1))(key=key)
+        y = noise(framework, (2, 1))(key=key)
         pair = (y, 1 - y)
-        return jnp.concatenate(pair, 1) if wing is JAX else torch.cat(pair, 1)
+        return jnp.concatenate(pair, 1) if framework is JAX else torch.cat(pair, 1)
 
-    with pytest.raises(ValueError, match="outputs='probabilities' must be at least 0"):
-        run(wing, negative, outputs="probabilities")
+    with pytest.raises(ValueError, match="predict must return probabilities, at least 0"):
+        run(framework, negative, outputs="probabilities")
 
 
-@both_wings
-def test_mutual_information_is_never_negative(wing: Wing):
-    """Passes that hardly differ: the difference of the entropies is rounding, of either sign."""
+@both_frameworks
+def test_mutual_information_is_never_negative(framework: Framework):
+    """For nearly equal passes the difference of entropies is rounding, of either sign."""
     x = np.random.default_rng(0).normal(size=(500, 4)).astype(np.float32)
-    x, small = wing.array(x), wing.array(np.full((500, 4), 1e-6, np.float32))
+    x, small = framework.array(x), framework.array(np.full((500, 4), 1e-6, np.float32))
 
     def predict(x: Any, *, key: Any) -> Any:
-        return x + wing.library.dropout(small, 0.5, key=key)
+        return x + framework.library.dropout(small, 0.5, key=key)
 
-    y = wing.library.mc_dropout(predict, x, key=wing.key(0), outputs="logits", samples=4)
+    y = framework.library.mc_dropout(predict, x, key=framework.key(0), outputs="logits", samples=4)
     entropy, expected, mutual = map(
-        wing.numpy, (y.entropy, y.expected_entropy, y.mutual_information)
+        framework.numpy, (y.entropy, y.expected_entropy, y.mutual_information)
     )
     assert (entropy - expected).min() < 0
     assert mutual.min() == 0
 
 
-# How `dropout` ends up with the key of a pass, and whether the outputs then depend on it.
+# Uses of the key of a pass, and whether the outputs depend on it.
 KEY_USES = {
-    "dropped": (lambda wing, x, key: wing.library.dropout(x, 0.5, key=key), True),
+    "dropped": (lambda framework, x, key: framework.library.dropout(x, 0.5, key=key), True),
     "site": (
-        lambda wing, x, key: wing.library.dropout(x, 0.5, key=wing.library.site_key(key, 0, "a")),
+        lambda framework, x, key: framework.library.dropout(
+            x, 0.5, key=framework.library.site_key(key, 0, "a")
+        ),
         True,
     ),
     "evaluation": (
-        lambda wing, x, key: wing.library.dropout(x, 0.5, key=key, deterministic=True),
+        lambda framework, x, key: framework.library.dropout(x, 0.5, key=key, deterministic=True),
         False,
     ),
-    "rate 0": (lambda wing, x, key: wing.library.dropout(x, 0.0, key=key), False),
-    "rate 1": (lambda wing, x, key: wing.library.dropout(x, 1.0, key=key), False),
-    "unused": (lambda wing, x, key: x * 2, False),
-    "another key": (lambda wing, x, key: wing.library.dropout(x, 0.5, key=wing.key(7)), False),
+    "rate 0": (lambda framework, x, key: framework.library.dropout(x, 0.0, key=key), False),
+    "rate 1": (lambda framework, x, key: framework.library.dropout(x, 1.0, key=key), False),
+    "unused": (lambda framework, x, key: x * 2, False),
+    "another key": (
+        lambda framework, x, key: framework.library.dropout(x, 0.5, key=framework.key(7)),
+        False,
+    ),
 }
 
 
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize(("use", "depends"), KEY_USES.values(), ids=KEY_USES)
-@both_wings
-def test_a_predict_that_ignores_its_key_is_refused(wing: Wing, use, depends, samples):
+@both_frameworks
+def test_a_predict_that_ignores_its_key_is_rejected(framework: Framework, use, depends, samples):
     def predict(x, *, key):
-        return use(wing, x, key)
+        return use(framework, x, key)
 
-    x = wing.array(np.ones((4, 8), np.float32))
-    options: Any = {"key": wing.key(0), "outputs": "values", "samples": samples}
+    x = framework.array(np.ones((4, 8), np.float32))
+    options: Any = {"key": framework.key(0), "outputs": "values", "samples": samples}
     if depends:
-        assert bool((wing.library.mc_dropout(predict, x, **options).std > 0).any()) == (samples > 1)
+        assert bool((framework.library.mc_dropout(predict, x, **options).std > 0).any()) == (
+            samples > 1
+        )
         return
     with pytest.raises(ValueError, match=r"^predict must depend on its key"):
-        wing.library.mc_dropout(predict, x, **options)
+        framework.library.mc_dropout(predict, x, **options)
 
 
-@both_wings
-def test_an_empty_batch_has_an_empty_prediction(wing: Wing):
+@both_frameworks
+def test_an_empty_batch_has_an_empty_prediction(framework: Framework):
     def predict(x, *, key):
-        return wing.library.dropout(x, 0.5, key=key)
+        return framework.library.dropout(x, 0.5, key=key)
 
-    x = wing.array(np.ones((0, 8), np.float32))
-    y = wing.library.mc_dropout(predict, x, key=wing.key(0), outputs="logits", samples=2)
+    x = framework.array(np.ones((0, 8), np.float32))
+    y = framework.library.mc_dropout(predict, x, key=framework.key(0), outputs="logits", samples=2)
     assert tuple(y.mean.shape) == (0, 8)

@@ -1,4 +1,4 @@
-"""DropConnect: the same masks by the names of the weights, and the same training, in both wings."""
+"""DropConnect: masks by the names of weights, and training, agree in both frameworks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 import regjax
 import regtorch
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework, from_torch, to_torch
 from parity_tests.recurrence import assert_close, lstm
-from parity_tests.wings import JAX, TORCH, WINGS, Wing, from_torch, to_torch
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 SHAPES = {
     "dense/kernel": (4, 6),
     "dense/bias": (6,),
@@ -27,11 +27,11 @@ SHAPES = {
 KERNELS = {"dense/kernel", "cells/0/kernel"}
 
 
-def a_tree(wing: Wing) -> Any:
-    """The same weights as each framework names them."""
+def a_tree(framework: Framework) -> Any:
+    """Return the same weights, with the names of each framework."""
     rng = np.random.default_rng(0)
     flat = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
-    if wing is TORCH:
+    if framework is TORCH:
         return {name.replace("/", "."): to_torch(array) for name, array in flat.items()}
     arrays = {name: jnp.asarray(array) for name, array in flat.items()}
     return {
@@ -42,99 +42,104 @@ def a_tree(wing: Wing) -> Any:
     }
 
 
-def flat(wing: Wing, tree: Any) -> dict[str, Any]:
-    if wing is TORCH:
+def flat(framework: Framework, tree: Any) -> dict[str, Any]:
+    if framework is TORCH:
         return {name.replace(".", "/"): leaf for name, leaf in tree.items()}
     named = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("name", ["bernoulli", "packed_bernoulli"])
-def test_kernels_are_dropped_by_name_and_nothing_else(wing: Wing, name):
-    weights = a_tree(wing)
-    key, sampler = wing.key(3), getattr(wing.library, name)
-    dropped = flat(wing, wing.library.drop_connect(weights, 0.5, key=key, sampler=sampler))
-    for path, leaf in flat(wing, weights).items():
+def test_only_kernels_are_dropped(framework: Framework, name):
+    weights = a_tree(framework)
+    key, sampler = framework.key(3), getattr(framework.library, name)
+    dropped = flat(
+        framework, framework.library.drop_connect(weights, 0.5, key=key, sampler=sampler)
+    )
+    for path, leaf in flat(framework, weights).items():
         if path in KERNELS:
-            its_key = wing.library.site_key(key, 0, path)
-            expected = wing.library.dropout(leaf, 0.5, key=its_key, sampler=sampler)
-            np.testing.assert_array_equal(wing.numpy(dropped[path]), wing.numpy(expected))
-            assert (wing.numpy(expected) == 0).any()
+            its_key = framework.library.site_key(key, 0, path)
+            expected = framework.library.dropout(leaf, 0.5, key=its_key, sampler=sampler)
+            np.testing.assert_array_equal(framework.numpy(dropped[path]), framework.numpy(expected))
+            assert (framework.numpy(expected) == 0).any()
         else:
             assert dropped[path] is leaf
 
 
 @pytest.mark.parametrize("rule", ["default", "**", "cells/**", [("bias", True), ("**", False)]])
-def test_both_wings_drop_the_same_weights(rule):
-    ours, theirs = (
-        flat(wing, wing.library.drop_connect(a_tree(wing), 0.3, key=wing.key(3), rule=rule))
-        for wing in WINGS
+def test_both_frameworks_drop_the_same_weights(rule):
+    in_jax, in_torch = (
+        flat(
+            framework,
+            framework.library.drop_connect(a_tree(framework), 0.3, key=framework.key(3), rule=rule),
+        )
+        for framework in FRAMEWORKS
     )
-    assert ours.keys() == theirs.keys()
-    for path, leaf in ours.items():
-        np.testing.assert_array_equal(np.asarray(leaf), from_torch(theirs[path]))
+    assert in_jax.keys() == in_torch.keys()
+    for path, leaf in in_jax.items():
+        np.testing.assert_array_equal(np.asarray(leaf), from_torch(in_torch[path]))
 
 
-@both_wings
-def test_one_array_is_dropped_as_by_dropout(wing: Wing):
-    kernel = wing.array(np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
-    y = wing.library.drop_connect(kernel, 0.3, key=wing.key(3))
-    expected = wing.library.dropout(kernel, 0.3, key=wing.key(3))
-    np.testing.assert_array_equal(wing.numpy(y), wing.numpy(expected))
+@both_frameworks
+def test_a_single_array_is_dropped_as_by_dropout(framework: Framework):
+    kernel = framework.array(np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32))
+    y = framework.library.drop_connect(kernel, 0.3, key=framework.key(3))
+    expected = framework.library.dropout(kernel, 0.3, key=framework.key(3))
+    np.testing.assert_array_equal(framework.numpy(y), framework.numpy(expected))
 
 
-@both_wings
-def test_the_corners_are_those_of_dropout(wing: Wing):
-    weights = a_tree(wing)
-    drop = functools.partial(wing.library.drop_connect, weights)
+@both_frameworks
+def test_the_corners_are_those_of_dropout(framework: Framework):
+    weights = a_tree(framework)
+    drop = functools.partial(framework.library.drop_connect, weights)
     assert drop(0) is weights
     assert drop(0.5, deterministic=True) is weights
-    emptied = flat(wing, drop(1))
-    assert {path for path, leaf in emptied.items() if not wing.numpy(leaf).any()} == KERNELS
+    emptied = flat(framework, drop(1))
+    assert {path for path, leaf in emptied.items() if not framework.numpy(leaf).any()} == KERNELS
     for rate in (np.float32(0.25), np.float32(2)):
-        at = wing.traced(lambda rate: drop(rate, key=wing.key(3)))
-        leaf = wing.numpy(flat(wing, at(rate))["dense/kernel"])
-        number = flat(wing, drop(float(rate), key=wing.key(3))) if rate < 1 else {}
+        at = framework.traced(lambda rate: drop(rate, key=framework.key(3)))
+        leaf = framework.numpy(flat(framework, at(rate))["dense/kernel"])
+        number = flat(framework, drop(float(rate), key=framework.key(3))) if rate < 1 else {}
         expected = number.get("dense/kernel", np.full((4, 6), np.nan))
         np.testing.assert_array_equal(leaf, np.asarray(expected))
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"rule": "decoder/**"}, ValueError, "rule has 'decoder/.*matches none"),
-        ({"rule": [("**", False)]}, ValueError, "nothing to drop"),
-        ({"rule": [("**", 0.5)]}, TypeError, "only whether"),
+        ({"rule": "decoder/**"}, ValueError, "rule must .* got 'decoder/.*matches none"),
+        ({"rule": [("**", False)]}, ValueError, "weights must have a .* selects; got none"),
+        ({"rule": [("**", 0.5)]}, TypeError, "rule must return True or False"),
         ({"rate": 1.5}, ValueError, r"rate must lie in \[0, 1\]; got 1\.5"),
-        ({"key": None}, ValueError, "key is missing"),
-        ({"deterministic": 1}, TypeError, "deterministic must be one boolean"),
+        ({"key": None}, ValueError, "key must be a random key in training"),
+        ({"deterministic": 1}, TypeError, "deterministic must be a boolean"),
     ],
 )
-def test_wrong_arguments_are_refused(wing: Wing, options, error, message):
-    options = {"rate": 0.5, "key": wing.key(0), **options}
+def test_wrong_arguments_are_refused(framework: Framework, options, error, message):
+    options = {"rate": 0.5, "key": framework.key(0), **options}
     with pytest.raises(error, match=message):
-        wing.library.drop_connect(a_tree(wing), **options)
+        framework.library.drop_connect(a_tree(framework), **options)
 
 
-@both_wings
-def test_a_weight_of_which_nothing_is_known_is_not_dropped_in_silence(wing: Wing):
-    weights = {"mystery": wing.array(np.ones((2, 2), np.float32))}
-    with pytest.raises(ValueError, match="cannot tell what 'mystery'"):
-        wing.library.drop_connect(weights, 0.5, key=wing.key(0))
+@both_frameworks
+def test_a_weight_of_unknown_kind_is_an_error(framework: Framework):
+    weights = {"mystery": framework.array(np.ones((2, 2), np.float32))}
+    with pytest.raises(ValueError, match="rule must have a pair for 'mystery'"):
+        framework.library.drop_connect(weights, 0.5, key=framework.key(0))
 
 
 def test_a_mask_for_each_example():
-    """`vmap` over keys: row i is that of its own kernel."""
+    """With `vmap` over keys, each row has its own kernel."""
     x, kernel = (np.random.default_rng(i).normal(size=(4, 6)).astype(np.float32) for i in range(2))
     keys = jax.random.split(JAX.key(0), 4)
     row = lambda x, key: (x[None] * regjax.drop_connect(kernel, 0.5, key=key)).sum()
-    ours = np.asarray(jax.vmap(row)(jnp.asarray(x), keys))
+    in_jax = np.asarray(jax.vmap(row)(jnp.asarray(x), keys))
     row = lambda x, key: (x * regtorch.drop_connect(to_torch(kernel), 0.5, key=key)).sum()
-    theirs = torch.func.vmap(row)(to_torch(x), regtorch.split(TORCH.key(0), 4))
-    np.testing.assert_allclose(ours, from_torch(theirs), rtol=1e-5)
-    assert len(np.unique(ours)) == 4
+    in_torch = torch.func.vmap(row)(to_torch(x), regtorch.split(TORCH.key(0), 4))
+    np.testing.assert_allclose(in_jax, from_torch(in_torch), rtol=1e-5)
+    assert len(np.unique(in_jax)) == 4
 
 
 MODULES = {
@@ -151,13 +156,13 @@ def linear(weights: Any, xs: Any) -> Any:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_training_with_a_wrapped_module_is_that_of_the_tree(name):
-    """Five steps of SGD: states, losses and gradients of both wings at 1e-12 in norm each."""
+    """Compare states and gradients within 1e-12 in norm over five steps of SGD."""
     make, rule = MODULES[name]
     torch.manual_seed(0)
     layer = regtorch.nn.DropConnect(make().double(), 0.4, rule=rule)
     apply = linear if name == "linear" else lstm
     with jax.enable_x64(True):
-        # A copy: the steps below write into the memory of the parameters.
+        # A copy, since the steps modify the parameters in place.
         weights = {n: jnp.array(from_torch(p)) for n, p in layer.module.named_parameters()}
 
         @jax.jit

@@ -75,10 +75,10 @@ class Problem:
 def synthetic(
     dtype: str, shapes: Mapping[str, tuple[int, ...]] = SMALL, steps: int = 100
 ) -> Problem:
-    """Make parameters, and gradients that depend on nothing.
+    """Return random parameters, and random gradients that do not depend on them.
 
-    The gradients shrink over time, by a factor of 20 in all, so that the largest second moment is
-    not the last one. Their sizes differ between parameters, and about every fifth element is 0 in a
+    The gradients shrink by a factor of 20 over the run, so that the largest second moment is not
+    the last one. Their sizes differ between parameters, and about every fifth element is 0 in a
     step. `shapes` are by name, `layer/kind`.
 
     Example:
@@ -166,50 +166,85 @@ def walk_jax(
     """Return the parameters by name after each step of `regjax.optim`.
 
     A mask becomes a tree of bools, and a schedule one of optax; in float64 the run enables x64.
-    `make` is another function that makes the optimizer, for the tests of the tests.
+    `make` replaces the constructor of the optimizer, for the tests of the tests.
 
     Example:
         >>> run = walk_jax(Case("plain", "SGD", {"lr": 0.1}), synthetic("float32"))
         >>> len(run), run[0]["dense/kernel"].shape
         (100, (5, 8))
     """
+    (run,) = walk_jax_together([case], problem, make)
+    return run
+
+
+def walk_jax_together(
+    cases: Sequence[Case],
+    problem: Problem,
+    make: Callable[..., optax.GradientTransformation] | None = None,
+) -> list[Run]:
+    """Return what `walk_jax` returns for each case, from one program for all of them.
+
+    It compiles in half the time of a program for each case.
+
+    Example:
+        >>> cases = [Case("slow", "SGD", {"lr": 0.1}), Case("fast", "SGD", {"lr": 1.0})]
+        >>> len(walk_jax_together(cases, synthetic("float32")))
+        2
+    """
+    with jax.enable_x64(problem.dtype == "float64"):
+        params = nested({n: jnp.asarray(array) for n, array in problem.params.items()})
+        stacked = {
+            name: jnp.asarray(np.stack([known[name] for known in problem.steps]))
+            for name in problem.steps[0]
+        }
+        carries, steps = zip(
+            *(_jax_training(case, problem, params, make) for case in cases), strict=True
+        )
+
+        def train_step(carries, known):
+            carries = tuple(step(c, known) for step, c in zip(steps, carries, strict=True))
+            return carries, [params for params, _ in carries]
+
+        walk = jax.jit(lambda carries, xs: jax.lax.scan(train_step, carries, xs))
+        _, visited = walk(carries, stacked)
+        runs = [{n: np.asarray(leaf) for n, leaf in named_leaves(tree)} for tree in visited]
+    steps = range(len(problem.steps))
+    return [[{n: leaf[step] for n, leaf in run.items()} for step in steps] for run in runs]
+
+
+def _jax_training(
+    case: Case,
+    problem: Problem,
+    params: PyTree,
+    make: Callable[..., optax.GradientTransformation] | None,
+) -> tuple[Any, Callable[..., Any]]:
+    """Return parameters with the state of the optimizer, and the step from them to the next."""
     make_optimizer = make or getattr(regjax.optim, case.optimizer.lower())
     options = dict(case.options)
     learning_rate = options.pop("lr")
     if case.half_life is not None:
         learning_rate = _halving(learning_rate, case.half_life, len(problem.steps))
     by_name = _mask(case, problem)
-    with jax.enable_x64(problem.dtype == "float64"):
-        params = nested({n: jnp.asarray(array) for n, array in problem.params.items()})
-        mask = None if by_name is None else nested(by_name)
-        optimizer = make_optimizer(learning_rate, **options, **_masked(make_optimizer, mask))
-        stacked = {
-            name: jnp.asarray(np.stack([known[name] for known in problem.steps]))
-            for name in problem.steps[0]
-        }
+    mask = None if by_name is None else nested(by_name)
+    optimizer = make_optimizer(learning_rate, **options, **_masked(make_optimizer, mask))
 
-        def train_step(carry, known):
-            params, state = carry
-            gradient = problem.jax_gradient(params, known)
-            if case.penalty:
-                penalty = jax.grad(jax_l2_penalty)(params, case.penalty, mask=mask)
-                gradient = optax.tree.add(gradient, penalty)
-            updates, state = optimizer.update(gradient, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params
+    def step(carry, known):
+        params, state = carry
+        gradient = problem.jax_gradient(params, known)
+        if case.penalty:
+            penalty = jax.grad(jax_l2_penalty)(params, case.penalty, mask=mask)
+            gradient = optax.tree.add(gradient, penalty)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
 
-        carry = (params, optimizer.init(params))
-        _, visited = jax.jit(lambda carry, xs: jax.lax.scan(train_step, carry, xs))(carry, stacked)
-        leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(visited)}
-    steps = range(len(problem.steps))
-    return [{name: leaf[step] for name, leaf in leaves.items()} for step in steps]
+    return (params, optimizer.init(params)), step
 
 
 WALKS = {"numpy": walk_numpy, "jax": walk_jax, "torch": walk_torch}
 
 
 def _halving(learning_rate: float, half_life: int, steps: int) -> optax.Schedule:
-    # A table, computed as in torch: a power in float32 would be off in its last digit.
+    # A table, computed as in torch: a power in float32 would differ in the last digit.
     table = np.array([learning_rate * 0.5 ** (step / half_life) for step in range(steps)])
     return lambda count: jnp.asarray(table, float)[count]
 

@@ -1,8 +1,6 @@
 """Checks of arguments: each rejects a wrong value with an error that names the argument.
 
-Every message has the form `argument must be X; got Y. Fix.` A wrong type, or a traced value where a
-concrete one is required, is a TypeError; a wrong value is a ValueError. The two packages have the
-same checks.
+See `regshared.checks`. Both packages have the same checks.
 """
 
 from __future__ import annotations

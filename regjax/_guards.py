@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from regjax._random.events import Observer, SampledDraw, observed_by
+from regjax._random.events import Observer, observed_by
 from regshared.checks import check_callable
-from regshared.events import SiteKey
-from regshared.report import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
+from regshared.events import SampledDraw, SiteKey
+from regshared.report import DropoutProblem, DropoutReport, MaskSummary, Site, draws_of, make_report
 
 if TYPE_CHECKING:
     from regshared.report import Expected, Step
@@ -61,7 +61,7 @@ def check_dropout(
             every timestep on purpose. Globs are allowed; one that matches nothing is an error.
 
     Returns:
-        A report to print; `.raise_if_wrong()` ends a program or a test with it.
+        A report to print; `.raise_if_wrong()` raises an error if there are findings.
 
     Raises:
         TypeError: `expect` or `allow` is a string.
@@ -80,10 +80,8 @@ def check_dropout(
         ...     key = regjax.site_key(root, 0, "hidden")  # forgets the step
         ...     return w - 0.1 * jax.grad(lambda w: regjax.dropout(w, 0.5, key=key).sum())(w)
         >>> report = regjax.check_dropout(train_step, jnp.ones(8))
-        >>> [finding.problem.name for finding in report.findings]
-        ['SAME_MASK']
-        >>> report.findings[0].detail
-        "the key of 'hidden' at step 0 drew in steps 0 and 1"
+        >>> report.findings[0].problem.name, report.findings[0].detail
+        ('SAME_MASK', "the key of 'hidden' at step 0 drew in steps 0 and 1")
     """
     check_callable("train_step", train_step, "(*carry, step)")
     if evaluate is not None:
@@ -91,7 +89,7 @@ def check_dropout(
     guard = DropoutGuard()
     for step in range(2):
         with guard.training():
-            carry = _carried(train_step(*carry, step), carry)
+            carry = _next_carry(train_step(*carry, step), carry)
     if evaluate is not None:
         with guard.evaluation():
             evaluate(*carry)
@@ -120,7 +118,7 @@ class DropoutGuard:
 
     def __init__(self) -> None:
         self._observer = Observer(self._record, sample=_SAMPLE)
-        self._events: list[SiteKey | Drawn] | None = None
+        self._events: list[SiteKey | MaskSummary] | None = None
         self._steps: list[Step] = []
         self._evaluations: list[Step] = []
         self._derived: set[str] = set()
@@ -128,7 +126,7 @@ class DropoutGuard:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Observe one training step; a report requires two."""
-        with self._watching() as events:
+        with self._observing() as events:
             yield
         self._steps.append(draws_of(events))
         self._derived |= {event.site for event in events if isinstance(event, SiteKey)}
@@ -136,7 +134,7 @@ class DropoutGuard:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """Observe an evaluation, in which nothing may be dropped."""
-        with self._watching() as events:
+        with self._observing() as events:
             yield
         self._evaluations.append(draws_of(events))
 
@@ -153,24 +151,24 @@ class DropoutGuard:
         """
         if len(self._steps) < 2:
             raise ValueError(
-                f"{len(self._steps)} steps of training were watched, and masks are compared between"
-                " two: run each of two steps in a block of its own, with guard.training(): …"
+                f"a guard must observe two training steps to compare; got {len(self._steps)}. Run "
+                "each of two steps in its own block: with guard.training(): …"
             )
-        return judge(self._steps, self._evaluations, self._derived, ADVICE, expect, allow)
+        return make_report(self._steps, self._evaluations, self._derived, ADVICE, expect, allow)
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[list[SiteKey | Drawn]]:
+    def _observing(self) -> Iterator[list[SiteKey | MaskSummary]]:
         if isinstance(jnp.zeros(()), Tracer):
             raise RuntimeError(
                 "check_dropout and the blocks of a DropoutGuard must be outside of jax.jit and of "
-                "jax.lax's loops and branches; got a call in a function that is being traced, "
-                "which draws its masks later. Check the jitted step from outside: "
+                "jax.lax's loops and branches; got a call in a traced function, whose masks are "
+                "drawn later. Check the jitted step from outside: "
                 "regjax.check_dropout(jax.jit(train_step), …)."
             )
         if self._events is not None:
             raise RuntimeError(
                 "guard.training() and guard.evaluation() must not be nested in one another; got a "
-                "block inside a block of the same guard. End the first one before, or use a second "
+                "block inside a block of the same guard. End the first block, or use a second "
                 "DropoutGuard, which may be nested."
             )
         self._events = events = []
@@ -192,21 +190,21 @@ class DropoutGuard:
 _SAMPLE = 2**11
 
 
-def _summary(draw: SampledDraw) -> Drawn:
-    values = draw.entering
+def _summary(sampled: SampledDraw) -> MaskSummary:
+    draw, values = sampled.draw, sampled.draw.entering
     if np.iscomplexobj(values):
         values = np.concatenate([np.real(values), np.imag(values)])
     values = values.astype(float)
-    return Drawn(
+    return MaskSummary(
         order=draw.order,
         site=Site(draw.scope, draw.where),
         key=draw.key,
         origin="",
         function=draw.function,
         rate=draw.rate,
-        shape=draw.shape,
-        size=draw.size,
-        kept=draw.kept,
+        shape=sampled.shape,
+        size=sampled.size,
+        kept=sampled.kept,
         sample=draw.mask.tobytes(),
         values=array("d", values[np.isfinite(values)].tobytes()),
         digits=float(jnp.finfo(draw.entering.dtype).eps),
@@ -241,8 +239,7 @@ ADVICE = {
 }
 
 
-def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the carry of the next step."""
+def _next_carry(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
     if not carry:
         return ()
     first, *others = carry
@@ -255,8 +252,7 @@ def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
     if not fits:
         got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
         raise ValueError(
-            f"train_step must return what takes the place of the {len(carry)} it was called with "
-            "before the step, such as lambda state, step: update(state, batch)[0] of a pair; got "
-            f"{got}."
+            f"train_step must return the next values of its {len(carry)} arguments before the "
+            f"step; got {got}. Select them: lambda state, step: update(state, batch)[0]."
         )
     return result if others else (result,)

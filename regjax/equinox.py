@@ -33,10 +33,13 @@ Both are leaves of the model: `equinox.nn.inference_mode` switches all layers at
 
 Every layer raises a `RuntimeError` when called in training without a key, as Equinox's does, and
 otherwise the errors of its function.
+
+All layers are in this one file, because pickled models name the module of their classes.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -55,8 +58,6 @@ from regjax._dropout.core import (
     check_flag,
     check_inexact,
     dropout,
-    keep_mask,
-    keep_prob_of,
 )
 from regjax._dropout.drop_block import drop_block
 from regjax._dropout.drop_connect import drop_connect
@@ -64,10 +65,9 @@ from regjax._dropout.drop_path import drop_path
 from regjax._dropout.embedding import embedding_dropout
 from regjax._dropout.gaussian import check_stddev, gaussian_dropout, gaussian_noise
 from regjax._dropout.variational import variational_dropout
-from regjax._layers import COMPARING, check_settings
-from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exact_keep_prob
-from regjax._random.events import observer
-from regjax._random.keys import check_key, key_words
+from regjax._layers import FunctionLayer, check_settings
+from regjax._peers import COMPARING, DividedMask
+from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regjax._random.packed import mask_sampler
 from regshared.extras import needs
 
@@ -108,38 +108,35 @@ def __dir__() -> list[str]:
 _EquinoxDropout: Any = eqx.nn.Dropout
 
 
-class Layer(eqx.Module):
+class Layer(FunctionLayer, eqx.Module):
     """Base of all layers."""
 
     def __check_init__(self) -> None:
-        """Check the settings."""
         check_settings(self)
 
-    def _drop(self, *inputs_and_amount: Any, **options: Any) -> Any:
-        """Apply the function behind the layer; `options` holds `key` and `deterministic`."""
-        raise NotImplementedError
-
+    # Any: each layer has `inference`, but after its rate, so it cannot be a field of this class.
     def _call(
-        self,
+        self: Any,
         inputs: Sequence[Any],
         rate_or_stddev: ArrayLike,
         key: KeyLike | None,
-        inference: ArrayLike,
+        inference: ArrayLike | None,
     ) -> Any:
+        evaluates: ArrayLike = self.inference if inference is None else inference
         try:
-            flag = check_flag(inference)
+            flag = check_flag(evaluates)
         except TypeError:
-            raise TypeError(f"inference must be one boolean; got {inference!r}.") from None
+            raise TypeError(f"inference must be a boolean; got {evaluates!r}.") from None
         if flag is True or (isinstance(rate_or_stddev, int | float) and rate_or_stddev == 0):
             return inputs[0]
         name = type(self).__name__
         if key is None:
             raise RuntimeError(
-                f"key is missing: {name} in training needs one. Pass key=jax.random.key(seed), or "
-                "evaluate with equinox.nn.inference_mode(model)."
+                f"key must be a random key for {name} in training; got None. Pass "
+                "key=jax.random.key(seed), or evaluate with equinox.nn.inference_mode(model)."
             )
         with jax.named_scope(f"regjax.equinox.{name}"), naming(weights="x"):
-            return self._drop(*inputs, rate_or_stddev, key=key, deterministic=flag)
+            return self._drop(inputs, rate_or_stddev, key=key, deterministic=flag)
 
 
 class RateLayer(Layer):
@@ -154,7 +151,6 @@ class RateLayer(Layer):
     inference: bool = False
 
     def __check_init__(self) -> None:
-        """Check the rate."""
         check_probability("p", self.p)
 
     def __call__(
@@ -171,7 +167,6 @@ class RateLayer(Layer):
             key: The PRNG key; required in training, unless `p` is the number 0.
             inference: Overrides the attribute unless None. May be traced.
         """
-        inference = self.inference if inference is None else inference
         return self._call((x,), self.p, key, inference)
 
 
@@ -197,19 +192,12 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
 
     It also fixes these cases: the mean is correct above `p` = 1 - 2**-12, where Equinox divides by
     less than it keeps; gradients at `p` = 1 are 0, not NaN; `inference` may be traced; integer
-    inputs are an error, not cast to floats; and a `p` outside [0, 1] is an error, or gives NaN if
-    it is traced.
+    inputs are an error; and a `p` outside [0, 1] is an error, or gives NaN if it is traced.
 
     Attributes:
-        p: The probability of zeroing an element, in [0, 1]; a number or an array.
-        inference: True in evaluation, which returns the input itself.
-        sampler: The function that draws the mask: `regjax.bernoulli`, `regjax.packed_bernoulli`, or
-            one with their arguments. Equinox has no such attribute.
-
-    Raises:
-        RuntimeError: The layer is called in training without a key, as in Equinox.
-        TypeError: The layer is called on an integer or boolean array, or `key` is not a key.
-        ValueError: `p` is a number outside [0, 1], or `key` is a batch of keys.
+        p: See `RateLayer`.
+        inference: See `RateLayer`.
+        sampler: See `regjax.dropout`. Equinox has no such attribute.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp
@@ -217,8 +205,6 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
         >>> model = eqx.nn.Sequential([eqx.nn.Linear(4, 8, key=key), Dropout(0.1)])
         >>> jax.vmap(model)(jnp.ones((2, 4)), key=jax.random.split(key, 2)).shape
         (2, 8)
-        >>> Dropout(0.5)(jnp.arange(1.0, 7.0), key=key)
-        Array([ 0.,  0.,  6.,  8.,  0., 12.], dtype=float32)
 
         Replace the layers of a model built elsewhere, such as the dropout inside attention:
 
@@ -252,29 +238,22 @@ class Dropout(RateLayer, _EquinoxDropout):  # pyright: ignore[reportIncompatible
         inference: ArrayLike | None = None,
         deterministic: ArrayLike | None = None,
     ) -> Inexact[Array, "*shape"]:
-        """Apply dropout in training; return `x` itself in evaluation.
-
-        Args:
-            x: A floating or complex array of any shape.
-            key: The PRNG key; required in training, unless `p` is the number 0.
-            inference: Overrides the attribute unless None. May be traced.
-            deterministic: Deprecated name of `inference`.
-        """
+        """Apply dropout in training; see `RateLayer`. `deterministic` is a deprecated name."""
         if deterministic is not None:
             warnings.warn(
-                "Dropout()(deterministic=...) is deprecated: it is called inference.", stacklevel=2
+                "Dropout()(deterministic=...) is deprecated. Pass inference=... instead.",
+                stacklevel=2,
             )
             inference = deterministic
-        inference = self.inference if inference is None else inference
         return self._call((x,), self.p, key, inference)
 
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
+    def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
         """Apply `regjax.dropout` with the roundings of Equinox."""
-        x = check_inexact(x)
+        x = check_inexact(inputs[0])
         sampler = COMPARING if self.sampler is bernoulli else self.sampler
         if isinstance(p, Tracer):
             if x.dtype == jnp.float32 and self.sampler is bernoulli:
-                return _divided(x, p, **options)
+                return apply_dropout(DividedMask(_divide), x, p, **options)
         elif isinstance(lax.stop_gradient(p), jax.Array):
             # Equinox computes `1 - p` in float32 where this is an array: always under jit, and
             # outside jit in some versions of JAX. Otherwise it computes in Python's doubles.
@@ -297,8 +276,9 @@ class FeatureDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
+    def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
         """Apply dropout with one mask for all dimensions but the channels; there are no rows."""
+        (x,) = inputs
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         spec = SampledMask("feature_dropout", mask_sampler(self.sampler), dims)
         return apply_dropout(spec, check_inexact(x), p, **options)
@@ -313,10 +293,9 @@ class AlphaDropout(RateLayer):
         Array([-0.77919394, -0.77919394,  0.7791939 ,  0.7791939 ], dtype=float32)
     """
 
-    sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
+    _function = staticmethod(alpha_dropout)
 
-    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        return alpha_dropout(x, p, sampler=self.sampler, **options)
+    sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
 
 class FeatureAlphaDropout(RateLayer):
@@ -331,8 +310,9 @@ class FeatureAlphaDropout(RateLayer):
     channel_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
 
-    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
+    def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
         """Apply alpha dropout with one mask for all dimensions but the channels."""
+        (x,) = inputs
         dims = _all_but(self.channel_axis, check_array("x", x).ndim)
         spec = alpha("feature_alpha_dropout", self.sampler, dims)
         return apply_dropout(spec, check_alpha_input(x), p, **options)
@@ -353,13 +333,10 @@ class DropPath(RateLayer):
                [2., 2.]], dtype=float32)
     """
 
+    _function = staticmethod(functools.partial(drop_path, mode="batch"))
+
     scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
-
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        """Apply `regjax.drop_path` with one decision for the whole example."""
-        settings = {"scale_by_keep": self.scale_by_keep, "sampler": self.sampler}
-        return drop_path(x, p, mode="batch", **settings, **options)
 
 
 class DropBlock(RateLayer):
@@ -382,7 +359,7 @@ class DropBlock(RateLayer):
     scale_by_keep: bool = eqx.field(default=True, static=True, kw_only=True)
     with_noise: bool = eqx.field(default=False, static=True, kw_only=True)
 
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
+    def _drop(self, inputs: Sequence[Any], p: ArrayLike, /, **options: Any) -> Any:
         """Apply `regjax.drop_block` to a batch of one."""
         axis = self.channel_axis + (self.channel_axis >= 0)
         settings = {
@@ -392,7 +369,8 @@ class DropBlock(RateLayer):
             "scale_by_keep": self.scale_by_keep,
             "with_noise": self.with_noise,
         }
-        return drop_block(check_array("x", x)[None], p, channel_axis=axis, **settings, **options)[0]
+        x = check_array("x", inputs[0])
+        return drop_block(x[None], p, channel_axis=axis, **settings, **options)[0]
 
 
 class VariationalDropout(RateLayer):
@@ -407,11 +385,10 @@ class VariationalDropout(RateLayer):
                [0., 0., 2., 2., 0., 2.]], dtype=float32)
     """
 
+    _function = staticmethod(variational_dropout)
+
     time_axis: int = eqx.field(default=0, static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
-
-    def _drop(self, x: Inexact[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        return variational_dropout(x, p, time_axis=self.time_axis, sampler=self.sampler, **options)
 
 
 class DropConnect(RateLayer):
@@ -422,14 +399,16 @@ class DropConnect(RateLayer):
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp
         >>> key = jax.random.key(0)
-        >>> linear, drop = eqx.nn.Linear(4, 3, key=key), DropConnect(0.5)
-        >>> (drop(linear, key=key).weight != 0).astype(int)
+        >>> dropped = DropConnect(0.5)(eqx.nn.Linear(4, 3, key=key), key=key)
+        >>> (dropped.weight != 0).astype(int)
         Array([[1, 1, 0, 0],
                [0, 0, 0, 1],
                [0, 0, 0, 1]], dtype=int32)
-        >>> drop(linear, key=key)(jnp.ones(4)).shape
+        >>> dropped(jnp.ones(4)).shape
         (3,)
     """
+
+    _function = staticmethod(drop_connect)
 
     rule: Rule = eqx.field(default="default", static=True, kw_only=True)
     sampler: Sampler = eqx.field(default=bernoulli, static=True, kw_only=True)
@@ -437,18 +416,8 @@ class DropConnect(RateLayer):
     def __call__(
         self, x: PyTree, *, key: KeyLike | None = None, inference: ArrayLike | None = None
     ) -> PyTree:
-        """Drops weights in training, and returns `x` itself in evaluation.
-
-        Args:
-            x: an array of weights, or a layer or another tree that holds some.
-            key: the random key; needed in training, unless `p` is the number 0.
-            inference: comes before the attribute, unless None. It may be traced.
-        """
-        inference = self.inference if inference is None else inference
+        """Drop weights in training; return `x` itself in evaluation. See `RateLayer`."""
         return self._call((x,), self.p, key, inference)
-
-    def _drop(self, weights: PyTree, p: ArrayLike, **options: Any) -> Any:
-        return drop_connect(weights, p, rule=self.rule, sampler=self.sampler, **options)
 
 
 class EmbeddingDropout(RateLayer):
@@ -464,6 +433,8 @@ class EmbeddingDropout(RateLayer):
         Array([0., 2., 0., 2.], dtype=float32)
     """
 
+    _function = staticmethod(embedding_dropout)
+
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  # it takes ids
         self,
         x: Inexact[Array, "*ids features"],
@@ -473,17 +444,7 @@ class EmbeddingDropout(RateLayer):
         inference: ArrayLike | None = None,
     ) -> Inexact[Array, "*ids features"]:
         """Apply dropout to `x`, the embeddings of `ids` in one example; see `RateLayer`."""
-        inference = self.inference if inference is None else inference
         return self._call((x, ids), self.p, key, inference)
-
-    def _drop(
-        self,
-        x: Inexact[Array, "*ids features"],
-        ids: Integer[Array, "*ids"],
-        p: ArrayLike,
-        **options: Any,
-    ) -> Any:
-        return embedding_dropout(x, ids, p, **options)
 
 
 class GaussianDropout(RateLayer):
@@ -497,8 +458,7 @@ class GaussianDropout(RateLayer):
         Array([2.622642  , 3.0252647 , 0.56640565], dtype=float32)
     """
 
-    def _drop(self, x: Float[Array, "*shape"], p: ArrayLike, **options: Any) -> Any:
-        return gaussian_dropout(x, p, **options)
+    _function = staticmethod(gaussian_dropout)
 
 
 class GaussianNoise(Layer):
@@ -510,11 +470,12 @@ class GaussianNoise(Layer):
         Array([ 0.811321  ,  1.0126324 , -0.21679717], dtype=float32)
     """
 
+    _function = staticmethod(gaussian_noise)
+
     stddev: float | Float[Array, ""]
     inference: bool = False
 
     def __check_init__(self) -> None:
-        """Check the standard deviation."""
         check_stddev(self.stddev)
 
     def __call__(
@@ -525,54 +486,15 @@ class GaussianNoise(Layer):
         inference: ArrayLike | None = None,
     ) -> Float[Array, "*shape"]:
         """Add noise in training; return `x` itself in evaluation. See `RateLayer`."""
-        inference = self.inference if inference is None else inference
         return self._call((x,), self.stddev, key, inference)
 
-    def _drop(self, x: Float[Array, "*shape"], stddev: ArrayLike, **options: Any) -> Any:
-        return gaussian_noise(x, stddev, **options)
 
-
-def _divided(
-    x: Float[Array, "*shape"],
-    p: Float[Array, ""],
-    *,
-    key: KeyLike,
-    deterministic: bool | Bool[Array, ""],
+def _divide(
+    keep: Bool[Array, "*shape"], x: Float[Array, "*shape"], keep_prob: Float[Array, ""]
 ) -> Float[Array, "*shape"]:
-    """Apply dropout at a traced rate, where Equinox divides and does not multiply by an inverse."""
-
-    def drop() -> Float[Array, "*shape"]:
-        if observers := observer():
-            dropped, keep = _divide_with_mask(x, check_key(key), p)
-            observers.draw("dropout", key_words(key), p, keep, x, deterministic)
-            return dropped
-        return _divide(x, check_key(key), p)
-
-    return drop() if deterministic is False else lax.cond(deterministic, lambda: x, drop)
-
-
-@jax.jit
-def _divide(x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]) -> Float[Array, "*shape"]:
-    def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        return _mask_and_divide(x, key, p)[0]
-
-    return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as in `dropout`: nothing is stored
-
-
-def _mask_and_divide(
-    x: Float[Array, "*shape"], key: KeyLike, p: Float[Array, ""]
-) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
-    """Return the result and the mask."""
-    q = exact_keep_prob(keep_prob_of(p, x.dtype))
-    # -1 lies below every number in [0, 1) and so keeps nothing; dividing by 0 would make the
-    # gradient NaN.
-    q = jnp.where((q > 0) & (q <= 1), q, -1)
-    keep = keep_mask(x, key, q, (), COMPARING)
-    dropped = jnp.where((p >= 0) & (p <= 1), 0.0, jnp.nan)
-    return jnp.where(keep, x / q, dropped), keep
-
-
-_divide_with_mask = jax.jit(_mask_and_divide)
+    """Divide the kept elements, as Equinox does at a traced rate."""
+    dropped = jnp.where(jnp.isnan(keep_prob), jnp.nan, 0.0)
+    return jnp.where(keep, x / keep_prob, dropped)
 
 
 def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:

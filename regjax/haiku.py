@@ -38,11 +38,11 @@ import jax.numpy as jnp
 
 import regjax
 from regjax._checks import check_array, naming
-from regjax._dropout.core import check_inexact, keep_mask, keep_prob_of
-from regjax._layers import COMPARING, wrapped_dims
-from regjax._random.bernoulli import Sampler, bernoulli, check_probability, exact_keep_prob
-from regjax._random.events import observer
-from regjax._random.keys import check_key, key_words
+from regjax._dropout.core import apply_dropout, check_inexact, is_number
+from regjax._layers import wrapped_dims
+from regjax._peers import DividedMask
+from regjax._random.bernoulli import Sampler, bernoulli, check_probability
+from regjax._random.keys import check_key
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -97,18 +97,16 @@ def dropout(
     - A dropped NaN is 0 with `broadcast_dims` too.
     - A traced rate of 1 gives zeros, not NaN; one out of range gives NaN, not plausible numbers.
     - A rate that is NaN is an error, and so are integer inputs, which Haiku casts to floats.
-    - A rate of lower precision, such as `np.float16(0.1)`, is rounded to float32; in Haiku it draws
-      other masks.
+    - A rate of lower precision is rounded to float32; in Haiku it draws other masks.
 
     Args:
         rng: The PRNG key; `hk.next_rng_key()` inside a transformed function. Not used where `rate`
             is the number 0.
-        rate: The probability of zeroing an element, in [0, 1); a number or a traced scalar. 0 in
-            evaluation, which returns `x` itself.
+        rate: The dropout rate, in [0, 1); a number or a traced scalar. 0 in evaluation, which
+            returns `x` itself.
         x: A floating or complex array of any shape.
         broadcast_dims: Dimensions along which one mask is shared, counted from the end if negative.
-        sampler: The function that draws the mask: `regjax.bernoulli`, `regjax.packed_bernoulli`, or
-            one with their arguments. Haiku has no such argument.
+        sampler: See `regjax.dropout`. Haiku has no such argument.
 
     Returns:
         An array of the shape and dtype of `x`.
@@ -127,26 +125,18 @@ def dropout(
         >>> params = network.init(jax.random.key(0), jnp.ones((2, 4)), True)
         >>> network.apply(params, jax.random.key(1), jnp.ones((2, 4)), True).shape
         (2, 8)
-        >>> dropout(jax.random.key(0), 0.5, jnp.arange(1.0, 7.0))
-        Array([ 0.,  0.,  6.,  8.,  0., 12.], dtype=float32)
     """
     rate = check_probability("rate", rate)
-    is_traced = isinstance(rate, jax.Array)
-    if not is_traced and rate == 1:
+    if is_number(rate, 1):
         raise ValueError(f"rate must lie in [0, 1); got {rate}.")
     x = check_inexact(x)
     dims = wrapped_dims(broadcast_dims, x.ndim, of="x", error=ValueError)
-    if not is_traced and rate == 0:
+    if is_number(rate, 0):
         return x
     key = check_key(rng)
-    if x.dtype != jnp.float32 or sampler is not bernoulli:
-        return regjax.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
-    if observers := observer():
-        watched = _masked_at_tracer if is_traced else _masked_at_number
-        dropped, keep = watched(x, key, rate, dims)
-        observers.draw("dropout", key_words(key), rate, keep, x)
-        return dropped
-    return (_at_tracer if is_traced else _at_number)(x, key, rate, dims)
+    if x.dtype == jnp.float32 and sampler is bernoulli:
+        return apply_dropout(DividedMask(_divide, dims), x, rate, key, deterministic=False)
+    return regjax.dropout(x, rate, key=key, broadcast_dims=dims, sampler=sampler)
 
 
 @naming(key="rng")
@@ -327,11 +317,6 @@ def drop_connect(
         >>> key, x = jax.random.key(0), jnp.ones((2, 4))
         >>> network = hk.without_apply_rng(hk.transform(lambda x: hk.Linear(3)(x)))
         >>> dropped = drop_connect(key, 0.5, network.init(key, x))
-        >>> (dropped["linear"]["w"] != 0).astype(int)
-        Array([[0, 0, 1],
-               [0, 1, 1],
-               [0, 1, 1],
-               [1, 1, 0]], dtype=int32)
         >>> network.apply(dropped, x).shape
         (2, 3)
     """
@@ -370,34 +355,12 @@ def gaussian_noise(
     return regjax.gaussian_noise(x, stddev, key=rng)
 
 
-def _as_theirs(
-    x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
+def _divide(
+    keep: Bool[Array, "*mask"], x: Float[Array, "*shape"], keep_prob: float | Float[Array, ""]
 ) -> Float[Array, "*shape"]:
-    """Apply dropout by Haiku's operations, which XLA rounds differently from `regjax.dropout`."""
-
-    def masked(x: Float[Array, "*shape"], key: KeyLike) -> Float[Array, "*shape"]:
-        return _apply_mask(x, key, rate, dims)[0]
-
-    return jax.checkpoint(masked, prevent_cse=False)(x, key)  # as in `regjax.dropout`
-
-
-def _apply_mask(
-    x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""], dims: tuple[int, ...]
-) -> tuple[Float[Array, "*shape"], Bool[Array, "*mask"]]:
-    """Return the result and the mask."""
-    q = exact_keep_prob(keep_prob_of(rate, x.dtype))
-    if isinstance(q, jax.Array):
-        # -1 lies below every number in [0, 1) and so keeps nothing; dividing by 0 would give NaN.
-        q = jnp.where((q >= 0) & (q <= 1), jnp.where(q > 0, q, -1), jnp.nan)
-    keep = keep_mask(x, key, q, dims, COMPARING)
+    """Multiply by the mask and divide, as Haiku does."""
     every = jnp.broadcast_to(keep, x.shape)
-    return every.astype(x.dtype) * _finite(x, every) / q, keep
-
-
-_at_number = jax.jit(_as_theirs, static_argnums=(2, 3))
-_at_tracer = jax.jit(_as_theirs, static_argnums=3)
-_masked_at_number = jax.jit(_apply_mask, static_argnums=(2, 3))
-_masked_at_tracer = jax.jit(_apply_mask, static_argnums=3)
+    return every.astype(x.dtype) * _finite(x, every) / keep_prob
 
 
 @jax.custom_jvp

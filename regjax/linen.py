@@ -34,11 +34,9 @@ from layer to layer of a scanned stack (see `regjax.depth_rates`), costs one com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from regjax._checks import naming
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
-from regjax._dropout.core import check_flag, dropout
 from regjax._dropout.drop_block import drop_block
 from regjax._dropout.drop_connect import drop_connect
 from regjax._dropout.drop_path import drop_path
@@ -52,6 +50,7 @@ from regjax._dropout.gaussian import (
 )
 from regjax._dropout.variational import variational_dropout
 from regjax._layers import FlaxLayer, check_settings
+from regjax._peers import flax_dropout
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regshared.extras import needs
 
@@ -100,26 +99,19 @@ class Layer(FlaxLayer, linen.Module, kw_only=True):
     deterministic: ArrayLike | None = None
     rng_collection: str = "dropout"
 
+    _key_name: ClassVar[str] = "rng"
+
     def __post_init__(self) -> None:
-        """Check the settings."""
         check_settings(self)
         super().__post_init__()
 
     @linen.nowrap
-    def _call(
-        self,
-        inputs: Sequence[Any],
-        rate_or_stddev: ArrayLike,
-        deterministic: ArrayLike | None,
-        rng: KeyLike | None,
-    ) -> Any:
-        flag = check_flag(linen.merge_param("deterministic", self.deterministic, deterministic))
-        if flag is True:
-            return inputs[0]
-        if rng is None and self._needs_key(rate_or_stddev):
-            rng = self.make_rng(self.rng_collection)
-        with naming(x="inputs", weights="inputs", key="rng"):
-            return self._drop(inputs, rate_or_stddev, key=rng, deterministic=flag)
+    def _flag(self, deterministic: ArrayLike | None) -> ArrayLike:
+        return linen.merge_param("deterministic", self.deterministic, deterministic)
+
+    @linen.nowrap
+    def _key(self, source: KeyLike | None) -> KeyLike:
+        return self.make_rng(self.rng_collection) if source is None else source
 
 
 class RateLayer(Layer):
@@ -132,7 +124,6 @@ class RateLayer(Layer):
     rate: float | Float[Array, ""]
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         self._rate(None)
         super().__post_init__()
 
@@ -184,12 +175,11 @@ class Dropout(RateLayer, linen.Dropout):
     - Masks are sharded like the array that they mask.
 
     Attributes:
-        rate: The probability of zeroing an element, in [0, 1].
+        rate: The dropout rate, in [0, 1].
         broadcast_dims: Dimensions along which one mask is shared.
-        deterministic: True in evaluation; required here or in the call.
-        rng_collection: The name of the rngs that the key is made from.
-        sampler: The function that draws the mask; `regjax.packed_bernoulli` draws another mask,
-            faster on GPUs and TPUs.
+        deterministic: See `Layer`.
+        rng_collection: See `Layer`.
+        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on GPUs and TPUs.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -200,7 +190,7 @@ class Dropout(RateLayer, linen.Dropout):
         (1, 8)
     """
 
-    _function = staticmethod(dropout)
+    _function = staticmethod(flax_dropout)
 
     rate: float | Float[Array, ""]  # pyright: ignore[reportIncompatibleVariableOverride]
     broadcast_dims: Sequence[int] = ()
@@ -300,15 +290,7 @@ class DropConnect(RateLayer, kw_only=True):
         *,
         rate: ArrayLike | None = None,
     ) -> PyTree:
-        """Drops weights in training, and returns `inputs` itself in evaluation.
-
-        Args:
-            inputs: an array of weights, or a tree of them.
-            deterministic: True in evaluation; to be given here or in the constructor. It may be
-                traced.
-            rng: the key; without it, one is made from `rng_collection`.
-            rate: comes before the rate of the constructor. It may be traced.
-        """
+        """Drop weights in training; return `inputs` itself in evaluation. See `RateLayer`."""
         return self._call((inputs,), self._rate(rate), deterministic, rng)
 
 
@@ -356,7 +338,6 @@ class GaussianDropout(RateLayer):
     _function = staticmethod(gaussian_dropout)
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         check_noise_rate(self._rate(None))
         super().__post_init__()
 
@@ -371,7 +352,6 @@ class GaussianNoise(Layer):
     keyless_rates: ClassVar[tuple[float, ...]] = (0,)
 
     def __post_init__(self) -> None:
-        """Check the standard deviation."""
         check_stddev(self.stddev)
         super().__post_init__()
 

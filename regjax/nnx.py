@@ -26,6 +26,8 @@ rate that changes with the step (see `regjax.linear_rate`) costs one compilation
     [1. 1. 1. 1. 1. 1.]
     [2. 2. 2. 0. 2. 0.]
     [0. 0. 0. 0. 0. 0.]
+
+All layers are in this one file, because pickled models name the module of their classes.
 """
 
 from __future__ import annotations
@@ -36,9 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jax
 
-from regjax._checks import naming
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
-from regjax._dropout.core import check_flag, dropout
 from regjax._dropout.drop_block import drop_block
 from regjax._dropout.drop_connect import drop_connect
 from regjax._dropout.drop_path import drop_path
@@ -52,6 +52,7 @@ from regjax._dropout.gaussian import (
 )
 from regjax._dropout.variational import variational_dropout
 from regjax._layers import FlaxLayer, check_settings
+from regjax._peers import flax_dropout
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regshared.extras import needs
 
@@ -105,8 +106,9 @@ class Layer(FlaxLayer, nnx.Module):
     rng_collection: str = "dropout"
     rngs: nnx.Rngs | nnx.RngStream | None = nnx.data(default=None)  # noqa: RUF009  # a field
 
+    _key_name: ClassVar[str] = "rngs"
+
     def __post_init__(self) -> None:
-        """Check the settings and fork the stream."""
         check_settings(self)
         if isinstance(self.rngs, nnx.Rngs):
             self.rngs = self.rngs[self.rng_collection].fork()
@@ -124,30 +126,18 @@ class Layer(FlaxLayer, nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def _call(
-        self,
-        inputs: Sequence[Any],
-        rate_or_stddev: ArrayLike,
-        deterministic: ArrayLike | None,
-        rngs: Source | None,
-    ) -> Any:
+    def _flag(self, deterministic: ArrayLike | None) -> ArrayLike:
         deterministic = self.deterministic if deterministic is None else deterministic
         if deterministic is None:
             raise ValueError(
-                f"deterministic is missing: {type(self).__name__} is told neither to drop nor not "
-                "to. Pass it to the constructor or to the call; or set it for a whole model with "
-                "model.train(), model.eval() or nnx.view(model, deterministic=...)."
+                f"deterministic must be a boolean for {type(self).__name__}; got None. Pass it to "
+                "the constructor or the call, or set it for a whole model with model.train(), "
+                "model.eval() or nnx.view(model, deterministic=...)."
             )
-        flag = check_flag(deterministic)
-        if flag is True:
-            return inputs[0]
-        key = None
-        if self._needs_key(rate_or_stddev):
-            key = self._key(self.rngs if rngs is None else rngs)
-        with naming(x="inputs", weights="inputs", key="rngs"):
-            return self._drop(inputs, rate_or_stddev, key=key, deterministic=flag)
+        return deterministic
 
-    def _key(self, rngs: Source | None) -> KeyLike:
+    def _key(self, source: Source | None) -> KeyLike:
+        rngs = self.rngs if source is None else source
         if isinstance(rngs, nnx.Rngs):
             return rngs[self.rng_collection]()
         if isinstance(rngs, nnx.RngStream):
@@ -156,8 +146,8 @@ class Layer(FlaxLayer, nnx.Module):
             return rngs
         if rngs is None:
             raise ValueError(
-                f"rngs is missing: {type(self).__name__} in training needs a key. Pass "
-                "rngs=nnx.Rngs(seed) to the constructor or to the call, or deterministic=True to "
+                f"rngs must hold a key for {type(self).__name__} in training; got None. Pass "
+                "rngs=nnx.Rngs(seed) to the constructor or the call, or deterministic=True to "
                 "evaluate."
             )
         raise TypeError(f"rngs must be an Rngs, an RngStream or a key; got {rngs!r}.")
@@ -174,7 +164,6 @@ class RateLayer(Layer):
     rate: ArrayLike | nnx.Variable[Any] = dataclasses.field(kw_only=False)
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         self._rate(None)
         super().__post_init__()
 
@@ -224,14 +213,12 @@ class Dropout(RateLayer, nnx.Dropout):
     out without them.
 
     Attributes:
-        rate: The probability of zeroing an element, in [0, 1]; a number, or an `nnx.Variable` that
-            holds one.
+        rate: See `RateLayer`.
         broadcast_dims: Dimensions along which one mask is shared.
-        deterministic: True in evaluation; `train()` and `eval()` of a model set it.
-        rng_collection: The name of the stream that the key is taken from.
-        rngs: The layer's own stream, forked from the one passed to the constructor.
-        sampler: The function that draws the mask; `regjax.packed_bernoulli` draws another mask,
-            faster on GPUs and TPUs.
+        deterministic: See `Layer`.
+        rng_collection: See `Layer`.
+        rngs: See `Layer`.
+        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on GPUs and TPUs.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -245,7 +232,7 @@ class Dropout(RateLayer, nnx.Dropout):
         True
     """
 
-    _function = staticmethod(dropout)
+    _function = staticmethod(flax_dropout)
 
     broadcast_dims: Sequence[int] = ()
     sampler: Sampler = bernoulli
@@ -344,20 +331,13 @@ class DropConnect(RateLayer):
         rngs: Source | None = None,
         rate: ArrayLike | None = None,
     ) -> PyTree:
-        """Drops weights in training, and returns `inputs` itself in evaluation.
-
-        Args:
-            inputs: an array of weights, or a tree of them.
-            deterministic: True in evaluation; comes before that of the layer. It may be traced.
-            rngs: where the key comes from, or the key; comes before the stream of the layer.
-            rate: comes before the rate of the layer. It may be traced.
-        """
+        """Drop weights in training; return `inputs` itself in evaluation. See `RateLayer`."""
         return self._call((inputs,), self._rate(rate), deterministic, rngs)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class EmbeddingDropout(RateLayer):
-    """Dropout of words at all their occurrences in the batch: see `regjax.embedding_dropout`.
+    """Dropout of words, at every occurrence in the batch: see `regjax.embedding_dropout`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -395,7 +375,6 @@ class GaussianDropout(RateLayer):
     _function = staticmethod(gaussian_dropout)
 
     def __post_init__(self) -> None:
-        """Check the rate."""
         check_noise_rate(self._rate(None))
         super().__post_init__()
 
@@ -414,7 +393,6 @@ class GaussianNoise(Layer):
     keyless_rates: ClassVar[tuple[float, ...]] = (0,)
 
     def __post_init__(self) -> None:
-        """Check the standard deviation."""
         check_stddev(_number(self.stddev))
         super().__post_init__()
 

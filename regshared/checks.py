@@ -108,9 +108,9 @@ def check_string(name: str, value: Any, wanted: str = "a string") -> str:
 def check_strings(name: str, value: Any) -> list[str]:
     """Return a collection of globs, but not a single string, as a list."""
     if isinstance(value, str):
-        raise TypeError(f"{name} must be a collection of globs: [{value!r}].")
+        raise TypeError(f"{name} must be a list of globs; got {value!r}. Pass [{value!r}].")
     if not isinstance(value, Collection) or not all(isinstance(each, str) for each in value):
-        raise TypeError(f"{name} must be a collection of globs; got {describe(value)}.")
+        raise TypeError(f"{name} must be a list of globs; got {describe(value)}.")
     return list(value)
 
 
@@ -122,17 +122,17 @@ def check_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
 
 
 def check_coefficient(name: str, value: Any, *, fix: str, below: float = math.inf) -> None:
-    """Reject a value that is not a real number in `0 <= value < below`; `fix` ends the message.
+    """Reject a value that is not a real number in [0, below); `fix` is the last sentence.
 
     For a traced value, and for a tensor, only shape and dtype are checked: a tracer has no number
     yet, and reading a tensor would wait for its device and break `torch.compile`. Infinity and NaN
     never pass.
 
     Example:
-        >>> check_coefficient("weight_decay", 0.1, fix="pass 0.0 for none")
-        >>> check_coefficient("weight_decay", -0.1, fix="pass 0.0 for none")
+        >>> check_coefficient("weight_decay", 0.1, fix="Pass 0.0 for none.")
+        >>> check_coefficient("weight_decay", -0.1, fix="Pass 0.0 for none.")
         Traceback (most recent call last):
-        ValueError: weight_decay must be finite and not negative, but it is -0.1: pass 0.0 for none
+        ValueError: weight_decay must be finite and not negative; got -0.1. Pass 0.0 for none.
     """
     if hasattr(value, "dtype"):
         dtype = str(value.dtype).removeprefix("torch.")
@@ -140,7 +140,7 @@ def check_coefficient(name: str, value: Any, *, fix: str, below: float = math.in
     else:
         is_real = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_real:
-        raise TypeError(f"{name} must be a real number, but it is {value!r}: {fix}")
+        raise TypeError(f"{name} must be a real number; got {value!r}. {fix}")
     if hasattr(value, "requires_grad"):
         return
     try:
@@ -148,5 +148,5 @@ def check_coefficient(name: str, value: Any, *, fix: str, below: float = math.in
     except TypeError:  # it is traced
         return
     if not 0.0 <= number < below:
-        wanted = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
-        raise ValueError(f"{name} must be {wanted}, but it is {value}: {fix}")
+        wanted = "be finite and not negative" if below == math.inf else f"lie in [0, {below:g})"
+        raise ValueError(f"{name} must {wanted}; got {value}. {fix}")

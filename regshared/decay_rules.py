@@ -77,38 +77,38 @@ class Parameter(NamedTuple):
 
 
 def _apply_rule(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, str]]:
-    """Return the decision of the rule for each parameter, a bool or a number, and the reason."""
+    """Return the decision for each parameter, a bool or a rate, and the reason."""
     pairs = _pairs(rule)
     # The first pair that matches one of a parameter's places decides.
-    taken: list[int | None] = [None] * len(parameters)
+    deciders: list[int | None] = [None] * len(parameters)
     for index, (pattern, _) in enumerate(pairs):
         fits = [any(matches(pattern, p.path) for p in parameter.places) for parameter in parameters]
-        mine = [i for i, fit in enumerate(fits) if fit and taken[i] is None]
-        if parameters and pattern != "**" and not mine:
-            raise ValueError(_idle(pattern, fits, taken, pairs, parameters))
-        for i in mine:
-            taken[i] = index
-    missed = [parameters[i] for i, index in enumerate(taken) if index is None]
-    if missed:
+        decided = [i for i, fit in enumerate(fits) if fit and deciders[i] is None]
+        if parameters and pattern != "**" and not decided:
+            raise ValueError(_describe_unused(pattern, fits, deciders, pairs, parameters))
+        for i in decided:
+            deciders[i] = index
+    uncovered = [parameters[i] for i, index in enumerate(deciders) if index is None]
+    if uncovered:
         raise ValueError(
-            f"rule has no pair for {listed(missed)}: end it with ('**', False), ('**', True) or "
-            "('**', 'default')"
+            f"rule must cover all parameters; got no pair for {listed(uncovered)}. End it with "
+            "('**', False), ('**', True) or ('**', 'default')."
         )
     decisions = [
         (False, "frozen") if parameter.frozen else _decision(parameter, *pairs[index or 0])
-        for parameter, index in zip(parameters, taken, strict=True)
+        for parameter, index in zip(parameters, deciders, strict=True)
     ]
-    asked = [parameter for parameter in parameters if not parameter.frozen]
-    if callable(rule) and asked and all(decision is False for decision, _ in decisions):
+    trainable = [parameter for parameter in parameters if not parameter.frozen]
+    if callable(rule) and trainable and all(decision is False for decision, _ in decisions):
         raise ValueError(
-            f"rule {_named(rule)} says False of all of {listed(asked)}: for no decay at all, pass "
-            "[('**', False)]"
+            f"rule must select a parameter; got False from {_named(rule)} for all of "
+            f"{listed(trainable)}. Pass [('**', False)] for no decay at all."
         )
     return decisions
 
 
 def _pairs(rule: Rule) -> list[tuple[str, Decision]]:
-    """Convert each form of a rule to pairs, the first matching one of which wins."""
+    """Return a rule of any form as pairs, of which the first match wins."""
     if isinstance(rule, str):
         return [("**", "default")] if rule == "default" else [(rule, True), ("**", False)]
     if callable(rule):
@@ -116,13 +116,11 @@ def _pairs(rule: Rule) -> list[tuple[str, Decision]]:
     if not isinstance(rule, Sequence) or not rule:
         raise TypeError(
             "rule must be 'default', a glob such as '**/kernel', a function (path, leaf, kind) -> "
-            f"bool, or a list of pairs (glob, bool or rate), but it is {rule!r}"
+            f"bool, or a list of pairs (glob, bool or rate); got {rule!r}."
         )
     for position, pair in enumerate(rule):
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise TypeError(
-                f"rule[{position}] must be a pair (glob, bool or rate), but it is {pair!r}"
-            )
+            raise TypeError(f"rule[{position}] must be a pair (glob, bool or rate); got {pair!r}.")
         if pair[1] != "default" and not callable(pair[1]):
             _check_decision(f"rule[{position}], '{pair[0]}',", pair[1])
     return [(pattern, decision) for pattern, decision in rule]
@@ -133,14 +131,17 @@ def _decision(parameter: Parameter, pattern: str, decision: Decision) -> tuple[A
         return _by_default(parameter)
     if not callable(decision):
         return decision, pattern
-    said = [decision(place.path, parameter.leaf, place.kind) for place in parameter.places]
+    answers = [decision(place.path, parameter.leaf, place.kind) for place in parameter.places]
     name = _named(decision)
-    for each in said:
-        _check_decision(f"rule {name} at '{parameter.path}'", each)
-    first, *others = said
-    if any(each != first for each in others):
+    for answer in answers:
+        _check_decision(f"rule {name} at '{parameter.path}'", answer)
+    first, *others = answers
+    if any(answer != first for answer in others):
         paths = " and ".join(f"'{place.path}'" for place in parameter.places)
-        raise ValueError(f"rule {name} says {said} of {paths}, which are one parameter")
+        raise ValueError(
+            f"rule must decide once for each parameter; got {answers} from {name} for {paths}, "
+            "which are tied. Return the same for all of its names."
+        )
     return first, name
 
 
@@ -150,20 +151,20 @@ def _named(function: Any) -> str:
 
 def _check_decision(what: str, decision: Any) -> None:
     if not isinstance(decision, bool):
-        check_coefficient(what, decision, fix="give True, False, or the rate of its decay")
+        check_coefficient(what, decision, fix="Pass True, False or a rate.")
 
 
 def _by_default(parameter: Parameter) -> tuple[bool, str]:
     decisions = [_recipe(place, len(parameter.leaf.shape)) for place in parameter.places]
     # An output layer tied to an embedding is an embedding.
-    sure = sorted(decision for decision in decisions if decision is not None)
-    if not sure:
+    known = sorted(decision for decision in decisions if decision is not None)
+    if not known:
         raise ValueError(
-            f"the default rule cannot tell what {listed([parameter])} is, by its name and its "
-            f"module: say it ahead of the default, rule=[('{parameter.places[0].path}', False), "
-            "('**', 'default')]"
+            f"rule must have a pair for {listed([parameter])}; got 'default', which knows neither "
+            f"its name nor its module. Pass [('{parameter.places[0].path}', False), ('**', "
+            "'default')], for example."
         )
-    return sure[0]
+    return known[0]
 
 
 def _recipe(place: Place, ndim: int) -> tuple[bool, str] | None:
@@ -172,24 +173,24 @@ def _recipe(place: Place, ndim: int) -> tuple[bool, str] | None:
     The number of dimensions would not suffice: a bias of stacked layers has two. It only keeps a
     vector called weight, which may be the scale of an unknown norm, from being taken for a kernel.
     """
-    said = words(place.name)
-    named = set(said)
+    parts = words(place.name)
+    unique = set(parts)
     # `b1` is a bias; the `B` of a matrix product is not.
-    is_b = said[:1] == ["b"] and place.name.startswith("b")
-    if named & _BIASES or said[:1] in (["beta"], ["offset"]) or is_b:
+    is_b = parts[:1] == ["b"] and place.name.startswith("b")
+    if unique & _BIASES or parts[:1] in (["beta"], ["offset"]) or is_b:
         return False, "bias"
-    if place.kind == "norm" and (place.certain or not named & _KERNELS):
+    if place.kind == "norm" and (place.certain or not unique & _KERNELS):
         return False, "norm"
-    if named & _SCALES or said[-1:] == ["g"]:
+    if unique & _SCALES or parts[-1:] == ["g"]:
         return False, "scale"
     if place.kind == "activation":
         return False, "activation"
-    if named & _KERNELS:
+    if unique & _KERNELS:
         return True, "kernel"
-    if named & _EMBEDDINGS or (place.kind == "embedding" and place.certain):
+    if unique & _EMBEDDINGS or (place.kind == "embedding" and place.certain):
         return False, "embedding"
     # A layer called embed may be linear, as in a patch embedding.
-    if named & _WEIGHTS and place.kind != "embedding" and (place.kind or ndim > 1):
+    if unique & _WEIGHTS and place.kind != "embedding" and (place.kind or ndim > 1):
         return True, "kernel"
     return None
 
@@ -214,11 +215,11 @@ def _kinds_of(name: str) -> list[str]:
     """Return the kinds of module that a name, of a class or an attribute, suggests."""
     if "prelu" in name.lower():
         return ["activation"]
-    said = words(name)
+    parts = words(name)
     # Weight and spectral norms wrap other layers.
-    norms = _NORMS if not {"weight", "spectral"} & set(said) else set()
-    kinds = {"norm": norms | {w for w in said if norms and w.endswith("norm")}, **_KINDS}
-    return [kind for word in said for kind, known in kinds.items() if word in known]
+    norms = _NORMS if not {"weight", "spectral"} & set(parts) else set()
+    kinds = {"norm": norms | {w for w in parts if norms and w.endswith("norm")}, **_KINDS}
+    return [kind for word in parts for kind, known in kinds.items() if word in known]
 
 
 def kind_of_class(cls: type) -> tuple[str, bool]:
@@ -235,22 +236,25 @@ def kind_of_attribute(name: str) -> tuple[str, bool]:
     return "norm" if "norm" in kinds else "".join(kinds[-1:]), False
 
 
-def _idle(
+def _describe_unused(
     pattern: str,
     fits: Sequence[bool],
-    taken: Sequence[int | None],
+    deciders: Sequence[int | None],
     pairs: Sequence[tuple[str, Decision]],
     parameters: Sequence[Parameter],
 ) -> str:
-    """Describe a pattern that decides nothing."""
-    takers = [index for fit, index in zip(fits, taken, strict=True) if fit]
-    earlier = [pairs[index][0] for index in takers if index is not None]
+    """Return the error for a pattern that decides nothing."""
+    others = [index for fit, index in zip(fits, deciders, strict=True) if fit]
+    earlier = [pairs[index][0] for index in others if index is not None]
     if earlier:
         return (
-            f"rule has '{pattern}' behind '{earlier[0]}', which takes all that it matches: the "
-            "first pair that matches wins, so put the special ones first"
+            f"rule must use each of its globs; got '{pattern}' after '{earlier[0]}', which decides "
+            f"all that it matches. Put '{pattern}' first: the first matching pair wins."
         )
-    return f"rule has '{pattern}', which matches none of {listed(parameters)}"
+    return (
+        f"rule must match a parameter with each glob; got '{pattern}', which matches none of "
+        f"{listed(parameters)}."
+    )
 
 
 def listed(parameters: Sequence[Parameter]) -> str:
@@ -265,15 +269,15 @@ def bools(parameters: Sequence[Parameter], rule: Rule) -> list[bool]:
     for parameter, (decision, why) in zip(parameters, decisions, strict=True):
         if not isinstance(decision, bool):
             raise TypeError(
-                f"rule {why} gives '{parameter.path}' the rate {decision!r}, but a mask says only "
-                "whether a parameter decays: for rates take decay_rates"
+                f"rule must return True or False for a mask; got the rate {decision!r} from {why} "
+                f"for '{parameter.path}'. Use decay_rates for rates."
             )
     return [decision for decision, _ in decisions]
 
 
 def rates(parameters: Sequence[Parameter], weight_decay: Any, rule: Rule) -> list[tuple[Any, str]]:
     """Return each parameter's rate of decay, and the part of the rule that decided it."""
-    check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+    check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
 
     def rate(decision: Any) -> Any:
         return (weight_decay if decision else 0.0) if isinstance(decision, bool) else decision

@@ -1,8 +1,9 @@
-"""Events for observers that belong to no framework."""
+"""Events for observers, shared by both packages."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,3 +21,20 @@ class SiteKey:
     root: tuple[int, int]
     step: int
     key: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledDraw:
+    """The event of a mask for an observer that keeps a sample of it.
+
+    Attributes:
+        draw: The framework's event; its `mask` and `entering` are one-dimensional samples.
+        shape: The shape of the masked values.
+        size: The number of elements of the mask.
+        kept: The number of kept elements.
+    """
+
+    draw: Any
+    shape: tuple[int, ...]
+    size: int
+    kept: int

@@ -1,12 +1,12 @@
-"""The packages that an extra installs: a helpful error if one is missing."""
+"""Errors for missing optional packages, which an extra of the distribution installs."""
 
 from __future__ import annotations
 
 from types import TracebackType
 
 
-class needs:  # noqa: N801  # reads as a word: `with needs(...)`
-    """A block of imports that fails with the command that installs the missing package.
+class needs:  # noqa: N801  # used as `with needs(...)`
+    """Context for imports that need an extra: its error has the command that installs it.
 
     Args:
         who: The module that cannot be imported.

@@ -12,7 +12,7 @@ def matches(pattern: str, path: str) -> bool:
     Args:
         pattern: Components separated by slashes or dots. Within one, `*`, `?` and `[...]` are
             wildcards; `**` alone matches any number of components, including none. A pattern of one
-            component is compared with the last one only.
+            component matches the last one only.
         path: Names joined by slashes, as in JAX, or by dots, as in PyTorch.
 
     Example:

@@ -1,7 +1,7 @@
 """Polynomials for the quantile function of the normal distribution.
 
-Made by `python -m benchmarks.quantile`, which says how; the same file in both wings. Coefficients
-go up from the constant term.
+Written by `python -m benchmarks.quantile`, which describes the method; both packages use this file.
+Coefficients are in ascending order, from the constant term.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A polynomial for quantile(u) / u in w - centre, for w = -log2(1 - u**2) from `edge` on."""
+    """A polynomial for quantile(u) / u in w - center, for w = -log2(1 - u**2) >= `edge`."""
 
     edge: float
-    centre: float
+    center: float
     coefficients: tuple[float, ...]
 
 
@@ -39,7 +39,7 @@ SINGLE = Table(
     pieces=(
         Piece(
             edge=0.0,
-            centre=3.5,
+            center=3.5,
             coefficients=(
                 2.0974758,
                 0.24235654,
@@ -55,7 +55,7 @@ SINGLE = Table(
         ),
         Piece(
             edge=7.0,
-            centre=15.0,
+            center=15.0,
             coefficients=(
                 4.3249836,
                 0.15275954,
@@ -99,7 +99,7 @@ DOUBLE = Table(
     pieces=(
         Piece(
             edge=0.0,
-            centre=3.5,
+            center=3.5,
             coefficients=(
                 2.09747578508841,
                 0.242356541405921,
@@ -128,7 +128,7 @@ DOUBLE = Table(
         ),
         Piece(
             edge=7.0,
-            centre=15.0,
+            center=15.0,
             coefficients=(
                 4.324983353446946,
                 0.1527595334886194,
@@ -157,7 +157,7 @@ DOUBLE = Table(
         ),
         Piece(
             edge=23.0,
-            centre=37.5,
+            center=37.5,
             coefficients=(
                 6.9993003047331905,
                 0.09712216675639426,

@@ -1,6 +1,6 @@
 """The report on the dropout of observed training steps: problems, places and confidence.
 
-It is the same in both packages and depends on no framework.
+Both packages share it.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from regshared.checks import check_strings
 from regshared.events import SiteKey
 from regshared.globs import matches
 
-# Their masks are not drawn element by element, but by blocks and by repeated words.
+# These draw blocks, and one decision for all occurrences of a word, not independent elements.
 _NOT_INDEPENDENT = {"drop_block", "embedding_dropout"}
 # A correct program triggers a finding with at most this probability, per kind of problem.
 _CHANCE = 1e-9
 
-Step = Sequence["Drawn"]
+Step = Sequence["MaskSummary"]
 Expected = Collection[str] | Mapping[str, float]
 
 
@@ -35,12 +35,12 @@ class DropoutProblem(enum.Enum):
         REPEATED_MASK: A site drew from the same key several times in one step: for every timestep,
             layer, row, device or call.
         SHARED_KEY: Several sites drew from the same key, in one step or in two.
-        IGNORED_KEY: A site drew the same mask from different keys: its sampler does not use them.
-        NEVER_ACTIVE: Nothing drew in training, or an expected site did not.
+        IGNORED_KEY: A site drew the same mask from different keys: its sampler ignores them.
+        NEVER_ACTIVE: No site drew in training, or an expected one did not.
         ACTIVE_IN_EVALUATION: A site drew in evaluation.
-        OTHER_RATE: A site drew with another rate than expected.
+        OTHER_RATE: A site drew at a rate that was not expected.
         INVALID_RATE: A traced rate was NaN or not in [0, 1], so that the output is NaN.
-        ALL_OR_NOTHING: A mask kept all or nothing, although its rate is neither 0 nor 1.
+        ALL_OR_NOTHING: A mask kept all elements or none at a rate strictly between 0 and 1.
     """
 
     SAME_MASK = "same mask in two steps"
@@ -80,8 +80,8 @@ class Site(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One mask, reduced to what the findings require.
+class MaskSummary:
+    """One mask, reduced to the properties that the findings use.
 
     Attributes:
         order: Its position in the program.
@@ -173,7 +173,7 @@ class DropoutReport:
     advice: Mapping[DropoutProblem, str] = field(repr=False, compare=False)
 
     def raise_if_wrong(self) -> None:
-        """End a program, or a test, whose dropout has problems.
+        """Raise an error if the dropout has problems.
 
         Raises:
             RuntimeError: There are findings; the message is the whole report.
@@ -187,22 +187,22 @@ class DropoutReport:
             lines += ["", problem.value]
             for finding in self.findings:
                 if finding.problem is problem:
-                    lines.append(f"  {_told(finding)}")
+                    lines.append(f"  {_finding_line(finding)}")
             lines += textwrap.wrap(f"  -> {self.advice[problem]}", 96, subsequent_indent=" " * 5)
         return "\n".join(lines if self.findings else [*lines, "", "nothing is wrong"])
 
 
-def draws_of(events: Iterable[SiteKey | Drawn]) -> Step:
+def draws_of(events: Iterable[SiteKey | MaskSummary]) -> Step:
     """Return the draws of one step, in the order of the program, with the names of their keys.
 
-    A dropout that draws from one key for the same values once more counts once: a checkpoint runs
-    its forward pass again for the backward pass, and a loss may be computed again beside its
+    A site that draws again from one key for the same values counts once: a checkpoint runs its
+    forward pass again in the backward pass, and a loss may be computed twice, with and without its
     gradient.
     """
     events = list(events)
     keys = {event.key: event for event in events if isinstance(event, SiteKey)}
-    draws = sorted((e for e in events if isinstance(e, Drawn)), key=lambda drawn: drawn.order)
-    seen = defaultdict[tuple[Site, tuple[int, int]], list[Drawn]](list)
+    draws = sorted((e for e in events if isinstance(e, MaskSummary)), key=lambda drawn: drawn.order)
+    seen = defaultdict[tuple[Site, tuple[int, int]], list[MaskSummary]](list)
     for drawn in (_named(drawn, keys) for drawn in draws):
         earlier = seen[drawn.site, drawn.key]
         if not any(_same_values(drawn, other) for other in earlier):
@@ -211,7 +211,7 @@ def draws_of(events: Iterable[SiteKey | Drawn]) -> Step:
     return sorted(once, key=lambda drawn: drawn.order)
 
 
-def _named(drawn: Drawn, keys: Mapping[tuple[int, int], SiteKey]) -> Drawn:
+def _named(drawn: MaskSummary, keys: Mapping[tuple[int, int], SiteKey]) -> MaskSummary:
     # A site's key may be the root of another's, as for the leaves that drop_connect drops.
     sites, key = [], drawn.key
     while key in keys:
@@ -224,7 +224,7 @@ def _named(drawn: Drawn, keys: Mapping[tuple[int, int], SiteKey]) -> Drawn:
     return replace(drawn, site=drawn.site._replace(name=name), origin=origin)
 
 
-def _same_values(drawn: Drawn, other: Drawn) -> bool:
+def _same_values(drawn: MaskSummary, other: MaskSummary) -> bool:
     if drawn.shape != other.shape or len(drawn.values) != len(other.values):
         return False
     # Half the digits, which is more than a compiler's fusion changes by rounding.
@@ -232,7 +232,7 @@ def _same_values(drawn: Drawn, other: Drawn) -> bool:
     return math.dist(drawn.values, other.values) <= bound
 
 
-def judge(
+def make_report(
     steps: Sequence[Step],
     evaluations: Sequence[Step],
     derived: Collection[str],
@@ -253,7 +253,10 @@ def judge(
     for pattern in allow:
         if not any(site.fits(pattern) for site in sites):
             known = ", ".join(map(str, sites)) or "no site at all"
-            raise ValueError(f"allow has {pattern!r}, which matches none of {known}.")
+            raise ValueError(
+                f"allow must match a site with each glob; got {pattern!r}, which matches none of "
+                f"{known}."
+            )
     allowed = {str(site) for site in sites if any(site.fits(pattern) for pattern in allow)}
     found = [
         *_reused_keys(steps),
@@ -273,7 +276,7 @@ def judge(
 def _reused_keys(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
     """Find keys that drew more than one mask; two 64-bit keys do not collide by accident."""
     order = _sites(steps)
-    uses = defaultdict[tuple[int, int], list[tuple[int, Drawn]]](list)
+    uses = defaultdict[tuple[int, int], list[tuple[int, MaskSummary]]](list)
     for number, step in enumerate(steps):
         for drawn in step:
             uses[drawn.key].append((number, drawn))
@@ -284,13 +287,13 @@ def _reused_keys(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
         for site in sites:
             times = Counter(number for number, drawn in at_key if drawn.site == site)
             if len(times) > 1:
-                seen = f"{key} drew in {_listed(times)}"
+                seen = f"{key} drew in {_step_numbers(times)}"
                 found[DropoutProblem.SAME_MASK, (site,)].append(seen)
             if (most := max(times.values())) > 1:
                 seen = f"{key} drew {most} times in a step"
                 found[DropoutProblem.REPEATED_MASK, (site,)].append(seen)
         if len(sites) > 1:
-            seen = f"{key} drew in {_listed(dict.fromkeys(number for number, _ in at_key))}"
+            seen = f"{key} drew in {_step_numbers(dict.fromkeys(number for number, _ in at_key))}"
             found[DropoutProblem.SHARED_KEY, sites].append(seen)
     chance = math.comb(len(uses), 2) * 2.0**-64
     for (problem, sites), seen in found.items():
@@ -300,7 +303,7 @@ def _reused_keys(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
 
 def _odd_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
     """Find masks that no sampler draws, up to a computed chance."""
-    draws = defaultdict[Site, list[Drawn]](list)
+    draws = defaultdict[Site, list[MaskSummary]](list)
     for drawn in (drawn for step in steps for drawn in step):
         draws[drawn.site].append(drawn)
     for site, at_site in draws.items():
@@ -311,15 +314,15 @@ def _odd_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
                 break
 
 
-def _alike(draws: Iterable[Drawn]) -> Collection[list[Drawn]]:
+def _alike(draws: Iterable[MaskSummary]) -> Collection[list[MaskSummary]]:
     """Group the draws of one site by their masks."""
-    groups = defaultdict[tuple[object, ...], list[Drawn]](list)
+    groups = defaultdict[tuple[object, ...], list[MaskSummary]](list)
     for drawn in draws:
         groups[drawn.shape, drawn.size, drawn.rate, drawn.kept, drawn.sample].append(drawn)
     return groups.values()
 
 
-def _oddity(same: Sequence[Drawn]) -> tuple[DropoutProblem, str, float] | None:
+def _oddity(same: Sequence[MaskSummary]) -> tuple[DropoutProblem, str, float] | None:
     """Return the problem of masks that are all the same, and its chance for one of them."""
     drawn, p = same[0], same[0].rate
     if not 0 <= p <= 1:
@@ -423,7 +426,7 @@ def _table(rows: Iterable[DropoutRow]) -> list[str]:
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 
 
-def _told(finding: DropoutFinding) -> str:
+def _finding_line(finding: DropoutFinding) -> str:
     return ": ".join(filter(None, [", ".join(finding.sites), finding.detail]))
 
 
@@ -432,5 +435,5 @@ def _shortened(words: Iterable[str]) -> str:
     return f"{first} … {rest[-1]}" if rest else first
 
 
-def _listed(numbers: Collection[int]) -> str:
+def _step_numbers(numbers: Collection[int]) -> str:
     return f"step{'s' * (len(numbers) > 1)} {' and '.join(map(str, numbers))}"

@@ -1,7 +1,6 @@
-"""Argument checks: each raises an error that names the argument.
+"""Checks of arguments: each rejects a wrong value with an error that names the argument.
 
-Every message has the form `argument must be X; got Y. Fix.` A wrong type is a TypeError, a wrong
-value a ValueError. Both packages have the same checks.
+See `regshared.checks`. Both packages have the same checks.
 """
 
 from __future__ import annotations
@@ -20,12 +19,7 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def check_shape(name: str, value: Any) -> tuple[Any, ...]:
-    """Return a shape as a tuple of sizes; symbolic sizes, as under `torch.export`, stay symbolic.
-
-    Raises:
-        TypeError: `value` is not a sequence of integers.
-        ValueError: A size is negative.
-    """
+    """Return a shape as a tuple; symbolic sizes, as under `torch.export`, stay symbolic."""
     if type(value) is tuple and all(type(n) is int and n >= 0 for n in value):
         return value
     items = check_items(name, value, Sequence, "a sequence of sizes, such as (2, 3)")
@@ -36,12 +30,7 @@ def check_shape(name: str, value: Any) -> tuple[Any, ...]:
 
 
 def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
-    """Return a finite real number of at least `minimum` as a Python float.
-
-    Raises:
-        TypeError: `value` is not a real number.
-        ValueError: `value` is below `minimum`, infinite or NaN, or a tensor with dimensions.
-    """
+    """Return a finite real number that is at least `minimum` as a Python float."""
     is_tensor = isinstance(value, Tensor)
     is_real = isinstance(value, numbers.Real) or (is_tensor and not value.is_complex())
     if not is_real or is_bool(value):
@@ -54,7 +43,6 @@ def check_number(name: str, value: Any, minimum: float = -math.inf) -> float:
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
-    """Return `value`; raise a TypeError if it is not a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a tensor; got {describe(value)}. Make one: torch.as_tensor({name})."
@@ -63,21 +51,17 @@ def check_tensor(name: str, value: Any) -> Tensor:
 
 
 def check_module(name: str, value: _M) -> _M:
-    """Return `value`; raise a TypeError if it is not a module."""
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module; got {describe(value)}.")
     return value
 
 
 def check_generator(name: str, value: Any) -> torch.Generator | None:
-    """Return `value`; raise a TypeError if it is neither a generator nor None.
-
-    A key stored in a layer would draw the same mask at every step.
-    """
+    """Return a generator or None; a key in a layer would draw the same mask at every step."""
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(
-            f"{name} must be a torch.Generator or None; got {describe(value)}. A key in a "
-            "layer would draw the same mask at every step: pass a new key to each call, "
-            "layer(x, key=key), or torch.Generator().manual_seed(seed) here."
+            f"{name} must be a torch.Generator or None; got {describe(value)}. Pass "
+            "torch.Generator().manual_seed(seed), or a new key to each call, layer(x, key=key): a "
+            "key in a layer would draw the same mask at every step."
         )
     return value

@@ -1,8 +1,8 @@
-"""Guards against silent errors in dropout.
+"""Guard rails that report silent errors of dropout.
 
-A key that does not advance, a key shared by two layers, a mode that evaluation forgets to set:
-training continues, only worse, without an error. The guards observe a few steps and compare the
-masks that were drawn.
+A key that does not advance, a key that two layers share, a mode that evaluation forgets to set:
+training continues, with worse results and no error. This module observes a few steps, and compares
+the masks that were drawn.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regshared.checks import check_callable
-from regshared.events import SiteKey
-from regshared.report import Drawn, DropoutProblem, DropoutReport, Site, draws_of, judge
-from regtorch._random.events import Observer, SampledDraw, observed_by
+from regshared.events import SampledDraw, SiteKey
+from regshared.report import DropoutProblem, DropoutReport, MaskSummary, Site, draws_of, make_report
+from regtorch._random.events import Observer, observed_by
 
 if TYPE_CHECKING:
     from regshared.report import Expected, Step
@@ -30,40 +30,40 @@ def check_dropout(
     expect: Expected = (),
     allow: Collection[str] = (),
 ) -> DropoutReport:
-    """Run a training step twice and report errors in its dropout.
+    """Run a training step twice, and report errors of its dropout.
 
-    `DropoutProblem` lists the problems: sites that draw the same mask in both steps or at every
-    timestep, sites that share a key, dropout that is inactive in training or active in evaluation.
-    The check observes the masks of `regtorch`'s functions and of the layers made from them; not
-    those of other libraries, and not Gaussian noise, which has no mask. If a loop does not fit the
-    arguments, use a `DropoutGuard`.
+    `DropoutProblem` lists the errors: sites that drew the same mask in both steps, or at every
+    timestep; sites that share a key; dropout that is inactive in training, or active in evaluation.
+    The check covers the masks that `regtorch` draws, in its functions and in the layers made from
+    them; no other library's, and no Gaussian noise, which has no mask. For a loop that does not fit
+    the arguments, use a `DropoutGuard`.
 
-    Pass real data: a site that draws from one key for the same values again counts once, as under a
-    checkpoint, and the rows of a batch of ones are indistinguishable.
+    Pass real data. A site that draws again from one key for the same values counts once, as under a
+    checkpoint: the rows of a batch of ones could not be distinguished.
 
     Args:
         train_step: Called as `train_step(step)` with steps 0 and 1; in a functional program as
             `train_step(*carry, step)`, which returns the next `carry`, several values as a tuple.
         *carry: The training state, unless a module holds it.
-        evaluate: Called once as `evaluate(*carry)`, with dropout expected to be off.
+        evaluate: Called once as `evaluate(*carry)`; dropout must be off in it.
         expect: Names of sites that must draw, such as `regtorch.keyed.sites(model)`, or a dict from
-            names to rates, with rate 0 for a site that must not draw. A converted layer called at
-            rate 0 need not draw, unless the dict gives it another rate. A site has the name passed
-            to `site_key`, and also its line of code, `"model.py:42"`. Globs are allowed.
-        allow: Names of sites whose findings are ignored, such as one with the same mask at every
-            timestep by design. Globs are allowed; one that matches nothing is an error.
+            names to rates, 0 for a site that must not draw. A converted layer called at rate 0 need
+            not draw, unless the dict gives it another rate. A site's name is the one passed to
+            `site_key`; its line of code, `"model.py:42"`, also names it. Globs are allowed.
+        allow: Names of sites whose findings are ignored, such as one whose mask is the same at
+            every timestep on purpose. Globs are allowed; one that matches nothing is an error.
 
     Returns:
-        A printable report; its `.raise_if_wrong()` raises if there are findings.
+        A report to print; `.raise_if_wrong()` raises an error if there are findings.
 
     Raises:
         TypeError: `expect` or `allow` is a string.
-        ValueError: `train_step` does not return the structure of `carry`, or a glob of `allow`
-            matches nothing.
-        RuntimeError: The call is inside `torch.compile`.
+        ValueError: The result of `train_step` does not match `carry`, or a glob of `allow` matches
+            nothing.
+        RuntimeError: Called inside `torch.compile`.
 
     Note (JAX):
-        `regjax.check_dropout` finds the same problems.
+        `regjax.check_dropout` reports the same errors.
 
     Example:
         >>> import torch, regtorch
@@ -72,10 +72,8 @@ def check_dropout(
         ...     regtorch.keyed.set_key(model, regtorch.key(0), 0)  # forgets the step
         ...     model(torch.ones(8, requires_grad=True)).sum().backward()
         >>> report = regtorch.check_dropout(train_step)
-        >>> [finding.problem.name for finding in report.findings]
-        ['SAME_MASK']
-        >>> report.findings[0].detail
-        "the key of '0' at step 0 drew in steps 0 and 1"
+        >>> report.findings[0].problem.name, report.findings[0].detail
+        ('SAME_MASK', "the key of '0' at step 0 drew in steps 0 and 1")
     """
     check_callable("train_step", train_step, "(*carry, step)")
     if evaluate is not None:
@@ -83,7 +81,7 @@ def check_dropout(
     guard = DropoutGuard()
     for step in range(2):
         with guard.training():
-            carry = _carried(train_step(*carry, step), carry)
+            carry = _next_carry(train_step(*carry, step), carry)
     if evaluate is not None:
         with guard.evaluation():
             evaluate(*carry)
@@ -91,36 +89,35 @@ def check_dropout(
 
 
 class DropoutGuard:
-    """Observer of the dropout in a loop: some steps of training, and evaluation.
+    """An observer of the dropout of a loop: some training steps, and evaluation.
 
     Blocks of different guards may be nested, and `check_dropout` may be called inside a block: each
     guard sees all masks drawn inside its own blocks.
 
     Example:
         >>> import torch, regtorch
-        >>> root = regtorch.key(0)
-        >>> guard = regtorch.DropoutGuard()
+        >>> guard, x = regtorch.DropoutGuard(), torch.ones(8)
         >>> for step in range(2):
         ...     with guard.training():
-        ...         key = regtorch.site_key(root, step, "hidden")
-        ...         y = regtorch.dropout(torch.ones(8), 0.5, key=key)
+        ...         key = regtorch.site_key(regtorch.key(0), step, "hidden")
+        ...         y = regtorch.dropout(x, 0.5, key=key)
         >>> with guard.evaluation():
-        ...     y = regtorch.dropout(torch.ones(8), 0.5, key=key)  # forgets deterministic=True
+        ...     y = regtorch.dropout(x, 0.5, key=key)  # forgets deterministic=True
         >>> [finding.problem.value for finding in guard.report().findings]
         ['active in evaluation']
     """
 
     def __init__(self) -> None:
         self._observer = Observer(self._record, sample=_SAMPLE)
-        self._events: list[SiteKey | Drawn] | None = None
+        self._events: list[SiteKey | MaskSummary] | None = None
         self._steps: list[Step] = []
         self._evaluations: list[Step] = []
         self._derived: set[str] = set()
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Observe one training step; a report needs two of them."""
-        with self._watching() as events:
+        """Observe one training step; a report requires two."""
+        with self._observing() as events:
             yield
         self._steps.append(draws_of(events))
         self._derived |= {event.site for event in events if isinstance(event, SiteKey)}
@@ -128,16 +125,16 @@ class DropoutGuard:
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """Observe an evaluation, in which nothing may be dropped."""
-        with self._watching() as events:
+        with self._observing() as events:
             yield
         self._evaluations.append(draws_of(events))
 
     def report(self, *, expect: Expected = (), allow: Collection[str] = ()) -> DropoutReport:
-        """Report the problems observed so far.
+        """Report the errors in the observed steps.
 
         Args:
-            expect: Names of sites that must draw; see `check_dropout`.
-            allow: Names of sites whose findings are ignored.
+            expect: See `check_dropout`.
+            allow: See `check_dropout`.
 
         Raises:
             TypeError: `expect` or `allow` is a string.
@@ -145,24 +142,24 @@ class DropoutGuard:
         """
         if len(self._steps) < 2:
             raise ValueError(
-                f"{len(self._steps)} steps of training were watched, and masks are compared between"
-                " two: run each of two steps in a block of its own, with guard.training(): …"
+                f"a guard must observe two training steps to compare; got {len(self._steps)}. Run "
+                "each of two steps in its own block: with guard.training(): …"
             )
         seen = self._steps, self._evaluations, self._derived
-        return judge(*seen, ADVICE, expect, allow, self._observer.idle)
+        return make_report(*seen, ADVICE, expect, allow, self._observer.idle)
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[list[SiteKey | Drawn]]:
+    def _observing(self) -> Iterator[list[SiteKey | MaskSummary]]:
         if torch.compiler.is_compiling():
             raise RuntimeError(
                 "check_dropout and the blocks of a DropoutGuard must be outside of torch.compile, "
-                "which nobody can observe; got a call while a function is compiled. Check the step "
+                "whose code cannot be observed; got a call in a compiled function. Check the step "
                 "before it is compiled: regtorch.check_dropout(train_step, …)."
             )
         if self._events is not None:
             raise RuntimeError(
                 "guard.training() and guard.evaluation() must not be nested in one another; got a "
-                "block inside a block of the same guard. End the first one before, or use a second "
+                "block inside a block of the same guard. End the first block, or use a second "
                 "DropoutGuard, which may be nested."
             )
         self._events = events = []
@@ -177,7 +174,7 @@ class DropoutGuard:
             return
         if isinstance(event, SiteKey):
             self._events.append(event)
-        elif not event.remade:
+        elif not event.draw.remade:
             self._events.append(_summary(event))
 
 
@@ -185,19 +182,19 @@ class DropoutGuard:
 _SAMPLE = 2**11
 
 
-def _summary(draw: SampledDraw) -> Drawn:
-    values = draw.entering
+def _summary(sampled: SampledDraw) -> MaskSummary:
+    draw, values = sampled.draw, sampled.draw.entering
     values = torch.view_as_real(values) if values.is_complex() else values.to(torch.float64)
-    return Drawn(
+    return MaskSummary(
         order=draw.order,
         site=Site("", draw.where),
         key=draw.key,
         origin="",
         function=draw.function,
         rate=draw.rate,
-        shape=draw.shape,
-        size=draw.size,
-        kept=draw.kept,
+        shape=sampled.shape,
+        size=sampled.size,
+        kept=sampled.kept,
         sample=bytes(draw.mask.tolist()),
         values=array("d", values[values.isfinite()].tolist()),
         digits=torch.finfo(draw.entering.dtype).eps,
@@ -231,8 +228,7 @@ ADVICE = {
 }
 
 
-def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments of the next step, from the result of this one."""
+def _next_carry(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
     if not carry:
         return ()
     first, *others = carry
@@ -245,8 +241,7 @@ def _carried(result: Any, carry: tuple[Any, ...]) -> tuple[Any, ...]:
     if not fits:
         got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
         raise ValueError(
-            f"train_step must return what takes the place of the {len(carry)} it was called with "
-            "before the step, such as lambda state, step: update(state, batch)[0] of a pair; got "
-            f"{got}."
+            f"train_step must return the next values of its {len(carry)} arguments before the "
+            f"step; got {got}. Select them: lambda state, step: update(state, batch)[0]."
         )
     return result if others else (result,)

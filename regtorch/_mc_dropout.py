@@ -1,4 +1,4 @@
-"""Uncertainty by Monte Carlo dropout: stochastic forward passes at test time, and their spread."""
+"""Uncertainty from Monte Carlo dropout: stochastic forward passes and their disagreement."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.special import entr
 
 from regshared.checks import check_bool, check_callable, check_choice, check_integer
-from regshared.events import SiteKey
+from regshared.events import SampledDraw, SiteKey
 from regtorch import keyed
 from regtorch import nn as layers
 from regtorch._checks import check_module
 from regtorch._dropout.core import real_dtype
-from regtorch._random.events import Draw, Observer, observed_by
+from regtorch._random.events import Observer, observed_by
 from regtorch._random.keys import check_key, site_key
 from regtorch.keyed.layers import KEYED, Keyed, Site
 
@@ -40,14 +40,14 @@ _DROPPING = (*KEYED, nn.RNNBase, *_OURS, *_FUSED)
 class Prediction(NamedTuple):
     """The combined prediction of many stochastic forward passes.
 
-    In float32, or in float64 where the outputs are. The last four are None where they do not apply:
-    entropies for values, and samples that were not requested.
+    The tensors are float32, or float64 if the outputs are. The last four are None where they do not
+    apply: entropies for values, and samples that were not requested.
 
     Attributes:
-        mean: The mean of the passes, of probabilities or of values.
+        mean: The mean of the passes: of probabilities, or of values.
         std: Their standard deviation, the square root of the mean squared distance from the mean.
-        entropy: The entropy of the mean probabilities, in nats: the total uncertainty.
-        expected_entropy: The mean of the passes' entropies: the uncertainty on which they agree.
+        entropy: The entropy of the mean probabilities in nats: the total uncertainty.
+        expected_entropy: The mean entropy of the passes: the uncertainty that they agree on.
         mutual_information: The difference, never negative: the disagreement of the passes, which
             more data could resolve.
         samples: The outputs of each pass, passes first.
@@ -70,15 +70,15 @@ def mc_dropout(
     class_axis: int = -1,
     keep_samples: bool = False,
 ) -> Prediction:
-    """Predict with dropout on, many times, and return mean, deviation and entropy.
+    """Predict with dropout on, many times: mean, deviation and entropy.
 
-    Each pass keeps other units and so is another, smaller model. Pass i is `predict(*inputs,
-    key=site_key(key, i, "mc_dropout"))`: it draws the same masks for every number of passes, and in
-    `regjax`. The passes run one after the other, without gradients; the state between them does not
-    grow with `samples`. Deviations are summed as differences from the first pass, so that nearly
-    equal outputs keep their digits.
+    Each pass keeps other units and is another, smaller model. Pass i is `predict(*inputs,
+    key=site_key(key, i, "mc_dropout"))`: its masks do not depend on the number of passes, and are
+    the same in `regjax`. The passes run one after the other, without gradients; the memory kept
+    between them does not grow with `samples`. Deviations are summed as differences from the first
+    pass, so that nearly equal outputs keep their digits.
 
-    **Normalization layers belong in evaluation mode**, with their running averages, while dropout
+    **Normalization layers must be in evaluation mode**, with their running averages, while dropout
     is on. A model runs under `dropout_only`, and has its mode back afterwards; a function that
     calls a model must set the mode itself.
 
@@ -86,7 +86,7 @@ def mc_dropout(
         predict: A model, or a function of `*inputs` and the keyword `key` that returns one floating
             tensor. In a model converted by `regtorch.keyed.convert` or made of `regtorch.nn`
             layers, the site `name` draws from `site_key(key, 0, name)`, where `key` is that of the
-            pass; `regtorch.keyed` describes the names.
+            pass.
         *inputs: The inputs of `predict`.
         key: One key; it may be used again, as with `site_key`.
         outputs: The kind of output of `predict`: `"logits"`, to which a softmax is applied;
@@ -94,7 +94,7 @@ def mc_dropout(
             entropy.
         samples: The number of passes. The mean has a standard error of `std / sqrt(samples)`.
         class_axis: The dimension of the classes in the output of one pass.
-        keep_samples: Whether to return the predictions of each pass, too.
+        keep_samples: Whether to return the output of each pass too.
 
     Returns:
         A `Prediction`, a tuple of tensors.
@@ -113,11 +113,10 @@ def mc_dropout(
 
     Note (JAX):
         `regjax.mc_dropout` runs the passes side by side within a budget of memory. A `predict` that
-        ignores its key is an error in both, for any number of `samples`. regjax detects this in the
-        traced program. Here a second pass is compared with the first, also with `samples=1`, and
-        only masks of this package are observed: a `predict` with other masks is assumed to ignore
-        its key if all of its passes are the same. Where masks are drawn but do not reach the
-        output, regjax raises an error, and this function warns.
+        ignores its key is an error in both, which regjax detects in the traced program. Here a
+        second pass is compared with the first, also with `samples=1`. Only masks of this package
+        are observed: a `predict` with other masks is an error if all of its passes are the same.
+        Masks that are drawn but do not reach the output are an error in regjax, and a warning here.
 
     Example:
         >>> import torch, regtorch
@@ -127,17 +126,11 @@ def mc_dropout(
         >>> y = regtorch.mc_dropout(model, x, key=regtorch.key(0), outputs="logits", samples=50)
         >>> y.mean.shape, y.std.shape, y.entropy.shape
         (torch.Size([2, 3]), torch.Size([2, 3]), torch.Size([2]))
-        >>> def predict(x, *, key):
-        ...     return regtorch.dropout(x, 0.5, key=key).mean(1)
-        >>> y = regtorch.mc_dropout(predict, x, key=regtorch.key(0), outputs="values", samples=50)
-        >>> y.mean.shape, y.entropy
-        (torch.Size([2]), None)
 
     References:
-        Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016. Decomposition of the
-        entropy: Houlsby et al., "Bayesian active learning for classification and preference
-        learning", arXiv:1112.5745, 2011. Sums of deviations: Chan, Golub, LeVeque, "Updating
-        formulae and a pairwise algorithm for computing sample variances", 1979.
+        Gal and Ghahramani, "Dropout as a Bayesian approximation", ICML 2016. The decomposition of
+        the entropy: Houlsby et al., arXiv:1112.5745, 2011. Sums of deviations: Chan, Golub,
+        LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     check_callable("predict", predict, "(*inputs, key), or a module")
     check_choice("outputs", outputs, _KINDS)
@@ -147,13 +140,13 @@ def mc_dropout(
     check_key(key)
     function = _passes(predict) if isinstance(predict, nn.Module) else nullcontext(predict)
     with torch.no_grad(), function as one_pass:
-        versions, one_pass = _versions(inputs), _Watched(one_pass)
+        versions, one_pass = _versions(inputs), _ObservedPass(one_pass)
         first = one_pass(*inputs, key=site_key(key, 0, _SITE))
         _check_outputs(first, outputs, class_axis)
         if _versions(inputs) != versions:
             raise ValueError(
-                "predict writes into its inputs, so that the next pass would see other ones. Turn "
-                "inplace off in the layers that they enter, or let predict copy them: x.clone()."
+                "predict must not write into its inputs, which the next pass uses; got changed "
+                "inputs. Turn inplace off in its first layers, or copy the inputs: x.clone()."
             )
         moments, kept, same = _moments(first, outputs, class_axis), [first], first.numel() > 0
         for index in range(
@@ -169,19 +162,19 @@ def mc_dropout(
                 kept.append(y)
     if same and one_pass.repeats_its_keys():
         raise ValueError(
-            "predict must depend on its key; got the same from all passes. Turn dropout on in it "
-            "(deterministic=False, training mode, a rate above 0) and give it the key."
+            "predict must depend on its key; got the same output for all keys. Turn its dropout on "
+            "(deterministic=False, training mode, a rate above 0), and pass the key to it."
         )
     if same:
         warnings.warn(
-            "all passes returned the same, although their keys differ: at a rate this small, take "
-            "more samples; or what is dropped does not reach the output.",
+            "passes must differ; got the same output from all, although their keys differ. Draw "
+            "more samples at so low a rate, or check that the dropped values reach the output.",
             stacklevel=2,
         )
     return _prediction(moments, torch.stack(kept) if keep_samples else None, class_axis)
 
 
-class _Watched:
+class _ObservedPass:
     """A pass whose first two calls are observed for the keys of their masks."""
 
     def __init__(self, one_pass: Callable[..., Tensor]) -> None:
@@ -194,9 +187,9 @@ class _Watched:
         keys: list[tuple[int, int]] = []
         self._keys.append(keys)
 
-        def record(event: SiteKey | Draw) -> None:
-            if isinstance(event, Draw):
-                keys.append(event.key)
+        def record(event: SiteKey | SampledDraw) -> None:
+            if isinstance(event, SampledDraw):
+                keys.append(event.draw.key)
 
         with observed_by(Observer(record, sample=0)):
             return self._one_pass(*inputs, key=key)
@@ -222,8 +215,6 @@ def dropout_only(model: _M) -> Iterator[_M]:
         >>> with regtorch.dropout_only(model):
         ...     [module.training for module in model]
         [False, True]
-        >>> [module.training for module in model]
-        [True, True]
     """
     check_module("model", model)
     modes = {module: module.training for module in model.modules()}
@@ -250,9 +241,9 @@ def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
         keyed.set_key(model, key, 0)  # raises for a layer that drops and is not converted
         if not sites and not own:
             raise ValueError(
-                "predict is a model without a layer that drops, so that all passes would be the "
-                "same. If its forward calls regtorch.dropout, pass a function of (*inputs, key) "
-                "that calls the model under regtorch.dropout_only(model)."
+                "predict must have a layer that drops; got a model without one. If its forward "
+                "calls regtorch.dropout, pass a function of (*inputs, key) that calls the model "
+                "under regtorch.dropout_only(model)."
             )
         high, low = key.tolist()
         for site in own.values():
@@ -277,7 +268,7 @@ def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
 
 
 class _Moments(NamedTuple):
-    """Running statistics of the passes; `mean` and `squares` are of differences from `origin`."""
+    """The moments of the passes so far. `mean` and `squares` are of differences from `origin`."""
 
     passes: int
     origin: Tensor
@@ -326,9 +317,8 @@ def _prediction(moments: _Moments, samples: Tensor | None, class_axis: int) -> P
         return Prediction(mean, std, None, None, None, samples)
     if moments.improper:
         raise ValueError(
-            "outputs='probabilities' must be at least 0 and sum to 1 along class_axis="
-            f"{class_axis}; what predict returns does not. If it returns logits, pass "
-            "outputs='logits'."
+            "predict must return probabilities, at least 0 and with sum 1 along "
+            f"class_axis={class_axis}; got other values. Pass outputs='logits' for logits."
         )
     mean = mean.clamp(0, 1)  # rounding could exceed the ends, where entropy is undefined
     entropy = entr(mean).sum(class_axis)
@@ -341,20 +331,20 @@ def _check_outputs(y: Any, outputs: str, class_axis: int) -> None:
     if not isinstance(y, Tensor) or not y.is_floating_point():
         got = f"a tensor of dtype {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise TypeError(
-            "predict must return one floating tensor, not several, and logits or probabilities "
-            f"rather than classes; got {got}."
+            "predict must return one floating tensor, not several, of logits or probabilities, not "
+            f"classes; got {got}."
         )
     if outputs != "values":
         if not -y.ndim <= class_axis < y.ndim:
             raise ValueError(
-                "class_axis must be a dimension of what predict returns, of shape "
+                "class_axis must be a dimension of the output of predict, of shape "
                 f"{tuple(y.shape)}; got {class_axis}."
             )
         if y.shape[class_axis] < 2:
             raise ValueError(
-                f"class_axis={class_axis} must hold at least two classes; predict returns the "
-                f"shape {tuple(y.shape)}. From one logit z make two, [0, z]; from one probability "
-                "p make [1 - p, p]."
+                f"class_axis={class_axis} must hold at least two classes; got outputs of shape "
+                f"{tuple(y.shape)}. Return [0, z] for one logit z, or [1 - p, p] for one "
+                "probability p."
             )
 
 

@@ -1,13 +1,13 @@
 """Mutation testing of the random core, dropout, decay and the optimizers: `make mutants`.
 
-cosmic-ray makes the mutants, one small change each. Each runs against the tests that are
-responsible for its file, in a process forked after JAX and PyTorch were imported, so that a mutant
-costs a second or two rather than the ten of a fresh interpreter. The run fails when less than 95 %
-are killed, or when a survivor is not explained in `tests/mutants.toml`.
+cosmic-ray creates the mutants, each with one small change. Each mutant runs the tests of its file
+in a process that is forked after the import of JAX and PyTorch, which takes one or two seconds
+instead of ten. The run fails if less than 95 % are killed, or if a survivor is not explained in
+`tests/mutants.toml`.
 
     python -m tests.mutants [FILE ...] [--jobs N] [--every N]
 
-An explanation that no survivor of a complete run needs is an error too: it would hide the next one.
+An explanation without a survivor in a complete run is an error, too, since it could hide another.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from typing import Any, TypeAlias
 ROOT = Path(__file__).parents[1]
 EXPLAINED = Path(__file__).with_suffix(".toml")
 REQUIRED = 0.95
-# Lines that choose how fast a result is computed, and change no bit of it.
+# Lines that affect the speed of a computation, but not its result.
 TUNING = ("_LONGEST =", "_PIECE =", "_PIECE_ON_DEVICE =")
-PATIENCE = 3.0  # a mutant that takes so many times what the file itself takes hangs: killed
+PATIENCE = 3.0  # kill a mutant after this multiple of the time of the unchanged file
 PROGRESS = 30.0  # seconds between two lines of progress
 
-# One replacement for each binary operator (its inverse where there is one), both neighbors and the
-# negation of each comparison: the selective set, which other replacements hardly add to.
+# One replacement for each binary operator (its inverse if it has one), and both neighbors and the
+# negation of each comparison. Other replacements hardly find more.
 BINARY = """Add_Sub Sub_Add Mul_Add Div_Mul FloorDiv_Mul Mod_FloorDiv Pow_Mul RShift_LShift
 LShift_RShift BitOr_BitAnd BitAnd_BitOr BitXor_BitOr"""
 COMPARISON = """Eq_NotEq NotEq_Eq Lt_LtE Lt_GtE LtE_Lt LtE_Gt Gt_GtE Gt_LtE GtE_Gt GtE_Lt
@@ -51,8 +51,7 @@ OPERATORS = (
     *OTHERS.split(),
 )
 
-# The tests responsible for each file, files of them or single ones: those first that kill most in
-# the shortest time.
+# The test files or tests of each file, starting with those that kill the most mutants per time.
 _GOLDEN = "parity_tests/test_golden.py"
 _BITS = [_GOLDEN, "tests/test_random_core.py"]
 _KEYS = [
@@ -74,8 +73,9 @@ _PACKED = [
 _DROPOUT = ["tests/test_dropout_core.py", "parity_tests/test_corners.py"]
 _JAX_DROPOUT = "tests/regjax/test_dropout.py"
 _LAYOUTS = "tests/regjax/test_layouts.py::"
-_SIGNATURE = "tests/regjax/test_optim.py::test_signature"
-JUDGES = {
+_MASK = "tests/regjax/test_optim_gradients.py::test_a_mask_that_is_false_for_all_is_refused"
+_OPTIM = ["tests/regjax/test_optim.py::test_signature", "tests/regjax/test_optim_arguments.py"]
+TESTS = {
     "regjax/_random/threefry.py": [
         *_BITS,
         f"{_LAYOUTS}test_a_packed_mask_computes_no_index_apart_from_its_words",
@@ -94,24 +94,33 @@ JUDGES = {
         *_PACKED,
         f"{_LAYOUTS}test_packed_masks_ask_for_indices_in_place",
     ],
+    "regjax/_random/xla.py": [
+        "tests/regjax/test_noise.py::test_no_product_is_joined_with_a_sum",
+        "tests/regjax/test_optim_descent.py",
+        "tests/regjax/test_spread.py",
+        "tests/test_packed_core.py",
+        f"{_JAX_DROPOUT}::test_a_shared_mask_is_drawn_once",
+        f"{_LAYOUTS}test_a_packed_mask_computes_no_index_apart_from_its_words",
+    ],
     "regjax/_dropout/core.py": [*_DROPOUT, _JAX_DROPOUT],
     "regshared/globs.py": ["tests/test_globs.py"],
+    "regshared/layerwise.py": [
+        "tests/regtorch/test_optim.py",
+        "tests/regjax/test_optim_decays.py",
+    ],
     "regshared/decay_rules.py": ["tests/test_decay_rules.py"],
     "regjax/_decay/paths.py": ["tests/regjax/test_decay.py"],
     "regjax/_decay/validation.py": ["tests/regjax/test_decay.py"],
     "regjax/_decay/param_trees.py": ["tests/regjax/test_rules.py"],
     "regjax/_decay/penalty.py": ["tests/regjax/test_penalty.py"],
     "regjax/optim/_links.py": ["tests/regjax/test_optim_links.py"],
-    "regjax/optim/_decays.py": [
-        "tests/regjax/test_optim_decays.py",
-        "tests/regjax/test_optim_gradients.py::test_a_mask_that_is_false_for_all_is_refused",
-    ],
+    "regjax/optim/_decays.py": ["tests/regjax/test_optim_decays.py", _MASK],
     "regjax/optim/_gradients.py": ["tests/regjax/test_optim_gradients.py"],
-    "regjax/optim/_descent.py": ["tests/regjax/test_optim_descent.py", _SIGNATURE],
-    "regjax/optim/_adam.py": ["tests/regjax/test_optim_adam.py", _SIGNATURE],
-    "regjax/optim/_rms.py": ["tests/regjax/test_optim_rms.py", _SIGNATURE],
-    "regjax/optim/_adafactor.py": ["tests/regjax/test_optim_adafactor.py", _SIGNATURE],
-    "regjax/optim/_muon.py": ["tests/regjax/test_optim_muon.py", _SIGNATURE],
+    "regjax/optim/_descent.py": ["tests/regjax/test_optim_descent.py", *_OPTIM],
+    "regjax/optim/_adam.py": ["tests/regjax/test_optim_adam.py", *_OPTIM],
+    "regjax/optim/_rms.py": ["tests/regjax/test_optim_rms.py", *_OPTIM],
+    "regjax/optim/_adafactor.py": ["tests/regjax/test_optim_adafactor.py", *_OPTIM, _MASK],
+    "regjax/optim/_muon.py": ["tests/regjax/test_optim_muon.py", *_OPTIM],
     "regtorch/_random/threefry.py": _BITS,
     "regtorch/_random/keys.py": [
         *_KEYS,
@@ -154,7 +163,7 @@ class Mutant:
 
 
 def normalized(source: str) -> str:
-    """The syntax tree of a file without annotations, which do nothing at run time."""
+    """Return the syntax tree of a file without annotations, which have no effect at run time."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.arg):
@@ -169,7 +178,7 @@ def normalized(source: str) -> str:
 
 
 def mutants(file: str) -> list[Mutant]:
-    """Every mutant of a file that differs from it, and from the others, at run time."""
+    """Return every mutant of a file that differs from it, and from the others, at run time."""
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator
 
@@ -183,7 +192,7 @@ def mutants(file: str) -> list[Mutant]:
                 break
             try:
                 tree = normalized(source)
-            except SyntaxError:  # cosmic-ray also takes the star of `f(*, a)` for a product
+            except SyntaxError:  # cosmic-ray also treats the star of `f(*, a)` as a product
                 continue
             if tree in known:
                 continue
@@ -196,7 +205,7 @@ def mutants(file: str) -> list[Mutant]:
 
 
 def import_frameworks() -> None:
-    """Import what is not mutated, under the settings of the tests, and start no thread."""
+    """Import the packages that are not mutated, with the settings of the tests and no threads."""
     runpy.run_path(str(ROOT / "conftest.py"))
     for name in ("chex", "hypothesis", "jax", "ml_dtypes", "optax", "pytest", "torch._dynamo"):
         __import__(name)
@@ -211,22 +220,29 @@ def import_frameworks() -> None:
 
 
 class OnePackage:
-    """A plugin of pytest that leaves out the tests of the package that is not mutated."""
+    """A pytest plugin that excludes the tests of the package that is not mutated."""
 
     def __init__(self, package: str):
-        self.wing = package.removeprefix("reg")
+        self.framework = package.removeprefix("reg")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Keep the tests of no package or of this one."""
+        """Keep the tests of this package, and of neither."""
         params = [getattr(item, "callspec", None) for item in items]
-        wings = [str(spec.params.get("wing", self.wing)) if spec else self.wing for spec in params]
-        items[:] = [item for item, wing in zip(items, wings, strict=True) if wing == self.wing]
+        frameworks = [
+            str(spec.params.get("framework", self.framework)) if spec else self.framework
+            for spec in params
+        ]
+        items[:] = [
+            item
+            for item, framework in zip(items, frameworks, strict=True)
+            if framework == self.framework
+        ]
 
 
 def start(file: str, source: str | None) -> int:
-    """Fork a process that runs the tests of a file, against a mutant or the file as it is.
+    """Fork a process that runs the tests of a file with a mutant, or with the unchanged file.
 
-    Its exit status is 0 where all pass, and otherwise the number of the judge that failed, from 1.
+    Its exit status is 0 if all pass, and otherwise the number (from 1) of the failing entry.
     """
     pid = os.fork()
     if pid:
@@ -249,10 +265,10 @@ def start(file: str, source: str | None) -> int:
     left_out = ("cacheprovider", "hypothesispytest", "unraisableexception", "xdist")
     plain = ["-x", "-q", "--assert=plain", "--tb=line", *(f"-pno:{name}" for name in left_out)]
     status = 0
-    for number, judge in enumerate(JUDGES[file], 1):
+    for number, entry in enumerate(TESTS[file], 1):
         try:
             plugins = [OnePackage(file.partition("/")[0])]
-            code = pytest.main([*plain, "-m", "not slow", judge], plugins=plugins)
+            code = pytest.main([*plain, "-m", "not slow", entry], plugins=plugins)
         except BaseException:
             code = 1
         if code:
@@ -261,12 +277,12 @@ def start(file: str, source: str | None) -> int:
     os._exit(status)
 
 
-def judged(
+def run_mutants(
     file: str, sources: Sequence[str | None], jobs: int, limit: float
 ) -> Iterator[tuple[int, int, float]]:
-    """Run mutants, `jobs` at a time: the place of each, its status as of `start`, its seconds.
+    """Run mutants, `jobs` at a time; yield the index, the status (see `start`) and the seconds.
 
-    The status of one that ran longer than `limit` seconds, or crashed, is negative.
+    The status is negative if a mutant ran longer than `limit` seconds or crashed.
     """
     waiting, running = list(reversed(range(len(sources)))), {}
     while waiting or running:
@@ -285,31 +301,31 @@ def judged(
 
 
 def check_files(explained: Explained) -> None:
-    """Refuse a table that names a file that does not exist, which would judge less than it shows.
+    """Check that the files of both tables exist.
 
     Raises:
         FileNotFoundError: A mutated file or one of its tests does not exist.
-        ValueError: A survivor is explained of a file that is not mutated.
+        ValueError: A file with an explained survivor is not mutated.
     """
-    named = {*JUDGES, *itertools.chain(*JUDGES.values())}
+    named = {*TESTS, *itertools.chain(*TESTS.values())}
     paths = {name.partition("::")[0] for name in named}
     if missing := sorted(path for path in paths if not (ROOT / path).is_file()):
-        raise FileNotFoundError(f"JUDGES must name files; these do not exist: {missing}.")
-    if unknown := sorted({file for file, _, _ in explained} - set(JUDGES)):
-        raise ValueError(f"{EXPLAINED.name} must name files of JUDGES; got {unknown}.")
+        raise FileNotFoundError(f"TESTS must have existing files; got {missing}. Remove them.")
+    if unknown := sorted({file for file, _, _ in explained} - set(TESTS)):
+        raise ValueError(f"{EXPLAINED.name} must have files of TESTS; got {unknown}. Remove them.")
 
 
 def explanations() -> Explained:
-    """The survivors that are explained, by file, line and its replacement."""
+    """Return the explained survivors, by file, line and replacement."""
     entries = tomllib.loads(EXPLAINED.read_text())["survivor"]
     return {(entry["file"], entry["before"], entry["after"]) for entry in entries}
 
 
 def run(file: str, jobs: int, every: int, explained: Explained) -> bool:
-    """Run the mutants of a file and report: whether enough died and the rest is explained."""
-    ((_, failed, alone),) = judged(file, [None], 1, math.inf)
+    """Run the mutants of a file; return whether enough are killed and the rest is explained."""
+    ((_, failed, alone),) = run_mutants(file, [None], 1, math.inf)
     if failed:
-        print(f"{file}: {JUDGES[file][failed - 1]} fails without any mutant")
+        print(f"{file}: {TESTS[file][failed - 1]} fails with the unchanged file")
         return False
     found = mutants(file)
     work = found[::every]
@@ -317,7 +333,7 @@ def run(file: str, jobs: int, every: int, explained: Explained) -> bool:
     begin = reported = time.monotonic()
     outcomes, survivors, failures = [], set(), 0
     limit = 10 + PATIENCE * alone
-    for place, status, spent in judged(file, [mutant.source for mutant in work], jobs, limit):
+    for place, status, spent in run_mutants(file, [mutant.source for mutant in work], jobs, limit):
         outcomes.append((status, spent))
         if status == 0:
             mutant = work[place]
@@ -329,16 +345,16 @@ def run(file: str, jobs: int, every: int, explained: Explained) -> bool:
         if time.monotonic() - reported > PROGRESS:
             reported = time.monotonic()
             print(f"  {len(outcomes)} of {len(work)}, {reported - begin:.0f} s", flush=True)
-    for number, judge in enumerate(["hung or crashed", "survived", *JUDGES[file]], -1):
+    for number, entry in enumerate(["hung or crashed", "survived", *TESTS[file]], -1):
         times = [spent for status, spent in outcomes if max(status, -1) == number]
         if times:
-            print(f"  {len(times):4d} {judge}, {sum(times) / len(times):.1f} s each")
+            print(f"  {len(times):4d} {entry}, {sum(times) / len(times):.1f} s each")
     if every == 1:
         for _, before, after in sorted(
             {entry for entry in explained if entry[0] == file} - survivors
         ):
             failures += 1
-            print(f"  NEEDLESS explanation: no such mutant survives\n    - {before}\n    + {after}")
+            print(f"  UNUSED explanation: no such mutant survives\n    - {before}\n    + {after}")
     killed = sum(status != 0 for status, _ in outcomes)
     score = killed / max(1, len(work))
     spent = time.monotonic() - begin
@@ -349,9 +365,12 @@ def run(file: str, jobs: int, every: int, explained: Explained) -> bool:
 def main() -> int:
     """Run the mutants of the files and report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("files", nargs="*", default=list(JUDGES), metavar="FILE")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--every", type=int, default=1, help="run only each Nth mutant")
+    text = "mutated files (default: all)"
+    parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE", help=text)
+    text = "number of concurrent processes (default: %(default)s)"
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help=text)
+    text = "run only every Nth mutant"
+    parser.add_argument("--every", type=int, default=1, metavar="N", help=text)
     options = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))

@@ -1,7 +1,7 @@
-"""Call every public function and layer with one argument at a time replaced by a wrong value.
+"""Call every public function and layer with wrong values, one argument at a time.
 
-`python -m tests.sweep` prints each call that is accepted although the value is wrong, and each
-error that does not begin with the argument. `tests/test_sweep.py` asserts that there are none.
+`python -m tests.sweep` prints each call that accepts a wrong value, and each error that does not
+begin with the argument. `tests/test_sweep.py` asserts that there are none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import regjax.optim
 import regtorch
 import regtorch.optim
 
-# The values that replace an argument.
+# Wrong values for an argument.
 WRONG: dict[str, Any] = {
     "None": None,
     "word": "yes",
@@ -46,7 +46,7 @@ WRONG: dict[str, Any] = {
     "ranks": np.full((1, 2, 1, 2, 1, 2), 0.5, np.float32),
     "bools": np.array([True, False]),
 }
-# For each argument those of the values that it accepts. An argument that is not listed stays.
+# The values that each argument accepts. Arguments that are not listed are not replaced.
 RIGHT: dict[str, set[str]] = {
     name: set(values.split())
     for names, values in {
@@ -78,7 +78,7 @@ RIGHT: dict[str, set[str]] = {
     }.items()
     for name in names.split()
 }
-# Where a call differs from the table.
+# Exceptions to the table, by call.
 OTHER: dict[str, dict[str, str]] = {
     "site_key": {"step": ""},
     "set_key": {"step": ""},
@@ -102,7 +102,7 @@ OTHER: dict[str, dict[str, str]] = {
     "interop.state_from_torch": {"model": "None", "steps": "None", "params": ""},
     "interop.state_to_torch": {"model": "None", "steps": "None", "step": "None", "state": ""},
 }
-# And where regtorch does: it takes tensors, and makes none of numbers and lists.
+# Exceptions for regtorch, which accepts tensors but does not convert numbers and lists.
 TENSORS: dict[str, dict[str, str]] = {
     "": {"x": "ranks"},
     "dot_product_attention": {"key": "", "mask": "None", "bias": "None"},
@@ -111,17 +111,17 @@ TENSORS: dict[str, dict[str, str]] = {
 }
 
 
-# An error begins with the argument, alone or beside the one that it must agree with; then where in
-# it, as in `betas[0]` and `mask at 'kernel'`, and the name that an inner function has for it, as in
-# `inputs: x must be`. Linen's own error about `deterministic` puts a word before it.
+# An error begins with the argument, alone or with the one that it must match; then the position in
+# it, as in `betas[0]` and `mask at 'kernel'`, and its name in an inner function, as in `inputs: x
+# must be`. Linen's own error about `deterministic` starts with another word.
 FORM = (
     r'(Parameter ")?(\w+ and )?{argument}"?( and \w+)?(\[.+?\])*( at (the root|\'.*?\'))?(: \w+)? '
-    r"(must|has|have|is missing|differ at|are not for)\b"
+    r"(must|has|have)\b"
 )
 
 
 class Call(NamedTuple):
-    """A call that works: each of its arguments is replaced in turn."""
+    """A valid call, whose arguments are replaced in turn."""
 
     name: str
     function: Callable[..., Any]
@@ -130,7 +130,7 @@ class Call(NamedTuple):
 
 
 def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
-    """The functions that both packages have."""
+    """Yield the functions that both packages have."""
     in_jax = library is regjax
     ones = jnp.ones if in_jax else torch.ones
     key = jax.random.key(0) if in_jax else regtorch.key(0)
@@ -202,7 +202,7 @@ def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
 
 
 def _torch_calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
-    """The functions and layers that PyTorch has alone."""
+    """Yield the functions and layers that only regtorch has."""
     key, linear, empty = regtorch.key(0), torch.nn.Linear(3, 2), torch.nn.Sequential()
     keyed = regtorch.keyed
     yield "bits", regtorch.bits, {"key": key, "shape": (2,)}
@@ -242,7 +242,7 @@ def _torch_calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
 
 
 def _jax_layers() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
-    """The layers of four frameworks."""
+    """Yield the layers of the four frameworks."""
     key, x, image = jax.random.key(0), jnp.ones((2, 3)), jnp.ones((2, 4, 4, 3))
     ids, tree = jnp.zeros(2, int), {"kernel": x}
     sampler = {"sampler": regjax.bernoulli}
@@ -286,7 +286,7 @@ def _jax_layers() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
 
 
 def _optimizers() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
-    """The optimizers and decays of `regjax.optim`, each with all of its options."""
+    """Yield the optimizers and decays of `regjax.optim`, each with all options."""
     params = {"kernel": jnp.ones((2, 3))}
     decaying = {"weight_decay": 0.1, "reference": params, "scale": 0.5, "momentum": 0.9}
     for name in regjax.optim.__all__:
@@ -294,14 +294,14 @@ def _optimizers() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
         if inspect.isfunction(make) and name != "layerwise_scale":
             options = inspect.signature(make).parameters.values()
             passed = {each.name: decaying.get(each.name, each.default) for each in options}
-            # The masks, references and scales are compared with the parameters by `init`.
+            # `init` compares masks, references and scales with the parameters.
             yield f"optim.{name}", lambda make=make, **how: make(**how).init(params), passed
     scaled = {"params": params, "layer_of": lambda name: 0, "factor": 0.5, "depth": None}
     yield "optim.layerwise_scale", regjax.optim.layerwise_scale, scaled
 
 
 def _bridges() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
-    """The functions of `regjax.interop`."""
+    """Yield the functions of `regjax.interop`."""
     interop, params = regjax.interop, {"kernel": jnp.ones((2, 3))}
     layer = torch.nn.Linear(3, 2, bias=False)
     recipe = torch.optim.SGD(layer.named_parameters(), lr=0.1, momentum=0.9)
@@ -332,7 +332,7 @@ def _bridges() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
 
 
 def _torch_decays() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
-    """The decays of `regtorch.optim`."""
+    """Yield the decays of `regtorch.optim`."""
     optim, weight = regtorch.optim, torch.ones(2, 3, requires_grad=True)
     recipe = torch.optim.SGD([weight], lr=0.1, weight_decay=0.1)
     decay = {"optimizer": recipe, "weight_decay": 0.1, "mask": None}
@@ -354,7 +354,7 @@ def _removed(attach: Callable[..., Any]) -> Callable[..., None]:
 
 
 def _layer(make: Any, settings: set[str], call: Callable[..., Any] | None = None) -> Any:
-    """Make a function of the arguments of a layer and of its call."""
+    """Return a function of the arguments of a layer and of its call."""
 
     def run(**arguments: Any) -> Any:
         layer = make(**{name: arguments.pop(name) for name in settings})
@@ -387,7 +387,7 @@ def _nothing(step: int) -> None:
 
 
 def calls(package: str) -> Iterator[Call]:
-    """All calls of a package, with the values that each argument accepts."""
+    """Yield all calls of a package, with the values that each argument accepts."""
     library = regjax if package == "regjax" else regtorch
     if library is regjax:
         others = (*_jax_layers(), *_optimizers(), *_bridges())
@@ -427,14 +427,14 @@ def _found(call: Call, argument: str, name: str, value: Any) -> Finding:
     where = f"{call.name}({argument}={name})"
     try:
         call.function(**call.arguments | {argument: value})
-    except Exception as error:  # any kind: what matters is whether it helps
+    except Exception as error:  # any class of exception, if its message is helpful
         named = re.match(FORM.format(argument=argument), str(error))
         return Finding("fine" if named else "nameless", where, f"{type(error).__name__}: {error}")
     return Finding("accepted", where, "")
 
 
 def main() -> int:
-    """Print the calls that are not fine, and how many there are of each verdict."""
+    """Print the calls that are not fine, and the number of calls with each verdict."""
     warnings.simplefilter("ignore")
     found = [finding for package in ("regjax", "regtorch") for finding in sweep(package)]
     for finding in found:

@@ -1,4 +1,4 @@
-"""The rules of the house: what imports what, and what must never be imported."""
+"""Rules for imports: their direction, and forbidden ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# The rooms of each package from the ground up. What stands in a room imports from this one and from
-# those before it. A room is a folder or a file; of `regshared` all may import.
+# The layers of each package, from the lowest. A module imports from its own layer and from those
+# before it. A layer is a folder or a file; every module may import `regshared`.
 ROOMS = {
     "regshared": ["regshared"],
     "regjax": [
@@ -26,6 +26,7 @@ ROOMS = {
         "optim",
         "interop",
         "__init__",
+        "_peers",
         "_layers",
         "linen",
         "nnx",
@@ -51,13 +52,13 @@ FOREIGN = {
     "regjax": {"torch", "flax", "equinox", "haiku", "regtorch", "parity_tests", "jaxtyping"},
     "regtorch": {"jax", "jaxlib", "optax", "numpy", "regjax", "parity_tests"},
 }
-# The layers of a framework: each of these files may import its own, no other file any of them, and
-# none of them another. (Those for Haiku are functions, and need no Haiku.)
+# The files for a framework, the only ones that may import it; they must not import each other.
+# (Those for Haiku are functions, and need no Haiku.)
 LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": None}
 
 
 def imports(source: str) -> set[str]:
-    """The modules that a file imports at run time: not those under `if TYPE_CHECKING`."""
+    """Return the modules that a file imports at run time, without those under `TYPE_CHECKING`."""
     found = set()
     pending: list[ast.AST] = [ast.parse(source)]
     while pending:
@@ -72,7 +73,7 @@ def imports(source: str) -> set[str]:
 
 
 def files(package: str) -> list[str]:
-    """The modules of a package by their dotted names in it, `__init__` files included."""
+    """Return the files of a package by dotted module name, including `__init__` files."""
     paths = (path.relative_to(ROOT / package) for path in (ROOT / package).rglob("*.py"))
     return sorted(".".join(path.with_suffix("").parts) for path in paths)
 
@@ -82,12 +83,12 @@ def source_of(package: str, name: str) -> str:
 
 
 def room(package: str, name: str) -> int:
-    """The number of the room in which a module stands."""
+    """Return the number of the layer of a module."""
     return 0 if package == "regshared" else ROOMS[package].index(name.partition(".")[0])
 
 
 def within(package: str, source: str) -> set[str]:
-    """The modules of its own package that a file imports, a package being its `__init__`."""
+    """Return the modules of its own package that a file imports."""
     found, known = imports(source), files(package)
     targets = {target.removeprefix(f"{package}.") for target in found if f"{package}." in target}
     targets |= {"__init__"} if package in found and f"import {package}\n" in source else set()
@@ -95,7 +96,7 @@ def within(package: str, source: str) -> set[str]:
 
 
 def climbing(package: str, name: str, source: str) -> set[str]:
-    """What a file imports from rooms above its own, and of a layer, from other layers."""
+    """Return the imports of a file from higher layers, or between files for frameworks."""
     mine = room(package, name)
     return {
         target
@@ -106,7 +107,7 @@ def climbing(package: str, name: str, source: str) -> set[str]:
 
 
 def foreign(package: str, name: str, source: str) -> set[str]:
-    """The frameworks that a file imports though it may not."""
+    """Return the frameworks that a file must not import, but does."""
     own = {LAYERS[name]} if package == "regjax" and name in LAYERS else set()
     return {target.partition(".")[0] for target in imports(source)} & FOREIGN[package] - own
 
@@ -116,7 +117,7 @@ def test_arrows_run_down_only(package):
     sources = {name: source_of(package, name) for name in files(package)}
     assert {name for name in sources if climbing(package, name, sources[name])} == set()
     assert {name for name in sources if foreign(package, name, sources[name])} == set()
-    # Within a room any order will do that is one.
+    # Within a layer, any order without cycles is valid.
     graph = {name: within(package, source) for name, source in sources.items()}
     graphlib.TopologicalSorter(graph).prepare()
 
@@ -129,7 +130,7 @@ def test_init_only_re_exports(package):
     ]
     assert isinstance(last, ast.FunctionDef)
     assert last.name == "__dir__"
-    # regtorch looks first whether torch is there.
+    # regtorch first checks that torch is installed.
     assert [type(node) for node in code] == [ast.With] * (package == "regtorch")
 
 
@@ -137,11 +138,12 @@ def test_both_packages_have_the_same_files():
     def private(package: str) -> set[str]:
         return {name for name in files(package) if name.startswith("_")}
 
-    assert private("regjax") - {"_compat", "_layers"} == private("regtorch")
+    only_jax = {"_compat", "_layers", "_peers", "_random.xla"}
+    assert private("regjax") - only_jax == private("regtorch")
 
 
 def test_arrows_that_climb_are_seen():
-    """The test of the test."""
+    """Test of the test."""
     up = "from regjax._dropout.core import dropout"
     assert climbing("regjax", "_random.keys", up) == {"_dropout.core"}
     assert climbing("regjax", "_random.keys", "import regjax\n") == {"__init__"}
@@ -165,7 +167,7 @@ VERSIONED = {
 
 
 def version_switches(source: str) -> set[str]:
-    """Where a file looks at a version, or reaches for names that only some versions of JAX have."""
+    """Return the lines that depend on a version, or on names that not all versions of JAX have."""
     found = {target for target in imports(source) if target.startswith("jax._src")}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute):
@@ -204,13 +206,20 @@ def test_one_file_holds_all_that_depends_on_the_version_of_jax():
     ],
 )
 def test_a_version_switch_is_seen(source):
-    """The test of the test."""
+    """Test of the test."""
     assert version_switches(source)
     assert not version_switches("x = getattr(module, 'rate')\ny = jax.typeof(x).sharding")
 
 
+def test_one_file_holds_the_workarounds_for_xla():
+    words = ("optimization_barrier(", "platform_dependent(", "reduce_precision(")
+    found = {name: source_of("regjax", name) for name in files("regjax")}
+    users = [name for name, source in found.items() if any(word in source for word in words)]
+    assert users == ["_random.xla"]
+
+
 def test_arguments_are_checked_in_one_place():
-    """An error of `operator.index` does not name the argument that is wrong."""
+    """The errors of `operator.index` do not contain the name of the argument."""
     users = [
         f"{package}.{name}"
         for package in ROOMS
@@ -221,7 +230,7 @@ def test_arguments_are_checked_in_one_place():
 
 
 def loaded_after(*statements: str) -> list[set[str]]:
-    """The top-level modules that a fresh interpreter holds after each of several statements."""
+    """Return the top-level modules in a new interpreter after each of several statements."""
     show = "print(*{name.partition('.')[0] for name in sys.modules})"
     code = "\n".join(["import sys", *(f"{statement}\n{show}" for statement in statements)])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -229,7 +238,7 @@ def loaded_after(*statements: str) -> list[set[str]]:
     return [set(line.split()) for line in result.stdout.splitlines()]
 
 
-# One interpreter for each package: what comes later in a list cannot hide what came before it.
+# One interpreter per package suffices, since the modules are recorded after each statement.
 LATER = {
     "regjax": [*(f"import regjax.{name}" for name in LAYERS), "import torch"],
     "regtorch": [],
@@ -242,9 +251,9 @@ def test_a_package_does_not_load_the_other_framework(package):
     assert package in loaded
     if package == "regjax":
         *layers, with_torch = later
-        assert "torch" in with_torch  # the test of the test
-        # The layers of a framework load it when they are imported, and only then.
+        assert "torch" in with_torch  # test of the test
+        # The layers for a framework load it when they are imported.
         for framework, after in zip(LAYERS.values(), layers, strict=True):
             assert framework is None or framework in after
-    # torch itself loads NumPy where it is installed; regtorch does not ask for it.
+    # torch loads NumPy if it is installed; regtorch does not require it.
     assert not loaded & (FOREIGN[package] - {"numpy"})

@@ -1,4 +1,4 @@
-"""What the checks of arguments accept, and what they make of it. `wrong_calls.txt` has the rest."""
+"""Values that the checks of arguments accept, and the results; for errors see `wrong_calls.txt`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_symbolic_size_stays_symbolic():
 
 
 @pytest.mark.parametrize("check", [shared.check_bool, shared.check_integer, in_jax.check_number])
-def test_a_traced_value_is_refused_with_an_error_of_ours(check):
+def test_a_traced_value_is_rejected_with_an_error_of_regjax(check):
     with pytest.raises(TypeError, match="flag must be") as raised:
         jax.eval_shape(lambda value: check("flag", value), jnp.array(True))
     assert type(raised.value) is TypeError
@@ -69,8 +69,8 @@ def test_a_long_value_is_cut_and_an_array_described():
 
 
 @pytest.mark.wrong_types
-def test_what_a_framework_accepts_is_accepted():
-    """Flax looks at neither the key nor the input where it has nothing to drop."""
+def test_layers_accept_what_those_of_the_framework_accept():
+    """Flax checks neither the key nor the input if it drops nothing."""
     x, dims, off = jnp.ones((2, 3)), [np.int64(-1)], np.False_
     layer: Any = linen.Dropout(0.5, deterministic=None, broadcast_dims=cast("Any", dims))
     assert layer.apply({}, x, deterministic=np.True_) is x

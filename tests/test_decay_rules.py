@@ -1,4 +1,4 @@
-"""The language of rules, on parameters of no framework: `test_rules.py` has the trees of each."""
+"""Decay rules for parameters without a framework; `test_rules.py` tests trees of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FROZEN = [parameter._replace(frozen=True) for parameter in PARAMETERS]
 TIED = _parameter("head/w", "embed/w")
 SIX = [_parameter(f"x{i}") for i in range(6)]
 
-# The name of a parameter, what is known of its module, and what the default rule takes it for.
+# The name of a parameter, its module, and the kind that the default rule infers.
 RECIPES: list[tuple[str, dict[str, Any], str]] = [
     ("bias", {}, "bias"),
     ("in_proj_bias", {"kind": "norm"}, "bias"),
@@ -55,7 +55,7 @@ RECIPES: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "expected"), RECIPES)
-def test_what_the_default_rule_takes_a_parameter_for(name, options, expected):
+def test_the_kind_that_the_default_rule_infers(name, options, expected):
     rate = 0.5 if expected == "kernel" else 0.0
     assert rates([_parameter(name, **options)], 0.5, "default") == [(rate, expected)]
 
@@ -70,8 +70,8 @@ def test_what_the_default_rule_takes_a_parameter_for(name, options, expected):
         ("w", {"kind": "embedding"}),
     ],
 )
-def test_the_default_rule_asks_where_it_cannot_tell(name, options):
-    with pytest.raises(ValueError, match=f"cannot tell what '{name}' .*\\('{name}', False\\)"):
+def test_the_default_rule_raises_for_unknown_kinds(name, options):
+    with pytest.raises(ValueError, match=f"must have a pair for '{name}' .*\\('{name}', False\\)"):
         bools([_parameter(name, **options)], "default")
 
 
@@ -112,7 +112,7 @@ def test_the_kind_of_a_class_is_that_of_its_bases():
     assert kind_of_class(type("PatchEmbedding", (), {})) == ("embedding", False)
 
 
-# What each of PARAMETERS gets from a rule at a weight decay of 0.5, and why.
+# The rate and the deciding rule of each of PARAMETERS at a weight decay of 0.5.
 RULES: dict[str, tuple[Any, list[tuple[float, str]]]] = {
     "glob": ("kernel", [(0.5, "kernel"), (0.0, "**"), (0.5, "kernel"), (0.0, "**")]),
     "default": ("default", [(0.5, "kernel"), (0.0, "bias"), (0.5, "kernel"), (0.0, "bias")]),
@@ -146,13 +146,15 @@ def test_rates(rule, expected):
     assert rates(half, 0.5, rule) == [*expected[:2], (0.0, "frozen"), (0.0, "frozen")]
 
 
-def test_no_parameters_need_no_pairs():
+def test_empty_parameters_with_pairs():
     assert rates([], 0.5, "kernel") == bools([], "kernel") == []
 
 
 def test_bools():
     assert bools(PARAMETERS, "kernel") == [True, False, True, False]
-    with pytest.raises(TypeError, match=r"rule a/\* gives 'a/kernel' the rate 0\.5, but a mask"):
+    with pytest.raises(
+        TypeError, match=r"True or False for a mask; got the rate 0\.5 from a/\* for 'a/kernel'"
+    ):
         bools(PARAMETERS, [("a/*", 0.5), ("**", False)])
     with pytest.raises(TypeError, match="weight_decay must be a real number"):
         rates(PARAMETERS, True, "kernel")
@@ -162,12 +164,13 @@ def test_tied_parameters():
     for pattern in ("head/*", "embed/*"):
         assert bools([TIED], [(pattern, True), ("**", False)]) == [True]
     assert bools([TIED], lambda path, leaf, kind: True) == [True]
-    # Tied to an embedding, an output layer is an embedding.
+    # An output layer that is tied to an embedding is an embedding.
     places = (Place("head/w", "w", "linear", True), Place("embed/w", "w", "embedding", True))
     for order in (places, places[::-1]):
         assert rates([TIED._replace(places=order)], 0.5, "default") == [(0.0, "embedding")]
     with pytest.raises(
-        ValueError, match=r"says \[True, False\] of 'head/w' and 'embed/w', which are"
+        ValueError,
+        match=r"got \[True, False\] from <lambda> for 'head/w' and 'embed/w', which are tied",
     ):
         bools([TIED], lambda path, leaf, kind: path == "head/w")
 
@@ -180,43 +183,47 @@ def _says(answer):
     ("rule", "error", "message"),
     [
         (3, TypeError, "rule must be 'default', a glob such as '**/kernel', a function"),
-        ([], TypeError, "or a list of pairs (glob, bool or rate), but it is []"),
-        ({"kernel": True}, TypeError, "but it is {'kernel': True}"),
-        (["ab"], TypeError, "rule[0] must be a pair (glob, bool or rate), but it is 'ab'"),
-        ([None], TypeError, "rule[0] must be a pair (glob, bool or rate), but it is None"),
-        ([("a", 1, 2)], TypeError, "rule[0] must be a pair (glob, bool or rate), but it is ('a', "),
+        ([], TypeError, "or a list of pairs (glob, bool or rate); got []"),
+        ({"kernel": True}, TypeError, "got {'kernel': True}"),
+        (["ab"], TypeError, "rule[0] must be a pair (glob, bool or rate); got 'ab'"),
+        ([None], TypeError, "rule[0] must be a pair (glob, bool or rate); got None"),
+        ([("a", 1, 2)], TypeError, "rule[0] must be a pair (glob, bool or rate); got ('a', "),
         (
             [(3, True)],
             TypeError,
-            "rule[0] must be a pair (glob, bool or rate), but it is (3, True)",
+            "rule[0] must be a pair (glob, bool or rate); got (3, True)",
         ),
         ([("**", True), ("*", "no")], TypeError, "rule[1], '*', must be a real number"),
         ([("**", -0.1)], ValueError, "rule[0], '**', must be finite and not negative"),
         (_says(None), TypeError, "rule <lambda> at 'a/kernel' must be a real number"),
         (_says(math.inf), ValueError, "rule <lambda> at 'a/kernel' must be finite"),
-        (_says(False), ValueError, "rule <lambda> says False of all of 'a/kernel' [2, 3], 'a/b"),
-        ("weight", ValueError, "rule has 'weight', which matches none of 'a/kernel' [2, 3], "),
-        ([("a/*", True)], ValueError, "no pair for 'b/kernel' [2, 3], 'b/bias' [2, 3]: end it"),
+        (_says(False), ValueError, "got False from <lambda> for all of 'a/kernel' [2, 3], 'a/b"),
+        (
+            "weight",
+            ValueError,
+            "match a parameter with each glob; got 'weight', which matches none of 'a/kernel' [2, ",
+        ),
+        ([("a/*", True)], ValueError, "no pair for 'b/kernel' [2, 3], 'b/bias' [2, 3]. End it"),
         (
             [("a/*", True), ("b/*", True), ("kernel", False)],
             ValueError,
-            "rule has 'kernel' behind 'a/*', which takes all that it matches: the first pair",
+            "rule must use each of its globs; got 'kernel' after 'a/*', which decides all that it ",
         ),
     ],
 )
-def test_bad_rules_are_refused(rule, error, message):
+def test_wrong_rules_are_rejected(rule, error, message):
     with pytest.raises(error, match=re.escape(message)):
         rates(PARAMETERS, 0.5, rule)
 
 
-def test_a_tied_parameter_is_called_as_in_its_first_place():
-    with pytest.raises(ValueError, match=r"what 'a/x' \[2, 3\] is.*rule=\[\('a/x', False\)"):
+def test_a_tied_parameter_has_the_name_of_its_first_occurrence():
+    with pytest.raises(ValueError, match=r"pair for 'a/x' \[2, 3\];.*Pass \[\('a/x', False\)"):
         bools([_parameter("a/x", "a/y")], "default")
 
 
 @pytest.mark.parametrize(
     ("count", "end"), [(5, "'x3' [2, 3], 'x4' [2, 3]"), (6, "'x4' [2, 3], ... (6 in all)")]
 )
-def test_long_lists_are_cut(count, end):
-    with pytest.raises(ValueError, match=re.escape(end) + "$"):
+def test_long_lists_are_truncated(count, end):
+    with pytest.raises(ValueError, match=re.escape(end) + r"\.$"):
         bools(SIX[:count], "y")

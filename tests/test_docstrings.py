@@ -1,4 +1,4 @@
-"""The paragraphs under `Raises:` are filled: a line that is cut short was broken by an edit."""
+"""Paragraphs under `Raises:` are filled; a short line is a trace of an edit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH = 100
 
 
 def broken_lines(docstring: str) -> list[str]:
-    """The lines under `Raises:` after which the next word would still have fitted."""
+    """Return the lines under `Raises:` that have room for the next word."""
     _, _, rest = docstring.partition("Raises:\n")
     section = re.split(r"\n\s*(?:\n|$)", rest)[0].split("\n")
     return [
@@ -39,7 +39,7 @@ def test_raises_paragraphs_are_filled():
 @pytest.mark.parametrize(
     ("last", "is_broken"), [("short,\n            or long", True), ("x" * 99, False)]
 )
-def test_a_broken_line_is_seen(last, is_broken):
+def test_a_broken_line_is_detected(last, is_broken):
     text = (
         f"Raises:\n        ValueError: {last}\n        TypeError: none.\n\n    Example:\n        a"
     )

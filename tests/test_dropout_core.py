@@ -1,4 +1,4 @@
-"""The parts of dropout in small, in both packages: what `make mutants` runs first on them."""
+"""Unit tests of the parts of dropout, in both packages; `make mutants` runs them first."""
 
 from __future__ import annotations
 
@@ -14,39 +14,46 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from regjax._dropout import core as jax_dropout
 from regjax._random.packed import mask_sampler
 from regtorch._dropout import core as torch_dropout
 from regtorch._random.packed import mask_sampler as torch_mask_sampler
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 X = np.linspace(-2, 3, 60, dtype=np.float32).reshape(3, 4, 5)
 
 
-def module(wing: Wing):
-    return jax_dropout if wing is JAX else torch_dropout
+def module(framework: Framework):
+    return jax_dropout if framework is JAX else torch_dropout
 
 
-def dtype_of(wing: Wing, dtype):
-    return wing.array(np.zeros((), dtype)).dtype
+def dtype_of(framework: Framework, dtype):
+    return framework.array(np.zeros((), dtype)).dtype
 
 
-@both_wings
-def test_which_values_are_flags(wing: Wing):
-    check = module(wing).check_flag
+@both_frameworks
+def test_flags(framework: Framework):
+    check = module(framework).check_flag
     for flag in (True, False):
         assert check(flag) is flag
-        checked = check(wing.array(np.bool_(flag)))
-        assert checked is flag if wing is JAX else checked.item() is flag
-    for value in (0, 1, None, "no", wing.array(np.ones(1, bool)), wing.array(np.int32(1))):
-        with pytest.raises(TypeError, match="deterministic must be one boolean"):
+        checked = check(framework.array(np.bool_(flag)))
+        assert checked is flag if framework is JAX else checked.item() is flag
+    for value in (
+        0,
+        1,
+        None,
+        "no",
+        framework.array(np.ones(1, bool)),
+        framework.array(np.int32(1)),
+    ):
+        with pytest.raises(TypeError, match="deterministic must be a boolean"):
             check(value)
 
 
-@both_wings
-def test_which_dimensions_share_a_mask(wing: Wing):
-    check = module(wing).check_dims
+@both_frameworks
+def test_dimensions_that_share_a_mask(framework: Framework):
+    check = module(framework).check_dims
     for dims, ndim, expected in [((), 0, ()), ((2, 0), 3, (0, 2)), ((1,), 2, (1,))]:
         assert check(dims, ndim) == expected
     for dims, ndim in [((0,), 0), ((3,), 3), ((-1,), 3), ((1, 0, 1), 3)]:
@@ -54,9 +61,9 @@ def test_which_dimensions_share_a_mask(wing: Wing):
             check(dims, ndim)
 
 
-@both_wings
-def test_an_axis_counts_from_either_end(wing: Wing):
-    check = module(wing).check_axis
+@both_frameworks
+def test_an_axis_counts_from_either_end(framework: Framework):
+    check = module(framework).check_axis
     for axis, expected in {0: 0, 2: 2, -1: 2, -3: 0}.items():
         assert check("axis", axis, 3) == expected
     for axis in (3, -4):
@@ -64,78 +71,86 @@ def test_an_axis_counts_from_either_end(wing: Wing):
             check("axis", axis, 3, " Turn it.")
 
 
-@both_wings
-def test_which_arrays_are_dropped_from(wing: Wing):
-    inexact, real = module(wing).check_inexact, module(wing).check_real
+@both_frameworks
+def test_arrays_that_dropout_accepts(framework: Framework):
+    inexact, real = module(framework).check_inexact, module(framework).check_real
     for dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
-        x = wing.array(np.ones(2, dtype))
+        x = framework.array(np.ones(2, dtype))
         assert inexact(x) is x
         assert real(x, "noise", "Advice.") is x
-    x = wing.array(np.ones(2, np.complex64))
+    x = framework.array(np.ones(2, np.complex64))
     assert inexact(x) is x
     with pytest.raises(TypeError, match=r"x must be real for noise; got dtype .*64\. Advice\."):
         real(x, "noise", "Advice.")
     with pytest.raises(TypeError, match=r"x must be floating or complex; got dtype .*int32\. Cast"):
-        real(wing.array(np.ones(2, np.int32)), "noise", "Advice.")
+        real(framework.array(np.ones(2, np.int32)), "noise", "Advice.")
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.123, 0.5, 0.9, 1 - 2.0**-23])
-def test_the_scale_is_rounded_once(wing: Wing, rate):
-    keep_prob_of, inverse = module(wing).keep_prob_of, module(wing).inverse_keep_prob
+def test_the_scale_is_rounded_once(framework: Framework, rate):
+    keep_prob_of, inverse = module(framework).keep_prob_of, module(framework).inverse_keep_prob
     for real in (np.float32, np.float64):
-        keep_prob = keep_prob_of(rate, dtype_of(wing, real) if wing is TORCH else np.dtype(real))
+        keep_prob = keep_prob_of(
+            rate, dtype_of(framework, real) if framework is TORCH else np.dtype(real)
+        )
         assert (keep_prob, type(keep_prob)) == (float(real(1 - rate)), float)
-        scale = inverse(keep_prob, getattr(torch, np.dtype(real).name) if wing is TORCH else real)
+        scale = inverse(
+            keep_prob, getattr(torch, np.dtype(real).name) if framework is TORCH else real
+        )
         assert scale == real(1) / real(keep_prob)
-    changing = lambda rate: keep_prob_of(rate, dtype_of(wing, np.float16))
-    assert wing.traced(changing)(np.float32(rate)) == 1 - np.float32(rate)
+    changing = lambda rate: keep_prob_of(rate, dtype_of(framework, np.float16))
+    assert framework.traced(changing)(np.float32(rate)) == 1 - np.float32(rate)
 
 
-@both_wings
-def test_where_nothing_is_kept_the_scale_is_0(wing: Wing):
-    scale = lambda keep_prob: module(wing).inverse_keep_prob(keep_prob, dtype_of(wing, np.float32))
+@both_frameworks
+def test_the_scale_is_0_if_nothing_is_kept(framework: Framework):
+    scale = lambda keep_prob: module(framework).inverse_keep_prob(
+        keep_prob, dtype_of(framework, np.float32)
+    )
     for keep_prob, expected in [(0.0, 0.0), (-1.0, 0.0), (0.25, 4.0), (2.0**-20, 2.0**20)]:
-        assert wing.traced(scale)(np.float32(keep_prob)) == expected
+        assert framework.traced(scale)(np.float32(keep_prob)) == expected
 
 
-@both_wings
-def test_which_rates_are_known(wing: Wing):
-    is_number = module(wing).is_number
+@both_frameworks
+def test_known_rates(framework: Framework):
+    is_number = module(framework).is_number
     assert [is_number(rate, 1) for rate in (0, 0.5, 1, 1.0)] == [False, False, True, True]
-    assert not is_number(wing.array(np.float32(1)), 1)
+    assert not is_number(framework.array(np.float32(1)), 1)
 
 
-@both_wings
-def test_in_which_type_elements_are_scaled(wing: Wing):
+@both_frameworks
+def test_the_dtype_in_which_elements_are_scaled(framework: Framework):
     for dtype in ["float16", "float32", "complex64", "float64", "complex128"]:
         with jax.enable_x64(True):
-            real = module(wing).real_dtype(dtype_of(wing, dtype))
+            real = module(framework).real_dtype(dtype_of(framework, dtype))
         assert (
             real
-            == (torch if wing is TORCH else np).__dict__[
+            == (torch if framework is TORCH else np).__dict__[
                 "float64" if dtype in ("float64", "complex128") else "float32"
             ]
         )
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_an_element_is_shifted_before_it_is_scaled(wing: Wing, dtype):
-    """In float32, rounded once; and the gradient has no offsets."""
+def test_an_element_is_shifted_before_it_is_scaled(framework: Framework, dtype):
+    """Arithmetic is in float32, rounded once; the gradient has no offsets."""
     offsets = lambda keep_prob, dtype: (3.0, -7.0)
-    sampler = (mask_sampler if wing is JAX else torch_mask_sampler)(wing.library.bernoulli)
-    spec = module(wing).SampledMask("name", sampler, offsets=offsets)
-    x, ones = wing.array(X.astype(dtype)), wing.array(np.ones(X.shape, dtype))
-    drop = lambda x: module(wing).apply_dropout(spec, x, 0.3, wing.key(5), False)
-    y, gradient = wing.vjp(drop, x, ones)
-    keep, scale = wing.bernoulli(5, 1 - 0.3, X.shape), np.float32(1) / np.float32(0.7)
+    sampler = (mask_sampler if framework is JAX else torch_mask_sampler)(
+        framework.library.bernoulli
+    )
+    spec = module(framework).SampledMask("name", sampler, offsets=offsets)
+    x, ones = framework.array(X.astype(dtype)), framework.array(np.ones(X.shape, dtype))
+    drop = lambda x: module(framework).apply_dropout(spec, x, 0.3, framework.key(5), False)
+    y, gradient = framework.vjp(drop, x, ones)
+    keep, scale = framework.bernoulli(5, 1 - 0.3, X.shape), np.float32(1) / np.float32(0.7)
     kept = (X.astype(dtype).astype(np.float32) + 3) * scale
-    np.testing.assert_array_equal(wing.numpy(y), np.where(keep, kept, -7).astype(dtype))
-    np.testing.assert_array_equal(wing.numpy(gradient), np.where(keep, scale, 0).astype(dtype))
+    np.testing.assert_array_equal(framework.numpy(y), np.where(keep, kept, -7).astype(dtype))
+    np.testing.assert_array_equal(framework.numpy(gradient), np.where(keep, scale, 0).astype(dtype))
 
 
-# The size of x, the dimensions that share its mask, and whether a CPU stores that mask.
+# The shape of x, the dimensions that share its mask, and whether a CPU stores the mask.
 STORED = [
     ((4, 5, 6), (0,), True),
     ((4, 5, 6), (0, 2), True),
@@ -151,11 +166,9 @@ STORED = [
 
 
 @pytest.mark.parametrize(("shape", "dims", "stored"), STORED)
-def test_a_mask_is_stored_where_elements_would_draw_it_again(monkeypatch, shape, dims, stored):
-    calls, draw = [], jax_dropout.materialize_mask
-    monkeypatch.setattr(
-        jax_dropout, "materialize_mask", lambda make: calls.append(make) or draw(make)
-    )
+def test_a_mask_is_stored_if_elements_would_draw_it_again(monkeypatch, shape, dims, stored):
+    calls, store = [], jax_dropout.materialize
+    monkeypatch.setattr(jax_dropout, "materialize", lambda mask: calls.append(1) or store(mask))
     sampler = mask_sampler(JAX.library.bernoulli)
     mask = jax_dropout.keep_mask(jnp.ones(shape), JAX.key(5), 0.5, dims, sampler)
     alone = tuple(1 if dim in dims else size for dim, size in enumerate(shape))
@@ -163,9 +176,9 @@ def test_a_mask_is_stored_where_elements_would_draw_it_again(monkeypatch, shape,
     assert bool(calls) == stored
 
 
-# Of 0.9 as a number and as an array, `1 - rate` rounds differently.
+# `1 - rate` rounds differently for 0.9 as a number and as an array.
 @pytest.mark.parametrize("rate", [0.9, jnp.float32(0.9)], ids=["number", "array"])
-def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
+def test_the_observed_mask_is_the_applied_mask(rate):
     drop = jax.jit(lambda x: JAX.library.dropout(x, rate, key=JAX.key(5), broadcast_dims=(0,)))
     events: list[Any] = []
     with JAX.library.observing(events.append):
@@ -176,7 +189,7 @@ def test_a_mask_that_is_observed_is_the_mask_that_is_applied(rate):
     np.testing.assert_array_equal(event.mask, JAX.bernoulli(5, 1 - 0.9, (1, 4, 5)))
 
 
-def test_a_mask_is_laid_out_as_what_it_masks():
+def test_a_mask_has_the_layout_of_its_input():
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("a", "b")))
     for dims, spec in [((), P("a", "b")), ((0,), P(None, "b")), ((0, 1), P(None, None))]:
@@ -190,15 +203,18 @@ def test_no_barrier_keeps_xla_from_fusing_a_mask():
     assert "barrier" not in jax.jit(jax.grad(drop)).lower(jnp.asarray(X)).as_text()
 
 
-def test_a_kind_is_a_value_and_so_is_one_whose_mask_is_drawn():
+def test_specifications_and_sampled_masks_are_values():
     make = lambda: torch_dropout.SampledMask(
         "dropout", torch_mask_sampler(TORCH.library.bernoulli), (0,)
     )
-    assert len({make(), make(), torch_dropout._Drawn(make()), torch_dropout._Drawn(make())}) == 2
-    assert torch_dropout._Drawn(make()).name == "dropout"
+    assert (
+        len({make(), make(), torch_dropout._DrawnMask(make()), torch_dropout._DrawnMask(make())})
+        == 2
+    )
+    assert torch_dropout._DrawnMask(make()).name == "dropout"
 
 
-def test_a_compiler_sees_the_plain_operations(monkeypatch):
+def test_compilers_trace_plain_operations(monkeypatch):
     x = torch.ones(3, requires_grad=True)
     drop = lambda: TORCH.library.dropout(x, 0.3, key=TORCH.key(5))
     assert "Drop" in drop().grad_fn.name()
@@ -207,7 +223,7 @@ def test_a_compiler_sees_the_plain_operations(monkeypatch):
 
 
 class Copies(TorchDispatchMode):
-    """Counts conversions from dtype to dtype."""
+    """A counter of conversions between dtypes."""
 
     count = 0
 
@@ -219,7 +235,7 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("dtype", ["float8_e5m2", "float16", "bfloat16", "float32"])
 def test_half_types_are_scaled_without_a_copy_in_float32(monkeypatch, dtype, compiling):
-    """By the CPU itself; a compiler is told to convert, and leaves no copy either."""
+    """Eager PyTorch converts inside the operation; compiled code fuses the conversion."""
     x, scale = torch.linspace(-2, 3, 60).to(getattr(torch, dtype)), (1 / torch.tensor(0.7)).item()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     with Copies() as copies:
@@ -243,4 +259,4 @@ def test_the_result_has_the_layout_of_the_input(order, dims):
     assert torch_dropout.laid_out(keep, x.contiguous()) is keep
     y = TORCH.library.dropout(wide, 0.3, **options)
     assert torch.equal(y, expected)
-    assert dims or y.is_contiguous()  # an expanded dimension has no place in an order
+    assert dims or y.is_contiguous()  # an expanded dimension has no position in the order

@@ -1,4 +1,4 @@
-"""Keys in small, in both packages: what `make mutants` runs first on them."""
+"""Unit tests of keys, in both packages; `make mutants` runs them first."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from parity_tests import reference
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from regjax._random import keys as jax_keys
 from regtorch._random import keys as torch_keys
-from tests.test_random_core import both_wings
+from tests.test_random_core import both_frameworks
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "threefry2x32"])
 @pytest.mark.parametrize("raw", [False, True])
 def test_the_words_of_every_kind_of_key(impl, raw):
-    """The first two words encrypt the last two; a threefry key is its own words."""
+    """The first two words encrypt the last two; the words of a threefry key are unchanged."""
     key = jax.random.key(5, impl=impl)
     data = [0x13198A2E, 0x83707344, 0xA4093822, 0x299F31D0][: 2 if impl == "threefry2x32" else 4]
     key = jnp.array(data, jnp.uint32)
@@ -33,7 +33,7 @@ def test_the_words_of_every_kind_of_key(impl, raw):
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 6])
 def test_the_words_of_a_key_of_another_kind(size):
-    """Padded with zeros to whole blocks, two at least; what is there encrypts the next block."""
+    """The words are padded to at least two blocks, and each result encrypts the next block."""
     words = [0x13198A2E, 0x83707344, 0xA4093822, 0x299F31D0, 0x082EFA98, 0xEC4E6C89][:size]
     methods = dict.fromkeys(("seed", "split", "random_bits", "fold_in"), lambda *_: None)
     impl = jax.extend.random.define_prng_impl(key_shape=(size,), **methods)
@@ -69,11 +69,11 @@ TORCH_KEYS = {
 }
 
 
-@both_wings
-def test_which_arrays_are_keys(wing: Wing):
-    check = jax_keys.check_key if wing is JAX else torch_keys.check_key
-    for (dtype, shape), error in (JAX_KEYS if wing is JAX else TORCH_KEYS).items():
-        key = wing.array(np.ones(shape, dtype))
+@both_frameworks
+def test_arrays_that_are_keys(framework: Framework):
+    check = jax_keys.check_key if framework is JAX else torch_keys.check_key
+    for (dtype, shape), error in (JAX_KEYS if framework is JAX else TORCH_KEYS).items():
+        key = framework.array(np.ones(shape, dtype))
         if error is None:
             assert check(key) is key
         else:
@@ -84,7 +84,7 @@ def test_which_arrays_are_keys(wing: Wing):
             check(nothing)
 
 
-def test_one_typed_key_is_a_key_and_a_batch_is_none():
+def test_a_typed_key_is_a_key_and_a_batch_is_not():
     key = jax.random.key(0)
     assert jax_keys.check_key(key) is key
     raw = np.ones(2, np.uint32)
@@ -95,7 +95,7 @@ def test_one_typed_key_is_a_key_and_a_batch_is_none():
 
 
 def test_eager_calls_compile_once():
-    """A call is one dispatch: neither the key nor the step nor the site is static."""
+    """A call is one dispatch, since key, step and site are not static."""
     before = jax_keys._site_words._cache_size()
     for seed in range(3):
         JAX.library.site_key(JAX.key(seed), seed, str(seed))
@@ -123,7 +123,7 @@ def test_seeds_and_data_of_32_bits():
             library.split(key, num)
 
 
-def test_words_are_read_where_reading_waits_for_nothing(monkeypatch):
+def test_words_are_read_only_without_synchronization(monkeypatch):
     assert torch_keys._host_words(TORCH.key(5)) == (0, 5)
     assert torch_keys._host_words(TORCH.key(5).to("meta")) is None
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -147,6 +147,8 @@ def test_halves_of_a_step():
     assert torch_keys._words(2**40 + 2**31 + 5, torch.device("cpu"))[0] == 2**8
     assert torch_keys.check_step(2**64 - 1) == 2**64 - 1
     expected = reference.site_key((0, 1), 2**64 - 1, "site")
-    for wing in WINGS:
+    for framework in FRAMEWORKS:
         step = np.uint64(2**64 - 1)
-        assert wing.words(wing.library.site_key(wing.key(1), step, "site")) == expected
+        assert (
+            framework.words(framework.library.site_key(framework.key(1), step, "site")) == expected
+        )

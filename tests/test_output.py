@@ -1,4 +1,4 @@
-"""Every program with `--out` refuses a folder that it cannot write, before it works for minutes."""
+"""Every program with `--out` rejects a folder that it cannot write before it starts to work."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ PROGRAMS = (
 )
 
 
-def refused(capsys, program: str, folder: str) -> str:
-    """The last line that a program prints about its folder."""
+def rejected(capsys, program: str, folder: str) -> str:
+    """Return the last line that a program prints about its folder."""
     with pytest.raises(SystemExit) as exited:
         importlib.import_module(program).main(["--out", folder])
     assert exited.value.code == 2
@@ -45,27 +45,27 @@ def refused(capsys, program: str, folder: str) -> str:
 
 @pytest.mark.parametrize("below", ["", "deeper/still"])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_file_is_no_folder(capsys, tmp_path, program, below):
+def test_a_file_is_not_a_folder(capsys, tmp_path, program, below):
     (tmp_path / "file").touch()
     folder = str(tmp_path / "file" / below)
-    line = refused(capsys, program, folder)
+    line = rejected(capsys, program, folder)
     assert f"--out: must be a folder that can be written; got {folder!r}" in line
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_folder_must_have_a_name(capsys, program):
-    assert "--out: must name a folder; got ''" in refused(capsys, program, "")
+def test_a_folder_needs_a_name(capsys, program):
+    assert "--out: must name a folder; got ''" in rejected(capsys, program, "")
 
 
 @pytest.mark.parametrize("program", PROGRAMS[:5])
-def test_a_full_disk_is_found_before_the_work(capsys, monkeypatch, tmp_path, program):
-    """As is a folder without permission: that a folder exists says nothing."""
+def test_a_full_disk_is_reported_before_the_work(capsys, monkeypatch, tmp_path, program):
+    """So is a folder without permission: an existing folder may not be writable."""
 
     def full(**where):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    assert "No space left on device" in refused(capsys, program, str(tmp_path))
+    assert "No space left on device" in rejected(capsys, program, str(tmp_path))
 
 
 @pytest.mark.parametrize("program", ["parity_tests.__main__", "parity_tests.exactness"])

@@ -31,7 +31,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 @cache
 def train(framework, name, **settings):
-    """Trains by one recipe; the defaults of the optimizer unless told otherwise."""
+    """Train with a recipe and the defaults of the optimizer."""
     optimizer = settings.get("optimizer", Settings.optimizer)
     defaults = {
         "learning_rate": OPTIMIZERS[optimizer].learning_rate,
@@ -43,7 +43,7 @@ def train(framework, name, **settings):
 
 
 def fails(capsys, *argv):
-    """Calls the program, which must refuse; returns the one line that it prints."""
+    """Return the single line that the program prints when it rejects its options."""
     with pytest.raises(SystemExit) as exited:
         main(argv)
     printed = capsys.readouterr()
@@ -88,13 +88,13 @@ def test_a_wrong_value_gets_one_line_that_names_it(capsys, option, value, allowe
         (["--rate", "a\nb"], [r"'a\nb'"]),
     ],
 )
-def test_what_does_not_fit_gets_one_line(capsys, argv, expected):
+def test_options_that_conflict_get_one_line(capsys, argv, expected):
     line = fails(capsys, *argv)
     assert all(word in line for word in expected)
 
 
 @pytest.mark.parametrize("below", ["", "deeper/still"])
-def test_a_folder_that_cannot_be_written_is_said_before_training(
+def test_a_folder_that_cannot_be_written_is_reported_before_training(
     capsys, monkeypatch, tmp_path, below
 ):
     monkeypatch.setattr("examples.overfit.runner.run_all", None)
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_training(
 
 
 @pytest.mark.parametrize("package", ["torch", "jax", "matplotlib", "sklearn", "rich"])
-def test_a_missing_package_gets_one_line_that_says_what_to_install(
+def test_a_missing_package_gets_one_line_with_the_command_to_install(
     capsys, monkeypatch, tmp_path, package
 ):
     monkeypatch.setitem(sys.modules, package, None)
@@ -123,7 +123,7 @@ def test_help_shows_every_option_with_its_default(capsys):
     assert text.count("(default: ") == 11
 
 
-# The second run is interrupted: the first has imported whatever there is to import.
+# The second run is interrupted, after the first has imported everything.
 ONE_RUN = """
 import sys
 from examples.overfit.cli import main
@@ -141,7 +141,7 @@ assert sys.argv[1] not in sys.modules
     ("framework", "absent"),
     [("jax", "torch"), pytest.param("torch", "jax", marks=pytest.mark.slow)],
 )
-def test_a_framework_that_is_not_asked_for_is_not_imported(tmp_path, framework, absent):
+def test_only_the_chosen_framework_is_imported(tmp_path, framework, absent):
     options = [*SMALL, "--framework", framework, "--out", str(tmp_path)]
     argv = [sys.executable, "-c", ONE_RUN, absent, *options]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -186,7 +186,7 @@ def test_results_are_written(capsys, tmp_path):
     assert str(folder) in printed
     table = (folder / TABLE_FILE).read_text()
     for text in (printed, table):
-        assert "gap = valid last - train last" in text
+        assert "gap: valid last - train last" in text
         assert f"{runs[-1]['validation_loss'][-1]:.3f}" in text
     assert table.count("\n| ") == 1 + len(runs)
 
@@ -233,7 +233,7 @@ def test_an_interrupt_leaves_finished_results(capsys, tmp_path):
     assert str(tmp_path) in printed.out
 
 
-def test_an_interrupt_before_anything_has_finished_leaves_earlier_results(capsys, tmp_path):
+def test_an_interrupt_before_the_first_result_keeps_earlier_results(capsys, tmp_path):
     earlier = tmp_path / CURVES_FILE
     earlier.write_text("{}")
     interrupt = interrupt_at("none", "jax", 0)
@@ -243,7 +243,7 @@ def test_an_interrupt_before_anything_has_finished_leaves_earlier_results(capsys
     assert list(tmp_path.iterdir()) == [earlier]
 
 
-def test_the_first_finished_run_replaces_what_an_earlier_call_left(capsys, tmp_path):
+def test_the_first_finished_run_replaces_earlier_results(capsys, tmp_path):
     for name in RESULTS:
         (tmp_path / name).write_text("earlier")
     interrupt = interrupt_at("none", "torch", 0)
@@ -264,8 +264,8 @@ def test_results_that_cannot_be_saved_get_one_line(capsys, monkeypatch, tmp_path
     ("optimizer", "name"),
     [*(("adam", name) for name in NAMES), ("sgd", "weight_decay"), ("adamw", "weight_decay")],
 )
-def test_both_wings_agree_at_every_evaluation(name, optimizer):
-    """With dropout on: the masks are the same, so only the rounding of float32 is left."""
+def test_both_frameworks_agree_at_every_evaluation(name, optimizer):
+    """The masks are the same, so the curves differ by float32 rounding only."""
     jax, torch = (
         train(framework, name, steps=60, width=32, optimizer=optimizer)
         for framework in ("jax", "torch")
@@ -273,12 +273,12 @@ def test_both_wings_agree_at_every_evaluation(name, optimizer):
     assert jax.steps == torch.steps == list(range(61))
     assert largest_difference(jax.train_loss, torch.train_loss) < 1e-4
     assert largest_difference(jax.validation_loss, torch.validation_loss) < 1e-4
-    # An image on the edge between two classes may fall to either side.
+    # Rounding may change the class of an image near a decision boundary.
     assert largest_difference(jax.validation_accuracy, torch.validation_accuracy) < 0.005
 
 
-def test_another_mask_makes_another_curve():
-    """The test of the test above: it would see masks that are not the same."""
+def test_another_mask_gives_another_curve():
+    """Test of the previous test, which would detect different masks."""
     one = train("torch", "dropout", steps=60, width=32, optimizer="adam")
     other = train("torch", "dropout", steps=60, width=32, optimizer="adam", rate=0.31)
     assert largest_difference(one.validation_loss, other.validation_loss) > 1e-3
@@ -286,7 +286,7 @@ def test_another_mask_makes_another_curve():
 
 @pytest.mark.parametrize("framework", TRAINS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_half_the_decay_in_the_loss_is_weight_decay_where_it_is_coupled(framework, optimizer):
+def test_half_the_decay_in_the_loss_is_coupled_weight_decay(framework, optimizer):
     penalty, decay = (
         train(framework, name, steps=60, width=32, optimizer=optimizer).validation_loss
         for name in ("l2_in_loss", "weight_decay")
@@ -298,8 +298,8 @@ def test_half_the_decay_in_the_loss_is_weight_decay_where_it_is_coupled(framewor
 
 
 @pytest.mark.parametrize("framework", TRAINS)
-def test_decay_makes_another_curve(framework):
-    """The test of the test above: two runs that both forget the decay would agree as well."""
+def test_decay_gives_another_curve(framework):
+    """Test of the previous test: two runs without decay would agree, too."""
     none, decay = (
         train(framework, name, steps=60, width=32, optimizer="adam").validation_loss
         for name in ("none", "weight_decay")
@@ -309,7 +309,7 @@ def test_decay_makes_another_curve(framework):
 
 @pytest.mark.parametrize("framework", TRAINS)
 def test_the_loss_reported_is_the_data_loss_without_dropout(framework):
-    """Before the first step all recipes have the same network, so the same losses."""
+    """Before the first step all recipes have the same network and the same losses."""
     starts = {
         (c.train_loss[0], c.validation_loss[0])
         for c in (train(framework, name, steps=60, width=32, optimizer="adam") for name in NAMES)
@@ -330,7 +330,7 @@ def test_the_validation_set_is_the_same_for_every_train_size():
     assert sorted(splits[0][0].labels) == list(range(10))
 
 
-def test_a_stratified_order_holds_every_image_once():
+def test_a_stratified_order_contains_every_image_once():
     labels = np.repeat([0, 1, 2], [10, 20, 30])
     order = stratified_order(labels, np.random.default_rng(0))
     assert sorted(order) == list(range(60))
@@ -340,7 +340,7 @@ def test_a_stratified_order_holds_every_image_once():
         )
 
 
-def test_batches_deal_out_each_image_once_an_epoch():
+def test_batches_contain_each_image_once_per_epoch():
     batches = draw_batches(7, 5, 20, np.random.default_rng(0))
     assert batches.shape == (7, 5)
     assert sorted(batches[:4].ravel()) == list(range(20))
@@ -349,16 +349,16 @@ def test_batches_deal_out_each_image_once_an_epoch():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("framework", TRAINS)
-def test_the_defaults_tell_the_story(framework):
-    """Without regularisation validation loss falls, then rises; each cure holds it down."""
-    plain, *cured = (train(framework, name) for name in NAMES)
+def test_the_defaults_show_overfitting_and_its_remedies(framework):
+    """Without regularization validation loss falls and then rises; each remedy limits the rise."""
+    plain, *regularized = (train(framework, name) for name in NAMES)
     lowest = min(plain.validation_loss)
     assert plain.validation_loss[0] > 2 * lowest
     assert plain.validation_loss[-1] > 1.5 * lowest
     assert plain.train_loss[-1] < 1e-3
     assert plain.train_accuracy[-1] == 1.0
     assert plain.validation_accuracy[-1] < 0.95
-    for curve in cured:
+    for curve in regularized:
         assert curve.validation_loss[-1] < 1.25 * min(curve.validation_loss)
         assert curve.validation_loss[-1] < 0.8 * plain.validation_loss[-1]
         assert curve.gap < 0.8 * plain.gap

@@ -1,6 +1,6 @@
-"""The lesson's own perceptron, dropout and decay on, through the harness: every step of training.
+"""The perceptron of examples.overfit in the harness, with dropout and decay, at every step.
 
-The functions are those of the example; nothing is written a second time here.
+The tests use the functions of the example.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from examples.overfit.settings import OPTIMIZERS, Settings
 from parity_tests.compare import FLOAT64
 from parity_tests.harness import JaxSide, Leaf, TorchSide, compare_training
 
-# Over a thousand steps rounding adds up.
+# Rounding accumulates over a thousand steps.
 TIER = dataclasses.replace(FLOAT64, tolerance=1e-10)
 
 
@@ -50,7 +50,7 @@ def both_sides(settings, recipe, weights):
     "optimizer",
     [pytest.param(name, marks=[pytest.mark.slow] * (name == "adamw")) for name in OPTIMIZERS],
 )
-def test_the_lesson_trains_the_same_at_every_step(optimizer, steps):
+def test_the_example_trains_the_same_at_every_step(optimizer, steps):
     defaults = OPTIMIZERS[optimizer]
     settings = Settings(
         steps=steps,

@@ -1,4 +1,4 @@
-"""The packed sampler in small, against the NumPy reference: `make mutants` runs these first."""
+"""Unit tests of the packed sampler, with the NumPy reference; `make mutants` runs them first."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parity_tests import reference
-from parity_tests.wings import JAX, Wing
+from parity_tests.frameworks import JAX, Framework
 from regjax._random import packed as jax_packed
+from regjax._random.xla import word_bytes
 from regtorch._random import packed as torch_packed
 from tests.test_masks_core import PROBABILITIES, SMALLEST
-from tests.test_random_core import KEY, both_wings, only_jax, torch_words
+from tests.test_random_core import KEY, both_frameworks, only_jax, torch_words
 
 
 @pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])
 @pytest.mark.parametrize("keep_prob", [*PROBABILITIES, 1e-3, 0.75, -1.0, 2.0, math.nan])
 def test_packed_thresholds(bits, keep_prob):
-    """`round(p * 2**bits)`, kept off both ends where the probability is."""
+    """The threshold is `round(p * 2**bits)`, and 0 or 2**bits only if the probability is 0 or 1."""
     exact = float(np.float32(keep_prob))
     rounded = round(exact * 2**bits) if math.isfinite(exact) else 0
     expected = min(max(rounded, 1), 2**bits - 1) if 0 < exact < 1 else 2**bits * (exact >= 1)
@@ -32,18 +33,20 @@ def test_packed_thresholds(bits, keep_prob):
         assert torch_packed._threshold(keep_prob, bits) == expected
     elif 0 <= keep_prob <= 1:
         for packed in (jax_packed, torch_packed):
-            with pytest.raises(ValueError, match=f"rounds to {rounded >> bits} in {bits} bits"):
+            with pytest.raises(
+                ValueError, match=f"must not round to {rounded >> bits} in {bits} bits"
+            ):
                 packed._threshold(keep_prob, bits)
-    if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush what is smaller
+    if keep_prob == 0 or not keep_prob < SMALLEST:  # a device may flush smaller numbers to zero
         changing = jax.jit(jax_packed._threshold, static_argnums=1)
         assert float(changing(jnp.float32(keep_prob), bits)) == expected
         assert float(torch_packed._threshold(torch.tensor(keep_prob), bits)) == expected
 
 
-@both_wings
-def test_16_bits_count_unless_others_do(wing: Wing):
-    draw = lambda keep_prob: wing.library.packed_bernoulli(wing.key(9), keep_prob, (3,))
-    assert not wing.numpy(draw(2.0**-16)).any()
+@both_frameworks
+def test_the_default_is_16_bits(framework: Framework):
+    draw = lambda keep_prob: framework.library.packed_bernoulli(framework.key(9), keep_prob, (3,))
+    assert not framework.numpy(draw(2.0**-16)).any()
     for too_small in (2.0**-17, 1e-9):
         with pytest.raises(ValueError, match="in 16 bits"):
             draw(too_small)
@@ -54,7 +57,7 @@ AXES |= {(32, 64, 2): 1, (4096,): None, (33, 128): None, (2, 64, 64): 1, (0, 64)
 AXES |= {(33, 64, 64): 1, (32, 2**16, 2**11): 1}
 
 
-def test_which_axis_packs():
+def test_the_packed_axis():
     for shape, axis in AXES.items():
         assert (jax_packed.packed_axis(shape), torch_packed.packed_axis(shape)) == (axis, axis)
 
@@ -63,8 +66,8 @@ SMALL = [(64, 64, 1), (64, 63, 1), (32, 64, 1), (63, 65, 1)]
 
 
 @only_jax
-def test_which_axis_of_symbolic_sizes_packs(wing: Wing):
-    """Of vectors: the sizes of one array would make it too large."""
+def test_the_packed_axis_of_symbolic_sizes(framework: Framework):
+    """The sizes are those of vectors, since one array would be too large."""
 
     def axes(x, y, z):
         draw = lambda axis: jnp.int32(-1 if axis is None else axis)
@@ -86,26 +89,30 @@ BLOCKS = {(0, 16): 0, (2**16, 16): 0, (2**15, 16): 1, (3 << 14, 16): 1, (5 << 13
 BLOCKS |= {(1, 16): 8, (1, 1): 1, (1, 32): 16, (2, 32): 16, (4, 32): 15}
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(("threshold", "bits"), BLOCKS)
-def test_only_the_words_that_settle_something_are_drawn(wing: Wing, monkeypatch, threshold, bits):
-    """Two words a block, down to the last 1 of the threshold; the counter numbers the blocks."""
-    packed, drawn = jax_packed if wing is JAX else torch_packed, []
+def test_words_after_the_last_bit_of_the_threshold_are_not_drawn(
+    framework: Framework, monkeypatch, threshold, bits
+):
+    """A block gives two words; the counter is the index of the block."""
+    packed, drawn = jax_packed if framework is JAX else torch_packed, []
     block = packed.threefry2x32
     monkeypatch.setattr(packed, "threefry2x32", lambda *a: drawn.append(a[1]) or block(*a))
-    key = tuple(wing.array(np.zeros((), "uint32" if wing is JAX else "int32")) for _ in range(2))
-    place = jax_packed.Group((64, 3), 0, None) if wing is JAX else (2, 3)
-    words = wing.numpy(packed._compared(key, threshold, bits, place))
+    key = tuple(
+        framework.array(np.zeros((), "uint32" if framework is JAX else "int32")) for _ in range(2)
+    )
+    place = jax_packed.Group((64, 3), 0, None) if framework is JAX else (2, 3)
+    words = framework.numpy(packed._compared(key, threshold, bits, place))
     assert (words.shape, len(drawn)) == ((2, 3), BLOCKS[threshold, bits])
     for pair, (high, low) in enumerate(reversed(drawn)):
-        assert set((wing.numpy(high).ravel().view(np.uint32)).tolist()) == {pair << 28}
-        np.testing.assert_array_equal(wing.numpy(low), np.arange(6).reshape(2, 3))
+        assert set((framework.numpy(high).ravel().view(np.uint32)).tolist()) == {pair << 28}
+        np.testing.assert_array_equal(framework.numpy(low), np.arange(6).reshape(2, 3))
     if threshold % 2**bits == 0:
         np.testing.assert_array_equal(words.view(np.int32), -1 if threshold else 0)
 
 
 def test_the_number_of_a_word_may_take_more_than_32_bits(monkeypatch):
-    """As in an array too large for any test: the first word of each block, far behind the first."""
+    """The first word of blocks with large indices, as in an array too large for a test."""
     start, arange = 2**36 + 2**31 + 5, torch.arange
     monkeypatch.setattr(torch, "arange", lambda size, **_: arange(start, start + size))
     words = torch_packed._compared(torch_words(*KEY), 2**15, 16, (3,)).numpy().view(np.uint32)
@@ -115,7 +122,7 @@ def test_the_number_of_a_word_may_take_more_than_32_bits(monkeypatch):
 
 @pytest.mark.parametrize(("shape", "axis"), [((64, 3), 0), ((2, 96, 5), 1)], ids=str)
 def test_each_element_takes_its_bit_of_its_word(shape, axis):
-    """As words and as bytes, as a GPU reads them; and where the axis has a symbolic length."""
+    """As words, as bytes (which GPUs read), and for an axis of symbolic length."""
     group = jax_packed.Group(shape, axis, None)
     rng = np.random.default_rng(0)
     words = rng.integers(0, 2**32, group.words_shape, np.uint32)
@@ -124,7 +131,7 @@ def test_each_element_takes_its_bit_of_its_word(shape, axis):
     spread = torch_packed._spread(torch.from_numpy(words.view(np.int32)), axis)
     np.testing.assert_array_equal(spread.numpy().reshape(shape), expected)
     words = jnp.asarray(words)
-    for parts in ((words,), jax_packed._bytes(words)):
+    for parts in ((words,), word_bytes(words)):
         bits = np.asarray(group._bits(parts, None))
         np.testing.assert_array_equal(bits.reshape(shape), expected)
     for found in (group.spread(words), group._gathered(words)):
@@ -144,11 +151,11 @@ LAYOUTS = [
 
 @only_jax
 @pytest.mark.parametrize(("shape", "spec", "expected"), LAYOUTS)
-def test_words_are_laid_out_as_their_elements_unless_devices_would_share_one(
-    wing: Wing, shape, spec, expected
+def test_words_have_the_sharding_of_their_elements_if_shards_hold_whole_words(
+    framework: Framework, shape, spec, expected
 ):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    axis, key, sampler = len(shape) - 2, wing.key(0), wing.library.packed_bernoulli
+    axis, key, sampler = len(shape) - 2, framework.key(0), framework.library.packed_bernoulli
     mask = sampler(key, 0.5, (64, *shape[1:]) if axis else shape)
     with jax.set_mesh(mesh):
         for layout in (spec, NamedSharding(mesh, spec)):
@@ -166,26 +173,26 @@ WORDS = [((64, 64), *each) for each in [(0, 4), (32, 5), (1, 1), (0x2A95, 16), (
 WORDS += [((4, 32, 40), *each) for each in [(5, 3), (200, 8)]]
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize(("shape", "threshold", "bits"), WORDS)
-def test_packed_words(wing: Wing, shape, threshold, bits):
+def test_packed_words(framework: Framework, shape, threshold, bits):
     keep_prob = threshold / 2**bits
     expected = reference.packed_bernoulli((0, 9), threshold, shape, bits)
-    draw = lambda prob: wing.library.packed_bernoulli(wing.key(9), prob, shape, bits=bits)
-    np.testing.assert_array_equal(wing.numpy(draw(keep_prob)), expected)
-    changing = wing.traced(draw)(np.float32(keep_prob))
-    np.testing.assert_array_equal(wing.numpy(changing), expected)
+    draw = lambda prob: framework.library.packed_bernoulli(framework.key(9), prob, shape, bits=bits)
+    np.testing.assert_array_equal(framework.numpy(draw(keep_prob)), expected)
+    changing = framework.traced(draw)(np.float32(keep_prob))
+    np.testing.assert_array_equal(framework.numpy(changing), expected)
 
 
-@both_wings
+@both_frameworks
 @pytest.mark.parametrize("bits", [1, 8, 32])
-def test_without_words_to_share(wing: Wing, bits):
+def test_shapes_without_a_packed_axis(framework: Framework, bits):
     drawn = reference.bits((0, 9), range(99)) >> np.uint32(32 - bits)
     for threshold in {0, 1, 2 ** (bits - 1), 2**bits}:
-        draw = lambda p: wing.library.packed_bernoulli(wing.key(9), p, (99,), bits=bits)
-        changing = wing.traced(draw)(np.float32(threshold / 2**bits))
+        draw = lambda p: framework.library.packed_bernoulli(framework.key(9), p, (99,), bits=bits)
+        changing = framework.traced(draw)(np.float32(threshold / 2**bits))
         for mask in (draw(threshold / 2**bits), changing):
-            np.testing.assert_array_equal(wing.numpy(mask), drawn < threshold)
+            np.testing.assert_array_equal(framework.numpy(mask), drawn < threshold)
 
 
 def test_a_threshold_of_2_to_the_32_keeps_every_integer():
@@ -198,9 +205,9 @@ def test_a_threshold_of_2_to_the_32_keeps_every_integer():
 
 
 @only_jax
-def test_a_cpu_draws_no_word_in_the_loop_that_reads_it(wing: Wing):
-    """XLA would fuse the two, and draw a word anew for each of its 32 elements."""
-    draw = jax.jit(lambda key: wing.library.packed_bernoulli(key, 0.3, (64, 128)))
-    loops = draw.lower(wing.key(9)).compile().as_text().split("\n\n")
+def test_a_cpu_draws_no_word_in_the_loop_that_reads_it(framework: Framework):
+    """XLA would fuse the two, and draw each word for each of its 32 elements."""
+    draw = jax.jit(lambda key: framework.library.packed_bernoulli(key, 0.3, (64, 128)))
+    loops = draw.lower(framework.key(9)).compile().as_text().split("\n\n")
     assert any("xor(" in loop for loop in loops)
     assert not any("xor(" in loop and "pred[2,32,128]" in loop for loop in loops)

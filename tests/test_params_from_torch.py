@@ -1,4 +1,4 @@
-"""The parameters of PyTorch in Linen, NNX, Equinox and Haiku: the same outputs, or an error."""
+"""PyTorch parameters in Linen, NNX, Equinox and Haiku give the same outputs, or an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from flax import nnx
 
 from parity_tests.compare import FLOAT32
-from parity_tests.wings import from_torch
+from parity_tests.frameworks import from_torch
 from regjax._decay.paths import named_leaves
 from regjax.interop._leaves import Leaf
 from regjax.interop._params import leaves_from_torch, params_from_torch
@@ -29,7 +29,7 @@ TOLERANCES = {"float32": FLOAT32.tolerance, "float64": 1e-10}
 
 @pytest.fixture(autouse=True)
 def _as_the_frameworks_need_it() -> Iterator[None]:
-    """Flax and Equinox promote silently, and their layers are not what is tested here."""
+    """Allow promotion, which the layers of Flax and Equinox require."""
     with (
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
@@ -41,7 +41,7 @@ def _as_the_frameworks_need_it() -> Iterator[None]:
 
 
 def randomized(module: torch.nn.Module, dtype: str = "float32") -> torch.nn.Module:
-    """The module in evaluation, none of its parameters or statistics left at zero or one."""
+    """Return the module in evaluation, with no parameter or statistic equal to zero or one."""
     module = module.to(getattr(torch, dtype)).eval()
     for tensor in module.state_dict().values():
         if tensor.is_floating_point():
@@ -53,7 +53,7 @@ def randomized(module: torch.nn.Module, dtype: str = "float32") -> torch.nn.Modu
 
 
 class Original(torch.nn.Module):
-    """Every axis that could be confused with another is as long as that."""
+    """A model in which axes that could be confused have the same length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class InNNX(nnx.Module):
     def __init__(self, dtype: Any, rngs: nnx.Rngs) -> None:
         of = {"param_dtype": dtype, "rngs": rngs}
         self.embed = nnx.Embed(WORDS, WIDTH, **of)
-        # NNX's own goes through jax.nn.dot_product_attention, which is float32 in its middle.
+        # NNX calls jax.nn.dot_product_attention, which computes in float32 internally.
         attend = lambda q, k, v, **_: nn.dot_product_attention(q, k, v, deterministic=True)
         self.attention = nnx.MultiHeadAttention(
             HEADS, WIDTH, decode=False, attention_fn=attend, **of
@@ -145,9 +145,9 @@ class Port:
     """A model of one framework.
 
     Attributes:
-        params: makes the tree to fill, of a dtype.
-        forward: of the filled tree and the words.
-        names: to PyTorch's.
+        params: Returns the tree to fill, for a dtype.
+        forward: A function of the filled tree and the words.
+        names: The names in PyTorch.
     """
 
     params: Callable[[str], Any]
@@ -195,7 +195,7 @@ PORTS = {
 
 
 def _cast(leaf: Any, dtype: str) -> Any:
-    """Flax's running statistics are float32, whatever its parameters are."""
+    """Convert the running statistics of Flax, which are float32 for any dtype of parameters."""
     if not hasattr(leaf, "dtype") or leaf.dtype != np.float32:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, dtype)
@@ -215,7 +215,7 @@ def test_the_same_outputs(port, dtype):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCES[dtype])
 
 
-# By the number of axes, the steps along each.
+# The strides of each axis, by the number of axes.
 SIZES = {1: (7,), 2: (5, 6), 3: (4, 3, 5)}
 CONVOLUTIONS = [
     (framework, axes, groups)
@@ -236,7 +236,7 @@ def _channels_first(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("framework", "axes", "groups"), CONVOLUTIONS)
 def test_convolutions(framework, axes, groups):
-    # In two groups, as many channels enter the kernel as there are steps along its axes.
+    # With two groups, the kernel has as many input channels as elements along its axes.
     channels, size = 4, (2, 3, 2)[:axes]
     model = randomized(getattr(torch.nn, f"Conv{axes}d")(channels, channels, size, groups=groups))
     x = np.random.default_rng(1).standard_normal((2, *SIZES[axes], channels)).astype(np.float32)
@@ -311,7 +311,7 @@ def test_haiku():
 
 @pytest.mark.parametrize("framework", ["linen", "equinox"])
 def test_attention_of_other_widths(framework):
-    """PyTorch holds three weights then, but stacks the biases all the same."""
+    """PyTorch has three weights in this case, but stacked biases."""
     rng = np.random.default_rng(2)
     q, k, v = (rng.standard_normal((LENGTH, w)).astype(np.float32) for w in (WIDTH, 3, 4))
     model = randomized(torch.nn.MultiheadAttention(WIDTH, HEADS, kdim=3, vdim=4))
@@ -329,7 +329,7 @@ def test_attention_of_other_widths(framework):
 
 
 @pytest.mark.parametrize("mode", ["ema", "batch"])
-def test_statistics_of_equinox_go_on_where_pytorch_left_them(mode):
+def test_statistics_of_equinox_continue_those_of_pytorch(mode):
     model: Any = randomized(torch.nn.BatchNorm1d(WIDTH))
     layer = eqx.nn.BatchNorm(WIDTH, "batch", momentum=0.9, mode=mode)
     filled = params_from_torch(model, layer)
@@ -339,7 +339,7 @@ def test_statistics_of_equinox_go_on_where_pytorch_left_them(mode):
     mapped = {"in_axes": (0, None), "out_axes": (0, None), "axis_name": "batch"}
     _, state = jax.vmap(layer, **mapped)(x, state)
     ours, _ = jax.vmap(eqx.nn.inference_mode(layer), **mapped)(x, state)
-    # PyTorch adds the variance of a sample, JAX's layers that of a population.
+    # PyTorch uses the sample variance, the layers in JAX the population variance.
     model.running_var -= torch.from_numpy(0.1 * x.var(0) / (len(x) - 1))
     theirs = model.eval()(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -357,8 +357,8 @@ def test_transposed_convolution_of_flax_with_a_leaf():
 
 
 @pytest.mark.parametrize("plant", ["transposed", "key for query", "statistics"])
-def test_a_planted_defect_is_seen(plant):
-    """The test of the test: each of them fits in shape."""
+def test_a_planted_defect_is_detected(plant):
+    """Test of the test: each defect has valid shapes."""
     model = randomized(Original())
     names: dict[str, Any] = dict(LINEN.names)
     entries = model.state_dict()
@@ -377,7 +377,7 @@ def test_a_planted_defect_is_seen(plant):
 
 
 class Plain(torch.nn.Module):
-    """What has a Leaf for every parameter."""
+    """A model with a Leaf for every parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -408,7 +408,7 @@ def _plain_equinox() -> Any:
 
 
 @pytest.mark.parametrize("make", [_plain_linen, _plain_equinox], ids=["linen", "equinox"])
-def test_leaves_carry_moments(make):
+def test_leaves_convert_moments(make):
     model, params = randomized(Plain()), make()
     parameters = {name: tensor.numpy() for name, tensor in model.named_parameters()}
     statistics = ("batch_norm.running_mean", "batch_norm.running_var")
@@ -423,14 +423,14 @@ def test_leaves_carry_moments(make):
         np.testing.assert_array_equal(leaf.to_torch(there), parameters[leaf.name])
 
 
-def test_leaves_are_plain_where_axes_are_only_ordered():
+def test_leaves_are_plain_if_axes_are_only_permuted():
     leaves = leaves_from_torch(Plain(), _plain_linen())
     assert leaves["hidden/kernel"] == Leaf("hidden.weight", (1, 0))
     assert leaves["conv/kernel"] == Leaf("conv.weight", (2, 3, 1, 0))
     assert leaves["conv/bias"] == Leaf("conv.bias")
 
 
-def test_an_unfolded_leaf_goes_both_ways():
+def test_an_unfolded_leaf_converts_in_both_directions():
     weight = np.arange(24, dtype=np.float32).reshape(6, 4)
     params = {"kernel": np.zeros((4, 2, 3), np.float32)}
     leaf = leaves_from_torch({"weight": weight}, params)["kernel"]
@@ -439,7 +439,7 @@ def test_an_unfolded_leaf_goes_both_ways():
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["attention", "tied"])
-def test_what_feeds_several_leaves_has_no_leaf(weights):
+def test_a_parameter_of_several_leaves_has_no_leaf(weights):
     if weights:
         entries = {"a.weight": np.zeros((2, 2), np.float32)}
         params = {name: {"kernel": np.zeros((2, 2), np.float32)} for name in ("a", "b")}
@@ -458,14 +458,14 @@ def _array(*shape: int, dtype: Any = np.float32) -> np.ndarray:
 
 
 def _shapes(make: Callable[[], nnx.Module]) -> nnx.Module:
-    """The module without its arrays, which to draw takes seconds of every collection."""
+    """Return the module without its arrays, whose initialization would slow down collection."""
     return nnx.eval_shape(make)
 
 
 FC = {"fc.weight": _array(3, 2), "fc.bias": _array(3)}
 DENSE_3 = {"fc": {"kernel": _array(2, 3), "bias": _array(3)}}
 UP = torch.nn.ConvTranspose2d(4, 4, 2, bias=False)
-# Entries, params, names, and what the error says of them.
+# Entries, params, names, and the error.
 ERRORS = {
     "no entry": (
         {"fc.weight": FC["fc.weight"]},
@@ -477,14 +477,14 @@ ERRORS = {
         FC | {"other.weight": _array(1), "last": _array(1), "bn.num_batches_tracked": _array()},
         DENSE_3,
         {},
-        ["no leaf of params takes 'other.weight', 'last': map them"],
+        ["no leaf of params takes 'other.weight', 'last'. Map them"],
     ),
     "no leaf for a part": (
         {"a.in_proj_weight": _array(12, 4)},
         {"a": {"query": {"kernel": _array(4, 2, 2)}}},
         {},
         [
-            "takes the key third of 'a.in_proj_weight', the value third of 'a.in_proj_weight': map",
+            "takes the key third of 'a.in_proj_weight', the value third of 'a.in_proj_weight'. Map",
         ],
     ),
     "no leaf for a statistic": (
@@ -498,9 +498,9 @@ ERRORS = {
         {"fc": {"kernel": _array(2, 4), "bias": _array(4)}},
         {},
         [
-            "'fc/kernel' has shape (2, 4) in params, but 'fc.weight' of shape (3, 2) arrives as "
-            "(2, 3)",
-            "'fc/bias' has shape (4,) in params, but 'fc.bias' of shape (3,)",
+            "'fc/kernel' must have shape (2, 3), like 'fc.weight' of shape (3, 2) in JAX's layout; "
+            "got (2, 4) in params.",
+            "'fc/bias' must have shape (3,), like 'fc.bias' of shape (3,) in",
         ],
     ),
     "shape to unfold to": (
@@ -512,52 +512,52 @@ ERRORS = {
         },
         {},
         [
-            "'a/kernel' has shape (2, 4, 3) in params, but 'a.weight' of shape (6, 4)",
-            "'b/kernel' has shape (2, 3) in params, but 'b.weight' of shape (6, 1)",
-            "'c/bias' has shape (2, 4) in params, but 'c.bias' of shape (6,)",
+            "'a.weight' of shape (6, 4) in JAX's layout; got (2, 4, 3) in params",
+            "'b.weight' of shape (6, 1) in JAX's layout; got (2, 3) in params",
+            "'c.bias' of shape (6,) in JAX's layout; got (2, 4) in params",
         ],
     ),
     "dtype": (
         FC,
         {"fc": {"kernel": _array(2, 3), "bias": _array(3, dtype=np.float16)}},
         {},
-        ["'fc/bias' is float16 in params, but 'fc.bias' is float32: cast one of them"],
+        ["'fc/bias' must be float32, like 'fc.bias'; got float16 in params. Cast one of them."],
     ),
     "float64 without x64": (
         {"w": _array(2, dtype=np.float64)},
         {"w": _array(2, dtype=np.float64)},
         {},
-        ["'w' is float64: see jax.config.update('jax_enable_x64', True)"],
+        ["'w' must not be float64 in 32-bit mode. Call jax.config.update('jax_enable_x64', True)."],
     ),
     "unknown layout": (
         FC,
         {"projection": _array(2, 2), "bias": _array(3)},
         {"projection": "fc.weight", "bias": "fc.bias"},
-        ["'projection' of shape (2, 2) has an unknown layout beside 'fc.weight' of shape (3, 2)"],
+        ["'projection' of shape (2, 2) has no known layout for 'fc.weight' of shape (3, 2)"],
     ),
     "kernel of other rank": (
         {"fc.weight": _array(3, 2, 1)},
         {"fc": {"kernel": _array(2, 3)}},
         {},
-        ["'fc/kernel' of shape (2, 3) has an unknown layout beside 'fc.weight' of shape (3, 2, 1)"],
+        ["'fc/kernel' of shape (2, 3) has no known layout for 'fc.weight' of shape (3, 2, 1)"],
     ),
     "kernel from a vector": (
         {"fc.weight": _array(6)},
         {"fc": {"kernel": _array(2, 3)}},
         {},
-        ["has an unknown layout beside 'fc.weight' of shape (6,)"],
+        ["has no known layout for 'fc.weight' of shape (6,)"],
     ),
     "order of axes": (
         FC,
         DENSE_3,
         {"fc/kernel": Leaf("fc.weight", (2, 0, 1))},
-        ["'fc/kernel': Leaf(name='fc.weight', transpose=(2, 0, 1)) does not order the axes of"],
+        ["'fc/kernel': Leaf(name='fc.weight', transpose=(2, 0, 1)) must order the axes of"],
     ),
     "misspelt module of params": (
         FC,
         DENSE_3,
         {"fd": "fc"},
-        ["names has 'fd', but params has no such leaf or module"],
+        ["names must have leaves or modules of params; got 'fd'"],
     ),
     "misspelt module of PyTorch": (
         FC,
@@ -575,14 +575,14 @@ ERRORS = {
         FC,
         DENSE_3,
         {"fc": Leaf("fc.weight")},
-        ["names has a Leaf for 'fc', which is a module of params"],
+        ["names must have a Leaf for single leaves; got one for 'fc', a module of params"],
     ),
     "transposed convolution of a module": (
         torch.nn.ModuleDict({"up": UP}),
         {"up": {"kernel": _array(2, 2, 4, 4)}},
         {},
         [
-            "'up/kernel' is of a transposed convolution",
+            "'up/kernel' belongs to a transposed convolution",
             "Leaf(name='up.weight', transpose=(2, 3, 1, 0))",
         ],
     ),
@@ -590,25 +590,25 @@ ERRORS = {
         {"up.weight": _array(4, 4, 2, 2)},
         {"params": {"ConvTranspose_0": {"kernel": _array(2, 2, 4, 4)}}},
         {"ConvTranspose_0": "up"},
-        ["'params/ConvTranspose_0/kernel' is of a transposed convolution"],
+        ["'params/ConvTranspose_0/kernel' belongs to a transposed convolution"],
     ),
     "transposed convolution of NNX": (
         {"up.weight": _array(4, 4, 2, 2)},
         {"up": _shapes(lambda: nnx.ConvTranspose(4, 4, (2, 2), use_bias=False, rngs=nnx.Rngs(0)))},
         {},
-        ["'up/kernel/value' is of a transposed convolution"],
+        ["'up/kernel/value' belongs to a transposed convolution"],
     ),
     "transposed convolution of Equinox": (
         {"up.weight": _array(4, 4, 2, 2)},
         {"up": eqx.filter_eval_shape(eqx.nn.ConvTranspose2d, 4, 4, 2, use_bias=False, key=KEY)},
         {},
-        ["'up/weight' is of a transposed convolution"],
+        ["'up/weight' belongs to a transposed convolution"],
     ),
     "recurrent": (
         torch.nn.LSTM(4, 4),
         _shapes(lambda: nnx.OptimizedLSTMCell(4, 4, rngs=nnx.Rngs(0))),
         {},
-        ["'dense_i/kernel/value' is of a recurrent layer, whose layout is unknown"],
+        ["'dense_i/kernel/value' belongs to a recurrent layer, which cannot be converted"],
     ),
 }
 
@@ -616,7 +616,8 @@ ERRORS = {
 @pytest.mark.parametrize(("entries", "params", "names", "messages"), ERRORS.values(), ids=ERRORS)
 def test_errors(entries, params, names, messages):
     with pytest.raises(
-        ValueError, match=r"^state_dict and params must match, so nothing was done"
+        ValueError,
+        match="^state_dict must match params; got these differences",
     ) as raised:
         params_from_torch(entries, params, names)
     assert all(message in str(raised.value) for message in messages), raised.value
@@ -640,7 +641,7 @@ def test_small_types(dtype):
     np.testing.assert_array_equal(np.asarray(filled), from_torch(model.weight).T)
 
 
-def test_what_is_no_parameter_stays():
+def test_other_leaves_are_unchanged():
     model = randomized(torch.nn.Linear(2, 2))
     params = {
         "weight": _array(2, 2),
@@ -656,7 +657,7 @@ def test_what_is_no_parameter_stays():
     assert filled["rngs"]["key"] == params["rngs"]["key"]
 
 
-def test_names_reach_a_wrapped_model():
+def test_names_of_a_wrapped_model():
     wrapped = {"module.fc.weight": _array(3, 2) + 1, "module.fc.bias": _array(3)}
     filled = params_from_torch(wrapped, {"params": DENSE_3}, {"": "module"})
     np.testing.assert_array_equal(filled["params"]["fc"]["kernel"], np.ones((2, 3)))

@@ -1,4 +1,4 @@
-"""A run carried over from PyTorch in the middle: it goes on the same; mistakes are found."""
+"""Conversion of a PyTorch run to JAX: the steps agree, and planted defects are reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def run(tmp_path, *options: str) -> int:
     return port_from_torch.main(["--steps", "25", "--out", str(tmp_path), *options])
 
 
-def test_the_port_is_the_same(tmp_path, capsys):
+def test_the_port_agrees(tmp_path, capsys):
     assert run(tmp_path) == 0
     out = capsys.readouterr().out
     assert "JAX and PyTorch agree." in out
@@ -28,6 +28,6 @@ def test_the_port_is_the_same(tmp_path, capsys):
         ("state", "in the parameter '"),
     ],
 )
-def test_a_mistake_is_found_at_the_first_step(tmp_path, capsys, mistake, where):
+def test_a_mistake_is_reported_at_the_first_step(tmp_path, capsys, mistake, where):
     assert run(tmp_path, "--mistake", mistake) == 1
-    assert f"part at step 26, {where}" in capsys.readouterr().out
+    assert f"diverge at step 26, {where}" in capsys.readouterr().out

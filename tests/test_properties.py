@@ -1,7 +1,7 @@
-"""Properties of both packages, over shapes, dtypes, rates, keys, trees and options that are drawn.
+"""Properties of both packages for random shapes, dtypes, rates, keys, trees and options.
 
-Hypothesis draws the examples, the same ones in every run; `PROPERTIES=thorough`, which
-`make test-all` sets, draws twenty times as many.
+Hypothesis draws the same examples in every run; with `PROPERTIES=thorough`, which `make test-all`
+sets, it draws twenty times as many.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from hypothesis import strategies as st
 import regjax
 import regtorch
 from parity_tests.compare import FLOAT64, assert_same_at_every_step
+from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from parity_tests.instructions import float16_error
 from parity_tests.optimizers.case import Case
 from parity_tests.trajectories import WALKS, synthetic
-from parity_tests.wings import JAX, TORCH, WINGS, Wing
 from regjax._decay.paths import named_leaves
 from regshared.globs import matches
 
 TIMES = 20 if os.environ.get("PROPERTIES") == "thorough" else 1
-# XLA compiles no float16 where the CPU has no conversions.
+# XLA compiles float16 only if the CPU has its conversions.
 DTYPES = (np.float32, *([] if float16_error() else [np.float16]), ml_dtypes.bfloat16)
 
 
 def examples(number: int) -> Callable[[Any], Any]:
-    """How many examples a property is tried on."""
+    """Return the settings with a number of examples."""
     return settings(
         max_examples=number * TIMES,
         derandomize=True,
@@ -53,7 +53,7 @@ shapes = shapes_from(0)
 
 @st.composite
 def arrays(draw: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Values of every size, zeros, infinities and NaNs among them."""
+    """Draw values of every magnitude, including zeros, infinities and NaNs."""
     rng = np.random.default_rng(draw(seeds))
     values = rng.normal(size=shape) * 10.0 ** rng.integers(-3, 4, shape)
     special = rng.choice([0.0, -0.0, np.inf, np.nan], shape)
@@ -61,14 +61,14 @@ def arrays(draw: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:
-    """The bits of each element; any NaN is as good as another."""
+    """Return the bits of each element, with one representation of NaN."""
     array = np.where(np.isnan(array), np.zeros((), array.dtype) + np.nan, array)
     return array.view(f"u{array.dtype.itemsize}")
 
 
 @st.composite
 def calls(draw: Any, name: str) -> tuple[str, np.ndarray, float, dict[str, Any]]:
-    """A function of the family with an input, a rate and options that fit it."""
+    """Draw a function of the family with a valid input, rate and options."""
     shape = draw(shapes_from(DIMENSIONS.get(name, 1)))
     rate = draw(RATES.get(name, rates))
     drawn = {option: draw(values(shape)) for option, values in OPTIONS[name].items()}
@@ -76,7 +76,7 @@ def calls(draw: Any, name: str) -> tuple[str, np.ndarray, float, dict[str, Any]]
 
 
 RATES = {"gaussian_noise": st.floats(0.0, 3.0), "gaussian_dropout": st.floats(0.0, 0.99)}
-# An input with fewer dimensions is refused.
+# An input with fewer dimensions is an error.
 DIMENSIONS = {"dropout": 0, "drop_block": 3, "feature_dropout": 2, "feature_alpha_dropout": 2}
 Options = dict[str, Callable[[tuple[int, ...]], st.SearchStrategy]]
 flag = lambda shape: st.booleans()
@@ -108,12 +108,12 @@ OPTIONS: dict[str, Options] = {
 }
 
 
-def apply(wing: Wing, call: Any, **key_or_flag: Any) -> tuple[Any, Any]:
-    """The input of a call as the package takes it, and the output."""
+def apply(framework: Framework, call: Any, **key_or_flag: Any) -> tuple[Any, Any]:
+    """Return the input of a call, converted for the package, and the output."""
     name, x, rate, options = call
-    function, x = getattr(wing.library, name), wing.array(x)
+    function, x = getattr(framework.library, name), framework.array(x)
     if name == "embedding_dropout":
-        ids = wing.array(options["ids"].astype(np.int32))
+        ids = framework.array(options["ids"].astype(np.int32))
         return x, function(x, ids, rate, **key_or_flag)
     if name == "drop_connect":
         return x, function({"kernel": x}, rate, **options, **key_or_flag)["kernel"]
@@ -125,7 +125,10 @@ def apply(wing: Wing, call: Any, **key_or_flag: Any) -> tuple[Any, Any]:
 @given(data=st.data(), seed=seeds)
 def test_both_packages_compute_the_same_bits(name, data, seed):
     call = data.draw(calls(name))
-    ours, theirs = (wing.numpy(apply(wing, call, key=wing.key(seed))[1]) for wing in WINGS)
+    ours, theirs = (
+        framework.numpy(apply(framework, call, key=framework.key(seed))[1])
+        for framework in FRAMEWORKS
+    )
     assert (
         (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) == (call[1].dtype, call[1].shape)
     )
@@ -133,36 +136,38 @@ def test_both_packages_compute_the_same_bits(name, data, seed):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("wing", WINGS, ids=str)
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 @examples(2)
 @given(data=st.data())
-def test_evaluation_returns_the_input(wing, name, data):
+def test_evaluation_returns_the_input(framework, name, data):
     call = data.draw(calls(name))
-    x, y = apply(wing, call, deterministic=True)
+    x, y = apply(framework, call, deterministic=True)
     assert y is x
 
 
-@pytest.mark.parametrize("wing", WINGS, ids=str)
+@pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 @examples(12)
 @given(shape=shapes, rate=rates, seed=seeds, dims=st.sets(st.integers(0, 3)))
-def test_output_and_gradient_are_the_scaled_mask(wing, shape, rate, seed, dims):
-    """So that the expectation is the input: kept elements are divided by their probability."""
+def test_output_and_gradient_are_the_scaled_mask(framework, shape, rate, seed, dims):
+    """Kept elements are divided by their probability, so that the expectation is the input."""
     dims = tuple(dim for dim in sorted(dims) if dim < len(shape))
     x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    drop = lambda x: wing.library.dropout(x, rate, key=wing.key(seed), broadcast_dims=dims)
-    y, gradient = wing.vjp(drop, wing.array(x), wing.array(np.ones_like(x)))
+    drop = lambda x: framework.library.dropout(
+        x, rate, key=framework.key(seed), broadcast_dims=dims
+    )
+    y, gradient = framework.vjp(drop, framework.array(x), framework.array(np.ones_like(x)))
     smaller = tuple(1 if dim in dims else size for dim, size in enumerate(shape))
-    keep = wing.bernoulli(seed, 1 - rate, smaller)
+    keep = framework.bernoulli(seed, 1 - rate, smaller)
     scale = np.float32(1) / np.float32(1 - rate) if rate < 1 else np.float32(0)
     expected = np.broadcast_to(np.where(keep, scale, np.float32(0)), shape)
-    np.testing.assert_array_equal(wing.numpy(gradient), expected)
-    np.testing.assert_array_equal(wing.numpy(y), expected * x)
+    np.testing.assert_array_equal(framework.numpy(gradient), expected)
+    np.testing.assert_array_equal(framework.numpy(y), expected * x)
 
 
 @examples(10)
 @given(keep_prob=st.floats(0.05, 0.95), seed=seeds, packed=st.booleans())
-def test_a_mask_keeps_its_share(keep_prob, seed, packed):
-    """Within five standard deviations, in one package: another test compares them."""
+def test_a_mask_keeps_the_expected_fraction(keep_prob, seed, packed):
+    """Within five standard deviations; one package suffices, since another test compares both."""
     draw = regtorch.packed_bernoulli if packed else regtorch.bernoulli
     mask = draw(regtorch.key(seed), keep_prob, (128, 256)).numpy()
     deviation = (keep_prob * (1 - keep_prob) / mask.size) ** 0.5
@@ -174,24 +179,28 @@ def test_a_mask_keeps_its_share(keep_prob, seed, packed):
     seed=seeds,
     shape=st.sampled_from([(64, 64), (4, 32, 40), (33, 7), (4096,), (0, 3)]),
     threshold=st.integers(0, 2**8),
-    bits=st.sampled_from([8, 13, 20]),  # each takes a compilation
+    bits=st.sampled_from([8, 13, 20]),  # each example is compiled
 )
 def test_both_packages_draw_the_same_packed_mask(seed, shape, threshold, bits):
     keep_prob = threshold / 2**8
     masks = [
-        wing.numpy(wing.library.packed_bernoulli(wing.key(seed), keep_prob, shape, bits=bits))
-        for wing in WINGS
+        framework.numpy(
+            framework.library.packed_bernoulli(framework.key(seed), keep_prob, shape, bits=bits)
+        )
+        for framework in FRAMEWORKS
     ]
     np.testing.assert_array_equal(*masks)
 
 
 @examples(50)
 @given(seed=seeds, step=st.integers(0, 2**64 - 1), site=st.text(max_size=20))
-def test_site_keys_agree_and_differ_from_their_neighbours(seed, step, site):
+def test_site_keys_agree_and_differ_for_neighboring_sites(seed, step, site):
     site = site.encode("utf-8", "ignore").decode()
     words = [
-        wing.words(wing.library.site_key(wing.key(seed), wing_step(wing, step), site))
-        for wing in WINGS
+        framework.words(
+            framework.library.site_key(framework.key(seed), wing_step(framework, step), site)
+        )
+        for framework in FRAMEWORKS
     ]
     assert words[0] == words[1]
     others = ((seed, step, site + "x"), (seed, step ^ 1, site), (seed ^ 1, step, site))
@@ -200,8 +209,8 @@ def test_site_keys_agree_and_differ_from_their_neighbours(seed, step, site):
     ]
 
 
-def wing_step(wing: Wing, step: int) -> Any:
-    return np.uint64(step) if wing is JAX else step
+def wing_step(framework: Framework, step: int) -> Any:
+    return np.uint64(step) if framework is JAX else step
 
 
 names = st.sampled_from(["weight", "bias", "scale", "kernel", "embedding", "lora_a", "norm"])
@@ -222,7 +231,7 @@ rules = st.one_of(
 
 
 def globs_of(path: str) -> set[str]:
-    """Globs that match a path, from one leaf to all."""
+    """Return globs that match a path, from a single leaf to all leaves."""
     *owners, name = path.split("/")
     some = {"**", path, name, f"**/{name[:2]}*", "/".join([*"*" * len(owners), name])}
     return some | {f"{owner}/**" for owner in owners[:1]}
@@ -230,7 +239,7 @@ def globs_of(path: str) -> set[str]:
 
 @st.composite
 def trees_with_rules(draw: Any) -> tuple[Any, Any]:
-    """A tree and a rule of which each glob decides something: most others are refused."""
+    """Draw a tree and a rule whose globs all decide a leaf; other rules are mostly errors."""
     tree = draw(trees)
     paths = [path for path, _ in named_leaves(tree)]
     globs = st.sampled_from(sorted(set[str]().union(*map(globs_of, paths))))
@@ -245,7 +254,7 @@ def trees_with_rules(draw: Any) -> tuple[Any, Any]:
 
 
 def module_of(tree: Any) -> torch.nn.Module:
-    """The tree as a module without layers, so that only paths and shapes count."""
+    """Return the tree as a module without layers, for which only paths and shapes matter."""
     module = torch.nn.Module()
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -256,7 +265,7 @@ def module_of(tree: Any) -> torch.nn.Module:
 
 
 def decisions(tree: Any, rule: Any) -> list[dict[str, bool]]:
-    """What each package decides."""
+    """Return the decisions of each package."""
     theirs = regtorch.decay_mask(module_of(tree), rule)
     return [
         dict(named_leaves(regjax.decay_mask(tree, rule))),
@@ -273,12 +282,12 @@ def test_rules_choose_the_same_leaves(tree_with_rule):
 
 @examples(30)
 @given(tree=trees, rule=rules)
-def test_rules_are_refused_by_both_packages_or_by_none(tree, rule):
+def test_both_packages_reject_the_same_rules(tree, rule):
     try:
         ours, theirs = decisions(tree, rule)
     except ValueError:
         for decide, params in ((regjax.decay_mask, tree), (regtorch.decay_mask, module_of(tree))):
-            with pytest.raises(ValueError, match=r"^rule has "):
+            with pytest.raises(ValueError, match=r"^rule must "):
                 decide(params, rule)
     else:
         assert ours == theirs
@@ -325,7 +334,7 @@ PROBLEM = synthetic("float64", {"dense/bias": (3,), "dense/kernel": (2, 3)}, ste
 
 @st.composite
 def cases(draw: Any) -> Case:
-    """An optimizer of torch with options drawn at random."""
+    """Draw an optimizer of torch with random options."""
     name = draw(st.sampled_from(sorted(OPTIMIZERS)))
     options = {option: draw(values) for option, values in (OPTIMIZERS[name] | FLAGS).items()}
     options["lr"] = draw(positive(1e-4, 0.1))

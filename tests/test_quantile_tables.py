@@ -1,4 +1,4 @@
-"""The numbers from which `normal` computes are those that `benchmarks.quantile` makes."""
+"""The tables of `normal` are those that `benchmarks.quantile` computes."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def source() -> str:
     return quantile.source()
 
 
-def test_the_tables_are_made_again(source):
+def test_the_tables_are_current(source):
     assert (ROOT / "regshared/quantile_tables.py").read_text() == source

@@ -1,6 +1,6 @@
-"""The random core in small: each step from key and index to mask, against the NumPy reference.
+"""Unit tests of the random core: each step from key and index to bits, with the NumPy reference.
 
-These are the cheapest tests that catch a changed operation in it; `make mutants` runs them first.
+These are the cheapest tests that detect a changed operation; `make mutants` runs them first.
 """
 
 # ruff: noqa: B023  # each function made in a loop is called in the same turn
@@ -19,12 +19,12 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parity_tests import reference
-from parity_tests.wings import JAX, WINGS, Wing
+from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
 from regjax._random import threefry as jax_threefry
 from regtorch._random import threefry as torch_threefry
 
-both_wings = pytest.mark.parametrize("wing", WINGS, ids=str)
-only_jax = pytest.mark.parametrize("wing", [JAX], ids=str)
+both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
+only_jax = pytest.mark.parametrize("framework", [JAX], ids=str)
 KEY = (0x13198A2E, 0x83707344)
 
 
@@ -37,7 +37,7 @@ def torch_words(*words: int) -> tuple[torch.Tensor, ...]:
 
 
 def combined(high: jax.Array, low: jax.Array) -> np.ndarray:
-    """64-bit indices from their words."""
+    """Return 64-bit indices from their words."""
     return (np.asarray(high).astype(np.uint64) << 32) | np.asarray(low).astype(np.uint64)
 
 
@@ -47,7 +47,7 @@ def row_major(shape: tuple[int, ...], places: tuple[np.ndarray, ...]) -> np.ndar
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 5), (2, 1, 7), (2, 3, 4)], ids=str)
-def test_every_element_takes_the_bits_of_its_own_index(shape):
+def test_every_element_has_the_bits_of_its_index(shape):
     expected = reference.bits(KEY, range(math.prod(shape))).reshape(shape)
     ours = jax.jit(lambda: jax_threefry.counter_bits(jax_words(*KEY), shape))()
     np.testing.assert_array_equal(np.asarray(ours), expected)
@@ -70,8 +70,8 @@ WHOLES = [
 
 @only_jax
 @pytest.mark.parametrize("whole", WHOLES, ids=str)
-def test_a_slice_knows_where_it_lies(wing: Wing, whole):
-    """Also where the index passes 2**32: the high word takes the product and both carries."""
+def test_a_slice_has_the_bits_of_its_position(framework: Framework, whole):
+    """Also for indices beyond 2**32, whose high word has the product and both carries."""
     shape = tuple(min(size, 3) for size in whole)
     for far in (0.0, 0.3, 0.999, 1.0):
         starts = {i: int((n - s) * far) for i, (n, s) in enumerate(zip(whole, shape, strict=True))}
@@ -90,8 +90,8 @@ def test_the_upper_half_of_a_product():
         np.testing.assert_array_equal(np.asarray(high), (x.astype(np.uint64) * factor) >> 32)
 
 
-def test_more_than_a_word_of_elements():
-    """The first shape whose index takes two words, and the last whose index takes one."""
+def test_indices_of_more_than_32_bits():
+    """The smallest shape whose index needs two words, and the largest whose index needs one."""
     for shape in ((2**16, 2**16), (2**16, 2**16 + 1)):
         rows = [0, 1, 2**15, 2**16 - 1]
         draw = lambda: jax_threefry.counter_bits(jax_words(*KEY), shape)[jnp.array(rows), -2:]
@@ -103,8 +103,8 @@ def test_more_than_a_word_of_elements():
 
 
 @only_jax
-def test_symbolic_sizes_make_the_words_that_numbers_make(wing: Wing):
-    """Of an exported program whose sizes are symbols: products, indices, slices and bits."""
+def test_symbolic_sizes_give_the_words_of_numbers(framework: Framework):
+    """Products, indices, slices and bits in an exported program with symbolic sizes."""
 
     def words(x, y, z):
         shape = (x.size, y.size, z.size)
@@ -134,14 +134,14 @@ def test_symbolic_sizes_make_the_words_that_numbers_make(wing: Wing):
 
 
 @only_jax
-def test_a_layout_is_a_sharding_or_a_spec(wing: Wing):
+def test_a_layout_is_a_sharding_or_a_spec(framework: Framework):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    key, expected = wing.key(9), wing.bernoulli(9, 0.3, (4, 8, 3))
+    key, expected = framework.key(9), framework.bernoulli(9, 0.3, (4, 8, 3))
     for spec in (P("a", "b"), P(None, ("a", "b")), P("b")):
         sharding = NamedSharding(mesh, spec)
         for layout in (spec, sharding):
             with jax.set_mesh(mesh):
-                mask = wing.library.bernoulli(key, 0.3, expected.shape, out_sharding=layout)
+                mask = framework.library.bernoulli(key, 0.3, expected.shape, out_sharding=layout)
                 index = jax.make_jaxpr(lambda: jax_threefry.row_major_index(mask.shape, layout))()
             axes = [e.outvars[0].aval for e in index.eqns if e.primitive.name == "iota"]
             assert [aval.sharding.spec for aval in axes] == [
@@ -152,8 +152,8 @@ def test_a_layout_is_a_sharding_or_a_spec(wing: Wing):
             assert mask.sharding.is_equivalent_to(sharding, 3)
 
 
-def test_the_most_elements_that_a_shape_may_have():
-    """2**63 - 1; PyTorch asks for the memory of more than 2**30."""
+def test_the_largest_number_of_elements():
+    """It is 2**63 - 1; above 2**30, PyTorch first checks the memory."""
     device = torch.device("cpu")
     jax_threefry.check_size((2**63 - 1,))
     with pytest.raises(RuntimeError, match="memory"):
@@ -173,8 +173,8 @@ def test_a_range_of_bits(start):
 
 @pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize("size", [0, 5, 2**17, 2**18 - 1, 2**18, 2**18 + 1])
-def test_pieces_join(monkeypatch, size, compiling):
-    """Pieces neither overlap nor leave a gap, and none is longer than promised."""
+def test_pieces_are_complete(monkeypatch, size, compiling):
+    """Pieces have no overlaps and no gaps, and none is longer than the limit."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     made = []
 
@@ -198,7 +198,7 @@ def test_shifts_fill_with_zeros():
         np.testing.assert_array_equal(shifted.numpy().view(np.uint32), x >> np.uint32(distance))
 
 
-def test_the_block_on_integers_is_the_block_on_tensors():
+def test_blocks_of_integers_and_tensors_agree():
     for key, counter in itertools.product([(0, 0), KEY, (2**32 - 1,) * 2], repeat=2):
         expected = reference.threefry2x32(key, counter)
         assert torch_threefry.encrypt(key, counter) == expected

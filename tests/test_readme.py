@@ -1,9 +1,10 @@
-"""What README shows runs, and what it names exists."""
+"""README: its examples run, its names and links exist, and its tables are current."""
 
 from __future__ import annotations
 
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,21 @@ import regtorch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+URLS = PROJECT["project"]["urls"]
+LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)]+)\)")  # an exclamation mark makes it an image
 LAYERS = ("linen", "nnx", "equinox", "haiku")
 
 
-def test_the_examples_run_as_they_stand():
+def long_description(readme: str) -> str:
+    """Return README.md as the metadata of a wheel contain it."""
+    hook = PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    for rule in hook["substitutions"]:
+        readme = re.sub(rule["pattern"], rule["replacement"], readme)
+    return readme.replace("$HFPR_VERSION", regjax.__version__)
+
+
+def test_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
     namespace = {}
@@ -41,9 +53,36 @@ def test_every_public_name_exists(library, name):
         target = getattr(target, part)
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([\w./-]+)\)", README))
-def test_every_link_leads_somewhere(link):
-    assert (ROOT / link).exists()
+def test_a_package_index_resolves_every_link():
+    """Links into the repository name an existing file, at the tag of the release."""
+    files = f"{URLS['Homepage']}/blob/v{regjax.__version__}/"
+    images = files.replace("//github.com", "//raw.githubusercontent.com").replace("/blob/", "/")
+    links = LINK.findall(long_description(README))
+    assert len(links) == len(LINK.findall(README)) > 10
+    for image, link in links:
+        base = images if image else files
+        assert link.startswith(base)
+        assert (ROOT / link.removeprefix(base)).is_file()
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("[a](docs/b.md#c)", "[a](https://github.com/regjax/regjax/blob/v{}/docs/b.md#c)"),
+        ("![a](b.png)", "![a](https://raw.githubusercontent.com/regjax/regjax/v{}/b.png)"),
+        ("[a](https://b.c)", "[a](https://b.c)"),
+        ("![a](https://b.c/d.png)", "![a](https://b.c/d.png)"),
+        ("[a](#b)", "[a](#b)"),
+    ],
+)
+def test_only_relative_links_change(link, expected):
+    assert long_description(link) == expected.format(regjax.__version__)
+
+
+def test_both_distributions_have_the_same_urls():
+    alone = tomllib.loads((ROOT / "distributions/regtorch/pyproject.toml").read_text())
+    assert alone["project"]["urls"] == URLS
+    assert all(url.startswith(URLS["Homepage"]) for url in URLS.values())
 
 
 def test_continuous_integration_runs_the_test_command_of_readme():
@@ -52,7 +91,7 @@ def test_continuous_integration_runs_the_test_command_of_readme():
 
 
 @pytest.mark.parametrize("file", ["overfit/table.md", "benchmarks/dropout_speed.md"])
-def test_the_tables_are_those_that_the_programs_wrote(file):
+def test_tables_are_those_that_the_programs_wrote(file):
     rows = [
         line for line in (ROOT / "docs" / file).read_text().splitlines() if line.startswith("|")
     ]

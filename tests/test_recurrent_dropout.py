@@ -1,4 +1,4 @@
-"""The recipes for recurrent networks: one mask for all timesteps, another for the next sequence."""
+"""Recipes for recurrent networks: one mask for all timesteps, and another for each sequence."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_program_prints_a_line_for_each_timestep(drawn, capsys, monkeypatch)
     assert len(lines) == 3 * (1 + recipes.TIME)
 
 
-def test_evaluation_is_the_cell_alone_and_training_is_not():
+def test_evaluation_equals_the_cell_alone():
     key = jax.random.key(0)
     network, alone = recipes.linen_lstm(), linen.RNN(linen.OptimizedLSTMCell(recipes.HIDDEN))
     weights = network.init({"params": key, "dropout": key}, XS)

@@ -1,9 +1,8 @@
-"""Every public function and layer under every setting of JAX that a user may switch on.
+"""Every public function and layer under every setting of JAX that a user may enable.
 
-One matrix: cases x settings. A case returns the output and the gradient. Under each setting it must
-trace to the program of JAX's defaults, instruction by instruction, which implies the same bits and
-costs no compilation; where the programs differ, their results must have the same bits. Settings
-that act at run time run the program as well.
+A case returns the output and the gradient. Under each setting it must trace to the same program as
+under JAX's defaults, which implies equal bits without compilation; if the programs differ, their
+results must have equal bits. Programs also run under settings that act at run time.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ INPUTS |= dict.fromkeys(("FeatureDropout", "FeatureAlphaDropout", "DropBlock"), 
 
 
 def through(f: Callable[..., Any], x: Any) -> tuple[Any, Any]:
-    """The output of `f` and its gradient."""
+    """Return a function that computes the output of `f` and its gradient."""
     y, pull_back = jax.vjp(f, x)
     return y, pull_back(jax.tree.map(jnp.ones_like, y))
 
 
 def of_functions() -> dict[str, Case]:
-    """The public functions of the family, alone and under jit."""
+    """Yield the public functions of the family, alone and under jit."""
 
     def case(function: Any, inputs: Any, settings: Any, key: jax.Array) -> Any:
         x, *others = inputs
@@ -79,7 +78,7 @@ def _attention(backend: str | None, key: jax.Array) -> Any:
 
 
 def of_layers() -> dict[str, Case]:
-    """Every layer of the four frameworks."""
+    """Yield every layer of the four frameworks."""
 
     def linen(name: str, key: jax.Array) -> Any:
         settings, inputs = FAMILY[name][0], INPUTS.get(name, (X,))
@@ -139,7 +138,7 @@ def schedules(key: jax.Array) -> Any:
 
 
 def step_of(name: str, key: jax.Array) -> Any:
-    """Two steps of an optimizer."""
+    """Return a function that takes two steps of an optimizer."""
     del key
     decay = {} if name == "rprop" else {"weight_decay": 0.1}
     optimizer = getattr(regjax.optim, name)(0.01, **decay)
@@ -173,7 +172,7 @@ def observing(key: jax.Array) -> Any:
     return y
 
 
-# The public names of `regjax.optim` that are no decay or scale by leaves.
+# The public names of `regjax.optim` that are neither a decay nor a scale by leaf.
 OPTIMIZERS = [
     name
     for name in regjax.optim.__all__
@@ -185,7 +184,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "decay": {name: partial(step_of, name) for name in OPTIMIZERS}
     | {"penalties": penalties, "schedules": schedules},
 }
-# Sums, and operations that XLA contracts to one rounding where it compiles them together.
+# Sums, and operations that XLA contracts if it compiles them together.
 ROUNDED = ("attention whole", "attention blockwise", "adafactor", "adam", "adamw", "nadam")
 
 
@@ -194,10 +193,10 @@ class Setting:
     """A setting of JAX.
 
     Attributes:
-        enter: Makes the context in which it holds.
-        sees: Does what the setting exists to change, and returns whether it did, or to refuse.
-        error: The exception of a setting that refuses, and a part of its message.
-        at_run_time: Whether it acts on the run of a program and not only on its tracing.
+        enter: Returns the context in which it is active.
+        sees: Runs code that the setting affects, and returns whether it did; or raises.
+        error: The exception of a setting that raises, and a part of its message.
+        at_run_time: Whether it affects the run of a program in addition to its tracing.
     """
 
     enter: Callable[[], AbstractContextManager]
@@ -222,7 +221,7 @@ SETTINGS = {
     "x64": Setting(
         lambda: jax.enable_x64(True), lambda: jnp.arange(2.0).dtype == np.dtype("float64")
     ),
-    # The tests run under strict promotion: these two are the defaults of JAX.
+    # These are the defaults of JAX; the tests run under strict promotion.
     "standard promotion": Setting(
         lambda: jax.numpy_dtype_promotion("standard"), lambda: (X + jnp.int32(1)).dtype == X.dtype
     ),
@@ -232,7 +231,7 @@ SETTINGS = {
     "debug_nans": Setting(
         lambda: jax.debug_nans(True),
         lambda: LOGARITHM(X),
-        (Exception, "nan"),  # of a compiled program a private one
+        (Exception, "nan"),  # a private method of compiled programs
         at_run_time=True,
     ),
     "tracer leaks": Setting(
@@ -259,19 +258,19 @@ SETTINGS = {
 
 
 def lowered(group: str, given: jax.Array) -> jax.stages.Lowered:
-    """All cases of a group in one program, each as a jitted training step has it."""
+    """Return all cases of a group as one program, in which each case is jitted."""
     cases = GROUPS[group]
     run = lambda keys: {name: case(keys[i]) for i, (name, case) in enumerate(cases.items())}
     return jax.jit(run).lower(given)
 
 
 def keys(impl: str | None = None) -> jax.Array:
-    """A key for each case."""
+    """Return a key for each case."""
     return jax.random.split(jax.random.key(3, impl=impl), 64)
 
 
 def text(program: jax.stages.Lowered) -> str:
-    """A program with its functions numbered in order; JAX numbers them by what it has cached."""
+    """Return the text of a program, whose functions are renumbered in order."""
     text = program.as_text()
     names = dict.fromkeys(re.findall(r"func\.func \w+ (@\w+)", text))
     numbers = {name: f"@{number}" for number, name in enumerate(names)}
@@ -280,13 +279,13 @@ def text(program: jax.stages.Lowered) -> str:
 
 @functools.cache
 def program(group: str, impl: str | None) -> jax.stages.Lowered:
-    """The program under JAX's defaults."""
+    """Return the program under JAX's defaults."""
     return lowered(group, keys(impl))
 
 
 @functools.cache
 def compiled(group: str) -> jax.stages.Compiled:
-    """The same, ready to run."""
+    """Return the same program, compiled."""
     return program(group, None).compile()
 
 
@@ -296,12 +295,12 @@ def run(compiled: jax.stages.Compiled, given: jax.Array) -> dict[str, Any]:
 
 @functools.cache
 def expected(group: str) -> dict[str, Any]:
-    """The results under JAX's defaults."""
+    """Return the results under JAX's defaults."""
     return run(compiled(group), keys())
 
 
 def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Compare the cases bit by bit, and those that sum or divide in another order closely."""
+    """Compare the bits of the cases; those that sum or divide in another order must be close."""
     for name, values in ours.items():
         tolerance = 1e-6 if name in ROUNDED else 0
         for a, b in zip(*map(jax.tree.leaves, (values, expected[name])), strict=True):
@@ -309,7 +308,7 @@ def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-# Compiling the layers' programs a second time takes as long as everything else here.
+# A second compilation of the layers would take as long as all other tests of this file.
 COMPILED_TWICE = {("layers", "x64"), ("layers", "partitionable off"), ("layers", "rbg keys")}
 # Decay draws no random numbers, and the layers are traced but not run.
 WITHOUT_EFFECT = {"decay": ("key reuse", "partitionable off", "rbg keys")}
@@ -323,7 +322,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("group", "name"), MATRIX)
-def test_every_setting_leaves_the_program_or_its_results_alone(group, name):
+def test_no_setting_changes_results(group, name):
     setting, impl = SETTINGS[name], "rbg" if name == "rbg keys" else None
     theirs, given = program(group, impl), keys()
     execute = setting.at_run_time and compiled(group)
@@ -352,8 +351,8 @@ def test_without_jit_the_results_are_the_same(group, names):
     assert_same(ours, theirs)
 
 
-# Callers pass these a function, which is compiled as they run; `check_dropout` gives it the number
-# of the step as a Python integer, which the transfer guard refuses.
+# These compile a function of the caller as they run; `check_dropout` passes the number of the step
+# as a Python integer, which the transfer guard rejects.
 QUICK_ALONE = list(itertools.product((check_dropout, observing), ("tracer leaks", "key reuse")))
 QUICK_ALONE.append((mc_dropout, "key reuse"))
 ALONE = [
@@ -365,7 +364,7 @@ ALONE = [
 
 
 @pytest.mark.parametrize(("case", "name"), ALONE)
-def test_every_setting_leaves_what_runs_a_function_alone(case, name):
+def test_no_setting_changes_functions_of_functions(case, name):
     theirs, key = case(KEY), jax.random.clone(KEY)
     with SETTINGS[name].enter():
         ours = case(key)
@@ -376,7 +375,7 @@ def test_every_setting_leaves_what_runs_a_function_alone(case, name):
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "tracer leaks")) for n in SETTINGS]
 )
 def test_a_setting_is_in_force(name):
-    """The test of the test: each setting refuses or changes what it exists for."""
+    """Test of the test: each setting has its documented effect."""
     setting = SETTINGS[name]
     if setting.error:
         error, message = setting.error

@@ -1,4 +1,4 @@
-"""Every wrong value of an argument is refused by an error that begins with the argument."""
+"""Every wrong value of an argument raises an error that begins with the argument."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.sweep import FORM, calls, sweep
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("package", "least"), [("regjax", 6200), ("regtorch", 2800)])
-def test_every_wrong_value_is_refused_by_name(package, least):
+def test_every_wrong_value_is_rejected_by_name(package, least):
     findings = list(sweep(package))
     assert len(findings) > least
     assert not [finding for finding in findings if finding.verdict != "fine"]
@@ -47,7 +47,7 @@ def test_an_error_begins_with_its_argument(message, is_named):
     ids=lambda library: library.__name__,
 )
 def test_every_public_function_is_swept(library):
-    """A name that is added to a package must be added to the sweep."""
+    """A new public name must be added to the sweep."""
     package = library.__name__.partition(".")[0]
     public = {name for name in library.__all__ if callable(getattr(library, name))}
     swept = {part for call in calls(package) for part in re.split("[ .]", call.name)}

@@ -1,4 +1,4 @@
-"""The example of Monte Carlo dropout: what it writes, and that doubt grows with corruption."""
+"""The example of Monte Carlo dropout: its files, and uncertainty that grows with corruption."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_it_writes_tables_and_a_picture(tmp_path, capsys, monkeypatch):
             assert 0 <= view["entropy"] <= np.log(10) + 1e-6
 
 
-def test_progress_is_told():
+def test_progress_is_reported():
     small_study()
     assert list(range(50, 301, 50)) == STEPS
     assert small_study().scenes == SCENES
@@ -77,8 +77,8 @@ def test_help_names_every_option_with_its_default(capsys):
 @pytest.mark.parametrize(
     ("name", "reach"), [("rotation", 30), ("noise", 0.6), ("occlusion", 5), ("blending", 0.5)]
 )
-def test_doubt_grows_with_corruption_up_to_a_point(name, reach):
-    """Beyond it an image may look like another digit: the table of the example says so."""
+def test_uncertainty_grows_with_corruption_up_to_a_limit(name, reach):
+    """Beyond the limit an image may look like another digit, as the table of the example shows."""
     scenes = [s for s in small_study().of(BY_NAME[name]) if s.strength <= reach]
     for values in (
         [s.many.entropy.mean() for s in scenes],
@@ -88,16 +88,16 @@ def test_doubt_grows_with_corruption_up_to_a_point(name, reach):
         assert values[-1] > 1.3 * values[0]
 
 
-def test_many_passes_are_less_sure_than_one():
+def test_many_passes_are_less_confident_than_one():
     for scene in small_study().scenes:
         assert scene.many.confidence.mean() < scene.one.confidence.mean()
         assert (scene.disagreement <= scene.many.entropy + 1e-6).all()
 
 
-def test_doubt_finds_errors():
+def test_uncertainty_detects_errors():
     auroc = study.detection(small_study().scenes)
     assert min(auroc.values()) > 0.65
-    # The test of the test: a score that knows nothing finds nothing.
+    # Test of the test: an uninformative score detects nothing.
     scenes = small_study().of(BY_NAME["noise"])
     blind = [
         study.Scene(**vars(s) | {"disagreement": np.sin(1e4 * np.arange(797))}) for s in scenes
@@ -105,28 +105,28 @@ def test_doubt_finds_errors():
     assert abs(study.detection(blind)["MI"] - 0.5) < 0.05
 
 
-def test_pytorch_says_the_same():
+def test_pytorch_agrees():
     assert study.distance_to_torch(small_study()) < 1e-5
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS, ids=lambda c: c.name)
-def test_corruptions_begin_at_nothing_and_keep_images_images(corruption):
+def test_corruptions_start_at_zero_and_keep_valid_images(corruption):
     rng = np.random.default_rng(0)
     pixels, labels = rng.random((20, 64), np.float32), np.arange(20) % 10
     assert corruption.strengths[0] == 0
     for strength in corruption.strengths:
-        spoilt = corruption.apply(pixels, labels, strength, np.random.default_rng(1))
-        assert spoilt.shape == pixels.shape
-        assert spoilt.dtype == np.float32
-        assert spoilt.min() >= 0
-        assert spoilt.max() <= 1 + 1e-6
-        assert np.array_equal(spoilt, pixels) == (strength == 0)
+        corrupted = corruption.apply(pixels, labels, strength, np.random.default_rng(1))
+        assert corrupted.shape == pixels.shape
+        assert corrupted.dtype == np.float32
+        assert corrupted.min() >= 0
+        assert corrupted.max() <= 1 + 1e-6
+        assert np.array_equal(corrupted, pixels) == (strength == 0)
 
 
 def test_the_measures_of_a_known_view():
-    chances = np.full((4, 10), 0.1 / 9)
-    chances[:, 3] = 0.9
-    view = study.View(chances, np.array([3, 3, 3, 0]))
+    probs = np.full((4, 10), 0.1 / 9)
+    probs[:, 3] = 0.9
+    view = study.View(probs, np.array([3, 3, 3, 0]))
     assert view.right.mean() == 0.75
     assert view.calibration_error == pytest.approx(0.15)
     assert view.log_loss == pytest.approx(-(3 * np.log(0.9) + np.log(0.1 / 9)) / 4)

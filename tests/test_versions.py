@@ -22,7 +22,7 @@ TESTED = ["jax", "optax", "flax", "equinox", "dm-haiku", "chex", "torch"]
 
 
 def bounds_of(requirements: Iterable[str]) -> dict[str, str]:
-    """The bounds of each package by its normalized name; the same wherever it is required."""
+    """Return the bounds of each package by normalized name, which must be unique."""
     found: dict[str, str] = {}
     for requirement in map(Requirement, requirements):
         name, bounds = canonicalize_name(requirement.name), str(requirement.specifier)
@@ -32,14 +32,14 @@ def bounds_of(requirements: Iterable[str]) -> dict[str, str]:
 
 
 def required() -> dict[str, str]:
-    """The bounds of what pyproject.toml requires, itself left out."""
+    """Return the bounds of the requirements in pyproject.toml, without the project itself."""
     extras = (each for extra in EXTRAS.values() for each in extra)
     every = [*PROJECT["dependencies"], *extras]
     return bounds_of(each for each in every if Requirement(each).name != PROJECT["name"])
 
 
 def constant(name: str):
-    """The value of a constant of noxfile.py, which may be read without nox."""
+    """Return the value of a constant of noxfile.py, without nox."""
     return next(
         ast.literal_eval(node.value)
         for node in NOXFILE.body
@@ -98,7 +98,7 @@ def test_the_distribution_of_regtorch_alone_has_the_same_bounds():
 
 
 def test_the_tests_of_regjax_alone_need_no_torch():
-    """The sessions without PyTorch run them; what needs it there calls `pytest.importorskip`."""
+    """Sessions without PyTorch run them; tests that need it call `pytest.importorskip`."""
     for path in (ROOT / "tests/regjax").glob("*.py"):
         top = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import)]
         modules = {alias.name.partition(".")[0] for node in top for alias in node.names}

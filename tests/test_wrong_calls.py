@@ -1,4 +1,4 @@
-"""Wrong calls, and the error that each must end in: its class, and the argument's name."""
+"""Wrong calls, and the class and the argument of the error that each must raise."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ import regtorch
 
 
 def predict(x: Any, *, key: Any) -> Any:
-    """A prediction with dropout, in JAX."""
+    """Predict with dropout, in JAX."""
     return regjax.dropout(x, 0.5, key=key)
 
 
 def tpredict(x: Any, *, key: Any) -> Any:
-    """The same in PyTorch."""
+    """Predict with dropout, in PyTorch."""
     return regtorch.dropout(x, 0.5, key=key)
 
 
@@ -66,7 +66,7 @@ ROWS = [line.split(" | ") for line in LINES if line and not line.startswith("#")
 
 
 @pytest.mark.parametrize(("error", "words", "call"), ROWS, ids=[row[-1] for row in ROWS])
-def test_a_wrong_call_is_refused_by_name(error, words, call):
+def test_a_wrong_call_is_rejected_by_name(error, words, call):
     kind = getattr(builtins, error)
     with pytest.raises(kind, match=re.escape(words)) as raised:
         eval(call, NAMES.copy())
@@ -74,7 +74,7 @@ def test_a_wrong_call_is_refused_by_name(error, words, call):
 
 
 def test_the_table_is_whole():
-    """Of every part of both packages there are calls."""
+    """The table has calls of every part of both packages."""
     calls = [call for _, _, call in ROWS]
     assert len(calls) == len(set(calls)) >= 300
     parts = ("regjax.", "regtorch.", "regtorch.nn.", "regtorch.keyed.", "regtorch.optim.")

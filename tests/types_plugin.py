@@ -1,11 +1,11 @@
 """Check every annotation of the packages at run time: `make test-types`.
 
-A plugin of pytest: `python -m pytest -p tests.types_plugin`. The packages import jaxtyping, and the
-names that only annotations need, under `if TYPE_CHECKING`, which is therefore true while they are
-imported. Their dependencies are imported before: some of those have circular imports there.
+Usage: `python -m pytest -p tests.types_plugin`. The packages import jaxtyping, and names that only
+annotations need, under `if TYPE_CHECKING`, which is therefore true during their import. Their
+dependencies are imported first, since some have circular imports there.
 
-A test that passes a wrong argument on purpose is skipped where an annotation refuses the argument
-inside `pytest.raises`; where nothing is raised without this plugin, by the marker `wrong_types`.
+A test that passes a wrong argument is skipped if an annotation rejects the argument inside
+`pytest.raises`. Tests without an exception have the marker `wrong_types`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ DEPENDENCIES = [
 ]
 PACKAGES = ["regjax", "regshared", "regtorch"]
 
-# As for static type checkers, an int is accepted where a float is expected; and, as for
-# `check_integer`, an integer of NumPy where an int is.
+# An int is accepted as a float, as in static type checkers, and a NumPy integer as an int, as in
+# `check_integer`.
 INTEGERS = FrozenDict({int: int | np.integer})
 check = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=INTEGERS))
 
 
 class Raises(pytest.RaisesExc):
-    """`pytest.raises`, which skips the test where an annotation refuses an argument."""
+    """`pytest.raises` that skips the test if an annotation rejects an argument."""
 
     def matches(self, exception: BaseException | None) -> bool:
         """Return whether the exception is an expected one."""
@@ -67,6 +67,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test that passes what annotations refuse."""
+    """Skip a test that passes values that annotations exclude."""
     if item.get_closest_marker("wrong_types"):
         pytest.skip("an annotation refuses an argument that is wrong on purpose")

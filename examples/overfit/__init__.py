@@ -1,5 +1,5 @@
-"""Overfitting, seen and cured: the same five runs in JAX and in PyTorch.
+"""Overfitting and its remedies: the same five training runs in JAX and in PyTorch.
 
-`python -m examples.overfit --help` lists the options. `train_jax.py` and `train_torch.py` are meant
-to be read side by side; the other files hold what the two share.
+`python -m examples.overfit --help` lists the options. Read `train_jax.py` and `train_torch.py` side
+by side; the other files contain their shared code.
 """

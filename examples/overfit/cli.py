@@ -1,9 +1,8 @@
-"""The command line: options, what is wrong with them, and the order of things."""
+"""The command line: options, their validation, and the program."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import fields
 from importlib import import_module
@@ -25,7 +24,7 @@ _PACKAGES = {"jax": ("jax", "optax"), "torch": ("torch",)}
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line, and no more."""
+    """An argument parser that prints errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -36,17 +35,17 @@ def main(
     *,
     on_evaluation: Callable[[Recipe, str, int], None] = lambda recipe, framework, step: None,
 ) -> int:
-    """Runs the program.
+    """Run the program.
 
     Args:
-        argv: The options; those of the process if left out.
-        on_evaluation: Told the recipe, the framework and the steps done, at each evaluation.
+        argv: The options; None for those of the process.
+        on_evaluation: Called with the recipe, the framework and the number of completed steps.
 
     Returns:
         The exit code: 0, 1 if results could not be written, 130 if interrupted.
 
     Raises:
-        SystemExit: After --help (0), or where an option is wrong or a package is missing (2).
+        SystemExit: After --help (0), or if an option is wrong or a package is missing (2).
     """
     try:
         return _run(*parse(sys.argv[1:] if argv is None else argv), on_evaluation)
@@ -56,7 +55,7 @@ def main(
 
 
 def parse(argv: Sequence[str]) -> tuple[Settings, tuple[str, ...], Path]:
-    """Turns options into settings, frameworks and the output folder, which then can be written.
+    """Return the settings, the frameworks and the output folder, which is created and checked.
 
     Raises:
         SystemExit: An option is wrong (2), or it is --help (0).
@@ -70,7 +69,7 @@ def parse(argv: Sequence[str]) -> tuple[Settings, tuple[str, ...], Path]:
         options.weight_decay = defaults.weight_decay
     if options.batch_size > options.train_size:
         parser.error(
-            f"argument --batch-size: must not exceed --train-size, {options.train_size}; got "
+            f"argument --batch-size: must be at most --train-size, {options.train_size}; got "
             f"'{options.batch_size}'"
         )
     frameworks = FRAMEWORKS if options.framework == "both" else (options.framework,)
@@ -78,17 +77,17 @@ def parse(argv: Sequence[str]) -> tuple[Settings, tuple[str, ...], Path]:
     try:
         require(*(p for f in frameworks for p in _PACKAGES[f]), "sklearn", "matplotlib", "rich")
     except ImportError as error:
-        parser.error(f"{error}: pip install 'regjax[examples]'")
+        parser.error(f"{error}. Run: pip install 'regjax[examples]'")
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     return settings, frameworks, options.out
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Makes the parser of all options."""
+    """Return the parser of all options."""
     parser = _Parser(
         prog="python -m examples.overfit",
-        description="Overfits a small network to handwritten digits, then cures it with L2 and "
-        "dropout, in JAX and in PyTorch from the same weights, batches and dropout masks.",
+        description="Overfit a small network to handwritten digits, and regularize it with L2 and "
+        "dropout, in JAX and in PyTorch with the same weights, batches and dropout masks.",
         allow_abbrev=False,
     )
 
@@ -101,77 +100,53 @@ def make_parser() -> argparse.ArgumentParser:
             default=getattr(Settings, name.replace("-", "_")) if default is None else None,
         )
 
-    add("steps", _integer(1, 100_000), "optimizer steps of each run")
-    add("seed", _integer(0, 2**32 - 1), "seed of images, initial weights, batches and masks")
-    add("rate", _number("in [0, 1)", lambda x: 0 <= x < 1), "dropout: probability of a zero")
+    add("steps", output.integer(1, 100_000), "optimizer steps of each run")
+    add("seed", output.integer(0, 2**32 - 1), "seed of images, initial weights, batches and masks")
+    add("rate", output.number("in [0, 1)", lambda x: 0 <= x < 1), "dropout rate")
     add(
         "weight-decay",
-        _number("in [0, 1000]", lambda x: 0 <= x <= 1000),
-        "the optimizer's weight decay; L2 in the loss takes one half of it",
+        output.number("in [0, 1000]", lambda x: 0 <= x <= 1000),
+        "weight decay of the optimizer; L2 in the loss has half this coefficient",
         ", ".join(f"{d.weight_decay:g} for {name}" for name, d in OPTIMIZERS.items()),
     )
     add(
         "learning-rate",
-        _number("above 0, up to 1000", lambda x: 0 < x <= 1000),
-        "step size",
+        output.number("above 0, up to 1000", lambda x: 0 < x <= 1000),
+        "learning rate",
         ", ".join(f"{d.learning_rate:g} for {name}" for name, d in OPTIMIZERS.items()),
     )
     parser.add_argument(
         "--optimizer",
         choices=list(OPTIMIZERS),
         default=Settings.optimizer,
-        help="sgd has momentum 0.9; decay is coupled in sgd and adam, decoupled in adamw "
+        help="optimizer; sgd has momentum 0.9, and its decay and that of adam are coupled "
         "(default: %(default)s)",
     )
-    add("train-size", _integer(10, LARGEST_TRAIN_SIZE), "training images; few, so as to overfit")
-    add("batch-size", _integer(1, LARGEST_TRAIN_SIZE), "images in each step")
-    add("width", _integer(1, 4096), "units of each hidden layer")
+    add(
+        "train-size",
+        output.integer(10, LARGEST_TRAIN_SIZE),
+        "training images; few, so as to overfit",
+    )
+    add("batch-size", output.integer(1, LARGEST_TRAIN_SIZE), "images in each step")
+    add("width", output.integer(1, 4096), "units of each hidden layer")
     parser.add_argument(
         "--framework",
         choices=["both", *FRAMEWORKS],
         default="both",
-        help="what to run (default: %(default)s)",
+        help="framework to run (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
         type=output.folder,
         metavar="FOLDER",
         default=Path("outputs/overfit"),
-        help="where curves, table and pictures go (default: %(default)s)",
+        help="folder for curves, table and pictures (default: %(default)s)",
     )
     return parser
 
 
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"must be an integer from {low} to {high}; got {text!r}"
-            )
-        return value
-
-    return convert
-
-
-def _number(allowed: str, accept: Callable[[float], bool]) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not accept(value):  # no comparison accepts NaN
-            raise argparse.ArgumentTypeError(f"must be a number {allowed}; got {text!r}")
-        return value
-
-    return convert
-
-
 def _with_negative_values_attached(argv: Iterable[str]) -> list[str]:
-    """Writes `--rate -inf` as `--rate=-inf`, or argparse would take the value for an option."""
+    """Join `--rate -inf` to `--rate=-inf`, since argparse would parse the value as an option."""
     joined: list[str] = []
     for argument in argv:
         if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _negative(argument):
@@ -190,7 +165,7 @@ def _negative(text: str) -> bool:
 
 
 def require(*packages: str) -> None:
-    """Imports packages, so that one that is missing is said before anything has begun.
+    """Import packages, to report a missing one before the work.
 
     Raises:
         ImportError: One of them cannot be imported.
@@ -199,7 +174,7 @@ def require(*packages: str) -> None:
         try:
             import_module(package)
         except ImportError as error:
-            raise ImportError(f"the package {package} cannot be imported ({error})") from error
+            raise ImportError(f"package {package} must be importable; got {error}") from error
 
 
 def _run(
@@ -208,7 +183,7 @@ def _run(
     folder: Path,
     on_evaluation: Callable[[Recipe, str, int], None],
 ) -> int:
-    # Only now: each of these needs a package that `require` has seen to.
+    # These modules need the packages that `require` has checked.
     from examples.overfit.progress import RunProgress
     from examples.overfit.report import save_curves
     from examples.overfit.runner import run_all
@@ -238,13 +213,13 @@ def _run(
         if curves:
             _present(settings, frameworks, folder, curves)
     except OSError as error:
-        print(f"cannot write to {str(folder)!r}: {error}", file=sys.stderr)
+        print(f"error: cannot write to {str(folder)!r}: {error}", file=sys.stderr)
         return 1
     return code
 
 
 def _clear(folder: Path) -> None:
-    """Removes what an earlier call left, so that the folder holds one call's results only."""
+    """Remove the results of an earlier call from the folder."""
     from examples.overfit.plots import PICTURES
     from examples.overfit.report import CURVES_FILE, TABLE_FILE
 
@@ -255,13 +230,13 @@ def _clear(folder: Path) -> None:
 def _present(
     settings: Settings, frameworks: Sequence[str], folder: Path, curves: Sequence[Curve]
 ) -> None:
-    """Saves table and pictures, prints the table, and says where everything lies."""
+    """Save table and pictures, and print the table and the folder."""
     from rich.console import Console
 
     from examples.overfit.plots import save_pictures
     from examples.overfit.report import captions, save_curves, save_table, terminal_table
 
-    save_curves(folder, settings, frameworks, curves)  # an interrupt may have cut one off
+    save_curves(folder, settings, frameworks, curves)  # an interrupt may have prevented a write
     save_table(folder, curves, settings)
     save_pictures(folder, curves, settings)
     console = Console(highlight=False, markup=False)

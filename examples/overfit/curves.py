@@ -1,4 +1,4 @@
-"""What a run leaves behind, and the figures that the table takes from it."""
+"""The losses and accuracies of a run, and the figures of the table."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Curve:
-    """One run in one framework, evaluated before the first step, now and then, and at the end.
+    """One run in one framework, with evaluations from before the first step to after the last.
 
-    Both losses are means over a whole set, with dropout off and without the penalty: only so can
-    they be compared.
+    Both losses are means over a whole set, with dropout off and without the penalty, so that they
+    are comparable.
 
     Attributes:
-        recipe: What was run.
+        recipe: The recipe of the run.
         framework: "jax" or "torch".
-        steps: How many optimizer steps came before each evaluation.
+        steps: The number of optimizer steps before each evaluation.
         train_loss: Mean cross-entropy over the training set, in nats.
-        train_accuracy: The part of the training set that is classified correctly.
+        train_accuracy: The fraction of the training set that is classified correctly.
         validation_loss: Mean cross-entropy over the validation set, in nats.
-        validation_accuracy: The part of the validation set that is classified correctly.
-        seconds: Wall time of the run, compilation and evaluations included.
+        validation_accuracy: The fraction of the validation set that is classified correctly.
+        seconds: Wall time of the run, including compilation and evaluations.
     """
 
     recipe: Recipe
@@ -41,7 +41,7 @@ class Curve:
     def record(
         self, step: int, *, train: tuple[float, float], validation: tuple[float, float]
     ) -> None:
-        """Adds one evaluation: loss and accuracy over each set."""
+        """Add one evaluation: loss and accuracy over each set."""
         self.steps.append(step)
         self.train_loss.append(train[0])
         self.train_accuracy.append(train[1])
@@ -50,21 +50,21 @@ class Curve:
 
     @property
     def best(self) -> int:
-        """Which evaluation has the lowest validation loss; the first one if all are NaN."""
+        """Return the index of the lowest validation loss; 0 if all are NaN."""
         loss = np.asarray(self.validation_loss)
         return int(np.argmin(np.where(np.isnan(loss), np.inf, loss)))
 
     @property
     def gap(self) -> float:
-        """Validation loss minus training loss after the last step, in nats."""
+        """Return validation loss minus training loss after the last step, in nats."""
         return self.validation_loss[-1] - self.train_loss[-1]
 
     @property
     def diverged(self) -> bool:
-        """Whether the run ended in something else than a finite loss."""
+        """Return whether a loss after the last step is not finite."""
         return not np.isfinite(self.train_loss[-1] + self.validation_loss[-1])
 
 
 def largest_difference(one: list[float], other: list[float]) -> float:
-    """The largest distance between two curves at any evaluation; NaN where either has one."""
+    """Return the largest distance between two curves at any evaluation; NaN if either has a NaN."""
     return float(np.max(np.abs(np.subtract(one, other))))

@@ -1,4 +1,4 @@
-"""Images, initial weights and batches: what both frameworks start from, as NumPy arrays."""
+"""Images, initial weights and batches for both frameworks, as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     Weights = dict[str, dict[str, Float32[np.ndarray, "..."]]]
 
-# Each purpose draws from a stream of its own, so that changing one leaves the others as they were.
+# Each purpose has its own stream, so that a change of one does not affect the others.
 _IMAGES, _WEIGHTS, _BATCHES = range(3)
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images and what they show.
+    """Images and their labels.
 
     Attributes:
         pixels: Brightness in [0, 1].
@@ -35,11 +35,11 @@ class Images:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything that the two frameworks must share for their curves to be comparable.
+    """The data that both frameworks share, so that their curves are comparable.
 
     Attributes:
         train: The small training set.
-        validation: Images that no step sees.
+        validation: Images that are not trained on.
         weights: Kernels (inputs, outputs) and biases (outputs,) of each layer, in order.
         batches: For each step, the indices of the training images in its batch.
     """
@@ -51,7 +51,7 @@ class Problem:
 
 
 def load_problem(settings: Settings) -> Problem:
-    """Makes the problem; the same settings make the same one everywhere."""
+    """Return the problem, which is a function of the settings alone."""
     train, validation = split_digits(settings.train_size, _stream(settings.seed, _IMAGES))
     return Problem(
         train,
@@ -67,16 +67,16 @@ def load_problem(settings: Settings) -> Problem:
 
 
 def split_digits(train_size: int, rng: np.random.Generator) -> tuple[Images, Images]:
-    """Splits scikit-learn's 1,797 handwritten digits (8x8 pixels) into training and validation.
+    """Split scikit-learn's 1,797 handwritten digits (8x8 pixels) into training and validation.
 
     Args:
-        train_size: From 10 to `LARGEST_TRAIN_SIZE`; every class has its share.
-        rng: Decides which images are which.
+        train_size: From 10 to `LARGEST_TRAIN_SIZE`, with the proportions of the classes.
+        rng: The generator that chooses the images.
 
     Returns:
         Training and validation images. The latter do not depend on `train_size`.
     """
-    from sklearn.datasets import load_digits  # here, so that --help need not wait for it
+    from sklearn.datasets import load_digits  # a slow import, which --help does not need
 
     brightness, digits = load_digits(return_X_y=True)
     pixels = (np.asarray(brightness) / 16).astype(np.float32)
@@ -89,9 +89,9 @@ def split_digits(train_size: int, rng: np.random.Generator) -> tuple[Images, Ima
 def stratified_order(
     labels: Int32[np.ndarray, " images"], rng: np.random.Generator
 ) -> Int32[np.ndarray, " images"]:
-    """Shuffles so that each prefix holds the classes in their proportions.
+    """Return a random order of which every prefix has the proportions of the classes.
 
-    The j-th of the n images of a class goes to the place (j + 1/2) / n of the way.
+    The j-th of the n images of a class has the relative position (j + 1/2) / n.
     """
     place = np.empty(len(labels))
     for label in np.unique(labels):
@@ -101,7 +101,7 @@ def stratified_order(
 
 
 def initial_weights(width: int, rng: np.random.Generator) -> Weights:
-    """Draws kernels from U(-b, b) with b = 1/sqrt(inputs), PyTorch's default; biases are zero."""
+    """Draw kernels from U(-b, b) with b = 1/sqrt(inputs), PyTorch's default; biases are zero."""
     sizes = [PIXELS, *[width] * HIDDEN_LAYERS, CLASSES]
     names = [*(f"hidden{i}" for i in range(1, HIDDEN_LAYERS + 1)), "output"]
     weights = {}
@@ -117,13 +117,13 @@ def initial_weights(width: int, rng: np.random.Generator) -> Weights:
 def draw_batches(
     steps: int, batch_size: int, train_size: int, rng: np.random.Generator
 ) -> Int32[np.ndarray, "steps batch"]:
-    """Deals the training set out in batches, shuffled anew in each epoch.
+    """Return batches of the training set, shuffled again in each epoch.
 
-    All batches have the same size: one that the epoch cannot fill takes the rest from the next.
+    All batches have the same size: a batch may continue in the next epoch.
     """
     epochs = -(-steps * batch_size // train_size)
-    dealt = np.concatenate([rng.permutation(train_size) for _ in range(epochs)])
-    return dealt[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
+    order = np.concatenate([rng.permutation(train_size) for _ in range(epochs)])
+    return order[: steps * batch_size].reshape(steps, batch_size).astype(np.int32)
 
 
 def _stream(seed: int, purpose: int) -> np.random.Generator:

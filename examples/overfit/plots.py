@@ -1,4 +1,4 @@
-"""The pictures: overfitting, its cures, and why small coefficients make a smooth function."""
+"""Plots of overfitting, of its remedies, and of functions with small and large coefficients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 OVERFITTING, CURES, PARABOLAS = PICTURES = ("overfitting.png", "cures.png", "parabolas.png")
 COEFFICIENTS = (1, 2, 5, 10, 50)
 
-# Of the palette of Okabe and Ito, which people with any colour vision can tell apart.
+# The palette of Okabe and Ito, which is safe for color blindness.
 _BLUE, _RED, _INK, _GREY = "#0072B2", "#D55E00", "#333333", "#999999"
 _LOSS = "cross-entropy (nats)"
 _STYLE: dict[Any, Any] = {
@@ -50,12 +50,12 @@ _STYLE: dict[Any, Any] = {
 
 
 def save_pictures(folder: Path, curves: Sequence[Curve], settings: Settings) -> None:
-    """Draws what can be drawn of the runs that have finished.
+    """Draw and save the pictures of the finished runs.
 
     Args:
-        folder: Where the files go; a reader never sees half of one.
-        curves: At least one.
-        settings: What the pictures say about the runs.
+        folder: The folder; files are replaced atomically.
+        curves: The curves, at least one.
+        settings: The settings of the runs.
 
     Raises:
         OSError: A file cannot be written.
@@ -74,7 +74,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def draw_overfitting(curves: Sequence[Curve], settings: Settings) -> Figure:
-    """Draws the run without regularisation: validation loss falls, then rises."""
+    """Draw the run without regularization, whose validation loss falls and then rises."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     ax = figure.subplots()
     _draw_run(ax, curves)
@@ -84,13 +84,13 @@ def draw_overfitting(curves: Sequence[Curve], settings: Settings) -> Figure:
         _mark_gap(ax, first)
     ax.set(xlabel="optimizer step", ylabel=_LOSS)
     _set_loss_axis(ax, _top(curves))
-    ax.set_title(f"Overfitting: {settings.train_size} training images, no regularisation")
+    ax.set_title(f"Overfitting: {settings.train_size} training images, no regularization")
     _legend_on_top(figure, *_legend(curves))
     return figure
 
 
 def draw_cures(curves: Sequence[Curve], settings: Settings) -> Figure:
-    """Draws each run in a panel of its own, and all of them, lowest and last, in the sixth."""
+    """Draw a panel for each run, and one with the lowest and last loss of all runs."""
     figure = Figure(figsize=(12, 7.2), layout="constrained")
     panels = figure.subplots(2, 3, gridspec_kw={"wspace": 0.06, "hspace": 0.08}).ravel()
     groups = _by_recipe(curves)
@@ -134,7 +134,7 @@ def _amounts(recipe: Recipe) -> str:
 
 
 def _draw_run(ax: Axes, curves: Sequence[Curve]) -> None:
-    """Draws JAX as lines, and PyTorch as rings on them: where they agree, the rings sit on it."""
+    """Draw JAX as lines and PyTorch as rings, which lie on the lines where both agree."""
     for curve in curves:
         for losses, color in ((curve.train_loss, _BLUE), (curve.validation_loss, _RED)):
             ax.plot(curve.steps, losses, **_look(curve.framework, color, len(curve.steps)))
@@ -166,7 +166,7 @@ def _legend(curves: Sequence[Curve]) -> tuple[list[Line2D], list[str]]:
 
 
 def _top(curves: Sequence[Curve]) -> float:
-    """Chooses the upper end of the loss axis: the lesson lies far below the loss at step 0."""
+    """Return the upper limit of the loss axis, which may be below the loss at step 0."""
     highest = [
         np.nanmax(np.where(np.isfinite(tail), tail, np.nan))
         for curve in curves
@@ -176,7 +176,7 @@ def _top(curves: Sequence[Curve]) -> float:
 
 
 def _set_loss_axis(ax: Axes, top: float) -> None:
-    # A little below zero, so that the rings on a loss of nothing are whole.
+    # Start below zero, so that rings at a loss of zero are not clipped.
     ax.set_ylim(-0.025 * top, top)
 
 
@@ -218,11 +218,11 @@ def _mark_gap(ax: Axes, curve: Curve) -> None:
 
 
 def _draw_summary(ax: Axes, groups: dict[str, list[Curve]]) -> None:
-    """Draws how far each validation loss ends above its lowest value."""
+    """Draw the lowest and the last validation loss of each run."""
     for row, group in enumerate(groups.values()):
         curve = group[0]
         low, last = curve.validation_loss[curve.best], curve.validation_loss[-1]
-        # Above the line and not beside the axis, so that all panels have the same width.
+        # Labels are above the lines instead of the axis, so that all panels have the same width.
         ax.text(0, row - 0.28, curve.recipe.label, transform=ax.get_yaxis_transform())
         ax.plot([low, last], [row, row], color=_RED, linewidth=2, alpha=0.5)
         ax.plot(low, row, "o", color=_RED, markerfacecolor="white", markersize=8, clip_on=False)
@@ -245,7 +245,7 @@ def _draw_summary(ax: Axes, groups: dict[str, list[Curve]]) -> None:
 
 
 def draw_parabolas() -> Figure:
-    """Draws y = a x^2: the larger the coefficient, the steeper the function."""
+    """Draw y = a x^2, which is steeper for larger coefficients."""
     figure = Figure(figsize=(8, 4.8), layout="constrained")
     ax = figure.subplots()
     height, reach = 10.0, 2.0

@@ -1,4 +1,4 @@
-"""What the terminal shows meanwhile: a bar over all runs, and a line for each that ends."""
+"""Progress in the terminal: a bar over all runs, and a line for each finished run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class RunProgress:
-    """A context that shows how far all runs are, on stderr.
+    """A context that shows the progress of all runs on stderr.
 
-    Where stderr is no terminal there is no bar, only the lines.
+    If stderr is not a terminal, it prints the lines without a bar.
     """
 
     def __init__(self, runs: int, steps: int) -> None:
@@ -39,7 +39,7 @@ class RunProgress:
         self._task = self._progress.add_task("loading", total=runs * steps)
 
     def __enter__(self) -> RunProgress:
-        """Shows the bar."""
+        """Show the bar."""
         self._progress.start()
         return self
 
@@ -49,11 +49,11 @@ class RunProgress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Takes the bar away."""
+        """Remove the bar."""
         self._progress.stop()
 
     def show(self, recipe: Recipe, framework: str, step: int) -> None:
-        """Moves the bar to a step of the run that is going on."""
+        """Move the bar to a step of the current run."""
         self._progress.update(
             self._task,
             description=f"{recipe.label} in {FRAMEWORK_LABELS[framework]}",
@@ -61,7 +61,7 @@ class RunProgress:
         )
 
     def finish(self, curve: Curve) -> None:
-        """Prints the line of a run that has ended."""
+        """Print a line about a finished run."""
         self._finished += 1
         self._console.print(
             f"{self._finished:2}/{self._runs}  {curve.recipe.label} in "

@@ -1,4 +1,4 @@
-"""The five runs, as data: which cure each of them takes, and how much of it."""
+"""The five runs, as data: the regularization of each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Recipe:
     """One run.
 
     Attributes:
-        name: What files call it.
-        label: What tables and pictures call it.
+        name: Its name in files.
+        label: Its name in tables and pictures.
         penalty: The coefficient of `l2_penalty` in the loss.
         weight_decay: The `weight_decay` of the optimizer.
         rate: The probability that dropout zeroes an element.
@@ -25,14 +25,14 @@ class Recipe:
 
 
 def recipes(weight_decay: float, rate: float) -> tuple[Recipe, ...]:
-    """Lists the five runs.
+    """Return the five runs.
 
-    The penalty takes one half of the weight decay: the gradient of `penalty * w**2` is
-    `2 * penalty * w`, while an optimizer adds `weight_decay * w`. With the half, the two runs are
-    the same one for SGD and Adam.
+    The penalty is one half of the weight decay: the gradient of `penalty * w**2` is
+    `2 * penalty * w`, while an optimizer adds `weight_decay * w`. Both runs are therefore the same
+    for SGD and Adam.
 
     Args:
-        weight_decay: The decay of the runs that decay.
+        weight_decay: The decay of the runs with decay.
         rate: The rate of the runs with dropout.
     """
     return (

@@ -1,4 +1,4 @@
-"""The results as a JSON file and as a table, on the terminal and in Markdown."""
+"""The results as a JSON file and as a table, in the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ _DISTRIBUTIONS = {
 def save_curves(
     folder: Path, settings: Settings, frameworks: Sequence[str], curves: Sequence[Curve]
 ) -> None:
-    """Writes settings, versions and all curves so far; a reader never sees half a file.
+    """Write settings, versions and all curves so far, atomically.
 
-    A number that is not finite becomes null, for JSON has no other word.
+    A number that is not finite becomes null, since JSON has no NaN.
 
     Raises:
         OSError: The file cannot be written.
@@ -59,10 +59,10 @@ def save_curves(
         "versions": versions(frameworks),
         "units": {
             "train_loss": "mean cross-entropy in nats: whole training set, no dropout, no penalty",
-            "train_accuracy": "part of the training set classified correctly",
+            "train_accuracy": "fraction of the training set classified correctly",
             "validation_loss": "mean cross-entropy in nats: validation set, no dropout, no penalty",
-            "validation_accuracy": "part of the validation set classified correctly",
-            "seconds": "wall time of the run, compilation and evaluations included",
+            "validation_accuracy": "fraction of the validation set classified correctly",
+            "seconds": "wall time of the run, including compilation and evaluations",
         },
         "runs": [_as_json(curve) for curve in curves],
     }
@@ -87,7 +87,7 @@ def _finite_or_none(value: float) -> float | None:
 
 
 def versions(frameworks: Iterable[str]) -> dict[str, str]:
-    """Lists the versions of what this call has used."""
+    """Return the versions of Python and of the packages of the frameworks."""
     names = ["regjax", "numpy", "scikit-learn", "matplotlib"]
     for framework in frameworks:
         names += _DISTRIBUTIONS[framework]
@@ -95,12 +95,12 @@ def versions(frameworks: Iterable[str]) -> dict[str, str]:
 
 
 def headings(curves: Sequence[Curve]) -> tuple[str, ...]:
-    """Names the table's columns; without a second framework nothing can differ."""
+    """Return the headings of the table; with one framework it has no column `differ`."""
     return HEADINGS if len({curve.framework for curve in curves}) > 1 else HEADINGS[:-1]
 
 
 def rows(curves: Sequence[Curve]) -> list[tuple[str, ...]]:
-    """Makes the table's cells: a row for each run in each framework, PyTorch's below JAX's."""
+    """Return the cells of the table: a row for each run in each framework."""
     columns = len(headings(curves))
     table = []
     for _, group in groupby(curves, key=lambda curve: curve.recipe.name):
@@ -136,15 +136,16 @@ def _loss(value: float) -> str:
 
 
 def captions(curves: Sequence[Curve], settings: Settings) -> list[str]:
-    """Says what the columns mean, and what this call's numbers say about L2 in its two forms."""
+    """Return an explanation of the columns, and a comparison of both forms of L2."""
     lines = [
-        "Losses are mean cross-entropy in nats over the whole set, training set too, with dropout "
-        "off and without the penalty, so that they can be compared. best = lowest loss, or highest "
-        "accuracy, of any evaluation; last = after the last step; gap = valid last - train last."
+        "Losses are mean cross-entropy in nats over the whole training or validation set, with "
+        "dropout off and without the penalty, so that they are comparable. best: lowest loss, or "
+        "highest accuracy, of any evaluation; last: after the last step; gap: valid last - train "
+        "last."
     ]
     if "differ" in headings(curves):
         lines[0] += (
-            " differ = the largest distance between the JAX and PyTorch loss curves at any "
+            " differ: the largest distance between the JAX and PyTorch loss curves at any "
             "evaluation."
         )
     for framework, label in FRAMEWORK_LABELS.items():
@@ -156,13 +157,13 @@ def captions(curves: Sequence[Curve], settings: Settings) -> list[str]:
             lines.append(
                 f"{label}: the validation losses of 'L2 in the loss' (coefficient "
                 f"{run['l2_in_loss'].recipe.penalty:g}) and 'weight decay' "
-                f"({settings.weight_decay:g}) are at most {distance:.0e} apart: "
+                f"({settings.weight_decay:g}) differ by at most {distance:.0e}: "
                 + (
-                    f"one half in the loss is the same run, as decay in {settings.optimizer} is "
-                    "coupled."
+                    f"decay in {settings.optimizer} is coupled, so half the coefficient in the "
+                    "loss gives the same run."
                     if settings.coupled
-                    else f"decay in {settings.optimizer} is decoupled, and no loss term does the "
-                    "same."
+                    else f"decay in {settings.optimizer} is decoupled, so no loss term is "
+                    "equivalent."
                 )
             )
     lines += [
@@ -175,13 +176,13 @@ def captions(curves: Sequence[Curve], settings: Settings) -> list[str]:
 
 
 def terminal_table(curves: Sequence[Curve]) -> Table:
-    """Makes the table for rich, narrow enough for 80 columns."""
+    """Return the table for rich, with at most 80 columns."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for i, heading in enumerate(headings(curves)):
-        # A line for each word, or rich would rather break the names of the runs.
+        # A line for each word; otherwise rich would break the names of the runs.
         words = "\n".join(heading.split())
         table.add_column(words, justify="left" if i < 2 else "right", no_wrap=True)
     for row in rows(curves):
@@ -190,7 +191,7 @@ def terminal_table(curves: Sequence[Curve]) -> Table:
 
 
 def markdown_table(curves: Sequence[Curve], settings: Settings) -> str:
-    """Makes the same table in Markdown, with the captions below it."""
+    """Return the same table in Markdown, with the captions below it."""
     columns = headings(curves)
     alignments = ["---"] * 2 + ["---:"] * (len(columns) - 2)
     lines = [_markdown_row(row) for row in (columns, alignments, *rows(curves))]
@@ -202,7 +203,7 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def save_table(folder: Path, curves: Sequence[Curve], settings: Settings) -> None:
-    """Writes the table as Markdown.
+    """Write the table as Markdown.
 
     Raises:
         OSError: The file cannot be written.

@@ -1,4 +1,4 @@
-"""All runs of one call, one after the other; what has finished is kept, whatever happens next."""
+"""The runs of a call, one after the other; finished runs survive an interruption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Train(Protocol):
-    """What `train_jax.train` and `train_torch.train` have in common."""
+    """The type of `train_jax.train` and `train_torch.train`."""
 
     def __call__(
         self,
@@ -27,7 +27,7 @@ class Train(Protocol):
         settings: Settings,
         on_evaluation: Callable[[int], None],
     ) -> Curve:
-        """Trains one network by one recipe."""
+        """Train a network with a recipe."""
         ...
 
 
@@ -38,15 +38,16 @@ def run_all(
     on_evaluation: Callable[[Recipe, str, int], None],
     on_finished: Callable[[Curve], None],
 ) -> None:
-    """Runs every recipe in every framework.
+    """Run every recipe in every framework.
 
-    The frameworks take turns, so that an interrupted call leaves pairs to compare.
+    Each recipe runs in all frameworks before the next, so that an interrupted call leaves
+    comparable pairs.
 
     Args:
-        settings: What the runs share.
-        frameworks: "jax", "torch" or both; no other is imported.
-        on_evaluation: Told the recipe, the framework and the steps done, at each evaluation.
-        on_finished: Given each curve as soon as it is there.
+        settings: The settings of all runs.
+        frameworks: "jax", "torch" or both; only these are imported.
+        on_evaluation: Called with the recipe, the framework and the number of completed steps.
+        on_finished: Called with each finished curve.
     """
     trains = {framework: load_train(framework) for framework in frameworks}
     problem = load_problem(settings)
@@ -63,5 +64,5 @@ def run_all(
 
 
 def load_train(framework: str) -> Train:
-    """Imports one framework's `train`, and with it that framework."""
+    """Import `train` of a framework, and thereby the framework."""
     return import_module(f"examples.overfit.train_{framework}").train

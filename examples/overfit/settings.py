@@ -1,4 +1,4 @@
-"""What a call of the program may choose, and the defaults."""
+"""The settings of a call, and their defaults."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 CLASSES = 10
 PIXELS = 64
-# Validation takes the images that lie beyond the largest training set, so that it is the same for
-# every --train-size.
+# The validation set consists of the images after the largest training set, so that it is the same
+# for every --train-size.
 LARGEST_TRAIN_SIZE = 1000
 HIDDEN_LAYERS = 3
 FRAMEWORKS = ("jax", "torch")
@@ -17,12 +17,12 @@ EVALUATIONS = 100
 
 @dataclass(frozen=True)
 class OptimizerDefaults:
-    """What suits one optimizer here; the options override it.
+    """The defaults of an optimizer.
 
     Attributes:
-        learning_rate: The step size.
-        weight_decay: The decay, in the optimizer's own meaning.
-        coupled: Whether decay enters the gradient. Then a loss term can do the same.
+        learning_rate: The learning rate.
+        weight_decay: The `weight_decay` of the optimizer.
+        coupled: Whether decay is added to the gradient, as that of a loss term.
     """
 
     learning_rate: float
@@ -30,8 +30,8 @@ class OptimizerDefaults:
     coupled: bool
 
 
-# AdamW shrinks weights by learning_rate * weight_decay a step, whatever the gradient; coupled Adam
-# divides the decay by the size of the gradient first. Hence the other order of magnitude.
+# AdamW shrinks weights by learning_rate * weight_decay per step, independent of the gradient.
+# Coupled Adam divides the decay by the size of the gradient, which needs smaller coefficients.
 OPTIMIZERS = {
     "sgd": OptimizerDefaults(learning_rate=0.03, weight_decay=0.004, coupled=True),
     "adam": OptimizerDefaults(learning_rate=2e-3, weight_decay=0.003, coupled=True),
@@ -41,18 +41,18 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """One call's choices; every run of the call shares them.
+    """The settings of all runs of a call.
 
     Attributes:
-        steps: Optimizer steps of each run.
-        seed: Decides images, initial weights, batches and dropout masks.
+        steps: The number of optimizer steps of each run.
+        seed: The seed of images, initial weights, batches and dropout masks.
         rate: The probability that dropout zeroes an element.
-        weight_decay: The optimizer's weight decay; the loss term gets one half of it.
-        learning_rate: The optimizer's step size.
+        weight_decay: The weight decay of the optimizer; the loss term has half this coefficient.
+        learning_rate: The learning rate of the optimizer.
         optimizer: A key of `OPTIMIZERS`.
-        train_size: How many images are trained on.
-        batch_size: How many of them make one step.
-        width: Units of each hidden layer.
+        train_size: The number of training images.
+        batch_size: The number of images per step.
+        width: The number of units of each hidden layer.
     """
 
     steps: int = 1000
@@ -67,10 +67,10 @@ class Settings:
 
     @property
     def coupled(self) -> bool:
-        """Whether the optimizer's weight decay equals a loss term with one half of it."""
+        """Return whether weight decay is equivalent to a loss term with half the coefficient."""
         return OPTIMIZERS[self.optimizer].coupled
 
     @property
     def steps_between_evaluations(self) -> int:
-        """How many steps lie between two evaluations; at least one."""
+        """Return the number of steps between two evaluations, at least 1."""
         return max(1, self.steps // EVALUATIONS)

@@ -1,4 +1,4 @@
-"""The run in JAX; `train_torch.py` is the same in PyTorch, function by function."""
+"""Training in JAX; `train_torch.py` has the same functions in PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def load_params(weights: Weights) -> Params:
-    """Makes parameters from the shared initial weights."""
+    """Return the parameters, from the shared initial weights."""
     return jax.tree.map(jnp.asarray, weights)
 
 
@@ -40,11 +40,10 @@ def apply(
     root: Key[Array, ""] | None = None,
     step: Int[Array, ""] | int = 0,
 ) -> Float[Array, "batch 10"]:
-    """Computes logits: a perceptron with dropout before each layer, the input's included.
+    """Compute the logits of a perceptron with dropout before each layer, including the first.
 
-    By default it is evaluation: rate 0 does nothing and needs no key. In training, each layer's
-    mask at each step comes from a key of its own, so there is no generator to carry along or to
-    save.
+    The default is evaluation: rate 0 does nothing and needs no key. In training, each mask has its
+    own key, derived from layer and step, so there is no generator state to carry or to checkpoint.
     """
     x = pixels
     for name, layer in params.items():
@@ -59,17 +58,17 @@ def apply(
 def cross_entropy(
     logits: Float[Array, "batch 10"], labels: Int[Array, " batch"]
 ) -> Float[Array, ""]:
-    """Computes the mean cross-entropy, in nats."""
+    """Compute the mean cross-entropy, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def decays(params: Params) -> PyTree[bool]:
-    """Says what is regularised: kernels. A bias moves a function but does not make it rougher."""
+    """Return the mask of regularized parameters; a bias does not make a function less smooth."""
     return jax.tree.map(lambda param: param.ndim > 1, params)
 
 
 def make_optimizer(settings: Settings, recipe: Recipe) -> optax.GradientTransformation:
-    """Makes the optimizer, with weight decay on the kernels if the recipe has it."""
+    """Return the optimizer, with the weight decay of the recipe on kernels."""
     make = {
         "sgd": partial(optim.sgd, momentum=0.9),
         "adam": optim.adam,
@@ -86,7 +85,7 @@ def training_loss(
     root: Key[Array, ""],
     step: Int[Array, ""],
 ) -> Float[Array, ""]:
-    """Computes what a step descends: cross-entropy with dropout on, plus the penalty."""
+    """Compute the training loss: cross-entropy with dropout on, plus the penalty."""
     logits = apply(params, pixels, rate=recipe.rate, root=root, step=step)
     loss = cross_entropy(logits, labels)
     if recipe.penalty:
@@ -97,7 +96,7 @@ def training_loss(
 def make_train_chunk(
     images: Images, recipe: Recipe, settings: Settings, optimizer: optax.GradientTransformation
 ) -> Callable[[State, Int[Array, " steps"], Int[Array, "steps batch"]], State]:
-    """Makes the function that takes many steps at once: one jitted step inside a scan."""
+    """Return a jitted function that scans over many steps."""
     root = jax.random.key(settings.seed, impl="threefry2x32")
     pixels, labels = as_arrays(images)
 
@@ -122,7 +121,7 @@ def make_train_chunk(
 def evaluate(
     params: Params, pixels: Float[Array, "images 64"], labels: Int[Array, " images"]
 ) -> tuple[float, float]:
-    """Computes cross-entropy (nats) and accuracy over a whole set: no dropout, no penalty."""
+    """Compute cross-entropy (nats) and accuracy over a whole set, without dropout and penalty."""
     loss, accuracy = _evaluate(params, pixels, labels)
     return float(loss), float(accuracy)
 
@@ -142,13 +141,13 @@ def train(
     settings: Settings,
     on_evaluation: Callable[[int], None] = lambda step: None,
 ) -> Curve:
-    """Trains one network by one recipe.
+    """Train a network with a recipe.
 
     Args:
         problem: Images, initial weights and batches.
-        recipe: Which cures to take.
-        settings: The optimizer, its step size, and the seed of the masks.
-        on_evaluation: Told the number of steps done, at each evaluation.
+        recipe: The regularization.
+        settings: The optimizer, its learning rate, and the seed of the masks.
+        on_evaluation: Called with the number of completed steps at each evaluation.
 
     Returns:
         The curves of losses and accuracy.
@@ -181,5 +180,5 @@ def train(
 
 
 def as_arrays(images: Images) -> tuple[Float[Array, "images 64"], Int[Array, " images"]]:
-    """Returns pixels and labels."""
+    """Return pixels and labels."""
     return jnp.asarray(images.pixels), jnp.asarray(images.labels)

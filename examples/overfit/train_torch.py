@@ -1,4 +1,4 @@
-"""The run in PyTorch; `train_jax.py` is the same in JAX, function by function."""
+"""Training in PyTorch; `train_jax.py` has the same functions in JAX."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 
 def load_params(weights: Weights) -> nn.ModuleDict:
-    """Makes layers from the shared initial weights."""
+    """Return the layers, with the shared initial weights."""
     layers = nn.ModuleDict()
     for name, layer in weights.items():
         linear = nn.Linear(*layer["kernel"].shape)
         with torch.no_grad():
-            linear.weight.copy_(torch.tensor(layer["kernel"].T))  # PyTorch keeps (outputs, inputs)
+            linear.weight.copy_(torch.tensor(layer["kernel"].T))  # shape (outputs, inputs)
             linear.bias.copy_(torch.tensor(layer["bias"]))
         layers[name] = linear
     return layers
 
 
 class Perceptron(nn.Module):
-    """Computes logits: a perceptron with dropout before each layer, the input's included.
+    """A perceptron with dropout before each layer, including the first.
 
-    After `eval()` there is no dropout, and no key is needed. In training, each layer's mask at each
-    step comes from a key of its own, so there is no generator to carry along or to save.
+    In evaluation mode there is no dropout, and no key is needed. In training, each mask has its own
+    key, derived from layer and step, so there is no generator state to carry or to checkpoint.
     """
 
     def __init__(self, layers: nn.ModuleDict, rate: float) -> None:
@@ -47,7 +47,7 @@ class Perceptron(nn.Module):
         self.dropout = regtorch.nn.Dropout(rate)
 
     def forward(self, pixels: Tensor, *, root: Tensor | None = None, step: int = 0) -> Tensor:
-        """Computes logits (batch, 10) from pixels (batch, 64)."""
+        """Compute logits (batch, 10) from pixels (batch, 64)."""
         x = pixels
         for name, layer in self.layers.items():
             key = None if root is None else regtorch.site_key(root, step, name)
@@ -59,17 +59,17 @@ class Perceptron(nn.Module):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Computes the mean cross-entropy, in nats."""
+    """Compute the mean cross-entropy, in nats."""
     return F.cross_entropy(logits, labels)
 
 
 def decays(name: str, param: Tensor) -> bool:
-    """Says what is regularised: kernels. A bias moves a function but does not make it rougher."""
+    """Return whether a parameter is regularized; a bias does not make a function less smooth."""
     return param.ndim > 1
 
 
 def make_optimizer(settings: Settings, recipe: Recipe, model: Perceptron) -> torch.optim.Optimizer:
-    """Makes the optimizer, with weight decay on the kernels if the recipe has it."""
+    """Return the optimizer, with the weight decay of the recipe on kernels."""
     make = {
         "sgd": partial(torch.optim.SGD, momentum=0.9),
         "adam": torch.optim.Adam,
@@ -94,7 +94,7 @@ def training_loss(
     root: Tensor | None,
     step: int,
 ) -> Tensor:
-    """Computes what a step descends: cross-entropy with dropout on, plus the penalty."""
+    """Compute the training loss: cross-entropy with dropout on, plus the penalty."""
     logits = model(pixels, root=root, step=step)
     loss = cross_entropy(logits, labels)
     if recipe.penalty:
@@ -109,8 +109,8 @@ def make_train_chunk(
     model: Perceptron,
     optimizer: torch.optim.Optimizer,
 ) -> Callable[[range, Tensor], None]:
-    """Makes the function that takes many steps at once: a loop, as PyTorch does it."""
-    # Without dropout no key is used, and PyTorch would not notice: it makes what it is told to.
+    """Return a function that loops over many steps."""
+    # Without dropout the keys are unused, but eager PyTorch would compute them.
     root = regtorch.key(settings.seed) if recipe.rate else None
     pixels, labels = as_tensors(images)
 
@@ -129,7 +129,7 @@ def make_train_chunk(
 
 @torch.no_grad()
 def evaluate(model: Perceptron, pixels: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Computes cross-entropy (nats) and accuracy over a whole set: no dropout, no penalty."""
+    """Compute cross-entropy (nats) and accuracy over a whole set, without dropout and penalty."""
     model.eval()
     logits = model(pixels)
     correct = logits.argmax(dim=-1) == labels
@@ -142,13 +142,13 @@ def train(
     settings: Settings,
     on_evaluation: Callable[[int], None] = lambda step: None,
 ) -> Curve:
-    """Trains one network by one recipe.
+    """Train a network with a recipe.
 
     Args:
         problem: Images, initial weights and batches.
-        recipe: Which cures to take.
-        settings: The optimizer, its step size, and the seed of the masks.
-        on_evaluation: Told the number of steps done, at each evaluation.
+        recipe: The regularization.
+        settings: The optimizer, its learning rate, and the seed of the masks.
+        on_evaluation: Called with the number of completed steps at each evaluation.
 
     Returns:
         The curves of losses and accuracy.
@@ -181,16 +181,16 @@ def train(
 
 
 def as_tensors(images: Images) -> tuple[Tensor, Tensor]:
-    """Returns pixels and labels; PyTorch's loss wants its labels as int64."""
+    """Return pixels and labels, which PyTorch's loss requires as int64."""
     return torch.tensor(images.pixels), torch.tensor(images.labels).long()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keeps PyTorch to one thread: layers this small gain nothing from more.
+    """Limit PyTorch to one thread.
 
-    And they lose much: where another program wants the cores, each operation waits for its slowest
-    thread.
+    Small layers do not benefit from more. If another program uses the cores, every operation would
+    wait for its slowest thread.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""Does a network know what it does not know? Monte Carlo dropout on corrupted digits."""
+"""Uncertainty of predictions for corrupted digits, by Monte Carlo dropout."""

@@ -1,9 +1,8 @@
-"""The command line: options, and the order of things."""
+"""The command line: options, and the program."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from examples.uncertainty.settings import Settings
 from parity_tests import output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from rich.console import Console
 
@@ -22,16 +21,16 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the program.
+    """Run the program.
 
     Args:
-        argv: The options; those of the process if left out.
+        argv: The options; None for those of the process.
 
     Returns:
         The exit code: 0, or 130 if interrupted.
 
     Raises:
-        SystemExit: After --help (0), or where an option is wrong or a package is missing (2).
+        SystemExit: After --help (0), or if an option is wrong or a package is missing (2).
     """
     parser = make_parser()
     options = parser.parse_args(argv)
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require("jax", "optax", "torch", "scipy", "sklearn", "matplotlib", "rich")
     except ImportError as error:
-        parser.error(f"{error}: pip install 'regjax[examples]'")
+        parser.error(f"{error}. Run: pip install 'regjax[examples]'")
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     try:
         _run(settings, options.out)
@@ -50,72 +49,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Makes the parser of all options."""
+    """Return the parser of all options."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.uncertainty",
-        description="Trains a network with dropout on handwritten digits, spoils the digits it has "
-        "not seen, and compares what it says with dropout off and with dropout on, many times: is "
-        "it less certain where it is wrong?",
+        description="Train a network with dropout on handwritten digits, and compare its "
+        "predictions for corrupted digits of one pass with dropout off, and of many with dropout "
+        "on.",
         allow_abbrev=False,
     )
     for name, low, high, text in (
-        ("steps", 1, 100_000, "optimizer steps of training"),
-        ("samples", 1, 10_000, "stochastic passes of each prediction"),
-        ("width", 1, 4096, "units of each hidden layer"),
-        ("train-size", 10, 1000, "training images"),
+        ("steps", 1, 100_000, "number of optimizer steps"),
+        ("samples", 1, 10_000, "number of stochastic forward passes of each prediction"),
+        ("width", 1, 4096, "number of units of each hidden layer"),
+        ("train-size", 10, 1000, "number of training images"),
         ("seed", 0, 2**31 - 1, "seed of images, initial weights, masks and corruptions"),
     ):
         parser.add_argument(
             f"--{name}",
-            type=_integer(low, high),
+            type=output.integer(low, high),
             metavar="N",
             default=getattr(Settings, name.replace("-", "_")),
             help=f"{text}, {low} to {high} (default: %(default)s)",
         )
     parser.add_argument(
         "--rate",
-        type=_rate,
+        type=output.number("above 0 and below 1", lambda rate: 0 < rate < 1),
         metavar="RATE",
         default=Settings.rate,
-        help="probability of a zero, above 0 and below 1 (default: %(default)s)",
+        help="dropout rate, above 0 and below 1 (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
         type=output.folder,
         metavar="FOLDER",
         default=Path("outputs/uncertainty"),
-        help="where tables and picture go (default: %(default)s)",
+        help="folder for tables and picture (default: %(default)s)",
     )
     return parser
 
 
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = low - 1
-        if not low <= number <= high:
-            raise argparse.ArgumentTypeError(
-                f"must be an integer from {low} to {high}; got {text!r}"
-            )
-        return number
-
-    return convert
-
-
-def _rate(text: str) -> float:
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < 1:  # NaN is neither
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and below 1; got {text!r}")
-    return rate
-
-
 def _run(settings: Settings, folder: Path) -> None:
-    # Only now: each of these needs a package that `require` has seen to.
+    # These modules need the packages that `require` has checked.
     from rich.console import Console
     from rich.progress import Progress
 
@@ -148,7 +122,7 @@ def _present(console: Console, study: Study, folder: Path) -> None:
     for line in sentences(study):
         console.print(line)
     console.print(
-        "PyTorch, with the same weights and the same masks: its mean probabilities and mutual "
+        "PyTorch, with the same weights and the same masks: mean probabilities and mutual "
         f"information on clean images differ by at most {distance_to_torch(study):.0e}."
     )
     console.print(f"\nTables and picture: {folder}", soft_wrap=True)

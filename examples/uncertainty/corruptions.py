@@ -1,4 +1,4 @@
-"""Four ways to spoil an image of a digit, each from not at all to badly."""
+"""Four corruptions of images of digits, each at several strengths."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SIDE = 8
 
 @dataclass(frozen=True)
 class Corruption:
-    """One way to spoil images.
+    """A corruption of images.
 
     Attributes:
-        name: What is done.
-        unit: What the strengths count.
-        strengths: From 0, which changes nothing, upwards.
-        apply: `apply(pixels, labels, strength, rng)` makes the spoilt images.
+        name: Its name.
+        unit: The unit of the strengths.
+        strengths: Increasing strengths; 0 changes nothing.
+        apply: `apply(pixels, labels, strength, rng)` returns the corrupted images.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Corruption:
 
 
 def rotate(pixels: Pixels, labels: Labels, angle: float, rng: np.random.Generator) -> Pixels:
-    """Turns each image by an angle in degrees, one way or the other."""
+    """Rotate each image by an angle in degrees, in a random direction."""
     signs = rng.choice([-1, 1], len(pixels))
     images = pixels.reshape(-1, SIDE, SIDE)
     turned = [
@@ -48,12 +48,12 @@ def rotate(pixels: Pixels, labels: Labels, angle: float, rng: np.random.Generato
 
 
 def add_noise(pixels: Pixels, labels: Labels, stddev: float, rng: np.random.Generator) -> Pixels:
-    """Adds Gaussian noise to a brightness that lies in [0, 1] and stays there."""
+    """Add Gaussian noise to each pixel, and clip the result to [0, 1]."""
     return np.clip(pixels + stddev * rng.normal(size=pixels.shape), 0, 1).astype(np.float32)
 
 
 def occlude(pixels: Pixels, labels: Labels, side: float, rng: np.random.Generator) -> Pixels:
-    """Erases a square somewhere in each image."""
+    """Erase a square at a random position of each image."""
     size = int(side)
     rows, columns = rng.integers(0, SIDE - size + 1, (2, len(pixels)))
     images = pixels.reshape(-1, SIDE, SIDE).copy()
@@ -63,7 +63,7 @@ def occlude(pixels: Pixels, labels: Labels, side: float, rng: np.random.Generato
 
 
 def blend(pixels: Pixels, labels: Labels, share: float, rng: np.random.Generator) -> Pixels:
-    """Mixes each image with one of another digit; at a share of one half it is neither."""
+    """Mix each image with an image of another digit; 0.5 weighs both equally."""
     others = [rng.choice(np.flatnonzero(labels != label)) for label in labels]
     return ((1 - share) * pixels + share * pixels[others]).astype(np.float32)
 

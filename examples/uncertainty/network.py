@@ -1,4 +1,4 @@
-"""The network in JAX: trained with dropout, then asked with dropout off and with dropout on."""
+"""The network in JAX: training with dropout, and predictions with dropout off and on."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
     Params = PyTree[Float[Array, "..."]]
 
-LAYERS = ("0", "3", "6")  # as the torch.nn.Sequential of network_torch.py calls them
-SITES = ("2", "5", None)  # and the dropout after each
+LAYERS = ("0", "3", "6")  # names in the torch.nn.Sequential of network_torch.py
+SITES = ("2", "5", None)  # names of the dropout after each layer
 _CHUNK = 50  # steps between two reports
 
 
 def initial_params(settings: Settings) -> Params:
-    """Draws kernels from U(-b, b) with b = 1/sqrt(inputs); biases are zero."""
+    """Draw kernels from U(-b, b) with b = 1/sqrt(inputs); biases are zero."""
     rng = np.random.default_rng([settings.seed, 0])
     sizes = (64, settings.width, settings.width, 10)
     return {
@@ -50,7 +50,7 @@ def apply(
     key: Key[Array, ""] | None = None,
     step: Int[Array, ""] | int = 0,
 ) -> Float[Array, "images 10"]:
-    """Computes logits: a perceptron with dropout after each hidden layer; by default without."""
+    """Compute the logits of a perceptron with dropout after each hidden layer (default: none)."""
     x = pixels
     for name, site in zip(LAYERS, SITES, strict=True):
         x = x @ params[name]["kernel"] + params[name]["bias"][None]
@@ -61,12 +61,12 @@ def apply(
 
 
 def train(train_set: Images, settings: Settings, on_step: Callable[[int], None]) -> Params:
-    """Trains by AdamW, with dropout on.
+    """Train with AdamW and dropout, and return the parameters.
 
     Args:
         train_set: The images.
-        settings: How long, how wide, which seed, which rate.
-        on_step: Told the number of steps done, now and then.
+        settings: The steps, width, seed and rate.
+        on_step: Called with the number of completed steps, at intervals.
     """
     optimizer = regjax.optim.adamw(2e-3, weight_decay=0.1)
     root = jax.random.key(settings.seed)
@@ -96,12 +96,12 @@ def train(train_set: Images, settings: Settings, on_step: Callable[[int], None])
 
 @jax.jit
 def without_dropout(params: Params, pixels: Float[Array, "images 64"]) -> Float[Array, "images 10"]:
-    """The probabilities by the usual evaluation: one pass, dropout off."""
+    """Return the probabilities of one pass with dropout off."""
     return jax.nn.softmax(apply(params, pixels))
 
 
 def stochastic_pass(rate: float) -> Callable[..., Float[Array, "images 10"]]:
-    """Makes the function that `regjax.mc_dropout` calls for each pass."""
+    """Return the function that `regjax.mc_dropout` calls for each pass."""
 
     def predict(params: Params, pixels: Any, *, key: Key[Array, ""]) -> Float[Array, "images 10"]:
         return apply(params, pixels, rate=rate, key=key)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def from_jax(params: Params, rate: float) -> nn.Module:
-    """Makes the model, whose dropouts draw from the keys of their places: "2" and "5"."""
+    """Return the model, whose dropouts draw from the keys of the sites "2" and "5"."""
     first, second, last = (np.asarray(layer["kernel"]) for layer in params.values())
     model = nn.Sequential(
         nn.Linear(*first.shape),
@@ -37,6 +37,6 @@ def from_jax(params: Params, rate: float) -> nn.Module:
 def predict(
     model: nn.Module, pixels: np.ndarray, *, seed: int, samples: int
 ) -> regtorch.Prediction:
-    """What many passes with dropout on say, with the masks that JAX draws for this seed."""
+    """Predict with many stochastic forward passes, with the masks of JAX for this seed."""
     x, key = torch.from_numpy(np.array(pixels)), regtorch.key(seed)
     return regtorch.mc_dropout(model, x, key=key, outputs="logits", samples=samples)

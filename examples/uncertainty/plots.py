@@ -1,4 +1,4 @@
-"""The picture: digits that are spoilt more and more, and what the network makes of them."""
+"""The picture: increasingly corrupted digits, and the predictions of the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PICTURE = "uncertainty.png"
 
-# Of the palette of Okabe and Ito, which people with any colour vision can tell apart.
+# The palette of Okabe and Ito, which is safe for color blindness.
 _BLUE, _RED, _GREEN, _INK, _GREY = "#0072B2", "#D55E00", "#009E73", "#333333", "#999999"
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -44,7 +44,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def save_picture(folder: Path, study: Study) -> None:
-    """Draws the study; a reader never sees half a file.
+    """Draw the study, and save the picture atomically.
 
     Raises:
         OSError: The file cannot be written.
@@ -54,14 +54,14 @@ def save_picture(folder: Path, study: Study) -> None:
 
 
 def draw(study: Study) -> Figure:
-    """Draws a row for each corruption: one digit at every strength, entropy, accuracy."""
+    """Draw a row for each corruption: a digit at every strength, entropy, and accuracy."""
     figure = Figure(figsize=(15, 10), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
     left, right = halves
     columns = len(CORRUPTIONS[0].strengths)
     images = left.subplots(len(CORRUPTIONS), columns)
     curves = right.subplots(len(CORRUPTIONS), 2)
-    shown = _telling_image(study)
+    shown = _typical_image(study)
     for row, corruption in enumerate(CORRUPTIONS):
         scenes = study.of(corruption)
         for ax, scene in zip(images[row], scenes, strict=True):
@@ -70,7 +70,7 @@ def draw(study: Study) -> Figure:
         _draw_entropy(curves[row, 0], scenes)
         _draw_accuracy(curves[row, 1], scenes)
     left.suptitle(
-        "One digit, spoilt more and more: what the mean of many passes takes it for,\n"
+        "An increasingly corrupted digit: the prediction of the mean of many passes,\n"
         "and its entropy in nats (bar; the dark part is mutual information)"
     )
     count = len(study.scenes[0].pixels)
@@ -80,8 +80,8 @@ def draw(study: Study) -> Figure:
     return figure
 
 
-def _telling_image(study: Study) -> int:
-    """An image whose course is like the average's: the least squared distance of entropies."""
+def _typical_image(study: Study) -> int:
+    """Return the image whose entropies have the least squared distance from the mean."""
     entropies = np.stack([scene.many.entropy for scene in study.scenes])
     distance = np.square(entropies - entropies.mean(1, keepdims=True)).sum(0)
     sure = np.all([s.many.right for s in study.scenes if not s.strength], axis=0)
@@ -92,11 +92,11 @@ def _draw_image(ax: Axes, scene: Scene, place: int) -> None:
     ax.imshow(scene.pixels[place].reshape(SIDE, SIDE), cmap="gray_r", vmin=0, vmax=1)
     ax.set(xticks=[], yticks=[])
     ax.grid(visible=False)
-    chances = scene.many.chances[place]
+    probs = scene.many.probs[place]
     right = bool(scene.many.right[place])
     for spine in ax.spines.values():
         spine.set(visible=True, color=_GREEN if right else _RED, linewidth=2)
-    ax.set_title(f"{chances.argmax()}  ({chances.max():.0%})", loc="center", fontsize=10)
+    ax.set_title(f"{probs.argmax()}  ({probs.max():.0%})", loc="center", fontsize=10)
     entropy, disagreement = scene.many.entropy[place], scene.disagreement[place]
     # A bar below the image, as long as the entropy is of the largest possible.
     bar: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False, "solid_capstyle": "butt"}

@@ -1,4 +1,4 @@
-"""The results as tables and sentences: on the terminal, in Markdown, and as JSON."""
+"""The results as tables and sentences, in the terminal and in Markdown, and as JSON."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ SCENES = (
     "ECE MC",
 )
 EXPLANATION = (
-    "off: the usual evaluation, one pass with dropout off. MC: the mean of {samples} passes with "
-    "dropout on, rate {rate:g}. On {images} images that training did not see; means over the "
-    "images, in nats. MI: the mutual information of the passes. ECE: the expected calibration "
-    "error, how far confidence is from accuracy, in 15 bins. AUROC: the probability that an image "
-    "that the usual evaluation gets wrong has a higher score than one that it gets right, all "
-    "strengths thrown together; 0.5 is chance."
+    "off: one pass with dropout off. MC: the mean of {samples} passes with dropout on, rate "
+    "{rate:g}. Figures are means over {images} test images; entropies and losses are in nats. MI: "
+    "mutual information of the passes. ECE: expected calibration error, the difference of "
+    "confidence and accuracy, in 15 bins. AUROC: the probability that an image that one pass with "
+    "dropout off classifies incorrectly has a higher score than a correctly classified one, over "
+    "all strengths; 0.5 is chance."
 )
 
 
 def scene_rows(study: Study) -> list[tuple[str, ...]]:
-    """Makes the cells of the table of scenes."""
+    """Return the cells of the table of scenes."""
     return [
         (
             scene.corruption.name,
@@ -60,28 +60,28 @@ def scene_rows(study: Study) -> list[tuple[str, ...]]:
 
 
 def detection_rows(study: Study) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Makes the headings and the cells of the table of AUROCs."""
+    """Return the headings and the cells of the table of AUROCs."""
     groups = {c.name: study.of(c) for c in CORRUPTIONS} | {"all": study.scenes}
     found = {name: detection(scenes) for name, scenes in groups.items()}
     headings = ("AUROC of errors", *found["all"])
     return headings, [(n, *(f"{v:.3f}" for v in scores.values())) for n, scores in found.items()]
 
 
-def verdicts(study: Study) -> list[str]:
-    """Says what the numbers of this call say, also where many passes are no better than one."""
-    clean, spoilt = study.scenes[0], [scene for scene in study.scenes if scene.strength]
-    calibrated = sum(s.many.calibration_error < s.one.calibration_error for s in spoilt)
-    likelier = sum(s.many.log_loss < s.one.log_loss for s in spoilt)
+def conclusions(study: Study) -> list[str]:
+    """Return sentences that compare many passes with one, and the scores with each other."""
+    clean, corrupted = study.scenes[0], [scene for scene in study.scenes if scene.strength]
+    calibrated = sum(s.many.calibration_error < s.one.calibration_error for s in corrupted)
+    likelier = sum(s.many.log_loss < s.one.log_loss for s in corrupted)
     lines = [
         "On clean images the calibration error is "
         f"{clean.one.calibration_error:.3f} with dropout off and "
-        f"{clean.many.calibration_error:.3f} with MC. Of {len(spoilt)} kinds of spoilt images, MC "
-        f"is better calibrated on {calibrated}, and has the lower log loss on {likelier}."
+        f"{clean.many.calibration_error:.3f} with MC. On corrupted images, MC is better calibrated "
+        f"in {calibrated} of {len(corrupted)} cases, and has the lower log loss in {likelier}."
     ]
     headings, rows = detection_rows(study)
     best = {name: headings[1 + int(np.argmax(list(map(float, cells))))] for name, *cells in rows}
     winners = "; ".join(f"{name}, {score}" for name, score in best.items())
-    lines.append(f"The score that tells errors best: {winners}.")
+    lines.append(f"The best score for the detection of errors: {winners}.")
     for corruption in CORRUPTIONS:
         entropies = [scene.many.entropy.mean() for scene in study.of(corruption)]
         peak = int(np.argmax(entropies))
@@ -89,19 +89,19 @@ def verdicts(study: Study) -> list[str]:
             lines.append(
                 f"Under {corruption.name} the entropy rises to {entropies[peak]:.2f} at "
                 f"{corruption.strengths[peak]:g} ({corruption.unit}) and falls to "
-                f"{entropies[-1]:.2f} at {corruption.strengths[-1]:g}: an image far from every "
-                "digit may look like one to all passes."
+                f"{entropies[-1]:.2f} at {corruption.strengths[-1]:g}: all passes may agree on an "
+                "image that is far from every digit."
             )
     return lines
 
 
 def tables(study: Study) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
-    """Both tables, as headings and rows of cells."""
+    """Return both tables, as headings and rows of cells."""
     return [(SCENES, scene_rows(study)), detection_rows(study)]
 
 
 def terminal_tables(study: Study) -> list[Table]:
-    """Makes the tables for rich."""
+    """Return the tables for rich."""
     from rich import box
     from rich.table import Table
 
@@ -109,7 +109,7 @@ def terminal_tables(study: Study) -> list[Table]:
     for headings, rows in tables(study):
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         for place, heading in enumerate(headings):
-            # A line for each word: the table of scenes is wide.
+            # A line for each word, since the table of scenes is wide.
             words = "\n".join(heading.split())
             table.add_column(words, justify="right" if place else "left", no_wrap=True)
         for row in rows:
@@ -119,14 +119,14 @@ def terminal_tables(study: Study) -> list[Table]:
 
 
 def sentences(study: Study) -> list[str]:
-    """Says what the columns mean, and what the numbers say."""
+    """Return an explanation of the columns, and the conclusions."""
     settings, images = study.settings, len(study.scenes[0].pixels)
     about = EXPLANATION.format(samples=settings.samples, rate=settings.rate, images=images)
-    return [about, *verdicts(study)]
+    return [about, *conclusions(study)]
 
 
 def save(folder: Path, study: Study) -> None:
-    """Writes the tables as Markdown and the figures as JSON; a reader never sees half a file.
+    """Write the tables as Markdown and the figures as JSON, atomically.
 
     Raises:
         OSError: A file cannot be written.

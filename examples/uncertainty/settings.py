@@ -1,4 +1,4 @@
-"""What a call of the program may choose, and the defaults."""
+"""The settings of a call, and their defaults."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """One call's choices.
+    """The settings of a call.
 
     Attributes:
-        steps: Optimizer steps of training.
-        samples: Stochastic passes of each prediction.
+        steps: The number of optimizer steps.
+        samples: The number of stochastic forward passes of each prediction.
         rate: The probability that dropout zeroes a hidden unit, in training and in prediction.
-        width: Units of each hidden layer.
-        train_size: How many images are trained on.
-        seed: Decides images, initial weights, batches, masks and corruptions.
+        width: The number of units of each hidden layer.
+        train_size: The number of training images.
+        seed: The seed of images, initial weights, batches, masks and corruptions.
     """
 
     steps: int = 1000

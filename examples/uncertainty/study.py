@@ -1,4 +1,4 @@
-"""The study: every corruption at every strength, seen with dropout off and with dropout on."""
+"""The study: predictions for every corruption at every strength, with dropout off and on."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ _BINS = 15
 
 @dataclass(frozen=True)
 class View:
-    """What one way of predicting says about one set of images, and how right it is.
+    """The predictions for a set of images, and their quality.
 
     Attributes:
-        chances: The probability of each digit.
-        labels: What is right.
+        probs: The probability of each digit.
+        labels: The correct digits.
     """
 
-    chances: Float[np.ndarray, "images 10"]
+    probs: Float[np.ndarray, "images 10"]
     labels: Int[np.ndarray, " images"]
 
     @property
     def predicted(self) -> Int[np.ndarray, " images"]:
-        """The likeliest digit of each image."""
-        return self.chances.argmax(-1)
+        """Return the most probable digit of each image."""
+        return self.probs.argmax(-1)
 
     @property
     def confidence(self) -> Float[np.ndarray, " images"]:
-        """The probability of the likeliest digit."""
-        return self.chances.max(-1)
+        """Return the probability of the most probable digit."""
+        return self.probs.max(-1)
 
     @property
     def entropy(self) -> Float[np.ndarray, " images"]:
-        """The entropy of each image's probabilities, in nats."""
-        return entr(self.chances).sum(-1)
+        """Return the entropy of the probabilities of each image, in nats."""
+        return entr(self.probs).sum(-1)
 
     @property
     def right(self) -> Bool[np.ndarray, " images"]:
-        """Whether the likeliest digit is the label."""
+        """Return for each image whether the most probable digit is the label."""
         return self.predicted == self.labels
 
     @property
     def log_loss(self) -> float:
-        """The mean negative log-likelihood of the labels, in nats."""
-        chances = self.chances[np.arange(len(self.labels)), self.labels]
-        return float(-np.log(np.maximum(chances, np.finfo(np.float32).tiny)).mean())
+        """Return the mean negative log-likelihood of the labels, in nats."""
+        probs = self.probs[np.arange(len(self.labels)), self.labels]
+        return float(-np.log(np.maximum(probs, np.finfo(np.float32).tiny)).mean())
 
     @property
     def calibration_error(self) -> float:
-        """The expected calibration error: how far confidence is from accuracy, bin by bin."""
+        """Return the expected calibration error: |confidence - accuracy|, averaged over bins."""
         bins = np.minimum((self.confidence * _BINS).astype(int), _BINS - 1)
         surplus = np.bincount(bins, self.confidence - self.right, minlength=_BINS)
         return float(np.abs(surplus).sum() / len(bins))
@@ -76,12 +76,12 @@ class Scene:
     """One corruption at one strength.
 
     Attributes:
-        corruption: What was done.
-        strength: How much.
-        pixels: The images.
-        one: The usual evaluation: one pass, dropout off.
-        many: The mean of many passes, dropout on.
-        disagreement: The passes' mutual information about each image, in nats.
+        corruption: The corruption.
+        strength: Its strength.
+        pixels: The corrupted images.
+        one: The predictions of one pass with dropout off.
+        many: The means of many passes with dropout on.
+        disagreement: The mutual information of the passes for each image, in nats.
     """
 
     corruption: Corruption
@@ -94,14 +94,14 @@ class Scene:
 
 @dataclass
 class Study:
-    """All scenes of a call, in the order of `CORRUPTIONS`, and the network they were shown to."""
+    """All scenes of a call, in the order of `CORRUPTIONS`, and the parameters of the network."""
 
     settings: Settings
     params: network.Params
     scenes: list[Scene] = field(default_factory=list)
 
     def of(self, corruption: Corruption) -> list[Scene]:
-        """The scenes of one corruption, from the weakest to the strongest."""
+        """Return the scenes of a corruption, from the weakest to the strongest."""
         return [scene for scene in self.scenes if scene.corruption is corruption]
 
 
@@ -110,12 +110,12 @@ def run(
     on_step: Callable[[int], None] = lambda step: None,
     on_scene: Callable[[Scene], None] = lambda scene: None,
 ) -> Study:
-    """Trains, then looks at every corruption of the images that training did not see.
+    """Train, and predict every corruption of the test images.
 
     Args:
-        settings: The choices.
-        on_step: Told the number of training steps done, now and then.
-        on_scene: Given each scene as soon as it is there.
+        settings: The settings.
+        on_step: Called with the number of completed training steps, at intervals.
+        on_scene: Called with each scene.
     """
     train_set, test_set = split_digits(
         settings.train_size, np.random.default_rng([settings.seed, 2])
@@ -124,7 +124,7 @@ def run(
     predict = network.stochastic_pass(settings.rate)
     for place, corruption in enumerate(CORRUPTIONS):
         for strength in corruption.strengths:
-            # The same place and the same noise at each strength, only more of it.
+            # The same random numbers at each strength.
             rng = np.random.default_rng([settings.seed, 3, place])
             pixels = corruption.apply(test_set.pixels, test_set.labels, strength, rng)
             passes = regjax.mc_dropout(
@@ -149,14 +149,14 @@ def run(
 
 
 def detection(scenes: list[Scene]) -> dict[str, float]:
-    """How well each score tells the errors of the usual evaluation from what it gets right.
+    """Return how well each score detects the errors of one pass with dropout off.
 
     Args:
-        scenes: The images of all of them are thrown together.
+        scenes: The scenes, whose images are pooled.
 
     Returns:
-        For each score its AUROC: the probability that an error has a higher score than a hit. NaN
-        where there are no errors, or nothing else.
+        The AUROC of each score: the probability that an incorrectly classified image has a higher
+        score than a correctly classified one. NaN if there are no images of either kind.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -172,7 +172,7 @@ def detection(scenes: list[Scene]) -> dict[str, float]:
 
 
 def distance_to_torch(study: Study) -> float:
-    """How far PyTorch is away, with the same weights and masks, on the images of the first scene.
+    """Compare with PyTorch, with the same weights and masks, on the images of the first scene.
 
     Returns:
         The largest difference of any mean probability, or of any mutual information in nats.
@@ -188,7 +188,7 @@ def distance_to_torch(study: Study) -> float:
     )
     assert passes.mutual_information is not None
     pairs = (
-        (passes.mean, scene.many.chances),
+        (passes.mean, scene.many.probs),
         (passes.mutual_information, scene.disagreement),
     )
-    return max(float(np.abs(theirs.numpy() - ours).max()) for theirs, ours in pairs)
+    return max(float(np.abs(in_torch.numpy() - in_jax).max()) for in_torch, in_jax in pairs)

@@ -1,6 +1,6 @@
-"""What the optimizers of torch must do: a recursion of each in NumPy, and the cases to compare in.
+"""The recursions of torch's optimizers in NumPy, and the cases of the comparisons.
 
-A recursion is written as torch documents it, one parameter and one step at a time; none of these
+Each recursion follows torch's documentation, one parameter and one step at a time. None of these
 files imports JAX or PyTorch.
 """
 

@@ -1,4 +1,4 @@
-"""Adafactor: its recursion in NumPy, and the cases to compare it in."""
+"""Adafactor: its recursion in NumPy, and cases."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def adafactor(
     maximize: bool = False,
     mask: Callable[[str], bool] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.Adafactor` documents it.
+    """Compute the steps of `torch.optim.Adafactor`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Largest relative step, or a function from step to it.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Largest relative step, or a function of the step.
         beta2_decay: Exponent of the step, in one minus the decay rate of the second moments.
-        eps: Least root of a second moment, and least RMS of a leaf in the step.
+        eps: Minimal root of a second moment, and minimal RMS of a parameter in the step.
         d: Largest RMS of an update.
         weight_decay: Decoupled decay.
-        maximize: Whether to ascend.
-        mask: From a name to whether it decays; None for all.
+        maximize: Whether to maximize.
+        mask: Returns whether a parameter of a given name decays; None for all.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> walk = adafactor({"w": np.array([2.0])}, lambda params, step: params, lr=0.25)
         >>> next(walk)["w"].item()
         1.5
@@ -76,12 +76,12 @@ def _rms(leaf: np.ndarray) -> float:
 
 CASES = (
     Case("adafactor", "Adafactor", {"lr": 0.01}),
-    # A step of 5 % of a parameter, by sums that each party adds up in its own order.
+    # A step is 5 % of a parameter, and each implementation sums in its own order.
     Case("adafactor-decay", "Adafactor", {"lr": 0.05, "weight_decay": 0.1}, float32=2e-6),
-    # The square root of the step takes over at step 4.
+    # From step 4 on, the bound is the square root of the step.
     Case("adafactor-capped", "Adafactor", {"lr": 0.5, "weight_decay": 0.01}),
     Case("adafactor-beta2", "Adafactor", {"lr": 0.02, "beta2_decay": -0.5}),
-    # Both floors above much of what they bound.
+    # Both minima are active for many elements.
     Case("adafactor-eps", "Adafactor", {"lr": 0.02, "eps": (0.3, 4.0)}),
     Case("adafactor-clip", "Adafactor", {"lr": 0.02, "d": 1.5, "beta2_decay": -0.3}),
     Case("adafactor-maximize", "Adafactor", {"lr": 0.02, "weight_decay": 0.1, "maximize": True}),

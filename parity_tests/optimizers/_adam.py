@@ -1,4 +1,4 @@
-"""Adam and its kin: their recursions in NumPy, and the cases to compare them in."""
+"""The family of Adam: recursions in NumPy, and cases."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def adam(
     decoupled_weight_decay: bool = False,
     mask: Callable[[str], bool] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.Adam` documents it.
+    """Compute the steps of `torch.optim.Adam`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step.
         betas: Decay rates of the two moments.
         eps: Added to the root.
-        weight_decay: Decay, coupled unless told otherwise.
-        amsgrad: Whether to divide by the largest second moment so far, uncorrected.
-        maximize: Whether to ascend.
-        decoupled_weight_decay: Whether the decay goes past the moments.
-        mask: From a name to whether it decays; None for all.
+        weight_decay: Coupled decay, or decoupled with `decoupled_weight_decay`.
+        amsgrad: Whether to divide by the largest second moment so far, before bias correction.
+        maximize: Whether to maximize.
+        decoupled_weight_decay: Whether the decay bypasses the moments.
+        mask: Returns whether a parameter of a given name decays; None for all.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> walk = adam({"w": np.array([1.0])}, lambda params, step: params, lr=0.5, eps=0.0)
         >>> next(walk)["w"].item()
         0.5
@@ -70,18 +70,18 @@ def adam(
 def adamw(
     params: Leaves, gradient: Gradient, *, weight_decay: float = 1e-2, **options
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.AdamW` documents it: `adam`, decoupled, with its own default decay.
+    """Compute the steps of `torch.optim.AdamW`: `adam` with decoupled decay of another default.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
         weight_decay: Decoupled decay.
         **options: The other options of `adam`.
 
     Returns:
-        An iterator over the parameters after each step, without end.
+        An indefinite iterator over the parameters after each step.
 
-    Examples:
+    Example:
         >>> walk = adamw({"w": np.array([1.0])}, lambda params, step: {"w": np.zeros(1)}, lr=0.5)
         >>> next(walk)["w"].item()
         0.995
@@ -102,24 +102,24 @@ def nadam(
     maximize: bool = False,
     mask: Callable[[str], bool] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.NAdam` documents it.
+    """Compute the steps of `torch.optim.NAdam`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step.
         betas: Decay rates of the two moments.
         eps: Added to the root.
-        weight_decay: Decay, coupled unless told otherwise.
-        momentum_decay: How fast the momentum warms up.
-        decoupled_weight_decay: Whether the decay goes past the moments.
-        maximize: Whether to ascend.
-        mask: From a name to whether it decays; None for all.
+        weight_decay: Coupled decay, or decoupled with `decoupled_weight_decay`.
+        momentum_decay: Rate at which the momentum warms up.
+        decoupled_weight_decay: Whether the decay bypasses the moments.
+        maximize: Whether to maximize.
+        mask: Returns whether a parameter of a given name decays; None for all.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> options = {"lr": 0.5, "betas": (0.0, 0.0), "eps": 0.0}
         >>> walk = nadam({"w": np.array([1.0])}, lambda params, step: params, **options)
         >>> next(walk)["w"].item()
@@ -163,23 +163,23 @@ def radam(
     maximize: bool = False,
     mask: Callable[[str], bool] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.RAdam` documents it.
+    """Compute the steps of `torch.optim.RAdam`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step.
         betas: Decay rates of the two moments.
-        eps: Added to the root of the second moment, not corrected.
-        weight_decay: Decay, coupled unless told otherwise.
-        decoupled_weight_decay: Whether the decay goes past the moments.
-        maximize: Whether to ascend.
-        mask: From a name to whether it decays; None for all.
+        eps: Added to the root of the second moment, before bias correction.
+        weight_decay: Coupled decay, or decoupled with `decoupled_weight_decay`.
+        decoupled_weight_decay: Whether the decay bypasses the moments.
+        maximize: Whether to maximize.
+        mask: Returns whether a parameter of a given name decays; None for all.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> walk = radam({"w": np.array([1.0])}, lambda params, step: params, lr=0.5)
         >>> round(next(walk)["w"].item(), 12)
         0.5
@@ -221,22 +221,22 @@ def adamax(
     maximize: bool = False,
     mask: Callable[[str], bool] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.Adamax` documents it.
+    """Compute the steps of `torch.optim.Adamax`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step.
         betas: Decay rates of the first moment and of the largest gradient.
         eps: Added to the size of each gradient.
         weight_decay: Coupled decay.
-        maximize: Whether to ascend.
-        mask: From a name to whether it decays; None for all.
+        maximize: Whether to maximize.
+        mask: Returns whether a parameter of a given name decays; None for all.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> walk = adamax({"w": np.array([1.0])}, lambda params, step: params, lr=0.5, eps=0.0)
         >>> next(walk)["w"].item()
         0.5
@@ -256,8 +256,8 @@ def adamax(
         yield dict(params)
 
 
-# Coupled decay alone drives a parameter without a gradient to zero, where nothing but eps holds the
-# step back: with eps=1e-8, a start moved by 2e-16 of itself leads torch elsewhere in 40 steps.
+# Coupled decay drives a parameter without a gradient to zero, where only eps limits the step: with
+# eps=1e-8, a relative change of 2e-16 of the initial value changes torch's result within 40 steps.
 _DAMPED = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3}
 
 CASES = (
@@ -301,7 +301,7 @@ CASES = (
         "RAdam",
         {"lr": 0.01, "weight_decay": 1.0, "decoupled_weight_decay": True},
     ),
-    # With so long a memory torch's rho_t is off by 7e-8 of itself even in double.
+    # With such a long memory, torch's rho_t has a relative error of 7e-8 even in double.
     Case("radam-betas", "RAdam", {"lr": 0.01, "betas": (0.5, 0.99999)}, float64=1e-10),
     Case("radam-short", "RAdam", {"lr": 0.01, "betas": (0.9, 0.5)}),
     Case("radam-betas-zero", "RAdam", {"lr": 0.01, "betas": (0.0, 0.0), "eps": 1e-3}),

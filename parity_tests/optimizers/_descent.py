@@ -1,4 +1,4 @@
-"""SGD, ASGD and Rprop: their recursions in NumPy, and the cases to compare them in."""
+"""SGD, ASGD and Rprop: their recursions in NumPy, and cases."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def sgd(
     maximize: bool = False,
     mask: Callable[[str], bool] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.SGD` documents it.
+    """Compute the steps of `torch.optim.SGD`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step.
         momentum: Factor of the buffer.
-        dampening: How much of each gradient but the first is kept out of the buffer.
+        dampening: Fraction of each gradient after the first that is not added to the buffer.
         weight_decay: Coupled decay.
-        nesterov: Whether to look ahead.
-        maximize: Whether to ascend.
-        mask: From a name to whether it decays; None for all.
+        nesterov: Whether to use Nesterov momentum.
+        maximize: Whether to maximize.
+        mask: Returns whether a parameter of a given name decays; None for all.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> walk = sgd({"w": np.array([1.0])}, lambda params, step: params, lr=0.5)
         >>> next(walk)["w"].item(), next(walk)["w"].item()
         (0.5, 0.25)
@@ -69,24 +69,24 @@ def asgd(
     mask: Callable[[str], bool] | None = None,
     averaged: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.ASGD` documents it, with step size and weight kept in float32.
+    """Compute the steps of `torch.optim.ASGD`, with step size and weight stored in float32.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it; what it says enters the next step.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step, whose value affects the next step.
         lambd: Decay of parameters and of the step size.
-        alpha: Power of the decay of the step size.
-        t0: Steps before the average starts.
+        alpha: Exponent of the decay of the step size.
+        t0: Number of steps before averaging starts.
         weight_decay: Coupled decay.
-        maximize: Whether to ascend.
-        mask: From a name to whether it decays; None for all.
-        averaged: Whether to yield the averages in place of the parameters.
+        maximize: Whether to maximize.
+        mask: Returns whether a parameter of a given name decays; None for all.
+        averaged: Whether to yield the averages instead of the parameters.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> walk = asgd({"w": np.array([1.0])}, lambda params, step: params, lr=0.5, lambd=0.0)
         >>> next(walk)["w"].item(), next(walk)["w"].item()
         (0.5, 0.25)
@@ -116,20 +116,20 @@ def rprop(
     step_sizes: tuple[float, float] = (1e-6, 50.0),
     maximize: bool = False,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.Rprop` documents it.
+    """Compute the steps of `torch.optim.Rprop`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: The first step size.
-        etas: What a step size is multiplied with where a sign turns, and where it stays.
-        step_sizes: The smallest and the largest.
-        maximize: Whether to ascend.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: The initial step size.
+        etas: Factors of a step size where the sign changes, and where it does not.
+        step_sizes: The smallest and the largest step size.
+        maximize: Whether to maximize.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> walk = rprop({"w": np.array([1.0])}, lambda params, step: params, lr=0.75)
         >>> next(walk)["w"].item(), round(next(walk)["w"].item(), 3)
         (0.25, -0.65)
@@ -150,7 +150,7 @@ def rprop(
 
 
 def _equal(name: str, optimizer: str, options: dict[str, Any], **others: Any) -> Case:
-    """A case in which JAX and torch have the same bits in float32."""
+    """Return a case in which JAX and torch have the same bits in float32."""
     return Case(name, optimizer, options, float32=None, **others)
 
 
@@ -185,7 +185,7 @@ CASES = (
     Case("asgd-maximize", "ASGD", {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
     Case("asgd-schedule", "ASGD", {"lr": 0.1, "lambd": 1e-2}, half_life=300),
     Case("asgd-mask", "ASGD", {"lr": 0.1, "weight_decay": 0.1, "t0": 10}, mask=no_bias),
-    # In training, a gradient that vanishes has the sign of its rounding.
+    # In training, the sign of a vanishing gradient is that of its rounding error.
     _equal("rprop", "Rprop", {"lr": 0.01}),
     _equal("rprop-etas", "Rprop", {"lr": 0.01, "etas": (0.7, 1.5)}),
     _equal("rprop-sizes", "Rprop", {"lr": 0.5, "step_sizes": (1e-3, 0.1)}),

@@ -1,4 +1,4 @@
-"""Muon: its recursion in NumPy, and the cases to compare it in."""
+"""Muon: its recursion in NumPy, and cases."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def muon(
     mask: Callable[[str], bool] | None = None,
     ns_dtype: str = "bfloat16",
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.Muon` documents it.
+    """Compute the steps of `torch.optim.Muon`.
 
     Args:
-        params: Where to start; matrices.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it.
+        params: Initial parameters; matrices.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step.
         weight_decay: Decoupled decay.
-        momentum: Share of the past in the average of gradients.
-        nesterov: Whether to look ahead.
-        ns_coefficients: Of the polynomial in each step of Newton and Schulz.
-        eps: Least norm to divide by.
-        ns_steps: How many steps of Newton and Schulz.
-        adjust_lr_fn: How the shape enters the learning rate.
-        mask: From a name to whether it decays; None for all.
-        ns_dtype: In what the steps of Newton and Schulz are stored; torch knows bfloat16 only.
+        momentum: Weight of the past in the average of gradients.
+        nesterov: Whether to use Nesterov momentum.
+        ns_coefficients: Coefficients of the polynomial in each Newton-Schulz step.
+        eps: Minimal norm of the divisor.
+        ns_steps: Number of Newton-Schulz steps.
+        adjust_lr_fn: Dependence of the learning rate on the shape.
+        mask: Returns whether a parameter of a given name decays; None for all.
+        ns_dtype: Dtype of the Newton-Schulz steps; torch supports bfloat16 only.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> walk = muon({"w": np.eye(2)}, lambda params, step: params, lr=0.5, ns_steps=0)
         >>> next(walk)["w"].round(1)
         array([[0.6, 0. ],
@@ -89,7 +89,7 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
     return (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-# Wide, tall and square; to the mask, one of them counts as a bias.
+# Wide, tall and square matrices; the mask treats one of them as a bias.
 MATRICES = {
     "dense/bias": (1, 8),
     "dense/kernel": (5, 8),
@@ -97,9 +97,9 @@ MATRICES = {
     "out/kernel": (40, 12),
 }
 
-# Each party sums a product of bfloat16 matrices in its own order, and an iteration enlarges what
-# then rounds otherwise. Seen after 100 steps: 2e-4 between any two, 1e-3 to 5e-3 between bfloat16
-# and float64, 0.17 between decay and none. In float64 all through, the bound is 1e-12.
+# Each implementation sums a product of bfloat16 matrices in its own order, and the iteration
+# amplifies the differences in rounding. Measured after 100 steps: 2e-4 between any two, 1e-3 to
+# 5e-3 between bfloat16 and float64, 0.17 with and without decay. In float64 the bound is 1e-12.
 BFLOAT16 = 2e-3
 
 
@@ -116,7 +116,7 @@ CASES_2D = (
     _case("muon-original", {"lr": 0.02, "adjust_lr_fn": "original"}),
     _case("muon-match-rms", {"lr": 0.02, "adjust_lr_fn": "match_rms_adamw"}),
     _case("muon-cubic", {"lr": 0.02, "ns_coefficients": (1.5, -0.5, 0.0), "ns_steps": 9}),
-    # Above every norm: the iteration starts from where the size of a gradient still shows.
+    # Larger than every norm, so that the iteration depends on the size of the gradient.
     _case("muon-eps", {"lr": 0.02, "eps": 30.0, "ns_steps": 2}),
     _case("muon-schedule", {"lr": 0.05}, half_life=30),
     _case("muon-mask", {"lr": 0.02, "weight_decay": 1.0}, mask=no_bias),

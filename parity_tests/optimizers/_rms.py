@@ -1,4 +1,4 @@
-"""Adagrad, Adadelta and RMSprop: their recursions in NumPy, and the cases to compare them in."""
+"""Adagrad, Adadelta and RMSprop: their recursions in NumPy, and cases."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def adagrad(
     maximize: bool = False,
     mask: Callable[[str], bool] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.Adagrad` documents it.
+    """Compute the steps of `torch.optim.Adagrad`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it.
-        lr_decay: The learning rate is divided by one more of these at each step.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step.
+        lr_decay: Increment of the divisor of the learning rate at each step.
         weight_decay: Coupled decay.
-        initial_accumulator_value: Where the sums of squares start.
+        initial_accumulator_value: Initial value of the sums of squares.
         eps: Added to the root.
-        maximize: Whether to ascend.
-        mask: From a name to whether it decays; None for all.
+        maximize: Whether to maximize.
+        mask: Returns whether a parameter of a given name decays; None for all.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> walk = adagrad({"w": np.array([1.0])}, lambda params, step: params, lr=0.5, eps=0.0)
         >>> next(walk)["w"].item()
         0.5
@@ -66,22 +66,22 @@ def adadelta(
     maximize: bool = False,
     mask: Callable[[str], bool] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.Adadelta` documents it.
+    """Compute the steps of `torch.optim.Adadelta`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step.
         rho: Decay rate of the means of squared gradients and of squared steps.
         eps: Added inside both roots.
         weight_decay: Coupled decay.
-        maximize: Whether to ascend.
-        mask: From a name to whether it decays; None for all.
+        maximize: Whether to maximize.
+        mask: Returns whether a parameter of a given name decays; None for all.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> start = {"w": np.array([1.0])}
         >>> walk = adadelta(start, lambda params, step: params, rho=0.25, eps=0.25)
         >>> next(walk)["w"].item()
@@ -115,24 +115,24 @@ def rmsprop(
     maximize: bool = False,
     mask: Callable[[str], bool] | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Walk as `torch.optim.RMSprop` documents it.
+    """Compute the steps of `torch.optim.RMSprop`.
 
     Args:
-        params: Where to start.
-        gradient: From parameters and step, counted from 0, to gradients.
-        lr: Learning rate, or a function from step to it.
+        params: Initial parameters.
+        gradient: Maps parameters and step (from 0) to gradients.
+        lr: Learning rate, or a function of the step.
         alpha: Decay rate of the means.
         eps: Added to the root.
         weight_decay: Coupled decay.
-        momentum: Factor of the buffer, which the learning rate does not enter.
+        momentum: Factor of the buffer, which does not include the learning rate.
         centered: Whether to divide by the standard deviation.
-        maximize: Whether to ascend.
-        mask: From a name to whether it decays; None for all.
+        maximize: Whether to maximize.
+        mask: Returns whether a parameter of a given name decays; None for all.
 
     Yields:
-        The parameters after each step, without end.
+        The parameters after each step, indefinitely.
 
-    Examples:
+    Example:
         >>> start = {"w": np.array([1.0])}
         >>> walk = rmsprop(start, lambda params, step: params, lr=0.25, alpha=0.75, eps=0.0)
         >>> next(walk)["w"].item()

@@ -1,4 +1,4 @@
-"""What a comparison of optimizers trains with, and what their NumPy recursions share."""
+"""The case of a comparison of optimizers, and code that the NumPy recursions share."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Rate = float | Callable[[int], float]
 
 @dataclass(frozen=True)
 class Case:
-    """What to train with, and how exactly the frameworks then agree.
+    """An optimizer with its options, and how closely the frameworks must agree.
 
     Attributes:
-        name: For the test report.
+        name: The name in reports.
         optimizer: The class in `torch.optim`; in lower case, the function in `regjax.optim` and the
             recursion in `parity_tests.optimizers`.
-        options: Its arguments under torch's names, `lr` among them.
-        half_life: Steps in which the learning rate halves; None keeps it.
-        mask: From a parameter's name to whether it decays; None for all.
-        penalty: Coefficient of the L2 penalty in the loss, under the same mask.
-        float64: Bound on the deviation in norm at every step.
-        float32: The same in float32 over 1,000 steps; None asks for the same bits.
+        options: Its arguments under torch's names, including `lr`.
+        half_life: The number of steps in which the learning rate halves; None keeps it constant.
+        mask: Returns whether a parameter of a given name decays; None for all.
+        penalty: The coefficient of the L2 penalty in the loss, under the same mask.
+        float64: The bound on the deviation in norm at every step.
+        float32: The same in float32 over 1,000 steps; None requires equal bits.
     """
 
     name: str
@@ -43,15 +43,15 @@ class Case:
 
 
 def no_bias(name: str) -> bool:
-    """The mask that most recipes ask for."""
+    """Return whether the parameter is not a bias, a common mask."""
     return not name.endswith("bias")
 
 
 def decays(mask: Callable[[str], bool] | None, name: str) -> bool:
-    """Whether a parameter decays; without a mask each does."""
+    """Return whether a parameter decays; without a mask every parameter does."""
     return mask is None or mask(name)
 
 
 def at(rate: Rate, step: int) -> float:
-    """A rate, or what its schedule says at a step."""
+    """Return a rate, or the value of its schedule at a step."""
     return rate(step) if callable(rate) else rate

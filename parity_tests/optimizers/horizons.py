@@ -1,16 +1,16 @@
-"""How far recursions can be followed: to which step two runs of one optimizer stay together.
+"""The number of steps over which two implementations of an optimizer can agree.
 
-A step that is divided by the size of the gradient is of full size however small the gradient is.
-Where a gradient vanishes, its sign is a matter of rounding: of the model's, in training; and of the
-parameter's, where coupled decay is all there is of a gradient (on pixels that are never lit), on
-recorded gradients too. Beyond such a point nothing can be asked of two implementations. On
-synthetic gradients every recursion can be followed to the end.
+A step that is divided by the size of the gradient has full size, however small the gradient is. The
+sign of a vanishing gradient depends on rounding: in training on that of the model; and where
+coupled decay is the whole gradient, as for pixels that are always zero, on that of the parameter,
+even with recorded gradients. After such a step two implementations may diverge. On synthetic
+gradients every case agrees for all steps.
 """
 
 from __future__ import annotations
 
-# By case and setting, about one half of the steps for which the bound of the case was seen to hold.
-# What is not here holds for 1,000 steps.
+# By case and setting, about half the number of steps for which the bound was measured to hold. All
+# other cases hold for 1,000 steps.
 HORIZONS = {
     "rprop": {"float64 trained": 100},
     "rprop-etas": {"float64 trained": 15},
@@ -62,14 +62,14 @@ HORIZONS = {
 
 
 def horizon(case: str, setting: str, steps: int) -> int:
-    """How many of the first steps of a case must keep to its bound.
+    """Return the number of first steps of a case that must satisfy its bound.
 
     Args:
-        case: Its name.
+        case: The name of the case.
         setting: Dtype and source of the gradients, such as `"float64 trained"`.
-        steps: How many there are.
+        steps: The number of steps of the run.
 
-    Examples:
+    Example:
         >>> horizon("sgd", "float64 trained", 1000), horizon("rprop", "float64 trained", 1000)
         (1000, 100)
     """

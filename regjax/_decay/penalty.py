@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
 
 _T = TypeVar("_T")
-_FIX = "pass 0.0 for no penalty, and of a schedule its value at this step"
+_FIX = "Pass 0.0 for no penalty, or the value of a schedule at this step."
 
 
 def l1_penalty(params: PyTree, weight_decay: ScalarLike, *, mask: Mask = None) -> Scalar:
@@ -35,23 +35,19 @@ def l1_penalty(params: PyTree, weight_decay: ScalarLike, *, mask: Mask = None) -
       \nabla \Omega(w) = \lambda \operatorname{sign}(w), \quad \operatorname{sign}(0) = 0$$
 
     Under SGD and Adam (coupled decay) it trains like `regjax.optim.add_l1_decay` with the same
-    coefficient at the head of the chain. A subgradient step can cross zero and return: weights
-    become small, but seldom exactly 0. Complex numbers contribute their modulus.
-
-    The arguments, the result and the errors are those of `l2_penalty`.
+    coefficient at the head of the chain. Subgradient steps cross zero and return: weights become
+    small, but seldom exactly 0. Complex numbers contribute their modulus. For the arguments, result
+    and errors see `l2_penalty`.
 
     Note (PyTorch):
-        `regtorch.l1_penalty(module, weight_decay)` is the same number, with the same gradient at 0,
-        also for a complex 0. The derivative of `jnp.abs` at 0 is 1, that of `torch.abs` is 0:
-        `jnp.abs(w).sum()` pushes weights that are 0, this penalty leaves them.
+        `regtorch.l1_penalty(module, weight_decay)` has the same value and gradient. The derivative
+        of `jnp.abs` at 0 is 1, that of `torch.abs` is 0: `jnp.abs(w).sum()` pushes weights that are
+        0, this penalty leaves them.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> params = jnp.array([1.0, -2.0, 0.0])
-        >>> float(l1_penalty(params, 0.5))
-        1.5
-        >>> jax.grad(l1_penalty)(params, 0.5)
-        Array([ 0.5, -0.5,  0. ], dtype=float32)
+        >>> jax.value_and_grad(l1_penalty)(jnp.array([1.0, -2.0, 0.0]), 0.5)
+        (Array(1.5, dtype=float32), Array([ 0.5, -0.5,  0. ], dtype=float32))
 
     References:
         Tibshirani, "Regression Shrinkage and Selection via the Lasso", JRSS B 58(1), 1996.
@@ -65,21 +61,21 @@ def l2_penalty(params: PyTree, weight_decay: ScalarLike, *, mask: Mask = None) -
 
     $$\Omega(w) = \lambda \sum_i |w_i|^2, \qquad \nabla \Omega(w) = 2 \lambda w$$
 
-    An optimizer with `weight_decay=d` adds $d\,w$ to the gradient, so **this penalty with
-    `weight_decay=c` trains like an optimizer with `weight_decay=2 * c`** where the decay is coupled
-    (SGD, Adam). No setting of AdamW matches it, because its decay never passes through the moments.
+    The `weight_decay=d` of an optimizer adds $d\,w$ to the gradient, so **this penalty with
+    `weight_decay=c` trains like an optimizer with `weight_decay=2 * c`** if the decay is coupled
+    (SGD, Adam). It matches no setting of AdamW, whose decay never passes through the moments.
 
     Args:
-        params: A pytree of float or complex arrays of any shapes and dtypes; `None` is skipped.
-        weight_decay: The coefficient $\lambda$: a finite, nonnegative number. It may be traced, and
-            then is not checked, and it may be differentiated.
+        params: A pytree of float or complex arrays; `None` is skipped.
+        weight_decay: $\lambda$: a finite number, not negative. It may be traced, and then is not
+            checked, and it may be differentiated.
         mask: The leaves that count, as in `regjax.optim`: `None` (all), a pytree of bools with the
             structure of `params` or a prefix of it, or a function from `params` to such a pytree.
-            Leaves masked out may be anything.
+            Masked-out leaves may be anything.
 
     Returns:
         A real scalar, 0.0 if there is nothing to sum. Half types are summed in float32; the result
-        has the widest dtype in which a leaf was summed.
+        has the widest dtype of the sums.
 
     Raises:
         TypeError: A leaf that counts is not a float or complex array, a leaf of the mask is not a
@@ -87,7 +83,7 @@ def l2_penalty(params: PyTree, weight_decay: ScalarLike, *, mask: Mask = None) -
         ValueError: A coefficient is negative, infinite or NaN, or the mask has another structure.
 
     Note (PyTorch):
-        `regtorch.l2_penalty(module, weight_decay)` is the same number. For complex parameters
+        `regtorch.l2_penalty(module, weight_decay)` has the same value. For complex parameters
         `jax.grad` gives the conjugate of PyTorch's gradient, as always.
 
     Example:
@@ -100,8 +96,8 @@ def l2_penalty(params: PyTree, weight_decay: ScalarLike, *, mask: Mask = None) -
 
     References:
         Hoerl and Kennard, "Ridge Regression", Technometrics 12(1), 1970. Loshchilov and Hutter,
-        "Decoupled Weight Decay Regularization", arXiv:1711.05101, ICLR 2019, on the difference
-        between a penalty and AdamW.
+        "Decoupled Weight Decay Regularization", ICLR 2019, on the difference between a penalty and
+        AdamW.
     """
     check_coefficient("weight_decay", weight_decay, fix=_FIX)
     return _times(weight_decay, _sum(map(_squared, _weights("l2_penalty", params, mask))))
@@ -115,27 +111,21 @@ def elastic_net_penalty(
     $$\Omega(w) = \lambda_1 \sum_i |w_i| + \lambda_2 \sum_i |w_i|^2, \qquad
       \nabla \Omega(w) = \lambda_1 \operatorname{sign}(w) + 2 \lambda_2 w$$
 
-    `l1` is $\lambda_1$ and `l2` is $\lambda_2$, as in `l1_penalty` and `l2_penalty`; the other
-    arguments, the result and the errors are those of `l2_penalty`.
-
-    scikit-learn's `ElasticNet(alpha, l1_ratio)` minimizes half the mean squared error plus this
-    penalty with `l1 = alpha * l1_ratio` and `l2 = alpha * (1 - l1_ratio) / 2`, intercept masked
-    out. With the full mean squared error, double both.
+    `l1` is $\lambda_1$ and `l2` is $\lambda_2$; the other arguments, the result and the errors are
+    those of `l2_penalty`. scikit-learn's `ElasticNet(alpha, l1_ratio)` minimizes half the mean
+    squared error plus this penalty with `l1 = alpha * l1_ratio` and `l2 = alpha * (1 - l1_ratio) /
+    2`, intercept masked out. With the full mean squared error, double both.
 
     Note (PyTorch):
-        `regtorch.elastic_net_penalty(module, l1, l2)` is the same number.
+        `regtorch.elastic_net_penalty(module, l1, l2)` has the same value.
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> params = jnp.array([1.0, -2.0, 0.0])
-        >>> float(elastic_net_penalty(params, 0.5, 0.25))
-        2.75
-        >>> jax.grad(elastic_net_penalty)(params, 0.5, 0.25)
-        Array([ 1. , -1.5,  0. ], dtype=float32)
+        >>> jax.value_and_grad(elastic_net_penalty)(jnp.array([1.0, -2.0, 0.0]), 0.5, 0.25)
+        (Array(2.75, dtype=float32), Array([ 1. , -1.5,  0. ], dtype=float32))
 
     References:
-        Zou and Hastie, "Regularization and Variable Selection via the Elastic Net", JRSS B 67(2),
-        2005.
+        Zou and Hastie, JRSS B 67(2), 2005.
     """
     check_coefficient("l1", l1, fix=_FIX)
     check_coefficient("l2", l2, fix=_FIX)
@@ -151,36 +141,34 @@ def l2_sp_penalty(
 
     $$\Omega(w) = \lambda \sum_i |w_i - w^0_i|^2, \qquad \nabla \Omega(w) = 2 \lambda (w - w^0)$$
 
-    For fine-tuning: the penalty pulls weights toward those of the pretrained model, not toward
-    zero. Under SGD and Adam (coupled decay) it trains like
-    `regjax.optim.add_l2_sp_decay(reference, 2 * weight_decay)` at the head of the chain. The usual
-    recipe applies `l2_penalty`, with its own coefficient, to layers that were not pretrained.
+    In fine-tuning it pulls weights toward those of the pretrained model instead of zero. Under SGD
+    and Adam (coupled decay) it trains like `regjax.optim.add_l2_sp_decay(reference, 2 *
+    weight_decay)` at the head of the chain. The usual recipe applies `l2_penalty`, with its own
+    coefficient, to layers that were not pretrained.
 
     `reference` is $w^0$, a pytree with the structure of `params`, and its shapes for leaves that
-    count. It gets no gradient. Each leaf is cast to the dtype in which its parameter is summed. The
-    other arguments and the result are those of `l2_penalty`.
+    count. It gets no gradient, and is cast to the dtype of the sums. The other arguments, the
+    result and other errors are those of `l2_penalty`.
 
     Raises:
-        TypeError: As in `l2_penalty`; or a leaf of the reference is not a float or complex array,
-            or is complex while the parameter is real.
-        ValueError: As in `l2_penalty`; or the reference has another structure than `params`, or a
-            leaf another shape. The message names the path.
+        TypeError: A leaf of the reference is not a float or complex array, or is complex while the
+            parameter is real.
+        ValueError: The reference has another structure than `params`, or a leaf of another shape;
+            the message names the path.
 
     Note (PyTorch):
-        `regtorch.l2_sp_penalty(module, reference, weight_decay)` is the same number.
+        `regtorch.l2_sp_penalty(module, reference, weight_decay)` has the same value.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> params, pretrained = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])
-        >>> float(l2_sp_penalty(params, pretrained, 0.5))
-        0.5
-        >>> jax.grad(l2_sp_penalty)(params, pretrained, 0.5)
-        Array([0., 1.], dtype=float32)
+        >>> jax.value_and_grad(l2_sp_penalty)(params, pretrained, 0.5)
+        (Array(0.5, dtype=float32), Array([0., 1.], dtype=float32))
 
     References:
         Li, Grandvalet and Davoine, "Explicit Inductive Bias for Transfer Learning with
-        Convolutional Networks", arXiv:1802.01483, ICML 2018. Its coefficient is halved:
-        $\alpha / 2$ there is $\lambda$ here.
+        Convolutional Networks", ICML 2018. Its coefficient is halved: $\alpha / 2$ there is
+        $\lambda$ here.
     """
     check_coefficient("weight_decay", weight_decay, fix=_FIX)
     weights = _weights("l2_sp_penalty", params, mask)
@@ -205,9 +193,9 @@ def _widened(function: str, name: str, leaf: Any) -> Inexact[Array, "*shape"]:
     if not is_array or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         found = f"an array of {leaf.dtype}" if is_array else repr(leaf)
         raise TypeError(
-            f"{function} takes float or complex arrays, but params at '{name}' is {found}: give it "
-            "False in `mask`, or pass the trainable arrays only "
-            "(such as equinox.filter(model, equinox.is_inexact_array))"
+            f"params at '{name}' must be a float or complex array for {function}; got {found}. Set "
+            "it to False in `mask`, or pass the trainable arrays only, such as "
+            "equinox.filter(model, equinox.is_inexact_array)."
         )
     # Half types have too few digits to accumulate in, and float16 overflows at 256 squared.
     leaf = jnp.asarray(leaf)

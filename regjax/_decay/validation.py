@@ -64,37 +64,40 @@ def check_reference(name: str, leaf: Array, reference: Any) -> None:
     if not is_array or not jnp.issubdtype(reference.dtype, jnp.inexact):
         found = f"an array of {reference.dtype}" if is_array else repr(reference)
         raise TypeError(
-            f"reference at '{name}' must be a float or complex array, but it is {found}: pass the "
-            "parameters to decay towards, or give it False in `mask`"
+            f"reference at '{name}' must be a float or complex array; got {found}. Pass the "
+            "parameters to decay toward, or set it to False in `mask`."
         )
     if jnp.iscomplexobj(reference) and not jnp.iscomplexobj(leaf):
-        raise TypeError(f"reference at '{name}' is complex, but the parameter is real")
+        raise TypeError(
+            f"reference at '{name}' must be real, as the parameter is; got a complex one. Pass its "
+            "real part."
+        )
     if reference.shape != leaf.shape:
         raise ValueError(
-            f"reference at '{name}' has shape {reference.shape}, but the parameter has shape "
-            f"{leaf.shape}"
+            f"reference at '{name}' must have the parameter's shape {leaf.shape}; got "
+            f"{reference.shape}."
         )
 
 
 def _broadcast(
     name: str,
-    judge: Callable[[KeyPath, Any, PyTree], Any],
+    convert: Callable[[KeyPath, Any, PyTree], Any],
     path: KeyPath,
     tree: PyTree,
     params: PyTree,
 ) -> PyTree:
-    """Expand a prefix pytree to the structure of `params`; call `judge` once per leaf of it."""
+    """Expand a prefix pytree to the structure of `params`; call `convert` once per leaf of it."""
     if _is_leaf(tree):
-        verdict = judge(path, tree, params)
-        return jax.tree.map(lambda _: verdict, params)
+        decision = convert(path, tree, params)
+        return jax.tree.map(lambda _: decision, params)
     children, structure = _children(params)
     tree_children, tree_structure = _children(tree)
     if tree_structure != structure:
         if _is_box(tree):
-            return _broadcast(name, judge, path, _content(tree), params)
+            return _broadcast(name, convert, path, _content(tree), params)
         raise ValueError(_difference(name, path, tree, params))
     return structure.unflatten(
-        _broadcast(name, judge, (*path, *key), subtree, subparams)
+        _broadcast(name, convert, (*path, *key), subtree, subparams)
         for (key, subtree), (_, subparams) in zip(tree_children, children, strict=True)
     )
 
@@ -105,21 +108,20 @@ def _as_bool(path: KeyPath, leaf: Any, params: PyTree) -> bool:
     if is_array and leaf.dtype == bool and leaf.shape == ():
         if isinstance(leaf, Tracer):
             raise TypeError(
-                f"mask{_at(path)} is traced: whether a parameter decays may depend on names, "
-                "shapes and dtypes, never on values"
+                f"mask{_at(path)} must be known before tracing; got a traced bool. Compute it from "
+                "names, shapes and dtypes, never from values."
             )
         return bool(leaf)
     if not isinstance(leaf, bool):
         raise TypeError(
-            f"mask{_at(path)} must be a bool, but it is {leaf!r}: a mask says whether a parameter "
-            "decays; how strongly, weight_decay says"
+            f"mask{_at(path)} must be a bool; got {leaf!r}. Set the rate with weight_decay."
         )
     return leaf
 
 
 def _as_number(path: KeyPath, leaf: Any, params: PyTree) -> Any:
     del params
-    check_coefficient(f"scale{_at(path)}", leaf, fix="pass 0.0 for nothing, 1.0 for no change")
+    check_coefficient(f"scale{_at(path)}", leaf, fix="Pass 1.0 for no change.")
     return leaf
 
 
@@ -134,16 +136,16 @@ def _difference(name: str, path: KeyPath, tree: PyTree, params: PyTree) -> str:
     """Describe the first path at which a pytree is not a prefix of `params`."""
     places = [(path, tree, params)]
     if type(tree) is type(params):
-        ours, theirs = (dict(_children(t)[0]) for t in (tree, params))
+        have, expected = (dict(_children(t)[0]) for t in (tree, params))
         places = [
-            ((*path, *key), ours.get(key, _NOTHING), theirs.get(key, _NOTHING))
-            for key in (*theirs, *ours)
-            if key not in ours or key not in theirs
+            ((*path, *key), have.get(key, _NOTHING), expected.get(key, _NOTHING))
+            for key in (*expected, *have)
+            if key not in have or key not in expected
         ] or places
     place, here, there = places[0]
     return (
-        f"{name} has another structure than the parameters{_at(place)}: the {name} has "
-        f"{_describe(here)} there, the parameters have {_describe(there)}"
+        f"{name} must have the structure of the parameters; got {_describe(here)}{_at(place)}, "
+        f"where the parameters have {_describe(there)}."
     )
 
 

@@ -14,7 +14,8 @@ from regjax._dropout.core import SampledMask, apply_dropout, check_dims, check_r
 from regjax._dropout.features import shared_dims
 from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
-from regjax._random.rounding import exact_sqrt, rounded
+from regjax._random.rounding import exact_sqrt
+from regjax._random.xla import rounded
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -63,8 +64,7 @@ def alpha_dropout(
 
     Note (PyTorch):
         `torch.nn.functional.alpha_dropout(x, p=rate, training=not deterministic)` multiplies before
-        it adds; the results differ by rounding. `regtorch.alpha_dropout` with the same key returns
-        bitwise identical results.
+        it adds; the results differ by rounding.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -73,7 +73,7 @@ def alpha_dropout(
                 0.7791939 ], dtype=float32)
 
     References:
-        Klambauer, Unterthiner, Mayr, Hochreiter, "Self-normalizing neural networks", NeurIPS 2017.
+        Klambauer et al., "Self-normalizing neural networks", NeurIPS 2017.
     """
     x = check_alpha_input(x)
     spec = alpha("alpha_dropout", sampler, check_dims(broadcast_dims, x.ndim))
@@ -91,19 +91,7 @@ def feature_alpha_dropout(
 ) -> Float[Array, "*shape"]:
     """Apply `alpha_dropout` to whole channels, as `feature_dropout` applies `dropout`.
 
-    The result, the errors and the source are those of `alpha_dropout`.
-
-    Args:
-        x: Real floating, with the batch first; see `feature_dropout`.
-        rate: See `alpha_dropout`.
-        key: See `dropout`.
-        deterministic: See `dropout`.
-        channel_axis: See `feature_dropout`.
-        sampler: See `dropout`.
-
-    Raises:
-        TypeError: `channel_axis` is not an integer.
-        ValueError: `channel_axis` is not a dimension of `x`.
+    See these two for the arguments, result and errors.
 
     Note (PyTorch):
         `torch.nn.functional.feature_alpha_dropout(x, p=rate, training=not deterministic)`.

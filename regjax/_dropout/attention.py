@@ -121,11 +121,9 @@ def dot_product_attention(
         >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 100, 4, 8))
         >>> options = dict(dropout_rng=jax.random.key(1), dropout_rate=0.1, is_causal=True)
         >>> y = regjax.dot_product_attention(q, k, v, **options)
-        >>> y.shape
-        (2, 100, 4, 8)
         >>> blockwise = regjax.dot_product_attention(q, k, v, block_size=32, **options)
-        >>> bool(jnp.allclose(y, blockwise, atol=1e-5))
-        True
+        >>> y.shape, bool(jnp.allclose(y, blockwise, atol=1e-5))
+        ((2, 100, 4, 8), True)
 
         In Flax's modules:
 
@@ -144,8 +142,8 @@ def dot_product_attention(
     """
     if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
         raise ValueError(
-            "qk_attn_weights_einsum and attn_weights_value_einsum are not for this function. Leave "
-            "them out, or take Linen's own attention_fn."
+            "qk_attn_weights_einsum and attn_weights_value_einsum must be None; got an einsum. Use "
+            "Linen's own attention_fn for it."
         )
     query, key, value = _arrays(query, key, value, dtype=dtype)
     bias = None if bias is None else _check_bias(check_array("bias", bias))
@@ -180,8 +178,8 @@ def dot_product_attention(
         return mixed(weights, value, one_key)
     if module is not None:
         raise ValueError(
-            "module takes the whole matrix of weights, which is never made with "
-            f"block_size={block_size}. Leave one of the two out."
+            f"module must be None with block_size={block_size}, which never materializes the "
+            f"weights; got a {type(module).__name__}. Omit one of the two."
         )
     size = _check_block(block_size, key.shape[-3])
     blocks = Blocks(scores, size, key.shape[-3], broadcast_dropout)
@@ -191,12 +189,12 @@ def dot_product_attention(
     if one_key is None:
         zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
         return zeros() if flag is False else lax.cond(flag, attend, zeros)
-    watched = None
+    recorded = None
     if observers := observer():
         plan = blocks.plan(query, rate)
         ticket = observers.expect_blocks("dot_product_attention", plan)
-        watched = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
-    drop = functools.partial(attend, one_key, rate, watched)
+        recorded = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
+    drop = functools.partial(attend, one_key, rate, recorded)
     return drop() if flag is False else lax.cond(flag, attend, drop)
 
 
@@ -225,7 +223,9 @@ def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
         return [array.astype(check_floating_dtype("dtype", dtype)) for array in found]
     if len({array.dtype for array in found}) > 1:
         dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, found, strict=True))
-        raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Pass dtype=.")
+        raise TypeError(
+            f"query, key and value must have the same dtype; got {dtypes}. Pass dtype=."
+        )
     return found
 
 
@@ -250,15 +250,15 @@ def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) 
     *key_batch, keys, kv_heads, key_depth = key.shape
     if key_batch != batch or key_depth != depth:
         raise ValueError(
-            f"query and key must have one batch and one depth; got shapes {query.shape} and "
+            f"query and key must have the same batch and depth; got shapes {query.shape} and "
             f"{key.shape}."
         )
     if value.shape[:-1] != key.shape[:-1]:
         raise ValueError(
-            f"value must have key's shape {key.shape[:-1]} but for the features; got {value.shape}."
+            f"value must have key's shape {key.shape[:-1]} before its features; got {value.shape}."
         )
     if not kv_heads or heads % kv_heads:
-        raise ValueError(f"query has {heads} heads, not a multiple of key's {kv_heads}.")
+        raise ValueError(f"query must have a multiple of key's {kv_heads} heads; got {heads}.")
     whole = (*batch, heads, queries, keys)
     for name, array in (("bias", bias), ("mask", mask)):
         if array is None:
@@ -279,7 +279,7 @@ def _check_block(block_size: int, keys: int) -> int:
 def _check_bias(bias: Array) -> Array:
     """Reject a mask that was passed as a bias."""
     if bias.dtype == np.bool_ or jnp.issubdtype(bias.dtype, jnp.complexfloating):
-        raise TypeError(f"bias must be real numbers; got dtype {bias.dtype}. Or pass mask.")
+        raise TypeError(f"bias must be real; got dtype {bias.dtype}. Pass booleans as mask.")
     return bias
 
 
@@ -293,8 +293,8 @@ def _boolean(mask: Array) -> Bool[Array, "*shape"]:
     readable = not isinstance(mask, Tracer) and mask.is_fully_addressable
     if readable and not np.isin(np.asarray(mask), (0, 1)).all():
         raise TypeError(
-            f"mask must be boolean, True to look, or 0 and 1; got other numbers, of {mask.dtype}. "
-            "What is added to the scores is bias."
+            "mask must be boolean, True to attend, or 0 and 1; got other numbers of dtype "
+            f"{mask.dtype}. Pass numbers to add to the scores as bias."
         )
     return mask != 0
 
@@ -303,7 +303,7 @@ def _require_rng(dropout_rng: KeyLike | None) -> KeyLike:
     """Return `require_key(dropout_rng)`, with errors that name `dropout_rng` instead of `key`."""
     if dropout_rng is None:
         raise ValueError(
-            "dropout_rng is missing: dropout in training needs a random key. Pass "
+            "dropout_rng must be a random key in training; got None. Pass "
             "dropout_rng=jax.random.key(seed), or dropout_rng=regjax.site_key(root, step, site) "
             "inside a training loop, or deterministic=True to evaluate."
         )

@@ -16,7 +16,6 @@ from regjax._dropout.core import (
     inverse_keep_prob,
     keep_prob_of,
     mask_sharding,
-    materialize_mask,
     real_dtype,
 )
 from regjax._dropout.scores import Scores, mixed_values
@@ -24,8 +23,8 @@ from regjax._random.bernoulli import bernoulli_at, exact_keep_prob
 from regjax._random.collect import BlockwisePlan
 from regjax._random.events import BlockwiseCall, observer
 from regjax._random.keys import consume, key_words
-from regjax._random.rounding import rounded
 from regjax._random.threefry import slice_index
+from regjax._random.xla import materialize, rounded
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -68,8 +67,8 @@ class Blocks:
         layout = mask_sharding(weights, tuple(i for i, n in enumerate(whole) if n == 1))
         shape = (*whole[:-1], self.size)
         index = slice_index(whole, shape, {len(whole) - 1: first}, out_sharding=layout)
-        make = functools.partial(bernoulli_at, draw.words, draw.keep_prob, index)
-        return materialize_mask(make) if self.broadcast_dropout else make()
+        keep = bernoulli_at(draw.words, draw.keep_prob, index)
+        return materialize(keep) if self.broadcast_dropout else keep
 
 
 class _Draw(NamedTuple):
@@ -78,7 +77,7 @@ class _Draw(NamedTuple):
     words: Array
     keep_prob: Array
     # For observers: the ticket of this call, the flag that turns it off, and the rate.
-    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None
+    recorded: tuple[ArrayLike, ArrayLike, ArrayLike] | None
 
 
 def _where_kept(keep: Array | None, weights: Array) -> Array:
@@ -119,8 +118,8 @@ def _attend(
 
     # The derivative draws the same masks again, and records nothing.
     record_block = record_end = None
-    if draw is not None and draw.watched is not None and (observers := observer()):
-        ticket, off, rate = draw.watched
+    if draw is not None and draw.recorded is not None and (observers := observer()):
+        ticket, off, rate = draw.recorded
         words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
         call = BlockwiseCall(ticket, words, inputs, off)
         record_block = functools.partial(observers.block, call)
@@ -185,7 +184,7 @@ def blockwise(
     mask: Any,
     dropout_rng: KeyLike | None = None,
     rate: float | Float[Array, ""] = 0.0,
-    watched: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
+    recorded: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
 ) -> Array:
     # At least one block, even without keys: a scan traces one before it runs.
     whole = blocks.size * (-(-blocks.keys // blocks.size) if blocks.keys else 1)
@@ -198,7 +197,7 @@ def blockwise(
         keep_prob = keep_prob_of(rate, query.dtype)
         consume(dropout_rng)
         words = jnp.stack(key_words(dropout_rng))
-        draw = _Draw(words, jnp.asarray(keep_prob, np.float32), watched)
+        draw = _Draw(words, jnp.asarray(keep_prob, np.float32), recorded)
         scale = inverse_keep_prob(exact_keep_prob(keep_prob), query.dtype)
     arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
     result, _ = _attend_in_one(blocks, *arrays, draw)

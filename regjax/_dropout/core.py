@@ -20,8 +20,8 @@ from regjax._random.bernoulli import MaskSampler, Sampler, bernoulli, check_prob
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words
 from regjax._random.packed import mask_sampler
-from regjax._random.rounding import rounded
 from regjax._random.threefry import at_most
+from regjax._random.xla import materialize, rounded
 from regshared.checks import check_integer, check_integers
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def dropout(
 
     The division is a multiplication by `float32(1) / float32(1 - rate)`, in double for float64 and
     complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
-    with a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12, the scale is the
-    inverse of that multiple, so that the mean is right for every rate below 1.
+    with a probability that is a multiple of 2**-23, rounded up. Where `1 - rate` is below 2**-12,
+    the scale is the inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
         x: Floating or complex, of any shape, including 0-d and empty.
@@ -74,26 +74,23 @@ def dropout(
         TypeError: `x` has an integer or boolean dtype, `rate` is not a real number, `key` is not a
             key, or `deterministic` is not a boolean.
         ValueError: A concrete `rate` is not in [0, 1]; `key` is missing, or a batch of keys; or
-            `broadcast_dims` are not distinct dimensions of `x`. A traced rate out of range cannot
-            raise: the result is NaN.
+            `broadcast_dims` are not distinct dimensions of `x`. A traced rate out of range gives
+            NaN.
 
     Note (PyTorch):
         `torch.nn.functional.dropout(x, p=rate, training=not deterministic)` draws its masks from a
-        hidden generator. `regtorch.dropout` with the same key returns bitwise identical results.
-        Inside a larger jitted function, XLA may contract the scale of a shared mask with a sum that
-        follows, which then rounds once.
+        hidden generator. `regtorch.dropout` with the same key returns bitwise identical results,
+        and so do the other functions of the family. Inside a larger jitted function, XLA may
+        contract the scale of a shared mask with a sum that follows, which then rounds once.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
-        >>> x = jnp.arange(1.0, 7.0)
-        >>> regjax.dropout(x, 0.5, key=jax.random.key(0))
+        >>> regjax.dropout(jnp.arange(1.0, 7.0), 0.5, key=jax.random.key(0))
         Array([ 0.,  0.,  6.,  8.,  0., 12.], dtype=float32)
-        >>> regjax.dropout(x, 0.5, deterministic=True)
-        Array([1., 2., 3., 4., 5., 6.], dtype=float32)
 
     References:
-        Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to prevent
-        neural networks from overfitting", JMLR 15, 2014; here in the inverted form.
+        Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
+        15, 2014; here in the inverted form.
     """
     x = check_inexact(x)
     is_default = isinstance(broadcast_dims, tuple) and not broadcast_dims
@@ -117,7 +114,10 @@ class DropoutSpec(Protocol):
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Array]:
-        """Return the result and the applied mask, of size 1 along dimensions that share it."""
+        """Return the result and the applied mask, of size 1 along dimensions that share it.
+
+        The result is NaN for a traced rate outside [0, 1], by `guard_rate` or otherwise.
+        """
         ...
 
 
@@ -155,7 +155,7 @@ def apply_dropout(
 def mask_and_scale(
     spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> Inexact[Array, "*shape"]:
-    """Apply `spec` to `x`; return NaN for a traced rate outside [0, 1]."""
+    """Apply `spec` to `x`, in one dispatch."""
     jitted = _drop_at_number if isinstance(rate, float) else _drop_at_tracer
     return jitted(spec, x, key, rate)
 
@@ -164,12 +164,7 @@ def _masked(
     spec: DropoutSpec, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
 ) -> tuple[Inexact[Array, "*shape"], Array]:
     """Return the result of `mask_and_scale` and the mask."""
-    if not isinstance(rate, jax.Array):
-        return spec(x, key, rate)
-    rate = rounded(rate)  # the caller may pass a product, which is subtracted later
-    dropped, keep = spec(x, key, rate)
-    in_range = (rate >= 0) & (rate <= 1)
-    return jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype)), keep
+    return spec(x, key, rate)
 
 
 def _drop(
@@ -178,8 +173,9 @@ def _drop(
     """Return the result alone; the backward pass draws the mask again."""
     # The backward pass only needs the mask. prevent_cse=False, because the barriers of a
     # checkpoint would keep XLA from fusing the mask.
-    drop = jax.checkpoint(lambda spec, x, key: _masked(spec, x, key, rate)[0], prevent_cse=False)
-    return drop(spec, x, key)
+    return jax.checkpoint(lambda spec, x, key: spec(x, key, rate)[0], prevent_cse=False)(
+        spec, x, key
+    )
 
 
 # The inner jit makes an eager call one dispatch instead of a hundred, and sites of a model with
@@ -188,6 +184,23 @@ _drop_at_number = jax.jit(_drop, static_argnums=3)
 _drop_at_tracer = jax.jit(_drop)
 _masked_at_number = jax.jit(_masked, static_argnums=3)
 _masked_at_tracer = jax.jit(_masked)
+
+
+def guard_rate(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate the call of a `DropoutSpec`: NaN where a traced rate is outside [0, 1]."""
+
+    @functools.wraps(draw)
+    def guarded(
+        spec: Any, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> tuple[Inexact[Array, "*shape"], Array]:
+        if not isinstance(rate, jax.Array):
+            return draw(spec, x, key, rate)
+        rate = rounded(rate)  # the caller may pass a product, which is subtracted later
+        dropped, keep = draw(spec, x, key, rate)
+        in_range = (rate >= 0) & (rate <= 1)
+        return jnp.where(in_range, dropped, jnp.full((), jnp.nan, x.dtype)), keep
+
+    return guarded
 
 
 def inverse_keep_prob(
@@ -216,19 +229,20 @@ class SampledMask:
     scale: Callable[..., Any] = inverse_keep_prob
     offsets: Callable[..., Any] | None = None
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
         """Draw the mask, shift and scale."""
         keep_prob = keep_prob_of(rate, x.dtype)
         keep = keep_mask(x, key, keep_prob, self.broadcast_dims, self.sampler)
-        realised = self.sampler.realised_keep_prob(keep_prob)
-        if isinstance(realised, jax.Array):
-            realised = realised.astype(real_dtype(x.dtype))
-        scale = self.scale(realised, x.dtype)
+        realized = self.sampler.realized_keep_prob(keep_prob)
+        if isinstance(realized, jax.Array):
+            realized = realized.astype(real_dtype(x.dtype))
+        scale = self.scale(realized, x.dtype)
         if self.offsets is None:
             return where_kept(keep, x, scale), keep
-        shift, fill = self.offsets(realised, x.dtype)
+        shift, fill = self.offsets(realized, x.dtype)
         # Sum before product: no compiler can contract the two into one rounding. `x` may itself be
         # a product.
         kept = (rounded(x.astype(scale.dtype)) + shift) * scale
@@ -247,24 +261,11 @@ def keep_mask(
     if not dims:
         return sampler.draw(key, keep_prob, x.shape, layout)
     shape = tuple([1 if dim in dims else size for dim, size in enumerate(x.shape)])
-    draw = functools.partial(sampler.draw, key, keep_prob, shape, layout)
+    keep = sampler.draw(key, keep_prob, shape, layout)
     first = min([dim for dim in dims if not at_most(x.shape[dim], 1)], default=x.ndim)
     # Shared along the last dimensions only, a mask element stays in a register.
     is_redrawn = not at_most(math.prod(shape[first:]), 1)
-    return materialize_mask(draw) if is_redrawn else draw()
-
-
-def materialize_mask(draw: Callable[[], Bool[Array, "*mask"]]) -> Bool[Array, "*mask"]:
-    """Draw a mask before it is read; a CPU would draw it again for each element that shares it.
-
-    XLA treats a draw as cheap, and repeats it in every loop that reads the mask, but does not look
-    into the branches of a conditional. The barrier hides that the condition is constant.
-    """
-
-    def in_a_branch() -> Bool[Array, "*mask"]:
-        return lax.cond(lax.optimization_barrier(True), draw, lambda: jnp.zeros_like(draw()))
-
-    return lax.platform_dependent(cpu=in_a_branch, default=draw)
+    return materialize(keep) if is_redrawn else keep
 
 
 def keep_prob_of(rate: float | Float[Array, ""], dtype: np.dtype) -> float | Float[Array, ""]:
@@ -312,7 +313,7 @@ def require_key(key: KeyLike | None) -> KeyLike:
     """Return the key if it is present and a single key."""
     if key is None:
         raise ValueError(
-            "key is missing: dropout in training needs one. Pass key=jax.random.key(seed), or "
+            "key must be a random key in training; got None. Pass key=jax.random.key(seed), or "
             "key=regjax.site_key(root, step, site) inside a training loop, or deterministic=True "
             "to evaluate."
         )
@@ -344,7 +345,7 @@ def check_flag(deterministic: ArrayLike) -> bool | Bool[Array, ""]:
         return deterministic
     if getattr(deterministic, "dtype", None) != np.bool_ or np.ndim(deterministic):
         raise TypeError(
-            "deterministic must be one boolean: False in training, True in evaluation; got "
+            "deterministic must be a boolean, False in training and True in evaluation; got "
             f"{deterministic!r}."
         )
     return deterministic if isinstance(deterministic, Tracer) else bool(deterministic)
@@ -355,8 +356,8 @@ def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
     dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
-            "broadcast_dims must be distinct dimensions of x, counted from 0 and below "
-            f"{ndim}; got {tuple(broadcast_dims)}."
+            f"broadcast_dims must be distinct dimensions of x, counted from 0 and below {ndim}; "
+            f"got {tuple(broadcast_dims)}."
         )
     return dims
 

@@ -20,6 +20,7 @@ from regjax._dropout.core import (
     check_flag,
     check_inexact,
     check_real,
+    guard_rate,
     is_number,
     mask_and_scale,
     mask_sharding,
@@ -30,9 +31,9 @@ from regjax._dropout.core import (
 from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.keys import key_words
 from regjax._random.normal import normal
-from regjax._random.rounding import rounded
 from regjax._random.threefry import is_number as is_known
 from regjax._random.threefry import product_words, threefry2x32
+from regjax._random.xla import rounded
 from regshared.checks import check_bool, check_integer
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def drop_block(
 
     Row n, channel c and the block that starts at s draw from the row-major index of `(n, c, *s)`
     wherever the channels lie, so that NCHW and NHWC have the same mask. Only the key is stored for
-    the backward pass.
+    the backward pass. Under `vmap` each row is a batch, scaled by its own count.
 
     Args:
         x: Floating or complex, the batch first, then one or more spatial dimensions and the
@@ -83,7 +84,7 @@ def drop_block(
         key: See `dropout`.
         deterministic: See `dropout`.
         channel_axis: The dimension of the channels, counted from the end if negative.
-        share_channels: Whether all channels of a row share one mask; each has its own otherwise.
+        share_channels: Whether all channels of a row share one mask.
         gamma_scale: A factor of gamma, finite and at least 0. A gamma above 1 counts as 1, and a
             rate of 1 drops everything.
         scale_by_keep: False leaves kept elements unscaled, and the mean falls.
@@ -102,14 +103,13 @@ def drop_block(
             dimension; the mask has 2**32 elements or more, which are not counted; or as `dropout`.
 
     Note (PyTorch):
-        `regtorch.drop_block`, whose channels are first by default, zeroes the same blocks of the
-        same rows with the same key, and the results are bitwise identical.
+        In `regtorch.drop_block` the channels are first by default.
         `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in this way too,
-        for odd blocks that fit into the map. `gamma_scale`, `scale_by_keep` and `with_noise` are
-        those of `timm.layers.drop_block_2d` (1.0.29), and `share_channels` is its
-        `couple_channels`, which is on by default. In timm a block may start at any element and is
-        cut off at the border, masks and noise come from the global generator, and channels that
-        share a mask share their noise.
+        for odd blocks that fit into the map. `timm.layers.drop_block_2d` (1.0.29) has
+        `gamma_scale`, `scale_by_keep`, `with_noise` and, on by default, `couple_channels`
+        (`share_channels`); there a block may start at any element and is cut off at the border,
+        masks and noise come from the global generator, and channels that share a mask share their
+        noise.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -123,14 +123,6 @@ def drop_block(
                [0, 0, 0, 1, 1, 1, 1, 1]], dtype=int32)
         >>> y.max()  # 40 elements / 22 kept elements
         Array(1.8181819, dtype=float32)
-
-        Under `vmap` each row is a batch, scaled by its own count:
-
-        >>> def row(x, key):
-        ...     return regjax.drop_block(x[None], 0.3, block_size=3, key=key)[0]
-        >>> keys = jax.random.split(jax.random.key(0), 2)
-        >>> jax.vmap(row)(jnp.ones((2, 8, 8, 3)), keys).shape
-        (2, 8, 8, 3)
 
     References:
         Ghiasi, Lin, Le, "DropBlock: a regularization method for convolutional networks", NeurIPS
@@ -161,10 +153,10 @@ class _Blocks:
     scale_by_keep: bool = True
     name: str = "drop_block"
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
-        """Mask and scale by elements / kept elements."""
         keep = self.keep(x, key, rate)
         return self.apply(x, keep), keep
 
@@ -202,15 +194,14 @@ class _Blocks:
     def apply(
         self, x: Inexact[Array, "*shape"], keep: Bool[Array, "*mask"]
     ) -> Inexact[Array, "*shape"]:
-        """Mask and scale."""
         real = real_dtype(x.dtype)
         if not self.scale_by_keep:
             return where_kept(keep, x, real(1))
         high, size = product_words(keep.shape)
         if not isinstance(high, jax.Array) and high:
             raise ValueError(
-                f"x must have fewer than 2**32 elements to mask; got {keep.size}, which are not "
-                "counted. Map over rows with jax.vmap, or pass share_channels=True."
+                f"x must have fewer than 2**32 elements to mask and count; got {keep.size}. Map "
+                "over rows with jax.vmap, or pass share_channels=True."
             )
         kept = jnp.sum(keep, dtype=jnp.uint32)
         # One division of two exact integers, which are rounded where they are large.
@@ -228,10 +219,10 @@ class _Dropped:
     blocks: _Blocks
     name: str = "drop_block"
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
-        """Mask."""
         keep = ~self.blocks.keep(x, key, rate)
         return self.blocks.apply(x, keep), keep
 
@@ -305,7 +296,6 @@ def _spread(keep: Bool[Array, "*starts"], dim: int, size: int) -> Bool[Array, "*
 
 
 def _check_gamma_scale(gamma_scale: float) -> float:
-    """Return the factor as a Python float; raise as `check_number`."""
     return check_number("gamma_scale", gamma_scale, minimum=0)
 
 
@@ -316,14 +306,14 @@ def _check_blocks(
     axis = check_axis("channel_axis", channel_axis, ndim)
     if ndim < 3 or axis == 0:
         raise ValueError(
-            "x must have a batch dimension, which comes first, a channel dimension and at least "
-            f"one spatial dimension; got shape {shape} with channel_axis={channel_axis}."
+            "x must have a batch dimension first, a channel dimension and at least one spatial "
+            f"dimension; got shape {shape} with channel_axis={channel_axis}."
         )
     sizes = [length for dim, length in enumerate(shape) if dim not in (0, axis)]
     if not all(is_known(length) for length in sizes):
         raise ValueError(
-            "x must have spatial dimensions of known size, on which the probability of a block "
-            f"depends; got shape {shape}. Export one program for each size: only the batch and the "
+            "x must have spatial dimensions of known size, which determine the probability of a "
+            f"block; got shape {shape}. Export one program for each size: only the batch and the "
             "channels may be symbolic."
         )
     # An empty map has no place for a block, but its mask still has a shape.

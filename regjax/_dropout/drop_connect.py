@@ -44,6 +44,7 @@ def drop_connect(
     for each example; that is `jax.vmap` over keys, at the cost of as many kernels as rows, as in
     the second example. In evaluation the paper approximates the mean over masks by samples of a
     normal distribution; here weights are scaled in training, and evaluation uses them unchanged.
+    The other errors are those of `dropout` and `decay_mask`.
 
     Args:
         weights: One floating or complex array, or a pytree; its other leaves stay unchanged.
@@ -59,9 +60,7 @@ def drop_connect(
         An array, or a pytree of the same structure, shapes and dtypes as `weights`.
 
     Raises:
-        TypeError: As `dropout` and `decay_mask`.
-        ValueError: The rule selects nothing; or as `dropout` and `decay_mask`, such as for a glob
-            that matches nothing or a leaf that the default rule does not know.
+        ValueError: The rule selects nothing.
 
     Note (PyTorch):
         `regtorch.drop_connect` of a dict from names to tensors draws the same masks where names and
@@ -81,9 +80,9 @@ def drop_connect(
         (4, 3)
 
     References:
-        Wan, Zeiler, Zhang, LeCun, Fergus, "Regularization of neural networks using DropConnect",
-        ICML 2013. Recurrent weights: Merity, Keskar, Socher, "Regularizing and optimizing LSTM
-        language models", ICLR 2018.
+        Wan et al., "Regularization of neural networks using DropConnect", ICML 2013. Recurrent
+        weights: Merity, Keskar, Socher, "Regularizing and optimizing LSTM language models", ICLR
+        2018.
     """
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
@@ -111,6 +110,7 @@ def _chosen(weights: PyTree, rule: Rule) -> PyTree[bool]:
     chosen = decay_mask(weights, rule)
     if not any(jax.tree.leaves(chosen)):
         raise ValueError(
-            f"weights have no leaf that rule {rule!r} says True of, so there is nothing to drop"
+            f"weights must have a leaf that rule {rule!r} selects; got none. Pass rule='**' for "
+            "all."
         )
     return chosen

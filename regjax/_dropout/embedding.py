@@ -15,6 +15,7 @@ from regjax._checks import check_array
 from regjax._dropout.core import (
     apply_dropout,
     check_inexact,
+    guard_rate,
     inverse_keep_prob,
     keep_prob_of,
     where_kept,
@@ -59,9 +60,6 @@ def embedding_dropout(
             would count from the end of a table of unknown length. A traced id is not checked: a
             negative one is a separate word.
 
-    Note (PyTorch):
-        `regtorch.embedding_dropout` with the same key returns bitwise identical results.
-
     Example:
         >>> import jax, jax.numpy as jnp, regjax
         >>> ids = jnp.array([[0, 2, 0], [1, 2, 3]])
@@ -86,6 +84,7 @@ class _Words:
     ids: Integer[Array, "*ids"]
     name: str = "embedding_dropout"
 
+    @guard_rate
     def __call__(
         self, x: Inexact[Array, "*ids features"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*ids features"], Bool[Array, "*ids 1"]]:
@@ -100,17 +99,16 @@ class _Words:
 def _check_ids(ids: Integer[ArrayLike, "*ids"], shape: tuple[int, ...]) -> Integer[Array, "*ids"]:
     ids = check_array("ids", ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"ids must be integers, as an embedding takes them; got dtype {ids.dtype}.")
+        raise TypeError(f"ids must be integers; got dtype {ids.dtype}.")
     if not shape or shape[:-1] != ids.shape:
         raise ValueError(
-            f"ids must have the shape of x without its last axis, {shape[:-1]}; got "
-            f"{ids.shape} with x of shape {shape}."
+            f"ids must have the shape of x without its last axis, {shape[:-1]}; got {ids.shape} "
+            f"with x of shape {shape}."
         )
     can_be_read = not isinstance(ids, Tracer) and ids.is_fully_addressable and ids.size
     # JAX's minimum would be traced inside a trace; NumPy's is not.
     if can_be_read and (lowest := np.asarray(ids).min()) < 0:
         raise ValueError(
-            f"ids must not be negative; got {lowest}. Give the word its "
-            "place in the table, counted from 0."
+            f"ids must not be negative; got {lowest}. Count words from the start of the table."
         )
     return ids

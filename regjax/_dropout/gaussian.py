@@ -1,6 +1,6 @@
 """Gaussian noise, multiplied with the activations or added to them.
 
-`observing` records masks. There is none here, and it records nothing.
+`observing` records masks; noise has none and is not recorded.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from regjax._checks import as_number
 from regjax._dropout.core import (
     check_flag,
     check_real,
+    guard_rate,
     mask_and_scale,
     mask_sharding,
     real_dtype,
@@ -26,7 +27,8 @@ from regjax._dropout.core import (
 )
 from regjax._random.bernoulli import check_probability
 from regjax._random.normal import normal
-from regjax._random.rounding import exact_sqrt, rounded
+from regjax._random.rounding import exact_sqrt
+from regjax._random.xla import rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,8 +72,7 @@ def gaussian_dropout(
             NaN.
 
     Note (PyTorch):
-        `regtorch.gaussian_dropout` with the same key returns bitwise identical results. PyTorch
-        itself has no equivalent; Keras has `keras.layers.GaussianDropout(rate)`.
+        PyTorch has no equivalent; Keras has `keras.layers.GaussianDropout(rate)`.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -79,8 +80,7 @@ def gaussian_dropout(
         Array([1.811321  , 2.0126324 , 0.7832028 , 0.96069133], dtype=float32)
 
     References:
-        Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov, "Dropout: a simple way to prevent
-        neural networks from overfitting", JMLR 15, 2014, section 10.
+        Srivastava et al., "Dropout", JMLR 15, 2014, section 10.
     """
     return _noisy(x, check_noise_rate(rate), key, deterministic, _multiplied)
 
@@ -110,8 +110,7 @@ def gaussian_noise(
         ValueError: A concrete `stddev` is negative, infinite or NaN. A traced one gives NaN.
 
     Note (PyTorch):
-        `regtorch.gaussian_noise` with the same key returns bitwise identical results. PyTorch
-        itself has no equivalent; Keras has `keras.layers.GaussianNoise(stddev)`.
+        PyTorch has no equivalent; Keras has `keras.layers.GaussianNoise(stddev)`.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
@@ -119,27 +118,26 @@ def gaussian_noise(
         Array([ 0.16226421,  0.20252648, -0.04335944, -0.00786174], dtype=float32)
 
     References:
-        Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural Computation
-        7, 1995.
+        Bishop, "Training with noise is equivalent to Tikhonov regularization", 1995.
     """
     return _noisy(x, check_stddev(stddev), key, deterministic, _added)
 
 
 def _noisy(
     x: Float[ArrayLike, "*shape"],
-    amount: float | Float[Array, ""],
+    rate_or_stddev: float | Float[Array, ""],
     key: KeyLike | None,
     deterministic: ArrayLike,
     make: Callable[..., Any],
 ) -> Float[Array, "*shape"]:
-    """Check the arguments, take the shortcuts, then return `make(x, key, amount)`."""
+    """Check the arguments, take the shortcuts, then return `make(x, key, rate_or_stddev)`."""
     x = _check_real(x)
     deterministic = check_flag(deterministic)
-    if deterministic is True or (isinstance(amount, float) and amount == 0):
+    if deterministic is True or (isinstance(rate_or_stddev, float) and rate_or_stddev == 0):
         return x
 
     def noisy() -> Float[Array, "*shape"]:
-        return make(x, require_key(key), amount)
+        return make(x, require_key(key), rate_or_stddev)
 
     return noisy() if deterministic is False else lax.cond(deterministic, lambda: x, noisy)
 
@@ -151,6 +149,7 @@ class _Factors:
 
     name: str = "gaussian_dropout"
 
+    @guard_rate
     def __call__(
         self, x: Float[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:

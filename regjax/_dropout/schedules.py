@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from regjax._checks import as_number
 from regjax._random.bernoulli import check_probability
-from regjax._random.rounding import rounded
+from regjax._random.xla import rounded
 from regshared.checks import check_choice, check_integer
 
 if TYPE_CHECKING:
@@ -55,11 +55,11 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
 
     Note (PyTorch):
         `regtorch.linear_rate` returns the same bits at every step: both compute in float32, by
-        operations that round alike everywhere. A schedule of optax also works as a rate, but is not
-        guaranteed to match PyTorch bit for bit.
+        operations that round alike everywhere. A schedule of optax also works as a rate, but may
+        differ from PyTorch's in the last bit.
 
     Example:
-        >>> import jax, jax.numpy as jnp, optax, regjax
+        >>> import jax, jax.numpy as jnp, regjax
         >>> rate = regjax.linear_rate(0.0, 0.5, steps=4)
         >>> [float(rate(step)) for step in range(6)]
         [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
@@ -68,8 +68,6 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
         ...     return regjax.dropout(x, rate(step), key=key)
         >>> layer(jnp.ones(6), jax.random.key(0), 3)
         Array([0. , 0. , 1.6, 1.6, 1.6, 1.6], dtype=float32)
-        >>> optax.linear_schedule(0.0, 0.5, 4)(3)
-        Array(0.375, dtype=float32, weak_type=True)
     """
     return _between(start, end, steps, lambda progress: progress)
 
@@ -77,9 +75,8 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
 def cosine_rate(start: float, end: float, steps: int) -> Schedule:
     """Return a schedule that moves from `start` to `end` along half a cosine, then stays at `end`.
 
-    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`, within 1e-6: slow at
-    both ends, and fastest in the middle. The arguments, the result, the errors and the relation to
-    PyTorch are those of `linear_rate`.
+    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`, within 1e-6. For the
+    arguments, result, errors and relation to PyTorch see `linear_rate`.
 
     Example:
         >>> import regjax
@@ -88,8 +85,7 @@ def cosine_rate(start: float, end: float, steps: int) -> Schedule:
         [0.0, 0.073223, 0.25, 0.426777, 0.5, 0.5]
 
     References:
-        The shape: Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR
-        2017.
+        Loshchilov and Hutter, "SGDR", ICLR 2017.
     """
     return _between(start, end, steps, _half_wave)
 
@@ -100,9 +96,9 @@ def depth_rates(
     """Return the rates of `drop_path` for a stack of layers: 0 at the first, `rate` at the last.
 
     Layer l of L, counted from 0, has `rate * l / (L - 1)`: more layers use a layer nearer to the
-    input, so it is dropped more rarely. The paper counts from 1 and divides by L, so that the first
-    layer is dropped too: `depth_rates(rate, depth + 1)[1:]`. torchvision counts from 0 and divides
-    by L, so that the last layer stays below `rate`: `depth_rates(rate, depth + 1)[:-1]`.
+    input, so it is dropped more rarely. In the paper the first layer is dropped too:
+    `depth_rates(rate, depth + 1)[1:]`. In torchvision the last layer stays below `rate`:
+    `depth_rates(rate, depth + 1)[:-1]`.
 
     Args:
         rate: The rate of the last layer, in [0, 1].
@@ -110,14 +106,14 @@ def depth_rates(
         shape: "linear", or "constant" for `rate` at every layer.
 
     Returns:
-        A number for each layer; the same in both packages.
+        A number for each layer, the same in both packages.
 
     Raises:
         TypeError: `rate` is not a real number, or `depth` is not an integer.
         ValueError: `rate` is not in [0, 1], `depth` is below 1, or `shape` is neither of the two.
 
     Note (PyTorch):
-        `torch.linspace(0, rate, depth).tolist()`, as in timm's models, which is rounded to float32.
+        timm's models use `torch.linspace(0, rate, depth).tolist()`, rounded to float32.
 
     Example:
         >>> import regjax
@@ -125,7 +121,7 @@ def depth_rates(
         (0.0, 0.125, 0.25, 0.375, 0.5)
 
     References:
-        Huang, Sun, Liu, Sedra, Weinberger, "Deep networks with stochastic depth", ECCV 2016.
+        Huang et al., "Deep networks with stochastic depth", ECCV 2016.
     """
     rate = float(check_probability("rate", rate))
     depth = _check_count("depth", depth)

@@ -87,12 +87,12 @@ def mixed_values(
     precision: Any,
 ) -> Float[Array, "*batch queries heads features"]:
     heads, kv_heads = weights.shape[-3], value.shape[-2]
-    how = {"precision": precision, "preferred_element_type": real_dtype(value.dtype)}
+    options = {"precision": precision, "preferred_element_type": real_dtype(value.dtype)}
     if heads == kv_heads:
-        return jnp.einsum("...hqk,...khd->...qhd", weights, value, **how)
+        return jnp.einsum("...hqk,...khd->...qhd", weights, value, **options)
     split = kv_heads, heads // kv_heads
     grouped = weights.reshape(*weights.shape[:-3], *split, *weights.shape[-2:])
-    mixed = jnp.einsum("...hgqk,...khd->...qhgd", grouped, value, **how)
+    mixed = jnp.einsum("...hgqk,...khd->...qhgd", grouped, value, **options)
     return mixed.reshape(*mixed.shape[:-3], heads, mixed.shape[-1])
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
 
 
-_ADVICE = " Of a single timestep, use dropout, with the same key at every step."
+_ADVICE = " For a single timestep, use dropout with the same key at every step."
 
 
 def variational_dropout(
@@ -34,10 +34,9 @@ def variational_dropout(
     `time_axis`, also called locked dropout. The result and other errors are those of `dropout`.
 
     Inside the recurrence there is no time axis. There, call `dropout` on the carried state with
-    **one key for all steps**, made outside the loop: the same key gives the same mask, as in the
-    second example. `jax_debug_key_reuse`, where enabled, rejects a key that a loop uses at every
-    step; pass `jax.random.clone(key)` then. `examples/recurrent_dropout.py` drops the cells of Flax
-    in the same way. No mask is stored for the backward pass.
+    **one key for all steps**, made outside the loop, as in the example. `jax_debug_key_reuse`,
+    where enabled, rejects a key that a loop uses at every step; pass `jax.random.clone(key)` then.
+    `examples/recurrent_dropout.py` drops the cells of Flax in the same way.
 
     Args:
         x: Floating or complex, with a time axis, such as (batch, time, features).
@@ -53,30 +52,21 @@ def variational_dropout(
         ValueError: `time_axis` is not a dimension of `x`.
 
     Note (PyTorch):
-        `regtorch.variational_dropout` with the same key returns bitwise identical results. The
-        `dropout=` of `torch.nn.LSTM` differs: it draws a new mask at every timestep.
+        The `dropout=` of `torch.nn.LSTM` differs: it draws a new mask at every timestep.
 
     Example:
         >>> import jax, jax.numpy as jnp, regjax
-        >>> x = jnp.ones((2, 3, 4))  # batch, time, features
-        >>> y = regjax.variational_dropout(x, 0.5, key=jax.random.key(0))
-        >>> y[:, 0, :]
-        Array([[0., 0., 2., 2.],
-               [0., 2., 2., 0.]], dtype=float32)
-        >>> bool((y == y[:, :1, :]).all())
-        True
-
-        >>> def network(w, xs, key):  # the state is dropped, with one mask for all steps
-        ...     def step(h, x):
-        ...         h = jnp.tanh(x @ w["in"] + regjax.dropout(h, 0.5, key=key) @ w["hidden"])
-        ...         return h, h
-        ...     return jax.lax.scan(step, jnp.zeros((xs.shape[1], 4)), xs)[1]
-        >>> w = {"in": jnp.ones((3, 4)), "hidden": jnp.eye(4)}
-        >>> network(w, jnp.ones((7, 2, 3)), jax.random.key(0)).shape  # time, batch, features
-        (7, 2, 4)
+        >>> xs, key = jnp.ones((7, 2, 3)), jax.random.key(0)  # time, batch, features
+        >>> xs = regjax.variational_dropout(xs, 0.3, key=key, time_axis=0)
+        >>> w, state_key = jnp.eye(3), regjax.site_key(key, 0, "state")
+        >>> def step(h, x):  # one mask of the state for all steps
+        ...     h = jnp.tanh(x + regjax.dropout(h, 0.5, key=state_key) @ w)
+        ...     return h, h
+        >>> jax.lax.scan(step, jnp.zeros((2, 3)), xs)[1].shape
+        (7, 2, 3)
 
     References:
-        Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+        Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
         networks", NeurIPS 2016.
     """
     x = check_inexact(x)

@@ -1,8 +1,8 @@
 """Keep masks: random bits compared with a threshold.
 
 This is **mask stream v1**: the mask is a function of the key, the keep probability and the shape
-only. It does not depend on JAX's configuration, the device, the mesh or any transform, and it will
-not change under this name. It equals `jax.random.bernoulli` under JAX's default configuration.
+alone, whatever the configuration, device, mesh or transform, and will not change under this name.
+It equals `jax.random.bernoulli` under JAX's default configuration.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class MaskSampler:
         """Draw a mask from checked arguments; True keeps an element."""
         return self.function(key, keep_prob, shape, out_sharding=out_sharding)
 
-    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+    def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         """Return the number by which kept elements are divided."""
         return keep_prob
 
@@ -94,10 +94,9 @@ class MaskSampler:
 def exact_keep_prob(keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
     """Return the probability with which `bernoulli` keeps an element, for the scale.
 
-    The realized probability is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a
-    relative 2**-11 at most, and the scale uses `keep_prob` itself, as other libraries do. Below,
-    the difference can be large: at a keep probability of 1e-10, an element is kept with probability
-    2**-23.
+    It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
+    and the scale uses `keep_prob` itself, as other libraries do. Below, the difference can be
+    large.
     """
     if isinstance(keep_prob, jax.Array):
         share = _threshold(keep_prob).astype(keep_prob.dtype) * 2.0**-_MANTISSA
@@ -115,10 +114,9 @@ class ExactSampler(MaskSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draw a mask."""
         return _threshold_mask(key, _threshold(keep_prob), shape, out_sharding)
 
-    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
+    def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         """Return `exact_keep_prob(keep_prob)`."""
         return exact_keep_prob(keep_prob)
 
@@ -150,11 +148,8 @@ def bernoulli(
 
     Example:
         >>> import jax, regjax
-        >>> key = jax.random.key(0)
-        >>> regjax.bernoulli(key, 0.5, (6,)).tolist()
+        >>> regjax.bernoulli(jax.random.key(0), 0.5, (6,)).tolist()
         [False, False, True, True, False, True]
-        >>> bool((regjax.bernoulli(key, 0.5, (6,)) == jax.random.bernoulli(key, 0.5, (6,))).all())
-        True
     """
     probability = check_probability("keep_prob", keep_prob)
     shape, layout = check_shape("shape", shape), check_layout("out_sharding", out_sharding)

@@ -22,7 +22,7 @@ import numpy as np
 from regjax._compat import make_user_context
 from regjax._random.collect import BlockwiseDraw, BlockwisePlan, Collected
 from regshared.checks import check_callable
-from regshared.events import SiteKey
+from regshared.events import SampledDraw, SiteKey
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Inexact
@@ -61,21 +61,6 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampledDraw(Draw):
-    """A `Draw` for an observer of samples: `mask` and `entering` are 1-D samples.
-
-    Attributes:
-        shape: The shape of the masked values.
-        size: The number of elements of the mask.
-        kept: The number of elements that are kept.
-    """
-
-    shape: tuple[int, ...]
-    size: int
-    kept: int
-
-
-@dataclasses.dataclass(frozen=True)
 class _Call:
     """A call of a dropout function, as numbered by one observer."""
 
@@ -97,9 +82,7 @@ class Observer:
             it applies to; None keeps all of them.
     """
 
-    def __init__(
-        self, record: Callable[[SiteKey | Draw], None], *, sample: int | None = None
-    ) -> None:
+    def __init__(self, record: Callable[[Any], None], *, sample: int | None = None) -> None:
         self.record = record
         self._sample = sample
         self._orders = itertools.count()
@@ -108,7 +91,6 @@ class Observer:
         self._lock = threading.Lock()  # each device calls back from its own thread
 
     def called(self, function: str, where: str, scope: str) -> _Call:
-        """Number a call."""
         return _Call(next(self._orders), function, where, scope)
 
     def draw(
@@ -157,11 +139,11 @@ class Observer:
         self, call: _Call, key: tuple[int, int], rate: float, mask: Collected, entering: Collected
     ) -> None:
         names = call.function, call.where, call.scope
-        fields = call.order, key, rate, mask.values, entering.values, *names
+        draw = Draw(call.order, key, rate, mask.values, entering.values, *names)
         if self._sample is None:
-            self.record(Draw(*fields))
+            self.record(draw)
         else:
-            self.record(SampledDraw(*fields, entering.shape, mask.size, mask.nonzero))
+            self.record(SampledDraw(draw, entering.shape, mask.size, mask.nonzero))
 
 
 class BlockwiseCall(NamedTuple):

@@ -35,17 +35,16 @@ def check_key(key: KeyLike | None, name: str = "key") -> KeyLike:
     is_typed = is_array and _is_typed(key)
     if not is_array or not (is_typed or key.dtype == np.uint32):
         raise TypeError(
-            f"{name} must be a JAX random key, as jax.random.key(seed) makes one; got "
-            f"{describe(key)}."
+            f"{name} must be a JAX random key, such as jax.random.key(seed); got {describe(key)}."
         )
     if key.ndim != (0 if is_typed else 1):
         raise ValueError(
-            f"{name} must be one single key; got a batch of keys, {describe(key)}. To use one key "
-            "for each row, map over both with jax.vmap; to use one of them, index it."
+            f"{name} must be a single key; got a batch of keys, {describe(key)}. Map over keys and "
+            "rows with jax.vmap, or select one key by its index."
         )
     if not is_typed and key.shape[0] not in (2, 4):
         raise ValueError(
-            f"{name} must have shape (2,) or, for rbg, (4,) if it is raw; got {describe(key)}."
+            f"{name} must have shape (2,), or (4,) for rbg, if it is raw; got {describe(key)}."
         )
     return key
 
@@ -103,10 +102,8 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
 
     Example:
         >>> import jax, regjax
-        >>> root = jax.random.key(0)
-        >>> at_step = [regjax.site_key(root, step, "hidden") for step in range(2)]
-        >>> x = jax.numpy.ones(6)
-        >>> [regjax.dropout(x, 0.5, key=key).tolist() for key in at_step]
+        >>> keys = [regjax.site_key(jax.random.key(0), step, "hidden") for step in range(2)]
+        >>> [regjax.dropout(jax.numpy.ones(6), 0.5, key=key).tolist() for key in keys]
         [[0.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]]
     """
     check_string("site", site, "a string that names the place")

@@ -29,11 +29,12 @@ from regjax._random.threefry import (
     row_major_index,
     threefry2x32,
 )
+from regjax._random.xla import materialize, read_bytes_on_gpus
 from regshared.checks import check_callable, check_integer
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
-    from jaxtyping import Array, Bool, Float, UInt, UInt8, UInt32
+    from jaxtyping import Array, Bool, Float, UInt, UInt32
 
     from regjax._random.keys import KeyLike
     from regjax._random.threefry import Layout, Words
@@ -56,13 +57,11 @@ class PackedSampler(MaskSampler):
         shape: tuple[int, ...],
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
-        """Draw a mask."""
         threshold = _threshold(keep_prob, self.bits)
         jitted = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
         return jitted(key, threshold, shape, self.bits, out_sharding)
 
-    def realised_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
-        """Return a multiple of `2**-bits`."""
+    def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         return _threshold(keep_prob, self.bits) / 2**self.bits
 
 
@@ -162,7 +161,7 @@ def _mask(
             drawn = counter_bits(words, shape, out_sharding=out_sharding)
             return _below(drawn >> np.uint32(32 - bits), threshold, bits)
         group = Group(shape, axis, out_sharding)
-        return group.spread(_stored(_compared(words, threshold, bits, group), words[0]))
+        return group.spread(materialize(_compared(words, threshold, bits, group)))
 
     return _at_packed_axis(draw, shape)
 
@@ -206,8 +205,9 @@ def _threshold(keep_prob: float | Float[Array, ""], bits: int) -> int | Float[Ar
     threshold = round(float(np.float32(keep_prob)) * levels)
     if 0 < keep_prob < 1 and threshold in (0, levels):
         raise ValueError(
-            f"keep_prob={keep_prob} rounds to {threshold // levels} in {bits} bits: use more bits, "
-            "as in functools.partial(regjax.packed_bernoulli, bits=32), or regjax.bernoulli."
+            f"keep_prob must not round to {threshold // levels} in {bits} bits; got {keep_prob}. "
+            "Use more bits, as in functools.partial(regjax.packed_bernoulli, bits=32), or "
+            "regjax.bernoulli."
         )
     return threshold
 
@@ -263,34 +263,6 @@ def _select(
     return jnp.where(condition, x, y)
 
 
-def _stored(words: UInt32[Array, "*words"], unknown: UInt32[Array, ""]) -> UInt32[Array, "*words"]:
-    """Return the same words; on CPU, force XLA to stop fusing here and store them.
-
-    Fused into their 32-way expansion, the words would be drawn again for each element. XLA does not
-    fuse an expensive operation into one that reads it many times, and it treats division by an
-    unknown number as expensive. The number is 1.
-    """
-
-    def divided(
-        words: UInt32[Array, "*words"], unknown: UInt32[Array, ""]
-    ) -> UInt32[Array, "*words"]:
-        return words // ((unknown == unknown + np.uint32(1)).astype(jnp.uint32) + np.uint32(1))
-
-    return lax.platform_dependent(words, unknown, cpu=divided, default=lambda words, _: words)
-
-
-def _bytes(words: UInt32[Array, "*words"]) -> tuple[UInt8[Array, "*words"], ...]:
-    """Return the bytes of each word as four arrays, least significant first; GPUs spread these.
-
-    On a GPU each element reads the container of its bit: a word has twice as many bytes as a
-    bfloat16 of the array itself, a byte half as many. One kernel draws the words and writes the
-    four arrays. The barrier preserves this: without it XLA may store words, and split them where
-    they are read.
-    """
-    places = [np.uint32(8 * i) for i in range(4)]
-    return lax.optimization_barrier(tuple((words >> place).astype(jnp.uint8) for place in places))
-
-
 @dataclasses.dataclass(frozen=True)
 class Group:
     """The elements that share a word, and the layout of words and elements over devices.
@@ -332,11 +304,7 @@ class Group:
         if isinstance(sharding, NamedSharding):
             spec = self._replace_axis(tuple(sharding.spec), sharding.spec[self.axis], None)
             lanes_sharding = sharding.update(spec=PartitionSpec(*spec))
-        bits = lax.platform_dependent(
-            words,
-            cuda=lambda words: self._bits(_bytes(words), lanes_sharding),
-            default=lambda words: self._bits((words,), lanes_sharding),
-        )
+        bits = read_bytes_on_gpus(words, lambda parts: self._bits(parts, lanes_sharding))
         mask = jnp.reshape(bits, self.shape, out_sharding=sharding)
         whole = self.out_sharding is None or jax.typeof(mask).sharding == self.out_sharding
         return mask if whole else jax.sharding.reshard(mask, self.out_sharding)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from regjax._random.rounding import rounded
+from regjax._random.xla import rounded
 from regshared.quantile_tables import DOUBLE, SINGLE
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def quantile(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     table = DOUBLE if u.dtype == np.float64 else SINGLE
     size = jnp.abs(u)
     w = _minus_log2((1 - size) * (1 + size), table.logarithm)
-    centre, *coefficients = _chosen(w, table.pieces)
-    return rounded(u * _polynomial(w - centre, coefficients))
+    center, *coefficients = _chosen(w, table.pieces)
+    return rounded(u * _polynomial(w - center, coefficients))
 
 
 def _minus_log2(x: Float[Array, "*shape"], series: Sequence[float]) -> Float[Array, "*shape"]:
@@ -55,7 +55,7 @@ def _minus_log2(x: Float[Array, "*shape"], series: Sequence[float]) -> Float[Arr
 
 def _chosen(w: Float[Array, "*shape"], pieces: Sequence[Any]) -> list[Any]:
     """Return the center and the coefficients of the piece that contains `w`."""
-    rows = [[w.dtype.type(number) for number in (p.centre, *p.coefficients)] for p in pieces]
+    rows = [[w.dtype.type(number) for number in (p.center, *p.coefficients)] for p in pieces]
     chosen: list[Any] = rows[0]
     for piece, row in zip(pieces[1:], rows[1:], strict=True):
         chosen = [jnp.where(w < piece.edge, *pair) for pair in zip(chosen, row, strict=True)]

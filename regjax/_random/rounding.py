@@ -1,41 +1,17 @@
-"""Arithmetic that rounds as written, whatever a compiler does."""
+"""Arithmetic that rounds alike on every backend."""
 
 from __future__ import annotations
 
 import functools
 from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 from jax import lax
 
+from regjax._random.xla import rounded
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
-
-
-@jax.custom_jvp
-def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Return `x`, and prevent a compiler from contracting the product `x` with a later sum.
-
-    XLA contracts `a * b + c` to one operation that rounds once, where PyTorch rounds twice, and
-    neither `lax.optimization_barrier` nor `lax.reduce_precision` prevents it. An operation between
-    the two does. This one is the identity for every value, and so is its derivative.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> x = jnp.float32(1 + 2**-12)
-        >>> jax.jit(lambda x: rounded(x * x) - x)(x) == x * x - x
-        Array(True, dtype=bool)
-    """
-    # x below 1, otherwise max(x, 1). A simpler selection fails: LLVM may know that a product is
-    # not NaN or not negative, but not how large it is.
-    one = lax.full_like(x, 1)
-    return lax.select(lax.lt(x, one), x, lax.max(x, one))
-
-
-@rounded.defjvp
-def _derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return rounded(*primals), tangents[0]
 
 
 def exact_sqrt(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax._compat import InconclusiveDimensionOperation
+from regjax._random.xla import iota_in_place
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -89,7 +90,7 @@ def row_major_index(
     small.
     """
     check_size(shape)
-    along = _along_in_place if in_place else _along
+    along = iota_in_place if in_place else _along
     carries = start is None and not at_most(math.prod(shape), _WORD)
     hi = jnp.zeros((), jnp.uint32)
     lo = hi if start is None else start
@@ -178,22 +179,6 @@ def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Ar
     sizes = [1] * len(shape)
     sizes[axis] = shape[axis]
     return lax.broadcasted_iota(np.uint32, sizes, axis, out_sharding=out_sharding)
-
-
-def _along_in_place(
-    shape: tuple[int, ...], axis: int, out_sharding: Layout
-) -> UInt32[Array, "*shape"]:
-    """Return the index along one axis, in a form that hides that it depends on that axis only.
-
-    Xor with the index along the last axis, applied twice, changes no number. XLA:TPU would compute
-    a value that depends on one axis separately from its consumer, and starting a kernel takes as
-    long as drawing tens of thousands of words.
-    """
-    index = lax.broadcasted_iota(np.uint32, shape, axis, out_sharding=out_sharding)
-    if axis == len(shape) - 1:
-        return index
-    last = lax.broadcasted_iota(np.uint32, shape, len(shape) - 1, out_sharding=out_sharding)
-    return (index ^ last) ^ last
 
 
 def _add_product(

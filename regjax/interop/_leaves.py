@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regjax._decay.paths import named_leaves
+from regjax.optim._records import RECORDS
 from regshared.checks import check_integers, check_string, describe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from jaxtyping import PyTree
+
+    from regjax.optim._records import Record
 
     Names = Mapping[str, "str | Leaf"]
 
@@ -77,15 +80,15 @@ class Part:
 
     label: str  # its name in the state
     index: int  # of the group
-    kind: str  # the class of the PyTorch optimizer
+    record: Record  # the optimizer
     group: dict[str, Any]  # the options
     leaves: dict[str, Located]  # by path in JAX
     transposed: bool = False  # for Muon: whether JAX holds the matrices transposed
 
     @property
-    def decoupled(self) -> bool:
-        """True if the decay bypasses the moments."""
-        return self.group.get("decoupled_weight_decay", self.kind in ("Adafactor", "Muon"))
+    def shares_count(self) -> bool:
+        """True if one count is both PyTorch's `step` and the step of the schedule."""
+        return self.record.shares_count(self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,36 +114,34 @@ FROZEN = "frozen"
 
 
 def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe:
-    """Find the PyTorch counterpart of each JAX parameter, and its group.
+    """Check the optimizer, and find the PyTorch counterpart of each JAX parameter and its group.
 
     `names` maps paths in JAX to names in PyTorch or to `Leaf`s. `model`, the module that is
     trained, is not needed if the optimizer has parameter names.
     """
+    record = RECORDS[check_class("torch_optimizer", torch_optimizer, "torch.optim", RECORDS)]
     check_names(names)
     leaves = {path: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for path, leaf in names.items()}
     tensors = _named_tensors(torch_optimizer, model)
     _check_names(leaves, tensors, torch_optimizer.param_groups, by_model=model is not None)
     path_of = {id(tensors[leaf.name]): path for path, leaf in leaves.items()}
-    kind, parts = type(torch_optimizer).__name__, []
+    parts = []
     for index, group in enumerate(torch_optimizer.param_groups):
         # PyTorch skips what has no gradient.
         trained = {path_of[id(p)]: p for p in group["params"] if p.requires_grad}
         located = {path: Located(leaves[path], tensor) for path, tensor in trained.items()}
-        parts += _by_layout(Part(f"group{index}", index, kind, group, located))
+        parts += _by_layout(Part(f"group{index}", index, record, group, located))
     trained = {path for part in parts for path in part.leaves}
     return Recipe(tuple(parts), frozenset(set(leaves) - trained))
 
 
 def _by_layout(part: Part) -> Iterator[Part]:
-    """Split a group for Muon, whose step depends on the output axis, into one part per layout."""
-    if part.kind != "Muon":
-        split = {False: part.leaves}
-    else:
-        split: dict[bool, dict[str, Located]] = {False: {}, True: {}}
-        for path, located in part.leaves.items():
-            split[located.leaf.transpose == (1, 0)][path] = located
-    split = {transposed: leaves for transposed, leaves in split.items() if leaves}
-    for transposed, leaves in split.items():
+    """Split a group into one part per layout, if the step depends on it."""
+    split: dict[bool, dict[str, Located]] = {}
+    for path, located in part.leaves.items():
+        transposed = part.record.depends_on_layout and located.leaf.transpose == (1, 0)
+        split.setdefault(transposed, {})[path] = located
+    for transposed, leaves in sorted(split.items()):
         label = f"{part.label}_transposed" if transposed and len(split) > 1 else part.label
         yield dataclasses.replace(part, label=label, leaves=leaves, transposed=transposed)
 
@@ -155,8 +156,8 @@ def _named_tensors(torch_optimizer: Any, model: Any) -> dict[str, Any]:
     for index, group in enumerate(torch_optimizer.param_groups):
         if "param_names" not in group:
             raise ValueError(
-                f"the parameters of group {index} have no names: pass model=, or make the "
-                "optimizer with model.named_parameters()"
+                f"model must be given if group {index} has no names of parameters; got None. Pass "
+                "the model, or create the optimizer with model.named_parameters()."
             )
         named.update(zip(group["param_names"], group["params"], strict=True))
     return named
@@ -173,8 +174,8 @@ def _check_names(
     grouped = [id(p) for group in groups for p in group["params"]]
     if not set(grouped) <= set(known):
         raise ValueError(
-            "the optimizer trains parameters that model does not have: pass the model that it was "
-            "made for"
+            f"model must have all parameters of torch_optimizer; got one without "
+            f"{len(set(grouped) - set(known))} of them. Pass the model that the optimizer trains."
         )
     strangers = {leaf.name for leaf in leaves.values()} - set(tensors)
     paths: dict[int, list[str]] = {}
@@ -229,11 +230,11 @@ def number(option: str, value: Any) -> float:
     if isinstance(value, int | float):
         return value
     if not hasattr(value, "item"):
-        raise ValueError(f"{option} must be a number, but it is {value!r}")
+        raise ValueError(f"{option} must be a number; got {value!r}.")
     if getattr(value, "requires_grad", False):
         raise ValueError(
-            f"{option} is a tensor that requires a gradient, which has no counterpart in JAX: pass "
-            "a number"
+            f"{option} must not require a gradient, which has no counterpart in JAX; got "
+            f"{describe(value)}. Pass a number."
         )
     return value.item()
 

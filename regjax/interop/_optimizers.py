@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -9,23 +10,21 @@ import optax
 
 from regjax import optim
 from regjax._decay.paths import path_name
-from regjax.interop._leaves import FROZEN, check_class, check_paths, number, read_recipe
+from regjax.interop._leaves import FROZEN, check_paths, number, read_recipe
 from regjax.interop._schedules import (
-    check_scheduler_options,
     momenta_from_torch,
-    schedule_from_torch,
+    read_rates,
+    replace_momentum,
     with_momentum,
 )
+from regjax.optim._records import RECORDS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jaxtyping import PyTree
 
     from regjax.interop._leaves import Names, Part, Recipe
     from regjax.interop._schedules import Rate
-
-    Make = Callable[..., optax.GradientTransformation]
+    from regjax.optim._records import Record
 
 
 def optimizer_from_torch(
@@ -95,25 +94,19 @@ def optimizer_from_torch(
         >>> updates["bias"], updates["kernel"][0].round(2)
         (Array([-0.5, -0.5], dtype=float32), Array([-0.11, -0.11], dtype=float32))
     """
-    check_class("torch_optimizer", torch_optimizer, "torch.optim", _KINDS)
-    check_scheduler_options(scheduler, steps, steps_per_epoch)
-    _check_whole(torch_optimizer, scheduler)
     recipe = read_recipe(torch_optimizer, names, model)
-    rates = momenta = None
-    if scheduler is not None:
-        rates = schedule_from_torch(scheduler, steps=steps)
-        momenta = momenta_from_torch(scheduler)
+    rates = read_rates(torch_optimizer, scheduler, steps, steps_per_epoch)
+    momenta = None if scheduler is None else momenta_from_torch(scheduler)
+    _check_hooks(torch_optimizer)
+    record = RECORDS[type(torch_optimizer).__name__]
     for index, group in enumerate(torch_optimizer.param_groups):
-        _check_group(index, group, type(torch_optimizer).__name__, scheduler)
+        _check_group(index, group, record, scheduler)
     chains = {}
     for part in recipe.parts:
-        if part.kind == "Adafactor":
+        if record.is_factored:
             _check_factored(part)
-        moving = (
-            None if by_group is None else _every(by_group[part.index], steps_per_epoch)
-            for by_group in (rates, momenta)
-        )
-        chains[part.label] = _chain(part, *moving)
+        rate, momentum = (_of_group(x, part.index, steps_per_epoch) for x in (rates, momenta))
+        chains[part.label] = _chain(part, rate, momentum)
     return _over_tree(recipe, chains)
 
 
@@ -141,25 +134,26 @@ def _over_tree(
 
 
 def _chain(part: Part, rate: Rate | None, momentum: Rate | None) -> optax.GradientTransformation:
-    make, known = _KINDS[part.kind]
-    options: dict[str, Any] = {name: _option(part, name) for name in known}
-    if part.kind == "Muon":
+    record = part.record
+    options = {name: _option(part, name) for name in record.options}
+    if record.depends_on_layout:
         options["transposed"] = part.transposed
-    learning_rate = rate or _option(part, "lr")
+    create = functools.partial(getattr(optim, record.function), rate or _option(part, "lr"))
     if momentum is None:
-        return make(learning_rate, **options)
-    if "betas" in known:
-        second = options["betas"][1]
-        return with_momentum(
-            lambda b1: make(learning_rate, **{**options, "betas": (b1, second)}), momentum
-        )
-    return with_momentum(lambda m: make(learning_rate, **{**options, "momentum": m}), momentum)
+        return create(**options)
+    name = record.momentum
+
+    def create_with(value: Any) -> optax.GradientTransformation:
+        return create(**options | {name: replace_momentum(options[name], value)})
+
+    return with_momentum(create_with, momentum)
 
 
-def _every(rate: Rate, steps_per_epoch: int) -> Rate:
-    if steps_per_epoch == 1:
-        return rate
-    return lambda count: rate(count // steps_per_epoch)
+def _of_group(rates: list[Rate] | None, index: int, steps_per_epoch: int) -> Rate | None:
+    if rates is None:
+        return None
+    rate = rates[index]
+    return rate if steps_per_epoch == 1 else lambda count: rate(count // steps_per_epoch)
 
 
 def _option(part: Part, name: str) -> Any:
@@ -171,8 +165,7 @@ def _option(part: Part, name: str) -> Any:
     return number(where, value)
 
 
-def _check_whole(torch_optimizer: Any, scheduler: Any) -> None:
-    """Reject an optimizer with hooks, and a scheduler of another optimizer or of Rprop."""
+def _check_hooks(torch_optimizer: Any) -> None:
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         if getattr(torch_optimizer, hooks, None):
             raise ValueError(
@@ -180,43 +173,31 @@ def _check_whole(torch_optimizer: Any, scheduler: Any) -> None:
                 f"{len(getattr(torch_optimizer, hooks))}. Remove them, and do in the JAX loop what "
                 "they do."
             )
-    if scheduler is None:
-        return
-    if getattr(scheduler, "optimizer", None) is not torch_optimizer:
-        raise ValueError(
-            "scheduler must move the rates of torch_optimizer; got one of another optimizer."
-        )
-    if type(torch_optimizer).__name__ == "Rprop":
-        raise ValueError(
-            "a scheduler has no effect on Rprop, whose lr is only the first step size: leave it "
-            "out, and remove 'initial_lr' from the groups"
-        )
 
 
-def _check_group(index: int, group: dict[str, Any], kind: str, scheduler: Any) -> None:
-    _, options = _KINDS[kind]
-    missing = {"params", "lr", *options} - group.keys()
-    if missing:
-        raise ValueError(f"group {index} has no {', '.join(sorted(missing))}")
+def _check_group(index: int, group: dict[str, Any], record: Record, scheduler: Any) -> None:
+    if scheduler is not None and not record.has_schedule:
+        raise ValueError(
+            f"scheduler must be None for {record.torch_name}, whose lr is only the first step "
+            f"size; got {type(scheduler).__name__}. Leave it out, and remove 'initial_lr' from the "
+            "groups."
+        )
     if group.get("differentiable"):
         raise ValueError(
-            f"group {index} has differentiable=True, which has no counterpart: optax updates can "
-            "always be differentiated; pass differentiable=False"
+            f"differentiable of group {index} must be False; got True. Leave it out: updates of "
+            "optax can always be differentiated."
         )
-    if scheduler is None and "initial_lr" in group:
-        raise ValueError(
-            f"group {index} has 'initial_lr', so a scheduler moves its learning rate: pass "
-            "scheduler=, or remove the entry if the scheduler is out of use"
-        )
-    known = {"params", "param_names", "lr", *options, *_NO_EFFECT}
+    required = {"params", "lr", *record.options}
+    known = {*required, "param_names", *_NO_EFFECT}
     if scheduler is not None:
         known |= {"initial_lr", *_OF_SCHEDULER.get(type(scheduler).__name__, ())}
-    unknown = group.keys() - known
-    if unknown:
-        raise ValueError(
-            f"group {index} has {', '.join(sorted(unknown))}, which torch.optim.{kind} does not "
-            "know: what it does is not carried over; remove it"
-        )
+    for verb, names in (("have", required - group.keys()), ("not have", group.keys() - known)):
+        if names:
+            raise ValueError(
+                f"group {index} must {verb} {', '.join(sorted(names))}; got the entries "
+                f"{', '.join(sorted(group))}. Pass the options of torch.optim.{record.torch_name}, "
+                "and no others, which are not carried over."
+            )
 
 
 def _check_factored(part: Part) -> None:
@@ -224,59 +205,19 @@ def _check_factored(part: Part) -> None:
         order = located.leaf.transpose or tuple(range(located.tensor.ndim))
         if set(order[-2:]) != set(range(located.tensor.ndim)[-2:]):
             raise ValueError(
-                f"Adafactor factors the last two axes, but those of '{located.leaf.name}' are not "
-                f"the last two of '{path}', whose transpose is {order}: keep the parameter in "
-                "PyTorch's layout"
+                f"transpose of '{located.leaf.name}' must keep the last two axes last, which "
+                f"Adafactor factors; got {order} at '{path}'. Keep PyTorch's layout."
             )
     epsilon_of_first = part.group["eps"][0] is None
     dtypes = {str(located.tensor.dtype) for located in part.leaves.values()}
     if epsilon_of_first and len(dtypes) > 1:
         raise ValueError(
-            f"group {part.index} mixes {', '.join(sorted(dtypes))}, and torch.optim.Adafactor "
-            "takes the epsilon of the first for all: pass eps, or a group for each dtype"
+            f"eps[0] of group {part.index} must be a number if dtypes are mixed, since "
+            "torch.optim.Adafactor takes the epsilon of the first for all; got None and "
+            f"{', '.join(sorted(dtypes))}. Pass eps, or a group for each dtype."
         )
 
 
-_ADAM = ("betas", "eps", "weight_decay", "amsgrad", "maximize", "decoupled_weight_decay")
-# For each class, the function and the options that it takes under PyTorch's names.
-_KINDS: dict[str, tuple[Make, tuple[str, ...]]] = {
-    "SGD": (optim.sgd, ("momentum", "dampening", "weight_decay", "nesterov", "maximize")),
-    "ASGD": (optim.asgd, ("lambd", "alpha", "t0", "weight_decay", "maximize")),
-    "Rprop": (optim.rprop, ("etas", "step_sizes", "maximize")),
-    "Adam": (optim.adam, _ADAM),
-    # A group of torch.optim.AdamW has the decoupled_weight_decay flag too, which decides.
-    "AdamW": (optim.adam, _ADAM),
-    "NAdam": (
-        optim.nadam,
-        ("betas", "eps", "weight_decay", "momentum_decay", "decoupled_weight_decay", "maximize"),
-    ),
-    "RAdam": (
-        optim.radam,
-        ("betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize"),
-    ),
-    "Adamax": (optim.adamax, ("betas", "eps", "weight_decay", "maximize")),
-    "Adagrad": (
-        optim.adagrad,
-        ("lr_decay", "weight_decay", "initial_accumulator_value", "eps", "maximize"),
-    ),
-    "Adadelta": (optim.adadelta, ("rho", "eps", "weight_decay", "maximize")),
-    "RMSprop": (
-        optim.rmsprop,
-        ("alpha", "eps", "weight_decay", "momentum", "centered", "maximize"),
-    ),
-    "Adafactor": (optim.adafactor, ("beta2_decay", "eps", "d", "weight_decay", "maximize")),
-    "Muon": (
-        optim.muon,
-        (
-            "weight_decay",
-            "momentum",
-            "nesterov",
-            "ns_coefficients",
-            "eps",
-            "ns_steps",
-            "adjust_lr_fn",
-        ),
-    ),
-}
+# Entries of a group that have no effect on the result, and those that a scheduler adds.
 _NO_EFFECT = ("foreach", "fused", "capturable", "differentiable")
 _OF_SCHEDULER = {"OneCycleLR": ("max_lr", "min_lr", "max_momentum", "base_momentum")}

@@ -199,7 +199,7 @@ def _described(entry: str, part: int | None) -> str:
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         listed = "".join(f"\n- {problem}" for problem in problems)
-        raise ValueError(f"state_dict and params must match, so nothing was done:{listed}")
+        raise ValueError(f"state_dict must match params; got these differences:{listed}")
 
 
 def _matched(
@@ -296,10 +296,11 @@ def _misspelt(names: Mapping[str, str | Leaf], leaves: Collection[str]) -> list[
     problems = []
     for name, given in names.items():
         if name not in whole | modules:
-            problems.append(f"names has '{name}', but params has no such leaf or module")
+            problems.append(f"names must have leaves or modules of params; got '{name}'.")
         elif name not in whole and not isinstance(given, str):
             problems.append(
-                f"names has a Leaf for '{name}', which is a module of params: name each"
+                f"names must have a Leaf for single leaves; got one for '{name}', a module of "
+                "params. Name each of its leaves."
             )
     return problems
 
@@ -315,7 +316,7 @@ def _find(
             given = names[spelling]
             entry = given if isinstance(given, str) else given.name
             if entry not in entries:
-                raise ValueError(f"'{name}' has no entry: '{entry}' is not in state_dict")
+                raise ValueError(f"'{name}' has no entry: '{entry}' is not in state_dict.")
             return key, given, None
     sought, recurrent = "", False
     for spelling in spellings:
@@ -329,10 +330,10 @@ def _find(
         recurrent |= any(entry.startswith(owner) for owner in owners for entry in entries)
     if recurrent:
         raise ValueError(
-            f"'{name}' is of a recurrent layer, whose layout is unknown: PyTorch stacks the gates "
-            "and has two biases"
+            f"'{name}' belongs to a recurrent layer, which cannot be converted: PyTorch stacks the "
+            "gates and has two biases."
         )
-    raise ValueError(f"'{name}' has no entry: '{sought}' is not in state_dict, see names")
+    raise ValueError(f"'{name}' has no entry: '{sought}' is not in state_dict. Map it in names.")
 
 
 def _in_module(spelling: str, names: Mapping[str, str | Leaf]) -> tuple[str, list[str]]:
@@ -380,8 +381,8 @@ def _laid_out(name: str, key: str, shape: tuple[int, ...], entry: str, array: np
         known = array.ndim == 2 or array.ndim == len(shape) > 2
     if not known:
         raise ValueError(
-            f"'{name}' of shape {shape} has an unknown layout beside '{entry}' of shape "
-            f"{array.shape}: name it with Leaf(name, transpose)"
+            f"'{name}' of shape {shape} has no known layout for '{entry}' of shape {array.shape}. "
+            "Pass Leaf(name, transpose)."
         )
     order = (*range(2, array.ndim), 1, 0) if channels_last else None
     leaf = Leaf(entry, order)
@@ -402,20 +403,22 @@ def _unfolds(folded: tuple[int, ...], shape: tuple[int, ...]) -> bool:
 def _check_form(name: str, leaf: Any, source: _Source, entries: Mapping[str, np.ndarray]) -> None:
     entry, order = entries[source.leaf.name], source.leaf.transpose
     if order is not None and sorted(order) != list(range(entry.ndim)):
-        raise ValueError(f"'{name}': {source.leaf} does not order the axes of shape {entry.shape}")
+        raise ValueError(f"'{name}': {source.leaf} must order the axes of shape {entry.shape}.")
     arrived = source.take(entries)
     if arrived.shape != leaf.shape:
         raise ValueError(
-            f"'{name}' has shape {leaf.shape} in params, but {source} of shape {entry.shape} "
-            f"arrives as {arrived.shape}"
+            f"'{name}' must have shape {arrived.shape}, like {source} of shape {entry.shape} in "
+            f"JAX's layout; got {leaf.shape} in params."
         )
     if arrived.dtype != leaf.dtype:
         raise ValueError(
-            f"'{name}' is {leaf.dtype} in params, but {source} is {arrived.dtype}: cast one of them"
+            f"'{name}' must be {arrived.dtype}, like {source}; got {leaf.dtype} in params. Cast "
+            "one of them."
         )
     if jax.dtypes.canonicalize_dtype(arrived.dtype) != arrived.dtype:
         raise ValueError(
-            f"'{name}' is {arrived.dtype}: see jax.config.update('jax_enable_x64', True)"
+            f"'{name}' must not be {arrived.dtype} in 32-bit mode. Call "
+            "jax.config.update('jax_enable_x64', True)."
         )
 
 
@@ -448,8 +451,8 @@ def _refuse_transposed(name: str, entry: str, entries: Mapping[str, np.ndarray])
     if ndim > 2:
         leaf = Leaf(entry, (*range(2, ndim), 1, 0))
         raise ValueError(
-            f"'{name}' is of a transposed convolution, whose layout cannot be told: in Flax with "
-            f"transpose_kernel=True it is {leaf}, otherwise mirrored, which is no order of axes"
+            f"'{name}' belongs to a transposed convolution, whose layout is ambiguous: in Flax "
+            f"with transpose_kernel=True it is {leaf}; otherwise the kernel is also mirrored."
         )
 
 
@@ -469,4 +472,4 @@ def _left_over(
         left += [_described(entry, part) for part in missing]
     if not left:
         return []
-    return [f"no leaf of params takes {', '.join(left)}: map them in names, or leave them out"]
+    return [f"no leaf of params takes {', '.join(left)}. Map them in names, or leave them out."]

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from regjax.interop._leaves import check_class, number
-from regshared.checks import check_integer
+from regshared.checks import check_integer, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,34 +78,22 @@ def schedule_from_torch(scheduler: Any, *, steps: int | None = None) -> list[opt
     _check_scheduler(scheduler)
     if steps is not None:
         check_integer("steps", steps, minimum=1)
-    groups, rates = scheduler.optimizer.param_groups, _rates(scheduler, steps)
+    rates = _rates(scheduler, steps)
     if steps is not None and not _tabulates(scheduler):
         raise ValueError(
             f"steps must be None for {type(scheduler).__name__}, whose schedule has no last step; "
             f"got {steps}. It is only for LambdaLR and MultiplicativeLR, which are tabulated."
         )
-    for index, (group, rate) in enumerate(zip(groups, rates, strict=True)):
-        check_current(f"lr of group {index}", group["lr"], rate, scheduler)
+    groups = zip(scheduler.optimizer.param_groups, rates, strict=True)
+    for index, (group, rate) in enumerate(groups):
+        _check_current(f"lr of group {index}", group["lr"], rate, scheduler)
     return rates
 
 
-def momenta_from_torch(scheduler: Any) -> list[Rate] | None:
-    """Return OneCycleLR's schedules of momentum or the first beta by group; None without any."""
-    if not getattr(scheduler, "cycle_momentum", False):
-        return None
-    momenta = []
-    for index, group in enumerate(scheduler.optimizer.param_groups):
-        momenta.append(_one_cycle(scheduler, group, "momentum"))
-        key = "betas" if scheduler.use_beta1 else "momentum"
-        current = group[key][0] if scheduler.use_beta1 else group[key]
-        check_current(f"{key} of group {index}", current, momenta[-1], scheduler)
-    return momenta
-
-
-def check_scheduler_options(scheduler: Any, steps: Any, steps_per_epoch: Any) -> None:
-    """Reject options that are out of range, or have no effect without a scheduler."""
-    if scheduler is not None:
-        _check_scheduler(scheduler)
+def read_rates(
+    torch_optimizer: Any, scheduler: Any, steps: Any, steps_per_epoch: Any
+) -> list[Rate] | None:
+    """Check a scheduler and its options; return its schedules by group, or None without it."""
     if steps is not None:
         check_integer("steps", steps, minimum=1)
     check_integer("steps_per_epoch", steps_per_epoch, minimum=1)
@@ -115,26 +103,63 @@ def check_scheduler_options(scheduler: Any, steps: Any, steps_per_epoch: Any) ->
                 f"{name} must be {default} without a scheduler; got {value}. Pass scheduler=, or "
                 f"leave {name} out."
             )
-
-
-def check_current(what: str, current: Any, rate: Rate, scheduler: Any) -> None:
-    """Reject a value that differs from the scheduler's, because it was changed by hand."""
-    if not isinstance(current, int | float):
+    if scheduler is None:
+        for index, group in enumerate(torch_optimizer.param_groups):
+            if "initial_lr" in group:
+                raise ValueError(
+                    f"scheduler must be given if group {index} has 'initial_lr'; got None. Pass "
+                    "the scheduler, or remove the entry if the scheduler is out of use."
+                )
+        return None
+    _check_scheduler(scheduler)
+    if scheduler.optimizer is not torch_optimizer:
         raise ValueError(
-            f"{what} is a tensor, in whose dtype the scheduler rounds from step to step: pass a "
-            "number"
+            "scheduler must move the rates of torch_optimizer; got one of another optimizer."
         )
-    wanted, start = in_double(rate, scheduler.last_epoch), in_double(rate, 0)
-    if math.isnan(wanted):
+    return schedule_from_torch(scheduler, steps=steps)
+
+
+def momenta_from_torch(scheduler: Any) -> list[Rate] | None:
+    """Return OneCycleLR's schedules of momentum or the first beta by group; None without any."""
+    if not getattr(scheduler, "cycle_momentum", False):
+        return None
+    option = "betas" if scheduler.use_beta1 else "momentum"
+    momenta = []
+    for index, group in enumerate(scheduler.optimizer.param_groups):
+        momenta.append(_one_cycle(scheduler, group, "momentum"))
+        current = group[option][0] if scheduler.use_beta1 else group[option]
+        _check_current(f"{option} of group {index}", current, momenta[-1], scheduler)
+    return momenta
+
+
+def replace_momentum(option: Any, momentum: Any) -> Any:
+    """Return the value of a group's "momentum" or "betas" with another momentum or first beta."""
+    return (momentum, *option[1:]) if isinstance(option, tuple | list) else momentum
+
+
+def _check_current(option: str, current: Any, rate: Rate, scheduler: Any) -> None:
+    """Reject a value that differs from the scheduler's, because it was changed by hand."""
+    _check_number(option, current)
+    expected, start = in_double(rate, scheduler.last_epoch), in_double(rate, 0)
+    if math.isnan(expected):
         raise ValueError(
-            f"steps is too small: the scheduler has already taken {scheduler.last_epoch} steps"
+            "steps must cover the steps that the scheduler has already taken; got fewer than "
+            f"{scheduler.last_epoch + 1}. Pass more."
         )
     # PyTorch's own rounding errors add up from step to step, relative to the initial value.
-    if not abs(wanted - current) <= 1e-6 * abs(wanted) + 1e-9 * abs(start):
+    if not abs(expected - current) <= 1e-6 * abs(expected) + 1e-9 * abs(start):
         raise ValueError(
-            f"{what} is {current}, but after {scheduler.last_epoch} steps of the "
-            f"{type(scheduler).__name__} it is {wanted}: it was changed by hand, or another "
-            "scheduler changes it too, and neither is carried over"
+            f"{option} must be {expected} after {scheduler.last_epoch} steps of the "
+            f"{type(scheduler).__name__}; got {current}. Undo a change by hand, and use no second "
+            "scheduler: neither is carried over."
+        )
+
+
+def _check_number(option: str, value: Any) -> None:
+    if not isinstance(value, int | float):
+        raise ValueError(
+            f"{option} must be a number, since a scheduler rounds a tensor from step to step; got "
+            f"{describe(value)}. Pass a number."
         )
 
 
@@ -151,10 +176,8 @@ def move_scheduler(scheduler: Any, rates: Sequence[Rate], step: int) -> None:
         group["lr"] = in_double(rate, step)
         if momenta is not None:
             momentum = in_double(momenta[index], step)
-            if scheduler.use_beta1:
-                group["betas"] = (momentum, *group["betas"][1:])
-            else:
-                group["momentum"] = momentum
+            option = "betas" if scheduler.use_beta1 else "momentum"
+            group[option] = replace_momentum(group[option], momentum)
     _place(scheduler, step, [group["lr"] for group in groups])
 
 
@@ -185,7 +208,7 @@ class ScheduledMomentumState(NamedTuple):
 
 
 def with_momentum(
-    make: Callable[..., optax.GradientTransformation], momentum: Rate
+    create: Callable[[Any], optax.GradientTransformation], momentum: Rate
 ) -> optax.GradientTransformation:
     """`optax.inject_hyperparams` of one number, in float32 for half types."""
 
@@ -196,10 +219,10 @@ def with_momentum(
     def init(params: PyTree) -> ScheduledMomentumState:
         # Any value but a zero, which needs no buffer.
         count = jnp.zeros([], jnp.int32)
-        return ScheduledMomentumState(count, make(jnp.asarray(0.5)).init(params))
+        return ScheduledMomentumState(count, create(jnp.asarray(0.5)).init(params))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        inner = make(value(state.count, updates))
+        inner = create(value(state.count, updates))
         updates, inner_state = inner.update(updates, state.inner_state, params)
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, ScheduledMomentumState(count, inner_state)
@@ -214,34 +237,37 @@ def _rates(scheduler: Any, steps: int | None) -> list[Rate]:
         return [_one_cycle(scheduler, group, "lr") for group in groups]
     if name == "SequentialLR":
         return _sequence(scheduler, steps)
-    rates = []
     for index, base in enumerate(scheduler.base_lrs):
-        if not isinstance(base, int | float):
-            raise ValueError(
-                f"initial_lr of group {index} is a tensor, in whose dtype the scheduler rounds "
-                "from step to step: pass a number"
-            )
-        rates.append(_FORMS[name](scheduler, float(base), index, steps))
-    return rates
+        _check_number(f"initial_lr of group {index}", base)
+    bases = map(float, scheduler.base_lrs)
+    if name in _FORMS:
+        return [_FORMS[name](scheduler, base) for base in bases]
+    if steps is None:
+        raise ValueError(
+            f"steps must be an integer for {name}, whose function JAX cannot trace; got None. Pass "
+            "for how many steps to tabulate it."
+        )
+    pairs = zip(scheduler.lr_lambdas, bases, strict=True)
+    return [_table(_TABLES[name](factor, base, steps)) for factor, base in pairs]
 
 
 def _check_scheduler(scheduler: Any) -> str:
-    known = {*_FORMS, "SequentialLR", "OneCycleLR"}
+    known = {*_FORMS, *_TABLES, "SequentialLR", "OneCycleLR"}
     return check_class("scheduler", scheduler, "torch.optim.lr_scheduler", known)
 
 
 def _tabulates(scheduler: Any) -> bool:
     schedulers = getattr(scheduler, "_schedulers", [scheduler])
-    return any(type(each).__name__ in ("LambdaLR", "MultiplicativeLR") for each in schedulers)
+    return any(type(each).__name__ in _TABLES for each in schedulers)
 
 
 def _sequence(scheduler: Any, steps: int | None) -> list[Rate]:
-    milestones = [_whole("milestones", m, least=0) for m in scheduler._milestones]
+    milestones = [_integer("milestones", m, 0) for m in scheduler._milestones]
     for inner in scheduler._schedulers:
-        if type(inner).__name__ not in _FORMS.keys() - {"MultiplicativeLR"}:
+        if type(inner).__name__ not in {*_FORMS, "LambdaLR"}:
             raise ValueError(
-                f"{type(inner).__name__} inside SequentialLR starts from what the scheduler before "
-                "it leaves behind, which is not carried over"
+                "schedulers of SequentialLR must not start from the last rate of the one before, "
+                f"which is not carried over; got {type(inner).__name__}. Use another scheduler."
             )
     by_scheduler = [_rates(inner, steps) for inner in scheduler._schedulers]
 
@@ -258,21 +284,18 @@ def _sequence(scheduler: Any, steps: int | None) -> list[Rate]:
     return [joined(rates) for rates in zip(*by_scheduler, strict=True)]
 
 
-def _step(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    del index, steps
-    size = _whole("step_size", scheduler.step_size)
+def _step(scheduler: Any, base: float) -> Rate:
+    size = _integer("step_size", scheduler.step_size)
     power = _powers(base, number("gamma", scheduler.gamma))
     return lambda count: power(jnp.asarray(count) // size)
 
 
-def _exponential(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    del index, steps
+def _exponential(scheduler: Any, base: float) -> Rate:
     return _powers(base, number("gamma", scheduler.gamma))
 
 
-def _multi_step(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    del index, steps
-    milestones = [_whole("milestones", m, least=0) for m in sorted(scheduler.milestones.elements())]
+def _multi_step(scheduler: Any, base: float) -> Rate:
+    milestones = [_integer("milestones", m, 0) for m in sorted(scheduler.milestones.elements())]
     gamma = number("gamma", scheduler.gamma)
     table = np.array([base * gamma**passed for passed in range(len(milestones) + 1)])
     starts = np.array(milestones, np.int32)
@@ -284,18 +307,16 @@ def _multi_step(scheduler: Any, base: float, index: int, steps: int | None) -> R
     return rate
 
 
-def _constant(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    del index, steps
-    total = _whole("total_iters", scheduler.total_iters)
+def _constant(scheduler: Any, base: float) -> Rate:
+    total = _integer("total_iters", scheduler.total_iters)
     first = base * number("factor", scheduler.factor)
     return lambda count: jnp.where(
         jnp.asarray(count) < total, jnp.asarray(first, float), jnp.asarray(base, float)
     )
 
 
-def _linear(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    del index, steps
-    total = _whole("total_iters", scheduler.total_iters)
+def _linear(scheduler: Any, base: float) -> Rate:
+    total = _integer("total_iters", scheduler.total_iters)
     start = base * number("start_factor", scheduler.start_factor)
     end = base * number("end_factor", scheduler.end_factor)
 
@@ -306,9 +327,8 @@ def _linear(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
     return rate
 
 
-def _polynomial(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    del index, steps
-    total = _whole("total_iters", scheduler.total_iters)
+def _polynomial(scheduler: Any, base: float) -> Rate:
+    total = _integer("total_iters", scheduler.total_iters)
     power = float(number("power", scheduler.power))
 
     def rate(count: Count) -> Float[Array, ""]:
@@ -318,9 +338,8 @@ def _polynomial(scheduler: Any, base: float, index: int, steps: int | None) -> R
     return rate
 
 
-def _cosine(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    del index, steps
-    half, least = _whole("T_max", scheduler.T_max), number("eta_min", scheduler.eta_min)
+def _cosine(scheduler: Any, base: float) -> Rate:
+    half, least = _integer("T_max", scheduler.T_max), number("eta_min", scheduler.eta_min)
 
     def rate(count: Count) -> Float[Array, ""]:
         phase = jnp.asarray(count) % (2 * half)
@@ -330,28 +349,20 @@ def _cosine(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
     return rate
 
 
-def _warm_restarts(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    del index, steps
+def _warm_restarts(scheduler: Any, base: float) -> Rate:
+    first, factor = scheduler.T_0, scheduler.T_mult
     least = number("eta_min", scheduler.eta_min)
-    if scheduler.T_mult == 1:
-        period = scheduler.T_0
-
-        def rate_of_one(count: Count) -> Float[Array, ""]:
-            passed = jnp.asarray(count) % period
-            return _between(base, least, passed, period - passed, period, cosine=True)
-
-        return rate_of_one
-    starts, lengths = (
-        np.array(x, np.int32) for x in _restarts(scheduler.T_0, scheduler.T_mult, 2**29)
-    )
+    starts, lengths = (np.array(x, np.int32) for x in _restarts(first, factor, 2**29))
 
     def rate(count: Count) -> Float[Array, ""]:
         count = jnp.asarray(count, jnp.int32)
-        cycle = jnp.searchsorted(starts, count, side="right") - 1
-        passed, length = count - jnp.asarray(starts)[cycle], jnp.asarray(lengths)[cycle]
-        return _between(
-            base, least, passed, length - passed, jnp.asarray(length, float), cosine=True
-        )
+        if factor == 1:
+            passed, length = count % first, jnp.asarray(first)
+        else:
+            cycle = jnp.searchsorted(starts, count, side="right") - 1
+            passed, length = count - jnp.asarray(starts)[cycle], jnp.asarray(lengths)[cycle]
+        whole = jnp.asarray(length, float)
+        return _between(base, least, passed, length - passed, whole, cosine=True)
 
     return rate
 
@@ -368,19 +379,14 @@ def _restarts(first: int, factor: int, step: int) -> tuple[list[int], list[int]]
     return starts, [min(length, 2**31 - 1) for length in lengths]
 
 
-def _lambda(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    function = scheduler.lr_lambdas[index]
-    return _table([base * float(function(step)) for step in range(_needed(scheduler, steps))])
+def _products(factor: Callable[[int], float], base: float, steps: int) -> list[float]:
+    values = [base]
+    for step in range(1, steps):
+        values.append(values[-1] * float(factor(step)))
+    return values
 
 
-def _multiplicative(scheduler: Any, base: float, index: int, steps: int | None) -> Rate:
-    function, values = scheduler.lr_lambdas[index], [base]
-    for step in range(1, _needed(scheduler, steps)):
-        values.append(values[-1] * float(function(step)))
-    return _table(values)
-
-
-_FORMS: dict[str, Callable[[Any, float, int, int | None], Rate]] = {
+_FORMS: dict[str, Callable[[Any, float], Rate]] = {
     "StepLR": _step,
     "MultiStepLR": _multi_step,
     "ExponentialLR": _exponential,
@@ -389,8 +395,11 @@ _FORMS: dict[str, Callable[[Any, float, int, int | None], Rate]] = {
     "LinearLR": _linear,
     "ConstantLR": _constant,
     "PolynomialLR": _polynomial,
-    "LambdaLR": _lambda,
-    "MultiplicativeLR": _multiplicative,
+}
+# From the function, the initial rate and the number of steps.
+_TABLES: dict[str, Callable[[Callable[[int], float], float, int], list[float]]] = {
+    "LambdaLR": lambda factor, base, steps: [base * float(factor(step)) for step in range(steps)],
+    "MultiplicativeLR": _products,
 }
 
 
@@ -451,19 +460,8 @@ def _table(values: Sequence[float]) -> Rate:
     return lambda count: jnp.asarray(table, float).at[jnp.asarray(count)].get(mode="fill")
 
 
-def _needed(scheduler: Any, steps: int | None) -> int:
-    if steps is None:
-        raise ValueError(
-            f"steps must be an integer for {type(scheduler).__name__}, whose function JAX cannot "
-            "trace; got None. Pass for how many steps to tabulate it."
-        )
-    return steps
-
-
-def _whole(what: str, value: Any, *, least: int = 1) -> int:
+def _integer(name: str, value: Any, minimum: int = 1) -> int:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not float(value).is_integer():
-        raise ValueError(f"{what} must be a whole number; got {value!r}.")
-    if value < least:
-        raise ValueError(f"{what} must be at least {least}; got {value}.")
+    if not is_number or not float(value).is_integer() or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}; got {value!r}.")
     return int(value)

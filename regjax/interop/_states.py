@@ -8,24 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import GetAttrKey, SequenceKey
+from jax.tree_util import GetAttrKey
 
 from regjax._decay.paths import path_name
-from regjax.interop._leaves import check_class, check_paths, read_recipe
-from regjax.interop._schedules import (
-    ScheduledMomentumState,
-    check_scheduler_options,
-    move_scheduler,
-    schedule_from_torch,
-)
+from regjax.interop._leaves import FROZEN, check_paths, read_recipe
+from regjax.interop._schedules import ScheduledMomentumState, move_scheduler, read_rates
 from regshared.checks import check_integer, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from jaxtyping import PyTree
 
-    from regjax.interop._leaves import Located, Names, Part, Recipe
+    from regjax.interop._leaves import Names, Part, Recipe
+    from regjax.optim._records import StateArray
+
+    # PyTorch's state of each parameter of a part, by path in JAX.
+    States = Mapping[str, Mapping[str, Any]]
 
 
 def state_from_torch(
@@ -94,32 +93,31 @@ def state_from_torch(
         >>> names, params = {"kernel": Leaf("weight", (1, 0))}, {"kernel": jnp.ones((3, 2))}
         >>> optimizer = optimizer_from_torch(recipe, names)
         >>> state = state_from_torch(recipe, names, params, optimizer)
-        >>> int(state[2].count), state[2].mu["kernel"].shape
+        >>> int(state["moments"].count), state["moments"].mu["kernel"].shape
         (1, (3, 2))
     """
-    check_class("torch_optimizer", torch_optimizer, "torch.optim", MOMENTS)
-    check_scheduler_options(scheduler, steps, steps_per_epoch)
     recipe = read_recipe(torch_optimizer, names, model)
     epoch = None
-    if scheduler is not None:
-        schedule_from_torch(scheduler, steps=steps)
+    if read_rates(torch_optimizer, scheduler, steps, steps_per_epoch) is not None:
         epoch = scheduler.last_epoch
-    read = {
-        part.label: _Read(part, torch_optimizer.state, epoch, steps_per_epoch)
+    states = {part.label: _states(part, torch_optimizer) for part in recipe.parts}
+    numbers = {
+        part.label: _read_numbers(part, states[part.label], epoch, steps_per_epoch)
         for part in recipe.parts
     }
     if not callable(getattr(optimizer, "init", None)):
         raise TypeError(f"optimizer must be an optax transformation; got {describe(optimizer)}.")
     check_paths(recipe.labels, params)
     template = optimizer.init(params)
-    _check_made_for("optimizer", template, recipe)
-    _check_scheduled(template, recipe, scheduler)
 
-    def filled(path: tuple[Any, ...], old: Any) -> Any:
-        label, place = _place(path, recipe)
-        return read[label].value(place, old)
+    def read(place: _Place, old: Any) -> Any:
+        label = place.part.label
+        if place.array is None:
+            return jnp.asarray(numbers[label].get(place.number, old), old.dtype)
+        return _read_array(place, states[label], old) if any(states[label].values()) else old
 
-    return jax.tree.map_with_path(filled, template)
+    leaves = _places("optimizer", template, recipe, scheduler)
+    return jax.tree.structure(template).unflatten(read(place, old) for place, old in leaves)
 
 
 def state_to_torch(
@@ -169,323 +167,244 @@ def state_to_torch(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    check_class("torch_optimizer", torch_optimizer, "torch.optim", MOMENTS)
-    check_scheduler_options(scheduler, steps, steps_per_epoch)
+    recipe = read_recipe(torch_optimizer, names, model)
+    rates = read_rates(torch_optimizer, scheduler, steps, steps_per_epoch)
     if step is not None:
         check_integer("step", step, minimum=0)
-    recipe = read_recipe(torch_optimizer, names, model)
-    rates = None if scheduler is None else schedule_from_torch(scheduler, steps=steps)
-    _check_made_for("state", state, recipe)
-    _check_scheduled(state, recipe, scheduler)
-    written = {part.label: _Written(part, torch_optimizer.state) for part in recipe.parts}
-    for path, value in jax.tree.leaves_with_path(state):
-        label, place = _place(path, recipe)
-        written[label].take(place, np.asarray(value))
-    entries = [entry for label in written for entry in written[label].entries(step)]
-    counts = {count for label in written for count in written[label].scheduled}
-    if scheduler is not None and len(counts) != 1:
-        raise ValueError(f"the state must have one count for the scheduler, but has {counts or 0}")
+    leaves, entries, counts = _places("state", state, recipe, scheduler), [], set()
+    for part in recipe.parts:
+        arrays, numbers = _split(part, [leaf for leaf in leaves if leaf[0].part is part])
+        counts.add(numbers.get("step" if part.shares_count else "scheduled"))
+        for path, old in _states(part, torch_optimizer).items():
+            count = float(old.get("step", 0)) if step is None else step
+            new = _entry(part, path, arrays[path], numbers, count)
+            entries.append((part.leaves[path].tensor, new))
+    if rates is not None and len(counts) != 1:
+        raise ValueError(
+            f"state must have one count for the scheduler; got {sorted(counts)}. Pass the state of "
+            "one optimizer."
+        )
     for tensor, entry in entries:
         torch_optimizer.state.pop(tensor, None)
         if entry:
             torch_optimizer.state[tensor] = entry
     if rates is not None:
-        move_scheduler(scheduler, rates, counts.pop() // steps_per_epoch)
+        move_scheduler(scheduler, rates, int(counts.pop()) // steps_per_epoch)
 
 
 class _Place(NamedTuple):
-    """A leaf of a chain's state: the link of the chain, the field, the path of the parameter."""
+    """The place of a leaf in a state: its part, link and field, and the path of the parameter."""
 
-    link: int
+    part: Part
+    link: str
     field: str
     path: str
 
+    @property
+    def array(self) -> StateArray | None:
+        """The record of an array of the parameter; None for a number that all of them share."""
+        return next((a for a in self.part.record.arrays if a.field == self.field), None)
 
-def _place(path: tuple[Any, ...], recipe: Recipe) -> tuple[str, _Place]:
-    """Return the label of the part that a leaf of the state belongs to, and its place in there."""
-    label, rest = recipe.parts[0].label if recipe.parts else "", list(path)
-    if not recipe.is_single:
+    @property
+    def torch_array(self) -> StateArray:
+        """The array in PyTorch: rows and columns are swapped if JAX holds a matrix transposed."""
+        array: Any = self.array
+        order = self.part.leaves[self.path].leaf.transpose
+        if array.axis is None or order is None:
+            return array
+        axis = order[array.axis] - len(order)
+        return next(a for a in self.part.record.arrays if a.axis == axis)
+
+    @property
+    def number(self) -> str:
+        """PyTorch's name of a number; "scheduled" for the count of a schedule."""
+        if self.field != "count":
+            return self.field
+        counts_steps = self.link == "learning_rate" and self.part.shares_count
+        return "step" if self.link == "moments" or counts_steps else "scheduled"
+
+
+def _locate(path: tuple[Any, ...], recipe: Recipe) -> _Place:
+    keys = list(path)
+    if recipe.is_single:
+        [part] = recipe.parts
+    else:
         # .inner_states[label].inner_state
-        label, rest = rest[1].key, rest[3:]
-    if isinstance(rest[0], GetAttrKey):
-        if rest[0].name == "count":
-            return label, _Place(-1, "count", "")
-        rest = rest[1:]
-    link, at = rest[0].idx, 1
-    while isinstance(rest[at], SequenceKey):
-        at += 1
-    return label, _Place(link, rest[at].name, path_name(tuple(rest[at + 1 :])))
+        [part] = (part for part in recipe.parts if part.label == keys[1].key)
+        keys = keys[3:]
+    if isinstance(keys[0], GetAttrKey):
+        if keys[0].name == "count":  # of ScheduledMomentumState
+            return _Place(part, "", "count", "")
+        keys = keys[1:]
+    # A link that is a chain itself has a tuple as state.
+    at = next(at for at, key in enumerate(keys) if isinstance(key, GetAttrKey))
+    return _Place(part, keys[0].key, keys[at].name, path_name(tuple(keys[at + 1 :])))
 
 
-def _check_made_for(argument: str, state: Any, recipe: Recipe) -> None:
-    """Reject a state whose outer structure differs from that of `optimizer_from_torch`."""
+def _places(argument: str, state: Any, recipe: Recipe, scheduler: Any) -> list[tuple[_Place, Any]]:
+    """Return the leaves of a state of `optimizer_from_torch` with the same arguments."""
     if recipe.is_single:
         chains = {recipe.parts[0].label: state}
-    elif isinstance(state, optax.PartitionState):
-        inner_states: Any = state.inner_states
-        chains = {label: inner.inner_state for label, inner in inner_states.items()}
-        chains.pop("frozen", None)
     else:
-        chains = {}
-    inner = {
+        inner_states = getattr(state, "inner_states", {})
+        chains = {label: s.inner_state for label, s in inner_states.items() if label != FROZEN}
+    chains = {
         label: chain.inner_state if isinstance(chain, ScheduledMomentumState) else chain
         for label, chain in chains.items()
     }
-    fits = inner.keys() == {part.label for part in recipe.parts}
-    if not fits or not all(type(c) is tuple and len(c) == 4 for c in inner.values()):
+    fits = chains.keys() == {part.label for part in recipe.parts}
+    if not fits or not all(isinstance(c, dict) and "moments" in c for c in chains.values()):
         raise ValueError(
             f"{argument} must be that of optimizer_from_torch with the same arguments; got a state "
             f"of another structure, a {type(state).__name__}. Leave out what is chained to it."
         )
-
-
-def _check_scheduled(state: PyTree, recipe: Recipe, scheduler: Any) -> None:
-    """Reject a scheduler that has no schedule in the state, and vice versa."""
-    parts = {part.label: part for part in recipe.parts}
-    scheduled = {label for label, part in parts.items() if _shares_count(part) and scheduler}
-    for path, _ in jax.tree.leaves_with_path(state):
-        label, place = _place(path, recipe)
-        if _role(parts[label], place) == "scheduled":
-            scheduled.add(label)
-    if scheduled != (set() if scheduler is None else set(parts)):
+    leaves = [(_locate(path, recipe), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
+    scheduled = {place.part.label for place, _ in leaves if place.number == "scheduled"}
+    if scheduler is not None:
+        scheduled |= {part.label for part in recipe.parts if part.shares_count}
+    if scheduled != (set() if scheduler is None else chains.keys()):
         raise ValueError(
-            "optimizer_from_torch was given a scheduler, or was not, where this was not, or was: "
-            "pass the same arguments to both"
+            f"scheduler must be the one that optimizer_from_torch was given; got "
+            f"{'None' if scheduler is None else type(scheduler).__name__}. Pass the same arguments "
+            "to both."
         )
+    return leaves
 
 
-def _role(part: Part, place: _Place) -> str:
-    """Return the role of a number that is not an array of a parameter's shape."""
-    if place.field != "count":
-        return place.field
-    if place.link == -1:
-        return "scheduled"
-    if place.link == 2 and part.kind == "SGD":
-        return "started"
-    if place.link == 3 and part.kind == "Adagrad" and part.group["lr_decay"] != 0:
-        return "step"
-    # Decoupled decay follows the learning rate; the fourth link of ASGD is not a schedule.
-    of_rate = 2 if part.decoupled else 3
-    return "step" if place.link < of_rate or part.kind == "ASGD" else "scheduled"
+def _states(part: Part, torch_optimizer: Any) -> States:
+    return {path: torch_optimizer.state.get(p.tensor) or {} for path, p in part.leaves.items()}
 
 
-class _Read:
-    """PyTorch's state of the parameters of a part, read by the places of a chain's state."""
+def _read_numbers(
+    part: Part, states: States, epoch: int | None, steps_per_epoch: int
+) -> dict[str, float]:
+    """Return the numbers of a part, without those that are still as in `init`."""
+    record, has_begun = part.record, any(states.values())
+    known = {*record.torch_names.values(), *record.numbers, *record.derived, "step"}
+    for path, state in states.items():
+        if unknown := state.keys() - known:
+            raise ValueError(
+                f"state of '{part.leaves[path].leaf.name}' ('{path}') must have only entries of "
+                f"torch.optim.{record.torch_name}; got {', '.join(sorted(unknown))}. Remove "
+                "them: they are not carried over."
+            )
+    names = (*record.numbers, "step") if record.counts_steps else record.numbers
+    numbers = {name: _common(part, states, name) for name in names} if has_begun else {}
+    if epoch is not None:
+        numbers["scheduled"] = _scheduled(part, numbers.get("step"), epoch, steps_per_epoch)
+    if has_begun and not record.counts_steps:
+        # Of this count only whether it is 0 has an effect.
+        numbers["step"] = max(1, numbers.get("scheduled", 1))
+    return numbers
 
-    def __init__(
-        self, part: Part, state: Mapping[Any, Any], epoch: int | None, steps_per_epoch: int
-    ) -> None:
-        self.part = part
-        self.states = {path: state.get(p.tensor) or {} for path, p in part.leaves.items()}
-        self.has_begun = any(self.states.values())
-        self._check_known()
-        self.step = self._common("step") if self.has_begun and _counts(part.kind) else None
-        self.scheduled = self._scheduled(epoch, steps_per_epoch)
 
-    def value(self, place: _Place, old: Any) -> Any:
-        torch_name = MOMENTS[self.part.kind].get(place.field)
-        if torch_name is not None:
-            return self._moment(place, torch_name, old) if self.has_begun else old
-        role = _role(self.part, place)
-        if role == "started":
-            return jnp.asarray(int(self.has_begun), old.dtype)
-        if role == "scheduled":
-            return jnp.asarray(self.scheduled or 0, old.dtype)
-        if not self.has_begun:
+def _common(part: Part, states: States, name: str) -> float:
+    """Return a number that PyTorch keeps for each parameter, and optax for all."""
+    for path, state in states.items():
+        if name not in state:
+            raise _missing(part, path, name)
+    found = {path: float(state[name]) for path, state in states.items()}
+    if len(set(found.values())) != 1:
+        listed = ", ".join(f"'{path}' {value:g}" for path, value in found.items())
+        raise ValueError(
+            f"parameters of group {part.index} must have one '{name}', which optax keeps for all; "
+            f"got {listed}. Give each its own group."
+        )
+    return next(iter(found.values()))
+
+
+def _scheduled(part: Part, step: float | None, epoch: int, steps_per_epoch: int) -> int:
+    """Return the count of the schedule."""
+    count = epoch * steps_per_epoch
+    if step is not None and count <= step < count + steps_per_epoch:
+        return int(step)
+    if step is not None and (steps_per_epoch > 1 or part.shares_count):
+        raise ValueError(
+            f"scheduler must be where the parameters of group {part.index} are, at step "
+            f"{step:.0f}; got epoch {epoch}, which is step {count} with "
+            f"steps_per_epoch={steps_per_epoch}. Pass the right steps_per_epoch."
+        )
+    return count
+
+
+def _read_array(place: _Place, states: States, old: Any) -> Any:
+    located, array = place.part.leaves[place.path], place.torch_array
+    tensor = states[place.path].get(array.torch_name)
+    if tensor is None:
+        if array.is_optional(place.part.group):
             return old
-        if role == "step":
-            # PyTorch's Muon does not count steps, and optax's average does not need the count.
-            number = self.scheduled or 0 if self.part.kind == "Muon" else self.step
-            return jnp.asarray(number, old.dtype)
-        return jnp.asarray(self._common(role), old.dtype)
-
-    def _moment(self, place: _Place, torch_name: str, old: Any) -> Any:
-        located = self.part.leaves[place.path]
-        torch_name = _as_held(located, torch_name)
-        tensor = self.states[place.path].get(torch_name)
-        if tensor is None:
-            if self._absence_is_zero(torch_name):
-                return old
-            raise ValueError(
-                f"PyTorch's optimizer has no '{torch_name}' for '{located.leaf.name}' "
-                f"('{place.path}'), while it has for others of group {self.part.index}: was it "
-                "never given a gradient?"
-            )
-        array = located.leaf.to_jax(_to_numpy(tensor))
-        what = f"'{torch_name}' of '{located.leaf.name}'"
-        _check_shape(what, array.shape, f"'{place.path}'", old.shape)
-        _check_dtype(what, _dtype(tensor), f"'{place.path}'", str(old.dtype))
-        return jnp.array(array.astype(old.dtype))
-
-    def _absence_is_zero(self, torch_name: str) -> bool:
-        # SGD's first gradient enters the buffer undamped, so with dampening it must be the first
-        # for all parameters, or for none.
-        if self.part.kind != "SGD" or torch_name != "momentum_buffer":
-            return False
-        return self.part.group["dampening"] == 0
-
-    def _common(self, torch_name: str) -> Any:
-        """Return a number that PyTorch keeps for each parameter, and optax for all."""
-        found = {}
-        for path, state in self.states.items():
-            if torch_name not in state:
-                raise ValueError(
-                    f"PyTorch's optimizer has no '{torch_name}' for "
-                    f"'{self.part.leaves[path].leaf.name}' ('{path}'), while it has for others of "
-                    f"group {self.part.index}: was it never given a gradient?"
-                )
-            found[path] = float(state[torch_name])
-        if len(set(found.values())) != 1:
-            listed = ", ".join(f"'{path}' {value:g}" for path, value in found.items())
-            raise ValueError(
-                f"the parameters of group {self.part.index} differ in '{torch_name}', of which "
-                f"optax keeps one for all: {listed}"
-            )
-        return next(iter(found.values()))
-
-    def _check_known(self) -> None:
-        known = {*MOMENTS[self.part.kind].values(), *_NUMBERS.get(self.part.kind, ()), "step"}
-        for path, state in self.states.items():
-            if unknown := state.keys() - known:
-                raise ValueError(
-                    f"PyTorch's optimizer has {', '.join(sorted(unknown))} for "
-                    f"'{self.part.leaves[path].leaf.name}' ('{path}'), which torch.optim."
-                    f"{self.part.kind} does not know and is not carried over"
-                )
-
-    def _scheduled(self, epoch: int | None, steps_per_epoch: int) -> int | None:
-        """Return the count of the schedule."""
-        if epoch is None:
-            return None
-        step = None if self.step is None else int(self.step)
-        count = epoch * steps_per_epoch
-        within = step is not None and count <= step < count + steps_per_epoch
-        if within:
-            return step
-        if step is not None and (steps_per_epoch > 1 or _shares_count(self.part)):
-            raise ValueError(
-                f"the parameters of group {self.part.index} have taken {step} steps, but the "
-                f"scheduler is at {epoch}, which is step {count} with "
-                f"steps_per_epoch={steps_per_epoch}"
-            )
-        return count
+        raise _missing(place.part, place.path, array.torch_name)
+    value = located.leaf.to_jax(_to_numpy(tensor))
+    name = f"'{array.torch_name}' of '{located.leaf.name}'"
+    _check_form(name, (_dtype(tensor), value.shape), place.path, (str(old.dtype), old.shape))
+    return jnp.array(value.astype(old.dtype))
 
 
-class _Written:
-    """The state of a chain for the parameters of a part, in PyTorch's form."""
-
-    def __init__(self, part: Part, state: Mapping[Any, Any]) -> None:
-        self.part = part
-        self.old = {path: state.get(p.tensor) or {} for path, p in part.leaves.items()}
-        self.arrays: dict[str, dict[str, Any]] = {path: {} for path in part.leaves}
-        self.numbers: dict[str, set[float]] = {}
-
-    @property
-    def scheduled(self) -> set[int]:
-        shared = self.numbers.get("step", set()) if _shares_count(self.part) else set()
-        return {int(x) for x in self.numbers.get("scheduled", shared)}
-
-    def take(self, place: _Place, array: np.ndarray) -> None:
-        torch_name = MOMENTS[self.part.kind].get(place.field)
-        if torch_name is None:
-            self.numbers.setdefault(_role(self.part, place), set()).add(array.item())
-            return
-        if place.path not in self.part.leaves:
-            raise ValueError(
-                f"the state has '{place.field}' of '{place.path}', which is no parameter of group "
-                f"{self.part.index}"
-            )
-        located = self.part.leaves[place.path]
-        torch_name, tensor = _as_held(located, torch_name), located.tensor
-        turned = located.leaf.to_torch(array)
-        shape = list(tensor.shape)
-        if torch_name in _FLAT:
-            shape[_FLAT[torch_name]] = 1
-        what, where = f"'{place.field}' of '{place.path}'", f"'{located.leaf.name}'"
-        _check_shape(what, turned.shape, where, tuple(shape))
-        _check_dtype(what, str(array.dtype), where, _dtype(tensor))
-        self.arrays[place.path][torch_name] = turned
-
-    def entries(self, step: int | None) -> list[tuple[Any, dict[str, Any]]]:
-        """Return the tensor and the new state of each parameter."""
-        for role, found in self.numbers.items():
-            if len(found) != 1:
-                raise ValueError(
-                    f"the state of group {self.part.index} must have one '{role}', but has "
-                    f"{sorted(found)}"
-                )
-        numbers = {role: found.copy().pop() for role, found in self.numbers.items()}
-        result = []
-        for path, located in self.part.leaves.items():
-            wanted = _wanted(self.part, located)
-            if wanted != self.arrays[path].keys():
-                raise ValueError(
-                    f"the state of group {self.part.index} holds "
-                    f"{sorted(self.arrays[path]) or 'nothing'} of '{path}' in PyTorch's words, but "
-                    f"{self.part.kind} with the options of the group keeps {sorted(wanted)}"
-                )
-            # As in PyTorch before the first step, whose gradient is not damped.
-            arrays = self.arrays[path] if numbers.get("started", 1) else {}
-            entry = {name: _to_tensor(located.tensor, a) for name, a in arrays.items()}
-            for name, value in self._numbers(path, numbers, step).items():
-                entry[name] = self._scalar(located.tensor, value)
-            result.append((located.tensor, entry))
-        return result
-
-    def _numbers(
-        self, path: str, numbers: Mapping[str, float], step: int | None
-    ) -> dict[str, float]:
-        kind, found = self.part.kind, {}
-        if _counts(kind):
-            before = float(self.old[path].get("step", 0)) if step is None else step
-            found["step"] = numbers.get("step", before)
-        for name in _NUMBERS.get(kind, ()):
-            if name != "mu":
-                found[name] = numbers[name]
-        if kind == "ASGD":
-            found["mu"] = 1 / max(1, found["step"] - self.part.group["t0"])
-        return found
-
-    def _scalar(self, tensor: Any, value: float) -> Any:
-        """Return a number as PyTorch keeps it: in float32, on the CPU unless a kernel reads it."""
-        group = self.part.group
-        on_device = self.part.kind == "ASGD" or group.get("capturable") or group.get("fused")
-        scalar = tensor.new_zeros(()).detach().float()
-        return (scalar if on_device else scalar.cpu()).fill_(value)
-
-
-def _counts(kind: str) -> bool:
-    return kind not in ("SGD", "Muon")
-
-
-def _shares_count(part: Part) -> bool:
-    """Return whether one count in JAX is both PyTorch's `step` and the step of the schedule."""
-    return part.kind in ("ASGD", "Adafactor") or (
-        part.kind == "Adagrad" and part.group["lr_decay"] != 0
+def _missing(part: Part, path: str, name: str) -> ValueError:
+    return ValueError(
+        f"state of '{part.leaves[path].leaf.name}' ('{path}') must have '{name}', like others of "
+        f"group {part.index}; got none. Give each parameter a gradient before the first step."
     )
 
 
-def _wanted(part: Part, located: Located) -> set[str]:
-    """Return the names of the tensors of a parameter's shape that PyTorch keeps."""
-    kind, group = part.kind, part.group
-    if kind == "Adafactor":
-        return {"row_var", "col_var"} if located.tensor.ndim > 1 else {"variance"}
-    optional = {
-        "SGD": {"momentum_buffer": lambda: group["momentum"] != 0},
-        "RMSprop": {
-            "momentum_buffer": lambda: group["momentum"] != 0,
-            "grad_avg": lambda: group["centered"],
-        },
-    }.get(kind, {"max_exp_avg_sq": lambda: group.get("amsgrad", False)})
-    return {name for name in MOMENTS[kind].values() if optional.get(name, lambda: True)()}
+def _split(
+    part: Part, leaves: Iterable[tuple[_Place, Any]]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
+    """Return the arrays in PyTorch's layout by path and PyTorch's name, and the numbers by name."""
+    arrays: dict[str, dict[str, np.ndarray]] = {path: {} for path in part.leaves}
+    numbers: dict[str, set[float]] = {}
+    for place, leaf in leaves:
+        if place.array is None:
+            numbers.setdefault(place.number, set()).add(leaf.item())
+            continue
+        if place.path not in part.leaves:
+            raise ValueError(
+                f"state must have only parameters of group {part.index}; got '{place.field}' of "
+                f"'{place.path}'. Pass the state of the same parameters."
+            )
+        located, array = part.leaves[place.path], place.torch_array
+        value, shape = located.leaf.to_torch(np.asarray(leaf)), list(located.tensor.shape)
+        if array.axis is not None:
+            shape[array.axis] = 1
+        form, expected = (str(value.dtype), value.shape), (_dtype(located.tensor), tuple(shape))
+        _check_form(f"'{place.field}' of '{place.path}'", form, located.leaf.name, expected)
+        arrays[place.path][array.torch_name] = value
+    for name, found in numbers.items():
+        if len(found) != 1:
+            raise ValueError(
+                f"state of group {part.index} must have one '{name}'; got {sorted(found)}. Pass "
+                "the state of one optimizer."
+            )
+    return arrays, {name: number for name, [number] in numbers.items()}
 
 
-def _as_held(located: Located, torch_name: str) -> str:
-    """Swap rows and columns of a factor if JAX holds the matrix transposed."""
-    order = located.leaf.transpose
-    if torch_name not in _FLAT or order is None or order[-1] == len(order) - 1:
-        return torch_name
-    return "col_var" if torch_name == "row_var" else "row_var"
+def _entry(
+    part: Part,
+    path: str,
+    arrays: Mapping[str, np.ndarray],
+    numbers: Mapping[str, float],
+    step: float,
+) -> dict[str, Any]:
+    """Return PyTorch's state of one parameter; `step` counts where the optax state does not."""
+    record, tensor, options = part.record, part.leaves[path].tensor, part.group
+    expected = {array.torch_name for array in record.arrays if array.is_kept(options, tensor.ndim)}
+    if expected != arrays.keys():
+        raise ValueError(
+            f"state of '{path}' must have {sorted(expected)}, by PyTorch's names, with the options "
+            f"of group {part.index}; got {sorted(arrays)}. Pass the same options to both."
+        )
+    step = numbers.get("step", step)
+    if not record.counts_steps and numbers.get("step") == 0:
+        return {}  # as in PyTorch before the first step
+    values = {name: numbers[name] for name in record.numbers}
+    values |= {name: function(step, options) for name, function in record.derived.items()}
+    values |= {"step": step} if record.counts_steps else {}
+    # In float32, on the CPU unless a kernel reads it.
+    on_device = record.numbers_on_device or options.get("capturable") or options.get("fused")
+    zero = tensor.detach().new_zeros(()).float()
+    zero = zero if on_device else zero.cpu()
+    entry = {name: _to_tensor(tensor, array) for name, array in arrays.items()}
+    return entry | {name: zero.new_full((), value) for name, value in values.items()}
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
@@ -503,40 +422,13 @@ def _dtype(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_shape(what: str, found: tuple[int, ...], where: str, wanted: tuple[int, ...]) -> None:
-    if tuple(found) != tuple(wanted):
+def _check_form(
+    name: str, form: tuple[str, tuple[int, ...]], owner: str, expected: tuple[str, tuple[int, ...]]
+) -> None:
+    """Reject an array whose dtype or shape is not that of its parameter."""
+    if form != expected:
         raise ValueError(
-            f"{what} arrives with shape {tuple(found)}, but {where} asks for {tuple(wanted)}: see "
-            "Leaf(name, transpose)"
+            f"{name} must be {expected[0]}{list(expected[1])}, like '{owner}'; got "
+            f"{form[0]}{list(form[1])}. Pass the order of axes as Leaf(name, transpose), and "
+            "parameters of one dtype (float64 needs jax_enable_x64)."
         )
-
-
-def _check_dtype(what: str, found: str, where: str, wanted: str) -> None:
-    if found != wanted:
-        raise ValueError(
-            f"{what} is {found}, but {where} asks for {wanted}: give the parameters the same dtype "
-            "on both sides (float64 needs jax_enable_x64)"
-        )
-
-
-_ADAM = {"mu": "exp_avg", "nu": "exp_avg_sq"}
-# For each optimizer, the fields of optax's state with a parameter's shape, and PyTorch's names.
-MOMENTS: dict[str, dict[str, str]] = {
-    "SGD": {"trace": "momentum_buffer"},
-    "ASGD": {"ax": "ax"},
-    "Rprop": {"prev": "prev", "step_size": "step_size"},
-    "Adam": {**_ADAM, "nu_max": "max_exp_avg_sq"},
-    "AdamW": {**_ADAM, "nu_max": "max_exp_avg_sq"},
-    "NAdam": _ADAM,
-    "RAdam": _ADAM,
-    "Adamax": {"mu": "exp_avg", "nu": "exp_inf"},
-    "Adagrad": {"sum_of_squares": "sum"},
-    "Adadelta": {"e_g": "square_avg", "e_x": "acc_delta"},
-    "RMSprop": {"nu": "square_avg", "mu": "grad_avg", "trace": "momentum_buffer"},
-    "Adafactor": {"v_row": "row_var", "v_col": "col_var", "v": "variance"},
-    "Muon": {"ema": "momentum_buffer"},
-}
-# The numbers that PyTorch keeps for each parameter, beside `step`.
-_NUMBERS = {"ASGD": ("eta", "mu"), "NAdam": ("mu_product",)}
-# The axis along which a factor has length 1.
-_FLAT = {"row_var": -1, "col_var": -2}

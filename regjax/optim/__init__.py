@@ -1,21 +1,24 @@
 """PyTorch's optimizers as optax chains, with PyTorch's names, order of arguments and defaults.
 
-Each optimizer is a chain of four links. The decay precedes the moments where it is coupled (SGD,
-Adam and most others) and follows them where it is decoupled (AdamW, Adafactor, Muon):
+Each optimizer is a chain of four named links. The decay precedes the moments where it is coupled
+(SGD, Adam and most others) and follows them where it is decoupled (AdamW, Adafactor, Muon):
 
-    maximize?  ->  add_decayed_weights  ->  momentum or moments  ->  scale_by_learning_rate
-    maximize?  ->  moments  ->  scale_by_learning_rate  ->  learning_rate * weight_decay
+    maximize  ->  weight_decay  ->  moments  ->  learning_rate
+    maximize  ->  moments  ->  learning_rate  ->  weight_decay
 
-The last link of the second form is our own and rounds as PyTorch does: it multiplies a parameter by
-the rounded number `1 - learning_rate * weight_decay`, and rounds the product before it adds the
-step. `optax.adamw` first adds decay and step to each other, and is 2e-5 away from PyTorch after a
+These are `optax.scale(-1.0)`, `optax.add_decayed_weights`, the moments or the momentum, and
+`optax.scale_by_learning_rate`; in ASGD, `moments` is the average of the parameters and comes last.
+The decoupled `weight_decay` is our own and rounds as PyTorch does: it multiplies a parameter by the
+rounded number `1 - learning_rate * weight_decay`, and rounds the product before it adds the step.
+`optax.adamw` first adds decay and step to each other, and is 2e-5 away from PyTorch after a
 thousand steps in float32.
 
-A link with nothing to do is `optax.identity()`, so a state always has four parts, numbered from 0.
-Updates and state have the dtypes of gradients and parameters, whatever the dtype of a schedule. In
-half precision, a step is computed in float32 and rounded once at its end, while PyTorch rounds
-after each kernel, so the two agree up to rounding only. `optax.inject_hyperparams` would also round
-the hyperparameters, 0.99 to 0.988: pass it `hyperparam_dtype=jnp.float32`.
+A state is a dict of the states of the links: `state["moments"].mu` is Adam's first moment, whether
+its decay is coupled or not. A link with nothing to do is `optax.identity()`, so every state has the
+four keys. Updates and state have the dtypes of gradients and parameters, whatever the dtype of a
+schedule. In half precision, a step is computed in float32 and rounded once at its end, while
+PyTorch rounds after each kernel, so the two agree up to rounding only. `optax.inject_hyperparams`
+would also round the hyperparameters, 0.99 to 0.988: pass it `hyperparam_dtype=jnp.float32`.
 
 Every `update` compares the gradients with the parameters, or with the state if no parameters are
 passed. Another structure or shape, a complex gradient of a real parameter, and a gradient of an

@@ -8,12 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax._decay.paths import named_leaves
-from regjax.optim._gradients import check_arrays
+from regjax.optim._gradients import PARTITION, check_given, check_real
 from regjax.optim._links import (
     OFF,
-    add_in_turn,
-    ascend,
+    chain_links,
     check_bounds,
     check_mask,
     check_pair,
@@ -71,8 +69,8 @@ def adafactor(
         mask: See `adam`.
 
     Returns:
-        An optax transformation whose `update` always needs `params`. Part 1 of its state begins
-        with an `optax.FactoredState`: `v_row` of shape (…, m, 1) and `v_col` of shape (…, 1, n),
+        An optax transformation whose `update` always needs `params`. `state["moments"]` begins with
+        an `optax.FactoredState`: `v_row` of shape (…, m, 1) and `v_col` of shape (…, 1, n),
         PyTorch's `row_var` and `col_var`, and `v` for leaves of fewer than two axes;
         `optax.MaskedNode()` where a field has no array for a leaf. An (m, n) leaf thus costs m + n
         numbers.
@@ -95,7 +93,8 @@ def adafactor(
         >>> updates, state = optimizer.update(gradient, optimizer.init(params), params)
         >>> optax.apply_updates(params, updates)["bias"]
         Array([ 0.625, -0.625], dtype=float32)
-        >>> state[1][0].v_row["kernel"].shape, state[1][0].v_col["kernel"].shape
+        >>> factored = state["moments"][0]
+        >>> factored.v_row["kernel"].shape, factored.v_col["kernel"].shape
         ((1, 1), (1, 3))
 
     References:
@@ -103,39 +102,34 @@ def adafactor(
         arXiv:1804.04235, ICML 2018.
     """
     check_rates(learning_rate, weight_decay)
-    check_bounds("beta2_decay", beta2_decay, high=0.0, fix="pass -0.8, say")
+    check_bounds("beta2_decay", beta2_decay, high=0.0, fix="Pass -0.8.")
     check_pair("eps", eps, fix="Pass (None, 1e-3).")
     eps1, eps2 = eps
     if eps1 is not None:
-        check_coefficient("eps[0]", eps1, fix="pass None for the machine epsilon")
-    check_coefficient("eps[1]", eps2, fix="pass 1e-3, say")
-    check_bounds("d", d, low=1.0, fix="pass 1.0, or math.inf for no clipping")
+        check_coefficient("eps[0]", eps1, fix="Pass None for the machine epsilon.")
+    check_coefficient("eps[1]", eps2, fix="Pass 1e-3.")
+    check_bounds("d", d, low=1.0, fix="Pass 1.0, or math.inf for no clipping.")
 
     def floor(leaf: Array) -> ScalarLike:
         return float(jnp.finfo(leaf.dtype).eps) if eps1 is None else eps1
 
     def chain(params: PyTree | None) -> optax.GradientTransformation:
-        if params is None:
-            raise ValueError(
-                "params is None, but Adafactor's step is relative to the parameters: call "
-                "update(updates, state, params)"
-            )
+        check_given(params, "Adafactor's step is relative to them")
 
         # Computed here, because inside the chain half types are float32, with another epsilon.
         def floors() -> PyTree[ScalarLike]:
             return jax.tree.map(floor, params)
 
-        return optax.chain(
-            ascend(maximize),
-            optax.chain(
-                _scale_by_factored_rms(beta2_decay, floors),
-                optax.clip_by_block_rms(d),
-                optax.scale_by_param_block_rms(eps2),
-                _cap_learning_rate(learning_rate),
-            ),
-            optax.scale_by_learning_rate(learning_rate),
-            add_in_turn(learning_rate, weight_decay, mask),
+        moments = optax.chain(
+            _scale_by_factored_rms(beta2_decay, floors),
+            optax.clip_by_block_rms(d),
+            optax.scale_by_param_block_rms(eps2),
         )
+        step = optax.chain(
+            _cap_learning_rate(learning_rate), optax.scale_by_learning_rate(learning_rate)
+        )
+        options = {"maximize": maximize, "decoupled": True, "step": step}
+        return chain_links(moments, learning_rate, weight_decay, mask, **options)
 
     check_bool("maximize", maximize)
     if not is_zero(weight_decay):
@@ -157,13 +151,7 @@ def _scale_by_factored_rms(
     # - does not cap its learning rate by 1 / sqrt(t), nor scale its decay by it.
 
     def init(params: PyTree) -> optax.FactoredState:
-        check_arrays(params)
-        for name, leaf in named_leaves(params):
-            if jnp.iscomplexobj(leaf):
-                raise TypeError(
-                    f"Adafactor has no factors for the complex parameter '{name}': torch refuses "
-                    "it too; send it to another optimizer with optax.partition"
-                )
+        check_real(params, "Adafactor", PARTITION)
         return optax.FactoredState(
             jnp.zeros([], jnp.int32),
             v_row=jax.tree.map(lambda p: _zeros(p, -1, if_factored=True), params),

@@ -10,19 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from regjax._decay.paths import named_leaves
-from regjax.optim._gradients import check_arrays
+from regjax.optim._gradients import SPLIT, check_real
 from regjax.optim._links import (
     OFF,
     Terms,
     add_in_turn,
-    ascend,
     bias_correction,
     cast_like,
+    chain_links,
     check_float_dtype,
     check_pair,
     check_rates,
-    decay_weights,
     promoted,
     rounded_once,
     rounded_product,
@@ -80,8 +78,8 @@ def adam(
             parameters. A step rounds $m$ at its end and uses it unrounded.
 
     Returns:
-        An optax transformation; `optax.ScaleByAdamState` (with amsgrad `optax.ScaleByAmsgradState`)
-        in part 2 of its state, or part 1 if the decay is decoupled, holds $m$ and $v$.
+        An optax transformation; `state["moments"]` is an `optax.ScaleByAdamState` (with amsgrad
+        `optax.ScaleByAmsgradState`), which holds $m$ and $v$.
 
     Raises:
         TypeError: An argument is not a number, or a flag or a leaf of the mask is not a bool; from
@@ -114,14 +112,11 @@ def adam(
     """
     _check(learning_rate, betas, eps, weight_decay)
     check_float_dtype("mu_dtype", mu_dtype)
-    return _chain(
-        _scale_by_adam(betas[0], betas[1], eps, check_bool("amsgrad", amsgrad), mu_dtype),
-        learning_rate,
-        weight_decay,
-        mask,
-        maximize,
-        decoupled_weight_decay,
+    moments = _scale_by_adam(betas[0], betas[1], eps, check_bool("amsgrad", amsgrad), mu_dtype)
+    links = chain_links(
+        moments, learning_rate, weight_decay, mask, maximize, decoupled_weight_decay
     )
+    return rounded_once(links)
 
 
 def adamw(
@@ -204,8 +199,8 @@ def nadam(
     of `adam`.
 
     Returns:
-        An optax transformation; `ScaleByNadamState` in part 2 of its state, or part 1 if the decay
-        is decoupled, holds $m$, $v$ and the product of $\mu_i$.
+        An optax transformation; `state["moments"]` is a `ScaleByNadamState`, which holds $m$, $v$
+        and the product of $\mu_i$.
 
     Raises:
         TypeError: As in `adam`.
@@ -232,16 +227,15 @@ def nadam(
     """
     _check(learning_rate, betas, eps, weight_decay)
     check_float_dtype("mu_dtype", mu_dtype)
-    check_coefficient("momentum_decay", momentum_decay, fix="pass 4e-3, say")
-    return _chain(
-        _scale_by_nadam(betas[0], betas[1], eps, momentum_decay, mu_dtype),
-        learning_rate,
-        weight_decay,
-        mask,
-        maximize,
-        decoupled_weight_decay,
-        two_terms=True,
+    check_coefficient("momentum_decay", momentum_decay, fix="Pass 4e-3.")
+    moments = _scale_by_nadam(betas[0], betas[1], eps, momentum_decay, mu_dtype)
+    step = optax.scale_by_learning_rate(learning_rate)
+    if not decoupled_weight_decay:
+        step = optax.chain(step, add_in_turn(learning_rate, 0.0, None))
+    links = chain_links(
+        moments, learning_rate, weight_decay, mask, maximize, decoupled_weight_decay, step
     )
+    return rounded_once(links)
 
 
 def radam(
@@ -290,14 +284,11 @@ def radam(
         ICLR 2020.
     """
     _check(learning_rate, betas, eps, weight_decay)
-    return _chain(
-        _scale_by_radam(betas[0], betas[1], eps),
-        learning_rate,
-        weight_decay,
-        mask,
-        maximize,
-        decoupled_weight_decay,
+    moments = _scale_by_radam(betas[0], betas[1], eps)
+    links = chain_links(
+        moments, learning_rate, weight_decay, mask, maximize, decoupled_weight_decay
     )
+    return rounded_once(links)
 
 
 def adamax(
@@ -318,8 +309,8 @@ def adamax(
     The arguments and the errors are those of `adam`.
 
     Returns:
-        An optax transformation; `optax.ScaleByAdamState` in part 2 of its state holds $m$ and, as
-        `nu`, $u$.
+        An optax transformation; `state["moments"]` is an `optax.ScaleByAdamState`, which holds $m$
+        and, as `nu`, $u$.
 
     Note (PyTorch):
         Equal up to rounding. `optax.adamax` differs only in the bias correction described in
@@ -338,13 +329,8 @@ def adamax(
         section 7.1.
     """
     _check(learning_rate, betas, eps, weight_decay)
-    return _chain(
-        _scale_by_adamax(betas[0], betas[1], eps),
-        learning_rate,
-        weight_decay,
-        mask,
-        maximize,
-    )
+    moments = _scale_by_adamax(betas[0], betas[1], eps)
+    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, maximize=maximize))
 
 
 class ScaleByNadamState(NamedTuple):
@@ -371,31 +357,11 @@ def _check(
     weight_decay: WeightDecay,
 ) -> None:
     check_rates(learning_rate, weight_decay)
-    check_coefficient("eps", eps, fix="pass 1e-8, say")
+    check_coefficient("eps", eps, fix="Pass 1e-8.")
     check_pair("betas", betas, fix="Pass (0.9, 0.999).")
     b1, b2 = betas
-    check_coefficient("betas[0]", b1, fix="pass 0.9, say", below=1.0)
-    check_coefficient("betas[1]", b2, fix="pass 0.999, say", below=1.0)
-
-
-def _chain(
-    moments: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: WeightDecay,
-    mask: Mask,
-    maximize: bool,
-    decoupled: bool = False,
-    two_terms: bool = False,
-) -> optax.GradientTransformation:
-    check_bool("decoupled_weight_decay", decoupled)
-    step = optax.scale_by_learning_rate(learning_rate)
-    if decoupled:
-        links = moments, step, add_in_turn(learning_rate, weight_decay, mask)
-    else:
-        if two_terms:
-            step = optax.chain(step, add_in_turn(learning_rate, 0.0, None))
-        links = decay_weights(weight_decay, mask), moments, step
-    return rounded_once(optax.chain(ascend(maximize), *links))
+    check_coefficient("betas[0]", b1, fix="Pass 0.9.", below=1.0)
+    check_coefficient("betas[1]", b2, fix="Pass 0.999.", below=1.0)
 
 
 def _scale_by_adam(
@@ -537,14 +503,7 @@ def _scale_by_adamax(
 
 
 def _no_moments(params: PyTree, mu_dtype: DTypeLike | None = None) -> optax.ScaleByAdamState:
-    check_arrays(params)
-    for name, leaf in named_leaves(params):
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"Adam has no one second moment for the complex parameter '{name}': torch takes "
-                "real and imaginary part as two parameters, and so does "
-                "optax.contrib.split_real_and_imaginary around this optimizer"
-            )
+    check_real(params, "Adam and its variants", SPLIT)
     count = jnp.zeros([], jnp.int32)
     return optax.ScaleByAdamState(count, zeros_like(params, mu_dtype), zeros_like(params))
 

@@ -29,9 +29,10 @@ import optax
 
 from regjax._decay.paths import named_leaves, path_name
 from regjax._decay.validation import check_reference, resolve_mask, resolve_reference, resolve_scale
-from regjax.optim._gradients import is_array
+from regjax.optim._gradients import check_given, is_array
 from regjax.optim._links import check_mask, is_zero, rounded_once
-from regshared.checks import check_callable, check_coefficient, check_integer
+from regshared.checks import check_coefficient
+from regshared.layerwise import distances_from_top
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -200,8 +201,9 @@ def add_cautious_weight_decay(
         for (name, leaf), decay in zip(named_leaves(params), jax.tree.leaves(decays), strict=True):
             if decay and is_array(leaf) and jnp.iscomplexobj(leaf):
                 raise TypeError(
-                    f"cautious decay compares signs, but the parameter '{name}' is complex: use "
-                    "optax.add_decayed_weights, or give it False in `mask`"
+                    f"params must be real for cautious decay, which compares signs; got "
+                    f"{leaf.dtype} at '{name}'. Use optax.add_decayed_weights, or pass False for "
+                    "it in mask."
                 )
 
     def term(c: Inexact[Array, ""], u: Leaf, w: Leaf, _: Any) -> Leaf:
@@ -333,22 +335,10 @@ def layerwise_scale(
     References:
         See `scale_by_leaf`.
     """
-    check_callable("layer_of", layer_of, "from a parameter's name to its layer")
-    check_coefficient("factor", factor, fix="pass 1.0 for the same in all layers")
-    if depth is not None:
-        check_integer("depth", depth, minimum=0)
-    layers = [_layer(name, layer_of(name), depth) for name, _ in named_leaves(params)]
-    top = max(layers, default=0) if depth is None else depth
-    return jax.tree.structure(params).unflatten(factor ** (top - layer) for layer in layers)
-
-
-def _layer(name: str, layer: Any, depth: int | None) -> int:
-    if not isinstance(layer, int) or isinstance(layer, bool):
-        raise TypeError(f"layer_of('{name}') must be an int, but it is {layer!r}")
-    if layer < 0 or (depth is not None and layer > depth):
-        limit = "not negative" if depth is None else f"in [0, depth={depth}]"
-        raise ValueError(f"layer_of('{name}') must be {limit}, but it is {layer}")
-    return layer
+    check_coefficient("factor", factor, fix="Pass 1.0 for the same in all layers.")
+    names = [name for name, _ in named_leaves(params)]
+    distances = distances_from_top(names, layer_of, depth)
+    return jax.tree.structure(params).unflatten(factor**distance for distance in distances)
 
 
 def _decay(
@@ -362,7 +352,7 @@ def _decay(
     `resolve` checks the parameters and returns the pytree of the others, or None.
     """
     if not callable(weight_decay):
-        check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+        check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
     if not is_zero(weight_decay):
         check_mask(mask, weight_decay)
 
@@ -380,11 +370,7 @@ def _decay(
         return optax.EmptyState()
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        if params is None:
-            raise ValueError(
-                "params is None, but a decay needs the parameters: call update(updates, state, "
-                "params)"
-            )
+        check_given(params, "a decay needs them")
         coefficient = weight_decay
         if callable(weight_decay):
             coefficient = weight_decay(state.count)

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from regjax._decay.paths import named_leaves
-from regjax.optim._gradients import check_arrays
+from regjax.optim._gradients import SPLIT, check_given, check_real
 from regjax.optim._links import (
     OFF,
-    ascend,
+    chain_links,
     check_bounds,
     check_float_dtype,
     check_pair,
@@ -22,6 +21,7 @@ from regjax.optim._links import (
     in_dtype_of,
     is_known,
     is_zero,
+    named_links,
     promoted,
     rounded_once,
     rounded_product,
@@ -72,8 +72,8 @@ def sgd(
             the parameters. A step rounds $b$ at its end and uses it unrounded.
 
     Returns:
-        An optax transformation; `optax.TraceState` in part 2 of its state holds $b$. With
-        dampening, part 2 is a pair that begins with `optax.ScaleByScheduleState` (the step count).
+        An optax transformation; `state["moments"]` is an `optax.TraceState`, which holds $b$. With
+        dampening, it is a pair that begins with `optax.ScaleByScheduleState` (the step count).
 
     Raises:
         TypeError: An argument is not a number, or a flag or a leaf of the mask is not a bool.
@@ -86,8 +86,8 @@ def sgd(
         `optax.apply_updates` are compiled together; compiled separately, each product is rounded
         before it is added, and the two agree up to rounding. They also agree up to rounding where
         only one framework has fused multiply-adds, as under `ATEN_CPU_CAPABILITY=default`, and
-        below 2.4e-38, half of which XLA flushes to zero. `optax.trace` is replaced here, because
-        when compiled it adds the gradient to an unrounded product.
+        below 1.2e-38, which XLA flushes to zero. `optax.trace` is replaced here, because when
+        compiled it adds the gradient to an unrounded product.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -103,25 +103,18 @@ def sgd(
         learning](https://proceedings.mlr.press/v28/sutskever13.html), ICML 2013.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("momentum", momentum, fix="pass 0.0 for none")
-    check_bounds("dampening", dampening, low=-1e30, high=1e30, fix="pass 0.0 for none")
+    check_coefficient("momentum", momentum, fix="Pass 0.0 for none.")
+    check_bounds("dampening", dampening, low=-1e30, high=1e30, fix="Pass 0.0 for none.")
     check_bool("nesterov", nesterov)
     check_float_dtype("accumulator_dtype", accumulator_dtype)
     damped = is_known(dampening) and dampening != 0
     if nesterov and (is_zero(momentum) or damped):
         raise ValueError(
-            "nesterov=True needs momentum > 0 and dampening = 0, but they are "
-            f"momentum={momentum} and dampening={dampening}: pass momentum=0.9, say, or leave "
-            "nesterov out"
+            "nesterov must be False without momentum or with dampening; got True, momentum="
+            f"{momentum} and dampening={dampening}. Pass momentum=0.9, or leave nesterov out."
         )
-    return rounded_once(
-        optax.chain(
-            ascend(maximize),
-            decay_weights(weight_decay, mask),
-            _accumulate(momentum, dampening, nesterov, accumulator_dtype),
-            optax.scale_by_learning_rate(learning_rate),
-        )
-    )
+    moments = _accumulate(momentum, dampening, nesterov, accumulator_dtype)
+    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, maximize=maximize))
 
 
 class DescendState(NamedTuple):
@@ -163,7 +156,7 @@ def asgd(
       \mu_t = \frac{1}{\max(1,\, t - 1 - t_0)}$$
 
     Evaluate with the average after more than `t0 + 1` steps; until then it is the last parameters.
-    Read it from the state: `state[3].ax` or `optax.tree.get(state, "ax")`.
+    Read it from the state: `state["moments"].ax` or `optax.tree.get(state, "ax")`.
 
     Args:
         learning_rate: $\eta$ (PyTorch: `lr`), or a schedule from the step count, starting at 0. As
@@ -176,8 +169,8 @@ def asgd(
         mask: The parameters that `weight_decay` applies to; see `adam`.
 
     Returns:
-        An optax transformation whose `update` needs `params`. Part 2 of its state holds $\eta_t$,
-        part 3 the average in `ax`. Errors are those of `sgd`.
+        An optax transformation whose `update` needs `params`. `state["learning_rate"].eta` is
+        $\eta_t$, `state["moments"].ax` the average. Errors are those of `sgd`.
 
     Note (PyTorch):
         Equal up to rounding. As in PyTorch, $\eta_t$ and $\mu_t$ are rounded to float32, even for
@@ -193,7 +186,7 @@ def asgd(
         >>> for _ in range(3):
         ...     updates, state = optimizer.update(jnp.array([0.0, -1.0]), state, params)
         ...     params = optax.apply_updates(params, updates)
-        >>> print(params.round(2), state[3].ax.round(2))
+        >>> print(params.round(2), state["moments"].ax.round(2))
         [ 1.  -0.5] [ 1.   -0.75]
 
     References:
@@ -202,15 +195,15 @@ def asgd(
         [Stochastic Gradient Descent Tricks](https://doi.org/10.1007/978-3-642-35289-8_25), 2012.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("lambd", lambd, fix="pass 0.0 for none")
-    check_coefficient("alpha", alpha, fix="pass 0.0 for steps of one size")
-    check_coefficient("t0", t0, fix="pass 0 to average from the first step on")
+    check_coefficient("lambd", lambd, fix="Pass 0.0 for none.")
+    check_coefficient("alpha", alpha, fix="Pass 0.0 for steps of one size.")
+    check_coefficient("t0", t0, fix="Pass 0 to average from the first step on.")
     return rounded_once(
-        optax.chain(
-            ascend(maximize),
-            decay_weights(weight_decay, mask),
-            _descend_and_shrink(learning_rate, lambd, alpha),
-            _average(t0),
+        named_links(
+            maximize,
+            weight_decay=decay_weights(weight_decay, mask),
+            learning_rate=_descend_and_shrink(learning_rate, lambd, alpha),
+            moments=_average(t0),
         )
     )
 
@@ -240,7 +233,7 @@ def rprop(
         maximize: Ascend.
 
     Returns:
-        An optax transformation; part 2 of its state holds $g_t$ in `prev` and $s_t$ in `step_size`.
+        An optax transformation; `state["moments"]` holds $g_t$ in `prev` and $s_t$ in `step_size`.
 
     Raises:
         TypeError: An argument is not a number; from `init`, parameters are complex.
@@ -269,16 +262,10 @@ def rprop(
         Riedmiller and Braun, [A direct adaptive method for faster backpropagation learning: the
         RPROP algorithm](https://doi.org/10.1109/ICNN.1993.298623), ICNN 1993.
     """
-    check_coefficient("learning_rate", learning_rate, fix="it is the first step size, so 0.01, say")
+    check_coefficient("learning_rate", learning_rate, fix="Pass 0.01, the first step size.")
     _check_rprop(etas, step_sizes)
-    return rounded_once(
-        optax.chain(
-            ascend(maximize),
-            optax.identity(),  # the position of the decay in other optimizers
-            _resilient(learning_rate, etas, step_sizes),
-            optax.scale(-1.0),
-        )
-    )
+    moments = _resilient(learning_rate, etas, step_sizes)
+    return rounded_once(chain_links(moments, 1.0, maximize=maximize))
 
 
 def _accumulate(
@@ -330,11 +317,7 @@ def _descend_and_shrink(
         return DescendState(count, rate(count).astype(jnp.float32))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        if params is None:
-            raise ValueError(
-                "params is None, but asgd shrinks and averages the parameters: call "
-                "update(updates, state, params)"
-            )
+        check_given(params, "asgd shrinks and averages them")
 
         def step(g: Array, p: Array) -> Array:
             eta = state.eta.astype(jnp.finfo(p.dtype).dtype)
@@ -381,14 +364,7 @@ def _resilient(
     smallest, largest = step_sizes
 
     def init(params: PyTree) -> RpropState:
-        check_arrays(params)
-        for name, leaf in named_leaves(params):
-            if jnp.iscomplexobj(leaf):
-                raise TypeError(
-                    f"Rprop has no sign for the complex parameter '{name}': torch takes real and "
-                    "imaginary part as two parameters, and so does "
-                    "optax.contrib.split_real_and_imaginary around this optimizer"
-                )
+        check_real(params, "Rprop", SPLIT)
         return RpropState(
             optax.tree.zeros_like(params), optax.tree.full_like(params, learning_rate)
         )
@@ -419,17 +395,17 @@ def _resilient(
 
 
 def _check_rprop(etas: tuple[Any, Any], step_sizes: tuple[Any, Any]) -> None:
-    fix = "pass (0.5, 1.2), say"
+    fix = "Pass (0.5, 1.2)."
     check_pair("etas", etas, fix="Pass (0.5, 1.2).")
     check_pair("step_sizes", step_sizes, fix="Pass (1e-6, 50.0).")
     check_coefficient("etas[0]", etas[0], fix=fix, below=1.0)
     check_coefficient("etas[1]", etas[1], fix=fix)
-    check_coefficient("step_sizes[0]", step_sizes[0], fix="pass 1e-6, say")
-    check_coefficient("step_sizes[1]", step_sizes[1], fix="pass 50.0, say")
+    check_coefficient("step_sizes[0]", step_sizes[0], fix="Pass 1e-6.")
+    check_coefficient("step_sizes[1]", step_sizes[1], fix="Pass 50.0.")
     if is_known(*etas) and (etas[0] == 0 or etas[1] <= 1):
-        raise ValueError(f"etas must be 0 < etas[0] < 1 < etas[1], but they are {etas}: {fix}")
+        raise ValueError(f"etas must be 0 < etas[0] < 1 < etas[1]; got {etas}. Pass (0.5, 1.2).")
     if is_known(*step_sizes) and step_sizes[0] > step_sizes[1]:
         raise ValueError(
-            f"step_sizes must be the smallest and the largest step, but they are {step_sizes}: "
-            "pass (1e-6, 50.0), say"
+            f"step_sizes must be the smallest and the largest step; got {step_sizes}. Pass "
+            "(1e-6, 50.0)."
         )

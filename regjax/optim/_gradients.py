@@ -10,6 +10,7 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from regjax._decay.paths import named_leaves, path_name
+from regjax.optim._records import RECORDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
     Gaps = Mapping[KeyPath, Any]
 
 
-# The fields of a state that hold a pytree with the structure and the shapes of the parameters ...
-_WHOLE = {"trace", "mu", "nu", "nu_max", "sum_of_squares", "e_g", "e_x", "ema", "prev"}
-_WHOLE |= {"step_size", "ax"}
-# ... and those of Adafactor, whose leaves have other shapes.
-_FIELDS = _WHOLE | {"v_row", "v_col", "v"}
+# The fields of a state that hold an array for each parameter ...
+_FIELDS = {array.field for record in RECORDS.values() for array in record.arrays}
+# ... and those where it always has the parameter's shape.
+_FACTORED = [record for record in RECORDS.values() if record.is_factored]
+_WHOLE = _FIELDS - {array.field for record in _FACTORED for array in record.arrays}
 
 
 def check_arrays(params: PyTree) -> None:
@@ -37,6 +38,31 @@ def check_arrays(params: PyTree) -> None:
                 f"params must hold only arrays; got {leaf!r}{_at(name)}. Pass "
                 "eqx.filter(model, eqx.is_array), or leave the leaf out with optax.masked."
             )
+
+
+def check_real(params: PyTree, owner: str, fix: str) -> None:
+    """Reject leaves that are not arrays, and complex arrays, for an optimizer."""
+    check_arrays(params)
+    for name, leaf in named_leaves(params):
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(f"params must be real for {owner}; got {leaf.dtype}{_at(name)}. {fix}")
+
+
+# Fixes of complex parameters: the one where PyTorch takes them, and the one where it does not.
+SPLIT = (
+    "Wrap the optimizer in optax.contrib.split_real_and_imaginary, which trains both parts as "
+    "PyTorch does."
+)
+PARTITION = "Send it to another optimizer with optax.partition."
+
+
+def check_given(params: PyTree | None, reason: str, fix: str = "") -> None:
+    """Reject an update without parameters."""
+    if params is None:
+        raise ValueError(
+            f"params must be given, since {reason}; got None. Call update(updates, state, params)"
+            f"{fix}."
+        )
 
 
 def check_gradients(updates: PyTree, state: PyTree, params: PyTree | None) -> Gaps:

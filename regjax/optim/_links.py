@@ -12,11 +12,13 @@ import optax
 from jax import lax
 from jax.core import Tracer
 
-from regjax._decay.paths import named_leaves
 from regjax._decay.validation import resolve_mask
+from regjax._random import xla
 from regjax.optim._gradients import (
     check_arrays,
+    check_given,
     check_gradients,
+    check_real,
     fill,
     put_back,
     put_state_back,
@@ -42,6 +44,46 @@ OFF: Any = np.float32(0.0)
 _SINGLE = np.dtype("float32")
 
 
+def chain_links(
+    moments: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: WeightDecay = OFF,
+    mask: Mask = None,
+    maximize: bool = False,
+    decoupled: bool = False,
+    step: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """Chain the four links of an optimizer, whose decay precedes its moments or is decoupled.
+
+    `step` replaces the multiplication by the learning rate.
+    """
+    step = optax.scale_by_learning_rate(learning_rate) if step is None else step
+    if check_bool("decoupled_weight_decay", decoupled):
+        decay = add_in_turn(learning_rate, weight_decay, mask)
+        return named_links(maximize, moments=moments, learning_rate=step, weight_decay=decay)
+    decay = decay_weights(weight_decay, mask)
+    return named_links(maximize, weight_decay=decay, moments=moments, learning_rate=step)
+
+
+def named_links(
+    maximize: bool, **links: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """`optax.named_chain` that begins with the sign of the gradient, with a plain dict as state."""
+    # optax returns an OrderedDict, which flax.serialization cannot store, and of which {**state}
+    # has another tree structure.
+    chained = optax.named_chain(("maximize", ascend(maximize)), *links.items())
+
+    def init(params: PyTree) -> dict[str, PyTree]:
+        state: Any = chained.init(params)
+        return dict(state)
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        updates, new_state = chained.update(updates, state, params)
+        return updates, dict(new_state)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+    return optax.GradientTransformation(init, update)
+
+
 def ascend(maximize: bool) -> optax.GradientTransformation:
     is_ascent = check_bool("maximize", maximize)
     return optax.scale(-1.0) if is_ascent else optax.identity()
@@ -65,7 +107,7 @@ def decay_weights(weight_decay: WeightDecay, mask: Mask) -> optax.GradientTransf
     def update(
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
-        _check_given(params, weight_decay)
+        _check_params(params, weight_decay)
         updates, _ = decay(params).update(updates, state, params)
         # The state of a schedule is its step count, which Optax 0.2.6 does not advance.
         return updates, jax.tree.map(optax.safe_increment, state)
@@ -140,7 +182,7 @@ def add_in_turn(
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if decaying:
-            _check_given(params, weight_decay)
+            _check_params(params, weight_decay)
         elif params is None:
             return jax.tree.map(_sum, updates, is_leaf=lambda x: isinstance(x, Terms)), state
         kept: Any = share(state) if decaying else None
@@ -163,12 +205,10 @@ def _sum(step: Array | Terms) -> Array:
     return lax.add(step.early, step.late) if isinstance(step, Terms) else step
 
 
-def _check_given(params: PyTree | None, weight_decay: WeightDecay) -> None:
+def _check_params(params: PyTree | None, weight_decay: WeightDecay) -> None:
     if params is None:
-        raise ValueError(
-            f"params is None, but weight_decay={weight_decay} needs the parameters: call "
-            "update(updates, state, params), or pass weight_decay=0.0"
-        )
+        fix = ", or pass weight_decay=0.0"
+        check_given(params, f"weight_decay={weight_decay} needs them", fix)
 
 
 def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
@@ -182,15 +222,9 @@ def bias_correction(decay: ScalarLike, count: ArrayLike) -> Float[Array, ""]:
 
 
 def rounded_product(x: Inexact[Array, "*shape"], factor: ScalarLike) -> Inexact[Array, "*shape"]:
-    """Multiply, and keep the compiler from fusing the product into a sum that it enters."""
-    # XLA on a CPU contracts a * b + c into one fused multiply-add, which rounds once where
-    # PyTorch's kernels round twice. lax.optimization_barrier, lax.reduce_precision and
-    # --xla_allow_excess_precision=false do not prevent it; an operation between product and sum
-    # does. Here it is the sum of two halves, which rounds nothing (except that XLA flushes a half
-    # below 1.2e-38 to zero). It costs nothing measurable, and XLA does not simplify it.
+    """Multiply, and round the product before it enters a sum, as PyTorch's kernels do."""
     # lax, because jnp functions take longer to trace, which shows with a thousand leaves.
-    half = lax.mul(x, in_dtype_of(x, 0.5 * factor))
-    return lax.add(half, half)
+    return xla.rounded(lax.mul(x, in_dtype_of(x, factor)))
 
 
 def rounded_once(
@@ -268,13 +302,10 @@ def widest(coefficient: ScalarLike) -> ScalarLike:
 
 def zeros_like(params: PyTree, dtype: DTypeLike | None = None) -> PyTree:
     """Return zeros with the shapes and sharding of the parameters, in one dtype if given."""
-    check_arrays(params)
-    for name, leaf in [] if dtype is None else named_leaves(params):
-        if jnp.iscomplexobj(leaf):
-            raise TypeError(
-                f"params must be real where a dtype of their moments is given; got {leaf.dtype} at "
-                f"'{name}'. Pass None as the dtype."
-            )
+    if dtype is None:
+        check_arrays(params)
+    else:
+        check_real(params, "moments of a given dtype", "Pass None as the dtype.")
     return optax.tree.zeros_like(params, dtype=dtype and jnp.dtype(dtype))
 
 
@@ -334,16 +365,16 @@ def check_bounds(
         isinstance(value, jax.Array | np.ndarray) and value.shape == ()
     )
     if not is_scalar or isinstance(value, bool):
-        raise TypeError(f"{name} must be a real number, but it is {value!r}: {fix}")
+        raise TypeError(f"{name} must be a real number; got {value!r}. {fix}")
     if not low <= float(value) <= high:
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], but it is {value}: {fix}")
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {value}. {fix}")
 
 
 def check_rates(learning_rate: optax.ScalarOrSchedule, weight_decay: WeightDecay) -> None:
     if not callable(learning_rate):
-        check_coefficient("learning_rate", learning_rate, fix="to ascend, pass maximize=True")
+        check_coefficient("learning_rate", learning_rate, fix="Pass maximize=True to ascend.")
     if not callable(weight_decay):
-        check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+        check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
 
 
 def is_known(*values: Any) -> bool:

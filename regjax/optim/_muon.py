@@ -12,11 +12,10 @@ import optax
 from jax.core import Tracer
 
 from regjax._decay.paths import named_leaves
-from regjax.optim._gradients import check_arrays
+from regjax.optim._gradients import PARTITION, check_real
 from regjax.optim._links import (
-    add_in_turn,
-    ascend,
     cast_like,
+    chain_links,
     check_float_dtype,
     check_pair,
     check_rates,
@@ -92,7 +91,7 @@ def muon(
         mu_dtype: The dtype in which $b$ is stored; see `adam`.
 
     Returns:
-        An optax transformation; part 1 of its state begins with an `optax.EmaState`, which holds
+        An optax transformation; `state["moments"]` begins with an `optax.EmaState`, which holds
         $b$.
 
     Raises:
@@ -122,8 +121,8 @@ def muon(
         Array([[-1.,  0.], [ 0.,  1.]], dtype=float32)
         >>> muon().init(params)
         Traceback (most recent call last):
-        ValueError: Muon takes matrices only, but 'bias' has shape (2,): send it to another
-        optimizer, such as optax.partition({"muon": muon(), "adamw": adamw()}, labels)
+        ValueError: params must be matrices for Muon; got shape (2,) at 'bias'. Send it to another
+        optimizer with optax.partition.
 
     References:
         Jordan et al., [Muon: An optimizer for hidden layers in neural
@@ -131,8 +130,8 @@ def muon(
         for LLM Training", arXiv:2502.16982, 2025.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("momentum", momentum, fix="pass 0.95, say")
-    check_coefficient("eps", eps, fix="pass 1e-7, say")
+    check_coefficient("momentum", momentum, fix="Pass 0.95.")
+    check_coefficient("eps", eps, fix="Pass 1e-7.")
     check_bool("nesterov", nesterov)
     check_bool("transposed", transposed)
     check_float_dtype("mu_dtype", mu_dtype)
@@ -141,13 +140,12 @@ def muon(
     _check_steps(ns_steps)
     if not isinstance(adjust_lr_fn, str | None) or adjust_lr_fn not in _SCALES:
         raise ValueError(
-            f'adjust_lr_fn must be None, "original" or "match_rms_adamw", but it is '
-            f"{adjust_lr_fn!r}"
+            'adjust_lr_fn must be None, "original" or "match_rms_adamw"; got '
+            f"{adjust_lr_fn!r}. Pass None."
         )
     if not is_dtype_of(jnp.floating, ns_dtype):
         raise ValueError(
-            f'ns_dtype must be a dtype of floats, but it is {ns_dtype!r}: pass "bfloat16" or '
-            '"float32"'
+            f'ns_dtype must be a float dtype; got {ns_dtype!r}. Pass "bfloat16" or "float32".'
         )
 
     def step(u: Matrix) -> Matrix:
@@ -155,14 +153,9 @@ def muon(
         scale = _SCALES[adjust_lr_fn](outputs, inputs)
         return scale * orthogonalize(u, ns_coefficients, eps, ns_steps, ns_dtype)
 
-    return rounded_once(
-        optax.chain(
-            ascend(maximize=False),  # PyTorch's Muon only descends
-            optax.chain(_average(momentum, nesterov, mu_dtype), _on_matrices(step)),
-            optax.scale_by_learning_rate(learning_rate),
-            add_in_turn(learning_rate, weight_decay, mask),
-        )
-    )
+    # PyTorch's Muon only descends.
+    moments = optax.chain(_average(momentum, nesterov, mu_dtype), _on_matrices(step))
+    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, decoupled=True))
 
 
 _SCALES: dict[str | None, Callable[[int, int], float]] = {
@@ -255,18 +248,12 @@ def _average(
 
 def _on_matrices(function: Callable[[Matrix], Matrix]) -> optax.GradientTransformation:
     def init(params: PyTree) -> optax.EmptyState:
-        check_arrays(params)
+        check_real(params, "Muon", PARTITION)
         for name, leaf in named_leaves(params):
-            if jnp.iscomplexobj(leaf):
-                raise TypeError(
-                    f"Muon does not take complex parameters, and neither does torch's, but '{name}'"
-                    f" is {leaf.dtype}: send it to another optimizer with optax.partition"
-                )
             if leaf.ndim != 2:
                 raise ValueError(
-                    f"Muon takes matrices only, but '{name}' has shape {leaf.shape}: send it to "
-                    'another optimizer, such as optax.partition({"muon": muon(), "adamw": '
-                    "adamw()}, labels)"
+                    f"params must be matrices for Muon; got shape {leaf.shape} at '{name}'. "
+                    f"{PARTITION}"
                 )
         return optax.EmptyState()
 
@@ -289,6 +276,5 @@ def _check_coefficients(coefficients: Any) -> None:
     known = [x for x in numbers if not isinstance(x, Tracer)]
     if not np.all(np.isfinite([float(x) for x in known])):
         raise ValueError(
-            f"ns_coefficients must be finite, but they are {coefficients}: pass "
-            "(3.4445, -4.7750, 2.0315), say"
+            f"ns_coefficients must be finite; got {coefficients}. Pass (3.4445, -4.7750, 2.0315)."
         )

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from regjax._decay.paths import named_leaves
-from regjax.optim._gradients import check_arrays
-from regjax.optim._links import OFF, ascend, check_rates, decay_weights, is_zero, rounded_once
+from regjax.optim._gradients import SPLIT, check_real
+from regjax.optim._links import OFF, chain_links, check_rates, is_zero, rounded_once
 from regshared.checks import check_bool, check_coefficient
 
 if TYPE_CHECKING:
@@ -44,8 +43,9 @@ def adagrad(
     The other arguments and the errors are those of `adam`; the decay is coupled.
 
     Returns:
-        An optax transformation; `optax.ScaleByRssState` in part 2 of its state holds $s$. With
-        `lr_decay` or a schedule, part 3 is `optax.ScaleByScheduleState`, the step count.
+        An optax transformation; `state["moments"]` is an `optax.ScaleByRssState`, which holds $s$.
+        With `lr_decay` or a schedule, `state["learning_rate"]` is an `optax.ScaleByScheduleState`,
+        the step count.
 
     Note (PyTorch):
         Equal up to rounding. `optax.adagrad` adds `eps`, 1e-7, inside the root, takes no step where
@@ -66,20 +66,12 @@ def adagrad(
         Optimization](https://jmlr.org/papers/v12/duchi11a.html), JMLR 2011.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("lr_decay", lr_decay, fix="pass 0.0 for none")
-    check_coefficient("initial_accumulator_value", initial_accumulator_value, fix="pass 0.0, say")
-    check_coefficient("eps", eps, fix="pass 1e-10, say")
-    return rounded_once(
-        _of_real_parameters(
-            "Adagrad",
-            optax.chain(
-                ascend(maximize),
-                decay_weights(weight_decay, mask),
-                _scale_by_root_of_sum(initial_accumulator_value, eps),
-                optax.scale_by_learning_rate(_decayed(learning_rate, lr_decay)),
-            ),
-        )
-    )
+    check_coefficient("lr_decay", lr_decay, fix="Pass 0.0 for none.")
+    check_coefficient("initial_accumulator_value", initial_accumulator_value, fix="Pass 0.0.")
+    check_coefficient("eps", eps, fix="Pass 1e-10.")
+    moments = _of_real("Adagrad", _scale_by_root_of_sum(initial_accumulator_value, eps))
+    rate = _decayed(learning_rate, lr_decay)
+    return rounded_once(chain_links(moments, rate, weight_decay, mask, maximize=maximize))
 
 
 def adadelta(
@@ -103,8 +95,8 @@ def adadelta(
     decay is coupled.
 
     Returns:
-        An optax transformation; `optax.ScaleByAdaDeltaState` in part 2 of its state holds $v$ as
-        `e_g` and $u$ as `e_x`.
+        An optax transformation; `state["moments"]` is an `optax.ScaleByAdaDeltaState`, which holds
+        $v$ as `e_g` and $u$ as `e_x`.
 
     Note (PyTorch):
         Equal up to rounding; PyTorch accepts `rho=1`, with which no mean ever moves.
@@ -123,19 +115,10 @@ def adadelta(
         Zeiler, "ADADELTA: An Adaptive Learning Rate Method", arXiv:1212.5701, 2012.
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("rho", rho, fix="pass 0.9, say", below=1.0)
-    check_coefficient("eps", eps, fix="pass 1e-6, say")
-    return rounded_once(
-        _of_real_parameters(
-            "Adadelta",
-            optax.chain(
-                ascend(maximize),
-                decay_weights(weight_decay, mask),
-                optax.scale_by_adadelta(rho, eps),
-                optax.scale_by_learning_rate(learning_rate),
-            ),
-        )
-    )
+    check_coefficient("rho", rho, fix="Pass 0.9.", below=1.0)
+    check_coefficient("eps", eps, fix="Pass 1e-6.")
+    moments = _of_real("Adadelta", optax.scale_by_adadelta(rho, eps))
+    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, maximize=maximize))
 
 
 def rmsprop(
@@ -164,9 +147,9 @@ def rmsprop(
     the decay is coupled.
 
     Returns:
-        An optax transformation; `optax.ScaleByRmsState` (centered: `optax.ScaleByRStdDevState`) in
-        part 2 of its state holds $v$ as `nu` and $m$ as `mu`. With momentum, part 2 is a pair that
-        ends with `optax.TraceState`, which holds $b$.
+        An optax transformation; `state["moments"]` is an `optax.ScaleByRmsState` (centered:
+        `optax.ScaleByRStdDevState`), which holds $v$ as `nu` and $m$ as `mu`. With momentum, it is
+        a pair that ends with `optax.TraceState`, which holds $b$.
 
     Note (PyTorch):
         Equal up to rounding; PyTorch accepts `alpha` of 1 and more. `optax.rmsprop` chains the same
@@ -189,22 +172,14 @@ def rmsprop(
         (centered).
     """
     check_rates(learning_rate, weight_decay)
-    check_coefficient("alpha", alpha, fix="pass 0.99, say", below=1.0)
-    check_coefficient("eps", eps, fix="pass 1e-8, say")
-    check_coefficient("momentum", momentum, fix="pass 0.0 for none")
+    check_coefficient("alpha", alpha, fix="Pass 0.99.", below=1.0)
+    check_coefficient("eps", eps, fix="Pass 1e-8.")
+    check_coefficient("momentum", momentum, fix="Pass 0.0 for none.")
     scale = optax.scale_by_stddev if check_bool("centered", centered) else optax.scale_by_rms
-    scaled = scale(alpha, eps, eps_in_sqrt=False)
-    return rounded_once(
-        _of_real_parameters(
-            "RMSprop",
-            optax.chain(
-                ascend(maximize),
-                decay_weights(weight_decay, mask),
-                scaled if is_zero(momentum) else optax.chain(scaled, optax.trace(momentum)),
-                optax.scale_by_learning_rate(learning_rate),
-            ),
-        )
-    )
+    moments = _of_real("RMSprop", scale(alpha, eps, eps_in_sqrt=False))
+    if not is_zero(momentum):
+        moments = optax.chain(moments, optax.trace(momentum))
+    return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, maximize=maximize))
 
 
 def _scale_by_root_of_sum(initial: ScalarLike, eps: ScalarLike) -> optax.GradientTransformation:
@@ -235,20 +210,11 @@ def _decayed(learning_rate: optax.ScalarOrSchedule, lr_decay: ScalarLike) -> opt
     return schedule
 
 
-def _of_real_parameters(
-    name: str, inner: optax.GradientTransformation
-) -> optax.GradientTransformation:
+def _of_real(name: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Reject complex parameters, for which optax's means of squares differ from PyTorch's."""
 
     def init(params: PyTree) -> PyTree:
-        check_arrays(params)
-        for path, leaf in named_leaves(params):
-            if jnp.iscomplexobj(leaf):
-                raise TypeError(
-                    f"{name} has no one square to average for the complex parameter '{path}': "
-                    "torch takes real and imaginary part as two parameters, and so does "
-                    "optax.contrib.split_real_and_imaginary around this optimizer"
-                )
+        check_real(params, name, SPLIT)
         return inner.init(params)
 
     return optax.GradientTransformation(init, inner.update)

@@ -1,4 +1,4 @@
-"""The parameters of a module as a decay rule sees them; see `regshared.decay_rules`."""
+"""Apply the decay rules of `regshared.decay_rules` to the parameters of a module."""
 
 from __future__ import annotations
 
@@ -35,31 +35,28 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
         rule: `"default"`, a glob, a function `(path, tensor, kind)`, or pairs of glob and decision;
             see `regshared.decay_rules`. A path is a name of `named_parameters()` with slashes for
             dots. `kind` is 'linear', 'conv', 'embedding', 'norm', 'attention', 'recurrent',
-            'activation' or empty: it follows from the class of the module that owns the parameter
-            or, outside `torch.nn`, from names.
+            'activation' or empty; it comes from the class of the owning module or, outside
+            `torch.nn`, from names.
 
     Returns:
         A dict from each name of `named_parameters()` to a bool. Frozen parameters
-        (`requires_grad=False`) are False, since torch.optim skips them; call again after
-        unfreezing. A tied parameter appears once, under its first name, but a glob may match any of
-        its places, and the default rule treats a weight shared by an embedding and an output layer
-        as an embedding.
+        (`requires_grad=False`) are False: call again after unfreezing. A tied parameter appears
+        once, under its first name; a glob may match any of its names, and the default rule treats a
+        weight shared with an embedding as an embedding.
 
     Raises:
         TypeError: `module` is not a module, `rule` has another form, or a decision is not a bool;
             for rates see `decay_rates`.
-        ValueError: A glob decides nothing, no pair covers a parameter, the default rule does not
-            know one, or a function returns False for all. The message names the glob and the paths.
+        ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
+            know a parameter; or a function returns False for all. The message names the glob and
+            the paths.
 
     Note (JAX):
-        In `regjax.decay_mask(params, rule)`, `frozen` names the parameters without a gradient,
-        since a JAX array does not know whether it gets one.
+        In `regjax.decay_mask(params, rule)`, `frozen` names the parameters without a gradient.
 
     Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
-        >>> decay_mask(model)
-        {'0.weight': True, '0.bias': False, '1.weight': False, '1.bias': False}
         >>> decay_mask(model, [("bias", True), ("**", "default")])
         {'0.weight': True, '0.bias': True, '1.weight': False, '1.bias': True}
     """
@@ -70,14 +67,14 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
 def decay_rates(
     module: nn.Module, weight_decay: float = 1.0, rule: Rule = "default"
 ) -> dict[str, float]:
-    """Return a dict from each name of `named_parameters()` to its rate, 0.0 where nothing decays.
+    """Return the weight decay rate of each parameter by name, 0.0 where nothing decays.
 
     The other errors are those of `decay_mask`.
 
     Args:
         module: The model.
-        weight_decay: The rate where the decision is True.
-        rule: See `decay_mask`; a decision may also be a rate, which is used as it is.
+        weight_decay: The rate of the parameters for which the rule is True.
+        rule: See `decay_mask`; a decision may also be a rate, which is used as given.
 
     Raises:
         TypeError: A rate is not a number.
@@ -88,9 +85,8 @@ def decay_rates(
 
     Example:
         >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
-        >>> decay_rates(model, 0.1, [("1/weight", 0.5), ("**", "default")])
-        {'0.weight': 0.1, '0.bias': 0.0, '1.weight': 0.5, '1.bias': 0.0}
+        >>> decay_rates(torch.nn.Linear(2, 3), 0.1, [("bias", 0.5), ("**", "default")])
+        {'weight': 0.1, 'bias': 0.5}
     """
     parameters = _parameters(module)
     return _by_name(parameters, [rate for rate, _ in rates(parameters, weight_decay, rule)])
@@ -101,15 +97,13 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups for `torch.optim`, one for each rate of weight decay.
 
-    The groups are in order of appearance, with the names of their parameters as
-    `named_parameters()` gives them to an optimizer. Frozen parameters are in no group: call again
-    after unfreezing. A parameter that requires a gradient but is unused is in a group, yet
-    torch.optim, unlike optax, skips it as long as its gradient is None. The other errors are those
-    of `decay_rates`.
+    The groups are in order of appearance, with the names of their parameters. Frozen parameters are
+    in no group: call again after unfreezing. torch.optim, unlike optax, skips a parameter whose
+    gradient is None. The other errors are those of `decay_rates`.
 
     Args:
         module: The model.
-        weight_decay: The rate where the decision is True.
+        weight_decay: The rate of the parameters for which the rule is True.
         rule: See `decay_rates`.
 
     Raises:
@@ -128,8 +122,7 @@ def decay_groups(
         >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay
-        Regularization](https://arxiv.org/abs/1711.05101), ICLR 2019.
+        Loshchilov and Hutter, [ICLR 2019](https://arxiv.org/abs/1711.05101).
     """
     parameters = _parameters(module)
     groups: dict[float, list[tuple[str, Tensor]]] = {}
@@ -139,31 +132,28 @@ def decay_groups(
             groups.setdefault(float(rate), []).append((parameter.path, parameter.leaf))
     if not groups:
         raise ValueError(
-            "module has no parameter that requires a gradient, so there is nothing to optimize: "
-            "call module.requires_grad_() first"
+            "module must have a parameter that requires a gradient; got none. Call "
+            "module.requires_grad_() first."
         )
     return [{"params": members, "weight_decay": rate} for rate, members in groups.items()]
 
 
 def decay_table(module: nn.Module, weight_decay: float = 1.0, rule: Rule = "default") -> DecayTable:
-    """Return a table of which parameters decay, at what rate, and why, with totals.
+    """Return a table of the parameters with their decay rates and the rules that decided them.
 
-    It can be printed and iterated over; its rows have the fields of `DecayRow`. For the arguments
-    and errors see `decay_rates`; in JAX, `regjax.decay_table(params, weight_decay, rule)`.
+    It can be printed and iterated over; its rows have the fields of `DecayRow`. The arguments and
+    errors are those of `decay_rates`; in JAX, `regjax.decay_table(params, weight_decay, rule)`.
 
     Example:
         >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.LayerNorm(3))
-        >>> table = decay_table(model, 0.01)
-        >>> print(table)
+        >>> print(decay_table(model, 0.01))
         path      shape   dtype    size  kind    rule    weight_decay
         0.weight  (3, 2)  float32     6  linear  kernel          0.01
         0.bias    (3,)    float32     3  linear  bias               -
         1.weight  (3,)    float32     3  norm    norm               -
         1.bias    (3,)    float32     3  norm    bias               -
         decay: 1 of 4 leaves, 6 of 15 parameters
-        >>> [row.path for row in table if row.weight_decay], table.exempt.parameters
-        (['0.weight'], 9)
     """
     parameters = _parameters(module)
     return table_of(parameters, rates(parameters, weight_decay, rule))
@@ -184,12 +174,15 @@ def _parameters(module: nn.Module) -> list[Parameter]:
     """List the parameters in the order of `named_parameters`, tied ones once."""
     if not isinstance(module, nn.Module):
         raise TypeError(
-            f"module must be a torch.nn.Module, whose layers say what decays, but it is {module!r}"
+            f"module must be a torch.nn.Module, whose layers decide what decays; got {module!r}."
         )
     names: dict[Tensor, list[str]] = {}
     for name, leaf in module.named_parameters(remove_duplicate=False):
         if isinstance(leaf, nn.parameter.UninitializedParameter):
-            raise ValueError(f"'{name}' of a lazy module has no shape yet: call the module once")
+            raise ValueError(
+                f"module must have parameters with a shape; got '{name}' of a lazy module. Call "
+                "the module once."
+            )
         names.setdefault(leaf, []).append(name)
     return [
         Parameter(
@@ -209,8 +202,8 @@ def _place(module: nn.Module, path: str) -> Place:
     *parents, own = path.split(".")
     if parents[-2:-1] == ["parametrizations"]:
         # A tensor that torch.nn.utils.parametrize stores is treated as the weight it makes.
-        how = type(_at(module, parents)[0]).__name__
-        is_magnitude = (how, own) == ("_WeightNorm", "original0")
+        parametrization = type(_at(module, parents)[0]).__name__
+        is_magnitude = (parametrization, own) == ("_WeightNorm", "original0")
         *parents, _, own = parents
         own = "scale" if is_magnitude else own
     owner = _at(module, parents)

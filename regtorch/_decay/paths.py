@@ -1,4 +1,4 @@
-"""Parameter names: every form in which PyTorch code holds parameters, as one named list."""
+"""Parameter names: one named list from each form in which PyTorch code holds parameters."""
 
 from __future__ import annotations
 
@@ -15,24 +15,10 @@ if TYPE_CHECKING:
 
 
 def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:
-    """List parameters with their names, in the order in which they come.
-
-    Args:
-        params: A module, one tensor, a dict from names to tensors, or an iterable of tensors or of
-            `(name, tensor)` pairs. Tensors without a name are called by their position.
-        what: The name of the argument, for messages.
-
-    Returns:
-        Pairs of name and tensor. What is no tensor is passed on, for the caller to judge.
-
-    Raises:
-        TypeError: `params` is not a module, a tensor, a dict, or an iterable.
-        ValueError: `params` is a generator that yields nothing.
+    """Return the names and values of parameters, in their order; unnamed ones have their positions.
 
     Example:
         >>> import torch
-        >>> [name for name, _ in named_leaves(torch.nn.Linear(2, 3))]
-        ['weight', 'bias']
         >>> [name for name, _ in named_leaves([torch.ones(2), torch.ones(3)])]
         ['0', '1']
     """
@@ -45,15 +31,15 @@ def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:
     if not isinstance(params, Iterable) or isinstance(params, str):
         raise TypeError(
             f"{what} must be a module, a tensor, a dict from names to tensors, or an iterable of "
-            f"tensors or (name, tensor) pairs, but it is {params!r}"
+            f"tensors or (name, tensor) pairs; got {params!r}."
         )
     leaves: list[tuple[str, Any]] = [
         item if _is_named(item) else (str(position), item) for position, item in enumerate(params)
     ]
     if not leaves and isinstance(params, Iterator):
         raise ValueError(
-            f"{what} is a generator that yields nothing: module.parameters() can be walked only "
-            "once, so call it again for each use, or pass the module itself"
+            f"{what} must yield parameters; got a generator that yields nothing. Call "
+            "module.parameters() again for each use, or pass the module itself."
         )
     return leaves
 

@@ -1,4 +1,4 @@
-"""Penalties: regularization as a term of the loss, with the same values in `regjax`."""
+"""Penalties: regularization as a term of the loss, with the values of `regjax`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from regtorch._decay.validation import Mask
 
 _T = TypeVar("_T")
-_FIX = "pass 0.0 for no penalty, and of a schedule its value at this step"
+_FIX = "Pass 0.0 for no penalty, or the value of a schedule at this step."
 
 
 def l1_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = None) -> Tensor:
@@ -30,8 +30,8 @@ def l1_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = Non
       \nabla \Omega(w) = \lambda \operatorname{sign}(w), \quad \operatorname{sign}(0) = 0$$
 
     Under SGD and Adam (coupled decay) it trains like `regtorch.optim.add_l1_decay` with the same
-    coefficient. A subgradient step crosses zero and comes back: it makes weights small, and seldom
-    exactly 0. A complex number counts with its modulus. For the arguments, result and errors see
+    coefficient. Subgradient steps cross zero and return: weights become small, but seldom exactly
+    0. Complex numbers contribute their modulus. For the arguments, result and errors see
     `l2_penalty`.
 
     Note (JAX):
@@ -39,11 +39,8 @@ def l1_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = Non
 
     Example:
         >>> import torch
-        >>> weight = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
-        >>> penalty = l1_penalty([weight], 0.5)
-        >>> penalty.backward()
-        >>> penalty.item(), weight.grad
-        (1.5, tensor([ 0.5000, -0.5000,  0.0000]))
+        >>> l1_penalty(torch.tensor([1.0, -2.0, 0.0]), 0.5)
+        tensor(1.5000)
 
     References:
         Tibshirani, "Regression Shrinkage and Selection via the Lasso", JRSS B 58(1), 1996.
@@ -57,19 +54,18 @@ def l2_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = Non
 
     $$\Omega(w) = \lambda \sum_i |w_i|^2, \qquad \nabla \Omega(w) = 2 \lambda w$$
 
-    There is no factor of one half, hence the 2 in the gradient. The `weight_decay=d` of an
-    optimizer adds $d\,w$ to the gradient, so **this penalty with `weight_decay=c` trains like an
-    optimizer with `weight_decay=2 * c`** if the decay is coupled (SGD, Adam). It matches no setting
-    of AdamW, whose decay never passes through the moments.
+    There is no factor of one half. The `weight_decay=d` of an optimizer adds $d\,w$ to the
+    gradient, so **this penalty with `weight_decay=c` trains like an optimizer with `weight_decay=2
+    * c`** if the decay is coupled (SGD, Adam). It matches no setting of AdamW, whose decay never
+    passes through the moments.
 
     Args:
         params: A module, one tensor, a dict from names to tensors, or an iterable of tensors or of
-            `(name, tensor)` pairs, float or complex, of any shapes and dtypes. Not `state_dict()`,
-            which is detached and holds buffers too. A frozen parameter (`requires_grad=False`)
-            counts in the value; to leave it out, pass `mask=lambda name, tensor:
-            tensor.requires_grad`.
-        weight_decay: The coefficient $\lambda$: a finite number, not negative; or a 0-d tensor,
-            which may require a gradient and whose value is not checked.
+            `(name, tensor)` pairs, float or complex. Not `state_dict()`, which is detached and
+            holds buffers. Frozen parameters count in the value; to omit them, pass `mask=lambda
+            name, tensor: tensor.requires_grad`.
+        weight_decay: $\lambda$: a finite number, not negative; or a 0-d tensor, which may require a
+            gradient and whose value is not checked.
         mask: Which parameters count: `None` (all), a dict from each name to a bool, a function of
             name and tensor, or, for tensors without names, a sequence of bools. Masked-out entries
             may be anything.
@@ -82,23 +78,23 @@ def l2_penalty(params: Params, weight_decay: float | Tensor, *, mask: Mask = Non
         TypeError: A parameter that counts is not a float or complex tensor, a value of the mask is
             not a bool, or `weight_decay` is not a number.
         ValueError: `weight_decay` is negative, infinite or NaN, the mask does not fit the
-            parameters, or `params` is a generator that yields nothing (`module.parameters()` can be
-            iterated only once).
+            parameters, or `params` is a generator that yields nothing, such as a
+            `module.parameters()` used twice.
 
     Example:
         >>> import torch
         >>> kernel, bias = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0])
-        >>> l2_penalty([kernel, bias], 0.5).item()
-        7.0
         >>> params = {"kernel": kernel, "bias": bias}
+        >>> l2_penalty(params, 0.5).item()
+        7.0
         >>> l2_penalty(params, 0.5, mask=lambda name, tensor: name == "kernel").backward()
         >>> kernel.grad
         tensor([1., 2.])
 
     References:
-        Hoerl and Kennard, "Ridge Regression", Technometrics 12(1), 1970.
-        Loshchilov and Hutter, [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101),
-        ICLR 2019: why a penalty differs from AdamW.
+        Hoerl and Kennard, "Ridge Regression", Technometrics 12(1), 1970. Loshchilov and Hutter,
+        [ICLR 2019](https://arxiv.org/abs/1711.05101), on the difference between a penalty and
+        AdamW.
     """
     check_coefficient("weight_decay", weight_decay, fix=_FIX)
     return _times(weight_decay, _sum(map(_squared, _weights("l2_penalty", params, mask))))
@@ -112,25 +108,18 @@ def elastic_net_penalty(
     $$\Omega(w) = \lambda_1 \sum_i |w_i| + \lambda_2 \sum_i |w_i|^2, \qquad
       \nabla \Omega(w) = \lambda_1 \operatorname{sign}(w) + 2 \lambda_2 w$$
 
-    The arguments `l1` and `l2` are the coefficients $\lambda_1$ and $\lambda_2$, each in the form
-    of `weight_decay` in `l2_penalty`, which also describes the other arguments, the result and the
-    errors.
-
-    scikit-learn's `ElasticNet(alpha, l1_ratio)` minimizes half the mean squared error plus this
-    penalty with `l1 = alpha * l1_ratio` and `l2 = alpha * (1 - l1_ratio) / 2`, intercept masked
-    out. With the full mean squared error (`nn.MSELoss`), double both.
+    `l1` is $\lambda_1$ and `l2` is $\lambda_2$; the other arguments, the result and the errors are
+    those of `l2_penalty`. scikit-learn's `ElasticNet(alpha, l1_ratio)` minimizes half the mean
+    squared error plus this penalty with `l1 = alpha * l1_ratio` and `l2 = alpha * (1 - l1_ratio) /
+    2`, intercept masked out. With the full mean squared error (`nn.MSELoss`), double both.
 
     Example:
         >>> import torch
-        >>> weight = torch.tensor([1.0, -2.0, 0.0], requires_grad=True)
-        >>> penalty = elastic_net_penalty([weight], 0.5, 0.25)
-        >>> penalty.backward()
-        >>> penalty.item(), weight.grad
-        (2.75, tensor([ 1.0000, -1.5000,  0.0000]))
+        >>> elastic_net_penalty(torch.tensor([1.0, -2.0, 0.0]), 0.5, 0.25)
+        tensor(2.7500)
 
     References:
-        Zou and Hastie, "Regularization and Variable Selection via the Elastic Net", JRSS B 67(2),
-        2005.
+        Zou and Hastie, JRSS B 67(2), 2005.
     """
     check_coefficient("l1", l1, fix=_FIX)
     check_coefficient("l2", l2, fix=_FIX)
@@ -147,39 +136,35 @@ def l2_sp_penalty(
     $$\Omega(w) = \lambda \sum_i |w_i - w^0_i|^2, \qquad
       \nabla \Omega(w) = 2 \lambda (w - w^0)$$
 
-    In fine-tuning it pulls weights toward those of the pretrained model instead of zero. Without a
-    factor of one half, as in `l2_penalty`, it trains under SGD and Adam (coupled decay) like
-    `regtorch.optim.add_l2_sp_decay(optimizer, reference, 2 * weight_decay)`. Layers that were not
-    pretrained take `l2_penalty`, in the usual recipe with a coefficient of their own. The result
-    and other errors are those of `l2_penalty`.
+    In fine-tuning it pulls weights toward those of the pretrained model instead of zero. Under SGD
+    and Adam (coupled decay) it trains like `regtorch.optim.add_l2_sp_decay(optimizer, reference, 2
+    * weight_decay)`. The usual recipe applies `l2_penalty`, with its own coefficient, to layers
+    that were not pretrained. The other arguments, the result and other errors are those of
+    `l2_penalty`.
 
     Args:
         params: See `l2_penalty`.
-        reference: $w^0$, in any form that `params` may take, such as `copy.deepcopy(module)` or the
-            dict of a checkpoint without its buffers. It has the names of `params` in any order, and
-            the same shapes where they count. It gets no gradient. A tensor is cast to the dtype in
-            which its parameter is summed, and moved to its device.
-        weight_decay: The coefficient $\lambda$; see `l2_penalty`.
+        reference: $w^0$, in any form that `params` may have, such as `copy.deepcopy(module)` or a
+            checkpoint without its buffers, with the names of `params` in any order and the shapes
+            of those that count. It gets no gradient, and is cast to the dtype and device of the
+            sums.
+        weight_decay: See `l2_penalty`.
         mask: See `l2_penalty`.
 
     Raises:
-        TypeError: The reference of a parameter is not a float or complex tensor, or is complex and
-            the parameter real.
-        ValueError: The reference has other names than `params`, or a tensor in it another shape:
-            the message names it.
+        TypeError: The reference of a parameter is not a float or complex tensor, or is complex
+            while the parameter is real.
+        ValueError: The reference has other names than `params`, or a tensor of another shape; the
+            message names it.
 
     Example:
         >>> import torch
-        >>> weight = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> penalty = l2_sp_penalty({"w": weight}, {"w": torch.ones(2)}, 0.5)
-        >>> penalty.backward()
-        >>> penalty.item(), weight.grad
-        (0.5, tensor([0., 1.]))
+        >>> l2_sp_penalty({"w": torch.tensor([1.0, 2.0])}, {"w": torch.ones(2)}, 0.5)
+        tensor(0.5000)
 
     References:
-        Li, Grandvalet and Davoine, [Explicit Inductive Bias for Transfer Learning with
-        Convolutional Networks](https://arxiv.org/abs/1802.01483), ICML 2018. Its coefficient is
-        halved: $\alpha / 2$ there is $\lambda$ here.
+        Li, Grandvalet and Davoine, [ICML 2018](https://arxiv.org/abs/1802.01483). Its coefficient
+        is halved: $\alpha / 2$ there is $\lambda$ here.
     """
     check_coefficient("weight_decay", weight_decay, fix=_FIX)
     leaves = named_leaves(params)
@@ -205,8 +190,9 @@ def _widened(function: str, name: str, leaf: Any) -> Tensor:
     if not is_tensor or not (leaf.is_floating_point() or leaf.is_complex()):
         found = f"a tensor of {leaf.dtype}" if is_tensor else repr(leaf)
         raise TypeError(
-            f"{function} takes float or complex tensors, but params at '{name}' is {found}: give "
-            "it False in `mask`, or pass the trainable tensors only (module.named_parameters())"
+            f"params at '{name}' must be a float or complex tensor for {function}; got {found}. "
+            "Set it to False in `mask`, or pass the trainable tensors only, such as "
+            "module.named_parameters()."
         )
     return widened(leaf)
 

@@ -19,40 +19,30 @@ if TYPE_CHECKING:
 
 
 def resolve_mask(mask: Mask, leaves: Sequence[tuple[str, Any]]) -> list[bool]:
-    """Return one bool for each named tensor, in order: whether it decays.
-
-    Raises:
-        ValueError: The mask does not fit the names, or the number of tensors.
-        TypeError: A value of the mask is neither True nor False.
-    """
+    """Return one bool for each named tensor, in order: whether it decays."""
     names = [name for name, _ in leaves]
     if mask is None:
         return [True] * len(leaves)
     if callable(mask):
-        verdicts = [mask(name, leaf) for name, leaf in leaves]
+        decisions = [mask(name, leaf) for name, leaf in leaves]
     elif isinstance(mask, Mapping):
         _check_names("mask", mask, names)
-        verdicts = [mask[name] for name in names]
+        decisions = [mask[name] for name in names]
     elif isinstance(mask, Sequence) and not isinstance(mask, str):
         _check_positions(mask, names)
-        verdicts = list(mask)
+        decisions = list(mask)
     else:
         raise TypeError(
             "mask must be None, a dict from names to bools, a function of name and tensor, or a "
-            f"sequence of bools, but it is {mask!r}"
+            f"sequence of bools; got {mask!r}."
         )
-    return [_as_bool(name, verdict) for name, verdict in zip(names, verdicts, strict=True)]
+    return [_as_bool(name, decision) for name, decision in zip(names, decisions, strict=True)]
 
 
 def resolve_reference(
     reference: Params, leaves: Sequence[tuple[str, Any]]
 ) -> list[tuple[str, Any]]:
-    """Return the name and the reference of each parameter, in the order of the parameters.
-
-    Raises:
-        TypeError: The reference holds no parameters.
-        ValueError: The reference has other names; the message names the first that differs.
-    """
+    """Return the name and the reference of each parameter, in the order of the parameters."""
     by_name = dict(named_leaves(reference, "reference"))
     names = [name for name, _ in leaves]
     _check_names("reference", by_name, names)
@@ -60,26 +50,23 @@ def resolve_reference(
 
 
 def check_reference(name: str, leaf: Tensor, reference: Any) -> None:
-    """Raise unless a parameter can decay toward its reference.
-
-    Raises:
-        TypeError: The reference is not a float or complex tensor, or is complex and the parameter
-            real.
-        ValueError: The reference has another shape.
-    """
+    """Raise an error if the parameter `name` cannot decay toward this reference."""
     is_tensor = isinstance(reference, torch.Tensor)
     if not is_tensor or not (reference.is_floating_point() or reference.is_complex()):
         found = f"a tensor of {reference.dtype}" if is_tensor else repr(reference)
         raise TypeError(
-            f"reference at '{name}' must be a float or complex tensor, but it is {found}: pass the "
-            "parameters to decay towards, or give it False in `mask`"
+            f"reference at '{name}' must be a float or complex tensor; got {found}. Pass the "
+            "parameters to decay toward, or set it to False in `mask`."
         )
     if reference.is_complex() and not leaf.is_complex():
-        raise TypeError(f"reference at '{name}' is complex, but the parameter is real")
+        raise TypeError(
+            f"reference at '{name}' must be real, as the parameter is; got a complex one. Pass its "
+            "real part."
+        )
     if reference.shape != leaf.shape:
         raise ValueError(
-            f"reference at '{name}' has shape {tuple(reference.shape)}, but the parameter has "
-            f"shape {tuple(leaf.shape)}"
+            f"reference at '{name}' must have the parameter's shape {tuple(leaf.shape)}; got "
+            f"{tuple(reference.shape)}."
         )
 
 
@@ -89,13 +76,12 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(least) if tensor.dtype.itemsize < least.itemsize else tensor
 
 
-def _as_bool(name: str, verdict: Any) -> bool:
+def _as_bool(name: str, decision: Any) -> bool:
     try:
-        return check_bool("mask", verdict)
+        return check_bool("mask", decision)
     except TypeError:
         raise TypeError(
-            f"mask at '{name}' must be a bool, but it is {verdict!r}: a mask says whether a "
-            "parameter decays; how strongly, weight_decay says"
+            f"mask at '{name}' must be a bool; got {decision!r}. Set the rate with weight_decay."
         ) from None
 
 
@@ -103,15 +89,17 @@ def _check_names(what: str, named: Mapping[str, Any], names: Sequence[str]) -> N
     known = set(names)
     for name in (*names, *named):
         if name not in named or name not in known:
-            side = "parameters have" if name in named else f"{what} has"
-            raise ValueError(f"{what} and parameters differ at '{name}': the {side} nothing there")
+            found = f"'{name}', which is none of them" if name in named else f"none for '{name}'"
+            raise ValueError(f"{what} must have one entry for each parameter; got {found}.")
 
 
 def _check_positions(mask: Sequence[bool], names: Sequence[str]) -> None:
     if list(names) != [str(position) for position in range(len(names))]:
         raise ValueError(
-            "mask must be a dict from names to bools, or a function of name and tensor, since the "
-            f"parameters have names; got a sequence. Pass {{{names[0]!r}: True}}, for example."
+            "mask must be a dict from names to bools, or a function of name and tensor, for "
+            f"parameters with names; got a sequence. Pass {{{names[0]!r}: True}}, for example."
         )
     if len(mask) != len(names):
-        raise ValueError(f"mask has {len(mask)} bools, but there are {len(names)} parameters")
+        raise ValueError(
+            f"mask must have one bool for each of the {len(names)} parameters; got {len(mask)}."
+        )

@@ -28,24 +28,23 @@ def alpha_dropout(
     broadcast_dims: Sequence[int] = (),
     sampler: Sampler = bernoulli,
 ) -> Tensor:
-    """Apply dropout for self-normalizing networks, which preserves mean 0 and variance 1.
+    """Apply dropout that preserves mean 0 and variance 1, for self-normalizing networks.
 
-    An element is dropped with probability `rate`, to `-alpha`, the value at which the SELU
-    saturates, instead of 0. With q = 1 - rate, alpha = 1.7580993408473766 and a = 1 / sqrt((1 +
-    alpha**2 * rate) * q):
+    An element is dropped, with probability `rate`, to `-alpha`, where the SELU saturates, instead
+    of 0. With q = 1 - rate, alpha = 1.7580993408473766 and a = 1 / sqrt((1 + alpha**2 * rate) * q):
 
         y = where(keep, (x + alpha * rate) * a, -alpha * q * a)
 
     The constants are computed in double and rounded once; the sum and the product follow in
     float32, in double for float64; half and 8-bit types are rounded once, at the end. The sum comes
-    first, because a compiler could contract a product and a sum into one rounding. The result has
-    the shape, dtype and device of `x`; the other errors are those of `dropout`.
+    first, because a compiler could contract a product and a sum to one rounding. The result and
+    other errors are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
-        rate: The probability that an element is dropped, in [0, 1]; a number or a 0-d tensor. For a
-            tensor the constants are computed in float32, in double for float64, and may differ in
-            their last bits. At 1 the result is 0, the limit of the formula.
+        rate: See `dropout`. The constants of a tensor rate are computed in float32, in double for
+            float64, and may differ from a number's in their last bits. At 1 everything is 0, the
+            limit of the formula.
         key: See `dropout`.
         deterministic: See `dropout`.
         broadcast_dims: See `dropout`.
@@ -80,16 +79,12 @@ def feature_alpha_dropout(
     channel_axis: int = 1,
     sampler: Sampler = bernoulli,
 ) -> Tensor:
-    """Apply alpha dropout to whole channels, with one decision for each channel of each row.
+    """Apply `alpha_dropout` to whole channels, as `feature_dropout` applies `dropout`.
 
-    It relates to `alpha_dropout` as `feature_dropout` does to `dropout`: see these for the
-    arguments, result and errors.
+    See these two for the arguments, result and errors.
 
     Note (PyTorch):
         `torch.nn.functional.feature_alpha_dropout(x, p=rate, training=not deterministic)`.
-
-    Note (JAX):
-        In `regjax.feature_alpha_dropout` the channels are last by default.
 
     Example:
         >>> import torch, regtorch

@@ -1,4 +1,4 @@
-"""Attention with dropout: with the whole matrix of weights, or blockwise without it."""
+"""Attention with dropout, from the whole weight matrix or blockwise without materializing it."""
 
 from __future__ import annotations
 
@@ -38,49 +38,50 @@ def dot_product_attention(
     scale: float | Tensor | None = None,
     block_size: int | None = None,
 ) -> Tensor:
-    """Compute attention with dropout of the attention weights.
+    """Compute attention, with dropout of its weights in training.
 
         weights = softmax(scale * query . key + bias), 0 where the mask is False
         result  = dropout(weights) . value
 
-    The softmax, and the dropout of its weights, are in float32 for half types. The result of a
-    query that may attend to no key is 0.
+    The softmax and the dropout of its weights are in float32 for half types. A query whose keys are
+    all masked gives 0.
 
-    With `block_size` the weights are never materialized: forward and backward compute them for
-    `block_size` keys at a time, and memory is linear in sequence length. The mask of a block
-    depends on the places of its elements in the whole, so that **both forms drop the same elements,
-    bitwise identically**, for every block size. The blockwise form has reverse-mode derivatives of
-    every order; for forward mode, leave `block_size` out. The other errors are those of `dropout`.
+    With `block_size` the whole weight matrix is never materialized: weights are computed
+    `block_size` keys at a time, forward and backward, and memory is linear in sequence length. The
+    mask of a block is drawn at the indices of its elements in the whole matrix, so that **both
+    forms drop the same elements, bit for bit**, whatever the block size. The blockwise form has
+    reverse-mode derivatives of every order, and none in forward mode. The other errors are those of
+    `dropout`.
 
     Args:
-        query: Shape (..., queries, heads, depth), with any number of batch dimensions.
-        key: Shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
+        query: Of shape (..., queries, heads, depth), with any number of batch dimensions.
+        key: Of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
             consecutive heads (grouped queries).
-        value: Shape (..., keys, kv_heads, features).
+        value: Of shape (..., keys, kv_heads, features).
         bias: Added to the scores; broadcasts against (..., heads, queries, keys).
-        mask: True where a query may attend to a key; broadcasts likewise.
+        mask: True where a query may attend to a key; broadcasts like `bias`.
         dropout_rng: The PRNG key, or a `torch.Generator`; see `key` of `dropout`.
         dropout_rate: The probability that a weight is zeroed; see `rate` of `dropout`.
         deterministic: See `dropout`.
-        broadcast_dropout: Whether all rows and heads share one mask, the default in Flax's modules.
-            PyTorch draws one for each.
+        broadcast_dropout: Whether all rows and heads share one mask, as in Flax's modules by
+            default. PyTorch draws one for each.
         is_causal: Whether query i may attend to keys 0 to i only.
         scale: The factor of the products, `1 / sqrt(depth)` by default. A 0-d tensor multiplies the
             query instead, so that it can be learned; NaN then gives NaN.
-        block_size: The number of keys in a block; None for all of them.
+        block_size: The number of keys per block; None for all keys at once.
 
     Returns:
         A tensor of shape (..., queries, heads, features) in the dtype of the tensors.
 
     Raises:
-        TypeError: The tensors are not floating or differ in dtype, `scale` is not a number, `mask`
-            is not boolean.
-        ValueError: A shape does not fit (the message names the argument), `scale` is not finite,
-            `block_size` is below 1. A tensor rate out of range gives NaN.
+        TypeError: The tensors are not floating or differ in dtype, `scale` is not a number, or
+            `mask` is not boolean.
+        ValueError: Shapes do not fit, with the argument named; `scale` is not finite; or
+            `block_size` is below 1.
 
     Note (PyTorch):
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
-        enable_gqa=True)` has the heads before the lengths.
+        enable_gqa=True)` has heads before lengths.
 
     Note (JAX):
         `regjax.dot_product_attention` with the same key drops the same weights.
@@ -88,16 +89,14 @@ def dot_product_attention(
     Example:
         >>> import torch, regtorch
         >>> q, k, v = torch.randn(3, 2, 100, 4, 8, generator=torch.Generator().manual_seed(0))
-        >>> how = dict(dropout_rng=regtorch.key(1), dropout_rate=0.1, is_causal=True)
-        >>> y = regtorch.dot_product_attention(q, k, v, **how)
-        >>> y.shape
-        torch.Size([2, 100, 4, 8])
-        >>> blockwise = regtorch.dot_product_attention(q, k, v, block_size=32, **how)
-        >>> torch.allclose(y, blockwise, atol=1e-5)
-        True
+        >>> options = dict(dropout_rng=regtorch.key(1), dropout_rate=0.1, is_causal=True)
+        >>> y = regtorch.dot_product_attention(q, k, v, **options)
+        >>> blockwise = regtorch.dot_product_attention(q, k, v, block_size=32, **options)
+        >>> y.shape, torch.allclose(y, blockwise, atol=1e-5)
+        (torch.Size([2, 100, 4, 8]), True)
 
     References:
-        Vaswani et al., "Attention is all you need", NeurIPS 2017. Blockwise: Rabe, Staats,
+        Vaswani et al., "Attention is all you need", NeurIPS 2017. The blockwise form: Rabe, Staats,
         "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention", NeurIPS
         2022.
     """
@@ -154,13 +153,13 @@ def _check_arrays(*arrays: Tensor) -> None:
             )
     if len({array.dtype for array in arrays}) > 1:
         dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, arrays, strict=True))
-        raise TypeError(f"query, key and value must agree in dtype; got {dtypes}. Cast them.")
+        raise TypeError(f"query, key and value must have the same dtype; got {dtypes}. Cast them.")
 
 
 def _scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]:
-    """Return the query and the factor of its products, after checks of the scale.
+    """Return the query and the factor of its products.
 
-    A tensor multiplies the query, so that gradients flow to it and NaN gives NaN.
+    A tensor scale multiplies the query, so that gradients flow to it and NaN gives NaN.
     """
     if scale is None:
         return query, 1 / math.sqrt(query.shape[-1])
@@ -175,26 +174,29 @@ def _scaled(query: Tensor, scale: float | Tensor | None) -> tuple[Tensor, float]
 def _check_shapes(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> None:
-    """Raise if the shapes do not fit, or a bias or mask has the wrong dtype; name the argument."""
+    """Raise an error that names the argument whose shape or dtype does not fit."""
     *batch, queries, heads, depth = query.shape
     *key_batch, keys, kv_heads, key_depth = key.shape
     if key_batch != batch or key_depth != depth:
         raise ValueError(
-            f"query and key must have one batch and one depth; got shapes {tuple(query.shape)} and "
-            f"{tuple(key.shape)}."
+            f"query and key must have the same batch and depth; got shapes {tuple(query.shape)} "
+            f"and {tuple(key.shape)}."
         )
     if value.shape[:-1] != key.shape[:-1]:
         raise ValueError(
-            f"value must have key's shape {tuple(key.shape[:-1])} but for the features; got "
+            f"value must have key's shape {tuple(key.shape[:-1])} before its features; got "
             f"{tuple(value.shape)}."
         )
     if not kv_heads or heads % kv_heads:
-        raise ValueError(f"query has {heads} heads, not a multiple of key's {kv_heads}.")
+        raise ValueError(f"query must have a multiple of key's {kv_heads} heads; got {heads}.")
     whole = (*batch, heads, queries, keys)
     if bias is not None and (check_tensor("bias", bias).is_complex() or bias.dtype == torch.bool):
-        raise TypeError(f"bias must be real numbers; got {bias.dtype}. Or pass mask.")
+        raise TypeError(f"bias must be real; got dtype {bias.dtype}. Pass booleans as mask.")
     if mask is not None and check_tensor("mask", mask).dtype != torch.bool:
-        raise TypeError(f"mask must be boolean, True to look; got {mask.dtype}. Or pass bias.")
+        raise TypeError(
+            f"mask must be boolean, True to attend; got dtype {mask.dtype}. Pass numbers to add to "
+            "the scores as bias."
+        )
     for name, array in (("bias", bias), ("mask", mask)):
         if array is None:
             continue
@@ -207,10 +209,10 @@ def _check_shapes(
 
 
 def _require_rng(dropout_rng: Tensor | torch.Generator | None) -> Tensor:
-    """Apply `require_key`, with `dropout_rng` as the name of the argument."""
+    """Return `require_key(dropout_rng)`, with errors that name `dropout_rng` instead of `key`."""
     if dropout_rng is None:
         raise ValueError(
-            "dropout_rng is missing: dropout in training needs a random key. Pass "
+            "dropout_rng must be a random key in training; got None. Pass "
             "dropout_rng=regtorch.key(seed), or dropout_rng=regtorch.site_key(root, step, site) "
             "inside a training loop, or a torch.Generator, or deterministic=True to evaluate."
         )

@@ -18,7 +18,7 @@ from regtorch._random.collect import BlockwisePlan
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The settings of the blockwise form.
+    """The static part of blockwise attention.
 
     Attributes:
         scores: Computes the scores of a block.
@@ -37,7 +37,6 @@ class Blocks:
         return ((i, min(self.size, self.keys - i)) for i in range(0, self.keys, self.size))
 
     def shape(self, query: Tensor) -> tuple[int, ...]:
-        """Return the shape of the whole mask."""
         *batch, queries, heads, _ = query.shape
         rows = [1] * (len(batch) + 1) if self.broadcast_dropout else [*batch, heads]
         return (*rows, queries, self.keys)
@@ -60,7 +59,7 @@ class Blocks:
 
 
 class _Attend(torch.autograd.Function):
-    """The result before dropout's scale, and the logarithm of each row's sum; float32 or wider.
+    """The result, unscaled, in float32 or wider, and the logarithm of each row's sum.
 
     Nothing else is stored for the backward pass, which computes the weights of a block and their
     mask again, by differentiable operations.
@@ -95,9 +94,9 @@ class _Attend(torch.autograd.Function):
                 record.block(first, keep, scores)
             kept = _selected(keep, powers)
             result = result * _per_query(shrink) + mixed_values(kept.to(value.dtype), values)
-        saw = total > 0
-        total = torch.where(saw, total, 1.0)
-        log_total = torch.where(saw, finite(top) + torch.log(total), 0.0)
+        attends = total > 0
+        total = torch.where(attends, total, 1.0)
+        log_total = torch.where(attends, finite(top) + torch.log(total), 0.0)
         if record:
             record.end(words, log_total)
         return result / _per_query(total), log_total
@@ -111,11 +110,11 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, mask, words, result, log_total = ctx.saved_tensors
         blocks, wide = ctx.blocks, result.dtype
-        of_result, of_log_total = grad_outputs
+        grad_result, grad_log_total = grad_outputs
         # The gradient that each weight of a row receives through the row's sum.
-        shared = of_log_total - (of_result * result).sum(-1).transpose(-1, -2)
+        shared = grad_log_total - (grad_result * result).sum(-1).transpose(-1, -2)
         # In the wide dtype, since every block adds to the gradient of every query.
-        of_query = torch.zeros_like(query, dtype=wide)
+        grad_query = torch.zeros_like(query, dtype=wide)
         others = [
             torch.zeros_like(x) if wanted else None
             for x, wanted in zip((key, value, bias), ctx.needs_input_grad[4:7], strict=True)
@@ -126,18 +125,18 @@ class _Attend(torch.autograd.Function):
             scores = blocks.scores(query, keys, added, seen, first)
             weights = torch.exp(scores - log_total[..., None])
             keep = blocks.keep(query, words, ctx.keep_prob, first, size)
-            of_weights = _selected(keep, products(of_result, values.to(wide)))
-            of_scores = weights * (of_weights + shared[..., None])
-            of_products = of_scores * blocks.scores.scale
-            of_query = of_query + mixed_values(of_products, keys.to(wide))
-            of_key, of_value, of_bias, _ = _parts((*others, None), first, size)
-            if of_key is not None:
-                of_key += gathered(of_products, query.to(wide), keys)
-            if of_value is not None:
-                of_value += gathered(_selected(keep, weights), of_result, values)
-            if of_bias is not None:
-                of_bias += of_scores.sum_to_size(of_bias.shape)
-        return None, None, None, of_query.to(query.dtype), *others, None, None
+            grad_weights = _selected(keep, products(grad_result, values.to(wide)))
+            grad_scores = weights * (grad_weights + shared[..., None])
+            grad_products = grad_scores * blocks.scores.scale
+            grad_query = grad_query + mixed_values(grad_products, keys.to(wide))
+            grad_key, grad_value, grad_bias, _ = _parts((*others, None), first, size)
+            if grad_key is not None:
+                grad_key += gathered(grad_products, query.to(wide), keys)
+            if grad_value is not None:
+                grad_value += gathered(_selected(keep, weights), grad_result, values)
+            if grad_bias is not None:
+                grad_bias += grad_scores.sum_to_size(grad_bias.shape)
+        return None, None, None, grad_query.to(query.dtype), *others, None, None
 
 
 def blockwise(

@@ -31,9 +31,10 @@ def dropout(
 ) -> Tensor:
     """Zero each element with probability `rate` and divide the others by `1 - rate`.
 
-    With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`. The mean
-    of `y` is `x`, so evaluation needs no rescaling: `deterministic=True` returns `x` itself. A
-    dropped NaN or infinity is 0.
+    With keep ~ Bernoulli(1 - rate) for each element, `y = where(keep, x / (1 - rate), 0)`, so that
+    the mean of `y` is `x` and evaluation needs no rescaling: `deterministic=True` returns `x`
+    itself. A dropped NaN or infinity is 0. Only the key is stored for the backward pass, which
+    draws the same mask again.
 
     The division is a multiplication by `float32(1) / float32(1 - rate)`, in double for float64 and
     complex128; half and 8-bit types are scaled in float32 and rounded once. A mask keeps elements
@@ -60,8 +61,8 @@ def dropout(
         TypeError: `x` has an integer or boolean dtype, `rate` is not a real number, `key` is not a
             key, or `deterministic` is not a boolean.
         ValueError: The number `rate` is not in [0, 1]; `key` is missing, or a batch of keys; or
-            `broadcast_dims` are not distinct dimensions of `x`. A tensor rate out of range does not
-            raise, because reading it would wait for the device: the result is NaN.
+            `broadcast_dims` are not distinct dimensions of `x`. A tensor rate out of range gives
+            NaN, because reading it would wait for the device.
 
     Note (PyTorch):
         `torch.nn.functional.dropout(x, p=rate, training=not deterministic)` draws its masks from a
@@ -73,11 +74,8 @@ def dropout(
 
     Example:
         >>> import torch, regtorch
-        >>> x = torch.arange(1.0, 7.0)
-        >>> regtorch.dropout(x, 0.5, key=regtorch.key(0))
+        >>> regtorch.dropout(torch.arange(1.0, 7.0), 0.5, key=regtorch.key(0))
         tensor([ 0.,  0.,  6.,  8.,  0., 12.])
-        >>> regtorch.dropout(x, 0.5, deterministic=True)
-        tensor([1., 2., 3., 4., 5., 6.])
 
     References:
         Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
@@ -114,7 +112,7 @@ def apply_dropout(
         if observers := observer():
             keep = spec.keep(x, one_key, rate, given)
             observers.draw(spec.name, one_key, rate, keep, x, deterministic)
-            dropped = mask_and_scale(_Drawn(spec), x, one_key, rate, keep)
+            dropped = mask_and_scale(_DrawnMask(spec), x, one_key, rate, keep)
         else:
             dropped = mask_and_scale(spec, x, one_key, rate, given)
     if isinstance(deterministic, Tensor):
@@ -182,19 +180,17 @@ class SampledMask:
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draw the mask."""
         shape = tuple([1 if dim in self.broadcast_dims else n for dim, n in enumerate(x.shape)])
         return self.sampler.draw(key, keep_prob_of(rate, x.dtype), shape)
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Mask, shift and scale."""
-        realised = self.sampler.realised_keep_prob(keep_prob_of(rate, x.dtype))
-        if isinstance(realised, Tensor):
-            realised = realised.to(real_dtype(x.dtype))
-        scale = self.scale(realised, x.dtype)
+        realized = self.sampler.realized_keep_prob(keep_prob_of(rate, x.dtype))
+        if isinstance(realized, Tensor):
+            realized = realized.to(real_dtype(x.dtype))
+        scale = self.scale(realized, x.dtype)
         if self.offsets is None:
             return where_kept(keep, x, scale)
-        shift, fill = self.offsets(realised, x.dtype)
+        shift, fill = self.offsets(realized, x.dtype)
         # Sum before product: no compiler can contract the two into one rounding. `x` may itself be
         # a product.
         kept = (rounded(x.to(real_dtype(x.dtype))) + shift) * scale
@@ -264,8 +260,8 @@ def mask_and_scale(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drawn:
-    """A kind whose mask is already drawn, so that observers get the very tensor that is applied."""
+class _DrawnMask:
+    """A kind whose mask is already drawn, so that observers receive the tensor that is applied."""
 
     spec: DropoutSpec
 
@@ -282,8 +278,8 @@ class _Drawn:
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         return self.spec.apply(x, keep, rate)
 
-    def slope(self) -> _Drawn:
-        return _Drawn(self.spec.slope())
+    def slope(self) -> _DrawnMask:
+        return _DrawnMask(self.spec.slope())
 
 
 def keep_prob_of(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -326,15 +322,10 @@ def _scaled(x: Tensor, scale: float | Tensor) -> Tensor:
 
 
 def require_key(key: Tensor | torch.Generator | None) -> Tensor:
-    """Return the key if it is a single key, or draw one from a generator.
-
-    Raises:
-        TypeError: `key` is not a key.
-        ValueError: `key` is missing, or a batch of keys.
-    """
+    """Return the key if it is a single key, or draw one from a generator."""
     if key is None:
         raise ValueError(
-            "key is missing: dropout in training needs one. Pass key=regtorch.key(seed), or "
+            "key must be a random key in training; got None. Pass key=regtorch.key(seed), or "
             "key=regtorch.site_key(root, step, site) inside a training loop, or a torch.Generator, "
             "or deterministic=True to evaluate."
         )
@@ -342,7 +333,7 @@ def require_key(key: Tensor | torch.Generator | None) -> Tensor:
 
 
 def check_inexact(x: Tensor) -> Tensor:
-    """Return `x`; raise a TypeError if it is not a floating or complex tensor."""
+    """Return `x` if it is a floating or complex tensor; integers cannot be scaled."""
     check_tensor("x", x)
     if not (x.is_floating_point() or x.is_complex()):
         raise TypeError(
@@ -352,7 +343,7 @@ def check_inexact(x: Tensor) -> Tensor:
 
 
 def check_real(x: Tensor, what: str, advice: str) -> Tensor:
-    """Return `x`; raise a TypeError if it is not a real floating tensor."""
+    """Return `x` if it is a real floating tensor."""
     x = check_inexact(x)
     if x.is_complex():
         raise TypeError(f"x must be real for {what}; got dtype {x.dtype}. {advice}")
@@ -360,34 +351,29 @@ def check_real(x: Tensor, what: str, advice: str) -> Tensor:
 
 
 def check_flag(deterministic: bool | Tensor) -> bool | Tensor:
-    """Return the flag; raise a TypeError if it is not a bool or a 0-d boolean tensor."""
+    """Return the flag if it is a bool or a 0-d boolean tensor."""
     is_flag = isinstance(deterministic, Tensor) and deterministic.dtype == torch.bool
     if not (isinstance(deterministic, bool) or (is_flag and deterministic.ndim == 0)):
         raise TypeError(
-            "deterministic must be one boolean: False in training, True in evaluation; got "
+            "deterministic must be a boolean, False in training and True in evaluation; got "
             f"{deterministic!r}."
         )
     return deterministic
 
 
 def check_dims(broadcast_dims: Sequence[int], ndim: int) -> tuple[int, ...]:
-    """Return `broadcast_dims` sorted; raise a ValueError if they are not distinct dimensions."""
+    """Return `broadcast_dims` as a sorted tuple of distinct dimensions."""
     dims = tuple(sorted(check_integers("broadcast_dims", broadcast_dims)))
     if any(not 0 <= dim < ndim for dim in dims) or len(set(dims)) != len(dims):
         raise ValueError(
-            "broadcast_dims must be distinct dimensions of x, counted from 0 and below "
-            f"{ndim}; got {tuple(broadcast_dims)}."
+            f"broadcast_dims must be distinct dimensions of x, counted from 0 and below {ndim}; "
+            f"got {tuple(broadcast_dims)}."
         )
     return dims
 
 
 def check_axis(name: str, axis: int, ndim: int, advice: str = "") -> int:
-    """Return a dimension of `x`, which may be negative, counted from 0.
-
-    Raises:
-        TypeError: `axis` is not an integer.
-        ValueError: `axis` is not one of `ndim` dimensions; `advice` ends the message.
-    """
+    """Return a dimension of `x`, which may be negative, counted from 0; `advice` ends the error."""
     index = check_integer(name, axis)
     if not ndim:
         raise ValueError(f"x must have a {name}; got shape ().{advice}")

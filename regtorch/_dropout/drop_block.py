@@ -43,18 +43,18 @@ def drop_block(
     scale_by_keep: bool = True,
     with_noise: bool = False,
 ) -> Tensor:
-    """Zero blocks of neighboring elements of feature maps, and scale up the rest.
+    """Zero blocks of neighboring elements of feature maps, and scale up the others.
 
-    Neighboring elements carry nearly the same information, so that a feature dropped element by
-    element can still be read; this drops squares, cubes or, along one dimension, runs of
+    Neighboring elements carry nearly the same information, so that a feature can still be read when
+    its elements are dropped one by one; this drops squares, cubes or, along one dimension, runs of
     `block_size`. Every place where a whole block fits starts one with probability
 
         gamma = rate / block_size**d * prod(size / (size - block_size + 1))
 
-    over the d spatial dimensions: a block covers an element `rate` times on average. As blocks may
-    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. The rest of the whole batch
-    is multiplied by elements / elements left, as counted, so that the mean of mask times scale is
-    1.
+    over the d spatial dimensions: an element is covered by `rate` blocks on average. As blocks may
+    overlap, somewhat fewer elements are zeroed, about `1 - exp(-rate)`. The other elements of the
+    whole batch are multiplied by elements / kept elements, as counted: the mean of mask times scale
+    is 1.
 
     Row n, channel c and the block that starts at s draw from the row-major index of `(n, c, *s)`
     wherever the channels lie, so that NCHW and NHWC have the same mask. Only the key is stored for
@@ -63,33 +63,33 @@ def drop_block(
     Args:
         x: Floating or complex, the batch first, with channels and one or more spatial dimensions.
             Give a single row a batch dimension of 1.
-        rate: About the share of zeroed elements, in [0, 1]; a number or a 0-d tensor. At 1
-            everything is zeroed.
-        block_size: The length of a block along each spatial dimension, odd or even, capped at the
-            size of the smallest spatial dimension.
+        rate: About the share of zeroed elements, in [0, 1]; a number or a 0-d tensor. At 1 every
+            element is zeroed.
+        block_size: The length of a block along each spatial dimension, odd or even. It is capped at
+            the size of the smallest spatial dimension.
         key: See `dropout`.
         deterministic: See `dropout`.
         channel_axis: The dimension of the channels, counted from the end if negative.
         share_channels: Whether all channels of a row share one mask.
         gamma_scale: A factor of gamma, finite and at least 0. A gamma above 1 counts as 1, and a
             rate of 1 drops everything.
-        scale_by_keep: Whether to scale the kept elements; without it the mean falls.
-        with_noise: Whether a dropped element becomes a standard normal variate instead of 0. The
-            kept elements are then not scaled. The variates have a key of their own, derived from
-            `key`; element (n, c, *s) has the same one wherever the channels lie.
+        scale_by_keep: False leaves kept elements unscaled, and the mean falls.
+        with_noise: Whether a dropped element becomes a standard normal variate instead of 0. Kept
+            elements are then not scaled. The variates come from a separate key derived from `key`;
+            element (n, c, *s) has the same one wherever the channels lie.
 
     Returns:
-        A tensor of the shape, dtype and device of `x`; zeros if no element is left.
+        A tensor of the shape, dtype and device of `x`; zeros if nothing is kept.
 
     Raises:
         TypeError: `block_size` or `channel_axis` is not an integer; `gamma_scale` is not a real
-            number; or `x` is complex with noise.
+            number; or `x` is complex and `with_noise` is set.
         ValueError: `block_size` is below 1; `gamma_scale` is negative, infinite or NaN;
             `channel_axis` is not a dimension of `x`, or is the batch dimension; or `x` has no
             spatial dimension.
 
     Note (PyTorch):
-        `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in the same way,
+        `torchvision.ops.drop_block2d(x, rate, block_size)` and `drop_block3d` draw in this way too,
         for odd blocks that fit into the map. `timm.layers.drop_block_2d` (1.0.29) has
         `gamma_scale`, `scale_by_keep`, `with_noise` and, on by default, `couple_channels`
         (`share_channels`); there a block may start at any element and is cut off at the border,
@@ -97,21 +97,13 @@ def drop_block(
         noise.
 
     Note (JAX):
-        In `regjax.drop_block` the channels are last by default; with the same key the results are
-        bitwise identical.
+        In `regjax.drop_block` the channels are last by default.
 
     Example:
         >>> import torch, regtorch
-        >>> images = torch.ones(1, 1, 5, 8)
-        >>> y = regtorch.drop_block(images, 0.3, block_size=3, key=regtorch.key(2))
-        >>> (y[0, 0] > 0).int()
-        tensor([[1, 1, 1, 1, 1, 1, 1, 1],
-                [1, 1, 1, 1, 0, 0, 0, 1],
-                [0, 0, 0, 1, 0, 0, 0, 1],
-                [0, 0, 0, 1, 0, 0, 0, 1],
-                [0, 0, 0, 1, 1, 1, 1, 1]], dtype=torch.int32)
-        >>> y.max()  # 40 elements / 22 elements left
-        tensor(1.8182)
+        >>> y = regtorch.drop_block(torch.ones(1, 1, 4, 8), 0.4, block_size=2, key=regtorch.key(2))
+        >>> bool((y == 0).any()), round(y.mean().item(), 5)
+        (True, 1.0)
 
     References:
         Ghiasi, Lin, Le, "DropBlock: a regularization method for convolutional networks", NeurIPS
@@ -132,7 +124,7 @@ def drop_block(
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """Masks of blocks, and the scale computed from the kept elements; see `drop_block`."""
+    """A mask of blocks of length `size`, and the scale computed from the count of kept elements."""
 
     size: int
     channel_axis: int
@@ -144,7 +136,6 @@ class _Blocks:
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Draw the starts of the blocks, and extend them."""
         batch, channels, *sizes = (x.shape[dim] for dim in self.order(x.ndim))
         starts = [size - self.size + 1 for size in sizes]
         shape = (batch, 1 if self.share_channels else channels, *starts)
@@ -155,12 +146,11 @@ class _Blocks:
         return keep.movedim(1, self.channel_axis)
 
     def order(self, ndim: int) -> tuple[int, ...]:
-        """Return the dimensions with the channels second, the order that numbers the elements."""
+        """Return the dimensions with channels second, the order in which elements are numbered."""
         first = (0, self.channel_axis)
         return (*first, *(dim for dim in range(ndim) if dim not in first))
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
-        """Mask, and scale by elements / elements kept."""
         del rate
         if not self.scale_by_keep:
             return where_kept(keep, x, 1.0)
@@ -176,7 +166,7 @@ class _Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _Dropped:
-    """The complement of a mask of blocks, without a scale."""
+    """The complement of a mask of blocks: it keeps the dropped elements, unscaled."""
 
     blocks: _Blocks
     name: str = "drop_block"
@@ -200,7 +190,7 @@ def _noisy(
     deterministic: bool | Tensor,
     blocks: _Blocks,
 ) -> Tensor:
-    """Apply DropBlock with noise in place of the zeros: two masked terms, one of which is 0."""
+    """Apply DropBlock with noise in place of zeros: the sum of two masked terms, one of them 0."""
     x = check_real(x, "noise", "Leave with_noise out, or drop in x.real and x.imag.")
     rate, flag = check_probability("rate", rate), check_flag(deterministic)
     if flag is True or is_number(rate, 0):
@@ -214,7 +204,7 @@ def _noisy(
 
 
 def _noise(x: Tensor, key: Tensor, order: tuple[int, ...]) -> Tensor:
-    """Return variates for all elements, numbered in the given order of the dimensions."""
+    """Return variates for all elements, numbered in an order of the dimensions."""
     # The key is the block of the last counter, which no mask has an element for.
     last = torch.full((), -1, dtype=torch.int32, device=key.device)
     own_key = torch.stack(threefry2x32(key_words(key), (last, last))).view(torch.uint32)
@@ -236,7 +226,7 @@ def _start_keep_prob(
 
 
 def _spread(keep: Tensor, dim: int, size: int) -> Tensor:
-    """Extend each False to `size` of them along one dimension, from its place on."""
+    """Expand each False to `size` of them along one dimension, from its place on."""
     if size == 1:
         return keep  # it may be empty
     ends = [0, 0] * (keep.ndim - 1 - dim) + [size - 1, size - 1]  # the last dimension comes first
@@ -250,8 +240,8 @@ def _check_blocks(
     axis = check_axis("channel_axis", channel_axis, ndim)
     if ndim < 3 or axis == 0:
         raise ValueError(
-            "x must have a batch dimension, which comes first, a channel dimension and at least "
-            f"one spatial dimension; got shape {shape} with channel_axis={channel_axis}."
+            "x must have a batch dimension first, a channel dimension and at least one spatial "
+            f"dimension; got shape {shape} with channel_axis={channel_axis}."
         )
     # An empty map has no block, but its mask still has a shape.
     sizes = [max(1, length) for dim, length in enumerate(shape) if dim not in (0, axis)]
@@ -259,10 +249,8 @@ def _check_blocks(
 
 
 def check_gamma_scale(gamma_scale: float) -> float:
-    """Return the factor as a float; raise if it is not a finite real number of at least 0."""
     return check_number("gamma_scale", gamma_scale, minimum=0)
 
 
 def check_block_size(block_size: int) -> int:
-    """Return the size as an int; raise if it is not an integer of at least 1."""
     return check_integer("block_size", block_size, minimum=1)

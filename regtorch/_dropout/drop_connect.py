@@ -58,26 +58,25 @@ def drop_connect(
 ) -> Tensor | Mapping[str, Tensor]:
     """Zero each weight with probability `rate` and divide the others by `1 - rate`.
 
-    In a dict, only the kernels are dropped, or the tensors for which `rule` is True. Each tensor
-    draws from its own key, `site_key(key, 0, name)`, where the name has slashes for dots. The
-    gradient of a dropped weight is 0.
+    In a dict, the kernels are dropped: the tensors that `rule` selects, as in `decay_mask`. Each
+    tensor draws from its own key, `site_key(key, 0, name)`, where the name has slashes for dots.
+    The gradient of a dropped weight is 0.
 
-    There is one mask per call: all rows of a batch see the same weights, as everywhere but in the
-    paper, which draws a mask for each example. `torch.func.vmap` over keys does so, at the cost of
-    as many kernels as rows. In evaluation the paper approximates the mean over masks by samples of
-    a normal distribution; here the weights are scaled in training and unchanged in evaluation. The
-    other errors are those of `dropout` and `decay_mask`.
+    A call draws one mask, and every row of a batch meets the same weights. The paper draws a mask
+    for each example; that is `torch.func.vmap` over keys, at the cost of as many kernels as rows.
+    In evaluation the paper approximates the mean over masks by samples of a normal distribution;
+    here weights are scaled in training, and evaluation uses them unchanged. The other errors are
+    those of `dropout` and `decay_mask`.
 
     Args:
         weights: One floating or complex tensor, or a dict from names to tensors, in which integers
-            are left unchanged.
+            stay unchanged.
         rate: See `dropout`.
         key: See `dropout`.
         deterministic: See `dropout`.
-        rule: Which tensors of a dict are dropped: "default" (kernels), a glob such as
-            "weight_hh_l0" or "**" (also biases, as in the paper), a function `(path, tensor,
-            kind)`, or pairs of glob and bool; see `regshared.decay_rules`. It applies to a single
-            tensor only if it is not "default".
+        rule: The tensors to drop: "default" (kernels), a glob such as "weight_hh_l0" or "**" (also
+            biases, as in the paper), a function `(path, tensor, kind)`, or pairs of glob and bool;
+            see `regshared.decay_rules`. The default rule always drops a single tensor.
         sampler: See `dropout`.
 
     Returns:
@@ -98,11 +97,9 @@ def drop_connect(
         >>> regtorch.drop_connect(layer, 0.5, key=regtorch.key(0))
         {'weight': tensor([[2., 2., 0.],
                 [0., 0., 0.]]), 'bias': tensor([1., 1., 1.])}
-        >>> regtorch.drop_connect(torch.ones(4), 0.5, key=regtorch.key(0))
-        tensor([0., 0., 2., 2.])
 
     References:
-        Wan et al., "Regularization of neural networks using DropConnect", ICML 2013. For recurrent
+        Wan et al., "Regularization of neural networks using DropConnect", ICML 2013. Recurrent
         weights: Merity, Keskar, Socher, "Regularizing and optimizing LSTM language models", ICLR
         2018.
     """
@@ -143,14 +140,15 @@ def _chosen(weights: Tensor | Mapping[str, Tensor], rule: Rule) -> set[str]:
         if not isinstance(weight, Tensor):
             raise TypeError(
                 "weights must be one tensor, or a dict from names to tensors such as "
-                f"dict(module.named_parameters()); at {name!r} it has {weight!r}."
+                f"dict(module.named_parameters()); got {describe(weight)} at {name!r}."
             )
     known = {n: w for n, w in weights.items() if w.is_floating_point() or w.is_complex()}
     decisions = bools([_parameter(name, weight) for name, weight in known.items()], rule)
     chosen = {name for name, decision in zip(known, decisions, strict=True) if decision}
     if not chosen:
         raise ValueError(
-            f"weights have no tensor that rule {rule!r} says True of, so there is nothing to drop"
+            f"weights must have a tensor that rule {rule!r} selects; got none. Pass rule='**' for "
+            "all."
         )
     return chosen
 

@@ -1,4 +1,4 @@
-"""Stochastic depth: drop or keep the residual branch of a whole row."""
+"""Stochastic depth: the residual branch of a whole row is dropped or kept as one."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def drop_path(
     """Zero each row of a batch with probability `rate` and divide the others by `1 - rate`.
 
     `x` is the output of a residual branch: `h + drop_path(branch(h), rate)`. A row whose branch is
-    dropped skips that layer, so that the network is shorter for it in training. It is `dropout`
-    with a mask shared along every dimension but the batch, dimension 0: row n draws from the index
-    n. `depth_rates` computes the rates of a stack of layers. The result has the shape, dtype and
-    device of `x`; the other errors are those of `dropout`.
+    dropped skips that layer, so that its network is shorter in training. It is `dropout` with a
+    mask shared along every dimension but the batch, dimension 0: row n draws from the index n.
+    `depth_rates` returns the rates of a stack of layers. The result and other errors are those of
+    `dropout`.
 
     Args:
         x: Floating or complex, with the batch first.
         rate: See `dropout`.
         key: See `dropout`.
         deterministic: See `dropout`.
-        mode: "row" for one decision for each row, "batch" for one for all.
-        scale_by_keep: Whether to scale the kept rows. Without it the mean changes with the rate,
-            and branches are stronger in evaluation than in training.
+        mode: "row" decides for each row, "batch" once for all rows.
+        scale_by_keep: False leaves kept rows unscaled. The mean then depends on the rate, and
+            evaluation sees stronger branches than training.
         sampler: See `dropout`.
 
     Raises:
-        ValueError: `mode` is neither of the two; or `x` is 0-d and has no rows.
+        ValueError: `mode` is neither of the two, or `x` is 0-d and has no rows.
 
     Note (PyTorch):
         `timm.layers.drop_path(x, rate, training, scale_by_keep)` and
@@ -54,8 +54,8 @@ def drop_path(
         tensor([0., 0., 2., 2.])
 
     References:
-        Huang et al., "Deep networks with stochastic depth", ECCV 2016, which instead multiplies by
-        `1 - rate` in evaluation.
+        Huang et al., "Deep networks with stochastic depth", ECCV 2016, which multiplies by `1 -
+        rate` in evaluation instead.
     """
     x = check_inexact(x)
     scale = inverse_keep_prob if check_bool("scale_by_keep", scale_by_keep) else _one
@@ -64,7 +64,6 @@ def drop_path(
 
 
 def check_mode(mode: str) -> str:
-    """Return the mode; raise a ValueError if it is neither "row" nor "batch"."""
     return check_choice("mode", mode, ("row", "batch"))
 
 
@@ -72,7 +71,7 @@ def _shared_dims(ndim: int, mode: str) -> tuple[int, ...]:
     by_row = check_mode(mode) == "row"
     if by_row and ndim == 0:
         raise ValueError(
-            'x has no dimension, and so no rows. Give it a batch dimension, or pass mode="batch".'
+            'x must have a batch dimension with mode="row"; got shape (). Pass mode="batch".'
         )
     return tuple(range(by_row, ndim))
 

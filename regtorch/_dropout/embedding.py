@@ -1,4 +1,4 @@
-"""Word dropout: a dropped word is dropped wherever it occurs in the batch."""
+"""Dropout of words: a dropped word is dropped wherever it occurs in the batch."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def embedding_dropout(
 
         dropout(table, rate, key=key, broadcast_dims=(1,))[ids]
 
-    but draws only for the words that occur: nothing of the table's size is materialized. Dropout of
-    the rows of `x` would instead drop a word in one place and keep it in the next. The result has
-    the shape, dtype and device of `x`; the other errors are those of `dropout`.
+    but draws only for the words that occur: nothing of the table's size is materialized. Dropping
+    rows of `x` instead would drop a word in one place and keep it in the next. The result and other
+    errors are those of `dropout`.
 
     Args:
-        x: The embeddings of the words, floating or complex, one feature vector for each id.
-        ids: The words: integers of any shape, not negative.
+        x: Floating or complex: the embeddings of the words, one feature vector for each id.
+        ids: The words, nonnegative integers of any shape.
         rate: See `dropout`.
         key: See `dropout`.
         deterministic: See `dropout`.
 
     Raises:
         TypeError: `ids` is not a tensor of integers.
-        ValueError: `x.shape` is not `(*ids.shape, features)`; or an id is negative, which indexing
-            would count from the end of a table that is unknown here. Ids are not checked under
-            transforms or where reading them would wait for the device: a negative one is then a
-            word of its own.
+        ValueError: `x.shape` is not `(*ids.shape, features)`, or an id is negative, which indexing
+            would count from the end of a table of unknown length. Ids are not checked under
+            transforms or where reading them would wait for the device: a negative one is a separate
+            word.
 
     Example:
         >>> import torch, regtorch
@@ -58,7 +58,7 @@ def embedding_dropout(
                 [0., 2., 2.]])
 
     References:
-        Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural
+        Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
         networks", NeurIPS 2016.
     """
     x = check_inexact(x)
@@ -67,14 +67,13 @@ def embedding_dropout(
 
 @dataclasses.dataclass(frozen=True)
 class _Words:
-    """The mask of the words that occur."""
+    """The elements of a mask over the vocabulary at the indices of the words that occur."""
 
     name: str = "embedding_dropout"
 
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        """Return the elements of a mask over the vocabulary at the ids, which are given."""
         assert given is not None
         return bernoulli_at(key, keep_prob_of(rate, x.dtype), given.to(torch.int64))[..., None]
 
@@ -90,7 +89,7 @@ def _check_ids(ids: Tensor, shape: torch.Size) -> Tensor:
     is_tensor = isinstance(ids, Tensor)
     if not is_tensor or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         found = f"dtype {ids.dtype}" if is_tensor else repr(ids)
-        raise TypeError(f"ids must be a tensor of integers, as an embedding takes it; got {found}.")
+        raise TypeError(f"ids must be a tensor of integers; got {found}.")
     if not shape or shape[:-1] != ids.shape:
         raise ValueError(
             f"ids must have the shape of x without its last axis, {tuple(shape[:-1])}; got "
@@ -98,8 +97,8 @@ def _check_ids(ids: Tensor, shape: torch.Size) -> Tensor:
         )
     if _has_negative(ids):
         raise ValueError(
-            f"ids must not be negative; got {int(ids.min())}. Give the word its "
-            "place in the table, counted from 0."
+            f"ids must not be negative; got {int(ids.min())}. Count words from the start of the "
+            "table."
         )
     return ids
 

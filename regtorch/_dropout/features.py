@@ -23,10 +23,9 @@ def feature_dropout(
 
     Neighboring pixels of a feature map are nearly redundant, so that dropping them one by one
     removes little; this drops the whole map. It is `dropout` with a mask shared along every
-    dimension but the batch, dimension 0, and `channel_axis`: for (N, C, H, W), along H and W. Row n
-    and channel c draw from the index `n * C + c` wherever the channels lie, so that, with
-    `bernoulli`, NCHW and NHWC have the same mask. The result has the shape, dtype and device of
-    `x`; the other errors are those of `dropout`.
+    dimension but the batch, dimension 0, and `channel_axis`. Row n and channel c draw from the
+    index `n * C + c` wherever the channels lie, so that, with `bernoulli`, NCHW and NHWC have the
+    same mask. The result and other errors are those of `dropout`.
 
     Args:
         x: Floating or complex, with the batch first. For one row without a batch dimension, pass
@@ -45,13 +44,11 @@ def feature_dropout(
         `torch.nn.functional.dropout1d`, `dropout2d` and `dropout3d` on a batch.
 
     Note (JAX):
-        In `regjax.feature_dropout` the channels are last by default; with the same key the same
-        channels of the same rows are zeroed.
+        In `regjax.feature_dropout` the channels are last by default.
 
     Example:
         >>> import torch, regtorch
-        >>> images = torch.ones(2, 4, 3, 3)
-        >>> regtorch.feature_dropout(images, 0.5, key=regtorch.key(0))[:, :, 0, 0]
+        >>> regtorch.feature_dropout(torch.ones(2, 4, 3, 3), 0.5, key=regtorch.key(0))[:, :, 0, 0]
         tensor([[0., 0., 2., 2.],
                 [0., 2., 2., 0.]])
 

@@ -28,24 +28,20 @@ def gaussian_dropout(
 ) -> Tensor:
     """Multiply each element by a normal variate of mean 1 and variance `rate / (1 - rate)`.
 
-    These are the mean and the variance of the factor by which `dropout` multiplies at this rate, 0
-    or `1 / (1 - rate)`; here nothing is zeroed. With n ~ N(0, 1) for each element,
+    These are the mean and the variance of the factor of `dropout` at this rate, 0 or `1 / (1 -
+    rate)`; here nothing is zeroed. With n ~ N(0, 1) for each element,
 
         y = x * (1 + sqrt(rate / (1 - rate)) * n)
 
-    Only the key is stored for the backward pass, which draws the same factors again.
-    `keras.layers.GaussianDropout(rate)` is the same function with other variates.
-
-    The root is computed in double and rounded once, that of a tensor rate by three correctly
-    rounded operations; the rest follows in float32, in double for float64. Half and 8-bit types are
-    rounded once, at the end. The result has the shape, dtype and device of `x`; the other errors
-    are those of `dropout`.
+    Only the key is stored for the backward pass, which draws the same factors again. The root is
+    computed in double and rounded once; for a tensor rate, by three correctly rounded operations.
+    The rest follows in float32, in double for float64. Half and 8-bit types are rounded once, at
+    the end. The result and other errors are those of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
-        rate: The rate of the dropout that it resembles, at least 0 and below 1; a number or a 0-d
-            tensor, whose root is computed in float32, in double for float64. No gradient flows to
-            it.
+        rate: The rate of the equivalent dropout, at least 0 and below 1; a number or a 0-d tensor,
+            whose root is computed in float32, in double for float64. No gradient flows to it.
         key: See `dropout`; required unless `deterministic`, or `rate` is the number 0.
         deterministic: See `dropout`.
 
@@ -54,14 +50,16 @@ def gaussian_dropout(
         ValueError: `rate` is 1, where the variance is infinite. A tensor rate outside [0, 1) gives
             NaN.
 
+    Note (PyTorch):
+        PyTorch has no equivalent; Keras has `keras.layers.GaussianDropout(rate)`.
+
     Example:
         >>> import torch, regtorch
         >>> regtorch.gaussian_dropout(torch.ones(4), 0.2, key=regtorch.key(0))
         tensor([1.8113, 2.0126, 0.7832, 0.9607])
 
     References:
-        Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", JMLR
-        15, 2014, section 10.
+        Srivastava et al., "Dropout", JMLR 15, 2014, section 10.
     """
     return _noisy(x, check_noise_rate(rate), key, deterministic, _multiplied)
 
@@ -75,11 +73,9 @@ def gaussian_noise(
 ) -> Tensor:
     """Add to each element a normal variate of mean 0 and standard deviation `stddev`.
 
-    With n ~ N(0, 1) for each element, `y = x + stddev * n`, as in
-    `keras.layers.GaussianNoise(stddev)`, which draws other variates. The gradient with respect to
-    `x` is that of `x` itself. The arithmetic is in float32, in double for float64; half and 8-bit
-    types are rounded once, at the end. The result has the shape, dtype and device of `x`; the other
-    errors are those of `dropout`.
+    With n ~ N(0, 1) for each element, `y = x + stddev * n`. The gradient with respect to `x` is
+    that of `x` itself. Rounding is as in `gaussian_dropout`; the result and other errors are those
+    of `dropout`.
 
     Args:
         x: Real floating, of any shape, including 0-d and empty.
@@ -92,31 +88,33 @@ def gaussian_noise(
         TypeError: `x` is complex, or `stddev` is not a real number.
         ValueError: The number `stddev` is negative, infinite or NaN. Such a tensor gives NaN.
 
+    Note (PyTorch):
+        PyTorch has no equivalent; Keras has `keras.layers.GaussianNoise(stddev)`.
+
     Example:
         >>> import torch, regtorch
         >>> regtorch.gaussian_noise(torch.zeros(4), 0.1, key=regtorch.key(0))
         tensor([ 0.1623,  0.2025, -0.0434, -0.0079])
 
     References:
-        Bishop, "Training with noise is equivalent to Tikhonov regularization", Neural Computation
-        7, 1995.
+        Bishop, "Training with noise is equivalent to Tikhonov regularization", 1995.
     """
     return _noisy(x, check_stddev(stddev), key, deterministic, _added)
 
 
 def _noisy(
     x: Tensor,
-    amount: float | Tensor,
+    rate_or_stddev: float | Tensor,
     key: Tensor | torch.Generator | None,
     deterministic: bool | Tensor,
     make: Callable[[Tensor, Tensor, float | Tensor], Tensor],
 ) -> Tensor:
-    """Apply `make(x, key, amount)` after checks and shortcuts."""
+    """Check the arguments, take the shortcuts, then return `make(x, key, rate_or_stddev)`."""
     x = _check_real(x)
     deterministic = check_flag(deterministic)
-    if deterministic is True or (isinstance(amount, float) and amount == 0):
+    if deterministic is True or (isinstance(rate_or_stddev, float) and rate_or_stddev == 0):
         return x
-    noisy = make(x, require_key(key).to(x.device), amount)
+    noisy = make(x, require_key(key).to(x.device), rate_or_stddev)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, noisy)
     return noisy
@@ -166,7 +164,7 @@ def _noise(x: Tensor, key: Tensor) -> Tensor:
 
 
 def check_noise_rate(rate: float | Tensor) -> float | Tensor:
-    """Return a rate as `check_probability` does; raise a ValueError if it is the number 1."""
+    """Return a rate as `check_probability` does; reject the number 1."""
     rate = check_probability("rate", rate)
     if isinstance(rate, float) and rate == 1:
         raise ValueError("rate must be below 1, where the variance is infinite; got 1.")
@@ -174,12 +172,7 @@ def check_noise_rate(rate: float | Tensor) -> float | Tensor:
 
 
 def check_stddev(stddev: float | Tensor) -> float | Tensor:
-    """Return a number as a Python float, a 0-d tensor unchanged.
-
-    Raises:
-        TypeError: `stddev` is not a real number.
-        ValueError: `stddev` is a negative, infinite or NaN number, or a tensor with dimensions.
-    """
+    """Return a finite standard deviation as a Python float, a 0-d tensor unchanged."""
     is_tensor = isinstance(stddev, Tensor)
     is_real = isinstance(stddev, numbers.Real) and not isinstance(stddev, bool)
     if not (is_real or (is_tensor and not stddev.is_complex() and stddev.dtype != torch.bool)):

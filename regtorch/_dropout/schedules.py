@@ -1,8 +1,7 @@
-"""Schedules of rates: over the steps of training, and over the layers of a stack.
+"""Dropout rates that vary with the training step or with the layer.
 
-Step schedules return a float32 0-d tensor on the device of the step, an integer or a 0-d integer
-tensor; a Python number would be recompiled for each of its values. They compute in float32 by
-operations that round the same everywhere, so `regjax` returns the same bits at every step.
+Step schedules map an integer or a 0-d integer tensor to a float32 0-d tensor on its device. They
+compute in float32 by operations that round alike everywhere: `regjax` returns the same bits.
 """
 
 from __future__ import annotations
@@ -28,11 +27,7 @@ _SINE = [(-1) ** k * math.pi ** (2 * k + 1) / math.factorial(2 * k + 1) / 2 for 
 
 
 def constant_rate(rate: float) -> Schedule:
-    """Return a schedule with the same rate, in [0, 1], at every step.
-
-    Raises:
-        TypeError: `rate` is not a real number.
-        ValueError: `rate` is not in [0, 1].
+    """Return a schedule with the same rate, in [0, 1], at every step; see `linear_rate`.
 
     Example:
         >>> import regtorch
@@ -44,16 +39,15 @@ def constant_rate(rate: float) -> Schedule:
 
 
 def linear_rate(start: float, end: float, steps: int) -> Schedule:
-    """Return a rate that moves from `start` to `end` in equal steps, and then stays there.
+    """Return a schedule that moves from `start` to `end` in equal steps, then stays at `end`.
 
     Args:
-        start: The rate at step 0, and before it; in [0, 1].
-        end: The rate at step `steps`, and after it; in [0, 1].
-        steps: The number of steps from `start` to `end`, at least 1.
+        start: The rate at step 0 and before; in [0, 1].
+        end: The rate at step `steps` and after; in [0, 1].
+        steps: The number of steps of the transition, at least 1.
 
     Returns:
-        A function from the step, an integer or a 0-d integer tensor, to a float32 0-d tensor on the
-        device of the step.
+        A function from the step, an integer or a 0-d integer tensor, to a float32 0-d tensor.
 
     Raises:
         TypeError: `start` or `end` is not a real number, or `steps` is not an integer.
@@ -71,10 +65,10 @@ def linear_rate(start: float, end: float, steps: int) -> Schedule:
 
 
 def cosine_rate(start: float, end: float, steps: int) -> Schedule:
-    """Return a rate that moves from `start` to `end` along half a cosine, and then stays there.
+    """Return a schedule that moves from `start` to `end` along half a cosine, then stays at `end`.
 
-    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`, within 1e-6: slow at
-    both ends, and fastest in the middle. For the arguments, result and errors see `linear_rate`.
+    At step t it is `start + (end - start) * (1 - cos(pi * t / steps)) / 2`, within 1e-6. For the
+    arguments, result and errors see `linear_rate`.
 
     Example:
         >>> import regtorch
@@ -83,8 +77,7 @@ def cosine_rate(start: float, end: float, steps: int) -> Schedule:
         [0.0, 0.073223, 0.25, 0.426777, 0.5, 0.5]
 
     References:
-        The shape of Loshchilov, Hutter, "SGDR: stochastic gradient descent with warm restarts",
-        ICLR 2017.
+        Loshchilov and Hutter, "SGDR", ICLR 2017.
     """
     return _between(start, end, steps, _half_wave)
 
@@ -94,15 +87,15 @@ def depth_rates(
 ) -> tuple[float, ...]:
     """Return the rates of `drop_path` for a stack of layers: 0 at the first, `rate` at the last.
 
-    Layer l of L, counted from 0, has `rate * l / (L - 1)`: layers near the input feed more layers,
-    and are dropped less often. The paper counts from 1 and divides by L, so that the first layer is
-    dropped too: `depth_rates(rate, depth + 1)[1:]`. torchvision counts from 0 and divides by L, so
-    that the last layer stays below `rate`: `depth_rates(rate, depth + 1)[:-1]`.
+    Layer l of L, counted from 0, has `rate * l / (L - 1)`: more layers use a layer nearer to the
+    input, so it is dropped more rarely. In the paper the first layer is dropped too:
+    `depth_rates(rate, depth + 1)[1:]`. In torchvision the last layer stays below `rate`:
+    `depth_rates(rate, depth + 1)[:-1]`.
 
     Args:
         rate: The rate of the last layer, in [0, 1].
-        depth: The number of layers, at least 1. A single one has rate 0, unless "constant".
-        shape: "linear", or "constant" for `rate` everywhere.
+        depth: The number of layers, at least 1. A single layer has rate 0, unless "constant".
+        shape: "linear", or "constant" for `rate` at every layer.
 
     Returns:
         A number for each layer, the same in both packages.

@@ -13,7 +13,7 @@ from regtorch._dropout.core import real_dtype
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of a run of keys, -inf where a query may not attend."""
+    """The scores of a range of keys, -inf where a query may not attend."""
 
     scale: float
     is_causal: bool

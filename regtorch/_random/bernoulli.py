@@ -1,8 +1,8 @@
 """Keep masks: random bits compared with a threshold.
 
 This is **mask stream v1**: the mask is a function of the key, the keep probability and the shape
-alone. It does not depend on settings or devices, and it will not change under this name. It equals
-`regjax.bernoulli`, and `jax.random.bernoulli` under JAX's default configuration.
+alone, and will not change under this name. It equals `regjax.bernoulli`, and `jax.random.bernoulli`
+under JAX's default configuration.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Sampler(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MaskSampler:
-    """The drawing of a mask, with the share of kept elements on average.
+    """A user's function that draws a mask, trusted to keep elements with the requested probability.
 
-    This class calls a user's function, and assumes that the share is the keep probability.
+    The subclasses know the probability that they realize.
 
     Attributes:
-        function: The argument `sampler`.
+        function: The `sampler` that the user passed.
     """
 
     function: Sampler
@@ -54,10 +54,10 @@ class MaskSampler:
         return self.draw(key, probability, tuple(shape))
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Draw a mask from checked arguments; True keeps."""
+        """Draw a mask from checked arguments; True keeps an element."""
         return self.function(key, keep_prob, shape)
 
-    def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
+    def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         """Return the number by which kept elements are divided."""
         return keep_prob
 
@@ -67,7 +67,7 @@ def exact_keep_prob(keep_prob: float | Tensor) -> float | Tensor:
 
     It is a multiple of 2**-23. From 2**-12 on it exceeds `keep_prob` by a relative 2**-11 at most,
     and the scale uses `keep_prob` itself, as other libraries do. Below, the difference can be
-    large: `bernoulli` keeps an element of keep probability 1e-10 with probability 2**-23.
+    large.
     """
     if isinstance(keep_prob, Tensor):
         share = torch.as_tensor(_threshold(keep_prob)).to(keep_prob.dtype) * 2.0**-_MANTISSA
@@ -79,7 +79,6 @@ class ExactSampler(MaskSampler):
     """The sampler behind `bernoulli`."""
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Draw a mask."""
         words, threshold = key_words(key), _threshold(keep_prob)
 
         def mask(start: int, stop: int) -> Tensor:
@@ -87,8 +86,8 @@ class ExactSampler(MaskSampler):
 
         return in_pieces(mask, shape, key.device)
 
-    def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
-        """Return a multiple of 2**-23 where the difference is large."""
+    def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
+        """Return `exact_keep_prob(keep_prob)`."""
         return exact_keep_prob(keep_prob)
 
 
@@ -129,7 +128,7 @@ EXACT = ExactSampler(bernoulli)
 def bernoulli_at(key: Tensor, keep_prob: float | Tensor, index: Tensor) -> Tensor:
     """Return the elements of `bernoulli`'s mask at row-major indices (int64), whatever its shape.
 
-    This draws a mask piece by piece, or for a few rows only. The arguments are checked.
+    This draws a mask block by block, or only a few of its rows. The arguments are checked.
     """
     # The conversion keeps the lower 32 bits; the sign has no meaning.
     counter = ((index >> 32).to(torch.int32), index.to(torch.int32))
@@ -149,12 +148,7 @@ def _threshold(keep_prob: float | Tensor) -> int | Tensor:
 
 
 def check_probability(name: str, value: float | Tensor) -> float | Tensor:
-    """Return a number as a Python float, a 0-d tensor unchanged.
-
-    Raises:
-        TypeError: `value` is not a real number.
-        ValueError: `value` is a number outside [0, 1], or a tensor with dimensions.
-    """
+    """Return a probability as a Python float; return a 0-d tensor with its range unchecked."""
     is_tensor = isinstance(value, Tensor)
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (is_real or (is_tensor and not value.is_complex() and value.dtype != torch.bool)):

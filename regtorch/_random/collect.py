@@ -14,7 +14,7 @@ class Collected:
 
     Args:
         shape: The shape of the whole tensor.
-        sample: The number of elements to keep, evenly spread; None keeps all of them.
+        sample: The number of elements to keep, evenly spaced; None keeps all of them.
     """
 
     def __init__(self, shape: tuple[int, ...], sample: int | None) -> None:
@@ -76,7 +76,6 @@ class BlockwiseDraw:
         self.weights = Collected(plan.scores, sample)
 
     def add_block(self, first: int, keep: Tensor, scores: Tensor) -> None:
-        """Copy a block."""
         self.mask.add(keep, first)
         self.weights.add(scores, first)
 

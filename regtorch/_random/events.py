@@ -1,7 +1,7 @@
-"""Recording of every mask that dropout draws, for comparisons between frameworks and for guards.
+"""Record what every dropout draws, for comparisons between frameworks and for guard rails.
 
-Recording changes no value, and the recorded mask is the tensor that is applied. Without an observer
-a dropout only tests a flag.
+Recording changes no value, and the recorded mask is the tensor that is applied. Without an
+observer, a dropout only checks a flag.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ import torch
 from torch import Tensor
 
 from regshared.checks import check_callable
-from regshared.events import SiteKey
+from regshared.events import SampledDraw, SiteKey
 from regtorch._random.collect import BlockwiseDraw, BlockwisePlan, Collected
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A mask drawn by a dropout.
+    """The event of a dropout that drew a mask.
 
     Attributes:
         order: The number of earlier draws; the rows of a `torch.func.vmap` share one number.
-        key: The two words of the key.
+        key: The two words of its PRNG key.
         rate: The dropout rate.
-        mask: The applied mask, True where kept; of size 1 along dimensions that share it.
-        entering: The values that the mask is applied to.
-        function: The name of the function, such as `"dropout"`, also for a layer.
-        where: The line of code that called it, `"path/model.py:42"`: the innermost one outside the
-            library and PyTorch.
+        mask: The mask that was applied, True where an element is kept; of size 1 along dimensions
+            that share it.
+        entering: The values that it masks.
+        function: The name of the function, such as `"dropout"`; a layer reports that of its
+            function.
+        where: The calling line of code, `"path/model.py:42"`: the innermost one outside the library
+            and PyTorch.
         remade: True where a checkpoint runs a forward pass again; `where` is then in the backward
             pass.
     """
@@ -50,23 +52,8 @@ class Draw:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampledDraw(Draw):
-    """A `Draw` for an observer of samples: `mask` and `entering` are one-dimensional samples.
-
-    Attributes:
-        shape: The shape of the values that were masked.
-        size: The number of elements of the mask.
-        kept: The number of kept elements.
-    """
-
-    shape: tuple[int, ...]
-    size: int
-    kept: int
-
-
-@dataclasses.dataclass(frozen=True)
 class _Call:
-    """A call of a dropout function, as counted by one observer."""
+    """A call of a dropout function, as numbered by one observer."""
 
     order: int
     function: str
@@ -75,27 +62,24 @@ class _Call:
 
 
 class Observer:
-    """A receiver of events that counts the dropouts.
+    """A receiver of events that numbers the dropout calls.
 
     Args:
         record: Called with each event.
-        sample: The number of elements, evenly spread, to keep of each mask and of the values that
-            it is applied to; None keeps all of them.
+        sample: The number of elements, evenly spaced, to keep of each mask and of the values that
+            it applies to; None keeps all of them.
 
     Attributes:
         idle: The sites of converted layers that were called in training at rate 0.
     """
 
-    def __init__(
-        self, record: Callable[[SiteKey | Draw], None], *, sample: int | None = None
-    ) -> None:
+    def __init__(self, record: Callable[[Any], None], *, sample: int | None = None) -> None:
         self.record = record
         self.idle: set[str] = set()
         self._sample = sample
         self._orders = itertools.count()
 
     def called(self, function: str, where: str, remade: bool) -> _Call:
-        """Count a call."""
         return _Call(next(self._orders), function, where, remade)
 
     def draw(
@@ -118,15 +102,15 @@ class Observer:
         self, call: _Call, key: tuple[int, int], rate: float, mask: Collected, entering: Collected
     ) -> None:
         names = call.function, call.where, call.remade
-        fields = call.order, key, rate, mask.values, entering.values, *names
+        draw = Draw(call.order, key, rate, mask.values, entering.values, *names)
         if self._sample is None:
-            self.record(Draw(*fields))
+            self.record(draw)
         else:
-            self.record(SampledDraw(*fields, entering.shape, mask.size, mask.nonzero))
+            self.record(SampledDraw(draw, entering.shape, mask.size, mask.nonzero))
 
 
 class Observers:
-    """All observers at a place in the program."""
+    """All observers at one place in the program."""
 
     def __init__(self, members: tuple[Observer, ...]) -> None:
         self.members = members
@@ -150,7 +134,7 @@ class Observers:
         entering: Tensor,
         off: bool | Tensor = False,
     ) -> None:
-        """Record the mask that a dropout applies, except where `off` makes the result unused."""
+        """Record the mask that a dropout applies; where `off` is True, the result is not used."""
         calls = self._calls(function)
 
         def record(
@@ -162,7 +146,7 @@ class Observers:
             for member, call in calls:
                 member.draw(call, (high, low), float(rate), mask, entering)
 
-        _Tell.apply(record, key, rate, mask, entering.detach(), off)
+        _CallAtRuntime.apply(record, key, rate, mask, entering.detach(), off)
 
     def blockwise(
         self, function: str, rate: float | Tensor, plan: BlockwisePlan, off: bool | Tensor
@@ -186,7 +170,6 @@ class _Blockwise:
     off: bool | Tensor
 
     def block(self, first: int, keep: Tensor, scores: Tensor) -> None:
-        """Record the block that begins at the index `first`, and its scores."""
         for _, _, draw in self.draws:
             draw.add_block(first, keep, scores)
 
@@ -200,8 +183,8 @@ class _Blockwise:
             member.end(call, (high, low), float(self.rate), draw)
 
 
-class _Tell(torch.autograd.Function):
-    """A function call with the values behind `torch.func`'s transforms; per row under vmap."""
+class _CallAtRuntime(torch.autograd.Function):
+    """A call of a function with the values behind `torch.func`'s transforms; per row under vmap."""
 
     @staticmethod
     def forward(record: Callable[..., None], *values: Any) -> Tensor:
@@ -219,7 +202,7 @@ class _Tell(torch.autograd.Function):
                 arg if dim is None else arg.select(dim, row)
                 for arg, dim in zip(args, in_dims, strict=True)
             )
-            _Tell.apply(*at_row)
+            _CallAtRuntime.apply(*at_row)
         return torch.empty(0), None
 
 
@@ -233,10 +216,10 @@ def observer() -> Observers | None:
 
 @contextlib.contextmanager
 def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
-    """Pass every key derived for a site and every mask that a dropout applies to `record`.
+    """Pass `record` every key that `site_key` derives and every mask that a dropout applies.
 
-    Blocks nest: both receive the events inside both. Under `torch.utils.checkpoint` the forward
-    pass that runs again in the backward pass is recorded again.
+    Nested blocks each receive the events inside them. Under `torch.utils.checkpoint`, the forward
+    pass that runs again for the backward pass is recorded again.
 
     Example:
         >>> import torch, regtorch
@@ -252,7 +235,6 @@ def observing(record: Callable[[SiteKey | Draw], None]) -> Iterator[Observer]:
 
 @contextlib.contextmanager
 def observed_by(added: Observer) -> Iterator[Observer]:
-    """Add an observer."""
     outer = _observer.get(None)
     token = _observer.set(Observers((*(outer.members if outer else ()), added)))
     try:
@@ -261,12 +243,12 @@ def observed_by(added: Observer) -> Iterator[Observer]:
         _observer.reset(token)
 
 
-# Modules whose code is not the user's.
+# Packages whose lines are not the user's code.
 _LIBRARIES = {"regtorch", "torch", "contextlib"}
 
 
 def _user_line() -> str:
-    """Return the innermost line of code that is running outside of the libraries."""
+    """Return the innermost running line of code outside the libraries."""
     frame = sys._getframe(1)
     while frame.f_back:
         module = frame.f_globals.get("__name__", "")

@@ -1,10 +1,9 @@
-"""PRNG keys: the source of every mask.
+"""PRNG keys: the input of every mask, and their derivation for each training step.
 
 A key is a tensor of two 32-bit words, uint32 of shape (2,), equal to the words of JAX's raw
-threefry key. It is made once, from a seed; `site_key` derives from it, without state, a key for
-each place of a model and each step of training. A resumed run continues exactly without a saved RNG
-state. The functions raise a TypeError for a `key` that is not a key, and a ValueError for a batch
-of keys.
+threefry key. It is made once, from a seed; `site_key` derives a key from it, without state, for
+each place in a model and each step of training, so that no RNG state is saved. The functions raise
+a TypeError for a `key` that is not a key, and a ValueError for a batch of keys.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ def key(seed: int, *, device: torch.device | str | None = None) -> Tensor:
 
     Raises:
         TypeError: `seed` is not an integer, or `device` is not a device.
-        ValueError: `seed` needs more than 32 bits, which JAX's default settings would drop, or
-            `device` is a string that names no device.
+        ValueError: `seed` has more than 32 bits, or `device` is a string that names no device.
 
     Example:
         >>> import regtorch
@@ -72,15 +70,12 @@ def split(key: Tensor, num: int | Sequence[int] = 2) -> Tensor:
 def fold_in(key: Tensor, data: int) -> Tensor:
     """Derive a key from a key and an integer, with the words of `jax.random.fold_in(key, data)`.
 
-    Raises:
-        TypeError: `key` is not a key, or `data` is not an integer.
-        ValueError: `key` is a batch of keys, or `data` is not in [-2**31, 2**32).
+    `data` that is not an integer is a TypeError, and outside [-2**31, 2**32) a ValueError.
 
     Example:
         >>> import regtorch
-        >>> key = regtorch.key(0)
-        >>> bool((regtorch.fold_in(key, 1) == regtorch.split(key, 2)[1]).all())
-        True
+        >>> regtorch.fold_in(regtorch.key(0), 1)
+        tensor([ 928981903, 3453687069], dtype=torch.uint32)
     """
     data = check_integer("data", data)
     if not -(2**31) <= data < 2**32:
@@ -100,11 +95,11 @@ def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def site_key(root: Tensor, step: int, site: str) -> Tensor:
-    """Derive the key of one place in a model at one step of training, without state.
+    """Return the key of one place in a model at one step of training, derived without state.
 
     The root key encrypts a 64-bit hash of the site's name in one block of threefry, and the result
-    encrypts the step in another. Equal arguments give equal keys in every process, on every device,
-    and in `regjax`; different sites or steps give independent ones.
+    encrypts the step. Equal arguments give equal keys in every process, on every device, and in
+    `regjax`; different sites or steps give independent ones.
 
     Args:
         root: One key; it may be used again, as with `fold_in`.
@@ -133,7 +128,7 @@ def site_key(root: Tensor, step: int, site: str) -> Tensor:
 
 
 def _host_words(root: Tensor) -> tuple[int, int] | None:
-    """Return a key's words as Python integers, or None where reading them waits for a device."""
+    """Return a key's words as integers, or None where reading them waits for a device."""
     if root.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     try:
@@ -144,7 +139,7 @@ def _host_words(root: Tensor) -> tuple[int, int] | None:
 
 
 def site_words(root: tuple[int, int], step: int, site: str) -> tuple[int, int]:
-    """Return the words of `site_key`, from and to Python integers: much faster than 0-d tensors."""
+    """Return the words of `site_key` by Python integers, much faster than by 0-d tensors."""
     at_site = encrypt(root, divmod(site_hash(site), 2**32))
     words = encrypt(at_site, divmod(step, 2**32))
     if observers := observer():
@@ -172,21 +167,16 @@ def generator_key(generator: torch.Generator) -> Tensor:
 
 
 def check_key(key: Tensor, name: str = "key") -> Tensor:
-    """Return the key if it is a single key.
-
-    Raises:
-        TypeError: `key` is not a key.
-        ValueError: `key` is a batch of keys.
-    """
+    """Return the key if it is a single key."""
     if not isinstance(key, Tensor) or key.dtype != torch.uint32 or key.shape[-1:] != (2,):
         raise TypeError(
-            f"{name} must be a key, as regtorch.key(seed) makes one (uint32 of shape (2,)); got "
+            f"{name} must be a key, such as regtorch.key(seed), uint32 of shape (2,); got "
             f"{describe(key)}."
         )
     if key.ndim != 1:
         raise ValueError(
-            f"{name} must be one single key; got a batch of keys, {describe(key)}. To use one key "
-            "for each row, map over both with torch.func.vmap; to use one of them, index it."
+            f"{name} must be a single key; got a batch of keys, {describe(key)}. Map over keys and "
+            "rows with torch.func.vmap, or select one key by its index."
         )
     return key
 

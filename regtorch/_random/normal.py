@@ -1,8 +1,8 @@
 """Standard normal variates, bitwise identical in both packages.
 
-This is **normal stream v1**: a variate is a function of the key, its index and the dtype alone. It
-does not depend on settings, and it will not change under this name. It is computed by operations
-that IEEE 754 rounds the same on every device; tests confirm this on CPUs.
+This is **normal stream v1**: a variate is a function of the key, its index and the dtype alone, and
+will not change under this name. It is computed by operations that IEEE 754 rounds alike on every
+device; tests confirm this on CPUs.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     """Draw standard normal variates: mean 0, standard deviation 1.
 
-    Each variate is the quantile function at a uniform variate, which consists of bits of threefry
-    at the element's row-major index: the upper 23 of one word, or the upper 52 of two for float64.
-    Half types are computed in float32 and rounded once. In float32 the variates lie between -5.42
-    and 5.23, within 8e-7 of the exact quantile.
+    Each variate is the normal quantile function at a uniform variate, which is made from the
+    threefry bits at the element's row-major index: the upper 23 bits of one word, or the upper 52
+    of two for float64. Half types are computed in float32 and rounded once. In float32 the variates
+    lie between -5.42 and 5.23, within 8e-7 of the exact quantile.
 
     Args:
         key: One key.
@@ -52,7 +52,7 @@ def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
         tensor([ 1.6226,  2.0253, -0.4336])
 
     References:
-        Inversion, as in Devroye, "Non-uniform random variate generation", 1986, chapter II.
+        Devroye, "Non-uniform random variate generation", 1986, chapter II (inversion).
     """
     if dtype not in _TYPES:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype}.")

@@ -38,16 +38,11 @@ _SMALLEST_PACKED = 2**12
 
 @dataclasses.dataclass(frozen=True)
 class PackedSampler(MaskSampler):
-    """The sampler behind `packed_bernoulli`.
-
-    Attributes:
-        bits: The number of bits of the keep probability that count.
-    """
+    """The sampler behind `packed_bernoulli`, with `bits` bits of the keep probability."""
 
     bits: int = 16
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Draw a mask."""
         words, threshold = key_words(key), _threshold(keep_prob, self.bits)
         check_size(shape, key.device)
         axis = packed_axis(shape)
@@ -57,18 +52,12 @@ class PackedSampler(MaskSampler):
         grouped = (*shape[:axis], shape[axis] // _LANES, *shape[axis + 1 :])
         return _spread(_compared(words, threshold, self.bits, grouped), axis).reshape(shape)
 
-    def realised_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
-        """Return a multiple of `2**-bits`."""
+    def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         return _threshold(keep_prob, self.bits) / 2**self.bits
 
 
 def mask_sampler(sampler: Sampler) -> MaskSampler:
-    """Return the `MaskSampler` of a sampler, with the options of a `functools.partial`.
-
-    Raises:
-        TypeError: `sampler` is not a function, or `bits` is not an integer.
-        ValueError: `bits` is not in 1..32.
-    """
+    """Return the `MaskSampler` of a `sampler`, with the options of a `functools.partial`."""
     if isinstance(sampler, MaskSampler):
         return sampler
     function, options = sampler, {}
@@ -88,18 +77,18 @@ def packed_bernoulli(
 
     An element is kept with probability `T / 2**bits`, where `T = round(keep_prob * 2**bits)`: a
     uniform integer of `bits` bits is compared with T. The comparison is bit-sliced: one random word
-    holds one bit of 32 integers, and `and`/`or` of such words make 32 comparisons at once. An
+    holds one bit of 32 integers, and `and`/`or` of such words compare 32 elements at once. An
     element costs `bits / 64` blocks of threefry instead of a whole one, and less where T ends in
     zeros: keep probability 1/2 takes one block for 32 elements.
 
-    The 32 elements that share words are consecutive along the longest axis, except the last, whose
-    length is a multiple of 32 (of two, the later). Without such an axis, or in an array of fewer
-    than 4,096 elements, each element compares the first `bits` bits of its own word.
+    The 32 elements that share words are consecutive along the longest axis, other than the last,
+    whose length is a multiple of 32 (the later of two equal ones). Without such an axis, or with
+    fewer than 4,096 elements, each element compares the first `bits` bits of its own word.
 
     Args:
         key: One key.
-        keep_prob: The keep probability, in [0, 1]; a number or a 0-d tensor. First rounded to
-            float32.
+        keep_prob: The keep probability, in [0, 1]; a number or a 0-d tensor. Rounded to float32
+            first.
         shape: The shape of the mask.
         bits: The number of bits of `keep_prob` that count, from 1 to 32.
 
@@ -109,8 +98,8 @@ def packed_bernoulli(
 
     Raises:
         TypeError: `key` is not a key, `keep_prob` is not a number, or `bits` is not an integer.
-        ValueError: The number `keep_prob` is not in [0, 1], or is strictly inside but would round
-            to an end; `bits` is not in 1..32; `key` is a batch of keys. A tensor is not checked:
+        ValueError: The number `keep_prob` is not in [0, 1], or lies strictly inside but would round
+            to an end; `bits` is not in 1..32; or `key` is a batch of keys. A tensor is not checked:
             strictly inside it stays inside, below 0 or NaN it keeps nothing, above 1 everything.
 
     Note (JAX):
@@ -118,10 +107,8 @@ def packed_bernoulli(
 
     Example:
         >>> import torch, regtorch
-        >>> x = torch.ones(1024, 64)
-        >>> key = regtorch.key(0)
-        >>> y = regtorch.dropout(x, 0.75, key=key, sampler=regtorch.packed_bernoulli)
-        >>> y.unique().tolist()
+        >>> x, sampler = torch.ones(1024, 64), regtorch.packed_bernoulli
+        >>> regtorch.dropout(x, 0.75, key=regtorch.key(0), sampler=sampler).unique().tolist()
         [0.0, 4.0]
     """
     sampler = PackedSampler(packed_bernoulli, _check_bits(bits))
@@ -148,8 +135,9 @@ def _threshold(keep_prob: float | Tensor, bits: int) -> int | Tensor:
     threshold = round(torch.tensor(keep_prob, dtype=torch.float32).item() * levels)
     if 0 < keep_prob < 1 and threshold in (0, levels):
         raise ValueError(
-            f"keep_prob={keep_prob} rounds to {threshold // levels} in {bits} bits: use more bits, "
-            "as in functools.partial(regtorch.packed_bernoulli, bits=32), or regtorch.bernoulli."
+            f"keep_prob must not round to {threshold // levels} in {bits} bits; got {keep_prob}. "
+            "Use more bits, as in functools.partial(regtorch.packed_bernoulli, bits=32), or "
+            "regtorch.bernoulli."
         )
     return threshold
 

@@ -1,12 +1,12 @@
 """The quantile function of the normal distribution, bitwise identical in both packages.
 
-The logarithm or inverse error function of one library differs from another's in the last bit. This
-module uses only sums, products, comparisons and the bits of numbers, which all round the same, and
-contracts no product with a sum.
+The logarithm and the inverse error function differ between libraries in the last bit. This module
+uses only sums, products, comparisons and the bits of numbers, which round alike everywhere, and no
+product is contracted with a sum.
 
 References:
-    The variable w = -log2(1 - u**2), for which pieces of low degree suffice: Giles, "Approximating
-    the erfinv function", GPU Computing Gems, 2011. The polynomials are our own.
+    Giles, "Approximating the erfinv function", GPU Computing Gems, 2011: the variable w = -log2(1 -
+    u**2), in which pieces of low degree suffice. The polynomials are our own.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def quantile(u: Tensor) -> Tensor:
     table = DOUBLE if u.dtype == torch.float64 else SINGLE
     size = u.abs()
     w = _minus_log2((1 - size) * (1 + size), table.logarithm)
-    centre, *coefficients = _chosen(w, table.pieces)
-    return rounded(u * _polynomial(w - centre, coefficients))
+    center, *coefficients = _chosen(w, table.pieces)
+    return rounded(u * _polynomial(w - center, coefficients))
 
 
 def _minus_log2(x: Tensor, series: Sequence[float]) -> Tensor:
@@ -51,7 +51,7 @@ def _minus_log2(x: Tensor, series: Sequence[float]) -> Tensor:
 
 def _chosen(w: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
     """Return the center and the coefficients of the piece in which `w` lies."""
-    rows = [(piece.centre, *piece.coefficients) for piece in pieces]
+    rows = [(piece.center, *piece.coefficients) for piece in pieces]
     first, *others = torch.tensor(rows, dtype=w.dtype, device=w.device)
     chosen = list(first)
     for piece, row in zip(pieces[1:], others, strict=True):

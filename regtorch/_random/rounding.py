@@ -1,4 +1,4 @@
-"""Arithmetic that rounds where it is written, also after compilation."""
+"""Arithmetic that rounds as written, whatever a compiler does."""
 
 from __future__ import annotations
 

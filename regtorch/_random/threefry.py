@@ -86,11 +86,9 @@ def in_pieces(
 
 
 def check_size(shape: Sequence[int], device: torch.device) -> None:
-    """Raise for a shape that does not fit into memory, before anything is drawn.
+    """Reject a shape that no tensor can have or that memory cannot hold, before anything is drawn.
 
-    Raises:
-        ValueError: No tensor can have so many elements.
-        RuntimeError: PyTorch's own error, with the number of bytes.
+    The second error is PyTorch's own RuntimeError, with the number of bytes.
     """
     size = math.prod(shape)
     if size >= 2**63:

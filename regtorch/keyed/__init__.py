@@ -5,25 +5,24 @@
         regtorch.keyed.set_key(model, root, step)
         loss(model(batch)).backward()
 
-**Names.** A site is named after its module's dotted path in the model that was passed to `convert`:
-`"encoder.layers.0.dropout1"`. A module that the model holds in several places has the first of its
-names. The dropout of `torch.nn.MultiheadAttention` has the path of the attention; the one after
-layer 0 of a `torch.nn.LSTM`, `GRU` or `RNN` its path and `.0`, and so on.
+**Names.** A site has the dotted path of its module in the model passed to `convert`, such as
+`"encoder.layers.0.dropout1"`; a shared module has its first path. `torch.nn.MultiheadAttention` is
+one site. In `torch.nn.LSTM`, `GRU` and `RNN`, the dropout after layer 0 has the path of the module
+and `.0`, and so on.
 
 **Keys.** The first call of a site after `set_key(model, root, step)` draws from
-`regtorch.site_key(root, step, name)`, the n-th call after it from `regtorch.site_key(root, step,
-f"{name}#{n}")`, n = 1, 2, …: a module that is called twice in a forward pass draws different masks,
-and so does each micro-batch of a step that accumulates gradients. A JAX model gets the same masks
-from `regjax.site_key`.
+`regtorch.site_key(root, step, name)`, and call n after it from `regtorch.site_key(root, step,
+f"{name}#{n}")`, n = 1, 2, …: repeated calls in a forward pass, and micro-batches of a step, draw
+different masks. `regjax.site_key` returns the same keys.
 
-**Checkpoints.** `torch.utils.checkpoint` runs a forward again in the backward pass. A site that was
-called once since `set_key` draws the same mask again. A site that was called more often cannot know
-which call is repeated, and raises an error; use `replay` there.
+**Checkpoints.** `torch.utils.checkpoint` runs a forward again in the backward pass. A site called
+once since `set_key` draws the same mask again; a site called more often raises an error, since the
+repeated call is unknown: use `replay`.
 
 **Limitations.** `F.dropout` in the forward of a user's module is not converted: use
-`torch.nn.Dropout`, or `regtorch.dropout` with a key. Under `torch.func.vmap` the mapped rows share
-a mask, and under `torch.compile` each step's key is a constant that causes a recompilation: pass
-keys to the functions there.
+`torch.nn.Dropout`, or `regtorch.dropout` with a key. Pass keys to the functions under
+`torch.func.vmap`, where the mapped rows would share a mask, and under `torch.compile`, which would
+recompile at every step.
 """
 
 from __future__ import annotations
@@ -63,10 +62,10 @@ _FAMILY = (*KEYED, nn.RNNBase)
 def convert(model: _M) -> _M:
     """Make every dropout of a model draw its masks from explicit keys, in place.
 
-    This converts the modules of PyTorch's dropout family, and `torch.nn.MultiheadAttention`,
-    `LSTM`, `GRU` and `RNN` where they drop, also inside `torch.nn.Transformer` and its layers. Only
-    the class of a module changes: its parameters, hooks, attributes and state dict, every reference
-    to it, and evaluation stay the same. A second call changes nothing.
+    It converts PyTorch's dropout modules, and `torch.nn.MultiheadAttention`, `LSTM`, `GRU` and
+    `RNN` where they drop, also inside `torch.nn.Transformer`. Only the class of a module changes,
+    not its parameters, hooks, attributes, state dict, references to it, or evaluation. A second
+    call changes nothing.
 
     Args:
         model: Any module; it may itself be a dropout layer.
@@ -83,19 +82,17 @@ def convert(model: _M) -> _M:
     Example:
         >>> import torch, regtorch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5))
-        >>> model = regtorch.keyed.convert(model)
-        >>> regtorch.keyed.sites(model)
+        >>> regtorch.keyed.sites(regtorch.keyed.convert(model))
         ['1']
         >>> regtorch.keyed.set_key(model, regtorch.key(0), step=3)
-        >>> x = torch.ones(2, 4)
-        >>> key = regtorch.site_key(regtorch.key(0), 3, "1")
+        >>> x, key = torch.ones(2, 4), regtorch.site_key(regtorch.key(0), 3, "1")
         >>> torch.equal(model(x), regtorch.dropout(model[0](x), 0.5, key=key))
         True
     """
     found = []
     for path, module in check_module("model", model).named_modules():
-        _refuse_unknown(path, module)
-        _refuse_renamed(path, module)
+        _check_class(path, module)
+        _check_names(path, module)
         keyed = KEYED.get(type(module))
         names = keyed.site_names(module, path) if keyed else []
         if names:
@@ -111,11 +108,8 @@ def revert(model: _M) -> _M:
 
     Example:
         >>> import torch, regtorch
-        >>> model = regtorch.keyed.convert(torch.nn.Sequential(torch.nn.Dropout(0.5)))
-        >>> regtorch.keyed.revert(model)
-        Sequential(
-          (0): Dropout(p=0.5, inplace=False)
-        )
+        >>> regtorch.keyed.revert(regtorch.keyed.convert(torch.nn.Dropout(0.5)))
+        Dropout(p=0.5, inplace=False)
     """
     for module in _keyed_modules(model):
         del module.sites
@@ -126,22 +120,20 @@ def revert(model: _M) -> _M:
 def sites(model: nn.Module) -> list[str]:
     """Return the names of a converted model's sites, for `regtorch.site_key`, in module order.
 
-    In a part of a converted model the names stay those of the whole.
+    In a part of a converted model they are the names in the whole.
 
     Example:
         >>> import torch, regtorch
-        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16)
-        >>> regtorch.keyed.sites(regtorch.keyed.convert(layer))
+        >>> regtorch.keyed.sites(regtorch.keyed.convert(torch.nn.TransformerEncoderLayer(8, 2, 16)))
         ['self_attn', 'dropout', 'dropout1', 'dropout2']
     """
     return [site.name for site in _sites(model)]
 
 
 def set_key(model: nn.Module, root: Tensor, step: int) -> None:
-    """Give every site of a converted model its key for one step, and count its calls from 0.
+    """Set the key of every site of a converted model for one step, and count its calls from 0.
 
-    The root key is read once here; the keys of the calls are then derived on the CPU. Call this
-    before each forward pass, and not between a forward pass and its backward.
+    Call this before each forward pass, and not between a forward pass and its backward.
 
     Args:
         model: A converted model.
@@ -152,9 +144,6 @@ def set_key(model: nn.Module, root: Tensor, step: int) -> None:
         TypeError: `root` is not a key, or `step` is not an integer.
         ValueError: `root` is a batch of keys; `step` is negative or not below 2**64; or a module of
             the model drops and is not converted.
-
-    Note (JAX):
-        `regjax.site_key(root, step, name)` is the key of the site `name`.
 
     Example:
         >>> import torch, regtorch
@@ -170,8 +159,8 @@ def set_key(model: nn.Module, root: Tensor, step: int) -> None:
         keyed = KEYED.get(type(module))
         if keyed and keyed.site_names(module, path):
             raise ValueError(
-                f"module {path!r} ({type(module).__name__}) is not converted, and would draw from "
-                "PyTorch's generator: call regtorch.keyed.convert(model) first."
+                f"module {path!r} must be converted; got a {type(module).__name__}, which draws "
+                "from PyTorch's generator. Call regtorch.keyed.convert(model) first."
             )
     for site in _sites(model):
         site.root, site.step, site.calls = (high, low), step, 0
@@ -182,21 +171,17 @@ def replay(
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return contexts for `torch.utils.checkpoint`, if a site is called repeatedly after `set_key`.
 
-    Pass `context_fn=lambda: regtorch.keyed.replay(model)`, with `use_reentrant=False`: the repeated
-    forward pass then draws the same masks as the first one. `model` is a converted model, or the
-    part of one that is checkpointed. The contexts are those of the forward pass and of its
-    repetition.
+    They are for the forward pass of `model`, a converted model or the part that is checkpointed,
+    and for its repetition, which draws the same masks. Pass them with `use_reentrant=False`.
 
     Example:
         >>> import torch, regtorch
         >>> from torch.utils.checkpoint import checkpoint
         >>> model = regtorch.keyed.convert(torch.nn.Sequential(torch.nn.Dropout(0.5)))
         >>> regtorch.keyed.set_key(model, regtorch.key(0), step=0)
-        >>> x = torch.ones(6, requires_grad=True)
+        >>> x, contexts = torch.ones(6, requires_grad=True), lambda: regtorch.keyed.replay(model)
         >>> for _ in range(2):
-        ...     y = checkpoint(
-        ...         model, x, use_reentrant=False, context_fn=lambda: regtorch.keyed.replay(model)
-        ...     )
+        ...     y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
         >>> y.sum().backward()
         >>> torch.equal(x.grad, y)
         True
@@ -237,25 +222,26 @@ def _sites(model: nn.Module) -> Iterator[Site]:
     return (site for module in _keyed_modules(model) for site in module.sites)
 
 
-def _refuse_unknown(path: str, module: nn.Module) -> None:
+def _check_class(path: str, module: nn.Module) -> None:
     known = type(module) in KEYED or isinstance(module, Keyed)
     drops = getattr(module, "p", 0) or getattr(module, "dropout", 0)
     if isinstance(module, _FAMILY) and drops and not known:
         base = next(kind for kind in type(module).__mro__ if kind in _FAMILY)
         raise TypeError(
-            f"module {path!r} is a {type(module).__name__}, a subclass of torch.nn."
-            f"{base.__name__} whose forward may differ, and cannot be converted. Put a torch.nn."
-            f"{base.__name__} in its place, or write its forward with regtorch.dropout, or set its "
-            "dropout to 0."
+            f"module {path!r} must be of a class whose forward is known; got "
+            f"{type(module).__name__}, a subclass of torch.nn.{base.__name__}. Use a "
+            f"torch.nn.{base.__name__} instead, or call regtorch.dropout in its forward, or set "
+            "its dropout to 0."
         )
 
 
-def _refuse_renamed(path: str, module: nn.Module) -> None:
+def _check_names(path: str, module: nn.Module) -> None:
     if isinstance(module, Keyed):
         names = [site.name for site in module.sites]
         if names != module.site_names(module, path):
             raise ValueError(
-                f"module {path!r} was converted as part of another model, under the name "
-                f"{', '.join(map(repr, names))}. Call regtorch.keyed.revert(model) first, then "
-                "convert the whole."
+                f"module {path!r} must not be converted as part of another model; got the name "
+                f"{', '.join(map(repr, names))}. Call regtorch.keyed.revert(model), then convert "
+                "the "
+                "whole model."
             )

@@ -1,8 +1,6 @@
 """The layers to which `regtorch.keyed.convert` converts PyTorch's own.
 
-Each is a subclass that adds only its sites: conversion and reversion change the class of a layer.
-Its parameters, hooks, attributes and every reference to it stay the same. In evaluation it runs
-PyTorch's own forward.
+Each is a subclass that adds only its sites, and runs PyTorch's own forward in evaluation.
 """
 
 from __future__ import annotations
@@ -46,14 +44,13 @@ class Site:
     def key(self, device: torch.device) -> Tensor:
         """Return the key of the next call, of the name first and then of `name#1`, `name#2`, ….
 
-        Raises:
-            ValueError: No key was set.
-            RuntimeError: A checkpoint repeats one of several calls, and it is unknown which.
+        It is an error if no key was set, or if a checkpoint repeats one of several calls.
         """
         if self.root is None:
             raise ValueError(
-                f"dropout site {self.name!r} has no key: before each training step, call "
-                "regtorch.keyed.set_key(model, root, step); or model.eval() to evaluate."
+                f"site {self.name!r} must have a key in training; got None. Call "
+                "regtorch.keyed.set_key(model, root, step) before each step, or model.eval() to "
+                "evaluate."
             )
         name = f"{self.name}#{call}" if (call := self._next_call()) else self.name
         words = site_words(self.root, self.step, name)
@@ -64,10 +61,10 @@ class Site:
         if torch._C._current_graph_task_id() != -1 and not self.replayed:
             if self.calls != 1:
                 raise RuntimeError(
-                    f"dropout site {self.name!r} was called {self.calls} times since set_key, so "
-                    "that a checkpoint cannot tell which call it makes again. Pass context_fn="
-                    "lambda: regtorch.keyed.replay(model) to torch.utils.checkpoint.checkpoint, "
-                    "with use_reentrant=False; and call set_key after the backward pass."
+                    f"site {self.name!r} must be called once after set_key, so that a checkpoint "
+                    f"can repeat the call; got {self.calls} calls. Pass context_fn=lambda: "
+                    "regtorch.keyed.replay(model) and use_reentrant=False to "
+                    "torch.utils.checkpoint.checkpoint, and call set_key after the backward pass."
                 )
             return 0
         self.calls += 1
@@ -203,7 +200,7 @@ class KeyedMultiheadAttention(Keyed, nn.MultiheadAttention):
                 is_causal,
             )
         if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal is a hint about attn_mask, which is missing; pass both.")
+            raise RuntimeError("attn_mask must be a mask with is_causal=True; got None. Pass both.")
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))

@@ -13,8 +13,7 @@ from regtorch.nn._layer import Layer
 class AlphaDropout(Layer):
     """`torch.nn.AlphaDropout` with masks from an explicit key or generator.
 
-    In training it preserves mean 0 and variance 1; `rate` is `p` in PyTorch. See
-    `regtorch.alpha_dropout`.
+    `rate` is `p` in PyTorch. See `regtorch.alpha_dropout`.
 
     Example:
         >>> import torch, regtorch
@@ -24,16 +23,14 @@ class AlphaDropout(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """Call `regtorch.alpha_dropout`."""
         return alpha_dropout(x, rate, **options)
 
 
 class FeatureAlphaDropout(Layer):
     """`torch.nn.FeatureAlphaDropout` with masks from an explicit key or generator.
 
-    It drops each channel of (N, C, ...) as one; `rate` is `p` in PyTorch. See
-    `regtorch.feature_alpha_dropout`. A call on an input of fewer than 2 dimensions raises a
-    ValueError.
+    `rate` is `p` in PyTorch. See `regtorch.feature_alpha_dropout`. A call on an input of fewer than
+    2 dimensions raises a ValueError.
 
     Example:
         >>> import torch, regtorch
@@ -44,5 +41,4 @@ class FeatureAlphaDropout(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """Call `regtorch.feature_alpha_dropout`."""
         return feature_alpha_dropout(x, rate, **options)

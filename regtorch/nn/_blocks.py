@@ -41,7 +41,6 @@ class BlockLayer(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """Call `regtorch.drop_block`, after a check of the dimensions."""
         if check_tensor("x", x).ndim != cls.spatial_dims + 2:
             raise ValueError(
                 f"x must be {cls.spatial_dims + 2}-D for {cls.__name__}, with the batch first and "
@@ -50,7 +49,6 @@ class BlockLayer(Layer):
         return drop_block(x, rate, **options)
 
     def options(self) -> dict[str, Any]:
-        """Return the settings of the blocks."""
         return {
             "block_size": self.block_size,
             "share_channels": self.share_channels,
@@ -60,7 +58,6 @@ class BlockLayer(Layer):
         }
 
     def extra_repr(self) -> str:
-        """Return the text between the parentheses of the printed module."""
         shown = {"share_channels": False, "gamma_scale": 1.0, "scale_by_keep": True}
         shown |= {"with_noise": False}
         others = [
@@ -91,9 +88,8 @@ class DropBlock1d(BlockLayer):
 class DropBlock2d(BlockLayer):
     """`torchvision.ops.DropBlock2d` with masks from an explicit key or generator.
 
-    In training it zeroes squares of `block_size` by `block_size` elements of (N, C, H, W); `rate`
-    is `p` in torchvision. The attributes are the arguments of `regtorch.drop_block`, and
-    `generator`. A call on an input that is not 4-D raises a ValueError.
+    It zeroes squares of elements of (N, C, H, W), and is otherwise like `DropBlock1d`; `rate` is
+    `p` in torchvision. A call on an input that is not 4-D raises a ValueError.
 
     Example:
         >>> import torch, regtorch
@@ -108,8 +104,8 @@ class DropBlock2d(BlockLayer):
 class DropBlock3d(BlockLayer):
     """`torchvision.ops.DropBlock3d` with masks from an explicit key or generator.
 
-    In training it zeroes cubes with an edge of `block_size` elements of (N, C, D, H, W); see
-    `DropBlock2d`. A call on an input that is not 5-D raises a ValueError.
+    It zeroes cubes of elements of (N, C, D, H, W); see `DropBlock2d`. A call on an input that is
+    not 5-D raises a ValueError.
 
     Example:
         >>> import torch, regtorch

@@ -15,10 +15,8 @@ from regtorch.nn._layer import Layer
 class DropPath(Layer):
     """Stochastic depth for the output of a residual branch: `h + drop_path(branch(h))`.
 
-    In training it zeroes each row of the batch with probability `rate` and divides the others by `1
-    - rate`. `regtorch.drop_path` describes the attributes, and `regtorch.depth_rates` computes the
-    rates of a stack of layers. The constructor raises a ValueError for a `mode` other than "row"
-    and "batch".
+    `regtorch.drop_path` describes the attributes, and `regtorch.depth_rates` returns the rates of a
+    stack of layers. The constructor raises a ValueError for a `mode` other than "row" and "batch".
 
     Note (PyTorch):
         `timm.layers.DropPath(rate, scale_by_keep)`, whose `drop_prob` is also 0 by default, and
@@ -26,8 +24,7 @@ class DropPath(Layer):
 
     Example:
         >>> import torch, regtorch
-        >>> layer = regtorch.nn.DropPath(0.5)
-        >>> layer(torch.ones(4, 2), key=regtorch.key(0))[:, 0]
+        >>> regtorch.nn.DropPath(0.5)(torch.ones(4, 2), key=regtorch.key(0))[:, 0]
         tensor([0., 0., 2., 2.])
     """
 
@@ -45,15 +42,12 @@ class DropPath(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """Call `regtorch.drop_path`."""
         return drop_path(x, rate, **options)
 
     def options(self) -> dict[str, Any]:
-        """Return the mode and the choice of scale."""
         return {"mode": self.mode, "scale_by_keep": self.scale_by_keep}
 
     def extra_repr(self) -> str:
-        """Return the text between the parentheses of the printed module."""
         mode = "" if self.mode == "row" else f", mode={self.mode!r}"
         scale = "" if self.scale_by_keep else ", scale_by_keep=False"
         return super().extra_repr() + mode + scale

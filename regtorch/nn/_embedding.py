@@ -33,10 +33,8 @@ class EmbeddingDropout(GeneratorModule):
     def forward(
         self, x: Tensor, ids: Tensor, *, key: Tensor | torch.Generator | None = None
     ) -> Tensor:
-        """Drop in training, nothing in evaluation; `key` takes precedence over the generator."""
         key = self.generator if key is None else key
         return embedding_dropout(x, ids, self.rate, key=key, deterministic=not self.training)
 
     def extra_repr(self) -> str:
-        """Return the text between the parentheses of the printed module."""
         return f"rate={self.rate}"

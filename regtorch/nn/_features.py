@@ -19,7 +19,6 @@ class FeatureLayer(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """Call `regtorch.feature_dropout`, with the channel axis for the number of dimensions."""
         if check_tensor("x", x).ndim not in cls.channel_axes:
             known = " or ".join(f"{ndim}-D" for ndim in cls.channel_axes)
             raise RuntimeError(
@@ -33,14 +32,13 @@ class FeatureLayer(Layer):
 class Dropout1d(FeatureLayer):
     """`torch.nn.Dropout1d` with masks from an explicit key or generator.
 
-    In training it zeroes each channel of (N, C, L), or of (C, L), with probability `rate`,
-    PyTorch's `p`, and divides the others by `1 - rate`. See `regtorch.feature_dropout`. A call on
-    an input that is not 2-D or 3-D raises a RuntimeError, as PyTorch does.
+    It zeroes channels of (N, C, L), or of (C, L); `rate` is `p` in PyTorch. See
+    `regtorch.feature_dropout`. A call on an input that is not 2-D or 3-D raises a RuntimeError, as
+    PyTorch does.
 
     Example:
         >>> import torch, regtorch
-        >>> layer = regtorch.nn.Dropout1d(0.5)
-        >>> layer(torch.ones(4, 2), key=regtorch.key(0))[:, 0]
+        >>> regtorch.nn.Dropout1d(0.5)(torch.ones(4, 2), key=regtorch.key(0))[:, 0]
         tensor([0., 0., 2., 2.])
     """
 
@@ -48,16 +46,14 @@ class Dropout1d(FeatureLayer):
 
 
 class Dropout2d(FeatureLayer):
-    """`torch.nn.Dropout2d` with masks from an explicit key or generator.
+    """`torch.nn.Dropout2d` with masks from an explicit key or generator: see `Dropout1d`.
 
-    It zeroes channels of (N, C, H, W), and is otherwise like `Dropout1d`. A 3-D input is (N, C, L)
-    and not (C, H, W), as in PyTorch, which warns. A call on an input that is not 3-D or 4-D raises
-    a RuntimeError; PyTorch warns that it will.
+    It zeroes channels of (N, C, H, W). A 3-D input is (N, C, L) and not (C, H, W), as in PyTorch,
+    which warns. Other inputs raise a RuntimeError; PyTorch warns that it will.
 
     Example:
         >>> import torch, regtorch
-        >>> layer = regtorch.nn.Dropout2d(0.5)
-        >>> layer(torch.ones(1, 4, 3, 3), key=regtorch.key(0))[0, :, 0, 0]
+        >>> regtorch.nn.Dropout2d(0.5)(torch.ones(1, 4, 3, 3), key=regtorch.key(0))[0, :, 0, 0]
         tensor([0., 0., 2., 2.])
     """
 
@@ -65,15 +61,14 @@ class Dropout2d(FeatureLayer):
 
 
 class Dropout3d(FeatureLayer):
-    """`torch.nn.Dropout3d` with masks from an explicit key or generator.
+    """`torch.nn.Dropout3d` with masks from an explicit key or generator: see `Dropout1d`.
 
-    It zeroes channels of (N, C, D, H, W), or of (C, D, H, W), and is otherwise like `Dropout1d`. A
-    call on an input that is not 4-D or 5-D raises a RuntimeError; PyTorch warns that it will.
+    It zeroes channels of (N, C, D, H, W), or of (C, D, H, W). Other inputs raise a RuntimeError;
+    PyTorch warns that it will.
 
     Example:
         >>> import torch, regtorch
-        >>> layer = regtorch.nn.Dropout3d(0.5)
-        >>> layer(torch.ones(4, 1, 1, 1), key=regtorch.key(0)).flatten()
+        >>> regtorch.nn.Dropout3d(0.5)(torch.ones(4, 1, 1, 1), key=regtorch.key(0)).flatten()
         tensor([0., 0., 2., 2.])
     """
 

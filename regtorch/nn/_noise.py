@@ -24,8 +24,7 @@ class GaussianDropout(Layer):
 
     Example:
         >>> import torch, regtorch
-        >>> layer = regtorch.nn.GaussianDropout(0.2)
-        >>> layer(torch.ones(4), key=regtorch.key(0))
+        >>> regtorch.nn.GaussianDropout(0.2)(torch.ones(4), key=regtorch.key(0))
         tensor([1.8113, 2.0126, 0.7832, 0.9607])
     """
 
@@ -35,7 +34,6 @@ class GaussianDropout(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """Call `regtorch.gaussian_dropout`."""
         return gaussian_dropout(x, rate, **options)
 
 
@@ -47,8 +45,7 @@ class GaussianNoise(GeneratorModule):
 
     Example:
         >>> import torch, regtorch
-        >>> layer = regtorch.nn.GaussianNoise(0.1)
-        >>> layer(torch.zeros(4), key=regtorch.key(0))
+        >>> regtorch.nn.GaussianNoise(0.1)(torch.zeros(4), key=regtorch.key(0))
         tensor([ 0.1623,  0.2025, -0.0434, -0.0079])
     """
 
@@ -58,10 +55,8 @@ class GaussianNoise(GeneratorModule):
         self.generator = generator
 
     def forward(self, x: Tensor, *, key: Tensor | torch.Generator | None = None) -> Tensor:
-        """Add noise in training, none in evaluation; `key` takes precedence over the generator."""
         key = self.generator if key is None else key
         return gaussian_noise(x, self.stddev, key=key, deterministic=not self.training)
 
     def extra_repr(self) -> str:
-        """Return the text between the parentheses of the printed module."""
         return f"stddev={self.stddev}"

@@ -40,13 +40,10 @@ class VariationalDropout(Layer):
 
     @classmethod
     def drop(cls, x: Tensor, rate: float | Tensor, **options: Any) -> Tensor:
-        """Call `regtorch.variational_dropout`."""
         return variational_dropout(x, rate, **options)
 
     def options(self) -> dict[str, Any]:
-        """Return the dimension along which one mask is shared."""
         return {"time_axis": self.time_axis}
 
     def extra_repr(self) -> str:
-        """Return the text between the parentheses of the printed module."""
         return f"{super().extra_repr()}, time_axis={self.time_axis}"

@@ -20,17 +20,15 @@ class DropConnect(GeneratorModule):
     """A module whose weights are dropped in training, with one mask for each call.
 
     In training each call runs the wrapped module with `regtorch.drop_connect` of its weights; after
-    `eval()` it runs the module unchanged. The parameters stay those of the wrapped module, under
-    its names with the prefix `module.`, and the optimizer gets undropped weights.
-
-    Around a recurrent module, with `rule="weight_hh_*"`, it drops connections between states, with
-    one mask for the whole sequence.
+    `eval()` it runs the module unchanged. The parameters are those of the wrapped module, with the
+    prefix `module.`, and the optimizer gets undropped weights. Around a recurrent module, with
+    `rule="weight_hh_*"`, it drops connections between states, with one mask for the whole sequence.
 
     Attributes:
         module: The wrapped module.
         rate: The probability that a weight is zeroed.
-        names: The names of the dropped parameters in the wrapped module, selected by the rule
-            ("default": the kernels) at construction. Frozen parameters are never selected.
+        names: The names of the dropped parameters, selected by the rule ("default": the kernels) at
+            construction. Frozen parameters are never selected.
         generator: The source of the key of a call without one.
 
     Raises:
@@ -42,18 +40,10 @@ class DropConnect(GeneratorModule):
     Example:
         >>> import torch, regtorch
         >>> layer = regtorch.nn.DropConnect(torch.nn.Linear(4, 3), 0.5)
-        >>> layer
-        DropConnect(
-          rate=0.5, names=('weight',)
-          (module): Linear(in_features=4, out_features=3, bias=True)
-        )
-        >>> layer(torch.ones(2, 4), key=regtorch.key(0)).shape
-        torch.Size([2, 3])
+        >>> layer.names, layer(torch.ones(2, 4), key=regtorch.key(0)).shape
+        (('weight',), torch.Size([2, 3]))
         >>> lstm = regtorch.nn.DropConnect(torch.nn.LSTM(4, 3), 0.5, rule="weight_hh_*")
         >>> states, _ = lstm(torch.ones(5, 2, 4), key=regtorch.key(0))
-
-    References:
-        See `regtorch.drop_connect`.
     """
 
     def __init__(
@@ -70,15 +60,14 @@ class DropConnect(GeneratorModule):
         self.names = tuple(name for name, chosen in decay_mask(module, rule).items() if chosen)
         if not self.names:
             raise ValueError(
-                f"module has no parameter that rule {rule!r} says True of, so there is nothing to "
-                "drop"
+                f"module must have a parameter that rule {rule!r} selects; got none. Pass "
+                "rule='**' for all."
             )
         self.generator = generator
 
     def forward(
         self, *args: Any, key: Tensor | torch.Generator | None = None, **kwargs: Any
     ) -> Any:
-        """Call the wrapped module; `key` takes precedence over the generator."""
         if not self.training:
             return self.module(*args, **kwargs)
         key = self.generator if key is None else key
@@ -87,5 +76,4 @@ class DropConnect(GeneratorModule):
         return torch.func.functional_call(self.module, dict(dropped), args, kwargs)
 
     def extra_repr(self) -> str:
-        """Return the text between the parentheses of the printed module."""
         return f"rate={self.rate}, names={self.names}"

@@ -1,28 +1,26 @@
-"""Decays beyond L2, attached to any optimizer of `torch.optim`; links of a chain in `regjax.optim`.
+"""Decays beyond L2 for any optimizer of `torch.optim`, the links of a chain in `regjax.optim`.
 
     optimizer = torch.optim.Adam(model.named_parameters(), lr=1e-3)
     handle = add_l1_decay(optimizer, 1e-4, mask=lambda name, tensor: tensor.ndim > 1)
     ...                                # loss.backward(), optimizer.step(), scheduler.step()
     handle.remove()
 
-A decay is a pair of step hooks. A coupled one adds to `p.grad` before the step, after any clipping,
-and in place like `torch.nn.utils.clip_grad_norm_`. A decoupled one subtracts from the parameter
-after the step a term computed from the parameter before it, which meanwhile takes one copy of the
-decaying parameters. Several decays act in the order in which they were attached.
+A decay is a pair of step hooks; several act in the order in which they were attached. A coupled
+decay adds to `p.grad` in place before the step, after any clipping. It cannot act inside
+`step(closure)` or on scaled gradients: `step` raises an error, and a penalty in the loss is the
+alternative. A decoupled decay subtracts from the parameter after the step a term computed from a
+copy made before it, multiplied by the `lr` of the group at that step.
 
-Masks and references use the names of the parameters if the optimizer was made with
-`named_parameters()`, and their positions, '0', '1', ..., if with `parameters()`. A parameter whose
-gradient is None, which torch skips, does not decay. Parameter groups and learning-rate schedulers
-work as before: a decoupled decay is multiplied by the `lr` of its group at the step. Hooks are
-neither copied nor pickled with an optimizer: attach them again.
+Masks and references use the names that the optimizer has from `named_parameters()`, or the
+positions '0', '1', ... after `parameters()`. A parameter whose gradient is None does not decay.
+Hooks are neither copied nor pickled with an optimizer: attach them again.
 
-Each `weight_decay` may be a function from the step, counted from 0, to the coefficient. The count
-is stored in `optimizer.param_groups[0]`, so `optimizer.state_dict()` saves it and `load_state_dict`
-restores it, before or after the decays are attached, in the same order.
+Each `weight_decay` may be a function from the step, counted from 0, to the coefficient.
+`optimizer.param_groups[0]` holds the count, so that `state_dict()` and `load_state_dict` restore it
+for decays attached in the same order.
 
-Coupled decay cannot act inside `step(closure)`, nor on gradients that are still scaled: `step`
-raises an error, and a penalty in the loss does the same there. L2 itself is the `weight_decay` of
-`torch.optim`; the elastic net is that, with `2 * l2`, together with `add_l1_decay(optimizer, l1)`.
+L2 itself is the `weight_decay` of `torch.optim`; the elastic net adds `add_l1_decay(optimizer, l1)`
+to a `weight_decay` of `2 * l2`.
 """
 
 from __future__ import annotations

@@ -27,14 +27,14 @@ def add_l1_decay(
 
     $$g \leftarrow g + \lambda_t \operatorname{sign}(w), \qquad \operatorname{sign}(0) = 0$$
 
-    At every step this acts like `regtorch.l1_penalty(params, weight_decay)` in the loss, without a
+    At every step this equals `regtorch.l1_penalty(params, weight_decay)` in the loss, without a
     factor 2. Decoupled, $w \leftarrow w - \eta_t \lambda_t \operatorname{sign}(w)$ bypasses the
-    moments, and no penalty does the same.
+    moments, and no penalty is equal to it.
 
     Args:
         optimizer: Any optimizer of `torch.optim`.
         weight_decay: $\lambda$: a finite number, not negative, or a function from the step, counted
-            from 0, to it.
+            from 0, to one.
         decoupled: Whether to shrink the parameters themselves, by learning rate times coefficient.
         mask: Which parameters decay; see `regtorch.l2_penalty`.
 
@@ -43,10 +43,10 @@ def add_l1_decay(
 
     Raises:
         TypeError: `optimizer` is not an optimizer, `weight_decay` is not a number, `decoupled` is
-            not a bool, or a value of the mask is neither True nor False.
+            not a bool, or a value of the mask is not a bool.
         ValueError: `weight_decay` is negative, infinite or NaN (for a schedule, `step` raises it);
             the mask does not fit the parameters, or is False for all of them; or a coupled `step`
-            gets a closure or gradients that are still scaled.
+            gets a closure or scaled gradients.
 
     Note (JAX):
         `regjax.optim.add_l1_decay(weight_decay)`, ahead of the optimizer in `optax.chain`, or
@@ -61,6 +61,7 @@ def add_l1_decay(
         >>> optimizer.step()
         >>> weight.detach()
         tensor([ 1.2500, -2.2500, -0.5000])
+        >>> handle.remove()
 
     References:
         Tibshirani, "Regression Shrinkage and Selection via the Lasso", JRSS B 58(1), 1996.
@@ -82,26 +83,25 @@ def add_l2_sp_decay(
 
     $$g \leftarrow g + \lambda_t (w - w^0)$$
 
-    With `weight_decay=2 * c` this acts at every step like `regtorch.l2_sp_penalty(params,
-    reference, c)` in the loss, which has no factor of one half and so the gradient
-    $2 c (w - w^0)$. The result and other errors are those of `add_l1_decay`.
+    With `weight_decay=2 * c` this equals `regtorch.l2_sp_penalty(params, reference, c)` in the
+    loss, whose gradient is $2 c (w - w^0)$. The result and other errors are those of
+    `add_l1_decay`.
 
     Args:
         optimizer: Any optimizer of `torch.optim`.
-        reference: $w^0$: a module, tensor, dict or iterable as a penalty takes, with the
-            optimizer's names for the parameters, and the same shapes where they decay. It is copied
-            now, so the model itself will do, and then decays toward its current parameters. The
-            copy is on the device of the parameters and in no state dict: pass the same reference to
-            resume.
+        reference: $w^0$: a module, tensor, dict or iterable, with the optimizer's names of the
+            parameters and, where they decay, their shapes. It is copied to their devices, so that
+            the model itself means its current parameters. No state dict holds the copy: pass the
+            same reference to resume.
         weight_decay: $\lambda$; see `add_l1_decay`.
         decoupled: See `add_l1_decay`.
         mask: See `add_l1_decay`.
 
     Raises:
         TypeError: `reference` is none of the four; or the reference of a parameter is not a float
-            or complex tensor, or is complex and the parameter real.
+            or complex tensor, or is complex while the parameter is real.
         ValueError: `reference` is a generator that yields nothing, has other names than the
-            parameters, or a tensor of another shape: the message names it.
+            parameters, or a tensor of another shape; the message names it.
 
     Example:
         >>> import torch
@@ -114,8 +114,7 @@ def add_l2_sp_decay(
         tensor([1.0000, 2.5000])
 
     References:
-        Li, Grandvalet and Davoine, [Explicit Inductive Bias for Transfer Learning with
-        Convolutional Networks](https://arxiv.org/abs/1802.01483), ICML 2018.
+        Li, Grandvalet and Davoine, [ICML 2018](https://arxiv.org/abs/1802.01483).
     """
     check_bool("decoupled", decoupled)
     leaves = [(name, p) for name, p, _ in parameters_of(optimizer)]
@@ -140,11 +139,10 @@ def add_independent_weight_decay(
 
     $$w_t = w_{t-1} - \lambda_t w_{t-1} - \eta_t u_t$$
 
-    where $\eta_t u_t$ is the optimizer's step. This is decoupled decay as its authors first defined
-    it, and no penalty in the loss does the same; each `weight_decay` of `torch.optim` is multiplied
-    by the learning rate. The optimizer itself should have no decay. For the authors' schedule
-    multiplier, one for both rates, pass `weight_decay=lambda step: c * multiplier(step)`. For the
-    arguments, result and errors see `add_l1_decay`.
+    where $\eta_t u_t$ is the optimizer's step. Each `weight_decay` of `torch.optim`, in contrast,
+    is multiplied by the learning rate. The optimizer itself should have no decay. For the authors'
+    schedule multiplier, one for both rates, pass `weight_decay=lambda step: c * multiplier(step)`.
+    For the arguments, result and errors see `add_l1_decay`.
 
     Note (JAX):
         `regjax.optim.add_independent_weight_decay(weight_decay)` as the last link of a chain.
@@ -160,10 +158,7 @@ def add_independent_weight_decay(
         tensor([ 1., -2.])
 
     References:
-        Loshchilov and Hutter, [Decoupled Weight Decay
-        Regularization](https://arxiv.org/abs/1711.05101), ICLR 2019, algorithms 1 and 2. Wortsman
-        et al., [Small-scale proxies for large-scale Transformer training
-        instabilities](https://arxiv.org/abs/2309.14322), ICLR 2024, for the name.
+        Loshchilov and Hutter, [ICLR 2019](https://arxiv.org/abs/1711.05101), algorithms 1 and 2.
     """
     decay = Decay(optimizer, "independent_weight_decay", weight_decay, mask, lambda w, u, other: w)
     return decay.decouple(times_lr=False)
@@ -174,18 +169,16 @@ def add_cautious_weight_decay(
 ) -> DecayHandle:
     r"""Decay only the coordinates that the step itself moves toward zero.
 
-    $$w_t = w_{t-1} - \eta_t \left(u_t + \lambda_t \, [\, u_t w_{t-1} \ge 0 \,] \,
-      w_{t-1}\right)$$
+    $$w_t = w_{t-1} - \eta_t \left(u_t + \lambda_t \, [\, u_t w_{t-1} \ge 0 \,] \, w_{t-1}\right)$$
 
-    Where $u_t$, the step that is subtracted, and $w_{t-1}$ have the same sign, or $u_t = 0$, both
-    step and decay shrink the coordinate; where they differ, there is no decay. The optimizer itself
-    should have no decay. For the arguments, result and errors see `add_l1_decay`; a complex
-    parameter that is to decay is also a TypeError.
+    There is no decay where $u_t$, the step that is subtracted, and $w_{t-1}$ differ in sign. The
+    optimizer itself should have no decay. For the arguments, result and errors see `add_l1_decay`;
+    a complex parameter that decays is also a TypeError.
 
     Note (JAX):
         `regjax.optim.add_cautious_weight_decay(weight_decay)`, ahead of the learning rate. There
         the sign of $u_t$ is known; here it follows from the parameters before and after the step,
-        so a step too small to move a parameter counts as $u_t = 0$.
+        so that a step too small to move a parameter counts as $u_t = 0$.
 
     Example:
         >>> import torch
@@ -204,8 +197,8 @@ def add_cautious_weight_decay(
     for (name, p), decays in zip(leaves, resolve_mask(mask, leaves), strict=True):
         if decays and p.is_complex():
             raise TypeError(
-                f"cautious decay compares signs, but the parameter '{name}' is complex: use the "
-                "optimizer's weight_decay, or give it False in `mask`"
+                f"parameter '{name}' must be real for cautious decay, which compares signs; got "
+                f"{p.dtype}. Use the optimizer's weight_decay, or set it to False in `mask`."
             )
     decay = Decay(
         optimizer,
@@ -219,12 +212,12 @@ def add_cautious_weight_decay(
 
 
 def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], float]) -> DecayHandle:
-    r"""Let the optimizer's own `weight_decay` follow a schedule, group by group.
+    r"""Set the optimizer's own `weight_decay` by a schedule before each step, group by group.
 
     $$\lambda_t = \lambda_0 \, s(t)$$
 
-    This is to the `weight_decay` what `torch.optim.lr_scheduler.LambdaLR` is to the learning rate:
-    a group without decay keeps none. It is set just before each step.
+    `torch.optim.lr_scheduler.LambdaLR` does the same for the learning rate. A group without decay
+    keeps none.
 
     Args:
         optimizer: An optimizer whose groups have a `weight_decay`, $\lambda_0$.
@@ -242,8 +235,7 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
             or NaN.
 
     Note (JAX):
-        `weight_decay=lambda count: c * multiplier(count)` in `regjax.optim` and in each of its
-        decays.
+        `weight_decay=lambda count: c * multiplier(count)` in `regjax.optim` and each of its decays.
 
     Example:
         >>> import torch
@@ -257,20 +249,19 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
         0.75
 
     References:
-        Caron et al., [Emerging Properties in Self-Supervised Vision
-        Transformers](https://arxiv.org/abs/2104.14294), ICCV 2021.
+        Caron et al. (DINO), [ICCV 2021](https://arxiv.org/abs/2104.14294).
     """
     check_optimizer(optimizer)
     if not callable(multiplier):
         raise TypeError(
-            f"multiplier must be a function of the step, but it is {multiplier!r}: for a constant "
-            "decay set weight_decay itself"
+            f"multiplier must be a function of the step; got {multiplier!r}. Set weight_decay "
+            "itself for a constant decay."
         )
     for position, group in enumerate(optimizer.param_groups):
         if "weight_decay" not in group:
             raise ValueError(
-                f"{type(optimizer).__name__} has no weight_decay in parameter group {position}: "
-                "there is nothing to schedule"
+                "optimizer must have a weight_decay in each parameter group; got none in group "
+                f"{position} of {type(optimizer).__name__}."
             )
     count = Count(optimizer, "scheduled_weight_decay")
 
@@ -280,10 +271,10 @@ def schedule_weight_decay(optimizer: Optimizer, multiplier: Callable[[int], floa
             initial = group.setdefault("initial_weight_decay", group["weight_decay"])
             group["weight_decay"] = initial * factor
 
-    def put_back() -> None:
+    def restore() -> None:
         for group in optimizer.param_groups:
             if "initial_weight_decay" in group:
                 group["weight_decay"] = group.pop("initial_weight_decay")
 
     hook = optimizer.register_step_pre_hook(set_decay)
-    return DecayHandle(hook.remove, count.remove, put_back)
+    return DecayHandle(hook.remove, count.remove, restore)

@@ -27,39 +27,26 @@ _taken: weakref.WeakKeyDictionary[Optimizer, set[str]] = weakref.WeakKeyDictiona
 
 
 class DecayHandle:
-    """A handle that removes a decay from its optimizer.
-
-    Example:
-        >>> import torch
-        >>> from regtorch.optim import add_independent_weight_decay
-        >>> weight = torch.ones(1, requires_grad=True)
-        >>> optimizer = torch.optim.SGD([weight], lr=0.5)
-        >>> handle = add_independent_weight_decay(optimizer, 0.25)
-        >>> handle.remove()
-        >>> weight.grad = torch.zeros(1)
-        >>> optimizer.step()
-        >>> weight.item()
-        1.0
-    """
+    """Handle that removes a decay from its optimizer."""
 
     def __init__(self, *removals: Callable[[], None]) -> None:
         self._removals = removals
 
     def remove(self) -> None:
-        """Detach the decay, and forget the count of its schedule; a second call does nothing."""
+        """Detach the decay and its count; a second call does nothing."""
         for removal in self._removals:
             removal()
         self._removals = ()
 
 
 def check_mask(mask: Mask, weight_decay: Schedule, leaves: Sequence[tuple[str, Any]]) -> None:
-    """Raise if a mask other than a function lets nothing decay."""
+    """Raise a ValueError if a mask that is not a function is False for all parameters."""
     is_zero = isinstance(weight_decay, int | float) and weight_decay == 0
     if is_zero or callable(mask) or not leaves or any(resolve_mask(mask, leaves)):
         return
     raise ValueError(
-        "mask must be True for some parameter, since weight_decay is not 0; got False for all "
-        f"of {len(leaves)}, with which nothing decays. For no decay, pass weight_decay=0.0."
+        "mask must be True for some parameter, since weight_decay is not 0; got False for all of "
+        f"{len(leaves)}, with which nothing decays. For no decay, pass weight_decay=0.0."
     )
 
 
@@ -76,7 +63,7 @@ class Decay:
         others: dict[str, Any] | None = None,
     ) -> None:
         if not callable(weight_decay):
-            check_coefficient("weight_decay", weight_decay, fix="pass 0.0 for none")
+            check_coefficient("weight_decay", weight_decay, fix="Pass 0.0 for none.")
         leaves = [(name, p) for name, p, _ in parameters_of(optimizer)]
         check_mask(mask, weight_decay, leaves)
         self.optimizer, self.weight_decay, self.mask = optimizer, weight_decay, mask
@@ -103,7 +90,7 @@ class Decay:
     def couple(self) -> DecayHandle:
         @torch.no_grad()
         def add_to_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            _refuse_unready_gradients(optimizer, args, kwargs)
+            _check_gradients(optimizer, args, kwargs)
             coefficient = self.coefficient()
             for _, p, group, other in self.targets():
                 if p.grad is None:
@@ -119,7 +106,7 @@ class Decay:
     def decouple(self, *, times_lr: bool = True) -> DecayHandle:
         pending: list[tuple[Tensor, Tensor, float | Tensor, Any]] = []
 
-        def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        def remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             coefficient = self.coefficient()
             pending.clear()
             for _, p, group, other in self.targets():
@@ -134,7 +121,7 @@ class Decay:
                     p.copy_(now - rate * self.direction(before, before - now, other))
             pending.clear()
 
-        before = self.optimizer.register_step_pre_hook(look)
+        before = self.optimizer.register_step_pre_hook(remember)
         after = self.optimizer.register_step_post_hook(shrink)
         return DecayHandle(before.remove, after.remove, self.count.remove)
 
@@ -155,7 +142,7 @@ class Count:
         group = self.optimizer.param_groups[0]
         step = group.get(self.key, 0)
         value = schedule(step)
-        check_coefficient(f"{name} at step {step}", value, fix="mend the schedule")
+        check_coefficient(f"{name} at step {step}", value, fix="Correct the schedule.")
         group[self.key] = step + 1
         return value
 
@@ -178,14 +165,14 @@ def check_optimizer(optimizer: Any) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer; got {describe(optimizer)}.")
 
 
-def _refuse_unready_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _check_gradients(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:
         raise ValueError(
-            "step(closure) makes the gradients after a coupled decay was to be added to them: call "
-            "backward() before step(), or put the penalty into the loss"
+            "closure must be None with a coupled decay, which needs the gradients before the step; "
+            "got a function. Call backward() before step(), or add a penalty to the loss."
         )
     if getattr(optimizer, "grad_scale", None) is not None:
         raise ValueError(
-            "the gradients are still scaled, so a coupled decay would be too small: call "
-            "scaler.unscale_(optimizer) before scaler.step(optimizer)"
+            "gradients must be unscaled for a coupled decay; got scaled ones. Call "
+            "scaler.unscale_(optimizer) before scaler.step(optimizer)."
         )

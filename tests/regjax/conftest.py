@@ -1,4 +1,4 @@
-"""What the tests of several frameworks' layers ask for."""
+"""Fixtures that tests of the layers of several frameworks use."""
 
 import jax
 import pytest
@@ -6,6 +6,6 @@ import pytest
 
 @pytest.fixture
 def leaning():
-    """Theirs leans on promotion."""
+    """Allow promotion, which the layers of the frameworks require."""
     with jax.numpy_dtype_promotion("standard"):
         yield

@@ -1,4 +1,4 @@
-"""What the tests of the layers for Flax share: each layer, and the function behind it."""
+"""Code that the tests of the layers for Flax share: each layer, and its function."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import regjax
 X = jnp.linspace(-2.0, 3.0, 6 * 8).reshape(6, 8)
 IDS = jnp.arange(6) % 4
 IMAGES = jnp.ones((2, 9, 9, 3))
-FAMILY = {  # settings, inputs, the function behind the layer
+FAMILY = {  # settings, inputs, the function of the layer
     "Dropout": ({"broadcast_dims": (0,)}, (X,), regjax.dropout),
     "FeatureDropout": ({"channel_axis": 1}, (IMAGES,), regjax.feature_dropout),
     "AlphaDropout": ({"broadcast_dims": (1,)}, (X,), regjax.alpha_dropout),
@@ -26,4 +26,4 @@ FAMILY = {  # settings, inputs, the function behind the layer
     "GaussianDropout": ({}, (X,), regjax.gaussian_dropout),
     "GaussianNoise": ({}, (X,), regjax.gaussian_noise),
 }
-AMOUNT = dict.fromkeys(FAMILY, "rate") | {"GaussianNoise": "stddev"}  # what a layer calls it
+AMOUNT = dict.fromkeys(FAMILY, "rate") | {"GaussianNoise": "stddev"}  # its name in a layer

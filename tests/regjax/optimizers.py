@@ -1,4 +1,4 @@
-"""What the tests of regjax.optim share: the optimizers, two small parameters, steps on them."""
+"""Code that the tests of regjax.optim share: the optimizers, small parameters, and steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import optax
 
 from regjax import optim
 
-# Each optimizer, of a learning rate and options.
+# Each optimizer, as a function of a learning rate and options.
 MAKE = {
     "sgd": optim.sgd,
     "momentum": partial(optim.sgd, momentum=0.9),
@@ -40,7 +40,7 @@ NO_BIAS = {"kernel": True, "bias": False}
 
 
 def matrices(tree):
-    """Say of each leaf whether it is one: the mask that most recipes ask for."""
+    """Return a mask that is True for kernels, a common mask."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
 
 
@@ -50,7 +50,7 @@ def first_update(optimizer, params=PARAMS, gradient=GRADIENT):
 
 
 def walk(optimizer, gradients, params=PARAMS):
-    """Step along the gradients; return the parameters after each step, and the last state."""
+    """Apply the gradients; return the parameters after each step, and the last state."""
     state, visited = optimizer.init(params), []
     for gradient in gradients:
         updates, state = optimizer.update(gradient, state, params)
@@ -71,12 +71,12 @@ def scalar_updates(optimizer, gradients):
 
 
 def assert_close(ours, theirs, atol=0.0, rtol=0.0):
-    """Compare two trees leaf by leaf; without tolerances, for equality."""
+    """Assert that two trees are equal, or close with tolerances."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), ours, theirs)
 
 
 def in_dtype(tree, dtype):
-    """Cast every leaf; under x64 to float64 too, which JAX's own arrays cannot hold outside."""
+    """Cast every leaf, under x64 also to float64."""
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)).astype(dtype), tree)
 
 

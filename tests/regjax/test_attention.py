@@ -1,4 +1,4 @@
-"""Attention in JAX alone: in Flax's modules, under transforms, its memory, many devices."""
+"""Attention in JAX: in Flax's modules, under transforms, its memory, and sharding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def attend(q, k, v, key=KEY, rate=0.3, **how):
 
 
 def test_derivatives_of_every_kind_in_blocks():
-    """jvp against a difference quotient, and the second derivative against the first."""
+    """Compare jvp with a difference quotient, and the second derivative with the first."""
     with jax.enable_x64(True):
         q, k, v = (x.astype(np.float64) for x in qkv(1, 5))
 
@@ -94,7 +94,7 @@ def test_evaluation_asks_for_no_key_and_draws_nothing():
         for how in ({"deterministic": True, "dropout_rate": 0.5}, {"dropout_rate": 0.0}):
             run = functools.partial(regjax.dot_product_attention, block_size=block_size, **how)
             assert "xor" not in str(jax.make_jaxpr(run)(q, k, v))
-    assert "xor" in str(jax.make_jaxpr(attend)(q, k, v))  # the test of the test
+    assert "xor" in str(jax.make_jaxpr(attend)(q, k, v))  # test of the test
 
 
 def temporary_bytes(length: int, block_size: int | None) -> int:
@@ -110,10 +110,10 @@ def temporary_bytes(length: int, block_size: int | None) -> int:
 
 
 def test_memory_in_blocks_grows_with_the_length_and_not_with_its_square():
-    """Forward and backward, by XLA's own account."""
+    """Memory of forward and backward passes, by XLA's analysis."""
     short, long = (temporary_bytes(length, 64) for length in (512, 2048))
     assert long < 4.2 * short
-    assert temporary_bytes(2048, None) > 16 * long  # the test of the test
+    assert temporary_bytes(2048, None) > 16 * long  # test of the test
 
 
 def test_in_blocks_a_call_outside_of_jit_compiles_once(caplog):
@@ -147,7 +147,7 @@ def test_keys_of_every_kind(kind, make):
 
 
 def test_places_beyond_32_bits():
-    """A mask of 2**50 elements, of which a corner is looked at: the index carries."""
+    """Read a corner of a mask of 2**50 elements, whose index needs carries."""
     whole, shape = (2**10, 2**20, 2**20), (2, 3, 4)
     starts = {0: 1000, 1: 2**20 - 3, 2: jnp.int32(2**20 - 4)}
     high, low = slice_index(whole, shape, starts)
@@ -162,14 +162,14 @@ def test_places_beyond_32_bits():
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "each"])
 def test_in_linen_the_mask_is_that_of_linen_s_own_function(shared):
-    """float32 within 1e-6: the softmax is summed up otherwise; another mask would be 0.1 apart."""
+    """Float32 agrees within 1e-6, since sums have another order; masks would differ by 0.1."""
     x = jax.random.normal(jax.random.key(1), (2, 6, 8))
     make = functools.partial(
         linen.MultiHeadDotProductAttention, 2, dropout_rate=0.4, broadcast_dropout=shared
     )
     ours = make(deterministic=False, attention_fn=regjax.dot_product_attention)
     theirs = make(deterministic=False)
-    mask = linen.make_causal_mask(x[..., 0])  # of float32, as Flax makes them
+    mask = linen.make_causal_mask(x[..., 0])  # masks of float32, as in Flax
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         params = jax.jit(theirs.init)(jax.random.key(2), x)
         run = lambda layer, key: layer.apply(params, x, mask=mask, rngs={"dropout": key})
@@ -196,7 +196,7 @@ def test_in_nnx_the_mask_is_that_of_nnx_s_own_function():
 
 
 def test_in_decoding_layers_of_flax():
-    """One position at a time, behind a mask that Flax makes: as with Flax's own function."""
+    """Decoding of one position at a time, with a mask of Flax, agrees with Flax's function."""
     x = jax.random.normal(jax.random.key(1), (2, 6, 8))
     results = []
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -222,7 +222,7 @@ def test_a_mask_of_zeros_and_ones_is_a_mask(block_size):
     np.testing.assert_array_equal(seen, same)
     causal = attend(q, k, v, is_causal=True, block_size=block_size)
     np.testing.assert_allclose(seen, causal, atol=1e-6)
-    with pytest.raises(TypeError, match=r"mask must be boolean.*What is added .* is bias"):
+    with pytest.raises(TypeError, match=r"mask must be boolean.*Pass numbers .* as bias"):
         attend(q, k, v, mask=np.where(mask, 0.0, -np.inf), block_size=block_size)
 
 
@@ -231,7 +231,7 @@ def test_einsums_of_linen_s_are_refused_and_not_left_out(name):
     layer: Any = linen.MultiHeadDotProductAttention(
         2, attention_fn=regjax.dot_product_attention, **{f"{name}_cls": lambda: jnp.einsum}
     )
-    with pytest.raises(ValueError, match=f"{name}.* not for this function"):
+    with pytest.raises(ValueError, match=f"{name}.* must be None"):
         layer.init(jax.random.key(0), jnp.ones((2, 6, 8)))
 
 
@@ -258,7 +258,7 @@ def test_weights_are_sown_where_nnx_captures_them():
         )
         _, seen = nnx.capture(module, nnx.Intermediate)(x, sow_weights=True)
     assert jax.tree.leaves(seen)[0].shape == (2, 2, 6, 6)
-    with pytest.raises(ValueError, match="module takes the whole matrix"):
+    with pytest.raises(ValueError, match="module must be None with block_size=3"):
         regjax.dot_product_attention(*qkv(), module=module, block_size=3)
 
 
@@ -275,7 +275,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("specs", LAYOUTS.values(), ids=LAYOUTS)
 @both_forms
 def test_on_many_devices(specs, kind, block_size):
-    """The result of one device on every device, and nothing sent between them."""
+    """Sharded results equal those of one device, with no communication."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)
     arrays = qkv(batch=4, length=8)
     alone = attend(*arrays, block_size=block_size)

@@ -53,7 +53,7 @@ def test_names_of_every_kind_of_node():
         (False, [False, False, False, False]),
         ({"dense": True, "scale": False}, [True, True, True, False]),
         ({"dense": [Layer(True, False), True], "scale": False}, [True, False, True, False]),
-        # A None of the mask meets a None of the parameters, and a bool may stand over it.
+        # A None of the mask matches a None of the parameters, as does a bool above it.
         ({"dense": [False, Layer(True, None)], "scale": True}, [False, False, True, True]),
         ({"dense": [False, Layer(True, True)], "scale": True}, [False, False, True, True]),
         (_matrices, [True, False, True, False]),
@@ -89,22 +89,22 @@ def test_mask_is_resolved_under_jit():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        ({}, r"at 'dense': the mask has nothing there, the parameters have a list of \(0, 1\)"),
-        ({"dense": True}, r"at 'scale': the mask has nothing .* have an array float32\[\]"),
-        ({"dense": True, "scale": True, "x": True}, "at 'x': the mask has True .* have nothing"),
-        ({"dense": [True], "scale": True}, r"at 'dense/1': the mask has nothing .* Layer of \(ker"),
+        ({}, r"got nothing at 'dense', where the parameters have a list of \(0, 1\)"),
+        ({"dense": True}, r"got nothing at 'scale', .* have an array float32\[\]"),
+        ({"dense": True, "scale": True, "x": True}, "got True at 'x', .* have nothing"),
+        ({"dense": [True], "scale": True}, r"got nothing at 'dense/1', .* Layer of \(ker"),
         (
             {"dense": (True, True), "scale": True},
-            r"at 'dense': the mask has a tuple of \(0, 1\) there, .* have a list of \(0, 1\)",
+            r"got a tuple of \(0, 1\) at 'dense', .* have a list of \(0, 1\)",
         ),
         (
             {"dense": [True, Layer(None, True)], "scale": True},
-            r"at 'dense/1/kernel': the mask has None there, .* have an array float32\[3, 3\]",
+            r"got None at 'dense/1/kernel', .* have an array float32\[3, 3\]",
         ),
-        ({"dense": True, "scale": {"x": True}}, r"at 'scale': the mask has a dict of \(x\) there"),
-        ([True], r"at the root: the mask has a list of \(0\) there, .* have a dict of \(dense, sc"),
+        ({"dense": True, "scale": {"x": True}}, r"got a dict of \(x\) at 'scale'"),
+        ([True], r"got a list of \(0\) at the root, .* have a dict of \(dense, sc"),
         (lambda params: {"dense": True}, "at 'scale'"),
-        (lambda params: None, "at the root: the mask has None"),
+        (lambda params: None, "got None at the root"),
     ],
 )
 def test_another_structure_is_refused(mask, message):
@@ -115,18 +115,18 @@ def test_another_structure_is_refused(mask, message):
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
-        (0.5, "must be a bool, but it is 0.5"),
-        (1, "must be a bool, but it is 1:"),
-        ("kernel", "must be a bool, but it is 'kernel'"),
-        (np.ones(3), r"must be a bool, but it is array\(\[1., 1., 1.\]\)"),
-        (np.array([True, False]), "must be a bool, but it is array"),
-        (_matrices, "must be a bool, but it is <function"),
+        (0.5, "must be a bool; got 0.5"),
+        (1, r"must be a bool; got 1\."),
+        ("kernel", "must be a bool; got 'kernel'"),
+        (np.ones(3), r"must be a bool; got array\(\[1., 1., 1.\]\)"),
+        (np.array([True, False]), "must be a bool; got array"),
+        (_matrices, "must be a bool; got <function"),
     ],
 )
 def test_a_leaf_that_is_no_bool_is_refused(leaf, message):
     with pytest.raises(TypeError, match="mask at 'scale' " + message):
         resolve_mask({"dense": True, "scale": leaf}, PARAMS)
-    with pytest.raises(TypeError, match=r"mask at the root must be a bool, but it is 0\.5"):
+    with pytest.raises(TypeError, match=r"mask at the root must be a bool; got 0\.5"):
         resolve_mask(lambda params: 0.5, PARAMS)
 
 
@@ -135,7 +135,7 @@ def test_a_mask_of_values_is_refused_under_jit():
         return jax.tree.map(lambda leaf: jnp.all(leaf > 0), params)
 
     assert all(jax.tree.leaves(resolve_mask(rule, PARAMS)))
-    with pytest.raises(TypeError, match="mask at 'dense/0/kernel' is traced"):
+    with pytest.raises(TypeError, match="mask at 'dense/0/kernel' must be known before tracing"):
         jax.jit(lambda params: resolve_mask(rule, params))(PARAMS)
 
 
@@ -154,8 +154,8 @@ def test_a_box_of_flax_and_its_content_fit_each_other(box):
             resolved = resolve_reference(reference, params)
             assert jax.tree.structure(resolved) == jax.tree.structure(params)
             assert jax.tree.leaves(resolved)[0] is jax.tree.leaves(reference)[0]
-    # A box is no prefix of another tree.
-    with pytest.raises(ValueError, match="at 'kernel': the reference has an array"):
+    # A box is not a prefix of another tree.
+    with pytest.raises(ValueError, match=r"got an array .* at 'kernel'"):
         resolve_reference(boxed, {"kernel": {"a": jnp.ones(2)}})
 
 
@@ -171,20 +171,18 @@ def test_a_scale_is_resolved():
 def test_a_reference_is_no_prefix():
     assert resolve_reference(PARAMS, PARAMS) == PARAMS
     assert resolve_reference({"a": 1.0, "b": 2.0}, {"a": None, "b": 3.0}) == {"a": None, "b": 2.0}
-    with pytest.raises(
-        ValueError, match=r"at 'dense': the reference has 1\.0 there, .* have a list of \(0, 1\)"
-    ):
+    with pytest.raises(ValueError, match=r"got 1\.0 at 'dense', .* have a list of \(0, 1\)"):
         resolve_reference({"dense": 1.0, "scale": 1.0}, PARAMS)
 
 
 @pytest.mark.parametrize(
     ("reference", "error", "message"),
     [
-        (0.0, TypeError, r"'w' must be a float or complex array, but it is 0\.0: pass the"),
-        (jnp.ones(2, int), TypeError, "'w' must be .* but it is an array of int32: pass"),
-        (np.int64(1), TypeError, "'w' must be .* but it is an array of int64: pass"),
-        (jnp.ones(2, complex), TypeError, "'w' is complex, but the parameter is real"),
-        (jnp.ones(3), ValueError, r"'w' has shape \(3,\), but the parameter has shape \(2,\)"),
+        (0.0, TypeError, r"'w' must be a float or complex array; got 0\.0\. Pass the"),
+        (jnp.ones(2, int), TypeError, "'w' must be .* got an array of int32. Pass"),
+        (np.int64(1), TypeError, "'w' must be .* got an array of int64. Pass"),
+        (jnp.ones(2, complex), TypeError, "'w' must be real, as the parameter is; got a complex"),
+        (jnp.ones(3), ValueError, r"'w' must have the parameter's shape \(2,\); got \(3,\)"),
     ],
 )
 def test_a_reference_of_another_kind_is_refused(reference, error, message):
@@ -205,22 +203,22 @@ def test_coefficient_passes(value):
 
 @pytest.mark.parametrize("value", [-1, -1e-30, float("nan"), float("inf"), jnp.array(-0.5)])
 def test_coefficient_out_of_range_is_refused(value):
-    with pytest.raises(ValueError, match=r"eps must be finite and not negative, but it is .*: fix"):
-        check_coefficient("eps", value, fix="fix it so")
+    with pytest.raises(ValueError, match=r"eps must be finite and not negative; got .*\. Fix"):
+        check_coefficient("eps", value, fix="Fix it so.")
 
 
 @pytest.mark.parametrize("value", [1.0, 2, -0.5, float("nan")])
 def test_coefficient_has_an_upper_end(value):
-    with pytest.raises(ValueError, match=r"beta must be in \[0, 1\), but it is .*: fix"):
-        check_coefficient("beta", value, fix="fix it so", below=1.0)
+    with pytest.raises(ValueError, match=r"beta must lie in \[0, 1\); got .*\. Fix"):
+        check_coefficient("beta", value, fix="Fix it so.", below=1.0)
 
 
 @pytest.mark.parametrize(
     "value", [True, np.True_, None, "1", 1j, jnp.ones(1), jnp.array(1j), lambda step: 0.1]
 )
 def test_coefficient_that_is_no_number_is_refused(value):
-    with pytest.raises(TypeError, match=r"eps must be a real number, but it is .*: fix it so"):
-        check_coefficient("eps", value, fix="fix it so")
+    with pytest.raises(TypeError, match=r"eps must be a real number; got .*\. Fix it so"):
+        check_coefficient("eps", value, fix="Fix it so.")
 
 
 def test_traced_coefficient_passes():

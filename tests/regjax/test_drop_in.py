@@ -1,4 +1,4 @@
-"""A layer may be assigned to the name that it replaces, for models whose code stays as it is."""
+"""A layer may be assigned to the name that it replaces, for models with unchanged code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.regjax.family import FAMILY
 
 KEY = jax.random.key(0)
 X = jnp.ones(64)
-CASES = {  # where the name is, the name, its replacement, a use of the name
+CASES = {  # the module, the name, its replacement, a use of the name
     "linen": (
         linen,
         "Dropout",

@@ -1,4 +1,4 @@
-"""What only JAX can get wrong: tracing, transforms, compilation, keys of many kinds, layouts."""
+"""Tests that only JAX needs: tracing, transforms, compilation, kinds of keys, layouts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_nothing_random_is_traced_where_nothing_is_random(options):
 
 
 def test_random_operations_are_seen():
-    """The test of the test above."""
+    """Test of the previous test."""
     assert any(name in str(jax.make_jaxpr(apply)(X)) for name in RANDOM)
 
 
@@ -59,7 +59,7 @@ def test_a_changing_rate_flag_and_key_cost_one_compilation():
 
 
 def test_a_traced_true_flag_spends_no_random_bits():
-    """All that is random stands inside a branch of the conditional."""
+    """All random operations are inside a branch of the conditional."""
     jaxpr = jax.make_jaxpr(lambda flag: apply(X, deterministic=flag))(True).jaxpr
     outside = [eqn.primitive.name for eqn in jaxpr.eqns if eqn.primitive.name != "cond"]
     assert not any(name.startswith(RANDOM) for name in outside)
@@ -75,7 +75,7 @@ def test_eager_calls_compile_once():
 
 
 def calls_of_regjax(function):
-    """How many Python calls a function makes into the files of regjax."""
+    """Return the number of Python calls of a function inside regjax."""
     folders = tuple(str(Path(package.__path__[0])) for package in (regjax, regshared))
     calls = []
 
@@ -92,7 +92,7 @@ def calls_of_regjax(function):
 
 
 def test_an_eager_call_passes_through_few_functions():
-    """The first one traces; before 0.2 they were 131 and 29."""
+    """The first call traces; before 0.2 there were 131 and 29."""
     x = jnp.ones((7, 13))
     assert calls_of_regjax(lambda: apply(x)) <= 55
     assert calls_of_regjax(lambda: apply(x)) <= 12
@@ -195,7 +195,7 @@ def test_key_reuse_is_still_seen():
         apply(X, key)
         with pytest.raises(jax.errors.KeyReuseError):
             apply(X, key)
-        root = jax.random.key(2)  # a root is not used up: many sites derive from it
+        root = jax.random.key(2)  # a root may be used repeatedly, since many sites derive from it
         apply(X, regjax.site_key(root, 0, "a"))
         apply(X, regjax.site_key(root, 0, "b"))
 
@@ -226,7 +226,7 @@ def test_a_mask_is_laid_out_as_what_it_masks(axis_type, spec):
 
 
 def draws_while_reading(f, x, key):
-    """Whether a loop over all elements of `x` draws bits, by the program that XLA makes."""
+    """Return whether a loop over all elements of `x` draws bits in the program of XLA."""
     program = jax.jit(f).lower(x, key).compile().as_text()
     whole = f"f32[{','.join(map(str, x.shape))}]"
     return any("xor(" in loop and whole in loop for loop in program.split("\n\n"))
@@ -247,7 +247,7 @@ def slope(dims):
 @pytest.mark.parametrize("form", [shared, mapped, slope])
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)], ids=str)
 def test_a_shared_mask_is_drawn_once(form, dims):
-    """XLA would draw it for each element: to draw is cheap in its books."""
+    """By its cost model, XLA would draw it for each element."""
     x, key = jnp.ones((16, 32, 64)), KEY
     if form is mapped:
         x, key = jnp.ones((8, *x.shape)), jax.random.split(KEY, 8)

@@ -60,7 +60,7 @@ ATTENTION = {
 
 
 def exported(function, shape):
-    """The exported program of `function(x, key)`; `shape` names the symbolic sizes of x."""
+    """Return the exported program of `function(x, key)`; `shape` has the symbolic sizes of x."""
     x = jax.ShapeDtypeStruct(export.symbolic_shape(shape), jnp.float32)
     return export.export(jax.jit(function))(x, KEY).call
 
@@ -85,7 +85,7 @@ def equinox_layers(x, key):
     return {
         name: getattr(equinox, name)(0.4)(*inputs_of(name, x), key=key)
         for name in FAMILY
-        if name != "DropBlock"  # whose spatial dimensions are the first ones
+        if name != "DropBlock"  # its spatial dimensions come first
     }
 
 
@@ -97,7 +97,7 @@ def haiku_functions(x, key):
 
 
 def inputs_of(name, x):
-    """The inputs of a layer: the batch of x is symbolic."""
+    """Return the inputs of a layer, with a symbolic batch."""
     if name == "EmbeddingDropout":
         return x, ids(x)
     return (x.reshape(x.shape[0], 8, 8, 2),) if "Block" in name else (x,)
@@ -114,7 +114,7 @@ GROUPS = {
     "functions": (FUNCTIONS, 32),
     "attention": (ATTENTION, 32),
     "packed": (PACKED_DROPOUT, 30, 64, 96),
-    # On both sides of 4,096 elements, where layers differ.
+    # Below and above 4,096 elements, where layers use different samplers.
     "layers": (LAYERS, 32),
     "layers, one row": (LAYERS, 1),
 }
@@ -124,7 +124,7 @@ GROUPS = {
     "group", [pytest.param(g, marks=[pytest.mark.slow] * ("one row" in g)) for g in GROUPS]
 )
 def test_a_symbolic_batch_has_the_masks_of_the_actual_one(group):
-    """A program of all functions of a group, exported and not: the same zeros, the same values."""
+    """A program of all functions of a group has the same zeros and values when exported."""
     functions, *batches = GROUPS[group]
 
     def run(xs, key):

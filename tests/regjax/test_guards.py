@@ -1,4 +1,4 @@
-"""Bugs planted in small training steps, each with what the guard must say; and sound steps."""
+"""Planted bugs in small training steps, each with the expected report, and correct steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import regjax.linen
 import regjax.nnx
 from regjax import DropoutProblem as Problem
 from regjax._guards import ADVICE
-from regshared.report import Drawn, Site, judge
+from regshared.report import MaskSummary, Site, make_report
 
 ROOT = jax.random.key(3)
 X = jnp.linspace(-1.0, 1.0, 8 * 16).reshape(8, 16)
@@ -26,7 +26,7 @@ W = jnp.linspace(1.0, -1.0, 16 * 16).reshape(16, 16)
 
 
 def line(marker: str) -> str:
-    """Where this file has a comment, as a report says it."""
+    """Return the line of a comment of this file, in the format of a report."""
     lines = Path(__file__).read_text().splitlines()
     (number,) = [n for n, text in enumerate(lines, 1) if text.endswith(f"  # {marker}")]
     return f"test_guards.py:{number}"
@@ -42,7 +42,7 @@ def model(w, x, keys, rate=0.5, **options):
 
 
 def trainer(keys_of, **options):
-    """A jitted step of gradient descent, which carries weights and key."""
+    """Return a jitted step of gradient descent, which carries weights and key."""
 
     @jax.jit
     def train_step(w, key, step):
@@ -84,7 +84,7 @@ BOTH_AGAIN = [(Problem.SAME_MASK, (FIRST,)), (Problem.SAME_MASK, (SECOND,))]
 SHARED = [(Problem.SHARED_KEY, (FIRST, SECOND))]
 NEVER = [(Problem.NEVER_ACTIVE, ())]
 
-# Where the keys come from, the model's options, those of the check, and what must be found.
+# The source of the keys, the options of the model and the check, and the expected findings.
 PLANTED = {
     "a constant key": (lambda key, step: (jax.random.split(ROOT), key), {}, {}, BOTH_AGAIN),
     "a key not carried on": (lambda key, step: (jax.random.split(key), key), {}, {}, BOTH_AGAIN),
@@ -131,7 +131,7 @@ def dropped(x, key, rate=0.5, **options):
 
 
 def layers(step_key, *, same, block=lambda x: x, w=W):
-    """Three layers in a scan."""
+    """Scan over three layers."""
 
     def body(h, key):
         return dropped(jnp.tanh(h @ w), step_key if same else key), None
@@ -167,14 +167,14 @@ def parallel(step_key, *, same):
 
 
 def twice(step_key, *, same):
-    """Two forward passes, as in R-Drop, through one jitted function."""
+    """Run two forward passes of one jitted function, as in R-Drop."""
     forward = jax.jit(dropped)
     keys = [step_key] * 2 if same else jax.random.split(step_key)
     return forward(X, keys[0]), forward(X + 1, keys[1])
 
 
 def unrolled(step_key, *, same):
-    """Layers in a loop of Python, without jit."""
+    """Loop over layers in Python, without jit."""
     h = X
     for layer in range(3):
         h = dropped(jnp.tanh(h @ W), step_key if same else jax.random.fold_in(step_key, layer))
@@ -291,7 +291,7 @@ def scheduled(step):
 
 @jax.jit
 def epoch(step):
-    """Several steps in one call."""
+    """Run several steps in one call."""
 
     def body(x, number):
         return dropped(x + 1, regjax.site_key(ROOT, number, "it")), None
@@ -301,14 +301,14 @@ def epoch(step):
 
 @jax.jit
 def evaluated_again(step):
-    """The loss for the log is computed once more, with the key of the gradient."""
+    """Compute the loss again for logging, with the key of the gradient."""
     key = regjax.site_key(ROOT, step, "it")
     loss = jax.checkpoint(lambda x: (dropped(jnp.sin(x), key) ** 2).sum())
     return jax.hessian(loss)(X[0]), loss(X[0])
 
 
 def family(step):
-    """Masks that are not drawn element by element: one word only, and blocks as large as maps."""
+    """Masks that do not have a draw per element: a single word, and blocks as large as maps."""
     keys = [regjax.site_key(ROOT, step, name) for name in ("words", "blocks", "weights")]
     embedded = jnp.ones((8, 128, 4))
     y = regjax.embedding_dropout(embedded, jnp.zeros((8, 128), int), 0.5, key=keys[0])
@@ -352,7 +352,7 @@ SOUND = {
 
 @pytest.mark.parametrize("run", SOUND.values(), ids=SOUND)
 def test_a_sound_step_gives_an_empty_report(run):
-    """Keys of 64 bits do not meet; masks that agree are judged by their chance, below 1e-9."""
+    """64-bit keys do not collide; equal masks are reported if their probability is below 1e-9."""
     report = run()
     assert report.rows
     assert found(report) == []
@@ -390,8 +390,8 @@ def test_a_mask_that_nobody_draws_is_named(options, problem):
 
 @pytest.mark.parametrize("size", [20, 40])
 def test_masks_that_agree_are_judged_by_their_chance(size):
-    """Two masks of 20 fair bits agree once in 2**20 times, and nothing is said; of 40, it is."""
-    drawn = Drawn(
+    """Equal masks of 20 fair bits (p = 2**-20) are not reported; equal masks of 40 bits are."""
+    drawn = MaskSummary(
         order=0,
         site=Site("", "model.py:1"),
         key=(0, 1),
@@ -406,13 +406,13 @@ def test_masks_that_agree_are_judged_by_their_chance(size):
         digits=0.0,
     )
     other = dataclasses.replace(drawn, key=(0, 2))
-    findings = judge([[drawn], [other]], [], [], ADVICE, (), ()).findings
+    findings = make_report([[drawn], [other]], [], [], ADVICE, (), ()).findings
     expected = [] if size == 20 else [(Problem.IGNORED_KEY, 2.0**-40)]
     assert [(finding.problem, finding.chance) for finding in findings] == expected
 
 
 def test_what_is_made_again_may_be_rounded_otherwise():
-    """In bfloat16 by some percent; what differs by more is not the same computation."""
+    """In bfloat16 recomputation differs by some percent; a larger difference is reported."""
     x = X.astype(jnp.bfloat16)
 
     def train_step(step):
@@ -425,7 +425,7 @@ def test_what_is_made_again_may_be_rounded_otherwise():
 
 
 def test_sites_have_names_and_functions():
-    """The key of a leaf of `drop_connect` is derived from that of a site: it has both names."""
+    """The key of a leaf of `drop_connect` derives from that of a site, and has both names."""
     rows = regjax.check_dropout(family).rows
     assert [(row.site, *row.functions) for row in rows] == [
         ("words", "embedding_dropout"),
@@ -473,7 +473,7 @@ def test_keys_that_were_derived_and_not_used_are_told():
 
 @pytest.mark.parametrize("transform", [jax.jit, lambda f: lambda: jax.lax.cond(True, f, f)])
 def test_a_check_inside_a_traced_function_is_refused(transform):
-    """Nothing is drawn there before the compiled function runs, when the report is made already."""
+    """The draws would happen when the compiled function runs, after the report."""
 
     def inside():
         regjax.check_dropout(lambda step: dropped(X, jax.random.fold_in(ROOT, step)))

@@ -1,4 +1,4 @@
-"""What `regjax.interop` promises of itself; beside PyTorch, parity_tests/test_interop.py has it."""
+"""Tests of `regjax.interop` alone; parity_tests/test_interop.py compares it with PyTorch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_long_schedule_keeps_its_digits_in_float32(name):
-    """Also at its end, where the rate is the small difference of what it is computed from."""
+    """Including the end, where the rate is a small difference of large numbers."""
     [schedule] = schedule_from_torch(LONG[name](torch_sgd(2, lr=0.1, momentum=0.9)))
     counts = [0, 1, 2, 999, 123_455, 123_456, 299_999, 300_000, 654_321, 999_990, 999_998, 999_999]
     counts = np.array(counts, np.int32)
@@ -118,47 +118,48 @@ def test_under_scan_map_params_and_inside_a_chain():
     (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=3)
     doubled = optax.tree.map_params(optimizer, lambda x: 2 * x, state)
     np.testing.assert_array_equal(
-        doubled[1].inner_states["group1"].inner_state[2].trace["c"],
-        2 * state[1].inner_states["group1"].inner_state[2].trace["c"],
+        doubled[1].inner_states["group1"].inner_state["moments"].trace["c"],
+        2 * state[1].inner_states["group1"].inner_state["moments"].trace["c"],
     )
 
 
-def test_bfloat16_there_and_back():
-    recipe = torch_sgd((2, 3), dtype=torch.bfloat16, lr=0.1, momentum=0.9)
+@pytest.mark.parametrize(("dtype", "order"), [("bfloat16", (1, 0)), ("float32", None)])
+def test_a_state_there_and_back_is_a_copy(dtype, order):
+    recipe = torch_sgd((2, 3), dtype=getattr(torch, dtype), lr=0.1, momentum=0.9)
     [weight] = recipe.param_groups[0]["params"]
-    weight.grad = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], dtype=torch.bfloat16)
+    leaf = Leaf("p0", order)
+    names, params = {"w": leaf}, {"w": jnp.ones(leaf.to_jax(np.zeros((2, 3))).shape, dtype)}
+    optimizer = optimizer_from_torch(recipe, names)
+    state_from_torch(recipe, names, params, optimizer)
+    assert not recipe.state  # reading changes nothing
+    weight.grad = torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]).to(weight.dtype)
     recipe.step()
     before = recipe.state[weight]["momentum_buffer"].clone()
-    names, params = {"w": Leaf("p0", (1, 0))}, {"w": jnp.ones((3, 2), jnp.bfloat16)}
-    optimizer = optimizer_from_torch(recipe, names)
     state = state_from_torch(recipe, names, params, optimizer)
-    assert state[2].trace["w"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(state[2].trace["w"].T.astype("float32"), before.float().numpy())
+    recipe.state[weight]["momentum_buffer"].zero_()
+    trace = state["moments"].trace["w"]
+    assert trace.dtype == dtype
+    trace = leaf.to_torch(np.asarray(trace.astype("float32")))
+    np.testing.assert_array_equal(trace, before.float().numpy())
     recipe.state.clear()
     state_to_torch(state, recipe, names)
     after = recipe.state[weight]["momentum_buffer"]
-    assert after.dtype == torch.bfloat16
+    assert after.dtype == weight.dtype
     assert torch.equal(before, after)
 
 
-def test_reading_changes_nothing_in_torch():
-    recipe = torch_sgd((2, 3), lr=0.1, momentum=0.9)
-    names, params = {"w": Leaf("p0", (1, 0))}, {"w": jnp.ones((3, 2))}
-    optimizer = optimizer_from_torch(recipe, names)
-    state_from_torch(recipe, names, params, optimizer)
-    assert not recipe.state
-
-
-def test_what_is_carried_over_is_a_copy():
-    recipe = torch_sgd((2, 3), lr=0.1, momentum=0.9)
-    [weight] = recipe.param_groups[0]["params"]
-    weight.grad = torch.ones(2, 3)
-    recipe.step()
-    names, params = {"w": "p0"}, {"w": jnp.ones((2, 3))}
-    optimizer = optimizer_from_torch(recipe, names)
-    state = state_from_torch(recipe, names, params, optimizer)
-    recipe.state[weight]["momentum_buffer"].zero_()
-    np.testing.assert_array_equal(state[2].trace["w"], 1.0)
+def test_a_missing_buffer_is_zero_unless_gradients_are_damped():
+    for dampening in (0.0, 0.5):
+        recipe = torch_sgd(2, 2, lr=0.1, momentum=0.9, dampening=dampening)
+        recipe.param_groups[0]["params"][0].grad = torch.ones(2)
+        recipe.step()
+        names, params = {"a": "p0", "b": "p1"}, {"a": jnp.ones(2), "b": jnp.ones(2)}
+        optimizer = optimizer_from_torch(recipe, names)
+        if not dampening:
+            trace = state_from_torch(recipe, names, params, optimizer)["moments"].trace
+            assert jax.tree.map(list, trace) == {"a": [1, 1], "b": [0, 0]}
+    with pytest.raises(ValueError, match=r"^state of 'p1' \('b'\) must have 'momentum_buffer'"):
+        state_from_torch(recipe, names, params, optimizer)
 
 
 def test_a_tensor_for_a_rate_and_options_without_effect():
@@ -223,5 +224,5 @@ def test_muon_with_both_layouts_in_a_group():
     state = optimizer.init(params)
     assert {"group0", "group0_transposed"} <= set(state.inner_states)
     updates, _ = optimizer.update(params, state, params)
-    # The larger of 1 and outputs / inputs scales the step: of four outputs, not of two.
+    # The scale of the step is the larger of 1 and outputs / inputs.
     np.testing.assert_array_equal(updates["left"], updates["right"].T)

@@ -1,4 +1,4 @@
-"""What the layers of all frameworks share: small masks, dimensions, and what is kept."""
+"""Behavior that the layers of all frameworks share: small masks, dimensions, and scales."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 import regjax
 from regjax import equinox, haiku, linen, nnx
-from regjax._layers import as_flax_draws, uniform, wrapped_dims
+from regjax._layers import wrapped_dims
+from regjax._peers import FLAX, flax_dropout, uniform
 
 KEY = jax.random.key(5)
 KEYS = {
@@ -36,13 +37,13 @@ def test_no_setting_and_no_kind_of_key_changes_a_mask(key, setting):
     expected = regjax.bernoulli(one, 0.3, (65, 63))
     with SETTINGS[setting]:
         for shape in ((65, 63), (3, 7)):
-            mask = as_flax_draws(regjax.bernoulli)(one, 0.3, shape)
+            mask = FLAX(one, 0.3, shape)
             chex.assert_trees_all_equal(mask, expected.reshape(-1)[: mask.size].reshape(shape))
 
 
 def test_small_masks_are_drawn_by_the_operations_of_flax():
     def operations(size):
-        draw = lambda key: as_flax_draws(regjax.bernoulli)(key, 0.3, (size,))
+        draw = lambda key: FLAX(key, 0.3, (size,))
         return f"random_bits[bit_width=32 shape=({size},)]" in str(jax.make_jaxpr(draw)(KEY))
 
     assert operations(4095)
@@ -50,7 +51,10 @@ def test_small_masks_are_drawn_by_the_operations_of_flax():
 
 
 def test_another_sampler_is_left_alone():
-    assert as_flax_draws(regjax.packed_bernoulli) is regjax.packed_bernoulli
+    x, options = jnp.ones((64, 128)), {"key": KEY, "sampler": regjax.packed_bernoulli}
+    dropped = flax_dropout(x, 0.3, **options)
+    chex.assert_trees_all_equal(dropped, regjax.dropout(x, 0.3, **options))
+    assert (dropped != regjax.dropout(x, 0.3, key=KEY)).any()
 
 
 @pytest.mark.parametrize(("dims", "wrapped"), [((), ()), ([1], (1,)), ((-1, 2, -3), (0, 2))])
@@ -64,7 +68,7 @@ def test_a_dim_that_is_not_there_is_refused(dim):
         wrapped_dims((dim,), 3)
 
 
-# By framework, a layer at a rate that may be traced.
+# A layer with a possibly traced rate, by framework.
 LAYERS = {
     "linen": lambda x, rate: linen.Dropout(rate, deterministic=False).apply(
         {}, x, rngs={"dropout": KEY}
@@ -106,13 +110,13 @@ def test_key_reuse_is_seen_outside_of_jit_too(shape):
 
 
 def test_vmap_counts_what_all_keys_draw():
-    """By the operations of `jax.random`, which are slow, only as long as all together are few."""
+    """Small masks use the slow operations of `jax.random` only while their total size is small."""
 
     def counts(*keys):
         draw = lambda key: uniform(key, (8,))
         for _ in keys:
             draw = jax.vmap(draw)
-        # The other way counts the elements.
+        # The other implementation counts the elements.
         return "iota" in str(jax.make_jaxpr(draw)(jax.random.split(KEY, keys)))
 
     assert not counts(3)

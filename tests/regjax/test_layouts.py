@@ -1,4 +1,4 @@
-"""One mask on every mesh: laid out as what it masks, made by each device for itself alone."""
+"""The same mask on every mesh, with the sharding of its input and no communication."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from regjax._random.threefry import row_major_index
 SAMPLERS = {"exact": regjax.bernoulli, "packed": regjax.packed_bernoulli}
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 SHAPES = [(8, 512, 64), (8, 128), (1, 2048, 32), (64, 96), (7, 9), (8,), (0, 8), ()]
-# One that packs along an axis that devices share, one too small to pack, and one without elements:
+# One that packs a sharded axis, one too small to pack, and one without elements;
 # each pair of shape and layout is a program of its own.
 FEW = [(8, 512, 64), (8, 128), (0, 8)]
 
 
 @cache
 def expected(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The mask that one device draws, without a mesh."""
+    """Return the mask of a single device, without a mesh."""
     return np.asarray(SAMPLERS[name](jax.random.key(4), 0.7, shape))
 
 
 def specs(shape: tuple[int, ...], names: tuple[str, ...], sizes: dict[str, int]) -> list[P]:
-    """Every way to share one axis of the array over the mesh, and to share two."""
+    """Yield every sharding of one axis of the array, and of two."""
     found = [P()]
     for axis, size in enumerate(shape):
         if size == 0:
@@ -84,7 +84,7 @@ def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape, shapes):
 @pytest.mark.parametrize("shape", [(7, 9), (33, 5), (8, 509), (63, 96)], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_odd_sizes_shared_unevenly(name, shape):
-    """Arrays that devices cannot share evenly exist only inside a program, as XLA pads them."""
+    """Unevenly sharded arrays exist only inside a program, where XLA pads them."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
     key = jax.random.key(4)
     for axis in range(2):
@@ -103,7 +103,7 @@ def test_odd_sizes_shared_unevenly(name, shape):
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_each_device_makes_its_own_part_and_no_more(name, kind, axis):
-    """Counted operations: a mask that every device made whole would take eight times as many."""
+    """Count operations: a mask that is replicated would need eight times as many."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
     run = jax.jit(lambda x: regjax.dropout(x, 0.3, key=jax.random.key(4), sampler=SAMPLERS[name]))
 
@@ -129,18 +129,18 @@ def test_a_dimension_that_shares_a_mask_may_be_sharded(kind, shared):
 
 
 def test_a_packed_mask_computes_no_index_apart_from_its_words():
-    """Every iota has the full shape: XLA for TPUs would compute a smaller one in its own kernel."""
+    """Every iota has the full shape; XLA:TPU would compute a smaller one in a separate kernel."""
     shape = (4, 6, 8)
 
     def traced(**options):
-        """The axis and the shape of each iota, and the axes of which two are joined."""
+        """Return the axis and the shape of each iota, and the pairs of axes that are combined."""
         eqns = jax.make_jaxpr(lambda: row_major_index(shape, None, **options))().eqns
         iotas = {e.outvars[0]: e.params for e in eqns if e.primitive.name == "iota"}
         joined = [e.invars for e in eqns if e.primitive.name == "xor"]
         pairs = [[iotas[v]["dimension"] for v in pair if v in iotas] for pair in joined]
         return [(each["dimension"], each["shape"]) for each in iotas.values()], pairs
 
-    # Each axis but the last one meets the last one twice.
+    # Each axis except the last is combined with the last one twice.
     found = traced(in_place=True)
     assert found == ([(axis, shape) for axis in (0, 2, 1, 2, 2)], [[0, 2], [2], [1, 2], [2]])
     assert traced() == ([(0, (4, 1, 1)), (1, (1, 6, 1)), (2, (1, 1, 8))], [])
@@ -162,7 +162,7 @@ def test_packed_masks_ask_for_indices_in_place(monkeypatch):
 
 
 def test_a_collective_is_seen():
-    """The test of the test: a sum over a shared axis talks."""
+    """Test of the test: a sum over a sharded axis communicates."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
     x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, P("a")))
     program = jax.jit(lambda x: x.sum()).lower(x).compile().as_text()

@@ -1,4 +1,4 @@
-"""The layers for Flax Linen: as Linen's own to the last bit, and in all that it publishes."""
+"""The layers for Flax Linen are bitwise identical to Linen's, with the same public API."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ both = pytest.mark.parametrize("Dropout", [OURS, THEIRS], ids=["ours", "theirs"]
 
 @pytest.fixture(autouse=True)
 def _standard_promotion():
-    """Flax's own layers lean on promotion."""
+    """Allow promotion, which Flax's own layers require."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 def models(Dropout):
-    """Models as users write them; all that differs between two calls is the import."""
+    """Return models that differ in the import of the layer only."""
 
     class MLP(nn.Module):
         @nn.compact
@@ -112,7 +112,7 @@ def test_a_run_of_training_has_the_same_bits(name, batches):
 
 
 def places(Dropout):
-    """Where a layer may stand: what decides on its path, and so on its key."""
+    """Return the positions of a layer in a model, which determine its path and key."""
 
     class Inner(nn.Module):
         @nn.compact
@@ -135,7 +135,7 @@ def places(Dropout):
     class Looped(nn.Module):
         @nn.compact
         def __call__(self, x):
-            for rate in (0.0, 0.3, 0.5):  # at 0 no key is made
+            for rate in (0.0, 0.3, 0.5):  # at 0 no key is derived
                 drop = Dropout(rate, deterministic=False)
                 x = jnp.hstack([drop(x), drop(x)])
             return x
@@ -201,7 +201,7 @@ def test_the_same_path_gives_the_same_values(place):
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(3)], ids=["typed", "raw"])
 @pytest.mark.parametrize(("shape", "rate"), [((63, 65), 0.123), ((64, 64), 0.1)], ids=str)
 def test_a_given_key_gives_the_values_and_gradients(key, shape, rate):
-    """Either side of the size from which the layer draws for itself."""
+    """Sizes below and above the threshold for the sampler of regjax."""
     x = jnp.linspace(-2.0, 3.0, shape[0] * shape[1]).reshape(shape)
 
     def run(Dropout):
@@ -212,11 +212,11 @@ def test_a_given_key_gives_the_values_and_gradients(key, shape, rate):
     assert_same_eagerly(eager, their_eager)
     chex.assert_trees_all_equal(jitted, their_jitted)
     ours = lambda x: OURS(rate).apply({}, x, deterministic=False, rng=key)
-    chex.assert_trees_all_equal(jax.vjp(ours, x)[0], ours(x))  # not so of theirs
+    chex.assert_trees_all_equal(jax.vjp(ours, x)[0], ours(x))  # unlike in Linen
 
 
 def test_a_small_sum_of_what_is_dropped_has_the_same_bits():
-    """The gradient of a bias, whose terms XLA adds up in the loop that drops them."""
+    """Compare the gradient of a bias, whose terms XLA sums in the loop that drops them."""
     x = jax.random.normal(KEY, (8, 16, 16))
 
     def gradient(Dropout):
@@ -301,7 +301,7 @@ def test_a_rate_out_of_range_is_refused_and_a_traced_one_gives_nan(rate):
 
 @pytest.mark.parametrize("flag", [0, "False", jnp.zeros(2, bool)], ids=str)
 def test_a_flag_that_is_no_boolean_is_refused(flag):
-    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+    with pytest.raises(TypeError, match="deterministic must be a boolean"):
         OURS(0.5).apply({}, X, flag, rng=KEY)
 
 
@@ -363,14 +363,14 @@ def test_code_that_looks_for_the_replaced_layer_finds_it():
 
     with nn.intercept_methods(intercept):
         places(OURS)["automatic"].apply({}, X, rngs=RNGS)
-    assert seen[1:] == [(True, "__call__")] * 2  # and no method besides
+    assert seen[1:] == [(True, "__call__")] * 2  # and no other method
 
 
 every_layer = pytest.mark.parametrize("name", FAMILY)
 
 
 class TheKey(nn.Module):
-    """The key of the first layer of a model that is this layer."""
+    """Return the key of a layer that is the whole model."""
 
     def __call__(self):
         return self.make_rng("dropout")
@@ -392,7 +392,7 @@ def test_a_layer_is_its_function(name):
 
 
 def test_noise_of_standard_deviation_1_needs_a_key():
-    """Where a rate of 1 needs none."""
+    """A rate of 1 needs no key."""
     with pytest.raises(flax.errors.InvalidRngError):
         regjax.linen.GaussianNoise(1.0).apply({}, X, deterministic=False)
 

@@ -1,4 +1,4 @@
-"""Nothing but the key is stored for the backward pass: asserted on the memory of compiled steps."""
+"""Only the key is stored for the backward pass, by the memory of compiled steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def dropout(sampler):
 
 
 def growth(dropout):
-    """What dropout adds to a scan of few layers, and to one of many."""
+    """Return the memory that dropout adds to a scan of few layers, and of many."""
     return [
         temporary_bytes(scanned, dropout, layers=layers)
         - temporary_bytes(scanned, perceptron.none, layers=layers)
@@ -43,7 +43,7 @@ def test_an_unrolled_perceptron_takes_no_more_memory_than_without_dropout():
 
 
 def test_an_unrolled_perceptron_with_packed_masks_takes_little_more():
-    """A 32nd of a mask may be stored while it is spread: on CPU, a buffer of one layer at most."""
+    """Packed words (1/32 of a mask) may be stored: on CPUs, at most a buffer of one layer."""
     without = temporary_bytes(unrolled, perceptron.none)
     assert temporary_bytes(unrolled, dropout(regjax.packed_bernoulli)) <= 1.01 * without + BUFFER
 
@@ -57,19 +57,19 @@ def test_dropout_alone_takes_no_memory(shape):
 
 @pytest.mark.parametrize(("name", "buffers"), [("exact", 1), ("packed", 2)])
 def test_a_scan_stores_no_masks_however_many_layers_it_has(name, buffers):
-    """On CPU the loops keep buffers of one layer at work, the same for any depth."""
+    """On CPUs loops use buffers of one layer, independent of the depth."""
     few, many = growth(dropout(SAMPLERS[name]))
     assert few == many <= buffers * BUFFER
 
 
 def test_a_stored_mask_is_seen():
-    """The test of the tests: dropout that keeps its masks for the backward pass."""
+    """Test of the tests: dropout that keeps its masks for the backward pass."""
 
     def storing(x, key):
         return jnp.where(jax.random.bernoulli(key, 0.7, x.shape), x / 0.7, 0)
 
     few, many = growth(storing)
-    assert many - few >= 3 * LAYERS * BUFFER // 4  # a byte for each element of a mask
+    assert many - few >= 3 * LAYERS * BUFFER // 4  # one byte per element of a mask
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
@@ -82,7 +82,7 @@ def test_an_exported_program_draws_the_same_mask_on_every_platform_it_is_for(sam
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 def test_in_shard_map_each_shard_folds_its_index_into_the_key(sampler):
-    """The shape is local there: without the recipe every shard would repeat one mask."""
+    """The shape is local there: without the recipe every shard would have the same mask."""
     mesh = jax.make_mesh((4,), ("rows",), axis_types=(AxisType.Explicit,))
     x = jax.device_put(jnp.ones((256, 64)), NamedSharding(mesh, P("rows")))
 
@@ -101,7 +101,7 @@ def test_in_shard_map_each_shard_folds_its_index_into_the_key(sampler):
 
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_a_scan_of_attention_stores_one_matrix_of_weights_for_each_layer(rate):
-    """And neither the dropped ones nor the parts of the softmax: the backward pass makes them."""
+    """The backward pass recomputes dropped weights and the softmax, which are not stored."""
     layers, length, heads = 8, 256, 2
     q, k, v = jnp.ones((3, 1, length, heads, 8))
 
@@ -114,5 +114,5 @@ def test_a_scan_of_attention_stores_one_matrix_of_weights_for_each_layer(rate):
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v).compile()
     matrix = heads * length**2 * 4
-    # Besides the stored ones, the matrices of the layer at work.
+    # In addition to stored matrices, those of the current layer.
     assert compiled.memory_analysis().temp_size_in_bytes < (layers + 7) * matrix

@@ -1,4 +1,4 @@
-"""The layers for Flax NNX: as NNX's own to the last bit, and in all that it publishes."""
+"""The layers for Flax NNX are bitwise identical to NNX's, with the same public API."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ both = pytest.mark.parametrize("Dropout", [OURS, THEIRS], ids=["ours", "theirs"]
 
 @pytest.fixture(autouse=True)
 def _standard_promotion():
-    """Flax's own layers lean on promotion."""
+    """Allow promotion, which Flax's own layers require."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
 
 def models(Dropout):
-    """Models as users write them; all that differs between two calls is the import."""
+    """Return models that differ in the import of the layer only."""
 
     class MLP(nnx.Module):
         def __init__(self, rngs):
@@ -121,7 +121,7 @@ def rngs():
 
 
 class Sampled(nnx.Module):
-    """Two layers, one of them called twice."""
+    """A model with two layers, one of which is called twice."""
 
     def __init__(self, Dropout, rngs):
         self.first = Dropout(0.3, broadcast_dims=(-1,), rngs=rngs)
@@ -132,7 +132,9 @@ class Sampled(nnx.Module):
 
 
 def looped(Dropout):
-    layers = [Dropout(rate, rngs=rngs()) for rate in (0.0, 1.0, 0.3)]  # at 0 and 1 no key is taken
+    layers = [
+        Dropout(rate, rngs=rngs()) for rate in (0.0, 1.0, 0.3)
+    ]  # at 0 and 1 no key is consumed
     return jnp.stack([layer(X) for layer in layers for _ in range(2)])
 
 
@@ -171,7 +173,7 @@ def in_evaluation(Dropout):
     view = nnx.view(model, deterministic=False)
     moving = view(X)
     model.train()
-    model.set_attributes(nnx.Dropout, deterministic=True)  # the filter knows both
+    model.set_attributes(nnx.Dropout, deterministic=True)  # the filter selects both
     also_still = model(X)
     model.set_attributes(deterministic=False)
     return jnp.stack([still, moving, also_still, model(X)])  # views share the streams
@@ -211,7 +213,7 @@ def test_the_same_streams_give_the_same_values(place):
 
 @pytest.mark.parametrize(("shape", "rate"), [((63, 65), 0.123), ((64, 64), 0.1)], ids=str)
 def test_a_given_key_gives_the_values_and_gradients(shape, rate):
-    """Either side of the size from which the layer draws for itself."""
+    """Sizes below and above the threshold for the sampler of regjax."""
     x = jnp.linspace(-2.0, 3.0, shape[0] * shape[1]).reshape(shape)
 
     def run(Dropout):
@@ -224,7 +226,7 @@ def test_a_given_key_gives_the_values_and_gradients(shape, rate):
 
 
 def test_a_small_sum_of_what_is_dropped_has_the_same_bits():
-    """The gradient of a bias, whose terms XLA adds up in the loop that drops them."""
+    """Compare the gradient of a bias, whose terms XLA sums in the loop that drops them."""
     x = jax.random.normal(KEY, (8, 16, 16))
 
     def gradient(Dropout):
@@ -308,7 +310,7 @@ def test_a_rate_out_of_range_is_refused_and_a_traced_one_gives_nan(rate):
 
 @pytest.mark.parametrize("flag", [0, "False", jnp.zeros(2, bool)], ids=str)
 def test_a_flag_that_is_no_boolean_is_refused(flag):
-    with pytest.raises(TypeError, match="deterministic must be one boolean"):
+    with pytest.raises(TypeError, match="deterministic must be a boolean"):
         OURS(0.5)(X, deterministic=flag, rngs=KEY)
 
 
@@ -376,8 +378,8 @@ def test_a_layer_is_its_function(name):
 
 
 def test_noise_of_standard_deviation_1_needs_a_key():
-    """Where a rate of 1 needs none."""
-    with pytest.raises(ValueError, match="rngs is missing"):
+    """A rate of 1 needs no key."""
+    with pytest.raises(ValueError, match="rngs must hold a key"):
         regjax.nnx.GaussianNoise(1.0)(X)
 
 
@@ -401,9 +403,9 @@ def test_the_amount_of_the_call_comes_first(name):
 def test_a_layer_asks_for_what_is_missing(name):
     settings, inputs, _ = FAMILY[name]
     layer = getattr(regjax.nnx, name)
-    with pytest.raises(ValueError, match=f"rngs is missing: {name} in training needs a key"):
+    with pytest.raises(ValueError, match=f"rngs must hold a key for {name} in training; got None"):
         layer(0.3, **settings)(*inputs)
-    with pytest.raises(ValueError, match=f"deterministic is missing: {name} is told neither"):
+    with pytest.raises(ValueError, match=f"deterministic must be a boolean for {name}; got None"):
         layer(0.3, deterministic=None, **settings)(*inputs, rngs=KEY)
     with pytest.raises(ValueError, match=f"{AMOUNT[name]} must"):
         layer(-1.0, **settings)

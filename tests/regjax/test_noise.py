@@ -1,4 +1,4 @@
-"""What only JAX can get wrong of depth and noise: transforms, memory, layouts, traced rates."""
+"""Tests of depth and noise that only JAX needs: transforms, memory, layouts, traced rates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 import regjax
 from regjax._random.keys import key_words
 from regjax._random.quantile import quantile
-from regjax._random.rounding import rounded
 from regjax._random.threefry import threefry2x32
+from regjax._random.xla import rounded
 from tests.regjax.versions import debug_key_reuse
 
 KEY = jax.random.key(0)
@@ -118,7 +118,7 @@ def test_it_is_the_same_on_every_mesh_and_nothing_is_sent(noise, axis_type, spec
         assert y.sharding.is_equivalent_to(x.sharding, 3)
         np.testing.assert_array_equal(np.asarray(y), expected)
         if axis_type is AxisType.Explicit:
-            # No array of the whole shape that is not laid out, noise included.
+            # All arrays of the whole shape are sharded, including noise.
             assert "[8,6,4]" not in str(jax.make_jaxpr(run)(x))
         compiled = run.lower(x).compile().as_text()
         assert not any(name in compiled for name in ("all-gather", "all-reduce", "permute("))
@@ -138,7 +138,7 @@ def test_variates_are_laid_out_as_asked(dtype):
 
 
 def test_variates_beyond_the_first_word_of_the_counter():
-    """A shape of 2**33 elements, of which only some are computed."""
+    """Compute a few elements of a shape of 2**33."""
     shape = (2**13, 2**20)
     few = jax.jit(lambda: regjax.normal(KEY, shape)[4096:4098, :3])()
     words = [divmod(row * 2**20 + column, 2**32) for row in (4096, 4097) for column in range(3)]
@@ -180,5 +180,5 @@ def test_no_product_is_joined_with_a_sum(product, contracts):
     guarded = jax.jit(lambda i, x: rounded(product(i, x)) + x)(i, x)
     np.testing.assert_array_equal(np.asarray(guarded), apart)
     joined = jax.jit(lambda i, x: product(i, x) + x)(i, x)
-    # The test of the test: XLA does join them, where the CPU can.
+    # Test of the test: XLA contracts them if the CPU has FMA.
     assert (np.asarray(joined) != apart).any() == contracts

@@ -24,7 +24,7 @@ X = jnp.arange(1.0, 9.0)
 
 
 def watch(run):
-    """What `run` draws, in the order of the program."""
+    """Return the draws of `run`, in program order."""
     events = []
     with regjax.observing(events.append):
         run()
@@ -140,7 +140,7 @@ def test_after_an_error_nobody_watches():
 
 @pytest.mark.parametrize("flags", [[False], [True], [True, False]], ids=str)
 def test_what_a_traced_flag_turns_off_is_not_told(flags):
-    """Also under vmap of the flag, where both branches run."""
+    """Including vmap of the flag, which runs both branches."""
 
     def at(flag):
         return regjax.dropout(X, 0.5, key=KEY, deterministic=flag)
@@ -157,7 +157,7 @@ MASKS = np.random.default_rng(0)
 
 
 def impure(key, keep_prob, shape, *, out_sharding=None):
-    """A sampler that draws another mask each time the program runs, whatever the key."""
+    """An impure sampler, which draws another mask in each run."""
     draw = lambda _: MASKS.random(shape) < 0.5
     words = jax.random.key_data(key)
     return jax.pure_callback(draw, jax.ShapeDtypeStruct(shape, bool), words)
@@ -166,11 +166,11 @@ def impure(key, keep_prob, shape, *, out_sharding=None):
 @pytest.mark.parametrize("jit", [jax.jit, lambda f: f], ids=["jit", "eager"])
 @pytest.mark.parametrize("rate", [0.5, jnp.float32(0.5)], ids=["number", "traced"])
 def test_of_an_impure_sampler_the_applied_mask_is_recorded(jit, rate, monkeypatch):
-    """One mask makes the value, the gradient and the record."""
+    """Value, gradient and record use the same mask."""
     monkeypatch.setitem(globals(), "MASKS", np.random.default_rng(0))
     loss = lambda x, rate: (lambda y: (y.sum(), y))(drop(x, rate=rate, sampler=impure))
     step = jax.grad(loss, has_aux=True)
-    # A number stays one, and does not become an argument of the compiled function.
+    # A number is not an argument of the compiled function.
     run = jit(step) if isinstance(rate, jax.Array) else jit(lambda x, _: step(x, rate))
     results = []
     ((event,), _) = watch(lambda: results.append(run(X, rate)))
@@ -181,7 +181,7 @@ def test_of_an_impure_sampler_the_applied_mask_is_recorded(jit, rate, monkeypatc
 
 
 def runs_of(framework):
-    """A call of each function or layer that drops, from a key, and the name of the function."""
+    """Return a call of each function or layer, as a function of a key, and its name."""
     for name, (settings, inputs, function) in FAMILY.items():
         if name.startswith("Gaussian"):  # no mask
             continue
@@ -209,7 +209,7 @@ FRAMEWORKS = ["regjax", "linen", "nnx", "equinox", "haiku"]
 
 
 class Names:
-    """Stands for the observers while a program is traced, which is faster than running it."""
+    """A replacement for observers during tracing, which is faster than a run."""
 
     def __init__(self):
         self.seen = set()
@@ -243,7 +243,7 @@ def attention(key, factor=1.0, **options):
 
 @pytest.mark.parametrize("block_size", [None, 3])
 def test_attention_is_recorded_once_for_each_row_under_a_gradient(block_size):
-    """Rows share one key and arrive in any order; the blocks of each are put together."""
+    """Rows share a key and arrive in any order; the blocks of each row are assembled."""
     loss = lambda factor: attention(KEY, factor, block_size=block_size).sum()
     factors = jnp.arange(3.0)
     drawn, _ = watch(lambda: jax.jit(jax.vmap(jax.grad(loss)))(factors))
@@ -255,7 +255,7 @@ def test_attention_is_recorded_once_for_each_row_under_a_gradient(block_size):
         np.testing.assert_allclose(event.entering, other.entering, rtol=1e-6)
 
 
-# One run of each way to a mask: the other layers are layers over these.
+# One run of each implementation of masks; the other layers use these.
 CHECKED = {framework: jax.jit(next(runs_of(framework))[1]) for framework in FRAMEWORKS}
 CHECKED |= {
     "eager": drop_with,
@@ -265,7 +265,7 @@ CHECKED |= {
 SETTINGS = {"key reuse": jax.debug_key_reuse, "tracer leaks": jax.check_tracer_leaks}
 
 
-# Leaks are looked for anew in every function that a layer calls, and these call the same ones.
+# The leak checker runs for every function that a layer calls, and these call the same ones.
 LAYERS = {"linen", "nnx", "equinox", "haiku"}
 UNDER_CHECKS = [
     pytest.param(
@@ -278,7 +278,7 @@ UNDER_CHECKS = [
 
 @pytest.mark.parametrize(("name", "setting"), UNDER_CHECKS)
 def test_observers_and_guards_under_the_checks_of_jax(name, setting):
-    """What is observed uses each key once, and leaves no tracer behind."""
+    """Observation uses each key once, and leaks no tracer."""
     run = CHECKED[name]
     root, reports = jax.random.key(0), []
     step = lambda number: run(regjax.site_key(root, number, "site"))
@@ -289,7 +289,7 @@ def test_observers_and_guards_under_the_checks_of_jax(name, setting):
 
 
 def test_observed_attention_in_blocks_takes_hardly_more_memory():
-    """By XLA's analysis. The whole matrix would take 8 MiB, and its mask 2 MiB."""
+    """XLA's analysis of memory: the whole matrix would take 8 MiB, and its mask 2 MiB."""
     x = jnp.ones((1, 1024, 2, 4))
     options = {"dropout_rate": 0.1, "dropout_rng": KEY, "block_size": 64}
     attend = lambda x: regjax.dot_product_attention(x, x, x, **options)

@@ -12,7 +12,7 @@ from regjax import optim
 from tests.regjax.optimizers import GRADIENT, PARAMS, assert_close, first_update, matrices, walk
 
 
-# The first step from w = -2 with gradient 1, worked out by hand: u = 1, RMS(w) = 2.
+# The first step from w = -2 with gradient 1, computed by hand: u = 1, RMS(w) = 2.
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -21,7 +21,7 @@ from tests.regjax.optimizers import GRADIENT, PARAMS, assert_close, first_update
         ({"weight_decay": 0.25, "maximize": True}, 0.25),
         ({"eps": (2.0, 1e-3)}, -0.1),
         ({"eps": (None, 4.0)}, -0.4),
-        # The step is capped at 1 / sqrt(1), the decay is not.
+        # The step is limited to 1 / sqrt(1), the decay is not.
         ({"learning_rate": 3.0, "weight_decay": 0.25}, -0.5),
         ({"learning_rate": 0.0, "weight_decay": 0.25}, 0.0),
         ({"learning_rate": lambda count: jnp.where(count == 0, 0.1, 0.0)}, -0.2),
@@ -41,7 +41,7 @@ def test_first_step_of_a_matrix_by_hand():
     for d, divisor in ((1.0, 5 / 3), (1.25, 4 / 3), (math.inf, 1.0)):
         update = first_update(optim.adafactor(0.1, d=d), params, gradient)
         np.testing.assert_allclose(update, -0.2 * u / divisor, rtol=1e-6)
-    # Bounded by 5 from below, the mean makes v half as large; and no root is below 5.
+    # With the lower bound 5, the mean halves v, and no root is below 5.
     update = first_update(optim.adafactor(0.1, d=math.inf, eps=(5.0, 1e-3)), params, gradient)
     np.testing.assert_allclose(update, -0.2 * gradient / 5, rtol=1e-6)
 
@@ -52,7 +52,7 @@ def test_the_second_moment_follows_the_step():
     state = optimizer.init(params)
     for gradient, expected in ((1.0, 1.0), (2.0, 1 + 3 / math.sqrt(2))):
         _, state = optimizer.update(jnp.array([gradient]), state, params)
-        np.testing.assert_allclose(state[1][0].v, [expected], rtol=1e-6)
+        np.testing.assert_allclose(state["moments"][0].v, [expected], rtol=1e-6)
 
 
 def test_the_learning_rate_is_capped_by_the_root_of_the_step():
@@ -69,8 +69,7 @@ def test_state_of_a_matrix_is_its_rows_and_columns():
     params = {"conv": jnp.ones((2, 3, 4, 5)), "kernel": jnp.ones((6, 7)), "bias": jnp.ones(8)}
     optimizer = optim.adafactor(weight_decay=0.1, mask=matrices)
     state = optimizer.init(params)
-    assert len(state) == 4
-    factored = state[1][0]
+    factored = state["moments"][0]
     assert isinstance(factored, optax.FactoredState)
     assert not any(leaf.any() for leaf in jax.tree.leaves(state))
     nothing = optax.MaskedNode()
@@ -86,7 +85,7 @@ def test_state_of_a_matrix_is_its_rows_and_columns():
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     mapped = optax.tree.map_params(optimizer, lambda leaf: leaf + 1, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
-    assert mapped[1][0].v_row["kernel"][0, 0] == mapped[1][0].v["bias"][0] == 1
+    assert mapped["moments"][0].v_row["kernel"][0, 0] == mapped["moments"][0].v["bias"][0] == 1
 
 
 def test_the_layout_of_a_matrix_makes_no_difference():
@@ -104,7 +103,9 @@ def test_scalars_are_vectors():
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_update_always_needs_parameters(weight_decay):
     optimizer = optim.adafactor(weight_decay=weight_decay)
-    with pytest.raises(ValueError, match="params is None, but Adafactor's step is relative"):
+    with pytest.raises(
+        ValueError, match=r"^params must be given, since Adafactor's step is relative"
+    ):
         optimizer.update(GRADIENT, optimizer.init(PARAMS))
 
 
@@ -122,47 +123,11 @@ def test_bfloat16_is_rounded_once():
     state = optimizer.init(params)
     held, gradient = jnp.bfloat16(1.0), jnp.bfloat16(1.6171875)
     count = jnp.int32(9)
-    factored = state[1][0]._replace(count=count, v=held[None])
-    state = (state[0], (factored, *state[1][1:]), *state[2:])
-    v = optimizer.update(gradient[None], state, params)[1][1][0].v[0]
+    factored, *rest = state["moments"]
+    factored = factored._replace(count=count, v=held[None])
+    state = {**state, "moments": (factored, *rest)}
+    v = optimizer.update(gradient[None], state, params)[1]["moments"][0].v[0]
     share = 10**-0.8
     assert v == jnp.bfloat16(1 + share * (1.6171875**2 - 1))
     squared = gradient * gradient
     assert v != held + jnp.bfloat16(share) * (squared - held)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"beta2_decay": 0.8}, r"beta2_decay must lie in \[-inf, 0\], .* is 0\.8: pass -0\.8"),
-        ({"beta2_decay": math.nan}, "beta2_decay must lie in .* is nan"),
-        ({"eps": (-1e-8, 1e-3)}, r"eps\[0\] must be .* is -1e-08: pass None"),
-        ({"eps": (math.nan, 1e-3)}, r"eps\[0\] must be .* is nan"),
-        ({"eps": (None, -1e-3)}, r"eps\[1\] must be .* is -0\.001: pass 1e-3"),
-        ({"eps": (None, math.nan)}, r"eps\[1\] must be .* is nan"),
-        ({"d": 0.5}, r"d must lie in \[1, inf\], but it is 0\.5: pass 1\.0"),
-        ({"d": jnp.float32(-1)}, r"d must lie in .* is -1\.0"),
-        ({"d": math.nan}, "d must lie in .* is nan"),
-    ],
-)
-def test_argument_out_of_range_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        optim.adafactor(**arguments)
-
-
-@pytest.mark.parametrize("value", [True, None, "0.1", jnp.ones(2)])
-@pytest.mark.parametrize("argument", ["beta2_decay", "d"])
-def test_argument_that_is_no_number_is_refused(argument, value):
-    with pytest.raises(TypeError, match=f"{argument} must be a real number, but it is"):
-        optim.adafactor(**{argument: value})
-
-
-def test_a_mask_that_is_false_for_all_is_refused():
-    with pytest.raises(ValueError, match="mask must be True for some parameter"):
-        optim.adafactor(weight_decay=0.1, mask=False)
-    optim.adafactor(mask=False)
-
-
-def test_complex_parameters_are_refused():
-    with pytest.raises(TypeError, match="complex parameter 'spectrum'"):
-        optim.adafactor().init({"spectrum": jnp.array([1 + 2j])})

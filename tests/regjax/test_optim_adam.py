@@ -27,7 +27,7 @@ def _early(value):
     return lambda count: jnp.where(count == 0, value, 0.0)
 
 
-# The first step from w = -2 with gradient 1, worked out by hand. NAdam with betas (0.8, ...) and no
+# The first step from w = -2 with gradient 1, computed by hand. NAdam with betas (0.8, ...) and no
 # momentum_decay has mu = 0.4 at each step: 0.4 * 0.2 / (1 - 0.16) + 0.6 / (1 - 0.4) = 1 + 2 / 21.
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
@@ -45,7 +45,7 @@ def _early(value):
         (optim.nadam(0.1, (0.8, 0.9), momentum_decay=0.0), -0.1 * (1 + 2 / 21)),
         (optim.nadam(0.1, (0.8, 0.9), weight_decay=1.0, momentum_decay=0.0), 0.1 * (1 + 2 / 21)),
         (optim.nadam(0.1, (0.8, 0.9), 1.0, momentum_decay=0.0), -0.05 * (1 + 2 / 21)),
-        # 0.96 ** 1e6 is nothing: mu is 0.8 from the first step on.
+        # 0.96 ** 1e6 is 0, so mu is 0.8 from the first step on.
         (optim.nadam(0.1, (0.8, 0.9), momentum_decay=1e6), -0.1 * (0.16 / 0.36 + 1)),
         # 0.96 ** psi is one half: mu is 0.6, then 0.7.
         (
@@ -85,13 +85,13 @@ def test_radam_divides_from_its_sixth_step_on():
 
 
 def test_radam_divides_by_no_length_that_was_rounded_up():
-    # Of 5 steps it is 5 - 4e-9.
+    # After 5 steps it is 5 - 4e-9.
     updates, _ = scalar_updates(optim.radam(0.1, (0.9, 1 - 1e-9)), [100.0] * 5)
     np.testing.assert_allclose(updates, -10.0, rtol=1e-6)
-    # Of any number of steps it is less than 5.
+    # It is less than 5 for any number of steps.
     optimizer = optim.radam(0.1, (0.0, 2 / 3))
     state = optimizer.init(jnp.array(0.0))
-    state = (*state[:2], state[2]._replace(count=jnp.int32(99)), state[3])
+    state = {**state, "moments": state["moments"]._replace(count=jnp.int32(99))}
     np.testing.assert_allclose(optimizer.update(jnp.array(100.0), state)[0], -10.0, rtol=1e-6)
 
 
@@ -148,7 +148,7 @@ def test_radam_meets_no_nan_that_it_would_drop():
 @each_optimizer
 def test_a_small_gradient_after_a_large_one_keeps_its_digits(make, b1):
     _, state = scalar_updates(make(betas=(b1, 0.9)), [1e8, 1.0])
-    assert state[2].mu == 1.0
+    assert state["moments"].mu == 1.0
 
 
 # As torch.lerp, from the nearer end, and at one half from the gradient.
@@ -171,25 +171,25 @@ def test_a_moment_is_averaged_from_the_nearer_end(b1, moment, gradient, expected
 
 @each_optimizer
 def test_the_second_moment_fades_by_the_second_beta(make):
-    # The first step does not show it: its bias correction cancels the share of the gradient.
+    # The first step does not depend on it, since the bias correction cancels the factor.
     _, state = scalar_updates(make(betas=(0.5, 0.75)), [2.0, 1.0])
-    assert state[2].nu == (1.5 if make is optim.adamax else 1.0)
+    assert state["moments"].nu == (1.5 if make is optim.adamax else 1.0)
 
 
 def test_only_nadam_adds_two_terms():
     for name, make in OPTIMIZERS.items():
-        last = make().init(PARAMS)[3]
+        last = make().init(PARAMS)["learning_rate"]
         assert last == ((optax.EmptyState(),) * 2 if name == "nadam" else optax.EmptyState())
 
 
 def test_nadams_product_is_of_all_momenta():
     _, state = scalar_updates(optim.nadam(betas=(0.9, 0.999), momentum_decay=0.5), [1.0] * 20)
     momenta = 0.9 * (1 - 0.5 * 0.96 ** (0.5 * np.arange(1, 21)))
-    np.testing.assert_allclose(state[2].mu_product, momenta.prod(), rtol=1e-5)
-    assert state[2].mu_product.dtype == "float32"
+    np.testing.assert_allclose(state["moments"].mu_product, momenta.prod(), rtol=1e-5)
+    assert state["moments"].mu_product.dtype == "float32"
 
 
-# Each term is less than half of the last digit of 1, both together are more; torch loses both.
+# Each term is less than half a unit in the last place of 1, but not their sum; torch loses both.
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_nadam_rounds_between_its_terms(decoupled):
     optimizer = optim.nadam(
@@ -207,14 +207,14 @@ def test_nadam_rounds_between_its_terms(decoupled):
 def test_a_state_is_good_for_any_number_of_steps(make):
     optimizer = make(0.1)
     state = optimizer.init(PARAMS)
-    far = state[2]._replace(count=jnp.int32(2**31 - 2))
+    far = state["moments"]._replace(count=jnp.int32(2**31 - 2))
     if make is optim.nadam:
         far = far._replace(mu_product=jnp.float32(0.0))
-    state = (*state[:2], far, *state[3:])
+    state = {**state, "moments": far}
     for _ in range(3):
         updates, state = optimizer.update(GRADIENT, state)
         assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
-    assert state[2].count == 2**31 - 1
+    assert state["moments"].count == 2**31 - 1
 
 
 @each_optimizer
@@ -228,50 +228,6 @@ def test_bfloat16_is_rounded_once():
     held, gradient = jnp.bfloat16(1.0), jnp.bfloat16(2.125)
     optimizer = optim.adam(betas=(0.9, 0.999))
     state = optimizer.init(held)
-    state = (*state[:2], state[2]._replace(nu=held), state[3])
-    nu = optimizer.update(gradient, state)[1][2].nu
+    state = {**state, "moments": state["moments"]._replace(nu=held)}
+    nu = optimizer.update(gradient, state)[1]["moments"].nu
     assert nu == jnp.bfloat16(0.999 + 0.001 * 2.125**2) != held + jnp.bfloat16(0.001 * 2.125**2)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"eps": -1e-8}, r"eps must be .* is -1e-08"),
-        ({"eps": float("nan")}, "eps must be .* is nan"),
-        ({"betas": (1.0, 0.999)}, r"betas\[0\] must be in \[0, 1\), but it is 1\.0"),
-        ({"betas": (float("nan"), 0.999)}, r"betas\[0\] must be in \[0, 1\), but it is nan"),
-        ({"betas": (0.9, -0.1)}, r"betas\[1\] must be in \[0, 1\), but it is -0\.1"),
-        ({"betas": (0.9, 1.0)}, r"betas\[1\] must be in \[0, 1\), but it is 1\.0"),
-    ],
-)
-@pytest.mark.parametrize("make", [*OPTIMIZERS.values(), optim.adamw])
-def test_argument_out_of_range_is_refused(make, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make(**arguments)
-
-
-@pytest.mark.parametrize("value", [-4e-3, float("nan"), float("inf")])
-def test_momentum_decay_out_of_range_is_refused(value):
-    with pytest.raises(ValueError, match=f"momentum_decay must be finite .* it is {value}: pass"):
-        optim.nadam(momentum_decay=value)
-
-
-@pytest.mark.parametrize("value", [True, None, "0.1"])
-def test_momentum_decay_that_is_no_number_is_refused(value):
-    with pytest.raises(TypeError, match="momentum_decay must be a real number, but it is"):
-        optim.nadam(momentum_decay=value)
-
-
-@each_optimizer
-def test_complex_parameters(make):
-    params = {"spectrum": jnp.array([1 + 2j, -1j])}
-    with pytest.raises(TypeError, match=r"complex parameter 'spectrum': .*split_real_and_imag"):
-        make().init(params)
-    split = optax.contrib.split_real_and_imaginary(make(0.5))
-    with jax.numpy_dtype_promotion("standard"):
-        update = first_update(split, params, params)["spectrum"]
-    real, imaginary = (
-        first_update(make(0.5), part(params["spectrum"]), part(params["spectrum"]))
-        for part in (jnp.real, jnp.imag)
-    )
-    np.testing.assert_allclose(update, np.asarray(real) + 1j * np.asarray(imaginary), rtol=1e-6)

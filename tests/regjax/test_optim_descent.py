@@ -22,8 +22,8 @@ from tests.regjax.optimizers import (
 SPECIAL = np.array(
     [
         *[0x7FC00000, 0xFFC00000, 0x7FC00123, 0x7F800000, 0xFF800000],  # NaNs, infinities
-        # Zeros, and between the largest number whose double is one and the smallest whose half is.
-        *[0, 0x80000000, 0x7EFFFFFF, 0x3FC00000, 0xBFC00000, 0x01000000, 0x81000000],
+        # Zeros, and normal numbers from the largest to the smallest.
+        *[0, 0x80000000, 0x7F7FFFFF, 0xFF7FFFFF, 0x3FC00000, 0xBFC00000, 0x00800000, 0x80800000],
     ],
     "uint32",
 ).view("float32")
@@ -48,7 +48,7 @@ def test_rounded_product_keeps_other_dtypes(dtype):
 
 
 def _fused(product, dtype):
-    """How many of 10,000 sums were rounded but once, in a step and in a scan over two."""
+    """Return how many of 10,000 sums were rounded only once, in a step and in a scan of two."""
     x, y = np.random.default_rng(0).standard_normal((2, 10_000)).astype("float32")
     x, y = (np.asarray(jnp.asarray(leaf).astype(dtype)) for leaf in (x, y))
     expected = x.astype("float32") * np.float32(0.3) + y.astype("float32")
@@ -79,7 +79,7 @@ def test_rounded_product_has_the_derivatives_of_the_product():
         assert jax.hessian(square)(x) == 2
 
 
-# The first step from w = -2 with gradient 1, worked out by hand.
+# The first step from w = -2 with gradient 1, computed by hand.
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
@@ -98,7 +98,7 @@ def test_first_step_of_sgd_by_hand(optimizer, expected):
 
 
 def test_a_schedule_of_weight_decay_advances():
-    """In Optax 0.2.6 `add_decayed_weights` stays at the first step."""
+    """`add_decayed_weights` of Optax 0.2.6 evaluates a schedule at the first step only."""
     optimizer = optim.sgd(1.0, weight_decay=lambda count: jnp.asarray(count, float), mask=NO_BIAS)
     params = {"kernel": jnp.array([1.0]), "bias": jnp.array([1.0])}
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -117,8 +117,8 @@ def test_bfloat16_is_rounded_once():
     # Rounded to bfloat16 first, the coefficient would be 0.988.
     held, gradient = jnp.bfloat16(243 / 128), jnp.bfloat16(0.0)
     optimizer = optim.sgd(momentum=0.99)
-    state = (*optimizer.init(held)[:2], optax.TraceState(held), optax.EmptyState())
-    trace = optimizer.update(gradient, state)[1][2].trace
+    state = {**optimizer.init(held), "moments": optax.TraceState(held)}
+    trace = optimizer.update(gradient, state)[1]["moments"].trace
     assert trace == jnp.bfloat16(0.99 * 243 / 128) != held * jnp.bfloat16(0.99)
 
 
@@ -133,7 +133,7 @@ def test_sgd_takes_complex_parameters():
         assert_close(visited[1], {"spectrum": first - 0.5 * second})
 
 
-# Two steps from there.
+# Two further steps.
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
@@ -162,7 +162,7 @@ def test_asgd_averages_from_t0_on():
         updates, state = optimizer.update(GRADIENT, state, params)
         params = optax.apply_updates(params, updates)
         visited.append(params)
-        states.append(state[3].ax)
+        states.append(state["moments"].ax)
     for step in range(4):
         assert_close(states[step], visited[step], atol=1e-6)
     # The fourth step is the last that replaces the average: 1 / max(1, 3 - t0) is 1.
@@ -182,7 +182,7 @@ def test_rprop_waits_a_step_where_a_sign_turns():
     visited, state = walk(optim.rprop(1.0, etas=(0.5, 2.0)), gradients, jnp.zeros(1))
     # Sizes 1, 2, 1 (but no step), 1, 2.
     assert np.concatenate(visited).tolist() == [-1.0, -3.0, -3.0, -2.0, 0.0]
-    assert state[2].step_size == 2.0
+    assert state["moments"].step_size == 2.0
 
 
 def test_rprop_keeps_its_step_sizes_in_bounds():
@@ -203,7 +203,7 @@ def test_optax_rprop_is_a_step_late():
     gradients = jnp.array([1.0, -1.0])[:, None]
     with jax.numpy_dtype_promotion("standard"):
         visited, _ = walk(optax.rprop(1.0), gradients, jnp.zeros(1))
-    # If this fails, optax has mended it, and the docstring must say so.
+    # If this fails, optax has fixed it, and the docstring must be updated.
     assert visited[0] == 0.0
     assert walk(optim.rprop(1.0), gradients, jnp.zeros(1))[0][0] == -1.0
 
@@ -218,9 +218,9 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANT
 
 
 def test_states_are_read_by_name():
-    assert optim.asgd().init(PARAMS)[3].ax.keys() == PARAMS.keys()
-    assert optim.asgd(0.5).init(PARAMS)[2].eta == 0.5
-    assert optim.rprop(0.5).init(PARAMS)[2].step_size["bias"].tolist() == [0.5] * 3
+    assert optim.asgd().init(PARAMS)["moments"].ax.keys() == PARAMS.keys()
+    assert optim.asgd(0.5).init(PARAMS)["learning_rate"].eta == 0.5
+    assert optim.rprop(0.5).init(PARAMS)["moments"].step_size["bias"].tolist() == [0.5] * 3
 
 
 @each_variant
@@ -249,40 +249,8 @@ def test_a_step_and_a_scan_have_the_same_bits(variant):
     assert_close(eager[-1], scanned[0], atol=1e-5, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("make", "arguments", "message"),
-    [
-        (optim.sgd, {"momentum": -0.5}, r"momentum must be .* is -0\.5"),
-        (optim.sgd, {"nesterov": True}, r"nesterov=True needs .* momentum=0\.0 and dampening=0\.0"),
-        (
-            optim.sgd,
-            {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
-            r"nesterov=True needs .* momentum=0\.9 and dampening=0\.1",
-        ),
-        (optim.asgd, {"lambd": -0.1}, r"lambd must be .* is -0\.1: pass 0\.0"),
-        (optim.asgd, {"alpha": float("nan")}, "alpha must be .* is nan"),
-        (optim.asgd, {"t0": float("inf")}, "t0 must be .* is inf: pass 0 to average"),
-        (optim.rprop, {"learning_rate": -0.1}, r"learning_rate must be .* is -0\.1: it is the"),
-        (optim.rprop, {"etas": (0.0, 1.2)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.0"),
-        (optim.rprop, {"etas": (0.5, 1.0)}, r"0 < etas\[0\] < 1 < etas\[1\], but they are \(0\.5"),
-        (optim.rprop, {"etas": (1.0, 1.2)}, r"etas\[0\] must be in \[0, 1\), but it is 1\.0"),
-        (optim.rprop, {"etas": (0.5, float("inf"))}, r"etas\[1\] must be .* is inf: pass \(0\.5"),
-        (optim.rprop, {"step_sizes": (0.1, float("inf"))}, r"step_sizes\[1\] must be .* is inf"),
-        (optim.rprop, {"step_sizes": (-1.0, 1.0)}, r"step_sizes\[0\] must be .* is -1\.0"),
-        (optim.rprop, {"step_sizes": (2.0, 1.0)}, r"step_sizes must be .* are \(2\.0, 1\.0\)"),
-    ],
-)
-def test_argument_out_of_range_is_refused(make, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make(**arguments)
-
-
-def test_rprop_may_have_one_step_size():
-    assert optim.rprop(step_sizes=(1.0, 1.0)).init(PARAMS)[2].step_size.keys() == PARAMS.keys()
-
-
-def test_rprop_refuses_a_schedule_and_complex_parameters():
-    with pytest.raises(TypeError, match=r"learning_rate must be a real number, .* first step size"):
+def test_rprop_may_have_one_step_size_but_no_schedule():
+    state = optim.rprop(step_sizes=(1.0, 1.0)).init(PARAMS)
+    assert state["moments"].step_size.keys() == PARAMS.keys()
+    with pytest.raises(TypeError, match=r"learning_rate must be a real number; .* first step size"):
         optim.rprop(lambda count: 0.1)
-    with pytest.raises(TypeError, match=r"complex parameter 'spectrum': .*split_real_and_imag"):
-        optim.rprop().init({"spectrum": jnp.array([1 + 2j])})

@@ -1,4 +1,4 @@
-"""What every optimizer and every decay accepts as parameters and gradients, and what it refuses."""
+"""Parameters and gradients that every optimizer and every decay accepts or rejects."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_integers_are_not_trained(link):
     for wrong in (gradient["step"], jnp.ones((1, 1))):
         with pytest.raises(TypeError, match=r"params must be float .* int32\[1, 1\] at 'step'"):
             link.update({**gradient, "step": wrong}, state, params)
-    # What jax.grad(allow_int=True) returns for an integer.
+    # The gradient of an integer in jax.grad(allow_int=True).
     nothing = {**gradient, "step": np.zeros((1, 1), jax.dtypes.float0)}
     updates, after = link.update(nothing, state, params)
     assert optax.apply_updates(params, updates)["step"] == 7
@@ -206,7 +206,7 @@ def test_a_pair_must_be_one(name, makes, value):
             make(**{name: value})
 
 
-# --- state: dtype, sharding, what an injected hyperparameter allocates ---
+# --- state: dtype, sharding, memory of an injected hyperparameter ---
 
 DTYPES = {
     "sgd": (optim.sgd, "accumulator_dtype", {"momentum": 0.9, "nesterov": True}, "trace"),
@@ -249,14 +249,14 @@ def test_a_step_uses_the_moment_unrounded_and_stores_it_rounded():
         trace = 0.875 * stored.astype("float32") + gradient["a"][0, 0]
         stored = trace.astype(dtype)
         assert_close(updates["a"], jnp.full((2, 3), -trace), rtol=1e-6)
-        assert_close(state[2].trace["a"], jnp.full((2, 3), stored))
+        assert_close(state["moments"].trace["a"], jnp.full((2, 3), stored))
     with jax.numpy_dtype_promotion("standard"):
         optimizer = optax.sgd(1.0, 0.875, accumulator_dtype=dtype)
         reference = optimizer.init(gradient)
         for _ in range(3):
             expected, reference = optimizer.update(gradient, reference)
     assert_close(updates, expected, rtol=4e-3)
-    assert dtypes((updates, state[2].trace)) == dtypes((expected, reference[0].trace))
+    assert dtypes((updates, state["moments"].trace)) == dtypes((expected, reference[0].trace))
 
 
 def test_a_narrow_moment_rounds_no_gradient():

@@ -30,6 +30,29 @@ def test_a_default_is_nothing():
     assert links.OFF == 0.0
 
 
+ORDER = {
+    False: ["weight_decay", "moments", "learning_rate"],
+    True: ["moments", "learning_rate", "weight_decay"],
+}
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_four_named_links(decoupled):
+    double = lambda by: optax.chain(optax.scale(2.0), optax.trace(by))
+    options = {"maximize": True, "decoupled": decoupled, "step": double(0.0)}
+    link = links.chain_links(double(0.0), 0.5, 0.25, **options)
+    updates, state = _walk(link, steps=2)
+    # 4 times the negated gradient plus 0.25 w; decoupled, minus 0.5 * 0.25 w.
+    expected = (-4.5, 9.0) if decoupled else (0.0, 0.0)
+    assert_close(updates, dict(zip("ab", map(jnp.atleast_1d, expected), strict=True)))
+    assert [*state] == ["maximize", *ORDER[decoupled]]
+    assert type(state) is type(link.init(PARAMS)) is dict
+    assert jax.tree.structure({**state}) == jax.tree.structure(link.init(PARAMS))
+    updates, state = _walk(links.chain_links(optax.identity(), 0.5))
+    assert_close(updates, optax.tree.scale(-0.5, STEP))
+    assert [*state] == ["maximize", *ORDER[False]]
+
+
 def test_ascend():
     for maximize, sign in ((True, -1.0), (False, 1.0)):
         updates, _ = _walk(links.ascend(maximize))
@@ -53,7 +76,7 @@ def test_coupled_decay(decay, mask, steps, expected):
     assert_close(updates, dict(zip("ab", map(jnp.atleast_1d, expected), strict=True)))
 
 
-# The share that is kept of a parameter is 1 - 0.5 * decay.
+# The remaining fraction of a parameter is 1 - 0.5 * decay.
 @pytest.mark.parametrize(
     ("rate", "decay", "mask", "steps", "expected"),
     [
@@ -88,14 +111,14 @@ def test_terms_are_added_without_parameters_and_beside_infinite_ones():
 @pytest.mark.parametrize("make", [links.decay_weights, lambda c, m: links.add_in_turn(0.5, c, m)])
 def test_a_decay_checks_its_mask_and_needs_parameters(make):
     wrong = make(0.25, {"a": True})
-    with pytest.raises(ValueError, match="at 'b': the mask has nothing there"):
+    with pytest.raises(ValueError, match=r"mask must have .* got nothing at 'b'"):
         wrong.init(PARAMS)
-    with pytest.raises(ValueError, match=r"^params is None, but weight_decay=0\.25 needs"):
+    with pytest.raises(ValueError, match=r"^params must be given, since weight_decay=0\.25 needs"):
         make(0.25, None).update(STEP, make(0.25, None).init(PARAMS))
     with pytest.raises(ValueError, match="mask must be True for some"):
         make(0.25, False)
     make(0.0, False).update(STEP, make(0.0, False).init(PARAMS))
-    # The placeholder of optax.tree.map_params has no leaves, and fits no mask.
+    # The placeholder of optax.tree.map_params has no leaves, and matches no mask.
     link = make(RISING, ONLY_A)
     state = link.init(PARAMS)
     mapped = optax.tree.map_params(link, lambda leaf: leaf, state)
@@ -130,11 +153,13 @@ def test_a_long_text_is_shortened():
     assert links._shortened("x" * 79) == "'" + "x" * 76 + "..."
 
 
-@pytest.mark.parametrize("b", [0.0, 0, 0.5, 0.999, jnp.float32(0.5)])
-def test_bias_correction(b):
-    for count in (1, 3):
-        correction = links.bias_correction(b, jnp.int32(count))
-        np.testing.assert_allclose(correction, 1 - float(b) ** count, rtol=1e-6)
+@pytest.mark.parametrize("b2", [0.0, 0, 0.5, 0.9, 0.999, 0.99999, jnp.float32(0.5)])
+def test_bias_correction_is_exact_in_float32(b2):
+    for count in (1, 2, 3, 10, 1000, 10**6):
+        correction = links.bias_correction(b2, jnp.int32(count))
+        assert correction.dtype == "float32"
+        exact = -np.expm1(count * np.log(float(b2) or 1e-300))
+        np.testing.assert_allclose(correction, exact, rtol=4e-7)
 
 
 @pytest.mark.parametrize("factor", [0.3, 2, jnp.float32(0.3)])
@@ -269,14 +294,14 @@ def test_a_number_in_bounds_passes(value):
 
 @pytest.mark.parametrize("value", [0.5, 3.5, math.nan, np.float32(4), jnp.array(-2.0)])
 def test_a_number_out_of_bounds_is_refused(value):
-    with pytest.raises(ValueError, match=r"x must lie in \[1, 3\], but it is .*: fix it"):
-        links.check_bounds("x", value, low=1.0, high=3.0, fix="fix it")
+    with pytest.raises(ValueError, match=r"x must lie in \[1, 3\]; got .*\. Fix it"):
+        links.check_bounds("x", value, low=1.0, high=3.0, fix="Fix it.")
 
 
 @pytest.mark.parametrize("value", [True, None, "0.5", 1j, np.ones(1), jnp.ones(1), [1.0]])
 def test_a_bounded_number_must_be_one(value):
-    with pytest.raises(TypeError, match=r"x must be a real number, but it is .*: fix it"):
-        links.check_bounds("x", value, fix="fix it")
+    with pytest.raises(TypeError, match=r"x must be a real number; got .*\. Fix it"):
+        links.check_bounds("x", value, fix="Fix it.")
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])

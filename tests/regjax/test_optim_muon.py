@@ -75,7 +75,7 @@ def test_the_average_and_nesterov():
         _, state = optimizer.update(g1, state)
         update, state = optimizer.update(g2, state)
         np.testing.assert_allclose(-jnp.diag(update), expected, rtol=1e-6)
-        np.testing.assert_allclose(jnp.diag(state[1][0].ema), [0.1875, 0.25], rtol=1e-6)
+        np.testing.assert_allclose(jnp.diag(state["moments"][0].ema), [0.1875, 0.25], rtol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (6, 6)])
@@ -116,7 +116,7 @@ def test_ns_dtype_is_what_the_iteration_is_rounded_to():
 
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (9, 9)])
 def test_the_iteration_multiplies_along_the_longer_axis(shape):
-    """The Gram matrix has the size of the shorter one; float32 is multiplied without a shortcut."""
+    """The Gram matrix has the size of the shorter axis; float32 products have full precision."""
     for dtype in ("float32", "bfloat16"):
         optimizer = optim.muon(weight_decay=0.0, ns_dtype=dtype)
         gradient = jnp.ones(shape)
@@ -128,7 +128,7 @@ def test_the_iteration_multiplies_along_the_longer_axis(shape):
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 def test_other_parameters_than_matrices_are_refused_by_name(shape):
     params = {"hidden": {"kernel": jnp.ones((2, 3)), "other": jnp.ones(shape)}}
-    with pytest.raises(ValueError, match=r"'hidden/other' has shape \(.*optax\.partition"):
+    with pytest.raises(ValueError, match=r"got shape \(.* at 'hidden/other'\. .*optax\.partition"):
         optim.muon().init(params)
 
 
@@ -148,39 +148,10 @@ def test_bfloat16_is_rounded_once():
     held, gradient = jnp.full((1, 1), 1.0, "bfloat16"), jnp.full((1, 1), 3.015625, "bfloat16")
     optimizer = optim.muon(weight_decay=0.0)
     state = optimizer.init(held)
-    state = (state[0], (state[1][0]._replace(ema=held), state[1][1]), *state[2:])
-    ema = optimizer.update(gradient, state)[1][1][0].ema
+    average, *rest = state["moments"]
+    state = {**state, "moments": (average._replace(ema=held), *rest)}
+    ema = optimizer.update(gradient, state)[1]["moments"][0].ema
     assert ema == jnp.bfloat16(0.95 + 0.05 * 3.015625)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"momentum": -0.5}, r"momentum must be .* is -0\.5: pass 0\.95"),
-        ({"momentum": math.nan}, "momentum must be .* is nan"),
-        ({"eps": -1e-7}, "eps must be .* is -1e-07"),
-        ({"eps": math.nan}, "eps must be .* is nan"),
-        ({"ns_steps": -1}, "^ns_steps must be at least 0; got -1"),
-        ({"ns_steps": 100}, "^ns_steps must be at most 99; got 100"),
-        ({"ns_coefficients": (1.0, 2.0)}, r"must be three numbers; got \(1\.0, 2\.0\)"),
-        ({"ns_coefficients": (1.0, 2.0, math.nan)}, r"must be finite, but they are .*nan"),
-        ({"adjust_lr_fn": "adamw"}, r"adjust_lr_fn must be None, .* but it is 'adamw'"),
-        ({"adjust_lr_fn": ["original"]}, r"adjust_lr_fn must be None, .* but it is \['original'\]"),
-        ({"ns_dtype": "no dtype"}, "ns_dtype must be a dtype of floats, but it is 'no dtype'"),
-        ({"ns_dtype": None}, "ns_dtype must be a dtype of floats, but it is None"),
-        ({"ns_dtype": "int32"}, "ns_dtype must be a dtype of floats, but it is 'int32'"),
-    ],
-)
-def test_argument_out_of_range_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        optim.muon(**arguments)
-
-
-@pytest.mark.parametrize("value", [True, None, "0.1", jnp.ones(2)])
-@pytest.mark.parametrize("argument", ["momentum", "eps"])
-def test_argument_that_is_no_number_is_refused(argument, value):
-    with pytest.raises(TypeError, match=f"{argument} must be a real number, but it is"):
-        optim.muon(**{argument: value})
 
 
 @pytest.mark.parametrize("value", [0.5, 5.0, True, None, "5", jnp.ones(2, int)])
@@ -199,7 +170,7 @@ def test_arguments_at_the_ends_of_their_ranges_pass():
 
 
 def test_no_steps_scale_to_norm_1_as_in_torch():
-    """torch.optim.Muon takes 0 steps too, and then only normalizes."""
+    """torch.optim.Muon accepts 0 steps, and then only normalizes."""
     torch = pytest.importorskip("torch")
     weight = torch.nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     weight.grad = weight.detach().clone()
@@ -212,7 +183,7 @@ def test_no_steps_scale_to_norm_1_as_in_torch():
 
 
 def test_the_number_of_steps_can_be_injected():
-    """Traced, its type is checked all the same."""
+    """The dtype of a traced value is checked."""
     params = jnp.array([[3.0, 0.0], [0.0, 4.0]])
     optimizer = optax.inject_hyperparams(optim.muon)(1.0, ns_steps=2)
     updates, _ = jax.jit(optimizer.update)(params, optimizer.init(params), params)
@@ -239,7 +210,7 @@ def test_under_an_explicit_mesh_the_numbers_are_the_same(spec, shape):
 
 
 def test_the_longer_axis_stays_sharded():
-    """A step of the iteration gathers nothing: it sums small Gram matrices over devices."""
+    """The iteration has no all-gather: it sums small Gram matrices over devices."""
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     optimizer = optim.muon(0.1, ns_dtype="float32")
     with jax.set_mesh(mesh):
@@ -250,8 +221,3 @@ def test_the_longer_axis_stays_sharded():
     assert "all-reduce" in text
     assert "all-gather" not in text
     assert "collective-permute" not in text
-
-
-def test_complex_parameters_are_refused():
-    with pytest.raises(TypeError, match=r"complex parameters, .* 'spectrum' is complex64"):
-        optim.muon().init({"spectrum": jnp.array([[1 + 2j]])})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
 import regjax
@@ -28,7 +30,7 @@ OPTIONS = {name: {"weight_decay": 0.1} for name in optimizers.MAKE} | {
 
 
 def maker(name):
-    """The optimizer of a learning rate alone, which is all that `inject_hyperparams` may see."""
+    """Return the optimizer as a function of the learning rate, for `inject_hyperparams`."""
     return lambda lr=0.1: optimizers.MAKE[name](lr, **OPTIONS[name])
 
 
@@ -37,7 +39,7 @@ PARAMS = {"a": jnp.array([[0.5, -1.0], [2.0, 0.25]]), "b": jnp.array([[1.0, -0.5
 GRADIENT = {"a": jnp.array([[0.25, 0.5], [-1.0, 0.75]]), "b": jnp.array([[-0.5, 1.0]])}
 TWICE = jax.tree.map(lambda g: 2 * g, GRADIENT)
 CLOSE = 2e-6
-# MultiSteps, lookahead and reduce_on_plateau lean on promotion.
+# MultiSteps, lookahead and reduce_on_plateau require promotion.
 pytestmark = pytest.mark.usefixtures("leaning")
 
 
@@ -86,10 +88,10 @@ def lookahead(make):
 
 
 def flatten(make):
-    if make is MAKE["muon"]:  # which takes no vectors
+    if make is MAKE["muon"]:  # it accepts no vectors
         return
     updates = first_update(optax.flatten(make()), PARAMS, GRADIENT)
-    if make not in (MAKE["adamw"], MAKE["adafactor"]):  # by which a vector is not a matrix
+    if make not in (MAKE["adamw"], MAKE["adafactor"]):  # for which a vector is not a matrix
         assert_close(updates, first_update(make(), PARAMS, GRADIENT), atol=CLOSE)
 
 
@@ -99,7 +101,7 @@ def tree_get_and_set(make):
     assert optax.tree_utils.tree_get(state, "lr") == np.float32(0.1)
     state = optax.tree_utils.tree_set(state, lr=jnp.float32(0.0))
     updates, _ = wrapped.update(GRADIENT, state, PARAMS)
-    if make not in (MAKE["asgd"], MAKE["rprop"]):  # which read it a step early, or once
+    if make not in (MAKE["asgd"], MAKE["rprop"]):  # these read it a step early, or once
         assert_close(updates, jax.tree.map(jnp.zeros_like, PARAMS))
 
 
@@ -123,7 +125,7 @@ def inject_hyperparams(make):
 
 
 def line_search(make):
-    """A link whose update needs more than the three usual arguments."""
+    """Return a link whose update needs additional arguments."""
     wrapped = optax.chain(make(), optax.contrib.reduce_on_plateau())
     state = wrapped.init(PARAMS)
     updates, _ = wrapped.update(GRADIENT, state, PARAMS, value=jnp.float32(1.0))
@@ -144,6 +146,12 @@ def flax_train_state(make):
     state = TrainState.create(apply_fn=None, params=PARAMS, tx=make())
     state = jax.jit(lambda s: s.apply_gradients(grads=GRADIENT))(state)
     assert_close(state.params, walk(make(), [GRADIENT], PARAMS)[0][0], atol=CLOSE)
+    for restored in (
+        serialization.from_bytes(state.opt_state, serialization.to_bytes(state.opt_state)),
+        pickle.loads(pickle.dumps(state.opt_state)),
+    ):
+        assert jax.tree.structure(restored) == jax.tree.structure(state.opt_state)
+        assert_close(restored, state.opt_state)
 
 
 class _Model(eqx.Module):

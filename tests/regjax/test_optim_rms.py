@@ -18,7 +18,7 @@ def _early(value):
     return lambda count: jnp.where(count == 0, value, 0.0)
 
 
-# The first step from w = -2 with gradient 1, worked out by hand.
+# The first step from w = -2 with gradient 1, computed by hand.
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
@@ -74,7 +74,7 @@ RATES_OF_THREE_STEPS = jnp.array([1.0, 0.5, 0.25])
         (optim.adadelta(0.1, 0.0, 1.0), [0.1 * 0.5**0.5, 0.1 * 0.75**0.5, 0.1 * 0.875**0.5]),
         (optim.rmsprop(1.0, 0.5), [2**0.5, (4 / 3) ** 0.5, (8 / 7) ** 0.5]),
         (optim.rmsprop(1.0, 0.0, momentum=0.5), [1.0, 1.5, 1.75]),
-        # Nor the momentum.
+        # Neither does the momentum.
         (
             optim.rmsprop(lambda count: RATES_OF_THREE_STEPS[count], 0.0, momentum=0.5),
             [1.0, 0.75, 0.4375],
@@ -91,7 +91,7 @@ def test_the_decay_of_the_learning_rate_in_late_steps():
     optimizer = optim.adagrad(1.0, 1e-3)
     state = optimizer.init(jnp.array(0.0))
     late = optax.ScaleByScheduleState(jnp.int32(10**6))
-    update, _ = optimizer.update(jnp.array(1.0), (*state[:3], late))
+    update, _ = optimizer.update(jnp.array(1.0), {**state, "learning_rate": late})
     np.testing.assert_allclose(update, -1 / 1001, rtol=1e-6)
 
 
@@ -131,56 +131,3 @@ def test_a_parameter_without_gradient_stays_where_it_is(make, dtype):
     # In float16 itself the default eps would be 0, and the step 0 / 0.
     zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, dtype), PARAMS)
     assert_close(first_update(make(), in_dtype(PARAMS, dtype), zeros), zeros)
-
-
-NUMBERS = [
-    (optim.adagrad, "lr_decay", r"pass 0\.0 for none"),
-    (optim.adagrad, "initial_accumulator_value", r"pass 0\.0, say"),
-    (optim.adagrad, "eps", "pass 1e-10, say"),
-    (optim.adadelta, "rho", r"pass 0\.9, say"),
-    (optim.adadelta, "eps", "pass 1e-6, say"),
-    (optim.rmsprop, "alpha", r"pass 0\.99, say"),
-    (optim.rmsprop, "eps", "pass 1e-8, say"),
-    (optim.rmsprop, "momentum", r"pass 0\.0 for none"),
-]
-each_number = pytest.mark.parametrize(("make", "argument", "fix"), NUMBERS)
-
-
-@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), np.float32(-1), -1])
-@each_number
-def test_argument_out_of_range_is_refused(make, argument, fix, value):
-    with pytest.raises(ValueError, match=rf"^{argument} must be .* it is {value}: {fix}$"):
-        make(**{argument: value})
-
-
-@pytest.mark.parametrize("value", [1.0, 1.5, jnp.float32(1)])
-@pytest.mark.parametrize(("make", "argument"), [(optim.adadelta, "rho"), (optim.rmsprop, "alpha")])
-def test_mean_that_never_moves_is_refused(make, argument, value):
-    with pytest.raises(ValueError, match=rf"{argument} must be in \[0, 1\), but it is {value}: "):
-        make(**{argument: value})
-
-
-@pytest.mark.parametrize("value", [True, None, "0.1", jnp.ones(2), 1j])
-@each_number
-def test_argument_that_is_no_number_is_refused(make, argument, fix, value):
-    del fix
-    with pytest.raises(TypeError, match=f"^{argument} must be a real number, but it is"):
-        make(**{argument: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "make"),
-    [("Adagrad", optim.adagrad), ("Adadelta", optim.adadelta), ("RMSprop", optim.rmsprop)],
-)
-def test_complex_parameters(name, make):
-    params = {"spectrum": jnp.array([1 + 2j, -1j, 3.0])}
-    gradient = {"spectrum": jnp.array([0.5 - 1j, 2 + 1j, 0.5j])}
-    with pytest.raises(TypeError, match=rf"{name} .* complex parameter 'spectrum': .*split_real_"):
-        make().init(params)
-    optimizer = make(0.5, weight_decay=0.1)
-    with jax.numpy_dtype_promotion("standard"):
-        split = optax.contrib.split_real_and_imaginary(optimizer)
-        update = first_update(split, params, gradient)["spectrum"]
-    for part in (jnp.real, jnp.imag):
-        alone = first_update(optimizer, *(jax.tree.map(part, tree) for tree in (params, gradient)))
-        assert_close(part(update), alone["spectrum"], atol=1e-7)

@@ -1,4 +1,4 @@
-"""The same key gives the mask and the float32 values of the libraries' own layers, unadapted."""
+"""The same key gives the mask and the float32 values of the layers of other libraries."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ PEERS = {
 @pytest.mark.parametrize("rate", RATES)
 def test_the_values_are_those_of_the_peer(peer, rate):
     x = jnp.linspace(-3.0, 3.0, 257 * 64).reshape(257, 64)
-    with jax.numpy_dtype_promotion("standard"):  # the peers lean on promotion
+    with jax.numpy_dtype_promotion("standard"):  # the peers require promotion
         theirs = peer(x, rate)
     assert_same_eagerly(regjax.dropout(x, rate, key=KEY), theirs)
 
 
 @pytest.mark.parametrize("shape", [(2**24,), (4096, 4096), (16, 64, 128, 128)], ids=str)
 def test_a_hundred_million_elements_equal_those_of_jax(shape):
-    """Two rates and three shapes of 2**24 elements: 10**8 in all, eager and jitted."""
+    """Compare 10**8 elements: two rates and three shapes of 2**24, eager and jitted."""
     for rate, seed in ((0.9, 0), (0.123, 2**32 - 1)):
         key = jax.random.key(seed)
         theirs = jax.random.bernoulli(key, rate, shape)

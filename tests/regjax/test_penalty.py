@@ -140,7 +140,9 @@ def test_sharded_parameters():
 )
 def test_what_is_no_parameter_is_refused_unless_masked_out(leaf, found):
     params = {"layer": [jnp.ones(2), leaf]}
-    with pytest.raises(TypeError, match=f"params at 'layer/1' is {found}: give it False in `mask`"):
+    with pytest.raises(
+        TypeError, match=f"params at 'layer/1' must be .* got {found}. Set it to False in `mask`"
+    ):
         l2_penalty(params, 0.5)
     assert l2_penalty(params, 0.5, mask={"layer": [True, False]}) == 1.0
 
@@ -157,20 +159,20 @@ def test_models_of_flax_and_equinox():
 
 @pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), float("inf"), jnp.float32(-1)])
 def test_coefficient_out_of_range_is_refused(weight_decay):
-    with pytest.raises(ValueError, match="weight_decay must be finite and not negative, but it is"):
+    with pytest.raises(ValueError, match="weight_decay must be finite and not negative; got"):
         l2_penalty(PARAMS, weight_decay)
 
 
 @pytest.mark.parametrize("weight_decay", [True, None, "0.1", 1j, jnp.ones(2), lambda step: 0.1])
 def test_coefficient_that_is_no_number_is_refused(weight_decay):
-    with pytest.raises(TypeError, match="weight_decay must be a real number, but it is"):
+    with pytest.raises(TypeError, match="weight_decay must be a real number; got"):
         l2_penalty(PARAMS, weight_decay)
 
 
 def test_mask_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"mask has another structure .* at 'bias'"):
+    with pytest.raises(ValueError, match=r"mask must have the structure .* at 'bias'"):
         l2_penalty(PARAMS, 0.5, mask={"kernel": True})
-    with pytest.raises(TypeError, match=r"mask at 'bias' must be a bool, but it is 0\.5"):
+    with pytest.raises(TypeError, match=r"mask at 'bias' must be a bool; got 0\.5"):
         l2_penalty(PARAMS, 0.5, mask={"kernel": True, "bias": 0.5})
 
 
@@ -221,7 +223,7 @@ def test_half_types_of_the_other_penalties_are_summed_in_float32():
     ones, zeros = jnp.ones(4097, jnp.bfloat16), jnp.zeros(4097, jnp.bfloat16)
     assert l1_penalty(ones, 1.0) == 4097
     assert l2_sp_penalty(ones, zeros, 1.0) == 4097
-    # The difference is taken in float32 too: in bfloat16 the reference would be 1.
+    # The difference is computed in float32: in bfloat16 the reference would be 1.
     assert l2_sp_penalty(ones[:1], jnp.float32([1 + 2**-9]), 1.0) == 2**-18
 
 
@@ -239,30 +241,38 @@ def test_a_wider_reference_is_cast():
 @pytest.mark.parametrize(
     ("reference", "error", "message"),
     [
-        (None, ValueError, "reference has another structure than the parameters at the root"),
-        ({"kernel": 0.0}, ValueError, "at 'bias': the reference has nothing there"),
-        ({**REFERENCE, "x": 0.0}, ValueError, "at 'x': .* the parameters have nothing"),
-        ({**REFERENCE, "bias": 0.0}, ValueError, "another structure than the parameters at 'bias'"),
+        (
+            None,
+            ValueError,
+            "reference must have the structure of the parameters; got None at the root",
+        ),
+        ({"kernel": 0.0}, ValueError, "reference must have .* got nothing at 'bias'"),
+        ({**REFERENCE, "x": 0.0}, ValueError, "at 'x', where the parameters have nothing"),
+        (
+            {**REFERENCE, "bias": 0.0},
+            ValueError,
+            "the structure of the parameters; got 0.0 at 'bias'",
+        ),
         (
             {**REFERENCE, "bias": [jnp.zeros(2), jnp.zeros(2)]},
             ValueError,
-            r"reference at 'bias/0' has shape \(2,\)",
+            r"reference at 'bias/0' must have .* got \(2,\)",
         ),
         (
             {**REFERENCE, "kernel": jnp.ones(2)},
             ValueError,
-            r"reference at 'kernel' has shape \(2,\)",
+            r"reference at 'kernel' must have .* got \(2,\)",
         ),
-        ({**REFERENCE, "kernel": 0.0}, TypeError, r"'kernel' must be a float .*, but it is 0\.0"),
+        ({**REFERENCE, "kernel": 0.0}, TypeError, r"'kernel' must be a float .*; got 0\.0"),
         (
             {**REFERENCE, "kernel": jnp.ones((2, 2), int)},
             TypeError,
-            "'kernel' must be a float .*, but it is an array of int32",
+            "'kernel' must be a float .*; got an array of int32",
         ),
         (
             {**REFERENCE, "kernel": jnp.ones((2, 2), complex)},
             TypeError,
-            "reference at 'kernel' is complex",
+            "reference at 'kernel' must be real",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What only JAX can get wrong of blocks, words and weights: transforms, memory, layouts."""
+"""Tests of blocks, words and weights that only JAX needs: transforms, memory, layouts."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_key_reuse_is_still_seen(drop, x):
 
 
 def test_reuse_on_purpose_is_told_by_a_clone():
-    """The state of a recurrence, dropped with one key at every step."""
+    """Return the states of a recurrence with dropout by one key at every step."""
     run = lambda of_step: jax.lax.scan(
         lambda h, x: (regjax.dropout(h, 0.3, key=of_step()) + x, None),
         jnp.ones(4),
@@ -165,7 +165,7 @@ def test_a_mask_too_large_to_count_is_refused():
 
 
 def test_a_tree_of_weights_under_jit_and_grad():
-    """Of a dropped weight the gradient is 0, of the others the scale."""
+    """The gradient of a dropped weight is 0, and of a kept one the scale."""
     weights: Any = {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8), "steps": jnp.arange(3)}
     drop = functools.partial(regjax.drop_connect, rate=0.5, key=KEY)
     dropped = drop(weights)

@@ -1,7 +1,7 @@
-"""On TPUs too nothing but the key is stored for the backward pass: asked of XLA's compiler.
+"""Only the key is stored for the backward pass on TPUs, by XLA's compiler.
 
-Compiled for a chip that is not there, and not run. libtpu reads its settings when it is loaded, and
-stays loaded: so another process asks it, once for all tests.
+The steps are compiled for a chip that need not be present, and not run. libtpu reads its settings
+on load and stays loaded, so another process compiles, once for all tests.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ print(json.dumps([
     [*one, modelled.step_bytes(devices, one[0], dropouts[one[1]], one[2])] for one in asked
 ]))
 """
-ELEMENTS = BATCH * WIDTH  # of one layer's activations
+ELEMENTS = BATCH * WIDTH  # the activations of one layer
 
 
 @pytest.fixture(scope="module")
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], int]:
-    """Bytes of a training step, by how its layers are written, its dropout, and its depth."""
+    """Return the bytes of a training step, by form of the layers, dropout, and depth."""
     logs = str(tmp_path_factory.mktemp("libtpu"))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -87,21 +87,21 @@ def test_exact_masks_take_no_memory(temporary, form):
 
 @pytest.mark.parametrize(("form", "planted"), [("unrolled", "guarded"), ("scanned", "storing")])
 def test_a_stored_mask_is_seen(temporary, form, planted):
-    """The test of the test: a mask that a scan keeps, and barriers that keep XLA from fusing it.
+    """Test of the test: a mask that a scan keeps, and barriers that keep XLA from fusing it.
 
-    Each alone shows in one form only: unrolled, XLA by itself draws the mask again, and in a scan
-    the barriers change nothing.
+    Each has an effect in one form only: unrolled, XLA draws the mask again by itself, and in a scan
+    the barriers have no effect.
     """
     within = 1.01 * temporary[form, "none", LAYERS]
     assert temporary[form, planted, LAYERS] > 1.1 * within
 
 
 def test_packed_masks_keep_the_operands_of_the_unrolled_layers_but_no_mask(temporary):
-    """XLA:TPU does not spread words inside a matrix product.
+    """XLA:TPU does not expand words inside a matrix product.
 
-    So each product but the last, which the loss squares, reads what dropout made from memory,
-    where it stays for the backward pass: in bfloat16, as TPUs multiply. Beside it stay the words,
-    a bit an element. A mask would be a byte an element more.
+    Each product except the last, which the loss squares, therefore reads the output of dropout
+    from memory, where it is kept in bfloat16 for the backward pass, with words of one bit per
+    element. A mask would add one byte per element.
     """
     extra = temporary["unrolled", "packed", LAYERS] - temporary["unrolled", "none", LAYERS]
     operands, words = 2 * (LAYERS - 1) * ELEMENTS, LAYERS * ELEMENTS // 8
@@ -109,7 +109,7 @@ def test_packed_masks_keep_the_operands_of_the_unrolled_layers_but_no_mask(tempo
 
 
 def test_packed_masks_take_no_memory_in_a_scan_however_many_layers_it_has(temporary):
-    """At most what one layer's product reads."""
+    """The difference is at most the input of the product of one layer."""
     for layers in (LAYERS, 2 * LAYERS):
         extra = temporary["scanned", "packed", layers] - temporary["scanned", "none", layers]
         assert extra <= 2 * ELEMENTS

@@ -1,4 +1,4 @@
-"""Monte Carlo dropout in JAX: compilation, memory, transforms, and each framework's own model."""
+"""Monte Carlo dropout in JAX: compilation, memory, transforms, and models of each framework."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_predict_is_compiled_once():
 
 
 def test_arrays_that_predict_closes_over_may_change():
-    """Also within an object, as the parameters of a module do in training."""
+    """Including arrays inside an object, as the parameters of a module in training."""
     held = {"w": W}
 
     def closing(x, *, key):
@@ -112,7 +112,7 @@ def test_inside_of_jit_predict_may_close_over_what_is_traced():
 
 def test_under_vmap():
     rows = jax.vmap(lambda x: mc(predict, W, x[None], chunk_size=3).mean)(X)
-    # A row alone has the mask of the first of a batch.
+    # A single row has the mask of the first row of a batch.
     np.testing.assert_allclose(rows[0], usual().mean[:1], rtol=0, atol=1e-6)
     assert rows.shape == (4, 1, 3)
 
@@ -128,7 +128,7 @@ def test_gradients_flow_through_every_statistic():
 
 
 def test_the_gradient_of_a_deviation_of_zero_is_none():
-    """A row that dropout cannot change, beside rows that it does."""
+    """A batch with a row that dropout does not change."""
     x = X.at[0].set(0)
     gradient = jax.grad(lambda w: mc(predict, w, x).std.sum())(W)
     assert jnp.isfinite(gradient).all()
@@ -192,7 +192,7 @@ def test_predict_must_be_hashable():
 
 
 def deep(x, *, key):
-    """A loop over layers that hold much within an inner jit; and a sort, which nothing fuses."""
+    """Loop over layers with large temporaries in an inner jit, with a sort that cannot be fused."""
 
     @jax.jit
     def layer(x, key):
@@ -205,7 +205,7 @@ def deep(x, *, key):
 
 
 def test_a_chunk_stays_within_the_budget():
-    """By XLA's own count of what a compiled call needs besides its inputs and outputs."""
+    """Return the temporary memory of a compiled call, by XLA's analysis."""
 
     def needed(samples, memory_budget):
         run = jax.jit(functools.partial(mc, deep, samples=samples, memory_budget=memory_budget))
@@ -215,7 +215,7 @@ def test_a_chunk_stays_within_the_budget():
     budget = 2**22
     few, many, at_once = needed(64, budget), needed(512, budget), needed(64, 2**40)
     assert few <= budget < at_once
-    assert many <= few + 8 * 512  # more passes need no more memory, but for their numbers
+    assert many <= few + 8 * 512  # more passes need no more memory, except for their indices
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def linen_model():
 
 
 def linen_model_with_one_flag():
-    """Where `train` decides about both, an interceptor takes dropout out of it."""
+    """If `train` controls both, an interceptor excludes dropout from it."""
     from flax import linen as nn
 
     class Model(nn.Module):
@@ -393,10 +393,10 @@ def test_norms_stay_in_evaluation_in_every_framework(make):
     (predict, variables), evaluated, trained = make()
     y = mc(predict, variables, X, keep_samples=True)
     kept = np.asarray(y.samples) != 0
-    assert 0.3 < kept.mean() < 0.7  # of 192 fair coins: outside once in 4e7 times
+    assert 0.3 < kept.mean() < 0.7  # for 192 fair coins, outside with probability 3e-8
     twice = np.broadcast_to(2 * np.asarray(evaluated), kept.shape)
     np.testing.assert_allclose(np.asarray(y.samples)[kept], twice[kept], rtol=1e-6)
-    # The test of the test: the batch's own averages would be another prediction.
+    # Test of the test: statistics of the batch would give another prediction.
     assert np.abs(trained - evaluated).max() > 0.1
 
 

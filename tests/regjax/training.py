@@ -1,4 +1,4 @@
-"""What the tests of the layers for other frameworks share: data, and whole runs of training."""
+"""Code that the tests of layers share: data, and training runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def digits(steps, size=32):
-    """Batches of scikit-learn's handwritten digits, shaped as those of MNIST: (N, 8, 8, 1)."""
+    """Return batches of scikit-learn's handwritten digits, of shape (N, 8, 8, 1)."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -20,7 +20,7 @@ def digits(steps, size=32):
 
 
 def text(steps, size=8, length=16):
-    """Batches of Python's own documentation, character by character, and the characters to come."""
+    """Return batches of characters of Python's documentation, and the next characters."""
     letters = np.frombuffer(topics["for"].encode("ascii", "replace"), np.uint8).astype(np.int32)
     starts = np.random.default_rng(0).integers(0, len(letters) - length, (steps, size))
     windows = np.lib.stride_tricks.sliding_window_view(letters, length + 1)[starts]
@@ -28,7 +28,7 @@ def text(steps, size=8, length=16):
 
 
 def filled(shapes):
-    """Values for a state of these shapes, without a compilation: a scale is near 1, keys differ."""
+    """Return values for a state of these shapes, without compilation; keys differ."""
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -44,7 +44,7 @@ def filled(shapes):
 
 
 def train(step, state, batches):
-    """Walk along the batches; return the loss and the state after each step.
+    """Train on the batches; return the loss and the state after each step.
 
     `step(state, batch, number)` returns the next state and the loss; it is jitted here.
     """
@@ -56,7 +56,7 @@ def train(step, state, batches):
 
 
 def snapshot(tree):
-    """The values of a tree, keys among them, as arrays of NumPy."""
+    """Return the values of a tree, including keys, as NumPy arrays."""
 
     def array(leaf):
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -66,14 +66,14 @@ def snapshot(tree):
 
 
 def same_bits(tree, other):
-    """Whether two trees of float32 have the same bits, the signs of zeros included."""
+    """Return whether two trees of float32 have the same bits, including signs of zeros."""
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
     words = [[np.asarray(leaf).view(np.uint32) for leaf in pair] for pair in pairs]
     return all(np.array_equal(*pair) for pair in words)
 
 
 def assert_same_training(ours, theirs):
-    """Every bit of every loss and state, at every step; and something was learnt."""
+    """Assert equal bits of all losses and states at every step, and that the model learned."""
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert jax.tree.structure(mine) == jax.tree.structure(other)
         leaves = jax.tree.leaves_with_path(mine)

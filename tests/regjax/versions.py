@@ -1,4 +1,4 @@
-"""How the tests depend on the versions of JAX, Flax and Optax: no other test compares versions."""
+"""Dependence of the tests on versions of JAX, Flax and Optax, for all test files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import optax
 import pytest
 from flax import nnx
 
-# Outside of jit, JAX before 0.10 divides by a number where it otherwise multiplies by its inverse:
-# the layers of Flax, Equinox and Haiku then differ from themselves under jit in the last bit.
+# Outside of jit, JAX before 0.10 divides by a number; otherwise it multiplies by its inverse. The
+# layers of Flax, Equinox and Haiku then differ in the last bit from themselves under jit.
 EAGER_DIVISION_IS_EXACT = jax.__version_info__ < (0, 10)
 
 # XLA of JAX 0.12 may fuse a mask with the gradient of a convolution, and contracts other products
@@ -52,7 +52,7 @@ def causal_options(x: jax.Array) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def debug_key_reuse() -> Iterator[None]:
-    """Check the reuse of keys, also in compiled functions, which JAX before 0.10 overlooks."""
+    """Check the reuse of keys; JAX before 0.10 does not check compiled functions."""
     if jax.__version_info__ < (0, 10):
         jax.clear_caches()
     with jax.debug_key_reuse(True):

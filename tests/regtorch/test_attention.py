@@ -1,4 +1,4 @@
-"""Attention in PyTorch alone: derivatives, memory, what needs no gradient, a compiler."""
+"""Attention in PyTorch: derivatives, memory, inputs without gradients, compilation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_derivatives_in_blocks_agree_with_differences(bias):
 
 
 class _Largest(TorchDispatchMode):
-    """How many elements the largest tensor has that an operation makes."""
+    """Return the size of the largest tensor that an operation creates."""
 
     elements = 0
 
@@ -62,10 +62,10 @@ def largest_and_saved(length: int, block_size: int | None) -> tuple[int, int]:
 
 
 def test_memory_in_blocks_grows_with_the_length_and_not_with_its_square():
-    """By the largest tensor of both passes, and by all that is kept between them."""
+    """Return the largest size of a tensor of both passes, and the size of all saved tensors."""
     short, long = (largest_and_saved(length, 8) for length in (32, 128))
     assert all(more <= 4 * few for few, more in zip(short, long, strict=True))
-    assert all(size >= 2 * 128**2 for size in largest_and_saved(128, None))  # the test of the test
+    assert all(size >= 2 * 128**2 for size in largest_and_saved(128, None))  # test of the test
 
 
 @both_forms
@@ -100,7 +100,7 @@ def test_functional_gradients(block_size):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-# The compiler's own: it makes an instance of every autograd.Function that it looks into.
+# From the compiler, which instantiates every autograd.Function that it traces.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @both_forms
 def test_compiled_in_one_graph(block_size):
@@ -126,6 +126,6 @@ def test_at_rate_1_a_tensor_as_a_flag_still_decides(block_size):
     )
     torch.testing.assert_close(call(torch.tensor(True)), call(True))
     assert not call(torch.tensor(False)).any()
-    if block_size:  # the whole form multiplies its zeros with the values
+    if block_size:  # the whole matrix has zeros, which multiply the values
         value[0] = torch.inf
         assert not call(False).any()

@@ -1,4 +1,4 @@
-"""What only PyTorch can get wrong: generators, modules, the graph, devices of keys."""
+"""Tests that only PyTorch needs: generators, modules, the graph, devices of keys."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TestModule:
         assert torch.equal(layer.train()(X, key=regtorch.key(1)), expected)
 
     def test_a_call_without_key_or_generator_is_refused(self):
-        with pytest.raises(ValueError, match="key is missing"):
+        with pytest.raises(ValueError, match="key must be a random key in training"):
             regtorch.nn.Dropout(0.5)(X)
 
     def test_the_generator_serves_calls_without_a_key(self):

@@ -1,4 +1,4 @@
-"""Bugs planted in the training loops of modules, each with what the guard must say; sound loops."""
+"""Planted bugs in training loops of modules, each with the expected report; correct loops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ X = torch.linspace(-1.0, 1.0, 8 * 16).reshape(8, 16)
 
 
 def line(marker: str) -> str:
-    """Where this file has a comment, as a report says it."""
+    """Return the line of a comment of this file, in the format of a report."""
     lines = Path(__file__).read_text().splitlines()
     (number,) = [n for n, text in enumerate(lines, 1) if text.endswith(f"  # {marker}")]
     return f"test_guards.py:{number}"
@@ -35,7 +35,7 @@ def converted():
 
 
 def trainer(model, step_of=lambda step: step):
-    """A step of gradient descent on a converted model."""
+    """Return a step of gradient descent on a converted model."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
 
     def train_step(step):
@@ -156,7 +156,7 @@ def accumulated():
 
 
 def functional():
-    """Weights that are carried along, and a loss that is computed again beside its gradient."""
+    """Carried weights, and a loss that is computed again in addition to its gradient."""
 
     def train_step(w, step):
         key = regtorch.site_key(ROOT, step, "it")
@@ -195,7 +195,7 @@ SOUND = {
 
 @pytest.mark.parametrize("run", SOUND.values(), ids=SOUND)
 def test_a_sound_step_gives_an_empty_report(run):
-    """Keys of 64 bits do not meet; masks that agree are judged by their chance, below 1e-9."""
+    """64-bit keys do not collide; equal masks are reported if their probability is below 1e-9."""
     report = run()
     assert report.rows
     assert found(report) == []
@@ -204,7 +204,7 @@ def test_a_sound_step_gives_an_empty_report(run):
 
 def test_a_key_that_was_never_set_is_an_error_of_its_own():
     model = converted()
-    with pytest.raises(ValueError, match="has no key"):
+    with pytest.raises(ValueError, match="must have a key in training"):
         regtorch.check_dropout(lambda step: model(X))
 
 
@@ -214,7 +214,7 @@ def partly_off():
 
 
 def test_a_layer_at_rate_0_need_not_draw():
-    """It is one of `keyed.sites`, and off on purpose; with an expected rate it is not."""
+    """A site of `keyed.sites` at rate 0 is not a finding, unless a rate is expected."""
     model = partly_off()
     names = regtorch.keyed.sites(model)
     assert names == ["1", "2"]
@@ -227,7 +227,7 @@ def test_a_layer_at_rate_0_need_not_draw():
     setattr(model[2], "p", 0.0)  # noqa: B010 - a module of a Sequential has no known type
     assert found(check(expect=names)) == []
     assert found(check()) == [(Problem.NEVER_ACTIVE, ())]
-    model[1].eval()  # no longer known to be off by its rate
+    model[1].eval()  # its rate no longer explains why it is off
     assert found(regtorch.check_dropout(trainer(model), expect=names)) != []
 
 

@@ -1,4 +1,4 @@
-"""`regtorch.keyed`: existing models draw from explicit keys; nothing else changes."""
+"""`regtorch.keyed`: existing models draw from explicit keys, and are otherwise unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ X = torch.linspace(-2.0, 3.0, 24).reshape(3, 8)
 
 
 class Shared(nn.Module):
-    """One dropout in two places, one in a dict, one called twice."""
+    """A model with a dropout in two places, one in a dict, and one that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_keys_from_integers_are_keys_from_tensors(root, step):
         tensor = torch.tensor(root, dtype=torch.uint32)
         words = list(site_words(root, step, site))
         assert regtorch.site_key(tensor, step, site).tolist() == words
-        # Where a tensor has no one value, its words are worked on as tensors.
+        # If the value of a tensor is not available, its words remain tensors.
         mapped = torch.func.vmap(
             lambda key, step=step, site=site: regtorch.site_key(key, step, site)
         )
@@ -104,7 +104,7 @@ def test_keys_from_integers_are_keys_from_tensors(root, step):
 
 def test_training_without_a_key_names_set_key_and_the_site():
     model = keyed.convert(Shared())
-    with pytest.raises(ValueError, match=r"site 'first' has no key.*keyed\.set_key"):
+    with pytest.raises(ValueError, match=r"site 'first' must have a key .*keyed\.set_key"):
         model(X)
     model.eval()(X)
 
@@ -112,7 +112,7 @@ def test_training_without_a_key_names_set_key_and_the_site():
 def test_set_key_refuses_what_is_not_converted_and_what_is_no_key():
     model = keyed.convert(nn.Sequential(nn.Dropout(0.5)))
     model.append(nn.Dropout(0.5))
-    with pytest.raises(ValueError, match=r"module '1' \(Dropout\) is not converted.*convert"):
+    with pytest.raises(ValueError, match=r"module '1' must be converted; got a Dropout.*convert"):
         keyed.set_key(model, ROOT, 0)
     model = keyed.convert(model)
     with pytest.raises(ValueError, match="step must lie in"):
@@ -133,7 +133,7 @@ def test_convert_keeps_parameters_state_and_objects_and_revert_puts_the_classes_
     names = keyed.sites(model)
     keyed.set_key(model, ROOT, 0)
     keys = [site.root for module in modules for site in getattr(module, "sites", ())]
-    assert keyed.convert(model) is model  # once more: nothing changes, keys included
+    assert keyed.convert(model) is model  # a second call changes nothing, including keys
     assert keyed.sites(model) == names
     assert [s.root for m in modules for s in getattr(m, "sites", ())] == keys
     assert keyed.revert(model) is model
@@ -171,7 +171,9 @@ class Custom(nn.Dropout):
 def test_a_subclass_is_refused_by_its_path_before_anything_is_converted(module):
     model = nn.Sequential(nn.Dropout(0.5), nn.ModuleDict({"inner": module}))
     kind = type(module).__name__
-    with pytest.raises(TypeError, match=rf"module '1\.inner' is a {kind}.*regtorch\.dropout"):
+    with pytest.raises(
+        TypeError, match=rf"module '1\.inner' must be .* got {kind}.*regtorch\.dropout"
+    ):
         keyed.convert(model)
     assert type(model[0]) is nn.Dropout
     assert keyed.sites(model) == []
@@ -179,7 +181,9 @@ def test_a_subclass_is_refused_by_its_path_before_anything_is_converted(module):
 
 def test_a_part_that_was_converted_under_another_name_is_refused():
     part = keyed.convert(nn.Sequential(nn.Dropout(0.5)))
-    with pytest.raises(ValueError, match=r"module '1\.0' was converted .* name '0'.*revert"):
+    with pytest.raises(
+        ValueError, match=r"module '1\.0' must not be converted .* name '0'.*revert"
+    ):
         keyed.convert(nn.Sequential(nn.Dropout(0.5), part))
 
 
@@ -189,7 +193,7 @@ def test_what_drops_nothing_is_left_alone():
     assert [type(module) for module in model] == [Custom, nn.MultiheadAttention, nn.LSTM]
 
 
-# Attention: what is written out equals PyTorch's own, with every option.
+# Attention: the converted module equals PyTorch's, with every option.
 ATTENTION = {
     "plain": {},
     "batch first": {"batch_first": True},
@@ -201,7 +205,7 @@ ATTENTION = {
 
 @pytest.fixture
 def no_dropout(monkeypatch):
-    """Dropout that keeps everything, on both sides."""
+    """Replace dropout on both sides, to keep everything."""
     monkeypatch.setattr("regtorch.keyed.layers.dropout", lambda x, rate, *, key: x)
     monkeypatch.setattr(F, "dropout", lambda x, p: x)
     kernel = F.scaled_dot_product_attention
@@ -278,7 +282,7 @@ def test_recurrent_layers_run_one_by_one_as_in_pytorch(kind, bidirectional, form
         x = pack_padded_sequence(x, torch.tensor([4, 6, 2]), True, enforce_sorted=False)
     (y, state), (given, given_state) = plain(x), model(x)
     same_bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
-    # PyTorch's own sums follow another order where the state lies at another address.
+    # The order of PyTorch's sums may depend on the address of the state.
     same_to_rounding = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
     for check in (same_bits, same_to_rounding):  # without and with an initial state
         check(getattr(given, "data", given), getattr(y, "data", y))
@@ -375,11 +379,13 @@ def test_a_checkpoint_of_a_site_called_twice_needs_replay():
     (expected,) = torch.autograd.grad(twice(model, x).sum(), x)
     keyed.set_key(model, ROOT, 0)
     y = twice(model, x, preserve_rng_state=False)
-    with pytest.raises(RuntimeError, match=r"site '1' was called 2 times.*keyed\.replay"):
+    with pytest.raises(
+        RuntimeError, match=r"site '1' must be called once .* got 2 calls.*keyed\.replay"
+    ):
         y.sum().backward()
     keyed.set_key(model, ROOT, 0)
     y = twice(model, x, context_fn=lambda: keyed.replay(model))
-    keyed.set_key(model, ROOT, 9)  # even then: the step is part of what is put back
+    keyed.set_key(model, ROOT, 9)  # even then: the step is restored, too
     y.sum().backward()
     assert torch.equal(x.grad, expected)
     assert (model[1].sites[0].step, model[1].sites[0].calls) == (9, 0)
@@ -389,7 +395,7 @@ def test_a_checkpoint_whose_backward_comes_after_set_key_is_refused():
     model = keyed_model(nn.Sequential(nn.Dropout(0.5), nn.Tanh()))
     y = checkpoint(model, X.clone().requires_grad_(), use_reentrant=False)
     keyed.set_key(model, ROOT, 1)
-    with pytest.raises(RuntimeError, match=r"called 0 times.*set_key after the backward pass"):
+    with pytest.raises(RuntimeError, match=r"got 0 calls.*set_key after the backward pass"):
         y.sum().backward()
 
 

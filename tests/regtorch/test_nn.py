@@ -1,4 +1,4 @@
-"""The modules of the dropout family against their functions and against PyTorch's own modules."""
+"""The modules of the dropout family agree with their functions and with PyTorch's modules."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ every_layer = pytest.mark.parametrize("name", NAMES)
 
 
 def layers(name: str, rate: float = 0.5):
-    """Ours and PyTorch's."""
+    """Return the module of regtorch and that of PyTorch."""
     return getattr(regtorch.nn, name)(rate), getattr(torch.nn, name)(rate)
 
 
@@ -29,7 +29,7 @@ def an_input(name: str) -> torch.Tensor:
 def test_evaluation_is_the_input_and_training_needs_a_key(name):
     layer, _ = layers(name)
     x = an_input(name)
-    with pytest.raises(ValueError, match="key is missing"):
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         layer(x)
     assert layer.eval()(x) is x
     assert not layer.state_dict()
@@ -52,7 +52,7 @@ def test_the_rate_is_checked_and_printed(name):
     assert repr(layers(name, 0.25)[0]) == f"{name}(rate=0.25)"
 
 
-SHARED = {  # what of the input one draw decides: the shape of the mask
+SHARED = {  # the shape of the mask
     "Dropout1d": {(6, 5): (6, 1), (3, 6, 5): (3, 6, 1)},
     "Dropout2d": {(3, 6, 5): (3, 6, 1), (3, 6, 5, 4): (3, 6, 1, 1)},
     "Dropout3d": {(6, 5, 4, 3): (6, 1, 1, 1), (2, 6, 5, 4, 3): (2, 6, 1, 1, 1)},
@@ -93,7 +93,7 @@ def test_an_input_of_another_rank_is_refused(name, ndim):
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("name", ["AlphaDropout", "FeatureAlphaDropout"])
 def test_alpha_constants_are_those_of_pytorch(name, rate):
-    """PyTorch's two values at x = 0 and its slope, read off its own output."""
+    """Return PyTorch's two values at x = 0 and its slope, from its output."""
     ours, theirs = layers(name, rate)
     for x in (torch.zeros(400, 4, dtype=torch.float64), torch.ones(400, 4, dtype=torch.float64)):
         values = [torch.unique(y) for y in (ours(x, key=KEY), theirs(x))]
@@ -104,7 +104,7 @@ def test_alpha_constants_are_those_of_pytorch(name, rate):
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("which", ["ours", "torch"])
 def test_alpha_dropout_keeps_mean_0_and_variance_1(rate, which):
-    """Within 5 sigma, p < 6e-7 each; the fourth moment is the sample's own."""
+    """Within 5 sigma (p < 6e-7 each), with the fourth moment of the sample."""
     torch.manual_seed(0)
     layer = layers("AlphaDropout", rate)[which == "torch"]
     x = torch.randn(200_000, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_alpha_dropout_keeps_mean_0_and_variance_1(rate, which):
     n = len(y)
     assert abs(y.mean()) < 5 * y.std() / n**0.5
     assert abs((y**2).mean() - 1) < 5 * (y**2).std() / n**0.5
-    # Plain dropout, the planted bias, is caught.
+    # Planted: plain dropout is detected.
     z = regtorch.dropout(x, rate, key=KEY)
     assert abs((z**2).mean() - 1) > 5 * (z**2).std() / n**0.5
 
@@ -147,7 +147,7 @@ LAYERS = [kind for kind in vars(regtorch.nn).values() if isinstance(kind, type)]
 
 @pytest.mark.parametrize("kind", LAYERS, ids=lambda kind: kind.__name__)
 def test_a_generator_is_a_generator(kind):
-    """A key in a layer would draw one mask for ever."""
+    """A key in a layer would draw the same mask in every call."""
     first = [torch.nn.Linear(2, 2)] if kind.__name__ == "DropConnect" else []
     make = functools.partial(kind, *first, 0.5)
     message = r"generator must be a torch.Generator or None; got .* layer\(x, key=key\)"

@@ -32,7 +32,7 @@ def test_nothing_but_the_key_is_saved_for_the_backward_pass(noise, rate):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = noise(X.clone().requires_grad_(), rate, key=KEY)
     assert y.requires_grad
-    # A tensor rate leaves the scalar condition of its range, and what it is filled with.
+    # A tensor rate needs the scalar condition of its range, and the fill value.
     assert all(tensor.numel() <= 2 for tensor in saved)
 
 
@@ -75,7 +75,7 @@ def test_a_layer_is_its_function_in_training_and_nothing_in_evaluation(name):
     assert torch.equal(layer(X, key=KEY), function(X, 0.5, key=KEY))
     assert repr(layer) == f"{name}({printed})"
     assert not layer.state_dict()
-    with pytest.raises(ValueError, match="key is missing"):
+    with pytest.raises(ValueError, match="key must be a random key in training"):
         layer(X)
     layer.generator = torch.Generator().manual_seed(0)
     assert not torch.equal(layer(X), layer(X))
@@ -120,7 +120,7 @@ def test_a_rate_may_be_assigned_at_any_step(name):
 
 
 def test_noise_on_the_device_of_the_input_without_a_copy_of_the_table():
-    """On "meta" nothing is computed, so that a tensor left on the CPU would be an error."""
+    """On the device "meta", a tensor on the CPU would be an error."""
     meta = torch.empty(3, 5, device="meta")
     for noise in FAMILY.values():
         y = noise(meta, 0.3, key=KEY.to("meta"))

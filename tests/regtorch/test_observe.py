@@ -72,7 +72,7 @@ def test_a_converted_model_tells_the_names_of_its_sites():
 
 
 def test_a_checkpoint_draws_twice():
-    """Once more in the backward pass: whoever compares has to expect it."""
+    """A checkpoint draws again in the backward pass, and observers receive both."""
     x = X.clone().requires_grad_()
     run = lambda: checkpoint(drop, x, use_reentrant=False).sum().backward()
     drawn, _ = watch(run)
@@ -96,7 +96,7 @@ def test_nested_observers_both_receive_events_and_after_an_error_nobody():
 
 @pytest.mark.parametrize("flags", [[False], [True], [True, False]], ids=str)
 def test_what_a_tensor_as_a_flag_turns_off_is_not_told(flags):
-    """Also row by row under vmap."""
+    """Including each row under vmap."""
 
     def at(flag):
         return regtorch.dropout(X, 0.5, key=KEY, deterministic=flag)

@@ -1,4 +1,4 @@
-"""Rules of decay on the layers of torch.nn, and on parameter groups for torch.optim."""
+"""Decay rules on the layers of torch.nn, and parameter groups for torch.optim."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def decaying(module: nn.Module) -> set[str]:
 
 
 class PartsNorm(nn.Module):
-    """A norm that keeps its parameters in a list, which owns nothing itself."""
+    """A norm with its parameters in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def _normed_twice() -> nn.Module:
     return nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
 
 
-# A module, and what of it decays.
+# A module, and the parameters that decay.
 LAYERS = {
     "linear": (nn.Linear(2, 3), {"weight"}),
     "bilinear": (nn.Bilinear(2, 3, 4), {"weight"}),
@@ -136,15 +136,17 @@ def test_classes_of_ones_own():
         "2.weight",
     }
     assert decay_table(LlamaRMSNorm()).rows[0].kind == "norm"
-    # What it is called says what its class does not.
+    # The name determines the kind if the class does not.
     assert decaying(nn.ModuleDict({"norm1": Affine(3), "x": Affine(3, 2)})) == {"x.weight"}
-    # A linear layer is one, whatever it is called.
+    # A linear layer may have any name.
     assert decaying(nn.ModuleDict({"embed": nn.Linear(2, 3)})) == {"embed.weight"}
 
 
 @pytest.mark.parametrize("module", [Affine(3), Affine(), TokenEmbedding(5, 3)])
 def test_default_rule_asks_where_it_cannot_tell(module):
-    message = r"cannot tell what 'x/weight' .*rule=\[\('x/weight', False\), \('\*\*', 'default'\)\]"
+    message = (
+        r"must have a pair for 'x/weight' .*Pass \[\('x/weight', False\), \('\*\*', 'default'\)\]"
+    )
     with pytest.raises(ValueError, match=message):
         decay_mask(nn.ModuleDict({"x": module}))
     rule = [("x/weight", False), ("**", "default")]
@@ -168,13 +170,13 @@ def test_tied_weights_are_one_parameter(head_first):
     module = Tied(head_first)
     name = "head.weight" if head_first else "embed.weight"
     assert decay_mask(module) == {name: False}
-    # A glob may name either place.
+    # A glob may match either name.
     for pattern in ("head/weight", "embed/weight"):
         assert decay_rates(module, 1.0, [(pattern, 0.5), ("**", "default")]) == {name: 0.5}
     assert len(decay_table(module)) == 1
     ((_, tensor),) = decay_groups(module, 0.1)[0]["params"]
     assert tensor is module.head.weight
-    with pytest.raises(ValueError, match=r"says .* of '.*' and '.*', which are one parameter"):
+    with pytest.raises(ValueError, match=r"got .* for '.*' and '.*', which are tied"):
         decay_mask(module, lambda path, leaf, kind: kind == "linear")
 
 
@@ -192,10 +194,12 @@ def test_frozen_parameters_are_left_out():
     groups = decay_groups(module, 0.1)
     names = {name for group in groups for name, _ in group["params"]}
     assert names == {"1.weight", "1.bias", "2.weight", "2.bias"}
-    # A rule still matches what is frozen, and need not know it.
+    # A rule matches frozen parameters, too.
     assert decay_rates(module, 0.1, [("0/*", True), ("**", False)])["0.weight"] == 0.0
     assert decay_mask(nn.Sequential(Affine(3).requires_grad_(False))) == {"0.weight": False}
-    with pytest.raises(ValueError, match=r"no parameter that requires a gradient.*requires_grad_"):
+    with pytest.raises(
+        ValueError, match=r"must have a parameter that requires a gradient.*requires_grad_"
+    ):
         decay_groups(module.requires_grad_(False), 0.1)
 
 
@@ -226,17 +230,17 @@ def test_function_sees_path_tensor_and_kind():
 @pytest.mark.parametrize(
     ("rule", "error", "message"),
     [
-        (3, TypeError, "rule must be 'default', a glob .* but it is 3"),
-        ({"weight": True}, TypeError, "rule must be .* but it is {'weight': True}"),
-        (["weight"], TypeError, r"rule\[0\] must be a pair .* but it is 'weight'"),
+        (3, TypeError, "rule must be 'default', a glob .* got 3"),
+        ({"weight": True}, TypeError, "rule must be .* got {'weight': True}"),
+        (["weight"], TypeError, r"rule\[0\] must be a pair .* got 'weight'"),
         ([("*", "no")], TypeError, r"rule\[0\], '\*', must be a real number.*'no'"),
         ([("**", -0.1)], ValueError, r"rule\[0\], '\*\*', must be finite and not negative.*-0.1"),
-        ([("**", float("nan"))], ValueError, r"rule\[0\].*nan: give True, False, or the rate"),
+        ([("**", float("nan"))], ValueError, r"rule\[0\].*nan\. Pass True, False or a rate"),
         (lambda path, leaf, kind: None, TypeError, r"rule <lambda> at '0\.weight' must"),
-        (lambda path, leaf, kind: False, ValueError, r"rule <lambda> says False of all of '0/wei"),
+        (lambda path, leaf, kind: False, ValueError, r"got False from <lambda> for all of '0/wei"),
         ("decoder/**", ValueError, r"'decoder/\*\*', which matches none of '0/weight' \[3, 2\]"),
         ([("weight", True)], ValueError, "no pair for '0/bias'"),
-        ([("**", True), ("bias", False)], ValueError, r"'bias' behind '\*\*', which takes all"),
+        ([("**", True), ("bias", False)], ValueError, r"'bias' after '\*\*', which decides all"),
     ],
 )
 def test_bad_rules_are_refused(rule, error, message):
@@ -253,16 +257,16 @@ def test_rates_that_nobody_gives():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(TypeError, match=r"rule weight gives '0.weight' the rate 0\.5"):
+    with pytest.raises(TypeError, match=r"rate 0\.5 from weight for '0.weight'"):
         decay_mask(model(), [("weight", 0.5), ("**", False)])
     with pytest.raises(TypeError, match=r"module must be a torch\.nn\.Module"):
         decay_mask(model().parameters())
     with pytest.raises(ValueError, match="weight_decay must be finite"):
         decay_groups(model(), -1.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that lazy modules are new
+        warnings.simplefilter("ignore")  # the warning of lazy modules
         lazy = nn.Sequential(nn.LazyLinear(3))
-    with pytest.raises(ValueError, match=r"'0\.weight' of a lazy module has no shape yet"):
+    with pytest.raises(ValueError, match=r"must have .* got '0\.weight' of a lazy module"):
         decay_mask(lazy)
 
 
@@ -294,7 +298,7 @@ def test_only_what_decays_moves_without_gradients(make):
     make(decay_groups(module, 0.5), lr=0.1).step()
     moved = {name for name, p in module.named_parameters() if bool((p != 1.0).any())}
     assert moved == {"0.weight", "2.weight"}
-    # A parameter without a gradient is skipped by torch itself.
+    # torch skips a parameter without a gradient.
     module[0].weight.grad = None
     before = module[0].weight.detach().clone()
     make(decay_groups(module, 0.5), lr=0.1).step()

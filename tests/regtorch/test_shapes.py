@@ -1,4 +1,4 @@
-"""Memory layouts and shapes: what PyTorch's own dropout keeps and accepts, ours does too."""
+"""Memory layouts and shapes: regtorch preserves and accepts those of PyTorch's dropout."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_results_and_gradients_have_the_layout_that_pytorch_gives_them(name, lay
         leaf = x.detach().requires_grad_()
         y = function(leaf)
         gradient = torch.autograd.grad(y, leaf, torch.ones_like(y))[0]
-        # The stride of a dimension of size 1 means nothing.
+        # The stride of a dimension of size 1 has no effect.
         return [
             [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (y, gradient)
         ]
@@ -87,7 +87,7 @@ LAYERS += [nn.FeatureAlphaDropout]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
 def test_a_converted_layer_accepts_and_shares_what_pytorch_does(layer, shape):
-    """The same errors and warnings; the same elements of a channel are dropped together."""
+    """Errors, warnings and the elements that are dropped together are the same."""
 
     def run(model):
         with warnings.catch_warnings(record=True) as caught:
@@ -96,7 +96,7 @@ def test_a_converted_layer_accepts_and_shares_what_pytorch_does(layer, shape):
                 y = torch.stack([model(torch.ones(shape)).flatten() for _ in range(30)])
             except RuntimeError:
                 return RuntimeError, None
-        # Which elements always share their fate with which, over 30 masks.
+        # The groups of elements that are dropped together in all of 30 masks.
         together = (y[:, None, :] == y[:, :, None]).all(0)
         return {str(each.message) for each in caught}, together
 

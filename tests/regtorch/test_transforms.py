@@ -1,4 +1,4 @@
-"""Dropout under PyTorch's transforms: the same masks, and nothing kept but the key."""
+"""Dropout under PyTorch's transforms: the same masks, and only the key is stored."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_nothing_but_the_key_is_saved_for_the_backward_pass(sampler, rate):
 
 
 def test_a_saved_mask_is_seen():
-    """The test of the test: PyTorch's own dropout keeps its mask."""
+    """Test of the test: PyTorch's own dropout stores its mask."""
     saved = []
     x = torch.ones(64, 128, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

@@ -1,4 +1,4 @@
-"""Monte Carlo dropout of PyTorch models: only dropout is on, and afterwards all is as before."""
+"""Monte Carlo dropout of PyTorch models: only dropout is on, and the model is restored."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pass_key(index: int, name: str) -> torch.Tensor:
 
 
 class Block(nn.Module):
-    """Norms, and a dropout of each library, one of them called twice."""
+    """A model with norms and a dropout of each library, one of which is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 def expected(model: Block, index: int) -> torch.Tensor:
-    """A pass by hand: the model in evaluation, its dropouts written out."""
+    """Compute a pass manually: the model in evaluation with explicit dropouts."""
     x = regtorch.dropout(model.norm(X), 0.5, key=pass_key(index, "first"))
     x = model.inner(x[None])[0]
     x = regtorch.dropout(x, 0.3, key=pass_key(index, "second"))
@@ -51,7 +51,7 @@ def expected(model: Block, index: int) -> torch.Tensor:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_model_in_any_mode(training):
     model = keyed.convert(Block())
-    model.norm(2 * X + 1)  # averages of its own
+    model.norm(2 * X + 1)  # its own averages
     if not training:
         model.eval().inner.train()
     by_hand = copy.deepcopy(model).eval()
@@ -62,7 +62,7 @@ def test_a_model_in_any_mode(training):
     y = mc(model, X, keep_samples=True)
     assert torch.equal(y.samples, torch.stack(by_hand))
     assert not y.mean.requires_grad
-    # And nothing of it is left.
+    # The model is restored.
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     (site,) = model.first.sites
@@ -102,7 +102,7 @@ def test_every_layer_that_drops_does_so(kind):
             x = self.layer(x, x, x) if kind == "attention" else self.layer(x)
             return x[0] if isinstance(x, tuple) else x
 
-    # As a whole model and, under the context, as part of a function.
+    # As a whole model and, in the context, as part of a function.
     model = keyed.convert(Model()).eval()
     assert mc(model, X).std.any()
     with regtorch.dropout_only(model):
@@ -117,7 +117,7 @@ def test_every_layer_that_drops_does_so(kind):
 
 
 def test_the_encoder_layer_would_pass_by_its_dropouts():
-    """The test of the test above: in evaluation the layer is one kernel, without them."""
+    """Test of the previous test: in evaluation the layer is one kernel without dropout."""
     layer = keyed.convert(KINDS["encoder"]()).eval()
     for module in layer.modules():
         module.training = isinstance(module, keyed.Keyed)
@@ -151,9 +151,12 @@ def unconverted():
 @pytest.mark.parametrize(
     ("predict", "message"),
     [
-        (unconverted(), r"module '1' \(Dropout\) is not converted"),
-        (nn.Linear(8, 4), "a model without a layer that drops"),
-        (keyed.convert(nn.Sequential(nn.Dropout(0.5, inplace=True))), "writes into its inputs"),
+        (unconverted(), r"module '1' must be converted; got a Dropout"),
+        (nn.Linear(8, 4), "must have a layer that drops"),
+        (
+            keyed.convert(nn.Sequential(nn.Dropout(0.5, inplace=True))),
+            "must not write into its inputs",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_right_is_refused(predict, message):
@@ -173,7 +176,7 @@ def test_equal_passes_are_refused(rate, samples):
 
 
 def test_passes_that_are_equal_by_chance_are_a_warning():
-    """Their keys differ; at this rate 8 elements are all kept but once in a million times."""
+    """Their keys differ; at this rate all 8 elements are kept except with probability 1e-6."""
     with pytest.warns(UserWarning, match="although their keys differ"):
         mc(lambda x, *, key: regtorch.dropout(x, 1e-7, key=key), X[:1], samples=2)
 

@@ -1,7 +1,8 @@
 """Both packages behind one interface, so that one table of cases and one test body serve both.
 
-A `Wing` takes and returns NumPy arrays, so that tests compare what a user would see. `traced` hides
-the one real difference: JAX passes a changing value as a tracer, PyTorch as a tensor.
+A `Framework` takes and returns NumPy arrays, so that tests compare the values that a user would
+see. `traced` hides the one real difference: JAX passes a changing value as a tracer, PyTorch as a
+tensor.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _SIXTEEN_BIT = {np.dtype(ml_dtypes.bfloat16): torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Wing:
-    """One framework's package.
+class Framework:
+    """A framework and its package.
 
     Attributes:
         name: `"jax"` or `"torch"`.
@@ -38,7 +39,7 @@ class Wing:
         words: Returns a key's two words, as integers.
         array: Converts a NumPy array to the framework's own, of the same dtype.
         numpy: Converts it back.
-        traced: `traced(f)(value)` calls `f` with the value as the framework passes a changing one.
+        traced: `traced(f)(value)` calls `f` with a tracer in JAX and a tensor in PyTorch.
         vjp: `vjp(f, x, cotangent)` is `(f(x), gradient)` on the framework's own arrays.
     """
 
@@ -102,7 +103,7 @@ def _torch_vjp(f: Callable[[Any], Any], x: Any, cotangent: Any) -> tuple[Any, An
     return y, torch.autograd.grad(y, x, cotangent)[0]
 
 
-JAX = Wing(
+JAX = Framework(
     name="jax",
     library=regjax,
     key=jax.random.key,
@@ -112,7 +113,7 @@ JAX = Wing(
     traced=_jax_traced,
     vjp=_jax_vjp,
 )
-TORCH = Wing(
+TORCH = Framework(
     name="torch",
     library=regtorch,
     key=regtorch.key,
@@ -122,4 +123,4 @@ TORCH = Wing(
     traced=_torch_traced,
     vjp=_torch_vjp,
 )
-WINGS = (JAX, TORCH)
+FRAMEWORKS = (JAX, TORCH)
