@@ -41,14 +41,15 @@ PACKAGES = ["regjax", "regshared", "regtorch"]
 
 @functools.cache
 def configuration() -> BeartypeConf:
-    """Accept an int as a float, as static type checkers do, and sizes that are not of type int.
+    """Accept an int as a float, as static type checkers do, and more bools and ints.
 
-    They are NumPy integers, which `check_integer` accepts, and symbolic dimensions of `jax.export`.
+    `check_bool` and `check_integer` accept NumPy's, and `jax.export` has symbolic sizes.
     """
     from jax.export import symbolic_shape  # conftest.py sets options of JAX before its import
 
     sizes = int | np.integer | type(symbolic_shape("n")[0])
-    return BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict({int: sizes}))
+    wider = FrozenDict({bool: bool | np.bool_, int: sizes})
+    return BeartypeConf(is_pep484_tower=True, hint_overrides=wider)
 
 
 def check(checked: Callable[..., Any]) -> Callable[..., Any]:

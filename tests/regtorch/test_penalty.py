@@ -187,7 +187,6 @@ def test_a_generator_that_was_walked_before_is_refused():
         l2_penalty(parameters, 0.5)
 
 
-@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("leaf", "found"),
     [
@@ -336,7 +335,6 @@ def test_reference_that_does_not_fit_is_refused(reference, error, message):
         l2_sp_penalty(_module(), reference, 0.5)
 
 
-@pytest.mark.wrong_types
 def test_a_reference_masked_out_may_be_anything():
     reference = {**REFERENCE, "kernel": "not yet"}
     mask = {"kernel": False, "bias": True}
