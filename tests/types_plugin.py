@@ -41,15 +41,19 @@ PACKAGES = ["regjax", "regshared", "regtorch"]
 
 @functools.cache
 def configuration() -> BeartypeConf:
-    """Accept an int as a float, as static type checkers do, and more bools and ints.
+    """Accept an int as a float, as static type checkers do, and more bools, ints and floats.
 
-    `check_bool` and `check_integer` accept NumPy's, and `jax.export` has symbolic sizes.
+    The checks of arguments accept NumPy's scalars, and `jax.export` has symbolic sizes.
     """
     from jax.export import symbolic_shape  # conftest.py sets options of JAX before its import
 
-    sizes = int | np.integer | type(symbolic_shape("n")[0])
-    wider = FrozenDict({bool: bool | np.bool_, int: sizes})
-    return BeartypeConf(is_pep484_tower=True, hint_overrides=wider)
+    wider = {
+        bool: bool | np.bool_,
+        int: int | np.integer | type(symbolic_shape("n")[0]),
+        float: float | int | np.floating,
+        complex: complex | float | int,
+    }
+    return BeartypeConf(hint_overrides=FrozenDict(wider))
 
 
 def check(checked: Callable[..., Any]) -> Callable[..., Any]:
