@@ -32,7 +32,15 @@ FLOOR = [
 ]
 TORCH = "torch==2.13.0"
 PACKAGES = ["chex", "dm-haiku", "equinox", "flax", "jax", "optax"]
-TOOLS = ["hypothesis", "matplotlib", "pytest", "pytest-xdist", "rich", "scikit-learn"]
+TOOLS = [
+    "hypothesis",
+    "markdown-it-py",
+    "matplotlib",
+    "pytest",
+    "pytest-xdist",
+    "rich",
+    "scikit-learn",
+]
 SHARED = ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
 
 

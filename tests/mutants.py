@@ -33,6 +33,8 @@ EXPLAINED = Path(__file__).with_suffix(".toml")
 REQUIRED = 0.95
 # Lines that affect the speed of a computation, but not its result.
 TUNING = ("_LONGEST =", "_PIECE =", "_PIECE_ON_DEVICE =")
+# Decorators with an effect on speed, docstrings, or checks of annotations, but not on results.
+IGNORED = ("jax.jit", "functools.wraps(draw)", "runtime_checkable")
 PATIENCE = 3.0  # kill a mutant after this multiple of the time of the unchanged file
 PROGRESS = 30.0  # seconds between two lines of progress
 
@@ -96,6 +98,7 @@ TESTS = {
         f"{_LAYOUTS}test_packed_masks_ask_for_indices_in_place",
     ],
     "regjax/_random/xla.py": [
+        "tests/regjax/test_xla.py",
         "tests/regjax/test_noise.py::test_no_product_is_joined_with_a_sum",
         "tests/regjax/test_optim_descent.py",
         "tests/regjax/test_spread.py",
@@ -167,14 +170,12 @@ def normalized(source: str) -> str:
     """Return the syntax tree of a file without annotations, which have no effect at run time."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            node.decorator_list = [d for d in node.decorator_list if ast.unparse(d) not in IGNORED]
         if isinstance(node, ast.arg):
             node.annotation = None
         elif isinstance(node, ast.FunctionDef):
             node.returns = None
-        elif isinstance(node, ast.ClassDef):
-            # Only a check of annotations at run time needs it.
-            kept = [d for d in node.decorator_list if ast.unparse(d) != "runtime_checkable"]
-            node.decorator_list = kept
         elif isinstance(node, ast.AnnAssign):
             node.annotation = ast.Constant(None)
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):

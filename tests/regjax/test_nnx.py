@@ -277,6 +277,7 @@ def test_errors_are_those_of_the_layer_it_replaces(Dropout, case):
         call(Dropout)
 
 
+@pytest.mark.wrong_types
 @both
 @pytest.mark.parametrize("flag", [True, np.True_, jnp.bool_(True)], ids=["bool", "numpy", "jax"])
 def test_evaluation_returns_what_it_is_given(Dropout, flag):
