@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tier:
-    """How closely two runs must agree, and in which dtype they compute.
+    """The required agreement of two runs, and their dtype.
 
     Attributes:
         dtype: Dtype of parameters and gradients.

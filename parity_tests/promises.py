@@ -3,6 +3,8 @@
 A promise yields labeled pairs of arrays that must have the same bits. The process determines the
 instruction set: `parity_tests.instruction_sets` starts one for each setting. Streams of random
 numbers are also compared with digests, and so across processes.
+
+The table and the functions that it names stay in one file, as a promise is a row and a function.
 """
 
 # ruff: noqa: B023  # each function made in a loop is called in the same turn

@@ -1,4 +1,7 @@
-"""Attention with dropout: equal masks in both frameworks and algorithms, values at stated tiers."""
+"""Attention with dropout: equal masks in both frameworks and algorithms, values at stated tiers.
+
+One table of cases serves every test: splitting the file would split the table.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from flax import linen
 import regjax
 import regtorch
 from parity_tests import reference
-from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework, to_torch
+from parity_tests.frameworks import JAX, TORCH, Framework, to_torch
+from parity_tests.tables import both_frameworks
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 BATCH, QUERIES, KEYS, HEADS, DEPTH = 2, 7, 11, 4, 8
 RATE, SEED = 0.3, 5
 

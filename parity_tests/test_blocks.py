@@ -9,15 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
-from parity_tests import reference
+from parity_tests import reference, tables
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
+from parity_tests.tables import FLOATS, assert_same_bits, both_frameworks, inputs
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
-DTYPES = [np.dtype(dtype) for dtype in (np.float64, ml_dtypes.bfloat16, np.float16, np.complex64)]
+DTYPES = [*FLOATS[1:], np.dtype(np.complex64)]
 
 
 @dataclass(frozen=True)
@@ -76,20 +75,9 @@ def run(
     options |= {name: getattr(case, name) for name in ("block_size", "share_channels")}
     options["gamma_scale"] = case.gamma_scale
     function = functools.partial(framework.library.drop_block, key=framework.key(seed), **options)
-
-    def at(rate):
-        arrays = (framework.array(there(array)) for array in (x, ct))
-        return framework.vjp(lambda x: function(x, rate), *arrays)
-
-    results = framework.traced(at)(rate) if isinstance(rate, np.generic) else at(rate)
+    arrays = map(there, (x, ct))
     back = (lambda a: np.moveaxis(a, 1, -1)) if framework is TORCH else np.asarray
-    return [back(framework.numpy(array)) for array in results]
-
-
-def inputs(shape: tuple[int, ...], dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    x, cotangent = (rng.normal(size=shape).astype(dtype) for _ in range(2))
-    return x, cotangent
+    return [*map(back, tables.vjp(framework, function, rate, *arrays))]
 
 
 def oracle(case: Case, rate: float, seed: int = 11) -> np.ndarray:
@@ -197,12 +185,8 @@ def test_the_scale_is_one_exact_division_of_the_counts(framework: Framework):
 def test_forward_and_backward_agree_in_every_bit_of_every_type(dtype):
     case = CASES[2]
     with jax.enable_x64(dtype.itemsize == 8):
-        in_jax, in_torch = (
-            run(framework, *inputs(case.shape, dtype), 0.4, case) for framework in FRAMEWORKS
-        )
-    for array, twin in zip(in_jax, in_torch, strict=True):
-        assert array.dtype == twin.dtype == dtype
-        np.testing.assert_array_equal(array, twin)
+        runs = (run(framework, *inputs(case.shape, dtype), 0.4, case) for framework in FRAMEWORKS)
+        assert_same_bits(dtype, *runs)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])

@@ -1,4 +1,8 @@
-"""Decays beyond L2: regjax.optim and regtorch.optim against NumPy, at every step."""
+"""Decays beyond L2: regjax.optim and regtorch.optim against NumPy, at every step.
+
+A table of decays, its walks in NumPy, JAX and PyTorch, and the tests that compare them stay in one
+file, since a new decay is a line in each.
+"""
 
 from __future__ import annotations
 

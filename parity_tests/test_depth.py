@@ -6,49 +6,33 @@ import functools
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
+from parity_tests import tables
 from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
 from parity_tests.statistics import FIVE_SIGMA, keep_rate_z
+from parity_tests.tables import FLOATS, assert_same_bits, both_frameworks, inputs
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
-DTYPES = [
-    np.dtype(dtype)
-    for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16, np.complex64)
-]
+DTYPES = [*FLOATS, np.dtype(np.complex64)]
 OPTIONS = [{}, {"mode": "batch"}, {"scale_by_keep": False}]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 
 
 def vjp(framework: Framework, x: np.ndarray, cotangent: np.ndarray, rate: Any, **options: Any):
-    """Return result and gradient as NumPy arrays; a rate that is a NumPy scalar is traced."""
     key = framework.key(options.pop("seed", 11))
     function = functools.partial(framework.library.drop_path, key=key, **options)
-
-    def at(rate):
-        return framework.vjp(
-            lambda x: function(x, rate), framework.array(x), framework.array(cotangent)
-        )
-
-    y, gradient = framework.traced(at)(rate) if isinstance(rate, np.generic) else at(rate)
-    return framework.numpy(y), framework.numpy(gradient)
+    return tables.vjp(framework, function, rate, x, cotangent)
 
 
 @each_option
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_and_backward_agree_in_every_bit(dtype, options):
-    rng = np.random.default_rng(0)
-    x, cotangent = (rng.normal(size=(33, 5, 3)).astype(dtype) for _ in range(2))
+    x, cotangent = inputs((33, 5, 3), dtype)
     for rate in (0.15, np.float32(0.15)):
         with jax.enable_x64(dtype == np.float64):
-            in_jax, in_torch = (
-                vjp(framework, x, cotangent, rate, **options) for framework in FRAMEWORKS
-            )
-        for array, twin in zip(in_jax, in_torch, strict=True):
-            assert array.dtype == twin.dtype == dtype
-            np.testing.assert_array_equal(array.view(np.uint8), twin.view(np.uint8))
+            runs = (vjp(framework, x, cotangent, rate, **options) for framework in FRAMEWORKS)
+            assert_same_bits(dtype, *runs)
 
 
 @both_frameworks

@@ -13,8 +13,8 @@ import torch
 
 from parity_tests import reference
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
+from parity_tests.tables import both_frameworks
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 CASES = [
     (np.dtype(np.float32), 0.1),
     (np.dtype(np.float64), 0.123),

@@ -15,8 +15,7 @@ import pytest
 
 from parity_tests import reference
 from parity_tests.frameworks import FRAMEWORKS, Framework
-
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
+from parity_tests.tables import both_frameworks
 
 
 @dataclass(frozen=True)

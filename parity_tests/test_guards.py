@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
+from parity_tests.tables import both_frameworks
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 X = np.linspace(-1.0, 1.0, 8 * 16, dtype=np.float32).reshape(8, 16)
 Step = Callable[..., Any]
 

@@ -187,34 +187,31 @@ def test_a_defect_that_comes_late_is_named_at_its_step():
     assert len(found.losses) == 4  # it stops at the divergence
 
 
-def test_different_masks_are_told_with_their_rates():
-    both = sides(PERCEPTRON, **SGD, plant="rate")
-    found = compare_step(*both, batches(1)[0], PERCEPTRON.names)
-    assert "rate 0.11 in JAX and 0.1 in PyTorch; 9 of 1024 elements" in first_of(found).detail
+@pytest.fixture(scope="module")
+def wrong_rate() -> Comparison:
+    return compare_step(*sides(PERCEPTRON, **SGD, plant="rate"), batches(1)[0], PERCEPTRON.names)
 
 
-def test_table_and_plot(tmp_path):
-    both = sides(PERCEPTRON, **SGD)
-    found = compare_training(*both, batches(3), PERCEPTRON.names)
+def test_different_masks_are_told_with_their_rates(wrong_rate):
+    assert "rate 0.11 in JAX and 0.1 in PyTorch; 9 of 1024 elements" in first_of(wrong_rate).detail
+
+
+def test_progress_table_and_plot(tmp_path):
+    both, steps = sides(PERCEPTRON, **SGD), []
+    found = compare_training(*both, batches(3), PERCEPTRON.names, progress=steps.append)
+    assert steps == [1, 2, 3]
     assert "JAX and PyTorch agree." in str(found)
     assert "| parameter | 3 |" in found.table()
     found.plot(tmp_path / "runs.png")
     assert (tmp_path / "runs.png").stat().st_size > 10_000
 
 
-def test_a_run_of_one_step_can_be_seen():
+def test_a_run_of_one_step_can_be_seen(wrong_rate):
     """A run that diverges at the first step has one point, which needs a marker."""
-    found = compare_step(*sides(PERCEPTRON, **SGD, plant="rate"), batches(1)[0], PERCEPTRON.names)
-    losses, apart = found.figure().axes
-    for line in [*losses.lines, *apart.lines[: len(found.deviations)]]:
+    losses, apart = wrong_rate.figure().axes
+    for line in [*losses.lines, *apart.lines[: len(wrong_rate.deviations)]]:
         assert np.size(line.get_xdata()) == 1
         assert line.get_marker() == "o"
-
-
-def test_progress_is_told():
-    steps = []
-    compare_training(*sides(PERCEPTRON, **SGD), batches(3), PERCEPTRON.names, progress=steps.append)
-    assert steps == [1, 2, 3]
 
 
 def test_compare_forward():
@@ -261,6 +258,8 @@ def test_the_state_of_other_optimizers_is_compared_too(name):
     theirs = lambda m: getattr(torch.optim, name)(m.parameters(), 1e-2)
     with jax.enable_x64(True):
         both = sides(PERCEPTRON, make(1e-2), theirs, dtype="float64")
-        found = compare_training(*both, batches(5, "float64"), PERCEPTRON.names, tier=FLOAT64)
+        found = compare_training(
+            *both, batches(5, "float64"), PERCEPTRON.names, tier=FLOAT64, record=False
+        )
         found.raise_if_different()
         assert max(found.deviations["state"]) > 0  # rounding shows that it was compared

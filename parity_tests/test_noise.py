@@ -15,13 +15,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from parity_tests import tables
 from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
+from parity_tests.tables import FLOATS, assert_same_bits, both_frameworks, inputs, words
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
-DTYPES = [
-    np.dtype(dtype)
-    for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e5m2)
-]
+DTYPES = [*FLOATS, np.dtype(ml_dtypes.float8_e5m2)]
 AMOUNTS = [
     ("gaussian_dropout", 0.1),
     ("gaussian_dropout", 0.9),
@@ -32,27 +30,12 @@ each_amount = pytest.mark.parametrize(("name", "amount"), AMOUNTS)
 each_name = pytest.mark.parametrize("name", ["gaussian_dropout", "gaussian_noise"])
 
 
-def inputs(dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    x, cotangent = (rng.normal(size=(7, 33, 5)).astype(dtype) for _ in range(2))
-    return x, cotangent
-
-
-def words(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.dtype.itemsize}")
+SHAPE = (7, 33, 5)
 
 
 def vjp(framework: Framework, name: str, amount: Any, x: np.ndarray, cotangent: np.ndarray):
-    """A function and its gradient, from NumPy to NumPy; a NumPy scalar as the amount is traced."""
     function = functools.partial(getattr(framework.library, name), key=framework.key(11))
-
-    def at(amount):
-        return framework.vjp(
-            lambda x: function(x, amount), framework.array(x), framework.array(cotangent)
-        )
-
-    y, gradient = framework.traced(at)(amount) if isinstance(amount, np.generic) else at(amount)
-    return framework.numpy(y), framework.numpy(gradient)
+    return tables.vjp(framework, function, amount, x, cotangent)
 
 
 @pytest.mark.parametrize(
@@ -64,16 +47,14 @@ def vjp(framework: Framework, name: str, amount: Any, x: np.ndarray, cotangent: 
 def test_forward_and_backward_agree_in_every_bit(name, amount, dtype):
     for value in (amount, np.float32(amount)):
         with jax.enable_x64(dtype.itemsize == 8):
-            ours, theirs = (vjp(framework, name, value, *inputs(dtype)) for framework in FRAMEWORKS)
-        for array, twin in zip(ours, theirs, strict=True):
-            assert array.dtype == twin.dtype == dtype
-            np.testing.assert_array_equal(words(array), words(twin))
+            runs = (vjp(framework, name, value, *inputs(SHAPE, dtype)) for framework in FRAMEWORKS)
+            assert_same_bits(dtype, *runs)
 
 
 @both_frameworks
 @each_amount
 def test_the_formula(framework: Framework, name, amount):
-    x, cotangent = inputs()
+    x, cotangent = inputs(SHAPE)
     y, gradient = vjp(framework, name, amount, x, cotangent)
     n = framework.numpy(framework.library.normal(framework.key(11), x.shape)).astype(np.float64)
     if name == "gaussian_dropout":
@@ -92,8 +73,8 @@ def test_the_formula(framework: Framework, name, amount):
 )
 @each_amount
 def test_fused_with_arithmetic_before_and_after(name, amount, before):
-    """XLA joins products and sums where it can: here it must not."""
-    x, bias = inputs()
+    """Equal bits require that XLA contracts no product with a sum."""
+    x, bias = inputs(SHAPE)
 
     def run(framework: Framework) -> np.ndarray:
         function = getattr(framework.library, name)
@@ -106,7 +87,7 @@ def test_fused_with_arithmetic_before_and_after(name, amount, before):
 
 
 def test_noise_on_bytes_scaled_in_the_same_function():
-    """Of a product that was made from integers LLVM knows that it is not NaN."""
+    """LLVM infers that a product of converted integers is not NaN."""
     images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
     scaled = lambda x: (x.astype(np.float32) if isinstance(x, jax.Array) else x.float()) * (1 / 255)
 
@@ -124,7 +105,7 @@ def test_noise_on_bytes_scaled_in_the_same_function():
 @each_name
 def test_corners(framework: Framework, name):
     function = getattr(framework.library, name)
-    x = framework.array(inputs()[0])
+    x = framework.array(inputs(SHAPE)[0])
     assert function(x, 0) is x
     assert function(x, 0.5, deterministic=True) is x
     assert function(
@@ -160,7 +141,7 @@ def test_corners(framework: Framework, name):
     ],
 )
 def test_amounts_that_are_refused(framework: Framework, name, amount, error, message):
-    x = framework.array(inputs()[0])
+    x = framework.array(inputs(SHAPE)[0])
     for options in ({"key": framework.key(0)}, {"deterministic": True}):
         with pytest.raises(error, match=message):
             getattr(framework.library, name)(x, amount, **options)
@@ -181,7 +162,7 @@ def test_amounts_that_are_refused(framework: Framework, name, amount, error, mes
     ],
 )
 def test_a_changing_amount_out_of_range_gives_nan(framework: Framework, name, amount, finite):
-    x, _ = inputs()
+    x, _ = inputs(SHAPE)
     y, gradient = vjp(framework, name, np.float32(amount), x, x)
     if finite:
         np.testing.assert_array_equal(y, x)
@@ -193,7 +174,7 @@ def test_a_changing_amount_out_of_range_gives_nan(framework: Framework, name, am
 @both_frameworks
 @each_name
 def test_no_gradient_flows_to_a_changing_amount(framework: Framework, name):
-    x = framework.array(inputs()[0])
+    x = framework.array(inputs(SHAPE)[0])
     loss = lambda amount: (
         getattr(framework.library, name)(x, amount, key=framework.key(0)) ** 2
     ).sum()
@@ -203,7 +184,7 @@ def test_no_gradient_flows_to_a_changing_amount(framework: Framework, name):
         assert not loss(framework.array(np.array(0.3, np.float32)).requires_grad_()).requires_grad
 
 
-# Mean and standard deviation of outputs at x = 2, in standard deviations of those figures.
+# Mean and standard deviation of the outputs of Keras at x = 2.
 KERAS = """
 import json, sys
 import keras, numpy as np
@@ -218,14 +199,14 @@ print(json.dumps(outputs))
 
 
 def figures(name: str, amount: float, mean: float, std: float, size: int) -> list[float]:
-    """How far mean and standard deviation of `size` outputs at x = 2 lie from what they should."""
+    """Return the z-scores of mean and standard deviation of `size` outputs at x = 2."""
     true = 2 * math.sqrt(amount / (1 - amount)) if name == "gaussian_dropout" else amount
     return [(mean - 2) / true * math.sqrt(size), (std / true - 1) * math.sqrt(2 * size)]
 
 
 @pytest.mark.slow
 def test_mean_and_deviation_are_those_of_keras():
-    """18 figures at 5 sigma: a false alarm in 95,000 runs, and by the fixed seeds none."""
+    """Test 18 figures at 5 sigma: a false alarm in 95,000 runs, and none with fixed seeds."""
     size, amounts = 512 * 1024, [(name, amount) for name, amount in AMOUNTS if amount < 1]
     result = subprocess.run(
         [sys.executable, "-c", KERAS, json.dumps(amounts)],

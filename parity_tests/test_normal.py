@@ -17,9 +17,7 @@ import regjax
 import regjax._random.quantile
 import regtorch._random.quantile
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework, from_torch, to_torch
-
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
-DTYPES = [np.dtype(dtype) for dtype in (np.float32, np.float64, ml_dtypes.bfloat16, np.float16)]
+from parity_tests.tables import FLOATS, both_frameworks, words
 
 
 def draw(
@@ -27,10 +25,6 @@ def draw(
 ) -> np.ndarray:
     kind = jnp.dtype(dtype) if framework is JAX else to_torch(np.zeros(0, dtype)).dtype
     return framework.numpy(framework.library.normal(framework.key(seed), shape, kind))
-
-
-def words(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.dtype.itemsize}")
 
 
 def uniforms(k: np.ndarray, bits: int) -> np.ndarray:
@@ -77,7 +71,7 @@ def test_variates_of_float64():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "x64"), [(d, d.itemsize == 8) for d in DTYPES] + [(DTYPES[0], True)]
+    ("dtype", "x64"), [(d, d.itemsize == 8) for d in FLOATS] + [(FLOATS[0], True)]
 )
 def test_both_frameworks_draw_the_same_bits(dtype, x64):
     shape = (3, 5, 8741)  # a little more than the 2**17 elements that regtorch draws at a time

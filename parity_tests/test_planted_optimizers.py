@@ -57,7 +57,7 @@ def _without_amsgrad(learning_rate, *, amsgrad, mask):
 
 
 def _scaled_by(scale: Callable[[jax.Array], jax.Array]):
-    """Make Adagrad with another function of the sums of squares, and whatever options."""
+    """Return a constructor of Adagrad with another function of the sums of squares."""
 
     def make(learning_rate, *, mask, **options):
         del mask, options
@@ -89,7 +89,7 @@ def _decayed_from_the_first_step(learning_rate, *, lr_decay, mask):
 
 
 def _rate_in_the_mean_of_steps(learning_rate, *, mask):
-    """Make Adadelta whose second mean sees the learning rate."""
+    """Return Adadelta whose mean of squared steps includes the learning rate."""
     del mask
 
     def update(updates, state, params=None):
@@ -112,7 +112,7 @@ def _uncentered(learning_rate, *, centered, mask):
     return regjax.optim.rmsprop(learning_rate, mask=mask)
 
 
-# What torch does, what JAX does instead, and with what.
+# The case in torch, the wrong case in JAX, and the wrong constructor in JAX, if any.
 PLANTED = {
     "factor 2 missing, SGD": (SGD, _penalty_of(SGD, 0.1), None),
     "factor 2 missing, Adam": (ADAM, _penalty_of(ADAM, 0.1), None),
@@ -183,7 +183,7 @@ def test_planted_defect_is_caught_by_the_loosest_tier(defect):
         assert_same_at_every_step(in_jax, in_torch, FLOAT32, names=("regjax", "torch"))
 
 
-# Where optax's own optimizers differ from torch: why regjax.optim has its own links or order.
+# Differences of optax's optimizers from torch, which regjax.optim avoids by other links or order.
 OPTAX = {
     "maximum of corrected moments": (
         Case("amsgrad", "Adam", {"lr": 0.01, "amsgrad": True}),
@@ -244,7 +244,7 @@ def test_optax_itself_is_caught(case, tier, make):
         assert_same_at_every_step(in_jax, walk_torch(case, SMALL[tier.dtype]), tier)
 
 
-# The same, told what torch does: nothing else differs.
+# With options that match torch, the same optimizers agree.
 TOLD = {
     "adadelta": (ADADELTA, lambda learning_rate, mask: optax.adadelta(learning_rate)),
     "rmsprop": (

@@ -15,8 +15,8 @@ import regjax
 import regtorch
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework, from_torch, to_torch
 from parity_tests.recurrence import assert_close, lstm
+from parity_tests.tables import both_frameworks
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 TIME, BATCH, FEATURES, HIDDEN = 7, 3, 5, 4
 XS = np.random.default_rng(0).normal(size=(TIME, BATCH, FEATURES))
 

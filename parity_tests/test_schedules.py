@@ -18,8 +18,8 @@ import regtorch
 from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
 from parity_tests.harness import compare_training
 from parity_tests.models import PERCEPTRON, batches, sides
+from parity_tests.tables import both_frameworks
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 ENDS = [(0.0, 0.5), (0.5, 0.0), (0.123, 0.9), (0.0, 1.0), (0.3, 0.3), (1e-30, 1e-20)]
 STEPS = (1, 41, 1000, 10**6, 2**31 - 1)  # 41 * (1 / 41) is below 1 in float32
 

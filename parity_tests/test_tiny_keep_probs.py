@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
+from parity_tests.tables import both_frameworks
 from regjax import equinox, haiku, linen, nnx
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 LUCKY = 780_233  # element 0 of this key is below every threshold, element 1 is not
 RATES = [1 - 1e-10, 1 - 1.5 * 2**-23, 1 - 1e-5, 0.9999, 0.9]
 

@@ -13,9 +13,9 @@ import torch
 
 import regjax
 import regtorch
-from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
+from parity_tests.frameworks import JAX, TORCH, Framework
+from parity_tests.tables import both_frameworks
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 KINDS = ("logits", "probabilities", "values")
 FIELDS = ("mean", "std", "entropy", "expected_entropy", "mutual_information", "samples")
 SAMPLES = 13

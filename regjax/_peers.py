@@ -82,7 +82,7 @@ class _FlaxSampler(ExactSampler):
     ) -> Bool[Array, "*shape"]:
         if _is_default(key) and at_most(math.prod(shape), _LARGEST_FUSED):
             if key.dtype == jnp.uint32:  # raw threefry key; threefry may not be the default
-                key = jax.random.wrap_key_data(key, impl="threefry2x32")
+                key = jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
             return jax.random.bernoulli(key, keep_prob, shape, out_sharding=out_sharding)
         return super().draw(key, keep_prob, shape, out_sharding)
 

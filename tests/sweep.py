@@ -2,6 +2,8 @@
 
 `python -m tests.sweep` prints each call that accepts a wrong value, and each error that does not
 begin with the argument. `tests/test_sweep.py` asserts that there are none.
+
+The tables of calls, wrong values and exceptions stay in one file: a new function adds to each.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,13 +15,13 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
+from parity_tests.frameworks import JAX, TORCH, Framework
+from parity_tests.tables import both_frameworks
 from regjax._dropout import core as jax_dropout
 from regjax._random.packed import mask_sampler
 from regtorch._dropout import core as torch_dropout
 from regtorch._random.packed import mask_sampler as torch_mask_sampler
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 X = np.linspace(-2, 3, 60, dtype=np.float32).reshape(3, 4, 5)
 
 
@@ -91,13 +92,10 @@ def test_arrays_that_dropout_accepts(framework: Framework):
 def test_the_scale_is_rounded_once(framework: Framework, rate):
     keep_prob_of, inverse = module(framework).keep_prob_of, module(framework).inverse_keep_prob
     for real in (np.float32, np.float64):
-        keep_prob = keep_prob_of(
-            rate, dtype_of(framework, real) if framework is TORCH else np.dtype(real)
-        )
+        dtype = dtype_of(framework, real)
+        keep_prob = keep_prob_of(rate, dtype)
         assert (keep_prob, type(keep_prob)) == (float(real(1 - rate)), float)
-        scale = inverse(
-            keep_prob, getattr(torch, np.dtype(real).name) if framework is TORCH else real
-        )
+        scale = inverse(keep_prob, dtype)
         assert scale == real(1) / real(keep_prob)
     changing = lambda rate: keep_prob_of(rate, dtype_of(framework, np.float16))
     assert framework.traced(changing)(np.float32(rate)) == 1 - np.float32(rate)
@@ -174,6 +172,14 @@ def test_a_mask_is_stored_if_elements_would_draw_it_again(monkeypatch, shape, di
     alone = tuple(1 if dim in dims else size for dim, size in enumerate(shape))
     np.testing.assert_array_equal(np.asarray(mask), JAX.bernoulli(5, 0.5, alone))
     assert bool(calls) == stored
+
+
+def test_a_spec_is_static_under_jit():
+    spec = jax_dropout.SampledMask("dropout", mask_sampler(JAX.library.bernoulli))
+    assert jax.tree.leaves(spec) == []
+    assert hash(spec) == hash(dataclasses.replace(spec))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        spec.name = "other"
 
 
 # `1 - rate` rounds differently for 0.9 as a number and as an array.

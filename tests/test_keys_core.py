@@ -11,9 +11,9 @@ import torch
 
 from parity_tests import reference
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
+from parity_tests.tables import both_frameworks
 from regjax._random import keys as jax_keys
 from regtorch._random import keys as torch_keys
-from tests.test_random_core import both_frameworks
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "threefry2x32"])

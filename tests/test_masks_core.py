@@ -14,18 +14,15 @@ import torch
 
 from parity_tests import reference
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
+from parity_tests.tables import KEEP_PROBS, SMALLEST, both_frameworks
 from regjax._random import bernoulli as jax_masks
 from regjax._random import packed as jax_packed
 from regtorch._random import bernoulli as torch_masks
 from regtorch._random import packed as torch_packed
-from tests.test_random_core import both_frameworks, jax_words
-
-SMALLEST = 2.0**-126
-PROBABILITIES = [0.0, 1e-45, float(np.nextafter(np.float32(SMALLEST), np.float32(0))), SMALLEST]
-PROBABILITIES += [1e-9, 2.0**-24, 2.0**-23, 0.123, 0.5, 0.9, 1 - 2.0**-24, 1.0]
+from tests.test_random_core import jax_words
 
 
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, -1.0, 2.0, math.nan])
+@pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, -1.0, 2.0, math.nan])
 def test_thresholds(keep_prob):
     """The threshold is `ceil(p * 2**23)`, or 0 below the smallest normal number, also if traced."""
     inside = min(keep_prob, 1.0) if keep_prob >= SMALLEST else 0.0
@@ -41,7 +38,7 @@ TINY = 2.0**-12
 SHARES = [-0.5, 3e-7, float(np.nextafter(np.float32(TINY), np.float32(0))), TINY, 1.001 * TINY]
 
 
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, *SHARES])
+@pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, *SHARES])
 def test_the_fraction_of_kept_elements(keep_prob):
     """The fraction is that of the threshold below 2**-12, otherwise the requested probability."""
     changing = np.float32(keep_prob)
@@ -67,6 +64,9 @@ def test_a_sampler_may_say_what_it_keeps(framework: Framework):
     assert realized(functools.partial(packed, bits=3), 0.3) == 2 / 8
     for silent in (lambda *_: None, functools.partial(lambda *_, **options: None, bits=3)):
         assert realized(silent, 0.3) == 0.3
+    exact = (jax_packed if framework is JAX else torch_packed).EXACT
+    assert of(framework.library.bernoulli) is of(functools.partial(framework.library.bernoulli))
+    assert of(framework.library.bernoulli) is exact
 
 
 @both_frameworks
@@ -92,6 +92,13 @@ def test_probabilities(framework: Framework):
         check("share", framework.array(np.ones(1, np.float32)))
     for dtype in (np.float32, np.int32):
         assert framework.traced(lambda value: check("share", value) + 0)(np.array(3, dtype)) == 3
+
+
+def test_a_float_in_range_takes_the_shortcut(monkeypatch):
+    """An eager call of dropout checks its rate: no conversion to an array, which takes time."""
+    monkeypatch.delattr(jax_masks, "as_number")
+    for value in (0.0, 0.5, 1.0):
+        assert jax_masks.check_probability("share", value) is value
 
 
 def test_a_uniform_equal_to_the_threshold_is_dropped():

@@ -14,15 +14,15 @@ from jax.sharding import PartitionSpec as P
 
 from parity_tests import reference
 from parity_tests.frameworks import JAX, Framework
+from parity_tests.tables import KEEP_PROBS, SMALLEST, both_frameworks
 from regjax._random import packed as jax_packed
 from regjax._random.xla import word_bytes
 from regtorch._random import packed as torch_packed
-from tests.test_masks_core import PROBABILITIES, SMALLEST
-from tests.test_random_core import KEY, both_frameworks, only_jax, torch_words
+from tests.test_random_core import KEY, only_jax, torch_words
 
 
 @pytest.mark.parametrize("bits", [1, 5, 16, 23, 24, 25, 32])
-@pytest.mark.parametrize("keep_prob", [*PROBABILITIES, 1e-3, 0.75, -1.0, 2.0, math.nan])
+@pytest.mark.parametrize("keep_prob", [*KEEP_PROBS, 1e-3, 0.75, -1.0, 2.0, math.nan])
 def test_packed_thresholds(bits, keep_prob):
     """The threshold is `round(p * 2**bits)`, and 0 or 2**bits only if the probability is 0 or 1."""
     exact = float(np.float32(keep_prob))
@@ -171,6 +171,8 @@ def test_words_have_the_sharding_of_their_elements_if_shards_hold_whole_words(
 
 WORDS = [((64, 64), *each) for each in [(0, 4), (32, 5), (1, 1), (0x2A95, 16), (7, 18)]]
 WORDS += [((4, 32, 40), *each) for each in [(5, 3), (200, 8)]]
+# Rows and channels; four axes; and two axes of one length, of which the later packs.
+WORDS += [(shape, 0xE666, 16) for shape in ((2, 96, 24), (3, 32, 64, 2), (64, 64, 2))]
 
 
 @both_frameworks
@@ -211,3 +213,13 @@ def test_a_cpu_draws_no_word_in_the_loop_that_reads_it(framework: Framework):
     loops = draw.lower(framework.key(9)).compile().as_text().split("\n\n")
     assert any("xor(" in loop for loop in loops)
     assert not any("xor(" in loop and "pred[2,32,128]" in loop for loop in loops)
+
+
+def test_a_traced_probability_takes_a_layout():
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Explicit,))
+    layout, key = NamedSharding(mesh, P("a")), jax.random.key(9)
+    draw = jax.jit(lambda q: JAX.library.packed_bernoulli(key, q, (64, 32), out_sharding=layout))
+    with jax.set_mesh(mesh):
+        mask = draw(jnp.float32(0.3))
+    assert mask.sharding.is_equivalent_to(layout, 2)
+    np.testing.assert_array_equal(mask, JAX.library.packed_bernoulli(key, 0.3, (64, 32)))

@@ -19,11 +19,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from parity_tests import reference
-from parity_tests.frameworks import FRAMEWORKS, JAX, Framework
+from parity_tests.frameworks import JAX, Framework
 from regjax._random import threefry as jax_threefry
 from regtorch._random import threefry as torch_threefry
 
-both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 only_jax = pytest.mark.parametrize("framework", [JAX], ids=str)
 KEY = (0x13198A2E, 0x83707344)
 

@@ -10,10 +10,13 @@ A test that passes a wrong argument is skipped if an annotation rejects the argu
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 import sys
 import typing
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,10 +37,22 @@ DEPENDENCIES = [
 ]
 PACKAGES = ["regjax", "regshared", "regtorch"]
 
-# An int is accepted as a float, as in static type checkers, and a NumPy integer as an int, as in
-# `check_integer`.
-INTEGERS = FrozenDict({int: int | np.integer})
-check = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=INTEGERS))
+
+@functools.cache
+def configuration() -> BeartypeConf:
+    """Accept an int as a float, as static type checkers do, and sizes that are not of type int.
+
+    They are NumPy integers, which `check_integer` accepts, and symbolic dimensions of `jax.export`.
+    """
+    from jax.export import symbolic_shape  # conftest.py sets options of JAX before its import
+
+    sizes = int | np.integer | type(symbolic_shape("n")[0])
+    return BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict({int: sizes}))
+
+
+def check(checked: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function or class with a check of its annotations."""
+    return beartype(checked, conf=configuration())
 
 
 class Raises(pytest.RaisesExc):
@@ -52,6 +67,8 @@ class Raises(pytest.RaisesExc):
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import every module of the packages with a check in each function and dataclass."""
+    # The checks choose random items of containers, also inside Hypothesis's strategies.
+    config.addinivalue_line("filterwarnings", "ignore:Do not use the `random` module")
     if loaded := {*PACKAGES} & {*sys.modules}:
         raise pytest.UsageError(f"{loaded} must not be imported before this plugin.")
     pytest.raises = Raises
@@ -64,6 +81,8 @@ def pytest_configure(config: pytest.Config) -> None:
             for module in pkgutil.walk_packages(package.__path__, f"{name}."):
                 importlib.import_module(module.name)
     typing.TYPE_CHECKING = False
+    for name in ("regjax", "regtorch"):  # the checks surround the lines of the packages
+        sys.modules[f"{name}._random.events"]._LIBRARIES.add("jaxtyping")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

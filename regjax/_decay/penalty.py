@@ -18,11 +18,12 @@ from regjax._decay.validation import check_reference, resolve_mask, resolve_refe
 from regshared.checks import check_coefficient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from jaxtyping import Array, Float, Inexact, PyTree, Scalar, ScalarLike
 
-    Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
+    from regjax._decay.validation import Mask
+
 
 _T = TypeVar("_T")
 _FIX = "Pass 0.0 for no penalty, or the value of a schedule at this step."

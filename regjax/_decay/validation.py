@@ -18,14 +18,15 @@ from regshared.checks import check_coefficient
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Array, PyTree, ScalarLike
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, PyTree, ScalarLike
 
     from regjax._decay.paths import KeyPath
 
+    Mask = PyTree[Bool[ArrayLike, ""]] | Callable[[PyTree], PyTree] | None
 
-def resolve_mask(
-    mask: PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None, params: PyTree
-) -> PyTree[bool]:
+
+def resolve_mask(mask: Mask, params: PyTree) -> PyTree[bool]:
     """Return a pytree of Python bools with the structure of `params`: True where a leaf decays.
 
     Args:

@@ -163,7 +163,10 @@ EXACT = ExactSampler(bernoulli)
 # equal shapes share one trace. The threshold is a traced argument: the trace serves every rate.
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _threshold_mask(
-    key: KeyLike, threshold: UInt32[Array, ""], shape: tuple[int, ...], out_sharding: Layout
+    key: KeyLike,
+    threshold: np.uint32 | UInt32[Array, ""],
+    shape: tuple[int, ...],
+    out_sharding: Layout,
 ) -> Bool[Array, "*shape"]:
     consume(key)
     bits = counter_bits(key_words(key), shape, out_sharding=out_sharding)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from regjax._random.threefry import Words
 
-    KeyLike = Key[Array, ""] | UInt32[Array, " _words"]
+    KeyLike = Key[Array, ""] | UInt32[Array | np.ndarray, " _words"]
 
 _THREEFRY = "threefry2x32"
 

@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Inexact, Shaped, UInt, UInt8, UInt32
-
-    from regjax._random.threefry import Layout
 
 
 # jit, because an optimizer calls it for each of a thousand leaves: traced once for each shape and
@@ -57,7 +56,7 @@ def _identity(x: Array) -> Array:
 
 @_identity.defjvp
 def _identity_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _identity(*primals), tangents[0]
+    return (_identity(*primals), *tangents)
 
 
 def materialize(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
@@ -76,7 +75,7 @@ def materialize(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     def divided(x: Array) -> Array:
         integers = x.astype(np.uint8) if x.dtype == np.bool_ else x
         one = integers.dtype.type(1)
-        divisor = (integers == integers + one).astype(integers.dtype) + one
+        divisor = (integers == ~integers).astype(integers.dtype) + one
         return (integers // divisor).astype(x.dtype)
 
     return lax.platform_dependent(x, cpu=divided, default=lambda x: x)
@@ -108,7 +107,7 @@ def word_bytes(words: UInt32[Array, "*words"]) -> tuple[UInt8[Array, "*words"], 
 
 
 def iota_in_place(
-    shape: tuple[int, ...], axis: int, out_sharding: Layout
+    shape: tuple[int, ...], axis: int, out_sharding: NamedSharding | PartitionSpec | None
 ) -> UInt32[Array, "*shape"]:
     """Return the index along one axis, in a form that hides that it depends on that axis only.
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike, DTypeLike
     from jaxtyping import Array, Float, Inexact, PyTree, ScalarLike
 
-    Mask = PyTree[bool] | Callable[[PyTree], PyTree[bool]] | None
+    from regjax._decay.validation import Mask
+
     # OFF is a scalar of NumPy.
     WeightDecay = optax.ScalarOrSchedule | np.floating
 

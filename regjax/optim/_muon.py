@@ -45,7 +45,7 @@ def muon(
     nesterov: bool = True,
     ns_coefficients: Coefficients = (3.4445, -4.7750, 2.0315),
     eps: ScalarLike = 1e-7,
-    ns_steps: int = 5,
+    ns_steps: int | Array = 5,
     adjust_lr_fn: str | None = None,
     *,
     mask: Mask = None,
@@ -169,7 +169,7 @@ def orthogonalize(
     u: Matrix,
     coefficients: Coefficients,
     eps: ScalarLike,
-    steps: int,
+    steps: int | Array,
     dtype: DTypeLike,
 ) -> Matrix:
     """Bring the singular values of a matrix near 1 by Newton-Schulz steps.

@@ -94,7 +94,7 @@ def bits(key: Tensor, shape: Sequence[int]) -> Tensor:
     return counter_bits(key_words(check_key(key)), check_shape("shape", shape)).view(torch.uint32)
 
 
-def site_key(root: Tensor, step: int, site: str) -> Tensor:
+def site_key(root: Tensor, step: int | Tensor, site: str) -> Tensor:
     """Return the key of one place in a model at one step of training, derived without state.
 
     The root key encrypts a 64-bit hash of the site's name in one block of threefry, and the result
@@ -152,7 +152,7 @@ def site_hash(site: str) -> int:
     return int.from_bytes(hashlib.sha256(site.encode()).digest()[:8])
 
 
-def check_step(step: int) -> int:
+def check_step(step: int | Tensor) -> int:
     """Return the step as a Python integer; raise if it is not an integer in [0, 2**64)."""
     step = check_integer("step", step)
     if not 0 <= step < 2**64:

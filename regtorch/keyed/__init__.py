@@ -130,7 +130,7 @@ def sites(model: nn.Module) -> list[str]:
     return [site.name for site in _sites(model)]
 
 
-def set_key(model: nn.Module, root: Tensor, step: int) -> None:
+def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
     """Set the key of every site of a converted model for one step, and count its calls from 0.
 
     Call this before each forward pass, and not between a forward pass and its backward.

@@ -1,4 +1,7 @@
-"""Equinox's layers: the drop-in layer is bitwise identical, and the family has the same API."""
+"""Equinox's layers: the drop-in layer is bitwise identical, and the family has the same API.
+
+This file is long because one table of situations compares every layer with the layer of Equinox.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Planted bugs in small training steps, each with the expected report, and correct steps."""
+"""Planted bugs in small training steps, each with the expected report, and correct steps.
+
+The file is long because each planted bug needs a training step of its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +21,15 @@ import regjax.nnx
 from regjax import DropoutProblem as Problem
 from regjax._guards import ADVICE
 from regshared.report import MaskSummary, Site, make_report
+from tests import shared
+from tests.shared import found
 
 ROOT = jax.random.key(3)
 X = jnp.linspace(-1.0, 1.0, 8 * 16).reshape(8, 16)
 W = jnp.linspace(1.0, -1.0, 16 * 16).reshape(16, 16)
 
 
-def line(marker: str) -> str:
-    """Return the line of a comment of this file, in the format of a report."""
-    lines = Path(__file__).read_text().splitlines()
-    (number,) = [n for n, text in enumerate(lines, 1) if text.endswith(f"  # {marker}")]
-    return f"test_guards.py:{number}"
-
-
-def found(report):
-    return [(finding.problem, finding.sites) for finding in report.findings]
+line = functools.partial(shared.line, __file__)
 
 
 def model(w, x, keys, rate=0.5, **options):

@@ -69,7 +69,9 @@ def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape, shapes):
     run = jax.jit(lambda x: regjax.dropout(x, 0.3, key=key, sampler=SAMPLERS[name]))
     with jax.set_mesh(mesh):
         for shape in shapes:
-            for spec in specs(shape, names, sizes):
+            layouts = specs(shape, names, sizes)
+            # Each second one has every axis, and every way to share one: the slow cases have all.
+            for spec in layouts if shapes is SHAPES else layouts[::-2]:
                 x = jax.device_put(jnp.full(shape, scale), NamedSharding(mesh, spec))
                 compiled = run.lower(x).compile()
                 y = compiled(x)

@@ -1,4 +1,7 @@
-"""The layers for Flax Linen are bitwise identical to Linen's, with the same public API."""
+"""The layers for Flax Linen are bitwise identical to Linen's, with the same public API.
+
+The file has the sections of `test_nnx.py` in the same order, so that both are read side by side.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The layers for Flax NNX are bitwise identical to NNX's, with the same public API."""
+"""The layers for Flax NNX are bitwise identical to NNX's, with the same public API.
+
+The file has the sections of `test_linen.py` in the same order, so that both are read side by side.
+"""
 
 from __future__ import annotations
 
@@ -274,6 +277,7 @@ def test_errors_are_those_of_the_layer_it_replaces(Dropout, case):
         call(Dropout)
 
 
+@pytest.mark.wrong_types
 @both
 @pytest.mark.parametrize("flag", [True, np.True_, jnp.bool_(True)], ids=["bool", "numpy", "jax"])
 def test_evaluation_returns_what_it_is_given(Dropout, flag):

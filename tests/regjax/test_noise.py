@@ -15,6 +15,7 @@ from regjax._random.keys import key_words
 from regjax._random.quantile import quantile
 from regjax._random.threefry import threefry2x32
 from regjax._random.xla import rounded
+from tests.regjax.training import assert_one_compilation
 from tests.regjax.versions import debug_key_reuse
 
 KEY = jax.random.key(0)
@@ -60,19 +61,7 @@ def test_only_the_key_is_saved_for_the_backward_pass(noise, rate):
 
 @each
 def test_a_changing_rate_flag_and_key_cost_one_compilation(noise):
-    traces = []
-
-    @jax.jit
-    def step(x, key, rate, deterministic):
-        traces.append(None)
-        return noise(x, rate, key=key, deterministic=deterministic)
-
-    for i, rate in enumerate([0.0, 0.25, 0.75]):
-        for deterministic in (False, True):
-            y = step(X, jax.random.key(i), jnp.float32(rate), jnp.bool_(deterministic))
-            expected = X if deterministic else noise(X, rate, key=jax.random.key(i))
-            chex.assert_trees_all_close(y, expected, rtol=1e-6)
-    assert len(traces) == 1
+    assert_one_compilation(noise, X, [0.0, 0.25, 0.75], rtol=1e-6)
 
 
 @each

@@ -1,4 +1,4 @@
-"""What holds for every optimizer; what is particular to a few is in the files beside this one."""
+"""Tests of every optimizer; the other files have tests of particular ones."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def test_signature(name):
     assert positional == [arg for arg in expected if arg in positional]
 
 
-# Muon takes matrices only.
+# Muon accepts matrices only.
 MATRICES = [{**tree, "bias": tree["bias"][:, None]} for tree in (PARAMS, GRADIENT)]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An optimizer with its options, and what to walk it on.
+    """An optimizer with its options, and a problem.
 
     Attributes:
-        make: From a learning rate to the optimizer.
-        close: How far apart an eager walk and a compiled one may end, whose sums are fused.
+        make: Returns the optimizer for a learning rate.
+        close: The allowed difference of an eager run and a compiled one, which fuses sums.
         problem: Parameters and their gradient.
         has_schedule: Whether the learning rate may be a schedule.
     """
@@ -121,7 +121,7 @@ def test_state_has_four_links_that_keep_their_form(variant):
     assert state.keys() == LINKS
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-    # What optax's tools take for parameters, they map; and nothing else.
+    # Optax's tools map the parameters in the state, and nothing else.
     mapped = optax.tree.map_params(optimizer, lambda leaf: leaf + 1, state)
     assert jax.tree.structure(mapped) == jax.tree.structure(state)
     assert jax.tree.map(
@@ -184,7 +184,7 @@ def _arrays(state):
 
 def _rates(variant, dtype):
     yield 0.125
-    if dtype != "float64":  # a strong float32 beside which strict promotion refuses
+    if dtype != "float64":  # a strongly typed float32, which strict promotion rejects
         yield jnp.float32(0.125)
     if variant.has_schedule:
         yield lambda count: jnp.float32(0.125)
@@ -217,7 +217,7 @@ def test_trees_of_mixed_dtypes(variant):
 
 @each_variant
 def test_half_types_are_rounded_once(variant):
-    # Parameters, gradient and the first state are exact in bfloat16, so only the end rounds.
+    # Parameters, gradient and initial state are exact in bfloat16, so only the result is rounded.
     optimizer, results = variant.make(0.125), []
     for dtype in ("float32", "bfloat16"):
         params, gradient = (in_dtype(tree, dtype) for tree in variant.problem)
@@ -252,7 +252,7 @@ def test_one_compilation_walks_as_a_loop_does(variant):
 
 @each_variant
 def test_a_traced_learning_rate(variant):
-    # Where a gradient is zero, the root of its square has no slope.
+    # The root of the square of a zero gradient has no derivative.
     params, gradient = variant.problem
     gradient = jax.tree.map(lambda g: g + 0.375, gradient)
 
@@ -267,7 +267,7 @@ def test_a_traced_learning_rate(variant):
     assert np.all(np.isfinite(values[0.0]))
 
 
-# The others hold a root or a decayed gradient for a while, as they do in optax.
+# The others temporarily store a root or a decayed gradient, as in optax.
 IN_PLACE = ("sgd", "asgd", "rprop", "adam", "amsgrad", "adamw", "nadam", "radam", "adamax")
 
 
@@ -287,7 +287,7 @@ def test_a_step_writes_over_what_it_is_given(name):
     assert step.memory_analysis().temp_size_in_bytes < 1000  # a copy of the kernel has 32,768
 
 
-# Every hyperparameter that is a number can be traced. Tuples stay as they are, unless taken apart.
+# Every numeric hyperparameter can be traced. Tuples cannot, but their elements can.
 RATE_AND_DECAY = {"learning_rate": 0.125, "weight_decay": 0.5}
 MOMENTS = {**RATE_AND_DECAY, "b1": 0.75, "b2": 0.9, "eps": 0.5}
 
@@ -348,7 +348,7 @@ INJECTED = {
         _adafactor,
         {**RATE_AND_DECAY, "beta2_decay": -0.5, "eps1": 0.5, "eps2": 2.0, "d": 1.5},
     ),
-    # Even the number of steps becomes an array then.
+    # Then the number of steps is an array, too.
     "muon": (optim.muon, {**RATE_AND_DECAY, "momentum": 0.5, "ns_steps": 3, "ns_dtype": "float32"}),
     "muon-apart": (
         _muon,
@@ -362,7 +362,7 @@ def test_injected_hyperparameters(name, make, given):
     params, gradient = VARIANTS[name.split("-")[0]].problem
     expected, expected_state = walk(make(**given), [gradient] * 3, params)
     injected = optax.inject_hyperparams(make)(**given)
-    # A step count is a float64 here as soon as it is a float; the parameters are float32.
+    # A step count that is converted to float is float64 here; the parameters are float32.
     with jax.enable_x64(True):
         compiled = optax.GradientTransformation(injected.init, jax.jit(injected.update))
         visited, state = walk(compiled, [gradient] * 3, params)
@@ -372,11 +372,11 @@ def test_injected_hyperparameters(name, make, given):
         state.hyperparams["learning_rate"] *= 0
         updates, after = compiled.update(gradient, state, params)
         assert dtypes((updates, after)) == dtypes((params, state))
-    if make not in (optim.asgd, optim.rprop, _rprop):  # which read it a step early, or once
+    if make not in (optim.asgd, optim.rprop, _rprop):  # these read it a step early, or once
         assert_close(updates, jax.tree.map(jnp.zeros_like, params))
 
 
-# Those with a weight decay.
+# The optimizers with weight decay.
 OPTIMIZERS = {n.lower(): getattr(optim, n.lower()) for n in RECORDS if n != "Rprop"}
 
 each_optimizer = pytest.mark.parametrize(("name", "make"), OPTIMIZERS.items(), ids=OPTIMIZERS)
@@ -385,7 +385,7 @@ each_optimizer = pytest.mark.parametrize(("name", "make"), OPTIMIZERS.items(), i
 @pytest.mark.parametrize("mask", [NO_BIAS, lambda params: NO_BIAS], ids=["tree", "function"])
 @each_optimizer
 def test_mask(name, make, mask):
-    # The decay turns the first gradient of the kernel around, so that even a sign shows it.
+    # The decay changes the sign of the first gradient of the kernel, and so of any update.
     problem = VARIANTS[name].problem
     masked = first_update(make(0.1, weight_decay=2.0, mask=mask), *problem)
     full = first_update(make(0.1, weight_decay=2.0), *problem)

@@ -8,6 +8,7 @@ import pytest
 
 from regjax import optim
 from tests.regjax.optimizers import assert_close
+from tests.shared import WRONG_LAYERS
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 0.0]]), "bias": jnp.array([1.0, 2.0])}
 GRADIENT = {"kernel": jnp.array([[0.5, 1.0], [0.0, 0.0]]), "bias": jnp.array([0.5, -1.0])}
@@ -206,17 +207,7 @@ def test_layerwise_scale():
     assert updates["embed"].tolist() == [0.25, 0.25]
 
 
-@pytest.mark.parametrize(
-    ("layer", "depth", "error", "message"),
-    [
-        (-1, None, ValueError, r"layer_of\('kernel'\) must be at least 0; got -1"),
-        (0, -1, ValueError, "depth must be at least 0; got -1"),
-        (3, 2, ValueError, r"layer_of\('kernel'\) must be at most 2; got 3"),
-        (0.5, None, TypeError, r"layer_of\('kernel'\) must be an integer; got 0\.5"),
-        (True, None, TypeError, "must be an integer; got True"),
-        (None, None, TypeError, "must be an integer; got None"),
-    ],
-)
+@pytest.mark.parametrize(("layer", "depth", "error", "message"), WRONG_LAYERS)
 def test_layer_that_is_none_is_refused(layer, depth, error, message):
     layer_of = lambda name: layer if name == "kernel" else 0
     with pytest.raises(error, match=message):

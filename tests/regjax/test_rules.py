@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import flax.linen as linen
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,156 +18,11 @@ import regjax
 from regjax import decay_mask, decay_rates, decay_table
 from regjax._decay.paths import named_leaves
 from regshared.globs import words
+from tests.regjax.decaying_models import KEY, MODELS, Scanned
 
-KEY = jax.random.key(0)
-TOKENS = jnp.zeros((2, 3), jnp.int32)
 LAYER = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
 NORM = {"scale": jnp.ones(3), "bias": jnp.ones(3)}
 PARAMS = {"encoder": [{"dense": LAYER, "norm": NORM}] * 2, "head": LAYER}
-
-
-class Linen(linen.Module):
-    @linen.compact
-    def __call__(self, tokens):
-        x = linen.Embed(5, 4)(tokens)
-        x = linen.MultiHeadDotProductAttention(2, name="attention")(linen.LayerNorm()(x))
-        x = linen.BatchNorm(use_running_average=False)(x)
-        x = linen.RMSNorm()(linen.GroupNorm(2)(linen.Conv(4, (3,))(x)))
-        x = linen.RNN(linen.GRUCell(4))(linen.PReLU()(x))
-        x = linen.WeightNorm(linen.Dense(4, name="inner"))(x)
-        x = x + self.param("pos_embedding", linen.initializers.zeros, (1, 3, 4))
-        return linen.DenseGeneral((2, 3), name="head")(x)
-
-
-class Block(linen.Module):
-    @linen.compact
-    def __call__(self, x, _):
-        return linen.Dense(4)(linen.LayerNorm()(x)), None
-
-
-class Scanned(linen.Module):
-    @linen.compact
-    def __call__(self, x):
-        stack = linen.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
-        )
-        return stack(name="layers")(x, None)[0]
-
-
-class Equinox(eqx.Module):
-    embed: eqx.nn.Embedding
-    # A linear layer with any name.
-    patch_embed: eqx.nn.Linear
-    layers: list
-    attention: eqx.nn.MultiheadAttention
-    cell: eqx.nn.LSTMCell
-    batch: eqx.nn.BatchNorm
-    slope: eqx.nn.PReLU
-    mlp: eqx.nn.MLP
-    nothing: Any = None
-
-
-@functools.cache
-def equinox_model() -> Equinox:
-    return Equinox(
-        eqx.nn.Embedding(3, 4, key=KEY),
-        eqx.nn.Linear(2, 3, key=KEY),
-        [eqx.nn.LayerNorm(4), eqx.nn.Conv2d(2, 2, 3, key=KEY), eqx.nn.GroupNorm(2, 4)],
-        eqx.nn.MultiheadAttention(2, 4, use_query_bias=True, key=KEY),
-        eqx.nn.LSTMCell(2, 3, key=KEY),
-        eqx.nn.BatchNorm(4, "batch", mode="batch"),
-        eqx.nn.PReLU(),
-        eqx.nn.MLP(2, 2, 3, 1, use_final_bias=False, key=KEY),
-    )
-
-
-def nnx_model() -> nnx.Module:
-    rngs = nnx.Rngs(0)
-    return nnx.Sequential(
-        nnx.Embed(5, 4, rngs=rngs),
-        nnx.LayerNorm(4, rngs=rngs),
-        nnx.MultiHeadAttention(2, 4, rngs=rngs),
-        nnx.BatchNorm(4, rngs=rngs),
-        nnx.Conv(4, 4, 3, rngs=rngs),
-        nnx.LoRA(4, 2, 4, rngs=rngs),
-        nnx.Dropout(0.1, rngs=rngs),
-    )
-
-
-@functools.cache
-def haiku_params() -> Any:
-    def forward(tokens):
-        x = hk.Embed(5, 4)(tokens)
-        x = hk.LayerNorm(-1, create_scale=True, create_offset=True)(x)
-        x = hk.MultiHeadAttention(2, 2, w_init=hk.initializers.Constant(1.0), name="mha")(x, x, x)
-        x = hk.nets.MLP([4, 4])(hk.BatchNorm(True, True, 0.9)(x, True))
-        x, _ = hk.GRU(4)(x[0], jnp.zeros((3, 4)))
-        return hk.Bias()(hk.RMSNorm(-1)(x))
-
-    # Haiku's moving averages promote dtypes.
-    with jax.numpy_dtype_promotion("standard"):
-        params, _ = jax.eval_shape(hk.transform_with_state(forward).init, KEY, TOKENS)
-    return params
-
-
-@functools.cache
-def linen_variables() -> Any:
-    return jax.eval_shape(Linen().init, KEY, TOKENS)
-
-
-def linen_params() -> Any:
-    return linen_variables()["params"]
-
-
-GRU = [f"GRUCell_0/{name}/kernel" for name in ("hn", "hr", "hz", "in", "ir", "iz")]
-HEADS = ("key", "out", "query", "value")
-LINEN = {
-    "Conv_0/kernel",
-    "head/kernel",
-    "inner/kernel",
-    *GRU,
-    *(f"attention/{name}/kernel" for name in HEADS),
-}
-NNX = {
-    "layers/4/kernel/value",
-    "layers/5/lora_a/value",
-    "layers/5/lora_b/value",
-    *(f"layers/2/{name}/kernel/value" for name in HEADS),
-}
-EQUINOX = {
-    "patch_embed/weight",
-    "layers/1/weight",
-    *(f"attention/{name}_proj/weight" for name in ("query", "key", "value", "output")),
-    "cell/weight_ih",
-    "cell/weight_hh",
-    "mlp/layers/0/weight",
-    "mlp/layers/1/weight",
-}
-HAIKU = {
-    "gru/w_h",
-    "gru/w_i",
-    *(f"mha/{name}/w" for name in ("key", "linear", "query", "value")),
-    "mlp/~/linear_0/w",
-    "mlp/~/linear_1/w",
-}
-
-
-# The tree, the leaves that decay, and the number of parameters.
-MODELS = {
-    "linen-params": (linen_params, LINEN, 35),
-    "linen-variables": (linen_variables, {f"params/{name}" for name in LINEN}, 35),
-    "linen-scanned": (
-        lambda: jax.eval_shape(Scanned().init, KEY, jnp.zeros((2, 4)))["params"],
-        {"layers/Dense_0/kernel"},
-        4,
-    ),
-    "nnx-state": (lambda: nnx.state(nnx_model(), nnx.Param), NNX, 17),
-    "nnx-whole-state": (lambda: nnx.state(nnx_model()), NNX, 17),
-    "nnx-module": (nnx_model, NNX, 17),
-    "equinox": (equinox_model, EQUINOX, 23),
-    "equinox-filtered": (lambda: eqx.filter(equinox_model(), eqx.is_inexact_array), EQUINOX, 23),
-    "haiku": (haiku_params, HAIKU, 22),
-}
 
 
 def decaying(params: Any, mask: Any) -> set[str]:
@@ -400,13 +253,14 @@ def test_frozen_parameters_stay_as_torch_leaves_them(name):
 @pytest.mark.parametrize("name", ["linen-params", "equinox-filtered", "nnx-state", "haiku"])
 def test_mask_goes_into_optimizers(make, name):
     params = MODELS[name][0]()
-    for mask in (decay_mask, decay_mask(params)):
-        optimizer = make(0.1, weight_decay=0.5, mask=mask)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        ones = jax.tree.map(jnp.ones_like, params)
-        # optax itself promotes dtypes in its bias correction.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(ones), ones)
+    zeros, ones = (jax.tree.map(like, params) for like in (jnp.zeros_like, jnp.ones_like))
+    masks = (decay_mask, decay_mask(params))
+    optimizers = [make(0.1, weight_decay=0.5, mask=mask) for mask in masks]
+    step = jax.jit(lambda g, w: [each.update(g, each.init(w), w)[0] for each in optimizers])
+    # optax itself promotes dtypes in its bias correction.
+    with jax.numpy_dtype_promotion("standard"):
+        runs = step(zeros, ones)
+    for updates in runs:
         moved = {name for name, update in named_leaves(updates) if np.any(np.asarray(update))}
         assert moved == MODELS[name][1]
 

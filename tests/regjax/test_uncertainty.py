@@ -1,4 +1,7 @@
-"""Monte Carlo dropout in JAX: compilation, memory, transforms, and models of each framework."""
+"""Monte Carlo dropout in JAX: compilation, memory, transforms, and models of each framework.
+
+The file is long because each framework contributes a model of its own.
+"""
 
 from __future__ import annotations
 

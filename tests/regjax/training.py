@@ -5,7 +5,9 @@ from __future__ import annotations
 import zlib
 from pydoc_data.topics import topics
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -82,3 +84,20 @@ def assert_same_training(ours, theirs):
             assert same, f"step {number}: {jax.tree_util.keystr(path)} differs"
     losses = [float(loss) for loss, _ in ours]
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+
+
+def assert_one_compilation(function, x, rates, rtol):
+    """Assert that one compilation serves changing rates, flags and keys, and agrees with calls."""
+    traces = []
+
+    @jax.jit
+    def step(x, key, rate, deterministic):
+        traces.append(None)
+        return function(x, rate, key=key, deterministic=deterministic)
+
+    for i, rate in enumerate(rates):
+        for deterministic in (False, True):
+            y = step(x, jax.random.key(i), jnp.float32(rate), jnp.bool_(deterministic))
+            expected = x if deterministic else function(x, rate, key=jax.random.key(i))
+            chex.assert_trees_all_close(y, expected, rtol=rtol)
+    assert len(traces) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,20 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 import regtorch
 from regtorch import DropoutProblem as Problem
+from tests import shared
+from tests.shared import found
 
 ROOT = regtorch.key(3)
 X = torch.linspace(-1.0, 1.0, 8 * 16).reshape(8, 16)
 
 
-def line(marker: str) -> str:
-    """Return the line of a comment of this file, in the format of a report."""
-    lines = Path(__file__).read_text().splitlines()
-    (number,) = [n for n, text in enumerate(lines, 1) if text.endswith(f"  # {marker}")]
-    return f"test_guards.py:{number}"
-
-
-def found(report):
-    return [(finding.problem, finding.sites) for finding in report.findings]
+line = functools.partial(shared.line, __file__)
 
 
 def converted():

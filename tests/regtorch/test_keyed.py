@@ -1,4 +1,7 @@
-"""`regtorch.keyed`: existing models draw from explicit keys, and are otherwise unchanged."""
+"""`regtorch.keyed`: existing models draw from explicit keys, and are otherwise unchanged.
+
+The file covers one function, `convert`, for each kind of layer; they share models and helpers.
+"""
 
 from __future__ import annotations
 
