@@ -28,5 +28,7 @@ def distances_from_top(
         check_integer(f"layer_of({name!r})", layer_of(name), minimum=0, maximum=depth)
         for name in names
     ]
-    top = max(layers, default=0) if depth is None else depth
+    if not layers:
+        return []
+    top = max(layers) if depth is None else depth
     return [top - layer for layer in layers]
