@@ -187,6 +187,7 @@ def test_a_generator_that_was_walked_before_is_refused():
         l2_penalty(parameters, 0.5)
 
 
+@pytest.mark.wrong_types
 @pytest.mark.parametrize(
     ("leaf", "found"),
     [
