@@ -1,4 +1,7 @@
-"""Uncertainty from Monte Carlo dropout: stochastic forward passes and their disagreement."""
+"""Uncertainty from Monte Carlo dropout: stochastic forward passes and their disagreement.
+
+It is one file, like its twin `regtorch/_mc_dropout.py`, so that both are read side by side.
+"""
 
 from __future__ import annotations
 
