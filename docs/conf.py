@@ -5,7 +5,7 @@ import re
 from regshared import __version__
 
 project = "regjax"
-author = copyright = "The regjax authors"
+author = "The regjax authors"
 release = version = __version__
 
 extensions = [

@@ -15,9 +15,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-from flax import linen, nnx
-
-import regjax
+from flax import linen
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
