@@ -1,4 +1,7 @@
-"""Uncertainty from Monte Carlo dropout: stochastic forward passes and their disagreement."""
+"""Uncertainty from Monte Carlo dropout: stochastic forward passes and their disagreement.
+
+It is one file, like its twin `regtorch/_mc_dropout.py`, so that both are read side by side.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +203,7 @@ def _run(
 ) -> tuple[Prediction, Bool[Array, ""]]:
     """Run all passes; also return whether probabilities were improper."""
 
-    def one_pass(index: UInt32[Array, ""]) -> Float[Array, "*shape"]:
+    def one_pass(index: UInt32[Array, ""]) -> Any:  # which `_check_outputs` checks
         return predict(*inputs, key=site_key(key, index, _SITE))
 
     def chunk(

@@ -41,7 +41,7 @@ from regshared.globs import matches, words
 
 if TYPE_CHECKING:
     Decision = bool | float | str | Callable[[str, Any, str], Any]
-    Rule = str | Callable[[str, Any, str], Any] | Sequence[tuple[str, Decision]]
+    Rule = str | Callable[[str, Any, str], Any] | Sequence[tuple[str, Decision] | list[Any]]
 
 
 class Place(NamedTuple):

@@ -1,6 +1,7 @@
 """The report on the dropout of observed training steps: problems, places and confidence.
 
-Both packages share it.
+Both packages share it. The problems and the functions that find them stay in one file, since a new
+problem adds to both.
 """
 
 from __future__ import annotations

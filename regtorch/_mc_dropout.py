@@ -177,11 +177,11 @@ def mc_dropout(
 class _ObservedPass:
     """A pass whose first two calls are observed for the keys of their masks."""
 
-    def __init__(self, one_pass: Callable[..., Tensor]) -> None:
+    def __init__(self, one_pass: Callable[..., Any]) -> None:
         self._one_pass = one_pass
         self._keys: list[list[tuple[int, int]]] = []
 
-    def __call__(self, *inputs: Any, key: Tensor) -> Tensor:
+    def __call__(self, *inputs: Any, key: Tensor) -> Any:
         if len(self._keys) == 2:
             return self._one_pass(*inputs, key=key)
         keys: list[tuple[int, int]] = []

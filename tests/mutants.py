@@ -122,6 +122,7 @@ TESTS = {
     "regjax/optim/_gradients.py": ["tests/regjax/test_optim_gradients.py"],
     "regjax/optim/_descent.py": ["tests/regjax/test_optim_descent.py", *_OPTIM],
     "regjax/optim/_adam.py": ["tests/regjax/test_optim_adam.py", *_OPTIM],
+    "regjax/optim/_adam_variants.py": ["tests/regjax/test_optim_adam.py", *_OPTIM],
     "regjax/optim/_rms.py": ["tests/regjax/test_optim_rms.py", *_OPTIM],
     "regjax/optim/_adafactor.py": ["tests/regjax/test_optim_adafactor.py", *_OPTIM, _MASK],
     "regjax/optim/_muon.py": ["tests/regjax/test_optim_muon.py", *_OPTIM],

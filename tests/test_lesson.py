@@ -38,9 +38,9 @@ def cells(text: str) -> Iterator[Cell]:
         if fence.type == "fence" and fence.info.startswith("{code-cell}"):
             # A line that begins with a colon is an option of the directive.
             code = re.sub(r"^:.*$", "", fence.content, flags=re.MULTILINE)
-            framework = above.content.strip("*") if above.type == "inline" else ""
+            labels = [name for name in FOREIGN if above.content == f"**{name}**"]
             assert fence.map
-            yield Cell("\n" * (fence.map[0] + 1) + code, framework if framework in FOREIGN else "")
+            yield Cell("\n" * (fence.map[0] + 1) + code, "".join(labels))
 
 
 @pytest.fixture

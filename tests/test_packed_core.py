@@ -50,6 +50,9 @@ def test_the_default_is_16_bits(framework: Framework):
     for too_small in (2.0**-17, 1e-9):
         with pytest.raises(ValueError, match="in 16 bits"):
             draw(too_small)
+    packed = framework.library.packed_bernoulli
+    with pytest.raises(ValueError, match="Use more bits"):
+        framework.dropout(np.ones((64, 64), np.float32), 1e-6, sampler=packed)
 
 
 AXES = {(64, 64): 0, (64, 63): None, (4, 32, 32): 1, (128, 32, 4): 0, (64, 64, 2): 1}

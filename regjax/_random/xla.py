@@ -56,7 +56,7 @@ def _identity(x: Array) -> Array:
 
 @_identity.defjvp
 def _identity_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return _identity(*primals), tangents[0]
+    return (_identity(*primals), *tangents)
 
 
 def materialize(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:

@@ -4,6 +4,8 @@ PyTorch computes each rate in double precision from the previous one. Here a rat
 the step, in JAX's precision, so every formula is one that loses no digits in float32: powers come
 from tables computed in double, a cosine is a sum of two nonnegative weights, and the distances of a
 step from the ends of its phase are counted in whole steps.
+
+Formulas, checks and progress of the schedulers stay in one file: a new scheduler adds to each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Convert the state of `torch.optim` optimizers to optax and back."""
+"""Convert the state of `torch.optim` optimizers to optax and back.
+
+Both directions stay in one file, since they read the same layout of a state and must agree on it.
+"""
 
 from __future__ import annotations
 

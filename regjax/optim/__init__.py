@@ -47,7 +47,8 @@ together, and both frameworks have fused multiply-adds or neither has.
 """
 
 from regjax.optim._adafactor import adafactor
-from regjax.optim._adam import ScaleByNadamState, adam, adamax, adamw, nadam, radam
+from regjax.optim._adam import ScaleByNadamState, adam, adamw
+from regjax.optim._adam_variants import adamax, nadam, radam
 from regjax.optim._decays import (
     add_cautious_weight_decay,
     add_decay_by_leaf,

@@ -1,4 +1,7 @@
-"""Gradient descent: SGD, averaged SGD, and Rprop."""
+"""Gradient descent: SGD, averaged SGD, and Rprop.
+
+The three stay in one file, because pickled states name the module of their classes.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from torch import nn
 if TYPE_CHECKING:
     from torch import Tensor
 
-    Params = nn.Module | Tensor | Mapping[str, Tensor] | Iterable[Tensor | tuple[str, Tensor]]
+    # A mapping, or an iterable of tensors or pairs: entries that a mask leaves out may be anything.
+    Params = nn.Module | Tensor | Mapping[str, Any] | Iterable[Any]
 
 
 def named_leaves(params: Params, what: str = "params") -> list[tuple[str, Any]]:

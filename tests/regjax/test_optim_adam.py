@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from regjax import optim
-from regjax.optim import _adam
+from regjax.optim import _adam, _adam_variants
 from tests.regjax.optimizers import GRADIENT, PARAMS, first_update, scalar_updates
 
 OPTIMIZERS = {
@@ -111,7 +111,7 @@ def test_radams_length_keeps_its_digits_in_float32(b2, as_array):
         weights = b2 ** np.arange(count, dtype=np.float64)
         exact = 2 * np.sum(np.arange(1, count + 1) * weights) / weights.sum() - 1
         given = jnp.float32(b2) if as_array else b2
-        length, limit = _adam._average_lengths(given, jnp.int32(count))
+        length, limit = _adam_variants._average_lengths(given, jnp.int32(count))
         assert length.dtype == limit.dtype == "float32"
         # An array has been rounded to float32, which moves 1 - b2 by up to 3e-8 / (1 - b2).
         slack = 4e-8 / (1 - b2) if as_array else 0.0
@@ -123,13 +123,15 @@ def test_radams_length_in_float64():
     with jax.enable_x64(True), decimal.localcontext(prec=40):
         for x in (1e-3, 0.1, 0.2, 0.24, 0.26, 1.0, 30.0):
             exact = 1 - decimal.Decimal(x) / (decimal.Decimal(x).exp() - 1)
-            np.testing.assert_allclose(_adam._shortfall(jnp.float64(x)), float(exact), rtol=2e-14)
+            np.testing.assert_allclose(
+                _adam_variants._shortfall(jnp.float64(x)), float(exact), rtol=2e-14
+            )
 
 
 def test_radams_rectification():
     for length, limit in ((5.1, 5.5), (5.98, 1999.0), (100.0, 1999.0)):
         squared = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
-        found = _adam._rectification(jnp.float32(length), jnp.float32(limit))
+        found = _adam_variants._rectification(jnp.float32(length), jnp.float32(limit))
         np.testing.assert_allclose(found, math.sqrt(squared), rtol=1e-6)
 
 
@@ -163,7 +165,7 @@ def test_a_small_gradient_after_a_large_one_keeps_its_digits(make, b1):
 )
 def test_a_moment_is_averaged_from_the_nearer_end(b1, moment, gradient, expected):
     def average(b1):
-        return _adam._first_moment({"w": jnp.float32(moment)}, {"w": jnp.float32(gradient)}, b1)
+        return _adam.first_moment({"w": jnp.float32(moment)}, {"w": jnp.float32(gradient)}, b1)
 
     for found in (average(b1), average(jnp.float32(b1)), jax.vmap(average)(jnp.array([b1], float))):
         assert found["w"] == expected

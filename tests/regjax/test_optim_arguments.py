@@ -12,7 +12,7 @@ import pytest
 
 from regjax import optim
 from regjax.optim._records import RECORDS
-from tests.regjax.optimizers import assert_close, first_update
+from tests.regjax.optimizers import MAKE, assert_close, first_update
 
 NAMES = [name.lower() for name in RECORDS]
 DECAYING = [name for name in NAMES if name != "rprop"]
@@ -116,6 +116,46 @@ REFUSED = {
 def test_an_argument_out_of_range_is_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         getattr(optim, name)(**arguments)
+
+
+FLAGS = {
+    "maximize": [m for m in MAKE if m not in ("muon", "rprop")],
+    "nesterov": ["momentum"],
+    "amsgrad": ["adamw"],
+    "decoupled_weight_decay": ["nadam", "radam"],
+    "centered": [],
+    "transposed": ["muon"],
+}
+
+
+@pytest.mark.parametrize("value", ["False", "no", 1, None])
+@pytest.mark.parametrize(("flag", "names"), FLAGS.items(), ids=FLAGS)
+def test_a_flag_must_be_a_bool(flag, names, value):
+    makes = [MAKE[name] for name in names]
+    if flag == "centered":
+        makes = [optim.rmsprop]
+    if flag == "maximize":
+        makes.append(optim.rprop)
+    for make in makes:
+        with pytest.raises(TypeError, match=f"^{flag} must be True or False; got {value!r}.$"):
+            make(**{flag: value})
+
+
+PAIRS = {
+    "betas": (optim.adam, optim.adamw, optim.nadam, optim.radam, optim.adamax),
+    "etas": (optim.rprop,),
+    "step_sizes": (optim.rprop,),
+    "eps": (optim.adafactor,),
+    "ns_coefficients": (optim.muon,),
+}
+
+
+@pytest.mark.parametrize("value", [0.9, None, (0.9,), "ab", jnp.ones(5)])
+@pytest.mark.parametrize(("name", "makes"), PAIRS.items(), ids=PAIRS)
+def test_a_pair_must_be_one(name, makes, value):
+    for make in makes:
+        with pytest.raises((TypeError, ValueError), match=f"^{name} must be t.* numbers; got "):
+            make(**{name: value})
 
 
 def test_complex_parameters():

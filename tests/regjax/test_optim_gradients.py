@@ -1,4 +1,4 @@
-"""Parameters and gradients that every optimizer and every decay accepts or rejects."""
+"""Parameters, gradients and masks that every optimizer and every decay accepts or rejects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ STATELESS = {
     "scale": optim.scale_by_leaf(0.5),
 }
 LINKS = {**OPTIMIZERS, **STATELESS}
-each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 each_link = pytest.mark.parametrize("link", LINKS.values(), ids=LINKS)
 PARAMS = {"a": jnp.full((2, 3), 0.5), "b": jnp.full((2, 3), -0.25)}
 GRADIENT = {"a": jnp.full((2, 3), 0.25), "b": jnp.full((2, 3), 2.0)}
@@ -166,207 +165,11 @@ def test_python_numbers_are_parameters_as_in_optax():
         assert updates.shape == ()
 
 
-FLAGS = {
-    "maximize": [m for m in MAKE if m not in ("muon", "rprop")],
-    "nesterov": ["momentum"],
-    "amsgrad": ["adamw"],
-    "decoupled_weight_decay": ["nadam", "radam"],
-    "centered": [],
-    "transposed": ["muon"],
-}
-
-
-@pytest.mark.parametrize("value", ["False", "no", 1, None])
-@pytest.mark.parametrize(("flag", "names"), FLAGS.items(), ids=FLAGS)
-def test_a_flag_must_be_a_bool(flag, names, value):
-    makes = [MAKE[name] for name in names]
-    if flag == "centered":
-        makes = [optim.rmsprop]
-    if flag == "maximize":
-        makes.append(optim.rprop)
-    for make in makes:
-        with pytest.raises(TypeError, match=f"^{flag} must be True or False; got {value!r}.$"):
-            make(**{flag: value})
-
-
-PAIRS = {
-    "betas": (optim.adam, optim.adamw, optim.nadam, optim.radam, optim.adamax),
-    "etas": (optim.rprop,),
-    "step_sizes": (optim.rprop,),
-    "eps": (optim.adafactor,),
-    "ns_coefficients": (optim.muon,),
-}
-
-
-@pytest.mark.parametrize("value", [0.9, None, (0.9,), "ab", jnp.ones(5)])
-@pytest.mark.parametrize(("name", "makes"), PAIRS.items(), ids=PAIRS)
-def test_a_pair_must_be_one(name, makes, value):
-    for make in makes:
-        with pytest.raises((TypeError, ValueError), match=f"^{name} must be t.* numbers; got "):
-            make(**{name: value})
-
-
-# --- state: dtype, sharding, memory of an injected hyperparameter ---
-
-DTYPES = {
-    "sgd": (optim.sgd, "accumulator_dtype", {"momentum": 0.9, "nesterov": True}, "trace"),
-    "adam": (optim.adam, "mu_dtype", {"amsgrad": True}, "mu"),
-    "adamw": (optim.adamw, "mu_dtype", {}, "mu"),
-    "nadam": (optim.nadam, "mu_dtype", {}, "mu"),
-    "muon": (optim.muon, "mu_dtype", {"ns_dtype": "float32"}, "ema"),
-}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "stored"),
-    [("float32", "bfloat16"), ("bfloat16", "float64"), ("float32", "float32")],
-)
-@pytest.mark.parametrize(("make", "option", "options", "field"), DTYPES.values(), ids=DTYPES)
-def test_the_dtype_of_a_moment(make, option, options, field, dtype, stored):
-    with jax.enable_x64(True):
-        params, gradient = (optax.tree.cast(tree, dtype) for tree in (PARAMS, GRADIENT))
-        optimizer = make(0.1, **options, **{option: stored})
-        state = optimizer.init(params)
-        for _ in range(2):
-            updates, after = optimizer.update(gradient, state, params)
-            assert set(jax.tree.leaves(dtypes(updates))) == {jnp.dtype(dtype)}
-            assert dtypes(after) == dtypes(state)
-            state = after
-        [moment] = {leaf.dtype for leaf in jax.tree.leaves(optax.tree.get(state, field))}
-        assert moment == jnp.dtype(stored)
-        if stored == dtype:
-            plain = make(0.1, **options)
-            [expected] = [plain.update(gradient, plain.init(params), params)]
-            assert_close(optimizer.update(gradient, optimizer.init(params), params), expected)
-
-
-def test_a_step_uses_the_moment_unrounded_and_stores_it_rounded():
-    gradient, dtype = {"a": jnp.full((2, 3), jnp.float32(1 / 3))}, jnp.bfloat16
-    optimizer = optim.sgd(1.0, 0.875, accumulator_dtype=dtype)
-    state, stored = optimizer.init(gradient), jnp.zeros([], dtype)
-    for _ in range(3):
-        updates, state = optimizer.update(gradient, state)
-        trace = 0.875 * stored.astype("float32") + gradient["a"][0, 0]
-        stored = trace.astype(dtype)
-        assert_close(updates["a"], jnp.full((2, 3), -trace), rtol=1e-6)
-        assert_close(state["moments"].trace["a"], jnp.full((2, 3), stored))
-    with jax.numpy_dtype_promotion("standard"):
-        optimizer = optax.sgd(1.0, 0.875, accumulator_dtype=dtype)
-        reference = optimizer.init(gradient)
-        for _ in range(3):
-            expected, reference = optimizer.update(gradient, reference)
-    assert_close(updates, expected, rtol=4e-3)
-    assert dtypes((updates, state["moments"].trace)) == dtypes((expected, reference[0].trace))
-
-
-def test_a_narrow_moment_rounds_no_gradient():
-    with jax.enable_x64(True):
-        gradient = jnp.array([1 / 3], "float64")
-        updates = first_update(optim.sgd(1.0, 0.5, accumulator_dtype="float32"), gradient, gradient)
-        assert_close(updates, -gradient)
-
-
-@pytest.mark.parametrize("dtype", ["int32", "no dtype", 3.0])
-@pytest.mark.parametrize(("make", "option", "options", "field"), DTYPES.values(), ids=DTYPES)
-def test_a_moment_needs_a_float_dtype(make, option, options, field, dtype):
-    del options, field
-    with pytest.raises(TypeError, match=f"^{option} must be a float dtype or None; got"):
-        make(**{option: dtype})
-
-
-@pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
-@each_optimizer
-def test_the_state_is_sharded_as_the_parameters(optimizer, kind):
-    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
-    spec = jax.P("x", None)
-    with jax.set_mesh(mesh):
-        params, gradient = (
-            jax.device_put({"w": jnp.ones((4, 6))}, jax.NamedSharding(mesh, spec)) for _ in range(2)
-        )
-        state = optimizer.init(params)
-        factor = {"v_row": jax.P("x", None), "v_col": jax.P(None, None)}
-        for path, leaf in jax.tree.leaves_with_path(state):
-            if leaf.ndim:
-                wanted = factor.get(path[-2].name, spec)
-                assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, wanted), leaf.ndim)
-        if kind == jax.sharding.AxisType.Auto:
-            return
-
-        def step(carry, _):
-            params, state = carry
-            updates, state = optimizer.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        (params, after), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=2))((params, state))
-        typeof = lambda tree: jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
-        assert typeof(after) == typeof(state)
-        assert params["w"].sharding.spec == spec
-
-
-INJECTED = {
-    "sgd": (optim.sgd, {}, 0),
-    "sgd-passed": (optim.sgd, {"momentum": 0.0}, 1),
-    "rmsprop": (optim.rmsprop, {}, 1),
-    "rmsprop-passed": (optim.rmsprop, {"momentum": 0.0}, 2),
-}
-
-
-@pytest.mark.parametrize(("make", "options", "buffers"), INJECTED.values(), ids=INJECTED)
-def test_an_injected_default_allocates_nothing(make, options, buffers):
-    for optimizer in (
-        optax.inject_hyperparams(make)(0.1, **options),
-        optax.inject_hyperparams(make)(lambda count: 0.1, **options),
-    ):
-        for init in (optimizer.init, lambda p, o=optimizer: jax.eval_shape(o.init, p)):
-            leaves = jax.tree.leaves(init(jnp.ones(100)))
-            assert sum(leaf.shape == (100,) for leaf in leaves) == buffers
-        updates, _ = optimizer.update(jnp.ones(100), optimizer.init(jnp.ones(100)), jnp.ones(100))
-        assert_close(updates, first_update(make(0.1), jnp.ones(100), jnp.ones(100)), rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "radam", "adamax"])
-def test_betas_can_be_injected(name):
-    make, betas = getattr(optim, name), jnp.array([0.75, 0.875])
-    expected = first_update(make(0.125, (0.75, 0.875)), PARAMS, GRADIENT)
-    for given in (betas, np.array(betas), lambda count: betas):
-        optimizer = optax.inject_hyperparams(make)(0.125, betas=given)
-        state = optimizer.init(PARAMS)
-        assert_close(state.hyperparams["betas"], betas)
-        updates, _ = jax.jit(optimizer.update)(GRADIENT, state, PARAMS)
-        assert_close(updates, expected, rtol=1e-6)
-
-
-# --- masks ---
-
-MASKS = {
-    "rule": regjax.decay_mask,
-    "one-bool": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-    "one-true": lambda params: jax.tree.map(lambda p: True, params),
-}
 DECAYING = {
     **{name: make for name, make in vars(optim).items() if name in MAKE and name != "rprop"},
     "add_l1_decay": optim.add_l1_decay,
     "add_independent_weight_decay": optim.add_independent_weight_decay,
 }
-LAYER = {"dense": {"kernel": jnp.ones((2, 3)), "other": {"kernel": jnp.ones((2, 3))}}}
-
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("make", [optim.adamw, optim.sgd])
-def test_a_mask_that_is_taken_for_a_schedule_is_refused(make, mask):
-    optimizer = optax.inject_hyperparams(make)(weight_decay=0.5, mask=mask)
-    with pytest.raises((TypeError, ValueError), match=r"static_args=\('mask',\)"):
-        optimizer.init(LAYER)
-    fixed = optax.inject_hyperparams(make, static_args=("mask",))(weight_decay=0.5, mask=mask)
-    jax.eval_shape(lambda: first_update(fixed, LAYER, LAYER))
-
-
-def test_a_rule_of_a_step_count_is_refused():
-    message = r"params must be a pytree of parameters; got int32\[\]\. .* static_args=\('mask',\)"
-    with pytest.raises(TypeError, match=message):
-        optax.inject_hyperparams(optax.adamw)(0.1, mask=regjax.decay_mask).init(LAYER)
-    with pytest.raises(TypeError, match=message):
-        jax.jit(regjax.decay_rates)(jnp.int32(0))
 
 
 @pytest.mark.parametrize("mask", [False, {"a": False, "b": False}, np.bool_(False)])

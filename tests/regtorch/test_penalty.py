@@ -335,7 +335,6 @@ def test_reference_that_does_not_fit_is_refused(reference, error, message):
         l2_sp_penalty(_module(), reference, 0.5)
 
 
-@pytest.mark.wrong_types
 def test_a_reference_masked_out_may_be_anything():
     reference = {**REFERENCE, "kernel": "not yet"}
     mask = {"kernel": False, "bias": True}
