@@ -45,6 +45,8 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"regjax {release}"
 copybutton_exclude = ".linenos, .gp, .go"  # copies the code of doctests, without their output
 
