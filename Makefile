@@ -7,12 +7,13 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_MUTANTS := $(VENV)/.ready-mutants
+READY_DOCS := $(VENV)/.ready-docs
 ARGS ?=
 # Tests spend most time in compilation, which uses one core: several processes share them.
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all test-isa test-versions test-types mutants parity exactness bench bench-attention bench-optimizers bench-models lint format lock clean
+.PHONY: help demo figures test test-all test-isa test-versions test-types mutants parity exactness bench bench-attention bench-optimizers bench-models docs docs-serve lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -65,6 +66,12 @@ bench-models: $(READY_DEV)  ## Estimate dropout on TPUs and GPUs with their comp
 	$(RUN) -m benchmarks.tpu_model $(ARGS)
 	$(RUN) -m benchmarks.gpu_model $(ARGS)
 
+docs: $(READY_DOCS)  ## Build the documentation into docs/_build/html; a warning is an error
+	$(RUN) -m sphinx -W --keep-going -d docs/_build/doctrees docs docs/_build/html $(ARGS)
+
+docs-serve: docs  ## Build the documentation and serve it at http://localhost:8000
+	$(RUN) -m http.server --bind localhost --directory docs/_build/html 8000
+
 lint: $(READY_DEV)  ## Check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -74,13 +81,13 @@ format: $(READY_DEV)  ## Format the code and apply automatic fixes
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-lock: $(READY_DEV) $(READY_MUTANTS)  ## Write the installed versions to constraints.txt
+lock: $(READY_DEV) $(READY_MUTANTS) $(READY_DOCS)  ## Write the installed versions to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(RUN) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	@mv constraints.new constraints.txt
 
 clean:  ## Remove .venv and all build products
-	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build outputs .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(RUN):
@@ -97,4 +104,8 @@ $(READY_DEV): pyproject.toml constraints.txt | $(READY)
 
 $(READY_MUTANTS): pyproject.toml constraints.txt | $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	@touch $@
+
+$(READY_DOCS): pyproject.toml constraints.txt | $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@

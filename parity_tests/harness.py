@@ -36,12 +36,25 @@ from parity_tests.recording import (
     value_deviations,
 )
 from regjax._decay.paths import named_leaves
-from regjax.interop import Leaf as Leaf
+from regjax.interop import Leaf
 from regjax.interop._leaves import report
 from regjax.optim._records import RECORDS
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree
+
+__all__ = [
+    "Comparison",
+    "Divergence",
+    "JaxSide",
+    "Leaf",
+    "Tier",
+    "TorchSide",
+    "compare_forward",
+    "compare_step",
+    "compare_training",
+    "tensors",
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,7 +51,7 @@ def drop_connect(
         rate: See `dropout`.
         key: See `dropout`.
         deterministic: See `dropout`.
-        rule: The leaves to drop: "default" (kernels), a glob such as "**/recurrent_kernel", a
+        rule: The leaves to drop: "default" (kernels), a glob such as `"**/recurrent_kernel"`, a
             function `(path, leaf, kind)`, or pairs of glob and bool; see `regshared.decay_rules`.
             The default rule always drops a single array, whatever its name.
         sampler: See `dropout`.

@@ -76,7 +76,7 @@ def drop_block(
         scale_by_keep: False leaves kept elements unscaled, and the mean falls.
         with_noise: Whether a dropped element becomes a standard normal variate instead of 0. Kept
             elements are then not scaled. The variates come from a separate key derived from `key`;
-            element (n, c, *s) has the same one wherever the channels lie.
+            element `(n, c, *s)` has the same one wherever the channels lie.
 
     Returns:
         A tensor of the shape, dtype and device of `x`; zeros if nothing is kept.

@@ -1,0 +1,84 @@
+"""Settings of the documentation site; `make docs` builds it."""
+
+import re
+
+from regshared import __version__
+
+project = "regjax"
+author = "The regjax authors"
+release = version = __version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+# There is no intersphinx: a strict build would fail whenever another site is not reachable.
+
+# These files are included by pages, or are written by programs and linked as files.
+exclude_patterns = ["_build", "benchmarks", "exactness", "overfit", "uncertainty"]
+
+# Docstrings have Markdown's single backticks: a name that the reference has becomes a link.
+default_role = "py:obj"
+autodoc_default_options = {"members": True, "show-inheritance": True, "special-members": "__call__"}
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+autosummary_generate = False
+napoleon_numpy_docstring = False
+napoleon_attr_annotations = False  # signatures have them
+napoleon_use_ivar = True  # attributes become a list: as entries, dataclass fields would occur twice
+napoleon_custom_sections = ["Note (PyTorch)", "Note (JAX)", "Differences from Flax"]
+napoleon_custom_sections += ["Differences from Haiku"]
+python_maximum_signature_line_length = 88
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+# The lesson runs once after each change of its pages; its `assert` statements stop the build.
+nb_execution_mode = "cache"
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_title = f"regjax {release}"
+copybutton_exclude = ".linenos, .gp, .go"  # copies the code of doctests, without their output
+
+
+# Parts of Markdown in docstrings, which napoleon and reStructuredText do not know.
+_DISPLAY = re.compile(r"^( *)\$\$(.+?)\$\$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"\$([^$]+?)\$")
+_CODE_SPAN = re.compile(r"(`[^`]+`)(\w)?")  # with the first letter of an ending, as of a plural
+_TABLE = re.compile(r"(?:^ *\|.*\n)+", re.MULTILINE)
+_CODE_BLOCK = re.compile(r"^(\S.*)\n\n(?= {4})", re.MULTILINE)
+
+
+def _markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
+    """Translate formulas, tables and code blocks of a docstring, in place."""
+    text = _DISPLAY.sub(lambda m: f"{m[1]}.. math:: {' '.join(m[2].split())}\n", "\n".join(lines))
+    text = _INLINE.sub(r":math:`\1`", text)
+    text = _CODE_SPAN.sub(lambda m: f"{m[1]}\\ {m[2]}" if m[2] else m[1], text)
+    text = _TABLE.sub(lambda m: _list_table(m[0].splitlines()), text)
+    if what == "module":  # elsewhere, indentation is that of a section
+        text = _CODE_BLOCK.sub(r"\1\n\n::\n\n", text)
+    lines[:] = text.split("\n")
+
+
+def _list_table(rows: list[str]) -> str:
+    indent = rows[0].partition("|")[0]
+    table = [".. list-table::", "   :header-rows: 1", ""]
+    for row in rows[:1] + rows[2:]:
+        first, *others = (cell.strip() for cell in row.strip().strip("|").split(" | "))
+        table += [f"   * - {first}", *(f"     - {cell}" for cell in others)]
+    return "".join(f"{indent}{line}\n" for line in table)
+
+
+def setup(app) -> None:
+    """Translate docstrings before napoleon, whose priority is 500, reads their sections."""
+    app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)
