@@ -152,3 +152,9 @@ def test_halves_of_a_step():
         assert (
             framework.words(framework.library.site_key(framework.key(1), step, "site")) == expected
         )
+
+
+@pytest.mark.parametrize(("device", "error"), [("nonsense", ValueError), (0.5, TypeError)])
+def test_a_device_that_is_none_is_refused(device, error):
+    with pytest.raises(error, match="^device must be a torch device, such as 'cpu'; got"):
+        torch_keys.key(0, device=device)

@@ -269,10 +269,7 @@ class _DrawnMask:
     def name(self) -> str:
         return self.spec.name
 
-    def keep(
-        self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
-    ) -> Tensor:
-        assert given is not None
+    def keep(self, x: Tensor, key: Tensor, rate: float | Tensor, given: Any = None) -> Tensor:
         return given
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
