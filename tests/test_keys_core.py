@@ -156,5 +156,5 @@ def test_halves_of_a_step():
 
 @pytest.mark.parametrize(("device", "error"), [("nonsense", ValueError), (0.5, TypeError)])
 def test_a_device_that_is_none_is_refused(device, error):
-    with pytest.raises(error, match="^device must be a torch device, such as 'cpu'; got"):
+    with pytest.raises(error, match=r"^device must be a torch device, such as 'cpu'; got"):
         torch_keys.key(0, device=device)
