@@ -2,6 +2,10 @@
 
 import re
 
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
+
 from regshared import __version__
 
 project = "regjax"
@@ -79,6 +83,29 @@ def _list_table(rows: list[str]) -> str:
     return "".join(f"{indent}{line}\n" for line in table)
 
 
+def _skip_generated(app, what, name, obj, skip, options) -> bool | None:
+    """Skip the fields of named tuples that have only a generated docstring."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
+
+
+class _LinkNames(SphinxTransform):
+    """Link code that begins with a public name to the reference; GitHub shows the same pages."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs) -> None:
+        for literal in list(self.document.findall(nodes.literal)):
+            name = re.match(r"(regjax|regtorch|parity_tests|interop)(\.\w+)+", literal.astext())
+            if name and not isinstance(literal.parent, addnodes.pending_xref):
+                target = re.sub("^interop", "regjax.interop", name[0])
+                options = {"reftype": "obj", "reftarget": target, "refdoc": self.env.docname}
+                link = addnodes.pending_xref("", refdomain="py", refwarn=False, **options)
+                literal.replace_self(link)
+                link += literal
+
+
 def setup(app) -> None:
-    """Translate docstrings before napoleon, whose priority is 500, reads their sections."""
+    """Register the above, for docstrings before napoleon, whose priority is 500."""
     app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)
+    app.connect("autodoc-skip-member", _skip_generated)
+    app.add_transform(_LinkNames)
