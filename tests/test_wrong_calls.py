@@ -59,7 +59,7 @@ NAMES = {
     "predict": predict,
     "tpredict": tpredict,
     "linear": LINEAR,
-    "torch_sgd": torch.optim.SGD(LINEAR.parameters(), lr=0.1),
+    "torch_sgd": torch.optim.SGD(LINEAR.named_parameters(), lr=0.1),
 }
 LINES = Path(__file__).with_name("wrong_calls.txt").read_text().splitlines()
 ROWS = [line.split(" | ") for line in LINES if line and not line.startswith("#")]
