@@ -35,8 +35,13 @@ autosummary_generate = False
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # signatures have them
 napoleon_use_ivar = True  # attributes become a list: as entries, dataclass fields would occur twice
-napoleon_custom_sections = ["Note (PyTorch)", "Note (JAX)", "Differences from Flax"]
-napoleon_custom_sections += ["Differences from Haiku"]
+napoleon_use_rtype = False  # a colon in a description separates no type
+napoleon_custom_sections = [
+    "In PyTorch",
+    "In JAX",
+    "Differences from Flax",
+    "Differences from Haiku",
+]
 python_maximum_signature_line_length = 88
 
 myst_enable_extensions = ["colon_fence"]
@@ -60,6 +65,7 @@ _DISPLAY = re.compile(r"^( *)\$\$(.+?)\$\$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"\$([^$]+?)\$")
 _CODE_SPAN = re.compile(r"(`[^`]+`)(\w)?")  # with the first letter of an ending, as of a plural
 _TABLE = re.compile(r"(?:^ *\|.*\n)+", re.MULTILINE)
+_NOTE = re.compile(r"^( *)Note \((\w+)\):$", re.MULTILINE)  # napoleon allows letters only
 _CODE_BLOCK = re.compile(r"^(\S.*)\n\n(?= {4})", re.MULTILINE)
 
 
@@ -69,6 +75,7 @@ def _markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
     text = _INLINE.sub(r":math:`\1`", text)
     text = _CODE_SPAN.sub(lambda m: f"{m[1]}\\ {m[2]}" if m[2] else m[1], text)
     text = _TABLE.sub(lambda m: _list_table(m[0].splitlines()), text)
+    text = _NOTE.sub(r"\1In \2:", text)
     if what == "module":  # elsewhere, indentation is that of a section
         text = _CODE_BLOCK.sub(r"\1\n\n::\n\n", text)
     lines[:] = text.split("\n")
