@@ -2,6 +2,10 @@
 
 import re
 
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.transforms import SphinxTransform
+
 from regshared import __version__
 
 project = "regjax"
@@ -31,8 +35,13 @@ autosummary_generate = False
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False  # signatures have them
 napoleon_use_ivar = True  # attributes become a list: as entries, dataclass fields would occur twice
-napoleon_custom_sections = ["Note (PyTorch)", "Note (JAX)", "Differences from Flax"]
-napoleon_custom_sections += ["Differences from Haiku"]
+napoleon_use_rtype = False  # a colon in a description separates no type
+napoleon_custom_sections = [
+    "In PyTorch",
+    "In JAX",
+    "Differences from Flax",
+    "Differences from Haiku",
+]
 python_maximum_signature_line_length = 88
 
 myst_enable_extensions = ["colon_fence"]
@@ -56,6 +65,7 @@ _DISPLAY = re.compile(r"^( *)\$\$(.+?)\$\$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"\$([^$]+?)\$")
 _CODE_SPAN = re.compile(r"(`[^`]+`)(\w)?")  # with the first letter of an ending, as of a plural
 _TABLE = re.compile(r"(?:^ *\|.*\n)+", re.MULTILINE)
+_NOTE = re.compile(r"^( *)Note \((\w+)\):$", re.MULTILINE)  # napoleon allows letters only
 _CODE_BLOCK = re.compile(r"^(\S.*)\n\n(?= {4})", re.MULTILINE)
 
 
@@ -65,6 +75,7 @@ def _markdown_to_rst(app, what, name, obj, options, lines: list[str]) -> None:
     text = _INLINE.sub(r":math:`\1`", text)
     text = _CODE_SPAN.sub(lambda m: f"{m[1]}\\ {m[2]}" if m[2] else m[1], text)
     text = _TABLE.sub(lambda m: _list_table(m[0].splitlines()), text)
+    text = _NOTE.sub(r"\1In \2:", text)
     if what == "module":  # elsewhere, indentation is that of a section
         text = _CODE_BLOCK.sub(r"\1\n\n::\n\n", text)
     lines[:] = text.split("\n")
@@ -79,6 +90,29 @@ def _list_table(rows: list[str]) -> str:
     return "".join(f"{indent}{line}\n" for line in table)
 
 
+def _skip_generated(app, what, name, obj, skip, options) -> bool | None:
+    """Skip the fields of named tuples that have only a generated docstring."""
+    return True if (obj.__doc__ or "").startswith("Alias for field number") else None
+
+
+class _LinkNames(SphinxTransform):
+    """Link code that begins with a public name to the reference; GitHub shows the same pages."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs) -> None:
+        for literal in list(self.document.findall(nodes.literal)):
+            name = re.match(r"(regjax|regtorch|parity_tests|interop)(\.\w+)+", literal.astext())
+            if name and not isinstance(literal.parent, addnodes.pending_xref):
+                target = re.sub("^interop", "regjax.interop", name[0])
+                options = {"reftype": "obj", "reftarget": target, "refdoc": self.env.docname}
+                link = addnodes.pending_xref("", refdomain="py", refwarn=False, **options)
+                literal.replace_self(link)
+                link += literal
+
+
 def setup(app) -> None:
-    """Translate docstrings before napoleon, whose priority is 500, reads their sections."""
+    """Register the above, for docstrings before napoleon, whose priority is 500."""
     app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)
+    app.connect("autodoc-skip-member", _skip_generated)
+    app.add_transform(_LinkNames)

@@ -41,7 +41,7 @@ def missing(module: str, page: str) -> set[str]:
     """
     target = importlib.import_module(module)
     public = {name: getattr(target, name) for name in target.__all__}
-    tables = re.findall(r"\.\. autosummary::\n\n((?: +\S+\n)+)", page)
+    tables = re.findall(r"\.\. autosummary::\n +:nosignatures:\n\n((?: +\S+\n)+)", page)
     listed = {line.strip().removeprefix("~") for table in tables for line in table.splitlines()}
     excluded = re.findall(r":exclude-members: (.*)", page)
     elsewhere = {entry for entry in listed if "." in entry}
