@@ -106,7 +106,7 @@ class Layer(FlaxLayer, linen.Module, kw_only=True):
         super().__post_init__()
 
     @linen.nowrap
-    def _flag(self, deterministic: ArrayLike | None) -> ArrayLike:
+    def _flag(self, deterministic: ArrayLike | None) -> Any:
         return linen.merge_param("deterministic", self.deterministic, deterministic)
 
     @linen.nowrap
