@@ -34,7 +34,7 @@ from layer to layer of a scanned stack (see `regjax.depth_rates`), costs one com
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
 from regjax._dropout.drop_block import drop_block
