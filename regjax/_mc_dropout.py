@@ -108,9 +108,6 @@ def mc_dropout(
         chunk_size: The number of passes that run side by side, in place of the estimate.
         keep_samples: Whether to return the output of each pass too.
 
-    Returns:
-        A `Prediction`, a pytree of arrays.
-
     Raises:
         TypeError: `key` is not a key; `predict` cannot be hashed, or does not return one floating
             array; or one of the numbers is not an integer.

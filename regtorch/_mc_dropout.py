@@ -96,9 +96,6 @@ def mc_dropout(
         class_axis: The dimension of the classes in the output of one pass.
         keep_samples: Whether to return the output of each pass too.
 
-    Returns:
-        A `Prediction`, a tuple of tensors.
-
     Raises:
         TypeError: `key` is not a key; `predict` does not return one floating tensor; or `samples`
             or `class_axis` is not an integer.

@@ -135,9 +135,6 @@ def bernoulli(
         shape: The shape of the mask.
         out_sharding: The layout of the mask over devices: a `Sharding` or a `PartitionSpec`.
 
-    Returns:
-        A boolean array.
-
     Raises:
         TypeError: `key` is not a key, or `keep_prob` is not a number.
         ValueError: A concrete `keep_prob` is not in [0, 1], or `key` is a batch of keys. A traced

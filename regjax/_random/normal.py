@@ -52,9 +52,6 @@ def normal(
         dtype: float16, bfloat16, float32, or float64, which requires `jax_enable_x64`.
         out_sharding: The layout of the result over devices: a `Sharding` or a `PartitionSpec`.
 
-    Returns:
-        An array of the given shape and dtype.
-
     Raises:
         TypeError: `key` is not a key, or `dtype` is none of these.
         ValueError: `key` is a batch of keys, or `dtype` is float64 without `jax_enable_x64`.

@@ -300,7 +300,7 @@ def layerwise_scale(
     *,
     depth: int | None = None,
 ) -> PyTree[ScalarLike]:
-    r"""Return a pytree of numbers that decrease geometrically from the top layer down.
+    r"""Return a pytree like `params` of numbers that decrease geometrically from the top down.
 
     $$s_l = \text{factor}^{\,\text{depth} - l}$$
 
@@ -313,9 +313,6 @@ def layerwise_scale(
             next to the input (embeddings), the largest for the head.
         factor: The ratio of each layer to the one above, such as 0.75: finite and nonnegative.
         depth: The layer whose number is 1; by default the largest that `layer_of` returns.
-
-    Returns:
-        A pytree with the structure of `params`.
 
     Raises:
         TypeError: `layer_of` is not a function, or does not return an int; `factor` is not a

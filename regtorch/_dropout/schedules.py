@@ -97,9 +97,6 @@ def depth_rates(
         depth: The number of layers, at least 1. A single layer has rate 0, unless "constant".
         shape: "linear", or "constant" for `rate` at every layer.
 
-    Returns:
-        A number for each layer, the same in both packages.
-
     Raises:
         TypeError: `rate` is not a real number, or `depth` is not an integer.
         ValueError: `rate` is not in [0, 1], `depth` is below 1, or `shape` is neither of the two.

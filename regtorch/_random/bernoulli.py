@@ -92,7 +92,7 @@ class ExactSampler(MaskSampler):
 
 
 def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
-    """Draw a keep mask: each element is True with probability `keep_prob`, independently.
+    """Draw a keep mask on the key's device; each element is True with probability `keep_prob`.
 
     An element is kept where `(bits >> 9) < ceil(float32(keep_prob) * 2**23)`, where `bits` are
     those of threefry at its row-major index. The mask therefore depends only on the arguments.
@@ -101,9 +101,6 @@ def bernoulli(key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> T
         key: One key.
         keep_prob: The keep probability, in [0, 1]; a number or a 0-d tensor. Rounded to float32.
         shape: The shape of the mask.
-
-    Returns:
-        A boolean tensor, on the key's device.
 
     Raises:
         TypeError: `key` is not a key, or `keep_prob` is not a number.

@@ -21,7 +21,7 @@ _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Draw standard normal variates: mean 0, standard deviation 1.
+    """Draw standard normal variates on the key's device: mean 0, standard deviation 1.
 
     Each variate is the normal quantile function at a uniform variate, which is made from the
     threefry bits at the element's row-major index: the upper 23 bits of one word, or the upper 52
@@ -32,9 +32,6 @@ def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
         key: One key.
         shape: The shape of the result.
         dtype: One of float16, bfloat16, float32 and float64.
-
-    Returns:
-        A tensor of the given shape and dtype, on the key's device.
 
     Raises:
         TypeError: `key` is not a key, or `dtype` is none of these.

@@ -60,7 +60,7 @@ _FAMILY = (*KEYED, nn.RNNBase)
 
 
 def convert(model: _M) -> _M:
-    """Make every dropout of a model draw its masks from explicit keys, in place.
+    """Make every dropout of a model draw its masks from explicit keys, in place; return the model.
 
     It converts PyTorch's dropout modules, and `torch.nn.MultiheadAttention`, `LSTM`, `GRU` and
     `RNN` where they drop, also inside `torch.nn.Transformer`. Only the class of a module changes,
@@ -69,9 +69,6 @@ def convert(model: _M) -> _M:
 
     Args:
         model: Any module; it may itself be a dropout layer.
-
-    Returns:
-        The same model.
 
     Raises:
         TypeError: A module is of a subclass of one of these, whose forward is unknown; the message
