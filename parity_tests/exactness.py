@@ -32,6 +32,7 @@ from rich.progress import Progress
 
 from parity_tests import optimizers, report
 from parity_tests.compare import FLOAT64, deviation
+from parity_tests.instructions import fuse_alike
 from parity_tests.optimizers.case import Case
 from parity_tests.optimizers.horizons import horizon
 from parity_tests.output import Parser, write_atomically
@@ -165,6 +166,8 @@ def measure(
 ) -> Finding:
     """Run one case in one setting on both sides.
 
+    Equal bits are required only where both frameworks fuse products with sums, or neither does.
+
     Args:
         case: The optimizer and its options.
         setting: The source of the gradients, and the dtype.
@@ -176,6 +179,8 @@ def measure(
         in_torch = walk_torch(case, problem, **({"fused": True} if setting.fused else {}))
     in_jax = walk_jax(case, problem, make)
     bound = case.float64 if setting.dtype == FLOAT64.dtype else case.float32
+    if bound is None and not fuse_alike():
+        bound = Case.float32  # as for the other optimizers
     required = horizon(case.name, f"{setting.dtype} {setting.source}", steps)
     return Finding(case.name, str(setting), **compare(in_jax, in_torch, bound, required))
 

@@ -25,6 +25,29 @@ def float16_error() -> str:
     return ""
 
 
+# The product of this number with itself is not a float32, and has other bits fused with a sum.
+_ROUGH = np.float32(1 + 2**-12)
+
+
+@functools.cache
+def xla_fuses() -> bool:
+    """Return whether XLA contracts a product and a sum, which it does if the CPU has FMA."""
+    return bool(jax.jit(lambda x: x * x - x)(_ROUGH) != _ROUGH * _ROUGH - _ROUGH)
+
+
+@functools.cache
+def fuse_alike() -> bool:
+    """Return whether both frameworks fuse products with sums, or neither does.
+
+    SGD and Rprop promise equal bits only then.
+    """
+    import torch
+
+    x = torch.full((64,), float(_ROUGH))
+    sums = torch.add(-x, x, alpha=float(_ROUGH)).numpy()
+    return bool((sums != _ROUGH * _ROUGH - _ROUGH).any()) == xla_fuses()
+
+
 def levels() -> dict[str, str]:
     """Return the instruction set of each framework, in PyTorch's names, where it can be read.
 
