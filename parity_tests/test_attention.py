@@ -147,7 +147,7 @@ BACKWARD = ("a query that sees nothing", "two batches", "eight heads over two")
     "name",
     [*BACKWARD, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in BACKWARD)],
 )
-def test_the_wings_agree_forward_and_backward(name):
+def test_the_frameworks_agree_forward_and_backward(name):
     """Float64 agrees within 1e-12 in norm and float32 within 2e-6, whole and blockwise."""
     arrays, options = inputs(**CASES[name])
     with jax.enable_x64(True):

@@ -21,7 +21,7 @@ def vjp(framework: Framework, name: str, rate: Any, dtype: Any = np.float32, **o
     return tables.vjp(framework, function, rate, *inputs((7, 33, 5), dtype))
 
 
-# Half types are scaled in float32, by factors that every rate tests: two suffice for what is left.
+# Half types are scaled in float32, where every rate is tested; two rates test their own rounding.
 ROUNDED = [(dtype, rate) for dtype in FLOATS for rate in RATES if dtype.itemsize > 2]
 ROUNDED += [(dtype, rate) for dtype in FLOATS for rate in RATES[1::2] if dtype.itemsize == 2]
 

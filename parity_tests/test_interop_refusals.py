@@ -118,7 +118,7 @@ def test_states_that_cannot_be_converted(message, change):
         (
             "adam",
             lambda optimizer: optax.chain(optax.clip(1.0), optimizer),
-            "Leave out what is chained to it",
+            "Pass it without other links around it",
         ),
     ],
 )

@@ -143,7 +143,7 @@ def test_wrong_steps_and_sites_are_refused(framework: Framework, step, site, err
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_a_hundred_million_elements_are_the_same_in_both_wings(seed):
+def test_a_hundred_million_elements_are_the_same_in_both_frameworks(seed):
     shape = (2048, 8192)  # 2**24 elements, six times
     np.testing.assert_array_equal(
         FRAMEWORKS[0].bernoulli(seed, 0.9 - 0.1 * seed, shape),

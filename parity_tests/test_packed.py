@@ -46,7 +46,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("shape", "bits", "keep_prob"), TABLE, ids=str)
-def test_both_wings_and_both_kinds_of_keep_prob_agree(shape, bits, keep_prob):
+def test_both_frameworks_and_both_kinds_of_keep_prob_agree(shape, bits, keep_prob):
     if bits == 1 and keep_prob not in (0, 0.5, 1):
         keep_prob = 0.6
     masks = [
@@ -91,7 +91,7 @@ def test_dropout_scales_by_what_is_really_kept(framework: Framework, bits):
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("traced", [False, True])
-def test_both_wings_agree_in_every_bit_forward_and_backward(rate, traced):
+def test_both_frameworks_agree_in_every_bit_forward_and_backward(rate, traced):
     def run(framework: Framework):
         sampler = framework.library.packed_bernoulli
         drop = functools.partial(framework.library.dropout, key=framework.key(2), sampler=sampler)

@@ -65,7 +65,7 @@ class FunctionLayer:
 
 
 class FlaxLayer(FunctionLayer):
-    """Base of the layers for Linen and NNX.
+    """Base of the layers for Linen and NNX, each of which implements `_flag` and `_key`.
 
     Attributes:
         keyless_rates: Rates or standard deviations for which nothing is random and no key is

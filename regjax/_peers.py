@@ -111,8 +111,8 @@ def uniform(
     # The layers for Equinox and Haiku compare these numbers themselves, because they divide by the
     # same scalar. XLA replaces a division by a scalar with a multiplication by its inverse, which
     # rounds differently, but only where nothing else needs the scalar.
-    # Small arrays are drawn by the operations of jax.random.uniform, as in as_flax_draws; here vmap
-    # cannot hide the total size.
+    # Small arrays are drawn by the operations of jax.random.uniform, as in `_FlaxSampler`; here
+    # vmap cannot hide the total size.
     shape, is_default = tuple(shape), _is_default(key)
 
     def draw(size: int, key: KeyLike) -> Float32[Array, "*shape"]:

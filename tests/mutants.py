@@ -35,7 +35,7 @@ REQUIRED_OF_FILE = 0.9
 # Lines that affect the speed of a computation, but not its result.
 TUNING = ("_LONGEST =", "_PIECE =", "_PIECE_ON_DEVICE =")
 # Decorators with an effect on speed, docstrings, or checks of annotations, but not on results.
-IGNORED = ("jax.jit", "functools.wraps(draw)", "runtime_checkable")
+IGNORED = ("jax.jit", "functools.wraps", "runtime_checkable")
 PATIENCE = 3.0  # kill a mutant after this multiple of the time of the unchanged file
 PROGRESS = 30.0  # seconds between two lines of progress
 
@@ -168,12 +168,17 @@ class Mutant:
     source: str
 
 
+def _is_ignored(decorator: ast.expr) -> bool:
+    function = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return ast.unparse(function) in IGNORED
+
+
 def normalized(source: str) -> str:
     """Return the syntax tree of a file without annotations, which have no effect at run time."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            node.decorator_list = [d for d in node.decorator_list if ast.unparse(d) not in IGNORED]
+            node.decorator_list = [d for d in node.decorator_list if not _is_ignored(d)]
         if isinstance(node, ast.arg):
             node.annotation = None
         elif isinstance(node, ast.FunctionDef):

@@ -198,7 +198,7 @@ def test_site_keys_agree_and_differ_for_neighboring_sites(seed, step, site):
     site = site.encode("utf-8", "ignore").decode()
     words = [
         framework.words(
-            framework.library.site_key(framework.key(seed), wing_step(framework, step), site)
+            framework.library.site_key(framework.key(seed), as_step(framework, step), site)
         )
         for framework in FRAMEWORKS
     ]
@@ -209,7 +209,8 @@ def test_site_keys_agree_and_differ_for_neighboring_sites(seed, step, site):
     ]
 
 
-def wing_step(framework: Framework, step: int) -> Any:
+def as_step(framework: Framework, step: int) -> Any:
+    """Return a step of 64 bits, which JAX takes as a number of NumPy."""
     return np.uint64(step) if framework is JAX else step
 
 

@@ -259,7 +259,8 @@ def _places(argument: str, state: Any, recipe: Recipe, scheduler: Any) -> list[t
     if not fits or not all(isinstance(c, dict) and "moments" in c for c in chains.values()):
         raise ValueError(
             f"{argument} must be that of optimizer_from_torch with the same arguments; got a state "
-            f"of another structure, a {type(state).__name__}. Leave out what is chained to it."
+            f"of another structure, a {type(state).__name__}. Pass it without other "
+            "links around it."
         )
     leaves = [(_locate(path, recipe), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
     scheduled = {place.part.label for place, _ in leaves if place.number == "scheduled"}

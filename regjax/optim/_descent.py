@@ -399,14 +399,14 @@ def _resilient(
 
 def _check_rprop(etas: tuple[Any, Any], step_sizes: tuple[Any, Any]) -> None:
     fix = "Pass (0.5, 1.2)."
-    check_pair("etas", etas, fix="Pass (0.5, 1.2).")
+    check_pair("etas", etas, fix=fix)
     check_pair("step_sizes", step_sizes, fix="Pass (1e-6, 50.0).")
     check_coefficient("etas[0]", etas[0], fix=fix, below=1.0)
     check_coefficient("etas[1]", etas[1], fix=fix)
     check_coefficient("step_sizes[0]", step_sizes[0], fix="Pass 1e-6.")
     check_coefficient("step_sizes[1]", step_sizes[1], fix="Pass 50.0.")
     if is_known(*etas) and (etas[0] == 0 or etas[1] <= 1):
-        raise ValueError(f"etas must be 0 < etas[0] < 1 < etas[1]; got {etas}. Pass (0.5, 1.2).")
+        raise ValueError(f"etas must be 0 < etas[0] < 1 < etas[1]; got {etas}. {fix}")
     if is_known(*step_sizes) and step_sizes[0] > step_sizes[1]:
         raise ValueError(
             f"step_sizes must be the smallest and the largest step; got {step_sizes}. Pass "

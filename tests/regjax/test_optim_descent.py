@@ -63,7 +63,7 @@ def _fused(product, dtype):
     return [np.count_nonzero(jax.jit(f)(x, y) != expected) for f in (step, scanned)]
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA on a CPU")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA fuses so on CPUs only")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rounded_product_is_not_fused(dtype, contracts):
     assert _fused(rounded_product, dtype) == [0, 0]

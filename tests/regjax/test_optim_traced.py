@@ -66,7 +66,7 @@ def test_a_traced_learning_rate(variant):
 IN_PLACE = ("sgd", "asgd", "rprop", "adam", "amsgrad", "adamw", "nadam", "radam", "adamax")
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of XLA on a CPU")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the sizes are those on a CPU")
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_a_step_writes_over_what_it_is_given(name):
     shapes = {"kernel": (64, 128), "bias": ()}

@@ -90,7 +90,7 @@ def test_a_mask_that_is_false_for_all_is_refused(attach, mask):
     named = isinstance(mask, dict)
     optimizer = torch.optim.SGD(module.named_parameters() if named else module.parameters(), lr=0.5)
     if not named and attach in (FORMS["l2_sp"][0], FORMS["l2_sp decoupled"][0]):
-        pytest.skip("the reference has names")
+        pytest.skip("an L2-SP reference is found by names, which these parameters do not have")
     message = "mask must be True for some parameter, since weight_decay is not 0; got False for all"
     for rate in (0.25, lambda step: 0.25):
         with pytest.raises(ValueError, match=message):
