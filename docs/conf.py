@@ -9,7 +9,7 @@ from sphinx.transforms import SphinxTransform
 from regshared import __version__
 
 project = "regjax"
-author = "The regjax authors"
+author = project_copyright = "The regjax authors"
 release = version = __version__
 
 extensions = [
