@@ -53,6 +53,7 @@ from regjax._layers import FlaxLayer, check_settings
 from regjax._peers import flax_dropout
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regshared.extras import needs
+from regshared.spellings import explain_names_of
 
 with needs("regjax.linen", extra="flax", package="flax"):
     from flax import linen
@@ -367,3 +368,7 @@ class GaussianNoise(Layer):
         """Add noise in training; return `inputs` itself in evaluation. See `RateLayer`."""
         stddev = check_stddev(self.stddev if stddev is None else stddev)
         return self._call((inputs,), stddev, deterministic, rng)
+
+
+for _name in __all__:
+    explain_names_of(globals()[_name])

@@ -28,6 +28,7 @@ from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.events import observer
 from regjax._random.threefry import at_most
 from regshared.checks import check_bool, check_integer, describe
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike, DTypeLike
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     Mask = Bool[ArrayLike, "*#scores"] | Bias
 
 
+@explain_names
 def dot_product_attention(
     query: Float[ArrayLike, "*batch queries heads depth"],
     key: Float[ArrayLike, "*batch keys kv_heads depth"],

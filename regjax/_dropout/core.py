@@ -23,6 +23,7 @@ from regjax._random.packed import mask_sampler
 from regjax._random.threefry import at_most
 from regjax._random.xla import materialize, rounded
 from regshared.checks import check_integer, check_integers
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _DOUBLE = (np.dtype(np.float64), np.dtype(np.complex128))
 
 
+@explain_names
 def dropout(
     x: Inexact[ArrayLike, "*shape"],
     rate: ArrayLike,

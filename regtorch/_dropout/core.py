@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regshared.checks import check_integer, check_integers
+from regshared.spellings import explain_names
 from regtorch._checks import check_tensor
 from regtorch._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
 from regtorch._random.events import observer
@@ -20,6 +21,7 @@ from regtorch._random.rounding import rounded
 _DOUBLE = (torch.float64, torch.complex128)
 
 
+@explain_names
 def dropout(
     x: Tensor,
     rate: float | Tensor,
