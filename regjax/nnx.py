@@ -219,7 +219,8 @@ class Dropout(RateLayer, nnx.Dropout):
         deterministic: See `Layer`.
         rng_collection: See `Layer`.
         rngs: See `Layer`.
-        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on GPUs and TPUs.
+        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on CPUs and, as their
+            compilers estimate, for most arrays on GPUs and TPUs.
 
     Example:
         >>> import jax, jax.numpy as jnp
