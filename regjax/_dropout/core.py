@@ -96,10 +96,11 @@ def dropout(
     """
     x = check_inexact(x)
     is_default = isinstance(broadcast_dims, tuple) and not broadcast_dims
+    if is_default and sampler is bernoulli:
+        return apply_dropout(_ELEMENTWISE, x, rate, key, deterministic)
     dims = () if is_default else check_dims(broadcast_dims, x.ndim)
-    return apply_dropout(
-        SampledMask("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic
-    )
+    spec = SampledMask("dropout", mask_sampler(sampler), dims)
+    return apply_dropout(spec, x, rate, key, deterministic)
 
 
 @runtime_checkable
@@ -249,6 +250,10 @@ class SampledMask:
         # a product.
         kept = (rounded(x.astype(scale.dtype)) + shift) * scale
         return jnp.where(keep, kept, fill).astype(x.dtype), keep
+
+
+# Made once: an eager call on a few elements takes microseconds.
+_ELEMENTWISE = SampledMask("dropout", mask_sampler(bernoulli))
 
 
 def keep_mask(
