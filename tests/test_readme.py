@@ -6,6 +6,7 @@ The numbers come from the files that the measuring programs wrote.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -244,6 +245,23 @@ FIGURES = {
 )
 def test_figures_are_those_of_the_files(page, sentence):
     assert sentence() in " ".join(PAGES[page].split())
+
+
+def test_versions_are_those_of_the_runs():
+    benchmarks = ROOT / "docs" / "benchmarks"
+    speed = json.loads((benchmarks / "dropout_speed.json").read_text())["environment"]["versions"]
+    columns = json.loads((benchmarks / "comparison.json").read_text())["columns"]
+    measurements = (ROOT / "docs" / "measurements.md").read_text()
+    for name, package in {"JAX": "jax", "PyTorch": "torch"}.items():
+        words = f"{name} {speed[package].partition('+')[0]}"
+        for text in (README, PAGES["speed"], measurements):
+            assert words in " ".join(text.split())
+    for library, column in columns.items():
+        if library != "regjax":
+            words = f"{library} {column['version']}"
+            assert words in " ".join(PAGES["comparison"].split())
+            assert column["date"] in PAGES["comparison"]
+            assert f"JAX {column['jax']}" in PAGES["comparison"]
 
 
 def test_regjax_is_at_least_as_fast_on_small_arrays():
