@@ -57,10 +57,13 @@ python_maximum_signature_line_length = 88
 # Every reference must exist, except for:
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:class", r".*\b_\w+.*"),  # private bases and type variables in signatures
-    ("py:class", r"Figure|enum\.Enum|flax\.core\.scope\.Scope|lax\.PrecisionLike"),  # linked nowhere
-    ("py:class", r"optax\.ScalarOrSchedule"),  # no page documents it
-    ("py:class", r"(float \| )?(Bool|Float|Inexact|Int|Integer|PyTree|UInt32)\b.*"),  # jaxtyping's arrays
+    # private bases and type variables in signatures
+    ("py:class", r".*\b_\w+.*"),
+    # arrays of jaxtyping
+    ("py:class", r"(float \| )?(Bool|Float|Inexact|Int|Integer|PyTree|UInt32)\b.*"),
+    # types that no page of their projects documents, or that occur once
+    ("py:class", r"Figure|enum\.Enum|flax\.core\.scope\.Scope|lax\.PrecisionLike"),
+    ("py:class", r"optax\.ScalarOrSchedule"),
 ]
 
 myst_enable_extensions = ["colon_fence"]

@@ -49,8 +49,8 @@ PROJECTS = {
                 jax.grad jax.jit jax.lax.axis_index jax.lax.cond jax.lax.scan jax.named_scope
                 jax.nn.dot_product_attention jax.numpy.abs jax.numpy.where jax.random.bernoulli
                 jax.random.bits jax.random.clone jax.random.fold_in jax.random.key
-                jax.random.normal jax.random.split jax.shard_map jax.tree.leaves jax.typing.ArrayLike
-                jax.typing.DTypeLike jax.vmap""",
+                jax.random.normal jax.random.split jax.shard_map jax.tree.leaves
+                jax.typing.ArrayLike jax.typing.DTypeLike jax.vmap""",
             "jax.lax.html#{name}": "jax.lax.Precision",
             "jax.sharding.html#{name}": """
                 jax.sharding.NamedSharding jax.sharding.PartitionSpec jax.sharding.Sharding""",
@@ -112,8 +112,8 @@ PROJECTS = {
             "tensors.html#{name}": "torch.Tensor",
         },
     ),
-    # doc/source/reference/arrays.scalars.rst; arrays.ndarray.rst and routines.array-manipulation.rst
-    # list the others with `:toctree: generated/`.
+    # doc/source/reference/arrays.scalars.rst; arrays.ndarray.rst and
+    # routines.array-manipulation.rst list the others with `:toctree: generated/`.
     "numpy": Project(
         "https://numpy.org/doc/stable/",
         "numpy",

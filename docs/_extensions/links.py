@@ -1,38 +1,15 @@
-"""Links from code in docstrings and pages to the reference, here and on the sites of other projects.
-
-Docstrings have Markdown's single backticks, and pages have code spans. Their code becomes a link in
-two cases:
-
-- It is a dotted name, or a call of one, that begins with a known package. The name must exist.
-- In a docstring, it is the name of an object of the same module, and not that of an argument, such
-  as `key`. With parentheses, as in `key(0)`, it always denotes the function.
-"""
+"""Links from code in docstrings and pages to this reference and to that of other projects."""
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
-from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from inventories import UNDOCUMENTED
+from names import FOREIGN, OWN, argument_names, target
 from sphinx import addnodes
 from sphinx.ext.intersphinx import resolve_reference_detect_inventory
 from sphinx.transforms import SphinxTransform
-
-OWN = ("parity_tests", "regjax", "regtorch")
-FOREIGN = ("equinox", "flax", "haiku", "jax", "numpy", "optax", "torch")
-ALIASES = {
-    "eqx": "equinox",
-    "hk": "haiku",
-    "interop": "regjax.interop",
-    "jnp": "jax.numpy",
-    "np": "numpy",
-    "nnx": "flax.nnx",
-}
 
 # Annotations are not evaluated, so they have the names of the files that contain them.
 TYPES = {
@@ -57,47 +34,10 @@ TYPES = {
 }
 
 
-def argument_names(modules: list[str]) -> set[str]:
-    """Return the names of all arguments of the public functions and methods of the modules."""
-    names: set[str] = set()
-    for module in map(importlib.import_module, modules):
-        for value in (getattr(module, name) for name in module.__all__):
-            methods = vars(value).values() if inspect.isclass(value) else ()
-            for function in filter(callable, (value, *methods)):
-                try:
-                    names.update(inspect.signature(function).parameters)
-                except (TypeError, ValueError):  # not every built-in method has a signature
-                    continue
-    return names
-
-
-def target(code: str, arguments: Collection[str] = ()) -> str | None:
-    """Return the name that code links to, or None if it is not a name or that of an argument."""
-    try:
-        node: Any = ast.parse(code.replace("…", "..."), mode="eval").body
-    except SyntaxError:
-        return None
-    parts: list[str] = []
-    is_call = False
-    while not isinstance(node, ast.Name):
-        match node:
-            case ast.Call(func=function):  # the link is to the first function of a chain of calls
-                node, parts, is_call = function, [], True
-            case ast.Subscript(value=value):
-                node, parts = value, []
-            case ast.Attribute(value=value, attr=attribute):
-                node, parts = value, [attribute, *parts]
-            case _:
-                return None
-    if not parts and node.id in arguments and not is_call:
-        return None
-    return ".".join([ALIASES.get(node.id, node.id) if parts else node.id, *parts])
-
-
 def _code_role(name, rawtext, text, lineno, inliner, options=None, content=()) -> Any:
     """Return code with the module and the class of the docstring that contains it."""
     context = inliner.document.settings.env.ref_context
-    literal = nodes.literal(rawtext, nodes.unescape(text), classes=["code"])
+    literal = nodes.literal(rawtext, nodes.unescape(text))
     literal["context"] = {part: context.get(part) for part in ("py:module", "py:class")}
     return [literal], []
 
@@ -112,7 +52,7 @@ class _LinkCode(SphinxTransform):
             context = literal.attributes.pop("context", None)
             if isinstance(literal.parent, (addnodes.pending_xref, nodes.reference)):
                 continue
-            name = target(literal.astext(), self.app.argument_names)
+            name = target(literal.astext(), argument_names())
             if name is None:
                 continue
             dotted = name.startswith(tuple(f"{package}." for package in (*OWN, *FOREIGN)))
@@ -132,18 +72,14 @@ def _resolve(app, env, node, contnode) -> nodes.Element | None:
     if node.get("refdomain") != "py" or name is None:
         return None
     node["reftarget"] = name
-    return resolve_reference_detect_inventory(env, node, contnode)
-
-
-def _find_arguments(app) -> None:
-    pages = Path(app.srcdir, "api").glob("*.md")
-    app.argument_names = argument_names([page.stem for page in pages if page.stem not in ("index", "types")])
+    domain = env.domains.python_domain
+    here = domain.resolve_xref(env, node["refdoc"], app.builder, "class", name, node, contnode)
+    return here or resolve_reference_detect_inventory(env, node, contnode)
 
 
 def setup(app) -> dict[str, Any]:
     """Register the role of docstrings and the transform."""
     app.add_role("code-or-link", _code_role)
     app.add_transform(_LinkCode)
-    app.connect("builder-inited", _find_arguments)
     app.connect("missing-reference", _resolve, priority=400)  # before intersphinx
     return {"parallel_read_safe": True, "parallel_write_safe": True}

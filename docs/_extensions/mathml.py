@@ -18,7 +18,8 @@ def to_mathml(formula: str, *, block: bool) -> str:
     try:
         return latex2mathml.tex2mathml(" ".join(formula.split()), as_block=block)
     except MathError as error:
-        raise ExtensionError(f"formula must be in docutils' LaTeX; got {formula!r}: {error}") from error
+        message = f"formula must be in docutils' LaTeX; got {formula!r}: {error}"
+        raise ExtensionError(message) from error
 
 
 def _visit_inline(translator: HTML5Translator, node: nodes.math) -> None:
