@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 from regshared import __version__
@@ -33,7 +34,7 @@ intersphinx_mapping = {
 intersphinx_disabled_reftypes = ["std:*"]  # headings and terms are those of this site
 
 # These files are included by pages, or are written by programs and linked as files.
-exclude_patterns = ["_build", "benchmarks", "exactness", "overfit", "uncertainty"]
+exclude_patterns = ["_build", "benchmarks", "exactness", "overfit", "parity", "uncertainty"]
 
 # Docstrings have Markdown's single backticks.
 default_role = "code-or-link"
@@ -75,6 +76,9 @@ nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
+html_baseurl = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]["urls"][
+    "Documentation"
+]
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_static_path = ["_static"]

@@ -45,12 +45,16 @@ PROJECTS = {
         "jax",
         {
             "_autosummary/{name}.html": """
-                jax.Array jax.ShapeDtypeStruct jax.checkpoint jax.debug.print
-                jax.grad jax.jit jax.lax.axis_index jax.lax.cond jax.lax.scan jax.named_scope
-                jax.nn.dot_product_attention jax.numpy.abs jax.numpy.where jax.random.bernoulli
-                jax.random.bits jax.random.clone jax.random.fold_in jax.random.key
-                jax.random.normal jax.random.split jax.shard_map jax.tree.leaves
-                jax.typing.ArrayLike jax.typing.DTypeLike jax.vmap""",
+                jax.Array jax.checkpoint jax.custom_jvp jax.custom_vjp jax.debug.callback
+                jax.debug.print jax.device_put jax.eval_shape jax.grad jax.hessian jax.jit jax.jvp
+                jax.lax.axis_index jax.lax.cond jax.lax.optimization_barrier
+                jax.lax.reduce_precision jax.lax.scan jax.lax.while_loop jax.linearize jax.make_mesh
+                jax.named_scope jax.nn.dot_product_attention jax.numpy.abs jax.numpy.where
+                jax.random.bernoulli jax.random.bits jax.random.clone jax.random.fold_in
+                jax.random.key jax.random.key_data jax.random.normal jax.random.PRNGKey
+                jax.random.split jax.random.wrap_key_data jax.set_mesh jax.ShapeDtypeStruct
+                jax.shard_map jax.tree.leaves jax.tree.map jax.typing.ArrayLike jax.typing.DTypeLike
+                jax.value_and_grad jax.vmap""",
             "jax.lax.html#{name}": "jax.lax.Precision",
             "jax.sharding.html#{name}": """
                 jax.sharding.NamedSharding jax.sharding.PartitionSpec jax.sharding.Sharding""",
@@ -63,19 +67,21 @@ PROJECTS = {
         "optax",
         {
             "api/generated/{name}.html": """
-                optax.EmaState optax.FactoredState optax.GradientTransformation
-                optax.ScaleByAdaDeltaState optax.ScaleByAdamState optax.ScaleByAmsgradState
-                optax.ScaleByRStdDevState optax.ScaleByRmsState optax.ScaleByRssState
-                optax.ScaleByScheduleState optax.TraceState optax.adadelta optax.adafactor
-                optax.adagrad optax.adam optax.adamax optax.adamw optax.add_decayed_weights
-                optax.amsgrad optax.apply_updates optax.chain optax.contrib.muon
-                optax.contrib.split_real_and_imaginary optax.ema optax.identity optax.nadam
-                optax.named_chain optax.partition optax.radam optax.rmsprop optax.rprop optax.scale
+                optax.adadelta optax.adafactor optax.adagrad optax.adam optax.adamax optax.adamw
+                optax.add_decayed_weights optax.amsgrad optax.apply_updates optax.chain
+                optax.clip_by_global_norm optax.contrib.muon optax.contrib.split_real_and_imaginary
+                optax.ema optax.EmaState optax.FactoredState optax.GradientTransformation
+                optax.identity optax.masked optax.MultiSteps optax.nadam optax.named_chain
+                optax.partition optax.radam optax.rmsprop optax.rprop optax.scale
                 optax.scale_by_adam optax.scale_by_adamax optax.scale_by_factored_rms
-                optax.scale_by_learning_rate optax.scale_by_rss optax.sgd optax.trace""",
+                optax.scale_by_learning_rate optax.scale_by_rss optax.ScaleByAdaDeltaState
+                optax.ScaleByAdamState optax.ScaleByAmsgradState optax.ScaleByRmsState
+                optax.ScaleByRssState optax.ScaleByRStdDevState optax.ScaleByScheduleState optax.sgd
+                optax.trace optax.TraceState""",
             "api/generated/optax.schedules.{last}.html": """
-                optax.cosine_decay_schedule optax.cosine_onecycle_schedule optax.exponential_decay
-                optax.inject_hyperparams optax.linear_schedule""",
+                optax.cosine_decay_schedule optax.cosine_onecycle_schedule
+                optax.exponential_decay optax.inject_hyperparams optax.linear_schedule
+                optax.warmup_cosine_decay_schedule""",
             "api/generated/optax.tree_utils.tree_get.html": "optax.tree.get",
         },
     ),
@@ -87,21 +93,21 @@ PROJECTS = {
         "torch",
         {
             "generated/{name}.html": """
-                torch.Generator torch.abs torch.bernoulli torch.compile torch.func.functional_call
-                torch.func.vmap torch.linspace torch.manual_seed torch.nn.AlphaDropout
+                torch.abs torch.bernoulli torch.compile torch.func.functional_call torch.func.vmap
+                torch.Generator torch.linspace torch.manual_seed torch.nn.AlphaDropout
                 torch.nn.Dropout torch.nn.Dropout1d torch.nn.Dropout2d torch.nn.Dropout3d
-                torch.nn.FeatureAlphaDropout torch.nn.GRU torch.nn.LSTM torch.nn.Module
-                torch.nn.MultiheadAttention torch.nn.RNN torch.nn.Transformer
-                torch.nn.functional.alpha_dropout torch.nn.functional.dropout
-                torch.nn.functional.dropout1d torch.nn.functional.feature_alpha_dropout
-                torch.nn.functional.scaled_dot_product_attention torch.optim.ASGD
+                torch.nn.FeatureAlphaDropout torch.nn.functional.alpha_dropout
+                torch.nn.functional.dropout torch.nn.functional.dropout1d
+                torch.nn.functional.feature_alpha_dropout
+                torch.nn.functional.scaled_dot_product_attention torch.nn.GRU torch.nn.LSTM
+                torch.nn.Module torch.nn.MultiheadAttention torch.nn.RNN torch.nn.Transformer
                 torch.optim.Adadelta torch.optim.Adafactor torch.optim.Adagrad torch.optim.Adam
-                torch.optim.AdamW torch.optim.Adamax torch.optim.Muon torch.optim.NAdam
-                torch.optim.RAdam torch.optim.RMSprop torch.optim.Rprop torch.optim.SGD
+                torch.optim.Adamax torch.optim.AdamW torch.optim.ASGD
                 torch.optim.lr_scheduler.CosineAnnealingLR torch.optim.lr_scheduler.ExponentialLR
-                torch.optim.lr_scheduler.LRScheduler torch.optim.lr_scheduler.LambdaLR
-                torch.optim.lr_scheduler.LinearLR torch.optim.lr_scheduler.StepLR torch.randn
-                torch.save torch.sqrt torch.where""",
+                torch.optim.lr_scheduler.LambdaLR torch.optim.lr_scheduler.LinearLR
+                torch.optim.lr_scheduler.LRScheduler torch.optim.lr_scheduler.StepLR
+                torch.optim.Muon torch.optim.NAdam torch.optim.RAdam torch.optim.RMSprop
+                torch.optim.Rprop torch.optim.SGD torch.randn torch.save torch.sqrt torch.where""",
             "checkpoint.html": "torch.utils.checkpoint",
             "func.api.html#module-torch.func": "torch.func",
             "nn.html#module-torch.nn": "torch.nn",
@@ -128,6 +134,8 @@ PROJECTS = {
         "https://flax.readthedocs.io/en/latest/",
         "flax",
         {
+            "api_reference/flax.nnx/graph.html#{name}": """
+                flax.nnx.merge flax.nnx.split flax.nnx.state flax.nnx.update""",
             "api_reference/flax.nnx/module.html#{name}": """
                 flax.nnx.Module flax.nnx.view flax.nnx.view_info""",
             "api_reference/flax.nnx/nn/attention.html#{name}": "flax.nnx.MultiHeadAttention",
@@ -148,6 +156,7 @@ PROJECTS = {
             "api_reference/flax.linen/layers.html#{name}": "flax.linen.Dropout",
             "api_reference/flax.linen/module.html#{name}": "flax.linen.Module",
             "api_reference/flax.linen/transformations.html#{name}": "flax.linen.scan",
+            "api_reference/{name}.html#module-{name}": "flax.serialization",
         },
     ),
     # docs/api/**/*.md have a `:::` entry for each name; MkDocs makes a folder of each page.
@@ -161,7 +170,7 @@ PROJECTS = {
             "api/nn/inference/#{name}": "equinox.nn.inference_mode",
             "api/nn/stateful/#{name}": "equinox.nn.make_with_state",
             "api/serialisation/#{name}": "equinox.tree_serialise_leaves",
-            "api/transformations/#{name}": "equinox.filter_grad",
+            "api/transformations/#{name}": "equinox.filter_grad equinox.filter_vmap",
         },
     ),
     # docs/api.rst

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 import torch
+
+from regshared import __version__
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -121,3 +124,55 @@ def test_the_bibliography_is_in_order():
     for section in BIBLIOGRAPHY.split("\n## ")[1:]:
         names = re.findall(r"^- ([^(]+\(\d{4}\))", section, re.MULTILINE)
         assert names == sorted(names, key=letters), section.partition("\n")[0]
+
+
+# What the pages state of other files.
+
+
+def test_the_exactness_page_counts_the_rows():
+    page = (DOCS / "exactness.md").read_text()
+    table = (DOCS / "exactness" / "exactness.md").read_text().splitlines()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table
+        if line.startswith("| ") and not line.startswith("| case")
+    ]
+    early = [[bool(re.search(r" to [\d,]+$", cell)) for cell in row] for row in rows]
+    synthetic, recorded, trained, single = (sum(row[i] for row in early) for i in (2, 3, 4, 7))
+    assert synthetic == 0
+    assert f"{recorded} rows stop early in float64 and {single} in float32" in page
+    assert f"{trained} rows stop early, of {sum(bool(row[4]) for row in rows)}" in page
+    names = {row[0].split("-")[0] for row, is_early in zip(rows, early, strict=True) if is_early[3]}
+    assert names <= {"rmsprop", "adagrad", "muon"}
+    optimizers = (DOCS / "design" / "optimizers.md").read_text()
+    assert f"{sum(map(any, early))} of {len(rows)} rows stop early" in optimizers
+
+
+def test_the_parity_report_agrees():
+    report = (DOCS / "parity" / "parity.md").read_text()
+    assert re.match(r"\d+ agree\. python 3", report)
+    assert "differs" not in report
+
+
+def test_the_citation_has_the_version_and_the_addresses():
+    citation = (ROOT / "CITATION.cff").read_text()
+    fields = dict(re.findall(r"^([\w-]+): (.+)$", citation, re.MULTILINE))
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    assert fields["version"] == __version__
+    assert fields["repository-code"] == urls["Source"]
+    assert fields["url"] == urls["Documentation"]
+
+
+def test_the_site_is_built_and_published():
+    workflow = (ROOT / ".github" / "workflows" / "docs.yml").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    folder = re.search(r"sphinx -W .* (\S+) \$\(ARGS\)", makefile)
+    assert folder
+    assert "run: make docs" in workflow
+    assert f"path: {folder[1]}\n" in workflow
+
+
+def test_terms_of_the_glossary_are_in_order():
+    terms = re.findall(r"^(\S.*)\n  \S", (DOCS / "glossary.md").read_text(), re.MULTILINE)
+    assert len(terms) > 30
+    assert terms == sorted(terms, key=str.lower)
