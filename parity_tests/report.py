@@ -118,9 +118,13 @@ def as_json(entries: Sequence[Entry]) -> str:
 def as_markdown(entries: Sequence[Entry]) -> str:
     """Return a table with one row for each check, for the documentation."""
     lines = [f"{summary(entries)}. {', '.join(f'{name} {v}' for name, v in versions().items())}."]
-    deviations = {e.check.name: e.outcome.difference for e in entries if _in_norm(e)}
+    deviations = {
+        entry.check.name: entry.outcome.difference or 0.0
+        for entry in entries
+        if entry.outcome is not None and "in norm" in entry.outcome.bound
+    }
     if deviations:
-        ranked = sorted(deviations, key=deviations.__getitem__)
+        ranked = sorted(deviations, key=lambda name: deviations[name])
         lines.append(
             f"Of the {len(ranked)} comparisons in norm, {ranked[0]} has the smallest deviation "
             f"({deviations[ranked[0]]:.1e}) and {ranked[-1]} the largest "
@@ -138,10 +142,6 @@ def as_markdown(entries: Sequence[Entry]) -> str:
         )
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _in_norm(entry: Entry) -> bool:
-    return entry.outcome is not None and "in norm" in entry.outcome.bound
 
 
 _PAGE = """<!doctype html>

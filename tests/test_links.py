@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,3 +146,32 @@ def test_every_formula_has_mathml(names, load):
         assert to_mathml(formula, block=True).startswith("<math")
     with pytest.raises(Exception, match="formula must be in docutils' LaTeX"):
         to_mathml(r"\Big(x\Big)", block=True)
+
+
+@pytest.mark.slow
+def test_the_built_reference_has_the_links(tmp_path):
+    pytest.importorskip("myst_nb")
+    options = ["-W", "--keep-going", "-q", "-D", "nb_execution_mode=off", "-d", tmp_path / "trees"]
+    command = [sys.executable, "-m", "sphinx", *options, DOCS, tmp_path / "html"]
+    built = subprocess.run(command, capture_output=True, text=True, cwd=DOCS.parent, check=False)
+    assert built.returncode == 0, built.stderr
+    pages = {path.stem: path.read_text() for path in (tmp_path / "html" / "api").glob("reg*.html")}
+    code = r'<code class="docutils literal notranslate"><span class="pre">'
+    for page, href, text in (
+        ("regjax.optim", "docs.pytorch.org/docs/stable/generated/torch.optim.AdamW.html", "torch"),
+        ("regjax.optim", "optax.readthedocs.io/en/latest/api/generated/optax.adamw.html", "optax"),
+        ("regjax", "docs.jax.dev/en/latest/_autosummary/jax.random.normal.html", "jax"),
+        ("regtorch", "#regtorch.fold_in", "fold_in"),
+    ):
+        assert re.search(rf'href="(https://)?{re.escape(href)}"[^>]*>{code}{text}', pages[page])
+    for argument in ("key", "bits"):
+        assert f"{code}{argument}</span></code>" in pages["regtorch"]
+        assert not re.search(
+            rf'href="#regtorch.{argument}"[^>]*>{code}{argument}</span>', pages["regtorch"]
+        )
+    assert pages["regjax.optim"].count("<math ") > 50
+    for path in (tmp_path / "html").rglob("*.html"):
+        scripts = re.findall(
+            r'<(?:script|link)[^>]+(?:src|href)="(https?://[^"]+)"', path.read_text()
+        )
+        assert [url for url in scripts if "regjax.github.io" not in url] == []

@@ -176,3 +176,11 @@ def test_terms_of_the_glossary_are_in_order():
     terms = re.findall(r"^(\S.*)\n  \S", (DOCS / "glossary.md").read_text(), re.MULTILINE)
     assert len(terms) > 30
     assert terms == sorted(terms, key=str.lower)
+
+
+@pytest.mark.parametrize("page", [path for path in PAGES if path.parent.name == "design"])
+def test_figures_of_the_design_notes_are_in_the_tables(page):
+    tables = "\n".join(path.read_text() for path in (DOCS / "benchmarks").glob("*.md"))
+    text = re.sub(r"```.*?```|`[^`]+`", "", page.read_text(), flags=re.DOTALL)
+    figure = re.compile(r"(?<![\d.])\d+\.\d\d(?!\d|\.\d)")
+    assert set(figure.findall(text)) <= set(figure.findall(tables))
