@@ -62,9 +62,8 @@ nitpick_ignore_regex = [
     ("py:class", r".*\b_\w+.*"),
     # arrays of jaxtyping
     ("py:class", r"(float \| )?(Bool|Float|Inexact|Int|Integer|PyTree|UInt32)\b.*"),
-    # types that no page of their projects documents, or that occur once
+    # types that occur once
     ("py:class", r"Figure|enum\.Enum|flax\.core\.scope\.Scope|lax\.PrecisionLike"),
-    ("py:class", r"optax\.ScalarOrSchedule"),
 ]
 
 myst_enable_extensions = ["colon_fence"]

@@ -29,7 +29,7 @@ class Project(NamedTuple):
     Attributes:
         site: The address of its pages.
         package: The distribution whose version the inventory records; empty for Python.
-        pages: The names on each page, separated by spaces; `{name}` stands for each of them.
+        pages: The names on each page, separated by spaces; `{name}` is replaced by each of them.
     """
 
     site: str
