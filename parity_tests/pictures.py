@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 STYLE = Path(__file__).with_name("pictures.mplstyle")
 # Inches. README and the site show a picture about 800 pixels wide, so 8 points are 11 pixels high.
 WIDTH = 8.0
-_CAPTION_CHARACTERS = 130
+_CAPTION_CHARACTERS = 142
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,7 +52,14 @@ def palette() -> Palette:
 
     settings = mpl.rc_params_from_file(STYLE, use_default_template=False)
     lines = settings["axes.prop_cycle"].by_key()["color"]
-    return Palette(*lines, settings["text.color"], settings["axes.edgecolor"])
+    return Palette._make([*lines, settings["text.color"], settings["axes.edgecolor"]])
+
+
+def lighter(color: str) -> tuple[float, ...]:
+    """Return the mean of a color and white."""
+    from matplotlib.colors import to_rgb
+
+    return tuple((1 + part) / 2 for part in to_rgb(color))
 
 
 @contextmanager
@@ -113,8 +120,8 @@ def without_zeros(values: Sequence[float]) -> np.ndarray:
     """Return the values with NaN for each 0, which a logarithmic axis cannot show.
 
     Example:
-        >>> without_zeros([0.0, 1e-16, 0.0])
-        array([  nan, 1e-16,   nan])
+        >>> without_zeros([0.0, 0.5, 0.0]).tolist()
+        [nan, 0.5, nan]
     """
     heights = np.asarray(values, float)
     return np.where(heights == 0, np.nan, heights)
