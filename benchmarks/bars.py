@@ -153,8 +153,7 @@ def _draw_panel(axes: Axes, panel: Panel, layout: Layout, colors: Mapping[str, A
 
 
 def _draw_series(axes: Axes, bars: Mapping[float, Spread], color: Any) -> None:
-    import matplotlib as mpl
-
+    palette = pictures.palette()
     spreads = list(bars.values())
     medians = [spread.median for spread in spreads]
     whiskers = (
@@ -167,10 +166,10 @@ def _draw_series(axes: Axes, bars: Mapping[float, Spread], color: Any) -> None:
         height=0.85,
         color=color,
         xerr=whiskers if any(map(any, whiskers)) else None,
-        error_kw={"ecolor": pictures.palette().ink, "elinewidth": 1},
+        error_kw={"ecolor": palette.ink, "elinewidth": 1},
     )
     # The background interrupts the line at 1.0.
-    box = {"facecolor": mpl.rcParams["axes.facecolor"], "edgecolor": "none", "pad": 0.6}
+    box = {"facecolor": palette.paper, "edgecolor": "none", "pad": 0.6}
     texts = [f"{median:.2f}" for median in medians]
     axes.bar_label(drawn, texts, padding=3, fontsize="x-small", bbox=box)
 

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 STYLE = Path(__file__).with_name("pictures.mplstyle")
 # Inches. README and the site show a picture about 800 pixels wide, so 8 points are 11 pixels high.
 WIDTH = 8.0
-_CAPTION_CHARACTERS = 142
+_CAPTION_CHARACTERS = 128
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Palette(NamedTuple):
-    """The colors of the style: those of lines, in their order, of text and of frames."""
+    """The colors of the style: those of lines in their order, of text, frames and background."""
 
     blue: str
     vermilion: str
@@ -43,6 +43,7 @@ class Palette(NamedTuple):
     sky: str
     ink: str
     gray: str
+    paper: str
 
 
 @functools.cache
@@ -52,7 +53,8 @@ def palette() -> Palette:
 
     settings = mpl.rc_params_from_file(STYLE, use_default_template=False)
     lines = settings["axes.prop_cycle"].by_key()["color"]
-    return Palette._make([*lines, settings["text.color"], settings["axes.edgecolor"]])
+    others = ("text.color", "axes.edgecolor", "axes.facecolor")
+    return Palette._make([*lines, *map(settings.__getitem__, others)])
 
 
 def lighter(color: str) -> tuple[float, ...]:

@@ -135,7 +135,7 @@ def _look(framework: str, color: str, points: int) -> dict[str, Any]:
         "linestyle": "none",
         "marker": "o",
         "markersize": 6,
-        "markerfacecolor": "white",
+        "markerfacecolor": pictures.palette().paper,
         "markeredgewidth": 1.3,
         "markevery": max(1, points // 12),
     }
@@ -168,8 +168,8 @@ def _set_loss_axis(ax: Axes, top: float) -> None:
 
 def _mark_lowest(ax: Axes, curve: Curve) -> None:
     step, loss = curve.steps[curve.best], curve.validation_loss[curve.best]
-    color = pictures.palette().vermilion
-    ax.plot(step, loss, "o", color=color, markersize=9, markeredgecolor="white", zorder=5)
+    color, edge = pictures.palette().vermilion, pictures.palette().paper
+    ax.plot(step, loss, "o", color=color, markersize=9, markeredgecolor=edge, zorder=5)
     right = step < 0.6 * curve.steps[-1]
     ax.annotate(
         f"lowest: {loss:.2f} at step {step}",

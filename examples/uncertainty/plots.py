@@ -36,8 +36,8 @@ def save_picture(folder: Path, study: Study) -> None:
 @pictures.styled
 def draw(study: Study) -> Figure:
     """Draw a digit at every strength of each corruption, and below it entropies and accuracies."""
-    figure = Figure(figsize=(pictures.WIDTH, 11))
-    digits, means = figure.subfigures(2, 1, height_ratios=(1.7, 1))
+    figure = Figure(figsize=(pictures.WIDTH, 10.5))
+    digits, means = figure.subfigures(2, 1, height_ratios=(1.55, 1))
     columns = len(CORRUPTIONS[0].strengths)
     images: Any = digits.subplots(len(CORRUPTIONS), columns)
     curves: Any = means.subplots(2, len(CORRUPTIONS), sharex="col", sharey="row")
@@ -81,9 +81,10 @@ def _image_legend() -> list[Any]:
     return [
         *frames,
         Patch(
-            color=pictures.lighter(palette.blue), label=f"entropy (full width: {_LARGEST:.2f} nats)"
+            facecolor=pictures.lighter(palette.blue),
+            label=f"entropy (full width: {_LARGEST:.2f} nats)",
         ),
-        Patch(color=palette.blue, label="mutual information"),
+        Patch(facecolor=palette.blue, label="mutual information"),
     ]
 
 
@@ -105,7 +106,7 @@ def _draw_image(ax: Axes, scene: Scene, place: int) -> None:
     ax.add_patch(Rectangle((0, 0), SIDE, SIDE, fill=False, edgecolor=color, linestyle=line, **look))
     entropy, disagreement = scene.many.entropy[place], scene.disagreement[place]
     for value, shade in ((entropy, pictures.lighter(palette.blue)), (disagreement, palette.blue)):
-        ax.add_patch(Rectangle((0, SIDE + 0.5), SIDE * value / _LARGEST, 0.6, color=shade))
+        ax.add_patch(Rectangle((0, SIDE + 0.5), SIDE * value / _LARGEST, 0.6, facecolor=shade))
     probs = scene.many.probs[place]
     text = f"{probs.argmax()} ({probs.max():.0%})\n{entropy:.2f} nats"
     ax.text(SIDE / 2, SIDE + 1.4, text, ha="center", va="top", fontsize="x-small")
