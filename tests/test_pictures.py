@@ -7,6 +7,7 @@ import doctest
 import importlib
 import itertools
 import json
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def curves(names: int = 5) -> list[Curve]:
 
 def study() -> Study:
     """A study of two images, of which one is classified incorrectly at high strengths."""
-    made = Study(uncertainty_settings.Settings(), params=None)  # pyright: ignore[reportArgumentType]
+    made = Study(uncertainty_settings.Settings(), params=None)
     for corruption in CORRUPTIONS:
         for place, strength in enumerate(corruption.strengths):
             probs = np.full((2, 10), 0.01 * place)
@@ -194,7 +195,7 @@ def flaws(figure: Figure) -> list[str]:
 
 
 def _titles(axes: Axes) -> Iterator[Text]:
-    shown = (axes.title, axes._left_title, axes._right_title)  # pyright: ignore[reportAttributeAccessIssue]
+    shown = (axes.title, axes._left_title, axes._right_title)
     yield from (title for title in shown if title.get_text())
 
 
@@ -252,7 +253,7 @@ def test_the_run_without_regularization_has_that_name():
 
 def look(patch: Patch) -> tuple[str, bool]:
     """Return the color of a frame, and whether it is dashed."""
-    return to_hex(patch.get_edgecolor()), patch._dash_pattern[1] is not None  # pyright: ignore[reportAttributeAccessIssue]
+    return to_hex(patch.get_edgecolor()), patch._dash_pattern[1] is not None
 
 
 def test_frames_and_bars_of_images_are_in_the_legend():
@@ -377,6 +378,14 @@ def test_zeros_are_gaps_with_a_note(draw, values, notes):
 
 def test_the_lesson_has_the_same_style():
     assert (ROOT / "docs/lesson/lesson.mplstyle").read_text() == pictures.STYLE.read_text()
+
+
+def test_the_wheel_contains_the_style():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = settings["tool"]["hatch"]["build"]["targets"]["wheel"]
+    file = pictures.STYLE.relative_to(ROOT)
+    assert file.parts[0] in wheel["packages"]
+    assert not any(file.match(pattern) for pattern in wheel["exclude"])
 
 
 FOREIGN = {"pyplot", "rcParams", "rc_context", "savefig", "style_use"}
