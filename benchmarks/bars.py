@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -122,8 +123,8 @@ def _end(layout: Layout) -> float:
 def _colors(panels: Sequence[Panel]) -> dict[str, Any]:
     """Return the color of each series: warm for this project, gray for others."""
     palette = pictures.palette()
-    warm = iter((palette.vermilion, palette.orange))
-    gray = iter((palette.gray, pictures.lighter(palette.gray)))
+    warm = itertools.cycle((palette.vermilion, palette.orange))
+    gray = itertools.cycle((palette.gray, pictures.lighter(palette.gray)))
     series = (name for panel in panels for bars in panel.groups.values() for name in bars)
     return {name: next(warm if name.startswith("reg") else gray) for name in dict.fromkeys(series)}
 

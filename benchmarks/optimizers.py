@@ -138,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows[name] = _row(name, few, rounds, functools.partial(progress.advance, task))
             _save(stem.with_suffix(".json"), rows, leaves)
             progress.console.print(_line(rows[name], leaves), markup=False, soft_wrap=True)
-    show(stem, markdown([rows[n] for n in NAMES if n in rows], leaves), draw, console)
+    found = [rows[name] for name in NAMES if name in rows]
+    # Without a counterpart in optax there is nothing to draw.
+    show(stem, markdown(found, leaves), draw if any(map(_compared, found)) else None, console)
     return 0
 
 
@@ -268,6 +270,10 @@ def _tree(leaves: int, size: float) -> dict[str, jax.Array]:
     return {f"{i:04}": draw(key) for i, key in enumerate(keys)}
 
 
+def _compared(row: Row) -> bool:
+    return OPTAX in row.update.seconds
+
+
 def _ratio(result: Result) -> float:
     return result.ratio(REGJAX, OPTAX)
 
@@ -304,7 +310,7 @@ def _line(row: Row, leaves: int) -> str:
 def draw(record: Record) -> Figure:
     """Draw the times of an update and of compilation over those of optax."""
     rows = _rows(record)
-    compared = [rows[n] for n in NAMES if n in rows and len(rows[n].update.seconds) > 1]
+    compared = [rows[name] for name in NAMES if name in rows and _compared(rows[name])]
     # The loss term is compared with the decay of sgd.
     labels = {
         row.name: "L2 in the loss / sgd" if row.name == LOSS_TERM else row.name for row in compared

@@ -39,9 +39,10 @@ def publish(
     show(stem, text, draw, console)
 
 
-def show(stem: Path, text: str, draw: Callable[[Record], Figure], console: Console) -> None:
-    """Write STEM.md, and STEM.png from STEM.json, and print the table."""
+def show(stem: Path, text: str, draw: Callable[[Record], Figure] | None, console: Console) -> None:
+    """Write STEM.md, and with `draw` STEM.png from STEM.json, and print the table."""
     write_atomically(stem.with_suffix(".md"), text)
-    pictures.save(draw(load(stem.with_suffix(".json"))), stem.with_suffix(".png"))
+    if draw is not None:
+        pictures.save(draw(load(stem.with_suffix(".json"))), stem.with_suffix(".png"))
     console.print(text, soft_wrap=True, markup=False)
     console.print(f"Table, times and picture: {stem}.{{md,json,png}}", soft_wrap=True)

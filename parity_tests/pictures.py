@@ -57,11 +57,12 @@ def palette() -> Palette:
     return Palette._make([*lines, *map(settings.__getitem__, others)])
 
 
-def lighter(color: str) -> tuple[float, ...]:
+def lighter(color: str) -> tuple[float, float, float]:
     """Return the mean of a color and white."""
     from matplotlib.colors import to_rgb
 
-    return tuple((1 + part) / 2 for part in to_rgb(color))
+    red, green, blue = to_rgb(color)
+    return (1 + red) / 2, (1 + green) / 2, (1 + blue) / 2
 
 
 @contextmanager
