@@ -140,8 +140,8 @@ def _draw_panel(axes: Axes, panel: Panel, layout: Layout, colors: Mapping[str, A
         _draw_series(axes, bars, color)
     for label in layout.keys() - panel.groups.keys():
         place = _middle(layout[label])
-        where = axes.get_yaxis_transform()
-        axes.text(0.01, place, NOT_MEASURED, transform=where, va="center", fontsize="small")
+        look: Any = {"va": "center", "fontsize": "small", "bbox": _box()}
+        axes.text(0.01, place, NOT_MEASURED, transform=axes.get_yaxis_transform(), **look)
     axes.axvline(1, color=palette.ink, linestyle="--", linewidth=1.2, zorder=2)
     axes.set_yticks([_middle(bars) for bars in layout.values()], layout)
     axes.set_ylim(_end(layout) - _GAP / 2 - 0.5, -_GAP / 2 - 0.5)  # the first label at the top
@@ -169,10 +169,13 @@ def _draw_series(axes: Axes, bars: Mapping[float, Spread], color: Any) -> None:
         xerr=whiskers if any(map(any, whiskers)) else None,
         error_kw={"ecolor": palette.ink, "elinewidth": 1},
     )
-    # The background interrupts the line at 1.0.
-    box = {"facecolor": palette.paper, "edgecolor": "none", "pad": 0.6}
     texts = [f"{median:.2f}" for median in medians]
-    axes.bar_label(drawn, texts, padding=3, fontsize="x-small", bbox=box)
+    axes.bar_label(drawn, texts, padding=3, fontsize="x-small", bbox=_box())
+
+
+def _box() -> dict[str, Any]:
+    """Return the background of a text, which interrupts the line at 1.0."""
+    return {"facecolor": pictures.palette().paper, "edgecolor": "none", "pad": 0.6}
 
 
 def _middle(bars: Mapping[str, float]) -> float:

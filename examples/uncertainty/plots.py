@@ -37,7 +37,8 @@ def save_picture(folder: Path, study: Study) -> None:
 def draw(study: Study) -> Figure:
     """Draw a digit at every strength of each corruption, and below it entropies and accuracies."""
     figure = Figure(figsize=(pictures.WIDTH, 10.5))
-    digits, means = figure.subfigures(2, 1, height_ratios=(1.55, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.55, 1))
+    digits, means = halves
     columns = len(CORRUPTIONS[0].strengths)
     images: Any = digits.subplots(len(CORRUPTIONS), columns)
     curves: Any = means.subplots(2, len(CORRUPTIONS), sharex="col", sharey="row")
@@ -72,11 +73,10 @@ def draw(study: Study) -> Figure:
 def _image_legend() -> list[Any]:
     palette = pictures.palette()
     frames = [
-        Patch(fill=False, edgecolor=color, linestyle=line, linewidth=2, label=label)
-        for label, color, line in (
-            ("correct", palette.green, "-"),
-            ("incorrect", palette.vermilion, "--"),
-        )
+        Patch(fill=False, edgecolor=palette.green, linestyle="-", linewidth=2, label="correct"),
+        Patch(
+            fill=False, edgecolor=palette.vermilion, linestyle="--", linewidth=2, label="incorrect"
+        ),
     ]
     return [
         *frames,
