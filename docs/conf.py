@@ -1,12 +1,16 @@
 """Settings of the documentation site; `make docs` builds it."""
 
 import re
+import sys
+from pathlib import Path
 
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 
 from regshared import __version__
+
+sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
 
 project = "regjax"
 author = project_copyright = "The regjax authors"
@@ -19,6 +23,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "chinese",
 ]
 # There is no intersphinx: a strict build would fail whenever another site is not reachable.
 
