@@ -233,7 +233,7 @@ def test_chinese_words_are_found(monkeypatch):
     pytest.importorskip("sphinx")
     monkeypatch.syspath_prepend(LESSON.parent / "_extensions")
     search = importlib.import_module("chinese").SearchEnglishAndChinese({})
-    assert search.split("权重衰减（weight decay）与L2") == [
+    assert search.split("权重衰减 weight decay、与L2") == [
         *("weight", "decay", "L2"),
         *("权", "重", "衰", "减", "与"),
         *("权重", "重衰", "衰减"),
