@@ -42,6 +42,7 @@ for weight in ("regular", "bold"):
     font_manager.fontManager.addfont(f"labels-{weight}.otf")
 plt.rcParams["font.family"] = ["DejaVu Sans", "Lesson Labels"]
 """
+ALT = re.compile(r"(?<=alt: )\".+\"")  # the text in place of a plot, for those who cannot see it
 TERMS = {"损失": "loss", "交叉熵": "cross-entropy"}  # in formulas
 
 
@@ -100,7 +101,8 @@ def facts(token: Token) -> list[object]:
         return [Counter(found) for found in (links, code, formulas, numbers, stray)]
     if token.info.startswith("{code-cell}"):
         labels, code = split_labels(code_of(token))
-        return [token.info, re.findall(r"^:.*$", token.content, re.MULTILINE), sorted(labels), code]
+        options = re.findall(r"^:.*$", ALT.sub("alt", token.content), re.MULTILINE)
+        return [token.info, options, sorted(labels), code]
     words = re.split(r"(\w+)", token.content.replace("docs/lesson_zh", "docs/lesson"))
     return [token.info, "".join(TERMS.get(word, word) for word in words)]
 
@@ -111,7 +113,11 @@ def digest(text: str) -> str:
     for token in parse(text):
         is_code = token.info.startswith("{code-cell}")
         labels, _ = split_labels(code_of(token)) if is_code else ({}, "")
-        words += [*labels.values()] if is_code else token.content.split()
+        words += (
+            token.content.split()
+            if not is_code
+            else [*labels.values(), *ALT.findall(token.content)]
+        )
     return hashlib.sha256(" ".join(words).encode()).hexdigest()[:12]
 
 
@@ -170,6 +176,7 @@ def test_the_chinese_page_is_in_step(page):
     [
         (LESSON, "merely a smaller one", "merely a much smaller one"),
         (LESSON, '"validation cross-entropy"', '"cross-entropy"'),
+        (LESSON, "steps: lower with", "steps: higher with"),
         (CHINESE, "## 要点", "### 要点"),
         (CHINESE, "## 要点\n", ""),
         (CHINESE, "- 它只在训练时起作用。\n", ""),
@@ -196,6 +203,12 @@ def test_a_comment_and_a_line_break_are_no_edits():
     chinese %= digest(english.replace(" words", "\nwords"))
     cell = "\n\n```{code-cell} python3\nx = 1%s\n```\n"
     assert untranslated(english + cell % "", chinese + cell % "  # 注释") == ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_plot_has_an_alternative_text(page):
+    for token in parse(page.read_text("utf-8")):
+        assert ("plt.subplots(" in token.content) == bool(ALT.search(token.content))
 
 
 def test_the_chinese_pages_have_the_same_names():
