@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -249,13 +249,30 @@ def test_the_cells_of_a_page_are_found():
     assert list(cells(text)) == [Cell("\n" * 7 + "x = 1\n", "JAX"), Cell("\n" * 15 + "x = 2\n", "")]
 
 
-def test_chinese_words_are_found(monkeypatch):
-    """The index has the pairs of characters into which the search page splits a query."""
-    pytest.importorskip("sphinx")
+def test_a_chinese_page_of_a_site_has_its_language_and_its_words_in_the_index(
+    tmp_path, monkeypatch
+):
+    sphinx = pytest.importorskip("sphinx.application")
     monkeypatch.syspath_prepend(LESSON.parent / "_extensions")
-    search = importlib.import_module("chinese").SearchEnglishAndChinese({})
-    assert search.split("权重衰减 weight decay、与L2") == [
-        *("weight", "decay", "L2"),
-        *("权", "重", "衰", "减", "与"),
-        *("权重", "重衰", "衰减"),
+    pages = {
+        "index": "Title\n=====\n\nweight decay\n",
+        "lesson_zh/a": "权重\n====\n\nL2与权重衰减。\n",
+    }
+    for name, text in pages.items():
+        path = tmp_path / f"{name}.rst"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f":orphan:\n\n{text}", "utf-8")
+    settings = {"extensions": ["chinese"], "html_theme": "basic", "language": "en"}
+    folders = (tmp_path, None, tmp_path / "html", tmp_path / "doctrees", "html", settings)
+    sphinx.Sphinx(*folders, status=None, warning=None).build()
+    html = {name: (tmp_path / "html" / f"{name}.html").read_text("utf-8") for name in pages}
+    assert [re.findall(r'<html.*? lang="(.*?)"', text) for text in html.values()] == [
+        ["en"],
+        ["zh-CN"],
     ]
+    script = (tmp_path / "html" / "searchindex.js").read_text("utf-8")
+    index = json.loads(script[script.index("{") : script.rindex("}") + 1])
+    chinese = [word for word in index["terms"] if not word.isascii()]
+    assert sorted(chinese) == sorted([*"与减衰", "与权", "重衰", "衰减"])
+    assert sorted(index["titleterms"]) == sorted(["titl", *"权重", "权重"])
+    assert {"weight", "decay", "l2"} <= index["terms"].keys()

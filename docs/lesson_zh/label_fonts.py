@@ -30,8 +30,9 @@ def label_characters() -> str:
 
 
 def write_font(source: Path, weight: str, characters: str) -> None:
-    """Write the subset of a font that has the characters, under the name of `FAMILY`."""
-    font = TTFont(source, fontNumber=2 if source.suffix == ".ttc" else -1)  # 2 is SC
+    """Write the characters of a font to a font named `FAMILY`."""
+    face = 2 if source.suffix == ".ttc" else -1  # of a collection, Simplified Chinese
+    font = TTFont(source, fontNumber=face, recalcTimestamp=False)
     options = subset.Options()
     options.name_IDs = [*LICENSE_NAMES]
     options.layout_features = []
@@ -53,6 +54,9 @@ def main() -> None:
     for weight in ("Regular", "Bold"):
         parser.add_argument(weight.lower(), type=Path, help=f"Noto Sans CJK SC {weight}")
     arguments = parser.parse_args()
+    for source in (arguments.regular, arguments.bold):
+        if not source.is_file():
+            parser.error(f"the source fonts must be files; got {source}. Download Noto Sans CJK.")
     characters = label_characters()
     write_font(arguments.regular, "Regular", characters)
     write_font(arguments.bold, "Bold", characters)
