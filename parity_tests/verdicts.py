@@ -150,9 +150,7 @@ def deviations(
         }
 
 
-def _size(
-    quantity: str, name: str, sizes: Mapping[str, float], tier: Tier, bound: float
-) -> float:
+def _size(quantity: str, name: str, sizes: Mapping[str, float], tier: Tier, bound: float) -> float:
     if quantity not in RELATIVE:
         if tier.in_norm and quantity in ("parameter", "average"):
             return max(sizes.values()) or 1.0

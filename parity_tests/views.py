@@ -172,17 +172,14 @@ def _settled(state: Any) -> Any:
     """
     nodes = _nodes(state)
     indices = [pair for node in nodes if _is_module(node) for pair in _indices(node)]
-
-    def settle(kept: Any) -> Any:
-        for path, index in indices:
-            mark = settled(f"{path}/init")
-            if mark is not None:
-                kept = kept.set(index, jnp.asarray(mark, kept.get(index).dtype))
-        return kept
-
-    if not any(_is_a(node, "equinox.nn", "State") for node in nodes):
-        return state
-    return tuple(settle(node) if _is_a(node, "equinox.nn", "State") else node for node in nodes)
+    marks = {
+        id(kept.get(index)): jnp.asarray(mark, kept.get(index).dtype)
+        for kept in nodes
+        if _is_a(kept, "equinox.nn", "State")
+        for path, index in indices
+        if (mark := settled(f"{path}/init")) is not None
+    }
+    return jax.tree.map(lambda leaf: marks.get(id(leaf), leaf), state) if marks else state
 
 
 def _nodes(state: Any) -> tuple[Any, ...]:
