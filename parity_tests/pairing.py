@@ -83,22 +83,21 @@ class Pair:
     def advance(self, batch: Any, step: int) -> dict[str, Both]:
         """Train a step; return for each quantity the arrays of JAX and PyTorch by path in JAX."""
         here, there = self._jax.advance(batch, step), self._torch.advance(batch, step)
-        laid_out = lambda arrays, leaves: {p: f.to_jax(arrays[f.name]) for p, f in leaves.items()}
-        params = here.params, laid_out(there.params, self._leaves)
+        params = here.params, _laid_out(there.params, self._leaves)
         found = {
             "loss": ({"loss": here.loss}, {"loss": there.loss}),
             "buffer": (
                 {path: here.buffers[path] for path in self._buffers},
-                laid_out(there.buffers, self._buffers),
+                _laid_out(there.buffers, self._buffers),
             ),
             "state": self._states(here.state),
             "update": tuple(map(_differences, params, self._previous)),
             "parameter": params,
         }
         if here.gradient is not None and there.gradient is not None:
-            found["gradient"] = (here.gradient, laid_out(there.gradient, self._leaves))
+            found["gradient"] = (here.gradient, _laid_out(there.gradient, self._leaves))
         if here.averages is not None and there.averages is not None:
-            found["average"] = (here.averages, laid_out(there.averages, self._leaves))
+            found["average"] = (here.averages, _laid_out(there.averages, self._leaves))
         self._previous = params
         self._note_missing_state(found["state"][0])
         return found
@@ -109,11 +108,11 @@ class Pair:
         record = RECORDS.get(type(optimizer).__name__)
         kept_as = record.torch_names if record else {}
         in_jax, in_torch = {}, {}
-        for place, array in state.items() if optimizer is not None else ():
+        for place, array in state.items():
             keys = place.split("/")
             for end, kind in enumerate(keys, 1):
                 leaf = self._leaves.get(path := "/".join(keys[end:]))
-                if kind not in kept_as or leaf is None:
+                if optimizer is None or kind not in kept_as or leaf is None:
                     continue
                 kept = optimizer.state.get(tensors[leaf.name], {}).get(kept_as[kind])
                 # Skip shapes that differ: Adafactor's rows are columns if JAX transposes a matrix.
@@ -146,6 +145,10 @@ def gradients(pairs: Mapping[str, Both]) -> Both:
                 if of == kind:
                     arrays[path] = np.sqrt(np.abs(array)) if kind in _SQUARES else array
     return found
+
+
+def _laid_out(arrays: Arrays, leaves: Mapping[str, Leaf]) -> Arrays:
+    return {path: leaf.to_jax(arrays[leaf.name]) for path, leaf in leaves.items()}
 
 
 def _differences(after: Arrays, before: Arrays) -> Arrays:

@@ -1,4 +1,4 @@
-"""Whole train steps in the harness: each feature agrees, and a defect in it has its step and place."""
+"""Whole train steps in the harness: each feature agrees, and a defect in it is found."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 import torch
@@ -233,7 +232,7 @@ def test_a_state_of_each_library_trains_the_same(make, names, mean):
 
 def test_a_buffer_without_a_counterpart_is_an_error_with_module_and_fix():
     port = jax_step(MOMENTUM)
-    with pytest.raises(ValueError, match="no leaf of params takes '1.weight', '1.bias'"):
+    with pytest.raises(ValueError, match=r"no leaf of params takes '1\.weight', '1\.bias'"):
         compare_training(port, normalized(), batches(1), {"hidden": "0", "out": "3"})
     model = torch_step(SGD).model
     model[1].register_buffer("scale", torch.ones(()))

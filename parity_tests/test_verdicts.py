@@ -1,4 +1,4 @@
-"""Verdicts of the harness: noise is excused, sizes scale the bounds, and defects have their place."""
+"""Verdicts of the harness: noise is excused, bounds have sizes, and defects have a place."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def template(dtype):
     zeros = lambda *shape: jnp.zeros(shape, dtype)
     dense = lambda *shape: {"kernel": zeros(*shape), "bias": zeros(shape[-1])}
     return {
-        **{"query": dense(6, 6), "key": dense(6, 6), "out": dense(6, 3), "small": zeros(3)},
+        "query": dense(6, 6),
+        "key": dense(6, 6),
+        "out": dense(6, 3),
+        "small": zeros(3),
         "norm": {"scale": zeros(6), "bias": zeros(6)},
     }
 

@@ -1,7 +1,6 @@
 """Small train steps in both frameworks, each with one feature of a real recipe.
 
-A `Recipe` makes both sides from one seed. Its arguments plant defects: the tests of the harness
-pass other values to the JAX side than to the original.
+The tests of the harness plant defects with other arguments of the JAX side than of the original.
 """
 
 from __future__ import annotations
@@ -24,8 +23,10 @@ RATE = 0.05
 def batches(steps: int, dtype: str = "float32", rows: int = 8) -> list[Any]:
     """Return random inputs and targets, the same in every call."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(dtype)
-    return [(draw(rows, 6) + 1, draw(rows, 3)) for _ in range(steps)]
+    return [
+        ((rng.normal(size=(rows, 6)) + 1).astype(dtype), rng.normal(size=(rows, 3)).astype(dtype))
+        for _ in range(steps)
+    ]
 
 
 def module(dtype: str = "float32") -> torch.nn.Module:
@@ -42,8 +43,9 @@ NAMES = {"hidden": "0", "out": "2"}
 
 def forward(params: Any, x: jax.Array) -> jax.Array:
     """Apply the model in JAX."""
-    dense = lambda layer, x: x @ layer["kernel"] + layer["bias"][None]
-    return dense(params["out"], jnp.tanh(dense(params["hidden"], x)))
+    hidden, out = params["hidden"], params["out"]
+    x = jnp.tanh(x @ hidden["kernel"] + hidden["bias"][None])
+    return x @ out["kernel"] + out["bias"][None]
 
 
 def template(dtype: str = "float32") -> Any:
@@ -71,7 +73,9 @@ def jax_step(
         parts: The number of micro-batches whose gradients are averaged.
         decay: The decay of the EMA.
     """
-    cast = lambda x: x.astype(compute or dtype)
+
+    def cast(x: jax.Array) -> jax.Array:
+        return x.astype(compute or dtype)
 
     def loss(params: Any, batch: Any) -> jax.Array:
         y = forward(jax.tree.map(cast, params), cast(batch[0])).astype(dtype)
@@ -79,10 +83,8 @@ def jax_step(
 
     @jax.jit
     def step(state: Any, batch: Any, i: Any) -> Any:
-        values = [
-            jax.value_and_grad(loss)(state["params"], jax.tree.map(lambda x: x[part::parts], batch))
-            for part in range(parts)
-        ]
+        micro = [[x[part::parts] for x in batch] for part in range(parts)]
+        values = [jax.value_and_grad(loss)(state["params"], each) for each in micro]
         value, gradient = jax.tree.map(lambda *each: sum(each) / parts, *values)
         updates, moments = optimizer.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)

@@ -1,4 +1,4 @@
-"""Bounds of the harness: the size that a difference is relative to, and gradients of rounding noise.
+"""Bounds of the harness: the size a difference is relative to, and gradients of rounding noise.
 
 | quantity | deviation | size |
 |---|---|---|
@@ -6,11 +6,11 @@
 | buffer | largest | largest element of the array, at least 1 |
 | gradient, state | largest | largest element, at least 1 % of that of all arrays of the kind |
 | update | root mean square | that of the update, at least 1 % of the largest of all arrays |
-| parameter, average | largest | largest element, at least 1; in a tier in norm, that of all arrays |
+| parameter, average | largest | largest element, at least 1; in norm, that of all arrays |
 
-The tier's tolerance is the bound of losses, buffers, parameters and averages. Gradients, updates and
-states have a wider one, `Tier.relative`: they are relative to sizes that can be far below 1, and a
-difference of the parameters within the tolerance changes them more.
+The tier's tolerance is the bound of losses, buffers, parameters and averages. Gradients, updates
+and states have a wider one, `Tier.relative`: they are relative to sizes that can be far below 1,
+and a difference of the parameters within the tolerance changes them more.
 """
 
 from __future__ import annotations

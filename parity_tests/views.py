@@ -188,6 +188,9 @@ def _nodes(state: Any) -> tuple[Any, ...]:
 
 def _indices(model: Any) -> list[tuple[str, Any]]:
     """Return the places in an Equinox model that refer to its state, by path."""
-    is_index = lambda node: _is_a(node, "equinox.nn", "StateIndex")
-    nodes = jax.tree.leaves_with_path(model, is_leaf=is_index)
-    return [(path_name(path), node) for path, node in nodes if is_index(node)]
+    nodes = jax.tree.leaves_with_path(model, is_leaf=_is_index)
+    return [(path_name(path), node) for path, node in nodes if _is_index(node)]
+
+
+def _is_index(node: Any) -> bool:
+    return _is_a(node, "equinox.nn", "StateIndex")
