@@ -8,12 +8,13 @@ READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_MUTANTS := $(VENV)/.ready-mutants
 READY_DOCS := $(VENV)/.ready-docs
+READY_BROWSER := $(VENV)/.ready-browser
 ARGS ?=
 # Tests spend most time in compilation, which uses one core: several processes share them.
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all test-isa test-versions test-types mutants parity exactness bench bench-attention bench-optimizers bench-models docs docs-serve lint format lock clean
+.PHONY: help demo figures test test-all test-isa test-versions test-types test-docs mutants parity exactness bench bench-attention bench-optimizers bench-models docs docs-serve lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -42,6 +43,10 @@ test-versions: $(READY_DEV)  ## Run the tests on each supported Python and JAX (
 
 test-types: $(READY_DEV)  ## Run the tests with every annotation checked at run time
 	$(RUN) -m pytest $(SHARED) -p tests.types_plugin -m "not slow" tests parity_tests $(ARGS)
+
+test-docs: $(READY_BROWSER)  ## Build the documentation and test it in Chromium or Chrome, which must be installed
+	@$(MAKE) docs ARGS=
+	$(RUN) -m pytest $(SHARED) tests/browser $(ARGS)
 
 parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for a short run)
 	$(RUN) -m parity_tests $(ARGS)
@@ -81,7 +86,7 @@ format: $(READY_DEV)  ## Format the code and apply automatic fixes
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-lock: $(READY_DEV) $(READY_MUTANTS) $(READY_DOCS)  ## Write the installed versions to constraints.txt
+lock: $(READY_DEV) $(READY_MUTANTS) $(READY_DOCS) $(READY_BROWSER)  ## Write the installed versions to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(RUN) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	@mv constraints.new constraints.txt
@@ -108,4 +113,8 @@ $(READY_MUTANTS): pyproject.toml constraints.txt | $(READY)
 
 $(READY_DOCS): pyproject.toml constraints.txt | $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+$(READY_BROWSER): pyproject.toml constraints.txt | $(READY_DOCS)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
 	@touch $@

@@ -43,6 +43,7 @@ napoleon_custom_sections = [
     "Differences from Haiku",
 ]
 python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
@@ -56,7 +57,12 @@ nb_merge_streams = True
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
+html_logo = html_favicon = "_static/logo.svg"
 html_title = f"regjax {release}"
+html_domain_indices = False  # the API reference lists the modules
+templates_path = ["_templates"]
+pygments_dark_style = "a11y-dark"  # the dark twin of the theme's light style
 copybutton_exclude = ".linenos, .gp, .go"  # copies the code of doctests, without their output
 
 

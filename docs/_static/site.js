@@ -1,0 +1,32 @@
+// Names of the regions of a page, which screen readers list.
+const REGIONS = {
+  ".sidebar-drawer": "Site navigation",
+  ".toc-drawer": "Contents of this page",
+  ".content-icon-container": "Source and theme",
+};
+for (const [selector, label] of Object.entries(REGIONS)) {
+  const region = document.querySelector(selector);
+  region?.setAttribute("aria-label", label);
+  if (region?.localName === "div") region.setAttribute("role", "region");
+}
+
+// Wide code, tables and formulas scroll with the keys, too.
+function focusWideBoxes() {
+  for (const box of document.querySelectorAll("article pre, article .table-wrapper, article .math")) {
+    const wide = box.scrollWidth > box.clientWidth;
+    if (wide) box.tabIndex = 0;
+    else box.removeAttribute("tabindex");
+  }
+}
+
+focusWideBoxes();
+addEventListener("resize", focusWideBoxes);
+
+// A plot that is shown smaller than it is leads to its full size.
+for (const image of document.querySelectorAll("article img")) {
+  const link = Object.assign(document.createElement("a"), { href: image.src, className: "plot" });
+  if (!image.closest("a")) {
+    image.replaceWith(link);
+    link.append(image);
+  }
+}
