@@ -57,13 +57,14 @@ nb_merge_streams = True
 html_theme = "furo"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_title = f"regjax {release}"
+copybutton_exclude = ".linenos, .gp, .go"  # copies the code of doctests, without their output
+
+html_domain_indices = False  # the API reference lists the modules
 html_js_files = ["site.js"]
 html_logo = html_favicon = "_static/logo.svg"
-html_title = f"regjax {release}"
-html_domain_indices = False  # the API reference lists the modules
-templates_path = ["_templates"]
 pygments_dark_style = "a11y-dark"  # the dark twin of the theme's light style
-copybutton_exclude = ".linenos, .gp, .go"  # copies the code of doctests, without their output
+templates_path = ["_templates"]
 
 
 # Parts of Markdown in docstrings, which napoleon and reStructuredText do not know.
