@@ -64,7 +64,7 @@ def phone(browser, site):
 
 
 # A link to a section or a name highlights it.
-TARGETS = ["api/regjax.html#regjax.dropout", "measurements.html#attention"]
+TARGETS = ["api/regjax.html#regjax.dropout", "coming_from_pytorch.html#a-training-step"]
 
 
 @pytest.mark.parametrize("path", [*PAGES, *TARGETS] if PAGES else ["index.html"])
@@ -78,7 +78,7 @@ def test_a_page_has_no_fault(desktop, phone, site, path):
     [
         ("dropout", "api/regjax.html#regjax.dropout"),
         ("packed", "api/regjax.html#regjax.packed_bernoulli"),
-        ("weight_decay", "lesson/3_l2.html"),
+        ("weight_decay", "api/regjax.optim.html#regjax.optim.add_independent_weight_decay"),
         ("overfitting", "lesson/1_overfitting.html"),
     ],
 )
@@ -97,19 +97,19 @@ def test_the_menu_of_a_phone_leads_to_a_page(phone, site):
     from playwright.sync_api import expect
 
     with visit(phone, site) as (page, loading):
-        link = page.locator(".sidebar-tree").get_by_role("link", name="Measurements", exact=True)
+        menu, contents = page.locator(".sidebar-tree"), page.locator(".toc-tree")
+        link = menu.get_by_role("link", name="Coming from PyTorch")
         expect(link).not_to_be_in_viewport()
         page.locator(".nav-overlay-icon").tap()
         expect(link).to_be_in_viewport()
         link.tap()
-        page.wait_for_url(site + "measurements.html")
-        section = page.locator(".toc-tree").get_by_role("link", name="Large arrays")
+        page.wait_for_url(site + "coming_from_pytorch.html")
+        section = contents.get_by_role("link", name="A training step")
         expect(section).not_to_be_in_viewport()
         page.locator(".toc-header-icon").tap()
         expect(section).to_be_in_viewport()
         section.tap()
-        page.wait_for_url(site + "measurements.html#large-arrays")
-        expect(page.get_by_role("heading", name="Large arrays")).to_be_in_viewport()
+        expect(page.get_by_role("heading", name="A training step")).to_be_in_viewport()
     assert not loading
 
 
