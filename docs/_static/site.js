@@ -12,7 +12,7 @@ for (const [selector, label] of Object.entries(REGIONS)) {
 
 // Wide code, tables and formulas scroll with the keys, too.
 function focusWideBoxes() {
-  for (const box of document.querySelectorAll("article pre, article .table-wrapper, article .math")) {
+  for (const box of document.querySelectorAll("article pre, article .table-wrapper, article .math-block")) {
     const wide = box.scrollWidth > box.clientWidth;
     if (wide) box.tabIndex = 0;
     else box.removeAttribute("tabindex");
@@ -22,11 +22,11 @@ function focusWideBoxes() {
 focusWideBoxes();
 addEventListener("resize", focusWideBoxes);
 
-// A plot that is shown smaller than it is leads to its full size.
+// Plots link to their full size, since a phone shows them small.
 for (const image of document.querySelectorAll("article img")) {
-  const link = Object.assign(document.createElement("a"), { href: image.src, className: "plot" });
-  if (!image.closest("a")) {
-    image.replaceWith(link);
-    link.append(image);
-  }
+  if (image.closest("a")) continue;
+  const link = document.createElement("a");
+  link.href = image.src;
+  image.replaceWith(link);
+  link.append(image);
 }
