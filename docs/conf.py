@@ -118,8 +118,15 @@ class _LinkNames(SphinxTransform):
                 link += literal
 
 
+def _make_parsable(app, what, name, obj, options, signature, returns) -> tuple | None:
+    """Replace default values such as `<factory>` and `<function f>`, which Sphinx cannot parse."""
+    default = re.compile(r"<(?:function (\w+)|[^>]+)>")
+    return signature and (default.sub(lambda m: m[1] or "...", signature), returns)
+
+
 def setup(app) -> None:
     """Register the above, for docstrings before napoleon, whose priority is 500."""
     app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)
+    app.connect("autodoc-process-signature", _make_parsable)
     app.connect("autodoc-skip-member", _skip_generated)
     app.add_transform(_LinkNames)

@@ -18,6 +18,10 @@
   if (!document.title.trim()) faults.push("the page has no title");
   if (!document.documentElement.lang) faults.push("the page has no lang");
 
+  // Signatures that Sphinx could not parse
+  for (const signature of document.querySelectorAll("dt.sig"))
+    if (/[~<]/.test(signature.textContent)) faults.push(`signature of ${signature.id} is not parsed`);
+
   // Images
   for (const image of document.images) {
     const source = image.getAttribute("src");
