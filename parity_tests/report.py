@@ -115,6 +115,35 @@ def as_json(entries: Sequence[Entry]) -> str:
     return json.dumps(record, indent=1) + "\n"
 
 
+def as_markdown(entries: Sequence[Entry]) -> str:
+    """Return a table with one row for each check, for the documentation."""
+    lines = [f"{summary(entries)}. {', '.join(f'{name} {v}' for name, v in versions().items())}."]
+    deviations = {
+        entry.check.name: entry.outcome.difference or 0.0
+        for entry in entries
+        if entry.outcome is not None and "in norm" in entry.outcome.bound
+    }
+    if deviations:
+        ranked = sorted(deviations, key=lambda name: deviations[name])
+        lines.append(
+            f"Of the {len(ranked)} comparisons in norm, {ranked[0]} has the smallest deviation "
+            f"({deviations[ranked[0]]:.1e}) and {ranked[-1]} the largest "
+            f"({deviations[ranked[-1]]:.1e})."
+        )
+    lines += ["", "| check | promise | compared | required | found |", "|---" * 5 + "|"]
+    for entry in entries:
+        written = cells(entry)
+        row = (
+            f"`{entry.check.name}`",
+            entry.check.promise,
+            written.get("compared", ""),
+            written.get("required", ""),
+            found(entry) if entry.result == "agrees" else f"**{entry.result}**: {found(entry)}",
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -175,7 +204,15 @@ def summary(entries: Sequence[Entry]) -> str:
     counts: dict[str, int] = dict.fromkeys(("agrees", "differs", "skipped"), 0)
     for entry in entries:
         counts[entry.result] += 1
-    return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing ran"
+    words = {"agrees": "agree", "differs": "differ"}  # the plurals
+    return (
+        ", ".join(
+            f"{count} {word if count == 1 else words.get(word, word)}"
+            for word, count in counts.items()
+            if count
+        )
+        or "nothing ran"
+    )
 
 
 def _plots(series: Mapping[str, Sequence[float]]) -> str:
@@ -200,13 +237,14 @@ def _plots(series: Mapping[str, Sequence[float]]) -> str:
 
 
 def write(folder: Path, entries: Sequence[Entry]) -> list[Path]:
-    """Write `parity.json` and, with matplotlib, `parity.html`; return the paths."""
-    paths = [folder / "parity.json"]
+    """Write `parity.json`, `parity.md` and, with matplotlib, `parity.html`; return the paths."""
+    paths = [folder / "parity.json", folder / "parity.md"]
     write_atomically(paths[0], as_json(entries))
+    write_atomically(paths[1], as_markdown(entries))
     try:
         page = as_html(entries)
     except ImportError:
         return paths
     paths.append(folder / "parity.html")
-    write_atomically(paths[1], page)
+    write_atomically(paths[-1], page)
     return paths

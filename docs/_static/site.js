@@ -10,6 +10,9 @@ for (const [selector, label] of Object.entries(REGIONS)) {
   if (region?.localName === "div") region.setAttribute("role", "region");
 }
 
+// Captions of the navigation are headings without a level.
+for (const caption of document.querySelectorAll(".caption[role=heading]")) caption.ariaLevel = "2";
+
 // Wide code, tables and formulas scroll with the keys, too.
 function focusWideBoxes() {
   for (const box of document.querySelectorAll("article pre, article .table-wrapper, article .math-block")) {
