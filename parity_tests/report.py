@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from parity_tests import pictures
 from parity_tests.checks import Check, Outcome
 from parity_tests.output import write_atomically
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ABOUT = "Relative difference of the parameters of JAX and PyTorch after each step"
 PACKAGES = ("regjax", "jax", "jaxlib", "optax", "torch", "flax", "equinox", "dm-haiku", "numpy")
 
 
@@ -216,24 +222,38 @@ def summary(entries: Sequence[Entry]) -> str:
 
 
 def _plots(series: Mapping[str, Sequence[float]]) -> str:
-    from matplotlib.figure import Figure
+    source = base64.b64encode(pictures.png(draw(series))).decode()
+    text = f"{ABOUT}, for {len(series)} runs: {', '.join(series)}"
+    return (
+        f'<h2>Step by step</h2><img alt="{html.escape(text)}" src="data:image/png;base64,{source}">'
+    )
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in series.items():
-        # A logarithmic axis has no 0: draw it below the other differences.
-        axes.plot(range(1, len(values) + 1), [max(value, 1e-18) for value in values], label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("difference of JAX and PyTorch, in norm")
-    axes.set_title("The largest difference after each step", loc="left")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    encoded = base64.b64encode(picture.getvalue()).decode()
-    source = f"data:image/png;base64,{encoded}"
-    return f'<h2>Step by step</h2><img alt="differences over steps" src="{source}">'
+
+@pictures.styled
+def draw(series: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw a panel for each run: the difference of JAX and PyTorch after each step."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(4, len(series))
+    rows = -(-len(series) // columns)
+    figure = Figure(figsize=(pictures.WIDTH, 1.2 + 1.4 * rows))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(series) :]:
+        axes.remove()
+    for axes, (name, values) in zip(panels, series.items(), strict=False):
+        pictures.plot_differences(axes, range(1, len(values) + 1), values)
+        axes.set_title(name.replace(": ", ":\n").replace("/", "/\n"), fontsize="small")
+        axes.text(
+            0.02, 0.98, pictures.gaps(values), transform=axes.transAxes, va="top", fontsize="small"
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.tick_params(labelsize="small")
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(low / 10, high * 1000)  # the notes are above all points
+    figure.supxlabel("step")
+    figure.supylabel(textwrap.fill(ABOUT, 40))
+    return figure
 
 
 def write(folder: Path, entries: Sequence[Entry]) -> list[Path]:
