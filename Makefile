@@ -45,6 +45,7 @@ test-types: $(READY_DEV)  ## Run the tests with every annotation checked at run 
 	$(RUN) -m pytest $(SHARED) -p tests.types_plugin -m "not slow" tests parity_tests $(ARGS)
 
 test-docs: $(READY_BROWSER)  ## Build the documentation and test it in Chromium or Chrome, which must be installed
+	rm -rf docs/_build/html  # Sphinx keeps stale pages
 	@$(MAKE) docs ARGS=
 	$(RUN) -m pytest $(SHARED) tests/browser $(ARGS)
 
