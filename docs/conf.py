@@ -134,8 +134,16 @@ def _make_parsable(app, what, name, obj, options, signature, returns) -> tuple |
     return signature and (default.sub(lambda m: m[1] or "...", signature), returns)
 
 
+def _link_sources_to_types(app, pagename, templatename, context, doctree) -> None:
+    """Mend links of sources, whose names viewcode takes from one module: api/types has another."""
+    if pagename.startswith("_modules/reg"):
+        module = pagename.removeprefix("_modules/").replace("/", ".")
+        context["body"] = context["body"].replace("types.html#regjax.", f"types.html#{module}.")
+
+
 def setup(app) -> None:
     """Register the above, for docstrings before napoleon, whose priority is 500."""
     app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)
     app.connect("autodoc-process-signature", _make_parsable)
     app.connect("autodoc-skip-member", _skip_generated)
+    app.connect("html-page-context", _link_sources_to_types)
