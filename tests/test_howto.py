@@ -125,7 +125,10 @@ def run_commands(text: str) -> None:
     for command in text.splitlines():
         words = shlex.split(command, comments=True)
         assert words[:2] == ["python", "-m"]
-        importlib.import_module(words[2])._parser().parse_args(words[3:])
+        module = importlib.import_module(words[2])
+        if hasattr(module, "__path__"):
+            module = importlib.import_module(f"{words[2]}.__main__")
+        module._parser().parse_args(words[3:])
 
 
 @pytest.fixture
