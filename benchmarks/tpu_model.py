@@ -11,17 +11,21 @@ A second table has the memory of training steps with and without dropout. Nothin
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import re
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import modelled
-from parity_tests import output
+from benchmarks import cli, modelled
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "tpu_model"
+COMPILER = ("libtpu",)
+UNIT = "cycles"
 LIBTPU = {
     "JAX_PLATFORMS": "cpu",  # libtpu only compiles
     "TPU_SKIP_MDS_QUERY": "1",
@@ -41,7 +45,10 @@ tpu7x, a scan with dropout needs one more layer of activations, for any number o
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print the table, and write it as JSON, Markdown and a picture."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, modelled.load, draw)
     if importlib.util.find_spec("libtpu") is None:
         print("skipped: libtpu, the compiler for TPUs, is not installed. pip install libtpu")
         return 0
@@ -50,13 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TPU_LOG_DIR", tempfile.mkdtemp())
     rows = modelled.measure(options.chips, devices, cycles)
     steps = modelled.measure_steps(_one_of_each_kind(options.chips), devices)
-    print(modelled.save(options.out / "tpu_model", rows, "cycles", NOTE, steps))
+    print(modelled.save(options.out / NAME, rows, COMPILER, draw, UNIT, NOTE, steps))
     print(f"Table, JSON and picture: {options.out}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = output.Parser("python -m benchmarks.tpu_model", __doc__)
+def draw(record: modelled.Record) -> Figure:
+    """Draw the cycles of each candidate over those of a copy."""
+    return modelled.draw(record, UNIT)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(NAME, __doc__)
     parser.add_argument(
         "--chips",
         nargs="+",
@@ -64,7 +76,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KIND:GRID",
         help=f"kinds of chips, with their grids (default: {' '.join(CHIPS)})",
     )
-    parser.add_out("outputs/benchmarks", "table, JSON and picture")
     return parser
 
 

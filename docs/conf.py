@@ -1,12 +1,16 @@
 """Settings of the documentation site; `make docs` builds it."""
 
 import re
-
-from docutils import nodes
-from sphinx import addnodes
-from sphinx.transforms import SphinxTransform
+import sys
+import tomllib
+from pathlib import Path
 
 from regshared import __version__
+
+DOCS = Path(__file__).parent
+sys.path[:0] = [str(DOCS), str(DOCS / "_extensions")]
+
+from inventories import PROJECTS  # noqa: E402
 
 project = "regjax"
 author = project_copyright = "The regjax authors"
@@ -16,17 +20,24 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "links",
+    "mathml",
 ]
-# There is no intersphinx: a strict build would fail whenever another site is not reachable.
+
+intersphinx_mapping = {
+    name: (project.site, f"inventories/{name}.inv") for name, project in PROJECTS.items()
+}
+intersphinx_disabled_reftypes = ["std:*"]  # headings and terms are those of this site
 
 # These files are included by pages, or are written by programs and linked as files.
-exclude_patterns = ["_build", "benchmarks", "exactness", "overfit", "uncertainty"]
+exclude_patterns = ["_build", "benchmarks", "exactness", "overfit", "parity", "uncertainty"]
 
-# Docstrings have Markdown's single backticks: a name that the reference has becomes a link.
-default_role = "py:obj"
+# Docstrings have Markdown's single backticks.
+default_role = "code-or-link"
 autodoc_default_options = {"members": True, "show-inheritance": True, "special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -44,6 +55,17 @@ napoleon_custom_sections = [
 ]
 python_maximum_signature_line_length = 88
 
+# Every reference must exist, except for:
+nitpicky = True
+nitpick_ignore_regex = [
+    # private bases and type variables in signatures
+    ("py:class", r".*\b_\w+.*"),
+    # arrays of jaxtyping
+    ("py:class", r"(float \| )?(Bool|Float|Inexact|Int|Integer|PyTree|UInt32)\b.*"),
+    # types that occur once
+    ("py:class", r"Figure|enum\.Enum|flax\.core\.scope\.Scope|lax\.PrecisionLike"),
+]
+
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
@@ -53,9 +75,13 @@ nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
+html_baseurl = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]["urls"][
+    "Documentation"
+]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "math.css"]
 html_title = f"regjax {release}"
 copybutton_exclude = ".linenos, .gp, .go"  # copies the code of doctests, without their output
 
@@ -95,24 +121,7 @@ def _skip_generated(app, what, name, obj, skip, options) -> bool | None:
     return True if (obj.__doc__ or "").startswith("Alias for field number") else None
 
 
-class _LinkNames(SphinxTransform):
-    """Link code that begins with a public name to the reference; GitHub shows the same pages."""
-
-    default_priority = 500
-
-    def apply(self, **kwargs) -> None:
-        for literal in list(self.document.findall(nodes.literal)):
-            name = re.match(r"(regjax|regtorch|parity_tests|interop)(\.\w+)+", literal.astext())
-            if name and not isinstance(literal.parent, addnodes.pending_xref):
-                target = re.sub("^interop", "regjax.interop", name[0])
-                options = {"reftype": "obj", "reftarget": target, "refdoc": self.env.docname}
-                link = addnodes.pending_xref("", refdomain="py", refwarn=False, **options)
-                literal.replace_self(link)
-                link += literal
-
-
 def setup(app) -> None:
     """Register the above, for docstrings before napoleon, whose priority is 500."""
     app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)
     app.connect("autodoc-skip-member", _skip_generated)
-    app.add_transform(_LinkNames)

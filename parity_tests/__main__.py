@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="names of checks, or their beginnings",
     )
-    parser.add_out("outputs/parity", "JSON and HTML")
+    parser.add_out("outputs/parity", "JSON, Markdown and HTML")
     return parser
 
 

@@ -82,7 +82,10 @@ def test_only_relative_links_change(link, expected):
 def test_both_distributions_have_the_same_urls():
     alone = tomllib.loads((ROOT / "distributions/regtorch/pyproject.toml").read_text())
     assert alone["project"]["urls"] == URLS
-    assert all(url.startswith(URLS["Homepage"]) for url in URLS.values())
+    owner, name = URLS["Homepage"].removeprefix("https://github.com/").split("/")
+    pages = {"Documentation": f"https://{owner}.github.io/{name}/"}
+    assert pages.items() <= URLS.items()
+    assert all(URLS[title].startswith(URLS["Homepage"]) for title in URLS.keys() - pages)
 
 
 def test_continuous_integration_runs_the_test_command_of_readme():
