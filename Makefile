@@ -14,7 +14,7 @@ ARGS ?=
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all test-isa test-versions test-types test-docs mutants parity exactness bench bench-attention bench-optimizers bench-models docs docs-serve lint format lock clean
+.PHONY: help demo figures test test-all test-isa test-versions test-types test-docs mutants parity exactness bench bench-attention bench-optimizers bench-models compare docs docs-serve lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -71,6 +71,9 @@ bench-optimizers: $(READY_DEV)  ## Compare each optimizer with Optax's, at 100 M
 bench-models: $(READY_DEV)  ## Estimate dropout on TPUs and GPUs with their compilers, if installed
 	$(RUN) -m benchmarks.tpu_model $(ARGS)
 	$(RUN) -m benchmarks.gpu_model $(ARGS)
+
+compare: $(READY_DEV)  ## Check each cell of the comparison with other libraries
+	$(RUN) -m benchmarks.comparison $(ARGS)
 
 docs: $(READY_DOCS)  ## Build the documentation into docs/_build/html; a warning is an error
 	$(RUN) -m sphinx -W --keep-going -d docs/_build/doctrees docs docs/_build/html $(ARGS)

@@ -1,4 +1,4 @@
-"""Every promise of equal bits in README and the docstrings, as a table that can be checked.
+"""Every promise of equal bits in the documentation, as a table that can be checked.
 
 A promise yields labeled pairs of arrays that must have the same bits. The process determines the
 instruction set: `parity_tests.instruction_sets` starts one for each setting. Streams of random
@@ -535,15 +535,15 @@ def haiku() -> Pairs:
 
 BY_ARITHMETIC = ("dropout", "alpha_dropout, packed", "gaussian_dropout", "gaussian_noise")
 TRACED = tuple(map(np.float32, (0.0, 0.3, 0.95)))
-FAMILY_PLACE = "README, The family"
-LAYERS_PLACE = "README, In your framework"
+FAMILY_PLACE = "Features, The dropout family"
+LAYERS_PLACE = "Features, Layers"
 
 
 def _promises() -> Iterator[Promise]:
     core = functools.partial(Promise, is_core=True)
-    yield core("masks, exact", "README, mask stream v1", lambda: masks("bernoulli"))
+    yield core("masks, exact", "Promises, mask stream v1", lambda: masks("bernoulli"))
     yield core("masks, packed", "packed_bernoulli", lambda: masks("packed_bernoulli"))
-    yield core("normal variates", "README, normal stream v1", normals)
+    yield core("normal variates", "Promises, normal stream v1", normals)
     yield core("keys", "site_key, split, fold_in", keys)
     yield core("schedules", "linear_rate, cosine_rate, depth_rates", schedules)
     yield core("200 traced rates", FAMILY_PLACE, lambda: many_rates(200, [np.float32]))
@@ -566,8 +566,8 @@ def _promises() -> Iterator[Promise]:
     )
     yield Promise("family, inside a jitted function", FAMILY_PLACE, compiled)
     yield Promise("embedding dropout as rows", "embedding_dropout", embedding_of_rows)
-    yield Promise("attention, one mask in all forms", "README, Attention", attention)
-    place = "README, PyTorch's optimizers"
+    yield Promise("attention, one mask in all forms", "Features, Attention", attention)
+    place = "Features, PyTorch's optimizers"
     yield Promise("SGD and Rprop of torch.optim", place, descent, needs_fma=True)
     yield Promise("decoupled decay of torch.optim", "parity_tests", decoupled_decay)
     yield Promise("converted layers in evaluation", "regtorch.keyed.convert", converted_layers)

@@ -22,11 +22,13 @@ PROGRAMS = (
         f"benchmarks.{name}"
         for name in (
             "attention",
+            "comparison",
             "dropout_speed",
             "gpu_model",
             "optimizers",
             "overhead",
             "shared_masks",
+            "summary",
             "torch_speed",
             "tpu_model",
             "transformer_step",

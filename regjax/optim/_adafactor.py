@@ -21,6 +21,7 @@ from regjax.optim._links import (
     widest,
 )
 from regshared.checks import check_bool, check_coefficient
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from regjax.optim._links import Mask, WeightDecay
 
 
+@explain_names
 def adafactor(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     beta2_decay: ScalarLike = -0.8,
