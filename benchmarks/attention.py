@@ -1,7 +1,7 @@
 """Measure time and memory of attention with dropout, for several sequence lengths.
 
-python -m benchmarks.attention          # up to 4,096 positions; a few minutes
-python -m benchmarks.attention --quick  # short sequences, to test
+    python -m benchmarks.attention          # up to 4,096 positions; a few minutes
+    python -m benchmarks.attention --quick  # short sequences, to test
 
 All figures are relative to jax.nn.dot_product_attention, which has no dropout. Memory is the
 temporary memory that XLA allocates beyond arguments and results; PyTorch reports no such figure.
@@ -24,7 +24,7 @@ import regjax
 from benchmarks import cli
 from benchmarks.race import WORK, Result, environment, race, save
 from benchmarks.report import draw
-from parity_tests.output import write_atomically
+from parity_tests import output
 
 BASE = "no dropout"
 WHOLE = "regjax"
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         **settings,
     )
     text = markdown(rows, **settings)
-    write_atomically(stem.with_suffix(".md"), text)
+    output.write_atomically(stem.with_suffix(".md"), text)
     draw(
         stem.with_suffix(".png"),
         panels(rows),
@@ -266,4 +266,4 @@ def panels(rows: Sequence[Row]) -> list[tuple[str, Mapping[str, float]]]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -30,7 +30,7 @@ def parser(name: str, about: str | None, *, rounds: int) -> argparse.ArgumentPar
         metavar="N",
         help="runs of each candidate (default: %(default)s)",
     )
-    made.add_argument("--quick", action="store_true", help="a short run with small sizes, to test")
+    made.add_quick("a short run with small sizes, to test")
     made.add_out(OUT, "table, times and picture")
     return made
 

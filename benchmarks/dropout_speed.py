@@ -19,7 +19,7 @@ from benchmarks import candidates as field
 from benchmarks import cli
 from benchmarks.race import WORK, Result, environment, race
 from benchmarks.report import Panels, publish
-from parity_tests.output import integer
+from parity_tests import output
 
 COLUMNS = 4096
 
@@ -67,13 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("dropout_speed", __doc__, rounds=11)
     text = "number of elements (default: %(default)s)"
-    parser.add_argument("--size", type=integer(COLUMNS), default=2**24, metavar="N", help=text)
+    parser.add_argument(
+        "--size", type=output.integer(COLUMNS), default=2**24, metavar="N", help=text
+    )
     cli.add_rates(parser)
     parser.add_argument(
         "--dtypes",
         nargs="+",
         default=["float32"],
-        choices=["float32", "bfloat16"],
+        **output.one_of(["float32", "bfloat16"]),
         help="dtypes of the array (default: float32)",
     )
     return parser
@@ -143,4 +145,4 @@ def panels(results: Sequence[Result]) -> Panels:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

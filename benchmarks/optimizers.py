@@ -1,8 +1,8 @@
 """Compare time and memory of regjax.optim with those of optax, for a large model.
 
-python -m benchmarks.optimizers             # 100 M parameters in 1,000 leaves; half an hour
-python -m benchmarks.optimizers --only sgd  # measure one row again; a minute or two
-python -m benchmarks.optimizers --quick     # 1 M in 10 leaves, to test
+    python -m benchmarks.optimizers             # 100 M parameters in 1,000 leaves; half an hour
+    python -m benchmarks.optimizers --only sgd  # measure one row again; a minute or two
+    python -m benchmarks.optimizers --quick     # 1 M in 10 leaves, to test
 
 A step updates and applies, in one jitted call with donated parameters and state. The reference is
 optax's chain with the same decay, where optax has the optimizer. The L2 term of the loss is
@@ -32,7 +32,7 @@ import regjax
 from benchmarks import cli
 from benchmarks.race import Result, environment, race, save
 from benchmarks.report import draw
-from parity_tests.output import write_atomically
+from parity_tests import output
 from regjax import optim
 
 REGJAX, OPTAX = "regjax", "optax"
@@ -167,7 +167,7 @@ def _settings(leaves: int) -> dict[str, Any]:
 def _show(stem: Path, rows: Sequence[Row], leaves: int, console: Console) -> None:
     """Write the table as Markdown and the ratios as a picture."""
     text = markdown(rows, leaves)
-    write_atomically(stem.with_suffix(".md"), text)
+    output.write_atomically(stem.with_suffix(".md"), text)
     compared = [row for row in rows if len(row.update.seconds) > 1]
     if compared:
         panels = [
@@ -193,9 +193,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=NAMES,
+        type=output.one_of(NAMES)["type"],
         metavar="NAME",
-        help="rows to measure; keeps the other rows of an earlier run",
+        help="rows to measure; keeps the other rows of an earlier run "
+        f"(default: all of {', '.join(NAMES)})",
     )
     return parser
 
@@ -319,4 +320,4 @@ def _line(row: Row, leaves: int) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

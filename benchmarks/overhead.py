@@ -19,6 +19,7 @@ from benchmarks import candidates as field
 from benchmarks import cli
 from benchmarks.race import Result, environment, race
 from benchmarks.report import publish
+from parity_tests import output
 
 RATE = 0.1
 SIZES = (32, 1_000, 100_000)
@@ -107,4 +108,4 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -19,6 +19,7 @@ import regtorch
 from benchmarks import cli
 from benchmarks.race import WORK, Result, environment, race
 from benchmarks.report import publish
+from parity_tests import output
 
 TORCH = "torch F.dropout"
 EXACT = "regtorch"
@@ -134,4 +135,4 @@ def markdown(results: Sequence[Result], extra: Sequence[dict[str, float | None]]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -60,12 +60,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--chips",
         nargs="+",
+        type=_chips,
         default=CHIPS,
         metavar="KIND:GRID",
         help=f"kinds of chips, with their grids (default: {' '.join(CHIPS)})",
     )
     parser.add_out("outputs/benchmarks", "table, JSON and picture")
     return parser
+
+
+def _chips(text: str) -> str:
+    if not re.fullmatch(r"\w+:\d+(x\d+)+", text):
+        example = CHIPS[0]
+        raise argparse.ArgumentTypeError(f"must be KIND:GRID, such as {example}; got {text!r}")
+    return text
 
 
 def _one_of_each_kind(chips: Sequence[str]) -> list[str]:
@@ -89,4 +97,4 @@ def cycles(program: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -4,8 +4,8 @@ The network, the optimizer and the sites of dropout (embedding, attention weight
 branches of every layer) stay the same; only the function changes. The cost of dropout is the time
 of a step minus that of the same step without dropout, in the same round.
 
-python -m benchmarks.transformer_step          # 4 layers, width 256, sequence 128, batch 16
-python -m benchmarks.transformer_step --quick  # one layer, to test
+    python -m benchmarks.transformer_step          # 4 layers, width 256, sequence 128, batch 16
+    python -m benchmarks.transformer_step --quick  # one layer, to test
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from benchmarks import candidates as field
 from benchmarks import cli
 from benchmarks.race import Result, environment, race
 from benchmarks.report import publish
+from parity_tests import output
 
 NONE = "no dropout"
 FLAX = "Flax Linen"
@@ -180,4 +181,4 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

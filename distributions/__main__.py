@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from distributions.staging import DISTRIBUTIONS, ROOT, Distribution, stage, version, wheel_files
-from parity_tests.output import Parser
+from parity_tests import output
 
 SMOKE = ROOT / "distributions/smoke.py"
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("python -m distributions", __doc__)
+    parser = output.Parser("python -m distributions", __doc__)
     parser.add_argument("--no-tests", action="store_true", help="build and check only")
     text = "the tag of the release, which must be v and the version (default: not checked)"
     parser.add_argument("--tag", metavar="TAG", help=text)
@@ -99,7 +99,7 @@ def _tests(out: Path, scratch: Path) -> Iterator[Step]:
     yield "environment 1: regjax[torch]", partial(_install, jax, *together)
     yield "regjax and regtorch together", partial(_smoke, jax, "regjax", "regtorch")
     yield "regtorch is uninstalled", partial(_uninstall, jax, "regtorch")
-    yield "regjax after that", partial(_smoke, jax, "regjax", "--with-torch")
+    yield "regjax after that", partial(_smoke, jax, "regjax", foreign=True)
     yield "environment 2: regtorch", partial(_create, torch, shared, in_torch)
     yield "regtorch alone", partial(_smoke, torch, "regtorch")
     yield "tests of the sdist of regtorch", partial(_quick, torch, out, scratch, sdists["regtorch"])
@@ -163,8 +163,9 @@ def _uninstall(folder: Path, name: str) -> None:
     _pip(folder, "uninstall", "--quiet", "--yes", name)
 
 
-def _smoke(folder: Path, *options: str) -> None:
-    _inside(folder, str(SMOKE), *options, "--version", version())
+def _smoke(folder: Path, *packages: str, foreign: bool = False) -> None:
+    call = f"({packages}, {version()!r}, foreign={foreign})"
+    _inside(folder, "-c", f"import runpy; runpy.run_path({str(SMOKE)!r})['smoke']{call}")
 
 
 def _quick(folder: Path, out: Path, scratch: Path, distribution: Distribution) -> None:
@@ -175,7 +176,16 @@ def _quick(folder: Path, out: Path, scratch: Path, distribution: Distribution) -
     (root,) = unpacked.iterdir()
     for package in distribution.packages:
         shutil.rmtree(root / package)
-    options = ["-q", "-p", "no:cacheprovider", "--import-mode=importlib", "-m", "not slow"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--import-mode=importlib",
+        "-m",
+        "not slow",
+        "--cases",
+        "2",
+    ]
     _inside(folder, "-m", "pytest", *options, *distribution.quick, cwd=root, isolated=False)
 
 
@@ -201,4 +211,4 @@ def _run(command: Sequence[str], cwd: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    output.run(main)

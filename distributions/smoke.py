@@ -1,4 +1,4 @@
-"""A test of installed distributions: `python -I smoke.py PACKAGE ... --version VERSION`.
+"""A test of installed distributions, which `python -m distributions` runs in their environments.
 
 It needs nothing but the distributions: imports, versions, masks that must never change, and errors
 for packages that an extra installs.
@@ -6,11 +6,11 @@ for packages that an extra installs.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 # From parity_tests/test_golden.py: sampler, seed, keep probability, shape, digest.
@@ -69,27 +69,23 @@ def check_extra(module: str, extra: str) -> None:
     assert f"pip install 'regjax[{extra}]'" in message, (module, message)
 
 
-def main() -> None:
-    """Check the packages that are given, and that the others are not installed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("packages", nargs="+", choices=list(FRAMEWORKS))
-    parser.add_argument("--version", required=True, help="the version of the packages")
-    parser.add_argument("--with-torch", action="store_true", help="PyTorch may be installed")
-    options = parser.parse_args()
-    for package in options.packages:
-        check(package, options.version)
-        both = len(options.packages) == len(FRAMEWORKS)
+def smoke(packages: Sequence[str], version: str, *, foreign: bool = False) -> None:
+    """Check packages, and that the others are not installed.
+
+    Args:
+        packages: The installed ones of `FRAMEWORKS`.
+        version: Their version.
+        foreign: Whether the frameworks of the others may be installed.
+    """
+    for package in packages:
+        check(package, version)
+        both = len(packages) == len(FRAMEWORKS)
         for module, extra in EXTRAS[package].items():
             if extra == "torch" and both:
                 importlib.import_module(module)
             else:
                 check_extra(module, extra)
     for package, framework in FRAMEWORKS.items():
-        if package not in options.packages:
+        if package not in packages:
             assert importlib.util.find_spec(package) is None, package
-            assert options.with_torch or importlib.util.find_spec(framework) is None, framework
-    print("passed:", *options.packages)
-
-
-if __name__ == "__main__":
-    main()
+            assert foreign or importlib.util.find_spec(framework) is None, framework

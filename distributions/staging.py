@@ -68,7 +68,7 @@ DISTRIBUTIONS = (
         ("regjax", "parity_tests"),
         ".",
         tests=("conftest.py", "CHANGELOG.md", "tests/shared.py", "tests/regjax"),
-        quick=("tests/regjax/test_optim_rms.py", "tests/regjax/test_uncertainty.py"),
+        quick=("tests/regjax/test_optim_rms.py", "tests/regjax/test_xla.py"),
         changes={
             'dynamic = ["readme", "version"]': 'version = "{version}"\ndynamic = ["readme"]',
             'dependencies = ["jax': 'dependencies = ["regshared=={version}", "jax',

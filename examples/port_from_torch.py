@@ -180,10 +180,11 @@ def _parser() -> argparse.ArgumentParser:
         help="number of steps of each half (default: %(default)s)",
     )
     text = "; ".join(f"{name}: {about}" for name, about in MISTAKES.items())
-    parser.add_argument("--mistake", choices=MISTAKES, default="none", metavar="NAME", help=text)
+    text = f"planted defect: {text} (default: %(default)s)"
+    parser.add_argument("--mistake", default="none", help=text, **output.one_of(MISTAKES))
     parser.add_out("outputs", "the picture")
     return parser
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

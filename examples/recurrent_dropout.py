@@ -10,6 +10,7 @@ masks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from rich.console import Console
 
 import regjax
 import regtorch
+from parity_tests import output
 
 RATE, BATCH, TIME, FEATURES, HIDDEN = 0.5, 1, 5, 3, 16
 
@@ -157,8 +159,9 @@ def masks() -> dict[str, np.ndarray]:
     return {"Linen": np.asarray(sown["intermediates"]["cell"]["state"][0]) != 0, **stacked}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the masks of a sequence, with a line for each timestep."""
+    output.Parser("python -m examples.recurrent_dropout", __doc__).parse_args(argv)
     console = Console()
     for name, mask in masks().items():
         console.print(name)
@@ -167,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    output.run(main)

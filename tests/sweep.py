@@ -1,6 +1,9 @@
 """Call every public function and layer with wrong values, one argument at a time.
 
-`python -m tests.sweep` prints each call that accepts a wrong value, and each error that does not
+    python -m tests.sweep                     # a few minutes
+    python -m tests.sweep --packages regjax   # one package
+
+It prints each call that accepts a wrong value, and each error that does not
 begin with the argument. `tests/test_sweep.py` asserts that there are none.
 
 The tables of calls, wrong values and exceptions stay in one file: a new function adds to each.
@@ -10,10 +13,9 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.nnx
@@ -21,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 import regjax
 import regjax.equinox
@@ -31,7 +35,10 @@ import regjax.nnx
 import regjax.optim
 import regtorch
 import regtorch.optim
+from parity_tests import output
 
+PACKAGES = ("regjax", "regtorch")
+COLUMNS = SpinnerColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
 # Wrong values for an argument.
 WRONG: dict[str, Any] = {
     "None": None,
@@ -435,10 +442,22 @@ def _found(call: Call, argument: str, name: str, value: Any) -> Finding:
     return Finding("accepted", where, "")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the calls that are not fine, and the number of calls with each verdict."""
+    parser = output.Parser("python -m tests.sweep", __doc__)
+    text = "packages to call (default: both)"
+    packages = output.one_of(PACKAGES)
+    parser.add_argument("--packages", nargs="+", default=PACKAGES, help=text, **packages)
+    options = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    found = [finding for package in ("regjax", "regtorch") for finding in sweep(package)]
+    found = []
+    console = Console(stderr=True)
+    with Progress(*COLUMNS, console=console, transient=True) as progress:
+        task = progress.add_task("calling", total=None)
+        for package in options.packages:
+            for finding in sweep(package):
+                found.append(finding)
+                progress.update(task, description=finding.call.partition("(")[0], advance=1)
     for finding in found:
         if finding.verdict != "fine":
             print(*finding, sep="\t")
@@ -447,4 +466,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    output.run(main)

@@ -27,7 +27,7 @@ def test_every_timestep_draws_the_mask_of_the_first(drawn):
 
 def test_the_program_prints_a_line_for_each_timestep(drawn, capsys, monkeypatch):
     monkeypatch.setattr(recipes, "masks", lambda: drawn)
-    recipes.main()
+    recipes.main([])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 * (1 + recipes.TIME)
 
