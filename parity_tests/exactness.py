@@ -29,13 +29,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from parity_tests import optimizers, output, report
+from parity_tests import optimizers, output
 from parity_tests.compare import FLOAT64, deviation
 from parity_tests.instructions import fuse_alike
 from parity_tests.optimizers.case import Case
 from parity_tests.optimizers.horizons import horizon
 from parity_tests.perceptron import SHAPES, recorded, training
 from parity_tests.trajectories import LARGE, Problem, Run, synthetic, walk_jax, walk_torch
+from regshared.versions import versions
 
 STEPS, QUICK = 1000, 100
 FUSED = ("Adam", "AdamW")
@@ -285,7 +286,7 @@ def write(folder: Path, findings: Sequence[Finding]) -> list[Path]:
     paths = [folder / "exactness.md", folder / "exactness.json"]
     output.write_atomically(paths[0], as_markdown(findings))
     record = {
-        "versions": report.versions(),
+        "versions": versions(),
         "findings": [{**asdict(finding), "broken": finding.broken} for finding in findings],
     }
     output.write_atomically(paths[1], json.dumps(record, indent=1) + "\n")

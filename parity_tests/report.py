@@ -6,16 +6,13 @@ import base64
 import html
 import io
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 
 from parity_tests.checks import Check, Outcome
 from parity_tests.output import write_atomically
-
-PACKAGES = ("regjax", "jax", "jaxlib", "optax", "torch", "flax", "equinox", "dm-haiku", "numpy")
+from regshared.versions import versions
 
 
 @dataclass(frozen=True)
@@ -40,17 +37,6 @@ class Entry:
         if self.outcome is None:
             return "skipped"
         return "agrees" if self.outcome.passed else "differs"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the installed packages among `PACKAGES`, and of Python."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def cells(entry: Entry) -> dict[str, str]:
