@@ -17,7 +17,7 @@ PROGRAMS = (
     "parity_tests.exactness",
     "examples.overfit.cli",
     "examples.uncertainty.cli",
-    "examples.port_from_torch",
+    "examples.port_from_torch.__main__",
     *(
         f"benchmarks.{name}"
         for name in (

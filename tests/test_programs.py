@@ -19,14 +19,17 @@ from parity_tests import output
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "distributions", "examples", "parity_tests", "tests")
-# These need nothing but the standard library and rich for `--help`.
-QUICK = (
+# `--help` of the others imports a framework.
+LIGHT = (
     "benchmarks.gpu_model",
     "benchmarks.tpu_model",
-    "distributions",
-    "examples.overfit",
-    "examples.uncertainty",
+    "distributions.__main__",
+    "examples.overfit.__main__",
+    "examples.port_from_torch.__main__",
+    "examples.recurrent_dropout.__main__",
+    "examples.uncertainty.__main__",
     "tests.mutants",
+    "tests.sweep.__main__",
 )
 
 
@@ -79,7 +82,9 @@ def taking_a_value(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 def test_programs_are_found():
     assert len(PROGRAMS) > 15
-    assert {"examples.overfit.__main__", "benchmarks.quantile", "tests.sweep"} <= set(PROGRAMS)
+    assert {"examples.overfit.__main__", "benchmarks.quantile", "tests.sweep.__main__"} <= set(
+        PROGRAMS
+    )
     assert is_program("if __name__ == '__main__':\n    main()")
     assert not is_program("def main(): ...")
 
@@ -162,8 +167,8 @@ def test_help_of_light_programs_imports_no_framework():
     code = "\n".join(
         [
             "import importlib, sys",
-            f"for name in {QUICK}:",
-            "    importlib.import_module(name + '.__main__' * (name.count('.') == 0))",
+            f"for name in {LIGHT}:",
+            "    importlib.import_module(name)",
             "print({'jax', 'torch', 'numpy', 'sklearn', 'matplotlib'} & sys.modules.keys())",
         ]
     )

@@ -1,16 +1,12 @@
 """Dropout of the state of an LSTM with one mask for all timesteps, in Flax and in PyTorch.
 
-    python -m examples.recurrent_dropout
-
 Each framework uses the same recipe: `dropout` of the state with one key for the whole sequence. In
 Linen, `nn.RNN` does not split the key along time; in NNX, the model creates the key before the loop
-and stores it in a variable; in PyTorch, the key is an argument of the loop. The program prints the
-masks.
+and stores it in a variable; in PyTorch, the key is an argument of the loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,11 +15,9 @@ import numpy as np
 import torch
 from flax import linen, nnx
 from flax.nnx.nn.recurrent import RNNCellBase
-from rich.console import Console
 
 import regjax
 import regtorch
-from parity_tests import output
 
 RATE, BATCH, TIME, FEATURES, HIDDEN = 0.5, 1, 5, 3, 16
 
@@ -157,17 +151,3 @@ def masks() -> dict[str, np.ndarray]:
         torch_lstm(cell, torch.ones(TIME, BATCH, FEATURES), regtorch.key(0))
     stacked = {name: np.stack([d.mask for d in draws]) for name, draws in drawn.items()}
     return {"Linen": np.asarray(sown["intermediates"]["cell"]["state"][0]) != 0, **stacked}
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the masks of a sequence, with a line for each timestep."""
-    output.Parser("python -m examples.recurrent_dropout", __doc__).parse_args(argv)
-    console = Console()
-    for name, mask in masks().items():
-        console.print(name)
-        for step, row in enumerate(mask[:, 0]):
-            console.print(f"  t={step}  {''.join('█' if kept else '·' for kept in row)}")
-
-
-if __name__ == "__main__":
-    output.run(main)

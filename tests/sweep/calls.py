@@ -1,10 +1,4 @@
-"""Call every public function and layer with wrong values, one argument at a time.
-
-    python -m tests.sweep                     # a few minutes
-    python -m tests.sweep --packages regjax   # one package
-
-It prints each call that accepts a wrong value, and each error that does not
-begin with the argument. `tests/test_sweep.py` asserts that there are none.
+"""Every public function and layer, called with wrong values, one argument at a time.
 
 The tables of calls, wrong values and exceptions stay in one file: a new function adds to each.
 """
@@ -13,9 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.nnx
@@ -23,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
 import regjax
 import regjax.equinox
@@ -35,10 +25,7 @@ import regjax.nnx
 import regjax.optim
 import regtorch
 import regtorch.optim
-from parity_tests import output
 
-PACKAGES = ("regjax", "regtorch")
-COLUMNS = SpinnerColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
 # Wrong values for an argument.
 WRONG: dict[str, Any] = {
     "None": None,
@@ -440,30 +427,3 @@ def _found(call: Call, argument: str, name: str, value: Any) -> Finding:
         named = re.match(FORM.format(argument=argument), str(error))
         return Finding("fine" if named else "nameless", where, f"{type(error).__name__}: {error}")
     return Finding("accepted", where, "")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the calls that are not fine, and the number of calls with each verdict."""
-    parser = output.Parser("python -m tests.sweep", __doc__)
-    text = "packages to call (default: both)"
-    packages = output.one_of(PACKAGES)
-    parser.add_argument("--packages", nargs="+", default=PACKAGES, help=text, **packages)
-    options = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
-    found = []
-    console = Console(stderr=True)
-    with Progress(*COLUMNS, console=console, transient=True) as progress:
-        task = progress.add_task("calling", total=None)
-        for package in options.packages:
-            for finding in sweep(package):
-                found.append(finding)
-                progress.update(task, description=finding.call.partition("(")[0], advance=1)
-    for finding in found:
-        if finding.verdict != "fine":
-            print(*finding, sep="\t")
-    print(dict(Counter(finding.verdict for finding in found)))
-    return int(any(finding.verdict != "fine" for finding in found))
-
-
-if __name__ == "__main__":
-    output.run(main)
