@@ -130,12 +130,12 @@ def stage(distribution: Distribution, folder: Path) -> None:
 
 
 def wheel_files(distribution: Distribution) -> set[str]:
-    """Return the files of a wheel, without its metadata: code and `py.typed`, but no tests."""
+    """Return the files of a wheel, without its metadata: code and data, but no tests."""
     left_out = ("parity_tests/conftest.py", "parity_tests/tables.py")
     names = {
         path.relative_to(ROOT).as_posix()
         for package in distribution.packages
-        for pattern in ("*.py", "py.typed")
+        for pattern in ("*.py", "py.typed", "*.mplstyle")
         for path in (ROOT / package).rglob(pattern)
     }
     return {n for n in names if n not in left_out and not n.startswith("parity_tests/test_")}
