@@ -80,6 +80,7 @@ def test_a_page_has_no_fault(desktop, phone, site, path):
         ("packed", "api/regjax.html#regjax.packed_bernoulli"),
         ("weight_decay", "api/regjax.optim.html#regjax.optim.add_independent_weight_decay"),
         ("overfitting", "lesson/1_overfitting.html"),
+        ("过拟合", "lesson_zh/1_overfitting.html"),
     ],
 )
 def test_the_search_box_finds(desktop, site, words, expected):
