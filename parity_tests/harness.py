@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 import optax
-import torch
 
 from parity_tests import compare
 from parity_tests.compare import FLOAT32, Tier
@@ -39,6 +38,10 @@ from regjax._decay.paths import named_leaves
 from regjax.interop import Leaf
 from regjax.interop._leaves import as_leaves, missing_sections, named_tensors, overlap, report
 from regjax.optim._records import RECORDS
+from regshared.extras import needs
+
+with needs("parity_tests", extra="torch", package="torch"):
+    import torch
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree

@@ -28,6 +28,7 @@ from regjax.optim._links import (
     widest,
 )
 from regshared.checks import check_bool, check_coefficient
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from regjax.optim._links import Mask, WeightDecay
 
 
+@explain_names
 def nadam(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
     betas: Betas = (0.9, 0.999),
@@ -101,6 +103,7 @@ def nadam(
     return rounded_once(links)
 
 
+@explain_names
 def radam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     betas: Betas = (0.9, 0.999),
@@ -154,6 +157,7 @@ def radam(
     return rounded_once(links)
 
 
+@explain_names
 def adamax(
     learning_rate: optax.ScalarOrSchedule = 2e-3,
     betas: Betas = (0.9, 0.999),
