@@ -1,7 +1,7 @@
 """Measure time and memory of attention with dropout, for several sequence lengths.
 
-python -m benchmarks.attention          # up to 4,096 positions; a few minutes
-python -m benchmarks.attention --quick  # short sequences, to test
+    python -m benchmarks.attention          # up to 4,096 positions; a few minutes
+    python -m benchmarks.attention --quick  # short sequences, to test
 
 All figures are relative to jax.nn.dot_product_attention, which has no dropout. Memory is the
 temporary memory that XLA allocates beyond arguments and results; PyTorch reports no such figure.
@@ -23,6 +23,7 @@ import regjax
 from benchmarks import bars, cli
 from benchmarks.race import WORK, Record, Result, environment, load, quartiles, race
 from benchmarks.report import publish
+from parity_tests import output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -269,4 +270,4 @@ def draw(record: Record) -> Figure:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

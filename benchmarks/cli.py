@@ -49,7 +49,7 @@ def parser(name: str, about: str | None, *, rounds: int) -> Parser:
         metavar="N",
         help="runs of each candidate (default: %(default)s)",
     )
-    made.add_argument("--quick", action="store_true", help="a short run with small sizes, to test")
+    made.add_quick("a short run with small sizes, to test")
     return made
 
 

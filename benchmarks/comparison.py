@@ -23,7 +23,7 @@ from rich.console import Console
 
 from benchmarks.probes import attention, decay, in_jax, in_torch, offers
 from benchmarks.probes.in_jax import DROPOUTS, Apply, holds, mask
-from parity_tests.output import Parser, write_atomically
+from parity_tests import output
 
 RECORD = Path(__file__).parent.parent / "docs" / "benchmarks" / "comparison.json"
 # The heading of a column, the module, and the distribution.
@@ -157,7 +157,7 @@ def table(cells: Mapping[str, Mapping[str, str]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the probes of the installed libraries, and write the table."""
-    parser = Parser("python -m benchmarks.comparison", __doc__)
+    parser = output.Parser("python -m benchmarks.comparison", __doc__)
     parser.add_out("outputs/benchmarks", "table and JSON")
     options = parser.parse_args(argv)
     console = Console()
@@ -173,14 +173,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             kept = record["cells"].get(name, {}).get(library, "?")
             cells[name][library] = measured(name, library) if installed else kept
     stem = options.out / "comparison"
-    write_atomically(
+    output.write_atomically(
         stem.with_suffix(".json"), json.dumps({"columns": columns, "cells": cells}, indent=1) + "\n"
     )
-    write_atomically(stem.with_suffix(".md"), table(cells))
+    output.write_atomically(stem.with_suffix(".md"), table(cells))
     console.print(table(cells), soft_wrap=True, markup=False)
     console.print(f"Table and cells: {stem}.{{md,json}}", soft_wrap=True)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

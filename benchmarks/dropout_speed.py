@@ -19,7 +19,7 @@ from benchmarks import bars, cli
 from benchmarks import candidates as field
 from benchmarks.race import WORK, Record, Result, environment, load, race
 from benchmarks.report import publish
-from parity_tests.output import integer
+from parity_tests import output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,13 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> cli.Parser:
     parser = cli.parser(NAME, __doc__, rounds=11)
     text = "number of elements (default: %(default)s)"
-    parser.add_argument("--size", type=integer(COLUMNS), default=2**24, metavar="N", help=text)
+    parser.add_argument(
+        "--size", type=output.integer(COLUMNS), default=2**24, metavar="N", help=text
+    )
     cli.add_rates(parser)
     parser.add_argument(
         "--dtypes",
         nargs="+",
         default=["float32"],
-        choices=["float32", "bfloat16"],
+        **output.one_of(["float32", "bfloat16"]),
         help="dtypes of the array (default: float32)",
     )
     return parser
@@ -148,4 +150,4 @@ def draw(record: Record) -> Figure:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -131,4 +131,4 @@ def microseconds(program: str) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -1,8 +1,8 @@
 """Compare time and memory of regjax.optim with those of optax, for a large model.
 
-python -m benchmarks.optimizers             # 100 M parameters in 1,000 leaves; half an hour
-python -m benchmarks.optimizers --only sgd  # measure one row again; a minute or two
-python -m benchmarks.optimizers --quick     # 1 M in 10 leaves, to test
+    python -m benchmarks.optimizers             # 100 M parameters in 1,000 leaves; half an hour
+    python -m benchmarks.optimizers --only sgd  # measure one row again; a minute or two
+    python -m benchmarks.optimizers --quick     # 1 M in 10 leaves, to test
 
 A step updates and applies, in one jitted call with donated parameters and state. The reference is
 optax's chain with the same decay, where optax has the optimizer. The L2 term of the loss is
@@ -30,6 +30,7 @@ import regjax
 from benchmarks import bars, cli
 from benchmarks.race import Record, Result, environment, load, race, save
 from benchmarks.report import show
+from parity_tests import output
 from regjax import optim
 
 if TYPE_CHECKING:
@@ -183,9 +184,10 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=NAMES,
+        type=output.one_of(NAMES)["type"],
         metavar="NAME",
-        help="rows to measure; keeps the other rows of an earlier run",
+        help="rows to measure; keeps the other rows of an earlier run "
+        f"(default: all of {', '.join(NAMES)})",
     )
     return parser
 
@@ -331,4 +333,4 @@ def draw(record: Record) -> Figure:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

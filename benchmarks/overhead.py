@@ -19,6 +19,7 @@ from benchmarks import bars, cli
 from benchmarks import candidates as field
 from benchmarks.race import Record, Result, environment, load, race
 from benchmarks.report import publish
+from parity_tests import output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -112,4 +113,4 @@ def draw(record: Record) -> Figure:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -1,7 +1,7 @@
 """Measure dropout with a mask that is shared along dimensions, relative to a copy of the array.
 
-python -m benchmarks.shared_masks          # 16.8 M elements, as in README
-python -m benchmarks.shared_masks --quick  # 1 M elements, to test
+    python -m benchmarks.shared_masks          # 16.8 M elements, as in README
+    python -m benchmarks.shared_masks --quick  # 1 M elements, to test
 
 Such a mask has few elements. Its cost depends on whether each is drawn once, or again for every
 element that shares it. Three of the JAX libraries can share masks.
@@ -21,6 +21,7 @@ from benchmarks import bars, cli
 from benchmarks import candidates as field
 from benchmarks.race import WORK, Record, Result, environment, load, race
 from benchmarks.report import publish
+from parity_tests import output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -95,4 +96,4 @@ def draw(record: Record) -> Figure:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

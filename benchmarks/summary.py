@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from parity_tests.output import Parser, write_atomically
+from parity_tests import output
 
 RESULTS = Path(__file__).parent.parent / "docs" / "benchmarks"
 PEERS = ("Flax Linen", "Flax NNX", "Equinox", "Haiku", "Keras")
@@ -118,13 +118,13 @@ def table() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the table."""
-    parser = Parser("python -m benchmarks.summary", __doc__)
+    parser = output.Parser("python -m benchmarks.summary", __doc__)
     parser.add_out("outputs/benchmarks", "the table")
     path = parser.parse_args(argv).out / "summary.md"
-    write_atomically(path, table())
+    output.write_atomically(path, table())
     Console().print(table(), soft_wrap=True, markup=False)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -19,6 +19,7 @@ import regtorch
 from benchmarks import bars, cli
 from benchmarks.race import WORK, Record, Result, environment, load, race
 from benchmarks.report import publish
+from parity_tests import output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -150,4 +151,4 @@ def draw(record: Record) -> Figure:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -11,6 +11,7 @@ A second table has the memory of training steps with and without dropout. Nothin
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import re
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import cli, modelled
+from parity_tests import output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,11 +74,19 @@ def _parser() -> cli.Parser:
     parser.add_argument(
         "--chips",
         nargs="+",
+        type=_chips,
         default=CHIPS,
         metavar="KIND:GRID",
         help=f"kinds of chips, with their grids (default: {' '.join(CHIPS)})",
     )
     return parser
+
+
+def _chips(text: str) -> str:
+    if not re.fullmatch(r"\w+:\d+(x\d+)+", text):
+        example = CHIPS[0]
+        raise argparse.ArgumentTypeError(f"must be KIND:GRID, such as {example}; got {text!r}")
+    return text
 
 
 def _one_of_each_kind(chips: Sequence[str]) -> list[str]:
@@ -100,4 +110,4 @@ def cycles(program: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

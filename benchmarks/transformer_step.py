@@ -4,8 +4,8 @@ The network, the optimizer and the sites of dropout (embedding, attention weight
 branches of every layer) stay the same; only the function changes. The cost of dropout is the time
 of a step minus that of the same step without dropout, in the same round.
 
-python -m benchmarks.transformer_step          # 4 layers, width 256, sequence 128, batch 16
-python -m benchmarks.transformer_step --quick  # one layer, to test
+    python -m benchmarks.transformer_step          # 4 layers, width 256, sequence 128, batch 16
+    python -m benchmarks.transformer_step --quick  # one layer, to test
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks import bars, cli
 from benchmarks import candidates as field
 from benchmarks.race import Record, Result, environment, load, race
 from benchmarks.report import publish
+from parity_tests import output
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -186,4 +187,4 @@ def draw(record: Record) -> Figure:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

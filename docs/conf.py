@@ -55,6 +55,7 @@ napoleon_custom_sections = [
     "Differences from Haiku",
 ]
 python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 # Every reference must exist, except for:
 nitpicky = True
@@ -85,6 +86,12 @@ html_static_path = ["_static"]
 html_css_files = ["site.css", "math.css"]
 html_title = f"regjax {release}"
 copybutton_exclude = ".linenos, .gp, .go"  # copies the code of doctests, without their output
+
+html_domain_indices = False  # the API reference lists the modules
+html_js_files = ["site.js"]
+html_logo = html_favicon = "_static/logo.svg"
+pygments_dark_style = "a11y-dark"  # the dark twin of the theme's light style
+templates_path = ["_templates"]
 
 
 # Parts of Markdown in docstrings, which napoleon and reStructuredText do not know.
@@ -122,7 +129,22 @@ def _skip_generated(app, what, name, obj, skip, options) -> bool | None:
     return True if (obj.__doc__ or "").startswith("Alias for field number") else None
 
 
+def _make_parsable(app, what, name, obj, options, signature, returns) -> tuple | None:
+    """Replace default values such as `<factory>` and `<function f>`, which Sphinx cannot parse."""
+    default = re.compile(r"<(?:function (\w+)|[^>]+)>")
+    return signature and (default.sub(lambda m: m[1] or "...", signature), returns)
+
+
+def _link_sources_to_types(app, pagename, templatename, context, doctree) -> None:
+    """Mend links of sources, whose names viewcode takes from one module: api/types has another."""
+    if pagename.startswith("_modules/reg"):
+        module = pagename.removeprefix("_modules/").replace("/", ".")
+        context["body"] = context["body"].replace("types.html#regjax.", f"types.html#{module}.")
+
+
 def setup(app) -> None:
     """Register the above, for docstrings before napoleon, whose priority is 500."""
     app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)
+    app.connect("autodoc-process-signature", _make_parsable)
     app.connect("autodoc-skip-member", _skip_generated)
+    app.connect("html-page-context", _link_sources_to_types)

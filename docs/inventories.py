@@ -16,9 +16,12 @@ import importlib
 import inspect
 import sys
 import zlib
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from parity_tests import output
 
 FOLDER = Path(__file__).parent / "inventories"
 
@@ -252,7 +255,13 @@ def write(name: str, project: Project) -> Path:
     return path
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write all inventories."""
+    output.Parser("python docs/inventories.py", __doc__).parse_args(argv)
     FOLDER.mkdir(exist_ok=True)
     for title, listed in PROJECTS.items():
         sys.stdout.write(f"written: {write(title, listed)}\n")
+
+
+if __name__ == "__main__":
+    output.run(main)

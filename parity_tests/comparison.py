@@ -160,7 +160,8 @@ class Comparison:
     def __str__(self) -> str:
         """Return the conclusion and the table."""
         conclusion = "JAX and PyTorch agree." if self.first is None else f"{self.first}."
-        masks = sum(self.sites.values())
-        compared = f"Compared {masks} masks at {len(self.sites)} sites: {', '.join(self.sites)}."
+        masks, places = sum(self.sites.values()), len(self.sites)
+        counts = f"{masks} mask{'s' * (masks > 1)} at {places} site{'s' * (places > 1)}"
+        compared = f"Compared {counts}: {', '.join(self.sites)}."
         lines = [conclusion, *([compared] if masks else []), *self.notes]
         return "\n".join(lines) + f"\n\n{self.table()}"

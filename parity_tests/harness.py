@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
 
 from parity_tests import compare, verdicts
 from parity_tests.compare import FLOAT32, Tier
@@ -38,6 +37,10 @@ from parity_tests.recording import (
 from parity_tests.sides import JaxSide, JaxStep, TorchSide, TorchStep
 from parity_tests.verdicts import Noise
 from regjax.interop import Leaf
+from regshared.extras import needs
+
+with needs("parity_tests", extra="torch", package="torch"):
+    import torch
 
 __all__ = [
     "Comparison",

@@ -4,6 +4,8 @@ A promise yields labeled pairs of arrays that must have the same bits. The proce
 instruction set: `parity_tests.instruction_sets` starts one for each setting. Streams of random
 numbers are also compared with digests, and so across processes.
 
+    python -m parity_tests.promises --core  # a line of JSON for each promise: the differences
+
 The table and the functions that it names stay in one file, as a promise is a row and a function.
 """
 
@@ -17,8 +19,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from parity_tests.instructions import float16_error
 from parity_tests.optimizers import CASES
 from parity_tests.optimizers.case import Case
+from parity_tests.output import Parser, run
 from parity_tests.trajectories import WALKS, synthetic
 
 Pairs = Iterator[tuple[str, Any, Any]]
@@ -580,13 +582,16 @@ def _promises() -> Iterator[Promise]:
 PROMISES = tuple(_promises())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Check the promises in this process, and print a line of JSON for each."""
+    parser = Parser("python -m parity_tests.promises", __doc__)
+    parser.add_argument("--core", action="store_true", help="only the cheap promises")
+    options = parser.parse_args(argv)
     for promise in PROMISES:
-        if promise.is_core or "--core" not in sys.argv:
+        if promise.is_core or not options.core:
             broken = promise.broken() if promise.can_be_checked() else None
             print(json.dumps({"name": promise.name, "broken": broken}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,23 +5,21 @@ from __future__ import annotations
 import base64
 import html
 import json
-import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parity_tests import pictures
 from parity_tests.checks import Check, Outcome
 from parity_tests.output import write_atomically
+from regshared.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ABOUT = "Relative difference of the parameters of JAX and PyTorch after each step"
-PACKAGES = ("regjax", "jax", "jaxlib", "optax", "torch", "flax", "equinox", "dm-haiku", "numpy")
 
 
 @dataclass(frozen=True)
@@ -46,17 +44,6 @@ class Entry:
         if self.outcome is None:
             return "skipped"
         return "agrees" if self.outcome.passed else "differs"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the installed packages among `PACKAGES`, and of Python."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def cells(entry: Entry) -> dict[str, str]:

@@ -14,13 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
 
 from parity_tests import views
 from parity_tests.frameworks import from_torch
 from regjax._decay.paths import named_leaves
 from regjax.interop._leaves import named_tensors, plain_name, unwrapped
 from regshared.checks import describe
+from regshared.extras import needs
+
+with needs("parity_tests", extra="torch", package="torch"):
+    import torch
 
 if TYPE_CHECKING:
     from jaxtyping import PyTree

@@ -15,13 +15,14 @@ import pytest
 from rich.console import Console
 
 from examples.overfit import train_jax, train_torch
-from examples.overfit.cli import INTERRUPTED, main
+from examples.overfit.cli import main
 from examples.overfit.curves import Curve, largest_difference
 from examples.overfit.data import draw_batches, load_problem, split_digits, stratified_order
 from examples.overfit.plots import PICTURES
 from examples.overfit.recipes import recipes
 from examples.overfit.report import CURVES_FILE, TABLE_FILE, terminal_table
 from examples.overfit.settings import FRAMEWORKS, LARGEST_TRAIN_SIZE, OPTIMIZERS, Settings
+from parity_tests.output import INTERRUPTED
 
 ROOT = Path(__file__).parent.parent
 TRAINS = {"jax": train_jax.train, "torch": train_torch.train}
@@ -68,7 +69,7 @@ BAD_OPTIONS = [
     *(("--learning-rate", value, "above 0") for value in (*NUMBERS, "0")),
     ("--optimizer", "lion", "'sgd', 'adam', 'adamw'"),
     ("--framework", "tensorflow", "'both', 'jax', 'torch'"),
-    ("--out", "", "must name a folder"),
+    ("--out", "", "must name a folder or a file"),
 ]
 
 

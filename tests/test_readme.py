@@ -99,8 +99,9 @@ def test_only_relative_links_change(link, expected):
     assert long_description(link) == expected.format(regjax.__version__)
 
 
-def test_both_distributions_have_the_same_urls():
-    alone = tomllib.loads((ROOT / "distributions/regtorch/pyproject.toml").read_text())
+@pytest.mark.parametrize("name", ["regshared", "regtorch"])
+def test_all_distributions_have_the_same_urls(name):
+    alone = tomllib.loads((ROOT / f"distributions/{name}/pyproject.toml").read_text())
     assert alone["project"]["urls"] == URLS
     owner, name = URLS["Homepage"].removeprefix("https://github.com/").split("/")
     pages = {"Documentation": f"https://{owner}.github.io/{name}/"}

@@ -10,10 +10,13 @@ which also applies to the fonts that this program writes.
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fontTools import subset
 from fontTools.ttLib import TTFont
+
+from parity_tests import output
 
 HERE = Path(__file__).parent
 FAMILY = "Lesson Labels"  # a name of its own, so that no installed font takes its place
@@ -46,17 +49,20 @@ def write_font(source: Path, weight: str, characters: str) -> None:
     font.save(HERE / f"labels-{weight.lower()}.otf")
 
 
-def main() -> None:
+def font_file(text: str) -> Path:
+    """Convert the value of an argument to the path of a font."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"must be a file; got {text!r}. Download Noto Sans CJK.")
+    return Path(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse the arguments and write both fonts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = output.Parser("python docs/lesson_zh/label_fonts.py", __doc__)
     for weight in ("Regular", "Bold"):
-        parser.add_argument(weight.lower(), type=Path, help=f"Noto Sans CJK SC {weight}")
-    arguments = parser.parse_args()
-    for source in (arguments.regular, arguments.bold):
-        if not source.is_file():
-            parser.error(f"the source fonts must be files; got {source}. Download Noto Sans CJK.")
+        text = f"font file of Noto Sans CJK SC {weight}"
+        parser.add_argument(weight.lower(), type=font_file, help=text)
+    arguments = parser.parse_args(argv)
     characters = label_characters()
     write_font(arguments.regular, "Regular", characters)
     write_font(arguments.bold, "Bold", characters)
@@ -64,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    output.run(main)

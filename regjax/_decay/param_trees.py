@@ -57,8 +57,8 @@ def decay_mask(
         TypeError: `params` is a single leaf that is not a parameter, such as a step count; `rule`
             has another form; or a decision is not a bool (for rates, see `decay_rates`).
         ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
-            know parameters; or a function returns False for all. The message names the glob and
-            the paths.
+            know parameters; or a function returns False for all. The message names the glob, the
+            paths, and a rule for unknown parameters.
 
     Note (PyTorch):
         In `regtorch.decay_mask(module, rule)`, parameters that require no gradient are frozen.

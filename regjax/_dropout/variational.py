@@ -38,7 +38,7 @@ def variational_dropout(
     Inside the recurrence there is no time axis. There, call `dropout` on the carried state with
     **one key for all steps**, made outside the loop, as in the example. `jax_debug_key_reuse`,
     where enabled, rejects a key that a loop uses at every step; pass `jax.random.clone(key)` then.
-    `examples/recurrent_dropout.py` drops the cells of Flax in the same way.
+    `examples/recurrent_dropout/cells.py` drops the cells of Flax in the same way.
 
     Args:
         x: Floating or complex, with a time axis, such as (batch, time, features).

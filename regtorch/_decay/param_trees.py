@@ -50,8 +50,8 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
         TypeError: `module` is not a module, `rule` has another form, or a decision is not a bool;
             for rates see `decay_rates`.
         ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
-            know parameters; or a function returns False for all. The message names the glob and
-            the paths.
+            know parameters; or a function returns False for all. The message names the glob, the
+            paths, and a rule for unknown parameters.
 
     Note (JAX):
         In `regjax.decay_mask(params, rule)`, `frozen` names the parameters without a gradient.

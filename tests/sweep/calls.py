@@ -1,7 +1,4 @@
-"""Call every public function and layer with wrong values, one argument at a time.
-
-`python -m tests.sweep` prints each call that accepts a wrong value, and each error that does not
-begin with the argument. `tests/test_sweep.py` asserts that there are none.
+"""Every public function and layer, called with wrong values, one argument at a time.
 
 The tables of calls, wrong values and exceptions stay in one file: a new function adds to each.
 """
@@ -10,9 +7,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -435,18 +429,3 @@ def _found(call: Call, argument: str, name: str, value: Any) -> Finding:
         named = re.match(FORM.format(argument=argument), str(error))
         return Finding("fine" if named else "nameless", where, f"{type(error).__name__}: {error}")
     return Finding("accepted", where, "")
-
-
-def main() -> int:
-    """Print the calls that are not fine, and the number of calls with each verdict."""
-    warnings.simplefilter("ignore")
-    found = [finding for package in ("regjax", "regtorch") for finding in sweep(package)]
-    for finding in found:
-        if finding.verdict != "fine":
-            print(*finding, sep="\t")
-    print(dict(Counter(finding.verdict for finding in found)))
-    return int(any(finding.verdict != "fine" for finding in found))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
