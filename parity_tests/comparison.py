@@ -101,9 +101,10 @@ class Comparison:
         for quantity, values in self.deviations.items():
             if values:
                 worst = int(np.argmax(values))
+                bound = f"{self.bounds[quantity]:.0e}" if quantity in self.bounds else ""
                 lines.append(
                     f"| {quantity} | {len(values)} | {values[worst]:.2e}"
-                    f" | {self.start + worst + 1} | {self.bounds.get(quantity, 0.0):.0e} |"
+                    f" | {self.start + worst + 1} | {bound} |"
                 )
         return "\n".join(lines) + "\n"
 

@@ -179,8 +179,8 @@ def compare_training(
         ...     optax.sgd(0.102),
         ... )
         >>> found = compare_training(port, original, [np.ones((4, 3), "float32")])
-        >>> found.first.step, found.first.quantity, found.first.name
-        (1, 'update', 'bias')
+        >>> found.first.step, found.first.quantity
+        (1, 'update')
     """
     bounds = _bounds(tier, tolerances)
     pair = Pair(jax_side, torch_side, names, ignore_buffers)

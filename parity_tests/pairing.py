@@ -109,7 +109,7 @@ class Pair:
         kept_as = record.torch_names if record else {}
         in_jax, in_torch = {}, {}
         for place, array in state.items():
-            keys = place.split("/")
+            keys = place.removesuffix("/value").split("/")  # of a variable of NNX
             for end, kind in enumerate(keys, 1):
                 leaf = self._leaves.get(path := "/".join(keys[end:]))
                 if optimizer is None or kind not in kept_as or leaf is None:

@@ -76,11 +76,11 @@ class JaxStep:
     """The port, as a whole train step, with clipping, accumulation, schedules and averages.
 
     Attributes:
-        state: Any pytree: a TrainState of Flax, a dict with `"params"`, or a tuple with an Equinox
-            module or an NNX module, such as `(model, nnx.Optimizer(model, ...))`. Its parameters
-            and statistics are replaced by those of the PyTorch model before the first step, in NNX
-            in place. An optimizer that keeps copies of the parameters must be initialized with
-            those of PyTorch, as from `regjax.interop.params_from_torch`.
+        state: Any pytree: a TrainState of Flax, a dict with `"params"`, an Equinox module, an NNX
+            module, or a tuple with one of these, such as `(model, nnx.Optimizer(model, ...))`. Its
+            parameters and statistics are replaced by those of the PyTorch model before the first
+            step, in NNX in place. An optimizer that keeps copies of the parameters must be
+            initialized with those of PyTorch, as from `regjax.interop.params_from_torch`.
         step: `step(state, batch, i)`, usually jitted, returns the new state and the loss. It may
             return the loss alone if it changes the state in place, as under `nnx.jit`.
         params: Selects the parameters: a function from the state to a part of it, in which the
@@ -233,7 +233,7 @@ class JaxStepRun:
         loss = result
         if isinstance(result, tuple) and len(result) == 2:
             self._state, loss = result
-        if np.ndim(loss):
+        if not isinstance(loss, jax.Array | np.ndarray | float) or np.size(loss) != 1:
             raise ValueError(
                 f"step must return a state and a scalar loss; got {describe(loss)} as the loss. "
                 "Return `(state, loss)`, or the loss alone if the state changes in place."

@@ -13,7 +13,7 @@ import torch
 
 import regjax
 from parity_tests import models
-from parity_tests.compare import BITWISE, FLOAT64, Tier
+from parity_tests.compare import BITWISE, FLOAT32, FLOAT64, Tier
 from parity_tests.harness import (
     Comparison,
     Divergence,
@@ -40,8 +40,7 @@ OPTIMIZERS = {
 }
 # Rounding accumulates over a thousand steps; this is the bound in norm of the longest recursion.
 THOUSAND_STEPS = dataclasses.replace(FLOAT64, tolerance=1e-10)
-# If a gradient is zero except for rounding, as for the bias of attention keys, Adam takes full
-# steps along the rounding errors. Parameters then diverge in float32, so losses are compared.
+# Over hundreds of steps rounding accumulates in float32, so only losses are compared.
 LOSSES = Tier("float32", tolerance=math.inf)
 
 
@@ -85,9 +84,9 @@ def test_float64_runs_are_the_same(name, optimizer):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("convolutional", "encoder")),
     ],
 )
-def test_float32_losses_are_the_same(name):
-    found = run(name, "adamw", 30, LOSSES)
-    assert max(found.deviations["loss"]) < 1e-4
+def test_float32_runs_are_the_same(name):
+    found = run(name, "adamw", 30, FLOAT32)
+    found.raise_if_different()
     assert found.deviations["mask"] == [0.0] * 30
 
 

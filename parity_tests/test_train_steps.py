@@ -252,6 +252,8 @@ SELECTORS = {
         "must select arrays of the state; got other arrays",
     ),
     "averages on one side": ({"averages": lambda state: state["ema"]}, "in JAX only"),
+    "metrics": ({"step": lambda state, batch, i: (state, {})}, "a scalar loss"),
+    "two trees": ({"state": ({"params": {}}, {"params": {}})}, "must have one module or tree"),
     "no loss": ({"step": lambda state, batch, i: (state, jnp.zeros(2))}, "a scalar loss"),
 }
 

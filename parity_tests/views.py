@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _RECOGNIZED = (
     "a TrainState, a dict with 'params', an nnx.Module, an Equinox module, or a tuple with one of "
-    "the modules"
+    "these"
 )
 
 
@@ -117,15 +117,17 @@ def _mapped(change: Callable[[Any], Any], state: Any) -> Any:
 
 def _owners(state: Any) -> Iterator[Any]:
     """Yield the part of a recognized state that has the parameters, if there is exactly one."""
-    nodes = _nodes(state)
-    owners = [node for node in nodes if _is_module(node)]
-    if not owners and len(nodes) == 1:
-        has_params = isinstance(state, Mapping) and "params" in state
-        owners = [state] if has_params or hasattr(state, "params") else []
+    owners = [
+        node
+        for node in _nodes(state)
+        if _is_module(node)
+        or hasattr(node, "params")
+        or (isinstance(node, Mapping) and "params" in node)
+    ]
     if len(owners) > 1:
         raise ValueError(
-            f"state must have one module; got {len(owners)}. Pass params=, a function from the "
-            "state to its parameters, such as `lambda state: state[0]`."
+            f"state must have one module or tree of parameters; got {len(owners)}. Pass params=, a "
+            "function from the state to its parameters, such as `lambda state: state[0]`."
         )
     yield from owners
 
