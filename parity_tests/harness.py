@@ -204,7 +204,7 @@ def compare_training(
                 )
                 for quantity, sides in pairs.items()
             }
-            found = draws.compare(tier, deviations) | _exceeding(apart, held)
+            found = draws.compare(tier, deviations) | _exceeding(apart, held, pair.hint)
             for quantity, values in apart.items():
                 deviations[quantity] += [max(values.values())] if values else []
             first = first or _first(step, found, draws)
@@ -218,7 +218,9 @@ def compare_training(
 
 
 def _exceeding(
-    apart: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]
+    apart: Mapping[str, Mapping[str, float]],
+    bounds: Mapping[str, float],
+    hint: Callable[[str, str], str],
 ) -> dict[str, Difference]:
     """Return for each quantity beyond its bound the tensor with the largest deviation."""
     found = {}
@@ -226,7 +228,7 @@ def _exceeding(
         if values:
             name = compare.furthest(values)
             if not values[name] <= bounds[quantity]:
-                found[quantity] = Difference(name, values[name], "")
+                found[quantity] = Difference(name, values[name], hint(quantity, name))
     return found
 
 

@@ -102,6 +102,15 @@ class Pair:
         self._note_missing_state(found["state"][0])
         return found
 
+    def hint(self, quantity: str, path: str) -> str:
+        """Return a frequent cause of a difference; an empty string if none is known."""
+        if quantity == "buffer" and self._buffers[path].name.endswith("running_var"):
+            return (
+                "the running variance of PyTorch is unbiased, that of Flax and Equinox is not: "
+                "correct it by n / (n - 1), or pass ignore_buffers=['*.running_var']"
+            )
+        return ""
+
     def _states(self, state: Mapping[str, Any]) -> Both:
         """Return the moments and momenta that both sides keep, by parameter."""
         optimizer, tensors = self._torch.optimizer, named_tensors(self._torch.model)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import regjax
+from parity_tests import views
 from parity_tests.compare import BFLOAT16, FLOAT32, FLOAT64
 from parity_tests.frameworks import to_torch
 from parity_tests.harness import JaxSide, JaxStep, TorchSide, TorchStep, compare_training
@@ -32,7 +33,7 @@ def clip_as_torch(gradients, params=None):
 
 CLIPPED = optax.chain(optax.stateless(clip_as_torch), ADAM_IN_JAX)
 MOMENTUM = optax.sgd(RATE, momentum=0.9)
-SCHEDULED = optax.sgd(lambda count: RATE * SCHEDULE(count.astype(float)), momentum=0.9)
+SCHEDULED = optax.sgd(lambda count: RATE * SCHEDULE(jnp.asarray(count, float)), momentum=0.9)
 AVERAGED = {"decay": 0.9}
 # Feature: the optimizers, and the arguments of both sides; those of JAX with a defect; where it is.
 FEATURES = {
@@ -48,6 +49,11 @@ FEATURES = {
         (2, "update"),
     ),
 }
+
+
+def place_of(found):
+    assert found.first is not None
+    return found.first.step, found.first.quantity
 
 
 @pytest.mark.parametrize(
@@ -70,9 +76,7 @@ def test_a_feature_agrees_and_a_defect_in_it_is_found(feature, tier):
         assert found.deviations["state"]
         assert bool(found.deviations["average"]) == (feature == "EMA")
         if defect is not None:
-            first = run(*defect).first
-            assert first is not None
-            assert (first.step, first.quantity) == where
+            assert place_of(run(*defect)) == where
 
 
 @pytest.mark.parametrize(("tier", "agrees"), [(BFLOAT16, True), (FLOAT32, False)])
@@ -88,7 +92,7 @@ def test_a_learning_rate_far_off_is_found_in_bfloat16_too():
     port = jax_step(optax.sgd(1.5 * RATE, momentum=0.9), compute="bfloat16")
     pair = port, torch_step(SGD, compute="bfloat16")
     found = compare_training(*pair, batches(5), NAMES, tier=BFLOAT16)
-    assert (found.first.step, found.first.quantity) == (1, "update")
+    assert place_of(found) == (1, "update")
 
 
 def normalized(momentum=0.1, **options):
@@ -230,12 +234,33 @@ def test_a_state_of_each_library_trains_the_same(make, names, mean):
     assert (first.step, first.quantity, first.name) == (1, "buffer", mean)
 
 
+def test_a_biased_variance_has_a_hint():
+    found = compare_training(JaxStep(*nnx_state()), normalized(), batches(1), LAYERS, record=False)
+    assert found.first is not None
+    assert (found.first.quantity, found.first.name) == ("buffer", "norm/var")
+    assert "n / (n - 1), or pass ignore_buffers=['*.running_var']" in found.first.detail
+
+
+def test_statistics_of_equinox_continue_at_those_of_pytorch():
+    """In the mode "ema" a first step would replace them."""
+    import equinox as eqx
+
+    make = eqx.nn.make_with_state(eqx.nn.BatchNorm)
+    model, kept = make(3, axis_name="batch", mode="ema", momentum=0.9)
+    state = views.unshared((model, kept))
+    old = views.read_statistics(state, None)
+    assert list(old) == ["ema_state_index/init/0", "ema_state_index/init/1"]
+    _, kept = views.replace(state, old, {path: jnp.ones(3) for path in old})
+    assert not kept.get(model.ema_first_time_index)
+    assert all((array == 1).all() for array in kept.get(model.ema_state_index))
+
+
 def test_a_buffer_without_a_counterpart_is_an_error_with_module_and_fix():
     port = jax_step(MOMENTUM)
     with pytest.raises(ValueError, match=r"no leaf of params takes '1\.weight', '1\.bias'"):
         compare_training(port, normalized(), batches(1), {"hidden": "0", "out": "3"})
     model = torch_step(SGD).model
-    model[1].register_buffer("scale", torch.ones(()))
+    model.get_submodule("1").register_buffer("scale", torch.ones(()))
     original = torch_step(SGD, model=model)
     with pytest.raises(ValueError, match=r"none for '1.scale' of Tanh '1'. Pass statistics= to"):
         compare_training(port, original, batches(1), NAMES)
@@ -295,19 +320,23 @@ def test_a_loss_returns_statistics(momentum, agrees):
 
     found = compare_training(
         JaxSide(params, loss, ADAM_IN_JAX, statistics=statistics),
-        TorchSide(original.model, mean_square, original.optimizer),
+        with_loss(original),
         batches(3),
         LAYERS,
     )
     assert found.agrees == agrees
-    assert agrees or (found.first.step, found.first.quantity) == (1, "buffer")
+    assert agrees or place_of(found) == (1, "buffer")
 
 
-def mean_square(model, batch, step):
-    return ((model(to_torch(batch[0])) - to_torch(batch[1])) ** 2).mean()
+def with_loss(original):
+    """Return the same model and optimizer with a loss instead of a step."""
+
+    def loss(model, batch, step):
+        return ((model(to_torch(batch[0])) - to_torch(batch[1])) ** 2).mean()
+
+    return TorchSide(original.model, loss, original.optimizer)
 
 
 def test_a_step_is_compared_with_a_loss():
-    original = torch_step(SGD)
-    side = TorchSide(original.model, mean_square, original.optimizer)
-    compare_training(jax_step(MOMENTUM), side, batches(2), NAMES).raise_if_different()
+    pair = jax_step(MOMENTUM), with_loss(torch_step(SGD))
+    compare_training(*pair, batches(2), NAMES).raise_if_different()

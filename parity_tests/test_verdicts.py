@@ -195,7 +195,8 @@ def test_an_update_is_compared_up_to_the_rounding_of_its_parameter():
 def test_bitwise_runs_have_no_size():
     noise = verdicts.Noise(FLOAT32.eps)
     assert verdicts.bound_of("update", BITWISE) == 0
-    left, right = {"w": np.float32([1])}, {"w": np.nextafter(np.float32([1]), np.float32(2))}
+    left = {"w": np.ones(1, "float32")}
+    right = {"w": np.nextafter(left["w"], np.float32(2))}
     assert verdicts.deviations("update", left, right, BITWISE, 0.0, noise) == {"w": 1.0}
 
 
