@@ -238,7 +238,7 @@ def remove_mode(mode: KeyedMode) -> None:
 def discard_stale_modes() -> None:
     """Leave the modes that an interrupt (Ctrl-C) left entered."""
     for mode in torch.overrides._get_current_function_mode_stack():
-        if isinstance(mode, KeyedMode) and mode.calls and not mode.locate():
+        if isinstance(mode, KeyedMode) and not mode.repeats and not mode.locate():
             remove_mode(mode)
 
 
@@ -255,6 +255,7 @@ class KeyedMode(TorchFunctionMode):
         self.state = state
         self.calls: list[Call] = []
         self.watches = False
+        self.repeats = keys is not None
         self._keys = keys
         self._torch, self._python = torch_state(), python_state()
 
@@ -358,10 +359,11 @@ class KeyedMode(TorchFunctionMode):
         if frame.f_code is _REENTRANT:
             holder, attribute = frame.f_locals["ctx"], "run_function"
         else:
-            generator = frame.f_locals["gen"]
-            if not (generator.gi_frame and "new_frame" in generator.gi_frame.f_locals):
+            generator = frame.f_locals.get("gen")  # missing in the reentrant form
+            suspended = generator and generator.gi_frame
+            if not suspended or "new_frame" not in suspended.f_locals:
                 return
-            holder, attribute = generator.gi_frame.f_locals["new_frame"], "recompute_fn"
+            holder, attribute = suspended.f_locals["new_frame"], "recompute_fn"
         function = inner = getattr(holder, attribute)
         while isinstance(inner, _Repeated):
             if inner.state is self.state:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from regtorch._dropout.alpha import alpha_dropout, feature_alpha_dropout
 from regtorch._dropout.core import dropout
@@ -423,16 +423,16 @@ for _function in (
     F.multi_head_attention_forward,
     F.gumbel_softmax,
     F.rrelu,
-    F.fractional_max_pool2d,
     F.fractional_max_pool2d_with_indices,
-    F.fractional_max_pool3d,
     F.fractional_max_pool3d_with_indices,
-    nn.init.normal_,
-    nn.init.uniform_,
-    nn.init.kaiming_uniform_,
 ):
-    _run = functools.partial(_run_composite, _function)
-    _replaces(_function, in_evaluation=True)(_run)
+    _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _function))
+# These two choose between the functions above and a private one by an argument.
+for _function, _without_indices in {
+    F.fractional_max_pool2d: F._fractional_max_pool2d,
+    F.fractional_max_pool3d: F._fractional_max_pool3d,
+}.items():
+    _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _without_indices))
 
 # The rest of PyTorch's functions that draw: an error in training, if they do.
 for _function in (

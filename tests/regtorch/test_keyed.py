@@ -367,7 +367,8 @@ def test_a_frozen_encoder_layer_in_a_training_model_stays_one_fused_kernel(monke
         x = regtorch.dropout(X[None], 0.5, key=at("0"))
         assert torch.equal(y, regtorch.dropout(model[1](x), 0.5, key=at("2")))
     assert len(calls) == 4
-    with pytest.raises(AssertionError, match="embed_dim"), torch.no_grad():  # leaves no mode suspended
+    # An error leaves no mode suspended.
+    with pytest.raises(RuntimeError, match="embed_dim"), torch.no_grad():
         model(X[None, :, :7])
     assert torch.overrides._get_current_function_mode_stack() == []
     keyed.set_key(model, ROOT, 0)
