@@ -196,7 +196,7 @@ class _Hooks(OrderedDict[int, Callable[..., Any]]):
     """
 
     def __len__(self) -> int:
-        return sum(_site_of_hook(hook) is None for hook in self.values())
+        return sum(1 for hook in self.values())
 
     def __bool__(self) -> bool:
         return any(True for _ in self)
