@@ -11,12 +11,13 @@ import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._guards import TracingContext
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from regtorch._random.events import observer
@@ -26,6 +27,7 @@ from regtorch.keyed.generators import is_default, python_state, torch_state
 
 # In evaluation each may run as one fused kernel, but not while a mode is active.
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+_CALL_PARTS = [c for c in nn.Module._call_impl.__code__.co_consts if isinstance(c, CodeType)]
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 _NON_REENTRANT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
 
@@ -145,6 +147,7 @@ class Site:
         if not module._forward_hooks and not module._forward_pre_hooks:
             module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
 
+    @torch._disable_dynamo
     def _begin(self, module: nn.Module, args: Any) -> None:
         if "_is_replica" in vars(module):
             raise RuntimeError(
@@ -152,7 +155,7 @@ class Site:
                 "devices would share the masks; got one. Use "
                 "torch.nn.parallel.DistributedDataParallel."
             )
-        call = Call(self, module, sys._getframe(2))  # the frame of Module._call_impl
+        call = Call(self, module, _module_frame()[0])
         mode = active_mode(self.state)
         if isinstance(module, _FUSED) and not module.training:
             if mode is None:
@@ -168,11 +171,9 @@ class Site:
             mode.__enter__()
         mode.calls.append(call)
 
+    @torch._disable_dynamo
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:
-        # After an error the hook is called by Module._call_impl, otherwise by a function within.
-        frame = sys._getframe(1)
-        failed = frame.f_code is nn.Module._call_impl.__code__
-        frame = frame if failed else frame.f_back
+        frame, failed = _module_frame()
         suspended = self.state.suspended
         if suspended and suspended[-1][0].frame is frame:
             torch.overrides._push_mode(suspended.pop()[1])
@@ -189,14 +190,29 @@ class Site:
             mode.check(call)
 
 
+def _module_frame() -> tuple[FrameType, bool]:
+    """Return the frame of `Module._call_impl` that runs a hook, and whether its forward failed.
+
+    It calls the hook itself after an error, and otherwise in a function within.
+    """
+    inside: FrameType | None = None
+    frame: Any = sys._getframe(1)
+    while frame.f_code is not nn.Module._call_impl.__code__:
+        inside, frame = frame, frame.f_back
+    return frame, inside is None or inside.f_code not in _CALL_PARTS
+
+
 class _Hooks(OrderedDict[int, Callable[..., Any]]):
     """The hooks of a module, with a length that excludes those of its site.
 
-    `TransformerEncoderLayer` counts hooks: with any, it does not run as one fused kernel.
+    `TransformerEncoderLayer` counts hooks: with any, it does not run as one fused kernel. A
+    compiler counts them too, and must not overlook any.
     """
 
     def __len__(self) -> int:
-        return sum(1 for hook in self.values())
+        if TracingContext.try_get() is not None:
+            return super().__len__()
+        return sum(_site_of_hook(hook) is None for hook in self.values())
 
     def __bool__(self) -> bool:
         return any(True for _ in self)
@@ -279,6 +295,7 @@ class KeyedMode(TorchFunctionMode):
         with self:
             return composite(function)(*args, **kwargs)
 
+    @torch._disable_dynamo
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
