@@ -22,6 +22,7 @@ from regtorch._dropout.core import real_dtype
 from regtorch._random.events import Observer, observed_by
 from regtorch._random.keys import check_key, site_key
 from regtorch.keyed.calls import Keys, site_of, states_of
+from regtorch.keyed.names import check_layers
 
 Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
 
@@ -243,13 +244,15 @@ def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
 
     def one_pass(*inputs: Any, key: Tensor) -> Tensor:
         nonlocal pass_keys
-        keyed.set_key(model, key, 0)  # raises for a layer that drops and is not converted
+        check_layers(model)
         if not keyed.sites(model) and not own:
             raise ValueError(
                 "predict must have a layer that drops; got a model without one. If its forward "
                 "calls regtorch.dropout, pass a function of (*inputs, key) that calls the model "
                 "under regtorch.dropout_only(model)."
             )
+        if states:
+            keyed.set_key(model, key, 0)
         high, low = key.tolist()
         pass_keys = Keys((high, low))
         return model(*inputs)

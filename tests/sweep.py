@@ -216,7 +216,8 @@ def _torch_calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
     yield "dropout_only", _entered(regtorch.dropout_only), {"model": linear}
     for function in (keyed.convert, keyed.revert, keyed.sites, keyed.replay):
         yield f"keyed.{function.__name__}", function, {"model": empty}
-    yield "set_key", keyed.set_key, {"model": empty, "root": key, "step": 0}
+    yield "set_key", keyed.set_key, {"model": keyed.convert(empty), "root": key, "step": 0}
+    yield "register", keyed.register, {"function": torch.poisson, "replacement": print}
     x, image = torch.ones(2, 3), torch.ones(2, 3, 4, 4)
     for name, entering, settings in (
         ("Dropout", x, {"broadcast_dims": ()}),

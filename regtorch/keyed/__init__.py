@@ -35,7 +35,9 @@ are `-log(u) / lambd`.
 masks are drawn again, also after another `set_key`. Other implementations can repeat a site that
 was called once since `set_key`; otherwise an error is raised that names `replay`.
 
-**Limitations.** Pass keys to the functions under `torch.func.vmap`, where the mapped rows would
+**Limitations.** Under `torch.compile` the masks are the same, but a model in training is not
+compiled: its modules run outside of the graphs. A draw in another thread during a forward counts as
+one of the model. Pass keys to the functions under `torch.func.vmap`, where the mapped rows would
 share a mask.
 """
 
@@ -49,15 +51,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from regshared.checks import check_callable
 from regtorch._checks import check_module
 from regtorch._random.keys import check_key, check_step
 from regtorch.keyed.calls import Keys, Site, State, discard_stale_modes, site_of, states_of
 from regtorch.keyed.functions import REPLACEMENTS, Replacement
+from regtorch.keyed.names import check_layers, layer_names, module_paths
 
 __all__ = [
     "Site",
@@ -76,8 +76,6 @@ def __dir__() -> list[str]:
 
 
 _M = TypeVar("_M", bound=nn.Module)
-_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
-_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def convert(model: _M) -> _M:
@@ -105,7 +103,7 @@ def convert(model: _M) -> _M:
         >>> torch.equal(model(x), regtorch.dropout(model[0](x), 0.5, key=key))
         True
     """
-    paths = _paths(check_module("model", model))
+    paths = module_paths(check_module("model", model))
     names = set(paths.values())
     for module, path in paths.items():
         stem = re.sub(r"(:\d+)?(#\d+)?$", "", path)
@@ -125,19 +123,6 @@ def convert(model: _M) -> _M:
         if site_of(module) is None:
             Site(path, state).attach(module)
     return model
-
-
-def _paths(module: nn.Module, path: str = "", found: Any = None) -> dict[nn.Module, str]:
-    """Return all modules but wrappers, each with its first path, without the wrappers' parts."""
-    found = {} if found is None else found
-    wraps = isinstance(module, _WRAPPERS) or any(name in module._modules for name in _WRAPPED)
-    if not wraps:
-        found[module] = path
-    for name, child in module._modules.items():
-        if child is not None and child not in found:
-            inside = name in _WRAPPED or (isinstance(module, _WRAPPERS) and name == "module")
-            _paths(child, path if inside else ".".join(filter(None, (path, name))), found)
-    return found
 
 
 def revert(model: _M) -> _M:
@@ -170,18 +155,8 @@ def sites(model: nn.Module) -> list[str]:
     drawn = {name: path for _, site in own for name, path in site.state.drawn.items()}
     paths = {site.name for _, site in own}
     names = [name for name, path in drawn.items() if path in paths]
-    layers = (name for module, site in own for name in _layer_names(module, site.name))
+    layers = (name for module, site in own for name in layer_names(module, site.name))
     return list(dict.fromkeys((*names, *layers)))
-
-
-def _layer_names(module: Any, path: str) -> list[str]:
-    """Return the names of the draws of PyTorch's own dropout layers."""
-    if isinstance(module, _DropoutNd) or (
-        isinstance(module, nn.MultiheadAttention) and module.dropout
-    ):
-        return [path]
-    between = module.num_layers - 1 if isinstance(module, nn.RNNBase) and module.dropout else 0
-    return [".".join(filter(None, (path, str(layer)))) for layer in range(between)]
 
 
 def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
@@ -196,8 +171,8 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
 
     Raises:
         TypeError: `root` is not a key, or `step` is not an integer.
-        ValueError: `root` is a batch of keys; `step` is negative or not below 2**64; or a module of
-            the model drops and is not converted.
+        ValueError: `root` is a batch of keys; `step` is negative or not below 2**64; or the model,
+            or a dropout layer in it, is not converted.
 
     Example:
         >>> import torch, regtorch
@@ -209,14 +184,15 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
     check_module("model", model)
     high, low = check_key(root, "root").tolist()
     step = check_step(step)
-    for module, path in _paths(model).items():
-        if site_of(module) is None and _layer_names(module, path):
-            raise ValueError(
-                f"module {path!r} must be converted; got a {type(module).__name__}, which draws "
-                "from PyTorch's generator. Call regtorch.keyed.convert(model) first."
-            )
+    check_layers(model)
+    states = states_of(model)
+    if not states:
+        raise ValueError(
+            "model must be converted; got a model without sites. Call "
+            "regtorch.keyed.convert(model) first."
+        )
     discard_stale_modes()
-    for state in states_of(model):
+    for state in states:
         state.keys = Keys((high, low), step)
 
 
