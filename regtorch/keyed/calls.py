@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch._guards import TracingContext
 from torch.overrides import TorchFunctionMode, resolve_name
 
@@ -111,7 +112,7 @@ class Call:
 
     site: Site
     module: nn.Module
-    frame: FrameType
+    frame: FrameType | None
     enters: bool = False
     draws: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -147,7 +148,7 @@ class Site:
         if not module._forward_hooks and not module._forward_pre_hooks:
             module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _begin(self, module: nn.Module, args: Any) -> None:
         if "_is_replica" in vars(module):
             raise RuntimeError(
@@ -169,9 +170,11 @@ class Site:
             mode.watches = module.training and self.name not in self.state.checked
             call.enters = True
             mode.__enter__()
+        elif mode.watches and mode.calls and mode.calls[-1].module.training:
+            mode.check(mode.calls[-1].site.name)
         mode.calls.append(call)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:
         frame, failed = _module_frame()
         suspended = self.state.suspended
@@ -186,8 +189,10 @@ class Site:
             pass
         if call.enters:
             remove_mode(mode)
-        if module.training and not failed:
-            mode.check(call)
+        if module.training and not failed and (call.enters or mode.watches):
+            mode.check(self.name)
+            if call.enters:
+                self.state.checked.add(self.name)
 
 
 def _module_frame() -> tuple[FrameType, bool]:
@@ -295,7 +300,7 @@ class KeyedMode(TorchFunctionMode):
         with self:
             return composite(function)(*args, **kwargs)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -323,14 +328,10 @@ class KeyedMode(TorchFunctionMode):
                 self._torch = after
         return result
 
-    def check(self, call: Call) -> None:
-        """Raise if a global generator was used since the mode was entered."""
-        if not (call.enters or self.watches):
-            return
-        name = call.site.name
+    def check(self, name: str) -> None:
+        """Raise if a global generator was used since the mode was entered, in a module's forward."""
         changed = self._python.items() - python_state().items()
-        moved = torch_state() != self._torch
-        if moved:
+        if torch_state() != self._torch:
             self.state.checked.discard(name)
             raise RuntimeError(
                 f"module {name!r} must draw from keys; got a draw from PyTorch's generator, "
@@ -342,15 +343,12 @@ class KeyedMode(TorchFunctionMode):
                     "the function."
                 )
             )
-        if changed:
-            ((source, _), *_) = changed
+        for source, _ in changed:
             raise RuntimeError(
                 f"module {name!r} must draw from keys; got a draw from the global generator of "
-                f"{source}. Draw from torch.rand in its forward, or turn off what draws, such as "
-                "layerdrop."
+                f"{source}. Draw by torch.rand in its forward, or turn off what draws, such as "
+                "layerdrop or SpecAugment."
             )
-        if call.enters:
-            self.state.checked.add(name)
 
     def locate(self) -> bool:
         """Keep the calls that are running, note the checkpoints around them; are there any?"""

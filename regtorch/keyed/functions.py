@@ -343,9 +343,10 @@ def _randint(draws: KeyedMode, *args: Any, **options: Any) -> Any:
     names = (
         ("low", "high", "size") if len(args) > 1 and isinstance(args[1], int) else ("high", "size")
     )
-    given = dict(zip(names, args, strict=False)) | options
+    given: dict[str, Any] = dict(zip(names, args, strict=False)) | options
     low, high, size = given.pop("low", 0), given.pop("high"), given.pop("size")
-    x = torch.empty(size, **({"dtype": torch.int64} | given))
+    given.setdefault("dtype", torch.int64)
+    x = torch.empty(size, **given)
     return _integers(draws, x, low, high)
 
 
@@ -372,7 +373,8 @@ def _integers(draws: KeyedMode, x: Tensor, low: int, high: int) -> Any:
 
 @_replaces(torch.randperm)
 def _randperm(draws: KeyedMode, n: int, **options: Any) -> Tensor:
-    x = torch.empty(n, **({"dtype": torch.int64} | options))
+    options.setdefault("dtype", torch.int64)
+    x = torch.empty(n, **options)
     return x.copy_(permutation(draws.key(x.device), n))
 
 
@@ -428,10 +430,8 @@ for _function in (
 ):
     _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _function))
 # These two choose between the functions above and a private one by an argument.
-for _function, _without_indices in {
-    F.fractional_max_pool2d: F._fractional_max_pool2d,
-    F.fractional_max_pool3d: F._fractional_max_pool3d,
-}.items():
+for _function in (F.fractional_max_pool2d, F.fractional_max_pool3d):
+    _without_indices = getattr(F, "_" + _function.__name__)
     _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _without_indices))
 
 # The rest of PyTorch's functions that draw: an error in training, if they do.

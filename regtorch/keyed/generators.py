@@ -32,7 +32,7 @@ def _cuda_offsets() -> tuple[int, ...]:
 
 def python_state() -> dict[str, Any]:
     """Return a value for each module whose global generator's draws change it."""
-    states = {"random": random.getstate()}
+    states: dict[str, Any] = {"random": random.getstate()}
     if numpy := sys.modules.get("numpy.random.mtrand"):
         generator = numpy._rand._bit_generator
         name = type(generator).__name__

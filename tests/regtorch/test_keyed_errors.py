@@ -59,6 +59,13 @@ def test_a_draw_from_another_generator_is_an_error_of_its_module(source, functio
         model(X)
     assert modes() == []
     model.eval()(X)
+    # Also before the forward of a child.
+    parent = nn.ModuleDict({"parent": Forward(lambda x: parent["child"](function(x)))})
+    parent["parent"].child = parent["child"] = nn.Sequential(nn.Dropout(0.5))
+    keyed_model(parent)
+    with pytest.raises(RuntimeError, match=rf"module 'parent' must draw .*{source}"):
+        parent["parent"](X)
+    assert modes() == []
 
 
 class Later(nn.Module):
