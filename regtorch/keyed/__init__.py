@@ -45,14 +45,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from regshared.checks import check_callable
+from regshared.checks import check_callable, check_choice, check_items
 from regtorch._checks import check_module
 from regtorch._random.keys import check_key, check_step
 from regtorch.keyed.calls import Keys, Site, State, discard_stale_modes, site_of, states_of
@@ -78,7 +78,7 @@ def __dir__() -> list[str]:
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def convert(model: _M) -> _M:
+def convert(model: _M, *, allow: Collection[str] = ()) -> _M:
     """Make every draw of a model use an explicit key, in place; return the model.
 
     Each module receives two forward hooks, and stays otherwise as it is: its class, parameters,
@@ -87,11 +87,14 @@ def convert(model: _M) -> _M:
 
     Args:
         model: Any module; it may itself be a dropout layer.
+        allow: Global generators whose draws are no error, `"random"` or `"numpy.random"`, such as
+            those of checks of types at run time, which do not change the result.
 
     Raises:
-        ValueError: A module was converted as part of another model, under another name; or names
-            are ambiguous: a module has the name of another, with an end such as `:1` or `#1`. No
-            module is converted then.
+        TypeError: `allow` is no list of names.
+        ValueError: `allow` has another generator; a module was converted as part of another model,
+            under another name; or names are ambiguous: a module has the name of another, with an
+            end such as `:1` or `#1`. No module is converted then.
 
     Example:
         >>> import torch, regtorch
@@ -104,6 +107,8 @@ def convert(model: _M) -> _M:
         True
     """
     paths = module_paths(check_module("model", model))
+    for source in check_items("allow", allow, Collection, 'a list of names, such as ["random"]'):
+        check_choice("allow", source, ("random", "numpy.random"))
     names = set(paths.values())
     for module, path in paths.items():
         stem = re.sub(r"(:\d+)?(#\d+)?$", "", path)
@@ -119,6 +124,7 @@ def convert(model: _M) -> _M:
                 f"{site.name!r}. Call regtorch.keyed.revert(model), then convert the whole model."
             )
     state = next((site.state for site in map(site_of, paths) if site), State())
+    state.allowed.update(allow)
     for module, path in paths.items():
         if site_of(module) is None:
             Site(path, state).attach(module)

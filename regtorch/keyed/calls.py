@@ -90,12 +90,14 @@ class State:
         drawn: The names that drew since `convert`, in order, each with the name of its site.
         checked: The sites whose call in training was observed function by function.
         suspended: The calls of fused modules, with the mode that they suspend.
+        allowed: The generators, other than PyTorch's, whose draws are no error.
     """
 
     keys: Keys = dataclasses.field(default_factory=Keys)
     drawn: dict[str, str] = dataclasses.field(default_factory=dict)
     checked: set[str] = dataclasses.field(default_factory=set)
     suspended: list[tuple[Call, KeyedMode]] = dataclasses.field(default_factory=list)
+    allowed: set[str] = dataclasses.field(default_factory=set)
 
 
 @dataclasses.dataclass
@@ -329,8 +331,8 @@ class KeyedMode(TorchFunctionMode):
         return result
 
     def check(self, name: str) -> None:
-        """Raise if a global generator was used since the mode was entered, in a module's forward."""
-        changed = self._python.items() - python_state().items()
+        """Raise if a global generator was used in the mode; the forward of module `name` runs."""
+        now = python_state()
         if torch_state() != self._torch:
             self.state.checked.discard(name)
             raise RuntimeError(
@@ -343,12 +345,14 @@ class KeyedMode(TorchFunctionMode):
                     "the function."
                 )
             )
-        for source, _ in changed:
-            raise RuntimeError(
-                f"module {name!r} must draw from keys; got a draw from the global generator of "
-                f"{source}. Draw by torch.rand in its forward, or turn off what draws, such as "
-                "layerdrop or SpecAugment."
-            )
+        for source, state in self._python.items():
+            if state != now.get(source) and source not in self.state.allowed:
+                raise RuntimeError(
+                    f"module {name!r} must draw from keys; got a draw from the global generator of "
+                    f"{source}. Draw by torch.rand in its forward, turn off what draws, such as "
+                    "layerdrop or SpecAugment, or convert with "
+                    f"regtorch.keyed.convert(model, allow=[{source!r}]) if it does not matter."
+                )
 
     def locate(self) -> bool:
         """Keep the calls that are running, note the checkpoints around them; are there any?"""

@@ -1,8 +1,8 @@
 """Functions of PyTorch that draw, and their replacements with keys.
 
-A replacement has the arguments of its function after `draws`, the `KeyedMode` that gives the keys.
-It returns NotImplemented where the function would not draw, or not as known here: PyTorch's own
-then runs, and it is an error if a generator moves.
+A replacement has the arguments of its function after `draws`, which gives the keys. It returns
+NotImplemented where the function would not draw, or not as known here: PyTorch's own then runs, and
+it is an error if a generator moves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,22 @@ from regtorch._random.events import observer
 from regtorch._random.normal import normal
 from regtorch.keyed.streams import integers, permutation, uniform
 
-if TYPE_CHECKING:
-    from regtorch.keyed.calls import KeyedMode
+
+@runtime_checkable
+class Draws(Protocol):
+    """The source of keys for the draws of the innermost module."""
+
+    def key(self, device: torch.device, part: str = "") -> Tensor:
+        """Return the key of the next draw in the module, or in a part of it."""
+        ...
+
+    def idle(self, part: str = "") -> None:
+        """Report a function that was called in training at rate 0."""
+        ...
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function of PyTorch that is written in Python, with keys for its own calls."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +49,7 @@ class Replacement:
     """A function with keys.
 
     Attributes:
-        function: Called with the `KeyedMode` and the arguments of the function that it replaces.
+        function: Called with a `Draws` and the arguments of the function that it replaces.
         in_evaluation: Whether it replaces also in modules in evaluation mode.
     """
 
@@ -60,7 +74,7 @@ def _replaces(*functions: Any, in_evaluation: bool = False) -> Callable[[_F], _F
 
 
 def _drop(
-    draws: KeyedMode,
+    draws: Draws,
     drop: Callable[..., Tensor],
     x: Tensor,
     p: float,
@@ -77,7 +91,7 @@ def _drop(
 
 def _python_dropout(drop: Callable[..., Tensor]) -> Callable[..., Any]:
     def replacement(
-        draws: KeyedMode,
+        draws: Draws,
         input: Tensor,  # noqa: A002 - torch's name
         p: float = 0.5,
         training: bool = True,
@@ -89,7 +103,7 @@ def _python_dropout(drop: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _native_dropout(drop: Callable[..., Tensor], inplace: bool) -> Callable[..., Any]:
-    def replacement(draws: KeyedMode, input: Tensor, p: float, train: bool) -> Any:  # noqa: A002
+    def replacement(draws: Draws, input: Tensor, p: float, train: bool) -> Any:  # noqa: A002
         return _drop(draws, drop, input, p, train, inplace)
 
     return replacement
@@ -133,7 +147,7 @@ for _name, _function in {
 
 @_replaces(F.scaled_dot_product_attention, in_evaluation=True)
 def _attention(
-    draws: KeyedMode,
+    draws: Draws,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -176,7 +190,7 @@ def _attention(
 
 
 def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
-    def replacement(draws: KeyedMode, x: Tensor, *args: Any, **named: Any) -> Any:
+    def replacement(draws: Draws, x: Tensor, *args: Any, **named: Any) -> Any:
         """Run layer by layer, and drop after each but the last, at `path.0`, `path.1`, …."""
         if named:
             return NotImplemented
@@ -212,7 +226,7 @@ for _function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
 
 
 @_replaces(Tensor.bernoulli_)
-def _bernoulli_(draws: KeyedMode, x: Tensor, p: float | Tensor = 0.5) -> Any:
+def _bernoulli_(draws: Draws, x: Tensor, p: float | Tensor = 0.5) -> Any:
     if not isinstance(p, Tensor) and not 0 <= p <= 1:
         return NotImplemented
     return x.copy_(_mask(draws, p, x))
@@ -220,7 +234,7 @@ def _bernoulli_(draws: KeyedMode, x: Tensor, p: float | Tensor = 0.5) -> Any:
 
 @_replaces(torch.bernoulli, Tensor.bernoulli)
 def _bernoulli(
-    draws: KeyedMode,
+    draws: Draws,
     input: Tensor,  # noqa: A002 - torch's name
     p: float | None = None,
     *,
@@ -232,7 +246,7 @@ def _bernoulli(
     return mask if out is None else out.copy_(mask)
 
 
-def _mask(draws: KeyedMode, p: float | Tensor, x: Tensor) -> Tensor:
+def _mask(draws: Draws, p: float | Tensor, x: Tensor) -> Tensor:
     """Return the mask of `regtorch.bernoulli` in the shape of `x`, also for many probabilities."""
     key = draws.key(x.device)
     if isinstance(p, Tensor) and p.ndim:
@@ -249,7 +263,7 @@ def _filled(
 ) -> Callable[..., Tensor | Any]:
     """Return a replacement that makes an empty tensor and fills it in place."""
 
-    def replacement(draws: KeyedMode, *args: Any, **options: Any) -> Any:
+    def replacement(draws: Draws, *args: Any, **options: Any) -> Any:
         with torch.no_grad():
             x = make(*args, **options)
             y = fill(draws, x)
@@ -259,7 +273,7 @@ def _filled(
 
 
 @_replaces(Tensor.uniform_)
-def _uniform_(draws: KeyedMode, x: Tensor, *ends: float, **named: float) -> Any:
+def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
     if x.dtype not in _REAL:
         return NotImplemented
     low, high = (*ends, *(0.0, 1.0)[len(ends) :])
@@ -272,13 +286,13 @@ def _uniform_(draws: KeyedMode, x: Tensor, *ends: float, **named: float) -> Any:
 
 
 @_replaces(Tensor.normal_)
-def _normal_(draws: KeyedMode, x: Tensor, mean: float = 0.0, std: float = 1.0) -> Any:
+def _normal_(draws: Draws, x: Tensor, mean: float = 0.0, std: float = 1.0) -> Any:
     if x.dtype not in _REAL or std < 0:
         return NotImplemented
     return x.copy_(_normal(draws, x, mean, std))
 
 
-def _normal(draws: KeyedMode, x: Tensor, mean: float | Tensor, std: float | Tensor) -> Tensor:
+def _normal(draws: Draws, x: Tensor, mean: float | Tensor, std: float | Tensor) -> Tensor:
     return normal(draws.key(x.device), x.shape, x.dtype) * std + mean
 
 
@@ -291,7 +305,7 @@ _replaces(torch.randn_like)(_filled(torch.empty_like, _normal_))
 
 @_replaces(torch.normal)
 def _torch_normal(
-    draws: KeyedMode,
+    draws: Draws,
     mean: float | Tensor = 0.0,
     std: float | Tensor = 1.0,
     size: Any = None,
@@ -310,7 +324,7 @@ def _torch_normal(
 
 
 @_replaces(Tensor.exponential_)
-def _exponential_(draws: KeyedMode, x: Tensor, lambd: float = 1.0) -> Any:
+def _exponential_(draws: Draws, x: Tensor, lambd: float = 1.0) -> Any:
     """Compute `-log(u) / lambd` from a uniform variate in float32, or float64."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.dtype not in _REAL or lambd <= 0:
@@ -320,7 +334,7 @@ def _exponential_(draws: KeyedMode, x: Tensor, lambd: float = 1.0) -> Any:
 
 @_replaces(torch.rrelu)
 def _rrelu(
-    draws: KeyedMode,
+    draws: Draws,
     input: Tensor,  # noqa: A002 - torch's name
     lower: float = 1 / 8,
     upper: float = 1 / 3,
@@ -333,13 +347,13 @@ def _rrelu(
 
 
 @_replaces(torch.rrelu_)
-def _rrelu_(draws: KeyedMode, input: Tensor, *args: Any, **options: Any) -> Any:  # noqa: A002
+def _rrelu_(draws: Draws, input: Tensor, *args: Any, **options: Any) -> Any:  # noqa: A002
     y = _rrelu(draws, input, *args, **options)
     return y if y is NotImplemented else input.copy_(y)
 
 
 @_replaces(torch.randint)
-def _randint(draws: KeyedMode, *args: Any, **options: Any) -> Any:
+def _randint(draws: Draws, *args: Any, **options: Any) -> Any:
     names = (
         ("low", "high", "size") if len(args) > 1 and isinstance(args[1], int) else ("high", "size")
     )
@@ -352,27 +366,27 @@ def _randint(draws: KeyedMode, *args: Any, **options: Any) -> Any:
 
 @_replaces(torch.randint_like)
 def _randint_like(
-    draws: KeyedMode, x: Tensor, low: int, high: int | None = None, **options: Any
+    draws: Draws, x: Tensor, low: int, high: int | None = None, **options: Any
 ) -> Any:
     ends = (0, low) if high is None else (low, high)
     return _integers(draws, torch.empty_like(x, **options), *ends)
 
 
 @_replaces(Tensor.random_)
-def _random_(draws: KeyedMode, x: Tensor, *ends: int) -> Any:
+def _random_(draws: Draws, x: Tensor, *ends: int) -> Any:
     if not ends or None in ends:
         return NotImplemented
     return _integers(draws, x, *((0, *ends) if len(ends) == 1 else ends))
 
 
-def _integers(draws: KeyedMode, x: Tensor, low: int, high: int) -> Any:
+def _integers(draws: Draws, x: Tensor, low: int, high: int) -> Any:
     if not 0 < high - low <= 2**31:
         return NotImplemented
     return x.copy_(integers(draws.key(x.device), x.shape, low, high))
 
 
 @_replaces(torch.randperm)
-def _randperm(draws: KeyedMode, n: int, **options: Any) -> Tensor:
+def _randperm(draws: Draws, n: int, **options: Any) -> Tensor:
     options.setdefault("dtype", torch.int64)
     x = torch.empty(n, **options)
     return x.copy_(permutation(draws.key(x.device), n))
@@ -380,7 +394,7 @@ def _randperm(draws: KeyedMode, n: int, **options: Any) -> Tensor:
 
 @_replaces(torch.multinomial, Tensor.multinomial)
 def _multinomial(
-    draws: KeyedMode,
+    draws: Draws,
     input: Tensor,  # noqa: A002 - torch's name
     num_samples: int,
     replacement: bool = False,
@@ -415,9 +429,7 @@ def composite(function: FunctionType) -> FunctionType:
     return twin
 
 
-def _run_composite(
-    function: Callable[..., Any], draws: KeyedMode, *args: Any, **options: Any
-) -> Any:
+def _run_composite(function: Callable[..., Any], draws: Draws, *args: Any, **options: Any) -> Any:
     return draws.run(function, *args, **options)
 
 

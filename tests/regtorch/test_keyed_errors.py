@@ -48,7 +48,6 @@ def draw_hidden(x):
 GLOBAL = {
     "PyTorch's generator, not by a function of torch": draw_hidden,
     r"the global generator of numpy\.random": lambda x: x * np.random.uniform(),  # noqa: NPY002
-    "the global generator of random": lambda x: x * random.random(),
 }
 
 
@@ -96,11 +95,14 @@ def test_a_draw_that_the_first_forward_does_not_make_is_found_later():
         model(X.abs())
 
 
+@pytest.mark.wrong_types  # the checks of types draw from random, too
 def test_python_s_generators_are_watched_in_every_forward():
     model = keyed_model(nn.Sequential(Later(lambda x: x * random.random())))
     model(X)
     with pytest.raises(RuntimeError, match=r"module '' .*global generator of random"):
         model(X)
+    keyed.convert(model, allow=["random"])
+    model(X)
 
 
 def test_an_evaluated_part_may_sample_within_a_model_in_training():
