@@ -282,20 +282,25 @@ class KeyedMode(TorchFunctionMode):
         self._keys = keys
         self._torch, self._python = torch_state(), python_state()
 
-    def key(self, device: torch.device, part: str = "") -> Tensor:
-        """Return the key of the next draw in the innermost call, or in a part of its module."""
+    def key(self, device: torch.device, part: str = "", *, is_mask: bool = True) -> Tensor:
+        """Return the key of the next draw in the innermost call, or in a part of its module.
+
+        Observers receive masks; of another draw they are told that no mask is to be expected.
+        """
         call, name = self.calls[-1], self._name(part)
         number = call.draws.get(name, 0)
         call.draws[name] = number + 1
         name = f"{name}:{number}" if number else name
         key = (self._keys or self.state.keys).draw(name, device)
         self.state.drawn.setdefault(name, call.site.name)
+        if not is_mask and (observers := observer()):
+            observers.idle(name)
         return key
 
-    def idle(self, part: str = "") -> None:
+    def idle(self) -> None:
         """Report a function that was called in training at rate 0."""
         if observers := observer():
-            observers.idle(self._name(part))
+            observers.idle(self._name(""))
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a function of PyTorch that is written in Python, with its own calls in the mode."""
@@ -413,7 +418,7 @@ class _Repeated:
         self.function, self.state = function, state
         self._keys, self._calls = keys, calls
         for call in calls:
-            call.frame, call.enters = None, False  # a kept frame would keep its tensors
+            call.frame = None  # a kept frame would keep its tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode, frame = KeyedMode(self.state, self._keys.repeat()), sys._getframe()

@@ -31,11 +31,11 @@ from regtorch.keyed.streams import integers, permutation, uniform
 class Draws(Protocol):
     """The source of keys for the draws of the innermost module."""
 
-    def key(self, device: torch.device, part: str = "") -> Tensor:
+    def key(self, device: torch.device, part: str = "", *, is_mask: bool = True) -> Tensor:
         """Return the key of the next draw in the module, or in a part of it."""
         ...
 
-    def idle(self, part: str = "") -> None:
+    def idle(self) -> None:
         """Report a function that was called in training at rate 0."""
         ...
 
@@ -199,8 +199,6 @@ def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
         sizes = args[:1] if packed else ()
         hx, parameters, has_biases, layers, p, training, bidirectional, *rest = args[len(sizes) :]
         if not training or p == 0 or layers == 1:
-            for layer in range(layers - 1 if training else 0):
-                draws.idle(str(layer))
             return NotImplemented
         directions, per_layer = 2 if bidirectional else 1, len(parameters) // layers
         states = []
@@ -248,10 +246,10 @@ def _bernoulli(
 
 def _mask(draws: Draws, p: float | Tensor, x: Tensor) -> Tensor:
     """Return the mask of `regtorch.bernoulli` in the shape of `x`, also for many probabilities."""
-    key = draws.key(x.device)
     if isinstance(p, Tensor) and p.ndim:
         index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-        return bernoulli_at(key, p.detach(), index)
+        return bernoulli_at(draws.key(x.device, is_mask=False), p.detach(), index)
+    key = draws.key(x.device)
     keep = EXACT.draw(key, p, tuple(x.shape))
     if observers := observer():
         observers.draw("bernoulli", key, 1 - p, keep, keep.to(torch.float32))
@@ -278,7 +276,7 @@ def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
         return NotImplemented
     low, high = (*ends, *(0.0, 1.0)[len(ends) :])
     low, high = named.get("from", low), named.get("to", high)
-    u = uniform(draws.key(x.device), x.shape, x.dtype)
+    u = uniform(draws.key(x.device, is_mask=False), x.shape, x.dtype)
     if (low, high) != (0, 1):
         u = u * (high - low) + low
         u = torch.where(u == high, low, u)  # rounding may reach the upper end
@@ -293,7 +291,7 @@ def _normal_(draws: Draws, x: Tensor, mean: float = 0.0, std: float = 1.0) -> An
 
 
 def _normal(draws: Draws, x: Tensor, mean: float | Tensor, std: float | Tensor) -> Tensor:
-    return normal(draws.key(x.device), x.shape, x.dtype) * std + mean
+    return normal(draws.key(x.device, is_mask=False), x.shape, x.dtype) * std + mean
 
 
 _REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -329,7 +327,7 @@ def _exponential_(draws: Draws, x: Tensor, lambd: float = 1.0) -> Any:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.dtype not in _REAL or lambd <= 0:
         return NotImplemented
-    return x.copy_(-torch.log(uniform(draws.key(x.device), x.shape, wide)) / lambd)
+    return x.copy_(-torch.log(uniform(draws.key(x.device, is_mask=False), x.shape, wide)) / lambd)
 
 
 @_replaces(torch.rrelu)
@@ -342,7 +340,10 @@ def _rrelu(
 ) -> Any:
     if not training or input.dtype not in _REAL:
         return NotImplemented
-    slope = uniform(draws.key(input.device), input.shape, input.dtype) * (upper - lower) + lower
+    slope = (
+        uniform(draws.key(input.device, is_mask=False), input.shape, input.dtype) * (upper - lower)
+        + lower
+    )
     return torch.where(input <= 0, input * slope, input)
 
 
@@ -382,14 +383,14 @@ def _random_(draws: Draws, x: Tensor, *ends: int) -> Any:
 def _integers(draws: Draws, x: Tensor, low: int, high: int) -> Any:
     if not 0 < high - low <= 2**31:
         return NotImplemented
-    return x.copy_(integers(draws.key(x.device), x.shape, low, high))
+    return x.copy_(integers(draws.key(x.device, is_mask=False), x.shape, low, high))
 
 
 @_replaces(torch.randperm)
 def _randperm(draws: Draws, n: int, **options: Any) -> Tensor:
     options.setdefault("dtype", torch.int64)
     x = torch.empty(n, **options)
-    return x.copy_(permutation(draws.key(x.device), n))
+    return x.copy_(permutation(draws.key(x.device, is_mask=False), n))
 
 
 @_replaces(torch.multinomial, Tensor.multinomial)

@@ -191,6 +191,11 @@ def test_a_part_that_was_converted_under_another_name_is_refused():
         keyed.convert(nn.Sequential(nn.Dropout(0.5), part))
 
 
+def test_what_drops_nothing_has_no_site():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.LSTM(8, 8, 2), nn.Linear(8, 8))
+    assert keyed.sites(keyed_model(model)) == []
+
+
 def test_a_module_whose_name_is_that_of_a_draw_is_refused():
     model = nn.ModuleDict({"a": nn.Dropout(), "b": nn.Dropout(), "a:1": nn.Linear(1, 1)})
     with pytest.raises(ValueError, match=r"module 'a:1' must not have the name of a draw .*'a'"):

@@ -124,6 +124,10 @@ OTHERS = {
     "rand, out": (lambda: torch.rand(5, out=empty(5)), lambda k: u(k, 5)),
     "rand_like": (lambda: torch.rand_like(X), lambda k: u(k, 3, 8)),
     "uniform_": (lambda: empty(5).uniform_(2, 4), lambda k: u(k, 5) * 2 + 2),
+    "uniform_, rounded": (
+        lambda: empty(99).uniform_(1, 1 + 2**-23),  # never reaches the upper end
+        lambda k: torch.ones(99),
+    ),
     "uniform_, names": (
         lambda: empty(5).uniform_(**{"from": -1, "to": 1}),
         lambda k: u(k, 5) * 2 - 1,
@@ -315,6 +319,19 @@ def test_drop_path_keeps_the_rows_of_ours(form, rate):
     torch.testing.assert_close(model(x), expected, rtol=2e-7, atol=0)
     assert torch.equal(model(x) == 0, regtorch.drop_path(x, rate, key=at("0#1", 1)) == 0)
     assert model.eval()(x) is x
+
+
+def test_a_guard_observes_masks_and_expects_none_where_other_numbers_are_drawn():
+    model = nn.Sequential(nn.Linear(8, 8), DropPath(0.5, by_bernoulli), DropPath(0.5, by_floor))
+
+    def train_step(step):
+        keyed.set_key(keyed.convert(model), ROOT, step)
+        model(torch.cat([X] * 16)).sum().backward()
+
+    train_step(0)
+    report = regtorch.check_dropout(train_step, expect=keyed.sites(model))
+    assert report.findings == ()
+    assert [(row.site, row.rates) for row in report.rows] == [("1", (0.5,))]
 
 
 def test_floor_of_keep_prob_plus_uniform_is_bernoulli_at_every_edge():

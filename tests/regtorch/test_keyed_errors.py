@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 
@@ -131,6 +132,44 @@ def test_an_interrupt_leaves_nothing_that_later_draws_notice():
     assert torch.equal(drawn[0], torch.rand(3))
     assert torch.equal(drawn[1], torch.poisson(X.abs()))
     assert torch.equal(model[0](X), regtorch.dropout(X, 0.5, key=at("0")))
+
+
+def test_an_interrupt_that_a_parent_handles_ends_the_call_of_its_child():
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.child = nn.Sequential(nn.Dropout(0.5), Forward(self.interrupt))
+
+        def interrupt(self, x):
+            raise KeyboardInterrupt
+
+        def forward(self, x):
+            with contextlib.suppress(KeyboardInterrupt):
+                self.child(x)
+            return F.dropout(x, 0.5)
+
+    model = keyed_model(Parent())
+    assert torch.equal(model(X), regtorch.dropout(X, 0.5, key=at("")))
+    assert modes() == []
+
+
+def test_modes_that_a_forward_leaves_entered_stay_in_order():
+    class Mode(torch.overrides.BaseTorchFunctionMode):
+        pass
+
+    entered = [Mode(), Mode()]
+
+    def enter(x):
+        for mode in entered:
+            mode.__enter__()
+        return x
+
+    keyed_model(nn.Sequential(Forward(enter)))(X)
+    try:
+        assert modes() == entered
+    finally:
+        for mode in entered:
+            mode.__exit__(None, None, None)
 
 
 def test_a_hook_of_the_user_that_fails_before_ours_leaves_the_calls_in_order():

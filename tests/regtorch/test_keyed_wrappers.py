@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import regtorch
 from regtorch import keyed
-from regtorch.keyed.calls import states_of
+from regtorch.keyed.calls import site_of, states_of
 from tests.regtorch.test_keyed_draws import ROOT, X, at, keyed_model
 
 
@@ -74,6 +74,7 @@ def test_a_wrapped_model_has_the_names_of_the_model(name, converted_first):
         assert torch.equal(wrapped(X), expected(plain, step))
     assert torch.equal(torch.get_rng_state(), state)
     assert keyed.sites(wrapped) == NAMES
+    assert (site_of(wrapped) is None) == (name not in ("deep copy", "pickle"))
     assert torch.equal(wrapped.eval()(X), plain.eval()(X))
 
 

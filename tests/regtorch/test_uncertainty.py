@@ -187,3 +187,24 @@ def test_in_inference_mode():
     with torch.inference_mode():
         assert torch.equal(mc(model, X * 1).mean, mc(model, X * 1).mean)
     assert torch.equal(mc(model, X).mean, mc(model, X).mean)
+
+
+def test_a_module_that_drops_by_a_function_does_so_once_it_has_drawn():
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.norm(x), 0.5, self.training)
+
+    model = keyed.convert(Functional())
+    keyed.set_key(model, KEY, 0)
+    model(X)
+    average = model.norm.running_mean.clone()
+    y = mc(model, X, keep_samples=True)
+    expected = regtorch.dropout(model.eval().norm(X), 0.5, key=pass_key(0, ""))
+    assert torch.equal(y.samples[0], expected)
+    assert torch.equal(model.norm.running_mean, average)
+    (state,) = states_of(model)
+    assert (state.keys.root, state.keys.step, state.keys.counts) == ((0, 0), 0, {"": 1})
