@@ -8,12 +8,14 @@ READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 READY_MUTANTS := $(VENV)/.ready-mutants
 READY_DOCS := $(VENV)/.ready-docs
+READY_BROWSER := $(VENV)/.ready-browser
+READY_DIST := $(VENV)/.ready-dist
 ARGS ?=
 # Tests spend most time in compilation, which uses one core: several processes share them.
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all test-isa test-versions test-types mutants parity exactness bench bench-attention bench-optimizers bench-models docs docs-serve lint format lock clean
+.PHONY: help demo figures test test-all test-isa test-versions test-types test-docs mutants parity exactness bench bench-attention bench-optimizers bench-models compare docs docs-serve dist lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -43,6 +45,11 @@ test-versions: $(READY_DEV)  ## Run the tests on each supported Python and JAX (
 test-types: $(READY_DEV)  ## Run the tests with every annotation checked at run time
 	$(RUN) -m pytest $(SHARED) -p tests.types_plugin -m "not slow" tests parity_tests $(ARGS)
 
+test-docs: $(READY_BROWSER)  ## Build the documentation and test it in Chromium or Chrome, which must be installed
+	rm -rf docs/_build/html  # Sphinx keeps stale pages
+	@$(MAKE) docs ARGS=
+	$(RUN) -m pytest $(SHARED) tests/browser $(ARGS)
+
 parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for a short run)
 	$(RUN) -m parity_tests $(ARGS)
 
@@ -66,22 +73,31 @@ bench-models: $(READY_DEV)  ## Estimate dropout on TPUs and GPUs with their comp
 	$(RUN) -m benchmarks.tpu_model $(ARGS)
 	$(RUN) -m benchmarks.gpu_model $(ARGS)
 
+compare: $(READY_DEV)  ## Check each cell of the comparison with other libraries
+	$(RUN) -m benchmarks.comparison $(ARGS)
+
 docs: $(READY_DOCS)  ## Build the documentation into docs/_build/html; a warning is an error
 	$(RUN) -m sphinx -W --keep-going -d docs/_build/doctrees docs docs/_build/html $(ARGS)
 
 docs-serve: docs  ## Build the documentation and serve it at http://localhost:8000
 	$(RUN) -m http.server --bind localhost --directory docs/_build/html 8000
 
-lint: $(READY_DEV)  ## Check style and types
+dist: $(READY_DIST)  ## Build the distributions into dist, check them, and test them in clean environments
+	$(RUN) -m distributions $(ARGS)
+
+lint: $(READY_DEV)  ## Check style, types, workflows and issue forms
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 
 format: $(READY_DEV)  ## Format the code and apply automatic fixes
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-lock: $(READY_DEV) $(READY_MUTANTS) $(READY_DOCS)  ## Write the installed versions to constraints.txt
+lock: $(READY_DEV) $(READY_MUTANTS) $(READY_DOCS) $(READY_BROWSER) $(READY_DIST)  ## Write the installed versions to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(RUN) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
 	@mv constraints.new constraints.txt
@@ -108,4 +124,12 @@ $(READY_MUTANTS): pyproject.toml constraints.txt | $(READY)
 
 $(READY_DOCS): pyproject.toml constraints.txt | $(READY)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+$(READY_BROWSER): pyproject.toml constraints.txt | $(READY_DOCS)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
+	@touch $@
+
+$(READY_DIST): pyproject.toml constraints.txt | $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dist]'
 	@touch $@

@@ -1,7 +1,7 @@
 """Measure time and memory of attention with dropout, for several sequence lengths.
 
-python -m benchmarks.attention          # up to 4,096 positions; a few minutes
-python -m benchmarks.attention --quick  # short sequences, to test
+    python -m benchmarks.attention          # up to 4,096 positions; a few minutes
+    python -m benchmarks.attention --quick  # short sequences, to test
 
 All figures are relative to jax.nn.dot_product_attention, which has no dropout. Memory is the
 temporary memory that XLA allocates beyond arguments and results; PyTorch reports no such figure.
@@ -9,11 +9,10 @@ temporary memory that XLA allocates beyond arguments and results; PyTorch report
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,11 +20,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 import regjax
-from benchmarks import cli
-from benchmarks.race import WORK, Result, environment, race, save
-from benchmarks.report import draw
-from parity_tests.output import write_atomically
+from benchmarks import bars, cli
+from benchmarks.race import WORK, Record, Result, environment, load, quartiles, race
+from benchmarks.report import publish
+from parity_tests import output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "attention"
 BASE = "no dropout"
 WHOLE = "regjax"
 PEER = "Flax Linen"
@@ -76,14 +79,13 @@ class Row:
         """Return the time of each candidate over that without dropout."""
         return {name: self.times.ratio(name, BASE) for name in self.times.seconds}
 
-    def memory_ratios(self) -> dict[str, float]:
-        """Return the memory of each candidate over that without dropout."""
-        return {name: size / self.temporary[BASE] for name, size in self.temporary.items()}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the tables as Markdown, JSON and a picture."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, load, draw)
     lengths, rounds = ([64, 256], 2) if options.quick else (options.lengths, options.rounds)
     console = Console()
     rows = []
@@ -107,30 +109,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                     on_round=functools.partial(progress.advance, task),
                 )
                 rows.append(Row(length, backward, times, temporary))
-    stem = options.out / "attention"
     settings = {name: getattr(options, name) for name in ("batch", "heads", "depth", "rate")}
-    save(
-        stem.with_suffix(".json"),
+    publish(
+        options.out / NAME,
         [row.times for row in rows],
+        markdown(rows, **settings),
+        draw,
+        console=console,
         temporary={row.times.title: row.temporary for row in rows},
         **settings,
     )
-    text = markdown(rows, **settings)
-    write_atomically(stem.with_suffix(".md"), text)
-    draw(
-        stem.with_suffix(".png"),
-        panels(rows),
-        unit=f"{WORK[True]}, over {BASE} (lower is better)",
-        own=[name for name in rows[0].times.seconds if name.startswith(WHOLE)],
-        digits=2,
-    )
-    console.print(text, soft_wrap=True, markup=False)
-    console.print(f"Table, times and picture: {stem}.{{md,json,png}}", soft_wrap=True)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = cli.parser("attention", __doc__, rounds=5)
+def _parser() -> cli.Parser:
+    parser = cli.parser(NAME, __doc__, rounds=5)
     numbers = {"type": cli.whole, "metavar": "N"}
     parser.add_argument(
         "--lengths",
@@ -255,15 +248,26 @@ def _table(head: list[str], rows: Sequence[Row], cells: Sequence[list[str]]) -> 
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def panels(rows: Sequence[Row]) -> list[tuple[str, Mapping[str, float]]]:
-    """Return two panels for each length: time and memory, forward and backward."""
-    return [
-        (f"{row.length:,} positions: {what}", ratios)
-        for row in rows
-        if row.backward
-        for what, ratios in (("time", row.time_ratios()), ("memory", row.memory_ratios()))
-    ]
+def draw(record: Record) -> Figure:
+    """Draw two panels for each length: time and memory, forward and backward."""
+    panels = []
+    for result in record.results:
+        length, _, work = result.title.partition(", ")
+        if work == WORK[True]:
+            sizes = record.extra["temporary"][result.title]
+            memory = {name: quartiles([size / sizes[BASE]]) for name, size in sizes.items()}
+            times = {name: result.ratios(name, BASE) for name in result.seconds}
+            for what, figures in (("time", times), ("temporary memory", memory)):
+                del figures[BASE]
+                own = [name for name in result.seconds if name.startswith(WHOLE)]
+                panels.append(bars.race_panel(f"{length}: {what}", figures, own))
+    return bars.draw(
+        panels,
+        unit="relative to attention without dropout",
+        reference="attention without dropout",
+        caption=["Forward and backward pass.", *bars.origin(record)],
+    )
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -6,8 +6,8 @@ python -m benchmarks.dropout_speed --quick  # 1 M elements, to test
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,25 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks import bars, cli
 from benchmarks import candidates as field
-from benchmarks import cli
-from benchmarks.race import WORK, Result, environment, race
-from benchmarks.report import Panels, publish
-from parity_tests.output import integer
+from benchmarks.race import WORK, Record, Result, environment, load, race
+from benchmarks.report import publish
+from parity_tests import output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "dropout_speed"
 COLUMNS = 4096
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print the tables, and write JSON and a picture."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, load, draw)
     rows, rounds = (256, 5) if options.quick else (options.size // COLUMNS, options.rounds)
     console = Console()
     races = [
@@ -52,28 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     for result in results:
         console.print(table(result))
-    publish(
-        options.out / "dropout_speed",
-        results,
-        summary(results),
-        panels(results),
-        unit="time over a copy of the array (lower is better)",
-        own=field.OWN,
-        console=console,
-    )
+    publish(options.out / NAME, results, summary(results), draw, console=console)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = cli.parser("dropout_speed", __doc__, rounds=11)
+def _parser() -> cli.Parser:
+    parser = cli.parser(NAME, __doc__, rounds=11)
     text = "number of elements (default: %(default)s)"
-    parser.add_argument("--size", type=integer(COLUMNS), default=2**24, metavar="N", help=text)
+    parser.add_argument(
+        "--size", type=output.integer(COLUMNS), default=2**24, metavar="N", help=text
+    )
     cli.add_rates(parser)
     parser.add_argument(
         "--dtypes",
         nargs="+",
         default=["float32"],
-        choices=["float32", "bfloat16"],
+        **output.one_of(["float32", "bfloat16"]),
         help="dtypes of the array (default: float32)",
     )
     return parser
@@ -137,10 +138,16 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def panels(results: Sequence[Result]) -> Panels:
-    """Return a panel for each race: the time of each candidate over the copy."""
-    return [(r.title, {name: r.ratio(name, field.COPY) for name in r.seconds}) for r in results]
+def draw(record: Record) -> Figure:
+    """Draw a panel for each race: the time of each candidate over that of the copy."""
+    return bars.draw_race(
+        record,
+        base=field.COPY,
+        own=field.OWN,
+        unit="time / time of a copy of the array",
+        reference="a copy of the array",
+    )
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

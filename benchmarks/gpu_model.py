@@ -12,19 +12,24 @@ the time to launch a kernel. Nothing is timed.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Sequence
 from importlib.metadata import entry_points, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import modelled
+from benchmarks import cli, modelled
 from parity_tests import output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "gpu_model"
+UNIT = "time"
 # The plug-in only compiles; without this setting it would look for a GPU.
 PLATFORMS = "cpu"
 NOTE_COSTS = "--xla_gpu_collect_cost_model_stats=true"
+COMPILER = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm")
 PLUGIN = "jax-cuda13-plugin=={0} jax-cuda13-pjrt=={0} nvidia-cuda-nvcc nvidia-nvvm"
 # An H100 SXM with 80 GB, as a GpuTargetConfigProto of XLA.
 H100 = """
@@ -68,7 +73,10 @@ NOTE = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print the table, and write it as JSON, Markdown and a picture."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, modelled.load, draw)
     if not any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):
         packages = PLUGIN.format(version("jaxlib"))
         print(f"skipped: JAX's CUDA plug-in is not installed. pip install --no-deps {packages}")
@@ -78,16 +86,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NOTE_COSTS}".strip()
     kinds = [f"H100:{options.gpus}"]
     rows = modelled.measure(kinds, devices, microseconds, LAYOUTS)
-    print(modelled.save(options.out / "gpu_model", rows, "time", NOTE))
+    print(modelled.save(options.out / NAME, rows, COMPILER, draw, UNIT, NOTE))
     print(f"Table, JSON and picture: {options.out}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = output.Parser("python -m benchmarks.gpu_model", __doc__)
+def draw(record: modelled.Record) -> Figure:
+    """Draw the time of each candidate over that of a copy."""
+    return modelled.draw(record, UNIT)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(NAME, __doc__)
     text = "number of GPUs (default: %(default)s)"
     parser.add_argument("--gpus", type=output.integer(1), default=4, metavar="N", help=text)
-    parser.add_out("outputs/benchmarks", "table, JSON and picture")
     return parser
 
 
@@ -119,4 +131,4 @@ def microseconds(program: str) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity_tests.output import replacing, write_atomically
+from benchmarks import bars, race
+from parity_tests import pictures
+from parity_tests.output import write_atomically
 
 if TYPE_CHECKING:
     import jax
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     Apply = Callable[[Any, Any], Any]
     Devices = Sequence[Any]
@@ -39,7 +41,6 @@ DTYPE = "bfloat16"
 LAYERS, BATCH, WIDTH = 8, 8192, 2048
 STEP_RATE = 0.1
 COLLECTIVE = r"\b(?:all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\("
-COLORS = ("#D55E00", "#E69F00", "#999999", "#CCCCCC")
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,13 @@ class Row:
     @property
     def layout(self) -> str:
         """Return the shape and its sharding, in words."""
-        shared = "on each chip" if self.axis is None else f"shared on axis {self.axis}"
-        return f"{self.shape} {shared}"
+        return " ".join(self.layout_lines)
+
+    @property
+    def layout_lines(self) -> tuple[str, str]:
+        """Return the shape, and its sharding in words."""
+        sharding = "on each chip" if self.axis is None else f"sharded on axis {self.axis}"
+        return str(self.shape), sharding
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,23 @@ class Step:
     name: str
     temporary: int
     without: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of a JSON file.
+
+    Attributes:
+        programs: The compiled programs.
+        steps: The compiled training steps.
+        environment: The versions; empty if they were not recorded.
+        date: The day in UTC, in ISO format; empty if it was not recorded.
+    """
+
+    programs: Sequence[Row]
+    steps: Sequence[Step] = ()
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    date: str = ""
 
 
 def measure(
@@ -243,24 +266,40 @@ def compile_shared(
 
 
 def save(
-    stem: Path, rows: Sequence[Row], unit: str, note: str = "", steps: Sequence[Step] = ()
+    stem: Path,
+    rows: Sequence[Row],
+    compiler: Iterable[str],
+    draw: Callable[[Record], Figure],
+    unit: str,
+    note: str = "",
+    steps: Sequence[Step] = (),
 ) -> str:
     """Write JSON, Markdown and a picture, and return the Markdown.
 
     Args:
         stem: The path without a suffix.
         rows: The compiled programs.
+        compiler: The packages of the compiler.
+        draw: A function that draws the content of the JSON.
         unit: The unit of the cost.
         note: A note below the table.
         steps: Training steps, for a second table.
     """
+    environment = race.environment(("regjax", "jax", "jaxlib", "flax", *compiler))
+    record = Record(rows, steps, environment, race.today())
     parts = [markdown(rows, unit), steps and markdown_of_steps(steps), note and f"{note}\n"]
     text = "\n".join(part for part in parts if part)
-    record = {"programs": [asdict(row) for row in rows], "steps": [asdict(step) for step in steps]}
-    write_atomically(stem.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_atomically(stem.with_suffix(".json"), json.dumps(asdict(record), indent=1) + "\n")
     write_atomically(stem.with_suffix(".md"), text)
-    draw(stem.with_suffix(".png"), rows, unit)
+    pictures.save(draw(load(stem.with_suffix(".json"))), stem.with_suffix(".png"))
     return text
+
+
+def load(path: Path) -> Record:
+    """Return the content of a JSON file that `save` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in content.pop("programs")]
+    return Record(rows, [Step(**step) for step in content.pop("steps")], **content)
 
 
 def markdown(rows: Sequence[Row], unit: str) -> str:
@@ -304,42 +343,27 @@ def _grouped(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
         yield next(iter(here.values())), here
 
 
-def draw(path: Path, rows: Sequence[Row], unit: str) -> None:
-    """Draw a panel for each kind of chip, with bars of cost over the copy by layout and rate."""
-    from matplotlib.figure import Figure
-
-    kinds = list(dict.fromkeys(row.chips for row in rows))
-    columns = min(2, len(kinds))
-    lines = -(-len(kinds) // columns)
-    most = max(len(list(_grouped([r for r in rows if r.chips == kind]))) for kind in kinds)
-    figure = Figure(figsize=(6.5 * columns, 1 + (0.8 + 0.62 * most) * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for axes in panels[len(kinds) :]:
-        axes.remove()
-    names = list(dict.fromkeys(row.name for row in rows))
-    for axes, kind in zip(panels[: len(kinds)], kinds, strict=True):
-        _draw_kind(axes, [row for row in rows if row.chips == kind], names)
-        axes.set_title(kind, loc="left", fontweight="bold")
-        axes.set_xlabel(f"{unit} over a copy of the array: compiler model, not timed")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-
-
-def _draw_kind(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
-    groups = list(_grouped(rows))
-    thickness = 0.8 / len(names)
-    for i, name in enumerate(names):
-        offset = (i - (len(names) - 1) / 2) * thickness
-        places = [at + offset for at, (_, here) in enumerate(groups) if name in here]
-        ratios = [here[name].over_copy for _, here in groups if name in here]
-        color = COLORS[i % len(COLORS)]
-        bars = axes.barh(places, ratios, thickness, color=color, label=name)
-        axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2, fontsize=7)
-    labels = [f"{first.layout}\nrate {first.rate}" for first, _ in groups]
-    axes.set_yticks(range(len(groups)), labels, fontsize=8)
-    axes.invert_yaxis()  # the order of the table
-    axes.axvline(1, color="#333333", linewidth=1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.1, y=0.02)
+def draw(record: Record, unit: str) -> Figure:
+    """Draw a panel for each kind of chip and each rate: the cost over that of a copy, by layout."""
+    panels = []
+    places = {(row.chips, row.rate): None for row in record.programs}
+    for chips, rate in places:
+        rows = [row for row in record.programs if (row.chips, row.rate) == (chips, rate)]
+        groups = {
+            "\n".join(first.layout_lines): {
+                name: race.quartiles([row.over_copy]) for name, row in here.items()
+            }
+            for first, here in _grouped(rows)
+        }
+        panels.append(bars.Panel(f"{chips}, rate {rate}", groups))
+    return bars.draw(
+        panels,
+        unit=f"estimated {unit} / {unit} of a copy",
+        reference="a copy of the array",
+        caption=[
+            "Estimates by the cost model of the compiler for chips that were not present. Nothing "
+            f"was timed. Array of {DTYPE}.",
+            bars.versions(record.environment),
+            bars.dates("Compiled", [record.date]),
+        ],
+    )

@@ -1,8 +1,8 @@
 """Compare time and memory of regjax.optim with those of optax, for a large model.
 
-python -m benchmarks.optimizers             # 100 M parameters in 1,000 leaves; half an hour
-python -m benchmarks.optimizers --only sgd  # measure one row again; a minute or two
-python -m benchmarks.optimizers --quick     # 1 M in 10 leaves, to test
+    python -m benchmarks.optimizers             # 100 M parameters in 1,000 leaves; half an hour
+    python -m benchmarks.optimizers --only sgd  # measure one row again; a minute or two
+    python -m benchmarks.optimizers --quick     # 1 M in 10 leaves, to test
 
 A step updates and applies, in one jitted call with donated parameters and state. The reference is
 optax's chain with the same decay, where optax has the optimizer. The L2 term of the loss is
@@ -15,13 +15,11 @@ measure all affected rows again.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import optax
@@ -29,12 +27,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 import regjax
-from benchmarks import cli
-from benchmarks.race import Result, environment, race, save
-from benchmarks.report import draw
-from parity_tests.output import write_atomically
+from benchmarks import bars, cli
+from benchmarks.race import Record, Result, environment, load, race, save
+from benchmarks.report import show
+from parity_tests import output
 from regjax import optim
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "optimizers"
 REGJAX, OPTAX = "regjax", "optax"
 DECAY = 0.01
 LEAF = (250, 400)
@@ -119,12 +121,15 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the table as Markdown, JSON and a picture."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, load, draw)
     console = Console()
     leaves = 10 if options.quick else options.leaves
     rounds = 2 if options.quick else options.rounds
     names = options.only or NAMES
-    stem = options.out / "optimizers"
+    stem = options.out / NAME
     rows = _earlier(stem.with_suffix(".json"), leaves) if options.only else {}
     with Progress(console=console) as progress:
         task = progress.add_task("measuring", total=len(names) * 2 * rounds)
@@ -134,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows[name] = _row(name, few, rounds, functools.partial(progress.advance, task))
             _save(stem.with_suffix(".json"), rows, leaves)
             progress.console.print(_line(rows[name], leaves), markup=False, soft_wrap=True)
-    _show(stem, [rows[name] for name in NAMES if name in rows], leaves, console)
+    found = [rows[name] for name in NAMES if name in rows]
+    # Without a counterpart in optax there is nothing to draw.
+    show(stem, markdown(found, leaves), draw if any(map(_compared, found)) else None, console)
     return 0
 
 
@@ -143,46 +150,30 @@ def _save(path: Path, rows: Mapping[str, Row], leaves: int) -> None:
         path,
         [result for row in rows.values() for result in (row.update, row.build)],
         temporary={name: row.temporary for name, row in rows.items()},
-        **_settings(leaves),
+        leaves=leaves,
     )
 
 
 def _earlier(path: Path, leaves: int) -> dict[str, Row]:
     """Return the rows of an earlier run if it had the same environment and settings."""
-    record = json.loads(path.read_text()) if path.exists() else {}
-    now = {"environment": environment(), **_settings(leaves)}
-    if {key: record.get(key) for key in now} != now:
+    if not path.exists():
         return {}
-    results = {result["title"]: Result(**result) for result in record["results"]}
+    record = load(path)
+    if (record.environment, record.extra["leaves"]) != (environment(), leaves):
+        return {}
+    return _rows(record)
+
+
+def _rows(record: Record) -> dict[str, Row]:
+    results = {result.title: result for result in record.results}
     return {
         name: Row(name, results[f"{name}, update"], results[f"{name}, build"], temporary)
-        for name, temporary in record["temporary"].items()
+        for name, temporary in record.extra["temporary"].items()
     }
 
 
-def _settings(leaves: int) -> dict[str, Any]:
-    return {"leaves": leaves, "optax": optax.__version__}
-
-
-def _show(stem: Path, rows: Sequence[Row], leaves: int, console: Console) -> None:
-    """Write the table as Markdown and the ratios as a picture."""
-    text = markdown(rows, leaves)
-    write_atomically(stem.with_suffix(".md"), text)
-    compared = [row for row in rows if len(row.update.seconds) > 1]
-    if compared:
-        panels = [
-            (f"{title}, time over optax's", {_label(row): _ratio(get(row)) for row in compared})
-            for title, get in (("update", lambda r: r.update), ("compilation", lambda r: r.build))
-        ]
-        own = [_label(row) for row in compared]
-        picture, unit = stem.with_suffix(".png"), "ratio (lower is better)"
-        draw(picture, panels, unit=unit, own=own, digits=2)
-    console.print(text, soft_wrap=True, markup=False)
-    console.print(f"Table, times and picture: {stem}.{{md,json,png}}", soft_wrap=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = cli.parser("optimizers", __doc__, rounds=5)
+def _parser() -> cli.Parser:
+    parser = cli.parser(NAME, __doc__, rounds=5)
     parser.add_argument(
         "--leaves",
         type=cli.whole,
@@ -193,9 +184,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=NAMES,
+        type=output.one_of(NAMES)["type"],
         metavar="NAME",
-        help="rows to measure; keeps the other rows of an earlier run",
+        help="rows to measure; keeps the other rows of an earlier run "
+        f"(default: all of {', '.join(NAMES)})",
     )
     return parser
 
@@ -280,9 +272,8 @@ def _tree(leaves: int, size: float) -> dict[str, jax.Array]:
     return {f"{i:04}": draw(key) for i, key in enumerate(keys)}
 
 
-def _label(row: Row) -> str:
-    """Return the label of a row in the picture, with the base if it is not optax."""
-    return "L2 in the loss\nover sgd's decay" if row.name == LOSS_TERM else row.name
+def _compared(row: Row) -> bool:
+    return OPTAX in row.update.seconds
 
 
 def _ratio(result: Result) -> float:
@@ -318,5 +309,28 @@ def _line(row: Row, leaves: int) -> str:
     )
 
 
+def draw(record: Record) -> Figure:
+    """Draw the times of an update and of compilation over those of optax."""
+    rows = _rows(record)
+    compared = [rows[name] for name in NAMES if name in rows and _compared(rows[name])]
+    # The loss term is compared with the decay of sgd.
+    labels = {
+        row.name: "L2 in the loss / sgd" if row.name == LOSS_TERM else row.name for row in compared
+    }
+    panels = [
+        bars.Panel(
+            title,
+            {labels[row.name]: {REGJAX: get(row).ratios(REGJAX, OPTAX)} for row in compared},
+        )
+        for title, get in (("update", lambda r: r.update), ("compilation", lambda r: r.build))
+    ]
+    return bars.draw(
+        panels,
+        unit="time / time of optax",
+        reference="the same optimizer in optax",
+        caption=bars.origin(record),
+    )
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

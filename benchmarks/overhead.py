@@ -6,20 +6,25 @@ python -m benchmarks.overhead --quick  # few rounds, to test
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import bars, cli
 from benchmarks import candidates as field
-from benchmarks import cli
-from benchmarks.race import Result, environment, race
+from benchmarks.race import Record, Result, environment, load, race
 from benchmarks.report import publish
+from parity_tests import output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "overhead"
 RATE = 0.1
 SIZES = (32, 1_000, 100_000)
 CALLS = ("eager", "jitted")
@@ -29,7 +34,10 @@ WIDTH = 64
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the table as Markdown, JSON and a picture."""
-    options = _parser().parse_args(argv)
+    parser = cli.parser(NAME, __doc__, rounds=11)
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, load, draw)
     console = Console()
     rounds = 5 if options.quick else options.rounds
     applies = {**field.own(RATE), **field.peers(RATE, console.print)}
@@ -46,21 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = f"trace and compile {SITES} sites"
         built = race(title, builds, elements=1, rounds=rounds, on_round=step)
     results = [*calls, built]
-    publish(
-        options.out / "overhead",
-        results,
-        markdown(results),
-        [(r.title, {name: r.ratio(name, field.EXACT) for name in r.seconds}) for r in results],
-        unit="time over regjax's (lower is better)",
-        own=field.OWN,
-        digits=2,
-        console=console,
-    )
+    publish(options.out / NAME, results, markdown(results), draw, console=console)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    return cli.parser("overhead", __doc__, rounds=11)
 
 
 def _calls(
@@ -106,5 +101,16 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(record: Record) -> Figure:
+    """Draw a panel for each race: the time of each candidate over that of regjax."""
+    return bars.draw_race(
+        record,
+        base=field.EXACT,
+        own=field.OWN,
+        unit="time / time of regjax",
+        reference="regjax",
+    )
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

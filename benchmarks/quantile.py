@@ -1,4 +1,6 @@
-"""Compute the tables of `normal`: `python -m benchmarks.quantile > TABLE`.
+"""Compute the tables of `normal`, and print them.
+
+    python -m benchmarks.quantile > TABLE
 
 The output is the text of `regshared/quantile_tables.py`. Each polynomial interpolates at the
 Chebyshev nodes of its interval, so its error is within a small factor of the minimax error for its
@@ -13,6 +15,8 @@ from typing import Any
 
 import mpmath as mp
 import numpy as np
+
+from parity_tests import output
 
 # Degree of the logarithm, edges between the pieces, degree of each piece. The truncation error of
 # each polynomial is less than half a unit in the last place.
@@ -114,10 +118,11 @@ def source() -> str:
     return HEADER + "\n\n".join(tables) + "\n"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the text."""
+    output.Parser("python -m benchmarks.quantile", __doc__).parse_args(argv)
     print(source(), end="")
 
 
 if __name__ == "__main__":
-    main()
+    output.run(main)

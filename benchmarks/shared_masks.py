@@ -1,7 +1,7 @@
 """Measure dropout with a mask that is shared along dimensions, relative to a copy of the array.
 
-python -m benchmarks.shared_masks          # 16.8 M elements, as in README
-python -m benchmarks.shared_masks --quick  # 1 M elements, to test
+    python -m benchmarks.shared_masks          # 16.8 M elements, as in README
+    python -m benchmarks.shared_masks --quick  # 1 M elements, to test
 
 Such a mask has few elements. Its cost depends on whether each is drawn once, or again for every
 element that shares it. Three of the JAX libraries can share masks.
@@ -10,17 +10,23 @@ element that shares it. Three of the JAX libraries can share masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import bars, cli
 from benchmarks import candidates as field
-from benchmarks import cli
-from benchmarks.race import WORK, Result, environment, race
+from benchmarks.race import WORK, Record, Result, environment, load, race
 from benchmarks.report import publish
+from parity_tests import output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "shared_masks"
 RATE = 0.1
 
 
@@ -36,7 +42,10 @@ def cases(batch: int) -> dict[str, tuple[tuple[int, ...], field.Dims]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the table as Markdown, JSON and a picture."""
-    options = cli.parser("shared_masks", __doc__, rounds=11).parse_args(argv)
+    parser = cli.parser(NAME, __doc__, rounds=11)
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, load, draw)
     batch, rounds = (16, 3) if options.quick else (256, options.rounds)
     console = Console()
     shapes = cases(batch)
@@ -57,16 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                         on_round=lambda: progress.advance(task),
                     )
                 )
-    publish(
-        options.out / "shared_masks",
-        results,
-        markdown(results),
-        [(r.title, {name: r.ratio(name, field.COPY) for name in r.seconds}) for r in results],
-        unit="time over a copy of the array (lower is better)",
-        own=field.OWN,
-        digits=2,
-        console=console,
-    )
+    publish(options.out / NAME, results, markdown(results), draw, console=console)
     return 0
 
 
@@ -84,5 +84,16 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(record: Record) -> Figure:
+    """Draw a panel for each race: the time of each candidate over that of the copy."""
+    return bars.draw_race(
+        record,
+        base=field.COPY,
+        own=field.OWN,
+        unit="time / time of a copy of the array",
+        reference="a copy of the array",
+    )
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -6,20 +6,25 @@ python -m benchmarks.torch_speed --quick  # 1 M elements, to test
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 import regtorch
-from benchmarks import cli
-from benchmarks.race import WORK, Result, environment, race
+from benchmarks import bars, cli
+from benchmarks.race import WORK, Record, Result, environment, load, race
 from benchmarks.report import publish
+from parity_tests import output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "torch_speed"
 TORCH = "torch F.dropout"
 EXACT = "regtorch"
 PACKED = "regtorch, packed"
@@ -30,7 +35,10 @@ Apply = Callable[[torch.Tensor], torch.Tensor]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, and write the table as Markdown, JSON and a picture."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, load, draw)
     console = Console()
     rows, rounds = (256, 3) if options.quick else (4096, options.rounds)
     cases = [
@@ -57,20 +65,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             extra.append({name: _extra_memory(run, x) for name, run in runs.items()})
     publish(
-        options.out / "torch_speed",
+        options.out / NAME,
         results,
         markdown(results, extra),
-        [(r.title, {name: r.ratio(name, TORCH) for name in r.seconds}) for r in results],
-        unit="time over torch.nn.functional.dropout (lower is better)",
-        own=(EXACT, PACKED),
-        digits=2,
+        draw,
         console=console,
+        memory=dict(zip((result.title for result in results), extra, strict=True)),
     )
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = cli.parser("torch_speed", __doc__, rounds=7)
+def _parser() -> cli.Parser:
+    parser = cli.parser(NAME, __doc__, rounds=7)
     cli.add_rates(parser)
     return parser
 
@@ -133,5 +139,16 @@ def markdown(results: Sequence[Result], extra: Sequence[dict[str, float | None]]
     return "\n".join(lines) + "\n"
 
 
+def draw(record: Record) -> Figure:
+    """Draw a panel for each race: the time of each candidate over that of PyTorch's dropout."""
+    return bars.draw_race(
+        record,
+        base=TORCH,
+        own=(EXACT, PACKED),
+        unit="time / time of PyTorch's dropout",
+        reference="torch.nn.functional.dropout",
+    )
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -17,11 +17,17 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import modelled
+from benchmarks import cli, modelled
 from parity_tests import output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "tpu_model"
+COMPILER = ("libtpu",)
+UNIT = "cycles"
 LIBTPU = {
     "JAX_PLATFORMS": "cpu",  # libtpu only compiles
     "TPU_SKIP_MDS_QUERY": "1",
@@ -41,7 +47,10 @@ tpu7x, a scan with dropout needs one more layer of activations, for any number o
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile, print the table, and write it as JSON, Markdown and a picture."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, modelled.load, draw)
     if importlib.util.find_spec("libtpu") is None:
         print("skipped: libtpu, the compiler for TPUs, is not installed. pip install libtpu")
         return 0
@@ -50,22 +59,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TPU_LOG_DIR", tempfile.mkdtemp())
     rows = modelled.measure(options.chips, devices, cycles)
     steps = modelled.measure_steps(_one_of_each_kind(options.chips), devices)
-    print(modelled.save(options.out / "tpu_model", rows, "cycles", NOTE, steps))
+    print(modelled.save(options.out / NAME, rows, COMPILER, draw, UNIT, NOTE, steps))
     print(f"Table, JSON and picture: {options.out}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = output.Parser("python -m benchmarks.tpu_model", __doc__)
+def draw(record: modelled.Record) -> Figure:
+    """Draw the cycles of each candidate over those of a copy."""
+    return modelled.draw(record, UNIT)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(NAME, __doc__)
     parser.add_argument(
         "--chips",
         nargs="+",
+        type=_chips,
         default=CHIPS,
         metavar="KIND:GRID",
         help=f"kinds of chips, with their grids (default: {' '.join(CHIPS)})",
     )
-    parser.add_out("outputs/benchmarks", "table, JSON and picture")
     return parser
+
+
+def _chips(text: str) -> str:
+    if not re.fullmatch(r"\w+:\d+(x\d+)+", text):
+        example = CHIPS[0]
+        raise argparse.ArgumentTypeError(f"must be KIND:GRID, such as {example}; got {text!r}")
+    return text
 
 
 def _one_of_each_kind(chips: Sequence[str]) -> list[str]:
@@ -89,4 +110,4 @@ def cycles(program: str) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -4,16 +4,15 @@ The network, the optimizer and the sites of dropout (embedding, attention weight
 branches of every layer) stay the same; only the function changes. The cost of dropout is the time
 of a step minus that of the same step without dropout, in the same round.
 
-python -m benchmarks.transformer_step          # 4 layers, width 256, sequence 128, batch 16
-python -m benchmarks.transformer_step --quick  # one layer, to test
+    python -m benchmarks.transformer_step          # 4 layers, width 256, sequence 128, batch 16
+    python -m benchmarks.transformer_step --quick  # one layer, to test
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,16 @@ import optax
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import bars, cli
 from benchmarks import candidates as field
-from benchmarks import cli
-from benchmarks.race import Result, environment, race
+from benchmarks.race import Record, Result, environment, load, race
 from benchmarks.report import publish
+from parity_tests import output
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAME = "transformer_step"
 NONE = "no dropout"
 FLAX = "Flax Linen"
 VOCABULARY = 1024
@@ -37,7 +41,10 @@ BATCH = 16
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure training steps, and write the table as Markdown, JSON and a picture."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.redraw:
+        return cli.redraw(parser, options.out / NAME, load, draw)
     console = Console()
     layers, rounds = (1, 3) if options.quick else (options.layers, options.rounds)
     results = []
@@ -60,23 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                     on_round=lambda: progress.advance(task),
                 )
             )
-    publish(
-        options.out / "transformer_step",
-        results,
-        markdown(results),
-        [
-            (r.title, {name: r.added(name, NONE) * 1e3 for name in r.seconds if name != NONE})
-            for r in results
-        ],
-        unit="cost of dropout in a training step, ms (lower is better)",
-        own=field.OWN,
-        console=console,
-    )
+    publish(options.out / NAME, results, markdown(results), draw, console=console)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = cli.parser("transformer_step", __doc__, rounds=9)
+def _parser() -> cli.Parser:
+    parser = cli.parser(NAME, __doc__, rounds=9)
     cli.add_rates(parser)
     text = "number of layers (default: %(default)s)"
     parser.add_argument("--layers", type=cli.whole, metavar="N", default=4, help=text)
@@ -179,5 +175,16 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(record: Record) -> Figure:
+    """Draw a panel for each rate: the time of a step over that of the step without dropout."""
+    return bars.draw_race(
+        record,
+        base=NONE,
+        own=field.OWN,
+        unit="time of a step / time without dropout",
+        reference=NONE,
+    )
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    output.run(main)

@@ -1,12 +1,16 @@
 """Settings of the documentation site; `make docs` builds it."""
 
 import re
-
-from docutils import nodes
-from sphinx import addnodes
-from sphinx.transforms import SphinxTransform
+import sys
+import tomllib
+from pathlib import Path
 
 from regshared import __version__
+
+DOCS = Path(__file__).parent
+sys.path[:0] = [str(DOCS), str(DOCS / "_extensions")]
+
+from inventories import PROJECTS  # noqa: E402
 
 project = "regjax"
 author = project_copyright = "The regjax authors"
@@ -16,17 +20,25 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "chinese",
+    "links",
+    "mathml",
 ]
-# There is no intersphinx: a strict build would fail whenever another site is not reachable.
+
+intersphinx_mapping = {
+    name: (project.site, f"inventories/{name}.inv") for name, project in PROJECTS.items()
+}
+intersphinx_disabled_reftypes = ["std:*"]  # headings and terms are those of this site
 
 # These files are included by pages, or are written by programs and linked as files.
-exclude_patterns = ["_build", "benchmarks", "exactness", "overfit", "uncertainty"]
+exclude_patterns = ["_build", "benchmarks", "exactness", "overfit", "parity", "uncertainty"]
 
-# Docstrings have Markdown's single backticks: a name that the reference has becomes a link.
-default_role = "py:obj"
+# Docstrings have Markdown's single backticks.
+default_role = "code-or-link"
 autodoc_default_options = {"members": True, "show-inheritance": True, "special-members": "__call__"}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -43,6 +55,18 @@ napoleon_custom_sections = [
     "Differences from Haiku",
 ]
 python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
+
+# Every reference must exist, except for:
+nitpicky = True
+nitpick_ignore_regex = [
+    # private bases and type variables in signatures
+    ("py:class", r".*\b_\w+.*"),
+    # arrays of jaxtyping
+    ("py:class", r"(float \| )?(Bool|Float|Inexact|Int|Integer|PyTree|UInt32)\b.*"),
+    # types that occur once
+    ("py:class", r"Figure|enum\.Enum|flax\.core\.scope\.Scope|lax\.PrecisionLike"),
+]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
@@ -53,11 +77,21 @@ nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True
 
+html_baseurl = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]["urls"][
+    "Documentation"
+]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_static_path = ["_static"]
-html_css_files = ["site.css"]
+html_css_files = ["site.css", "math.css"]
 html_title = f"regjax {release}"
 copybutton_exclude = ".linenos, .gp, .go"  # copies the code of doctests, without their output
+
+html_domain_indices = False  # the API reference lists the modules
+html_js_files = ["site.js"]
+html_logo = html_favicon = "_static/logo.svg"
+pygments_dark_style = "a11y-dark"  # the dark twin of the theme's light style
+templates_path = ["_templates"]
 
 
 # Parts of Markdown in docstrings, which napoleon and reStructuredText do not know.
@@ -95,24 +129,22 @@ def _skip_generated(app, what, name, obj, skip, options) -> bool | None:
     return True if (obj.__doc__ or "").startswith("Alias for field number") else None
 
 
-class _LinkNames(SphinxTransform):
-    """Link code that begins with a public name to the reference; GitHub shows the same pages."""
+def _make_parsable(app, what, name, obj, options, signature, returns) -> tuple | None:
+    """Replace default values such as `<factory>` and `<function f>`, which Sphinx cannot parse."""
+    default = re.compile(r"<(?:function (\w+)|[^>]+)>")
+    return signature and (default.sub(lambda m: m[1] or "...", signature), returns)
 
-    default_priority = 500
 
-    def apply(self, **kwargs) -> None:
-        for literal in list(self.document.findall(nodes.literal)):
-            name = re.match(r"(regjax|regtorch|parity_tests|interop)(\.\w+)+", literal.astext())
-            if name and not isinstance(literal.parent, addnodes.pending_xref):
-                target = re.sub("^interop", "regjax.interop", name[0])
-                options = {"reftype": "obj", "reftarget": target, "refdoc": self.env.docname}
-                link = addnodes.pending_xref("", refdomain="py", refwarn=False, **options)
-                literal.replace_self(link)
-                link += literal
+def _link_sources_to_types(app, pagename, templatename, context, doctree) -> None:
+    """Mend links of sources, whose names viewcode takes from one module: api/types has another."""
+    if pagename.startswith("_modules/reg"):
+        module = pagename.removeprefix("_modules/").replace("/", ".")
+        context["body"] = context["body"].replace("types.html#regjax.", f"types.html#{module}.")
 
 
 def setup(app) -> None:
     """Register the above, for docstrings before napoleon, whose priority is 500."""
     app.connect("autodoc-process-docstring", _markdown_to_rst, priority=400)
+    app.connect("autodoc-process-signature", _make_parsable)
     app.connect("autodoc-skip-member", _skip_generated)
-    app.add_transform(_LinkNames)
+    app.connect("html-page-context", _link_sources_to_types)

@@ -69,7 +69,7 @@ class Check:
     name: str
     promise: str
     run: Callable[[bool], Outcome]
-    needs: tuple[str, ...] = ("torch",)
+    needs: tuple[str, ...] = ("torch", "regtorch")
 
 
 def ulps(one: np.ndarray, other: np.ndarray) -> int:
@@ -368,7 +368,7 @@ def all_checks() -> list[Check]:
             f"training/{name}",
             f"A whole training run with dropout on is the same in both frameworks: {about}.",
             _training(name),
-            needs=("torch", "sklearn"),
+            needs=("torch", "regtorch", "sklearn"),
         )
         for name, about in (
             ("perceptron", "a perceptron on digits"),

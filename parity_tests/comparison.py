@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parity_tests import pictures
 from parity_tests.compare import Tier
-from parity_tests.output import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -97,43 +97,49 @@ class Comparison:
         """Save a plot of the losses of both sides, and of the deviations with the tier's bound."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            self.figure().savefig(temporary, format=path.suffix[1:] or None, dpi=110)
+        pictures.save(self.figure(), path)
 
+    @pictures.styled
     def figure(self) -> Figure:
         """Return the figure that `plot` saves."""
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        figure = Figure(figsize=(pictures.WIDTH, 6.4))
+        above, below = figure.subplots(2, 1, sharex=True)
         steps = range(self.start + 1, self.start + 1 + len(self.losses))
         marker = "o" if len(steps) == 1 else ""  # a single point draws no line
-        left.plot(steps, [in_jax for in_jax, _ in self.losses], label="JAX", marker=marker)
-        left.plot(
-            steps, [in_torch for _, in_torch in self.losses], "--", label="PyTorch", marker=marker
-        )
-        left.set_ylabel("loss")
+        for name, style, losses in zip(
+            ("JAX", "PyTorch"), ("-", "--"), zip(*self.losses, strict=True), strict=False
+        ):
+            above.plot(steps, losses, style, label=name, marker=marker)
+        above.set_ylabel("loss")
+        above.set_title("Loss of each framework")
         for quantity, values in self.deviations.items():
             if values:
-                # A logarithmic axis has no 0: draw it below the other deviations.
-                heights = [max(value, 1e-18) for value in values]
-                right.plot(steps, heights, label=quantity, marker=marker)
+                label = "\n".join(filter(None, (quantity, *pictures.gaps(values).split(", "))))
+                pictures.plot_differences(below, steps, values, label=label)
         if self.tier.tolerance:
-            right.axhline(self.tier.tolerance, color="#333333", linestyle=":", label="bound")
-        right.set_yscale("log")
-        right.set_ylabel("largest deviation of JAX and PyTorch")
-        for axes in (left, right):
-            axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False)
+            ink = pictures.palette().ink
+            below.axhline(self.tier.tolerance, color=ink, linestyle=":", label="bound")
+        below.set_ylabel(f"largest deviation,\n{self._unit()}")
+        below.set_xlabel("step")
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+        below.set_title("Deviation of JAX from PyTorch")
+        for axes in (above, below):
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         return figure
+
+    def _unit(self) -> str:
+        if self.tier.tolerance is None:
+            return "1 if any bit differs"
+        return "relative to the largest element" if self.tier.in_norm else "absolute"
 
     def __str__(self) -> str:
         """Return the conclusion and the table."""
         conclusion = "JAX and PyTorch agree." if self.first is None else f"{self.first}."
-        masks = sum(self.sites.values())
-        compared = f"Compared {masks} masks at {len(self.sites)} sites: {', '.join(self.sites)}."
+        masks, places = sum(self.sites.values()), len(self.sites)
+        counts = f"{masks} mask{'s' * (masks > 1)} at {places} site{'s' * (places > 1)}"
+        compared = f"Compared {counts}: {', '.join(self.sites)}."
         lines = [conclusion, *([compared] if masks else []), *self.notes]
         return "\n".join(lines) + f"\n\n{self.table()}"

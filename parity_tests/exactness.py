@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,14 +29,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from parity_tests import optimizers, report
+from parity_tests import optimizers, output
 from parity_tests.compare import FLOAT64, deviation
 from parity_tests.instructions import fuse_alike
 from parity_tests.optimizers.case import Case
 from parity_tests.optimizers.horizons import horizon
-from parity_tests.output import Parser, write_atomically
 from parity_tests.perceptron import SHAPES, recorded, training
 from parity_tests.trajectories import LARGE, Problem, Run, synthetic, walk_jax, walk_torch
+from regshared.versions import versions
 
 STEPS, QUICK = 1000, 100
 FUSED = ("Adam", "AdamW")
@@ -285,12 +284,12 @@ def _cell(finding: Finding) -> str:
 def write(folder: Path, findings: Sequence[Finding]) -> list[Path]:
     """Write `exactness.md` and `exactness.json`; return the paths."""
     paths = [folder / "exactness.md", folder / "exactness.json"]
-    write_atomically(paths[0], as_markdown(findings))
+    output.write_atomically(paths[0], as_markdown(findings))
     record = {
-        "versions": report.versions(),
+        "versions": versions(),
         "findings": [{**asdict(finding), "broken": finding.broken} for finding in findings],
     }
-    write_atomically(paths[1], json.dumps(record, indent=1) + "\n")
+    output.write_atomically(paths[1], json.dumps(record, indent=1) + "\n")
     return paths
 
 
@@ -298,12 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the cases and return the exit code."""
     options = _parser().parse_args(argv)
     console = Console()
-    every = (*optimizers.CASES, *optimizers.CASES_2D)
-    cases = [case for case in every if _wanted(case, options.only)]
-    if not cases:
-        names = ", ".join(case.name for case in every)
-        console.print(f"--only must name a case; got {' '.join(options.only)}. Choose: {names}")
-        return 1
+    cases = [case for case in _every() if _wanted(case, options.only)]
     if options.list:
         for case in cases:
             narrow = "equal bits" if case.float32 is None else f"{case.float32:g}"
@@ -328,18 +322,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("python -m parity_tests.exactness", __doc__)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK} steps")
-    parser.add_argument("--list", action="store_true", help="list the cases and exit")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="names of cases, or their beginnings",
-    )
+    parser = output.Parser("python -m parity_tests.exactness", __doc__)
+    parser.add_quick(f"{QUICK} steps instead of {STEPS:,}")
+    parser.add_selection("case", lambda: (case.name for case in _every()))
     parser.add_out("outputs/exactness", "Markdown and JSON")
     return parser
+
+
+def _every() -> tuple[Case, ...]:
+    return (*optimizers.CASES, *optimizers.CASES_2D)
 
 
 def _wanted(case: Case, only: Sequence[str]) -> bool:
@@ -347,4 +338,4 @@ def _wanted(case: Case, only: Sequence[str]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    output.run(main)

@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import torch
 
 import regjax
-import regtorch
+from regshared.extras import needs
+
+with needs("parity_tests", extra="torch", package="torch"):
+    import torch
+with needs("parity_tests", extra="torch", package="regtorch"):
+    import regtorch
 
 _EIGHT_BIT = {
     np.dtype(ml_dtypes.float8_e4m3fn): torch.float8_e4m3fn,

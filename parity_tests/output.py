@@ -1,33 +1,56 @@
-"""Output of programs: a folder that is checked before the work, and files that are never partial.
+"""The command lines of all programs of this repository, and their output.
 
-Every command line of this repository with an option `--out` uses this file.
+A wrong option ends a program in one line, with exit code 2, before it starts to work. A folder is
+checked before the work, and files are never partial.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import math
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program and exit with its code, or with 130 and without a traceback if interrupted."""
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    raise SystemExit(code)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that fails unless the folder of `--out` is writable.
+    """A parser whose errors are one line, and that fails unless `--out` is writable.
 
     A program that works for minutes must not find out at the end that it cannot save its results.
-    With `--list`, which writes nothing, the folder is not touched.
+    With `--list`, which writes nothing, the folder is not touched. Options are not abbreviated.
+
+    Args:
+        prog: The command, such as `python -m benchmarks.overhead`.
+        description: The purpose in one line, then details and examples; a docstring, as a rule.
     """
 
     def __init__(self, prog: str, description: str | None) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, formatter_class=formatter)
+        about = (description or "").strip()
+        super().__init__(
+            prog=prog, description=about, formatter_class=formatter, allow_abbrev=False
+        )
+        self._out_is_file = False
 
     def add_out(self, default: str, about: str) -> None:
-        """Add the option `--out`."""
+        """Add the option `--out FOLDER`."""
         self.add_argument(
             "--out",
             type=folder,
@@ -36,18 +59,91 @@ class Parser(argparse.ArgumentParser):
             help=f"folder for {about} (default: %(default)s)",
         )
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Parse the options, make the folder, and check it by writing a file."""
-        options = super().parse_args(*args, **kwargs)
-        if not getattr(options, "list", False):
-            prepare(self, options.out)
+    def add_out_file(self, about: str) -> None:
+        """Add the option `--out FILE`, without a default."""
+        self._out_is_file = True
+        text = f"{about} to write (default: none)"
+        self.add_argument("--out", type=folder, metavar="FILE", help=text)
+
+    def add_quick(self, about: str) -> None:
+        """Add the option `--quick`."""
+        self.add_argument("--quick", action="store_true", help=about)
+
+    def add_selection(self, kind: str, names: Callable[[], Iterable[str]]) -> None:
+        """Add `--list` and `--only`, which select by name or its beginning.
+
+        Args:
+            kind: A noun, such as `check`.
+            names: Returns all names; it is called only where a name is checked.
+        """
+
+        def convert(text: str) -> str:
+            known = list(names())
+            if not any(name.startswith(text) for name in known):
+                raise argparse.ArgumentTypeError(
+                    f"must begin the name of a {kind}; got {text!r}. Choose: {', '.join(known)}"
+                )
+            return text
+
+        self.add_argument("--list", action="store_true", help=f"list the {kind}s and exit")
+        text = f"names of {kind}s, or their beginnings (default: all)"
+        self.add_argument("--only", nargs="+", type=convert, default=[], metavar="NAME", help=text)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2, after one line."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def read_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse the options; do not touch the folder of `--out`.
+
+        Raises:
+            SystemExit: An option is wrong (2), or it is `--help` (0).
+        """
+        argv = _with_negative_values_attached(sys.argv[1:] if args is None else args)
+        options, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(name, known, n=1)
+            fix = f"Did you mean {near[0]}?" if near else "Run with --help for a list."
+            self.error(f"argument {name}: must be an option of this program; got {name!r}. {fix}")
+        return options
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse the options, make the folder of `--out`, and check it by writing a file."""
+        del namespace
+        options = self.read_args(args)
+        out = getattr(options, "out", None)
+        if out is not None and not getattr(options, "list", False):
+            if self._out_is_file and out.is_dir():
+                self.error(f"argument --out: must be a file; got the folder {str(out)!r}")
+            prepare(self, out.parent if self._out_is_file else out)
         return options
 
 
+def _with_negative_values_attached(argv: Iterable[str]) -> list[str]:
+    """Join `--rate -inf` to `--rate=-inf`, since argparse would parse the value as an option."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _negative(argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _negative(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.startswith("-")
+
+
 def folder(text: str) -> Path:
-    """Convert the value of an option to the path of a folder."""
+    """Convert the value of an option to a path."""
     if not text.strip():
-        raise argparse.ArgumentTypeError(f"must name a folder; got {text!r}")
+        raise argparse.ArgumentTypeError(f"must name a folder or a file; got {text!r}")
     return Path(text)
 
 
@@ -80,6 +176,19 @@ def number(allowed: str, accept: Callable[[float], bool]) -> Callable[[str], flo
         return value
 
     return convert
+
+
+def one_of(choices: Iterable[str]) -> dict[str, Any]:
+    """Return the keyword arguments of an option with a few choices."""
+    known = tuple(choices)
+
+    def convert(text: str) -> str:
+        if text not in known:
+            allowed = ", ".join(map(repr, known))
+            raise argparse.ArgumentTypeError(f"must be one of {allowed}; got {text!r}")
+        return text
+
+    return {"type": convert, "metavar": f"{{{','.join(known)}}}"}
 
 
 def prepare(parser: argparse.ArgumentParser, path: Path) -> None:

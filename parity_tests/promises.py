@@ -1,8 +1,10 @@
-"""Every promise of equal bits in README and the docstrings, as a table that can be checked.
+"""Every promise of equal bits in the documentation, as a table that can be checked.
 
 A promise yields labeled pairs of arrays that must have the same bits. The process determines the
 instruction set: `parity_tests.instruction_sets` starts one for each setting. Streams of random
 numbers are also compared with digests, and so across processes.
+
+    python -m parity_tests.promises --core  # a line of JSON for each promise: the differences
 
 The table and the functions that it names stay in one file, as a promise is a row and a function.
 """
@@ -17,8 +19,7 @@ import functools
 import hashlib
 import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from parity_tests.instructions import float16_error
 from parity_tests.optimizers import CASES
 from parity_tests.optimizers.case import Case
+from parity_tests.output import Parser, run
 from parity_tests.trajectories import WALKS, synthetic
 
 Pairs = Iterator[tuple[str, Any, Any]]
@@ -535,15 +537,15 @@ def haiku() -> Pairs:
 
 BY_ARITHMETIC = ("dropout", "alpha_dropout, packed", "gaussian_dropout", "gaussian_noise")
 TRACED = tuple(map(np.float32, (0.0, 0.3, 0.95)))
-FAMILY_PLACE = "README, The family"
-LAYERS_PLACE = "README, In your framework"
+FAMILY_PLACE = "Features, The dropout family"
+LAYERS_PLACE = "Features, Layers"
 
 
 def _promises() -> Iterator[Promise]:
     core = functools.partial(Promise, is_core=True)
-    yield core("masks, exact", "README, mask stream v1", lambda: masks("bernoulli"))
+    yield core("masks, exact", "Promises, mask stream v1", lambda: masks("bernoulli"))
     yield core("masks, packed", "packed_bernoulli", lambda: masks("packed_bernoulli"))
-    yield core("normal variates", "README, normal stream v1", normals)
+    yield core("normal variates", "Promises, normal stream v1", normals)
     yield core("keys", "site_key, split, fold_in", keys)
     yield core("schedules", "linear_rate, cosine_rate, depth_rates", schedules)
     yield core("200 traced rates", FAMILY_PLACE, lambda: many_rates(200, [np.float32]))
@@ -566,8 +568,8 @@ def _promises() -> Iterator[Promise]:
     )
     yield Promise("family, inside a jitted function", FAMILY_PLACE, compiled)
     yield Promise("embedding dropout as rows", "embedding_dropout", embedding_of_rows)
-    yield Promise("attention, one mask in all forms", "README, Attention", attention)
-    place = "README, PyTorch's optimizers"
+    yield Promise("attention, one mask in all forms", "Features, Attention", attention)
+    place = "Features, PyTorch's optimizers"
     yield Promise("SGD and Rprop of torch.optim", place, descent, needs_fma=True)
     yield Promise("decoupled decay of torch.optim", "parity_tests", decoupled_decay)
     yield Promise("converted layers in evaluation", "regtorch.keyed.convert", converted_layers)
@@ -580,13 +582,16 @@ def _promises() -> Iterator[Promise]:
 PROMISES = tuple(_promises())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Check the promises in this process, and print a line of JSON for each."""
+    parser = Parser("python -m parity_tests.promises", __doc__)
+    parser.add_argument("--core", action="store_true", help="only the cheap promises")
+    options = parser.parse_args(argv)
     for promise in PROMISES:
-        if promise.is_core or "--core" not in sys.argv:
+        if promise.is_core or not options.core:
             broken = promise.broken() if promise.can_be_checked() else None
             print(json.dumps({"name": promise.name, "broken": broken}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

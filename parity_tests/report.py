@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
-import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from parity_tests import pictures
 from parity_tests.checks import Check, Outcome
 from parity_tests.output import write_atomically
+from regshared.versions import versions
 
-PACKAGES = ("regjax", "jax", "jaxlib", "optax", "torch", "flax", "equinox", "dm-haiku", "numpy")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ABOUT = "Relative difference of the parameters of JAX and PyTorch after each step"
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,6 @@ class Entry:
         if self.outcome is None:
             return "skipped"
         return "agrees" if self.outcome.passed else "differs"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the installed packages among `PACKAGES`, and of Python."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def cells(entry: Entry) -> dict[str, str]:
@@ -115,6 +108,35 @@ def as_json(entries: Sequence[Entry]) -> str:
     return json.dumps(record, indent=1) + "\n"
 
 
+def as_markdown(entries: Sequence[Entry]) -> str:
+    """Return a table with one row for each check, for the documentation."""
+    lines = [f"{summary(entries)}. {', '.join(f'{name} {v}' for name, v in versions().items())}."]
+    deviations = {
+        entry.check.name: entry.outcome.difference or 0.0
+        for entry in entries
+        if entry.outcome is not None and "in norm" in entry.outcome.bound
+    }
+    if deviations:
+        ranked = sorted(deviations, key=lambda name: deviations[name])
+        lines.append(
+            f"Of the {len(ranked)} comparisons in norm, {ranked[0]} has the smallest deviation "
+            f"({deviations[ranked[0]]:.1e}) and {ranked[-1]} the largest "
+            f"({deviations[ranked[-1]]:.1e})."
+        )
+    lines += ["", "| check | promise | compared | required | found |", "|---" * 5 + "|"]
+    for entry in entries:
+        written = cells(entry)
+        row = (
+            f"`{entry.check.name}`",
+            entry.check.promise,
+            written.get("compared", ""),
+            written.get("required", ""),
+            found(entry) if entry.result == "agrees" else f"**{entry.result}**: {found(entry)}",
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -175,38 +197,61 @@ def summary(entries: Sequence[Entry]) -> str:
     counts: dict[str, int] = dict.fromkeys(("agrees", "differs", "skipped"), 0)
     for entry in entries:
         counts[entry.result] += 1
-    return ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing ran"
+    words = {"agrees": "agree", "differs": "differ"}  # the plurals
+    return (
+        ", ".join(
+            f"{count} {word if count == 1 else words.get(word, word)}"
+            for word, count in counts.items()
+            if count
+        )
+        or "nothing ran"
+    )
 
 
 def _plots(series: Mapping[str, Sequence[float]]) -> str:
-    from matplotlib.figure import Figure
+    source = base64.b64encode(pictures.png(draw(series))).decode()
+    text = f"{ABOUT}, for {len(series)} runs: {', '.join(series)}"
+    return (
+        f'<h2>Step by step</h2><img alt="{html.escape(text)}" src="data:image/png;base64,{source}">'
+    )
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in series.items():
-        # A logarithmic axis has no 0: draw it below the other differences.
-        axes.plot(range(1, len(values) + 1), [max(value, 1e-18) for value in values], label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("difference of JAX and PyTorch, in norm")
-    axes.set_title("The largest difference after each step", loc="left")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    encoded = base64.b64encode(picture.getvalue()).decode()
-    source = f"data:image/png;base64,{encoded}"
-    return f'<h2>Step by step</h2><img alt="differences over steps" src="{source}">'
+
+@pictures.styled
+def draw(series: Mapping[str, Sequence[float]]) -> Figure:
+    """Draw a panel for each run: the difference of JAX and PyTorch after each step."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    columns = min(4, len(series))
+    rows = -(-len(series) // columns)
+    figure = Figure(figsize=(pictures.WIDTH, 1.2 + 1.4 * rows))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(series) :]:
+        axes.remove()
+    for axes, (name, values) in zip(panels, series.items(), strict=False):
+        pictures.plot_differences(axes, range(1, len(values) + 1), values)
+        axes.set_title(name.replace(": ", ":\n").replace("/", "/\n"), fontsize="small")
+        axes.text(
+            0.02, 0.98, pictures.gaps(values), transform=axes.transAxes, va="top", fontsize="small"
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.tick_params(labelsize="small")
+    low, high = panels[0].get_ylim()
+    panels[0].set_ylim(low / 10, high * 1000)  # the notes are above all points
+    figure.supxlabel("step")
+    figure.supylabel(textwrap.fill(ABOUT, 40))
+    return figure
 
 
 def write(folder: Path, entries: Sequence[Entry]) -> list[Path]:
-    """Write `parity.json` and, with matplotlib, `parity.html`; return the paths."""
-    paths = [folder / "parity.json"]
+    """Write `parity.json`, `parity.md` and, with matplotlib, `parity.html`; return the paths."""
+    paths = [folder / "parity.json", folder / "parity.md"]
     write_atomically(paths[0], as_json(entries))
+    write_atomically(paths[1], as_markdown(entries))
     try:
         page = as_html(entries)
     except ImportError:
         return paths
     paths.append(folder / "parity.html")
-    write_atomically(paths[1], page)
+    write_atomically(paths[-1], page)
     return paths

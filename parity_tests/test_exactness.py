@@ -194,5 +194,6 @@ def test_command_fails_where_a_bound_is_broken(tmp_path, capsys, monkeypatch):
 def test_command_lists_its_cases(capsys):
     assert exactness.main(["--list", "--only", "rprop"]) == 0
     assert "rprop-etas" in capsys.readouterr().out
-    assert exactness.main(["--only", "nothing"]) == 1
-    assert "--only must name a case; got nothing. Choose: sgd," in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        exactness.main(["--only", "nothing"])
+    assert "must begin the name of a case; got 'nothing'. Choose: sgd," in capsys.readouterr().err

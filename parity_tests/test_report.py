@@ -57,12 +57,36 @@ def test_the_page_and_the_json_tell_everything(monkeypatch, tmp_path):
     assert record["versions"]["jax"]
 
 
+def test_the_markdown_has_a_row_for_each_check(monkeypatch, tmp_path):
+    distant = dataclasses.replace(DIFFERS, name="far", promise="A | B.")
+    near = Check(
+        "near",
+        "It holds.",
+        lambda quick: Outcome(2, "steps", "float64 within 1e-12 in norm", True, difference=2e-13),
+        (),
+    )
+    far = dataclasses.replace(
+        near,
+        name="farther",
+        run=lambda quick: dataclasses.replace(near.run(quick), difference=3e-13),
+    )
+    run_with(monkeypatch, tmp_path, near, far, distant, ABSENT)
+    text = (tmp_path / "parity.md").read_text()
+    assert text.startswith("2 agree, 1 differs, 1 skipped. python ")
+    assert "near has the smallest deviation (2.0e-13) and farther the largest (3.0e-13)." in text
+    assert "| `near` | It holds. | 2 steps | float64 within 1e-12 in norm | 2.0e-13 apart |" in text
+    assert "| `far` | A / B. | 2 steps | 1e-12 | **differs**: 1.0e+00 apart |" in text
+    assert "| `absent` | It holds. |  |  | **skipped**: no_such_package is not installed |" in text
+
+
 def test_list_and_only(monkeypatch, tmp_path, capsys):
     assert run_with(monkeypatch, tmp_path, AGREES, DIFFERS, options=["--list"]) == 0
     assert "It holds." in capsys.readouterr().out
     assert run_with(monkeypatch, tmp_path, AGREES, DIFFERS, options=["--only", "fin"]) == 0
-    assert run_with(monkeypatch, tmp_path, AGREES, options=["--only", "typo"]) == 1
-    assert "--only must name a check; got typo. Choose: fine" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run_with(monkeypatch, tmp_path, AGREES, options=["--only", "typo"])
+    line = "argument --only: must begin the name of a check; got 'typo'. Choose: fine\n"
+    assert capsys.readouterr().err.endswith(line)
 
 
 # `test_harness.py` trains the same models, so one of them suffices here.

@@ -70,6 +70,7 @@ from regjax._peers import COMPARING, DividedMask
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regjax._random.packed import mask_sampler
 from regshared.extras import needs
+from regshared.spellings import explain_names_of
 
 with needs("regjax.equinox", extra="equinox", package="equinox"):
     import equinox as eqx
@@ -501,3 +502,7 @@ def _all_but(channel_axis: int, ndim: int) -> tuple[int, ...]:
     """Return all dimensions but the channels."""
     axis = check_axis("channel_axis", channel_axis, ndim)
     return tuple(dim for dim in range(ndim) if dim != axis)
+
+
+for _name in __all__:
+    explain_names_of(globals()[_name])

@@ -43,6 +43,7 @@ from regjax._layers import wrapped_dims
 from regjax._peers import DividedMask
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regjax._random.keys import check_key
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -73,6 +74,7 @@ def __dir__() -> list[str]:
 
 
 @naming(key="rng")
+@explain_names
 def dropout(
     rng: KeyLike | None,
     rate: ArrayLike,
@@ -140,6 +142,7 @@ def dropout(
 
 
 @naming(key="rng")
+@explain_names
 def feature_dropout(
     rng: KeyLike | None,
     rate: ArrayLike,
@@ -160,6 +163,7 @@ def feature_dropout(
 
 
 @naming(key="rng")
+@explain_names
 def alpha_dropout(
     rng: KeyLike | None,
     rate: ArrayLike,
@@ -182,6 +186,7 @@ def alpha_dropout(
 
 
 @naming(key="rng")
+@explain_names
 def feature_alpha_dropout(
     rng: KeyLike | None,
     rate: ArrayLike,
@@ -203,6 +208,7 @@ def feature_alpha_dropout(
 
 
 @naming(key="rng")
+@explain_names
 def drop_path(
     rng: KeyLike | None,
     rate: ArrayLike,
@@ -225,6 +231,7 @@ def drop_path(
 
 
 @naming(key="rng")
+@explain_names
 def drop_block(
     rng: KeyLike | None,
     rate: ArrayLike,
@@ -259,6 +266,7 @@ def drop_block(
 
 
 @naming(key="rng")
+@explain_names
 def variational_dropout(
     rng: KeyLike | None,
     rate: ArrayLike,
@@ -282,6 +290,7 @@ def variational_dropout(
 
 
 @naming(key="rng")
+@explain_names
 def embedding_dropout(
     rng: KeyLike | None,
     rate: ArrayLike,
@@ -300,6 +309,7 @@ def embedding_dropout(
 
 
 @naming(key="rng")
+@explain_names
 def drop_connect(
     rng: KeyLike | None,
     rate: ArrayLike,
@@ -324,6 +334,7 @@ def drop_connect(
 
 
 @naming(key="rng")
+@explain_names
 def gaussian_dropout(
     rng: KeyLike | None, rate: ArrayLike, x: Float[ArrayLike, "*shape"]
 ) -> Float[Array, "*shape"]:
@@ -340,6 +351,7 @@ def gaussian_dropout(
 
 
 @naming(key="rng")
+@explain_names
 def gaussian_noise(
     rng: KeyLike | None, stddev: ArrayLike, x: Float[ArrayLike, "*shape"]
 ) -> Float[Array, "*shape"]:

@@ -53,6 +53,7 @@ from regjax._layers import FlaxLayer, check_settings
 from regjax._peers import flax_dropout
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regshared.extras import needs
+from regshared.spellings import explain_names_of
 
 with needs("regjax.linen", extra="flax", package="flax"):
     from flax import linen
@@ -179,7 +180,8 @@ class Dropout(RateLayer, linen.Dropout):
         broadcast_dims: Dimensions along which one mask is shared.
         deterministic: See `Layer`.
         rng_collection: See `Layer`.
-        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on GPUs and TPUs.
+        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on CPUs and, as their
+            compilers estimate, for most arrays on GPUs and TPUs.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -367,3 +369,7 @@ class GaussianNoise(Layer):
         """Add noise in training; return `inputs` itself in evaluation. See `RateLayer`."""
         stddev = check_stddev(self.stddev if stddev is None else stddev)
         return self._call((inputs,), stddev, deterministic, rng)
+
+
+for _name in __all__:
+    explain_names_of(globals()[_name])

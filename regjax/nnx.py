@@ -55,6 +55,7 @@ from regjax._layers import FlaxLayer, check_settings
 from regjax._peers import flax_dropout
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regshared.extras import needs
+from regshared.spellings import explain_names_of
 
 with needs("regjax.nnx", extra="flax", package="flax"):
     from flax import nnx
@@ -218,7 +219,8 @@ class Dropout(RateLayer, nnx.Dropout):
         deterministic: See `Layer`.
         rng_collection: See `Layer`.
         rngs: See `Layer`.
-        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on GPUs and TPUs.
+        sampler: See `regjax.dropout`; `regjax.packed_bernoulli` is faster on CPUs and, as their
+            compilers estimate, for most arrays on GPUs and TPUs.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -427,3 +429,7 @@ def _number(value: ArrayLike | nnx.Variable[Any]) -> ArrayLike:
 def _settable(value: ArrayLike) -> Any:
     # NNX lets a number become an array only if the array is declared as data.
     return nnx.data(value) if isinstance(value, jax.Array) else value
+
+
+for _name in __all__:
+    explain_names_of(globals()[_name])

@@ -5,14 +5,14 @@ in a process that is forked after the import of JAX and PyTorch, which takes one
 instead of ten. The run fails if less than 95 % are killed, or if a survivor is not explained in
 `tests/mutants.toml`.
 
-    python -m tests.mutants [FILE ...] [--jobs N] [--every N]
+    python -m tests.mutants                                      # all files; hours
+    python -m tests.mutants regjax/_dropout/core.py --every 10   # a tenth of one file; a minute
 
 An explanation without a survivor in a complete run is an error, too, since it could hide another.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import itertools
 import math
@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
+
+from parity_tests import output
 
 ROOT = Path(__file__).parents[1]
 EXPLAINED = Path(__file__).with_suffix(".toml")
@@ -383,16 +385,20 @@ def run(file: str, jobs: int, every: int, explained: Explained) -> Score:
     return Score(killed, len(work), score >= REQUIRED_OF_FILE and not failures)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the mutants of the files and report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    text = "mutated files (default: all)"
-    parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE", help=text)
-    text = "number of concurrent processes (default: %(default)s)"
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help=text)
-    text = "run only every Nth mutant"
-    parser.add_argument("--every", type=int, default=1, metavar="N", help=text)
-    options = parser.parse_args()
+    parser = output.Parser("python -m tests.mutants", __doc__)
+    file = output.one_of(TESTS)["type"]
+    text = f"mutated files (default: all {len(TESTS)} of the table in tests/mutants.py)"
+    parser.add_argument(
+        "files", nargs="*", default=list(TESTS), type=file, metavar="FILE", help=text
+    )
+    text = "number of concurrent processes (default: %(default)s, the number of CPUs)"
+    jobs = {"type": output.integer(1), "metavar": "N"}
+    parser.add_argument("--jobs", default=os.cpu_count() or 1, help=text, **jobs)
+    text = "run only every Nth mutant (default: %(default)s)"
+    parser.add_argument("--every", default=1, help=text, **jobs)
+    options = parser.parse_args(argv)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     explained = explanations()
@@ -409,4 +415,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    output.run(main)

@@ -26,6 +26,7 @@ ROOMS = {
         "optim",
         "interop",
         "__init__",
+        "__main__",
         "_peers",
         "_layers",
         "linen",
@@ -44,6 +45,7 @@ ROOMS = {
         "_mc_dropout",
         "optim",
         "__init__",
+        "__main__",
     ],
 }
 PACKAGES = ["regjax", "regtorch"]

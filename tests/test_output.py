@@ -17,16 +17,18 @@ PROGRAMS = (
     "parity_tests.exactness",
     "examples.overfit.cli",
     "examples.uncertainty.cli",
-    "examples.port_from_torch",
+    "examples.port_from_torch.__main__",
     *(
         f"benchmarks.{name}"
         for name in (
             "attention",
+            "comparison",
             "dropout_speed",
             "gpu_model",
             "optimizers",
             "overhead",
             "shared_masks",
+            "summary",
             "torch_speed",
             "tpu_model",
             "transformer_step",
@@ -54,7 +56,7 @@ def test_a_file_is_not_a_folder(capsys, tmp_path, program, below):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_folder_needs_a_name(capsys, program):
-    assert "--out: must name a folder; got ''" in rejected(capsys, program, "")
+    assert "--out: must name a folder or a file; got ''" in rejected(capsys, program, "")
 
 
 @pytest.mark.parametrize("program", PROGRAMS[:5])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from examples.overfit import train_jax, train_torch
-from examples.overfit.cli import INTERRUPTED, main
-from examples.overfit.curves import largest_difference
+from examples.overfit.cli import main
+from examples.overfit.curves import Curve, largest_difference
 from examples.overfit.data import draw_batches, load_problem, split_digits, stratified_order
 from examples.overfit.plots import PICTURES
 from examples.overfit.recipes import recipes
-from examples.overfit.report import CURVES_FILE, TABLE_FILE
-from examples.overfit.settings import LARGEST_TRAIN_SIZE, OPTIMIZERS, Settings
+from examples.overfit.report import CURVES_FILE, TABLE_FILE, terminal_table
+from examples.overfit.settings import FRAMEWORKS, LARGEST_TRAIN_SIZE, OPTIMIZERS, Settings
+from parity_tests.output import INTERRUPTED
 
 ROOT = Path(__file__).parent.parent
 TRAINS = {"jax": train_jax.train, "torch": train_torch.train}
@@ -66,7 +69,7 @@ BAD_OPTIONS = [
     *(("--learning-rate", value, "above 0") for value in (*NUMBERS, "0")),
     ("--optimizer", "lion", "'sgd', 'adam', 'adamw'"),
     ("--framework", "tensorflow", "'both', 'jax', 'torch'"),
-    ("--out", "", "must name a folder"),
+    ("--out", "", "must name a folder or a file"),
 ]
 
 
@@ -189,6 +192,19 @@ def test_results_are_written(capsys, tmp_path):
         assert "gap: valid last - train last" in text
         assert f"{runs[-1]['validation_loss'][-1]:.3f}" in text
     assert table.count("\n| ") == 1 + len(runs)
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    curves = []
+    for recipe, framework in itertools.product(recipes(0.003, 0.3), FRAMEWORKS):
+        curves.append(Curve(recipe, framework))
+        for step in (0, 1000):
+            curves[-1].record(step, train=(1e-4, 1.0), validation=(0.69, 0.883))
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal_table(curves))
+    text = console.export_text()
+    assert "…" not in text
+    assert text.count("no regularization") == text.count("dropout + decay") == 2
 
 
 def check_png(path):

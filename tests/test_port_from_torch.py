@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from examples import port_from_torch
+from examples.port_from_torch import __main__ as program
 
 
 def run(tmp_path, *options: str) -> int:
-    return port_from_torch.main(["--steps", "25", "--out", str(tmp_path), *options])
+    return program.main(["--steps", "25", "--out", str(tmp_path), *options])
 
 
 def test_the_port_agrees(tmp_path, capsys):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from examples import recurrent_dropout as recipes
+from examples.recurrent_dropout import __main__ as program
+from examples.recurrent_dropout import cells as recipes
 
 XS = jnp.linspace(-1.0, 1.0, recipes.TIME * recipes.FEATURES).reshape(1, recipes.TIME, -1)
 
@@ -27,7 +28,7 @@ def test_every_timestep_draws_the_mask_of_the_first(drawn):
 
 def test_the_program_prints_a_line_for_each_timestep(drawn, capsys, monkeypatch):
     monkeypatch.setattr(recipes, "masks", lambda: drawn)
-    recipes.main()
+    program.main([])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 * (1 + recipes.TIME)
 

@@ -9,7 +9,7 @@ import pytest
 import regjax.interop
 import regjax.optim
 import regtorch.optim
-from tests.sweep import FORM, calls, sweep
+from tests.sweep.calls import FORM, calls, sweep
 
 
 @pytest.mark.slow

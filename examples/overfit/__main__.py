@@ -1,8 +1,7 @@
 """Entry point of `python -m examples.overfit`."""
 
-import sys
-
 from examples.overfit.cli import main
+from parity_tests.output import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from examples.overfit.settings import FRAMEWORKS, LARGEST_TRAIN_SIZE, OPTIMIZERS, Settings
 from parity_tests import output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from examples.overfit.curves import Curve
     from examples.overfit.recipes import Recipe
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+_ABOUT = """Overfit a small network to handwritten digits, and regularize it with L2 and dropout.
+
+    python -m examples.overfit                            # ten runs; a minute
+    python -m examples.overfit --optimizer sgd --rate 0.2 --framework jax
+
+JAX and PyTorch have the same weights, batches and dropout masks.
+"""
 _RUNS = 5
 _PACKAGES = {"jax": ("jax", "optax"), "torch": ("torch",)}
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that prints errors in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def main(
@@ -51,7 +49,7 @@ def main(
         return _run(*parse(sys.argv[1:] if argv is None else argv), on_evaluation)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return output.INTERRUPTED
 
 
 def parse(argv: Sequence[str]) -> tuple[Settings, tuple[str, ...], Path]:
@@ -61,7 +59,7 @@ def parse(argv: Sequence[str]) -> tuple[Settings, tuple[str, ...], Path]:
         SystemExit: An option is wrong (2), or it is --help (0).
     """
     parser = make_parser()
-    options = parser.parse_args(_with_negative_values_attached(argv))
+    options = parser.read_args(argv)
     defaults = OPTIMIZERS[options.optimizer]
     if options.learning_rate is None:
         options.learning_rate = defaults.learning_rate
@@ -82,14 +80,9 @@ def parse(argv: Sequence[str]) -> tuple[Settings, tuple[str, ...], Path]:
     return settings, frameworks, options.out
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> output.Parser:
     """Return the parser of all options."""
-    parser = _Parser(
-        prog="python -m examples.overfit",
-        description="Overfit a small network to handwritten digits, and regularize it with L2 and "
-        "dropout, in JAX and in PyTorch with the same weights, batches and dropout masks.",
-        allow_abbrev=False,
-    )
+    parser = output.Parser("python -m examples.overfit", _ABOUT)
 
     def add(name: str, kind: Callable[[str], object], text: str, default: object = None) -> None:
         parser.add_argument(
@@ -117,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--optimizer",
-        choices=list(OPTIMIZERS),
+        **output.one_of(OPTIMIZERS),
         default=Settings.optimizer,
         help="optimizer; sgd has momentum 0.9, and its decay and that of adam are coupled "
         "(default: %(default)s)",
@@ -131,37 +124,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("width", output.integer(1, 4096), "units of each hidden layer")
     parser.add_argument(
         "--framework",
-        choices=["both", *FRAMEWORKS],
+        **output.one_of(["both", *FRAMEWORKS]),
         default="both",
         help="framework to run (default: %(default)s)",
     )
-    parser.add_argument(
-        "--out",
-        type=output.folder,
-        metavar="FOLDER",
-        default=Path("outputs/overfit"),
-        help="folder for curves, table and pictures (default: %(default)s)",
-    )
+    parser.add_out("outputs/overfit", "curves, table and pictures")
     return parser
-
-
-def _with_negative_values_attached(argv: Iterable[str]) -> list[str]:
-    """Join `--rate -inf` to `--rate=-inf`, since argparse would parse the value as an option."""
-    joined: list[str] = []
-    for argument in argv:
-        if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _negative(argument):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
-
-
-def _negative(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return text.startswith("-")
 
 
 def require(*packages: str) -> None:
@@ -208,7 +176,7 @@ def _run(
             with progress:
                 run_all(settings, frameworks, on_evaluation=evaluated, on_finished=finished)
         except KeyboardInterrupt:
-            code = INTERRUPTED
+            code = output.INTERRUPTED
             print(f"interrupted: {len(curves)} runs have finished", file=sys.stderr)
         if curves:
             _present(settings, frameworks, folder, curves)

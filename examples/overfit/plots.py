@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from examples.overfit.settings import FRAMEWORK_LABELS
-from parity_tests.output import replacing
+from parity_tests import pictures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,28 +25,7 @@ if TYPE_CHECKING:
 OVERFITTING, CURES, PARABOLAS = PICTURES = ("overfitting.png", "cures.png", "parabolas.png")
 COEFFICIENTS = (1, 2, 5, 10, 50)
 
-# The palette of Okabe and Ito, which is safe for color blindness.
-_BLUE, _RED, _INK, _GREY = "#0072B2", "#D55E00", "#333333", "#999999"
 _LOSS = "cross-entropy (nats)"
-_STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.8,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "savefig.dpi": 160,
-}
 
 
 def save_pictures(folder: Path, curves: Sequence[Curve], settings: Settings) -> None:
@@ -60,22 +39,17 @@ def save_pictures(folder: Path, curves: Sequence[Curve], settings: Settings) -> 
     Raises:
         OSError: A file cannot be written.
     """
-    with mpl.rc_context(_STYLE):
-        plain = [curve for curve in curves if curve.recipe.name == "none"]
-        if plain:
-            _save(draw_overfitting(plain, settings), folder / OVERFITTING)
-        _save(draw_cures(curves, settings), folder / CURES)
-        _save(draw_parabolas(), folder / PARABOLAS)
+    plain = [curve for curve in curves if curve.recipe.name == "none"]
+    if plain:
+        pictures.save(draw_overfitting(plain, settings), folder / OVERFITTING)
+    pictures.save(draw_cures(curves), folder / CURES)
+    pictures.save(draw_parabolas(), folder / PARABOLAS)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
+@pictures.styled
 def draw_overfitting(curves: Sequence[Curve], settings: Settings) -> Figure:
     """Draw the run without regularization, whose validation loss falls and then rises."""
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(pictures.WIDTH, 4.8))
     ax = figure.subplots()
     _draw_run(ax, curves)
     first = curves[0]
@@ -85,35 +59,43 @@ def draw_overfitting(curves: Sequence[Curve], settings: Settings) -> Figure:
     ax.set(xlabel="optimizer step", ylabel=_LOSS)
     _set_loss_axis(ax, _top(curves))
     ax.set_title(f"Overfitting: {settings.train_size} training images, no regularization")
-    _legend_on_top(figure, *_legend(curves))
+    pictures.legend_on_top(figure, _legend(curves))
     return figure
 
 
-def draw_cures(curves: Sequence[Curve], settings: Settings) -> Figure:
+@pictures.styled
+def draw_cures(curves: Sequence[Curve]) -> Figure:
     """Draw a panel for each run, and one with the lowest and last loss of all runs."""
-    figure = Figure(figsize=(12, 7.2), layout="constrained")
-    panels = figure.subplots(2, 3, gridspec_kw={"wspace": 0.06, "hspace": 0.08}).ravel()
+    figure = Figure(figsize=(pictures.WIDTH, 6))
+    panels = figure.subplots(2, 3)
     groups = _by_recipe(curves)
     plain = groups.get("none", [])
-    top = _top(curves)
-    for panel, (name, group) in zip(panels, groups.items(), strict=False):
+    reference = {"color": pictures.palette().gray, "linewidth": 1.2}
+    for panel, (name, group) in zip(panels.flat, groups.items(), strict=False):
         if name != "none" and plain:
-            panel.plot(plain[0].steps, plain[0].validation_loss, color=_GREY, linewidth=1.2)
+            panel.plot(plain[0].steps, plain[0].validation_loss, **reference)
         _draw_run(panel, group)
-        panel.set_title(group[0].recipe.label)
+        panel.set_title(group[0].recipe.label, fontsize="medium")
+        amounts = _amounts(group[0].recipe)
         panel.text(
-            0.98, 0.97, _amounts(group[0].recipe), transform=panel.transAxes, ha="right", va="top"
+            0.98, 0.98, amounts, transform=panel.transAxes, ha="right", va="top", fontsize="small"
         )
-        panel.set(xlabel="optimizer step", ylabel=_LOSS)
-        _set_loss_axis(panel, top)
-    for panel in panels[len(groups) : -1]:
+        panel.set_xlabel("optimizer step", fontsize="small")
+        _set_loss_axis(panel, _top(curves))
+    for panel in panels.flat[len(groups) : -1]:
         panel.set_axis_off()
-    _draw_summary(panels[-1], groups)
-    handles, labels = _legend(curves)
+    for row in panels:
+        row[0].set_ylabel(_LOSS, fontsize="small")
+    for panel in panels[:, 1:].flat:  # all panels of losses have the same axes
+        panel.tick_params(labelleft=False)
+    _draw_summary(panels[-1, -1], groups)
+    for panel in panels.flat:
+        panel.tick_params(labelsize="small")
+    handles = _legend(curves)
     if plain and len(groups) > 1:
-        handles.append(Line2D([], [], color=_GREY, linewidth=1.2))
-        labels.append("validation, none")
-    _legend_on_top(figure, handles, labels)
+        label = f"validation, {plain[0].recipe.label}"
+        handles.append(Line2D([], [], **reference, label=label))
+    pictures.legend_on_top(figure, handles, columns=3)
     return figure
 
 
@@ -135,8 +117,12 @@ def _amounts(recipe: Recipe) -> str:
 
 def _draw_run(ax: Axes, curves: Sequence[Curve]) -> None:
     """Draw JAX as lines and PyTorch as rings, which lie on the lines where both agree."""
+    palette = pictures.palette()
     for curve in curves:
-        for losses, color in ((curve.train_loss, _BLUE), (curve.validation_loss, _RED)):
+        for losses, color in (
+            (curve.train_loss, palette.blue),
+            (curve.validation_loss, palette.vermilion),
+        ):
             ax.plot(curve.steps, losses, **_look(curve.framework, color, len(curve.steps)))
     ax.set_xlim(0, curves[0].steps[-1])
 
@@ -149,20 +135,20 @@ def _look(framework: str, color: str, points: int) -> dict[str, Any]:
         "linestyle": "none",
         "marker": "o",
         "markersize": 6,
-        "markerfacecolor": "white",
+        "markerfacecolor": pictures.palette().paper,
         "markeredgewidth": 1.3,
         "markevery": max(1, points // 12),
     }
 
 
-def _legend(curves: Sequence[Curve]) -> tuple[list[Line2D], list[str]]:
-    handles, labels = [], []
-    for label, color in (("validation", _RED), ("training", _BLUE)):
-        for framework in FRAMEWORK_LABELS:
-            if any(curve.framework == framework for curve in curves):
-                handles.append(Line2D([], [], **_look(framework, color, 1)))
-                labels.append(f"{label}, {FRAMEWORK_LABELS[framework]}")
-    return handles, labels
+def _legend(curves: Sequence[Curve]) -> list[Line2D]:
+    palette = pictures.palette()
+    return [
+        Line2D([], [], **_look(framework, color, 1), label=f"{name}, {FRAMEWORK_LABELS[framework]}")
+        for name, color in (("validation", palette.vermilion), ("training", palette.blue))
+        for framework in FRAMEWORK_LABELS
+        if any(curve.framework == framework for curve in curves)
+    ]
 
 
 def _top(curves: Sequence[Curve]) -> float:
@@ -180,13 +166,10 @@ def _set_loss_axis(ax: Axes, top: float) -> None:
     ax.set_ylim(-0.025 * top, top)
 
 
-def _legend_on_top(figure: Figure, handles: list[Line2D], labels: list[str]) -> None:
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), columnspacing=1.4)
-
-
 def _mark_lowest(ax: Axes, curve: Curve) -> None:
     step, loss = curve.steps[curve.best], curve.validation_loss[curve.best]
-    ax.plot(step, loss, "o", color=_RED, markersize=9, markeredgecolor="white", zorder=5)
+    color, edge = pictures.palette().vermilion, pictures.palette().paper
+    ax.plot(step, loss, "o", color=color, markersize=9, markeredgecolor=edge, zorder=5)
     right = step < 0.6 * curve.steps[-1]
     ax.annotate(
         f"lowest: {loss:.2f} at step {step}",
@@ -194,7 +177,7 @@ def _mark_lowest(ax: Axes, curve: Curve) -> None:
         xytext=(10 if right else -10, -24),
         textcoords="offset points",
         ha="left" if right else "right",
-        color=_RED,
+        color=color,
     )
 
 
@@ -204,7 +187,12 @@ def _mark_gap(ax: Axes, curve: Curve) -> None:
         "",
         (0.985 * step, high),
         xytext=(0.985 * step, low),
-        arrowprops={"arrowstyle": "<->", "color": _INK, "shrinkA": 5, "shrinkB": 5},
+        arrowprops={
+            "arrowstyle": "<->",
+            "color": pictures.palette().ink,
+            "shrinkA": 5,
+            "shrinkB": 5,
+        },
     )
     ax.text(
         0.97 * step,
@@ -218,35 +206,29 @@ def _mark_gap(ax: Axes, curve: Curve) -> None:
 
 
 def _draw_summary(ax: Axes, groups: dict[str, list[Curve]]) -> None:
-    """Draw the lowest and the last validation loss of each run."""
+    """Draw the lowest validation loss of each run as a bar, and the last as a dot."""
+    color = pictures.palette().vermilion
     for row, group in enumerate(groups.values()):
         curve = group[0]
         low, last = curve.validation_loss[curve.best], curve.validation_loss[-1]
         # Labels are above the lines instead of the axis, so that all panels have the same width.
-        ax.text(0, row - 0.28, curve.recipe.label, transform=ax.get_yaxis_transform())
-        ax.plot([low, last], [row, row], color=_RED, linewidth=2, alpha=0.5)
-        ax.plot(low, row, "o", color=_RED, markerfacecolor="white", markersize=8, clip_on=False)
-        ax.plot(last, row, "o", color=_RED, markersize=8, clip_on=False)
-        if np.isfinite(last):
-            ax.annotate(
-                f"{last:.2f}",
-                (last, row),
-                xytext=(9, 0),
-                textcoords="offset points",
-                va="center",
-                annotation_clip=False,
-            )
+        text = f"{curve.recipe.label}: {low:.2f} → {last:.2f}"
+        ax.text(0, row - 0.3, text, transform=ax.get_yaxis_transform(), fontsize="x-small")
+        ax.plot([low, last], [row, row], color=color)
+        ax.plot(low, row, "|", color=color, markersize=9, markeredgewidth=2, clip_on=False)
+        ax.plot(last, row, "o", color=color, clip_on=False)
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
-    ax.set_ylim(len(groups) - 0.6, -0.7)
+    ax.set_ylim(len(groups) - 0.6, -0.9)
     ax.set_xlim(0, _top([group[0] for group in groups.values()]))
-    ax.set_xlabel(f"validation {_LOSS}")
-    ax.set_title("lowest (ring), last (dot)")
+    ax.set_xlabel("validation loss (nats)", fontsize="small")
+    ax.set_title("lowest → last loss", fontsize="medium")
 
 
+@pictures.styled
 def draw_parabolas() -> Figure:
     """Draw y = a x^2, which is steeper for larger coefficients."""
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    figure = Figure(figsize=(pictures.WIDTH, 4.8))
     ax = figure.subplots()
     height, reach = 10.0, 2.0
     colors = mpl.colormaps["viridis"](np.linspace(0.75, 0.0, len(COEFFICIENTS)))
@@ -261,7 +243,6 @@ def draw_parabolas() -> Figure:
             textcoords="offset points",
             ha="center" if edge < reach else "left",
             va="bottom" if edge < reach else "center",
-            color=color,
             fontweight="bold",
         )
     ax.set(xlabel="x", ylabel="y = a·x²", xlim=(-reach, reach), ylim=(0, height))

@@ -36,7 +36,7 @@ def recipes(weight_decay: float, rate: float) -> tuple[Recipe, ...]:
         rate: The rate of the runs with dropout.
     """
     return (
-        Recipe("none", "none"),
+        Recipe("none", "no regularization"),
         Recipe("l2_in_loss", "L2 in the loss", penalty=weight_decay / 2),
         Recipe("weight_decay", "weight decay", weight_decay=weight_decay),
         Recipe("dropout", "dropout", rate=rate),

@@ -180,10 +180,10 @@ def terminal_table(curves: Sequence[Curve]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for i, heading in enumerate(headings(curves)):
         # A line for each word; otherwise rich would break the names of the runs.
-        words = "\n".join(heading.split())
+        words = "\n".join(heading.replace("framework", "frame- work").split())
         table.add_column(words, justify="left" if i < 2 else "right", no_wrap=True)
     for row in rows(curves):
         table.add_row(*row)

@@ -1,8 +1,7 @@
 """Entry point of `python -m examples.uncertainty`."""
 
-import sys
-
 from examples.uncertainty.cli import main
+from parity_tests.output import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

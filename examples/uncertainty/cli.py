@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from examples.overfit.cli import INTERRUPTED, require
+from examples.overfit.cli import require
 from examples.uncertainty.settings import Settings
 from parity_tests import output
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from rich.console import Console
 
     from examples.uncertainty.study import Study
+
+
+_ABOUT = """Compare predictions of one pass without dropout with those of many passes with dropout.
+
+    python -m examples.uncertainty
+    python -m examples.uncertainty --samples 20 --rate 0.3
+
+A network learns handwritten digits with dropout, and predicts increasingly corrupted ones.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,36 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The options; None for those of the process.
 
     Returns:
-        The exit code: 0, or 130 if interrupted.
+        The exit code, 0.
 
     Raises:
         SystemExit: After --help (0), or if an option is wrong or a package is missing (2).
     """
     parser = make_parser()
     options = parser.parse_args(argv)
-    output.prepare(parser, options.out)
     try:
         require("jax", "optax", "torch", "scipy", "sklearn", "matplotlib", "rich")
     except ImportError as error:
         parser.error(f"{error}. Run: pip install 'regjax[examples]'")
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-    try:
-        _run(settings, options.out)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    _run(settings, options.out)
     return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> output.Parser:
     """Return the parser of all options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.uncertainty",
-        description="Train a network with dropout on handwritten digits, and compare its "
-        "predictions for corrupted digits of one pass with dropout off, and of many with dropout "
-        "on.",
-        allow_abbrev=False,
-    )
+    parser = output.Parser("python -m examples.uncertainty", _ABOUT)
     for name, low, high, text in (
         ("steps", 1, 100_000, "number of optimizer steps"),
         ("samples", 1, 10_000, "number of stochastic forward passes of each prediction"),
@@ -78,13 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=Settings.rate,
         help="dropout rate, above 0 and below 1 (default: %(default)s)",
     )
-    parser.add_argument(
-        "--out",
-        type=output.folder,
-        metavar="FOLDER",
-        default=Path("outputs/uncertainty"),
-        help="folder for tables and picture (default: %(default)s)",
-    )
+    parser.add_out("outputs/uncertainty", "tables and picture")
     return parser
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
 from examples.uncertainty.corruptions import CORRUPTIONS, SIDE
-from parity_tests.output import replacing
+from parity_tests import pictures
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,27 +20,8 @@ if TYPE_CHECKING:
 
 PICTURE = "uncertainty.png"
 
-# The palette of Okabe and Ito, which is safe for color blindness.
-_BLUE, _RED, _GREEN, _INK, _GREY = "#0072B2", "#D55E00", "#009E73", "#333333", "#999999"
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "lines.linewidth": 2,
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "savefig.dpi": 130,
-}
+# The largest possible entropy, of ten digits with equal probabilities.
+_LARGEST = float(np.log(10))
 
 
 def save_picture(folder: Path, study: Study) -> None:
@@ -49,35 +30,62 @@ def save_picture(folder: Path, study: Study) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    with mpl.rc_context(_STYLE), replacing(folder / PICTURE) as temporary:
-        draw(study).savefig(temporary, format="png")
+    pictures.save(draw(study), folder / PICTURE)
 
 
+@pictures.styled
 def draw(study: Study) -> Figure:
-    """Draw a row for each corruption: a digit at every strength, entropy, and accuracy."""
-    figure = Figure(figsize=(15, 10), layout="constrained")
-    halves: Any = figure.subfigures(1, 2, width_ratios=(1.15, 1))
-    left, right = halves
+    """Draw a digit at every strength of each corruption, and below it entropies and accuracies."""
+    figure = Figure(figsize=(pictures.WIDTH, 10.5))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.55, 1))
+    digits, means = halves
     columns = len(CORRUPTIONS[0].strengths)
-    images = left.subplots(len(CORRUPTIONS), columns)
-    curves = right.subplots(len(CORRUPTIONS), 2)
+    images: Any = digits.subplots(len(CORRUPTIONS), columns)
+    curves: Any = means.subplots(2, len(CORRUPTIONS), sharex="col", sharey="row")
     shown = _typical_image(study)
-    for row, corruption in enumerate(CORRUPTIONS):
+    for row, line, corruption in zip(images, curves.T, CORRUPTIONS, strict=True):
         scenes = study.of(corruption)
-        for ax, scene in zip(images[row], scenes, strict=True):
+        for ax, scene in zip(row, scenes, strict=True):
             _draw_image(ax, scene, shown)
-        images[row, 0].set_ylabel(corruption.name, fontweight="bold")
-        _draw_entropy(curves[row, 0], scenes)
-        _draw_accuracy(curves[row, 1], scenes)
-    left.suptitle(
-        "An increasingly corrupted digit: the prediction of the mean of many passes,\n"
-        "and its entropy in nats (bar; the dark part is mutual information)"
+        row[0].set_ylabel(f"{corruption.name}\n{corruption.unit}", fontsize="small")
+        _draw_entropy(line[0], scenes)
+        _draw_accuracy(line[1], scenes)
+        line[0].set_title(corruption.name, fontsize="medium")
+        line[1].set_xlabel(corruption.unit, fontsize="small")
+    for ax in curves.flat:
+        ax.tick_params(labelsize="small")
+    curves[0, 0].set_ylabel("mean, in nats", fontsize="small")
+    curves[1, 0].set_ylabel("mean over images", fontsize="small")
+    pictures.legend_on_top(digits, _image_legend())
+    handles = [*curves[0, 0].lines, *curves[1, 0].lines]
+    pictures.legend_on_top(means, handles, columns=2)
+    settings = study.settings
+    pictures.caption(
+        figure,
+        f"Above: a test image, the prediction with its probability, and its entropy. Below: means "
+        f"over {len(study.scenes[0].pixels)} test images. MC: the mean of {settings.samples} "
+        f"passes with dropout on, rate {settings.rate:g}, as for the images; off: one pass with "
+        "dropout off.",
     )
-    count = len(study.scenes[0].pixels)
-    right.suptitle(f"Means over {count} digits. MC: many passes, dropout on. Off: one pass.")
-    curves[0, 0].legend(loc="upper right", fontsize=8)
-    curves[-1, 1].legend(loc="lower left", fontsize=8)
     return figure
+
+
+def _image_legend() -> list[Any]:
+    palette = pictures.palette()
+    frames = [
+        Patch(fill=False, edgecolor=palette.green, linestyle="-", linewidth=2, label="correct"),
+        Patch(
+            fill=False, edgecolor=palette.vermilion, linestyle="--", linewidth=2, label="incorrect"
+        ),
+    ]
+    return [
+        *frames,
+        Patch(
+            facecolor=pictures.lighter(palette.blue),
+            label=f"entropy (full width: {_LARGEST:.2f} nats)",
+        ),
+        Patch(facecolor=palette.blue, label="mutual information"),
+    ]
 
 
 def _typical_image(study: Study) -> int:
@@ -89,44 +97,47 @@ def _typical_image(study: Study) -> int:
 
 
 def _draw_image(ax: Axes, scene: Scene, place: int) -> None:
-    ax.imshow(scene.pixels[place].reshape(SIDE, SIDE), cmap="gray_r", vmin=0, vmax=1)
-    ax.set(xticks=[], yticks=[])
-    ax.grid(visible=False)
-    probs = scene.many.probs[place]
+    """Draw an image in the frame of its prediction, with bars and the prediction below."""
+    palette = pictures.palette()
+    ax.imshow(scene.pixels[place].reshape(SIDE, SIDE), extent=(0, SIDE, SIDE, 0), vmin=0, vmax=1)
     right = bool(scene.many.right[place])
-    for spine in ax.spines.values():
-        spine.set(visible=True, color=_GREEN if right else _RED, linewidth=2)
-    ax.set_title(f"{probs.argmax()}  ({probs.max():.0%})", loc="center", fontsize=10)
+    color, line = (palette.green, "-") if right else (palette.vermilion, "--")
+    look: Any = {"clip_on": False, "linewidth": 2}
+    ax.add_patch(Rectangle((0, 0), SIDE, SIDE, fill=False, edgecolor=color, linestyle=line, **look))
     entropy, disagreement = scene.many.entropy[place], scene.disagreement[place]
-    # A bar below the image, as long as the entropy is of the largest possible.
-    bar: dict[str, Any] = {"transform": ax.transAxes, "clip_on": False, "solid_capstyle": "butt"}
-    for value, color in ((entropy, "#9ecae1"), (disagreement, _BLUE)):
-        ax.plot([0, value / np.log(10)], [-0.07, -0.07], color=color, linewidth=5, **bar)
-    ax.set_xlabel(f"{scene.strength:g}:  {entropy:.2f}", labelpad=8, fontsize=9)
+    for value, shade in ((entropy, pictures.lighter(palette.blue)), (disagreement, palette.blue)):
+        ax.add_patch(Rectangle((0, SIDE + 0.5), SIDE * value / _LARGEST, 0.6, facecolor=shade))
+    probs = scene.many.probs[place]
+    text = f"{probs.argmax()} ({probs.max():.0%})\n{entropy:.2f} nats"
+    ax.text(SIDE / 2, SIDE + 1.4, text, ha="center", va="top", fontsize="x-small")
+    ax.set_title(f"{scene.strength:g}", loc="center", fontsize="small", pad=4)
+    ax.set(xticks=[], yticks=[], ylim=(SIDE + 4.2, -0.2), xlim=(-0.2, SIDE + 0.2))
+    ax.spines[:].set_visible(False)
 
 
 def _draw_entropy(ax: Axes, scenes: list[Scene]) -> None:
+    palette = pictures.palette()
     strengths = [scene.strength for scene in scenes]
     entropies, disagreements = (
         [values.mean() for values in column]
         for column in zip(*((s.many.entropy, s.disagreement) for s in scenes), strict=True)
     )
-    ax.plot(strengths, entropies, "o-", color=_BLUE, label="entropy, MC")
-    ax.plot(strengths, disagreements, "o:", color=_BLUE, ms=4, label="mutual information, MC")
-    ax.plot(strengths, [s.one.entropy.mean() for s in scenes], color=_GREY, label="entropy, off")
-    ax.set(xlabel=_axis(scenes), ylabel="nats", ylim=(0, 1.25))
+    color = palette.blue
+    ax.plot(strengths, entropies, "o-", color=color, ms=5, label="entropy, MC")
+    ax.plot(strengths, disagreements, "o:", color=color, ms=4, label="mutual information, MC")
+    off = [scene.one.entropy.mean() for scene in scenes]
+    ax.plot(strengths, off, color=palette.gray, label="entropy, off")
+    ax.set_ylim(0, 1.25)
 
 
 def _draw_accuracy(ax: Axes, scenes: list[Scene]) -> None:
+    palette = pictures.palette()
     strengths = [scene.strength for scene in scenes]
-    ax.plot(strengths, [s.many.right.mean() for s in scenes], "o-", color=_INK, label="accuracy")
+    accuracies = [scene.many.right.mean() for scene in scenes]
+    ax.plot(strengths, accuracies, "o-", color=palette.ink, ms=5, label="accuracy, MC")
     for label, color, views in (
-        ("confidence, MC", _BLUE, [s.many for s in scenes]),
-        ("confidence, off", _GREY, [s.one for s in scenes]),
+        ("confidence, MC", palette.blue, [s.many for s in scenes]),
+        ("confidence, off", palette.gray, [s.one for s in scenes]),
     ):
         ax.plot(strengths, [v.confidence.mean() for v in views], "--", color=color, label=label)
-    ax.set(xlabel=_axis(scenes), ylim=(0, 1.05))
-
-
-def _axis(scenes: list[Scene]) -> str:
-    return f"{scenes[0].corruption.name}: {scenes[0].corruption.unit}"
+    ax.set_ylim(0, 1.05)

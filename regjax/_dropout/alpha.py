@@ -16,6 +16,7 @@ from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
 from regjax._random.rounding import exact_sqrt
 from regjax._random.xla import rounded
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -28,6 +29,7 @@ _ALPHA = 1.7580993408473766
 _ONE_MORE = 1 + _ALPHA**-2
 
 
+@explain_names
 def alpha_dropout(
     x: Float[ArrayLike, "*shape"],
     rate: ArrayLike,
@@ -80,6 +82,7 @@ def alpha_dropout(
     return apply_dropout(spec, x, rate, key, deterministic)
 
 
+@explain_names
 def feature_alpha_dropout(
     x: Float[ArrayLike, "*shape"],
     rate: ArrayLike,

@@ -28,6 +28,7 @@ from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.events import observer
 from regjax._random.threefry import at_most
 from regshared.checks import check_bool, check_integer, describe
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike, DTypeLike
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     Mask = Bool[ArrayLike, "*#scores"] | Bias
 
 
+@explain_names
 def dot_product_attention(
     query: Float[ArrayLike, "*batch queries heads depth"],
     key: Float[ArrayLike, "*batch keys kv_heads depth"],
@@ -71,7 +73,9 @@ def dot_product_attention(
     With `block_size` the whole weight matrix is never materialized: weights are computed
     `block_size` keys at a time, forward and backward, and memory is linear in sequence length
     instead of quadratic. The mask of a block is drawn at the indices of its elements in the whole
-    matrix, so that **both forms drop the same elements, bit for bit**, whatever the block size.
+    matrix, so that **both forms drop the same elements, bit for bit**, whatever the block size. By
+    default the matrix is materialized; with gradients, about 1.5 times the temporary memory of
+    `jax.nn.dot_product_attention`, which has no dropout, was measured on a CPU.
 
     Batch, heads and queries may be sharded across devices with no communication; the keys and
     values of one head may not be sharded. Inside `shard_map` the shape is that of one device: fold

@@ -23,6 +23,7 @@ from regjax._random.packed import mask_sampler
 from regjax._random.threefry import at_most
 from regjax._random.xla import materialize, rounded
 from regshared.checks import check_integer, check_integers
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _DOUBLE = (np.dtype(np.float64), np.dtype(np.complex128))
 
 
+@explain_names
 def dropout(
     x: Inexact[ArrayLike, "*shape"],
     rate: ArrayLike,
@@ -94,10 +96,11 @@ def dropout(
     """
     x = check_inexact(x)
     is_default = isinstance(broadcast_dims, tuple) and not broadcast_dims
+    if is_default and sampler is bernoulli:
+        return apply_dropout(_ELEMENTWISE, x, rate, key, deterministic)
     dims = () if is_default else check_dims(broadcast_dims, x.ndim)
-    return apply_dropout(
-        SampledMask("dropout", mask_sampler(sampler), dims), x, rate, key, deterministic
-    )
+    spec = SampledMask("dropout", mask_sampler(sampler), dims)
+    return apply_dropout(spec, x, rate, key, deterministic)
 
 
 @runtime_checkable
@@ -247,6 +250,10 @@ class SampledMask:
         # a product.
         kept = (rounded(x.astype(scale.dtype)) + shift) * scale
         return jnp.where(keep, kept, fill).astype(x.dtype), keep
+
+
+# Made once: an eager call on a few elements takes microseconds.
+_ELEMENTWISE = SampledMask("dropout", mask_sampler(bernoulli))
 
 
 def keep_mask(

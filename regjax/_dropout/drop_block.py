@@ -35,6 +35,7 @@ from regjax._random.threefry import is_number as is_known
 from regjax._random.threefry import product_words, threefry2x32
 from regjax._random.xla import rounded
 from regshared.checks import check_bool, check_integer
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.sharding import NamedSharding
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
 
 
+@explain_names
 def drop_block(
     x: Inexact[ArrayLike, "*shape"],
     rate: ArrayLike,

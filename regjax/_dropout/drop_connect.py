@@ -14,6 +14,7 @@ from regjax._random.bernoulli import Sampler, bernoulli, check_probability
 from regjax._random.keys import check_key, site_key
 from regjax._random.packed import mask_sampler
 from regshared.globs import components
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from regshared.decay_rules import Rule
 
 
+@explain_names
 def drop_connect(
     weights: PyTree,
     rate: ArrayLike,

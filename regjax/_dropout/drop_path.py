@@ -14,6 +14,7 @@ from regjax._dropout.core import (
 from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
 from regshared.checks import check_bool, check_choice
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
 
 
+@explain_names
 def drop_path(
     x: Inexact[ArrayLike, "*shape"],
     rate: ArrayLike,

@@ -21,6 +21,7 @@ from regjax._dropout.core import (
     where_kept,
 )
 from regjax._random.bernoulli import bernoulli_at, exact_keep_prob
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
 
 
+@explain_names
 def embedding_dropout(
     x: Inexact[ArrayLike, "*ids features"],
     ids: Integer[ArrayLike, "*ids"],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from regjax._dropout.core import SampledMask, apply_dropout, check_axis, check_inexact
 from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
 
 
+@explain_names
 def feature_dropout(
     x: Inexact[ArrayLike, "*shape"],
     rate: ArrayLike,

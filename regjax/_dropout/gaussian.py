@@ -29,6 +29,7 @@ from regjax._random.bernoulli import check_probability
 from regjax._random.normal import normal
 from regjax._random.rounding import exact_sqrt
 from regjax._random.xla import rounded
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
 
 
+@explain_names
 def gaussian_dropout(
     x: Float[ArrayLike, "*shape"],
     rate: ArrayLike,
@@ -85,6 +87,7 @@ def gaussian_dropout(
     return _noisy(x, check_noise_rate(rate), key, deterministic, _multiplied)
 
 
+@explain_names
 def gaussian_noise(
     x: Float[ArrayLike, "*shape"],
     stddev: ArrayLike,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from regjax._dropout.core import SampledMask, apply_dropout, check_axis, check_inexact
 from regjax._random.bernoulli import Sampler, bernoulli
 from regjax._random.packed import mask_sampler
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _ADVICE = " For a single timestep, use dropout with the same key at every step."
 
 
+@explain_names
 def variational_dropout(
     x: Inexact[ArrayLike, "*shape"],
     rate: ArrayLike,
@@ -36,7 +38,7 @@ def variational_dropout(
     Inside the recurrence there is no time axis. There, call `dropout` on the carried state with
     **one key for all steps**, made outside the loop, as in the example. `jax_debug_key_reuse`,
     where enabled, rejects a key that a loop uses at every step; pass `jax.random.clone(key)` then.
-    `examples/recurrent_dropout.py` drops the cells of Flax in the same way.
+    `examples/recurrent_dropout/cells.py` drops the cells of Flax in the same way.
 
     Args:
         x: Floating or complex, with a time axis, such as (batch, time, features).

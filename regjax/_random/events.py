@@ -281,7 +281,7 @@ def observed_by(added: Observer) -> Iterator[Observer]:
 
 
 # Packages whose lines are not the user's code.
-_LIBRARIES = {"regjax", "jax", "flax", "equinox", "haiku", "contextlib"}
+_LIBRARIES = {"regjax", "regshared", "jax", "flax", "equinox", "haiku", "contextlib"}
 
 
 def _user_line() -> str:

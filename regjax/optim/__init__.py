@@ -1,4 +1,6 @@
-"""PyTorch's optimizers as optax chains, with PyTorch's names, order of arguments and defaults.
+"""PyTorch's optimizers as optax chains, with their arguments, order and defaults.
+
+The exception is `lr`, which is `learning_rate` as in optax; `lr=` is a TypeError that names it.
 
 Each optimizer is a chain of four named links. The decay precedes the moments where it is coupled
 (SGD, Adam and most others) and follows them where it is decoupled (AdamW, Adafactor, Muon):

@@ -21,6 +21,7 @@ from regjax.optim._links import (
     widest,
 )
 from regshared.checks import check_bool, check_coefficient
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from regjax.optim._links import Mask, WeightDecay
 
 
+@explain_names
 def adafactor(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     beta2_decay: ScalarLike = -0.8,
@@ -53,7 +55,7 @@ def adafactor(
     and a leaf of fewer axes keeps $v_t = \beta_t v_{t-1} + (1 - \beta_t) g_t^2$ itself. Then
 
     $$u_t = \frac{g_t}{\max(\sqrt{v_t}, \epsilon_1)}, \qquad
-      w_t = (1 - \eta_t \lambda)\, w_{t-1} - \min\!\Big(\eta_t, \frac{1}{\sqrt t}\Big)
+      w_t = (1 - \eta_t \lambda)\, w_{t-1} - \min\left(\eta_t, \frac{1}{\sqrt t}\right)
       \frac{\max(\epsilon_2, \operatorname{RMS}(w_{t-1}))}{\max(1, \operatorname{RMS}(u_t) / d)}\,
       u_t$$
 

@@ -23,6 +23,7 @@ from regjax.optim._links import (
     zeros_like,
 )
 from regshared.checks import check_bool, check_coefficient
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 State = TypeVar("State", bound=Any)
 
 
+@explain_names
 def adam(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     betas: Betas = (0.9, 0.999),
@@ -115,6 +117,7 @@ def adam(
     return rounded_once(links)
 
 
+@explain_names
 def adamw(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     betas: Betas = (0.9, 0.999),

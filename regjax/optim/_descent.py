@@ -32,6 +32,7 @@ from regjax.optim._links import (
     zeros_like,
 )
 from regshared.checks import check_bool, check_coefficient
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from regjax.optim._links import Mask, WeightDecay
 
 
+@explain_names
 def sgd(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     momentum: ScalarLike = OFF,
@@ -141,6 +143,7 @@ class RpropState(NamedTuple):
     step_size: PyTree
 
 
+@explain_names
 def asgd(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     lambd: ScalarLike = 1e-4,
@@ -211,6 +214,7 @@ def asgd(
     )
 
 
+@explain_names
 def rprop(
     learning_rate: ScalarLike = 1e-2,
     etas: tuple[ScalarLike, ScalarLike] = (0.5, 1.2),

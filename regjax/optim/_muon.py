@@ -25,6 +25,7 @@ from regjax.optim._links import (
     zeros_like,
 )
 from regshared.checks import check_bool, check_coefficient, check_integer
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     Coefficients = tuple[ScalarLike, ScalarLike, ScalarLike]
 
 
+@explain_names
 def muon(
     learning_rate: optax.ScalarOrSchedule = 1e-3,
     weight_decay: WeightDecay = 0.1,

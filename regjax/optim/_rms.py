@@ -15,6 +15,7 @@ import optax
 from regjax.optim._gradients import SPLIT, check_real
 from regjax.optim._links import OFF, chain_links, check_rates, is_zero, rounded_once
 from regshared.checks import check_bool, check_coefficient
+from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from regjax.optim._links import Mask, WeightDecay
 
 
+@explain_names
 def adagrad(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     lr_decay: ScalarLike = OFF,
@@ -74,6 +76,7 @@ def adagrad(
     return rounded_once(chain_links(moments, rate, weight_decay, mask, maximize=maximize))
 
 
+@explain_names
 def adadelta(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     rho: ScalarLike = 0.9,
@@ -121,6 +124,7 @@ def adadelta(
     return rounded_once(chain_links(moments, learning_rate, weight_decay, mask, maximize=maximize))
 
 
+@explain_names
 def rmsprop(
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     alpha: ScalarLike = 0.99,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from regshared.spellings import explain_names
 from regtorch._dropout.core import SampledMask, apply_dropout, check_dims, check_real, real_dtype
 from regtorch._dropout.features import shared_dims
 from regtorch._random.bernoulli import Sampler, bernoulli
@@ -19,6 +20,7 @@ _ALPHA = 1.7580993408473766
 _ONE_MORE = 1 + _ALPHA**-2
 
 
+@explain_names
 def alpha_dropout(
     x: Tensor,
     rate: float | Tensor,
@@ -70,6 +72,7 @@ def alpha_dropout(
     return apply_dropout(alpha("alpha_dropout", sampler, dims), x, rate, key, deterministic)
 
 
+@explain_names
 def feature_alpha_dropout(
     x: Tensor,
     rate: float | Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regshared.checks import check_bool, check_integer, describe
+from regshared.spellings import explain_names
 from regtorch._checks import check_number, check_tensor
 from regtorch._dropout.blockwise import Blocks, blockwise
 from regtorch._dropout.core import (
@@ -23,6 +24,7 @@ from regtorch._random.bernoulli import EXACT, check_probability
 from regtorch._random.events import observer
 
 
+@explain_names
 def dot_product_attention(
     query: Tensor,
     key: Tensor,

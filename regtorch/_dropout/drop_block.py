@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from regshared.checks import check_bool, check_integer
+from regshared.spellings import explain_names
 from regtorch._checks import check_number
 from regtorch._dropout.core import (
     apply_dropout,
@@ -30,6 +31,7 @@ from regtorch._random.rounding import rounded
 from regtorch._random.threefry import threefry2x32
 
 
+@explain_names
 def drop_block(
     x: Tensor,
     rate: float | Tensor,

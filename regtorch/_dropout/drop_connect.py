@@ -11,6 +11,7 @@ from torch import Tensor
 from regshared.checks import describe
 from regshared.decay_rules import Parameter, Place, bools, kind_of_attribute
 from regshared.globs import components, words
+from regshared.spellings import explain_names
 from regtorch._dropout.core import (
     SampledMask,
     apply_dropout,
@@ -47,6 +48,7 @@ def drop_connect(
     rule: Rule = "default",
     sampler: Sampler = bernoulli,
 ) -> Mapping[str, Tensor]: ...
+@explain_names
 def drop_connect(
     weights: Tensor | Mapping[str, Tensor],
     rate: float | Tensor,

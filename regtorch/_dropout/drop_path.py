@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from regshared.checks import check_bool, check_choice
+from regshared.spellings import explain_names
 from regtorch._dropout.core import SampledMask, apply_dropout, check_inexact, inverse_keep_prob
 from regtorch._random.bernoulli import Sampler, bernoulli
 from regtorch._random.packed import mask_sampler
 
 
+@explain_names
 def drop_path(
     x: Tensor,
     rate: float | Tensor,

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from regshared.spellings import explain_names
 from regtorch._dropout.core import (
     apply_dropout,
     check_inexact,
@@ -17,6 +18,7 @@ from regtorch._dropout.core import (
 from regtorch._random.bernoulli import bernoulli_at, exact_keep_prob
 
 
+@explain_names
 def embedding_dropout(
     x: Tensor,
     ids: Tensor,

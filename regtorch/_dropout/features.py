@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regshared.spellings import explain_names
 from regtorch._dropout.core import SampledMask, apply_dropout, check_axis, check_inexact
 from regtorch._random.bernoulli import Sampler, bernoulli
 from regtorch._random.packed import mask_sampler
 
 
+@explain_names
 def feature_dropout(
     x: Tensor,
     rate: float | Tensor,

@@ -13,12 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from regshared.spellings import explain_names
 from regtorch._dropout.core import check_flag, check_real, mask_and_scale, real_dtype, require_key
 from regtorch._random.bernoulli import check_probability
 from regtorch._random.normal import normal
 from regtorch._random.rounding import exact_sqrt, rounded
 
 
+@explain_names
 def gaussian_dropout(
     x: Tensor,
     rate: float | Tensor,
@@ -64,6 +66,7 @@ def gaussian_dropout(
     return _noisy(x, check_noise_rate(rate), key, deterministic, _multiplied)
 
 
+@explain_names
 def gaussian_noise(
     x: Tensor,
     stddev: float | Tensor,

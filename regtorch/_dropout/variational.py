@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regshared.spellings import explain_names
 from regtorch._dropout.core import SampledMask, apply_dropout, check_axis, check_inexact
 from regtorch._random.bernoulli import Sampler, bernoulli
 from regtorch._random.packed import mask_sampler
@@ -12,6 +13,7 @@ from regtorch._random.packed import mask_sampler
 _ADVICE = " For a single timestep, use dropout with the same key at every step."
 
 
+@explain_names
 def variational_dropout(
     x: Tensor,
     rate: float | Tensor,

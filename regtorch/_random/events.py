@@ -245,7 +245,7 @@ def observed_by(added: Observer) -> Iterator[Observer]:
 
 
 # Packages whose lines are not the user's code.
-_LIBRARIES = {"regtorch", "torch", "contextlib"}
+_LIBRARIES = {"regtorch", "regshared", "torch", "contextlib"}
 
 
 def _user_line() -> str:

@@ -7,6 +7,7 @@ step, such as the result of `linear_rate`. In JAX, call the functions of `regjax
 `deterministic=not training`.
 """
 
+from regshared.spellings import explain_names_of
 from regtorch.nn._alpha import AlphaDropout, FeatureAlphaDropout
 from regtorch.nn._blocks import DropBlock1d, DropBlock2d, DropBlock3d
 from regtorch.nn._depth import DropPath
@@ -39,3 +40,7 @@ __all__ = [
 def __dir__() -> list[str]:
     """List the public names, for `dir` and completion."""
     return __all__
+
+
+for _name in __all__:
+    explain_names_of(globals()[_name])

@@ -1,11 +1,8 @@
 """Dropout of the state of an LSTM with one mask for all timesteps, in Flax and in PyTorch.
 
-    python -m examples.recurrent_dropout
-
 Each framework uses the same recipe: `dropout` of the state with one key for the whole sequence. In
 Linen, `nn.RNN` does not split the key along time; in NNX, the model creates the key before the loop
-and stores it in a variable; in PyTorch, the key is an argument of the loop. The program prints the
-masks.
+and stores it in a variable; in PyTorch, the key is an argument of the loop.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ import numpy as np
 import torch
 from flax import linen, nnx
 from flax.nnx.nn.recurrent import RNNCellBase
-from rich.console import Console
 
 import regjax
 import regtorch
@@ -155,16 +151,3 @@ def masks() -> dict[str, np.ndarray]:
         torch_lstm(cell, torch.ones(TIME, BATCH, FEATURES), regtorch.key(0))
     stacked = {name: np.stack([d.mask for d in draws]) for name, draws in drawn.items()}
     return {"Linen": np.asarray(sown["intermediates"]["cell"]["state"][0]) != 0, **stacked}
-
-
-def main() -> None:
-    """Print the masks of a sequence, with a line for each timestep."""
-    console = Console()
-    for name, mask in masks().items():
-        console.print(name)
-        for step, row in enumerate(mask[:, 0]):
-            console.print(f"  t={step}  {''.join('█' if kept else '·' for kept in row)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,12 @@
-"""Convert a PyTorch training run to JAX after half its steps, and compare every further step.
-
-    python -m examples.port_from_torch                 # 300 steps in PyTorch, 300 more in both
-    python -m examples.port_from_torch --mistake state # with a planted defect
+"""The model, its port, and the training of both; `examples/port_from_torch/__main__.py` runs them.
 
 The PyTorch model has dropouts, parameter groups with different learning rates, and a one-cycle
 schedule. Its code is unchanged: `regtorch.keyed.convert` gives each dropout a key that is named
-after the path of the module, and the JAX model uses the same names. After the first half,
-`regjax.interop` converts the parameters, the optimizer with its groups and schedule, and the
-moments. Then both sides continue, and every step is compared.
+after the path of the module, and the JAX model uses the same names.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,26 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from sklearn.datasets import load_digits
 
 import regjax
 import regtorch
-from parity_tests import output
-from parity_tests.harness import JaxSide, Leaf, TorchSide, compare_training, tensors
+from parity_tests.harness import JaxSide, Leaf, TorchSide, tensors
 from regjax import interop
 
 ROOT = 0
 RATES = {"1": 0.1, "4": 0.5}  # by the path of the torch.nn.Dropout in the model
 LAYERS = {"hidden": "0", "middle": "2", "out": "5"}  # by the path of the torch.nn.Linear
-MISTAKES = {
-    "none": "the correct port",
-    "key": "one dropout uses the key of the next step",
-    "rate": "one dropout has rate 0.51 instead of 0.5",
-    "bias": "the biases decay, too",
-    "state": "the optimizer starts without moments, at the start of the schedule",
-}
 
 
 def torch_model() -> torch.nn.Module:
@@ -97,7 +81,7 @@ def jax_side(original: TorchSide, mistake: str = "none") -> tuple[JaxSide, dict[
 
     Args:
         original: The original, after any number of steps.
-        mistake: One of `MISTAKES`.
+        mistake: One of `MISTAKES` of the program.
     """
     sizes = {"hidden": (64, 64), "middle": (64, 32), "out": (32, 10)}
     template = {n: {"kernel": jnp.zeros(s), "bias": jnp.zeros(s[1])} for n, s in sizes.items()}
@@ -139,51 +123,3 @@ def batches(steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
     rng = np.random.default_rng(0)
     picks = [rng.integers(0, len(labels), 64) for _ in range(steps)]
     return [((images[i] / 16).astype(np.float32), labels[i]) for i in picks]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, convert, continue on both sides, and return 0 if they agree."""
-    options = _parser().parse_args(argv)
-    console = Console()
-    half, data = options.steps, batches(2 * options.steps)
-    original = torch_side(2 * half)
-    with Progress(console=console, transient=True) as progress:
-        first = progress.add_task("PyTorch alone", total=half)
-        train_in_torch(original, data[:half], lambda: progress.advance(first))
-        port, names = jax_side(original, options.mistake)
-        second = progress.add_task("JAX beside PyTorch", total=half)
-        found = compare_training(
-            port,
-            original,
-            data[half:],
-            names,
-            start=half,
-            progress=lambda step: progress.update(second, completed=step),
-        )
-    console.print(str(found), markup=False, soft_wrap=True)
-    in_jax, in_torch = found.losses[-1]
-    steps = half + len(found.losses)
-    console.print(f"loss after {steps} steps: JAX {in_jax:.6f}, PyTorch {in_torch:.6f}")
-    picture = options.out / "port_from_torch.png"
-    found.plot(picture)
-    console.print(f"picture: {picture}", soft_wrap=True)
-    return 0 if found.agrees else 1
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = output.Parser("python -m examples.port_from_torch", __doc__)
-    parser.add_argument(
-        "--steps",
-        type=output.integer(1, 10_000),
-        metavar="N",
-        default=300,
-        help="number of steps of each half (default: %(default)s)",
-    )
-    text = "; ".join(f"{name}: {about}" for name, about in MISTAKES.items())
-    parser.add_argument("--mistake", choices=MISTAKES, default="none", metavar="NAME", help=text)
-    parser.add_out("outputs", "the picture")
-    return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

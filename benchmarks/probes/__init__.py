@@ -1,0 +1,1 @@
+"""Programs that decide whether a library has a property, for `benchmarks.comparison`."""

@@ -1,0 +1,1 @@
+"""Packaging: `python -m distributions` builds and tests the distributions that are published."""

@@ -1,0 +1,1 @@
+"""A PyTorch training run that continues in JAX, with a comparison of every step."""

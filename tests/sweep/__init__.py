@@ -1,0 +1,1 @@
+"""Wrong calls: `python -m tests.sweep`."""
