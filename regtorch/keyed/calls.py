@@ -285,7 +285,7 @@ class KeyedMode(TorchFunctionMode):
     def key(self, device: torch.device, part: str = "", *, is_mask: bool = True) -> Tensor:
         """Return the key of the next draw in the innermost call, or in a part of its module.
 
-        Observers receive masks; of another draw they are told that no mask is to be expected.
+        With `is_mask=False` it is not the key of a mask, and observers expect none.
         """
         call, name = self.calls[-1], self._name(part)
         number = call.draws.get(name, 0)

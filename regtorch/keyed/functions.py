@@ -340,11 +340,8 @@ def _rrelu(
 ) -> Any:
     if not training or input.dtype not in _REAL:
         return NotImplemented
-    slope = (
-        uniform(draws.key(input.device, is_mask=False), input.shape, input.dtype) * (upper - lower)
-        + lower
-    )
-    return torch.where(input <= 0, input * slope, input)
+    u = uniform(draws.key(input.device, is_mask=False), input.shape, input.dtype)
+    return torch.where(input <= 0, input * (u * (upper - lower) + lower), input)
 
 
 @_replaces(torch.rrelu_)
@@ -448,12 +445,6 @@ for _function in (F.fractional_max_pool2d, F.fractional_max_pool3d):
     _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _without_indices))
 
 # The rest of PyTorch's functions that draw: an error in training, if they do.
-for _function in (
-    torch.native_dropout,
-    torch.poisson,
-    torch._standard_gamma,
-    Tensor.cauchy_,
-    Tensor.geometric_,
-    Tensor.log_normal_,
-):
+_UNKNOWN = [getattr(torch, name) for name in ("native_dropout", "poisson", "_standard_gamma")]
+for _function in (*_UNKNOWN, Tensor.cauchy_, Tensor.geometric_, Tensor.log_normal_):
     _replaces(_function)(lambda draws, *args, **options: NotImplemented)
