@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import regtorch
 from regtorch import keyed
 from regtorch._random.keys import site_words
+from regtorch.keyed import functions
 from regtorch.keyed.calls import states_of
 
 ROOT = regtorch.key(7)
@@ -217,8 +218,8 @@ ATTENTION = {
 @pytest.fixture
 def no_dropout(monkeypatch):
     """Replace the dropout of converted models, to keep everything."""
-    monkeypatch.setattr("regtorch.keyed.functions.dropout", lambda x, rate, *, key: x)
-    monkeypatch.setattr("regtorch.keyed.functions._drop", lambda draws, drop, x, *options: x)
+    monkeypatch.setattr(functions, "dropout", lambda x, rate, *, key: x)
+    monkeypatch.setattr(functions, "_drop", lambda draws, drop, x, *options: x)
 
 
 @pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
@@ -322,7 +323,7 @@ def test_recurrent_layers_drop_between_layers():
 def test_each_gap_between_recurrent_layers_has_its_own_key(monkeypatch):
     keys = []
     drop = lambda x, rate, *, key: keys.append(key.tolist()) or x
-    monkeypatch.setattr("regtorch.keyed.functions.dropout", drop)
+    monkeypatch.setattr(functions, "dropout", drop)
     keyed_model(nn.ModuleDict({"rnn": nn.GRU(8, 8, 3, dropout=0.5)}))["rnn"](X)
     assert keys == [at("rnn.0").tolist(), at("rnn.1").tolist()]
 
