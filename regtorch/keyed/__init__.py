@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -78,7 +78,7 @@ def __dir__() -> list[str]:
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def convert(model: _M, *, allow: Collection[str] = ()) -> _M:
+def convert(model: _M, *, allow: Sequence[str] = ()) -> _M:
     """Make every draw of a model use an explicit key, in place; return the model.
 
     Each module receives two forward hooks, and stays otherwise as it is: its class, parameters,
@@ -248,8 +248,8 @@ def register(function: Callable[..., Any], replacement: Callable[..., Any]) -> N
     """Replace a further function of PyTorch that draws, in all converted models in training.
 
     Args:
-        function: A function that respects `torch.overrides`, as all of PyTorch's do, and operators
-            of extensions, `torch.ops.library.operator`.
+        function: A function or a method of PyTorch, or an operator that an extension registers
+            with it.
         replacement: Called with a key, then with the arguments of the function.
 
     Example:

@@ -127,9 +127,9 @@ class Site:
         state: The state that all sites of the model share.
     """
 
-    def __init__(self, name: str, state: State) -> None:
+    def __init__(self, name: str, state: Any) -> None:
         self.name = name
-        self.state = state
+        self.state: State = state
 
     def __repr__(self) -> str:
         return f"Site({self.name!r})"
