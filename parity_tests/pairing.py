@@ -70,11 +70,9 @@ class Pair:
         _check_averages(self._jax.averages, averages, self._leaves)
         moved = _moved(self._jax.params, tensors, self._leaves)
         self._previous = (moved, moved)
-        self._jax.start(
-            moved,
-            _moved(self._jax.buffers, buffers, self._buffers),
-            averages and _moved(self._jax.averages or {}, named_tensors(averages), self._leaves),
-        )
+        if averages is not None:
+            averages = _moved(self._jax.averages or {}, named_tensors(averages), self._leaves)
+        self._jax.start(moved, _moved(self._jax.buffers, buffers, self._buffers), averages)
         self._buffers = {p: leaf for p, leaf in self._buffers.items() if leaf.name not in left_out}
         self.notes = [f"Buffers were not compared: {', '.join(left_out)}."] if left_out else []
         if is_step or isinstance(torch_side, TorchStep):
@@ -135,7 +133,11 @@ class Pair:
         why = ""
         if optimizer is None:
             why = "TorchStep has no optimizer"
-        elif not found and any(len(state) > 1 for state in optimizer.state.values()):
+        elif not found and any(
+            getattr(kept, "ndim", 0)
+            for state in optimizer.state.values()
+            for kept in state.values()
+        ):
             why = f"the state in JAX has no arrays like those of {type(optimizer).__name__}"
         note = f"The optimizer's state was not compared: {why}."
         if why and note not in self.notes:

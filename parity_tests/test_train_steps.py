@@ -292,12 +292,15 @@ def test_steps_that_cannot_be_compared_are_refused(change, message):
 
 def test_notes_name_the_quantities_that_are_not_compared():
     original = torch_step(SGD)
-    found = compare_training(
-        jax_step(MOMENTUM), TorchStep(original.model, original.step), batches(1), NAMES
-    )
+    side = TorchStep(original.model, original.step)
+    found = compare_training(jax_step(MOMENTUM), side, batches(1), NAMES)
     assert found.notes == (
         "Gradients were not compared: a whole train step does not show them.",
         "The optimizer's state was not compared: TorchStep has no optimizer.",
+    )
+    found = compare_training(jax_step(optax.sgd(RATE)), torch_step(SGD), batches(1), NAMES)
+    assert found.notes[-1] == (
+        "The optimizer's state was not compared: the state in JAX has no arrays like those of SGD."
     )
 
 
