@@ -82,7 +82,7 @@ class JaxStep:
             step, in NNX in place. An optimizer that keeps copies of the parameters must be
             initialized with those of PyTorch, as from `regjax.interop.params_from_torch`.
         step: `step(state, batch, i)`, usually jitted, returns the new state and the loss. It may
-            return the loss alone if it changes the state in place, as under `nnx.jit`.
+            return the loss alone if it changes the state in place, as a step of NNX does.
         params: Selects the parameters: a function from the state to a part of it, in which the
             paths are those of `names`. None for a state of one of the kinds above.
         statistics: Selects the running statistics in the same way.
@@ -120,8 +120,8 @@ class TorchStep:
         step: `step(model, batch, i)` returns the loss, after `zero_grad`, `backward`, clipping,
             the steps of the optimizer and of the scheduler, and the update of averages.
         optimizer: The optimizer whose state is compared; None compares no state.
-        averages: The module with the averages of the parameters, such as a
-            `torch.optim.swa_utils.AveragedModel`. None if they are not compared.
+        averages: The module with the averages of the parameters, such as an `AveragedModel` of
+            PyTorch. None if they are not compared.
 
     Example:
         >>> model = torch.nn.Linear(3, 2, bias=False)
