@@ -174,7 +174,7 @@ def test_the_chinese_page_is_in_step(page):
 @pytest.mark.parametrize(
     ("folder", "old", "new"),
     [
-        (LESSON, "merely a smaller one", "merely a much smaller one"),
+        (LESSON, "the same smaller network", "the same network"),
         (LESSON, '"validation cross-entropy"', '"cross-entropy"'),
         (LESSON, "steps: lower with", "steps: higher with"),
         (CHINESE, "## 要点", "### 要点"),
