@@ -36,7 +36,7 @@ from parity_tests.recording import (
 )
 from regjax._decay.paths import named_leaves
 from regjax.interop import Leaf
-from regjax.interop._leaves import report
+from regjax.interop._leaves import as_leaves, missing_sections, named_tensors, overlap, report
 from regjax.optim._records import RECORDS
 from regshared.extras import needs
 
@@ -171,7 +171,7 @@ def compare_training(
             there are no batches; or a tolerance is for something else, negative or NaN.
     """
     bounds = _bounds(tier, tolerances)
-    leaves = {path: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for path, leaf in names.items()}
+    leaves = as_leaves(names)
     recorder, losses, first = Recorder(), [], None
     deviations: dict[str, list[float]] = {quantity: [] for quantity in QUANTITIES}
     sites, notes = collections.Counter(), {}
@@ -318,7 +318,7 @@ def _first(step: int, found: Mapping[str, Difference], draws: _Draws) -> Diverge
 
 def _moved(params: PyTree, model: torch.nn.Module, leaves: Mapping[str, Leaf]) -> PyTree:
     """Return the tree of `params` with the values of the model."""
-    tensors, in_jax = dict(model.named_parameters()), dict(named_leaves(params))
+    tensors, in_jax = named_tensors(model), dict(named_leaves(params))
     _check_names(in_jax, tensors, leaves)
     moved = []
     for path, leaf in in_jax.items():
@@ -337,13 +337,31 @@ def _moved(params: PyTree, model: torch.nn.Module, leaves: Mapping[str, Leaf]) -
 def _check_names(
     in_jax: Mapping[str, Any], in_torch: Mapping[str, Any], leaves: Mapping[str, Leaf]
 ) -> None:
-    mapped = {leaf.name for leaf in leaves.values()}
+    of_tensor: dict[int, list[str]] = {}
+    for path, leaf in leaves.items():
+        of_tensor.setdefault(id(in_torch.get(leaf.name)), []).append(path)
+    first = {id(tensor): name for name, tensor in reversed(list(in_torch.items()))}
+    missing = {
+        name + section
+        for tensor, name in first.items()
+        for section in missing_sections(
+            [leaves[path] for path in of_tensor.get(tensor, ())], in_torch[name].shape
+        )
+    }
     report(
         {
             "JAX parameters without a name in PyTorch": set(in_jax) - set(leaves),
             "names of JAX parameters that do not exist": set(leaves) - set(in_jax),
-            "PyTorch parameters that no JAX parameter is": set(in_torch) - mapped,
-            "names of PyTorch parameters that do not exist": mapped - set(in_torch),
+            "PyTorch parameters that no JAX parameter is": missing,
+            "names of PyTorch parameters that do not exist": {
+                leaf.name for leaf in leaves.values() if leaf.name not in in_torch
+            },
+            "JAX parameters that are the same PyTorch parameter": {
+                path
+                for tensor, paths in of_tensor.items()
+                if tensor in first and overlap([leaves[path] for path in paths])
+                for path in paths
+            },
         }
     )
 
@@ -357,7 +375,7 @@ def _torch_arrays(
     leaves: Mapping[str, Leaf],
     get: Callable[[Any], torch.Tensor | None] = lambda p: p,
 ) -> dict[str, np.ndarray]:
-    tensors = dict(model.named_parameters())
+    tensors = named_tensors(model)
     found = {}
     for path, leaf in leaves.items():
         tensor = get(tensors[leaf.name])
@@ -371,7 +389,7 @@ def _states(
     state: PyTree, side: TorchSide, leaves: Mapping[str, Leaf]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the moments and momenta that both sides keep, by parameter."""
-    tensors = dict(side.model.named_parameters())
+    tensors = named_tensors(side.model)
     record = RECORDS.get(type(side.optimizer).__name__)
     kept_as = record.torch_names if record else {}
     kinds = "|".join(kept_as)

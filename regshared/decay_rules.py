@@ -3,41 +3,50 @@
 A rule is one of
 
     "default"                               common recipes: kernels decay, the rest does not
+    "huggingface", "timm"                   the choices of these libraries, see below
     "**/kernel"                             a glob: what it matches decays, the rest does not
     lambda path, leaf, kind: leaf.ndim > 1  a function that returns True, False or a rate
     [("head/**", 0.1), ("**", "default")]   pairs: the first whose glob matches a parameter wins
 
 and is read from top to bottom like `if`, `elif`, `else`. A pair gives True (decays, at the call's
-`weight_decay`), False, a rate, "default" or a function. In a glob `*`, `?` and `[...]` stay within
-one component of the path, `**` spans any number of them, and a glob without a slash is compared
-with the last component, so "bias" is "**/bias". A dot counts as a slash, in globs and in PyTorch's
-names: "encoder/*/weight" is "encoder.*.weight". A glob that decides nothing and a parameter that no
-pair covers are errors.
+`weight_decay`), False, a rate, a function, "default", "huggingface" or "timm". In a glob `*`, `?`
+and `[...]` stay within one component of the path, `**` spans any number of them, and a glob without
+a slash is compared with the last component, so "bias" is "**/bias". A dot counts as a slash, in
+globs and in PyTorch's names: "encoder/*/weight" is "encoder.*.weight". A glob that decides nothing
+and a parameter that no pair covers are errors.
 
 The default rule uses names and the class of the owning module, never the number of dimensions: a
 bias of stacked layers has two. It tests, in this order,
 
-    bias        b, bias, beta, offset, in_proj_bias, ...              does not decay
+    bias        b, bias, beta, offset, in_proj_bias, sinks, ...       does not decay
     norm        every parameter of a norm                             does not decay
-    scale       scale, gamma, logit_scale, ...                        does not decay
+    scale       scale, gamma, logit_scale, lambda_1, temperature,
+                gain, alpha, A_log, ...                               does not decay
     activation  the slope of a PReLU                                  does not decay
     kernel      kernel                                                decays
-    embedding   embedding, embeddings, pos_embedding, cls_token, ...,
+    embedding   embedding, embeddings, pos_embedding, cls_token,
+                probe, latents, query (not of an attention), ...,
                 and every parameter of an embedding module            does not decay
     kernel      weight, w, weight_ih, in_proj_weight, lora_a, ...     decays
 
-and raises an error that names any other parameter. Two more are errors: a weight whose module is
-only called "embed", which may be linear, as in a patch embedding, and a vector called weight in an
-unknown module, which may be a norm.
+and raises one error for all others, with a rule that covers them. Two more are errors: a weight
+whose module is only called "embed", which may be linear, as in a patch embedding, and a vector
+called weight in an unknown module, which may be a norm.
+
+"huggingface" is the choice of the Trainer of transformers: all parameters decay but those of a
+LayerNorm and those whose name contains bias, layernorm, rmsnorm or the word norm. "timm" is that of
+timm's optimizers: all decay but scalars, vectors, names that end in ".bias" and, in PyTorch, those
+that the model lists in `no_weight_decay()`. Under both, embeddings decay unless they are listed.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from regshared.checks import check_coefficient
-from regshared.globs import matches, words
+from regshared.globs import components, matches, words
 
 if TYPE_CHECKING:
     Decision = bool | float | str | Callable[[str, Any, str], Any]
@@ -52,12 +61,14 @@ class Place(NamedTuple):
         name: The name within its module.
         kind: The kind of the module that owns it; empty if unknown.
         certain: Whether the kind comes from a class instead of a guess from a name.
+        owner: The class of that module; `object` if unknown.
     """
 
     path: str
     name: str
     kind: str
     certain: bool
+    owner: type = object
 
 
 class Parameter(NamedTuple):
@@ -68,12 +79,14 @@ class Parameter(NamedTuple):
         places: Its places in the model; a tied parameter has several.
         leaf: The array.
         frozen: Whether it receives no gradient.
+        listed: Whether the model lists it in `no_weight_decay()`, as those of timm do.
     """
 
     path: str
     places: tuple[Place, ...]
     leaf: Any
     frozen: bool
+    listed: bool = False
 
 
 def _apply_rule(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, str]]:
@@ -94,10 +107,14 @@ def _apply_rule(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, 
             f"rule must cover all parameters; got no pair for {listed(uncovered)}. End it with "
             "('**', False), ('**', True) or ('**', 'default')."
         )
-    decisions = [
-        (False, "frozen") if parameter.frozen else _decision(parameter, *pairs[index or 0])
-        for parameter, index in zip(parameters, deciders, strict=True)
-    ]
+    decisions: list[tuple[Any, str]] = []
+    unknown = []
+    for parameter, index in zip(parameters, deciders, strict=True):
+        found = _FROZEN if parameter.frozen else _decision(parameter, *pairs[index or 0])
+        decisions.append(found or _FROZEN)
+        unknown += [] if found else [parameter]
+    if unknown:
+        raise ValueError(_describe_unknown(unknown, parameters, pairs))
     trainable = [parameter for parameter in parameters if not parameter.frozen]
     if callable(rule) and trainable and all(decision is False for decision, _ in decisions):
         raise ValueError(
@@ -107,28 +124,33 @@ def _apply_rule(parameters: Sequence[Parameter], rule: Rule) -> list[tuple[Any, 
     return decisions
 
 
+_FROZEN = (False, "frozen")
+
+
 def _pairs(rule: Rule) -> list[tuple[str, Decision]]:
     """Return a rule of any form as pairs, of which the first match wins."""
     if isinstance(rule, str):
-        return [("**", "default")] if rule == "default" else [(rule, True), ("**", False)]
+        return [("**", rule)] if rule in _RECIPES else [(rule, True), ("**", False)]
     if callable(rule):
         return [("**", rule)]
     if not isinstance(rule, Sequence) or not rule:
         raise TypeError(
-            "rule must be 'default', a glob such as '**/kernel', a function (path, leaf, kind) -> "
-            f"bool, or a list of pairs (glob, bool or rate); got {rule!r}."
+            "rule must be 'default', 'huggingface', 'timm', a glob such as '**/kernel', a function "
+            f"(path, leaf, kind) -> bool, or a list of pairs (glob, bool or rate); got {rule!r}."
         )
     for position, pair in enumerate(rule):
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
             raise TypeError(f"rule[{position}] must be a pair (glob, bool or rate); got {pair!r}.")
-        if pair[1] != "default" and not callable(pair[1]):
+        is_recipe = isinstance(pair[1], str) and pair[1] in _RECIPES
+        if not is_recipe and not callable(pair[1]):
             _check_decision(f"rule[{position}], '{pair[0]}',", pair[1])
     return [(pattern, decision) for pattern, decision in rule]
 
 
-def _decision(parameter: Parameter, pattern: str, decision: Decision) -> tuple[Any, str]:
+def _decision(parameter: Parameter, pattern: str, decision: Decision) -> tuple[Any, str] | None:
+    """Return the decision and its reason; None if it is the default rule's and is unknown."""
     if isinstance(decision, str):
-        return _by_default(parameter)
+        return _RECIPES[decision](parameter)
     if not callable(decision):
         return decision, pattern
     answers = [decision(place.path, parameter.leaf, place.kind) for place in parameter.places]
@@ -154,20 +176,43 @@ def _check_decision(what: str, decision: Any) -> None:
         check_coefficient(what, decision, fix="Pass True, False or a rate.")
 
 
-def _by_default(parameter: Parameter) -> tuple[bool, str]:
-    decisions = [_recipe(place, len(parameter.leaf.shape)) for place in parameter.places]
+def _by_default(parameter: Parameter) -> tuple[bool, str] | None:
+    decisions = [_category(place, len(parameter.leaf.shape)) for place in parameter.places]
     # An output layer tied to an embedding is an embedding.
-    known = sorted(decision for decision in decisions if decision is not None)
-    if not known:
-        raise ValueError(
-            f"rule must have a pair for {listed([parameter])}; got 'default', which knows neither "
-            f"its name nor its module. Pass [('{parameter.places[0].path}', False), ('**', "
-            "'default')], for example."
-        )
-    return known[0]
+    return min((decision for decision in decisions if decision is not None), default=None)
 
 
-def _recipe(place: Place, ndim: int) -> tuple[bool, str] | None:
+def _by_huggingface(parameter: Parameter) -> tuple[bool, str]:
+    """Decide as `Trainer.get_decay_parameter_names` of transformers, by the first name."""
+    place = parameter.places[0]
+    names = components(place.path)
+    is_norm = any(
+        base.__name__ == "LayerNorm" and base.__module__.partition(".")[0] in _LIBRARIES
+        for base in place.owner.__mro__
+    )
+    if is_norm and len(names) > 1:  # a model that is a LayerNorm itself decays
+        return False, "LayerNorm"
+    found = _NAMES_OF_HUGGINGFACE.search(".".join(names).lower())
+    return (False, found[0].strip("._")) if found else (True, "huggingface")
+
+
+_LIBRARIES = {"torch", "flax", "equinox"}
+_NAMES_OF_HUGGINGFACE = re.compile(r"bias|layernorm|rmsnorm|(?:^|[._])norm(?:$|\.)")
+
+
+def _by_timm(parameter: Parameter) -> tuple[bool, str]:
+    """Decide as `param_groups_weight_decay` of timm."""
+    if len(parameter.leaf.shape) <= 1:
+        return False, "vector"
+    if components(parameter.places[0].path)[1:][-1:] == ["bias"]:
+        return False, "bias"
+    return (False, "no_weight_decay") if parameter.listed else (True, "timm")
+
+
+_RECIPES = {"default": _by_default, "huggingface": _by_huggingface, "timm": _by_timm}
+
+
+def _category(place: Place, ndim: int) -> tuple[bool, str] | None:
     """Return whether a parameter decays and its category; None if name and module do not decide.
 
     The number of dimensions would not suffice: a bias of stacked layers has two. It only keeps a
@@ -187,7 +232,10 @@ def _recipe(place: Place, ndim: int) -> tuple[bool, str] | None:
         return False, "activation"
     if unique & _KERNELS:
         return True, "kernel"
-    if unique & _EMBEDDINGS or (place.kind == "embedding" and place.certain):
+    # The query of an attention may be its projection; elsewhere it is learned, like a token.
+    inputs = _INPUTS - {"query", "queries"} if place.kind == "attention" else _INPUTS
+    is_input = unique & inputs and not unique & _WEIGHTS
+    if unique & _EMBEDDINGS or is_input or (place.kind == "embedding" and place.certain):
         return False, "embedding"
     # A layer called embed may be linear, as in a patch embedding.
     if unique & _WEIGHTS and place.kind != "embedding" and (place.kind or ndim > 1):
@@ -195,12 +243,13 @@ def _recipe(place: Place, ndim: int) -> tuple[bool, str] | None:
     return None
 
 
-_BIASES = {"bias", "biases"}
-_SCALES = {"scale", "scales", "gamma"}
+_BIASES = {"bias", "biases", "sink", "sinks"}  # sinks are added to attention's scores
+_SCALES = {"scale", "scales", "gamma", "lambda", "temperature", "gain", "alpha", "log"}
 _KERNELS = {"kernel", "kernels"}
 _WEIGHTS = {"weight", "weights", "w", "lora", "proj", "projection"}
 _TABLES = {"embedding", "embeddings", "embed", "embeds", "embedder", "emb", "embs", "wte", "wpe"}
 _EMBEDDINGS = _TABLES | {"pos", "position", "positional", "token", "tokens", "cls"}
+_INPUTS = {"probe", "latent", "latents", "query", "queries"}
 _NORMS = {"ln", "bn", "gn", "norms", "normalization"}
 _KINDS = {
     "embedding": _TABLES,
@@ -255,6 +304,52 @@ def _describe_unused(
         f"rule must match a parameter with each glob; got '{pattern}', which matches none of "
         f"{listed(parameters)}."
     )
+
+
+def _describe_unknown(
+    unknown: Sequence[Parameter],
+    parameters: Sequence[Parameter],
+    pairs: Sequence[tuple[str, Decision]],
+) -> str:
+    """Return the error for all parameters that the default rule does not know, with a rule.
+
+    Paths that differ in numbers share a glob, unless it would match a parameter that is known.
+    """
+    known = [place.path for p in parameters if p not in unknown for place in p.places]
+    globs: dict[str, list[Parameter]] = {}
+    for parameter in unknown:
+        path = parameter.places[0].path
+        glob = re.sub(r"(?<![^/])\d+(?![^/])", "*", path)
+        shared = not any(matches(glob, other) for other in known)
+        globs.setdefault((glob if shared else path) or "**", []).append(parameter)
+    found = ", ".join(
+        f"'{glob}' {list(members[0].leaf.shape)}"
+        + f" ({len(members)} parameters)" * (len(members) > 1)
+        for glob, members in globs.items()
+    )
+    guesses = [(glob, any(map(_may_be_kernel, members))) for glob, members in globs.items()]
+    others = [(pattern, _Verbatim(decision)) for pattern, decision in pairs]
+    return (
+        "rule must have a pair for each parameter whose name and module 'default' does not know; "
+        f"got none for {found}. If these are kernels where it has True, pass "
+        f"rule={[*guesses, *others]}."
+    )
+
+
+def _may_be_kernel(parameter: Parameter) -> bool:
+    """Guess: a vector, an array for a batch of one, or a matrix in an embedding is no kernel."""
+    shape = parameter.leaf.shape
+    return len(shape) > 1 + (parameter.places[0].kind == "embedding") and shape[0] != 1
+
+
+class _Verbatim:
+    """A decision as it is written in a rule; a function has its name."""
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+
+    def __repr__(self) -> str:
+        return _named(self.decision) if callable(self.decision) else repr(self.decision)
 
 
 def listed(parameters: Sequence[Parameter]) -> str:

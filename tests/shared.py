@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ WRONG_LAYERS = [
     (True, None, TypeError, "must be an integer; got True"),
     (None, None, TypeError, "must be an integer; got None"),
 ]
+
+
+def suggested(error: Any) -> Any:
+    """Return the rule that the error of unknown parameters suggests, as a user would paste it."""
+    return ast.literal_eval(str(error.value).partition("rule=")[2].removesuffix("."))
 
 
 def line(file: str, marker: str) -> str:

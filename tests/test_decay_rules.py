@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from regshared.decay_rules import Parameter, Place, bools, kind_of_attribute, kind_of_class, rates
+from tests.shared import suggested
 
 
 class Leaf(NamedTuple):
@@ -51,6 +52,18 @@ RECIPES: list[tuple[str, dict[str, Any], str]] = [
     ("w", {"kind": "linear", "shape": (3,)}, "kernel"),
     ("w", {"kind": "linear", "certain": True}, "kernel"),
     ("w", {}, "kernel"),
+    ("lambda_1", {}, "scale"),
+    ("lambda_q1", {"kind": "attention", "shape": (3,)}, "scale"),
+    ("A_log", {"shape": (4, 2)}, "scale"),
+    ("temperature", {"shape": ()}, "scale"),
+    ("alpha", {"shape": (1,)}, "scale"),
+    ("gain", {"kind": "conv"}, "scale"),
+    ("probe", {"kind": "attention"}, "embedding"),
+    ("latents", {}, "embedding"),
+    ("query", {}, "embedding"),
+    ("query_proj", {}, "kernel"),
+    ("latent_weight", {}, "kernel"),
+    ("sinks", {"kind": "attention", "shape": (3,)}, "bias"),
 ]
 
 
@@ -68,10 +81,11 @@ def test_the_kind_that_the_default_rule_infers(name, options, expected):
         ("x", {"kind": "linear"}),
         ("w", {"shape": (3,)}),
         ("w", {"kind": "embedding"}),
+        ("query", {"kind": "attention"}),  # a projection, or learned
     ],
 )
 def test_the_default_rule_raises_for_unknown_kinds(name, options):
-    with pytest.raises(ValueError, match=f"must have a pair for '{name}' .*\\('{name}', False\\)"):
+    with pytest.raises(ValueError, match=f"got none for '{name}' .*\\('{name}', (True|False)\\)"):
         bools([_parameter(name, **options)], "default")
 
 
@@ -175,6 +189,83 @@ def test_tied_parameters():
         bools([TIED], lambda path, leaf, kind: path == "head/w")
 
 
+MANY = [
+    *(_parameter(f"layers/{i}/mixing", shape=(3, 4)) for i in range(12)),
+    _parameter("layers/0/kernel"),
+    _parameter("blocks/0/x", kind="linear", shape=(3,)),
+    _parameter("blocks/1/x", "blocks/1/kernel", shape=(2, 3)),  # known by another name
+    _parameter("start", shape=(1, 5, 3)),
+]
+
+
+def test_all_unknown_parameters_are_in_one_error_with_a_rule_to_paste():
+    with pytest.raises(
+        ValueError, match=r"none for 'layers/\*/mixing' \[3, 4\] \(12 parameters\), 'bl"
+    ) as error:
+        rates(MANY, 0.5, "default")
+    rule = suggested(error)
+    # A glob for all blocks would match a parameter that the rule knows.
+    assert rule == [
+        ("layers/*/mixing", True),
+        ("blocks/0/x", False),
+        ("start", False),
+        ("**", "default"),
+    ]
+    found = [rate for rate, _ in rates(MANY, 0.5, rule)]
+    assert found == [0.5] * 13 + [0.0, 0.5, 0.0]
+
+
+def test_the_rule_to_paste_keeps_the_pairs_of_the_user():
+    with pytest.raises(ValueError, match="does not know") as error:
+        rates(MANY, 0.5, [("start", 0.25), ("**", "default")])
+    rule = suggested(error)
+    assert rule[2:] == [("start", 0.25), ("**", "default")]
+    assert rates(MANY, 0.5, rule)[-1] == (0.25, "start")
+    with pytest.raises(ValueError, match=r"rule=.*\('start', <lambda>\), \('\*\*', 'default'\)\]"):
+        rates(MANY, 0.5, [("start", lambda path, leaf, kind: 1.0), ("**", "default")])
+
+
+def _of_class(library: str, path: str, shape=(3,)) -> Parameter:
+    owner = type("MyNorm", (type("LayerNorm", (), {"__module__": library}),), {})
+    place = Place(path, path.rpartition("/")[2], "norm", True, owner)
+    return Parameter(path, (place,), Leaf(shape), frozen=False)
+
+
+# Parameters, and whether they decay by transformers' choice and by timm's.
+CHOICES = [
+    (_parameter("embeddings/word/weight"), True, True),
+    (_parameter("layer/0/q_proj/bias", shape=(3,)), False, False),
+    (_parameter("attention/bias", shape=(2, 3)), False, False),
+    (_parameter("bias", shape=(2, 3)), False, True),
+    (_parameter("relative_position_bias_table"), False, True),
+    (_parameter("encoder/layer_norm/weight"), False, True),
+    (_parameter("norm/weight", shape=(3,)), False, False),
+    (_parameter("Norm/scale", shape=(4, 3)), False, True),
+    (_parameter("encoder/RMSNorm_0/scale", shape=(4, 3)), False, True),
+    (_parameter("layernorm1/w"), False, True),
+    (_parameter("norm1/weight", shape=(3,)), True, False),
+    (_parameter("normal/weight"), True, True),
+    (_parameter("subnorm/weight"), True, True),
+    (_parameter("bn1/weight", kind="norm", certain=True, shape=(3,)), True, False),
+    (_parameter("temperature", shape=()), True, False),
+    (_of_class("torch.nn.modules.normalization", "ln/weight"), False, False),
+    (_of_class("flax.nnx.nn.normalization", "ln/scale", (4, 3)), False, True),
+    (_of_class("nanogpt", "ln/weight"), True, False),
+    (_of_class("torch.nn.modules.normalization", "weight"), True, False),
+    (_parameter("pos_embed")._replace(listed=True), True, False),
+    # The first name of a tied parameter decides.
+    (_parameter("a/w", "norm/w"), True, True),
+]
+
+
+@pytest.mark.parametrize(("parameter", "huggingface", "timm"), CHOICES)
+def test_the_choices_of_libraries(parameter, huggingface, timm):
+    for rule, expected in (("huggingface", huggingface), ("timm", timm)):
+        assert bools([parameter], rule) == [expected]
+        assert bools([parameter], [("**", rule)]) == [expected]
+        assert bools([parameter._replace(frozen=True)], rule) == [False]
+
+
 def _says(answer):
     return lambda path, leaf, kind: answer
 
@@ -182,7 +273,7 @@ def _says(answer):
 @pytest.mark.parametrize(
     ("rule", "error", "message"),
     [
-        (3, TypeError, "rule must be 'default', a glob such as '**/kernel', a function"),
+        (3, TypeError, "rule must be 'default', 'huggingface', 'timm', a glob such as '**/kernel'"),
         ([], TypeError, "or a list of pairs (glob, bool or rate); got []"),
         ({"kernel": True}, TypeError, "got {'kernel': True}"),
         (["ab"], TypeError, "rule[0] must be a pair (glob, bool or rate); got 'ab'"),
@@ -217,7 +308,7 @@ def test_wrong_rules_are_rejected(rule, error, message):
 
 
 def test_a_tied_parameter_has_the_name_of_its_first_occurrence():
-    with pytest.raises(ValueError, match=r"pair for 'a/x' \[2, 3\];.*Pass \[\('a/x', False\)"):
+    with pytest.raises(ValueError, match=r"none for 'a/x' \[2, 3\]\..* rule=\[\('a/x', True\)"):
         bools([_parameter("a/x", "a/y")], "default")
 
 

@@ -450,19 +450,22 @@ def test_an_unfolded_leaf_converts_in_both_directions():
     np.testing.assert_array_equal(leaf.to_torch(leaf.to_jax(weight)), weight)
 
 
-@pytest.mark.parametrize("weights", [False, True], ids=["attention", "tied"])
-def test_a_parameter_of_several_leaves_has_no_leaf(weights):
-    if weights:
-        entries = {"a.weight": np.zeros((2, 2), np.float32)}
-        params = {name: {"kernel": np.zeros((2, 2), np.float32)} for name in ("a", "b")}
-        names = {"b": "a"}
-        assert params_from_torch(entries, params, names)["b"]["kernel"].shape == (2, 2)
-        message = "'b/kernel' has no Leaf: it is 'a.weight', which feeds other leaves too"
-    else:
-        entries, params, names = Original(), LINEN.params("float32"), LINEN.names
-        message = "the query third of 'attention.in_proj_weight'"
+def test_two_leaves_of_one_tensor_have_no_leaf():
+    entries = {"a.weight": np.zeros((2, 2), np.float32)}
+    params = {name: {"kernel": np.zeros((2, 2), np.float32)} for name in ("a", "b")}
+    assert params_from_torch(entries, params, {"b": "a"})["b"]["kernel"].shape == (2, 2)
+    message = "'a/kernel', 'b/kernel' must not share a tensor; got 'a.weight' for each"
     with pytest.raises(ValueError, match=message):
-        leaves_from_torch(entries, params, names)
+        leaves_from_torch(entries, params, {"b": "a"})
+
+
+def test_fused_attention_has_a_leaf_for_each_part():
+    leaves = leaves_from_torch(Original(), LINEN.params("float32"), LINEN.names)
+    sections = {path.split("/")[-2]: leaf.section for path, leaf in leaves.items() if leaf.section}
+    assert sections == {
+        name: (WIDTH * index, WIDTH * (index + 1))
+        for index, name in enumerate(("query", "key", "value"))
+    }
 
 
 def test_no_memory_is_shared():

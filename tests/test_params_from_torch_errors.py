@@ -49,7 +49,7 @@ ERRORS = {
         {"a": {"query": {"kernel": _array(4, 2, 2)}}},
         {},
         [
-            "takes the key third of 'a.in_proj_weight', the value third of 'a.in_proj_weight'. Map",
+            "no leaf of params takes 'a.in_proj_weight'[4:12]. Map",
         ],
     ),
     "no leaf for a statistic": (
@@ -182,7 +182,7 @@ ERRORS = {
 def test_errors(entries, params, names, messages):
     with pytest.raises(
         ValueError,
-        match=r"^state_dict must match params; got these differences",
+        match=r"^state_dict and params must match; got these differences",
     ) as raised:
         params_from_torch(entries, params, names)
     assert all(message in str(raised.value) for message in messages), raised.value

@@ -40,11 +40,11 @@ def decay_mask(
     Args:
         params: Plain containers, dataclasses, Flax variables, an `nnx.State` or module, an Equinox
             module or Haiku parameters, holding arrays, tracers or `jax.ShapeDtypeStruct`s.
-        rule: `"default"`, a glob, a function `(path, leaf, kind)`, or pairs of glob and decision;
-            see `regshared.decay_rules`. Paths are joined by slashes, without the `value` inside a
-            Flax variable. `kind` is 'linear', 'conv', 'embedding', 'norm', 'attention',
-            'recurrent', 'activation' or empty; it comes from the class of an Equinox or nnx module,
-            otherwise from its name.
+        rule: `"default"`, `"huggingface"`, `"timm"`, a glob, a function `(path, leaf, kind)`, or
+            pairs of glob and decision; see `regshared.decay_rules`. Paths are joined by slashes,
+            without the `value` inside a Flax variable. `kind` is 'linear', 'conv', 'embedding',
+            'norm', 'attention', 'recurrent', 'activation' or empty; it comes from the class of an
+            Equinox or nnx module, otherwise from its name.
         frozen: Globs of parameters that get no gradient. PyTorch skips these, while optax decays
             every parameter: name them here, and a zero gradient leaves them unchanged.
 
@@ -57,8 +57,8 @@ def decay_mask(
         TypeError: `params` is a single leaf that is not a parameter, such as a step count; `rule`
             has another form; or a decision is not a bool (for rates, see `decay_rates`).
         ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
-            know a parameter; or a function returns False for all. The message names the glob and
-            the paths.
+            know parameters; or a function returns False for all. The message names the glob, the
+            paths, and a rule for unknown parameters.
 
     Note (PyTorch):
         In `regtorch.decay_mask(module, rule)`, parameters that require no gradient are frozen.
@@ -235,7 +235,7 @@ def _parameter(leaf: Any, node: _Node) -> Parameter:
     names = [part for part in components(path) if words(part)]
     name, holder = names[-1] if names else "", names[-2] if len(names) > 1 else ""
     kind, certain = _kind(node.owner, holder)
-    return Parameter(path, (Place(path, name, kind, certain),), leaf, frozen=False)
+    return Parameter(path, (Place(path, name, kind, certain, node.owner),), leaf, frozen=False)
 
 
 def _kind(owner: type, holder: str) -> tuple[str, bool]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from regjax._decay.paths import named_leaves
 from regjax.optim._records import RECORDS
-from regshared.checks import check_integers, check_string, describe
+from regshared.checks import check_integer, check_integers, check_string, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from jaxtyping import PyTree
 
@@ -31,20 +33,37 @@ class Leaf:
         transpose: The order of its axes in JAX, as for `numpy.transpose`; None if it is the same.
             It is `(1, 0)` for a Flax kernel of a Linear weight, `(2, 3, 1, 0)` for that of a Conv2d
             weight.
+        section: The first element and the end of the section along `axis` that is this parameter,
+            where PyTorch fuses several in one tensor; None for the whole tensor.
+        axis: The axis of the tensor in PyTorch that is divided into sections.
 
     Example:
         >>> import numpy as np
         >>> leaf = Leaf("fc.weight", (1, 0))
         >>> leaf.to_jax(np.zeros((3, 5))).shape
         (5, 3)
+        >>> key = Leaf("attn.in_proj_weight", (1, 0), section=(8, 16))
+        >>> key.to_jax(np.zeros((24, 8))).shape
+        (8, 8)
     """
 
     name: str
     transpose: tuple[int, ...] | None = None
+    section: tuple[int, int] | None = None
+    axis: int = 0
 
     def __post_init__(self) -> None:
         """Count axes from the front; raise a TypeError or ValueError for invalid attributes."""
         check_string("name", self.name)
+        check_integer("axis", self.axis, minimum=0)
+        if self.section is not None:
+            section = check_integers("section", self.section)
+            if len(section) != 2 or not 0 <= section[0] < section[1]:
+                raise ValueError(
+                    f"section of '{self.name}' must be a start of at least 0 and a later end; got "
+                    f"{self.section}. Pass (8, 16), for example."
+                )
+            object.__setattr__(self, "section", section)
         if self.transpose is not None:
             axes = check_integers("transpose", self.transpose)
             order = tuple(axis + len(axes) if axis < 0 else axis for axis in axes)
@@ -55,12 +74,23 @@ class Leaf:
                 )
             object.__setattr__(self, "transpose", order)
 
+    def __repr__(self) -> str:
+        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        given = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The index of the section in an array of PyTorch."""
+        return () if self.section is None else (slice(None),) * self.axis + (slice(*self.section),)
+
     def to_jax(self, array: np.ndarray) -> np.ndarray:
-        """Return the PyTorch array in JAX's layout."""
-        return array if self.transpose is None else np.transpose(array, self.transpose)
+        """Return the section of a PyTorch array in JAX's layout."""
+        section = array[self.index]
+        return section if self.transpose is None else np.transpose(section, self.transpose)
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Return the JAX array in PyTorch's layout."""
+        """Return the JAX array in PyTorch's layout, as it is in its section."""
         if self.transpose is None:
             return array
         return np.transpose(array, np.argsort(self.transpose))
@@ -120,19 +150,85 @@ def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe
     trained, is not needed if the optimizer has parameter names.
     """
     record = RECORDS[check_class("torch_optimizer", torch_optimizer, "torch.optim", RECORDS)]
-    check_names(names)
-    leaves = {path: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for path, leaf in names.items()}
+    leaves = as_leaves(names)
     tensors = _named_tensors(torch_optimizer, model)
-    _check_names(leaves, tensors, torch_optimizer.param_groups, by_model=model is not None)
-    path_of = {id(tensors[leaf.name]): path for path, leaf in leaves.items()}
+    _check_tensors(leaves, tensors, torch_optimizer.param_groups, by_model=model is not None)
+    if record.depends_on_layout or record.is_factored:
+        _check_whole(leaves, record)
+    paths_of: dict[int, list[str]] = {}
+    for path, leaf in leaves.items():
+        paths_of.setdefault(id(tensors[leaf.name]), []).append(path)
     parts = []
     for index, group in enumerate(torch_optimizer.param_groups):
         # PyTorch skips what has no gradient.
-        trained = {path_of[id(p)]: p for p in group["params"] if p.requires_grad}
-        located = {path: Located(leaves[path], tensor) for path, tensor in trained.items()}
+        trained = [
+            (path, p) for p in group["params"] if p.requires_grad for path in paths_of[id(p)]
+        ]
+        located = {path: Located(leaves[path], tensor) for path, tensor in trained}
         parts += _by_layout(Part(f"group{index}", index, record, group, located))
     trained = {path for part in parts for path in part.leaves}
     return Recipe(tuple(parts), frozenset(set(leaves) - trained))
+
+
+def as_leaves(names: Names) -> dict[str, Leaf]:
+    """Return the names of PyTorch as `Leaf`s, without the wrappers of torch.compile and FSDP."""
+    check_names(names)
+    leaves = {path: leaf if isinstance(leaf, Leaf) else Leaf(leaf) for path, leaf in names.items()}
+    return {
+        path: dataclasses.replace(leaf, name=plain_name(leaf.name)) for path, leaf in leaves.items()
+    }
+
+
+def plain_name(name: str) -> str:
+    """Leave out of a PyTorch name what torch.compile, FSDP and checkpoint wrappers add.
+
+    Example:
+        >>> plain_name("encoder._orig_mod.0.weight")
+        'encoder.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Classes of PyTorch whose only child is the model, and its attribute.
+_WRAPPING = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "AveragedModel": "module",
+}
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the module inside of torch.compile's, DataParallel's and AveragedModel's wrappers."""
+    while type(model).__module__.startswith("torch.") and type(model).__name__ in _WRAPPING:
+        model = getattr(model, _WRAPPING[type(model).__name__])
+    return model
+
+
+def named_tensors(model: Any) -> dict[str, Any]:
+    """Return the parameters of a module by their plain names, tied ones under each of theirs."""
+    named = unwrapped(model).named_parameters(remove_duplicate=False)
+    return {plain_name(name): tensor for name, tensor in named}
+
+
+def missing_sections(leaves: Sequence[Leaf], shape: tuple[int, ...]) -> list[str]:
+    """Return the sections of a tensor that no leaf is, such as "[8:16]"; "" is the whole tensor."""
+    if not leaves or any(leaf.section is None for leaf in leaves):
+        return [] if leaves else [""]
+    size = shape[leaves[0].axis] if leaves[0].axis < len(shape) else 0
+    end, found = 0, []
+    for start, stop in (*sorted(leaf.section for leaf in leaves if leaf.section), (size, size)):
+        found += [f"[{end}:{start}]"] if end < start else []
+        end = max(end, stop)
+    return found
+
+
+def overlap(leaves: Sequence[Leaf]) -> bool:
+    """Return whether an element of a tensor is in several leaves."""
+    sections = sorted(leaf.section or (0, math.inf) for leaf in leaves)
+    one_axis = len({leaf.axis for leaf in leaves}) == 1
+    return not one_axis or any(stop > start for (_, stop), (start, _) in pairwise(sections))
 
 
 def _by_layout(part: Part) -> Iterator[Part]:
@@ -150,8 +246,7 @@ def _named_tensors(torch_optimizer: Any, model: Any) -> dict[str, Any]:
     if model is not None:
         if not callable(getattr(model, "named_parameters", None)):
             raise TypeError(f"model must be a torch.nn.Module or None; got {describe(model)}.")
-        # A tensor that the model has under two names may be given either one.
-        return dict(model.named_parameters(remove_duplicate=False))
+        return named_tensors(model)
     named: dict[str, Any] = {}
     for index, group in enumerate(torch_optimizer.param_groups):
         if "param_names" not in group:
@@ -159,11 +254,21 @@ def _named_tensors(torch_optimizer: Any, model: Any) -> dict[str, Any]:
                 f"model must be given if group {index} has no names of parameters; got None. Pass "
                 "the model, or create the optimizer with model.named_parameters()."
             )
-        named.update(zip(group["param_names"], group["params"], strict=True))
+        names = map(plain_name, group["param_names"])
+        named.update(zip(names, group["params"], strict=True))
     return named
 
 
-def _check_names(
+def _check_whole(leaves: Mapping[str, Leaf], record: Record) -> None:
+    for path, leaf in leaves.items():
+        if leaf.section is not None:
+            raise ValueError(
+                f"names['{path}'] must be a whole tensor for {record.torch_name}, whose step "
+                f"depends on the whole matrix; got {leaf}. Keep the fused tensor in JAX, too."
+            )
+
+
+def _check_tensors(
     leaves: Mapping[str, Leaf],
     tensors: Mapping[str, Any],
     groups: list[dict[str, Any]],
@@ -182,13 +287,22 @@ def _check_names(
     for path, leaf in leaves.items():
         if leaf.name in tensors:
             paths.setdefault(id(tensors[leaf.name]), []).append(path)
-    twice = {path for shared in paths.values() if len(shared) > 1 for path in shared}
+    twice = {
+        path
+        for shared in paths.values()
+        if overlap([leaves[path] for path in shared])
+        for path in shared
+    }
+    missing = {
+        known[id(p)] + section
+        for group in groups
+        for p in group["params"]
+        for section in missing_sections([leaves[path] for path in paths.get(id(p), ())], p.shape)
+    }
     where = "in the model" if by_model else "in the optimizer (see model=)"
     report(
         {
-            "PyTorch parameters that no JAX parameter is": {
-                known[p] for p in grouped if p not in paths
-            },
+            "PyTorch parameters that no JAX parameter is": missing,
             f"names of PyTorch parameters that are not {where}": strangers,
             "JAX parameters that are the same PyTorch parameter": twice,
         }

@@ -11,6 +11,7 @@ import optax
 from regjax import optim
 from regjax._decay.paths import path_name
 from regjax.interop._leaves import FROZEN, check_paths, number, read_recipe
+from regjax.interop._params import expand_names
 from regjax.interop._schedules import (
     momenta_from_torch,
     read_rates,
@@ -32,6 +33,7 @@ def optimizer_from_torch(
     names: Names,
     *,
     model: Any = None,
+    params: PyTree = None,
     scheduler: Any = None,
     steps: int | None = None,
     steps_per_epoch: int = 1,
@@ -45,9 +47,12 @@ def optimizer_from_torch(
     Args:
         torch_optimizer: A `torch.optim` optimizer; it is not modified.
         names: A mapping from the path of each JAX parameter, such as `"dense/kernel"`, to its name
-            in PyTorch, or to a `Leaf` if its axes have another order.
+            in PyTorch, or to a `Leaf` if its axes have another order or PyTorch fuses it with
+            others; `leaves_from_torch` returns one. With `model` and `params` it may also be the
+            shorter form of `params_from_torch`, with modules for their leaves.
         model: The module that is trained. Not needed if the optimizer was created with
             `model.named_parameters()`.
+        params: The JAX parameters or their shapes, if `names` does not have all of them.
         scheduler: The learning rate scheduler, if any; see `schedule_from_torch`. OneCycleLR also
             moves the momentum or the first beta.
         steps: For LambdaLR and MultiplicativeLR, the number of scheduler steps to tabulate;
@@ -70,8 +75,9 @@ def optimizer_from_torch(
         ValueError: The optimizer or scheduler has another class; the parameters have no names;
             `names` does not match the parameters (from `init`, those of JAX); a group has an
             unknown option, `differentiable=True`, or a value that JAX cannot represent; the
-            optimizer has hooks; it has a scheduler that was not passed, or vice versa; or Adafactor
-            would factor axes that are not the last two in JAX.
+            optimizer has hooks; it has a scheduler that was not passed, or vice versa; Adafactor
+            would factor axes that are not the last two in JAX; or Muon or Adafactor would train a
+            section of a fused tensor.
 
     Note (PyTorch):
         `foreach`, `fused` and `capturable` determine how a step is computed, not its result, and
@@ -94,7 +100,7 @@ def optimizer_from_torch(
         >>> updates["bias"], updates["kernel"][0].round(2)
         (Array([-0.5, -0.5], dtype=float32), Array([-0.11, -0.11], dtype=float32))
     """
-    recipe = read_recipe(torch_optimizer, names, model)
+    recipe = read_recipe(torch_optimizer, expand_names(names, params, model), model)
     rates = read_rates(torch_optimizer, scheduler, steps, steps_per_epoch)
     momenta = None if scheduler is None else momenta_from_torch(scheduler)
     _check_hooks(torch_optimizer)

@@ -1,11 +1,10 @@
 """Copy the parameters of a PyTorch model into the pytree of a JAX model.
 
-The rules of names and layouts and their errors stay in one file: a new kind of layer adds to each.
+The rules of layouts and their errors stay in one file: a new kind of layer adds to each.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import re
@@ -18,36 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax._decay.paths import named_leaves, path_name
-from regjax.interop._leaves import Leaf, check_names
-from regshared.checks import describe
+from regjax.interop._entries import MAGNITUDES, TORCH_NAMES, Entries, find_entry, read_entries
+from regjax.interop._leaves import Leaf, check_names, overlap, plain_name
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
     from jaxtyping import PyTree
 
     from regjax._decay.paths import KeyPath
+    from regjax.interop._leaves import Names
 
-# PyTorch's name of a leaf of Linen, NNX, Equinox or Haiku. Other leaves keep their names.
-_TORCH_NAMES = {
-    **dict.fromkeys(("kernel", "w", "scale", "embedding", "embeddings", "weight"), "weight"),
-    **dict.fromkeys(("bias", "b", "offset"), "bias"),
-    "mean": "running_mean",
-    "var": "running_var",
-}
 # These have the channels last; every other leaf has its axes in PyTorch's order.
 _CHANNELS_LAST = ("kernel", "w")
-# The parts of attention. PyTorch stacks the first three; Equinox appends `_proj` to them.
-_STACKED = ("query", "key", "value")
-_OUTPUTS = ("out", "output_proj", "linear")
-# The dtype names of tensors that NumPy has no type for; jax.numpy uses the same names.
-_SMALL = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 # Equinox's batch norm before its state is split off: mean and variance, and the leaves that mark
 # them as settled. After so many steps its correction for a start at zero vanishes.
 _STATISTIC = re.compile(r"(?:ema|batch)_state_index/init/([01])$")
 _SETTLED = {"ema_first_time_index/init": False, "batch_counter/init": 2**30}
 _TRANSPOSED = re.compile(r"conv.*transpose", re.IGNORECASE)
-_BUFFERS = ("running_mean", "running_var")
 
 
 def params_from_torch(
@@ -69,12 +56,20 @@ def params_from_torch(
     | `bias`, `b`, `offset`; in Equinox's convolutions (out, 1, 1) | `bias` (out) |
     | `mean`, `var` of a batch norm | `running_mean`, `running_var` |
     | `query`, `key`, `value` of attention, in Equinox with `_proj` | a third of `in_proj_weight` |
-    | `out`, `output_proj`, `linear` of attention | `out_proj` |
+    | the same, in timm and in GPT-2 of transformers | a third of `qkv.weight`, of `c_attn.weight` |
+    | `out`, `output_proj`, `linear` of attention | `out_proj`, `proj` or `c_proj` beside these |
+    | `kernel` (in, out) for a `Conv1D` of transformers | `weight` (in, out) as it is |
+    | `kernel` or `weight` with weight normalization | `parametrizations.weight.original1` |
+    | its `scale` in Linen, `g` in Equinox | `parametrizations.weight.original0` |
     | anything else | the entry of the same name, as it is |
+
+    Tensors that PyTorch ties, such as a head and an embedding, need one leaf. The names that
+    torch.compile, FSDP and DDP add to those of a module are left out.
 
     Args:
         state_dict: A module, or its `state_dict()`: tensors or NumPy arrays by name. Only a module
-            shows that a convolution with as many inputs as outputs is transposed.
+            shows that a convolution with as many inputs as outputs is transposed, that a square
+            matrix belongs to a `Conv1D`, and which entries are buffers.
         params: The pytree to fill: variables or parameters of Linen, a state or module of NNX, an
             Equinox module, dicts; arrays or `jax.ShapeDtypeStruct`s. Leaves that are not arrays
             stay unchanged, and so do PRNG keys and the counts beside them. For a float64 model,
@@ -112,9 +107,12 @@ def params_from_torch(
         {'params': {'Dense_0': {'kernel': Array([[1., 3.],
                [2., 4.]], dtype=float32)}}}
     """
-    entries, sources = _matched(state_dict, params, names)
+    entries, leaves = _matched(state_dict, params, names)
+    arrays = entries.arrays
     filled = [
-        jnp.array(sources[name].take(entries)) if name in sources else _unfed(name, leaf)
+        jnp.array(leaves[name].to_jax(arrays[leaves[name].name]))
+        if name in leaves
+        else _unfed(name, leaf)
         for name, leaf in named_leaves(params)
     ]
     return jax.tree.unflatten(jax.tree.structure(params), filled)
@@ -127,16 +125,15 @@ def leaves_from_torch(
 ) -> dict[str, Leaf]:
     """Return the name and layout in PyTorch of each parameter of a JAX model, by path.
 
-    They are those that `params_from_torch` uses, with the same arguments; running statistics may
-    have no leaf in `params`, because optimizers do not have them. An optimizer's moment has the
-    axes of its parameter, and so the same layout. Some of the `Leaf`s also unfold an axis: those of
-    `DenseGeneral`, and biases of Equinox's convolutions.
+    They are those that `params_from_torch` uses, with the same arguments; buffers may have no leaf
+    in `params`, because optimizers do not have them. An optimizer's moment has the axes of its
+    parameter, and so the same layout. The parts of a fused tensor have a `section`. Some of the
+    `Leaf`s also unfold an axis: those of `DenseGeneral`, and biases of Equinox's convolutions.
 
     Raises:
         TypeError: As in `params_from_torch`.
-        ValueError: As in `params_from_torch`; or one tensor of PyTorch feeds several leaves, like
-            `in_proj_weight` of `torch.nn.MultiheadAttention`. Those have no `Leaf`, which stands
-            for a whole tensor.
+        ValueError: As in `params_from_torch`; or two leaves are the same tensor of PyTorch, which
+            one optimizer cannot train as one.
 
     Note (PyTorch):
         A parameter group lists tensors; their names are those of `named_parameters()`.
@@ -148,21 +145,37 @@ def leaves_from_torch(
         >>> leaves_from_torch(state_dict, params, {"Dense_0": "hidden"})
         {'Dense_0/kernel': Leaf(name='hidden.weight', transpose=(1, 0))}
     """
-    _, sources = _matched(state_dict, params, names, optional=_BUFFERS)
-    feeds = collections.Counter(source.leaf.name for source in sources.values())
+    _, leaves = _matched(state_dict, params, names, buffers_too=False)
+    feeds: dict[str, list[str]] = {}
+    for path, leaf in leaves.items():
+        feeds.setdefault(leaf.name, []).append(path)
     _refuse(
         [
-            f"'{name}' has no Leaf: it is {source}, which feeds other leaves too"
-            for name, source in sources.items()
-            if feeds[source.leaf.name] > 1
+            f"{', '.join(map(repr, paths))} must not share a tensor; got '{name}' for each"
+            for name, paths in feeds.items()
+            if overlap([leaves[path] for path in paths])
         ]
     )
-    return {name: source.leaf for name, source in sources.items()}
+    return leaves
 
 
-@dataclasses.dataclass(frozen=True)
+def expand_names(names: Mapping[str, str | Leaf], params: PyTree, model: Any) -> Names:
+    """Return names of modules or of some leaves as those of all leaves; complete ones unchanged."""
+    check_names(names)
+    is_complete = params is None or {path for path, _ in named_leaves(params)} <= names.keys()
+    if is_complete:
+        return names
+    if model is None:
+        raise ValueError(
+            f"names must have every leaf of params if model is None; got {', '.join(names)}. Pass "
+            "the model that is trained, or the result of leaves_from_torch."
+        )
+    return leaves_from_torch(model, params, names)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class _Unfolded(Leaf):
-    """A leaf with more axes than its tensor, whose shape is `folded` once its axes are in order."""
+    """A leaf with other axes than its tensor, which has the shape `folded` with axes in order."""
 
     folded: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
@@ -174,88 +187,54 @@ class _Unfolded(Leaf):
         return super().to_torch(array.reshape(self.folded))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """The source of a leaf: a tensor, or one of three equal parts along its first axis."""
-
-    leaf: Leaf
-    part: int | None = None
-
-    def take(self, entries: Mapping[str, np.ndarray]) -> np.ndarray:
-        return self.leaf.to_jax(_piece(entries[self.leaf.name], self.part))
-
-    def __str__(self) -> str:
-        return _described(self.leaf.name, self.part)
-
-
-def _piece(array: np.ndarray, part: int | None) -> np.ndarray:
-    if part is None:
-        return array
-    third = len(array) // 3
-    return array[part * third : (part + 1) * third]
-
-
-def _described(entry: str, part: int | None) -> str:
-    return f"'{entry}'" if part is None else f"the {_STACKED[part]} third of '{entry}'"
-
-
 def _refuse(problems: Sequence[str]) -> None:
     if problems:
         listed = "".join(f"\n- {problem}" for problem in problems)
-        raise ValueError(f"state_dict must match params; got these differences:{listed}")
+        raise ValueError(f"state_dict and params must match; got these differences:{listed}")
 
 
 def _matched(
     state_dict: Any,
     params: PyTree,
     names: Mapping[str, str | Leaf],
-    optional: Collection[str] = (),
-) -> tuple[dict[str, np.ndarray], dict[str, _Source]]:
-    """Return the entries of PyTorch, and the source of each leaf."""
+    *,
+    buffers_too: bool = True,
+) -> tuple[Entries, dict[str, Leaf]]:
+    """Return the entries of PyTorch, and the `Leaf` of each leaf that one of them feeds."""
     check_names(names)
-    entries, transposed = _entries(state_dict), _transposed_in_torch(state_dict)
+    names = {path: _plain(given) for path, given in names.items()}
+    entries = read_entries(state_dict)
     leaves = [(path_name(path), path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
     counts = _counts([name for name, _, leaf in leaves if _is_key(leaf)])
     leaves = [at for at in leaves if _is_fed(at[0], at[2]) and at[0] not in counts]
     problems = _misspelt(names, [name for name, _, _ in leaves])
-    sources: dict[str, _Source] = {}
-    taken: dict[str, set[int | None]] = {}
+    found: dict[str, Leaf] = {}
+    taken = []
     for name, path, leaf in leaves:
         try:
-            key, given, part = _find(name, names, entries)
-            entry = given if isinstance(given, str) else given.name
-            taken.setdefault(entry, set()).add(part)
-            if isinstance(given, str):
-                if entry.rpartition(".")[0] in transposed or _is_transposed(name, path, params):
-                    _refuse_transposed(name, entry, entries)
-                given = _laid_out(name, key, leaf.shape, entry, _piece(entries[entry], part))
-            sources[name] = _Source(given, part)
-            _check_form(name, leaf, sources[name], entries)
+            key, entry, is_given = find_entry(name, _spellings(name), names, entries)
+            taken.append(entry)
+            if not is_given:
+                owner = entry.name.rpartition(".")[0]
+                if owner in entries.transposed or _is_transposed(name, path, params):
+                    _refuse_transposed(name, entry.name, entries.arrays)
+                entry = _laid_out(name, key, leaf.shape, entry, entries)
+            found[name] = entry
+            _check_form(name, leaf, entry, entries.arrays[entry.name])
         except ValueError as problem:
             problems.append(str(problem))
-    _refuse(problems + _left_over(entries, taken, optional))
-    return entries, sources
-
-
-def _entries(state_dict: Any) -> dict[str, np.ndarray]:
-    if callable(getattr(state_dict, "state_dict", None)):
-        state_dict = state_dict.state_dict()
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(
-            "state_dict must be a module, or a dict from names to tensors; got "
-            f"{describe(state_dict)}."
+    if left := entries.not_taken(taken, buffers_too=buffers_too):
+        problems.append(
+            f"no leaf of params takes {', '.join(left)}. Map them in names, or leave them out."
         )
-    return {name: _array(value) for name, value in state_dict.items()}
+    _refuse(problems)
+    return entries, found
 
 
-def _array(value: Any) -> np.ndarray:
-    if not hasattr(value, "detach"):
-        return np.asarray(value)
-    value = value.detach().cpu()
-    dtype = str(value.dtype).removeprefix("torch.")
-    if dtype in _SMALL:
-        return value.float().numpy().astype(getattr(jnp, dtype))
-    return value.numpy()
+def _plain(given: str | Leaf) -> str | Leaf:
+    if isinstance(given, str):
+        return plain_name(given)
+    return dataclasses.replace(given, name=plain_name(given.name))
 
 
 def _is_fed(name: str, leaf: Any) -> bool:
@@ -308,127 +287,62 @@ def _misspelt(names: Mapping[str, str | Leaf], leaves: Collection[str]) -> list[
     return problems
 
 
-def _find(
-    name: str, names: Mapping[str, str | Leaf], entries: Collection[str]
-) -> tuple[str, str | Leaf, int | None]:
-    """Return the key that determines a leaf's layout, the entry that feeds it, and its part."""
-    spellings = _spellings(name)
-    key = spellings[-1].rpartition("/")[2]
-    for spelling in spellings:
-        if spelling in names:
-            given = names[spelling]
-            entry = given if isinstance(given, str) else given.name
-            if entry not in entries:
-                raise ValueError(f"'{name}' has no entry: '{entry}' is not in state_dict.")
-            return key, given, None
-    sought, recurrent = "", False
-    for spelling in spellings:
-        target, keys = _in_module(spelling, names)
-        candidates = list(_candidates(target, keys, entries))
-        for entry, part in candidates:
-            if entry in entries:
-                return keys[-1], entry, part
-        sought = candidates[0][0]
-        owners = [_joined(target, *keys[:end], "weight_ih") for end in range(len(keys))]
-        recurrent |= any(entry.startswith(owner) for owner in owners for entry in entries)
-    if recurrent:
-        raise ValueError(
-            f"'{name}' belongs to a recurrent layer, which cannot be converted: PyTorch stacks the "
-            "gates and has two biases."
-        )
-    raise ValueError(f"'{name}' has no entry: '{sought}' is not in state_dict. Map it in names.")
-
-
-def _in_module(spelling: str, names: Mapping[str, str | Leaf]) -> tuple[str, list[str]]:
-    """Return the PyTorch module of the longest path in `names`, and the rest of the path."""
-    keys = spelling.split("/")
-    for end in reversed(range(len(keys))):
-        module = names.get("/".join(keys[:end]))
-        if isinstance(module, str):
-            return module, keys[end:]
-    return "", keys
-
-
-def _candidates(
-    target: str, keys: Sequence[str], entries: Collection[str]
-) -> Iterator[tuple[str, int | None]]:
-    """Yield the entries that may feed a leaf, and the part of each, the likeliest first."""
-    *modules, leaf = keys
-    kind = _TORCH_NAMES.get(leaf, leaf)
-    yield _joined(target, *modules, kind), None
-    yield _joined(target, *modules, leaf), None
-    if not modules:
-        return
-    *owners, role = modules
-    owner = _joined(target, *owners)
-    if not any(_joined(owner, name) in entries for name in ("in_proj_weight", "q_proj_weight")):
-        return
-    projection = role.removesuffix("_proj")
-    if projection in _STACKED:
-        yield _joined(owner, f"in_proj_{kind}"), _STACKED.index(projection)
-        yield _joined(owner, f"{projection[0]}_proj_{kind}"), None
-    elif role in _OUTPUTS:
-        yield _joined(owner, "out_proj", kind), None
-
-
-def _joined(*names: str) -> str:
-    return ".".join(name for name in names if name)
-
-
-def _laid_out(name: str, key: str, shape: tuple[int, ...], entry: str, array: np.ndarray) -> Leaf:
+def _laid_out(name: str, key: str, shape: tuple[int, ...], entry: Leaf, entries: Entries) -> Leaf:
     """Return the order of a tensor's axes in JAX from the leaf's key; shapes only confirm it."""
-    same_name = key == entry.rpartition(".")[2]
+    array = entries.arrays[entry.name][entry.index]
+    same_name = key == entry.name.rpartition(".")[2]
     channels_last = key in _CHANNELS_LAST and not same_name
-    known = same_name or key in _TORCH_NAMES or array.ndim < 2
+    is_magnitude = entry.name.endswith(MAGNITUDES)
+    known = same_name or key in TORCH_NAMES or array.ndim < 2 or is_magnitude
     if channels_last:
         known = array.ndim == 2 or array.ndim == len(shape) > 2
     if not known:
         raise ValueError(
-            f"'{name}' of shape {shape} has no known layout for '{entry}' of shape {array.shape}. "
-            "Pass Leaf(name, transpose)."
+            f"'{name}' of shape {shape} has no known layout for '{entry.name}' of shape "
+            f"{array.shape}. Pass Leaf(name, transpose)."
         )
     order = (*range(2, array.ndim), 1, 0) if channels_last else None
-    leaf = Leaf(entry, order)
-    folded = leaf.to_jax(array).shape
-    if folded != shape and (array.ndim == 1 or channels_last) and _unfolds(folded, shape):
-        return _Unfolded(entry, order, folded, shape)
+    if entries.is_conv1d_weight(entry.name):  # (in, out) in PyTorch
+        order = None if channels_last else (1, 0)
+    leaf = dataclasses.replace(entry, transpose=order)
+    folded = leaf.to_jax(entries.arrays[entry.name]).shape
+    may_unfold = array.ndim == 1 or channels_last or is_magnitude
+    if folded != shape and may_unfold and _unfolds(folded, shape):
+        return _Unfolded(entry.name, order, entry.section, entry.axis, folded, shape)
     return leaf
 
 
 def _unfolds(folded: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Return whether one or two axes can each be unfolded into consecutive axes."""
-    if len(folded) == 1:
-        return math.prod(shape) == folded[0]
+    """Return whether one or two axes unfold into consecutive axes each, or axes of 1 disappear."""
+    if len(folded) == 1 or tuple(size for size in folded if size != 1) == shape:
+        return math.prod(shape) == math.prod(folded)
     cuts = ((math.prod(shape[:cut]), math.prod(shape[cut:])) for cut in range(1, len(shape)))
     return len(folded) == 2 and folded in cuts
 
 
-def _check_form(name: str, leaf: Any, source: _Source, entries: Mapping[str, np.ndarray]) -> None:
-    entry, order = entries[source.leaf.name], source.leaf.transpose
-    if order is not None and sorted(order) != list(range(entry.ndim)):
-        raise ValueError(f"'{name}': {source.leaf} must order the axes of shape {entry.shape}.")
-    arrived = source.take(entries)
+def _check_form(name: str, leaf: Any, entry: Leaf, array: np.ndarray) -> None:
+    order, section = entry.transpose, entry.section
+    if order is not None and sorted(order) != list(range(array.ndim)):
+        raise ValueError(f"'{name}': {entry} must order the axes of shape {array.shape}.")
+    if section is not None and (*array.shape, *[0] * 9)[entry.axis] < section[1]:
+        raise ValueError(f"'{name}': {entry} must lie within the shape {array.shape}.")
+    arrived = entry.to_jax(array)
     if arrived.shape != leaf.shape:
+        section_of = "" if section is None else f"the section {list(section)} of "
         raise ValueError(
-            f"'{name}' must have shape {arrived.shape}, like {source} of shape {entry.shape} in "
-            f"JAX's layout; got {leaf.shape} in params."
+            f"'{name}' must have shape {arrived.shape}, like {section_of}'{entry.name}' of shape "
+            f"{array.shape} in JAX's layout; got {leaf.shape} in params."
         )
     if arrived.dtype != leaf.dtype:
         raise ValueError(
-            f"'{name}' must be {arrived.dtype}, like {source}; got {leaf.dtype} in params. Cast "
-            "one of them."
+            f"'{name}' must be {arrived.dtype}, like '{entry.name}'; got {leaf.dtype} in params. "
+            "Cast one of them."
         )
     if jax.dtypes.canonicalize_dtype(arrived.dtype) != arrived.dtype:
         raise ValueError(
             f"'{name}' must not be {arrived.dtype} in 32-bit mode. Call "
             "jax.config.update('jax_enable_x64', True)."
         )
-
-
-def _transposed_in_torch(state_dict: Any) -> set[str]:
-    """Return the transposed convolutions of a module; a dict of tensors shows none."""
-    modules = state_dict.named_modules() if hasattr(state_dict, "named_modules") else ()
-    return {name for name, module in modules if getattr(module, "transposed", False)}
 
 
 def _is_transposed(name: str, path: KeyPath, params: PyTree) -> bool:
@@ -457,22 +371,3 @@ def _refuse_transposed(name: str, entry: str, entries: Mapping[str, np.ndarray])
             f"'{name}' belongs to a transposed convolution, whose layout is ambiguous: in Flax "
             f"with transpose_kernel=True it is {leaf}; otherwise the kernel is also mirrored."
         )
-
-
-def _left_over(
-    entries: Mapping[str, np.ndarray],
-    taken: Mapping[str, Collection[int | None]],
-    optional: Collection[str],
-) -> list[str]:
-    # num_batches_tracked only counts: no JAX layer stores it, and nothing is computed from it.
-    ignored = {"num_batches_tracked", *optional}
-    left = []
-    for entry in entries:
-        parts = taken.get(entry, ())
-        if entry.rpartition(".")[2] in ignored or None in parts:
-            continue
-        missing = [part for part in range(3) if part not in parts] if parts else [None]
-        left += [_described(entry, part) for part in missing]
-    if not left:
-        return []
-    return [f"no leaf of params takes {', '.join(left)}. Map them in names, or leave them out."]

@@ -15,6 +15,7 @@ from jax.tree_util import GetAttrKey
 
 from regjax._decay.paths import path_name
 from regjax.interop._leaves import FROZEN, check_paths, read_recipe
+from regjax.interop._params import expand_names
 from regjax.interop._schedules import ScheduledMomentumState, move_scheduler, read_rates
 from regshared.checks import check_integer, describe
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import PyTree
 
-    from regjax.interop._leaves import Names, Part, Recipe
+    from regjax.interop._leaves import Located, Names, Part, Recipe
     from regjax.optim._records import StateArray
 
     # PyTorch's state of each parameter of a part, by path in JAX.
@@ -99,7 +100,7 @@ def state_from_torch(
         >>> int(state["moments"].count), state["moments"].mu["kernel"].shape
         (1, (3, 2))
     """
-    recipe = read_recipe(torch_optimizer, names, model)
+    recipe = read_recipe(torch_optimizer, expand_names(names, params, model), model)
     epoch = None
     if read_rates(torch_optimizer, scheduler, steps, steps_per_epoch) is not None:
         epoch = scheduler.last_epoch
@@ -129,6 +130,7 @@ def state_to_torch(
     names: Names,
     *,
     model: Any = None,
+    params: PyTree = None,
     scheduler: Any = None,
     steps: int | None = None,
     steps_per_epoch: int = 1,
@@ -144,6 +146,7 @@ def state_to_torch(
             replaced.
         names: See `optimizer_from_torch`.
         model: See `optimizer_from_torch`.
+        params: See `optimizer_from_torch`.
         scheduler: See `optimizer_from_torch`; it is moved to the current step, together with the
             learning rates of the groups, and the momentum.
         steps: See `optimizer_from_torch`.
@@ -170,7 +173,7 @@ def state_to_torch(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    recipe = read_recipe(torch_optimizer, names, model)
+    recipe = read_recipe(torch_optimizer, expand_names(names, params, model), model)
     rates = read_rates(torch_optimizer, scheduler, steps, steps_per_epoch)
     if step is not None:
         check_integer("step", step, minimum=0)
@@ -181,16 +184,17 @@ def state_to_torch(
         for path, old in _states(part, torch_optimizer).items():
             count = float(old.get("step", 0)) if step is None else step
             new = _entry(part, path, arrays[path], numbers, count)
-            entries.append((part.leaves[path].tensor, new))
+            entries.append((part.leaves[path], new))
     if rates is not None and len(counts) != 1:
         raise ValueError(
             f"state must have one count for the scheduler; got {sorted(counts)}. Pass the state of "
             "one optimizer."
         )
-    for tensor, entry in entries:
-        torch_optimizer.state.pop(tensor, None)
+    for located, _ in entries:
+        torch_optimizer.state.pop(located.tensor, None)
+    for located, entry in entries:
         if entry:
-            torch_optimizer.state[tensor] = entry
+            _store(torch_optimizer.state[located.tensor], located, entry)
     if rates is not None:
         move_scheduler(scheduler, rates, int(counts.pop()) // steps_per_epoch)
 
@@ -367,7 +371,8 @@ def _split(
                 f"'{place.path}'. Pass the state of the same parameters."
             )
         located, array = part.leaves[place.path], place.torch_array
-        value, shape = located.leaf.to_torch(np.asarray(leaf)), list(located.tensor.shape)
+        value = located.leaf.to_torch(np.asarray(leaf))
+        shape = list(located.tensor[located.leaf.index].shape)
         if array.axis is not None:
             shape[array.axis] = 1
         form, expected = (str(value.dtype), value.shape), (_dtype(located.tensor), tuple(shape))
@@ -409,6 +414,19 @@ def _entry(
     zero = zero if on_device else zero.cpu()
     entry = {name: _to_tensor(tensor, array) for name, array in arrays.items()}
     return entry | {name: zero.new_full((), value) for name, value in values.items()}
+
+
+def _store(state: dict[str, Any], located: Located, entry: Mapping[str, Any]) -> None:
+    """Write the state of a parameter, which may be a section of a tensor, into the tensor's."""
+    if located.leaf.section is None:
+        state.update(entry)
+        return
+    for name, value in entry.items():
+        if value.ndim:
+            whole = state.setdefault(name, value.new_zeros(located.tensor.shape))
+            whole[located.leaf.index] = value
+        else:
+            state[name] = value
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:

@@ -27,7 +27,7 @@ from regjax.optim._links import (
     rounded_once,
     widest,
 )
-from regshared.checks import check_coefficient
+from regshared.checks import check_bool, check_coefficient
 from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def nadam(
     check_coefficient("momentum_decay", momentum_decay, fix="Pass 4e-3.")
     moments = _scale_by_nadam(betas[0], betas[1], eps, momentum_decay, mu_dtype)
     step = optax.scale_by_learning_rate(learning_rate)
-    if not decoupled_weight_decay:
+    if not check_bool("decoupled_weight_decay", decoupled_weight_decay):
         step = optax.chain(step, add_in_turn(learning_rate, 0.0, None))
     links = chain_links(
         moments, learning_rate, weight_decay, mask, maximize, decoupled_weight_decay, step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -32,11 +33,12 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
 
     Args:
         module: The model.
-        rule: `"default"`, a glob, a function `(path, tensor, kind)`, or pairs of glob and decision;
-            see `regshared.decay_rules`. A path is a name of `named_parameters()` with slashes for
-            dots. `kind` is 'linear', 'conv', 'embedding', 'norm', 'attention', 'recurrent',
-            'activation' or empty; it comes from the class of the owning module or, outside
-            `torch.nn`, from names.
+        rule: `"default"`, `"huggingface"`, `"timm"`, a glob, a function `(path, tensor, kind)`,
+            or pairs of glob and decision; see `regshared.decay_rules`. A path is a name of
+            `named_parameters()` with slashes for dots. `kind` is 'linear', 'conv', 'embedding',
+            'norm', 'attention', 'recurrent', 'activation' or empty; it comes from the class of the
+            owning module or, outside `torch.nn`, from names. "timm" exempts what
+            `module.no_weight_decay()` lists, if there is such a method.
 
     Returns:
         A dict from each name of `named_parameters()` to a bool. Frozen parameters
@@ -48,8 +50,8 @@ def decay_mask(module: nn.Module, rule: Rule = "default") -> dict[str, bool]:
         TypeError: `module` is not a module, `rule` has another form, or a decision is not a bool;
             for rates see `decay_rates`.
         ValueError: A glob decides nothing; no pair covers a parameter; the default rule does not
-            know a parameter; or a function returns False for all. The message names the glob and
-            the paths.
+            know parameters; or a function returns False for all. The message names the glob, the
+            paths, and a rule for unknown parameters.
 
     Note (JAX):
         In `regjax.decay_mask(params, rule)`, `frozen` names the parameters without a gradient.
@@ -184,9 +186,15 @@ def _parameters(module: nn.Module) -> list[Parameter]:
                 "the module once."
             )
         names.setdefault(leaf, []).append(name)
+    # In timm, the names and globs that a model exempts.
+    listed = getattr(module, "no_weight_decay", tuple)()
     return [
         Parameter(
-            known[0], tuple(_place(module, name) for name in known), leaf, not leaf.requires_grad
+            known[0],
+            tuple(_place(module, name) for name in known),
+            leaf,
+            frozen=not leaf.requires_grad,
+            listed=any(fnmatchcase(known[0], pattern) for pattern in listed),
         )
         for leaf, known in names.items()
     ]
@@ -214,7 +222,7 @@ def _place(module: nn.Module, path: str) -> Place:
         owner = _at(module, parents)
     name, holder = names[-1] if names else "", names[-2] if len(names) > 1 else ""
     kind, certain = _kind(owner, holder)
-    return Place("/".join(components(path)), name, kind, certain)
+    return Place("/".join(components(path)), name, kind, certain, type(owner))
 
 
 def _at(module: nn.Module, parents: Sequence[str]) -> Any:

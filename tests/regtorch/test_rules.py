@@ -143,14 +143,43 @@ def test_classes_of_ones_own():
 
 
 @pytest.mark.parametrize("module", [Affine(3), Affine(), TokenEmbedding(5, 3)])
-def test_default_rule_asks_where_it_cannot_tell(module):
+def test_unknown_parameters_are_refused_with_a_rule_that_works(module):
     message = (
-        r"must have a pair for 'x/weight' .*Pass \[\('x/weight', False\), \('\*\*', 'default'\)\]"
+        r"got none for 'x/weight' .* pass rule=\[\('x/weight', False\), \('\*\*', 'default'\)\]"
     )
     with pytest.raises(ValueError, match=message):
         decay_mask(nn.ModuleDict({"x": module}))
     rule = [("x/weight", False), ("**", "default")]
     assert decay_mask(nn.ModuleDict({"x": module}), rule) == {"x.weight": False}
+
+
+class Exempting(nn.Module):
+    """A model as in timm, with a norm of PyTorch and embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed, self.rel = (nn.Parameter(torch.ones(1, 2, 3)) for _ in range(2))
+        self.ln = type("Norm", (nn.LayerNorm,), {})((2, 3))
+        self.head = nn.Linear(3, 2)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_*", "other"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("default", {"head.weight", "rel"}),
+        ("huggingface", {"head.weight", "pos_embed", "rel"}),
+        ("timm", {"head.weight", "ln.weight", "rel"}),
+    ],
+)
+def test_the_choices_of_libraries(rule, expected):
+    pairs = [("rel", True), ("**", rule)]
+    mask = decay_mask(Exempting(), pairs)
+    assert {name for name, decays in mask.items() if decays} == expected
+    if rule != "default":  # which does not know `rel`
+        assert decay_mask(Exempting(), rule) == mask
 
 
 class Tied(nn.Module):
@@ -230,7 +259,7 @@ def test_function_sees_path_tensor_and_kind():
 @pytest.mark.parametrize(
     ("rule", "error", "message"),
     [
-        (3, TypeError, "rule must be 'default', a glob .* got 3"),
+        (3, TypeError, "rule must be 'default', 'huggingface', .* got 3"),
         ({"weight": True}, TypeError, "rule must be .* got {'weight': True}"),
         (["weight"], TypeError, r"rule\[0\] must be a pair .* got 'weight'"),
         ([("*", "no")], TypeError, r"rule\[0\], '\*', must be a real number.*'no'"),

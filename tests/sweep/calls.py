@@ -71,6 +71,7 @@ RIGHT: dict[str, set[str]] = {
         "predict outputs mode sampler train_step record model module reference betas etas": "",
         "step_sizes ns_coefficients ns_steps ns_dtype d layer_of multiplier removals": "",
         "optimizer torch_optimizer state_dict names steps_per_epoch name transpose": "",
+        "section axis": "",
     }.items()
     for name in names.split()
 }
@@ -89,7 +90,7 @@ OTHER: dict[str, dict[str, str]] = {
     "optim.add_decay_by_leaf": {"scale": "half", "mask": "None True"},
     "optim.layerwise_scale": {"depth": "None"},
     "optim.layerwise_groups": {"params": "list dict ranks bools", "depth": "None"},
-    "interop.Leaf": {"name": "word digits", "transpose": "None list"},
+    "interop.Leaf": {"name": "word digits", "transpose": "None list", "section": "None"},
     "interop.params_from_torch": {"params": "", "names": "dict"},
     "interop.leaves_from_torch": {"params": "", "names": "dict"},
     "interop.optimizer_from_torch": {"model": "None", "steps": "None"},
@@ -305,7 +306,8 @@ def _bridges() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
     optimizer = interop.optimizer_from_torch(recipe, names)
     from_torch = {"torch_optimizer": recipe, "names": names, "model": None, "scheduler": None}
     from_torch |= {"steps": None, "steps_per_epoch": 1}
-    yield "interop.Leaf", interop.Leaf, {"name": "weight", "transpose": (1, 0)}
+    leaf = {"name": "weight", "transpose": (1, 0), "section": (0, 2), "axis": 0}
+    yield "interop.Leaf", interop.Leaf, leaf
     yield (
         "interop.optimizer_from_torch",
         lambda **how: interop.optimizer_from_torch(**how).init(params),
