@@ -168,6 +168,7 @@ def test_the_chinese_page_is_in_step(page):
     english, chinese = page.read_text("utf-8"), (CHINESE / page.name).read_text("utf-8")
     assert f"\n[中文](../lesson_zh/{page.name})\n" in english
     assert f"\n[English](../lesson/{page.name})\n" in chinese
+    assert ("[hide-input]" in chinese) == ("\n  code_prompt_show: 显示代码\n" in chinese)
     assert untranslated(english, chinese) == ""
 
 
