@@ -162,4 +162,5 @@ def test_an_unmodified_port_drops_the_same_elements(port):
         y, grad = value_and_grad(x, step)
         np.testing.assert_array_equal(y == 0, expected.detach().numpy() == 0)
         np.testing.assert_allclose(y, expected.detach().numpy(), rtol=1e-5, atol=1e-6)
+        assert given.grad is not None
         np.testing.assert_allclose(grad, given.grad.numpy(), rtol=1e-4, atol=1e-5)

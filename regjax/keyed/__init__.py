@@ -113,12 +113,12 @@ def bind(
 
         return BoundModule(model, root, step, names, broadcast_dropout)
     if framework == "nnx":
-        from regjax.keyed import nnx
+        from regjax.keyed.nnx import bind_nnx
 
-        return nnx.bind(model, root, step, names, broadcast_dropout)
-    from regjax.keyed import equinox
+        return bind_nnx(model, root, step, names, broadcast_dropout)
+    from regjax.keyed.equinox import bind_equinox
 
-    return equinox.bind(model, root, step, names)
+    return bind_equinox(model, root, step, names)
 
 
 def sites(
@@ -146,18 +146,18 @@ def sites(
     """
     framework = _framework(model)
     if framework == "linen":
-        from regjax.keyed import linen
+        from regjax.keyed.linen import linen_sites
 
-        return linen.sites(model, names, args, options)
+        return linen_sites(model, names, args, options)
     if args or options:
         raise TypeError(f"args must be given for a module of Linen only; got {[*args, *options]}.")
     if framework == "nnx":
-        from regjax.keyed import nnx
+        from regjax.keyed.nnx import nnx_sites
 
-        return nnx.sites(model, names)
-    from regjax.keyed import equinox
+        return nnx_sites(model, names)
+    from regjax.keyed.equinox import equinox_sites
 
-    return equinox.sites(model, names)
+    return equinox_sites(model, names)
 
 
 def _framework(model: Any) -> str:

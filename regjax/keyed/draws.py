@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from regjax._dropout.core import (
     guard_rate,
     inverse_keep_prob,
     keep_prob_of,
+    mask_sharding,
     real_dtype,
     where_kept,
 )
@@ -76,37 +77,69 @@ class _BatchMask:
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
         keep_prob = keep_prob_of(rate, x.dtype)
-        keep = _mask(self.dims, key, keep_prob, lax.stop_gradient(x))
+        number = keep_prob if isinstance(keep_prob, float) else None
+        probability = jnp.zeros(()) if number is not None else keep_prob
+        keep = _mapped(_Whole(self.dims, number))(key, probability, lax.stop_gradient(x))
         realized: Any = EXACT.realized_keep_prob(keep_prob)
         if isinstance(realized, jax.Array):
             realized = realized.astype(real_dtype(x.dtype))
         return where_kept(keep, x, inverse_keep_prob(realized, x.dtype)), keep
 
 
-def _mask(
-    dims: tuple[int, ...], key: KeyLike, keep_prob: Any, x: Inexact[Array, "*shape"]
-) -> Bool[Array, "*mask"]:
-    is_number = isinstance(keep_prob, float)
+class _Draw(Protocol):
+    """A function of a key, a keep probability and an array that draws the mask of the array."""
 
-    @custom_vmap
-    def draw(key: KeyLike, probability: Any, x: Any) -> Any:
-        shape = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
-        return EXACT.draw(key, keep_prob if is_number else probability, shape, None)
+    def __call__(self, key: Any, keep_prob: Any, x: Any) -> Any: ...
 
-    @draw.def_vmap
-    def _(size: int, is_mapped: Any, key: KeyLike, probability: Any, x: Any) -> tuple[Any, bool]:
-        key_mapped, probability_mapped, x_mapped = is_mapped
-        given = keep_prob if is_number else probability
-        if key_mapped or probability_mapped:
-            axes = (0 if key_mapped else None, 0 if probability_mapped else None)
+    def batched(self) -> _Draw:
+        """Return the function for arrays with another axis in front, and the same key."""
+        ...
 
-            def row(key: KeyLike, probability: Any, x: Any) -> Any:
-                return _mask(dims, key, keep_prob if is_number else probability, x)
 
-            return jax.vmap(row, (*axes, 0 if x_mapped else None))(key, probability, x), True
-        if x_mapped:
-            return _mask(tuple(dim + 1 for dim in dims), key, given, x), True
-        return _mask(dims, key, given, x), False
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+    """One mask, of size 1 along `dims`; a concrete probability is that of the class."""
 
-    probability = jnp.zeros(()) if is_number else keep_prob
-    return draw(key, probability, x)
+    dims: tuple[int, ...]
+    number: float | None
+
+    def __call__(self, key: Any, keep_prob: Any, x: Any) -> Any:
+        shape = tuple(1 if dim in self.dims else size for dim, size in enumerate(x.shape))
+        given = keep_prob if self.number is None else self.number
+        return EXACT.draw(key, given, shape, mask_sharding(x, self.dims))
+
+    def batched(self) -> _Whole:
+        return _Whole(tuple(dim + 1 for dim in self.dims), self.number)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A mask for each of several keys or probabilities, along axis `out` of the result."""
+
+    draw: _Draw
+    axes: tuple[int | None, int | None, int | None]
+    out: int = 0
+
+    def __call__(self, key: Any, keep_prob: Any, x: Any) -> Any:
+        return jax.vmap(self.draw, self.axes, self.out)(key, keep_prob, x)
+
+    def batched(self) -> _Rows:
+        key, keep_prob, x = self.axes
+        axes = key, keep_prob, None if x is None else x + 1
+        return _Rows(self.draw.batched(), axes, self.out + 1)
+
+
+def _mapped(draw: _Draw) -> Callable[..., Any]:
+    """Return the function with the rule that an axis mapped by `vmap` belongs to the mask."""
+    mapped = custom_vmap(draw)
+
+    @mapped.def_vmap
+    def _(size: int, is_mapped: Any, *args: Any) -> tuple[Any, bool]:
+        del size
+        key, keep_prob, x = is_mapped
+        if key or keep_prob:
+            axes: Any = tuple(0 if is_axis else None for is_axis in is_mapped)
+            return _mapped(_Rows(draw, axes))(*args), True
+        return _mapped(draw.batched() if x else draw)(*args), x
+
+    return mapped

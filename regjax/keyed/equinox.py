@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from regjax.keyed.draws import drop, nth_key
-from regjax.keyed.names import site_names
+from regjax.keyed.draws import Keys, drop, nth_key
+from regjax.keyed.names import is_changed, site_names
 from regshared.extras import needs
 
 with needs("regjax.keyed", extra="equinox", package="equinox"):
@@ -88,19 +88,23 @@ def _path(steps: Any) -> str:
     return jax.tree_util.keystr(steps, simple=True, separator="/")
 
 
-def bind(model: Any, root: KeyLike, step: ArrayLike, names: Mapping[str, str] | None) -> Any:
+def bind_equinox(
+    model: Any, root: KeyLike, step: ArrayLike, names: Mapping[str, str] | None
+) -> Any:
     """Return a copy of the model whose dropout layers draw from the keys of their sites."""
+    Keys(root, step)  # check them
     paths, nodes, places, structure = _found(model)
     unkeyed = [
         f"{path} ({type(node).__name__})"
         for path, node in zip(places, nodes, strict=True)
-        if path is not None and not isinstance(node, _Dropout)
+        if path is not None and (not isinstance(node, _Dropout) or is_changed(node))
     ]
     if unkeyed:
         raise TypeError(
-            "model must not have layers of regjax.equinox other than Dropout, whose masks jax.vmap "
-            f"would share; got {', '.join(unkeyed)}. Pass a key of regjax.site_key for each "
-            "example to these layers, without regjax.keyed."
+            "model must not have subclasses of Dropout with their own call, or other layers of "
+            f"regjax.equinox, whose masks jax.vmap would share; got {', '.join(unkeyed)}. Use "
+            "equinox.nn.Dropout, or pass keys of regjax.site_key in the calls, without "
+            "regjax.keyed."
         )
     found = site_names(paths, names)
     bound = [
@@ -110,6 +114,6 @@ def bind(model: Any, root: KeyLike, step: ArrayLike, names: Mapping[str, str] | 
     return jax.tree_util.tree_unflatten(structure, bound)
 
 
-def sites(model: Any, names: Mapping[str, str] | None) -> list[str]:
+def equinox_sites(model: Any, names: Mapping[str, str] | None) -> list[str]:
     """Return the names of the sites."""
     return list(site_names(_found(model)[0], names).values())

@@ -12,7 +12,7 @@ import numpy as np
 
 from regjax._dropout.attention import dot_product_attention
 from regjax.keyed.draws import Keys, drop
-from regjax.keyed.names import check_distinct, check_names, module_of, name_in, site_names
+from regjax.keyed.names import check_distinct, check_names, is_changed, module_of, name_in, site_names
 from regshared.extras import needs
 
 with needs("regjax.keyed", extra="flax", package="flax"):
@@ -148,6 +148,11 @@ def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[.
         # Attention calls the method of its base class too.
         if context.method_name != "__call__" or not is_site or id(module) in running:
             return call(*args, **options)
+        if is_changed(module):
+            raise TypeError(
+                f"module {'/'.join(module.path)!r} must have the call of Flax's layer; got "
+                f"{type(module).__name__}, which has its own. Use the layer of Flax, or its rate 0."
+            )
         signature = inspect.signature(type(module).__call__)
         given = signature.bind(module, *args, **options).arguments
         running.add(id(module))
@@ -222,7 +227,7 @@ def _set(module: Any, values: dict[str, Any]) -> None:
         object.__setattr__(module, name, value)
 
 
-def sites(
+def linen_sites(
     module: Any, names: Mapping[str, str] | None, args: tuple[Any, ...], options: dict[str, Any]
 ) -> list[str]:
     """Return the names of the sites that a call of the module reaches, without computing it."""

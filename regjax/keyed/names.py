@@ -38,6 +38,12 @@ def site_names(paths: Iterable[str], names: Mapping[str, str] | None) -> dict[st
     return check_distinct(found)
 
 
+def is_changed(module: object) -> bool:
+    """Return whether a module of the user overrides the call of a framework's layer."""
+    place = type(module).__call__.__module__.partition(".")[0]
+    return place not in ("flax", "equinox", "regjax")
+
+
 def check_names(names: Mapping[str, str]) -> None:
     """Raise a TypeError unless `names` maps strings to strings."""
     if not isinstance(names, Mapping):

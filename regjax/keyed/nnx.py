@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from regjax._dropout.attention import dot_product_attention
 from regjax.keyed.draws import Keys, drop
-from regjax.keyed.names import site_names
+from regjax.keyed.names import is_changed, site_names
 from regshared.extras import needs
 
 with needs("regjax.keyed", extra="flax", package="flax"):
@@ -67,6 +67,8 @@ class KeyedDropout(_Dropout):
 class KeyedAttention(nnx.MultiHeadAttention):
     """Attention of a bound model, which ignores the `rngs` of its call."""
 
+    _stream: Any
+
     def __call__(self, *args: Any, rngs: Any = None, **options: Any) -> Any:
         """Attend, with the key of the site."""
         del rngs
@@ -101,7 +103,12 @@ def _is_layer(module: Any) -> bool:
     return any(base.__module__ == "regjax.nnx" for base in type(module).__mro__)
 
 
-def bind(
+def _with_stream(module: Any, stream: Stream) -> Any:
+    module._stream = stream
+    return module
+
+
+def bind_nnx(
     model: Any,
     root: KeyLike,
     step: ArrayLike,
@@ -111,37 +118,37 @@ def bind(
     """Return a view of the model, with its variables, that draws from the keys of its sites."""
     modules = _found(model)
     found = site_names(modules, names)
-    if subclasses := [
+    if changed := [
         f"{path} ({type(module).__name__})"
         for path, module in modules.items()
-        if isinstance(module, nnx.MultiHeadAttention) and type(module) is not nnx.MultiHeadAttention
+        if is_changed(module)
     ]:
         raise TypeError(
-            "model must have nnx.MultiHeadAttention itself where attention drops; got the "
-            f"subclasses {', '.join(subclasses)}. Set their dropout_rate to 0, or pass their keys."
+            "model must have dropout and attention with the calls of Flax; got subclasses with "
+            f"their own: {', '.join(changed)}. Set their rate to 0, or use the layers of Flax."
         )
     keys = Keys(root, step)
 
     def bound(path: Any, node: Any) -> Any:
-        name = found.get("/".join(map(str, path)))
-        if name is None or not isinstance(node, nnx.Module):
+        place = "/".join(map(str, path))
+        if place not in found or not isinstance(node, nnx.Module):
             return node
-        if isinstance(node, _Dropout):
-            node.__class__ = KeyedDropout
-        elif isinstance(node, nnx.MultiHeadAttention):
-            node.__class__ = KeyedAttention
-            if node.attention_fn is nnx.dot_product_attention:
-                node.attention_fn = dot_product_attention
+        module: Any = node
+        if isinstance(module, _Dropout):
+            module.__class__ = KeyedDropout
+        elif isinstance(module, nnx.MultiHeadAttention):
+            module.__class__ = KeyedAttention
+            if module.attention_fn is nnx.dot_product_attention:
+                module.attention_fn = dot_product_attention
             if broadcast_dropout is not None:
-                node.broadcast_dropout = broadcast_dropout
+                module.broadcast_dropout = broadcast_dropout
         else:
-            node.__class__ = _keyed_layer(type(node))
-        node._stream = Stream(keys, "/".join(map(str, path)), name, node)
-        return node
+            module.__class__ = _keyed_layer(type(module))
+        return _with_stream(module, Stream(keys, place, found[place], module))
 
     return nnx.recursive_map(bound, model)
 
 
-def sites(model: Any, names: Mapping[str, str] | None) -> list[str]:
+def nnx_sites(model: Any, names: Mapping[str, str] | None) -> list[str]:
     """Return the names of the sites."""
     return list(site_names(_found(model), names).values())
