@@ -12,7 +12,14 @@ import numpy as np
 
 from regjax._dropout.attention import dot_product_attention
 from regjax.keyed.draws import Keys, drop
-from regjax.keyed.names import check_distinct, check_names, is_changed, module_of, name_in, site_names
+from regjax.keyed.names import (
+    check_distinct,
+    check_names,
+    is_changed,
+    module_of,
+    name_in,
+    site_names,
+)
 from regshared.extras import needs
 
 with needs("regjax.keyed", extra="flax", package="flax"):

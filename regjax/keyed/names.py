@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 
 from regshared.checks import check_string, describe
@@ -40,7 +41,7 @@ def site_names(paths: Iterable[str], names: Mapping[str, str] | None) -> dict[st
 
 def is_changed(module: object) -> bool:
     """Return whether a module of the user overrides the call of a framework's layer."""
-    place = type(module).__call__.__module__.partition(".")[0]
+    place = inspect.unwrap(type(module).__call__).__module__.partition(".")[0]
     return place not in ("flax", "equinox", "regjax")
 
 

@@ -268,16 +268,20 @@ def test_draws_that_cannot_be_keyed_are_errors():
         regjax.keyed.bind(model, ROOT, 0)
 
 
-
 @pytest.mark.parametrize("base", [linen.Dropout, nnx.Dropout, eqx.nn.Dropout])
 def test_a_subclass_with_its_own_call_is_an_error(base):
-    own = type("Own", (base,), {"__call__": lambda self, x: x + 1, "__module__": __name__})
-    same = type("Same", (base,), {"__module__": __name__})
+    class Own(base):
+        def __call__(self, x):
+            return x + 1
+
+    class Same(base):
+        pass
+
     options = {} if base is eqx.nn.Dropout else {"deterministic": False}
     y = regjax.dropout(X, 0.5, key=regjax.site_key(ROOT, 0, ""))
-    np.testing.assert_array_equal(call(same(0.5, **options), X, 0), y)
+    np.testing.assert_array_equal(call(Same(0.5, **options), X, 0), y)
     with pytest.raises(TypeError, match=r"call.*Own"):
-        call(own(0.5, **options), X, 0)
+        call(Own(0.5, **options), X, 0)
 
 
 @pytest.mark.parametrize("layer", [regjax.linen.DropPath, regjax.nnx.DropPath])
