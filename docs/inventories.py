@@ -110,7 +110,8 @@ PROJECTS = {
                 torch.optim.lr_scheduler.LambdaLR torch.optim.lr_scheduler.LinearLR
                 torch.optim.lr_scheduler.LRScheduler torch.optim.lr_scheduler.StepLR
                 torch.optim.Muon torch.optim.NAdam torch.optim.RAdam torch.optim.RMSprop
-                torch.optim.Rprop torch.optim.SGD torch.randn torch.save torch.sqrt torch.where""",
+                torch.optim.Rprop torch.optim.SGD torch.rand torch.randn torch.save torch.sqrt
+                torch.where""",
             "checkpoint.html": "torch.utils.checkpoint",
             "func.api.html#module-torch.func": "torch.func",
             "nn.html#module-torch.nn": "torch.nn",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
 if TYPE_CHECKING:
@@ -22,16 +23,38 @@ class Tier:
         tolerance: The largest difference of two elements that passes; None requires equal bits.
         in_norm: Whether a difference is divided by the largest parameter of its step. An
             elementwise relative error would explode at weights close to zero.
+        relative: The bound of the harness for gradients, updates and states, relative to their
+            size; None for 100 times the tolerance.
+        compute: The dtype of the computation, if it is smaller than `dtype`.
     """
 
     dtype: str
     tolerance: float | None
     in_norm: bool = False
+    relative: float | None = None
+    compute: str | None = None
+
+    @property
+    def eps(self) -> float:
+        """The distance from 1 to the next number of the computation's dtype."""
+        return float(ml_dtypes.finfo(self.compute or self.dtype).eps)
+
+    @property
+    def stored_eps(self) -> float:
+        """The same for the dtype of the parameters."""
+        return float(ml_dtypes.finfo(self.dtype).eps)
+
+    @property
+    def relative_tolerance(self) -> float:
+        """The bound of gradients, updates and states."""
+        return 100 * (self.tolerance or 0.0) if self.relative is None else self.relative
 
 
 BITWISE = Tier("float32", tolerance=None)
 FLOAT64 = Tier("float64", tolerance=1e-12, in_norm=True)
 FLOAT32 = Tier("float32", tolerance=1e-5)
+# Parameters in float32, products in bfloat16.
+BFLOAT16 = Tier("float32", tolerance=1e-2, relative=0.1, compute="bfloat16")
 
 
 def assert_same_at_every_step(

@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # In causal order within a step.
-QUANTITIES = ("mask", "activation", "loss", "gradient", "parameter", "state")
+QUANTITIES = (
+    "mask",
+    "activation",
+    "buffer",
+    "loss",
+    "gradient",
+    "state",
+    "update",
+    "parameter",
+    "average",
+)
+# Those with a bound; any difference of masks counts, and activations only locate one of the loss.
+HELD = QUANTITIES[2:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +70,7 @@ class Comparison:
         sites: The number of compared masks of each site.
         notes: Descriptions of what could not be compared.
         start: The number of steps before the first compared one.
+        bounds: The largest deviation of each quantity that passes; the tier's if it has none.
     """
 
     tier: Tier
@@ -67,6 +80,7 @@ class Comparison:
     sites: Mapping[str, int] = dataclasses.field(default_factory=dict)
     notes: Sequence[str] = ()
     start: int = 0
+    bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
@@ -81,15 +95,16 @@ class Comparison:
     def table(self) -> str:
         """Return the largest deviation of each quantity, and its step, in Markdown."""
         lines = [
-            "| quantity | steps | largest deviation | at step |",
-            "| --- | ---: | ---: | ---: |",
+            "| quantity | steps | largest deviation | at step | bound |",
+            "| --- | ---: | ---: | ---: | ---: |",
         ]
         for quantity, values in self.deviations.items():
             if values:
                 worst = int(np.argmax(values))
+                bound = f"{self.bounds[quantity]:.0e}" if quantity in self.bounds else ""
                 lines.append(
                     f"| {quantity} | {len(values)} | {values[worst]:.2e}"
-                    f" | {self.start + worst + 1} |"
+                    f" | {self.start + worst + 1} | {bound} |"
                 )
         return "\n".join(lines) + "\n"
 
@@ -119,9 +134,9 @@ class Comparison:
             if values:
                 label = "\n".join(filter(None, (quantity, *pictures.gaps(values).split(", "))))
                 pictures.plot_differences(below, steps, values, label=label)
-        if self.tier.tolerance:
-            ink = pictures.palette().ink
-            below.axhline(self.tier.tolerance, color=ink, linestyle=":", label="bound")
+        for bound, quantities in self._shown_bounds().items():
+            label = f"bound of {quantities}" if quantities else "bound"
+            below.axhline(bound, color=pictures.palette().ink, linestyle=":", label=label)
         below.set_ylabel(f"largest deviation,\n{self._unit()}")
         below.set_xlabel("step")
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -130,10 +145,18 @@ class Comparison:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         return figure
 
+    def _shown_bounds(self) -> dict[float, str]:
+        """Return the finite bounds, with the quantities of each, one a line."""
+        if not self.bounds:
+            return {self.tier.tolerance: ""} if self.tier.tolerance else {}
+        found: dict[float, list[str]] = {}
+        for quantity, bound in self.bounds.items():
+            if self.deviations.get(quantity) and 0 < bound < float("inf"):
+                found.setdefault(bound, []).append(quantity)
+        return {bound: ",\n".join(quantities) for bound, quantities in found.items()}
+
     def _unit(self) -> str:
-        if self.tier.tolerance is None:
-            return "1 if any bit differs"
-        return "relative to the largest element" if self.tier.in_norm else "absolute"
+        return "1 if any bit differs" if self.tier.tolerance is None else "relative to the size"
 
     def __str__(self) -> str:
         """Return the conclusion and the table."""

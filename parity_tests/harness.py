@@ -1,12 +1,13 @@
 """Comparison of a JAX port with its PyTorch model at every step, with dropout on.
 
 Both sides start from the same parameters and receive the same batches; their keys derive from the
-same root, so that they draw the same masks. After each step the masks, the loss, the gradients, the
-parameters and the optimizer's state are compared, in that order: the first difference is the cause,
-and the later ones follow from it.
+same root, so that they draw the same masks. After each step the masks, the running statistics, the
+loss, the gradients, the optimizer's state, the updates and the parameters are compared, in that
+order: the first difference is the cause, and the later ones follow from it.
 
-A user writes only the two losses. Masks need no code: every dropout of `regjax` and `regtorch`
-reports its draws to observers, under the name that `site_key` derived its key with.
+A user writes only the two losses, or the two train steps. Masks need no code: every dropout of
+`regjax` and `regtorch` reports its draws to observers, under the name that `site_key` derived its
+key with.
 """
 
 from __future__ import annotations
@@ -14,19 +15,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-from parity_tests import compare
+from parity_tests import compare, verdicts
 from parity_tests.compare import FLOAT32, Tier
-from parity_tests.comparison import QUANTITIES, Comparison, Divergence
+from parity_tests.comparison import HELD, QUANTITIES, Comparison, Divergence
 from parity_tests.frameworks import from_torch, to_torch
+from parity_tests.pairing import Pair, gradients
 from parity_tests.recording import (
     Difference,
     Drawn,
@@ -34,65 +34,28 @@ from parity_tests.recording import (
     mask_differences,
     value_deviations,
 )
-from regjax._decay.paths import named_leaves
+from parity_tests.sides import JaxSide, JaxStep, TorchSide, TorchStep
+from parity_tests.verdicts import Noise
 from regjax.interop import Leaf
-from regjax.interop._leaves import as_leaves, missing_sections, named_tensors, overlap, report
-from regjax.optim._records import RECORDS
 from regshared.extras import needs
 
 with needs("parity_tests", extra="torch", package="torch"):
     import torch
 
-if TYPE_CHECKING:
-    from jaxtyping import PyTree
-
 __all__ = [
     "Comparison",
     "Divergence",
     "JaxSide",
+    "JaxStep",
     "Leaf",
     "Tier",
     "TorchSide",
+    "TorchStep",
     "compare_forward",
     "compare_step",
     "compare_training",
     "tensors",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class JaxSide:
-    """The port.
-
-    Attributes:
-        params: A tree of parameters; replaced by those of the PyTorch model before the first step.
-        loss: `loss(params, batch, step)`, a scalar. The harness jits it, with `step` traced.
-        optimizer: An optax transformation.
-        state: The optimizer's initial state, as from `regjax.interop.state_from_torch`; None starts
-            at the optimizer's first step.
-    """
-
-    params: PyTree
-    loss: Callable[[Any, Any, Any], jax.Array]
-    optimizer: optax.GradientTransformation
-    state: PyTree | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class TorchSide:
-    """The original.
-
-    Attributes:
-        model: A module; it is trained in place.
-        loss: `loss(model, batch, step)`, a scalar tensor.
-        optimizer: A `torch.optim` optimizer over the model's parameters.
-        scheduler: A learning-rate scheduler, which steps after the optimizer.
-    """
-
-    model: torch.nn.Module
-    loss: Callable[[torch.nn.Module, Any, int], torch.Tensor]
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
 
 def compare_forward(in_jax: Any, in_torch: torch.Tensor, tier: Tier = FLOAT32) -> float:
@@ -119,10 +82,10 @@ def compare_forward(in_jax: Any, in_torch: torch.Tensor, tier: Tier = FLOAT32) -
 
 
 def compare_step(
-    jax_side: JaxSide,
-    torch_side: TorchSide,
+    jax_side: JaxSide | JaxStep,
+    torch_side: TorchSide | TorchStep,
     batch: Any,
-    names: Mapping[str, str | Leaf],
+    names: Mapping[str, str | Leaf] = MappingProxyType({}),
     **options: Any,
 ) -> Comparison:
     """Apply `compare_training` to a single batch."""
@@ -130,13 +93,14 @@ def compare_step(
 
 
 def compare_training(
-    jax_side: JaxSide,
-    torch_side: TorchSide,
+    jax_side: JaxSide | JaxStep,
+    torch_side: TorchSide | TorchStep,
     batches: Iterable[Any],
-    names: Mapping[str, str | Leaf],
+    names: Mapping[str, str | Leaf] = MappingProxyType({}),
     *,
     tier: Tier = FLOAT32,
     tolerances: Mapping[str, float] = MappingProxyType({}),
+    ignore_buffers: Sequence[str] = (),
     record: bool = True,
     start: int = 0,
     stop_at_first: bool = True,
@@ -144,22 +108,52 @@ def compare_training(
 ) -> Comparison:
     """Train both sides from the same parameters on the same batches, and compare every step.
 
+    A side is a loss with an optimizer (`JaxSide`, `TorchSide`) or a whole train step (`JaxStep`,
+    `TorchStep`); each form can be compared with either. Gradients are compared if both sides are
+    losses.
+
     The masks of `regjax` and `regtorch` are compared on their own, site by site, bitwise. The
     values that enter a site are compared too: a difference there is no failure, but if a loss
     differs it locates the first site affected.
 
+    Deviations are relative to the size of a quantity:
+
+    | quantity | deviation | relative to | bound |
+    |---|---|---|---|
+    | loss | largest | its absolute value, at least 1 | tolerance of the tier |
+    | buffer | largest | largest element, at least 1 | the same |
+    | parameter, average | largest | largest element, at least 1; for FLOAT64 of all arrays | same |
+    | gradient, state | largest | largest element, at least 1 % of all arrays' | 100 times that |
+    | update of a parameter | root mean square | the same of the update | 100 times that |
+
+    A parameter whose true gradient is zero, such as the key's bias in attention, has a gradient of
+    rounding noise, which Adam turns into steps of full size and random sign. The comparison
+    recognizes it if, at every step so far, the gradient on both sides was at most 64 eps of the
+    largest root mean square of a parameter's gradient, and once differed by more than 1 % between
+    the sides. It then gives no verdict on these elements, notes them, and widens the bound of
+    buffers by their largest difference, because a bias before a batch norm shifts its running mean.
+    A gradient that is small but real agrees better between the sides, and is not excused. A whole
+    train step shows no gradient: there, the first moments of the optimizer stand for it, or else
+    the roots of the second; without either, as for SGD without momentum, nothing is excused.
+
     Args:
         jax_side: The port.
-        torch_side: The original, from whose parameters both start.
-        batches: NumPy arrays, or trees of them, one batch per step; both losses receive them
+        torch_side: The original, from whose parameters and buffers both start.
+        batches: NumPy arrays, or trees of them, one batch per step; both sides receive them
             unchanged.
-        names: From each JAX parameter's path, such as `"dense/kernel"`, to its name in PyTorch, or
-            to a `Leaf` if its axes have another order.
+        names: As for `regjax.interop.params_from_torch`: from modules of the JAX side to modules of
+            PyTorch, or from paths, such as `"dense/kernel"`, to names or to `Leaf`s. Identical
+            names need no entry. If it has every parameter, a name without a `Leaf` has its axes in
+            the same order.
         tier: How closely the sides must agree; its dtype is that of the parameters.
-        tolerances: Bounds that replace the tier's for `"loss"`, `"gradient"`, `"parameter"` or
-            `"state"`, such as `{"loss": 1e-4, "gradient": math.inf}`.
+        tolerances: Bounds that replace the tier's for `"loss"`, `"buffer"`, `"gradient"`,
+            `"state"`, `"update"`, `"parameter"` or `"average"`, such as
+            `{"loss": 1e-4, "gradient": math.inf}`.
+        ignore_buffers: Globs of buffers of PyTorch, such as `"*.running_var"`, that are not
+            compared and need no counterpart. Buffers that only count (`num_batches_tracked`), and
+            those outside `state_dict()`, never need one.
         record: Whether to record masks and the values they apply to; long runs are faster without.
-        start: The number of the first step, which losses receive and keys are derived from.
+        start: The number of the first step, which both sides receive and keys are derived from.
         stop_at_first: Whether to stop at the first divergence.
         progress: Called with the number of each completed step.
 
@@ -167,69 +161,66 @@ def compare_training(
         The comparison; `raise_if_different()` raises an error if the sides diverge.
 
     Raises:
-        ValueError: A parameter of either side has no counterpart, another shape or another dtype;
-            there are no batches; or a tolerance is for something else, negative or NaN.
+        ValueError: A parameter of either side, or a buffer, has no counterpart, another shape or
+            another dtype; there are no batches; a tolerance is for something else, negative or NaN;
+            or the parameters of a state are not recognized.
+
+    Example:
+        >>> import numpy as np, optax, torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> original = TorchSide(
+        ...     model,
+        ...     lambda model, batch, step: (model(torch.from_numpy(batch)) ** 2).mean(),
+        ...     torch.optim.SGD(model.parameters(), lr=0.1),
+        ... )
+        >>> port = JaxSide(
+        ...     {"kernel": jax.numpy.zeros((3, 2)), "bias": jax.numpy.zeros(2)},
+        ...     lambda p, batch, step: ((batch @ p["kernel"] + p["bias"][None]) ** 2).mean(),
+        ...     optax.sgd(0.102),
+        ... )
+        >>> found = compare_training(port, original, [np.ones((4, 3), "float32")])
+        >>> found.first.step, found.first.quantity
+        (1, 'update')
     """
     bounds = _bounds(tier, tolerances)
-    leaves = as_leaves(names)
+    pair = Pair(jax_side, torch_side, names, ignore_buffers)
+    noise = Noise(tier.eps)
     recorder, losses, first = Recorder(), [], None
     deviations: dict[str, list[float]] = {quantity: [] for quantity in QUANTITIES}
     sites, notes = collections.Counter(), {}
     with recorder.watching() if record else contextlib.nullcontext():
-        for step, pairs in enumerate(
-            _steps(jax_side, torch_side, batches, leaves, start), start=start + 1
-        ):
+        for step, batch in enumerate(batches, start=start + 1):
+            pairs = pair.advance(batch, step - 1)
             losses.append(tuple(float(side["loss"]) for side in pairs["loss"]))
             draws = _Draws(*recorder.taken())
             sites.update(draws.sites)
             notes.update(dict.fromkeys(draws.notes))
-            apart = {q: compare.deviations(*pair, tier) for q, pair in pairs.items()}
-            found = draws.compare(tier, deviations) | _exceeding(apart, bounds)
+            held = {**bounds, "buffer": bounds["buffer"] + noise.drift}
+            noise.update(*gradients(pairs))
+            noise.follow(*pairs["parameter"])
+            apart = {
+                quantity: verdicts.deviations(
+                    quantity, *sides, tier, held[quantity], noise, pairs["parameter"][1]
+                )
+                for quantity, sides in pairs.items()
+            }
+            found = draws.compare(tier, deviations) | _exceeding(apart, held, pair.hint)
             for quantity, values in apart.items():
-                deviations[quantity].append(max(values.values(), default=0.0))
+                deviations[quantity] += [max(values.values())] if values else []
             first = first or _first(step, found, draws)
             progress(step - start)
             if first and stop_at_first:
                 break
     if not losses:
         raise ValueError("batches must have at least one batch; got none. Pass one per step.")
-    return Comparison(tier, deviations, losses, first, dict(sites), tuple(notes), start)
-
-
-def _steps(
-    jax_side: JaxSide,
-    torch_side: TorchSide,
-    batches: Iterable[Any],
-    leaves: Mapping[str, Leaf],
-    start: int,
-) -> Iterator[dict[str, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]]:
-    """Train both sides; yield for each step and quantity the arrays of JAX and PyTorch by name."""
-    model, optimizer = torch_side.model, torch_side.optimizer
-    params = _moved(jax_side.params, model, leaves)
-    state = jax_side.optimizer.init(params) if jax_side.state is None else jax_side.state
-    gradient = jax.jit(jax.value_and_grad(jax_side.loss))
-    update = jax.jit(jax_side.optimizer.update)
-    for step, batch in enumerate(batches, start):
-        jax_loss, jax_gradient = gradient(params, batch, step)
-        updates, state = update(jax_gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        optimizer.zero_grad()
-        torch_loss = torch_side.loss(model, batch, step)
-        torch_loss.backward()
-        torch_gradient = _torch_arrays(model, leaves, lambda p: p.grad)
-        optimizer.step()
-        if torch_side.scheduler is not None:
-            torch_side.scheduler.step()
-        yield {
-            "loss": ({"loss": np.asarray(jax_loss)}, {"loss": from_torch(torch_loss)}),
-            "gradient": (_jax_arrays(jax_gradient), torch_gradient),
-            "parameter": (_jax_arrays(params), _torch_arrays(model, leaves)),
-            "state": _states(state, torch_side, leaves),
-        }
+    notes.update(dict.fromkeys([*pair.notes, *filter(None, [noise.note])]))
+    return Comparison(tier, deviations, losses, first, dict(sites), tuple(notes), start, bounds)
 
 
 def _exceeding(
-    apart: Mapping[str, Mapping[str, float]], bounds: Mapping[str, float]
+    apart: Mapping[str, Mapping[str, float]],
+    bounds: Mapping[str, float],
+    hint: Callable[[str, str], str],
 ) -> dict[str, Difference]:
     """Return for each quantity beyond its bound the tensor with the largest deviation."""
     found = {}
@@ -237,22 +228,21 @@ def _exceeding(
         if values:
             name = compare.furthest(values)
             if not values[name] <= bounds[quantity]:
-                found[quantity] = Difference(name, values[name], "")
+                found[quantity] = Difference(name, values[name], hint(quantity, name))
     return found
 
 
 def _bounds(tier: Tier, tolerances: Mapping[str, float]) -> dict[str, float]:
-    held = QUANTITIES[QUANTITIES.index("loss") :]
     for quantity, bound in tolerances.items():
-        if quantity not in held:
+        if quantity not in HELD:
             raise ValueError(
-                f"tolerances must have keys among {', '.join(held)}; got '{quantity}'. Remove it."
+                f"tolerances must have keys among {', '.join(HELD)}; got '{quantity}'. Remove it."
             )
         if not bound >= 0:
             raise ValueError(
                 f"tolerances['{quantity}'] must be at least 0; got {bound}. Pass a bound."
             )
-    return {quantity: tolerances.get(quantity, tier.tolerance or 0.0) for quantity in held}
+    return {q: tolerances.get(q, verdicts.bound_of(q, tier)) for q in HELD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,100 +304,6 @@ def _first(step: int, found: Mapping[str, Difference], draws: _Draws) -> Diverge
         last = draws.in_torch[-1].site
         detail = f"masks agree, and so do the values that enter them up to the last, '{last}'"
     return Divergence(step, differ[0], cause.site, cause.deviation, detail)
-
-
-def _moved(params: PyTree, model: torch.nn.Module, leaves: Mapping[str, Leaf]) -> PyTree:
-    """Return the tree of `params` with the values of the model."""
-    tensors, in_jax = named_tensors(model), dict(named_leaves(params))
-    _check_names(in_jax, tensors, leaves)
-    moved = []
-    for path, leaf in in_jax.items():
-        array = leaves[path].to_jax(from_torch(tensors[leaves[path].name]))
-        wanted = (np.dtype(leaf.dtype), leaf.shape)
-        if (array.dtype, array.shape) != wanted:
-            raise ValueError(
-                f"params at '{path}' must be {array.dtype}{list(array.shape)}, as "
-                f"'{leaves[path].name}' of PyTorch; got {wanted[0]}{list(wanted[1])}. Pass "
-                "Leaf(name, transpose) if its axes have another order."
-            )
-        moved.append(jax.numpy.array(array))
-    return jax.tree.unflatten(jax.tree.structure(params), moved)
-
-
-def _check_names(
-    in_jax: Mapping[str, Any], in_torch: Mapping[str, Any], leaves: Mapping[str, Leaf]
-) -> None:
-    of_tensor: dict[int, list[str]] = {}
-    for path, leaf in leaves.items():
-        of_tensor.setdefault(id(in_torch.get(leaf.name)), []).append(path)
-    first = {id(tensor): name for name, tensor in reversed(list(in_torch.items()))}
-    missing = {
-        name + section
-        for tensor, name in first.items()
-        for section in missing_sections(
-            [leaves[path] for path in of_tensor.get(tensor, ())], in_torch[name].shape
-        )
-    }
-    report(
-        {
-            "JAX parameters without a name in PyTorch": set(in_jax) - set(leaves),
-            "names of JAX parameters that do not exist": set(leaves) - set(in_jax),
-            "PyTorch parameters that no JAX parameter is": missing,
-            "names of PyTorch parameters that do not exist": {
-                leaf.name for leaf in leaves.values() if leaf.name not in in_torch
-            },
-            "JAX parameters that are the same PyTorch parameter": {
-                path
-                for tensor, paths in of_tensor.items()
-                if tensor in first and overlap([leaves[path] for path in paths])
-                for path in paths
-            },
-        }
-    )
-
-
-def _jax_arrays(tree: PyTree) -> dict[str, np.ndarray]:
-    return {name: np.asarray(leaf) for name, leaf in named_leaves(tree)}
-
-
-def _torch_arrays(
-    model: torch.nn.Module,
-    leaves: Mapping[str, Leaf],
-    get: Callable[[Any], torch.Tensor | None] = lambda p: p,
-) -> dict[str, np.ndarray]:
-    tensors = named_tensors(model)
-    found = {}
-    for path, leaf in leaves.items():
-        tensor = get(tensors[leaf.name])
-        # An unused parameter has no gradient in PyTorch, and a gradient of zeros in JAX.
-        tensor = torch.zeros_like(tensors[leaf.name]) if tensor is None else tensor
-        found[path] = leaf.to_jax(from_torch(tensor).copy())
-    return found
-
-
-def _states(
-    state: PyTree, side: TorchSide, leaves: Mapping[str, Leaf]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return the moments and momenta that both sides keep, by parameter."""
-    tensors = named_tensors(side.model)
-    record = RECORDS.get(type(side.optimizer).__name__)
-    kept_as = record.torch_names if record else {}
-    kinds = "|".join(kept_as)
-    in_jax, in_torch = {}, {}
-    for place, array in named_leaves(state) if kinds else ():
-        for path, leaf in leaves.items():
-            match = re.search(rf"(?:^|/)({kinds})/{re.escape(path)}$", place)
-            if not match:
-                continue
-            kept = side.optimizer.state.get(tensors[leaf.name], {}).get(kept_as[match[1]])
-            # Skip shapes that differ: Adafactor's rows are columns if JAX transposes a matrix.
-            if kept is not None and np.shape(array) == leaf.to_jax(from_torch(kept)).shape:
-                name = f"{kept_as[match[1]]} of {path}"
-                in_jax[name], in_torch[name] = (
-                    np.asarray(array),
-                    leaf.to_jax(from_torch(kept).copy()),
-                )
-    return in_jax, in_torch
 
 
 def tensors(batch: Any) -> Any:

@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             name = unknown[0].partition("=")[0]
             known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
             fix = f"Did you mean {near[0]}?" if near else "Run with --help for a list."
             self.error(f"argument {name}: must be an option of this program; got {name!r}. {fix}")
         return options

@@ -13,7 +13,7 @@ import torch
 
 import regjax
 from parity_tests import models
-from parity_tests.compare import BITWISE, FLOAT64, Tier
+from parity_tests.compare import BITWISE, FLOAT32, FLOAT64, Tier
 from parity_tests.harness import (
     Comparison,
     Divergence,
@@ -40,8 +40,7 @@ OPTIMIZERS = {
 }
 # Rounding accumulates over a thousand steps; this is the bound in norm of the longest recursion.
 THOUSAND_STEPS = dataclasses.replace(FLOAT64, tolerance=1e-10)
-# If a gradient is zero except for rounding, as for the bias of attention keys, Adam takes full
-# steps along the rounding errors. Parameters then diverge in float32, so losses are compared.
+# Over hundreds of steps rounding accumulates in float32, so only losses are compared.
 LOSSES = Tier("float32", tolerance=math.inf)
 
 
@@ -85,9 +84,9 @@ def test_float64_runs_are_the_same(name, optimizer):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("convolutional", "encoder")),
     ],
 )
-def test_float32_losses_are_the_same(name):
-    found = run(name, "adamw", 30, LOSSES)
-    assert max(found.deviations["loss"]) < 1e-4
+def test_float32_runs_are_the_same(name):
+    found = run(name, "adamw", 30, FLOAT32)
+    found.raise_if_different()
     assert found.deviations["mask"] == [0.0] * 30
 
 
@@ -141,7 +140,7 @@ PLANTED = {
     "bias decayed on one side": (
         PERCEPTRON,
         with_options(regjax.optim.sgd(0.1, weight_decay=0.1), decayed_kernels),
-        ("parameter", "bias"),
+        ("update", "bias"),
     ),
     "nesterov on one side": (
         PERCEPTRON,
@@ -149,19 +148,19 @@ PLANTED = {
             regjax.optim.sgd(0.1, momentum=0.9, nesterov=True),
             lambda m: torch.optim.SGD(m.parameters(), 0.1, momentum=0.9),
         ),
-        ("parameter", ""),
+        ("update", ""),
     ),
     "eps 1e-7 for 1e-8": (
         PERCEPTRON,
         with_options(
             regjax.optim.adam(1e-3, eps=1e-7), lambda m: torch.optim.Adam(m.parameters(), 1e-3)
         ),
-        ("parameter", ""),
+        ("update", ""),
     ),
     "another learning rate": (
         PERCEPTRON,
         with_options(optax.sgd(0.1), lambda m: torch.optim.SGD(m.parameters(), 0.11)),
-        ("parameter", ""),
+        ("update", ""),
     ),
 }
 
@@ -183,7 +182,7 @@ def test_a_defect_that_comes_late_is_named_at_its_step():
     schedule = lambda count: jax.numpy.where(count < 3, 0.1, 0.2)
     both = sides(PERCEPTRON, optax.sgd(schedule), lambda m: torch.optim.SGD(m.parameters(), 0.1))
     found = compare_training(*both, batches(6), PERCEPTRON.names)
-    assert (first_of(found).step, first_of(found).quantity) == (4, "parameter")
+    assert (first_of(found).step, first_of(found).quantity) == (4, "update")
     assert len(found.losses) == 4  # it stops at the divergence
 
 
@@ -209,7 +208,8 @@ def test_progress_table_and_plot(tmp_path):
 def test_a_run_of_one_step_can_be_seen(wrong_rate):
     """A run that diverges at the first step has one point, which needs a marker."""
     losses, apart = wrong_rate.figure().axes
-    for line in [*losses.lines, *apart.lines[: len(wrong_rate.deviations)]]:
+    drawn = [line for line in apart.lines if not line.get_label().startswith("bound")]
+    for line in [*losses.lines, *drawn]:
         assert np.size(line.get_xdata()) == 1
         assert line.get_marker() == "o"
 
@@ -228,7 +228,6 @@ def test_compare_forward():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden/kernel": None}, "JAX parameters without a name in PyTorch: hidden/kernel"),
         ({"hiden/kernel": Leaf("hidden.weight")}, "JAX parameters that do not exist: hiden/kernel"),
         ({"hidden/bias": Leaf("hidden.b")}, "PyTorch parameters that do not exist: hidden.b"),
         ({"hidden/kernel": Leaf("hidden.weight")}, r"'hidden/kernel' must be float32\[32, 64\]"),
@@ -249,7 +248,7 @@ def test_no_batches_are_refused():
 def test_a_nan_on_one_side_is_a_difference():
     both = sides(PERCEPTRON, optax.sgd(np.nan), lambda m: torch.optim.SGD(m.parameters(), 0.1))
     found = compare_training(*both, batches(1), PERCEPTRON.names)
-    assert first_of(found).quantity == "parameter"
+    assert first_of(found).quantity == "update"
 
 
 @pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "Adamax", "Adadelta", "NAdam", "ASGD"])

@@ -152,7 +152,7 @@ def test_tolerances_by_quantity():
     pair = lambda: (wrong, original(), X, {"scale": "scale"})
     assert not compare_step(*pair()).agrees
     assert compare_step(*pair(), tolerances={"loss": 2e-3}).agrees
-    with pytest.raises(ValueError, match=r"tolerances must have keys among loss, .*; got 'mask'"):
+    with pytest.raises(ValueError, match=r"must have keys among buffer, loss, .*; got 'mask'"):
         compare_step(*pair(), tolerances={"mask": 1.0})
     with pytest.raises(ValueError, match=r"tolerances\['loss'\] must be at least 0; got nan"):
         compare_step(*pair(), tolerances={"loss": float("nan")})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -11,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.special import entr
 
 from regshared.checks import check_bool, check_callable, check_choice, check_integer
@@ -21,7 +21,8 @@ from regtorch._checks import check_module
 from regtorch._dropout.core import real_dtype
 from regtorch._random.events import Observer, observed_by
 from regtorch._random.keys import check_key, site_key
-from regtorch.keyed.layers import KEYED, Keyed, Site
+from regtorch.keyed.calls import Keys, site_of, states_of
+from regtorch.keyed.names import check_layers
 
 Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
 
@@ -34,7 +35,7 @@ _TOLERANCE = 0.01
 _OURS = tuple(kind for kind in vars(layers).values() if isinstance(kind, type))
 # In evaluation the layer of an encoder runs as one fused kernel that skips its dropouts.
 _FUSED = (nn.TransformerEncoderLayer,)
-_DROPPING = (*KEYED, nn.RNNBase, *_OURS, *_FUSED)
+_DROPPING = (_DropoutNd, nn.MultiheadAttention, nn.RNNBase, *_OURS, *_FUSED)
 
 
 class Prediction(NamedTuple):
@@ -202,9 +203,10 @@ def dropout_only(model: _M) -> Iterator[_M]:
     """Put dropout layers into training mode, and everything else into evaluation mode.
 
     Normalization layers then use their running averages without updating them. The dropout layers
-    are PyTorch's, its attention and recurrent layers, converted or not, `regtorch.nn`'s, and their
-    subclasses; for any other class set `module.training = True` inside the context. Afterwards each
-    module has its previous mode.
+    are PyTorch's, its attention and recurrent layers, converted or not, `regtorch.nn`'s, their
+    subclasses, and the modules of a converted model that drew in an earlier forward pass; for any
+    other class set `module.training = True` inside the context. Afterwards each module has its
+    previous mode.
 
     Example:
         >>> import torch, regtorch
@@ -218,7 +220,7 @@ def dropout_only(model: _M) -> Iterator[_M]:
     try:
         model.eval()
         for module in modes:
-            if isinstance(module, _DROPPING):
+            if isinstance(module, _DROPPING) or _drew(module):
                 module.training = True  # train() would also change its children
         yield model
     finally:
@@ -226,30 +228,38 @@ def dropout_only(model: _M) -> Iterator[_M]:
             module.training = training
 
 
+def _drew(module: nn.Module) -> bool:
+    """Return whether a module of a converted model drew in an earlier forward pass."""
+    site = site_of(module)
+    return site is not None and site.name in site.state.drawn.values()
+
+
 @contextlib.contextmanager
 def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
     """Yield a model as a function with a key; afterwards restore its mode, keys and hooks."""
-    own = {m: Site(path) for path, m in model.named_modules() if isinstance(m, _OURS)}
-    sites = [site for m in model.modules() if isinstance(m, Keyed) for site in m.sites]
-    before = [dataclasses.replace(site) for site in sites]
+    own = {m: path for path, m in model.named_modules() if isinstance(m, _OURS)}
+    states, pass_keys = states_of(model), Keys()
+    before = [state.keys for state in states]
     hooks = []
 
     def one_pass(*inputs: Any, key: Tensor) -> Tensor:
-        keyed.set_key(model, key, 0)  # raises for a layer that drops and is not converted
-        if not sites and not own:
+        nonlocal pass_keys
+        check_layers(model)
+        if not keyed.sites(model) and not own:
             raise ValueError(
                 "predict must have a layer that drops; got a model without one. If its forward "
                 "calls regtorch.dropout, pass a function of (*inputs, key) that calls the model "
                 "under regtorch.dropout_only(model)."
             )
+        if states:
+            keyed.set_key(model, key, 0)
         high, low = key.tolist()
-        for site in own.values():
-            site.root, site.calls = (high, low), 0
+        pass_keys = Keys((high, low))
         return model(*inputs)
 
     def give_key(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if options.get("key") is None:
-            options = options | {"key": own[module].key(torch.device("cpu"))}
+            options = options | {"key": pass_keys.draw(own[module], torch.device("cpu"))}
         return args, options
 
     try:
@@ -260,8 +270,8 @@ def _passes(model: nn.Module) -> Iterator[Callable[..., Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-        for site, state in zip(sites, before, strict=True):
-            vars(site).update(vars(state))
+        for state, keys in zip(states, before, strict=True):
+            state.keys = keys
 
 
 class _Moments(NamedTuple):

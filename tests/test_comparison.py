@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+import regjax
 from benchmarks import comparison
 from benchmarks.comparison import LIBRARIES, PROPERTIES, RECORD, STATED, is_installed, version
+from benchmarks.probes.offers import KINDS
 
 RECORDED = json.loads(RECORD.read_text())
 CELLS = RECORDED["cells"]
@@ -62,6 +66,17 @@ def test_a_false_cell_is_detected(name, library, cell):
     skip_other_versions(library)
     planted = {name: {**CELLS[name], library: cell}}
     assert false_cells(name, library, planted) != []
+
+
+def test_a_shared_mask_counts_for_each_kind_that_it_provides():
+    """Haiku's dropout with one mask for all axes but the first is `regjax.drop_path`."""
+    x, key = jnp.ones((32, 4, 4)), jax.random.key(0)
+    haiku = pytest.importorskip("haiku")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        shared = haiku.dropout(key, 0.3, x, broadcast_dims=(1, 2))
+    assert (shared == regjax.drop_path(x, 0.3, key=key)).all()
+    branches, timesteps = KINDS["whole branches"], KINDS["one mask for all timesteps"]
+    assert branches.items() >= timesteps.items() - {("regjax", timesteps["regjax"])}
 
 
 def test_the_record_is_whole():

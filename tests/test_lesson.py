@@ -168,13 +168,14 @@ def test_the_chinese_page_is_in_step(page):
     english, chinese = page.read_text("utf-8"), (CHINESE / page.name).read_text("utf-8")
     assert f"\n[中文](../lesson_zh/{page.name})\n" in english
     assert f"\n[English](../lesson/{page.name})\n" in chinese
+    assert ("[hide-input]" in chinese) == ("\n  code_prompt_show: 显示代码\n" in chinese)
     assert untranslated(english, chinese) == ""
 
 
 @pytest.mark.parametrize(
     ("folder", "old", "new"),
     [
-        (LESSON, "merely a smaller one", "merely a much smaller one"),
+        (LESSON, "the same smaller network", "the same network"),
         (LESSON, '"validation cross-entropy"', '"cross-entropy"'),
         (LESSON, "steps: lower with", "steps: higher with"),
         (CHINESE, "## 要点", "### 要点"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import tomllib
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import jax
 import pytest
 import torch
 
+import regjax
+import regtorch
 from regshared import __version__
 
 ROOT = Path(__file__).parent.parent
@@ -188,3 +191,31 @@ def test_figures_of_the_design_notes_are_in_the_linked_tables(page):
             tables += (measured.parent / included).read_text()
     figure = re.compile(r"(?<![\d.])\d+\.\d\d(?!\d|\.\d)")
     assert set(figure.findall(text)) <= set(figure.findall(tables))
+
+
+# The arguments that only one package has, as docs/api/index.md states.
+ONE_FRAMEWORK = {
+    "bernoulli": {"out_sharding"},
+    "packed_bernoulli": {"out_sharding"},
+    "normal": {"out_sharding"},
+    "decay_mask": {"params", "frozen", "module"},
+    "decay_rates": {"params", "frozen", "module"},
+    "decay_table": {"params", "frozen", "module"},
+    "mc_dropout": {"memory_budget", "chunk_size"},
+    "dot_product_attention": {
+        *("dtype", "precision", "module", "qk_attn_weights_einsum", "attn_weights_value_einsum")
+    },
+}
+
+
+def test_functions_of_the_same_name_have_the_same_arguments():
+    functions = [name for name in regjax.__all__ if inspect.isfunction(getattr(regjax, name))]
+    different = {}
+    for name in set(functions) & set(regtorch.__all__):
+        jax_names, torch_names = (
+            inspect.signature(getattr(package, name)).parameters.keys()
+            for package in (regjax, regtorch)
+        )
+        if jax_names != torch_names:
+            different[name] = jax_names ^ torch_names
+    assert different == ONE_FRAMEWORK

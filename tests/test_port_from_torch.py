@@ -24,8 +24,8 @@ def test_the_port_agrees(tmp_path, capsys):
     [
         ("key", "in the mask '4': its key is that of step 26 in JAX and of 25 in PyTorch"),
         ("rate", "in the mask '4': rate 0.51 in JAX and 0.5 in PyTorch"),
-        ("bias", "in the parameter '"),
-        ("state", "in the parameter '"),
+        ("bias", "in the update '"),
+        ("state", "in the state 'exp_avg"),
     ],
 )
 def test_a_mistake_is_reported_at_the_first_step(tmp_path, capsys, mistake, where):

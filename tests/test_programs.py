@@ -157,6 +157,8 @@ def test_a_missing_value_is_rejected(capsys, monkeypatch, program):
 def test_a_typo_is_recognized(capsys):
     assert run("examples.overfit.__main__", "--step", "3") == 2
     assert "got '--step'. Did you mean --steps?" in capsys.readouterr().err
+    assert run("examples.overfit.__main__", "--bogus") == 2  # two letters of --out are no typo
+    assert "got '--bogus'. Run with --help for a list." in capsys.readouterr().err
 
 
 def test_an_interrupt_has_no_traceback(capsys):

@@ -85,8 +85,11 @@ KINDS: Mapping[str, Mapping[str, str]] = {
         "Keras": "keras.layers.SpatialDropout2D",
         "PyTorch": "torch.nn.Dropout2d",
     },
-    "whole branches": {
+    "whole branches": {  # one mask for all axes but that of the samples
         "regjax": "regjax.drop_path",
+        "Flax": "flax.linen.Dropout.broadcast_dims",
+        "Haiku": "haiku.dropout(broadcast_dims)",
+        "Keras": "keras.layers.Dropout(noise_shape)",
         "timm": "timm.layers.DropPath",
     },
     "alpha": {
@@ -135,6 +138,10 @@ def _exists(place: str) -> bool:
     return not argument or argument in inspect.signature(target).parameters
 
 
+# Parts of models in haiku.nets, which other libraries also have, as in equinox.nn.MLP.
+BLOCKS = {"MLP", "VectorQuantizer", "VectorQuantizerEMA"}
+
+
 def count_models(library: str) -> str:
     """Count the ready-made models of a library."""
     if library == "timm":
@@ -147,5 +154,6 @@ def count_models(library: str) -> str:
     if library == "Haiku":
         from haiku import nets
 
-        return str(sum(isinstance(member, type) for member in vars(nets).values()))
+        names = {name for name, member in vars(nets).items() if isinstance(member, type)}
+        return str(len(names - BLOCKS))
     return "no"

@@ -240,15 +240,16 @@ def _plain(given: str | Leaf) -> str | Leaf:
 def _is_fed(name: str, leaf: Any) -> bool:
     """Return whether a leaf comes from PyTorch: not a setting, a PRNG key or a mark of Equinox."""
     is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    return is_array and _settled(name) is None and not _is_key(leaf)
+    return is_array and settled(name) is None and not _is_key(leaf)
 
 
 def _unfed(name: str, leaf: Any) -> Any:
-    settled = _settled(name)
-    return leaf if settled is None else jnp.asarray(settled, leaf.dtype)
+    mark = settled(name)
+    return leaf if mark is None else jnp.asarray(mark, leaf.dtype)
 
 
-def _settled(name: str) -> int | None:
+def settled(name: str) -> int | None:
+    """Return the value of a mark of Equinox whose statistics are settled; None for other leaves."""
     return _SETTLED.get("/".join(name.split("/")[-2:]))
 
 

@@ -1,6 +1,7 @@
 """PyTorch's optimizers as optax chains, with their arguments, order and defaults.
 
-The exception is `lr`, which is `learning_rate` as in optax; `lr=` is a TypeError that names it.
+There are two exceptions. `lr` is `learning_rate`, as in optax. `foreach`, `fused`, `capturable` and
+`differentiable`, which concern PyTorch's implementation, do not exist. All raise a TypeError.
 
 Each optimizer is a chain of four named links. The decay precedes the moments where it is coupled
 (SGD, Adam and most others) and follows them where it is decoupled (AdamW, Adafactor, Muon):

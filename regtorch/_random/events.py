@@ -70,7 +70,8 @@ class Observer:
             it applies to; None keeps all of them.
 
     Attributes:
-        idle: The sites of converted layers that were called in training at rate 0.
+        idle: The sites of converted models that were called in training at rate 0, or that drew
+            something other than a mask.
     """
 
     def __init__(self, record: Callable[[Any], None], *, sample: int | None = None) -> None:
@@ -121,7 +122,7 @@ class Observers:
             member.record(SiteKey(site, root, step, key))
 
     def idle(self, site: str) -> None:
-        """Record a converted layer that draws nothing because its rate is 0."""
+        """Record a site of a converted model that is called and draws no mask."""
         for member in self.members:
             member.idle.add(site)
 

@@ -5,43 +5,64 @@
         regtorch.keyed.set_key(model, root, step)
         loss(model(batch)).backward()
 
-**Names.** A site has the dotted path of its module in the model passed to `convert`, such as
-`"encoder.layers.0.dropout1"`; a shared module has its first path. `torch.nn.MultiheadAttention` is
-one site. In `torch.nn.LSTM`, `GRU` and `RNN`, the dropout after layer 0 has the path of the module
-and `.0`, and so on.
+**Draws.** While a converted module runs, PyTorch's functions that draw are replaced: dropout of
+every kind, as layers and as functions, attention (`scaled_dot_product_attention`,
+`MultiheadAttention`), the dropout between recurrent layers, and, in modules in training mode,
+`bernoulli_`, `rand`, `randn`, `randint` and their relatives. The modules stay as they are. Any
+other draw from a global generator, be it PyTorch's, NumPy's or Python's, is an error in training
+that names the module and the function; `register` adds a function. Draws from a generator that the
+caller passes are left alone.
 
-**Keys.** The first call of a site after `set_key(model, root, step)` draws from
-`regtorch.site_key(root, step, name)`, and call n after it from `regtorch.site_key(root, step,
+**Names.** A draw is named by the dotted path of its module in the model passed to `convert`, such
+as `"encoder.layers.0.dropout1"`; the module is the innermost whose forward is running, and a shared
+module has its first path. Further draws in the same call of the module are `path:1`, `path:2`, ….
+In `torch.nn.LSTM`, `GRU` and `RNN`, the dropout after layer 0 is `path.0`, and so on. The wrappers
+`DataParallel`, `DistributedDataParallel`, `AveragedModel`, FSDP and `torch.compile` add nothing to
+a path.
+
+**Keys.** The first draw of a name after `set_key(model, root, step)` has the key
+`regtorch.site_key(root, step, name)`, and draw n after it `regtorch.site_key(root, step,
 f"{name}#{n}")`, n = 1, 2, …: repeated calls in a forward pass, and micro-batches of a step, draw
 different masks. `regjax.site_key` returns the same keys.
 
-**Checkpoints.** `torch.utils.checkpoint` runs a forward again in the backward pass. A site called
-once since `set_key` draws the same mask again; a site called more often raises an error, since the
-repeated call is unknown: use `replay`.
+**Values.** Masks are those of `regtorch.bernoulli`, normal variates those of `regtorch.normal`. A
+uniform variate is `(1 - 2**-24) - jax.random.uniform(key, shape)`, so that `floor(keep_prob +
+torch.rand(shape))` keeps what `bernoulli` keeps, for a keep probability of at least 1/2. Integers
+are `low + floor(bits * (high - low) / 2**32)`, permutations sort the bits, and exponential variates
+are `-log(u) / lambd`.
 
-**Limitations.** `F.dropout` in the forward of a user's module is not converted: use
-`torch.nn.Dropout`, or `regtorch.dropout` with a key. Pass keys to the functions under
-`torch.func.vmap`, where the mapped rows would share a mask, and under `torch.compile`, which would
-recompile at every step.
+**Checkpoints.** `torch.utils.checkpoint` runs a forward again in the backward pass, and the same
+masks are drawn again, also after another `set_key`. Other implementations can repeat a site that
+was called once since `set_key`; otherwise an error is raised that names `replay`.
+
+**Limitations.** Under `torch.compile` the masks are the same, but a model in training is not
+compiled: its modules run outside of the graphs. A draw in another thread during a forward counts as
+one of the model. Pass keys to the functions under `torch.func.vmap`, where the mapped rows would
+share a mask.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from regshared.checks import check_callable, check_choice, check_items
 from regtorch._checks import check_module
 from regtorch._random.keys import check_key, check_step
-from regtorch.keyed.layers import KEYED, ORIGINAL, Keyed, Site
+from regtorch.keyed.calls import Keys, Site, State, discard_stale_modes, site_of, states_of
+from regtorch.keyed.functions import REPLACEMENTS, Replacement
+from regtorch.keyed.names import check_layers, layer_names, module_paths
 
 __all__ = [
     "Site",
     "convert",
+    "register",
     "replay",
     "revert",
     "set_key",
@@ -55,26 +76,25 @@ def __dir__() -> list[str]:
 
 
 _M = TypeVar("_M", bound=nn.Module)
-# Classes with a dropout of their own, whose subclasses cannot be converted.
-_FAMILY = (*KEYED, nn.RNNBase)
 
 
-def convert(model: _M) -> _M:
-    """Make every dropout of a model draw its masks from explicit keys, in place; return the model.
+def convert(model: _M, *, allow: Sequence[str] = ()) -> _M:
+    """Make every draw of a model use an explicit key, in place; return the model.
 
-    It converts PyTorch's dropout modules, and `torch.nn.MultiheadAttention`, `LSTM`, `GRU` and
-    `RNN` where they drop, also inside `torch.nn.Transformer`. Only the class of a module changes,
-    not its parameters, hooks, attributes, state dict, references to it, or evaluation. A second
-    call changes nothing.
+    Each module receives two forward hooks, and stays otherwise as it is: its class, parameters,
+    attributes, state dict, references to it, and evaluation, bit for bit. A second call converts
+    modules that were added since.
 
     Args:
         model: Any module; it may itself be a dropout layer.
+        allow: Global generators whose draws are no error, `"random"` or `"numpy.random"`, such as
+            those of checks of types at run time, which do not change the result.
 
     Raises:
-        TypeError: A module is of a subclass of one of these, whose forward is unknown; the message
-            has its path. No module is converted then.
-        ValueError: A module was converted as part of another model, under another name. No module
-            is converted then.
+        TypeError: `allow` is no list of names.
+        ValueError: `allow` has another generator; a module was converted as part of another model,
+            under another name; or names are ambiguous: a module has the name of another, with an
+            end such as `:1` or `#1`. No module is converted then.
 
     Example:
         >>> import torch, regtorch
@@ -86,17 +106,28 @@ def convert(model: _M) -> _M:
         >>> torch.equal(model(x), regtorch.dropout(model[0](x), 0.5, key=key))
         True
     """
-    found = []
-    for path, module in check_module("model", model).named_modules():
-        _check_class(path, module)
-        _check_names(path, module)
-        keyed = KEYED.get(type(module))
-        names = keyed.site_names(module, path) if keyed else []
-        if names:
-            found.append((module, keyed, names))
-    for module, keyed, names in found:
-        module.sites = tuple(map(Site, names))
-        module.__class__ = keyed
+    paths = module_paths(check_module("model", model))
+    for source in check_items("allow", allow, Collection, 'a list of names, such as ["random"]'):
+        check_choice("allow", source, ("random", "numpy.random"))
+    names = set(paths.values())
+    for module, path in paths.items():
+        stem = re.sub(r"(:\d+)?(#\d+)?$", "", path)
+        if stem != path and stem in names:
+            raise ValueError(
+                f"module {path!r} must not have the name of a draw of module {stem!r}. Rename it, "
+                "or use an end other than : or # and a number."
+            )
+        site = site_of(module)
+        if site and site.name != path:
+            raise ValueError(
+                f"module {path!r} must not be converted as part of another model; got the name "
+                f"{site.name!r}. Call regtorch.keyed.revert(model), then convert the whole model."
+            )
+    state = next((site.state for site in map(site_of, paths) if site), State())
+    state.allowed.update(allow)
+    for module, path in paths.items():
+        if site_of(module) is None:
+            Site(path, state).attach(module)
     return model
 
 
@@ -108,23 +139,30 @@ def revert(model: _M) -> _M:
         >>> regtorch.keyed.revert(regtorch.keyed.convert(torch.nn.Dropout(0.5)))
         Dropout(p=0.5, inplace=False)
     """
-    for module in _keyed_modules(model):
-        del module.sites
-        module.__class__ = ORIGINAL[type(module)]
+    for module in check_module("model", model).modules():
+        if site := site_of(module):
+            site.detach(module)
     return model
 
 
 def sites(model: nn.Module) -> list[str]:
-    """Return the names of a converted model's sites, for `regtorch.site_key`, in module order.
+    """Return the names of the draws of a converted model, for `regtorch.site_key`.
 
-    In a part of a converted model they are the names in the whole.
+    Before the first forward in training they are those of dropout layers, in module order.
+    Afterwards they are those that drew, in order, and then those of layers that did not. In a part
+    of a converted model they are the names in the whole.
 
     Example:
         >>> import torch, regtorch
         >>> regtorch.keyed.sites(regtorch.keyed.convert(torch.nn.TransformerEncoderLayer(8, 2, 16)))
         ['self_attn', 'dropout', 'dropout1', 'dropout2']
     """
-    return [site.name for site in _sites(model)]
+    own = [(m, site) for m in check_module("model", model).modules() if (site := site_of(m))]
+    drawn = {name: path for _, site in own for name, path in site.state.drawn.items()}
+    paths = {site.name for _, site in own}
+    names = [name for name, path in drawn.items() if path in paths]
+    layers = (name for module, site in own for name in layer_names(module, site.name))
+    return list(dict.fromkeys((*names, *layers)))
 
 
 def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
@@ -139,8 +177,8 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
 
     Raises:
         TypeError: `root` is not a key, or `step` is not an integer.
-        ValueError: `root` is a batch of keys; `step` is negative or not below 2**64; or a module of
-            the model drops and is not converted.
+        ValueError: `root` is a batch of keys; `step` is negative or not below 2**64; or the model,
+            or a dropout layer in it, is not converted.
 
     Example:
         >>> import torch, regtorch
@@ -152,15 +190,16 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
     check_module("model", model)
     high, low = check_key(root, "root").tolist()
     step = check_step(step)
-    for path, module in model.named_modules():
-        keyed = KEYED.get(type(module))
-        if keyed and keyed.site_names(module, path):
-            raise ValueError(
-                f"module {path!r} must be converted; got a {type(module).__name__}, which draws "
-                "from PyTorch's generator. Call regtorch.keyed.convert(model) first."
-            )
-    for site in _sites(model):
-        site.root, site.step, site.calls = (high, low), step, 0
+    check_layers(model)
+    states = states_of(model)
+    if not states:
+        raise ValueError(
+            "model must be converted; got a model without sites. Call "
+            "regtorch.keyed.convert(model) first."
+        )
+    discard_stale_modes()
+    for state in states:
+        state.keys = Keys((high, low), step)
 
 
 def replay(
@@ -183,62 +222,50 @@ def replay(
         >>> torch.equal(x.grad, y)
         True
     """
-    check_module("model", model)
-    begun: list[Site] = []
+    states = states_of(check_module("model", model))
+    begun: list[Keys] = []
 
     @contextlib.contextmanager
     def first() -> Iterator[None]:
-        begun[:] = [dataclasses.replace(site, replayed=True) for site in _sites(model)]
+        begun[:] = [state.keys.repeat() for state in states]
         yield
 
     @contextlib.contextmanager
     def again() -> Iterator[None]:
-        places = list(_sites(model))
-        now = [dataclasses.replace(site) for site in places]
-        _write(places, begun)
+        now = [state.keys for state in states]
+        for state, keys in zip(states, begun, strict=True):
+            state.keys = keys.repeat()
         try:
             yield
         finally:
-            _write(places, now)
+            for state, keys in zip(states, now, strict=True):
+                state.keys = keys
 
     return first(), again()
 
 
-def _write(places: list[Site], states: list[Site]) -> None:
-    for site, state in zip(places, states, strict=True):
-        vars(site).update(vars(state))
+def register(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Replace a further function of PyTorch that draws, in all converted models in training.
 
+    Args:
+        function: A function or a method of PyTorch, or an operator that an extension registers
+            with it.
+        replacement: Called with a key, then with the arguments of the function.
 
-def _keyed_modules(model: nn.Module) -> list[Any]:
-    return [
-        module for module in check_module("model", model).modules() if isinstance(module, Keyed)
-    ]
+    Example:
+        >>> import torch, regtorch
+        >>> def cauchy_(key, x, median=0, sigma=1):
+        ...     u = regtorch.bits(key, x.shape).double() / 2**32
+        ...     return x.copy_(median + sigma * torch.tan(torch.pi * (u - 0.5)))
+        >>> regtorch.keyed.register(torch.Tensor.cauchy_, cauchy_)
+    """
+    check_callable("function", function, "(...)")
+    check_callable("replacement", replacement, "(key, ...)")
 
-
-def _sites(model: nn.Module) -> Iterator[Site]:
-    return (site for module in _keyed_modules(model) for site in module.sites)
-
-
-def _check_class(path: str, module: nn.Module) -> None:
-    known = type(module) in KEYED or isinstance(module, Keyed)
-    drops = getattr(module, "p", 0) or getattr(module, "dropout", 0)
-    if isinstance(module, _FAMILY) and drops and not known:
-        base = next(kind for kind in type(module).__mro__ if kind in _FAMILY)
-        raise TypeError(
-            f"module {path!r} must be of a class whose forward is known; got "
-            f"{type(module).__name__}, a subclass of torch.nn.{base.__name__}. Use a "
-            f"torch.nn.{base.__name__} instead, or call regtorch.dropout in its forward, or set "
-            "its dropout to 0."
+    def draw(draws: Any, *args: Any, **options: Any) -> Any:
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        return replacement(
+            draws.key(tensors[0].device if tensors else torch.device("cpu")), *args, **options
         )
 
-
-def _check_names(path: str, module: nn.Module) -> None:
-    if isinstance(module, Keyed):
-        names = [site.name for site in module.sites]
-        if names != module.site_names(module, path):
-            raise ValueError(
-                f"module {path!r} must not be converted as part of another model; got the name "
-                f"{', '.join(map(repr, names))}. Call regtorch.keyed.revert(model), then convert "
-                "the "
-                "whole model."
-            )
+    REPLACEMENTS[function] = Replacement(draw)

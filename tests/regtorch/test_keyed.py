@@ -1,6 +1,7 @@
 """`regtorch.keyed`: existing models draw from explicit keys, and are otherwise unchanged.
 
-The file covers one function, `convert`, for each kind of layer; they share models and helpers.
+The file covers one function, `convert`, for PyTorch's layers; `test_keyed_draws.py` covers
+functions, `test_keyed_errors.py` what cannot be keyed, and `test_keyed_checkpoints.py` checkpoints.
 """
 
 from __future__ import annotations
@@ -8,17 +9,18 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from collections import OrderedDict
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.utils.checkpoint import checkpoint
 
 import regtorch
 from regtorch import keyed
 from regtorch._random.keys import site_words
+from regtorch.keyed import functions
+from regtorch.keyed.calls import states_of
 
 ROOT = regtorch.key(7)
 X = torch.linspace(-2.0, 3.0, 24).reshape(3, 8)
@@ -135,15 +137,20 @@ def test_convert_keeps_parameters_state_and_objects_and_revert_puts_the_classes_
     assert list(model.state_dict()) == state
     names = keyed.sites(model)
     keyed.set_key(model, ROOT, 0)
-    keys = [site.root for module in modules for site in getattr(module, "sites", ())]
+    (state_of,) = states_of(model)
+    keys = copy.deepcopy(state_of.keys)
     assert keyed.convert(model) is model  # a second call changes nothing, including keys
     assert keyed.sites(model) == names
-    assert [s.root for m in modules for s in getattr(m, "sites", ())] == keys
+    assert state_of.keys == keys
+    assert [len(module._forward_pre_hooks.values()) for module in modules] == [1] * len(modules)
     assert keyed.revert(model) is model
+    assert keyed.sites(model) == []
     assert all(new is old for new, old in zip(model.modules(), modules, strict=True))
     assert [type(module) for module in model.modules()] == classes
     assert repr(model) == printed
-    assert [set(vars(module)) for module in modules] == attributes
+    assert [vars(module).keys() for module in modules] == attributes
+    hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+    assert all(type(each) is OrderedDict and not each for each in hooks)
 
 
 @pytest.mark.parametrize(
@@ -164,36 +171,38 @@ def test_copies_draw_the_same_and_are_independent(again):
 
 
 class Custom(nn.Dropout):
-    def forward(self, x):
-        return super().forward(x) + 1
+    def forward(self, input):  # noqa: A002 - torch.nn's name
+        return super().forward(input) + 1
 
 
-@pytest.mark.parametrize(
-    "module", [Custom(0.5), type("MyAttention", (nn.MultiheadAttention,), {})(8, 2, dropout=0.1)]
-)
-def test_a_subclass_is_refused_by_its_path_before_anything_is_converted(module):
-    model = nn.Sequential(nn.Dropout(0.5), nn.ModuleDict({"inner": module}))
-    kind = type(module).__name__
-    with pytest.raises(
-        TypeError, match=rf"module '1\.inner' must be .* got {kind}.*regtorch\.dropout"
-    ):
-        keyed.convert(model)
-    assert type(model[0]) is nn.Dropout
-    assert keyed.sites(model) == []
+def test_a_subclass_draws_as_its_base_class_does():
+    attention = type("MyAttention", (nn.MultiheadAttention,), {})(8, 2, dropout=0.5)
+    model = keyed_model(nn.ModuleDict({"a": Custom(0.5), "b": attention}))
+    assert keyed.sites(model) == ["a", "b"]
+    assert torch.equal(model["a"](X), regtorch.dropout(X, 0.5, key=at("a")) + 1)
+    assert type(model["a"]) is Custom
+    state = torch.get_rng_state()
+    model["b"](X, X, X)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_part_that_was_converted_under_another_name_is_refused():
     part = keyed.convert(nn.Sequential(nn.Dropout(0.5)))
-    with pytest.raises(
-        ValueError, match=r"module '1\.0' must not be converted .* name '0'.*revert"
-    ):
+    with pytest.raises(ValueError, match=r"module '1' must not be converted .* name ''.*revert"):
         keyed.convert(nn.Sequential(nn.Dropout(0.5), part))
 
 
-def test_what_drops_nothing_is_left_alone():
-    model = nn.Sequential(Custom(0.0), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8, 2))
-    keyed.convert(model)
-    assert [type(module) for module in model] == [Custom, nn.MultiheadAttention, nn.LSTM]
+def test_what_drops_nothing_has_no_site():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.LSTM(8, 8, 2), nn.Linear(8, 8))
+    assert keyed.sites(keyed_model(model)) == []
+
+
+def test_a_module_whose_name_is_that_of_a_draw_is_refused():
+    model = nn.ModuleDict({"a": nn.Dropout(), "b": nn.Dropout(), "a:1": nn.Linear(1, 1)})
+    with pytest.raises(ValueError, match=r"module 'a:1' must not have the name of a draw .*'a'"):
+        keyed.convert(model)
+    del model["a"]
+    assert keyed.sites(keyed.convert(model)) == ["b"]
 
 
 # Attention: the converted module equals PyTorch's, with every option.
@@ -208,13 +217,9 @@ ATTENTION = {
 
 @pytest.fixture
 def no_dropout(monkeypatch):
-    """Replace dropout on both sides, to keep everything."""
-    monkeypatch.setattr("regtorch.keyed.layers.dropout", lambda x, rate, *, key: x)
-    monkeypatch.setattr(F, "dropout", lambda x, p: x)
-    kernel = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *args: kernel(*args[:4], 0.0, *args[5:])
-    )
+    """Replace the dropout of converted models, to keep everything."""
+    monkeypatch.setattr(functions, "dropout", lambda x, rate, *, key: x)
+    monkeypatch.setattr(functions, "_drop", lambda draws, drop, x, *options: x)
 
 
 @pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
@@ -222,10 +227,12 @@ def no_dropout(monkeypatch):
 @pytest.mark.parametrize("weights", ["none", "mean", "all"])
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.usefixtures("no_dropout")
-def test_attention_written_out_is_pytorch_s(options, masks, weights, batched):
+def test_attention_without_dropout_is_pytorch_s(options, masks, weights, batched):
     torch.manual_seed(0)
-    plain = nn.MultiheadAttention(8, 2, dropout=0.5, dtype=torch.float64, **options)
-    model = keyed_model(copy.deepcopy(plain))
+    plain = nn.MultiheadAttention(8, 2, dtype=torch.float64, **options)
+    model = copy.deepcopy(plain)
+    model.dropout = 0.5
+    keyed_model(model)
     first = options.get("batch_first", False)
     batch, heads = (3 if batched else 1), 2
     sizes = zip((5, 6, 6), (8, options.get("kdim", 8), options.get("vdim", 8)), strict=True)
@@ -260,8 +267,6 @@ def test_attention_drops_probabilities_of_batch_heads_queries_keys():
     _, dropped = attention(x, x, x, average_attn_weights=False)
     _, whole = attention.eval()(x, x, x, average_attn_weights=False)
     torch.testing.assert_close(dropped, regtorch.dropout(whole, 0.5, key=at("0")))
-    with pytest.raises(RuntimeError, match="is_causal"):
-        attention.train()(x, x, x, is_causal=True)
 
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
@@ -318,7 +323,7 @@ def test_recurrent_layers_drop_between_layers():
 def test_each_gap_between_recurrent_layers_has_its_own_key(monkeypatch):
     keys = []
     drop = lambda x, rate, *, key: keys.append(key.tolist()) or x
-    monkeypatch.setattr("regtorch.keyed.layers.dropout", drop)
+    monkeypatch.setattr(functions, "dropout", drop)
     keyed_model(nn.ModuleDict({"rnn": nn.GRU(8, 8, 3, dropout=0.5)}))["rnn"](X)
     assert keys == [at("rnn.0").tolist(), at("rnn.1").tolist()]
 
@@ -356,50 +361,25 @@ def test_evaluation_keeps_every_bit_and_training_never_asks_pytorch_s_generator(
         assert not torch.equal(first, expected)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_draws_the_same_masks_again(reentrant):
-    model = keyed_model(
-        nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8))
-    )
-    x = X.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+def test_a_frozen_encoder_layer_in_a_training_model_stays_one_fused_kernel(monkeypatch):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(nn.Dropout(0.5), nn.TransformerEncoder(layer, 2), nn.Dropout(0.5))
+    model[1].eval()
+    kernel, calls = torch._transformer_encoder_layer_fwd, []
+    counted = lambda *args: calls.append(1) or kernel(*args)
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", counted)
+    with torch.no_grad():
+        y = keyed_model(model)(X[None])
+        x = regtorch.dropout(X[None], 0.5, key=at("0"))
+        assert torch.equal(y, regtorch.dropout(model[1](x), 0.5, key=at("2")))
+    assert len(calls) == 4
+    # An error leaves no mode suspended.
+    with pytest.raises(RuntimeError, match="embed_dim"), torch.no_grad():
+        model(X[None, :, :7])
+    assert torch.overrides._get_current_function_mode_stack() == []
     keyed.set_key(model, ROOT, 0)
-    y = checkpoint(model, x, use_reentrant=reentrant)
-    y.square().sum().backward()
-    assert torch.equal(x.grad, expected)
-    assert [site.calls for site in (model[1].sites[0], model[3].sites[0])] == [1, 1]
-
-
-def twice(model, x, **options):
-    for _ in range(2):
-        x = checkpoint(model, x, use_reentrant=False, **options) if options else model(x)
-    return x
-
-
-def test_a_checkpoint_of_a_site_called_twice_needs_replay():
-    model = keyed_model(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh()))
-    x = X.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(twice(model, x).sum(), x)
-    keyed.set_key(model, ROOT, 0)
-    y = twice(model, x, preserve_rng_state=False)
-    with pytest.raises(
-        RuntimeError, match=r"site '1' must be called once .* got 2 calls.*keyed\.replay"
-    ):
-        y.sum().backward()
-    keyed.set_key(model, ROOT, 0)
-    y = twice(model, x, context_fn=lambda: keyed.replay(model))
-    keyed.set_key(model, ROOT, 9)  # even then: the step is restored, too
-    y.sum().backward()
-    assert torch.equal(x.grad, expected)
-    assert (model[1].sites[0].step, model[1].sites[0].calls) == (9, 0)
-
-
-def test_a_checkpoint_whose_backward_comes_after_set_key_is_refused():
-    model = keyed_model(nn.Sequential(nn.Dropout(0.5), nn.Tanh()))
-    y = checkpoint(model, X.clone().requires_grad_(), use_reentrant=False)
-    keyed.set_key(model, ROOT, 1)
-    with pytest.raises(RuntimeError, match=r"got 0 calls.*set_key after the backward pass"):
-        y.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(model(X[None]), y)
 
 
 def test_hooks_stay():
@@ -407,7 +387,15 @@ def test_hooks_stay():
     seen = []
     model[0].register_forward_hook(lambda *_: seen.append(1))
     keyed_model(model)(X)
-    assert seen == [1]
+    late = model.register_forward_hook(lambda *_: seen.append(2))
+    model(X)
+    assert seen == [1, 1, 2]
+    assert len(model._forward_hooks) == 1
+    keyed.revert(model)
+    late.remove()
+    model(X)
+    assert seen == [1, 1, 2, 1]
+    assert [len(m._forward_hooks) for m in model.modules()] == [0, 1]
 
 
 def test_functional_call_and_grad():

@@ -10,6 +10,7 @@ from torch import nn
 
 import regtorch
 from regtorch import keyed
+from regtorch.keyed.calls import states_of
 
 KEY = regtorch.key(0)
 X = torch.linspace(-2.0, 3.0, 48).reshape(6, 8)
@@ -65,9 +66,9 @@ def test_a_model_in_any_mode(training):
     # The model is restored.
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    (site,) = model.first.sites
-    assert (site.root, site.step, site.calls) == ((0, 5), 3, 0)
-    assert not model.second._forward_pre_hooks
+    (state,) = states_of(model)
+    assert (state.keys.root, state.keys.step, state.keys.counts) == ((0, 5), 3, {})
+    assert len(model.second._forward_pre_hooks) == 0
 
 
 def test_an_error_leaves_nothing_behind_either():
@@ -75,8 +76,8 @@ def test_an_error_leaves_nothing_behind_either():
     with pytest.raises(RuntimeError):
         mc(model, torch.ones(6, 7))
     assert all(module.training for module in model.modules())
-    assert not model.second._forward_pre_hooks
-    assert model.first.sites[0].root is None
+    assert len(model.second._forward_pre_hooks) == 0
+    assert states_of(model)[0].keys.root is None
 
 
 KINDS = {
@@ -120,7 +121,7 @@ def test_the_encoder_layer_would_pass_by_its_dropouts():
     """Test of the previous test: in evaluation the layer is one kernel without dropout."""
     layer = keyed.convert(KINDS["encoder"]()).eval()
     for module in layer.modules():
-        module.training = isinstance(module, keyed.Keyed)
+        module.training = isinstance(module, nn.Dropout | nn.MultiheadAttention)
 
     def predict(x, *, key):
         keyed.set_key(layer, key, 0)
@@ -186,3 +187,24 @@ def test_in_inference_mode():
     with torch.inference_mode():
         assert torch.equal(mc(model, X * 1).mean, mc(model, X * 1).mean)
     assert torch.equal(mc(model, X).mean, mc(model, X).mean)
+
+
+def test_a_module_that_drops_by_a_function_does_so_once_it_has_drawn():
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return nn.functional.dropout(self.norm(x), 0.5, self.training)
+
+    model = keyed.convert(Functional())
+    keyed.set_key(model, KEY, 0)
+    model(X)
+    average = model.norm.running_mean.clone()
+    y = mc(model, X, keep_samples=True)
+    expected = regtorch.dropout(model.eval().norm(X), 0.5, key=pass_key(0, ""))
+    assert torch.equal(y.samples[0], expected)
+    assert torch.equal(model.norm.running_mean, average)
+    (state,) = states_of(model)
+    assert (state.keys.root, state.keys.step, state.keys.counts) == ((0, 0), 0, {"": 1})

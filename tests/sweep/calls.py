@@ -209,9 +209,12 @@ def _torch_calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
     groups = {"module": linear, "weight_decay": 0.1, "rule": "default"}
     yield "decay_groups", regtorch.decay_groups, groups
     yield "dropout_only", _entered(regtorch.dropout_only), {"model": linear}
-    for function in (keyed.convert, keyed.revert, keyed.sites, keyed.replay):
+    yield "convert", keyed.convert, {"model": empty, "allow": ()}
+    for function in (keyed.revert, keyed.sites, keyed.replay):
         yield f"keyed.{function.__name__}", function, {"model": empty}
-    yield "set_key", keyed.set_key, {"model": empty, "root": key, "step": 0}
+    converted = keyed.convert(torch.nn.Sequential())
+    yield "set_key", keyed.set_key, {"model": converted, "root": key, "step": 0}
+    yield "register", keyed.register, {"function": lambda x: x, "replacement": lambda key, x: x}
     x, image = torch.ones(2, 3), torch.ones(2, 3, 4, 4)
     for name, entering, settings in (
         ("Dropout", x, {"broadcast_dims": ()}),

@@ -1,0 +1,450 @@
+"""Functions of PyTorch that draw, and their replacements with keys.
+
+A replacement has the arguments of its function after `draws`, which gives the keys. It returns
+NotImplemented where the function would not draw, or not as known here: PyTorch's own then runs, and
+it is an error if a generator moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regtorch._dropout.alpha import alpha_dropout, feature_alpha_dropout
+from regtorch._dropout.core import dropout
+from regtorch._dropout.features import feature_dropout
+from regtorch._random.bernoulli import EXACT, bernoulli_at
+from regtorch._random.events import observer
+from regtorch._random.normal import normal
+from regtorch.keyed.streams import integers, permutation, uniform
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """The source of keys for the draws of the innermost module."""
+
+    def key(self, device: torch.device, part: str = "", *, is_mask: bool = True) -> Tensor:
+        """Return the key of the next draw in the module, or in a part of it."""
+        ...
+
+    def idle(self) -> None:
+        """Report a function that was called in training at rate 0."""
+        ...
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a function of PyTorch that is written in Python, with keys for its own calls."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Replacement:
+    """A function with keys.
+
+    Attributes:
+        function: Called with a `Draws` and the arguments of the function that it replaces.
+        in_evaluation: Whether it replaces also in modules in evaluation mode.
+    """
+
+    function: Callable[..., Any]
+    in_evaluation: bool = False
+
+
+REPLACEMENTS: dict[Any, Replacement] = {}
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _replaces(*functions: Any, in_evaluation: bool = False) -> Callable[[_F], _F]:
+    def add(replacement: _F) -> _F:
+        for function in functions:
+            REPLACEMENTS[function] = Replacement(replacement, in_evaluation)
+        return replacement
+
+    return add
+
+
+# Dropout, which draws if it is called with training=True, in whichever mode the module is.
+
+
+def _drop(
+    draws: Draws,
+    drop: Callable[..., Tensor],
+    x: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+) -> Any:
+    if training and p == 0:
+        draws.idle()
+    if not training or not 0 < p <= 1:
+        return NotImplemented
+    y = drop(x, p, key=draws.key(x.device))
+    return x.copy_(y) if inplace else y
+
+
+def _python_dropout(drop: Callable[..., Tensor]) -> Callable[..., Any]:
+    def replacement(
+        draws: Draws,
+        input: Tensor,  # noqa: A002 - torch's name
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+    ) -> Any:
+        return _drop(draws, drop, input, p, training, inplace)
+
+    return replacement
+
+
+def _native_dropout(drop: Callable[..., Tensor], inplace: bool) -> Callable[..., Any]:
+    def replacement(draws: Draws, input: Tensor, p: float, train: bool) -> Any:  # noqa: A002
+        return _drop(draws, drop, input, p, train, inplace)
+
+    return replacement
+
+
+def _of_channels(
+    original: Callable[..., Tensor], batched_ndim: int = 0, drop: Any = feature_dropout
+) -> Callable[..., Tensor]:
+    """Return a dropout of channels for the shapes of `original`; 0 if every input is batched."""
+
+    def channels(x: Tensor, p: float, *, key: Tensor) -> Tensor:
+        original(x, p, training=False)  # for PyTorch's warnings and errors about a shape
+        channel_axis = 1 if batched_ndim in (0, x.ndim) else 0
+        if x.ndim <= channel_axis:
+            raise RuntimeError(
+                f"input must have at least {channel_axis + 1} dimensions for "
+                f"{original.__name__}; got shape {tuple(x.shape)}. Use Dropout for elements."
+            )
+        return drop(x, p, key=key, channel_axis=channel_axis)
+
+    return channels
+
+
+_replaces(F.dropout, in_evaluation=True)(_python_dropout(dropout))
+_replaces(F.dropout1d, in_evaluation=True)(_python_dropout(_of_channels(F.dropout1d, 3)))
+_replaces(F.dropout2d, in_evaluation=True)(_python_dropout(_of_channels(F.dropout2d)))
+_replaces(F.dropout3d, in_evaluation=True)(_python_dropout(_of_channels(F.dropout3d, 5)))
+_replaces(F.alpha_dropout, in_evaluation=True)(_python_dropout(alpha_dropout))
+_FEATURE_ALPHA = _of_channels(F.feature_alpha_dropout, drop=feature_alpha_dropout)
+_replaces(F.feature_alpha_dropout, in_evaluation=True)(_python_dropout(_FEATURE_ALPHA))
+for _name, _function in {
+    "dropout": dropout,
+    "feature_dropout": feature_dropout,
+    "alpha_dropout": alpha_dropout,
+    "feature_alpha_dropout": feature_alpha_dropout,
+}.items():
+    for _inplace in (False, True):
+        _native = getattr(torch, _name + "_" * _inplace)
+        _replaces(_native, in_evaluation=True)(_native_dropout(_function, _inplace))
+
+
+@_replaces(F.scaled_dot_product_attention, in_evaluation=True)
+def _attention(
+    draws: Draws,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Compute the weights explicitly, (..., heads, queries, keys), with the sums of PyTorch's."""
+    if not 0 < dropout_p <= 1 or (is_causal and attn_mask is not None) or query.is_nested:
+        return NotImplemented
+    device = query.device.type
+    given = query.dtype
+    if torch.is_autocast_enabled(device):
+        given = torch.get_autocast_dtype(device)
+    wide = torch.float32 if given.itemsize < 4 else given
+    with torch.autocast(device, enabled=False):
+        query, key, value = (x.to(given).to(wide) for x in (query, key, value))
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        root = math.sqrt(abs(factor))
+        scores = (query * math.copysign(root, factor)) @ (key.transpose(-2, -1) * root)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None:
+            if attn_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attn_mask, -math.inf)
+            else:
+                scores = scores + attn_mask.to(wide)
+        weights = torch.softmax(scores, dim=-1)
+        if attn_mask is not None:
+            # A query whose keys are all masked.
+            nothing = (scores == -math.inf).all(dim=-1, keepdim=True)
+            weights = weights.masked_fill(nothing, 0.0)
+        weights = dropout(weights, dropout_p, key=draws.key(weights.device))
+        return (weights @ value).to(given)
+
+
+def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
+    def replacement(draws: Draws, x: Tensor, *args: Any, **named: Any) -> Any:
+        """Run layer by layer, and drop after each but the last, at `path.0`, `path.1`, …."""
+        if named:
+            return NotImplemented
+        # For a packed sequence, the sizes of its batches precede the states.
+        packed = isinstance(args[0], Tensor) and not args[0].is_floating_point()
+        sizes = args[:1] if packed else ()
+        hx, parameters, has_biases, layers, p, training, bidirectional, *rest = args[len(sizes) :]
+        if not training or p == 0 or layers == 1:
+            return NotImplemented
+        directions, per_layer = 2 if bidirectional else 1, len(parameters) // layers
+        states = []
+        for layer in range(layers):
+            if layer:
+                x = dropout(x, p, key=draws.key(x.device, str(layer - 1)))
+            rows = slice(layer * directions, (layer + 1) * directions)
+            state = hx[rows] if isinstance(hx, Tensor) else tuple(part[rows] for part in hx)
+            own = parameters[layer * per_layer : (layer + 1) * per_layer]
+            options = (has_biases, 1, 0.0, training, bidirectional, *rest)
+            x, *state = function(x, *sizes, state, own, *options)
+            states.append(state)
+        return x, *(torch.cat(parts) for parts in zip(*states, strict=True))
+
+    return replacement
+
+
+for _function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+    _replaces(_function, in_evaluation=True)(_recurrent(_function))
+
+
+# Other draws, left to PyTorch in evaluation: a model that samples is not regularized.
+
+
+@_replaces(Tensor.bernoulli_)
+def _bernoulli_(draws: Draws, x: Tensor, p: float | Tensor = 0.5) -> Any:
+    if not isinstance(p, Tensor) and not 0 <= p <= 1:
+        return NotImplemented
+    return x.copy_(_mask(draws, p, x))
+
+
+@_replaces(torch.bernoulli, Tensor.bernoulli)
+def _bernoulli(
+    draws: Draws,
+    input: Tensor,  # noqa: A002 - torch's name
+    p: float | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Any:
+    if p is not None and not 0 <= p <= 1:
+        return NotImplemented
+    mask = _mask(draws, input if p is None else p, input).to(input.dtype)
+    return mask if out is None else out.copy_(mask)
+
+
+def _mask(draws: Draws, p: float | Tensor, x: Tensor) -> Tensor:
+    """Return the mask of `regtorch.bernoulli` in the shape of `x`, also for many probabilities."""
+    if isinstance(p, Tensor) and p.ndim:
+        index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
+        return bernoulli_at(draws.key(x.device, is_mask=False), p.detach(), index)
+    key = draws.key(x.device)
+    keep = EXACT.draw(key, p, tuple(x.shape))
+    if observers := observer():
+        observers.draw("bernoulli", key, 1 - p, keep, keep.to(torch.float32))
+    return keep
+
+
+def _filled(
+    make: Callable[..., Tensor], fill: Callable[..., Tensor]
+) -> Callable[..., Tensor | Any]:
+    """Return a replacement that makes an empty tensor and fills it in place."""
+
+    def replacement(draws: Draws, *args: Any, **options: Any) -> Any:
+        with torch.no_grad():
+            x = make(*args, **options)
+            y = fill(draws, x)
+            return y if y is NotImplemented else x
+
+    return replacement
+
+
+@_replaces(Tensor.uniform_)
+def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
+    if x.dtype not in _REAL:
+        return NotImplemented
+    low, high = (*ends, *(0.0, 1.0)[len(ends) :])
+    low, high = named.get("from", low), named.get("to", high)
+    u = uniform(draws.key(x.device, is_mask=False), x.shape, x.dtype)
+    if (low, high) != (0, 1):
+        u = u * (high - low) + low
+        u = torch.where(u == high, low, u)  # rounding may reach the upper end
+    return x.copy_(u)
+
+
+@_replaces(Tensor.normal_)
+def _normal_(draws: Draws, x: Tensor, mean: float = 0.0, std: float = 1.0) -> Any:
+    if x.dtype not in _REAL or std < 0:
+        return NotImplemented
+    return x.copy_(_normal(draws, x, mean, std))
+
+
+def _normal(draws: Draws, x: Tensor, mean: float | Tensor, std: float | Tensor) -> Tensor:
+    return normal(draws.key(x.device, is_mask=False), x.shape, x.dtype) * std + mean
+
+
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_replaces(torch.rand)(_filled(torch.empty, _uniform_))
+_replaces(torch.rand_like)(_filled(torch.empty_like, _uniform_))
+_replaces(torch.randn)(_filled(torch.empty, _normal_))
+_replaces(torch.randn_like)(_filled(torch.empty_like, _normal_))
+
+
+@_replaces(torch.normal)
+def _torch_normal(
+    draws: Draws,
+    mean: float | Tensor = 0.0,
+    std: float | Tensor = 1.0,
+    size: Any = None,
+    *,
+    out: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    if size is not None:
+        x = torch.empty(size, **options)
+    else:
+        x = torch.broadcast_tensors(*(t for t in (mean, std) if isinstance(t, Tensor)))[0]
+    if x.dtype not in _REAL:
+        return NotImplemented
+    y = _normal(draws, x, mean, std)
+    return y if out is None else out.copy_(y)
+
+
+@_replaces(Tensor.exponential_)
+def _exponential_(draws: Draws, x: Tensor, lambd: float = 1.0) -> Any:
+    """Compute `-log(u) / lambd` from a uniform variate in float32, or float64."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.dtype not in _REAL or lambd <= 0:
+        return NotImplemented
+    return x.copy_(-torch.log(uniform(draws.key(x.device, is_mask=False), x.shape, wide)) / lambd)
+
+
+@_replaces(torch.rrelu)
+def _rrelu(
+    draws: Draws,
+    input: Tensor,  # noqa: A002 - torch's name
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+) -> Any:
+    if not training or input.dtype not in _REAL:
+        return NotImplemented
+    u = uniform(draws.key(input.device, is_mask=False), input.shape, input.dtype)
+    return torch.where(input <= 0, input * (u * (upper - lower) + lower), input)
+
+
+@_replaces(torch.rrelu_)
+def _rrelu_(draws: Draws, input: Tensor, *args: Any, **options: Any) -> Any:  # noqa: A002
+    y = _rrelu(draws, input, *args, **options)
+    return y if y is NotImplemented else input.copy_(y)
+
+
+@_replaces(torch.randint)
+def _randint(draws: Draws, *args: Any, **options: Any) -> Any:
+    names = (
+        ("low", "high", "size") if len(args) > 1 and isinstance(args[1], int) else ("high", "size")
+    )
+    given: dict[str, Any] = dict(zip(names, args, strict=False)) | options
+    low, high, size = given.pop("low", 0), given.pop("high"), given.pop("size")
+    given.setdefault("dtype", torch.int64)
+    x = torch.empty(size, **given)
+    return _integers(draws, x, low, high)
+
+
+@_replaces(torch.randint_like)
+def _randint_like(
+    draws: Draws, x: Tensor, low: int, high: int | None = None, **options: Any
+) -> Any:
+    ends = (0, low) if high is None else (low, high)
+    return _integers(draws, torch.empty_like(x, **options), *ends)
+
+
+@_replaces(Tensor.random_)
+def _random_(draws: Draws, x: Tensor, *ends: int) -> Any:
+    if not ends or None in ends:
+        return NotImplemented
+    return _integers(draws, x, *((0, *ends) if len(ends) == 1 else ends))
+
+
+def _integers(draws: Draws, x: Tensor, low: int, high: int) -> Any:
+    if not 0 < high - low <= 2**31:
+        return NotImplemented
+    return x.copy_(integers(draws.key(x.device, is_mask=False), x.shape, low, high))
+
+
+@_replaces(torch.randperm)
+def _randperm(draws: Draws, n: int, **options: Any) -> Tensor:
+    options.setdefault("dtype", torch.int64)
+    x = torch.empty(n, **options)
+    return x.copy_(permutation(draws.key(x.device, is_mask=False), n))
+
+
+@_replaces(torch.multinomial, Tensor.multinomial)
+def _multinomial(
+    draws: Draws,
+    input: Tensor,  # noqa: A002 - torch's name
+    num_samples: int,
+    replacement: bool = False,
+) -> Any:
+    """Return the largest of `input / exponential`, as PyTorch does without replacement."""
+    if (replacement and num_samples > 1) or input.dtype not in _REAL:
+        return NotImplemented
+    torch.multinomial(input.detach(), num_samples, generator=torch.Generator(input.device))
+    waiting = _exponential_(draws, torch.empty_like(input))
+    return torch.topk(input / waiting, num_samples, dim=-1).indices
+
+
+# Functions in Python, whose own calls draw.
+
+
+def _never(*args: Any) -> bool:
+    return False
+
+
+@functools.cache
+def composite(function: FunctionType) -> FunctionType:
+    """Return a copy of a function in PyTorch's Python that does not look for a mode itself.
+
+    PyTorch gives a mode the whole call first, and runs it outside of the mode. A second call within
+    the mode would be given to the mode again, without end.
+    """
+    names = (n for n in function.__globals__ if n.startswith("has_torch_function"))
+    own = function.__globals__ | dict.fromkeys(names, _never)
+    closure = function.__closure__
+    twin = FunctionType(function.__code__, own, function.__name__, function.__defaults__, closure)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
+
+
+def _run_composite(function: Callable[..., Any], draws: Draws, *args: Any, **options: Any) -> Any:
+    return draws.run(function, *args, **options)
+
+
+for _function in (
+    F.multi_head_attention_forward,
+    F.gumbel_softmax,
+    F.rrelu,
+    F.fractional_max_pool2d_with_indices,
+    F.fractional_max_pool3d_with_indices,
+):
+    _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _function))
+# These two choose between the functions above and a private one by an argument.
+for _function in (F.fractional_max_pool2d, F.fractional_max_pool3d):
+    _without_indices = getattr(F, "_" + _function.__name__)
+    _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _without_indices))
+
+# The rest of PyTorch's functions that draw: an error in training, if they do.
+_UNKNOWN = [getattr(torch, name) for name in ("native_dropout", "poisson", "_standard_gamma")]
+for _function in (*_UNKNOWN, Tensor.cauchy_, Tensor.geometric_, Tensor.log_normal_):
+    _replaces(_function)(lambda draws, *args, **options: NotImplemented)
