@@ -157,7 +157,8 @@ PROJECTS = {
         "https://flax-linen.readthedocs.io/en/latest/",
         "flax",
         {
-            "api_reference/flax.linen/layers.html#{name}": "flax.linen.Dropout",
+            "api_reference/flax.linen/layers.html#{name}": """
+                flax.linen.Dropout flax.linen.MultiHeadDotProductAttention""",
             "api_reference/flax.linen/module.html#{name}": "flax.linen.Module",
             "api_reference/flax.linen/transformations.html#{name}": "flax.linen.scan",
             "api_reference/{name}.html#module-{name}": "flax.serialization",
@@ -170,11 +171,13 @@ PROJECTS = {
         {
             "api/manipulation/#{name}": "equinox.apply_updates equinox.filter equinox.tree_at",
             "api/module/module/#{name}": "equinox.Module",
+            "api/nn/attention/#{name}": "equinox.nn.MultiheadAttention",
             "api/nn/dropout/#{name}": "equinox.nn.Dropout",
             "api/nn/inference/#{name}": "equinox.nn.inference_mode",
             "api/nn/stateful/#{name}": "equinox.nn.make_with_state",
             "api/serialisation/#{name}": "equinox.tree_serialise_leaves",
-            "api/transformations/#{name}": "equinox.filter_grad equinox.filter_vmap",
+            "api/transformations/#{name}": """
+                equinox.filter_grad equinox.filter_jit equinox.filter_vmap""",
         },
     ),
     # docs/api.rst

@@ -25,6 +25,7 @@ ROOMS = {
         "_mc_dropout",
         "optim",
         "interop",
+        "keyed",
         "__init__",
         "__main__",
         "_peers",
@@ -57,6 +58,7 @@ FOREIGN = {
 # The files for a framework, the only ones that may import it; they must not import each other.
 # (Those for Haiku are functions, and need no Haiku.)
 LAYERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": None}
+FRAMEWORKS = LAYERS | {f"keyed.{name}": LAYERS[name] for name in ("linen", "nnx", "equinox")}
 
 
 def imports(source: str) -> set[str]:
@@ -110,7 +112,7 @@ def climbing(package: str, name: str, source: str) -> set[str]:
 
 def foreign(package: str, name: str, source: str) -> set[str]:
     """Return the frameworks that a file must not import, but does."""
-    own = {LAYERS[name]} if package == "regjax" and name in LAYERS else set()
+    own = {FRAMEWORKS[name]} if package == "regjax" and name in FRAMEWORKS else set()
     return {target.partition(".")[0] for target in imports(source)} & FOREIGN[package] - own
 
 

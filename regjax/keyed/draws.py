@@ -1,0 +1,145 @@
+"""Dropout whose mask also covers the axes that `jax.vmap` maps, and the key of each draw."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from regjax._dropout.core import (
+    apply_dropout,
+    check_inexact,
+    guard_rate,
+    inverse_keep_prob,
+    keep_prob_of,
+    mask_sharding,
+    real_dtype,
+    where_kept,
+)
+from regjax._random.bernoulli import EXACT
+from regjax._random.keys import site_key
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Bool, Float, Inexact
+
+    from regjax._random.keys import KeyLike
+
+
+class Keys:
+    """The keys of a bound model, and the number of calls of each site."""
+
+    def __init__(self, root: KeyLike, step: ArrayLike) -> None:
+        site_key(root, step, "")  # check the arguments
+        self._root, self._step = root, step
+        self._calls: dict[str, int] = {}
+
+    def draw(self, name: str) -> KeyLike:
+        """Return the key of the next call of a site."""
+        count = self._calls.get(name, 0)
+        self._calls[name] = count + 1
+        return nth_key(self._root, self._step, name, count)
+
+
+def nth_key(root: KeyLike, step: ArrayLike, name: str, count: int) -> KeyLike:
+    """Return the key of call `count` of a site, counted from 0."""
+    return site_key(root, step, f"{name}#{count}" if count else name)
+
+
+def drop(
+    x: Inexact[ArrayLike, "*shape"],
+    rate: ArrayLike,
+    key: KeyLike,
+    deterministic: ArrayLike = False,
+    broadcast_dims: Sequence[int] = (),
+) -> Inexact[Array, "*shape"]:
+    """Apply `regjax.dropout`; under `vmap` the mask is that of the whole batch, batch first."""
+    x = check_inexact(x)
+    dims = tuple(sorted(dim % x.ndim for dim in broadcast_dims))
+    return apply_dropout(_BatchMask(dims), x, rate, key, deterministic)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _BatchMask:
+    """The mask of `regjax.dropout`, in the shape of the array before `vmap` mapped it."""
+
+    dims: tuple[int, ...]
+    name: str = "dropout"
+
+    @guard_rate
+    def __call__(
+        self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
+    ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
+        keep_prob = keep_prob_of(rate, x.dtype)
+        number = keep_prob if isinstance(keep_prob, float) else None
+        probability = jnp.zeros(()) if number is not None else keep_prob
+        keep = _mapped(_Whole(self.dims, number))(key, probability, lax.stop_gradient(x))
+        realized: Any = EXACT.realized_keep_prob(keep_prob)
+        if isinstance(realized, jax.Array):
+            realized = realized.astype(real_dtype(x.dtype))
+        return where_kept(keep, x, inverse_keep_prob(realized, x.dtype)), keep
+
+
+class _Draw(Protocol):
+    """A function of a key, a keep probability and an array that draws the mask of the array."""
+
+    def __call__(self, key: Any, keep_prob: Any, x: Any) -> Any: ...
+
+    def batched(self) -> _Draw:
+        """Return the function for arrays with another axis in front, and the same key."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+    """One mask, of size 1 along `dims`; a concrete probability is that of the class."""
+
+    dims: tuple[int, ...]
+    number: float | None
+
+    def __call__(self, key: Any, keep_prob: Any, x: Any) -> Any:
+        shape = tuple(1 if dim in self.dims else size for dim, size in enumerate(x.shape))
+        given = keep_prob if self.number is None else self.number
+        return EXACT.draw(key, given, shape, mask_sharding(x, self.dims))
+
+    def batched(self) -> _Whole:
+        return _Whole(tuple(dim + 1 for dim in self.dims), self.number)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A mask for each of several keys or probabilities, along axis `out` of the result."""
+
+    draw: _Draw
+    axes: tuple[int | None, int | None, int | None]
+    out: int = 0
+
+    def __call__(self, key: Any, keep_prob: Any, x: Any) -> Any:
+        return jax.vmap(self.draw, self.axes, self.out)(key, keep_prob, x)
+
+    def batched(self) -> _Rows:
+        key, keep_prob, x = self.axes
+        axes = key, keep_prob, None if x is None else x + 1
+        return _Rows(self.draw.batched(), axes, self.out + 1)
+
+
+def _mapped(draw: _Draw) -> Callable[..., Any]:
+    """Return the function with the rule that an axis mapped by `vmap` belongs to the mask."""
+    mapped = custom_vmap(draw)
+
+    @mapped.def_vmap
+    def _(size: int, is_mapped: Any, *args: Any) -> tuple[Any, bool]:
+        del size
+        key, keep_prob, x = is_mapped
+        if key or keep_prob:
+            axes: Any = tuple(0 if is_axis else None for is_axis in is_mapped)
+            return _mapped(_Rows(draw, axes))(*args), True
+        return _mapped(draw.batched() if x else draw)(*args), x
+
+    return mapped

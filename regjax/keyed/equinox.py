@@ -1,0 +1,119 @@
+"""Keys for the dropout of a model in Equinox."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from regjax.keyed.draws import Keys, drop, nth_key
+from regjax.keyed.names import is_changed, site_names
+from regshared.extras import needs
+
+with needs("regjax.keyed", extra="equinox", package="equinox"):
+    import equinox as eqx
+
+if TYPE_CHECKING:
+    from jax.typing import ArrayLike
+    from jaxtyping import Array, Inexact
+
+    from regjax._random.keys import KeyLike
+
+_Dropout: Any = eqx.nn.Dropout
+
+
+class KeyedDropout(_Dropout):
+    """A dropout layer of a bound model, which ignores the key of its call."""
+
+    root: Any
+    step: Any
+    name: str = eqx.field(static=True)
+
+    def __init__(self, layer: Any, root: KeyLike, step: ArrayLike, name: str) -> None:
+        self.p, self.inference = layer.p, layer.inference
+        self.root, self.step, self.name = root, step, name
+
+    def __call__(
+        self,
+        x: Inexact[Array, "*shape"],
+        *,
+        key: KeyLike | None = None,
+        inference: ArrayLike | None = None,
+        deterministic: ArrayLike | None = None,
+    ) -> Inexact[Array, "*shape"]:
+        """Drop in training, with the key of the site."""
+        del key
+        given = inference if deterministic is None else deterministic
+        flag = self.inference if given is None else given
+        if flag is True or (isinstance(self.p, int | float) and self.p == 0):
+            return x
+        # No field: each transformation that is passed the model counts from 0.
+        count = self.__dict__.get("_calls", 0)
+        self.__dict__["_calls"] = count + 1
+        return drop(x, self.p, nth_key(self.root, self.step, self.name, count), flag)
+
+
+def _is_site(node: Any) -> bool:
+    return isinstance(node, _Dropout) or (
+        isinstance(node, eqx.Module) and type(node).__module__ == "regjax.equinox"
+    )
+
+
+def _found(model: Any) -> tuple[list[str], list[Any], list[Any], Any]:
+    """Return the paths of sites, all nodes, their paths (None if no site), and the structure."""
+    nodes, structure = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_site)
+    attention = _attention_paths(model)
+    paths, places = [], []
+    for steps, node in nodes:
+        path = _path(steps) if _is_site(node) else None
+        if path is not None:
+            # The mask of attention is a draw of the module, as in PyTorch.
+            owner = path.rpartition("/")[0]
+            path = owner if owner in attention and path.endswith("dropout") else path
+            paths.append(path)
+        places.append(path)
+    return paths, [node for _, node in nodes], places, structure
+
+
+def _attention_paths(model: Any) -> set[str]:
+    def is_attention(node: Any) -> bool:
+        return isinstance(node, eqx.nn.MultiheadAttention)
+
+    nodes, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_attention)
+    return {_path(steps) for steps, node in nodes if is_attention(node)}
+
+
+def _path(steps: Any) -> str:
+    return jax.tree_util.keystr(steps, simple=True, separator="/")
+
+
+def bind_equinox(
+    model: Any, root: KeyLike, step: ArrayLike, names: Mapping[str, str] | None
+) -> Any:
+    """Return a copy of the model whose dropout layers draw from the keys of their sites."""
+    Keys(root, step)  # check them
+    paths, nodes, places, structure = _found(model)
+    unkeyed = [
+        f"{path} ({type(node).__name__})"
+        for path, node in zip(places, nodes, strict=True)
+        if path is not None and (not isinstance(node, _Dropout) or is_changed(node))
+    ]
+    if unkeyed:
+        raise TypeError(
+            "model must not have subclasses of Dropout with their own call, or other layers of "
+            f"regjax.equinox, whose masks jax.vmap would share; got {', '.join(unkeyed)}. Use "
+            "equinox.nn.Dropout, or pass keys of regjax.site_key in the calls, without "
+            "regjax.keyed."
+        )
+    found = site_names(paths, names)
+    bound = [
+        node if path is None else KeyedDropout(node, root, step, found[path])
+        for path, node in zip(places, nodes, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(structure, bound)
+
+
+def equinox_sites(model: Any, names: Mapping[str, str] | None) -> list[str]:
+    """Return the names of the sites."""
+    return list(site_names(_found(model)[0], names).values())
