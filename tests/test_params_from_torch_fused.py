@@ -254,7 +254,9 @@ def test_an_optimizer_of_whole_matrices_refuses_sections(kind):
 def test_names_of_modules_need_the_model():
     model = torch.nn.Linear(4, 4)
     recipe = torch.optim.SGD(model.named_parameters())
-    with pytest.raises(ValueError, match="names must have every leaf of params if model is None"):
+    with pytest.raises(
+        ValueError, match="names and params must match if model is None; got no name"
+    ):
         optimizer_from_torch(recipe, {}, params=_zeros(kernel=(4, 4), bias=(4,)))
 
 

@@ -60,7 +60,7 @@ class Leaf:
             section = check_integers("section", self.section)
             if len(section) != 2 or not 0 <= section[0] < section[1]:
                 raise ValueError(
-                    f"section of '{self.name}' must be a start of at least 0 and a later end; got "
+                    f"section at '{self.name}' must be a start of at least 0 and a later end; got "
                     f"{self.section}. Pass (8, 16), for example."
                 )
             object.__setattr__(self, "section", section)

@@ -162,13 +162,14 @@ def leaves_from_torch(
 def expand_names(names: Mapping[str, str | Leaf], params: PyTree, model: Any) -> Names:
     """Return names of modules or of some leaves as those of all leaves; complete ones unchanged."""
     check_names(names)
-    is_complete = params is None or {path for path, _ in named_leaves(params)} <= names.keys()
-    if is_complete:
+    missing = [path for path, _ in named_leaves(params) if path not in names]
+    if not missing:
         return names
     if model is None:
+        listed = ", ".join(f"'{path}'" for path in missing)
         raise ValueError(
-            f"names must have every leaf of params if model is None; got {', '.join(names)}. Pass "
-            "the model that is trained, or the result of leaves_from_torch."
+            f"names and params must match if model is None; got no name for {listed}. Pass the "
+            "model that is trained, or the result of leaves_from_torch."
         )
     return leaves_from_torch(model, params, names)
 
