@@ -114,22 +114,9 @@ $(READY): pyproject.toml constraints.txt | $(RUN)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test]'
 	@touch $@
 
-$(READY_DEV): pyproject.toml constraints.txt | $(READY)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+# An environment has the extra of its name.
+$(READY_DEV) $(READY_MUTANTS) $(READY_DOCS) $(READY_BROWSER) $(READY_DIST): $(VENV)/.ready-%: pyproject.toml constraints.txt | $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
-$(READY_MUTANTS): pyproject.toml constraints.txt | $(READY)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
-	@touch $@
-
-$(READY_DOCS): pyproject.toml constraints.txt | $(READY)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	@touch $@
-
-$(READY_BROWSER): pyproject.toml constraints.txt | $(READY_DOCS)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[browser]'
-	@touch $@
-
-$(READY_DIST): pyproject.toml constraints.txt | $(READY)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dist]'
-	@touch $@
+$(READY_BROWSER): | $(READY_DOCS)

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from parity_tests.output import write_atomically
+from regshared.versions import versions
 
 # By whether a run includes the gradient.
 WORK = {False: "forward", True: "forward + backward"}
@@ -145,19 +145,15 @@ def today() -> str:
 
 def environment(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Return the machine and the versions that the figures depend on."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
+    names = tuple(packages)
+    found = versions(names)
     return {
-        "python": platform.python_version(),
+        "python": found.pop("python"),
         "system": platform.system(),
         "machine": platform.machine(),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "versions": versions,
+        "versions": dict.fromkeys(names) | found,  # None if not installed
     }
 
 

@@ -10,21 +10,18 @@ element that shares it. Three of the JAX libraries can share masks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import bars, cli
 from benchmarks import candidates as field
-from benchmarks.race import WORK, Record, Result, environment, load, race
+from benchmarks import cli
+from benchmarks.dropout_speed import draw
+from benchmarks.race import WORK, Result, environment, load, race
 from benchmarks.report import publish
 from parity_tests import output
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 NAME = "shared_masks"
 RATE = 0.1
@@ -82,17 +79,6 @@ def markdown(results: Sequence[Result]) -> str:
         ratios = " | ".join(f"{result.ratio(name, field.COPY):.2f}" for name in names)
         lines.append(f"| {result.title} | {ratios} |")
     return "\n".join(lines) + "\n"
-
-
-def draw(record: Record) -> Figure:
-    """Draw a panel for each race: the time of each candidate over that of the copy."""
-    return bars.draw_race(
-        record,
-        base=field.COPY,
-        own=field.OWN,
-        unit="time / time of a copy of the array",
-        reference="a copy of the array",
-    )
 
 
 if __name__ == "__main__":

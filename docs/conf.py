@@ -10,7 +10,7 @@ from regshared import __version__
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS / "_extensions")]
 
-from inventories import PROJECTS  # noqa: E402
+from inventories import PROJECTS  # noqa: E402 - found on the path set above
 
 project = "regjax"
 author = project_copyright = "The regjax authors"

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 
 import jax
 import pytest
-import torch
 from markdown_it import MarkdownIt
+
+from tests import reading
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [*sorted((DOCS / "howto").glob("*.md")), DOCS / "decay_rules.md"]
@@ -140,11 +141,7 @@ def run_commands(text: str) -> None:
 def as_a_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The settings of a fresh interpreter in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        torch.random.fork_rng(),
-    ):
+    with reading.as_a_reader():
         yield
 
 

@@ -17,13 +17,14 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import matplotlib as mpl
 import pytest
 import torch
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from matplotlib import pyplot as plt
+
+from tests import reading
 
 LESSON = Path(__file__).parent.parent / "docs" / "lesson"
 PAGES = sorted(LESSON.glob("[0-9]_*.md"))
@@ -126,9 +127,7 @@ def as_a_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The settings of a fresh interpreter in the folder of the pages, without a display."""
     monkeypatch.chdir(LESSON)
     with ExitStack() as stack:
-        stack.enter_context(jax.numpy_dtype_promotion("standard"))
-        stack.enter_context(jax.numpy_rank_promotion("allow"))
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(reading.as_a_reader())
         stack.enter_context(mpl.rc_context())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(plt.close, "all")

@@ -8,13 +8,12 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import pytest
-import torch
 
 import regjax
 import regtorch
 from regshared import __version__
+from tests import reading
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -31,11 +30,7 @@ def blocks(text: str) -> Iterator[str]:
 def as_a_reader(monkeypatch):
     """The settings of a fresh interpreter."""
     monkeypatch.chdir(DOCS)
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        torch.random.fork_rng(),
-    ):
+    with reading.as_a_reader():
         yield
 
 

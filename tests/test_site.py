@@ -17,6 +17,8 @@ import pytest
 import torch
 from flax import linen
 
+from tests import reading
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 REFERENCE = {page.stem: page.read_text() for page in (DOCS / "api").glob("reg*.md")}
@@ -172,11 +174,7 @@ def compare(original: Any, port: Any, names: dict[str, Any]) -> None:
 @pytest.fixture
 def page() -> Iterator[dict[str, Any]]:
     names: dict[str, Any] = {}
-    with (
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-        torch.random.fork_rng(),
-    ):
+    with reading.as_a_reader():
         torch.manual_seed(0)
         exec(SETUP, names)
         yield names

@@ -27,7 +27,7 @@ var splitQuery = (query) => {
 };
 """
 
-    def split(self, input: str) -> list[str]:  # noqa: A002, the name in Sphinx
+    def split(self, input: str) -> list[str]:  # noqa: A002 - Sphinx's name
         """Return the words of a text that the index contains."""
         runs = _CHINESE.findall(input)
         pairs = [run[i : i + 2] for run in runs for i in range(len(run) - 1)]

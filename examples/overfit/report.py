@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from importlib.metadata import version
 from itertools import groupby
-from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 from examples.overfit.curves import largest_difference
 from examples.overfit.settings import FRAMEWORK_LABELS
 from parity_tests.output import write_atomically
+from regshared.versions import versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -56,7 +55,7 @@ def save_curves(
     """
     content = {
         "settings": {**asdict(settings), "frameworks": list(frameworks)},
-        "versions": versions(frameworks),
+        "versions": versions(packages(frameworks)),
         "units": {
             "train_loss": "mean cross-entropy in nats: whole training set, no dropout, no penalty",
             "train_accuracy": "fraction of the training set classified correctly",
@@ -86,12 +85,12 @@ def _finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def versions(frameworks: Iterable[str]) -> dict[str, str]:
-    """Return the versions of Python and of the packages of the frameworks."""
+def packages(frameworks: Iterable[str]) -> list[str]:
+    """Return the packages on which the figures depend."""
     names = ["regjax", "numpy", "scikit-learn", "matplotlib"]
     for framework in frameworks:
         names += _DISTRIBUTIONS[framework]
-    return {"python": python_version()} | {name: version(name) for name in names}
+    return names
 
 
 def headings(curves: Sequence[Curve]) -> tuple[str, ...]:
