@@ -83,8 +83,7 @@ def _builds(out: Path, scratch: Path) -> Iterator[Step]:
     for each in DISTRIBUTIONS:
         yield f"build {each.name}", partial(_build, each, out, scratch / each.name)
     yield "check the contents", partial(_check_contents, out)
-    files = lambda: sorted(map(str, out.iterdir()))  # noqa: E731  # after the builds
-    yield "check the metadata", lambda: _python("-m", "twine", "check", "--strict", *files())
+    yield "check the metadata", partial(_check_metadata, out)
 
 
 def _tests(out: Path, scratch: Path) -> Iterator[Step]:
@@ -147,6 +146,10 @@ def _check_contents(out: Path) -> None:
             inside = {name.partition("/")[2] for name in sdist.getnames()}
         if missing := {*wheel_files(each), "LICENSE", "README.md", *each.quick} - inside:
             raise StepError(f"{each.name}: the sdist must have {missing}")
+
+
+def _check_metadata(out: Path) -> None:
+    _python("-m", "twine", "check", "--strict", *sorted(map(str, out.iterdir())))
 
 
 def _create(folder: Path, *requirements: str) -> None:

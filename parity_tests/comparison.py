@@ -68,7 +68,8 @@ class Comparison:
         losses: The losses of both sides at each step.
         first: The first divergence, or None.
         sites: The number of compared masks of each site.
-        notes: Descriptions of what could not be compared.
+        notes: The quantities that were not compared, with reasons, and the parameters that are
+            noise.
         start: The number of steps before the first compared one.
         bounds: The largest deviation of each quantity that passes; the tier's if it has none.
     """

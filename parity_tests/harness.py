@@ -133,8 +133,8 @@ def compare_training(
     the sides. It then gives no verdict on these elements, notes them, and widens the bound of
     buffers by their largest difference, because a bias before a batch norm shifts its running mean.
     A gradient that is small but real agrees better between the sides, and is not excused. A whole
-    train step shows no gradient: there, the first moments of the optimizer stand for it, or else
-    the roots of the second; without either, as for SGD without momentum, nothing is excused.
+    train step shows no gradient: the first moments of the optimizer replace it, or else the roots
+    of the second; without either, as for SGD without momentum, nothing is excused.
 
     Args:
         jax_side: The port.

@@ -109,6 +109,7 @@ class Parser(argparse.ArgumentParser):
             self.error(f"argument {name}: must be an option of this program; got {name!r}. {fix}")
         return options
 
+    # argparse overloads the method by the type of the namespace.
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse the options, make the folder of `--out`, and check it by writing a file."""
         del namespace

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity_tests.frameworks import from_torch
 from parity_tests.sides import (
     JaxLossRun,
     JaxSide,
@@ -24,10 +23,10 @@ from regjax.interop import Leaf, leaves_from_torch
 from regjax.interop._leaves import (
     as_leaves,
     check_names,
-    missing_sections,
     named_tensors,
-    overlap,
+    path_problems,
     report,
+    tensor_problems,
     unwrapped,
 )
 from regjax.optim._records import RECORDS
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, np.ndarray]
     Both = tuple[Arrays, Arrays]
 
-# The states that stand for gradients in a whole train step, the best ones last.
+# The states used in place of gradients in a whole train step, the best ones last.
 _MOMENTS = ("sum", "square_avg", "exp_avg_sq", "grad_avg", "momentum_buffer", "exp_avg")
 _SQUARES = ("sum", "square_avg", "exp_avg_sq")
 
@@ -47,7 +46,7 @@ class Pair:
     """Both sides, at the same parameters, and the correspondence of their arrays.
 
     Attributes:
-        notes: Descriptions of what is not compared.
+        notes: The quantities that are not compared, with reasons.
     """
 
     def __init__(
@@ -122,10 +121,13 @@ class Pair:
                 if optimizer is None or kind not in kept_as or leaf is None:
                     continue
                 kept = optimizer.state.get(tensors[leaf.name], {}).get(kept_as[kind])
+                if kept is None:
+                    continue
+                moved = leaf.to_jax(copied(kept))
                 # Skip shapes that differ: Adafactor's rows are columns if JAX transposes a matrix.
-                if kept is not None and np.shape(array) == leaf.to_jax(from_torch(kept)).shape:
+                if np.shape(array) == moved.shape:
                     name = f"{kept_as[kind]} of {path}"
-                    in_jax[name], in_torch[name] = np.array(array), leaf.to_jax(copied(kept))
+                    in_jax[name], in_torch[name] = np.array(array), moved
         return in_jax, in_torch
 
     def _note_missing_state(self, found: Arrays) -> None:
@@ -145,7 +147,7 @@ class Pair:
 
 
 def gradients(pairs: Mapping[str, Both]) -> Both:
-    """Return the gradients of both sides, or the moments of the optimizer that stand for them."""
+    """Return the gradients of both sides, or the moments of the optimizer in their place."""
     if "gradient" in pairs:
         return pairs["gradient"]
     found: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] = ({}, {})
@@ -248,30 +250,8 @@ def _moved(
 def _check_names(
     in_jax: Mapping[str, Any], in_torch: Mapping[str, Any], leaves: Mapping[str, Leaf]
 ) -> None:
-    of_tensor: dict[int, list[str]] = {}
-    for path, leaf in leaves.items():
-        of_tensor.setdefault(id(in_torch.get(leaf.name)), []).append(path)
-    first = {id(tensor): name for name, tensor in reversed(list(in_torch.items()))}
-    missing = {
-        name + section
-        for tensor, name in first.items()
-        for section in missing_sections(
-            [leaves[path] for path in of_tensor.get(tensor, ())], in_torch[name].shape
-        )
-    }
-    report(
-        {
-            "JAX parameters without a name in PyTorch": set(in_jax) - set(leaves),
-            "names of JAX parameters that do not exist": set(leaves) - set(in_jax),
-            "PyTorch parameters that no JAX parameter is": missing,
-            "names of PyTorch parameters that do not exist": {
-                leaf.name for leaf in leaves.values() if leaf.name not in in_torch
-            },
-            "JAX parameters that are the same PyTorch parameter": {
-                path
-                for tensor, paths in of_tensor.items()
-                if tensor in first and overlap([leaves[path] for path in paths])
-                for path in paths
-            },
-        }
-    )
+    # Tied tensors need one leaf: they are reported under the first of their names.
+    first = {id(tensor): name for name, tensor in reversed([*in_torch.items()])}
+    required = {name: in_torch[name] for name in first.values()}
+    found = tensor_problems(leaves, in_torch, required, "that do not exist")
+    report({**path_problems(leaves, in_jax), **found})

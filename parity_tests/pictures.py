@@ -151,6 +151,6 @@ def plot_differences(
     axes: Axes, steps: Sequence[int], values: Sequence[float], **look: object
 ) -> None:
     """Plot differences on a logarithmic axis, with a gap at each step where they are 0."""
-    # A point between two gaps needs a marker: no line ends there.
+    # A point between two gaps needs a marker: no line ends there. The types of `look` are unknown.
     axes.plot(steps, without_zeros(values), marker="o", markersize=3, **look)  # pyright: ignore[reportArgumentType]
     axes.set_yscale("log")

@@ -192,6 +192,13 @@ def test_an_update_is_compared_up_to_the_rounding_of_its_parameter():
     assert verdicts.deviations("update", left, right, *options)["w"] > 1e-3
 
 
+def test_in_norm_the_largest_parameter_is_the_size_of_all():
+    left = {"a": np.array([1.5]), "b": np.array([4.0])}
+    right = {"a": np.array([1.0]), "b": np.array([4.0])}
+    found = verdicts.deviations("parameter", left, right, FLOAT64, 1e-12, verdicts.Noise(0))
+    assert found == {"a": 0.125, "b": 0.0}
+
+
 def test_bitwise_runs_have_no_size():
     noise = verdicts.Noise(FLOAT32.eps)
     assert verdicts.bound_of("update", BITWISE) == 0

@@ -33,9 +33,8 @@ def module(dtype: str = "float32") -> torch.nn.Module:
     """Return the PyTorch model, with random parameters."""
     torch.manual_seed(0)
     layers = {n: torch.nn.Linear(*size) for n, size in SIZES.items()}
-    return torch.nn.Sequential(
-        *(layers["hidden"], torch.nn.Tanh(), layers["out"]),
-    ).to(getattr(torch, dtype))
+    model = torch.nn.Sequential(layers["hidden"], torch.nn.Tanh(), layers["out"])
+    return model.to(getattr(torch, dtype))
 
 
 NAMES = {"hidden": "0", "out": "2"}

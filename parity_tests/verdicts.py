@@ -83,12 +83,11 @@ class Noise:
         largest = [max(map(_rms, arrays.values()), default=0.0) for arrays in (in_jax, in_torch)]
         limits = [NOISE * self._eps * size for size in largest]
         for name, left in in_jax.items():
-            left, right = np.abs(left, dtype=np.float64), in_torch[name].astype(np.float64)
-            apart = np.abs(in_jax[name] - right)
-            right = np.abs(right)
-            small = (left <= limits[0]) & (right <= limits[1])
+            left, right = left.astype(np.float64), in_torch[name].astype(np.float64)
+            sizes = np.abs(left), np.abs(right)
+            small = (sizes[0] <= limits[0]) & (sizes[1] <= limits[1])
             small &= self._small.get(name, True)
-            differs = apart > DISAGREEMENT * np.maximum(left, right)
+            differs = np.abs(left - right) > DISAGREEMENT * np.maximum(*sizes)
             self._small[name] = small
             self._noise[name] = self._noise.get(name, False) | (small & differs)
 
@@ -140,25 +139,29 @@ def deviations(
         for name, array in in_jax.items()
     }
     measure = _rms if quantity == "update" else _largest
-    sizes = {name: measure(right) for name, (_, right) in pairs.items()}
+    sizes = _sizes(quantity, {n: measure(right) for n, (_, right) in pairs.items()}, tier, bound)
     rounding = {name: ROUNDINGS * tier.stored_eps * _rms(p) for name, p in params.items()}
     with np.errstate(invalid="ignore", over="ignore"):
         return {
-            name: measure(left - right)
-            / (_size(quantity, name, sizes, tier, bound) + _share(rounding.get(name, 0.0), bound))
+            name: measure(left - right) / (sizes[name] + _share(rounding.get(name, 0.0), bound))
             for name, (left, right) in pairs.items()
         }
 
 
-def _size(quantity: str, name: str, sizes: Mapping[str, float], tier: Tier, bound: float) -> float:
-    if quantity not in RELATIVE:
-        if tier.in_norm and quantity in ("parameter", "average"):
-            return max(sizes.values()) or 1.0
-        return max(1.0, sizes[name])
-    kind = name.rpartition(" of ")[0]
-    alike = [size for other, size in sizes.items() if other.rpartition(" of ")[0] == kind]
-    share = max(SHARE, _share(ROUNDINGS * tier.eps, bound))
-    return max(sizes[name], share * max(alike)) or 1.0
+def _sizes(
+    quantity: str, measured: Mapping[str, float], tier: Tier, bound: float
+) -> dict[str, float]:
+    """Return the size that the deviation of each array is relative to."""
+    if quantity in RELATIVE:
+        alike: dict[str, list[float]] = {}
+        for name, size in measured.items():
+            alike.setdefault(name.rpartition(" of ")[0], []).append(size)
+        share = max(SHARE, _share(ROUNDINGS * tier.eps, bound))
+        least = {kind: share * max(sizes) for kind, sizes in alike.items()}
+        return {n: max(size, least[n.rpartition(" of ")[0]]) or 1.0 for n, size in measured.items()}
+    if tier.in_norm and quantity in ("parameter", "average"):
+        return dict.fromkeys(measured, max(measured.values(), default=0.0) or 1.0)
+    return {name: max(1.0, size) for name, size in measured.items()}
 
 
 def _share(rounding: float, bound: float) -> float:

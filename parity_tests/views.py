@@ -106,7 +106,7 @@ def replace(state: Any, old: Mapping[Any, Any], new: Mapping[Any, Any]) -> Any:
 
 def _mapped(change: Callable[[Any], Any], state: Any) -> Any:
     """Return the state with each leaf changed; NNX modules are changed in place."""
-    modules = _modules_of_nnx(state)
+    modules = [node for node in _nodes(state) if _is_a(node, "flax.nnx", "Module")]
     if not modules:
         return jax.tree.map(change, state)
     nnx = sys.modules["flax.nnx"]
@@ -140,10 +140,6 @@ def _is_a(node: Any, library: str, name: str) -> bool:
 def _is_module(node: Any) -> bool:
     is_equinox = _is_a(node, "equinox", "Module") and not _is_a(node, "equinox.nn", "State")
     return is_equinox or _is_a(node, "flax.nnx", "Module")
-
-
-def _modules_of_nnx(state: Any) -> list[Any]:
-    return [node for node in _nodes(state) if _is_a(node, "flax.nnx", "Module")]
 
 
 def _arrays(part: PyTree, kind: str) -> Arrays:

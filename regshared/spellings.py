@@ -15,8 +15,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Class = TypeVar("Class", bound=type)
 
-# For each foreign name: the arguments that may take its place, and what to pass as them. The first
-# that the function has is named.
+# For each foreign name: its counterparts, and how to pass each. The error names the first that the
+# function has.
 RENAMED: Mapping[str, Mapping[str, str]] = {
     "attn_mask": {"mask": "mask=attn_mask"},
     "b1": {"betas": "betas=(b1, b2)"},

@@ -41,7 +41,7 @@ _STATISTICS = ("running_mean", "running_var")
 
 @dataclasses.dataclass(frozen=True)
 class Entries:
-    """The tensors of a model by name, and what only a module knows about them.
+    """The tensors of a model by name, with properties that only a module shows.
 
     Attributes:
         arrays: The tensors, as NumPy arrays.
@@ -113,7 +113,7 @@ def read_entries(state_dict: Any) -> Entries:
 
 
 def _place(name: str, tensor: Any) -> Any:
-    """Return what two tensors have in common only if they are one."""
+    """Return a key that two tensors share only if they are the same view of one memory."""
     if not hasattr(tensor, "data_ptr") or not tensor.numel() or not tensor.data_ptr():
         return name
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype

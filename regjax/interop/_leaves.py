@@ -15,7 +15,7 @@ from regjax.optim._records import RECORDS
 from regshared.checks import check_integer, check_integers, check_string, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from jaxtyping import PyTree
 
@@ -155,12 +155,10 @@ def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe
     _check_tensors(leaves, tensors, torch_optimizer.param_groups, by_model=model is not None)
     if record.depends_on_layout or record.is_factored:
         _check_whole(leaves, record)
-    paths_of: dict[int, list[str]] = {}
-    for path, leaf in leaves.items():
-        paths_of.setdefault(id(tensors[leaf.name]), []).append(path)
+    paths_of = _paths_by_tensor(leaves, tensors)
     parts = []
     for index, group in enumerate(torch_optimizer.param_groups):
-        # PyTorch skips what has no gradient.
+        # PyTorch skips parameters without a gradient.
         trained = [
             (path, p) for p in group["params"] if p.requires_grad for path in paths_of[id(p)]
         ]
@@ -180,7 +178,7 @@ def as_leaves(names: Names) -> dict[str, Leaf]:
 
 
 def plain_name(name: str) -> str:
-    """Leave out of a PyTorch name what torch.compile, FSDP and checkpoint wrappers add.
+    """Return a PyTorch name without the parts that torch.compile, FSDP and checkpoints add.
 
     Example:
         >>> plain_name("encoder._orig_mod.0.weight")
@@ -282,31 +280,50 @@ def _check_tensors(
             f"model must have all parameters of torch_optimizer; got one without "
             f"{len(set(grouped) - set(known))} of them. Pass the model that the optimizer trains."
         )
-    strangers = {leaf.name for leaf in leaves.values()} - set(tensors)
+    trained = {known[id(p)]: p for group in groups for p in group["params"]}
+    where = "in the model" if by_model else "in the optimizer (see model=)"
+    report(tensor_problems(leaves, tensors, trained, f"that are not {where}"))
+
+
+def _paths_by_tensor(
+    leaves: Mapping[str, Leaf], tensors: Mapping[str, Any]
+) -> dict[int, list[str]]:
+    """Return the paths of the leaves of each tensor, by its identity."""
     paths: dict[int, list[str]] = {}
     for path, leaf in leaves.items():
         if leaf.name in tensors:
             paths.setdefault(id(tensors[leaf.name]), []).append(path)
-    twice = {
-        path
-        for shared in paths.values()
-        if overlap([leaves[path] for path in shared])
-        for path in shared
+    return paths
+
+
+def tensor_problems(
+    leaves: Mapping[str, Leaf],
+    tensors: Mapping[str, Any],
+    required: Mapping[str, Any],
+    where: str,
+) -> dict[str, set[str]]:
+    """Return the problems of leaves with the tensors of PyTorch, for `report`.
+
+    Each of the `required` tensors needs leaves; `where` describes names that are not in `tensors`.
+    """
+    paths = _paths_by_tensor(leaves, tensors)
+    of_tensor = {key: [leaves[path] for path in shared] for key, shared in paths.items()}
+    return {
+        "PyTorch parameters that no JAX parameter is": {
+            name + section
+            for name, tensor in required.items()
+            for section in missing_sections(of_tensor.get(id(tensor), ()), tensor.shape)
+        },
+        f"names of PyTorch parameters {where}": {
+            leaf.name for leaf in leaves.values() if leaf.name not in tensors
+        },
+        "JAX parameters that are the same PyTorch parameter": {
+            path
+            for tensor, shared in paths.items()
+            if overlap(of_tensor[tensor])
+            for path in shared
+        },
     }
-    missing = {
-        known[id(p)] + section
-        for group in groups
-        for p in group["params"]
-        for section in missing_sections([leaves[path] for path in paths.get(id(p), ())], p.shape)
-    }
-    where = "in the model" if by_model else "in the optimizer (see model=)"
-    report(
-        {
-            "PyTorch parameters that no JAX parameter is": missing,
-            f"names of PyTorch parameters that are not {where}": strangers,
-            "JAX parameters that are the same PyTorch parameter": twice,
-        }
-    )
 
 
 def check_names(names: Any) -> None:
@@ -323,13 +340,15 @@ def check_names(names: Any) -> None:
 
 def check_paths(labels: Mapping[str, str], params: PyTree) -> None:
     """Reject parameters whose paths differ from `names`; the ValueError lists both sides."""
-    paths = {path for path, _ in named_leaves(params)}
-    report(
-        {
-            "JAX parameters without a name in PyTorch": paths - set(labels),
-            "names of JAX parameters that do not exist": set(labels) - paths,
-        }
-    )
+    report(path_problems(labels, {path for path, _ in named_leaves(params)}))
+
+
+def path_problems(named: Iterable[str], paths: Iterable[str]) -> dict[str, set[str]]:
+    """Return the differences of the named paths from those of the parameters, for `report`."""
+    return {
+        "JAX parameters without a name in PyTorch": set(paths) - set(named),
+        "names of JAX parameters that do not exist": set(named) - set(paths),
+    }
 
 
 def report(problems: Mapping[str, set[str]]) -> None:

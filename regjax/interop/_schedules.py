@@ -205,7 +205,7 @@ def _place(scheduler: Any, step: int, last: list[float]) -> None:
 class ScheduledMomentumState(NamedTuple):
     """The number of steps taken, and the state of an optimizer whose momentum is scheduled."""
 
-    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]  # not tuple.count
     inner_state: PyTree
 
 

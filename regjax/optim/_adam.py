@@ -185,7 +185,7 @@ class ScaleByNadamState(NamedTuple):
             to 0, where it does no harm.
     """
 
-    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]  # not tuple.count
     mu: PyTree
     nu: PyTree
     mu_product: Float[Array, ""]

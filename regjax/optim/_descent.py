@@ -125,14 +125,14 @@ def sgd(
 class DescendState(NamedTuple):
     """The number of steps that `asgd` has taken, and the size of the next one."""
 
-    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]  # not tuple.count
     eta: Float[Array, ""]
 
 
 class AverageState(NamedTuple):
     """The number of steps taken, and the average of the parameters (PyTorch: `ax`)."""
 
-    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]  # not tuple.count
     ax: PyTree
 
 
