@@ -85,8 +85,8 @@ def bind(
         method `apply(variables, *args, **options)` calls `model.apply`, without keys for dropout.
 
     Raises:
-        TypeError: `model` is no module of these frameworks, or has layers that cannot be keyed, of
-            which all are listed; `names` is no dict of strings; or as `site_key`.
+        TypeError: `model` is not a module of these frameworks, or has layers that cannot be keyed,
+            all of which are listed; `names` is not a dict of strings; or as `site_key`.
         ValueError: `names` lacks a site, has a path without sites (in Linen, `sites` checks this),
             or gives two sites the same name; or as `site_key`. With Linen, `apply` raises it.
 

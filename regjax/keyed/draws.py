@@ -21,6 +21,7 @@ from regjax._dropout.core import (
     real_dtype,
     where_kept,
 )
+from regjax._layers import wrapped_dims
 from regjax._random.bernoulli import EXACT
 from regjax._random.keys import site_key
 
@@ -54,14 +55,19 @@ def nth_key(root: KeyLike, step: ArrayLike, name: str, count: int) -> KeyLike:
 def drop(
     x: Inexact[ArrayLike, "*shape"],
     rate: ArrayLike,
-    key: KeyLike,
-    deterministic: ArrayLike = False,
+    draw_key: Callable[[], KeyLike],
+    deterministic: ArrayLike,
     broadcast_dims: Sequence[int] = (),
-) -> Inexact[Array, "*shape"]:
-    """Apply `regjax.dropout`; under `vmap` the mask is that of the whole batch, batch first."""
+) -> Any:
+    """Apply `regjax.dropout`; under `vmap` the mask is that of the whole batch, batch first.
+
+    No key is drawn in evaluation or at rate 0.
+    """
+    if deterministic is True or (isinstance(rate, int | float) and rate == 0):
+        return x
     x = check_inexact(x)
-    dims = tuple(sorted(dim % x.ndim for dim in broadcast_dims))
-    return apply_dropout(_BatchMask(dims), x, rate, key, deterministic)
+    dims = wrapped_dims(broadcast_dims, x.ndim)
+    return apply_dropout(_BatchMask(dims), x, rate, draw_key(), deterministic)
 
 
 @jax.tree_util.register_static

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from regjax._layers import FunctionLayer
 from regjax.keyed.draws import Keys, drop, nth_key
 from regjax.keyed.names import is_changed, site_names
 from regshared.extras import needs
@@ -46,18 +47,17 @@ class KeyedDropout(_Dropout):
         del key
         given = inference if deterministic is None else deterministic
         flag = self.inference if given is None else given
-        if flag is True or (isinstance(self.p, int | float) and self.p == 0):
-            return x
+        return drop(x, self.p, self._draw_key, flag)
+
+    def _draw_key(self) -> KeyLike:
         # No field: each transformation that is passed the model counts from 0.
         count = self.__dict__.get("_calls", 0)
         self.__dict__["_calls"] = count + 1
-        return drop(x, self.p, nth_key(self.root, self.step, self.name, count), flag)
+        return nth_key(self.root, self.step, self.name, count)
 
 
 def _is_site(node: Any) -> bool:
-    return isinstance(node, _Dropout) or (
-        isinstance(node, eqx.Module) and type(node).__module__ == "regjax.equinox"
-    )
+    return isinstance(node, _Dropout | FunctionLayer)
 
 
 def _found(model: Any) -> tuple[list[str], list[Any], list[Any], Any]:

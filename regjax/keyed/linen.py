@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from regjax._dropout.attention import dot_product_attention
+from regjax._layers import FlaxLayer
 from regjax.keyed.draws import Keys, drop
 from regjax.keyed.names import (
     check_distinct,
@@ -66,7 +68,7 @@ class Sites:
         if is_complete:
             site_names(paths, self._names)
         elif self.unnamed:
-            site_names(paths, {**(self._names or {})})
+            site_names(paths, self._names or {})
         else:
             check_distinct(self.found)
 
@@ -111,27 +113,22 @@ class BoundModule:
         """
         if isinstance(rngs, Mapping) and "dropout" in rngs:
             raise ValueError("rngs must not have 'dropout', whose keys are bound; got it. Omit it.")
-        sites = Sites(self._names)
-        result = self._run(Keys(self._root, self._step), sites, variables, args, rngs, options)
-        sites.check(is_complete=False)
-        return result
-
-    def _run(
-        self, keys: Keys, sites: Sites, variables: Any, args: Any, rngs: Any, options: Any
-    ) -> Any:
         if rngs is not None and not isinstance(rngs, Mapping):
             rngs = {"default": rngs}
         # Without "params", `make_rng("dropout")` fails instead of using its keys.
         others = {name: key for name, key in (rngs or {}).items() if name != "params"}
+        keys, sites = Keys(self._root, self._step), Sites(self._names)
         try:
             with linen.intercept_methods(_interceptor(keys, sites, self._broadcast)):
-                return self.module.apply(variables, *args, rngs=others or None, **options)
+                result = self.module.apply(variables, *args, rngs=others or None, **options)
         except InvalidRngError as error:
             raise RuntimeError(
                 f"module must draw from keyed sites; got another draw: {error} Write the draw as "
                 "linen.Dropout or a layer of regjax.linen, or pass the keys of other collections "
                 "in rngs."
             ) from error
+        sites.check(is_complete=False)
+        return result
 
 
 def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[..., Any]:
@@ -149,7 +146,7 @@ def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[.
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
         module = context.module
-        is_layer = any(base.__module__ == "regjax.linen" for base in type(module).__mro__)
+        is_layer = isinstance(context.module, FlaxLayer)
         is_dropout = isinstance(module, linen.Dropout)
         is_site = is_dropout or is_layer or isinstance(module, _ATTENTION)
         # Attention calls the method of its base class too.
@@ -161,13 +158,16 @@ def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[.
                 f"{type(module).__name__}, which has its own. Use the layer of Flax, or its rate 0."
             )
         signature = inspect.signature(type(module).__call__)
-        given = signature.bind(module, *args, **options).arguments
+        bound = signature.bind(module, *args, **options)
+        given = bound.arguments
         running.add(id(module))
         try:
             if is_dropout:
                 return _drop(module, given, key_of)
             if is_layer:
-                return _call_layer(module, given, args, options, call, key_of)
+                if _flag(module, given) is not True:
+                    given["rng"] = key_of(module)
+                return call(*bound.args[1:], **bound.kwargs)
             return _attend(module, args, options, given, call, key_of, broadcast)
         finally:
             running.remove(id(module))
@@ -179,30 +179,11 @@ def _flag(module: Any, given: dict[str, Any]) -> Any:
     return linen.merge_param("deterministic", module.deterministic, given.get("deterministic"))
 
 
-def _is_number(rate: Any, number: float) -> bool:
-    return isinstance(rate, int | float) and rate == number
-
-
 def _drop(module: Any, given: dict[str, Any], key_of: Any) -> Any:
     rate = given.get("rate")
     rate = module.rate if rate is None else rate
-    flag = _flag(module, given)
-    if flag is True or _is_number(rate, 0):
-        return given["inputs"]
-    return drop(given["inputs"], rate, key_of(module), flag, module.broadcast_dims)
-
-
-def _call_layer(
-    module: Any, given: dict[str, Any], args: Any, options: Any, call: Any, key_of: Any
-) -> Any:
-    if _flag(module, given) is True:
-        return call(*args, **options)
-    count = len(args)
-    names = list(inspect.signature(type(module).__call__).parameters)[1:]
-    place = names.index("rng")
-    if count > place:
-        return call(*args[:place], key_of(module), *args[place + 1 :], **options)
-    return call(*args, **{**options, "rng": key_of(module)})
+    draw_key = functools.partial(key_of, module)
+    return drop(given["inputs"], rate, draw_key, _flag(module, given), module.broadcast_dims)
 
 
 def _attend(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from regjax._dropout.attention import dot_product_attention
+from regjax._layers import FlaxLayer
 from regjax.keyed.draws import Keys, drop
 from regjax.keyed.names import is_changed, site_names
 from regshared.extras import needs
@@ -59,9 +60,8 @@ class KeyedDropout(_Dropout):
         given = given[...] if isinstance(given, nnx.Variable) else given
         if flag is None:
             return super().__call__(inputs)  # for its error
-        if flag is True or (isinstance(given, int | float) and given == 0):
-            return inputs
-        return drop(inputs, given, self._stream.draw(self), flag, self.broadcast_dims)
+        draw_key = functools.partial(self._stream.draw, self)
+        return drop(inputs, given, draw_key, flag, self.broadcast_dims)
 
 
 class KeyedAttention(nnx.MultiHeadAttention):
@@ -95,17 +95,8 @@ def _found(model: Any) -> dict[str, Any]:
         for path, module in nnx.iter_modules(model)
         if isinstance(module, _Dropout)
         or (isinstance(module, nnx.MultiHeadAttention) and module.dropout_rate > 0)
-        or _is_layer(module)
+        or isinstance(module, FlaxLayer)
     }
-
-
-def _is_layer(module: Any) -> bool:
-    return any(base.__module__ == "regjax.nnx" for base in type(module).__mro__)
-
-
-def _with_stream(module: Any, stream: Stream) -> Any:
-    module._stream = stream
-    return module
 
 
 def bind_nnx(
@@ -134,6 +125,7 @@ def bind_nnx(
         if place not in found or not isinstance(node, nnx.Module):
             return node
         module: Any = node
+        module._stream = Stream(keys, place, found[place], module)
         if isinstance(module, _Dropout):
             module.__class__ = KeyedDropout
         elif isinstance(module, nnx.MultiHeadAttention):
@@ -144,7 +136,7 @@ def bind_nnx(
                 module.broadcast_dropout = broadcast_dropout
         else:
             module.__class__ = _keyed_layer(type(module))
-        return _with_stream(module, Stream(keys, place, found[place], module))
+        return module
 
     return nnx.recursive_map(bound, model)
 

@@ -9,9 +9,8 @@
 every kind, as layers and as functions, attention (`scaled_dot_product_attention`,
 `MultiheadAttention`), the dropout between recurrent layers, and, in modules in training mode,
 `bernoulli_`, `rand`, `randn`, `randint` and their relatives. The modules stay as they are. Any
-other draw from a global generator, be it PyTorch's, NumPy's or Python's, is an error in training
-that names the module and the function; `register` adds a function. Draws from a generator that the
-caller passes are left alone.
+other draw from a global generator of PyTorch, NumPy or Python is an error in training that names
+the module; `register` adds a function. Draws from a generator that the caller passes are unchanged.
 
 **Names.** A draw is named by the dotted path of its module in the model passed to `convert`, such
 as `"encoder.layers.0.dropout1"`; the module is the innermost whose forward is running, and a shared
@@ -87,14 +86,14 @@ def convert(model: _M, *, allow: Sequence[str] = ()) -> _M:
 
     Args:
         model: Any module; it may itself be a dropout layer.
-        allow: Global generators whose draws are no error, `"random"` or `"numpy.random"`, such as
-            those of checks of types at run time, which do not change the result.
+        allow: Global generators, `"random"` or `"numpy.random"`, whose draws are not errors because
+            they do not change the result, such as those of a run-time type checker.
 
     Raises:
-        TypeError: `allow` is no list of names.
+        TypeError: `allow` is not a list of names.
         ValueError: `allow` has another generator; a module was converted as part of another model,
-            under another name; or names are ambiguous: a module has the name of another, with an
-            end such as `:1` or `#1`. No module is converted then.
+            under another name; or names are ambiguous: a module has the name of another with a
+            suffix such as `:1` or `#1`. No module is converted then.
 
     Example:
         >>> import torch, regtorch
@@ -115,7 +114,7 @@ def convert(model: _M, *, allow: Sequence[str] = ()) -> _M:
         if stem != path and stem in names:
             raise ValueError(
                 f"module {path!r} must not have the name of a draw of module {stem!r}. Rename it, "
-                "or use an end other than : or # and a number."
+                "or use a suffix other than : or # and a number."
             )
         site = site_of(module)
         if site and site.name != path:
@@ -205,10 +204,11 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
 def replay(
     model: nn.Module,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return contexts for `torch.utils.checkpoint`, if a site is called repeatedly after `set_key`.
+    """Return contexts for `torch.utils.checkpoint`, whose second forward draws the same masks.
 
-    They are for the forward pass of `model`, a converted model or the part that is checkpointed,
-    and for its repetition, which draws the same masks. Pass them with `use_reentrant=False`.
+    They are required if a site is called repeatedly after `set_key`. The first is for the forward
+    pass of `model`, a converted model or the part that is checkpointed, and the second for its
+    repetition. Pass them with `use_reentrant=False`.
 
     Example:
         >>> import torch, regtorch
@@ -245,7 +245,7 @@ def replay(
 
 
 def register(function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-    """Replace a further function of PyTorch that draws, in all converted models in training.
+    """Replace another PyTorch function that draws, in all converted models in training.
 
     Args:
         function: A function or a method of PyTorch, or an operator that an extension registers

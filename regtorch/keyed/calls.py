@@ -26,7 +26,7 @@ from regtorch._random.keys import site_words
 from regtorch.keyed.functions import REPLACEMENTS, composite
 from regtorch.keyed.generators import is_default, python_state, torch_state
 
-# In evaluation each may run as one fused kernel, but not while a mode is active.
+# Modules that can run as one fused kernel in evaluation, but not while a mode is active.
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 _CALL_PARTS = [c for c in nn.Module._call_impl.__code__.co_consts if isinstance(c, CodeType)]
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
@@ -107,8 +107,8 @@ class Call:
     Attributes:
         site: The site of the module.
         module: The module.
-        frame: Its frame of Python.
-        enters: Whether it entered the mode.
+        frame: Its Python frame.
+        enters: Whether it entered the mode itself, as the outermost call.
         draws: The number of draws of each name in this call.
     """
 
@@ -200,7 +200,7 @@ class Site:
 def _module_frame() -> tuple[FrameType, bool]:
     """Return the frame of `Module._call_impl` that runs a hook, and whether its forward failed.
 
-    It calls the hook itself after an error, and otherwise in a function within.
+    It calls hooks directly after an error, and otherwise from a nested function.
     """
     inside: FrameType | None = None
     frame: Any = sys._getframe(1)
@@ -266,7 +266,7 @@ def discard_stale_modes() -> None:
 
 
 class KeyedMode(TorchFunctionMode):
-    """The mode in which functions that draw are given keys, for the calls that run within it.
+    """The mode that gives keys to functions that draw, for the calls that run within it.
 
     Args:
         state: The state of the model.
@@ -336,7 +336,7 @@ class KeyedMode(TorchFunctionMode):
         return result
 
     def check(self, name: str) -> None:
-        """Raise if a global generator was used in the mode; the forward of module `name` runs."""
+        """Raise if a global generator was used in the mode, while module `name` runs."""
         now = python_state()
         if torch_state() != self._torch:
             self.state.checked.discard(name)
@@ -360,7 +360,7 @@ class KeyedMode(TorchFunctionMode):
                 )
 
     def locate(self) -> bool:
-        """Keep the calls that are running, note the checkpoints around them; are there any?"""
+        """Drop the calls that have ended; return whether any is running. Note its checkpoints."""
         frames: dict[FrameType | None, list[Call]] = {}
         for call in self.calls:
             frames.setdefault(call.frame, []).append(call)
@@ -379,7 +379,7 @@ class KeyedMode(TorchFunctionMode):
         return bool(running)
 
     def _note(self, frame: FrameType, outside: list[Call]) -> None:
-        """Let a checkpoint run its function again with the keys of now, if it is not noted yet."""
+        """Make a checkpoint repeat its function with the current keys, unless it already does."""
         if frame.f_code is _REENTRANT:
             holder, attribute = frame.f_locals["ctx"], "run_function"
         else:

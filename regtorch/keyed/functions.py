@@ -62,9 +62,16 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _replaces(*functions: Any, in_evaluation: bool = False) -> Callable[[_F], _F]:
+    """Add a replacement, called with the argument that PyTorch names `input` by position."""
+
     def add(replacement: _F) -> _F:
+        def positional(draws: Draws, *args: Any, **options: Any) -> Any:
+            if "input" in options:
+                args = (options.pop("input"), *args)
+            return replacement(draws, *args, **options)
+
         for function in functions:
-            REPLACEMENTS[function] = Replacement(replacement, in_evaluation)
+            REPLACEMENTS[function] = Replacement(positional, in_evaluation)
         return replacement
 
     return add
@@ -73,39 +80,25 @@ def _replaces(*functions: Any, in_evaluation: bool = False) -> Callable[[_F], _F
 # Dropout, which draws if it is called with training=True, in whichever mode the module is.
 
 
-def _drop(
-    draws: Draws,
-    drop: Callable[..., Tensor],
-    x: Tensor,
-    p: float,
-    training: bool,
-    inplace: bool,
-) -> Any:
-    if training and p == 0:
-        draws.idle()
-    if not training or not 0 < p <= 1:
-        return NotImplemented
-    y = drop(x, p, key=draws.key(x.device))
-    return x.copy_(y) if inplace else y
-
-
 def _python_dropout(drop: Callable[..., Tensor]) -> Callable[..., Any]:
     def replacement(
-        draws: Draws,
-        input: Tensor,  # noqa: A002 - torch's name
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
+        draws: Draws, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Any:
-        return _drop(draws, drop, input, p, training, inplace)
+        if training and p == 0:
+            draws.idle()
+        if not training or not 0 < p <= 1:
+            return NotImplemented
+        y = drop(x, p, key=draws.key(x.device))
+        return x.copy_(y) if inplace else y
 
     return replacement
 
 
 def _native_dropout(drop: Callable[..., Tensor], inplace: bool) -> Callable[..., Any]:
-    def replacement(draws: Draws, input: Tensor, p: float, train: bool) -> Any:  # noqa: A002
-        return _drop(draws, drop, input, p, train, inplace)
+    def replacement(draws: Draws, x: Tensor, p: float, train: bool) -> Any:
+        return apply(draws, x, p, train, inplace)
 
+    apply = _python_dropout(drop)
     return replacement
 
 
@@ -127,14 +120,16 @@ def _of_channels(
     return channels
 
 
-_replaces(F.dropout, in_evaluation=True)(_python_dropout(dropout))
-_replaces(F.dropout1d, in_evaluation=True)(_python_dropout(_of_channels(F.dropout1d, 3)))
-_replaces(F.dropout2d, in_evaluation=True)(_python_dropout(_of_channels(F.dropout2d)))
-_replaces(F.dropout3d, in_evaluation=True)(_python_dropout(_of_channels(F.dropout3d, 5)))
-_replaces(F.alpha_dropout, in_evaluation=True)(_python_dropout(alpha_dropout))
-_FEATURE_ALPHA = _of_channels(F.feature_alpha_dropout, drop=feature_alpha_dropout)
-_replaces(F.feature_alpha_dropout, in_evaluation=True)(_python_dropout(_FEATURE_ALPHA))
-for _name, _function in {
+for _function, _drop in {
+    F.dropout: dropout,
+    F.dropout1d: _of_channels(F.dropout1d, 3),
+    F.dropout2d: _of_channels(F.dropout2d),
+    F.dropout3d: _of_channels(F.dropout3d, 5),
+    F.alpha_dropout: alpha_dropout,
+    F.feature_alpha_dropout: _of_channels(F.feature_alpha_dropout, drop=feature_alpha_dropout),
+}.items():
+    _replaces(_function, in_evaluation=True)(_python_dropout(_drop))
+for _name, _drop in {
     "dropout": dropout,
     "feature_dropout": feature_dropout,
     "alpha_dropout": alpha_dropout,
@@ -142,7 +137,7 @@ for _name, _function in {
 }.items():
     for _inplace in (False, True):
         _native = getattr(torch, _name + "_" * _inplace)
-        _replaces(_native, in_evaluation=True)(_native_dropout(_function, _inplace))
+        _replaces(_native, in_evaluation=True)(_native_dropout(_drop, _inplace))
 
 
 @_replaces(F.scaled_dot_product_attention, in_evaluation=True)
@@ -232,15 +227,11 @@ def _bernoulli_(draws: Draws, x: Tensor, p: float | Tensor = 0.5) -> Any:
 
 @_replaces(torch.bernoulli, Tensor.bernoulli)
 def _bernoulli(
-    draws: Draws,
-    input: Tensor,  # noqa: A002 - torch's name
-    p: float | None = None,
-    *,
-    out: Tensor | None = None,
+    draws: Draws, x: Tensor, p: float | None = None, *, out: Tensor | None = None
 ) -> Any:
     if p is not None and not 0 <= p <= 1:
         return NotImplemented
-    mask = _mask(draws, input if p is None else p, input).to(input.dtype)
+    mask = _mask(draws, x if p is None else p, x).to(x.dtype)
     return mask if out is None else out.copy_(mask)
 
 
@@ -332,22 +323,18 @@ def _exponential_(draws: Draws, x: Tensor, lambd: float = 1.0) -> Any:
 
 @_replaces(torch.rrelu)
 def _rrelu(
-    draws: Draws,
-    input: Tensor,  # noqa: A002 - torch's name
-    lower: float = 1 / 8,
-    upper: float = 1 / 3,
-    training: bool = False,
+    draws: Draws, x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False
 ) -> Any:
-    if not training or input.dtype not in _REAL:
+    if not training or x.dtype not in _REAL:
         return NotImplemented
-    u = uniform(draws.key(input.device, is_mask=False), input.shape, input.dtype)
-    return torch.where(input <= 0, input * (u * (upper - lower) + lower), input)
+    u = uniform(draws.key(x.device, is_mask=False), x.shape, x.dtype)
+    return torch.where(x <= 0, x * (u * (upper - lower) + lower), x)
 
 
 @_replaces(torch.rrelu_)
-def _rrelu_(draws: Draws, input: Tensor, *args: Any, **options: Any) -> Any:  # noqa: A002
-    y = _rrelu(draws, input, *args, **options)
-    return y if y is NotImplemented else input.copy_(y)
+def _rrelu_(draws: Draws, x: Tensor, *args: Any, **options: Any) -> Any:
+    y = _rrelu(draws, x, *args, **options)
+    return y if y is NotImplemented else x.copy_(y)
 
 
 @_replaces(torch.randint)
@@ -371,7 +358,10 @@ def _randint_like(
 
 
 @_replaces(Tensor.random_)
-def _random_(draws: Draws, x: Tensor, *ends: int) -> Any:
+def _random_(draws: Draws, x: Tensor, *ends: int, **named: int) -> Any:
+    if "from" in named and "to" not in named:
+        return NotImplemented
+    ends += tuple(named[end] for end in ("from", "to") if end in named)
     if not ends or None in ends:
         return NotImplemented
     return _integers(draws, x, *((0, *ends) if len(ends) == 1 else ends))
@@ -391,18 +381,14 @@ def _randperm(draws: Draws, n: int, **options: Any) -> Tensor:
 
 
 @_replaces(torch.multinomial, Tensor.multinomial)
-def _multinomial(
-    draws: Draws,
-    input: Tensor,  # noqa: A002 - torch's name
-    num_samples: int,
-    replacement: bool = False,
-) -> Any:
-    """Return the largest of `input / exponential`, as PyTorch does without replacement."""
-    if (replacement and num_samples > 1) or input.dtype not in _REAL:
+def _multinomial(draws: Draws, x: Tensor, num_samples: int, replacement: bool = False) -> Any:
+    """Return the largest of `x / exponential`, as PyTorch does without replacement."""
+    if (replacement and num_samples > 1) or x.dtype not in _REAL:
         return NotImplemented
-    torch.multinomial(input.detach(), num_samples, generator=torch.Generator(input.device))
-    waiting = _exponential_(draws, torch.empty_like(input))
-    return torch.topk(input / waiting, num_samples, dim=-1).indices
+    # For PyTorch's errors.
+    torch.multinomial(x.detach(), num_samples, generator=torch.Generator(x.device))
+    waiting = _exponential_(draws, torch.empty_like(x))
+    return torch.topk(x / waiting, num_samples, dim=-1).indices
 
 
 # Functions in Python, whose own calls draw.

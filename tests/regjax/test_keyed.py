@@ -118,6 +118,9 @@ def test_vmap_of_keys_rates_and_shared_arrays():
     y = jax.vmap(lambda row: call(shared, row, 0))(X)
     key = regjax.site_key(ROOT, 0, "")
     np.testing.assert_array_equal(y, regjax.dropout(X, 0.5, key=key, broadcast_dims=(1,)))
+    absent = linen.Dropout(0.5, broadcast_dims=(2,), deterministic=False)
+    with pytest.raises(IndexError, match=r"broadcast_dims must be dimensions of inputs"):
+        call(absent, X, 0)
 
 
 @every_net
@@ -262,8 +265,12 @@ def test_draws_that_cannot_be_keyed_are_errors():
     for transform in (nnx.jit, nnx.remat):
         with pytest.raises(ValueError, match=r"module 'a' must be the one that bind returned"):
             transform(lambda model: model(X))(copied)
-    model = eqx.nn.Sequential([regjax.equinox.DropPath(), regjax.equinox.AlphaDropout()])
-    both = re.escape("layers/0 (DropPath), layers/1 (AlphaDropout)")
+
+    class OwnPath(regjax.equinox.DropPath):
+        pass
+
+    model = eqx.nn.Sequential([OwnPath(), regjax.equinox.AlphaDropout()])
+    both = re.escape("layers/0 (OwnPath), layers/1 (AlphaDropout)")
     with pytest.raises(TypeError, match=both):
         regjax.keyed.bind(model, ROOT, 0)
 

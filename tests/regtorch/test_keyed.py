@@ -219,7 +219,8 @@ ATTENTION = {
 def no_dropout(monkeypatch):
     """Replace the dropout of converted models, to keep everything."""
     monkeypatch.setattr(functions, "dropout", lambda x, rate, *, key: x)
-    monkeypatch.setattr(functions, "_drop", lambda draws, drop, x, *options: x)
+    keep = functions.Replacement(lambda draws, x, **options: x, in_evaluation=True)
+    monkeypatch.setitem(functions.REPLACEMENTS, nn.functional.dropout, keep)
 
 
 @pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)

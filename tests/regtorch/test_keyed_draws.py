@@ -161,10 +161,10 @@ OTHERS = {
         lambda k: bits_of(k, 5) * 10 >> 32,
     ),
     "randint_like": (
-        lambda: torch.randint_like(X, 2, 9),
+        lambda: torch.randint_like(input=X, low=2, high=9),
         lambda k: (bits_of(k, 3, 8) * 7 >> 32).float() + 2,
     ),
-    "random_": (lambda: empty(5).random_(1, 4), lambda k: (bits_of(k, 5) * 3 >> 32).float() + 1),
+    "random_": (lambda: empty(5).random_(1, to=4), lambda k: (bits_of(k, 5) * 3 >> 32).float() + 1),
     "randperm": (lambda: torch.randperm(9), lambda k: bits_of(k, 9).argsort(stable=True)),
     "exponential_": (lambda: empty(5).exponential_(2), lambda k: -u(k, 5).log() / 2),
     "gumbel_softmax": (

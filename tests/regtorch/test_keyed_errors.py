@@ -48,7 +48,7 @@ def draw_hidden(x):
 
 GLOBAL = {
     "PyTorch's generator, not by a function of torch": draw_hidden,
-    r"the global generator of numpy\.random": lambda x: x * np.random.uniform(),  # noqa: NPY002
+    r"the global generator of numpy\.random": lambda x: x * np.random.uniform(),  # noqa: NPY002 - the draw to find
 }
 
 
