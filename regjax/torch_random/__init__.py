@@ -19,24 +19,46 @@ from regjax.torch_random.dropouts import (
     feature_dropout,
 )
 from regjax.torch_random.generator import TorchGenerator, from_torch, generator, to_torch
+from regjax.torch_random.init_like import init_like
+from regjax.torch_random.initializers import (
+    calculate_gain,
+    kaiming_normal,
+    kaiming_uniform,
+    orthogonal,
+    sparse,
+    trunc_normal,
+    xavier_normal,
+    xavier_uniform,
+)
 from regjax.torch_random.integers import permutation, randint
+from regjax.torch_random.layers import Layer
 from regjax.torch_random.normal import normal
 from regjax.torch_random.uniforms import bernoulli, uniform
 
 __all__ = [
+    "Layer",
     "TorchGenerator",
     "alpha_dropout",
     "bernoulli",
+    "calculate_gain",
     "dropout",
     "feature_alpha_dropout",
     "feature_dropout",
     "from_torch",
     "generator",
+    "init_like",
+    "kaiming_normal",
+    "kaiming_uniform",
     "normal",
+    "orthogonal",
     "permutation",
     "randint",
+    "sparse",
     "to_torch",
+    "trunc_normal",
     "uniform",
+    "xavier_normal",
+    "xavier_uniform",
 ]
 
 
