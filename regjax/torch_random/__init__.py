@@ -12,6 +12,15 @@ in JAX, use `regjax.dropout` and a key.
 
 from __future__ import annotations
 
+from regjax.torch_random.data import (
+    distributed_sampler,
+    loader_seed,
+    random_sampler,
+    random_split,
+    shuffled_batches,
+    subset_random_sampler,
+    weighted_random_sampler,
+)
 from regjax.torch_random.dropouts import (
     alpha_dropout,
     dropout,
@@ -41,6 +50,7 @@ __all__ = [
     "alpha_dropout",
     "bernoulli",
     "calculate_gain",
+    "distributed_sampler",
     "dropout",
     "feature_alpha_dropout",
     "feature_dropout",
@@ -49,14 +59,20 @@ __all__ = [
     "init_like",
     "kaiming_normal",
     "kaiming_uniform",
+    "loader_seed",
     "normal",
     "orthogonal",
     "permutation",
     "randint",
+    "random_sampler",
+    "random_split",
+    "shuffled_batches",
     "sparse",
+    "subset_random_sampler",
     "to_torch",
     "trunc_normal",
     "uniform",
+    "weighted_random_sampler",
     "xavier_normal",
     "xavier_uniform",
 ]
