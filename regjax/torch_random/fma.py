@@ -1,9 +1,10 @@
-"""A fused multiply-add of one rounding, computed from operations that every backend has."""
+"""A fused multiply-add of one rounding, computed from sums and products in float64."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,7 +19,7 @@ def fused_multiply_add(a: Float[Array, "*shape"], b: Any, c: Any) -> Float[Array
     """Return `a * b + c`, rounded once, in float32 or float64.
 
     PyTorch's kernels for CPUs with AVX2 contract products with sums; a CPU without FMA cannot, and
-    XLA does so or not. No intermediate result may overflow or be subnormal.
+    XLA does so or not. In float64, no intermediate result may overflow or be subnormal.
 
     Example:
         >>> import jax.numpy as jnp
@@ -30,11 +31,16 @@ def fused_multiply_add(a: Float[Array, "*shape"], b: Any, c: Any) -> Float[Array
         Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using
         rounding to odd", IEEE Transactions on Computers 57, 2008.
     """
-    a, b, c = jnp.broadcast_arrays(a, jnp.asarray(b, a.dtype), jnp.asarray(c, a.dtype))
-    product, tail = _exact_product(a, b)
-    high, low = _exact_sum(c, tail)
-    high, rest = _exact_sum(product, high)
-    return high + _sum_rounded_to_odd(low, rest)
+    with jax.enable_x64(True):
+        b, c = (jnp.broadcast_to(jnp.asarray(number, a.dtype), a.shape) for number in (b, c))
+        if a.dtype == np.float32:
+            # In float64 the product of two float32 is exact.
+            a, b, c = (number.astype(np.float64) for number in (a, b, c))
+            return _sum_rounded_to_odd(a * b, c).astype(np.float32)
+        product, tail = _exact_product(a, b)
+        high, low = _exact_sum(c, tail)
+        high, rest = _exact_sum(product, high)
+        return high + _sum_rounded_to_odd(low, rest)
 
 
 def _exact_product(a: Array, b: Array) -> tuple[Array, Array]:
@@ -48,10 +54,9 @@ def _exact_product(a: Array, b: Array) -> tuple[Array, Array]:
 
 def _halves(x: Array) -> tuple[Array, Array]:
     """Return two numbers of half the digits, whose sum is `x`."""
-    integer = _integer(x.dtype)
-    tail = integer(1 << (np.finfo(x.dtype).nmant + 2) // 2)
-    bits = lax.bitcast_convert_type(x, integer)
-    high = lax.bitcast_convert_type((bits + tail // 2) & -tail, x.dtype)
+    tail = np.int64(1 << 27)
+    bits = lax.bitcast_convert_type(x, np.int64)
+    high = lax.bitcast_convert_type((bits + tail // 2) & -tail, np.float64)
     return high, x - high
 
 
@@ -69,12 +74,8 @@ def _sum_rounded_to_odd(a: Array, b: Array) -> Array:
     A later rounding to fewer digits then gives the result of a single rounding.
     """
     total, error = _exact_sum(a, b)
-    integer = _integer(a.dtype)
-    bits = lax.bitcast_convert_type(total, integer)
-    away = jnp.where((error > 0) == (total > 0), integer(1), integer(-1))
-    is_even = (bits & integer(1)) == 0
-    return lax.bitcast_convert_type(jnp.where((error != 0) & is_even, bits + away, bits), a.dtype)
-
-
-def _integer(dtype: np.dtype) -> type[np.signedinteger]:
-    return np.int64 if dtype == np.float64 else np.int32
+    bits = lax.bitcast_convert_type(total, np.int64)
+    is_away = (error > 0) == (total > 0)
+    odd = jnp.where(is_away, bits + np.int64(1), bits - np.int64(1))
+    is_even = (bits & np.int64(1)) == 0
+    return lax.bitcast_convert_type(jnp.where((error != 0) & is_even, odd, bits), np.float64)
