@@ -248,8 +248,8 @@ class _Reader:
         if self._problems:
             listed = "".join(f"\n- {problem}" for problem in self._problems)
             raise ValueError(
-                "structure must have known initializers; got these modules. Replay each by a "
-                f"function in initializers, or its parts one by one.{listed}"
+                "structure must consist of modules that can be replayed; got others. Replay each by "
+                f"a function in initializers, or its parts one by one:{listed}"
             )
 
     def _names_in(self, path: str) -> list[str]:
@@ -291,15 +291,12 @@ class _Reader:
             self._draw_module(path, module, base.__name__, own)
         elif not is_layer:
             self._read_children(path, module, base)
-        function = self.initializers.get(path)
         missing = () if is_drawn else tuple(_joined(path, name) for name in own)
-        is_subclass = is_layer or base.__name__ == "Transformer"
-        is_known = not missing and not overridden & (
-            _INITIALIZERS | ({"__init__"} if is_subclass else set())
-        )
-        if function is not None:
-            self.steps.append(_Call(path, function, missing))
-        elif not is_known:
+        if not (is_layer or base.__name__ == "Transformer"):
+            overridden -= {"__init__"}  # a constructor of submodules
+        if path in self.initializers:
+            self.steps.append(_Call(path, self.initializers[path], missing))
+        elif missing or overridden:
             reasons = [f"parameters {', '.join(own)}"] if missing else []
             reasons += [f"method {name}" for name in sorted(overridden)]
             self._problems.append(f"{_named(path, module)}: {'; '.join(reasons)}")

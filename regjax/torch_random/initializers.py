@@ -381,7 +381,7 @@ def _orthogonal(
     rows, columns = shape[0], math.prod(shape[1:])
     matrix, g = normal(g, (rows, columns), dtype=dtype)
     q, r = jnp.linalg.qr(matrix.T if rows < columns else matrix)
-    q = q * jnp.sign(jnp.diagonal(r))
+    q = q * jnp.sign(jnp.diagonal(r))[None]
     return (q.T if rows < columns else q).reshape(shape) * gain, g
 
 
