@@ -184,7 +184,7 @@ def test_an_epoch_under_jit():
 
 DEFECTS = {
     "no seed of the loader": ("loader", "loader_seed", lambda g: (jnp.zeros(2, np.uint32), g)),
-    "seed with its sign": ("loader", "seeded", lambda seed: T.generator(int(seed[0]))),
+    "seed of the wrong word": ("loader", "seeded", lambda seed: T.generator(int(seed[0]))),
     "no last permutation": ("loader, generator", "permutation", None),
 }
 

@@ -19,7 +19,7 @@ from torch import nn
 from parity_tests.torch_stream import as_numpy
 from regjax import interop, torch_random
 from regjax.torch_random import Layer, init_like, layers
-from regjax.torch_random.init_like import _Reader
+from regjax.torch_random.structures import _Reader
 
 HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 T = torch_random

@@ -28,7 +28,7 @@ from regjax.torch_random.dropouts import (
     feature_dropout,
 )
 from regjax.torch_random.generator import TorchGenerator, from_torch, generator, to_torch
-from regjax.torch_random.init_like import init_like
+from regjax.torch_random.structures import init_like
 from regjax.torch_random.initializers import (
     calculate_gain,
     kaiming_normal,
