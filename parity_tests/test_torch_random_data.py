@@ -106,10 +106,7 @@ CASES = {
     "split, fractions": split(17, [0.5, 0.25, 0.25]),
     "split, empty part": split(17, [0, 17]),
     "split, one part": split(17, [1.0]),
-    **{
-        f"split, {size}": split(size, [0.3, 0.3, 0.4])
-        for size in (17, 18, 19)
-    },
+    **{f"split, {size}": split(size, [0.3, 0.3, 0.4]) for size in (17, 18, 19)},
 }
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from parity_tests.torch_stream import as_numpy
 from regjax import interop, torch_random
 from regjax.torch_random import Layer, init_like, layers
-from regjax.torch_random.structures import _Reader
+from regjax.torch_random.structures import Reader
 
 HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 T = torch_random
@@ -118,6 +118,23 @@ class Registered(nn.Module):
         self.last = nn.Linear(8, 2)
 
 
+class RegisteredLater(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = encoder_layer()
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.layer = layer
+        self.other = encoder_layer()
+
+
+class Adapted(nn.Linear):
+    """A layer with more parameters than its base."""
+
+    def __init__(self):
+        super().__init__(5, 3)
+        self.adapter = nn.Linear(5, 3)
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -164,6 +181,16 @@ def xavier(g, params):
     assert params == {}
     weight, g = T.xavier_uniform(g, (3, 5))
     return {"weight": weight, "bias": jnp.ones(3)}, g
+
+
+def adapt(g, params):
+    assert params == {}
+    base, g = init_like(Layer("Linear", LINEAR), g)
+    adapter, g = init_like({"adapter": Layer("Linear", LINEAR)}, g)
+    return base | adapter, g
+
+
+LINEAR = {"weight": (3, 5), "bias": (3,)}
 
 
 def attention(**options):
@@ -216,6 +243,8 @@ CASES = {
     "AdaptiveLogSoftmaxWithLoss": lambda: nn.AdaptiveLogSoftmaxWithLoss(16, 20, [5, 10]),
     "Nest": Nest,
     "Registered": Registered,
+    "RegisteredLater": RegisteredLater,
+    "Adapted": lambda: nn.Sequential(Adapted()),
     "Tied": Tied,
     "Reinitialized": lambda: nn.Sequential(nn.Linear(5, 3), Reinitialized(), nn.Linear(3, 2)),
     "Xavier": lambda: nn.Sequential(Xavier(5, 3)),
@@ -223,6 +252,8 @@ CASES = {
 }
 OPTIONS = {
     "Registered": {"copies": {"encoder.layers.0": "layer", "target": "head"}},
+    "RegisteredLater": {"copies": {"layer": "encoder.layers.0", "other": None}},
+    "Adapted": {"initializers": {"0": adapt}},
     "Tied": {"initializers": {"": lambda g, p: ({"embedding.weight": p["head.weight"]}, g)}},
     "Reinitialized": {"initializers": {"1": reinitialize}},
     "Xavier": {"initializers": {"0": xavier}},
@@ -265,7 +296,7 @@ def test_a_structure_without_values():
 def test_a_double_model_needs_x64():
     build = functools.partial(nn.Linear, 5, 3, dtype=torch.float64)
     model, structure, g = constructed(build, 1)
-    with pytest.raises(ValueError, match="the whole.*at most 32 bits"):
+    with pytest.raises(ValueError, match=r"the whole.*at most 32 bits"):
         init_like(structure, g)
     with jax.enable_x64(True):
         assert disagreements(model, *init_like(structure, g)) == []
@@ -337,8 +368,11 @@ DEFECTS = {
         lambda m: m.setitem(layers.RULES, "MultiheadAttention", _late_projection),
     ),
     "order of weights": ("LSTM", lambda m: m.setitem(layers.RULES, "LSTM", _gates_last)),
-    "order of children": ("Nest", lambda m: m.setattr(_Reader, "_read_children", _children_reversed)),
-    "no second draw": ("Transformer", lambda m: m.setattr(_Reader, "_draw_matrices", lambda *_: 0)),
+    "order of children": (
+        "Nest",
+        lambda m: m.setattr(Reader, "_read_children", _children_reversed),
+    ),
+    "no second draw": ("Transformer", lambda m: m.setattr(Reader, "_draw_matrices", lambda *_: 0)),
 }
 
 
@@ -361,7 +395,12 @@ class OutOfOrder(nn.Module):
 
 def test_another_order_of_construction_is_noticed_and_can_be_given():
     model, structure, g = constructed(OutOfOrder, 1)
-    assert disagreements(model, *init_like(structure, g)) == ["a.weight", "a.bias", "b.weight", "b.bias"]
+    assert disagreements(model, *init_like(structure, g)) == [
+        "a.weight",
+        "a.bias",
+        "b.weight",
+        "b.bias",
+    ]
     params, after = init_like({"b": structure.b, "a": structure.a}, g)
     assert disagreements(model, {n: params[n] for n in model.state_dict()}, after) == []
 
@@ -375,7 +414,7 @@ class Own(nn.Module):
 
 
 def test_all_unknown_initializers_are_listed():
-    with pytest.raises(ValueError, match="^structure must consist of modules that") as error:
+    with pytest.raises(ValueError, match=r"^structure must consist of modules that") as error:
         init_like(Own(), T.generator(0))
     listed = [line[2:] for line in str(error.value).splitlines()[1:]]
     assert [line.partition(":")[0] for line in listed] == [
@@ -389,7 +428,6 @@ def test_all_unknown_initializers_are_listed():
     assert listed[0].endswith(": parameters token; method _init_weights")
 
 
-LINEAR = {"weight": (3, 5), "bias": (3,)}
 G = T.generator(0)
 ERRORS = {
     "copies of what?": (lambda: init_like(Registered(), G), "its layers may be copies of 'layer'"),
@@ -397,7 +435,10 @@ ERRORS = {
     "structure": (lambda: init_like({"a": 3}, G), "structure must be a torch.nn.Module.*3 at a"),
     "class": (lambda: init_like(nn.Linear, G), "structure must be a torch.nn.Module"),
     "names": (
-        lambda: init_like({"a": {"b": Layer("PReLU", {"weight": (1,)})}, "a.b": Layer("PReLU", {"weight": (1,)})}, G),
+        lambda: init_like(
+            {"a": {"b": Layer("PReLU", {"weight": (1,)})}, "a.b": Layer("PReLU", {"weight": (1,)})},
+            G,
+        ),
         "different names; got 'a.b.weight' twice",
     ),
     "generator": (lambda: init_like(nn.Linear(5, 3), 0), "g must be a TorchGenerator"),
@@ -406,7 +447,7 @@ ERRORS = {
         "initializers must have paths of modules; got 'a'",
     ),
     "original": (
-        lambda: init_like(nn.Sequential(nn.Linear(5, 3)), G, copies={"0": "1"}),
+        lambda: init_like(nn.Sequential(nn.Linear(5, 3)), G, copies={"0": "0"}),
         r"copies\['0'\] must be an earlier module",
     ),
     "mapping": (lambda: init_like(nn.Linear(5, 3), G, copies=["0"]), "copies must be a mapping"),

@@ -28,7 +28,6 @@ from regjax.torch_random.dropouts import (
     feature_dropout,
 )
 from regjax.torch_random.generator import TorchGenerator, from_torch, generator, to_torch
-from regjax.torch_random.structures import init_like
 from regjax.torch_random.initializers import (
     calculate_gain,
     kaiming_normal,
@@ -42,6 +41,7 @@ from regjax.torch_random.initializers import (
 from regjax.torch_random.integers import permutation, randint
 from regjax.torch_random.layers import Layer
 from regjax.torch_random.normal import normal
+from regjax.torch_random.replay import init_like
 from regjax.torch_random.uniforms import bernoulli, uniform
 
 __all__ = [

@@ -208,7 +208,11 @@ def subset_random_sampler(
 
 
 def weighted_random_sampler(
-    g: TorchGenerator, weights: Float[ArrayLike, " n"], num_samples: int, *, replacement: bool = True
+    g: TorchGenerator,
+    weights: Float[ArrayLike, " n"],
+    num_samples: int,
+    *,
+    replacement: bool = True,
 ) -> tuple[Int32[Array, " num_samples"], TorchGenerator]:
     """Draw indices by weight: `torch.utils.data.WeightedRandomSampler`, `torch.multinomial`.
 
@@ -288,7 +292,9 @@ def _checked_weights(weights: ArrayLike) -> np.ndarray:
             f"weights must have one axis of at most 2**24 elements; got shape {numbers.shape}."
         )
     if not (np.isfinite(numbers).all() and (numbers >= 0).all() and numbers.any()):
-        raise ValueError("weights must be finite and not negative, with a positive one; got others.")
+        raise ValueError(
+            "weights must be finite and not negative, with a positive one; got others."
+        )
     return numbers
 
 

@@ -137,7 +137,9 @@ def _embedding(layer: Layer) -> Iterator[Draw]:
 def _attention(layer: Layer) -> Iterator[Draw]:
     """Yield the draws of attention, whose output projection is constructed first."""
     prefix = "out_proj."
-    names = [name for name in ("weight", "bias") if name == "weight" or prefix + name in layer.shapes]
+    names = [
+        name for name in ("weight", "bias") if name == "weight" or prefix + name in layer.shapes
+    ]
     output = Layer("Linear", {name: layer.shapes[prefix + name] for name in names}, layer.dtype)
     for draw in output.draws():
         yield dataclasses.replace(draw, name=prefix + draw.name)
