@@ -18,9 +18,9 @@ from regjax.torch_random.dropouts import (
     feature_alpha_dropout,
     feature_dropout,
 )
-from regjax.torch_random.generator import TorchGenerator, from_torch, generator, to_torch
 from regjax.torch_random.integers import permutation, randint
-from regjax.torch_random.normal import normal
+from regjax.torch_random.normals import normal
+from regjax.torch_random.state import TorchGenerator, from_torch, generator, to_torch
 from regjax.torch_random.uniforms import bernoulli, uniform
 
 __all__ = [

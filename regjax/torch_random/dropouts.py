@@ -17,9 +17,9 @@ from jax import lax
 
 from regjax._dropout.core import check_real
 from regjax._random.xla import rounded
-from regjax.torch_random.generator import TorchGenerator, check_generator
 from regjax.torch_random.layouts import check_memory_order
 from regjax.torch_random.one_stream import check_one_stream
+from regjax.torch_random.state import TorchGenerator, check_generator
 from regjax.torch_random.uniforms import (
     HALF_TYPES,
     check_dtype,
