@@ -22,7 +22,10 @@ def _forked():
 
 
 def as_lists(batches):
-    return [np.asarray(batch).tolist() for batch in batches]
+    return [
+        np.asarray(b).tolist()
+        for b in (np.asarray(batches) if hasattr(batches, "ndim") else batches)
+    ]
 
 
 def loader(size, batch_size, drop_last=False, is_own=False, **options):

@@ -27,7 +27,6 @@ from regjax.torch_random.dropouts import (
     feature_alpha_dropout,
     feature_dropout,
 )
-from regjax.torch_random.generator import TorchGenerator, from_torch, generator, to_torch
 from regjax.torch_random.initializers import (
     calculate_gain,
     kaiming_normal,
@@ -40,8 +39,9 @@ from regjax.torch_random.initializers import (
 )
 from regjax.torch_random.integers import permutation, randint
 from regjax.torch_random.layers import Layer
-from regjax.torch_random.normal import normal
+from regjax.torch_random.normals import normal
 from regjax.torch_random.replay import init_like
+from regjax.torch_random.state import TorchGenerator, from_torch, generator, to_torch
 from regjax.torch_random.uniforms import bernoulli, uniform
 
 __all__ = [

@@ -20,15 +20,16 @@ from jax import lax
 from jax.core import Tracer
 
 from regjax._checks import check_array
-from regjax.torch_random.generator import (
+from regjax.torch_random.integers import permutation, randint
+from regjax.torch_random.state import (
     TorchGenerator,
     check_generator,
-    draw_pairs,
+    draw_longs,
+    draw_words,
     generator,
     seeded,
 )
-from regjax.torch_random.integers import permutation, randint
-from regjax.torch_random.uniforms import double_uniform
+from regjax.torch_random.uniforms import double_uniforms
 from regshared.checks import check_bool, check_integer, check_items, describe
 
 if TYPE_CHECKING:
@@ -68,8 +69,13 @@ def loader_seed(g: TorchGenerator) -> tuple[UInt32[Array, " pair"], TorchGenerat
         >>> (int(seed[0]) << 32) + int(seed[1]) == iterator._base_seed
         True
     """
-    high, low, g = draw_pairs(check_generator(g), 1)
-    return jnp.concatenate([high, low]) & _POSITIVE, g
+    return _loader_seed(check_generator(g))
+
+
+@jax.jit
+def _loader_seed(g: TorchGenerator) -> tuple[UInt32[Array, " pair"], TorchGenerator]:
+    words, g = draw_words(g, 2)
+    return words & _POSITIVE, g
 
 
 def shuffled_batches(
@@ -164,8 +170,7 @@ def random_sampler(
     replacement, is_own = check_bool("replacement", replacement), check_bool("is_own", is_own)
     own = g
     if not is_own:
-        seed, g = loader_seed(g)  # a draw of the same kind
-        own = seeded(seed)
+        own, g = _seeded(g)
     if replacement:
         order, own = randint(own, (count,), 0, size)
     else:
@@ -176,6 +181,13 @@ def random_sampler(
             orders.append(order)
         order = jnp.concatenate(orders)[:count]
     return order, own if is_own else g
+
+
+@jax.jit
+def _seeded(g: TorchGenerator) -> tuple[TorchGenerator, TorchGenerator]:
+    """Return a generator whose seed is drawn, and the next state of `g`."""
+    seed, g = _loader_seed(g)  # a draw of the same kind
+    return seeded(seed), g
 
 
 def subset_random_sampler(
@@ -266,16 +278,16 @@ def weighted_random_sampler(
 def _inverse(
     g: TorchGenerator, cumulative: Float[Any, " n"], count: int
 ) -> tuple[Int32[Array, " count"], TorchGenerator]:
-    high, low, g = draw_pairs(g, count)
-    return jnp.searchsorted(cumulative, double_uniform(high, low)).astype(np.int32), g
+    longs, g = draw_longs(g, count)
+    return jnp.searchsorted(cumulative, double_uniforms(longs)).astype(np.int32), g
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _largest_quotients(
     g: TorchGenerator, weights: Float[Any, " n"], count: int
 ) -> tuple[Int32[Array, " count"], TorchGenerator]:
-    high, low, g = draw_pairs(g, len(weights))
-    exponential = -jnp.log(1 - double_uniform(high, low))
+    longs, g = draw_longs(g, len(weights))
+    exponential = -jnp.log(1 - double_uniforms(longs))
     _, indices = lax.top_k(weights / exponential, count)
     return indices.astype(np.int32), g
 

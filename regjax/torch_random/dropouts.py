@@ -17,9 +17,9 @@ from jax import lax
 
 from regjax._dropout.core import check_real
 from regjax._random.xla import rounded
-from regjax.torch_random.generator import TorchGenerator, check_generator
 from regjax.torch_random.layouts import check_memory_order
 from regjax.torch_random.one_stream import check_one_stream
+from regjax.torch_random.state import TorchGenerator, check_generator
 from regjax.torch_random.uniforms import (
     HALF_TYPES,
     check_dtype,
@@ -50,7 +50,8 @@ def dropout(
     """Apply dropout as PyTorch on a CPU: `torch.nn.functional.dropout(x, rate)`.
 
     Each element consumes 64 bits. The rates 0 and 1, `deterministic`, and an empty `x` consume
-    nothing. The mask, of one byte for each element, is stored for the backward pass, as in PyTorch.
+    nothing. The mask, of one byte for each element, is stored for the backward pass; with
+    `jax.checkpoint` around the call it is drawn again instead.
 
     Args:
         x: Floating: float16, bfloat16, float32 or float64; of any shape.

@@ -18,9 +18,9 @@ from jax import lax
 
 from regjax._checks import check_number, check_shape
 from regjax._random.xla import rounded
-from regjax.torch_random.generator import TorchGenerator, check_generator
 from regjax.torch_random.integers import permutation
-from regjax.torch_random.normal import normal
+from regjax.torch_random.normals import normal
+from regjax.torch_random.state import TorchGenerator, check_generator
 from regjax.torch_random.uniforms import HALF_TYPES, check_dtype, uniform
 from regshared.checks import check_choice
 

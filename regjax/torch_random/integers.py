@@ -13,13 +13,13 @@ import numpy as np
 from jax import lax
 
 from regjax._checks import check_shape
-from regjax.torch_random.generator import (
+from regjax.torch_random.layouts import arranged, check_memory_order
+from regjax.torch_random.state import (
     TorchGenerator,
     check_generator,
-    draw_pairs,
+    draw_longs,
     draw_words,
 )
-from regjax.torch_random.layouts import arranged, check_memory_order
 from regjax.torch_random.uniforms import check_precision
 from regshared.checks import check_integer
 
@@ -100,8 +100,7 @@ def _randint(
             words, g = draw_words(g, count)
             numbers = words.astype(np.uint64)
         else:
-            top, rest, g = draw_pairs(g, count)
-            numbers = (top.astype(np.uint64) << np.uint64(32)) | rest.astype(np.uint64)
+            numbers, g = draw_longs(g, count)
         # Unsigned, so that the sum wraps as PyTorch's does.
         remainder = numbers if size == 2**64 else lax.rem(numbers, np.uint64(size))
         shifted = remainder + np.uint64(low % 2**64)
@@ -151,9 +150,10 @@ def _permutation(g: TorchGenerator, n: int) -> tuple[Int32[Array, " n"], TorchGe
     partners = start[:-1] + lax.rem(words, n - start[:-1].astype(np.uint32)).astype(np.int32)
 
     def swap(index: Array, order: Array) -> Array:
-        partner = partners[index]
-        one, other = order[index], order[partner]
-        return order.at[index].set(other).at[partner].set(one)
+        # One gather and one scatter: XLA copies the array in each step if two elements are read
+        # and written separately.
+        pair = jnp.stack([index, partners[index]])
+        return order.at[pair].set(order[pair][::-1])
 
     return lax.fori_loop(0, n - 1, swap, start), g
 

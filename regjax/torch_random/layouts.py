@@ -52,6 +52,4 @@ def arranged(
 ) -> Shaped[Array, "*shape"]:
     """Return elements in the order of memory as an array of a shape."""
     array = flat.reshape([shape[axis] for axis in order])
-    return (
-        array if order == tuple(range(len(shape))) else array.transpose(*np.argsort(order).tolist())
-    )
+    return array.transpose(*np.argsort(order).tolist())

@@ -10,7 +10,7 @@ from jax.custom_batching import custom_vmap
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from regjax.torch_random.generator import TorchGenerator
+    from regjax.torch_random.state import TorchGenerator
 
 
 @custom_vmap

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from regjax.torch_random.generator import TorchGenerator, check_generator
 from regjax.torch_random.mt19937 import advance
-from regjax.torch_random.normal import normal
+from regjax.torch_random.normals import normal
+from regjax.torch_random.state import TorchGenerator, check_generator
 from regjax.torch_random.structures import Copies, Reader
 from regjax.torch_random.uniforms import FLOAT_DIGITS, between, scaled_bounds, uniform
 from regshared.checks import check_callable, describe

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from regjax.torch_random.generator import TorchGenerator, check_generator
 from regjax.torch_random.initializers import xavier_bound
 from regjax.torch_random.layers import RULES, Draw, Layer
+from regjax.torch_random.state import TorchGenerator, check_generator
 from regshared.checks import describe
 
 if TYPE_CHECKING:

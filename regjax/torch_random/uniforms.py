@@ -14,21 +14,23 @@ import numpy as np
 from regjax._checks import check_floating_dtype, check_number, check_shape
 from regjax._random.bernoulli import check_probability
 from regjax.torch_random.fma import fused_multiply_add
-from regjax.torch_random.generator import (
+from regjax.torch_random.layouts import arranged, check_memory_order
+from regjax.torch_random.state import (
     TorchGenerator,
+    as_longs,
     check_generator,
-    draw_pairs,
+    draw_longs,
     draw_words,
 )
-from regjax.torch_random.layouts import arranged, check_memory_order
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
-    from jaxtyping import Array, Bool, Float, UInt32
+    from jaxtyping import Array, Bool, Float, UInt32, UInt64
 
     from regjax.torch_random.layouts import MemoryOrder
 
 FLOAT_DIGITS, DOUBLE_DIGITS = 24, 53
+_LOWEST_53 = np.uint64(2**DOUBLE_DIGITS - 1)
 HALF_TYPES = (np.dtype(np.float16), np.dtype(jnp.bfloat16))
 
 
@@ -94,10 +96,10 @@ def draw_mask(
     order: tuple[int, ...],
 ) -> tuple[Bool[Array, "*shape"], TorchGenerator]:
     """Draw the mask of `bernoulli`."""
-    high, low, g = draw_pairs(g, math.prod(shape))
-    top, rest = threshold
-    high &= np.uint32((1 << DOUBLE_DIGITS - 32) - 1)
-    return arranged((high < top) | ((high == top) & (low < rest)), shape, order), g
+    with jax.enable_x64(True):
+        longs, g = draw_longs(g, math.prod(shape))
+        keep = longs & _LOWEST_53 < as_longs(threshold)[0]
+        return arranged(keep, shape, order), g
 
 
 def uniform(
@@ -200,22 +202,16 @@ def unit_uniforms(
 ) -> tuple[Float[Array, " count"], TorchGenerator]:
     """Draw numbers in [0, 1) in float32 or float64."""
     if dtype == np.float64:
-        high, low, g = draw_pairs(g, count)
-        return double_uniform(high, low), g
+        longs, g = draw_longs(g, count)
+        return double_uniforms(longs), g
     words, g = draw_words(g, count)
     low_bits = words & np.uint32((1 << FLOAT_DIGITS) - 1)
     return low_bits.astype(np.float32) * np.float32(2.0**-FLOAT_DIGITS), g
 
 
-def double_uniform(
-    high: UInt32[Array, "*shape"], low: UInt32[Array, "*shape"]
-) -> Float[Array, "*shape"]:
+def double_uniforms(longs: UInt64[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return the lowest 53 bits of 64-bit numbers as float64 in [0, 1)."""
-    high &= np.uint32((1 << DOUBLE_DIGITS - 32) - 1)
-    # Both products and the sum are exact.
-    return high.astype(np.float64) * 2.0 ** (32 - DOUBLE_DIGITS) + low.astype(
-        np.float64
-    ) * np.float64(2.0**-DOUBLE_DIGITS)
+    return (longs & _LOWEST_53).astype(np.float64) * np.float64(2.0**-DOUBLE_DIGITS)
 
 
 def _check_bounds(low: float, high: float, dtype: np.dtype) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from regjax.torch_random.mt19937 import SIZE, advance, seeded_block
 from regshared.checks import check_integer, describe
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int32, UInt8, UInt32
+    from jaxtyping import Array, Int32, UInt8, UInt32, UInt64
 
 # The bytes of `torch.Generator.get_state()`. PyTorch has written this layout since version 0.1, and
 # no longer uses `unused_x` and `unused_rho`.
@@ -210,13 +211,22 @@ def draw_words(g: TorchGenerator, count: int) -> tuple[UInt32[Array, " count"], 
     return words, dataclasses.replace(g, state=state, position=position)
 
 
-def draw_pairs(
-    g: TorchGenerator, count: int
-) -> tuple[UInt32[Array, " count"], UInt32[Array, " count"], TorchGenerator]:
-    """Return the high and the low words of the next 64-bit numbers, and the next state."""
+def draw_longs(g: TorchGenerator, count: int) -> tuple[UInt64[Array, " count"], TorchGenerator]:
+    """Return the next `count` 64-bit numbers, and the next state.
+
+    The caller enables 64-bit numbers, as `jax.enable_x64(True)` does inside a function whatever
+    `jax_enable_x64` is.
+    """
     words, g = draw_words(g, 2 * count)
-    high, low = words.reshape(-1, 2).T
-    return high, low, g
+    return as_longs(words), g
+
+
+def as_longs(words: UInt32[Array, " words"]) -> UInt64[Array, " count"]:
+    """Return each two words as one number, of which PyTorch draws the high word first."""
+    # Strided slices of the high and of the low words would take three times as long.
+    reversed_longs = lax.bitcast_convert_type(words.reshape(-1, 2), np.uint64)
+    shift = np.uint64(32)
+    return (reversed_longs << shift) | (reversed_longs >> shift)
 
 
 def _state_bytes(source: Any) -> bytes:

@@ -21,16 +21,16 @@ import numpy as np
 from jax import lax
 
 from regjax._checks import check_number, check_shape
-from regjax.torch_random.mt19937 import advance
 from regjax.torch_random.box_muller import float32_pairs, float64_pairs
 from regjax.torch_random.fma import fused_multiply_add
-from regjax.torch_random.generator import TorchGenerator, check_generator
 from regjax.torch_random.layouts import arranged, check_memory_order, is_row_major
+from regjax.torch_random.mt19937 import advance
+from regjax.torch_random.state import TorchGenerator, as_longs, check_generator
 from regjax.torch_random.uniforms import (
     HALF_TYPES,
     check_dtype,
     compute_dtype,
-    double_uniform,
+    double_uniforms,
     unit_uniforms,
 )
 
@@ -106,12 +106,16 @@ def _in_blocks(
     whole, unused = count - rest, 0 if is_half else rest
     unit, g = unit_uniforms(g, whole + (unused + _BLOCK if rest else 0), compute_dtype(dtype))
     unit = jnp.append(unit[:whole], unit[whole + unused :])
-    radial, angular = unit.reshape(-1, 2, _BLOCK // 2).swapaxes(0, 1)
-    pairs = (float64_pairs if dtype == np.float64 else float32_pairs)(radial, angular)
-    numbers = _shifted(jnp.stack(pairs, 1).reshape(-1), moments)
+    unit = unit.reshape(-1, 2, _BLOCK // 2)
+    transform = float64_pairs if dtype == np.float64 else float32_pairs
+    halves = [_shifted(half, moments).astype(dtype) for half in transform(unit[:, 0], unit[:, 1])]
+    # A fifth of the time of a stack, and of an operation on the result: XLA would compute both
+    # halves for each of its elements.
+    numbers = jnp.zeros(unit.shape, dtype).at[:, 0].set(halves[0]).at[:, 1].set(halves[1])
+    numbers = numbers.reshape(-1)
     if rest:
         numbers = jnp.append(numbers[: count - _BLOCK], numbers[-_BLOCK:])
-    return arranged(numbers.astype(dtype), shape, order), g
+    return arranged(numbers, shape, order), g
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -130,8 +134,8 @@ def _one_by_one(
         missing = count - is_cached.astype(np.int32)
         used = (missing + 1) // 2  # pairs
         words, state, position = advance(g.state, g.position, 4 * ((count + 1) // 2), 4 * used)
-        angles, radii = words.reshape(-1, 2, 2).swapaxes(0, 1)
-        fresh = jnp.stack(float64_pairs(*(double_uniform(*u.T) for u in (radii, angles))), 1)
+        angular, radial = double_uniforms(as_longs(words)).reshape(-1, 2).T
+        fresh = jnp.stack(float64_pairs(radial, angular), 1)
         both = jnp.append(_from_words(*cached), fresh)
         numbers = lax.dynamic_slice(both, (1 - (count - missing),), (count,))
         numbers = _shifted(numbers, moments)
