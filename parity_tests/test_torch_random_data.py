@@ -10,107 +10,14 @@ import torch
 from torch.utils import data
 from torch.utils.data.distributed import DistributedSampler
 
+from parity_tests.torch_loaders import CASES, as_lists, loader
 from regjax import torch_random as T
-
-DEFAULT = torch.default_generator
 
 
 @pytest.fixture(autouse=True)
 def _forked():
     with torch.random.fork_rng(devices=[]):
         yield
-
-
-def as_lists(batches):
-    return [
-        np.asarray(b).tolist()
-        for b in (np.asarray(batches) if hasattr(batches, "ndim") else batches)
-    ]
-
-
-def loader(size, batch_size, drop_last=False, is_own=False, **options):
-    """Return a case: an epoch of a shuffled loader, in PyTorch and in JAX."""
-    given = DEFAULT if is_own else None
-    loader = data.DataLoader(
-        range(size), batch_size, shuffle=True, drop_last=drop_last, generator=given, **options
-    )
-    return (
-        lambda: as_lists(loader),
-        lambda g: T.shuffled_batches(g, size, batch_size, drop_last=drop_last, is_own=is_own),
-    )
-
-
-def sampled(sampler, draw):
-    """Return a case: a loader of single elements with a sampler."""
-    loader = data.DataLoader(range(1000), batch_size=None, sampler=sampler)
-
-    def in_jax(g):
-        _, g = T.loader_seed(g)
-        order, g = draw(g)
-        return order, g
-
-    return lambda: as_lists(loader), in_jax
-
-
-def randomly(size, **options):
-    is_own = options.pop("is_own", False)
-    sampler = data.RandomSampler(range(size), generator=DEFAULT if is_own else None, **options)
-    return sampled(sampler, lambda g: T.random_sampler(g, size, is_own=is_own, **options))
-
-
-def weighted(weights, count, replacement=True):
-    return sampled(
-        data.WeightedRandomSampler(weights, count, replacement),
-        lambda g: T.weighted_random_sampler(g, weights, count, replacement=replacement),
-    )
-
-
-def split(size, lengths):
-    return (
-        lambda: [part.indices for part in data.random_split(range(size), lengths)],
-        lambda g: T.random_split(g, size, lengths),
-    )
-
-
-def unshuffled(size):
-    return (
-        lambda: as_lists(data.DataLoader(range(size))),
-        lambda g: (np.arange(size)[:, None], T.loader_seed(g)[1]),
-    )
-
-
-SUBSET = [5, 3, 900, 7, 12]
-WEIGHTS = [0.1, 0.0, 5.0, 0.3, 2.0, 2.0, 2.0]
-CASES = {
-    "loader": loader(17, 4),
-    "loader, drop_last": loader(17, 4, drop_last=True),
-    "loader, full batches": loader(16, 4, drop_last=True),
-    "loader, one batch": loader(3, 5),
-    "loader, no batch": loader(3, 5, drop_last=True),
-    "loader, one element": loader(1, 1),
-    "loader, generator": loader(17, 4, is_own=True),
-    "loader, generator, drop_last": loader(17, 4, drop_last=True, is_own=True),
-    "loader, generator, full batches": loader(16, 4, drop_last=True, is_own=True),
-    "loader, not shuffled": unshuffled(5),
-    "sampler": randomly(17),
-    "sampler, fewer": randomly(17, num_samples=5),
-    "sampler, more": randomly(17, num_samples=40),
-    "sampler, replacement": randomly(17, replacement=True),
-    "sampler, more, generator": randomly(17, num_samples=40, is_own=True),
-    "sampler, twice, generator": randomly(17, num_samples=34, is_own=True),
-    "sampler, replacement, generator": randomly(17, replacement=True, num_samples=70, is_own=True),
-    "subset": sampled(
-        data.SubsetRandomSampler(SUBSET), lambda g: T.subset_random_sampler(g, jnp.array(SUBSET))
-    ),
-    "weighted": weighted(WEIGHTS, 200),
-    "weighted, one": weighted(WEIGHTS, 1),
-    "weighted, no replacement": weighted(WEIGHTS, 6, replacement=False),
-    "split": split(17, [3, 4, 10]),
-    "split, fractions": split(17, [0.5, 0.25, 0.25]),
-    "split, empty part": split(17, [0, 17]),
-    "split, one part": split(17, [1.0]),
-    **{f"split, {size}": split(size, [0.3, 0.3, 0.4]) for size in (17, 18, 19)},
-}
 
 
 def disagreements(case, seed, epochs=3):
@@ -184,7 +91,7 @@ def test_an_epoch_under_jit():
 
 DEFECTS = {
     "no seed of the loader": ("loader", "loader_seed", lambda g: (jnp.zeros(2, np.uint32), g)),
-    "seed of the wrong word": ("loader", "seeded", lambda seed: T.generator(int(seed[0]))),
+    "no generator of its own": ("loader", "_seeded", lambda g: (g, T.loader_seed(g)[1])),
     "no last permutation": ("loader, generator", "permutation", None),
 }
 

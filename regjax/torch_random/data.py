@@ -354,7 +354,7 @@ def distributed_sampler(
     else:
         order = jnp.arange(size, dtype=np.int32)
     each = size // replicas if drop_last else -(-size // replicas)
-    return jnp.resize(order, each * replicas)[rank::replicas]
+    return jnp.resize(order, (each * replicas,))[rank::replicas]
 
 
 def random_split(

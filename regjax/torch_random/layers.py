@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,9 +44,6 @@ class Draw:
     zero_row: int | None = None
 
 
-Rule = Callable[["Layer"], Iterator[Draw]]
-
-
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """A layer of `torch.nn` without PyTorch, for `init_like`.
@@ -79,43 +76,54 @@ class Layer:
         check_choice("kind", self.kind, sorted(RULES))
         if not isinstance(self.shapes, Mapping):
             raise TypeError(f"shapes must be a mapping; got {describe(self.shapes)}.")
-        shapes = {name: check_shape(f"shapes[{name!r}]", s) for name, s in self.shapes.items()}
-        object.__setattr__(self, "shapes", shapes)
-        object.__setattr__(self, "dtype", check_dtype(self.dtype))
-        object.__setattr__(self, "init", check_number("init", self.init))
-        if self.padding_idx is not None:
-            rows = shapes.get("weight", (0,))[0]
-            row = check_integer("padding_idx", self.padding_idx, -rows, rows - 1)
-            object.__setattr__(self, "padding_idx", row % rows)
         try:
-            names = [draw.name for draw in self.draws()]
+            names = {draw.name for draw in draws_of(self)}
         except KeyError as missing:
             raise ValueError(
-                f"shapes must have {missing} for {self.kind}; got {', '.join(shapes)}."
+                f"shapes must have {missing} for {self.kind}; got {', '.join(self.shapes)}."
             ) from None
-        if unknown := shapes.keys() - set(names):
+        if unknown := self.shapes.keys() - names:
             raise ValueError(
                 f"shapes must have entries of {self.kind} only; got {', '.join(sorted(unknown))}."
             )
 
-    def draws(self) -> list[Draw]:
-        """Return the draws of the constructor, in its order."""
-        return list(RULES[self.kind](self))
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """A `Layer` with checked arguments."""
+
+    kind: str
+    shapes: dict[str, tuple[int, ...]]
+    dtype: np.dtype
+    padding_idx: int | None
+    init: float
 
     def uniform(self, name: str, bound: float) -> Draw:
-        """Return a draw between two bounds."""
         return Draw(name, self.shapes[name], self.dtype, "uniform", (-bound, bound))
 
     def normal(self, name: str, stddev: float = 1.0, zero_row: int | None = None) -> Draw:
-        """Return a draw of normal numbers."""
         return Draw(name, self.shapes[name], self.dtype, "normal", (0.0, stddev), zero_row)
 
-    def constant(self, name: str, value: float, dtype: Any = None) -> Draw:
-        """Return an entry that is not drawn."""
+    def constant(self, name: str, value: float, dtype: np.dtype | None = None) -> Draw:
         return Draw(name, self.shapes[name], dtype or self.dtype, "constant", (value,))
 
 
-def _affine(layer: Layer) -> Iterator[Draw]:
+def draws_of(layer: Layer) -> list[Draw]:
+    """Return the draws of a layer's constructor, in its order."""
+    return list(RULES[layer.kind](_form(layer)))
+
+
+def _form(layer: Layer) -> _Form:
+    shapes = {name: check_shape(f"shapes[{name!r}]", s) for name, s in layer.shapes.items()}
+    row = layer.padding_idx
+    if row is not None:
+        rows = shapes.get("weight", (0,))[0]
+        row = check_integer("padding_idx", row, -rows, rows - 1) % rows
+    init = check_number("init", layer.init)
+    return _Form(layer.kind, shapes, check_dtype(layer.dtype), row, init)
+
+
+def _affine(layer: _Form) -> Iterator[Draw]:
     """Yield the draws of Linear and of convolutions, transposed ones included."""
     shape = layer.shapes["weight"]
     stddev = kaiming_stddev(shape, math.sqrt(5))
@@ -124,24 +132,24 @@ def _affine(layer: Layer) -> Iterator[Draw]:
         yield layer.uniform("bias", _bound(math.prod(shape[1:])))
 
 
-def _bilinear(layer: Layer) -> Iterator[Draw]:
+def _bilinear(layer: _Form) -> Iterator[Draw]:
     for name in ("weight", "bias"):
         if name == "weight" or name in layer.shapes:
             yield layer.uniform(name, _bound(layer.shapes["weight"][1]))
 
 
-def _embedding(layer: Layer) -> Iterator[Draw]:
+def _embedding(layer: _Form) -> Iterator[Draw]:
     yield layer.normal("weight", zero_row=layer.padding_idx)
 
 
-def _attention(layer: Layer) -> Iterator[Draw]:
+def _attention(layer: _Form) -> Iterator[Draw]:
     """Yield the draws of attention, whose output projection is constructed first."""
     prefix = "out_proj."
     names = [
         name for name in ("weight", "bias") if name == "weight" or prefix + name in layer.shapes
     ]
-    output = Layer("Linear", {name: layer.shapes[prefix + name] for name in names}, layer.dtype)
-    for draw in output.draws():
+    output = {name: layer.shapes[prefix + name] for name in names}
+    for draw in _affine(dataclasses.replace(layer, shapes=output)):
         yield dataclasses.replace(draw, name=prefix + draw.name)
     one = ("in_proj_weight",)
     three = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -155,7 +163,7 @@ def _attention(layer: Layer) -> Iterator[Draw]:
             yield layer.normal(name, xavier_stddev(layer.shapes[name]))
 
 
-def _recurrent(layer: Layer) -> Iterator[Draw]:
+def _recurrent(layer: _Form) -> Iterator[Draw]:
     """Yield the draws of recurrent layers and cells: all parameters alike, in their order."""
     # The size of the hidden state is the second axis of its weight, or of its projection.
     suffix = "" if layer.kind.endswith("Cell") else "_l0"
@@ -166,7 +174,7 @@ def _recurrent(layer: Layer) -> Iterator[Draw]:
         yield layer.uniform(name, bound)
 
 
-def _norm(layer: Layer) -> Iterator[Draw]:
+def _norm(layer: _Form) -> Iterator[Draw]:
     values = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
     for name, value in values.items():
         if name in layer.shapes:
@@ -175,7 +183,7 @@ def _norm(layer: Layer) -> Iterator[Draw]:
         yield layer.constant("num_batches_tracked", 0, np.dtype(np.int32))
 
 
-def _prelu(layer: Layer) -> Iterator[Draw]:
+def _prelu(layer: _Form) -> Iterator[Draw]:
     yield layer.constant("weight", layer.init)
 
 
@@ -183,7 +191,7 @@ def _bound(size: int) -> float:
     return 1 / math.sqrt(size) if size > 0 else 0.0
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, Callable[[_Form], Iterator[Draw]]] = {
     **dict.fromkeys(("Linear", "NonDynamicallyQuantizableLinear"), _affine),
     **{f"Conv{kind}{n}d": _affine for kind in ("", "Transpose") for n in (1, 2, 3)},
     "Bilinear": _bilinear,

@@ -140,7 +140,7 @@ def _draw_alone(g: TorchGenerator, draw: Draw) -> tuple[Array, TorchGenerator]:
     if draw.kind == "constant":
         return jnp.asarray(np.full(draw.shape, draw.numbers[0], draw.dtype)), g
     function = uniform if draw.kind == "uniform" else normal
-    value, g = function(g, draw.shape, *draw.numbers, draw.dtype)
+    value, g = function(g, draw.shape, draw.numbers[0], draw.numbers[1], draw.dtype)
     return (value if draw.zero_row is None else value.at[draw.zero_row].set(0)), g
 
 
@@ -151,8 +151,8 @@ def _draw_together(
     if not draws:
         return g
     sizes = [math.prod(draw.shape) for draw in draws]
-    table = np.stack([scaled_bounds(*draw.numbers, np.dtype(np.float32)) for draw in draws], 1)
-    bounds = np.repeat(table, sizes, 1)
+    table = [scaled_bounds(d.numbers[0], d.numbers[1], np.dtype(np.float32)) for d in draws]
+    bounds = np.repeat(np.stack(table, 1), sizes, 1)
     bounds = np.pad(bounds, [(0, 0), (0, _BLOCK - bounds.shape[1])])
     numbers, g = _block(g, bounds, np.int32(sum(sizes)))
     if not isinstance(numbers, Tracer):

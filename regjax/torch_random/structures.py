@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax.torch_random.initializers import xavier_bound
-from regjax.torch_random.layers import RULES, Draw, Layer
+from regjax.torch_random.layers import RULES, Draw, Layer, draws_of
 from regjax.torch_random.state import TorchGenerator, check_generator
 from regshared.checks import describe
 
@@ -182,7 +182,7 @@ class Reader:
 
     def _draw(self, path: str, layer: Layer) -> None:
         self.steps += [
-            dataclasses.replace(draw, name=_joined(path, draw.name)) for draw in layer.draws()
+            dataclasses.replace(draw, name=_joined(path, draw.name)) for draw in draws_of(layer)
         ]
 
     def _read_module(self, path: str, module: Any) -> None:
