@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,10 @@ import torch
 from torch.utils import data
 from torch.utils.data.distributed import DistributedSampler
 
-from parity_tests.torch_loaders import CASES, as_lists, loader
-from regjax import torch_random as T
+from parity_tests.torch_loaders import CASES, as_lists, dataset, loader
+from regjax import torch_random
+
+T: Any = torch_random  # untyped, for wrong calls
 
 
 @pytest.fixture(autouse=True)
@@ -58,14 +62,14 @@ def test_workers_do_not_change_the_order():
 
 def test_an_unfinished_epoch():
     torch.manual_seed(3)
-    next(iter(data.DataLoader(range(17), 4, shuffle=True)))
+    next(iter(data.DataLoader(dataset(17), 4, shuffle=True)))
     _, g = T.shuffled_batches(T.generator(3), 17, 4)
     assert (T.to_torch(g) == torch.get_rng_state().numpy()).all()
 
 
 def test_seeds_of_workers():
     torch.manual_seed(3)
-    expected = iter(data.DataLoader(range(17)))._base_seed
+    expected = iter(data.DataLoader(dataset(17)))._base_seed
     high, low = (int(word) for word in T.loader_seed(T.generator(3))[0])
     assert (high << 32) + low == expected
 
@@ -76,7 +80,7 @@ def test_distributed_orders_equal_torchs(size, replicas, drop_last):
     for rank in range(replicas):
         for epoch, shuffle in ((0, True), (2, True), (2, False)):
             options = {"shuffle": shuffle, "seed": 7, "drop_last": drop_last}
-            sampler = DistributedSampler(range(size), replicas, rank, **options)
+            sampler = DistributedSampler(dataset(size), replicas, rank, **options)
             sampler.set_epoch(epoch)
             order = T.distributed_sampler(size, replicas, rank, epoch=epoch, **options)
             assert order.tolist() == list(sampler)

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,12 @@ from parity_tests.torch_models import (
     constructed,
 )
 from parity_tests.torch_stream import as_numpy
-from regjax import interop
-from regjax import torch_random as T
-from regjax.torch_random import Layer, init_like, layers
+from regjax import interop, torch_random
+from regjax.torch_random import layers
 from regjax.torch_random.structures import Reader
 
+T: Any = torch_random  # untyped, for wrong calls
+Layer, init_like = T.Layer, T.init_like
 HAS_AVX2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 EYE = np.eye(3, dtype=np.float32)
 
@@ -134,8 +136,9 @@ def spec(model):
 )
 def test_a_structure_without_torch(build):
     torch.manual_seed(4)
-    model = nn.ModuleDict({"a": nn.ModuleDict({"b": build()}), "c": nn.Linear(5, 3)})
-    structure = {"a": {"b": spec(model["a"]["b"])}, "c": spec(model["c"])}
+    first, second = build(), nn.Linear(5, 3)
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": first}), "c": second})
+    structure = {"a": {"b": spec(first)}, "c": spec(second)}
     assert disagreements(model, *init_like(structure, T.generator(4))) == []
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ RNG = np.random.default_rng(0)
 INPUTS, LABELS = RNG.normal(size=(SIZE, 20)).astype(np.float32), RNG.integers(0, 3, SIZE)
 
 
-def in_torch(seed, epochs):
+def in_torch(seed, epochs) -> Iterator[Any]:
     """Yield the initial parameters, then batch, masks, loss and parameters of each step."""
     torch.manual_seed(seed)
     model = nn.Sequential(
@@ -73,7 +75,7 @@ def step(params, state, g, indices):
     return jax.tree.map(jnp.add, params, updates), state, g, masks, value
 
 
-def in_jax(seed, epochs, draw_batches=torch_random.shuffled_batches):
+def in_jax(seed, epochs, draw_batches=torch_random.shuffled_batches) -> Iterator[Any]:
     """Yield the same as `in_torch`, and the state of the generator."""
     params, g = torch_random.init_like(LAYERS, torch_random.generator(seed))
     yield params, g

@@ -191,7 +191,7 @@ def _seeded(g: TorchGenerator) -> tuple[TorchGenerator, TorchGenerator]:
 
 
 def subset_random_sampler(
-    g: TorchGenerator, indices: Int[ArrayLike, " n"]
+    g: TorchGenerator, indices: Sequence[int] | Int[ArrayLike, " n"]
 ) -> tuple[Int[Array, " n"], TorchGenerator]:
     """Draw an order of some indices: `torch.utils.data.SubsetRandomSampler`.
 
@@ -221,7 +221,7 @@ def subset_random_sampler(
 
 def weighted_random_sampler(
     g: TorchGenerator,
-    weights: Float[ArrayLike, " n"],
+    weights: Sequence[float] | Float[ArrayLike, " n"],
     num_samples: int,
     *,
     replacement: bool = True,
@@ -292,7 +292,7 @@ def _largest_quotients(
     return indices.astype(np.int32), g
 
 
-def _checked_weights(weights: ArrayLike) -> np.ndarray:
+def _checked_weights(weights: Any) -> np.ndarray:
     if isinstance(weights, Tracer):
         raise TypeError(f"weights must be known before tracing; got {describe(weights)}.")
     try:
