@@ -393,9 +393,8 @@ class KeyedMode(TorchFunctionMode):
             if inner.state is self.state:
                 return
             inner = inner.function
-        calls = [dataclasses.replace(call, draws=dict(call.draws)) for call in outside]
         keys = (self._keys or self.state.keys).repeat()
-        setattr(holder, attribute, _Repeated(function, self.state, keys, calls))
+        setattr(holder, attribute, _Repeated(function, self.state, keys, _copied(outside)))
 
     def _name(self, part: str) -> str:
         return ".".join(filter(None, (self.calls[-1].site.name, part)))
@@ -409,6 +408,11 @@ class KeyedMode(TorchFunctionMode):
         )
 
 
+def _copied(calls: list[Call], frame: FrameType | None = None) -> list[Call]:
+    """Return copies of calls; a frame that they kept would keep its tensors."""
+    return [dataclasses.replace(call, frame=frame, draws=dict(call.draws)) for call in calls]
+
+
 class _Repeated:
     """The function of a checkpoint, which draws the same keys whenever it runs again."""
 
@@ -417,13 +421,12 @@ class _Repeated:
     ) -> None:
         self.function, self.state = function, state
         self._keys, self._calls = keys, calls
-        for call in calls:
-            call.frame = None  # a kept frame would keep its tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mode, frame = KeyedMode(self.state, self._keys.repeat()), sys._getframe()
-        mode.calls = [
-            dataclasses.replace(call, frame=frame, draws=dict(call.draws)) for call in self._calls
-        ]
-        with mode:
-            return self.function(*args, **kwargs)
+        mode = KeyedMode(self.state, self._keys.repeat())
+        mode.calls = _copied(self._calls, sys._getframe())
+        try:
+            with mode:
+                return self.function(*args, **kwargs)
+        finally:
+            mode.calls.clear()  # this frame refers to the mode: a cycle that keeps tensors

@@ -67,7 +67,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 def _replaces(*functions: Any, in_evaluation: bool = False) -> Callable[[_F], _F]:
     """Add a replacement, called with the argument that PyTorch names `input` by position.
 
-    With arguments that it does not take, it returns NotImplemented: they are wrong, or unknown here.
+    For arguments that it does not take, wrong ones or a form unknown here, it is NotImplemented.
     """
 
     def add(replacement: _F) -> _F:
@@ -300,7 +300,7 @@ def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
 
 
 @_replaces(Tensor.normal_)
-def _normal_(draws: Draws, x: Tensor, mean: float = 0.0, std: float = 1.0) -> Any:
+def _normal_(draws: Draws, x: Tensor, mean: Any = 0.0, std: Any = 1.0) -> Any:
     y = _normal(draws, x, mean, std)
     return y if y is NotImplemented else x.copy_(y)
 
