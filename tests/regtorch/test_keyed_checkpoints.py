@@ -216,7 +216,7 @@ RUNS = {
 def test_nothing_keeps_the_tensors_of_a_step_or_the_model(name):
     """Count tensors without garbage collection, which would hide a cycle of references."""
 
-    def step(number: int) -> int:
+    def step(model: nn.Module, number: int) -> int:
         keyed.set_key(model, ROOT, number)
         x = X.clone().requires_grad_()
         (RUNS[name](model, x) + RUNS[name](model, x)).sum().backward()
@@ -226,11 +226,11 @@ def test_nothing_keeps_the_tensors_of_a_step_or_the_model(name):
 
     layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
     model = keyed.convert(Failing(nn.Linear(8, 8), nn.Dropout(0.5), layer))
-    step(0)
+    step(model, 0)
     gc.disable()
     gc.freeze()  # `get_objects` leaves out the older objects
     try:
-        assert len({step(number) for number in (1, 2, 3)}) == 1
+        assert len({step(model, number) for number in (1, 2, 3)}) == 1
         alive = weakref.ref(model)
         del model, layer
         assert alive() is None
