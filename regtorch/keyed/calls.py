@@ -185,7 +185,7 @@ class Site:
             return
         mode = active_mode(self.state)
         # Without its call, a hook before `_begin` failed, or the mode was discarded.
-        if mode is None or not any(call.frame is frame for call in mode.calls):
+        if mode is None or frame not in [call.frame for call in mode.calls]:
             return
         while (call := mode.calls.pop()).frame is not frame:
             pass
@@ -222,7 +222,7 @@ class _Hooks(OrderedDict[int, Callable[..., Any]]):
         return sum(_site_of_hook(hook) is None for hook in self.values())
 
     def __bool__(self) -> bool:
-        return any(True for _ in self)
+        return super().__len__() > 0
 
 
 def _site_of_hook(hook: Any) -> Site | None:
@@ -243,7 +243,8 @@ def states_of(model: nn.Module) -> list[State]:
 
 def active_mode(state: State) -> KeyedMode | None:
     """Return the innermost mode of this thread for a model, if there is one."""
-    for mode in reversed(torch.overrides._get_current_function_mode_stack()):
+    for place in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(place)
         if isinstance(mode, KeyedMode) and mode.state is state:
             return mode
     return None
