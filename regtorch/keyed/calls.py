@@ -91,6 +91,7 @@ class State:
         checked: The sites whose call in training was observed function by function.
         suspended: The calls of fused modules, with the mode that they suspend.
         allowed: The generators, other than PyTorch's, whose draws are no error.
+        compared: How often the root was compared with that of another rank.
     """
 
     keys: Keys = dataclasses.field(default_factory=Keys)
@@ -98,6 +99,7 @@ class State:
     checked: set[str] = dataclasses.field(default_factory=set)
     suspended: list[tuple[Call, KeyedMode]] = dataclasses.field(default_factory=list)
     allowed: set[str] = dataclasses.field(default_factory=set)
+    compared: int = 0
 
 
 @dataclasses.dataclass
