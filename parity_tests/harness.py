@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +24,7 @@ import jax
 import numpy as np
 
 from parity_tests import compare, verdicts
-from parity_tests.compare import FLOAT32, Tier
+from parity_tests.compare import FLOAT32, FLOAT64, Tier
 from parity_tests.comparison import HELD, QUANTITIES, Comparison, Divergence
 from parity_tests.frameworks import from_torch, to_torch
 from parity_tests.pairing import Pair, gradients
@@ -41,6 +42,9 @@ from regshared.extras import needs
 
 with needs("parity_tests", extra="torch", package="torch"):
     import torch
+
+# A deviation that is below this share of its bound in float64 has vanished.
+VANISHES = 1e-3
 
 __all__ = [
     "Comparison",
@@ -207,7 +211,11 @@ def compare_training(
             found = draws.compare(tier, deviations) | _exceeding(apart, held, pair.hint)
             for quantity, values in apart.items():
                 deviations[quantity] += [max(values.values())] if values else []
-            first = first or _first(step, found, draws)
+            if first is None and (first := _first(step, found, draws)):
+                repeat = functools.partial(pair.in_float64, batch, step - 1)
+                details = first.detail, _in_float64(first, tier, bounds, repeat)
+                first = dataclasses.replace(first, detail="; ".join(filter(None, details)))
+                recorder.taken()  # the draws of the repetition
             progress(step - start)
             if first and stop_at_first:
                 break
@@ -304,6 +312,40 @@ def _first(step: int, found: Mapping[str, Difference], draws: _Draws) -> Diverge
         last = draws.in_torch[-1].site
         detail = f"masks agree, and so do the values that enter them up to the last, '{last}'"
     return Divergence(step, differ[0], cause.site, cause.deviation, detail)
+
+
+def _in_float64(
+    first: Divergence, tier: Tier, bounds: Mapping[str, float], repeat: Callable[[], Any]
+) -> str:
+    """Repeat a step that diverges in float32 in float64, and return the result, in words.
+
+    A defect has the same size there, and rounding vanishes, also at a discontinuity such as ReLU's.
+    """
+    rounds = tier.dtype == "float32" and tier.tolerance and not tier.compute
+    if not rounds or first.quantity not in ("activation", "loss", "gradient"):
+        return ""
+    try:
+        pairs = repeat()
+    except Exception as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        return f"the step was not repeated in float64: {type(error).__name__}: {reason}"
+    if pairs is None:
+        return "compare the losses alone, to separate rounding from a defect"
+    apart, noise = {}, Noise(FLOAT64.eps)
+    for quantity, (here, there) in pairs.items():
+        bound = bounds[quantity]
+        values = verdicts.deviations(quantity, here, there, FLOAT64, bound, noise)
+        apart[quantity] = values[compare.furthest(values)]
+    sizes = ", ".join(f"{quantity} {value:.0e}" for quantity, value in apart.items())
+    if all(value <= VANISHES * bounds[quantity] for quantity, value in apart.items()):
+        return (
+            f"from the same parameters the sides agree in float64 ({sizes}), so this is rounding "
+            "in float32, such as of a ReLU's input near zero"
+        )
+    return (
+        f"from the same parameters the sides differ in float64 too ({sizes}), so this is more than "
+        "rounding in float32"
+    )
 
 
 def tensors(batch: Any) -> Any:

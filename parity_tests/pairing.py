@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parity_tests import referee
 from parity_tests.sides import (
     JaxLossRun,
     JaxSide,
@@ -69,6 +70,8 @@ class Pair:
         _check_averages(self._jax.averages, averages, self._leaves)
         moved = _moved(self._jax.params, tensors, self._leaves)
         self._previous = (moved, moved)
+        self._sides, self._statistics = (jax_side, torch_side), dict(self._buffers)
+        self._before = self._after = {n: copied(x) for n, x in {**tensors, **buffers}.items()}
         if averages is not None:
             averages = _moved(self._jax.averages or {}, named_tensors(averages), self._leaves)
         self._jax.start(moved, _moved(self._jax.buffers, buffers, self._buffers), averages)
@@ -80,6 +83,7 @@ class Pair:
     def advance(self, batch: Any, step: int) -> dict[str, Both]:
         """Train a step; return for each quantity the arrays of JAX and PyTorch by path in JAX."""
         here, there = self._jax.advance(batch, step), self._torch.advance(batch, step)
+        self._before, self._after = self._after, {**there.params, **there.buffers}
         params = here.params, _laid_out(there.params, self._leaves)
         found = {
             "loss": ({"loss": here.loss}, {"loss": there.loss}),
@@ -98,6 +102,23 @@ class Pair:
         self._previous = params
         self._note_missing_state(found["state"][0])
         return found
+
+    def in_float64(self, batch: Any, step: int) -> dict[str, Both] | None:
+        """Return loss and gradients of the last step in float64, on both sides from PyTorch's.
+
+        None for a whole train step. Raises whatever a loss raises that does not take float64.
+        """
+        jax_side, torch_side = self._sides
+        if isinstance(jax_side, JaxStep) or isinstance(torch_side, TorchStep):
+            return None
+        params = _laid_out(self._before, self._leaves)
+        statistics = _laid_out(self._before, self._statistics)
+        loss, gradient = referee.jax_gradient(jax_side, params, statistics, batch, step)
+        loss_there, there = referee.torch_gradient(torch_side, self._before, batch, step)
+        return {
+            "loss": (loss, loss_there),
+            "gradient": (gradient, _laid_out(there, self._leaves)),
+        }
 
     def hint(self, quantity: str, path: str) -> str:
         """Return a frequent cause of a difference; an empty string if none is known."""

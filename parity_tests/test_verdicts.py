@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,3 +228,47 @@ def test_noise_is_small_on_both_sides_and_differs(steps, is_noise):
         noise.update({"w": one, "b": np.array([left])}, {"w": one, "b": np.array([right])})
     assert (noise.mask("b") is not None) == is_noise
     assert ("no verdict: b." in noise.note) == is_noise
+
+
+def ends_in_relu(factor=1.0, torch_dtype=None):
+    """Return the sides of a model whose ReLU has an input of zero in JAX, positive in PyTorch."""
+    model = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([0.5, 1e-7]))
+
+    def jax_loss(params, x, step):
+        y = x @ params["kernel"] + params["bias"][None]
+        y = jax.lax.optimization_barrier(y + 2.0**12) - 2.0**12  # rounds 1e-7 to 0 in float32
+        return factor * jax.nn.relu(y).sum()
+
+    def torch_loss(model, x, step):
+        return model(to_torch(x.astype(torch_dtype or x.dtype))).relu().sum()
+
+    return (
+        JaxSide({"kernel": jnp.zeros((3, 2)), "bias": jnp.zeros(2)}, jax_loss, optax.sgd(0.1)),
+        TorchSide(model, torch_loss, torch.optim.SGD(model.parameters(), 0.1)),
+    )
+
+
+REPEATED = {
+    "rounding": ({}, "gradient", r"agree in float64 \(.*\), so this is rounding in float32"),
+    "defect": ({"factor": 1.5}, "loss", r"differ in float64 too \(loss 3e-01, gradient 5e-01\)"),
+    "error": (
+        {"torch_dtype": "float32"},
+        "gradient",
+        r"not repeated in float64: RuntimeError: mat",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "quantity", "words"), REPEATED.values(), ids=REPEATED)
+def test_a_step_that_differs_is_repeated_in_float64(options, quantity, words):
+    port, original = ends_in_relu(**options)
+    found = compare_training(port, original, [np.ones((1, 3), "float32")])
+    assert found.first is not None
+    assert found.first.quantity == quantity
+    assert re.search(words, found.first.detail)
+    tensors = [x for p in original.model.parameters() for x in (p, p.grad)]
+    assert all(x is not None and x.dtype == torch.float32 for x in tensors)
+    assert original.model.get_parameter("bias")[1] < 0  # trained once, from 1e-7

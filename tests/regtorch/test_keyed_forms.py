@@ -3,8 +3,6 @@
 A call is the same with keys: the shape, dtype, device, strides and gradient of its result, or the
 type of its error. If it has no key, the error names the function.
 """
-# Some forms are errors, and others are missing from PyTorch's stubs.
-# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
