@@ -35,6 +35,8 @@ from regjax.optim._records import RECORDS
 if TYPE_CHECKING:
     import torch
 
+    from parity_tests.compare import Tier
+
     Arrays = Mapping[str, np.ndarray]
     Both = tuple[Arrays, Arrays]
 
@@ -48,6 +50,8 @@ class Pair:
 
     Attributes:
         notes: The quantities that are not compared, with reasons.
+        same_gradients: Whether the updates that are compared come from the same gradients, those of
+            PyTorch: both optimizers compute in float32, while products are rounded to bfloat16.
     """
 
     def __init__(
@@ -56,8 +60,11 @@ class Pair:
         torch_side: TorchSide | TorchStep,
         names: Mapping[str, str | Leaf],
         ignore_buffers: Sequence[str],
+        tier: Tier,
     ) -> None:
         is_step = isinstance(jax_side, JaxStep)
+        has_losses = not is_step and isinstance(torch_side, TorchSide)
+        self.same_gradients = has_losses and tier.compute is not None
         self._jax = JaxStepRun(jax_side) if is_step else JaxLossRun(jax_side)
         self._torch = TorchRun(torch_side)
         model, averages = torch_side.model, self._torch.averages
@@ -77,7 +84,7 @@ class Pair:
         self._jax.start(moved, _moved(self._jax.buffers, buffers, self._buffers), averages)
         self._buffers = {p: leaf for p, leaf in self._buffers.items() if leaf.name not in left_out}
         self.notes = [f"Buffers were not compared: {', '.join(left_out)}."] if left_out else []
-        if is_step or isinstance(torch_side, TorchStep):
+        if not has_losses:
             self.notes.append("Gradients were not compared: a whole train step does not show them.")
 
     def advance(self, batch: Any, step: int) -> dict[str, Both]:
@@ -97,6 +104,10 @@ class Pair:
         }
         if here.gradient is not None and there.gradient is not None:
             found["gradient"] = (here.gradient, _laid_out(there.gradient, self._leaves))
+            if self.same_gradients and isinstance(self._jax, JaxLossRun):
+                old = self._previous[1]
+                new = self._jax.optimize(found["gradient"][1], old)
+                found["update"] = _differences(new, old), found["update"][1]
         if here.averages is not None and there.averages is not None:
             found["average"] = (here.averages, _laid_out(there.averages, self._leaves))
         self._previous = params

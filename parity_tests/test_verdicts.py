@@ -13,7 +13,7 @@ import torch
 
 import regjax
 from parity_tests import verdicts
-from parity_tests.compare import BITWISE, FLOAT32, FLOAT64
+from parity_tests.compare import BFLOAT16, BITWISE, FLOAT32, FLOAT64
 from parity_tests.frameworks import to_torch
 from parity_tests.harness import JaxSide, TorchSide, compare_training
 from parity_tests.train_steps import batches
@@ -74,24 +74,27 @@ def at(place, defect, otherwise):
     return optax.multi_transform({"a": otherwise, "b": defect}, labels)
 
 
-def compare(dtype="float32", steps=4, optimizer=None, loss_factor=1.0, **options):
+def compare(dtype="float32", steps=4, optimizer=None, loss_factor=1.0, compute=None, **options):
     torch.manual_seed(0)
     model = Attention().to(getattr(torch, dtype))
     scale = lambda dtype: jnp.asarray(loss_factor, dtype)
 
     def jax_loss(params, batch, step):
-        y = attention(params, batch[0], **options)
+        params, x = jax.tree.map(lambda x: x.astype(compute or dtype), (params, batch[0]))
+        y = attention(params, x, **options).astype(dtype)
         return ((y - batch[1]) ** 2).mean() * scale(dtype)
 
     def torch_loss(model, batch, step):
-        return ((model(to_torch(batch[0])) - to_torch(batch[1])) ** 2).mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute is not None):
+            y = model(to_torch(batch[0]))
+        return ((y.to(getattr(torch, dtype)) - to_torch(batch[1])) ** 2).mean()
 
     optimizer = ADAMW if optimizer is None else optimizer
     return compare_training(
         JaxSide(template(dtype), jax_loss, optimizer),
         TorchSide(model, torch_loss, adamw(model.parameters())),
         batches(steps, dtype),
-        tier={"float32": FLOAT32, "float64": FLOAT64}[dtype],
+        tier=BFLOAT16 if compute else {"float32": FLOAT32, "float64": FLOAT64}[dtype],
         record=False,
     )
 
@@ -105,6 +108,13 @@ def test_the_bias_of_keys_is_noise_and_the_small_gradient_is_not():
     assert found.notes == (
         "Noise: 1 parameter has a gradient of zero up to rounding, and no verdict: key/bias.",
     )
+
+
+def test_products_in_bfloat16_agree_with_the_updates_of_float32():
+    found = compare(compute="bfloat16", steps=5)
+    found.raise_if_different()
+    assert max(found.deviations["gradient"]) > 1e-3
+    assert max(found.deviations["update"]) < found.bounds["update"] == 1e-3
 
 
 def test_without_the_rule_the_bias_of_keys_differs(monkeypatch):
@@ -146,11 +156,12 @@ PLACES = {
 def test_a_defect_is_found_at_the_first_step_and_its_place(defect):
     dtype, optimizer, options = WRONG[defect]
     quantity, name = PLACES[defect]
-    with jax.enable_x64(dtype == "float64"):
-        first = compare(dtype, 2, optimizer, **options).first
-    assert first is not None
-    assert (first.step, first.quantity) == (1, quantity)
-    assert name in first.name
+    for compute in (None, "bfloat16") if quantity == "update" and dtype == "float32" else (None,):
+        with jax.enable_x64(dtype == "float64"):
+            first = compare(dtype, 2, optimizer, compute=compute, **options).first
+        assert first is not None
+        assert (first.step, first.quantity) == (1, quantity)
+        assert name in first.name
 
 
 BIG, SMALL = np.array([108.137, 1.0]), np.array([1e-6, 1e-4])
