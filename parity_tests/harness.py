@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parity_tests import compare, verdicts
+from parity_tests import causes, compare, verdicts
 from parity_tests.compare import FLOAT32, FLOAT64, Tier
 from parity_tests.comparison import HELD, QUANTITIES, Comparison, Divergence
 from parity_tests.frameworks import from_torch, to_torch
@@ -213,7 +213,7 @@ def compare_training(
                 )
                 for quantity, sides in pairs.items()
             }
-            found = draws.compare(tier, deviations) | _exceeding(apart, held, pair.hint)
+            found = draws.compare(tier, deviations) | _exceeding(pairs, apart, held, pair, noise)
             for quantity, values in apart.items():
                 deviations[quantity] += [max(values.values())] if values else []
             if first is None and (first := _first(step, found, draws)):
@@ -231,17 +231,24 @@ def compare_training(
 
 
 def _exceeding(
+    pairs: Mapping[str, Any],
     apart: Mapping[str, Mapping[str, float]],
     bounds: Mapping[str, float],
-    hint: Callable[[str, str], str],
+    pair: Pair,
+    noise: Noise,
 ) -> dict[str, Difference]:
     """Return for each quantity beyond its bound the tensor with the largest deviation."""
     found = {}
     for quantity, values in apart.items():
-        if values:
+        bound = bounds[quantity]
+        if beyond := [name for name, value in values.items() if not value <= bound]:
             name = compare.furthest(values)
-            if not values[name] <= bounds[quantity]:
-                found[quantity] = Difference(name, values[name], hint(quantity, name))
+            here, there = pairs[quantity]
+            here = {each: array for each, array in here.items() if not noise.covers(each)}
+            extent = causes.describe(quantity, name, here, there, beyond, bound)
+            details = pair.place(name), extent, pair.hint(quantity, name)
+            detail = "; ".join(filter(None, details))
+            found[quantity] = Difference(name, values[name], detail)
     return found
 
 
@@ -315,7 +322,8 @@ def _first(step: int, found: Mapping[str, Difference], draws: _Draws) -> Diverge
     detail = cause.detail
     if differ[0] == "loss" and draws.on_both_sides:
         last = draws.in_torch[-1].site
-        detail = f"masks agree, and so do the values that enter them up to the last, '{last}'"
+        agree = f"masks agree, and so do the values that enter them up to the last, '{last}'"
+        detail = f"{detail}; {agree}"
     return Divergence(step, differ[0], cause.site, cause.deviation, detail)
 
 
@@ -334,6 +342,8 @@ def _in_float64(
     except Exception as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         return f"the step was not repeated in float64: {type(error).__name__}: {reason}"
+    if pairs and (narrow := {str(x["loss"].dtype) for x in pairs["loss"]} - {"float64"}):
+        return f"the step was not repeated in float64: a loss casts to {', '.join(narrow)}"
     if pairs is None:
         return "compare the losses alone, to separate rounding from a defect"
     apart, noise = {}, Noise(FLOAT64.eps)
@@ -349,7 +359,7 @@ def _in_float64(
         )
     return (
         f"from the same parameters the sides differ in float64 too ({sizes}), so this is more than "
-        "rounding in float32"
+        "rounding, unless a loss casts to float32"
     )
 
 

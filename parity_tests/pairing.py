@@ -131,6 +131,17 @@ class Pair:
             "gradient": (gradient, _laid_out(there, self._leaves)),
         }
 
+    def place(self, name: str) -> str:
+        """Return the name and the module in PyTorch of an array; an empty string for a loss."""
+        path = name.rpartition(" of ")[2]
+        leaf = {**self._leaves, **self._buffers}.get(path)
+        if leaf is None:
+            return ""
+        modules, owner = dict(unwrapped(self._torch.model).named_modules()), leaf.name
+        while owner and owner not in modules:
+            owner = owner.rpartition(".")[0]
+        return f"in PyTorch '{leaf.name}' of {type(modules[owner]).__name__}"
+
     def hint(self, quantity: str, path: str) -> str:
         """Return a frequent cause of a difference; an empty string if none is known."""
         if quantity == "buffer" and self._buffers[path].name.endswith("running_var"):

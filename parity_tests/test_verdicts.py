@@ -77,17 +77,17 @@ def at(place, defect, otherwise):
 def compare(dtype="float32", steps=4, optimizer=None, loss_factor=1.0, compute=None, **options):
     torch.manual_seed(0)
     model = Attention().to(getattr(torch, dtype))
-    scale = lambda dtype: jnp.asarray(loss_factor, dtype)
 
     def jax_loss(params, batch, step):
-        params, x = jax.tree.map(lambda x: x.astype(compute or dtype), (params, batch[0]))
-        y = attention(params, x, **options).astype(dtype)
-        return ((y - batch[1]) ** 2).mean() * scale(dtype)
+        x, targets = batch
+        params, x = jax.tree.map(lambda x: x.astype(compute or x.dtype), (params, x))
+        y = attention(params, x, **options).astype(targets.dtype)
+        return ((y - targets) ** 2).mean() * jnp.asarray(loss_factor, y.dtype)
 
     def torch_loss(model, batch, step):
         with torch.autocast("cpu", torch.bfloat16, enabled=compute is not None):
             y = model(to_torch(batch[0]))
-        return ((y.to(getattr(torch, dtype)) - to_torch(batch[1])) ** 2).mean()
+        return ((y.to(to_torch(batch[1]).dtype) - to_torch(batch[1])) ** 2).mean()
 
     optimizer = ADAMW if optimizer is None else optimizer
     return compare_training(
@@ -141,27 +141,41 @@ WRONG = {
     "scale of attention": ("float32", ADAMW, {"key_scale": 1.01}),
     "loss": ("float32", ADAMW, {"loss_factor": 1 + 1e-4}),
 }
+# The quantity, the end of the name, and words of the report.
+ALL, SOME = (
+    "; look at the learning rate, its schedule",
+    "; look at the decay, the learning rate or the",
+)
 PLACES = {
-    "learning rate, 2 %": ("update", ""),
-    "decay missing on one bias": ("update", "out/bias"),
-    "learning rate of a small gradient, 2 %": ("update", "small"),
-    "eps of Adam": ("update", ""),
-    "eps of a norm": ("loss", "loss"),
-    "scale of attention": ("loss", "loss"),
-    "loss": ("loss", "loss"),
+    "learning rate, 2 %": ("update", "", r"8 of 8 arrays differ; JAX has 1\.02 times .*" + ALL),
+    "decay missing on one bias": (
+        "update",
+        "out/bias",
+        r"in PyTorch 'out\.bias' of Linear; bound 1e-03; 1 of 8 arrays differ" + SOME,
+    ),
+    "learning rate of a small gradient, 2 %": (
+        "update",
+        "small",
+        r"'small' of Attention; .* 1 of 8 arrays differ; JAX has 1\.02 times .*" + SOME,
+    ),
+    "eps of Adam": ("update", "", "arrays differ"),
+    "eps of a norm": ("loss", "loss", "bound 1e-12"),
+    "scale of attention": ("loss", "loss", r"in float64 too \(loss 1e-03, gradient .*more than"),
+    "loss": ("loss", "loss", r"JAX has 1\.0001 times .* too \(loss 1e-04, gradient 1e-04\)"),
 }
 
 
 @pytest.mark.parametrize("defect", WRONG)
 def test_a_defect_is_found_at_the_first_step_and_its_place(defect):
     dtype, optimizer, options = WRONG[defect]
-    quantity, name = PLACES[defect]
+    quantity, name, words = PLACES[defect]
     for compute in (None, "bfloat16") if quantity == "update" and dtype == "float32" else (None,):
         with jax.enable_x64(dtype == "float64"):
             first = compare(dtype, 2, optimizer, compute=compute, **options).first
         assert first is not None
         assert (first.step, first.quantity) == (1, quantity)
-        assert name in first.name
+        assert first.name.endswith(name)
+        assert re.search(words, first.detail)
 
 
 BIG, SMALL = np.array([108.137, 1.0]), np.array([1e-6, 1e-4])
