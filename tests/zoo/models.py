@@ -138,12 +138,14 @@ STAGES = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "patch_size":
 TEXT_MODELS = (
     "albert bert bloom camembert clip_text_model cohere convbert deberta-v2 distilbert electra"
     " ernie falcon fnet gemma gpt2 gpt_neox granite layoutlm llama mistral mixtral mobilebert"
-    " mpnet nystromformer olmo opt persimmon phi qwen2 rembert roberta roformer squeezebert"
-    " stablelm starcoder2 xlm xlnet"
+    " mpnet nystromformer olmo opt persimmon phi qwen2 rembert roberta roberta-prelayernorm"
+    " roformer squeezebert stablelm starcoder2 xglm xlm xlm-roberta xlnet"
 )
-PAIRS = "bart blenderbot led m2m_100 marian mbart mt5 pegasus plbart t5"
+PAIRS = "bart blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 pegasus plbart t5"
 VISION = "beit clip_vision_model data2vec-vision deit dinov2 ijepa siglip_vision_model vit vit_mae vit_msn"
 DEFAULT_SIZES = "cvt focalnet mobilevit poolformer segformer van"
+RESIDUAL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+
 EAGER = "bert gpt2 llama mistral opt roberta"
 
 TRANSFORMERS = [
@@ -151,6 +153,7 @@ TRANSFORMERS = [
     hugging(
         "funnel",
         sized=False,
+        architectures=["FunnelModel"],  # its configuration has two base models
         block_sizes=[1, 1],
         d_head=8,
         d_inner=64,
@@ -158,6 +161,8 @@ TRANSFORMERS = [
         n_head=4,
         vocab_size=100,
     ),
+    # Its block-sparse attention replaces modules in the first call with a short input.
+    hugging("big_bird", attention_type="original_full"),
     hugging("gpt_neo", attention_types=[[["global", "local"], 1]]),
     hugging("gptj", rotary_dim=8),
     *(hugging(kind, BOTH) for kind in PAIRS.split()),
@@ -191,12 +196,32 @@ TRANSFORMERS = [
         window_size=4,
     ),
     hugging("yolos", PIXELS, image_size=[64, 64]),
+    hugging("regnet", PIXELS, groups_width=8, **RESIDUAL),
+    hugging("resnet", PIXELS, **RESIDUAL),
     *(hugging(kind, PIXELS, sized=False) for kind in DEFAULT_SIZES.split()),
     *(hugging(kind, WAVES, **CONV) for kind in "data2vec-audio hubert sew unispeech".split()),
     *(hugging(kind, WAVES, **CONV) for kind in "wav2vec2 wavlm".split()),
     hugging("data2vec-audio", WAVES, "no SpecAugment", mask_time_prob=0.0, **CONV),
     hugging("hubert", WAVES, "no SpecAugment", apply_spec_augment=False, **CONV),
     hugging("wav2vec2", WAVES, "no SpecAugment", apply_spec_augment=False, **CONV),
+    hugging(
+        "wav2vec2",
+        WAVES,
+        "stable layer norm",
+        apply_spec_augment=False,
+        do_stable_layer_norm=True,
+        feat_extract_norm="layer",
+        **CONV,
+    ),
+    hugging(
+        "encodec",
+        {"input_values": AUDIO[:, None, :3200]},
+        codebook_size=16,
+        hidden_size=16,
+        num_filters=4,
+        num_residual_layers=1,
+        upsampling_ratios=[4, 2],
+    ),
     *(hugging(kind, note="eager attention", attention="eager") for kind in EAGER.split()),
     *(hugging(k, BOTH, "eager attention", attention="eager") for k in ("bart", "t5")),
     hugging("vit", PIXELS, "eager attention", attention="eager"),
