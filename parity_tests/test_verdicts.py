@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import regjax
-from parity_tests import verdicts
+from parity_tests import referee, verdicts
 from parity_tests.compare import BFLOAT16, BITWISE, FLOAT32, FLOAT64
 from parity_tests.frameworks import to_torch
 from parity_tests.harness import JaxSide, TorchSide, compare_training
@@ -297,3 +297,17 @@ def test_a_step_that_differs_is_repeated_in_float64(options, quantity, words):
     tensors = [x for p in original.model.parameters() for x in (p, p.grad)]
     assert all(x is not None and x.dtype == torch.float32 for x in tensors)
     assert original.model.get_parameter("bias")[1] < 0  # trained once, from 1e-7
+
+
+def test_a_model_is_double_during_the_repetition_only():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    model(torch.ones(4, 3)).sum().backward()
+    tensors = lambda: [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    before = [(x, x.clone()) for x in tensors()]
+    with pytest.raises(ValueError, match="not now"), referee._double(model):
+        model(torch.ones(4, 3, dtype=torch.float64)).square().sum().backward()
+        raise ValueError("not now")
+    for new, (old, value) in zip(tensors(), before, strict=True):
+        assert new is old
+        assert new.dtype == value.dtype
+        assert torch.equal(new, value)

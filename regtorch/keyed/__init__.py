@@ -178,8 +178,8 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
 
     Args:
         model: A converted model.
-        root: One key; it may be used again, as with `site_key`. A warning is given if another rank
-            of `torch.distributed` has the same.
+        root: One key; it may be used again, as with `site_key`. A warning is given if the next
+            rank of a distributed run has the same.
         step: The step of training, an integer of at least 0, or a 0-d integer tensor.
 
     Raises:
