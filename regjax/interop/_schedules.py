@@ -131,15 +131,14 @@ class Schedules:
 
     def check_move(self, step: int) -> None:
         """Reject a step to which the scheduler cannot be moved."""
-        if any(
-            math.isnan(in_double(rate, step)) for rates in self.groups for rate in rates.values()
-        ):
+        if not self.is_function and not formulas.has_formula(self.scheduler):
+            tables.check_move(self.scheduler, step)
+        rates = [rate for by_option in self.groups for rate in by_option.values()]
+        if any(math.isnan(in_double(rate, step)) for rate in rates):
             raise ValueError(
                 f"steps must cover step {step} of the scheduler, where the state is; got fewer "
                 f"than {step + 1}. Pass more."
             )
-        if not self.is_function and not formulas.has_formula(self.scheduler):
-            tables.check_move(self.scheduler, step)
 
     def move(self, param_groups: Sequence[dict[str, Any]], step: int) -> None:
         """Move the scheduler, and the options of these groups, to a step."""
@@ -160,12 +159,15 @@ def read_schedules(
     if steps is not None:
         check_integer("steps", steps, minimum=1)
     check_integer("steps_per_epoch", steps_per_epoch, minimum=1)
-    defaults = {"steps": steps is None, "metrics": metrics is None}
-    for name, is_default in (defaults | {"steps_per_epoch": steps_per_epoch == 1}).items():
+    for name, value, default in (
+        ("steps", steps, None),
+        ("metrics", metrics, None),
+        ("steps_per_epoch", steps_per_epoch, 1),
+    ):
+        is_default = value is None if default is None else value == default
         if scheduler is None and not is_default:
-            default = 1 if name == "steps_per_epoch" else None
             raise ValueError(
-                f"{name} must be {default} without a scheduler; got another. Pass scheduler=, or "
+                f"{name} must be {default} without a scheduler; got {value}. Pass scheduler=, or "
                 f"leave {name} out."
             )
     groups = torch_optimizer.param_groups
@@ -281,9 +283,10 @@ def _from_functions(scheduler: Any, count: int, steps: int | None, metrics: Any)
         try:
             rate = jax.eval_shape(function, jax.ShapeDtypeStruct((), jnp.int32))
         except Exception as error:
+            first_line = str(error).partition("\n")[0].rstrip(".")
             raise ValueError(
                 "scheduler must be a function that JAX can trace; got one that raises "
-                f"{type(error).__name__}: {error}. Pass steps= to tabulate it."
+                f"{type(error).__name__}: {first_line}. Pass steps= to tabulate it."
             ) from error
         if getattr(rate, "shape", None) != () or not jnp.issubdtype(rate.dtype, jnp.floating):
             raise ValueError(f"scheduler must return a float; got {rate}.")
@@ -294,7 +297,7 @@ def _series(option: str, group: int, name: str, values: Sequence[Any]) -> Rate:
     """Return the schedule of an option from its values; None before the first that is known."""
     known = [value for value in values if value is not None]
     rest = {value[1:] for value in known if isinstance(value, tuple)}
-    firsts = [value[0] if isinstance(value, tuple) and value else value for value in known]
+    firsts: list[Any] = [v[0] if isinstance(v, tuple) and v else v for v in known]
     is_number = [isinstance(v, int | float) and not isinstance(v, bool) for v in firsts]
     if len(rest) > 1 or not all(is_number):
         raise ValueError(

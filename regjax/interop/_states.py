@@ -195,20 +195,20 @@ def state_to_torch(
             count = float(old.get("step", 0)) if step is None else step
             new = _entry(part, path, arrays[path], numbers, count)
             entries.append((part.leaves[path], part.record.write_state(new)))
+    scheduled = int(counts.pop() or 0) // steps_per_epoch if len(counts) == 1 else None
     if schedules is not None:
-        if len(counts) != 1:
+        if scheduled is None:
             raise ValueError(
                 f"state must have one count for the scheduler; got {sorted(counts)}. Pass the "
                 "state of one optimizer."
             )
-        scheduled = int(counts.pop()) // steps_per_epoch
         schedules.check_move(scheduled)
     for located, _ in entries:
         torch_optimizer.state.pop(located.tensor, None)
     for located, entry in entries:
         if entry:
             _store(torch_optimizer.state[located.tensor], located, entry)
-    if schedules is not None:
+    if schedules is not None and scheduled is not None:
         schedules.move(torch_optimizer.param_groups, scheduled)
 
 
