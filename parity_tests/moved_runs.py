@@ -42,9 +42,12 @@ STEPS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer with two groups, whose options differ."""
+    """An optimizer with two groups, whose options differ.
 
-    kind: str
+    Its kind is the name of a class of `torch.optim`, or another class.
+    """
+
+    kind: Any
     options: dict[str, Any]
     second: dict[str, Any]
     names: Any = None
@@ -192,7 +195,8 @@ class TorchRun:
         }
         named = list(self.params.items())
         groups = [{"params": named[::2]}, {"params": named[1::2], **case.second}]
-        self.optimizer = getattr(torch.optim, case.kind)(groups, **case.options)
+        kind = getattr(torch.optim, case.kind) if isinstance(case.kind, str) else case.kind
+        self.optimizer = kind(groups, **case.options)
         self.scheduler = case.scheduler and case.scheduler(self.optimizer)
 
     def walk(self, first: int, steps: int) -> list[dict[str, np.ndarray]]:

@@ -84,6 +84,10 @@ def register_optimizer(
         ...     state={"exp_avg": "mu"},
         ... )
     """
+    if not isinstance(torch_class, type | str):
+        raise TypeError(
+            f"torch_class must be a class or its qualified name; got {describe(torch_class)}."
+        )
     name = torch_class if isinstance(torch_class, str) else _qualified(torch_class)
     home, _, short = name.rpartition(".")
     if not home:
@@ -153,7 +157,7 @@ def _is_known(cls: type) -> bool:
 def _like(
     like: Any, options: Mapping[str, str], state: Mapping[str, str], step: str | None
 ) -> Record:
-    name = like.removeprefix(f"{_HOME}.") if isinstance(like, str) else like.__name__
+    name = str(like).removeprefix(f"{_HOME}.") if not isinstance(like, type) else like.__name__
     if name not in RECORDS or not (isinstance(like, str) or _is_known(like)):
         raise ValueError(
             f"like must be one of torch.optim: {', '.join(sorted(RECORDS))}; got {like}."

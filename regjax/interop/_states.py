@@ -326,7 +326,7 @@ def _read_numbers(part: Part, states: States) -> dict[str, float]:
             raise ValueError(
                 f"state of '{part.leaves[path].leaf.name}' ('{path}') must have only entries of "
                 f"{record.title}; got {', '.join(sorted(unknown))}. Remove them: they are not "
-                "carried over."
+                "carried over. (Of a registered class, name them in state=.)"
             )
     if not any(states.values()):
         return {}
