@@ -226,9 +226,9 @@ class TorchRun:
         params = nested({p: jnp.array(array) for p, array in arrays.items()})
         names = self.case.names or NAMES
         optimizer = optimizer_from_torch(self.optimizer, names, **self.shared)
-        options: dict[str, Any] = self.shared | (
-            {"step": self.taken} if self.case.gives_step else {}
-        )
+        options = self.shared
+        if self.case.gives_step:
+            options["step"] = self.taken
         state = state_from_torch(self.optimizer, names, params, optimizer, **options)
         return JaxRun(self.case, optimizer, params, state)
 

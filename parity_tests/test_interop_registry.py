@@ -43,7 +43,7 @@ class Renamed(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "beta": beta, "decay": decay, **extra})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]  # unused
         """Take a step."""
         for group in self.param_groups:
             first, second = group["beta"]
@@ -67,7 +67,7 @@ class Lion(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]  # unused
         """Take a step."""
         for group in self.param_groups:
             first, second = group["betas"]

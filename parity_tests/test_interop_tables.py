@@ -177,7 +177,7 @@ def test_swalr_takes_over_from_another_scheduler():
     [*_] = walk(first, 0, LATER, [])
     [schedule, _] = schedule_from_torch(averaged, steps=10)
     theirs = [group["lr"] for group, _ in walk(averaged, 0, 10, [])]
-    ours = [float(schedule(step)) for step in range(10)]
+    ours = np.stack([schedule(step) for step in range(10)])
     np.testing.assert_array_equal(ours, np.array(theirs, np.float32))
 
 

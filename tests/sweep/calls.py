@@ -327,7 +327,7 @@ def _bridges() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
         "create": None,
         "step": None,
     }
-    registered |= dict.fromkeys(("options", "defaults", "fixed", "state"), {}) | {"ignored": ()}
+    registered |= {"options": {}, "defaults": {}, "fixed": {}, "state": {}, "ignored": ()}
     yield (
         "interop.register_optimizer",
         interop.register_optimizer,
