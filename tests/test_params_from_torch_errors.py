@@ -30,6 +30,9 @@ def _shapes(make: Callable[[], nnx.Module]) -> nnx.Module:
 FC = {"fc.weight": _array(3, 2), "fc.bias": _array(3)}
 DENSE_3 = {"fc": {"kernel": _array(2, 3), "bias": _array(3)}}
 UP = torch.nn.ConvTranspose2d(4, 4, 2, bias=False)
+NORMALIZED = torch.nn.utils.parametrizations.weight_norm(
+    torch.nn.ConvTranspose2d(4, 4, 2, bias=False)
+)
 # Entries, params, names, and the error.
 ERRORS = {
     "no entry": (
@@ -150,6 +153,12 @@ ERRORS = {
             "'up/kernel' belongs to a transposed convolution",
             "Leaf(name='up.weight', transpose=(2, 3, 1, 0))",
         ],
+    ),
+    "transposed convolution with weight normalization": (
+        torch.nn.ModuleDict({"up": NORMALIZED}),
+        {"up": {"weight": _array(4, 4, 2, 2), "g": _array(4, 1, 1, 1)}},
+        {},
+        ["'up/weight' belongs to a transposed convolution"],
     ),
     "transposed convolution of Linen": (
         {"up.weight": _array(4, 4, 2, 2)},

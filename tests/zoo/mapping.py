@@ -74,7 +74,7 @@ def map_by_layer(model: nn.Module) -> Mapped:
         refused = dict(re.findall(r"^- '(.*?)' (.*)$", str(error), re.MULTILINE))
         assert refused.keys() <= ports.keys(), error
         leaves = leaves_from_torch(
-            model, tree, {path: _leaf(ports[path], arrays) for path in refused}
+            model, tree, {path: _leaf(path, ports[path]) for path in refused}
         )
     assert leaves.keys() == ports.keys()
     for path, port in ports.items():
@@ -134,11 +134,10 @@ def _transpose(array: np.ndarray) -> np.ndarray:
     return np.transpose(array, (*range(2, array.ndim), 1, 0))
 
 
-def _leaf(port: Port, arrays: dict[str, np.ndarray]) -> Leaf:
+def _leaf(path: str, port: Port) -> Leaf:
     """Return the layout of a parameter as a user gives it."""
-    ndim = arrays[port.name].ndim
-    is_kernel = port.has_rule and ndim > 1
-    return Leaf(port.name, (*range(2, ndim), 1, 0) if is_kernel else None, port.section)
+    order = (*range(2, port.value.ndim), 1, 0) if path.endswith("/kernel") else None
+    return Leaf(port.name, order, port.section)
 
 
 class Filled(NamedTuple):
