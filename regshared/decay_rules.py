@@ -21,7 +21,7 @@ bias of stacked layers has two. It tests, in this order,
     bias        b, bias, beta, offset, in_proj_bias, sinks, ...       does not decay
     norm        every parameter of a norm                             does not decay
     scale       scale, gamma, logit_scale, lambda_1, temperature,
-                gain, alpha, A_log, ...                               does not decay
+                gain, alpha, A_log, ls, ...                           does not decay
     activation  the slope of a PReLU                                  does not decay
     kernel      kernel                                                decays
     embedding   embedding, embeddings, pos_embedding, cls_token,
@@ -238,13 +238,15 @@ def _category(place: Place, ndim: int) -> tuple[bool, str] | None:
     if unique & _EMBEDDINGS or is_input or (place.kind == "embedding" and place.certain):
         return False, "embedding"
     # A layer called embed may be linear, as in a patch embedding.
-    if unique & _WEIGHTS and place.kind != "embedding" and (place.kind or ndim > 1):
+    # A vector in a module that is only called attention may scale its output.
+    is_layer = place.kind != "" and (place.certain or place.kind != "attention")
+    if unique & _WEIGHTS and place.kind != "embedding" and (is_layer or ndim > 1):
         return True, "kernel"
     return None
 
 
 _BIASES = {"bias", "biases", "sink", "sinks"}  # sinks are added to attention's scores
-_SCALES = {"scale", "scales", "gamma", "lambda", "temperature", "gain", "alpha", "log"}
+_SCALES = {"scale", "scales", "gamma", "lambda", "temperature", "gain", "alpha", "log", "ls"}
 _KERNELS = {"kernel", "kernels"}
 _WEIGHTS = {"weight", "weights", "w", "lora", "proj", "projection"}
 _TABLES = {"embedding", "embeddings", "embed", "embeds", "embedder", "emb", "embs", "wte", "wpe"}

@@ -63,6 +63,7 @@ RECIPES: list[tuple[str, dict[str, Any], str]] = [
     ("query", {}, "embedding"),
     ("query_proj", {}, "kernel"),
     ("latent_weight", {}, "kernel"),
+    ("ls1", {"shape": (3,)}, "scale"),
     ("sinks", {"kind": "attention", "shape": (3,)}, "bias"),
 ]
 
@@ -80,6 +81,7 @@ def test_the_kind_that_the_default_rule_infers(name, options, expected):
         ("bar", {}),
         ("x", {"kind": "linear"}),
         ("w", {"shape": (3,)}),
+        ("w", {"shape": (3,), "kind": "attention"}),  # a scale of its output, perhaps
         ("w", {"kind": "embedding"}),
         ("query", {"kind": "attention"}),  # a projection, or learned
     ],

@@ -30,7 +30,7 @@ class Case(NamedTuple):
         name: The library and the model, and the settings where they matter.
         make: Returns the model, in training mode.
         inputs: The arguments of its call, by name; unnamed ones are "0", "1", ….
-        config: Returns the configuration, for transformers.
+        config: Returns the configuration, if the model may have a port to Flax.
     """
 
     name: str
@@ -124,7 +124,9 @@ def hugging(
         return AutoModel.from_config(configuration(kind, **settings), **options)
 
     name = f"transformers/{kind}" + f" ({note})" * bool(note)
-    return Case(name, make, inputs, lambda: configuration(kind, **settings))
+    # The weights do not depend on the attention: one port of each model suffices.
+    config = None if attention else lambda: configuration(kind, **settings)
+    return Case(name, make, inputs, config)
 
 
 CONV = {
