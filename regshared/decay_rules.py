@@ -190,6 +190,9 @@ def _by_huggingface(parameter: Parameter) -> tuple[bool, str]:
         base.__name__ == "LayerNorm" and base.__module__.partition(".")[0] in _LIBRARIES
         for base in place.owner.__mro__
     )
+    if place.owner is object and len(names) > 1:  # a dict, as in Linen: only names are known
+        called = words(names[-2])
+        is_norm = "ln" in called or {"layer", "norm"} <= set(called)
     if is_norm and len(names) > 1:  # a model that is a LayerNorm itself decays
         return False, "LayerNorm"
     found = _NAMES_OF_HUGGINGFACE.search(".".join(names).lower())

@@ -246,6 +246,8 @@ CHOICES = [
     (_parameter("encoder/RMSNorm_0/scale", shape=(4, 3)), False, True),
     (_parameter("layernorm1/w"), False, True),
     (_parameter("norm1/weight", shape=(3,)), True, False),
+    (_parameter("h/0/ln_1/scale", shape=(3,)), False, False),
+    (_parameter("layers/0/layer_norm1/scale", shape=(3,)), False, False),
     (_parameter("normal/weight"), True, True),
     (_parameter("subnorm/weight"), True, True),
     (_parameter("bn1/weight", kind="norm", certain=True, shape=(3,)), True, False),

@@ -16,6 +16,8 @@ from unittest import mock
 import numpy as np
 from torch import nn
 
+import regjax
+import regtorch
 from regjax._decay.paths import named_leaves
 from regjax.interop import Leaf, leaves_from_torch, params_from_torch
 from tests.zoo.models import Case
@@ -148,12 +150,14 @@ class Filled(NamedTuple):
         filled: Those that are filled, and equal.
         names: The number of names given.
         left_out: The elements of PyTorch that the model for Flax has no leaf for.
+        decays_unlike: The leaves that a rule of decay decides differently than in PyTorch, by rule.
     """
 
     leaves: int
     filled: int
     names: int
     left_out: int
+    decays_unlike: dict[str, int]
 
 
 def flax_class(case: Case) -> type | None:
@@ -198,7 +202,18 @@ def map_to_flax(case: Case, model: nn.Module, flax: type) -> Filled:
     pairs = zip(jax.tree.leaves(filled), jax.tree.leaves(_like(theirs, filled)), strict=True)
     equal = sum(np.array_equal(ours, other) for ours, other in pairs)
     left_out = sum(tensors[name].numel() for name in left)
-    return Filled(len(jax.tree.leaves(shapes)), equal, len(names), left_out)
+    params = shapes.get("params", shapes)
+    leaves = leaves_from_torch(source, params, names)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    unlike = {}
+    for rule in ("default", "huggingface", "timm"):
+        here, there = regtorch.decay_mask(model, rule), regjax.decay_mask(params, rule)
+        unlike[rule] = sum(
+            decision != here[leaves[path].name]
+            for path, decision in named_leaves(there)
+            if leaves[path].name in trained
+        )
+    return Filled(len(jax.tree.leaves(shapes)), equal, len(names), left_out, unlike)
 
 
 def names_for(model: nn.Module) -> dict[str, str | Leaf]:

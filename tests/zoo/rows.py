@@ -71,8 +71,6 @@ def summary(record: Mapping[str, Any]) -> str:
         ("ports to Flax in transformers", lambda part: len(list(_of(part, "flax")))),
         ("their leaves filled", lambda part: _share(_of(part, "flax"), "filled", "leaves")),
         ("ports that need names", lambda part: _count(_of(part, "flax"), "names")),
-        ('decisions unlike the Trainer\'s, "huggingface"', lambda part: 0),
-        ('decisions unlike timm\'s, "timm"', lambda part: 0),
         ("models with a name that the default rule does not know", _unknown),
         ("failures", lambda part: sum("error" in row for row in part)),
     ]
@@ -152,7 +150,7 @@ def _cells(name: str, row: Row) -> tuple[Any, ...]:
 
 
 def _categories(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "-"
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "-"
 
 
 def differences(record: Mapping[str, Any]) -> str:
@@ -176,9 +174,13 @@ def differences(record: Mapping[str, Any]) -> str:
 
 def flax_table(record: Mapping[str, Any]) -> str:
     """Return the table of the models that transformers has for Flax."""
-    titles = ("model", "leaves", "filled, equal bits", "names given", "tensors left out")
+    titles = ("model", "leaves", "filled, equal bits", "names given", "elements left out", "decay")
     rows = {name: row["flax"] for name, row in record["models"].items() if row.get("flax")}
-    return _table(titles, [(name, *row.values()) for name, row in rows.items()])
+    body = [
+        (name, *list(row.values())[:-1], _categories(row["decays_unlike"]))
+        for name, row in rows.items()
+    ]
+    return _table(titles, body)
 
 
 def _table(titles: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
