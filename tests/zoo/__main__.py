@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from parity_tests import output
+from parity_tests.instruction_sets import processor
 from regshared.versions import versions
 from tests.zoo import libraries, rows
 from tests.zoo.models import CASES
@@ -26,6 +27,7 @@ PACKAGES = ("jax", "flax", "torch", *libraries.NAMES)
 
 
 def main(args: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
     parser = output.Parser("python -m tests.zoo", __doc__)
     parser.add_selection("model", lambda: CASES)
     parser.add_out("docs/zoo", "zoo.json and the tables")
@@ -38,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     record = {
         "date": datetime.date.today().isoformat(),
+        "cpu": processor(),
         "versions": versions(PACKAGES),
         "models": {},
     }

@@ -36,6 +36,7 @@ class Decays(NamedTuple):
 
 
 def choice_of_huggingface(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that decay in the Trainer of transformers."""
     from transformers import Trainer
 
     names: Any = Trainer.get_decay_parameter_names
@@ -43,6 +44,7 @@ def choice_of_huggingface(model: nn.Module) -> set[str]:
 
 
 def choice_of_timm(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that decay in the optimizers of timm."""
     from timm.optim import param_groups_weight_decay
 
     # As in `create_optimizer_v2`.
@@ -53,10 +55,12 @@ def choice_of_timm(model: nn.Module) -> set[str]:
 
 
 def trained(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that require a gradient."""
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def choice_of_preset(model: nn.Module, rule: Any) -> set[str]:
+    """Return the names of the parameters in the groups of `decay_groups` that decay."""
     groups = regtorch.decay_groups(model, 0.1, rule)
     return {name for group in groups if group["weight_decay"] for name, _ in group["params"]}
 
@@ -66,9 +70,8 @@ def advised_rule(model: nn.Module) -> list[tuple[str, Any]]:
     try:
         regtorch.decay_mask(model)
     except ValueError as error:
-        found = re.search(r"pass rule=(\[.*\])\.$", str(error))
-        assert found, error
-        return ast.literal_eval(found[1])
+        # A message without a rule is not a literal, and raises.
+        return ast.literal_eval(re.sub(r"^.* pass rule=(\[.*\])\.$", r"\1", str(error)))
     return [("**", "default")]
 
 

@@ -74,7 +74,8 @@ def map_by_layer(model: nn.Module) -> Mapped:
         leaves = leaves_from_torch(model, tree)
     except ValueError as error:
         refused = dict(re.findall(r"^- '(.*?)' (.*)$", str(error), re.MULTILINE))
-        assert refused.keys() <= ports.keys(), error
+        if not refused.keys() <= ports.keys():
+            raise
         leaves = leaves_from_torch(
             model, tree, {path: _leaf(path, ports[path]) for path in refused}
         )
@@ -175,7 +176,7 @@ def flax_class(case: Case) -> type | None:
     return getattr(transformers, name) if name and has_flax else None
 
 
-def map_to_flax(case: Case, model: nn.Module, flax: type) -> Filled:
+def map_to_flax(case: Case, model: nn.Module, flax: Any) -> Filled:
     """Fill a model for Flax, and compare with the conversion of transformers, bit for bit.
 
     Raises:
@@ -186,7 +187,7 @@ def map_to_flax(case: Case, model: nn.Module, flax: type) -> Filled:
     from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
     with mock.patch.object(jax.numpy, "clip", _clip(jax.numpy.clip)):  # T5's needs the old names
-        port: Any = flax(case.config(), _do_init=False)  # pyright: ignore[reportCallIssue, reportOptionalCall]
+        port = flax(case.config(), _do_init=False)
     shapes = port.params_shape_tree
     tensors = model.state_dict()
     # Sinusoids that do not train; some models for Flax compute them.

@@ -62,7 +62,7 @@ def summary(record: Mapping[str, Any]) -> str:
     titles = [f"{library} {versions[library]}" for library in libraries]
     total = [*parts, list(rows.values())]
     lines = [
-        ("configurations of models", lambda part: len(part)),
+        ("configurations", lambda part: len(part)),
         ("that draw in training", lambda part: sum(map(_draws, _of(part, "draws")))),
         ("with a key for every draw", lambda part: sum(map(_keyed, _of(part, "draws")))),
         ("refused with an error", lambda part: _count(_of(part, "draws"), "refused")),
@@ -75,7 +75,9 @@ def summary(record: Mapping[str, Any]) -> str:
         ("failures", lambda part: sum("error" in row for row in part)),
     ]
     body = [(title, *(count(part) for part in total)) for title, count in lines]
-    return _table(("", *titles, "all"), body)
+    others = ", ".join(f"{name} {versions[name]}" for name in versions if name not in libraries)
+    where = f"{record['date']}, {record['cpu']}, {others}."
+    return _table(("", *titles, "all"), body) + f"\n{where}\n"
 
 
 def _of(part: Iterable[Row], aspect: str) -> Iterator[Row]:
@@ -95,7 +97,7 @@ def _count(rows: Iterable[Row], key: str) -> int:
 
 
 def _share(rows: Iterable[Row], part: str, whole: str) -> str:
-    chosen = [row for row in rows]
+    chosen = list(rows)
     some, everything = (sum(row[key] for row in chosen) for key in (part, whole))
     return f"{some:,} of {everything:,}" if chosen else "-"
 
@@ -156,19 +158,17 @@ def _categories(counts: Mapping[str, int]) -> str:
 def differences(record: Mapping[str, Any]) -> str:
     """Return the table of the decisions of the default rule that differ from the libraries'."""
     found = list(_of(record["models"].values(), "decays"))
-    keys = ("unlike_huggingface", "unlike_timm")
-    counts = [Counter[str]() for _ in keys]
-    models = [Counter[str]() for _ in keys]
-    for row in found:
-        for key, count, model in zip(keys, counts, models, strict=True):
-            count.update(row[key])
-            model.update(row[key].keys())
+    columns = []
+    for key in ("unlike_huggingface", "unlike_timm"):
+        tensors, models = Counter[str](), Counter[str]()
+        for row in found:
+            tensors.update(row[key])
+            models.update(row[key].keys())
+        columns.append((tensors, models))
     total = sum(row["parameters"] for row in found)
-    body = [
-        (name, *(f"{count[name]:,} in {model[name]}" for count, model in zip(counts, models)))  # noqa: B905 - of equal length
-        for name in sorted({*counts[0], *counts[1]})
-    ]
-    sums = (f"{count.total():,} of {total:,}" for count in counts)
+    names = sorted({name for tensors, _ in columns for name in tensors})
+    body = [(name, *(f"{t[name]:,} in {m[name]}" for t, m in columns)) for name in names]
+    sums = (f"{tensors.total():,} of {total:,}" for tensors, _ in columns)
     return _table(("category", "unlike the Trainer", "unlike timm"), [*body, ("all", *sums)])
 
 
