@@ -71,6 +71,15 @@ ERRORS = {
             "'fc/bias' must have shape (3,), like 'fc.bias' of shape (3,) in",
         ],
     ),
+    "exchanged axes": (
+        FC,
+        {"fc": {"kernel": _array(3, 2), "bias": _array(3)}},
+        {},
+        [
+            "got (3, 2) in params. If its axes are exchanged, pass Leaf(name='fc.weight') for it "
+            "and for square ones like it."
+        ],
+    ),
     "shape to unfold to": (
         {"a.weight": _array(6, 4), "b.weight": _array(6, 1), "c.bias": _array(6)},
         {
