@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from regjax._dropout.attention import dot_product_attention
 from regjax._layers import FlaxLayer
 from regjax.keyed.draws import Keys, drop
+from regjax.keyed.masks import Masks
 from regjax.keyed.names import (
     check_distinct,
     check_names,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 # Transformations that run the traced body of a module several times, with one name.
 _REPEATING = re.compile(r"\b(scan|vmap|jit|while_loop)\(")
 _ATTENTION = linen.MultiHeadDotProductAttention
+_WEIGHTS = linen.dot_product_attention_weights.__code__
 
 
 class Sites:
@@ -109,7 +112,7 @@ class BoundModule:
         Raises:
             ValueError: `rngs` has the collection `"dropout"`; `names` has no name for a site, or
                 equal names; or a site is in a module that `scan`, `vmap` or `jit` of Linen repeats.
-            RuntimeError: A module draws from the collection `"dropout"` itself.
+            RuntimeError: A module draws from the scope of Linen, or from a collection without key.
         """
         if isinstance(rngs, Mapping) and "dropout" in rngs:
             raise ValueError("rngs must not have 'dropout', whose keys are bound; got it. Omit it.")
@@ -119,22 +122,32 @@ class BoundModule:
         others = {name: key for name, key in (rngs or {}).items() if name != "params"}
         keys, sites = Keys(self._root, self._step), Sites(self._names)
         try:
-            with linen.intercept_methods(_interceptor(keys, sites, self._broadcast)):
+            with _keyed(keys, sites, self._broadcast):
                 result = self.module.apply(variables, *args, rngs=others or None, **options)
         except InvalidRngError as error:
             raise RuntimeError(
-                f"module must draw from keyed sites; got another draw: {error} Write the draw as "
-                "linen.Dropout or a layer of regjax.linen, or pass the keys of other collections "
-                "in rngs."
+                f"module must draw from keyed sites; got another draw: {error} Draw from "
+                "self.make_rng('dropout'), or pass the keys of other collections in rngs."
             ) from error
         sites.check(is_complete=False)
         return result
 
 
-def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[..., Any]:
-    running: set[int] = set()
+@contextlib.contextmanager
+def _keyed(keys: Keys, sites: Sites, broadcast: bool | None) -> Iterator[None]:
+    """Use the keys of sites in all modules that are called."""
+    masks = Masks(_WEIGHTS, broadcast)
+    with masks.active(), linen.intercept_methods(_interceptor(keys, sites, masks, broadcast)):
+        yield
 
-    def key_of(module: Any) -> KeyLike:
+
+def _interceptor(
+    keys: Keys, sites: Sites, masks: Masks, broadcast: bool | None
+) -> Callable[..., Any]:
+    running: set[int] = set()
+    draws: dict[int, int] = {}  # within the running call of each module
+
+    def key_of(module: Any, draw: int = 0) -> KeyLike:
         path = "/".join(module.path)
         if found := _REPEATING.search("/".join(module.scope.debug_path)):
             raise ValueError(
@@ -142,7 +155,24 @@ def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[.
                 f"linen.{found[1]}, where all repetitions would share a mask. Write the repetition "
                 "as a Python loop over modules, and use jax.jit around apply."
             )
-        return keys.draw(sites.name(path))
+        return keys.draw(sites.name(f"{path}:{draw}" if draw else path))
+
+    def make_rng(module: Any, name: str = "params") -> KeyLike:
+        if name != "dropout":
+            return type(module).make_rng(module, name)
+        draw = draws[id(module)]
+        draws[id(module)] += 1
+        return masks.own(key_of(module, draw))
+
+    def call_with_keys(module: Any, call: Any, args: Any, options: Any) -> Any:
+        if id(module) in draws:  # a method that calls another
+            return call(*args, **options)
+        draws[id(module)] = 0
+        _set(module, {"make_rng": functools.partial(make_rng, module)})
+        try:
+            return call(*args, **options)
+        finally:
+            del draws[id(module)], module.__dict__["make_rng"]
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
         module = context.module
@@ -151,7 +181,7 @@ def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[.
         is_site = is_dropout or is_layer or isinstance(module, _ATTENTION)
         # Attention calls the method of its base class too.
         if context.method_name != "__call__" or not is_site or id(module) in running:
-            return call(*args, **options)
+            return call_with_keys(module, call, args, options)
         if is_changed(module):
             raise TypeError(
                 f"module {'/'.join(module.path)!r} must have the call of Flax's layer; got "
@@ -224,7 +254,7 @@ def linen_sites(
 
     def run(*args: Any) -> Any:
         keys = Keys(root, 0)
-        with linen.intercept_methods(_interceptor(keys, found, None)):
+        with _keyed(keys, found, None):
             rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
             return module.init_with_output(rngs, *args, **options)
 

@@ -56,13 +56,15 @@ def check_names(names: Mapping[str, str]) -> None:
 
 def module_of(path: str, names: Mapping[str, str]) -> str | None:
     """Return the longest path of `names` that contains `path`."""
-    within = [m for m in names if not m or path == m or path.startswith(f"{m}/")]
+    within = [m for m in names if not m or path == m or path.startswith((f"{m}/", f"{m}:"))]
     return max(within, key=len, default=None)
 
 
 def name_in(module: str, path: str, names: Mapping[str, str]) -> str:
-    """Return the name of a path in a module of `names`."""
+    """Return the name of a path in a module of `names`; `:1` is a further draw of the module."""
     rest = path[len(module) :].strip("/").replace("/", ".")
+    if rest.startswith(":"):
+        return names[module] + rest
     return ".".join(filter(None, (names[module], rest)))
 
 
