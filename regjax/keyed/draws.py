@@ -1,4 +1,4 @@
-"""Dropout whose mask also covers the axes that `jax.vmap` maps, and the key of each draw."""
+"""Dropout whose mask also covers the axes that `jax.vmap` maps."""
 
 from __future__ import annotations
 
@@ -23,33 +23,12 @@ from regjax._dropout.core import (
 )
 from regjax._layers import wrapped_dims
 from regjax._random.bernoulli import EXACT
-from regjax._random.keys import site_key
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Inexact
 
     from regjax._random.keys import KeyLike
-
-
-class Keys:
-    """The keys of a bound model, and the number of calls of each site."""
-
-    def __init__(self, root: KeyLike, step: ArrayLike) -> None:
-        site_key(root, step, "")  # check the arguments
-        self._root, self._step = root, step
-        self._calls: dict[str, int] = {}
-
-    def draw(self, name: str) -> KeyLike:
-        """Return the key of the next call of a site."""
-        count = self._calls.get(name, 0)
-        self._calls[name] = count + 1
-        return nth_key(self._root, self._step, name, count)
-
-
-def nth_key(root: KeyLike, step: ArrayLike, name: str, count: int) -> KeyLike:
-    """Return the key of call `count` of a site, counted from 0."""
-    return site_key(root, step, f"{name}#{count}" if count else name)
 
 
 def drop(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from regjax._layers import FunctionLayer
-from regjax.keyed.draws import Keys, drop, nth_key
+from regjax.keyed.draws import drop
+from regjax.keyed.keys import Keys, nth_key
 from regjax.keyed.names import is_changed, site_names
 from regshared.extras import needs
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,15 +12,19 @@ import numpy as np
 
 from regjax._dropout.attention import dot_product_attention
 from regjax._layers import FlaxLayer
-from regjax.keyed.draws import Keys, drop
+from regjax.keyed.draws import drop
+from regjax.keyed.keys import Keys, number_key
 from regjax.keyed.names import (
+    NUMBER,
     check_distinct,
     check_names,
     is_changed,
     module_of,
     name_in,
+    numbered,
     site_names,
 )
+from regjax.keyed.scans import Scans
 from regshared.extras import needs
 
 with needs("regjax.keyed", extra="flax", package="flax"):
@@ -33,13 +36,11 @@ if TYPE_CHECKING:
 
     from regjax._random.keys import KeyLike
 
-# Transformations that run the traced body of a module several times, with one name.
-_REPEATING = re.compile(r"\b(scan|vmap|jit|while_loop)\(")
 _ATTENTION = linen.MultiHeadDotProductAttention
 
 
 class Sites:
-    """The sites that were called, and their names.
+    """The sites that were called, and their names, both with places for numbers.
 
     Attributes:
         found: The name of each path that drew.
@@ -52,25 +53,53 @@ class Sites:
         self._names = names
         self.found: dict[str, str] = {}
         self.unnamed: dict[str, None] = {}
+        self._lengths: dict[str, Sequence[int]] = {}
+        self._before_loops: set[str] = set()
 
-    def name(self, path: str) -> str:
-        """Return the name of a path, and record it."""
+    def name(self, path: str, lengths: Sequence[int] = ()) -> str:
+        """Return the name of a path, and record it with the lengths of the loops around it."""
+        self._lengths[path] = lengths
         module = "" if self._names is None else module_of(path, self._names)
         if module is None:
             self.unnamed[path] = None
             return path
         self.found[path] = name = name_in(module, path, self._names or {"": ""})
+        if name.count(NUMBER) != path.count(NUMBER):
+            raise ValueError(
+                f"names[{module!r}] must have one {NUMBER} for each scan around {path!r}; got "
+                f"{self._names and self._names[module]!r}."
+            )
         return name
+
+    def name_before_loop(self, path: str) -> str:
+        """Return a name for a path that will be called again in its loop."""
+        self._before_loops.add(path)
+        return path
+
+    def numbered(self) -> dict[str, str]:
+        """Return the name of each path, for every number."""
+        return {
+            each: numbered_name
+            for path, name in self.found.items()
+            for each, numbered_name in zip(
+                numbered(path, self._lengths[path]),
+                numbered(name, self._lengths[path]),
+                strict=True,
+            )
+        }
 
     def check(self, *, is_complete: bool) -> None:
         """Raise for paths without a name, equal names and, at the end, unused entries."""
+        if unseen := self._before_loops - set(self._lengths):
+            raise RuntimeError(
+                f"module must be scanned by jax.lax.scan; got another loop around {sorted(unseen)}."
+            )
         paths = (*self.found, *self.unnamed)
         if is_complete:
             site_names(paths, self._names)
         elif self.unnamed:
             site_names(paths, self._names or {})
-        else:
-            check_distinct(self.found)
+        check_distinct(self.numbered())
 
 
 class BoundModule:
@@ -117,10 +146,11 @@ class BoundModule:
             rngs = {"default": rngs}
         # Without "params", `make_rng("dropout")` fails instead of using its keys.
         others = {name: key for name, key in (rngs or {}).items() if name != "params"}
+        others["dropout"] = number_key()
         keys, sites = Keys(self._root, self._step), Sites(self._names)
         try:
             with linen.intercept_methods(_interceptor(keys, sites, self._broadcast)):
-                result = self.module.apply(variables, *args, rngs=others or None, **options)
+                result = self.module.apply(variables, *args, rngs=others, **options)
         except InvalidRngError as error:
             raise RuntimeError(
                 f"module must draw from keyed sites; got another draw: {error} Write the draw as "
@@ -134,17 +164,16 @@ class BoundModule:
 def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[..., Any]:
     running: set[int] = set()
 
+    scans = Scans(keys)
+
     def key_of(module: Any) -> KeyLike:
-        path = "/".join(module.path)
-        if found := _REPEATING.search("/".join(module.scope.debug_path)):
-            raise ValueError(
-                f"module {path!r} must be called once for each of its names; got a module inside "
-                f"linen.{found[1]}, where all repetitions would share a mask. Write the repetition "
-                "as a Python loop over modules, and use jax.jit around apply."
-            )
-        return keys.draw(sites.name(path))
+        return scans.key(module, sites)
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
+        with scans.entered(context.module, context.method_name):
+            return keyed(call, args, options, context)
+
+    def keyed(call: Any, args: Any, options: Any, context: Any) -> Any:
         module = context.module
         is_layer = isinstance(context.module, FlaxLayer)
         is_dropout = isinstance(module, linen.Dropout)
@@ -225,9 +254,9 @@ def linen_sites(
     def run(*args: Any) -> Any:
         keys = Keys(root, 0)
         with linen.intercept_methods(_interceptor(keys, found, None)):
-            rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
+            rngs = {"params": jax.random.key(0), "dropout": number_key()}
             return module.init_with_output(rngs, *args, **options)
 
     jax.eval_shape(run, *args)
     found.check(is_complete=True)
-    return list(found.found.values())
+    return list(found.numbered().values())

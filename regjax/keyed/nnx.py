@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from regjax._dropout.attention import dot_product_attention
 from regjax._layers import FlaxLayer
-from regjax.keyed.draws import Keys, drop
+from regjax.keyed.draws import drop
+from regjax.keyed.keys import Keys
 from regjax.keyed.names import is_changed, site_names
 from regshared.extras import needs
 
