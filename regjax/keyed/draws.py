@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from regjax._dropout.attention import attend, dot_product_attention
 from regjax._dropout.core import (
     apply_dropout,
     check_inexact,
@@ -46,12 +48,12 @@ def drop(
         return x
     x = check_inexact(x)
     dims = wrapped_dims(broadcast_dims, x.ndim)
-    return apply_dropout(_BatchMask(dims), x, rate, draw_key(), deterministic)
+    return apply_dropout(BatchMask(dims), x, rate, draw_key(), deterministic)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _BatchMask:
+class BatchMask:
     """The mask of `regjax.dropout`, in the shape of the array before `vmap` mapped it."""
 
     dims: tuple[int, ...]
@@ -62,13 +64,31 @@ class _BatchMask:
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
         keep_prob = keep_prob_of(rate, x.dtype)
-        number = keep_prob if isinstance(keep_prob, float) else None
-        probability = jnp.zeros(()) if number is not None else keep_prob
-        keep = _mapped(_Whole(self.dims, number))(key, probability, lax.stop_gradient(x))
+        keep = keep_of_batch(x, key, keep_prob, self.dims)
         realized: Any = EXACT.realized_keep_prob(keep_prob)
         if isinstance(realized, jax.Array):
             realized = realized.astype(real_dtype(x.dtype))
         return where_kept(keep, x, inverse_keep_prob(realized, x.dtype)), keep
+
+
+def keep_of_batch(
+    x: Inexact[Array, "*shape"],
+    key: KeyLike,
+    keep_prob: float | Float[Array, ""],
+    dims: tuple[int, ...] = (),
+) -> Bool[Array, "*mask"]:
+    """Return a mask of size 1 along `dims`; under `vmap`, a part of that of the whole batch."""
+    number = keep_prob if isinstance(keep_prob, float) else None
+    probability = jnp.zeros(()) if number is not None else keep_prob
+    return _mapped(_Whole(dims, number))(key, probability, lax.stop_gradient(x))
+
+
+@functools.wraps(dot_product_attention)  # Linen reads the names of the arguments
+def attention(*args: Any, broadcast_dropout: bool = True, **options: Any) -> Any:
+    """Compute attention; under `vmap`, the mask is that of the whole batch unless it is shared."""
+    if broadcast_dropout:
+        return dot_product_attention(*args, broadcast_dropout=True, **options)
+    return attend(lambda dims: BatchMask(dims, "dot_product_attention"), *args, **options)
 
 
 class _Draw(Protocol):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.random import define_prng_impl
 
 from regjax._compat import enclosing_loops
@@ -39,11 +40,13 @@ class Keys:
         site_key(root, step, "")  # check the arguments
         self._root, self._step = root, step
         self._levels: list[_Level] = [_Level()]
-        self._outside = len(enclosing_loops())
+        # A key and a step that are no arrays of a loop's body are the same in all iterations.
+        varies = isinstance(root, Tracer) or isinstance(step, Tracer)
+        self.outside = len(enclosing_loops()) if varies else 0
 
     def loops(self) -> list[int | None]:
         """Return the lengths of the loops that are being traced inside the bound model."""
-        return enclosing_loops()[self._outside :]
+        return enclosing_loops()[self.outside :]
 
     def draw(self, name: str) -> KeyLike:
         """Return the key of the next call of a site."""
@@ -117,17 +120,6 @@ def numbered_key(
 
 def _nth(name: str, count: int) -> str:
     return f"{name}#{count}" if count else name
-
-
-def check_outside_loops(name: str, outside: int, levels: int = 0) -> None:
-    """Raise a ValueError if more loops than `levels` have begun since the model was bound."""
-    if len(enclosing_loops()) - outside > levels:
-        raise ValueError(
-            f"site {name!r} must not be called inside jax.lax.scan, map or while_loop, where all "
-            "iterations would share a mask; got such a call. Write the repetition as a Python "
-            "loop, or scan over stacked layers whose name in names has the number of the layer, "
-            'as in names={"": "", "layers": "layers.{}"}.'
-        )
 
 
 def number_key(shape: Sequence[int] = ()) -> Key[Array, " *shape"]:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from regjax._dropout.attention import dot_product_attention
 from regjax._layers import FlaxLayer
-from regjax.keyed.draws import drop
+from regjax.keyed.draws import attention, drop
 from regjax.keyed.keys import Keys, number_key
 from regjax.keyed.names import (
     NUMBER,
@@ -229,7 +228,7 @@ def _attend(
     kept = {name: getattr(module, name) for name in ("attention_fn", "broadcast_dropout")}
     changed = dict(kept)
     if module.attention_fn is linen.dot_product_attention:
-        changed["attention_fn"] = dot_product_attention
+        changed["attention_fn"] = attention
     if broadcast is not None:
         changed["broadcast_dropout"] = broadcast
     try:

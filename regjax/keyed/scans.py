@@ -88,6 +88,12 @@ class Scans:
         if len(lengths) < call.depth:
             # Flax traces the body once before the loop, and discards the result.
             return self._keys.unused(sites.name_before_loop(path))
+        if len(lengths) > call.depth:
+            raise ValueError(
+                f"module {path!r} must not be applied inside a loop of JAX with a root and step "
+                "from outside, where all iterations would share a mask. Bind inside the loop, "
+                "with a step that it counts."
+            )
         name = sites.name(path, lengths)
         if not call.depth:
             return self._keys.draw(name)
