@@ -91,6 +91,31 @@ def attention(*args: Any, broadcast_dropout: bool = True, **options: Any) -> Any
     return attend(lambda dims: BatchMask(dims, "dot_product_attention"), *args, **options)
 
 
+def without_vmap(key: KeyLike, inputs: Any, layer: str) -> KeyLike:
+    """Return the key of a layer whose mask cannot be that of the whole batch.
+
+    Raises:
+        ValueError: Under `vmap` of the inputs, later, unless it maps the key, too.
+    """
+
+    @custom_vmap
+    def same(key: Any, inputs: Any) -> Any:
+        del inputs
+        return key
+
+    @same.def_vmap
+    def _(size: int, is_mapped: Any, key: Any, inputs: Any) -> tuple[Any, bool]:
+        del size
+        if not is_mapped[0] and any(jax.tree.leaves(is_mapped[1])):
+            raise ValueError(
+                f"inputs of {layer} must be the whole batch in a bound model; got a row of "
+                "jax.vmap, and all rows would share a mask. Call the model with the batch."
+            )
+        return same(key, inputs), is_mapped[0]
+
+    return same(key, jax.tree.map(lax.stop_gradient, inputs))
+
+
 class _Draw(Protocol):
     """A function of a key, a keep probability and an array that draws the mask of the array."""
 

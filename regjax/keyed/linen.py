@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from regjax._layers import FlaxLayer
-from regjax.keyed.draws import attention, drop
+from regjax.keyed.draws import attention, drop, without_vmap
 from regjax.keyed.keys import Keys, number_key
 from regjax.keyed.names import (
     NUMBER,
@@ -194,7 +194,8 @@ def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[.
                 return _drop(module, given, key_of)
             if is_layer:
                 if _flag(module, given) is not True:
-                    given["rng"] = key_of(module)
+                    name = type(module).__name__
+                    given["rng"] = without_vmap(key_of(module), given["inputs"], name)
                 return call(*bound.args[1:], **bound.kwargs)
             return _attend(module, args, options, given, call, key_of, broadcast)
         finally:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from regjax._layers import FlaxLayer
-from regjax.keyed.draws import attention, drop
+from regjax.keyed.draws import attention, drop, without_vmap
 from regjax.keyed.keys import Keys, number_key
 from regjax.keyed.names import is_changed
 from regjax.keyed.stacks import Site, sites_of
@@ -94,14 +94,19 @@ class KeyedAttention(nnx.MultiHeadAttention):
 
 
 @functools.cache
-def _keyed_layer(kind: type) -> type:
+def _keyed_layer(kind: Any) -> type:
     """Return a subclass of a layer of regjax.nnx that draws from the key of its site."""
 
     def key(self: Any, source: Any) -> KeyLike:
         del source
         return self._stream.draw(self)
 
-    return type(kind.__name__, (kind,), {"_key": key, "__module__": __name__})
+    def drop(self: Any, inputs: Any, *args: Any, key: Any, **options: Any) -> Any:
+        key = None if key is None else without_vmap(key, inputs, kind.__name__)
+        return kind._drop(self, inputs, *args, key=key, **options)
+
+    members = {"_key": key, "_drop": drop, "__module__": __name__}
+    return type(kind.__name__, (kind,), members)
 
 
 def _found(model: Any) -> dict[str, Any]:

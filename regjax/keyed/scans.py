@@ -72,7 +72,6 @@ class Scans:
             )
         call = self._calls[-1]
         try:
-            # Flax refuses this inside a loop of JAX itself.
             source = type(module).make_rng(module, "dropout")
         except InvalidRngError:
             call = dataclasses.replace(call, is_split=False)
@@ -90,9 +89,9 @@ class Scans:
             return self._keys.unused(sites.name_before_loop(path))
         if len(lengths) > call.depth:
             raise ValueError(
-                f"module {path!r} must not be applied inside a loop of JAX with a root and step "
-                "from outside, where all iterations would share a mask. Bind inside the loop, "
-                "with a step that it counts."
+                f"site {path!r} must not be called inside jax.lax.scan, map or while_loop, where "
+                "all iterations would share a mask; got such a call. Write linen.scan around "
+                "layers, and bind a model inside a loop over steps, with the step of the loop."
             )
         name = sites.name(path, lengths)
         if not call.depth:

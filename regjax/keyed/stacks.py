@@ -43,9 +43,10 @@ class Site:
         if len(enclosing_loops()) - self.outside > len(self.lengths):
             raise ValueError(
                 f"site {self.name!r} must not be called inside jax.lax.scan, map or while_loop, "
-                "where all iterations would share a mask; got such a call. Write a Python loop, "
-                "or scan over stacked layers whose name in names has the number of the layer, as "
-                'in names={"": "", "layers": "layers.{}"}.'
+                "where all iterations would share a mask; got such a call. Scan over "
+                "stacked layers with their number in names, as in names={'': '', 'layers': "
+                "'layers.{}'}, and bind a model inside a loop over steps, with the step of the "
+                "loop."
             )
         if not self.lengths:
             return nth_key(root, step, self.name, count)

@@ -244,8 +244,6 @@ class Repeats(linen.Module):
     @linen.compact
     def __call__(self, x):
         rngs = {"dropout": True}
-        if self.how == "scan":
-            return linen.scan(Body, split_rngs=rngs, length=2)()(x, None)[0]
         if self.how == "vmap":
             return linen.vmap(Body, split_rngs=rngs, in_axes=(0, None))()(x, None)[0]
         return {"jit": linen.jit, "remat": linen.remat}[self.how](Body)(name="a")(x, None)[0]
@@ -256,7 +254,7 @@ def test_draws_that_cannot_be_keyed_are_errors():
         regjax.keyed.bind(Draws(), ROOT, 0).apply({}, X, rngs={"params": ROOT})
     with pytest.raises(ValueError, match="rngs must not have 'dropout'"):
         regjax.keyed.bind(Draws(), ROOT, 0).apply({}, X, rngs={"dropout": ROOT})
-    for how in ("scan", "vmap", "jit"):
+    for how in ("vmap", "jit"):
         with pytest.raises(ValueError, match=f"Dropout_0' must be called once.*linen.{how}"):
             call(Repeats(how), X, 0)
     y = regjax.dropout(X, 0.5, key=regjax.site_key(ROOT, 0, "a.Dropout_0"))
@@ -297,6 +295,8 @@ def test_layers_of_regjax_are_sites(layer):
     y = regjax.drop_path(X, 0.5, key=regjax.site_key(ROOT, 2, ""))
     np.testing.assert_array_equal(call(model, X, 2), y)
     assert call(layer(0.5, deterministic=True), X, 2) is X
+    with pytest.raises(ValueError, match="inputs of DropPath must be the whole batch"):
+        jax.vmap(lambda row: call(model, row, 2))(X)
 
 
 @pytest.mark.parametrize("layer", [linen.Dropout, regjax.linen.Dropout])
