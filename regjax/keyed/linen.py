@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from regjax._layers import FlaxLayer
 from regjax.keyed.draws import attention, drop, without_vmap
 from regjax.keyed.keys import Keys, number_key
+from regjax.keyed.masks import Masks
 from regjax.keyed.names import (
     NUMBER,
     check_distinct,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
 
 _ATTENTION = linen.MultiHeadDotProductAttention
+_WEIGHTS = linen.dot_product_attention_weights.__code__
 
 
 class Sites:
@@ -137,7 +140,7 @@ class BoundModule:
         Raises:
             ValueError: `rngs` has the collection `"dropout"`; `names` has no name for a site, or
                 equal names; or a site is in a module that `scan`, `vmap` or `jit` of Linen repeats.
-            RuntimeError: A module draws from the collection `"dropout"` itself.
+            RuntimeError: A module draws from the scope of Linen, or from a collection without key.
         """
         if isinstance(rngs, Mapping) and "dropout" in rngs:
             raise ValueError("rngs must not have 'dropout', whose keys are bound; got it. Omit it.")
@@ -148,25 +151,52 @@ class BoundModule:
         others["dropout"] = number_key()
         keys, sites = Keys(self._root, self._step), Sites(self._names)
         try:
-            with linen.intercept_methods(_interceptor(keys, sites, self._broadcast)):
+            with _keyed(keys, sites, self._broadcast):
                 result = self.module.apply(variables, *args, rngs=others, **options)
         except InvalidRngError as error:
             raise RuntimeError(
-                f"module must draw from keyed sites; got another draw: {error} Write the draw as "
-                "linen.Dropout or a layer of regjax.linen, or pass the keys of other collections "
-                "in rngs."
+                f"module must draw from keyed sites; got another draw: {error} Draw from "
+                "self.make_rng('dropout'), or pass the keys of other collections in rngs."
             ) from error
         sites.check(is_complete=False)
         return result
 
 
-def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[..., Any]:
+@contextlib.contextmanager
+def _keyed(keys: Keys, sites: Sites, broadcast: bool | None) -> Iterator[None]:
+    """Use the keys of sites in all modules that are called."""
+    masks = Masks(_WEIGHTS, broadcast)
+    with masks.active(), linen.intercept_methods(_interceptor(keys, sites, masks, broadcast)):
+        yield
+
+
+def _interceptor(
+    keys: Keys, sites: Sites, masks: Masks, broadcast: bool | None
+) -> Callable[..., Any]:
     running: set[int] = set()
+    draws: dict[int, int] = {}  # within the running call of each module
 
     scans = Scans(keys)
 
-    def key_of(module: Any) -> KeyLike:
-        return scans.key(module, sites)
+    def key_of(module: Any, draw: int = 0) -> KeyLike:
+        return scans.key(module, sites, f":{draw}" if draw else "")
+
+    def make_rng(module: Any, name: str = "params") -> KeyLike:
+        if name != "dropout":
+            return type(module).make_rng(module, name)
+        draw = draws[id(module)]
+        draws[id(module)] += 1
+        return masks.own(key_of(module, draw))
+
+    def call_with_keys(module: Any, call: Any, args: Any, options: Any) -> Any:
+        if id(module) in draws:  # a method that calls another
+            return call(*args, **options)
+        draws[id(module)] = 0
+        _set(module, {"make_rng": functools.partial(make_rng, module)})
+        try:
+            return call(*args, **options)
+        finally:
+            del draws[id(module)], module.__dict__["make_rng"]
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
         with scans.entered(context.module, context.method_name):
@@ -179,7 +209,7 @@ def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[.
         is_site = is_dropout or is_layer or isinstance(module, _ATTENTION)
         # Attention calls the method of its base class too.
         if context.method_name != "__call__" or not is_site or id(module) in running:
-            return call(*args, **options)
+            return call_with_keys(module, call, args, options)
         if is_changed(module):
             raise TypeError(
                 f"module {'/'.join(module.path)!r} must have the call of Flax's layer; got "
@@ -253,7 +283,7 @@ def linen_sites(
 
     def run(*args: Any) -> Any:
         keys = Keys(root, 0)
-        with linen.intercept_methods(_interceptor(keys, found, None)):
+        with _keyed(keys, found, None):
             rngs = {"params": jax.random.key(0), "dropout": number_key()}
             return module.init_with_output(rngs, *args, **options)
 

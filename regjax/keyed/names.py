@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from regshared.checks import check_string, describe
@@ -60,18 +61,20 @@ def check_names(names: Mapping[str, str]) -> None:
 def module_of(path: str, names: Mapping[str, str]) -> str | None:
     """Return the longest path of `names` that contains `path`."""
     path = _plain(path)
-    within = [m for m in names if not m or path == m or path.startswith(f"{m}/")]
+    within = [m for m in names if not m or path == m or path.startswith((f"{m}/", f"{m}:"))]
     return max(within, key=len, default=None)
 
 
 def name_in(module: str, path: str, names: Mapping[str, str]) -> str:
-    """Return the name of a path in a module of `names`.
+    """Return the name of a path in a module of `names`; `:1` is a further draw of the module.
 
     The numbers in the name of the module stand for the first ones in the path.
     """
-    rest = path.split("/")
+    place, _, draw = path.partition(":")
+    owner, _, owner_draw = module.partition(":")
+    rest = place.split("/")
     numbers = names[module].count(NUMBER)
-    for _ in filter(None, module.split("/")):
+    for _ in filter(None, owner.split("/")):
         while rest[0] == NUMBER:
             rest.pop(0)
             numbers -= 1
@@ -79,7 +82,8 @@ def name_in(module: str, path: str, names: Mapping[str, str]) -> str:
     while numbers > 0 and rest and rest[0] == NUMBER:
         rest.pop(0)
         numbers -= 1
-    return ".".join(filter(None, (names[module], *rest)))
+    name = ".".join(filter(None, (names[module], *rest)))
+    return f"{name}:{draw}" if draw and not owner_draw else name
 
 
 def numbered(name: str, lengths: Sequence[int]) -> list[str]:
@@ -93,7 +97,7 @@ def numbered(name: str, lengths: Sequence[int]) -> list[str]:
 
 def _plain(path: str) -> str:
     """Return a path without numbers."""
-    return "/".join(part for part in path.split("/") if part != NUMBER)
+    return re.sub(r"(^|/)\{\}(?=/|:|$)", "", path).lstrip("/")
 
 
 def check_distinct(found: dict[str, str]) -> dict[str, str]:

@@ -229,7 +229,8 @@ def test_attention_shares_its_mask_unless_told_otherwise(model):
 class Draws(linen.Module):
     @linen.compact
     def __call__(self, x):
-        return x * jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape)
+        keep = jax.random.bernoulli(self.scope.make_rng("dropout"), 0.5, x.shape)
+        return jnp.where(keep, x, 0)
 
 
 class Body(linen.Module):

@@ -121,7 +121,7 @@ class EquinoxStack(eqx.Module):
 
 def call(model, x, step, root=ROOT, **options):
     if isinstance(model, nnx.Module):  # NNX refuses variables from outside a trace
-        model = nnx.merge(*nnx.split(model))
+        model = nnx.clone(model)
     bound = regjax.keyed.bind(model, root, step, **options)
     if not isinstance(model, linen.Module):
         return bound(x)
