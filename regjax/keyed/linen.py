@@ -139,7 +139,8 @@ class BoundModule:
 
         Raises:
             ValueError: `rngs` has the collection `"dropout"`; `names` has no name for a site, or
-                equal names; or a site is in a module that `scan`, `vmap` or `jit` of Linen repeats.
+                equal names; or a site is in a module that `vmap` or `jit` of Linen repeats, or that
+                `scan` repeats without splitting the rngs.
             RuntimeError: A module draws from the scope of Linen, or from a collection without key.
         """
         if isinstance(rngs, Mapping) and "dropout" in rngs:

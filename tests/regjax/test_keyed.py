@@ -329,3 +329,16 @@ def test_nnx_shares_variables_and_equinox_passes_filter_jit():
         eqx.filter_jit(lambda m, x: m(x))(bound, X), expected(X, 1, "b.0")
     )
     assert eqx.nn.inference_mode(bound)(X) is X
+
+
+def test_a_function_of_haiku_draws_from_the_key_of_its_module():
+    hk = pytest.importorskip("haiku")
+
+    class Block(hk.Module):
+        def __call__(self, x):
+            key = regjax.site_key(ROOT, 0, hk.experimental.current_name())
+            return hk.dropout(key, 0.5, x)
+
+    network = hk.without_apply_rng(hk.transform(lambda x: Block(name="block")(x)))
+    key = regjax.site_key(ROOT, 0, "block")
+    np.testing.assert_array_equal(network.apply({}, X), regjax.dropout(X, 0.5, key=key))
