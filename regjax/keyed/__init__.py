@@ -31,21 +31,30 @@ modules of any library. A Flax module with an `attention_fn` of its own calls it
 key.
 
 **Transformations.** Bind inside the function that is jitted or differentiated; `root` and `step`
-may be traced. Each binding counts calls from 0. Under `jax.vmap` the mask of a `Dropout` is that of
-the whole batch, mapped axes first, which PyTorch draws for the same batch; the attention of Flax
-shares its mask instead.
+may be traced. Each binding counts calls from 0. Under `jax.vmap` a mask is that of the whole batch,
+mapped axes first, which PyTorch draws for the same batch. The other layers of `regjax.linen` and
+`regjax.nnx` are errors there, as they mask whole rows. A site that is called in a loop of JAX is an
+error, because all iterations would share a mask, with two exceptions: the model is bound in each
+iteration with a step of the loop, or the name of the site has the number of the iteration.
 
-- Linen: in a module inside `scan`, `vmap` or `jit` of Linen a site is an error, because all
-  repetitions would have one name. `remat` is supported.
+- Linen: `{}` after the name of a module that `linen.scan` repeats stands for the number, as in
+  `"layers.{}.dropout"`. The scan must split the rngs `"dropout"`. In a module inside `vmap` or
+  `jit` of Linen a site is an error. `remat` is supported.
 - NNX: the bound model shares the variables of the model. A copy of it, as made by transformations
-  of NNX that it is passed to, is an error when it draws.
+  of NNX that it is passed to, is an error when it draws. Stacked layers, whose arrays have an axis
+  of the layers in front, are passed to `nnx.scan` or `nnx.vmap`, or split for `jax.lax.scan`, if
+  `names` has their number: `names={"": "", "layers": "layers.{}"}`.
 - Equinox: the bound model is a new pytree, and can be passed to `eqx.filter_jit`. A transformation
   that it is passed to counts calls from 0: pass a layer that is called repeatedly in a closure.
+  Stacked layers have the names of those of NNX, and are split by `eqx.partition` for
+  `jax.lax.scan`, or passed to `eqx.filter_vmap`.
 
 **Limitations.** In NNX and Equinox, draws by other functions, such as `jax.random.bernoulli` in a
 module, are not seen. In Linen, other functions of `jax.random`, a `bernoulli` that was imported by
 name, and keys split from that of a site draw from the site's key, but observers do not record them,
-and their values may depend on the configuration of JAX.
+and their values may depend on the configuration of JAX; under `jax.vmap`, their rows share them.
+Models of Haiku cannot be bound, because `hk.next_rng_key` cannot be replaced: pass keys such as
+`regjax.site_key(root, step, hk.experimental.current_name())` to `hk.dropout`.
 """
 
 from __future__ import annotations
@@ -83,7 +92,8 @@ def bind(
         model: A module of Flax Linen, Flax NNX or Equinox.
         root: One key; it may be used again, as with `site_key`.
         step: The step of training, an integer of at least 0; may be traced.
-        names: The names of sites by path; by default, the paths with dots.
+        names: The names of sites by path; by default, the paths with dots. `{}` in a name is the
+            number of an iteration or of a stacked layer.
         broadcast_dropout: Whether attention of Flax shares one mask among batch and heads; by
             default, as each module has it. False draws one for every weight, as PyTorch does.
 

@@ -22,6 +22,7 @@ from regjax._dropout.core import keep_mask
 from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.events import observer
 from regjax._random.keys import key_words
+from regjax.keyed.draws import keep_of_batch
 
 if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
@@ -81,7 +82,11 @@ class Masks:
         keep_prob = check_probability("p", p)
         if weights is not None:
             dims = tuple(dim for dim, size in enumerate(shape) if size != weights.shape[dim])
-            keep = keep_mask(weights, key, keep_prob, dims, EXACT)
+            # Under `vmap`, each row has its part of a mask that is not shared.
+            if dims:
+                keep = keep_mask(weights, key, keep_prob, dims, EXACT)
+            else:
+                keep = keep_of_batch(weights, key, keep_prob)
         else:
             shape = () if shape is None else tuple(shape)
             keep = EXACT.draw(key, keep_prob, shape, options.get("out_sharding"))
