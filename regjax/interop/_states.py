@@ -14,7 +14,7 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from regjax._decay.paths import path_name
-from regjax.interop._leaves import FROZEN, check_paths, read_recipe
+from regjax.interop._leaves import FROZEN, check_paths, read_recipe, spelled_as_in
 from regjax.interop._params import expand_names
 from regjax.interop._schedules import ScheduledMomentumState, move_scheduler, read_rates
 from regshared.checks import check_integer, describe
@@ -245,7 +245,8 @@ def _locate(path: tuple[Any, ...], recipe: Recipe) -> _Place:
         keys = keys[1:]
     # A link that is a chain itself has a tuple as state.
     at = next(at for at, key in enumerate(keys) if isinstance(key, GetAttrKey))
-    return _Place(part, keys[0].key, keys[at].name, path_name(tuple(keys[at + 1 :])))
+    path = spelled_as_in(part.leaves, path_name(tuple(keys[at + 1 :])))
+    return _Place(part, keys[0].key, keys[at].name, path)
 
 
 def _places(argument: str, state: Any, recipe: Recipe, scheduler: Any) -> list[tuple[_Place, Any]]:
