@@ -218,7 +218,7 @@ def _matched(
             key, entry, is_given = find_entry(name, _spellings(name), names, entries)
             taken.append(entry)
             if not is_given:
-                owner = entry.name.rpartition(".")[0]
+                owner = entry.name.rpartition(".")[0].removesuffix(".parametrizations.weight")
                 if owner in entries.transposed or _is_transposed(name, path, params):
                     _refuse_transposed(name, entry.name, entries.arrays)
                 entry = _laid_out(name, key, leaf.shape, entry, entries)
