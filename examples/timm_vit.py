@@ -28,13 +28,13 @@ from regjax import interop
 from regshared.extras import needs
 
 with needs("examples.port_from_timm", extra="zoo", package="timm"):
-    import timm
-    from timm.optim import create_optimizer_v2
-    from timm.scheduler import CosineLRScheduler
-    from timm.utils import ModelEmaV3, dispatch_clip_grad
+    import timm  # pyright: ignore[reportMissingImports]
+    from timm.optim import create_optimizer_v2  # pyright: ignore[reportMissingImports]
+    from timm.scheduler import CosineLRScheduler  # pyright: ignore[reportMissingImports]
+    from timm.utils import ModelEmaV3, dispatch_clip_grad  # pyright: ignore[reportMissingImports]
 
 ROOT = 0
-CLASSES, SIZE, PATCH, WIDTH, HEADS, DEPTH, ROWS = 10, 32, 8, 192, 3, 3, 32
+CLASSES, SIZE, PATCH, WIDTH, HEADS, DEPTH, ROWS = 10, 32, 8, 192, 3, 3, 16
 DROPOUT, DROP_PATH = 0.1, 0.2
 LEARNING_RATE, WEIGHT_DECAY, LAYER_DECAY = 5e-4, 0.05, 0.75
 SMOOTHING, MAX_NORM, AVERAGE = 0.1, 1.0, 0.9

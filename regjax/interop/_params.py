@@ -205,9 +205,10 @@ def _matched(
 ) -> tuple[Entries, dict[str, Leaf]]:
     """Return the entries of PyTorch, and the `Leaf` of each leaf that one of them feeds."""
     check_names(names)
-    names = {path: _plain(given) for path, given in names.items()}
     entries = read_entries(state_dict)
     leaves = [(path_name(path), path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+    paths = {name for name, _, _ in leaves}
+    names = {_without_value(path, paths): _plain(given) for path, given in names.items()}
     counts = _counts([name for name, _, leaf in leaves if _is_key(leaf)])
     leaves = [at for at in leaves if _is_fed(at[0], at[2]) and at[0] not in counts]
     problems = _misspelt(names, [name for name, _, _ in leaves])
@@ -235,6 +236,12 @@ def _matched(
         )
     _refuse(problems)
     return entries, found
+
+
+def _without_value(name: str, paths: Collection[str]) -> str:
+    """Return the name of an NNX variable as that of its array, if `params` has arrays."""
+    shorter = name.removesuffix("/value")
+    return shorter if name not in paths and shorter in paths else name
 
 
 def _plain(given: str | Leaf) -> str | Leaf:
