@@ -29,7 +29,7 @@ from regjax.interop._leaves import (
     tensor_problems,
     unwrapped,
 )
-from regjax.optim._records import RECORDS
+from regjax.interop._registry import find_record
 
 if TYPE_CHECKING:
     import torch
@@ -111,8 +111,8 @@ class Pair:
     def _states(self, state: Mapping[str, Any]) -> Both:
         """Return the moments and momenta that both sides keep, by parameter."""
         optimizer, tensors = self._torch.optimizer, named_tensors(self._torch.model)
-        record = RECORDS.get(type(optimizer).__name__)
-        kept_as = record.torch_names if record else {}
+        record = find_record(optimizer)
+        kept_as = record.entries if record else {}
         in_jax, in_torch = {}, {}
         for place, array in state.items():
             keys = place.removesuffix("/value").split("/")  # of a variable of NNX
