@@ -7,9 +7,7 @@ linear schedule with warm-up. Dropout is on everywhere, in attention too.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,18 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    FlaxBertForSequenceClassification,
-    Trainer,
-    get_linear_schedule_with_warmup,
-)
 
 import regjax
 import regtorch
 from parity_tests.harness import JaxStep, Leaf, TorchStep, tensors
 from regjax import interop
+from regshared.extras import needs
+
+with needs("examples.port_from_huggingface", extra="zoo", package="transformers"):
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        BertConfig,
+        BertForSequenceClassification,
+        FlaxBertForSequenceClassification,
+        Trainer,
+        get_linear_schedule_with_warmup,
+    )
 
 ROOT = 0
 LEARNING_RATE, WEIGHT_DECAY, MAX_NORM = 1e-3, 0.01, 1.0
@@ -209,34 +210,3 @@ def batches(steps: int) -> list[dict[str, np.ndarray]]:
             {"input_ids": ids * mask, "attention_mask": mask.astype(np.int64), "labels": labels}
         )
     return found
-
-
-class MaskCount:
-    """A count of mask elements that both frameworks drew, and of those that differ."""
-
-    def __init__(self) -> None:
-        self.elements = self.different = 0
-        self._events: tuple[list[Any], list[Any]] = ([], [])
-
-    @contextlib.contextmanager
-    def observing(self) -> Iterator[None]:
-        """Observe the draws inside."""
-        in_jax, in_torch = self._events
-        with regjax.observing(in_jax.append), regtorch.observing(in_torch.append):
-            yield
-
-    def update(self) -> None:
-        """Compare the masks drawn since the last call; one without counterpart differs."""
-        jax.effects_barrier()
-        here, there = (
-            {e.key: np.asarray(e.mask) for e in events if hasattr(e, "mask")}
-            for events in self._events
-        )
-        for key in here.keys() | there.keys():
-            masks = [side[key] for side in (here, there) if key in side]
-            size = max(mask.size for mask in masks)
-            equal_shapes = len(masks) == 2 and masks[0].shape == masks[1].shape
-            self.elements += size
-            self.different += int((masks[0] != masks[1]).sum()) if equal_shapes else size
-        for events in self._events:
-            events.clear()
