@@ -190,7 +190,7 @@ def clip_gradients(max_norm: float) -> optax.GradientTransformation:
 
     def clip(gradient: Any, params: Any) -> Any:
         del params
-        factor = jnp.minimum(1.0, max_norm / (optax.global_norm(gradient) + 1e-6))
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(gradient) + 1e-6))
         return jax.tree.map(lambda g: g * factor, gradient)
 
     return optax.stateless(clip)

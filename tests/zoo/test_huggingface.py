@@ -17,6 +17,13 @@ EVERY_MASK = "masks: 790,528 elements compared, 0 differ"
 SAME_GROUPS = "weight decay: 17 of 41 parameters in Trainer, the same in the port"
 
 
+@pytest.fixture(autouse=True)
+def _promotion():
+    """Flax's own layer norm promotes float64 with float32."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def run(tmp_path, capsys, *options: str) -> tuple[int, str]:
     """Return the exit code of the example, and its output."""
     pytest.importorskip("transformers", reason="transformers is not installed")
