@@ -78,11 +78,13 @@ def test_the_groups_of_trainer_are_those_of_the_preset():
     from examples import huggingface_bert as example
 
     side, _ = example.torch_side(example.Settings())
-    preset = regtorch.decay_groups(side.model, example.WEIGHT_DECAY, "huggingface")
     assert side.optimizer is not None
-    trained, expected = (
-        {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-        for groups in (side.optimizer.param_groups, preset)
-    )
+    preset = regtorch.decay_groups(side.model, example.WEIGHT_DECAY, "huggingface")
+    expected = {id(p): group["weight_decay"] for group in preset for _, p in group["params"]}
+    trained = {
+        id(p): group["weight_decay"]
+        for group in side.optimizer.param_groups
+        for p in group["params"]
+    }
     assert trained == expected
     assert set(trained.values()) == {example.WEIGHT_DECAY, 0.0}
