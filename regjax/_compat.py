@@ -7,6 +7,7 @@ some versions of JAX have. `docs/supported_versions.md` lists the tested version
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,20 @@ from jax import lax
 try:
     from jax.errors import InconclusiveDimensionOperation
 except ImportError:  # before JAX 0.10
+    # The stubs of the installed JAX lack the older name.
     from jax.core import (  # pyright: ignore[reportAttributeAccessIssue]
         InconclusiveDimensionOperation,
     )
 
-__all__ = ["InconclusiveDimensionOperation", "make_user_context", "scan_linear"]
+__all__ = [
+    "InconclusiveDimensionOperation",
+    "enclosing_loops",
+    "make_user_context",
+    "scan_linear",
+]
+
+# `fori_loop` and `map` call one of these, too.
+_LOOPS = {inspect.unwrap(loop).__code__ for loop in (lax.scan, lax.while_loop)}
 
 # Transposing a scan inside a `custom_jvp` rule requires knowing which captured arrays are linear.
 # Before 0.10, JAX treated all of them as constants and failed with "ValAccum is not a valid JAX
@@ -36,6 +46,20 @@ def make_user_context(default: Any = None) -> Any:
     this function; it is wrapped here because JAX may still change it.
     """
     return jax.make_user_context(default)
+
+
+def enclosing_loops() -> list[int | None]:
+    """Return the length of each JAX loop whose body is being traced, outermost first.
+
+    Traced code cannot see the loops around it in any other way. The length is None for a
+    `while_loop`; a `scan` has inferred it before it traces its body.
+    """
+    lengths, frame = [], inspect.currentframe()
+    while frame:
+        if frame.f_code in _LOOPS:
+            lengths.append(frame.f_locals.get("length"))
+        frame = frame.f_back
+    return lengths[::-1]
 
 
 def scan_linear(

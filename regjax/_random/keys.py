@@ -107,9 +107,14 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
         [[0.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]]
     """
     check_string("site", site, "a string that names the place")
+    return key_of_hash(root, step, site, site_hash(site))
+
+
+def key_of_hash(root: KeyLike, step: ArrayLike, site: str, hashed: Words) -> KeyLike:
+    """Return the key of a site with a hash that may be traced; observers record the name."""
     typed = _is_typed(check_key(root, "root"))
     at_step = _step_words(step)
-    words = _site_words(root, site_hash(site), at_step)
+    words = _site_words(root, hashed, at_step)
     if observers := observer():
         observers.site_key(site, key_words(root), at_step, tuple(words))
     return jax.random.wrap_key_data(words, impl=_THREEFRY) if typed else words
@@ -117,8 +122,14 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
 
 def site_hash(site: str) -> Words:
     """Return a stable 64-bit hash of a name: the first eight bytes of its SHA-256, big-endian."""
+    high, low = hash_words(site)
+    return jnp.uint32(high), jnp.uint32(low)
+
+
+def hash_words(site: str) -> tuple[int, int]:
+    """Return `site_hash` as integers."""
     digest = hashlib.sha256(site.encode()).digest()
-    return jnp.uint32(int.from_bytes(digest[:4])), jnp.uint32(int.from_bytes(digest[4:8]))
+    return int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])
 
 
 @jax.jit
