@@ -1,12 +1,15 @@
-"""A vision transformer of timm and its port to NNX train the same, and planted defects are found."""
+"""A transformer of timm and its port to NNX train the same, and planted defects are found."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
 import pytest
+import torch
 
 import regjax
+import regjax.nnx
+import regtorch
 from examples import port_from_timm as program
 from parity_tests.compare import FLOAT32, FLOAT64
 from parity_tests.harness import compare_training
@@ -21,7 +24,11 @@ BLOCKS = {  # the sites of each block; the first has no dropped paths
     1: ("attn", "attn.proj_drop", "drop_path1", "mlp.drop1", "mlp.drop2", "drop_path2"),
     2: ("attn", "attn.proj_drop", "drop_path1", "mlp.drop1", "mlp.drop2", "drop_path2"),
 }
-SITES = {"pos_drop", "head_drop", *(f"blocks.{i}.{s}" for i, sites in BLOCKS.items() for s in sites)}
+SITES = {
+    "pos_drop",
+    "head_drop",
+    *(f"blocks.{i}.{s}" for i, sites in BLOCKS.items() for s in sites),
+}
 
 
 def compare(mistake: str = "none", dtype: str = "float32"):
@@ -92,6 +99,34 @@ def test_the_port_decays_the_parameters_that_timm_decays():
     rule = [("class_token", False), ("positions", False), ("**", "timm")]
     mask = regjax.decay_mask(params, rule)
     assert {leaves[path].name for path, decays in named_leaves(mask) if decays} == expected
+
+
+def test_a_dropped_path_of_each_kind_has_the_mask_of_timm():
+    from flax import nnx
+    from timm.layers import DropPath  # pyright: ignore[reportMissingImports]
+
+    layers = (
+        nnx.Dropout(0.2, broadcast_dims=(1, 2), deterministic=False),
+        regjax.nnx.DropPath(0.2, deterministic=False),
+    )
+    original = regtorch.keyed.convert(DropPath(0.2))
+    regtorch.keyed.set_key(original, regtorch.key(0), 7)
+    expected = original(torch.ones(64, 3, 2)).numpy()
+    assert 0 < (expected == 0).mean() < 0.5
+    for layer in layers:
+        bound = regjax.keyed.bind(layer, jax.random.key(0), 7)
+        np.testing.assert_allclose(bound(np.ones((64, 3, 2), np.float32)), expected, rtol=1e-6)
+
+
+def test_draws_of_attention_have_the_name_of_its_module():
+    from examples import timm_vit
+
+    model = timm_vit.torch_side(timm_vit.Settings(STEPS))[0].model
+    regtorch.keyed.set_key(model, regtorch.key(0), 0)
+    model(torch.ones(2, 1, timm_vit.SIZE, timm_vit.SIZE))
+    names = regtorch.keyed.sites(model)
+    assert set(names[: len(SITES)]) == SITES
+    assert names[len(SITES) :] == [f"blocks.{i}.attn.attn_drop" for i in BLOCKS]
 
 
 @pytest.mark.parametrize("name", test_howto.IN_ZOO)
