@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
-
-from flax.errors import InvalidRngError
 
 from regjax.keyed.keys import Keys
 from regjax.keyed.names import NUMBER
@@ -36,10 +34,15 @@ class _Call:
 
 
 class Scans:
-    """The running methods of a model, and the loops around them."""
+    """The running methods of a model, and the loops around them.
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    Args:
+        keys: The keys of the model.
+        number_key: Returns the number key that a module has received, or None.
+    """
+
+    def __init__(self, keys: Keys, number_key: Callable[[Any], Any]) -> None:
+        self._keys, self._number_key = keys, number_key
         self._calls = [_Call()]
 
     @contextlib.contextmanager
@@ -71,12 +74,8 @@ class Scans:
                 "as linen.scan or a Python loop over modules, and use jax.jit around apply."
             )
         call = self._calls[-1]
-        try:
-            source = type(module).make_rng(module, "dropout")
-        except InvalidRngError:
-            call = dataclasses.replace(call, is_split=False)
-            source = None
-        if not call.is_split:
+        source = self._number_key(module)
+        if source is None or not call.is_split:
             raise ValueError(
                 f"module {path!r} must be in a scan that splits the rngs 'dropout'; got one in "
                 "which all iterations would share a mask. Pass "
