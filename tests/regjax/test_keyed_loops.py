@@ -167,6 +167,8 @@ def test_numbers_of_linen_need_no_names():
         (FunctionStack(), "{}.inner.drop"),
     ]:
         np.testing.assert_array_equal(call(stack, X, 1), expected(X, 1, site))
+    with jax.disable_jit():  # the body runs for each iteration, and counts calls from 0
+        np.testing.assert_array_equal(call(LinenStack(), X, 1), expected(X, 1, "layers.{}.drop"))
     for names, site in [
         ({"layers": "a"}, "a.{}.drop"),
         ({"": "a"}, "a.layers.{}.drop"),
