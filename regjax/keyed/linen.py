@@ -199,7 +199,7 @@ def _interceptor(
             del draws[id(module)], module.__dict__["make_rng"]
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
-        with scans.entered(context.module, context.method_name):
+        with scans.entered(context.module):
             return keyed(call, args, options, context)
 
     def keyed(call: Any, args: Any, options: Any, context: Any) -> Any:

@@ -16,7 +16,7 @@ _SCAN = re.compile(r"\bscan\(")
 _REPEATING = re.compile(r"\b(vmap|jit|while_loop)\(")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Call:
     """A running method of a module.
 
@@ -24,13 +24,11 @@ class _Call:
         depth: The number of scans around it.
         key: The key of its scope, before modules fold their paths into it.
         is_split: Whether all scans split this key.
-        place: The module and the method.
     """
 
     depth: int = 0
     key: Any = None
     is_split: bool = True
-    place: Any = None
 
 
 class Scans:
@@ -46,20 +44,21 @@ class Scans:
         self._calls = [_Call()]
 
     @contextlib.contextmanager
-    def entered(self, module: Any, method: str) -> Iterator[None]:
+    def entered(self, module: Any) -> Iterator[None]:
         """Record a running method."""
-        outer, place = self._calls[-1], (module.path, method)
+        if module.scope is None:  # not a part of the model yet
+            yield
+            return
+        outer = self._calls[-1]
         depth = len(_SCAN.findall(_debug_path(module)))
         key = getattr(module.scope.rngs.get("dropout"), "rng", None)
         is_body = depth > outer.depth
         # A scan passes a key that it does not split as it is.
         is_split = outer.is_split and not (is_body and key is outer.key)
-        self._calls.append(_Call(depth, key, is_split, place))
-        # Several traces belong to one call of the scanned method, which runs around them.
-        caller = outer if outer.place == place else object()
+        self._calls.append(_Call(depth, key, is_split))
         counted = is_body and len(self._keys.loops()) == depth
         try:
-            with self._keys.body("/".join(module.path), caller) if counted else _nothing():
+            with self._keys.body("/".join(module.path)) if counted else _nothing():
                 yield
         finally:
             self._calls.pop()
@@ -82,7 +81,7 @@ class Scans:
                 "split_rngs={'params': True, 'dropout': True} to linen.scan."
             )
         path = _numbered_path(module) + draw
-        lengths = self._keys.loops()
+        lengths = [loop.length for loop in self._keys.loops()]
         if len(lengths) < call.depth:
             # Flax traces the body once before the loop, and discards the result.
             return self._keys.unused(sites.name_before_loop(path))

@@ -33,7 +33,6 @@ class LinenStack(linen.Module):
     block: Any = LinenBlock
     split: Any = dataclasses.field(default_factory=SPLIT.copy)
     options: Any = dataclasses.field(default_factory=dict)
-    carry: Any = lambda x: x
     calls: int = 1
 
     @linen.compact
@@ -185,6 +184,17 @@ class Outer(linen.Module):
     @linen.compact
     def __call__(self, x, _):
         return LinenStack(name="inner")(x), None
+
+
+def test_observers_record_the_number():
+    log = []
+    stack = LinenStack(options={"check_constancy_invariants": False})  # for Flax 0.12.12
+    with regjax.observing(log.append):
+        call(stack, X, 1)
+        jax.effects_barrier()
+    keys = {event.key: event.site for event in log if hasattr(event, "site")}
+    drawn = [keys[event.key] for event in log if hasattr(event, "mask")]
+    assert sorted(drawn) == [f"layers.{n}.drop{c}" for n in range(3) for c in ("", "#1")]
 
 
 def test_scans_inside_scans():
