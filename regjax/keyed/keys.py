@@ -72,7 +72,8 @@ class Keys:
             ValueError: Another loop over the same module has been traced.
         """
         body = self.loops()[-1].body
-        if self._levels[-1].loops.setdefault(path, weakref.ref(body))() is not body:
+        seen = self._levels[-1].loops
+        if body is not None and seen.setdefault(path, weakref.ref(body))() is not body:
             raise ValueError(
                 f"module {path!r} must be called once in each step if linen.scan repeats it; got "
                 "a second call, whose masks would be those of the first. Give the second scan a "

@@ -81,11 +81,12 @@ class Scans:
                 "split_rngs={'params': True, 'dropout': True} to linen.scan."
             )
         path = _numbered_path(module) + draw
-        lengths = [loop.length for loop in self._keys.loops()]
-        if len(lengths) < call.depth:
+        loops = self._keys.loops()
+        if len(loops) < call.depth:
             # Flax traces the body once before the loop, and discards the result.
             return self._keys.unused(sites.name_before_loop(path))
-        if len(lengths) > call.depth:
+        lengths = [loop.length for loop in loops if loop.length is not None]
+        if not len(lengths) == len(loops) == call.depth:
             raise ValueError(
                 f"site {path!r} must not be called inside jax.lax.scan, map or while_loop, where "
                 "all iterations would share a mask; got such a call. Write linen.scan around "
