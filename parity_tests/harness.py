@@ -32,6 +32,7 @@ from parity_tests.recording import (
     Difference,
     Drawn,
     Recorder,
+    count_mask_elements,
     mask_differences,
     value_deviations,
 )
@@ -196,13 +197,14 @@ def compare_training(
     noise = Noise(tier.eps)
     recorder, losses, first = Recorder(), [], None
     deviations: dict[str, list[float]] = {quantity: [] for quantity in QUANTITIES}
-    sites, notes = collections.Counter(), {}
+    sites, elements, notes = collections.Counter(), np.zeros(2, int), {}
     with recorder.watching() if record else contextlib.nullcontext():
         for step, batch in enumerate(batches, start=start + 1):
             pairs = pair.advance(batch, step - 1)
             losses.append(tuple(float(side["loss"]) for side in pairs["loss"]))
             draws = _Draws(*recorder.taken())
             sites.update(draws.sites)
+            elements += draws.elements
             notes.update(dict.fromkeys(draws.notes))
             held = {**bounds, "buffer": bounds["buffer"] + noise.drift}
             noise.update(*gradients(pairs))
@@ -227,7 +229,17 @@ def compare_training(
     if not losses:
         raise ValueError("batches must have at least one batch; got none. Pass one per step.")
     notes.update(dict.fromkeys([*pair.notes, *filter(None, [noise.note])]))
-    return Comparison(tier, deviations, losses, first, dict(sites), tuple(notes), start, bounds)
+    return Comparison(
+        tier,
+        deviations,
+        losses,
+        first,
+        dict(sites),
+        tuple(notes),
+        start,
+        bounds,
+        *elements.tolist(),
+    )
 
 
 def _exceeding(
@@ -279,6 +291,11 @@ class _Draws:
     @property
     def sites(self) -> list[str]:
         return [drawn.site for drawn in self.in_torch] if self.on_both_sides else []
+
+    @property
+    def elements(self) -> tuple[int, int]:
+        """The number of elements of masks, and of those that differ."""
+        return count_mask_elements(self.in_jax, self.in_torch) if self.on_both_sides else (0, 0)
 
     @property
     def notes(self) -> list[str]:

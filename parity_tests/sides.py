@@ -90,7 +90,7 @@ class JaxStep:
             paths are those of `names`. None for a state of one of the kinds above.
         statistics: Selects the running statistics in the same way.
         averages: Selects the averages of the parameters, such as an EMA, with the same paths as the
-            parameters. None if they are not compared.
+            parameters; a tree or a module. None if they are not compared.
 
     Example:
         >>> import optax
@@ -224,8 +224,8 @@ class JaxStepRun:
         side, state = self._side, self._state
         averages = None if side.averages is None else views.read_params(state, side.averages)
         return (
-            views.read_params(state, side.params),
-            views.read_statistics(state, side.statistics),
+            views.read_params(state, side.params, side.averages),
+            views.read_statistics(state, side.statistics, side.averages),
             averages,
         )
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 import torch
@@ -15,6 +16,7 @@ from parity_tests import views
 from parity_tests.compare import BFLOAT16, FLOAT32, FLOAT64
 from parity_tests.frameworks import to_torch
 from parity_tests.harness import JaxSide, JaxStep, TorchSide, TorchStep, compare_training
+from parity_tests.sides import JaxStepRun
 from parity_tests.train_steps import NAMES, RATE, batches, jax_step, template, torch_step
 
 ADAM = lambda params: torch.optim.Adam(params, RATE)
@@ -252,6 +254,18 @@ def test_a_state_of_each_library_trains_the_same(make, names, mean):
     first = run(normalized(momentum=0.5)).first
     assert first is not None
     assert (first.step, first.quantity, first.name) == (1, "buffer", mean)
+
+
+def test_a_module_of_averages_is_not_the_model():
+    from flax import nnx
+
+    (model, optimizer), step = nnx_state()
+    state = model, optimizer, nnx.clone(model)
+    run = JaxStepRun(JaxStep(state, step, averages=lambda state: state[2]))
+    ones = lambda arrays: {path: np.ones(array.shape) for path, array in arrays.items()}
+    run.start(ones(run.params), ones(run.buffers), {p: a + 1 for p, a in ones(run.params).items()})
+    assert [float(m.hidden.kernel[0, 0]) for m in (model, state[2])] == [1, 2]
+    assert run.buffers.keys() == {"norm/mean", "norm/var"}
 
 
 def test_a_biased_variance_has_a_hint():

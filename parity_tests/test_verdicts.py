@@ -117,6 +117,17 @@ def test_products_in_bfloat16_agree_with_the_updates_of_float32():
     assert max(found.deviations["update"]) < found.bounds["update"] == 1e-3
 
 
+def test_a_note_lists_whole_parameters_and_a_few_of_the_others():
+    noise = verdicts.Noise(1e-7)
+    gradient = {f"kernel{i}": np.array([1e-8, 1.0]) for i in range(5)} | {"bias": np.full(2, 1e-8)}
+    noise.update(gradient, {name: g - 2e-8 for name, g in gradient.items()})
+    assert noise.note.startswith("Noise: 6 parameters have a gradient of zero up to rounding, and")
+    assert noise.note.endswith(
+        "no verdict: bias, kernel0 (1 of 2 elements), kernel1 (1 of 2 elements), kernel2 (1 of 2 "
+        "elements), 2 elements of 2 others."
+    )
+
+
 def test_without_the_rule_the_bias_of_keys_differs(monkeypatch):
     monkeypatch.setattr(verdicts, "NOISE", 0.0)
     first = compare().first
