@@ -90,7 +90,7 @@ class JaxStep:
             paths are those of `names`. None for a state of one of the kinds above.
         statistics: Selects the running statistics in the same way.
         averages: Selects the averages of the parameters, such as an EMA, with the same paths as the
-            parameters. None if they are not compared.
+            parameters; a tree or a module. None if they are not compared.
 
     Example:
         >>> import optax
@@ -181,6 +181,7 @@ class JaxLossRun:
         self._params = _like(side.params, params)
         self._statistics = _like(side.statistics, buffers)
         self._state = side.optimizer.init(self._params) if side.state is None else side.state
+        self._state_on_torch = self._state
         has_aux = side.statistics is not None
         self._gradient = jax.jit(jax.value_and_grad(side.loss, has_aux=has_aux))
         self._update = jax.jit(side.optimizer.update)
@@ -203,6 +204,14 @@ class JaxLossRun:
             state=dict(named_leaves(self._state)),
         )
 
+    def optimize(self, gradient: Arrays, params: Arrays) -> dict[str, np.ndarray]:
+        """Return the next parameters from gradients and parameters of PyTorch, step by step."""
+        old = _like(self._side.params, params)
+        updates, self._state_on_torch = self._update(
+            _like(self._side.params, gradient), self._state_on_torch, old
+        )
+        return _numpy(dict(named_leaves(optax.apply_updates(old, updates))))
+
 
 class JaxStepRun:
     """The steps of a `JaxStep`."""
@@ -215,8 +224,8 @@ class JaxStepRun:
         side, state = self._side, self._state
         averages = None if side.averages is None else views.read_params(state, side.averages)
         return (
-            views.read_params(state, side.params),
-            views.read_statistics(state, side.statistics),
+            views.read_params(state, side.params, side.averages),
+            views.read_statistics(state, side.statistics, side.averages),
             averages,
         )
 

@@ -15,7 +15,7 @@ from regjax.interop._registry import record_of
 from regshared.checks import check_integer, check_integers, check_string, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from jaxtyping import PyTree
 
@@ -341,7 +341,17 @@ def check_names(names: Any) -> None:
 
 def check_paths(labels: Mapping[str, str], params: PyTree) -> None:
     """Reject parameters whose paths differ from `names`; the ValueError lists both sides."""
-    report(path_problems(labels, {path for path, _ in named_leaves(params)}))
+    paths = {spelled_as_in(labels, path) for path, _ in named_leaves(params)}
+    report(path_problems(labels, paths))
+
+
+def spelled_as_in(known: Collection[str], path: str) -> str:
+    """Return a path as it is in `known`, with or without the `/value` of an NNX variable.
+
+    `nnx.Optimizer` passes variables to `init`, and their arrays to `update`.
+    """
+    spellings = (path, f"{path}/value", path.removesuffix("/value"))
+    return next((spelling for spelling in spellings if spelling in known), path)
 
 
 def path_problems(named: Iterable[str], paths: Iterable[str]) -> dict[str, set[str]]:

@@ -9,7 +9,13 @@ import optax
 
 from regjax import optim
 from regjax._decay.paths import path_name
-from regjax.interop._leaves import FROZEN, check_paths, number, read_recipe
+from regjax.interop._leaves import (
+    FROZEN,
+    check_paths,
+    number,
+    read_recipe,
+    spelled_as_in,
+)
 from regjax.interop._params import expand_names
 from regjax.interop._registry import record_of
 from regjax.interop._schedules import read_schedules, replace_first, with_scheduled
@@ -123,7 +129,9 @@ def _over_tree(
     labels = recipe.labels
 
     def label(params: PyTree) -> PyTree:
-        return jax.tree.map_with_path(lambda path, _: labels[path_name(path)], params)
+        return jax.tree.map_with_path(
+            lambda path, _: labels[spelled_as_in(labels, path_name(path))], params
+        )
 
     if recipe.is_single:
         [inner] = chains.values()

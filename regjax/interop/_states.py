@@ -14,7 +14,7 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from regjax._decay.paths import path_name
-from regjax.interop._leaves import FROZEN, check_paths, read_recipe
+from regjax.interop._leaves import FROZEN, check_paths, read_recipe, spelled_as_in
 from regjax.interop._params import expand_names
 from regjax.interop._schedules import ScheduledMomentumState, read_schedules
 from regshared.checks import check_integer, describe
@@ -266,7 +266,8 @@ def _locate(path: tuple[Any, ...], recipe: Recipe) -> _Place:
     if not fields:
         raise _unknown(part, path_name(path))
     at = fields[0]
-    place = _Place(part, keys[0].key, keys[at].name, path_name(tuple(keys[at + 1 :])))
+    parameter = spelled_as_in(part.leaves, path_name(tuple(keys[at + 1 :])))
+    place = _Place(part, keys[0].key, keys[at].name, parameter)
     if part.record.is_created and place.array is None and place.field != "count":
         raise _unknown(part, place.field)
     return place
