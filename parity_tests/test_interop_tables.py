@@ -286,7 +286,7 @@ def test_a_function_of_the_step_is_traced_or_tabulated():
         updates, state = jax.jit(ours.update)(params, state, params)
         assert (updates["a"][0], updates["b"][0]) == (-0.375, -0.25)
         if "steps" in keywords:
-            message = "^steps must cover step 2 of the scheduler, where the state is; got fewer"
+            message = "^scheduler must have a rate at its step 2, .*; got NaN. Pass steps=3"
             with pytest.raises(ValueError, match=message):
                 state_to_torch(state, optimizer, names, model=model, **keywords)
         else:

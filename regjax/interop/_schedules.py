@@ -137,8 +137,8 @@ class Schedules:
         rates = [rate for by_option in self.groups for rate in by_option.values()]
         if any(math.isnan(in_double(rate, step)) for rate in rates):
             raise ValueError(
-                f"steps must cover step {step} of the scheduler, where the state is; got fewer "
-                f"than {step + 1}. Pass more."
+                f"scheduler must have a rate at its step {step}, where the state is; got NaN. Pass "
+                f"steps={step + 1} or more if it is tabulated."
             )
 
     def move(self, param_groups: Sequence[dict[str, Any]], step: int) -> None:
