@@ -47,7 +47,8 @@ class Drawn:
         origin: The origin of the key, if known.
         rate: The dropout rate.
         mask: The mask, True where kept.
-        entering: The values that are masked.
+        entering: The values that are masked; None if the model masks them itself, with the result
+            of a function that only draws, such as `bernoulli_`.
         unused: The sites whose keys were derived in the same step, and drew no mask.
     """
 
@@ -56,7 +57,7 @@ class Drawn:
     origin: Origin | None
     rate: float
     mask: np.ndarray
-    entering: np.ndarray
+    entering: np.ndarray | None
     unused: frozenset[str] = frozenset()
 
 
@@ -121,6 +122,7 @@ def _drawn(events: Iterable[Any]) -> list[Drawn]:
             from_torch(array) if hasattr(array, "detach") else array
             for array in (draw.mask, draw.entering)
         )
+        entering = None if draw.function == "bernoulli" else entering
         # A repeated mask belongs to a forward pass that a checkpoint runs again.
         mark = (draw.key, draw.rate, mask.shape)
         if mark not in found:
@@ -157,19 +159,38 @@ def mask_differences(in_jax: Sequence[Drawn], in_torch: Sequence[Drawn]) -> list
     return [difference for _, difference in sorted(found, key=lambda item: item[0])]
 
 
+def count_mask_elements(in_jax: Sequence[Drawn], in_torch: Sequence[Drawn]) -> tuple[int, int]:
+    """Return the number of elements of all masks, and of those that differ.
+
+    A mask without a counterpart of its size differs in every element.
+    """
+    pairs, left, right = _paired(in_jax, in_torch)
+    elements = different = sum(drawn.mask.size for drawn in (*left, *right))
+    for here, there in pairs:
+        size = max(here.mask.size, there.mask.size)
+        is_alike = here.mask.size == there.mask.size
+        elements += size
+        different += (
+            int(np.count_nonzero(here.mask.ravel() != there.mask.ravel())) if is_alike else size
+        )
+    return elements, different
+
+
 def value_deviations(
     in_jax: Sequence[Drawn], in_torch: Sequence[Drawn], tier: Tier
 ) -> dict[str, float]:
     """Return the deviation of the values that enter each site, by site in the order of the program.
 
     If a site has another layout in JAX, such as channels last, the values are compared in sorted
-    order, which ignores their places.
+    order, which ignores their places. A site whose values are unknown is left out.
     """
     pairs, _, _ = _paired(in_jax, in_torch)
     pairs.sort(key=lambda pair: [id(drawn) for drawn in in_torch].index(id(pair[1])))
     found: dict[str, float] = {}
     for here, there in pairs:
         left, right = here.entering, there.entering
+        if left is None or right is None:
+            continue
         if left.size != right.size:
             apart = float("inf")
         else:

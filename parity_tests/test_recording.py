@@ -18,7 +18,13 @@ import regjax.nnx
 import regtorch
 from parity_tests.compare import FLOAT32, FLOAT64
 from parity_tests.harness import JaxSide, TorchSide, compare_step, compare_training
-from parity_tests.recording import Drawn, Recorder, mask_differences, value_deviations
+from parity_tests.recording import (
+    Drawn,
+    Recorder,
+    count_mask_elements,
+    mask_differences,
+    value_deviations,
+)
 
 ROOT = 7
 X = np.linspace(-1.0, 1.0, 4 * 8, dtype=np.float32).reshape(4, 8)
@@ -180,6 +186,34 @@ def test_layouts_may_differ():
     assert value_deviations([last], [first], FLOAT64) == {"a": 0.0}
     other = dataclasses.replace(first, entering=first.entering + 1e-3)
     assert value_deviations([last], [other], FLOAT64)["a"] > 1e-4
+
+
+def test_elements_of_masks_are_counted():
+    masks = [drawn("a"), drawn("b"), drawn("c", mask=(True,) * 5)]
+    other = [drawn("a", mask=(True, True)), drawn("b", mask=(True,)), drawn("d", key=(0, 2))]
+    assert count_mask_elements(masks, masks) == (9, 0)
+    assert count_mask_elements(masks, other) == (2 + 2 + 5, 1 + 2 + 5)
+    assert count_mask_elements(masks, masks[:1]) == (9, 7)
+
+
+def test_a_mask_that_the_model_applies_itself_has_no_values():
+    """As in stochastic depth of timm, whose values are those of another function."""
+
+    class DropPath(torch.nn.Module):
+        def forward(self, x):
+            return x * x.new_empty(len(x), 1).bernoulli_(0.5)
+
+    model, recorder = regtorch.keyed.convert(DropPath()), Recorder()
+    with recorder.watching():
+        regtorch.keyed.set_key(model, regtorch.key(0), 0)
+        model(torch.ones(8, 2))
+        key = regjax.site_key(jax.random.key(0), 0, "")
+        regjax.drop_path(jnp.ones((8, 2)), 0.5, key=key)
+        in_jax, in_torch = recorder.taken()
+    assert not mask_differences(in_jax, in_torch)
+    assert count_mask_elements(in_jax, in_torch) == (8, 0)
+    assert in_torch[0].entering is None
+    assert value_deviations(in_jax, in_torch, FLOAT32) == {}
 
 
 def test_values_of_another_size_deviate_infinitely():
