@@ -226,6 +226,19 @@ def test_attention_shares_its_mask_unless_told_otherwise(model):
         np.testing.assert_array_equal(mask, regjax.bernoulli(key, 0.5, shape))
 
 
+@pytest.mark.parametrize("model", [LinenAttention, NnxAttention])
+def test_attention_under_vmap_has_the_mask_of_the_batch(model):
+    x, model = jax.random.normal(ROOT, (3, 5, 6)), model()
+    is_linen = isinstance(model, linen.Module)
+    variables = model.init({"params": ROOT}, x, train=False) if is_linen else None
+
+    def attend(x):
+        bound = regjax.keyed.bind(model, ROOT, 1, broadcast_dropout=False)
+        return bound.apply(variables, x) if is_linen else bound(x)
+
+    np.testing.assert_allclose(jax.vmap(attend)(x), attend(x), rtol=1e-6)
+
+
 class Draws(linen.Module):
     @linen.compact
     def __call__(self, x):

@@ -138,7 +138,6 @@ def expected(x, step, site="h.{}.drop", root=ROOT):
 
 LINEN = {
     "scan": LinenStack(),
-    "one pass": LinenStack(options={"check_constancy_invariants": False}),
     "remat": LinenStack(block=linen.remat(LinenBlock)),
 }
 STACKS = [*LINEN.values(), NnxStack(), EquinoxStack()]
