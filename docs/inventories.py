@@ -104,6 +104,7 @@ PROJECTS = {
                 torch.nn.functional.feature_alpha_dropout
                 torch.nn.functional.scaled_dot_product_attention torch.nn.GRU torch.nn.LSTM
                 torch.nn.Module torch.nn.MultiheadAttention torch.nn.RNN torch.nn.Transformer
+                torch.nn.utils.clip_grad_norm_
                 torch.optim.Adadelta torch.optim.Adafactor torch.optim.Adagrad torch.optim.Adam
                 torch.optim.Adamax torch.optim.AdamW torch.optim.ASGD
                 torch.optim.lr_scheduler.CosineAnnealingLR torch.optim.lr_scheduler.ExponentialLR

@@ -184,7 +184,7 @@ def test_layouts_may_differ():
     first = Drawn("a", (0, 1), None, 0.5, channels.reshape(1, 3, 1, 1), x.transpose(0, 3, 1, 2))
     assert not mask_differences([last], [first])
     assert value_deviations([last], [first], FLOAT64) == {"a": 0.0}
-    other = dataclasses.replace(first, entering=first.entering + 1e-3)
+    other = dataclasses.replace(first, entering=x.transpose(0, 3, 1, 2) + 1e-3)
     assert value_deviations([last], [other], FLOAT64)["a"] > 1e-4
 
 

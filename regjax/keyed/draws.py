@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +117,8 @@ def without_vmap(key: KeyLike, inputs: Any, layer: str) -> KeyLike:
     return same(key, jax.tree.map(lax.stop_gradient, inputs))
 
 
+@runtime_checkable
+@runtime_checkable
 class _Draw(Protocol):
     """A function of a key, a keep probability and an array that draws the mask of the array."""
 
