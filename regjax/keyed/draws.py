@@ -118,7 +118,6 @@ def without_vmap(key: KeyLike, inputs: Any, layer: str) -> KeyLike:
 
 
 @runtime_checkable
-@runtime_checkable
 class _Draw(Protocol):
     """A function of a key, a keep probability and an array that draws the mask of the array."""
 
