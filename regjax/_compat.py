@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -24,6 +24,7 @@ except ImportError:  # before JAX 0.10
 
 __all__ = [
     "InconclusiveDimensionOperation",
+    "Loop",
     "enclosing_loops",
     "make_user_context",
     "scan_linear",
@@ -48,18 +49,31 @@ def make_user_context(default: Any = None) -> Any:
     return jax.make_user_context(default)
 
 
-def enclosing_loops() -> list[int | None]:
-    """Return the length of each JAX loop whose body is being traced, outermost first.
+class Loop(NamedTuple):
+    """A loop of JAX whose body is being traced.
 
-    Traced code cannot see the loops around it in any other way. The length is None for a
-    `while_loop`; a `scan` has inferred it before it traces its body.
+    Attributes:
+        length: The number of iterations; None for a `while_loop`.
+        body: The function that a `scan` repeats.
     """
-    lengths, frame = [], inspect.currentframe()
+
+    length: int | None
+    body: Any
+
+
+def enclosing_loops() -> list[Loop]:
+    """Return the loops of JAX around the running code, outermost first.
+
+    Traced code cannot see the loops around it in any other way. A `scan` has inferred its length
+    before it traces its body.
+    """
+    loops, frame = [], inspect.currentframe()
     while frame:
         if frame.f_code in _LOOPS:
-            lengths.append(frame.f_locals.get("length"))
+            found = frame.f_locals
+            loops.append(Loop(found.get("length"), found.get("f")))
         frame = frame.f_back
-    return lengths[::-1]
+    return loops[::-1]
 
 
 def scan_linear(

@@ -7,6 +7,7 @@ a model and each step of training. A resumed run continues exactly, and no RNG s
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -107,16 +108,27 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
         [[0.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]]
     """
     check_string("site", site, "a string that names the place")
-    return key_of_hash(root, step, site, site_hash(site))
+    return _key_of(root, step, site_hash(site), [site], 0)
 
 
-def key_of_hash(root: KeyLike, step: ArrayLike, site: str, hashed: Words) -> KeyLike:
-    """Return the key of a site with a hash that may be traced; observers record the name."""
+def numbered_site_key(
+    root: KeyLike, step: ArrayLike, sites: Sequence[str], number: ArrayLike
+) -> KeyLike:
+    """Return the key of one of several places, whose number may be traced."""
+    table = jnp.asarray(np.asarray([hash_words(site) for site in sites], np.uint32))
+    high, low = table[number]
+    return _key_of(root, step, (high, low), sites, number)
+
+
+def _key_of(
+    root: KeyLike, step: ArrayLike, hashed: Words, sites: Sequence[str], number: ArrayLike
+) -> KeyLike:
+    """Return the key for the hash of a name; observers record the name, `sites[number]`."""
     typed = _is_typed(check_key(root, "root"))
     at_step = _step_words(step)
     words = _site_words(root, hashed, at_step)
     if observers := observer():
-        observers.site_key(site, key_words(root), at_step, tuple(words))
+        observers.site_key(sites, number, key_words(root), at_step, tuple(words))
     return jax.random.wrap_key_data(words, impl=_THREEFRY) if typed else words
 
 

@@ -63,6 +63,7 @@ class BatchMask:
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
+        """Draw the mask and scale."""
         keep_prob = keep_prob_of(rate, x.dtype)
         keep = keep_of_batch(x, key, keep_prob, self.dims)
         realized: Any = EXACT.realized_keep_prob(keep_prob)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.random import define_prng_impl
 
-from regjax._compat import enclosing_loops
-from regjax._random.keys import hash_words, key_of_hash, site_key
+from regjax._compat import Loop, enclosing_loops
+from regjax._random.keys import numbered_site_key, site_key
 from regjax.keyed.names import numbered
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class Keys:
         varies = isinstance(root, Tracer) or isinstance(step, Tracer)
         self.outside = len(enclosing_loops()) if varies else 0
 
-    def loops(self) -> list[int | None]:
-        """Return the lengths of the loops that are being traced inside the bound model."""
+    def loops(self) -> list[Loop]:
+        """Return the loops that are being traced inside the bound model."""
         return enclosing_loops()[self.outside :]
 
     def draw(self, name: str) -> KeyLike:
@@ -62,15 +63,17 @@ class Keys:
         return numbered_key(self._root, self._step, name, count, lengths, source)
 
     @contextlib.contextmanager
-    def body(self, path: str, caller: object) -> Iterator[None]:
-        """Count calls from 0 while the body of a loop is traced.
+    def body(self, path: str) -> Iterator[None]:
+        """Count calls from 0 while the body of the innermost loop is traced.
 
-        JAX may trace it several times for one call, whose keys are the same.
+        JAX may trace it several times for one loop, whose keys are the same.
 
         Raises:
-            ValueError: Another caller has used the same loop.
+            ValueError: Another loop over the same module has been traced.
         """
-        if self._levels[-1].loops.setdefault(path, caller) is not caller:
+        body = self.loops()[-1].body
+        seen = self._levels[-1].loops
+        if body is not None and seen.setdefault(path, weakref.ref(body))() is not body:
             raise ValueError(
                 f"module {path!r} must be called once in each step if linen.scan repeats it; got "
                 "a second call, whose masks would be those of the first. Give the second scan a "
@@ -88,7 +91,7 @@ class _Level:
 
     def __init__(self) -> None:
         self._calls: dict[str, int] = {}
-        self.loops: dict[str, object] = {}
+        self.loops: dict[str, weakref.ref[Any]] = {}
 
     def count(self, name: str) -> int:
         """Return the number of earlier calls of a site."""
@@ -111,11 +114,9 @@ def numbered_key(
 ) -> KeyLike:
     """Return `nth_key` for a name with numbers, which a number key has recorded."""
     names = [_nth(each, count) for each in numbered(name, lengths)]
-    table = jnp.asarray(np.asarray([hash_words(each) for each in names], np.uint32))
     numbers = jax.random.key_data(source)[: len(lengths)][::-1]
     flat = jnp.ravel_multi_index(tuple(numbers), tuple(lengths), mode="clip")
-    high, low = table[flat]
-    return key_of_hash(root, step, _nth(name, count), (high, low))
+    return numbered_site_key(root, step, names, flat)
 
 
 def _nth(name: str, count: int) -> str:

@@ -176,8 +176,7 @@ def _interceptor(
 ) -> Callable[..., Any]:
     running: set[int] = set()
     draws: dict[int, int] = {}  # within the running call of each module
-
-    scans = Scans(keys)
+    scans = Scans(keys, _number_key)
 
     def key_of(module: Any, draw: int = 0) -> KeyLike:
         return scans.key(module, sites, f":{draw}" if draw else "")
@@ -200,7 +199,7 @@ def _interceptor(
             del draws[id(module)], module.__dict__["make_rng"]
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
-        with scans.entered(context.module, context.method_name):
+        with scans.entered(context.module):
             return keyed(call, args, options, context)
 
     def keyed(call: Any, args: Any, options: Any, context: Any) -> Any:
@@ -233,6 +232,14 @@ def _interceptor(
             running.remove(id(module))
 
     return intercept
+
+
+def _number_key(module: Any) -> Any:
+    """Return the number key of a module, or None if the transformation around it has none."""
+    try:
+        return type(module).make_rng(module, "dropout")
+    except InvalidRngError:
+        return None
 
 
 def _flag(module: Any, given: dict[str, Any]) -> Any:

@@ -36,9 +36,7 @@ class Stream:
     Stacked layers are copied for each trace of a `scan` or `vmap`, and know their numbers.
     """
 
-    def __init__(
-        self, root: KeyLike, step: ArrayLike, path: str, site: Site, owner: Any
-    ) -> None:
+    def __init__(self, root: KeyLike, step: ArrayLike, path: str, site: Site, owner: Any) -> None:
         self._root, self._step, self._path, self._site = root, step, path, site
         self._owner = owner
         self._calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()

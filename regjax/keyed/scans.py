@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
-
-from flax.errors import InvalidRngError
 
 from regjax.keyed.keys import Keys
 from regjax.keyed.names import NUMBER
@@ -18,7 +16,7 @@ _SCAN = re.compile(r"\bscan\(")
 _REPEATING = re.compile(r"\b(vmap|jit|while_loop)\(")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class _Call:
     """A running method of a module.
 
@@ -26,37 +24,41 @@ class _Call:
         depth: The number of scans around it.
         key: The key of its scope, before modules fold their paths into it.
         is_split: Whether all scans split this key.
-        place: The module and the method.
     """
 
     depth: int = 0
     key: Any = None
     is_split: bool = True
-    place: Any = None
 
 
 class Scans:
-    """The running methods of a model, and the loops around them."""
+    """The running methods of a model, and the loops around them.
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    Args:
+        keys: The keys of the model.
+        number_key: Returns the number key that a module has received, or None.
+    """
+
+    def __init__(self, keys: Keys, number_key: Callable[[Any], Any]) -> None:
+        self._keys, self._number_key = keys, number_key
         self._calls = [_Call()]
 
     @contextlib.contextmanager
-    def entered(self, module: Any, method: str) -> Iterator[None]:
+    def entered(self, module: Any) -> Iterator[None]:
         """Record a running method."""
-        outer, place = self._calls[-1], (module.path, method)
+        if module.scope is None:  # not a part of the model yet
+            yield
+            return
+        outer = self._calls[-1]
         depth = len(_SCAN.findall(_debug_path(module)))
         key = getattr(module.scope.rngs.get("dropout"), "rng", None)
         is_body = depth > outer.depth
         # A scan passes a key that it does not split as it is.
         is_split = outer.is_split and not (is_body and key is outer.key)
-        self._calls.append(_Call(depth, key, is_split, place))
-        # Several traces belong to one call of the scanned method, which runs around them.
-        caller = outer if outer.place == place else object()
+        self._calls.append(_Call(depth, key, is_split))
         counted = is_body and len(self._keys.loops()) == depth
         try:
-            with self._keys.body("/".join(module.path), caller) if counted else _nothing():
+            with self._keys.body("/".join(module.path)) if counted else _nothing():
                 yield
         finally:
             self._calls.pop()
@@ -71,23 +73,20 @@ class Scans:
                 "as linen.scan or a Python loop over modules, and use jax.jit around apply."
             )
         call = self._calls[-1]
-        try:
-            source = type(module).make_rng(module, "dropout")
-        except InvalidRngError:
-            call = dataclasses.replace(call, is_split=False)
-            source = None
-        if not call.is_split:
+        source = self._number_key(module)
+        if source is None or not call.is_split:
             raise ValueError(
                 f"module {path!r} must be in a scan that splits the rngs 'dropout'; got one in "
                 "which all iterations would share a mask. Pass "
                 "split_rngs={'params': True, 'dropout': True} to linen.scan."
             )
         path = _numbered_path(module) + draw
-        lengths = self._keys.loops()
-        if len(lengths) < call.depth:
+        loops = self._keys.loops()
+        if len(loops) < call.depth:
             # Flax traces the body once before the loop, and discards the result.
             return self._keys.unused(sites.name_before_loop(path))
-        if len(lengths) > call.depth:
+        lengths = [loop.length for loop in loops if loop.length is not None]
+        if not len(lengths) == len(loops) == call.depth:
             raise ValueError(
                 f"site {path!r} must not be called inside jax.lax.scan, map or while_loop, where "
                 "all iterations would share a mask; got such a call. Write linen.scan around "

@@ -331,7 +331,7 @@ def test_nnx_shares_variables_and_equinox_passes_filter_jit():
     assert eqx.nn.inference_mode(bound)(X) is X
 
 
-def test_a_function_of_haiku_draws_from_the_key_of_its_module():
+def test_a_function_of_haiku_draws_from_the_key_of_its_module(leaning):
     hk = pytest.importorskip("haiku")
 
     class Block(hk.Module):
