@@ -49,6 +49,7 @@ class Drawn:
         mask: The mask, True where kept.
         entering: The values that are masked; None if the model masks them itself, with the result
             of a function that only draws, such as `bernoulli_`.
+        unused: The sites whose keys were derived in the same step, and drew no mask.
     """
 
     site: str
@@ -57,6 +58,7 @@ class Drawn:
     rate: float
     mask: np.ndarray
     entering: np.ndarray | None
+    unused: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,9 @@ def _drawn(events: Iterable[Any]) -> list[Drawn]:
     keys = [event for event in events if hasattr(event, "site")]
     origins = {event.key: Origin(event.root, event.step, event.site) for event in keys}
     found: dict[Any, Drawn] = {}
-    draws = (event for event in events if not hasattr(event, "site"))
+    draws = [event for event in events if not hasattr(event, "site")]
+    used = {draw.key for draw in draws}
+    unused = frozenset(origin.site for key, origin in origins.items() if key not in used)
     for draw in sorted(draws, key=lambda draw: draw.order):
         origin = origins.get(draw.key)
         mask, entering = (
@@ -123,7 +127,7 @@ def _drawn(events: Iterable[Any]) -> list[Drawn]:
         mark = (draw.key, draw.rate, mask.shape)
         if mark not in found:
             site = origin.site if origin else f"dropout {len(found) + 1}"
-            found[mark] = Drawn(site, draw.key, origin, draw.rate, mask, entering)
+            found[mark] = Drawn(site, draw.key, origin, draw.rate, mask, entering, unused)
     return list(found.values())
 
 
@@ -258,7 +262,18 @@ def _key_difference(in_jax: Drawn, in_torch: Drawn) -> str:
     unknown = "a key that site_key did not derive"
     return (
         f"another key: {here.site if here else unknown} in JAX and "
-        f"{there.site if there else unknown} in PyTorch"
+        f"{there.site if there else unknown} in PyTorch{_unused_key(in_torch.site, [in_jax])}"
+    )
+
+
+def _unused_key(site: str, in_jax: Iterable[Drawn]) -> str:
+    """Return the usual cause of a mask that was not drawn from the key of its site."""
+    if not any(site in drawn.unused for drawn in in_jax):
+        return ""
+    return (
+        f", although JAX derived the key of '{site}'. Linen's rngs={{'dropout': key}} and "
+        "nnx.Rngs(dropout=key) draw from other keys, derived from it: pass the key in the call, "
+        "rng=key in regjax.linen and rngs=key in regjax.nnx, or use regjax.keyed.bind"
     )
 
 
@@ -266,5 +281,6 @@ def _alone(drawn: Drawn, sides: tuple[str, str], *, unmatched: Sequence[Drawn]) 
     side, other = sides
     rest = ", ".join(repr(each.site) for each in unmatched)
     instead = f", but at {rest}" if rest else ""
-    detail = f"{side} draws a mask here, {other} does not{instead}"
+    cause = _unused_key(drawn.site, unmatched) if other == "JAX" else ""
+    detail = f"{side} draws a mask here, {other} does not{instead}{cause}"
     return Difference(drawn.site, float("inf"), detail)

@@ -10,8 +10,11 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import linen, nnx
 
 import regjax
+import regjax.linen
+import regjax.nnx
 import regtorch
 from parity_tests.compare import FLOAT32, FLOAT64
 from parity_tests.harness import JaxSide, TorchSide, compare_step, compare_training
@@ -227,3 +230,47 @@ def test_a_recomputed_forward_pass_counts_once():
         assert [each.site for each in in_jax] == ["dropout 1"]
         assert in_torch == []
         assert recorder.taken() == ([], [])
+
+
+def linen_dropout(x, **options):
+    layer = regjax.linen.Dropout(0.5, deterministic=False)
+    return layer.apply({}, x, **options)
+
+
+class TwoInLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return [regjax.linen.Dropout(0.5, deterministic=False)(x) for _ in range(2)]
+
+
+# For each layer, the keys that the framework derives, and the key itself.
+WAYS = {
+    "linen": (
+        lambda x, key: linen_dropout(x, rngs={"dropout": key}),
+        lambda x, key: linen_dropout(x, rng=key),
+    ),
+    "two": (
+        lambda x, key: TwoInLinen().apply({}, x, rngs={"dropout": key}),
+        lambda x, key: linen_dropout(x, rng=key),
+    ),
+    "nnx": (
+        lambda x, key: regjax.nnx.Dropout(0.5)(x, rngs=nnx.Rngs(dropout=key)),
+        lambda x, key: regjax.nnx.Dropout(0.5)(x, rngs=key),
+    ),
+}
+
+
+@pytest.mark.parametrize(("derived", "direct"), WAYS.values(), ids=WAYS)
+def test_a_key_that_a_framework_replaces_is_named_with_the_fix(derived, direct):
+    recorder = Recorder()
+    with recorder.watching():
+        for layer, is_equal in ((direct, True), (derived, False)):
+            layer(jnp.asarray(X), FIRST(0))
+            key = regtorch.site_key(regtorch.key(ROOT), 0, "first")
+            regtorch.dropout(torch.from_numpy(X), 0.5, key=key)
+            differences = mask_differences(*recorder.taken())
+            details = [each.detail for each in differences if each.site == "first"]
+            assert len(details) == (not is_equal)
+        (detail,) = details
+        assert "although JAX derived the key of 'first'" in detail
+        assert "rng=key in regjax.linen and rngs=key in regjax.nnx" in detail

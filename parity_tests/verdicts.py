@@ -99,6 +99,11 @@ class Noise:
             apart = in_jax[name].astype(np.float64) - in_torch[name].astype(np.float64)
             self.drift = max(self.drift, _largest(apart[noise]))
 
+    def covers(self, name: str) -> bool:
+        """Return whether all elements of an array, such as `"exp_avg of bias"`, are noise."""
+        mask = self.mask(name.rpartition(" of ")[2])
+        return mask is not None and bool(mask.all())
+
     def mask(self, name: str) -> np.ndarray | None:
         """Return True for each element of a parameter that is noise; None if there is none."""
         noise = self._noise.get(name)
