@@ -36,7 +36,7 @@ with needs("examples.port_from_timm", extra="zoo", package="timm"):
 ROOT = 0
 CLASSES, SIZE, PATCH, WIDTH, HEADS, DEPTH, ROWS = 10, 32, 8, 192, 3, 3, 16
 DROPOUT, DROP_PATH = 0.1, 0.2
-LEARNING_RATE, WEIGHT_DECAY, LAYER_DECAY = 5e-4, 0.05, 0.75
+LEARNING_RATE, WEIGHT_DECAY, LAYER_DECAY = 1e-3, 0.05, 0.75
 SMOOTHING, MAX_NORM, AVERAGE = 0.1, 1.0, 0.9
 # The names in timm of parameters and of sites of dropout, by path in the port.
 NAMES: dict[str, str | Leaf] = {

@@ -57,6 +57,7 @@ class Case:
     steps_per_epoch: int = 1
     steps: int | None = None
     metrics: tuple[float, ...] | None = None
+    gives_step: bool = False  # to state_from_torch
 
     @property
     def leaves(self) -> dict[str, Leaf]:
@@ -198,6 +199,7 @@ class TorchRun:
         kind = getattr(torch.optim, case.kind) if isinstance(case.kind, str) else case.kind
         self.optimizer = kind(groups, **case.options)
         self.scheduler = case.scheduler and case.scheduler(self.optimizer)
+        self.taken = 0
 
     def walk(self, first: int, steps: int) -> list[dict[str, np.ndarray]]:
         """Take the steps from `first` on; return the parameters after each."""
@@ -210,6 +212,7 @@ class TorchRun:
                 epoch = (step + 1) // self.case.steps_per_epoch
                 advance(self.scheduler, epoch, self.case.metrics)
             visited.append({name: from_torch(p).copy() for name, p in self.params.items()})
+        self.taken = first + steps
         return visited
 
     @property
@@ -223,7 +226,10 @@ class TorchRun:
         params = nested({p: jnp.array(array) for p, array in arrays.items()})
         names = self.case.names or NAMES
         optimizer = optimizer_from_torch(self.optimizer, names, **self.shared)
-        state = state_from_torch(self.optimizer, names, params, optimizer, **self.shared)
+        options = self.shared
+        if self.case.gives_step:
+            options["step"] = self.taken
+        state = state_from_torch(self.optimizer, names, params, optimizer, **options)
         return JaxRun(self.case, optimizer, params, state)
 
     def from_jax(self, run: JaxRun) -> None:

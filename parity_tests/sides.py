@@ -181,6 +181,7 @@ class JaxLossRun:
         self._params = _like(side.params, params)
         self._statistics = _like(side.statistics, buffers)
         self._state = side.optimizer.init(self._params) if side.state is None else side.state
+        self._state_on_torch = self._state
         has_aux = side.statistics is not None
         self._gradient = jax.jit(jax.value_and_grad(side.loss, has_aux=has_aux))
         self._update = jax.jit(side.optimizer.update)
@@ -202,6 +203,14 @@ class JaxLossRun:
             _numpy(dict(named_leaves(gradient))),
             state=dict(named_leaves(self._state)),
         )
+
+    def optimize(self, gradient: Arrays, params: Arrays) -> dict[str, np.ndarray]:
+        """Return the next parameters from gradients and parameters of PyTorch, step by step."""
+        old = _like(self._side.params, params)
+        updates, self._state_on_torch = self._update(
+            _like(self._side.params, gradient), self._state_on_torch, old
+        )
+        return _numpy(dict(named_leaves(optax.apply_updates(old, updates))))
 
 
 class JaxStepRun:

@@ -33,6 +33,9 @@ PARAMS = nested({path: jnp.ones(1) for path in NAMES})
 METRICS = [abs(np.cos(0.4 * step)) + 0.01 * step for step in range(LENGTH)]
 
 
+RATES: Any = [0.05, 0.01]  # which SWALR accepts, though not by its types
+
+
 class Bumpy(lr_scheduler.StepLR):
     """A subclass with rates of its own."""
 
@@ -96,7 +99,7 @@ SCHEDULERS = {
     "CyclicLR, a function": lambda o: cycle(o, scale_fn=lambda x: 1 / x, cycle_momentum=False),
     "ChainedScheduler": chain,
     "ReduceLROnPlateau": plateau,
-    "SWALR": lambda o: SWALR(o, [0.05, 0.01], 9),
+    "SWALR": lambda o: SWALR(o, RATES, 9),
     "SWALR, linear": lambda o: SWALR(o, 0.05, 9, "linear"),
     "SequentialLR of OneCycleLR": sequence(
         constant, lambda o: lr_scheduler.OneCycleLR(o, 0.1, LENGTH)
@@ -153,7 +156,7 @@ def test_a_table_has_the_rates_of_pytorch(name, taken):
     given = METRICS if name == "ReduceLROnPlateau" else []
     [*_] = walk(scheduler, 0, taken, given)
     before = memory([vars(optimizer), scheduler])
-    keywords = {"metrics": given} if given else {}
+    keywords: Any = {"metrics": given} if given else {}
     schedules = schedule_from_torch(scheduler, steps=LENGTH, **keywords)
     assert memory([vars(optimizer), scheduler]) == before
     theirs = [[group["lr"] for group in at] for at in walk(scheduler, taken, LENGTH, given)]
@@ -174,7 +177,8 @@ def test_swalr_takes_over_from_another_scheduler():
     [*_] = walk(first, 0, LATER, [])
     [schedule, _] = schedule_from_torch(averaged, steps=10)
     theirs = [group["lr"] for group, _ in walk(averaged, 0, 10, [])]
-    np.testing.assert_array_equal([schedule(step) for step in range(10)], np.float32(theirs))
+    ours = np.stack([schedule(step) for step in range(10)])
+    np.testing.assert_array_equal(ours, np.array(theirs, np.float32))
 
 
 def overruled(optimizer):
@@ -271,10 +275,11 @@ def test_a_function_of_the_step_is_traced_or_tabulated():
     model = torch.nn.ParameterDict({name: torch.zeros(2) for name in "ab"})
     optimizer = torch.optim.SGD([{"params": [p]} for p in model.parameters()])
     names = {"a": "a", "b": "b"}
-    for keywords in (
+    cases: list[dict[str, Any]] = [
         {"scheduler": [optax.linear_schedule(0.5, 0.0, 4), lambda step: 0.25]},
         {"scheduler": [lambda step: 0.5 - 0.125 * step, lambda step: 0.25], "steps": 2},
-    ):
+    ]
+    for keywords in cases:
         ours = optimizer_from_torch(optimizer, names, model=model, **keywords)
         params = {"a": jnp.ones(2), "b": jnp.ones(2)}
         state = state_from_torch(optimizer, names, params, ours, model=model, step=1, **keywords)

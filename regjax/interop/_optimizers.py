@@ -77,18 +77,16 @@ def optimizer_from_torch(
         matrices that JAX holds transposed.) Parameters that PyTorch does not train, because of
         `requires_grad=False` or because they are in no group, are "frozen": their updates are zero.
         If an option other than the learning rate moves, a `ScheduledMomentumState` wraps the state
-        of the chain. The state
-        starts anew; `state_from_torch` fills it in.
+        of the chain. The state starts anew; `state_from_torch` fills it in.
 
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: The optimizer has another class; the scheduler is invalid, or moves another
-            option; the parameters have no names;
-            `names` does not match the parameters (from `init`, those of JAX); a group has an
-            unknown option, `differentiable=True`, or a value that JAX cannot represent; the
-            optimizer has hooks; it has a scheduler that was not passed, or vice versa; Adafactor
-            would factor axes that are not the last two in JAX; or Muon or Adafactor would train a
-            section of a fused tensor.
+            option; the parameters have no names; `names` does not match the parameters (from
+            `init`, those of JAX); a group has an unknown option, `differentiable=True`, or a value
+            that JAX cannot represent; the optimizer has hooks; it has a scheduler that was not
+            passed, or vice versa; Adafactor would factor axes that are not the last two in JAX; or
+            Muon or Adafactor would train a section of a fused tensor.
 
     Note (PyTorch):
         `foreach`, `fused` and `capturable` determine how a step is computed, not its result, and

@@ -351,9 +351,14 @@ def _check_form(name: str, leaf: Any, entry: Leaf, array: np.ndarray) -> None:
     arrived = entry.to_jax(array)
     if arrived.shape != leaf.shape:
         section_of = "" if entry.section is None else f"the section {list(entry.section)} of "
+        fix = ""
+        if arrived.shape == leaf.shape[::-1] and len(leaf.shape) == 2:
+            other = dataclasses.replace(entry, transpose=None if entry.transpose else (1, 0))
+            # As in the Flax GPT-2 of transformers; a square matrix does not show it.
+            fix = f" If its axes are exchanged, pass {other} for it and for square ones like it."
         raise ValueError(
             f"'{name}' must have shape {arrived.shape}, like {section_of}'{entry.name}' of shape "
-            f"{array.shape} in JAX's layout; got {leaf.shape} in params."
+            f"{array.shape} in JAX's layout; got {leaf.shape} in params.{fix}"
         )
     if arrived.dtype != leaf.dtype:
         raise ValueError(

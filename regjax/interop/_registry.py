@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from regjax.optim._records import RECORDS, Record, StateArray
-from regshared.checks import describe
+from regshared.checks import check_bool, describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -99,10 +99,13 @@ def register_optimizer(
         raise ValueError(
             f"torch_class must not be one of torch.optim, which are known; got {name}."
         )
-    if (like is None) == (create is None):
+    if like is None and create is None:
         raise ValueError(
-            "like or create must be given, and not both; got "
-            f"{'none' if like is None else 'both'}. Pass like=torch.optim.AdamW, for example."
+            "like must be given without create; got None. Pass like=torch.optim.AdamW, for example."
+        )
+    if like is not None and create is not None:
+        raise ValueError(
+            f"create must be None with like; got {describe(create)}. Pass only one of the two."
         )
     if create is None:
         record = _like(like, _mapping("options", options), _mapping("state", state), step)
@@ -114,8 +117,8 @@ def register_optimizer(
         home=home,
         defaults={**record.defaults, **_mapping("defaults", defaults)},
         fixed=_mapping("fixed", fixed),
-        ignored=tuple(ignored),
-        python_numbers=python_numbers,
+        ignored=_names("ignored", ignored),
+        python_numbers=check_bool("python_numbers", python_numbers),
     )
 
 
@@ -187,7 +190,9 @@ def _created(
         raise ValueError(
             f"defaults must be None with create; got {defaults}. Give create the values itself."
         )
-    names = options if isinstance(options, Mapping) else {option: option for option in options}
+    if not isinstance(options, Mapping):
+        options = {option: option for option in _names("options", options)}
+    names = _mapping("options", options)
     return Record(
         "",
         create,
@@ -206,6 +211,13 @@ def _check_known(argument: str, given: Any, known: set[str], name: str) -> None:
             f"{argument} must be names of torch.optim.{name}: {', '.join(sorted(known))}; got "
             f"{', '.join(unknown)}."
         )
+
+
+def _names(argument: str, value: Any) -> tuple[str, ...]:
+    is_list = isinstance(value, list | tuple)
+    if not is_list or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{argument} must be a list of names; got {describe(value)}.")
+    return tuple(value)
 
 
 def _mapping(argument: str, value: Any) -> dict[str, Any]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from regjax.interop import _schedule_formulas as formulas
-from regjax.interop import _schedule_tables as tables
+import regjax.interop._schedule_formulas as formulas
+import regjax.interop._schedule_tables as tables
 from regshared.checks import check_integer, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from jaxtyping import Array, Int, PyTree
 
@@ -265,7 +266,7 @@ def _check_metrics(scheduler: Any, steps: int | None, metrics: Any) -> int | Non
 
 def _from_functions(scheduler: Any, count: int, steps: int | None, metrics: Any) -> list[Rate]:
     """Return the functions of the step for `count` groups, tabulated if `steps` are given."""
-    functions = list(scheduler) if isinstance(scheduler, list | tuple) else [scheduler] * count
+    functions = list(scheduler) if isinstance(scheduler, Sequence) else [scheduler] * count
     if not all(map(callable, functions)):
         raise TypeError(
             "scheduler must be a scheduler of PyTorch, or a function of the step, or one for each "

@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 import regjax.optim
 from regjax.interop import (
     Leaf,
+    leaves_from_torch,
     optimizer_from_torch,
     schedule_from_torch,
     state_from_torch,
@@ -123,6 +124,8 @@ def test_groups_and_a_state_in_an_optimizer_of_nnx(ending):
     trained.update(model, jax.tree.map(jnp.ones_like, params))
     np.testing.assert_allclose(model.kernel[...], -0.19, rtol=1e-6)
     np.testing.assert_allclose(model.bias[...], -0.95, rtol=1e-6)
+    arrays = nnx.to_pure_dict(params)  # their paths have no `/value`
+    assert leaves_from_torch(layer, arrays, names).keys() == {"kernel", "bias"}
 
 
 def test_under_scan_map_params_and_inside_a_chain():

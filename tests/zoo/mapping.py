@@ -16,6 +16,8 @@ from unittest import mock
 import numpy as np
 from torch import nn
 
+import regjax
+import regtorch
 from regjax._decay.paths import named_leaves
 from regjax.interop import Leaf, leaves_from_torch, params_from_torch
 from tests.zoo.models import Case
@@ -72,9 +74,10 @@ def map_by_layer(model: nn.Module) -> Mapped:
         leaves = leaves_from_torch(model, tree)
     except ValueError as error:
         refused = dict(re.findall(r"^- '(.*?)' (.*)$", str(error), re.MULTILINE))
-        assert refused.keys() <= ports.keys(), error
+        if not refused.keys() <= ports.keys():
+            raise
         leaves = leaves_from_torch(
-            model, tree, {path: _leaf(ports[path], arrays) for path in refused}
+            model, tree, {path: _leaf(path, ports[path]) for path in refused}
         )
     assert leaves.keys() == ports.keys()
     for path, port in ports.items():
@@ -134,11 +137,10 @@ def _transpose(array: np.ndarray) -> np.ndarray:
     return np.transpose(array, (*range(2, array.ndim), 1, 0))
 
 
-def _leaf(port: Port, arrays: dict[str, np.ndarray]) -> Leaf:
+def _leaf(path: str, port: Port) -> Leaf:
     """Return the layout of a parameter as a user gives it."""
-    ndim = arrays[port.name].ndim
-    is_kernel = port.has_rule and ndim > 1
-    return Leaf(port.name, (*range(2, ndim), 1, 0) if is_kernel else None, port.section)
+    order = (*range(2, port.value.ndim), 1, 0) if path.endswith("/kernel") else None
+    return Leaf(port.name, order, port.section)
 
 
 class Filled(NamedTuple):
@@ -149,12 +151,14 @@ class Filled(NamedTuple):
         filled: Those that are filled, and equal.
         names: The number of names given.
         left_out: The elements of PyTorch that the model for Flax has no leaf for.
+        decays_unlike: The leaves that a rule of decay decides differently than in PyTorch, by rule.
     """
 
     leaves: int
     filled: int
     names: int
     left_out: int
+    decays_unlike: dict[str, int]
 
 
 def flax_class(case: Case) -> type | None:
@@ -172,7 +176,7 @@ def flax_class(case: Case) -> type | None:
     return getattr(transformers, name) if name and has_flax else None
 
 
-def map_to_flax(case: Case, model: nn.Module, flax: type) -> Filled:
+def map_to_flax(case: Case, model: nn.Module, flax: Any) -> Filled:
     """Fill a model for Flax, and compare with the conversion of transformers, bit for bit.
 
     Raises:
@@ -183,7 +187,7 @@ def map_to_flax(case: Case, model: nn.Module, flax: type) -> Filled:
     from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
     with mock.patch.object(jax.numpy, "clip", _clip(jax.numpy.clip)):  # T5's needs the old names
-        port: Any = flax(case.config(), _do_init=False)  # pyright: ignore[reportCallIssue, reportOptionalCall]
+        port = flax(case.config(), _do_init=False)
     shapes = port.params_shape_tree
     tensors = model.state_dict()
     # Sinusoids that do not train; some models for Flax compute them.
@@ -199,7 +203,18 @@ def map_to_flax(case: Case, model: nn.Module, flax: type) -> Filled:
     pairs = zip(jax.tree.leaves(filled), jax.tree.leaves(_like(theirs, filled)), strict=True)
     equal = sum(np.array_equal(ours, other) for ours, other in pairs)
     left_out = sum(tensors[name].numel() for name in left)
-    return Filled(len(jax.tree.leaves(shapes)), equal, len(names), left_out)
+    params = shapes.get("params", shapes)
+    leaves = leaves_from_torch(source, params, names)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    unlike = {}
+    for rule in ("default", "huggingface", "timm"):
+        here, there = regtorch.decay_mask(model, rule), regjax.decay_mask(params, rule)
+        unlike[rule] = sum(
+            decision != here[leaves[path].name]
+            for path, decision in named_leaves(there)
+            if leaves[path].name in trained
+        )
+    return Filled(len(jax.tree.leaves(shapes)), equal, len(names), left_out, unlike)
 
 
 def names_for(model: nn.Module) -> dict[str, str | Leaf]:

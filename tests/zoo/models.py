@@ -30,7 +30,7 @@ class Case(NamedTuple):
         name: The library and the model, and the settings where they matter.
         make: Returns the model, in training mode.
         inputs: The arguments of its call, by name; unnamed ones are "0", "1", ….
-        config: Returns the configuration, for transformers.
+        config: Returns the configuration, if the model may have a port to Flax.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Case(NamedTuple):
 
     @property
     def library(self) -> str:
+        """Return the name of the library."""
         return self.name.partition("/")[0]
 
     def build(self) -> nn.Module:
@@ -117,6 +118,8 @@ def hugging(
     attention: str | None = None,
     **settings: Any,
 ) -> Case:
+    """Return a base model of transformers, by the type of its configuration."""
+
     def make() -> nn.Module:
         from transformers import AutoModel
 
@@ -124,7 +127,9 @@ def hugging(
         return AutoModel.from_config(configuration(kind, **settings), **options)
 
     name = f"transformers/{kind}" + f" ({note})" * bool(note)
-    return Case(name, make, inputs, lambda: configuration(kind, **settings))
+    # The weights do not depend on the attention: one port of each model suffices.
+    config = None if attention else lambda: configuration(kind, **settings)
+    return Case(name, make, inputs, config)
 
 
 CONV = {
@@ -142,7 +147,12 @@ TEXT_MODELS = (
     " roformer squeezebert stablelm starcoder2 xglm xlm xlm-roberta xlnet"
 )
 PAIRS = "bart blenderbot blenderbot-small led longt5 m2m_100 marian mbart mt5 pegasus plbart t5"
-VISION = "beit clip_vision_model data2vec-vision deit dinov2 ijepa siglip_vision_model vit vit_mae vit_msn"
+VISION = (
+    "beit clip_vision_model data2vec-vision deit dinov2 ijepa siglip_vision_model vit vit_mae"
+    " vit_msn"
+)
+SPEECH = "data2vec-audio hubert sew unispeech wav2vec2 wavlm"
+PLAIN = "alexnet convnext_tiny mnasnet0_5 mobilenet_v3_small squeezenet1_1"
 DEFAULT_SIZES = "cvt focalnet mobilevit poolformer segformer van"
 RESIDUAL = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 
@@ -199,8 +209,7 @@ TRANSFORMERS = [
     hugging("regnet", PIXELS, groups_width=8, **RESIDUAL),
     hugging("resnet", PIXELS, **RESIDUAL),
     *(hugging(kind, PIXELS, sized=False) for kind in DEFAULT_SIZES.split()),
-    *(hugging(kind, WAVES, **CONV) for kind in "data2vec-audio hubert sew unispeech".split()),
-    *(hugging(kind, WAVES, **CONV) for kind in "wav2vec2 wavlm".split()),
+    *(hugging(kind, WAVES, **CONV) for kind in SPEECH.split()),
     hugging("data2vec-audio", WAVES, "no SpecAugment", mask_time_prob=0.0, **CONV),
     hugging("hubert", WAVES, "no SpecAugment", apply_spec_augment=False, **CONV),
     hugging("wav2vec2", WAVES, "no SpecAugment", apply_spec_augment=False, **CONV),
@@ -233,6 +242,7 @@ TRANSFORMERS = [
 
 
 def timm(kind: str, image: Tensor = IMAGE, note: str = "", **settings: Any) -> Case:
+    """Return a model of timm."""
     options = {"num_classes": 10, "drop_rate": RATE, "drop_path_rate": RATE, **settings}
     options = {name: value for name, value in options.items() if value is not None}
     name = f"timm/{kind}" + f" ({note})" * bool(note)
@@ -283,6 +293,8 @@ TIMM = [
 
 
 def vision(kind: str, inputs: Tensor = IMAGE, **settings: Any) -> Case:
+    """Return a model of torchvision."""
+
     def make() -> nn.Module:
         *folders, name = kind.split(".")
         models = importlib.import_module(".".join(("torchvision.models", *folders)))
@@ -293,8 +305,7 @@ def vision(kind: str, inputs: Tensor = IMAGE, **settings: Any) -> Case:
 
 TEN = {"num_classes": 10}
 TORCHVISION = [
-    *(vision(kind, **TEN) for kind in "alexnet convnext_tiny mnasnet0_5".split()),
-    *(vision(kind, **TEN) for kind in "mobilenet_v3_small squeezenet1_1".split()),
+    *(vision(kind, **TEN) for kind in PLAIN.split()),
     vision("efficientnet_b0", stochastic_depth_prob=0.3, **TEN),
     vision("densenet121", drop_rate=RATE, **TEN),
     vision("googlenet", init_weights=False, aux_logits=False, **TEN),

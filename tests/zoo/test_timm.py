@@ -1,12 +1,15 @@
-"""A vision transformer of timm and its port to NNX train the same, and planted defects are found."""
+"""A transformer of timm and its port to NNX train the same, and planted defects are found."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
 import pytest
+import torch
 
 import regjax
+import regjax.nnx
+import regtorch
 from examples import port_from_timm as program
 from parity_tests.compare import FLOAT32, FLOAT64
 from parity_tests.harness import compare_training
@@ -21,7 +24,18 @@ BLOCKS = {  # the sites of each block; the first has no dropped paths
     1: ("attn", "attn.proj_drop", "drop_path1", "mlp.drop1", "mlp.drop2", "drop_path2"),
     2: ("attn", "attn.proj_drop", "drop_path1", "mlp.drop1", "mlp.drop2", "drop_path2"),
 }
-SITES = {"pos_drop", "head_drop", *(f"blocks.{i}.{s}" for i, sites in BLOCKS.items() for s in sites)}
+SITES = {
+    "pos_drop",
+    "head_drop",
+    *(f"blocks.{i}.{s}" for i, sites in BLOCKS.items() for s in sites),
+}
+
+
+@pytest.fixture(autouse=True)
+def _as_a_reader():
+    """A model of Flax broadcasts and promotes, as a user's does."""
+    with reading.as_a_reader():
+        yield
 
 
 def compare(mistake: str = "none", dtype: str = "float32"):
@@ -94,12 +108,39 @@ def test_the_port_decays_the_parameters_that_timm_decays():
     assert {leaves[path].name for path, decays in named_leaves(mask) if decays} == expected
 
 
+def test_a_dropped_path_of_each_kind_has_the_mask_of_timm():
+    from flax import nnx
+    from timm.layers import DropPath  # pyright: ignore[reportMissingImports]
+
+    layers = (
+        nnx.Dropout(0.2, broadcast_dims=(1, 2), deterministic=False),
+        regjax.nnx.DropPath(0.2, deterministic=False),
+    )
+    original = regtorch.keyed.convert(DropPath(0.2))
+    regtorch.keyed.set_key(original, regtorch.key(0), 7)
+    expected = original(torch.ones(64, 3, 2)).numpy()
+    assert 0 < (expected == 0).mean() < 0.5
+    for layer in layers:
+        bound = regjax.keyed.bind(layer, jax.random.key(0), 7)
+        np.testing.assert_allclose(bound(np.ones((64, 3, 2), np.float32)), expected, rtol=1e-6)
+
+
+def test_draws_of_attention_have_the_name_of_its_module():
+    from examples import timm_vit
+
+    model = timm_vit.torch_side(timm_vit.Settings(STEPS))[0].model
+    regtorch.keyed.set_key(model, regtorch.key(0), 0)
+    model(torch.ones(2, 1, timm_vit.SIZE, timm_vit.SIZE))
+    names = regtorch.keyed.sites(model)
+    assert set(names[: len(SITES)]) == SITES
+    assert names[len(SITES) :] == [f"blocks.{i}.attn.attn_drop" for i in BLOCKS]
+
+
 @pytest.mark.parametrize("name", test_howto.IN_ZOO)
 def test_a_page_that_imports_timm_runs(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     page = test_howto.DOCS / "howto" / f"{name}.md"
-    with reading.as_a_reader():
-        test_howto.run_page(name, page.read_text())
+    test_howto.run_page(name, page.read_text())
 
 
 def test_the_program_prints_the_comparison_and_draws_a_picture(tmp_path, capsys):
