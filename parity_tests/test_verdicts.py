@@ -315,9 +315,13 @@ def test_a_model_is_double_during_the_repetition_only():
     model(torch.ones(4, 3)).sum().backward()
     tensors = lambda: [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
     before = [(x, x.clone()) for x in tensors()]
-    with pytest.raises(ValueError, match="not now"), referee._double(model):
+
+    def fail():
         model(torch.ones(4, 3, dtype=torch.float64)).square().sum().backward()
         raise ValueError("not now")
+
+    with pytest.raises(ValueError, match="not now"), referee._double(model):
+        fail()
     for new, (old, value) in zip(tensors(), before, strict=True):
         assert new is old
         assert new.dtype == value.dtype

@@ -376,9 +376,7 @@ def _randint(draws: Draws, *args: Any, **options: Any) -> Any:
 
 
 @_replaces(torch.randint_like)
-def _randint_like(
-    draws: Draws, x: Tensor, low: int = 0, high: int | None = None, **options: Any
-) -> Any:
+def _randint_like(draws: Draws, x: Tensor, low: Any = 0, high: Any = None, **options: Any) -> Any:
     ends = (0, low) if high is None else (low, high)
     return _new_integers(draws, functools.partial(torch.empty_like, x), ends, options, x.dtype)
 
@@ -411,7 +409,7 @@ def _integers(draws: Draws, x: Tensor, low: Any, high: Any) -> Any:
 
 
 @_replaces(torch.randperm)
-def _randperm(draws: Draws, n: int, **options: Any) -> Tensor:
+def _randperm(draws: Draws, n: Any, **options: Any) -> Tensor:
     if options.get("out") is None:
         options.setdefault("dtype", torch.int64)
     x = torch.empty(int(n), **options)

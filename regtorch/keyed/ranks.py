@@ -21,10 +21,9 @@ def warn_of_shared_root(root: tuple[int, int], state: State) -> None:
     from torch.distributed.distributed_c10d import _get_default_store  # not in every build
 
     state.compared += 1
-    ranks, rank = distributed.get_world_size(), distributed.get_rank()
-    other = (rank + 1) % ranks
-    place = "regtorch.keyed/{}/{}/{}".format
-    store = _get_default_store()
+    rank = distributed.get_rank()
+    other = (rank + 1) % distributed.get_world_size()
+    place, store = "regtorch.keyed/{}/{}/{}".format, _get_default_store()
     store.set(place(*root, rank), "")
     if other != rank and store.check([place(*root, other)]):
         state.compared = 2
