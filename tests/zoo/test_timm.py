@@ -31,6 +31,13 @@ SITES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _as_a_reader():
+    """A model of Flax broadcasts and promotes, as a user's does."""
+    with reading.as_a_reader():
+        yield
+
+
 def compare(mistake: str = "none", dtype: str = "float32"):
     from examples import timm_vit
 
@@ -133,8 +140,7 @@ def test_draws_of_attention_have_the_name_of_its_module():
 def test_a_page_that_imports_timm_runs(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
     page = test_howto.DOCS / "howto" / f"{name}.md"
-    with reading.as_a_reader():
-        test_howto.run_page(name, page.read_text())
+    test_howto.run_page(name, page.read_text())
 
 
 def test_the_program_prints_the_comparison_and_draws_a_picture(tmp_path, capsys):
