@@ -192,7 +192,7 @@ def jax_side(
 
         loss, gradient = nnx.value_and_grad(mean_loss)(model)
         # With the 1e-6 of PyTorch, which optax.clip_by_global_norm does not have.
-        factor = jnp.minimum(1.0, MAX_NORM / (optax.global_norm(gradient) + 1e-6))
+        factor = jnp.minimum(1.0, MAX_NORM / (optax.tree.norm(gradient) + 1e-6))
         optimizer.update(model, jax.tree.map(lambda g: g * factor, gradient))
         new, old = (nnx.state(each, nnx.Param) for each in (model, average))
         nnx.update(average, optax.incremental_update(new, old, 1 - AVERAGE))
