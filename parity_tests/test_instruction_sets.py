@@ -49,10 +49,10 @@ def test_square_roots_are_correctly_rounded(dtype):
     x = np.r_[2.0 ** rng.uniform(-60, 60, 20_000), rng.uniform(0, 8, 20_000), 0, 1, 4, np.inf]
     x = x.astype(dtype)
     with jax.enable_x64(dtype == np.float64):
-        ours = np.asarray(jax.jit(regjax._random.rounding.exact_sqrt)(x))
-    np.testing.assert_array_equal(ours, np.sqrt(x))
-    theirs = regtorch._random.rounding.exact_sqrt(torch.tensor(x))
-    np.testing.assert_array_equal(theirs.numpy(), np.sqrt(x))
+        in_jax = np.asarray(jax.jit(regjax._random.rounding.exact_sqrt)(x))
+    np.testing.assert_array_equal(in_jax, np.sqrt(x))
+    in_torch = regtorch._random.rounding.exact_sqrt(torch.tensor(x))
+    np.testing.assert_array_equal(in_torch.numpy(), np.sqrt(x))
 
 
 @pytest.mark.parametrize("ulps", [-1, 1])
@@ -65,8 +65,8 @@ def test_a_root_off_by_one_is_mended(monkeypatch, ulps):
         )
 
     monkeypatch.setattr(regjax._random.rounding.lax, "sqrt", shifted)
-    ours = jax.jit(lambda x: regjax._random.rounding.exact_sqrt(x))(x)
-    np.testing.assert_array_equal(np.asarray(ours), np.sqrt(x))
+    in_jax = jax.jit(lambda x: regjax._random.rounding.exact_sqrt(x))(x)
+    np.testing.assert_array_equal(np.asarray(in_jax), np.sqrt(x))
 
 
 def test_a_broken_promise_is_found(monkeypatch):

@@ -24,7 +24,7 @@ from regjax import torch_random
 
 SHAPE = (4, 3, 6, 5)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-RATES = (0.45, 1 / 3, 0.15, 0.5, 0.999, 1e-9, 5e-324, 0.0, 1.0)
+RATES = (1 / 3, 0.45, 0.15, 0.5, 0.999, 1e-9, 5e-324, 0.0, 1.0)
 BOUNDS = (
     (-0.1, 0.3),
     (0.0, 1.0),
@@ -94,11 +94,11 @@ def skip_words(count: int) -> None:
 def calls() -> Iterator[Call]:
     """Yield all calls."""
     yield from _dropouts()
-    yield from _layouts()
     yield from _masks()
     yield from _uniforms()
     yield from _normals()
     yield from _integers()
+    yield from _layouts()
 
 
 def _array(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
