@@ -40,7 +40,7 @@ _CUDA_SIZE = 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TorchGenerator:
-    """The state of PyTorch's generator for CPUs; make one by `generator` or `from_torch`.
+    """The state of PyTorch's generator for CPUs; make one by `generator(seed)` or `from_torch`.
 
     A pytree of integer arrays, which can be carried through `jit` and `scan`, and saved. Functions
     that draw from it return the next state; a state that is used twice gives the same numbers.
