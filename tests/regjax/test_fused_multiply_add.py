@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,6 +42,6 @@ def test_constants_are_not_cancelled(dtype):
     x = np.random.default_rng(0).normal(size=1000).astype(dtype) * dtype(1e-3)
     constant = np.full_like(x, -0.1)
     with jax.enable_x64(dtype == np.float64):
-        of_constant = jax.jit(lambda x: fma._exact_sum(constant, x))(x)
+        of_constant = jax.jit(lambda x: fma._exact_sum(jnp.asarray(constant), x))(x)
         of_argument = jax.jit(fma._exact_sum)(constant, x)
     np.testing.assert_array_equal(of_constant, of_argument)
