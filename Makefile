@@ -15,7 +15,7 @@ ARGS ?=
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all test-isa test-versions test-types test-docs mutants parity exactness bench bench-attention bench-optimizers bench-models compare docs docs-serve dist lint format lock clean
+.PHONY: help demo figures test test-all test-isa test-versions test-types test-docs test-zoo mutants parity exactness bench bench-attention bench-optimizers bench-models compare docs docs-serve dist lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -49,6 +49,9 @@ test-docs: $(READY_BROWSER)  ## Build the documentation and test it in Chromium 
 	rm -rf docs/_build/html  # Sphinx keeps stale pages
 	@$(MAKE) docs ARGS=
 	$(RUN) -m pytest $(SHARED) tests/browser $(ARGS)
+
+test-zoo: $(READY_DEV)  ## Test models of transformers, timm and torchvision, in an environment of their own (ARGS="-k bert" for fewer)
+	$(RUN) -m nox -s zoo -- $(ARGS)
 
 parity: $(READY)  ## Compare JAX and PyTorch, and write a report (ARGS="--quick" for a short run)
 	$(RUN) -m parity_tests $(ARGS)

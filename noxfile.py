@@ -32,6 +32,8 @@ FLOOR = [
 ]
 TORCH = "torch==2.13.0"
 PACKAGES = ["chex", "dm-haiku", "equinox", "flax", "jax", "optax"]
+# The packages of the extra `zoo`, with the torchvision of that PyTorch.
+ZOO = ["timm==1.0.31", "torchvision==0.28.0", "transformers==4.57.6"]
 TOOLS = [
     "hypothesis",
     "markdown-it-py",
@@ -68,6 +70,17 @@ def locked(session: nox.Session) -> None:
 def newest(session: nox.Session) -> None:
     """Test the newest releases of everything but PyTorch; JAX 0.11 and newer need Python 3.12."""
     run(session, PACKAGES, "--upgrade", with_torch="REGJAX_WITH_TORCH" in os.environ)
+
+
+@nox.session
+def zoo(session: nox.Session) -> None:
+    """Test models of transformers, timm and torchvision (`make test-zoo`)."""
+    session.install("-c", "constraints.txt", *ZOO, "-e", ".[test,zoo]")
+    session.run("python", "-m", "pip", "check")
+    session.run("python", "-m", "pip", "freeze", "--exclude-editable")
+    # With this variable, a missing package is a failure, not a skip.
+    session.env["REGJAX_ZOO"] = "required"
+    session.run("python", "-m", "pytest", *SHARED, "tests/zoo", *session.posargs)
 
 
 def run(session: nox.Session, requirements: list[str], *options: str, with_torch: bool) -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NAME = "torch_random_speed"
 TORCH = "torch"
 STORED = "torch_random"
-REDRAWN = "torch_random, mask drawn again"
+REDRAWN = "mask drawn again"
 
 Runs = Mapping[str, Callable[[], object]]
 

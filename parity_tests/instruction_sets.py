@@ -161,7 +161,7 @@ def page(results: Mapping[Setting, dict[str, list[str] | None] | str]) -> str:
         "under one setting:",
         "`ATEN_CPU_CAPABILITY` / `--xla_cpu_max_isa` / `ONEDNN_MAX_CPU_ISA` / threads.",
         "",
-        f"{_processor()}; {versions}; {datetime.date.today().isoformat()}.",
+        f"{processor()}; {versions}; {datetime.date.today().isoformat()}.",
         "",
         *(f"- **{number}**: {setting}" for number, setting in enumerate(settings, 1)),
         "",
@@ -197,7 +197,8 @@ def _cell(name: str, setting: Setting, found: dict[str, list[str] | None] | str)
     return f"{len(lines)} !" if broken(setting, {name: lines}) else f"({len(lines)})"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the model of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

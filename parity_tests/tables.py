@@ -78,13 +78,13 @@ def words(array: np.ndarray) -> np.ndarray:
 
 
 def assert_same_bits(
-    dtype: np.dtype, ours: Iterable[np.ndarray], theirs: Iterable[np.ndarray]
+    dtype: np.dtype, actual: Iterable[np.ndarray], expected: Iterable[np.ndarray]
 ) -> None:
     """Assert that arrays of a dtype are bitwise identical, pair by pair.
 
     Example:
         >>> assert_same_bits(np.dtype(float), [np.zeros(2)], [np.zeros(2)])
     """
-    for array, twin in zip(ours, theirs, strict=True):
+    for array, twin in zip(actual, expected, strict=True):
         assert array.dtype == twin.dtype == dtype
         np.testing.assert_array_equal(words(array), words(twin), strict=True)

@@ -97,9 +97,9 @@ def run(
     return [framework.numpy(x) for x in (y, *gradients)]
 
 
-def assert_close(ours, theirs, bound: float) -> None:
+def assert_close(actual, expected, bound: float) -> None:
     """Assert that the largest difference over the largest magnitude is within the bound."""
-    for array, twin in zip(ours, theirs, strict=True):
+    for array, twin in zip(actual, expected, strict=True):
         assert np.abs(array - twin).max() <= bound * max(1, np.abs(twin).max())
 
 
@@ -240,23 +240,23 @@ def test_without_dropout_it_is_the_attention_of_pytorch(name):
     mask = to_torch(np.array(np.broadcast_to(options.get("mask", True), (BATCH, 1, QUERIES, KEYS))))
     if options.get("is_causal"):
         mask = mask & torch.ones(QUERIES, KEYS, dtype=torch.bool).tril()
-    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    in_torch = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     with jax.enable_x64(True):
-        ours = run(JAX, arrays, options, "float64", gradients=False)
-    assert_close(ours, [theirs.transpose(1, 2).numpy()], 1e-12)
+        in_jax = run(JAX, arrays, options, "float64", gradients=False)
+    assert_close(in_jax, [in_torch.transpose(1, 2).numpy()], 1e-12)
 
 
 def test_a_layer_of_pytorch_is_a_layer_of_flax():
     """Compare a converted torch.nn.MultiheadAttention with Linen's, which calls regjax."""
     torch.manual_seed(0)
     width = HEADS * DEPTH
-    theirs = torch.nn.MultiheadAttention(width, HEADS, dropout=RATE, batch_first=True)
-    torch.nn.init.normal_(theirs.in_proj_bias)
-    regtorch.keyed.set_key(regtorch.keyed.convert(theirs), regtorch.key(SEED), 3)
+    in_torch = torch.nn.MultiheadAttention(width, HEADS, dropout=RATE, batch_first=True)
+    torch.nn.init.normal_(in_torch.in_proj_bias)
+    regtorch.keyed.set_key(regtorch.keyed.convert(in_torch), regtorch.key(SEED), 3)
     x = np.random.default_rng(0).normal(size=(BATCH, QUERIES, width)).astype(np.float32)
-    y, _ = theirs(*[to_torch(x)] * 3)
+    y, _ = in_torch(*[to_torch(x)] * 3)
 
-    ours = linen.MultiHeadDotProductAttention(
+    in_jax = linen.MultiHeadDotProductAttention(
         HEADS,
         dropout_rate=RATE,
         broadcast_dropout=False,
@@ -264,15 +264,15 @@ def test_a_layer_of_pytorch_is_a_layer_of_flax():
         attention_fn=regjax.dot_product_attention,
     )
     params = {}
-    kernels = theirs.in_proj_weight.detach().numpy().reshape(3, HEADS, DEPTH, width)
-    biases = theirs.in_proj_bias.detach().numpy().reshape(3, HEADS, DEPTH)
+    kernels = in_torch.in_proj_weight.detach().numpy().reshape(3, HEADS, DEPTH, width)
+    biases = in_torch.in_proj_bias.detach().numpy().reshape(3, HEADS, DEPTH)
     for name, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True):
         params[name] = {"kernel": kernel.transpose(2, 0, 1), "bias": bias}
-    out = theirs.out_proj.weight.detach().numpy().T.reshape(HEADS, DEPTH, width)
-    params["out"] = {"kernel": out, "bias": theirs.out_proj.bias.detach().numpy()}
+    out = in_torch.out_proj.weight.detach().numpy().T.reshape(HEADS, DEPTH, width)
+    params["out"] = {"kernel": out, "bias": in_torch.out_proj.bias.detach().numpy()}
     key = regjax.site_key(jax.random.key(SEED), 3, "")
     with jax.numpy_rank_promotion("allow"):  # Linen's own layers depend on it
-        z = ours.apply({"params": params}, x, dropout_rng=key)
+        z = in_jax.apply({"params": params}, x, dropout_rng=key)
     np.testing.assert_allclose(np.asarray(z), y.detach().numpy(), atol=1e-6)
 
 

@@ -310,10 +310,10 @@ DECAYS = [
 
 @pytest.mark.parametrize("decay", DECAYS, ids=str)
 def test_three_parties_take_the_same_steps(decay):
-    reference, ours, theirs = (walk(decay) for walk in WALKS.values())
-    assert_same_at_every_step(theirs, reference, FLOAT64, names=("regtorch", "NumPy"))
-    assert_same_at_every_step(ours, reference, FLOAT64, names=("regjax", "NumPy"))
-    assert_same_at_every_step(ours, theirs, FLOAT64, names=("regjax", "regtorch"))
+    reference, in_jax, in_torch = (walk(decay) for walk in WALKS.values())
+    assert_same_at_every_step(in_torch, reference, FLOAT64, names=("regtorch", "NumPy"))
+    assert_same_at_every_step(in_jax, reference, FLOAT64, names=("regjax", "NumPy"))
+    assert_same_at_every_step(in_jax, in_torch, FLOAT64, names=("regjax", "regtorch"))
 
 
 # The same decay in the loss and as a transformation; only L2-SP has a factor 2.
@@ -458,11 +458,11 @@ def _layerwise_torch(base: str) -> Run:
 
 @pytest.mark.parametrize("base", BASES)
 def test_layerwise_rates_agree(base):
-    reference, ours, theirs = (
+    reference, in_jax, in_torch = (
         walk(base) for walk in (_layerwise_numpy, _layerwise_jax, _layerwise_torch)
     )
-    assert_same_at_every_step(theirs, reference, FLOAT64, names=("regtorch", "NumPy"))
-    assert_same_at_every_step(ours, reference, FLOAT64, names=("regjax", "NumPy"))
+    assert_same_at_every_step(in_torch, reference, FLOAT64, names=("regtorch", "NumPy"))
+    assert_same_at_every_step(in_jax, reference, FLOAT64, names=("regjax", "NumPy"))
 
 
 def test_a_wrong_depth_is_caught():
@@ -549,6 +549,6 @@ def planted_in_jax() -> dict[str, Run]:
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_defect_is_caught(name):
-    ours, theirs = planted_in_jax()[name], walk_torch(PLANTED[name][0])
+    in_jax, in_torch = planted_in_jax()[name], walk_torch(PLANTED[name][0])
     with pytest.raises(AssertionError, match=r"regjax and regtorch diverge at step \d+ in"):
-        assert_same_at_every_step(ours, theirs, FLOAT64, names=("regjax", "regtorch"))
+        assert_same_at_every_step(in_jax, in_torch, FLOAT64, names=("regjax", "regtorch"))

@@ -95,15 +95,15 @@ def _averages_of_torch(problem, lr, options):
 def test_asgd_keeps_the_average_of_torch():
     problem, lr = synthetic("float64"), 0.1
     options: dict[str, Any] = {"lambd": 1e-2, "t0": 10.0, "weight_decay": 0.1}
-    ours = [*_averages_of_jax(problem, {"learning_rate": lr, **options})]
-    theirs = [*_averages_of_torch(problem, lr, options)]
+    in_jax = [*_averages_of_jax(problem, {"learning_rate": lr, **options})]
+    in_torch = [*_averages_of_torch(problem, lr, options)]
     gradient = lambda params, step: problem.gradients[step]
     walk = optimizers.asgd(problem.params, gradient, lr=lr, **options, averaged=True)
     reference = [next(walk) for _ in problem.gradients]
-    assert_same_at_every_step(ours, theirs, FLOAT64, names=("regjax", "torch"))
-    assert_same_at_every_step(reference, theirs, FLOAT64, names=("NumPy", "torch"))
+    assert_same_at_every_step(in_jax, in_torch, FLOAT64, names=("regjax", "torch"))
+    assert_same_at_every_step(reference, in_torch, FLOAT64, names=("NumPy", "torch"))
     last = walk_torch(Case("asgd", "ASGD", {"lr": lr, **options}), problem)
-    assert deviation(last, theirs) > 1e-3  # the average differs from the last parameters
+    assert deviation(last, in_torch) > 1e-3  # the average differs from the last parameters
 
 
 def _small_eps(learning_rate, *, mask):

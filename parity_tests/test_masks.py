@@ -42,16 +42,16 @@ def test_seeds_make_the_keys_of_jax(seed):
 
 
 def test_split_fold_in_and_bits_are_those_of_jax():
-    ours, theirs = TORCH.key(42), jax.random.key(42)
+    in_torch, in_jax = TORCH.key(42), jax.random.key(42)
     for num in (1, 2, 5, (2, 3)):
-        expected = np.asarray(jax.random.key_data(jax.random.split(theirs, num)))
-        np.testing.assert_array_equal(TORCH.numpy(TORCH.library.split(ours, num)), expected)
+        expected = np.asarray(jax.random.key_data(jax.random.split(in_jax, num)))
+        np.testing.assert_array_equal(TORCH.numpy(TORCH.library.split(in_torch, num)), expected)
     for data in (0, 1, 12345, 2**32 - 1):
-        folded = TORCH.library.fold_in(ours, data)
-        assert TORCH.words(folded) == JAX.words(jax.random.fold_in(theirs, np.uint32(data)))
+        folded = TORCH.library.fold_in(in_torch, data)
+        assert TORCH.words(folded) == JAX.words(jax.random.fold_in(in_jax, np.uint32(data)))
     for shape in SHAPES:
-        expected = np.asarray(jax.random.bits(theirs, shape, "uint32"))
-        np.testing.assert_array_equal(TORCH.numpy(TORCH.library.bits(ours, shape)), expected)
+        expected = np.asarray(jax.random.bits(in_jax, shape, "uint32"))
+        np.testing.assert_array_equal(TORCH.numpy(TORCH.library.bits(in_torch, shape)), expected)
 
 
 @both_frameworks
@@ -83,9 +83,9 @@ def test_the_smallest_uniform_and_the_smallest_probabilities():
     zeros = int(np.count_nonzero(bits >> 9 == 0))
     assert zeros > 0
     for keep_prob, kept in ((1e-45, 0), (1e-38, 0), (2e-38, zeros), (1e-10, zeros)):
-        theirs = int(jax.random.bernoulli(JAX.key(7), keep_prob, bits.shape).sum())
-        ours = int(JAX.library.bernoulli(JAX.key(7), keep_prob, bits.shape).sum())
-        assert (ours, theirs) == (kept, kept)
+        of_jax = int(jax.random.bernoulli(JAX.key(7), keep_prob, bits.shape).sum())
+        of_regjax = int(JAX.library.bernoulli(JAX.key(7), keep_prob, bits.shape).sum())
+        assert (of_regjax, of_jax) == (kept, kept)
 
 
 def test_counters_carry_into_the_high_word():
@@ -101,9 +101,9 @@ def test_counters_carry_into_the_high_word():
     np.testing.assert_array_equal(np.asarray(whole()), expected)
     for start in (2**32 - 3, 2**33 + 2**31):
         key = TORCH.array(np.array([1, 2], np.int32))
-        ours = torch_threefry.range_bits((key[0], key[1]), start, start + 6)
+        bits = torch_threefry.range_bits((key[0], key[1]), start, start + 6)
         expected = reference.bits((1, 2), range(start, start + 6))
-        np.testing.assert_array_equal(TORCH.numpy(ours).view(np.uint32), expected)
+        np.testing.assert_array_equal(TORCH.numpy(bits).view(np.uint32), expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 2**31, 5), (5, 2**17, 2**16, 3)])
@@ -159,10 +159,10 @@ def test_a_mask_can_be_read_at_any_index():
     high, low = (jnp.asarray((index >> shift).astype(np.uint32)) for shift in (32, 0))
     for keep_prob in KEEP_PROBS:
         expected = reference.bernoulli_at((0, 5), keep_prob, index)
-        ours = jax_masks.bernoulli_at(JAX.key(5), keep_prob, (high, low))
-        theirs = torch_masks.bernoulli_at(TORCH.key(5), keep_prob, TORCH.array(index))
-        np.testing.assert_array_equal(JAX.numpy(ours), expected)
-        np.testing.assert_array_equal(TORCH.numpy(theirs), expected)
+        in_jax = jax_masks.bernoulli_at(JAX.key(5), keep_prob, (high, low))
+        in_torch = torch_masks.bernoulli_at(TORCH.key(5), keep_prob, TORCH.array(index))
+        np.testing.assert_array_equal(JAX.numpy(in_jax), expected)
+        np.testing.assert_array_equal(TORCH.numpy(in_torch), expected)
 
 
 @both_frameworks

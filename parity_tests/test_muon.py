@@ -49,19 +49,19 @@ def right() -> Run:
     return walk_torch(MUON, PROBLEMS["float32"])
 
 
-def _assert_three_agree(reference, ours, theirs, tier):
-    assert_same_at_every_step(theirs, reference, tier, names=("torch", "NumPy"))
-    assert_same_at_every_step(ours, reference, tier, names=("regjax", "NumPy"))
-    assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
+def _assert_three_agree(reference, in_jax, in_torch, tier):
+    assert_same_at_every_step(in_torch, reference, tier, names=("torch", "NumPy"))
+    assert_same_at_every_step(in_jax, reference, tier, names=("regjax", "NumPy"))
+    assert_same_at_every_step(in_jax, in_torch, tier, names=("regjax", "torch"))
 
 
 @pytest.mark.parametrize("dtype", PROBLEMS)
 @pytest.mark.parametrize("case", CASES_2D, ids=str)
 def test_three_parties_take_the_same_steps(case, dtype):
     bound = case.float64 if dtype == "float64" else case.float32
-    reference, theirs = (walk(case, PROBLEMS[dtype]) for walk in (walk_numpy, walk_torch))
-    ours = jax_runs(dtype)[case.name]
-    _assert_three_agree(reference, ours, theirs, Tier(dtype, bound, in_norm=True))
+    reference, in_torch = (walk(case, PROBLEMS[dtype]) for walk in (walk_numpy, walk_torch))
+    in_jax = jax_runs(dtype)[case.name]
+    _assert_three_agree(reference, in_jax, in_torch, Tier(dtype, bound, in_norm=True))
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ def torch_in_float64(monkeypatch):
 @pytest.mark.parametrize("case", CASES_2D, ids=str)
 def test_only_bfloat16_sets_them_apart(case):
     reference = walk_numpy(_with(case, ns_dtype="float64"), PROBLEMS["float64"])
-    ours = jax_runs("float64", ns_dtype="float64")[case.name]
-    _assert_three_agree(reference, ours, walk_torch(case, PROBLEMS["float64"]), FLOAT64)
+    in_jax = jax_runs("float64", ns_dtype="float64")[case.name]
+    _assert_three_agree(reference, in_jax, walk_torch(case, PROBLEMS["float64"]), FLOAT64)
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def planted_runs() -> dict[str, Run]:
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_defect_is_caught(name):
-    tier, ours = Tier("float32", BFLOAT16, in_norm=True), planted_runs()[name]
+    tier, in_jax = Tier("float32", BFLOAT16, in_norm=True), planted_runs()[name]
     with pytest.raises(AssertionError, match=r"regjax and torch diverge at step \d+ in '"):
-        assert_same_at_every_step(ours, right(), tier, names=("regjax", "torch"))
+        assert_same_at_every_step(in_jax, right(), tier, names=("regjax", "torch"))
 
 
 @pytest.mark.usefixtures("torch_in_float64")
@@ -131,11 +131,11 @@ def test_optax_itself_is_caught():
     shapes = {name: shape for name, shape in MATRICES.items() if shape[0] == shape[1]}
     problem = synthetic("float64", shapes)
     with jax.numpy_dtype_promotion("standard"):
-        ours = walk_jax(MUON, problem, make)
+        in_jax = walk_jax(MUON, problem, make)
     # At the first step both kinds of momentum are the same.
     with pytest.raises(AssertionError, match="diverge at step 2"):
         assert_same_at_every_step(
-            ours, walk_torch(MUON, problem), Tier("float64", 1e-6, in_norm=True)
+            in_jax, walk_torch(MUON, problem), Tier("float64", 1e-6, in_norm=True)
         )
 
 
@@ -143,18 +143,18 @@ def test_optax_itself_is_caught():
 @pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
 def test_transposed_matrices_walk_as_torch_does_on_its_own_layout(scale):
     weight, *gradients = np.random.default_rng(0).standard_normal((6, 12, 5))
-    theirs = torch.tensor(weight, requires_grad=True)
-    torch_optimizer = torch.optim.Muon([theirs], lr=0.1, adjust_lr_fn=scale)
+    in_torch = torch.tensor(weight, requires_grad=True)
+    torch_optimizer = torch.optim.Muon([in_torch], lr=0.1, adjust_lr_fn=scale)
     optimizer = optim.muon(0.1, adjust_lr_fn=scale, ns_dtype="float64", transposed=True)
     runs = [], []
     with jax.enable_x64(True):
-        ours = jnp.asarray(weight.T)
-        state = optimizer.init(ours)
+        in_jax = jnp.asarray(weight.T)
+        state = optimizer.init(in_jax)
         for gradient in gradients:
-            updates, state = optimizer.update(jnp.asarray(gradient.T), state, ours)
-            ours = optax.apply_updates(ours, updates)
-            theirs.grad = torch.tensor(gradient)
+            updates, state = optimizer.update(jnp.asarray(gradient.T), state, in_jax)
+            in_jax = optax.apply_updates(in_jax, updates)
+            in_torch.grad = torch.tensor(gradient)
             torch_optimizer.step()
-            runs[0].append({"w": np.asarray(ours).T})
-            runs[1].append({"w": theirs.detach().numpy().copy()})
+            runs[0].append({"w": np.asarray(in_jax).T})
+            runs[1].append({"w": in_torch.detach().numpy().copy()})
     assert_same_at_every_step(*runs, FLOAT64, names=("regjax", "torch"))

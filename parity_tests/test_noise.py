@@ -82,8 +82,8 @@ def test_fused_with_arithmetic_before_and_after(name, amount, before):
         whole = jax.jit(whole) if framework is JAX else whole
         return framework.numpy(whole(framework.array(x), framework.array(bias)))
 
-    ours, theirs = map(run, FRAMEWORKS)
-    np.testing.assert_array_equal(words(ours), words(theirs))
+    in_jax, in_torch = map(run, FRAMEWORKS)
+    np.testing.assert_array_equal(words(in_jax), words(in_torch))
 
 
 def test_noise_on_bytes_scaled_in_the_same_function():
@@ -97,8 +97,8 @@ def test_noise_on_bytes_scaled_in_the_same_function():
             (jax.jit(whole) if framework is JAX else whole)(framework.array(images))
         )
 
-    ours, theirs = map(run, FRAMEWORKS)
-    np.testing.assert_array_equal(words(ours), words(theirs))
+    in_jax, in_torch = map(run, FRAMEWORKS)
+    np.testing.assert_array_equal(words(in_jax), words(in_torch))
 
 
 @both_frameworks
@@ -215,9 +215,9 @@ def test_mean_and_deviation_are_those_of_keras():
         text=True,
         check=True,
     )
-    theirs = json.loads(result.stdout.splitlines()[-1])
+    moments = json.loads(result.stdout.splitlines()[-1])
     for name, amount in amounts:
-        mean, std = theirs[f"{name} {amount}"]
+        mean, std = moments[f"{name} {amount}"]
         found = [figures(name, amount, mean, std, size)]
         for framework in FRAMEWORKS:
             x = framework.array(np.full((512, 1024), 2, np.float32))

@@ -47,16 +47,16 @@ def test_every_variate_of_float32():
     u = uniforms(np.arange(2**23), 23)
     single = u.astype(np.float32)
     np.testing.assert_array_equal(single, u)  # all are exact in float32
-    ours, theirs = (quantiles(framework, single) for framework in FRAMEWORKS)
-    np.testing.assert_array_equal(words(ours), words(theirs))
+    in_jax, in_torch = (quantiles(framework, single) for framework in FRAMEWORKS)
+    np.testing.assert_array_equal(words(in_jax), words(in_torch))
     few = slice(None, None, 7)
-    apart = np.abs(ours[few] - exact(u[few]))
+    apart = np.abs(in_jax[few] - exact(u[few]))
     assert apart.max() < 8e-7
-    assert (apart / np.spacing(np.abs(ours[few]))).max() < 3  # units in the last place
-    assert (np.diff(ours) > 0).all()
-    assert -5.42 < ours.min() < ours.max() < 5.23
+    assert (apart / np.spacing(np.abs(in_jax[few]))).max() < 3  # units in the last place
+    assert (np.diff(in_jax) > 0).all()
+    assert -5.42 < in_jax.min() < in_jax.max() < 5.23
     odd = quantiles(TORCH, -single[::101])
-    np.testing.assert_array_equal(odd, -ours[::101])
+    np.testing.assert_array_equal(odd, -in_jax[::101])
 
 
 def test_variates_of_float64():
@@ -64,10 +64,10 @@ def test_variates_of_float64():
     tails = np.r_[np.arange(2000), 2.0 ** rng.uniform(0, 51, 20_000)].astype(np.int64)
     u = uniforms(np.r_[tails, 2**52 - 1 - tails, rng.integers(0, 2**52, 20_000)], 52)
     with jax.enable_x64():
-        ours, theirs = (quantiles(framework, u) for framework in FRAMEWORKS)
-    np.testing.assert_array_equal(words(ours), words(theirs))
-    assert np.abs(ours - exact(u)).max() < 4e-15
-    assert -8.3 < ours.min() < ours.max() < 8.2
+        in_jax, in_torch = (quantiles(framework, u) for framework in FRAMEWORKS)
+    np.testing.assert_array_equal(words(in_jax), words(in_torch))
+    assert np.abs(in_jax - exact(u)).max() < 4e-15
+    assert -8.3 < in_jax.min() < in_jax.max() < 8.2
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_variates_of_float64():
 def test_both_frameworks_draw_the_same_bits(dtype, x64):
     shape = (3, 5, 8741)  # a little more than the 2**17 elements that regtorch draws at a time
     with jax.enable_x64(x64):
-        ours = draw(JAX, 3, shape, dtype)
+        in_jax = draw(JAX, 3, shape, dtype)
         jitted = jax.jit(lambda key: regjax.normal(key, shape, dtype))(jax.random.key(3))
-    theirs = draw(TORCH, 3, shape, dtype)
-    assert ours.dtype == theirs.dtype == dtype
-    np.testing.assert_array_equal(words(ours), words(theirs))
-    np.testing.assert_array_equal(words(ours), words(np.asarray(jitted)))
+    in_torch = draw(TORCH, 3, shape, dtype)
+    assert in_jax.dtype == in_torch.dtype == dtype
+    np.testing.assert_array_equal(words(in_jax), words(in_torch))
+    np.testing.assert_array_equal(words(in_jax), words(np.asarray(jitted)))
 
 
 def test_half_types_are_rounded_once_from_float32():
@@ -113,11 +113,11 @@ def test_normal_stream_v1(framework: Framework, seed, shape, dtype, digest):
 def test_jax_random_draws_nearly_the_same_numbers(dtype, near, far):
     shape = (1000, 1000)
     with jax.enable_x64(dtype == "float64"):
-        ours = draw(JAX, 0, shape, dtype)
-        theirs = np.asarray(jax.random.normal(jax.random.key(0), shape, dtype))
-    apart = np.abs(ours - theirs)
+        in_jax = draw(JAX, 0, shape, dtype)
+        reference = np.asarray(jax.random.normal(jax.random.key(0), shape, dtype))
+    apart = np.abs(in_jax - reference)
     assert apart.max() < far
-    assert apart[np.abs(ours) < 2].max() < near
+    assert apart[np.abs(in_jax) < 2].max() < near
 
 
 def defects(sample: np.ndarray) -> list[str]:

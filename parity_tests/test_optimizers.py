@@ -42,13 +42,13 @@ def jax_runs(optimizer: str, dtype: str) -> dict[str, Run]:
 def test_three_parties_take_the_same_steps(case, tier):
     if tier is FLOAT64:
         tier = replace(tier, tolerance=case.float64)
-    reference, theirs = (walk(case, SMALL[tier.dtype]) for walk in (walk_numpy, walk_torch))
-    ours = jax_runs(case.optimizer, tier.dtype)[case.name]
-    assert_same_at_every_step(theirs, reference, tier, names=("torch", "NumPy"))
-    assert_same_at_every_step(ours, reference, tier, names=("regjax", "NumPy"))
+    reference, in_torch = (walk(case, SMALL[tier.dtype]) for walk in (walk_numpy, walk_torch))
+    in_jax = jax_runs(case.optimizer, tier.dtype)[case.name]
+    assert_same_at_every_step(in_torch, reference, tier, names=("torch", "NumPy"))
+    assert_same_at_every_step(in_jax, reference, tier, names=("regjax", "NumPy"))
     if tier is FLOAT32 and case.float32 is None and fuse_alike():
         tier = BITWISE
-    assert_same_at_every_step(ours, theirs, tier, names=("regjax", "torch"))
+    assert_same_at_every_step(in_jax, in_torch, tier, names=("regjax", "torch"))
 
 
 # The penalty has the gradient 2 * c * w, and weight decay adds d * w: equal if d = 2 * c.
@@ -93,35 +93,35 @@ def test_decoupled_decay_has_the_bits_of_torch(case):
     # Muon requires matrices.
     problem = synthetic("float32", {"a/kernel": (40, 50), "a/bias": (1, 9)}, steps=30)
     still = [{name: 0 * g for name, g in step.items()} for step in problem.gradients]
-    ours, theirs = (
+    in_jax, in_torch = (
         WALKS[side](case, replace(problem, gradients=still)) for side in ("jax", "torch")
     )
-    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+    for step, (mine, other) in enumerate(zip(in_jax, in_torch, strict=True)):
         for name, leaf in other.items():
             np.testing.assert_array_equal(mine[name], leaf, f"step {step}: {name}", strict=True)
-    assert np.abs(ours[-1]["a/kernel"]).max() < np.abs(problem.params["a/kernel"]).max()
+    assert np.abs(in_jax[-1]["a/kernel"]).max() < np.abs(problem.params["a/kernel"]).max()
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_complex_parameters(name):
     start, gradient = np.array([1 + 2j, -1j, 3]), np.array([0.5 - 1j, 2 + 1j, 1j])
-    theirs = torch.tensor(start, requires_grad=True)
-    torch_optimizer = getattr(torch.optim, name)([theirs], lr=0.1, weight_decay=0.1)
+    in_torch = torch.tensor(start, requires_grad=True)
+    torch_optimizer = getattr(torch.optim, name)([in_torch], lr=0.1, weight_decay=0.1)
     optimizer = getattr(regjax.optim, name.lower())(0.1, weight_decay=0.1)
     if name == "Adam":
         optimizer = optax.contrib.split_real_and_imaginary(optimizer)
     runs = [], []
     # optax combines real and imaginary parts in a way that strict promotion forbids.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        ours = jnp.asarray(start)
-        state = optimizer.init(ours)
+        in_jax = jnp.asarray(start)
+        state = optimizer.init(in_jax)
         for _ in range(5):
-            updates, state = optimizer.update(jnp.asarray(gradient), state, ours)
-            ours = optax.apply_updates(ours, updates)
-            theirs.grad = torch.tensor(gradient)
+            updates, state = optimizer.update(jnp.asarray(gradient), state, in_jax)
+            in_jax = optax.apply_updates(in_jax, updates)
+            in_torch.grad = torch.tensor(gradient)
             torch_optimizer.step()
-            runs[0].append({"w": np.asarray(ours)})
-            runs[1].append({"w": theirs.detach().numpy().copy()})
+            runs[0].append({"w": np.asarray(in_jax)})
+            runs[1].append({"w": in_torch.detach().numpy().copy()})
     assert_same_at_every_step(*runs, FLOAT64, names=("regjax", "torch"))
 
 

@@ -262,8 +262,8 @@ TOLD = {
 
 @pytest.mark.parametrize(("case", "make"), TOLD.values(), ids=TOLD)
 def test_optax_passes_where_it_can_be_told(case, make):
-    ours, theirs = walk_jax(case, SMALL["float64"], make), walk_torch(case, SMALL["float64"])
-    assert_same_at_every_step(ours, theirs, FLOAT64)
+    in_jax, in_torch = walk_jax(case, SMALL["float64"], make), walk_torch(case, SMALL["float64"])
+    assert_same_at_every_step(in_jax, in_torch, FLOAT64)
 
 
 def _leaf(*values: float, dtype: str = "float32") -> np.ndarray:

@@ -80,8 +80,8 @@ def test_dropout_of_the_state_of_a_recurrence_agrees():
     cell = torch.nn.LSTMCell(FEATURES, HIDDEN).double()
     drawn: dict[str, list[Any]] = {"jax": [], "torch": []}
     with regtorch.observing(drawn["torch"].append):
-        theirs = torch_states(cell, to_torch(XS), 0.4, [TORCH.key(5)] * TIME)
-    slopes = torch.autograd.grad((theirs**2).sum(), list(cell.parameters()))
+        in_torch = torch_states(cell, to_torch(XS), 0.4, [TORCH.key(5)] * TIME)
+    slopes = torch.autograd.grad((in_torch**2).sum(), list(cell.parameters()))
     with jax.enable_x64(True):
         weights = {f"{n}_l0": jnp.array(from_torch(p)) for n, p in cell.named_parameters()}
 
@@ -93,8 +93,8 @@ def test_dropout_of_the_state_of_a_recurrence_agrees():
         with regjax.observing(drawn["jax"].append):
             loss(weights)
             jax.effects_barrier()
-        (_, ours), gradients = jax.value_and_grad(loss, has_aux=True)(weights)
-    assert_close(ours, theirs)
+        (_, in_jax), gradients = jax.value_and_grad(loss, has_aux=True)(weights)
+    assert_close(in_jax, in_torch)
     for (name, _), slope in zip(cell.named_parameters(), slopes, strict=True):
         assert_close(gradients[f"{name}_l0"], slope)
     masks = [np.asarray(draw.mask) for draws in drawn.values() for draw in draws]
@@ -105,7 +105,7 @@ def test_dropout_of_the_state_of_a_recurrence_agrees():
     # Planted: another key for each step.
     apart = torch_states(cell, to_torch(XS), 0.4, list(regtorch.split(TORCH.key(5), TIME)))
     with pytest.raises(AssertionError):
-        assert_close(ours, apart)
+        assert_close(in_jax, apart)
 
 
 def test_dropout_of_the_state_of_a_gru_agrees():
@@ -120,12 +120,12 @@ def test_dropout_of_the_state_of_a_gru_agrees():
 
         def step(h, x):
             h = regjax.dropout(h, 0.3, key=JAX.key(1))
-            ours, theirs = (
+            of_input, of_state = (
                 jnp.split(v @ w[f"weight_{n}"].T + w[f"bias_{n}"][None], 3, axis=1)
                 for v, n in ((x, "ih"), (h, "hh"))
             )
-            r, z = (jax.nn.sigmoid(a + b) for a, b in zip(ours[:2], theirs[:2], strict=True))
-            n = jnp.tanh(ours[2] + r * theirs[2])
+            r, z = (jax.nn.sigmoid(a + b) for a, b in zip(of_input[:2], of_state[:2], strict=True))
+            n = jnp.tanh(of_input[2] + r * of_state[2])
             return (1 - z) * n + z * h, None
 
         state, _ = jax.lax.scan(step, jnp.zeros((BATCH, HIDDEN)), jnp.asarray(XS))
@@ -155,7 +155,7 @@ def test_keras_with_masks_of_regjax_is_a_scan_of_regjax(keras, monkeypatch):
     keys = jax.random.split(JAX.key(9), 8)
     made = []
 
-    def ours(cell, x, rate):
+    def shared_mask(cell, x, rate):
         """Return a mask for each of the four gates, first of the input, then of the state."""
         of = keys[4 * len(made) : 4 * len(made) + 4]
         made.append(rate)
@@ -163,9 +163,9 @@ def test_keras_with_masks_of_regjax_is_a_scan_of_regjax(keras, monkeypatch):
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         layer = a_keras_lstm(keras, 0.3, 0.5)
-        monkeypatch.setattr(type(layer.cell), "_create_dropout_mask", ours)
+        monkeypatch.setattr(type(layer.cell), "_create_dropout_mask", shared_mask)
         xs = jnp.asarray(XS.astype(np.float32))
-        theirs = jnp.moveaxis(layer(jnp.moveaxis(xs, 0, 1), training=True), 1, 0)
+        in_keras = jnp.moveaxis(layer(jnp.moveaxis(xs, 0, 1), training=True), 1, 0)
     assert made == [0.3, 0.5]
     kernel, recurrent, bias = (jnp.asarray(weight.value) for weight in layer.weights)
     kernels, recurrents = (jnp.split(k, 4, axis=1) for k in (kernel, recurrent))
@@ -186,7 +186,7 @@ def test_keras_with_masks_of_regjax_is_a_scan_of_regjax(keras, monkeypatch):
     ]
     zeros = jnp.zeros((BATCH, HIDDEN))
     states = jax.lax.scan(step, (zeros, zeros), gates)[1]
-    np.testing.assert_allclose(states, theirs, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(states, in_keras, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -201,9 +201,9 @@ def test_masks_of_keras_have_the_same_statistics(keras):
             first, again = draw(x), draw(x)  # a step, and the next one
             assert all(one is two for one, two in zip(first, again, strict=True))
             seen.append(np.stack(first))
-    ours = regjax.variational_dropout(jnp.ones((8 * rows, 3, 8)), rate, key=JAX.key(0))
-    assert (ours == ours[:, :1]).all()
-    for masks in (*seen, np.asarray(ours[:, 0])):
+    in_jax = regjax.variational_dropout(jnp.ones((8 * rows, 3, 8)), rate, key=JAX.key(0))
+    assert (in_jax == in_jax[:, :1]).all()
+    for masks in (*seen, np.asarray(in_jax[:, 0])):
         sigma = (rate * (1 - rate) / masks.size) ** 0.5
         assert abs((masks == 0).mean() - rate) < 5 * sigma
         np.testing.assert_allclose(np.unique(masks), [0, 1 / (1 - rate)], rtol=1e-6)

@@ -67,10 +67,10 @@ def predictions(dtype: np.dtype, kind: str, chunk_size: int | None) -> tuple[Any
     x, params = sizes(dtype)
     options = {"outputs": kind, "samples": SAMPLES, "keep_samples": True}
     predict = functools.partial(in_jax, kind=kind)
-    ours = regjax.mc_dropout(predict, params, x, key=JAX.key(7), chunk_size=chunk_size, **options)
+    of_jax = regjax.mc_dropout(predict, params, x, key=JAX.key(7), chunk_size=chunk_size, **options)
     model = in_torch(params, kind)
-    theirs = regtorch.mc_dropout(model, TORCH.array(x), key=TORCH.key(7), **options)
-    return as_numpy(JAX, ours), as_numpy(TORCH, theirs)
+    of_torch = regtorch.mc_dropout(model, TORCH.array(x), key=TORCH.key(7), **options)
+    return as_numpy(JAX, of_jax), as_numpy(TORCH, of_torch)
 
 
 def as_numpy(framework: Framework, prediction: Any) -> dict[str, np.ndarray | None]:
@@ -111,11 +111,11 @@ def test_the_frameworks_agree_with_each_other_and_with_numpy(kind, dtype):
     with jax.enable_x64(dtype.itemsize == 8):
         # 13 passes in chunks of 4 are three chunks and one pass.
         for chunk_size in (4, None) if kind == "logits" else (4,):
-            ours, theirs = predictions(dtype, kind, chunk_size)
-            assert ours["std"].max() > 0.1
-            assert ours["mean"].dtype == theirs["mean"].dtype == dtype
-            assert_close(ours, theirs, BOUNDS[dtype])
-            assert_close(ours, in_numpy(ours["samples"], kind), BOUNDS[dtype])
+            of_jax, of_torch = predictions(dtype, kind, chunk_size)
+            assert of_jax["std"].max() > 0.1
+            assert of_jax["mean"].dtype == of_torch["mean"].dtype == dtype
+            assert_close(of_jax, of_torch, BOUNDS[dtype])
+            assert_close(of_jax, in_numpy(of_jax["samples"], kind), BOUNDS[dtype])
 
 
 def shares_one_key(params: Any, x: Any, *, key: Any) -> Any:

@@ -21,7 +21,7 @@ bias of stacked layers has two. It tests, in this order,
     bias        b, bias, beta, offset, in_proj_bias, sinks, ...       does not decay
     norm        every parameter of a norm                             does not decay
     scale       scale, gamma, logit_scale, lambda_1, temperature,
-                gain, alpha, A_log, ...                               does not decay
+                gain, alpha, A_log, ls, ...                           does not decay
     activation  the slope of a PReLU                                  does not decay
     kernel      kernel                                                decays
     embedding   embedding, embeddings, pos_embedding, cls_token,
@@ -190,6 +190,9 @@ def _by_huggingface(parameter: Parameter) -> tuple[bool, str]:
         base.__name__ == "LayerNorm" and base.__module__.partition(".")[0] in _LIBRARIES
         for base in place.owner.__mro__
     )
+    if place.owner is object and len(names) > 1:  # a dict, as in Linen: only names are known
+        called = words(names[-2])
+        is_norm = "ln" in called or {"layer", "norm"} <= set(called)
     if is_norm and len(names) > 1:  # a model that is a LayerNorm itself decays
         return False, "LayerNorm"
     found = _NAMES_OF_HUGGINGFACE.search(".".join(names).lower())
@@ -238,13 +241,15 @@ def _category(place: Place, ndim: int) -> tuple[bool, str] | None:
     if unique & _EMBEDDINGS or is_input or (place.kind == "embedding" and place.certain):
         return False, "embedding"
     # A layer called embed may be linear, as in a patch embedding.
-    if unique & _WEIGHTS and place.kind != "embedding" and (place.kind or ndim > 1):
+    # A vector in a module that is only called attention may scale its output.
+    is_layer = place.kind != "" and (place.certain or place.kind != "attention")
+    if unique & _WEIGHTS and place.kind != "embedding" and (is_layer or ndim > 1):
         return True, "kernel"
     return None
 
 
 _BIASES = {"bias", "biases", "sink", "sinks"}  # sinks are added to attention's scores
-_SCALES = {"scale", "scales", "gamma", "lambda", "temperature", "gain", "alpha", "log"}
+_SCALES = {"scale", "scales", "gamma", "lambda", "temperature", "gain", "alpha", "log", "ls"}
 _KERNELS = {"kernel", "kernels"}
 _WEIGHTS = {"weight", "weights", "w", "lora", "proj", "projection"}
 _TABLES = {"embedding", "embeddings", "embed", "embeds", "embedder", "emb", "embs", "wte", "wpe"}

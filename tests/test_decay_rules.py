@@ -63,6 +63,7 @@ RECIPES: list[tuple[str, dict[str, Any], str]] = [
     ("query", {}, "embedding"),
     ("query_proj", {}, "kernel"),
     ("latent_weight", {}, "kernel"),
+    ("ls1", {"shape": (3,)}, "scale"),
     ("sinks", {"kind": "attention", "shape": (3,)}, "bias"),
 ]
 
@@ -80,6 +81,7 @@ def test_the_kind_that_the_default_rule_infers(name, options, expected):
         ("bar", {}),
         ("x", {"kind": "linear"}),
         ("w", {"shape": (3,)}),
+        ("w", {"shape": (3,), "kind": "attention"}),  # a scale of its output, perhaps
         ("w", {"kind": "embedding"}),
         ("query", {"kind": "attention"}),  # a projection, or learned
     ],
@@ -244,6 +246,8 @@ CHOICES = [
     (_parameter("encoder/RMSNorm_0/scale", shape=(4, 3)), False, True),
     (_parameter("layernorm1/w"), False, True),
     (_parameter("norm1/weight", shape=(3,)), True, False),
+    (_parameter("h/0/ln_1/scale", shape=(3,)), False, False),
+    (_parameter("layers/0/layer_norm1/scale", shape=(3,)), False, False),
     (_parameter("normal/weight"), True, True),
     (_parameter("subnorm/weight"), True, True),
     (_parameter("bn1/weight", kind="norm", certain=True, shape=(3,)), True, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import tomllib
 from collections.abc import Iterator
@@ -144,6 +145,25 @@ def test_the_exactness_page_counts_the_rows():
     assert names <= {"rmsprop", "adagrad", "muon"}
     optimizers = (DOCS / "design" / "optimizers.md").read_text()
     assert f"{sum(map(any, early))} of {len(rows)} rows stop early" in optimizers
+
+
+def test_the_page_of_existing_models_counts_them():
+    page = (DOCS / "measurements" / "zoo.md").read_text()
+    rows = json.loads((DOCS / "zoo" / "zoo.json").read_text())["models"]
+    models = {name.partition(" (")[0] for name in rows}
+    assert f"{len(rows)} configurations of {len(models)} models" in page
+    ports = [row["flax"] for row in rows.values() if row["flax"]]
+    assert f"transformers 4 has {len(ports)} of these models" in page
+    assert all(port["filled"] == port["leaves"] for port in ports)
+    counted = {
+        "of them need names": sum(bool(port["names"]) for port in ports),
+        "models for Flax have no leaf": sum(bool(port["left_out"]) for port in ports),
+        "configurations are refused": sum(bool(row["draws"]["refused"]) for row in rows.values()),
+        "configurations have names": sum(bool(row["decays"]["unknown"]) for row in rows.values()),
+    }
+    numbers = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine")
+    for text, count in counted.items():
+        assert f"{numbers[count]} {text}" in page
 
 
 def test_the_parity_report_agrees():

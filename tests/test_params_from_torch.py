@@ -220,11 +220,11 @@ def test_the_same_outputs(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         params = jax.tree.map(lambda leaf: _cast(leaf, dtype), port.params(dtype))
         filled = params_from_torch(model, params, port.names)
-        ours = eqx.filter_jit(port.forward)(filled, jnp.asarray(TOKENS))
+        in_jax = eqx.filter_jit(port.forward)(filled, jnp.asarray(TOKENS))
         assert jax.tree.structure(filled) == jax.tree.structure(params)
-    theirs = from_torch(model(torch.from_numpy(TOKENS)))
-    assert ours.dtype == theirs.dtype
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCES[dtype])
+    in_torch = from_torch(model(torch.from_numpy(TOKENS)))
+    assert in_jax.dtype == in_torch.dtype
+    np.testing.assert_allclose(in_jax, in_torch, rtol=0, atol=TOLERANCES[dtype])
 
 
 # The strides of each axis, by the number of axes.
@@ -252,14 +252,14 @@ def test_convolutions(framework, axes, groups):
     channels, size = 4, (2, 3, 2)[:axes]
     model = randomized(getattr(torch.nn, f"Conv{axes}d")(channels, channels, size, groups=groups))
     x = np.random.default_rng(1).standard_normal((2, *SIZES[axes], channels)).astype(np.float32)
-    theirs = model(torch.from_numpy(_channels_first(x))).numpy()
+    in_torch = model(torch.from_numpy(_channels_first(x))).numpy()
     options = {"feature_group_count": groups, "padding": "VALID"}
     if framework == "equinox":
         layer = getattr(eqx.nn, f"Conv{axes}d")(channels, channels, size, groups=groups, key=KEY)
-        ours = jax.vmap(params_from_torch(model, layer))(_channels_first(x))
+        in_jax = jax.vmap(params_from_torch(model, layer))(_channels_first(x))
     elif framework == "nnx":
         layer = nnx.Conv(channels, channels, size, **options, rngs=nnx.Rngs(0))
-        ours = _channels_first(np.asarray(params_from_torch(model, layer)(x)))
+        in_jax = _channels_first(np.asarray(params_from_torch(model, layer)(x)))
     else:
         if framework == "linen":
             layer = nn.Conv(channels, size, **options)
@@ -270,8 +270,8 @@ def test_convolutions(framework, axes, groups):
             )
             names = {"conv2_d": ""}
         params = params_from_torch(model, jax.eval_shape(layer.init, KEY, x), names)
-        ours = _channels_first(np.asarray(layer.apply(params, x)))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+        in_jax = _channels_first(np.asarray(layer.apply(params, x)))
+    np.testing.assert_allclose(in_jax, in_torch, rtol=0, atol=1e-5)
 
 
 LAYERS = {
@@ -286,14 +286,14 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize(("theirs", "layer"), LAYERS.values(), ids=LAYERS)
-def test_layers_of_linen(theirs, layer):
+@pytest.mark.parametrize(("in_torch", "layer"), LAYERS.values(), ids=LAYERS)
+def test_layers_of_linen(in_torch, layer):
     x = np.random.default_rng(1).standard_normal((3, WIDTH)).astype(np.float32)
-    model = randomized(theirs)
+    model = randomized(in_torch)
     params = params_from_torch(model, jax.eval_shape(layer.init, KEY, x))
-    ours = np.asarray(layer.apply(params, x))
+    in_jax = np.asarray(layer.apply(params, x))
     expected = model(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(ours.reshape(expected.shape), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(in_jax.reshape(expected.shape), expected, rtol=0, atol=1e-5)
 
 
 def test_haiku():
@@ -317,8 +317,8 @@ def test_haiku():
     haiku, model = hk.transform(forward), randomized(Torch())
     template = jax.eval_shape(haiku.init, KEY, TOKENS)
     params = params_from_torch(model.state_dict(), template)
-    theirs = model(torch.from_numpy(TOKENS)).numpy()
-    np.testing.assert_allclose(haiku.apply(params, None, TOKENS), theirs, rtol=0, atol=1e-5)
+    in_torch = model(torch.from_numpy(TOKENS)).numpy()
+    np.testing.assert_allclose(haiku.apply(params, None, TOKENS), in_torch, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("framework", ["linen", "equinox"])
@@ -330,14 +330,14 @@ def test_attention_of_other_widths(framework):
     if framework == "linen":
         layer = nn.MultiHeadDotProductAttention(HEADS)
         params = params_from_torch(model, jax.eval_shape(layer.init, KEY, q, k, v))
-        ours = np.asarray(layer.apply(params, q, k, v))
+        in_jax = np.asarray(layer.apply(params, q, k, v))
     else:
         bias = {f"use_{name}_bias": True for name in ("query", "key", "value", "output")}
         sizes = {"query_size": WIDTH, "key_size": 3, "value_size": 4, "output_size": WIDTH}
         layer = eqx.nn.MultiheadAttention(HEADS, **sizes, qk_size=4, vo_size=4, **bias, key=KEY)
-        ours = params_from_torch(model, layer)(q, k, v)
-    theirs = model(*map(torch.from_numpy, (q, k, v)))[0].numpy()
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+        in_jax = params_from_torch(model, layer)(q, k, v)
+    in_torch = model(*map(torch.from_numpy, (q, k, v)))[0].numpy()
+    np.testing.assert_allclose(in_jax, in_torch, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["ema", "batch"])
@@ -350,11 +350,11 @@ def test_statistics_of_equinox_continue_those_of_pytorch(mode):
     model.train()(torch.from_numpy(x))
     mapped = {"in_axes": (0, None), "out_axes": (0, None), "axis_name": "batch"}
     _, state = jax.vmap(layer, **mapped)(x, state)
-    ours, _ = jax.vmap(eqx.nn.inference_mode(layer), **mapped)(x, state)
+    in_jax, _ = jax.vmap(eqx.nn.inference_mode(layer), **mapped)(x, state)
     # PyTorch uses the sample variance, the layers in JAX the population variance.
     model.running_var -= torch.from_numpy(0.1 * x.var(0) / (len(x) - 1))
-    theirs = model.eval()(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    in_torch = model.eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(in_jax, in_torch, rtol=0, atol=1e-5)
 
 
 def test_transposed_convolution_of_flax_with_a_leaf():
@@ -363,9 +363,9 @@ def test_transposed_convolution_of_flax_with_a_leaf():
     layer = nn.ConvTranspose(4, (2, 3), (2, 2), padding="VALID", transpose_kernel=True)
     names = {"kernel": Leaf("weight", (2, 3, 1, 0))}
     params = params_from_torch(model, jax.eval_shape(layer.init, KEY, x), names)
-    theirs = model(torch.from_numpy(_channels_first(x))).numpy()
-    ours = _channels_first(np.asarray(layer.apply(params, x)))
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    in_torch = model(torch.from_numpy(_channels_first(x))).numpy()
+    in_jax = _channels_first(np.asarray(layer.apply(params, x)))
+    np.testing.assert_allclose(in_jax, in_torch, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("plant", ["transposed", "key for query", "statistics"])
@@ -384,8 +384,8 @@ def test_a_planted_defect_is_detected(plant):
         names["BatchNorm_0/mean"] = "batch_norm.running_var"
         names["BatchNorm_0/var"] = "batch_norm.running_mean"
     filled = params_from_torch(entries, LINEN.params("float32"), names)
-    theirs = model(torch.from_numpy(TOKENS)).numpy()
-    assert not np.abs(LINEN.forward(filled, TOKENS) - theirs).max() < 1e-2
+    in_torch = model(torch.from_numpy(TOKENS)).numpy()
+    assert not np.abs(LINEN.forward(filled, TOKENS) - in_torch).max() < 1e-2
 
 
 class Plain(torch.nn.Module):

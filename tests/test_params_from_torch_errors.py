@@ -30,6 +30,9 @@ def _shapes(make: Callable[[], nnx.Module]) -> nnx.Module:
 FC = {"fc.weight": _array(3, 2), "fc.bias": _array(3)}
 DENSE_3 = {"fc": {"kernel": _array(2, 3), "bias": _array(3)}}
 UP = torch.nn.ConvTranspose2d(4, 4, 2, bias=False)
+NORMALIZED = torch.nn.utils.parametrizations.weight_norm(
+    torch.nn.ConvTranspose2d(4, 4, 2, bias=False)
+)
 # Entries, params, names, and the error.
 ERRORS = {
     "no entry": (
@@ -66,6 +69,15 @@ ERRORS = {
             "'fc/kernel' must have shape (2, 3), like 'fc.weight' of shape (3, 2) in JAX's layout; "
             "got (2, 4) in params.",
             "'fc/bias' must have shape (3,), like 'fc.bias' of shape (3,) in",
+        ],
+    ),
+    "exchanged axes": (
+        FC,
+        {"fc": {"kernel": _array(3, 2), "bias": _array(3)}},
+        {},
+        [
+            "got (3, 2) in params. If its axes are exchanged, pass Leaf(name='fc.weight') for it "
+            "and for square ones like it."
         ],
     ),
     "shape to unfold to": (
@@ -150,6 +162,12 @@ ERRORS = {
             "'up/kernel' belongs to a transposed convolution",
             "Leaf(name='up.weight', transpose=(2, 3, 1, 0))",
         ],
+    ),
+    "transposed convolution with weight normalization": (
+        torch.nn.ModuleDict({"up": NORMALIZED}),
+        {"up": {"weight": _array(4, 4, 2, 2), "g": _array(4, 1, 1, 1)}},
+        {},
+        ["'up/weight' belongs to a transposed convolution"],
     ),
     "transposed convolution of Linen": (
         {"up.weight": _array(4, 4, 2, 2)},

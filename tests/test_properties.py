@@ -125,14 +125,16 @@ def apply(framework: Framework, call: Any, **key_or_flag: Any) -> tuple[Any, Any
 @given(data=st.data(), seed=seeds)
 def test_both_packages_compute_the_same_bits(name, data, seed):
     call = data.draw(calls(name))
-    ours, theirs = (
+    in_jax, in_torch = (
         framework.numpy(apply(framework, call, key=framework.key(seed))[1])
         for framework in FRAMEWORKS
     )
     assert (
-        (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) == (call[1].dtype, call[1].shape)
+        (in_jax.dtype, in_jax.shape)
+        == (in_torch.dtype, in_torch.shape)
+        == (call[1].dtype, call[1].shape)
     )
-    np.testing.assert_array_equal(bits_of(ours), bits_of(theirs))
+    np.testing.assert_array_equal(bits_of(in_jax), bits_of(in_torch))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -267,31 +269,31 @@ def module_of(tree: Any) -> torch.nn.Module:
 
 def decisions(tree: Any, rule: Any) -> list[dict[str, bool]]:
     """Return the decisions of each package."""
-    theirs = regtorch.decay_mask(module_of(tree), rule)
+    in_torch = regtorch.decay_mask(module_of(tree), rule)
     return [
         dict(named_leaves(regjax.decay_mask(tree, rule))),
-        {name.replace(".", "/"): decision for name, decision in theirs.items()},
+        {name.replace(".", "/"): decision for name, decision in in_torch.items()},
     ]
 
 
 @examples(100)
 @given(trees_with_rules())
 def test_rules_choose_the_same_leaves(tree_with_rule):
-    ours, theirs = decisions(*tree_with_rule)
-    assert ours == theirs
+    in_jax, in_torch = decisions(*tree_with_rule)
+    assert in_jax == in_torch
 
 
 @examples(30)
 @given(tree=trees, rule=rules)
 def test_both_packages_reject_the_same_rules(tree, rule):
     try:
-        ours, theirs = decisions(tree, rule)
+        in_jax, in_torch = decisions(tree, rule)
     except ValueError:
         for decide, params in ((regjax.decay_mask, tree), (regtorch.decay_mask, module_of(tree))):
             with pytest.raises(ValueError, match=r"^rule must "):
                 decide(params, rule)
     else:
-        assert ours == theirs
+        assert in_jax == in_torch
 
 
 @pytest.mark.parametrize("name", ["linear_rate", "cosine_rate"])
@@ -304,9 +306,9 @@ def test_both_packages_reject_the_same_rules(tree, rule):
 )
 def test_schedules_have_the_same_bits(name, start, end, steps, at):
     at = np.array([*at, *(number % (steps + 1) for number in at)], np.int32)
-    ours = jax.jit(jax.vmap(getattr(regjax, name)(start, end, steps)))(jnp.asarray(at))
-    theirs = torch.func.vmap(getattr(regtorch, name)(start, end, steps))(torch.from_numpy(at))
-    np.testing.assert_array_equal(np.asarray(ours).view("u4"), theirs.numpy().view("u4"))
+    in_jax = jax.jit(jax.vmap(getattr(regjax, name)(start, end, steps)))(jnp.asarray(at))
+    in_torch = torch.func.vmap(getattr(regtorch, name)(start, end, steps))(torch.from_numpy(at))
+    np.testing.assert_array_equal(np.asarray(in_jax).view("u4"), in_torch.numpy().view("u4"))
 
 
 positive = lambda low, high: st.floats(np.log(low), np.log(high)).map(lambda x: float(np.exp(x)))
@@ -347,5 +349,5 @@ def cases(draw: Any) -> Case:
 @examples(8)
 @given(case=cases())
 def test_an_optimizer_takes_the_steps_of_torch(case):
-    ours, theirs = (WALKS[side](case, PROBLEM) for side in ("jax", "torch"))
-    assert_same_at_every_step(ours, theirs, FLOAT64, names=("regjax", "torch"))
+    in_jax, in_torch = (WALKS[side](case, PROBLEM) for side in ("jax", "torch"))
+    assert_same_at_every_step(in_jax, in_torch, FLOAT64, names=("regjax", "torch"))

@@ -48,10 +48,10 @@ def row_major(shape: tuple[int, ...], places: tuple[np.ndarray, ...]) -> np.ndar
 @pytest.mark.parametrize("shape", [(), (5,), (3, 5), (2, 1, 7), (2, 3, 4)], ids=str)
 def test_every_element_has_the_bits_of_its_index(shape):
     expected = reference.bits(KEY, range(math.prod(shape))).reshape(shape)
-    ours = jax.jit(lambda: jax_threefry.counter_bits(jax_words(*KEY), shape))()
-    np.testing.assert_array_equal(np.asarray(ours), expected)
-    theirs = torch_threefry.counter_bits(torch_words(*KEY), shape)
-    np.testing.assert_array_equal(theirs.numpy().view(np.uint32), expected)
+    in_jax = jax.jit(lambda: jax_threefry.counter_bits(jax_words(*KEY), shape))()
+    np.testing.assert_array_equal(np.asarray(in_jax), expected)
+    in_torch = torch_threefry.counter_bits(torch_words(*KEY), shape)
+    np.testing.assert_array_equal(in_torch.numpy().view(np.uint32), expected)
     for in_place in (False, True):
         index = jax.jit(lambda: jax_threefry.row_major_index(shape, None, in_place=in_place))()
         expected = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)

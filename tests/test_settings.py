@@ -299,9 +299,9 @@ def expected(group: str) -> dict[str, Any]:
     return run(compiled(group), keys())
 
 
-def assert_same(ours: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """Compare the bits of the cases; those that sum or divide in another order must be close."""
-    for name, values in ours.items():
+    for name, values in actual.items():
         tolerance = 1e-6 if name in ROUNDED else 0
         for a, b in zip(*map(jax.tree.leaves, (values, expected[name])), strict=True):
             assert (a.dtype, a.shape) == (b.dtype, b.shape), name
@@ -324,15 +324,15 @@ MATRIX = [
 @pytest.mark.parametrize(("group", "name"), MATRIX)
 def test_no_setting_changes_results(group, name):
     setting, impl = SETTINGS[name], "rbg" if name == "rbg keys" else None
-    theirs, given = program(group, impl), keys()
+    reference, given = program(group, impl), keys()
     execute = setting.at_run_time and compiled(group)
     with setting.enter():
-        ours = lowered(group, keys() if impl else given)
+        actual = lowered(group, keys() if impl else given)
         if execute:
             run(execute, given)
-        if text(ours) == text(theirs):
+        if text(actual) == text(reference):
             return
-        results = run(ours.compile(), given)
+        results = run(actual.compile(), given)
     assert_same(results, expected(group))
 
 
@@ -345,10 +345,10 @@ QUICK = ("dropout", "gaussian_dropout")
 )
 def test_without_jit_the_results_are_the_same(group, names):
     cases, given = GROUPS[group], dict(zip(GROUPS[group], keys(), strict=False))
-    theirs = expected(group)
+    reference = expected(group)
     with jax.disable_jit(True):
-        ours = {name: cases[name](given[name]) for name in names or cases}
-    assert_same(ours, theirs)
+        actual = {name: cases[name](given[name]) for name in names or cases}
+    assert_same(actual, reference)
 
 
 # These compile a function of the caller as they run; `check_dropout` passes the number of the step
@@ -365,10 +365,10 @@ ALONE = [
 
 @pytest.mark.parametrize(("case", "name"), ALONE)
 def test_no_setting_changes_functions_of_functions(case, name):
-    theirs, key = case(KEY), jax.random.clone(KEY)
+    reference, key = case(KEY), jax.random.clone(KEY)
     with SETTINGS[name].enter():
-        ours = case(key)
-    assert_same({"": ours}, {"": theirs})
+        actual = case(key)
+    assert_same({"": actual}, {"": reference})
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,30 @@ def test_the_sessions_install_the_tools_of_the_tests():
     assert names <= bounds_of([*constant("TOOLS"), *constant("PACKAGES")]).keys()
 
 
+def test_the_session_of_the_zoo_pins_the_packages_of_its_extra():
+    bounds, pins = bounds_of(EXTRAS["zoo"]), bounds_of(constant("ZOO"))
+    assert bounds.keys() - {PROJECT["name"]} == pins.keys()
+    for name, pin in pins.items():
+        assert pin.removeprefix("==") in Requirement(name + bounds[name]).specifier, name
+    workflow = (ROOT / ".github/workflows/versions.yml").read_text()
+    assert "session: zoo," in workflow
+
+
+def test_the_tests_of_the_zoo_are_slow_and_collected_without_its_packages():
+    paths = [*(ROOT / "tests/zoo").glob("*.py")]
+    assert len(paths) > 2
+    for path in paths:
+        tree = ast.parse(path.read_text())
+        imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = {
+            (getattr(node, "module", None) or node.names[0].name).partition(".")[0]
+            for node in imports
+        }
+        assert names.isdisjoint(bounds_of(constant("ZOO"))), path.name
+        marked = "pytestmark = pytest.mark.slow" in map(ast.unparse, tree.body)
+        assert marked or not path.name.startswith("test_"), path.name
+
+
 def test_pythons_are_those_of_the_sessions_and_the_docs():
     minor = re.compile(r"Programming Language :: Python :: (3\.\d+)")
     pythons = [found[1] for c in PROJECT["classifiers"] if (found := minor.fullmatch(c))]

@@ -347,6 +347,7 @@ def _average(t0: ScalarLike) -> optax.GradientTransformation:
         return AverageState(jnp.zeros([], jnp.int32), zeros_like(params))
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        # optax passes no parameters only if its user does, which is an error in apply_updates.
         new = optax.apply_updates(params, updates)  # pyright: ignore[reportArgumentType]
         past = jnp.maximum(1.0, state.count.astype(float) - widest(t0))
         mu = (1.0 / past).astype(jnp.float32)

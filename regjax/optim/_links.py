@@ -80,6 +80,7 @@ def named_links(
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         updates, new_state = chained.update(updates, state, params)
+        # optax annotates the state as any pytree.
         return updates, dict(new_state)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     return optax.GradientTransformation(init, update)
@@ -100,6 +101,7 @@ def decay_weights(weight_decay: WeightDecay, mask: Mask) -> optax.GradientTransf
         # Nothing to check without leaves: optax.tree.map_params passes a placeholder.
         leafless = not jax.tree.leaves(params)
         resolved = mask if mask is None or leafless else resolve_mask(mask, params)
+        # optax annotates the rate as a float, and accepts a schedule or an array.
         return optax.add_decayed_weights(weight_decay, resolved)  # pyright: ignore[reportArgumentType]
 
     def init(params: PyTree) -> PyTree:
@@ -321,8 +323,7 @@ def promoted(updates: PyTree, moments: PyTree) -> tuple[PyTree, PyTree]:
             return jnp.promote_types(g.dtype, m.dtype)
 
     dtypes = jax.tree.map(wider, updates, moments)
-    cast = lambda x, dtype: x if x.dtype == dtype else x.astype(dtype)  # noqa: E731
-    return jax.tree.map(cast, updates, dtypes), jax.tree.map(cast, moments, dtypes)
+    return jax.tree.map(jnp.astype, updates, dtypes), jax.tree.map(jnp.astype, moments, dtypes)
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:

@@ -218,7 +218,7 @@ def _apply(
 def _noise(rate: float, dtype: np.dtype) -> tuple[np.ndarray, None]:
     """Return the factor of kept elements; there is nothing to add."""
     compute = np.float32 if dtype in HALF_TYPES else dtype.type
-    return (compute(1) / compute(1 - rate)).astype(dtype), None
+    return np.asarray(compute(1) / compute(1 - rate), dtype), None
 
 
 def _alpha_noise(rate: float, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +231,7 @@ def _alpha_noise(rate: float, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     a = 1 / math.sqrt((_ALPHA * _ALPHA * rate + 1) * (1 - rate))
     kept, dropped = (compute(n).astype(dtype) for n in (_ALPHA * a * rate, -_ALPHA * a))
     dropped = (dropped.astype(compute) + kept.astype(compute)).astype(dtype)
-    return compute(a).astype(dtype), np.stack([dropped, kept])
+    return np.asarray(compute(a), dtype), np.stack([dropped, kept])
 
 
 # Rates are traced arguments, so that one trace serves all of them.

@@ -90,7 +90,7 @@ def xavier_uniform(
         >>> from regjax import torch_random
         >>> weight, g = torch_random.xavier_uniform(torch_random.generator(0), (1, 3))
         >>> weight
-        Array([[-0.00916859,  0.65699124, -1.0080171 ]], dtype=float32)
+        Array([[-0.00916945,  0.65700656, -1.0080204 ]], dtype=float32)
         >>> g_torch = torch.Generator().manual_seed(0)
         >>> torch.nn.init.xavier_uniform_(torch.empty(1, 3), generator=g_torch)
         tensor([[-0.0092,  0.6570, -1.0080]])
@@ -168,7 +168,7 @@ def kaiming_uniform(
         >>> import math
         >>> from regjax import torch_random
         >>> torch_random.kaiming_uniform(torch_random.generator(0), (1, 3), a=math.sqrt(5))[0]
-        Array([[-0.0043225 ,  0.30971277, -0.47518396]], dtype=float32)
+        Array([[-0.00432252,  0.30971584, -0.47518533]], dtype=float32)
 
     References:
         He et al., "Delving deep into rectifiers: surpassing human-level performance on ImageNet

@@ -25,7 +25,7 @@ from regshared.checks import check_integer
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
-    from jaxtyping import Array, Int, Int32
+    from jaxtyping import Array, Int32, Integer
 
     from regjax.torch_random.layouts import MemoryOrder
 
@@ -41,7 +41,7 @@ def randint(
     dtype: DTypeLike = jnp.int32,
     *,
     memory_order: MemoryOrder = None,
-) -> tuple[Int[Array, "*shape"], TorchGenerator]:
+) -> tuple[Integer[Array, "*shape"], TorchGenerator]:
     """Draw integers in [low, high): PyTorch's `torch.randint(low, high, shape)`.
 
     An integer is a word modulo `high - low`, plus `low`: a word of 32 bits, or of 64 if the range
@@ -92,7 +92,7 @@ def _randint(
     high: int,
     dtype: np.dtype,
     order: tuple[int, ...],
-) -> tuple[Int[Array, "*shape"], TorchGenerator]:
+) -> tuple[Integer[Array, "*shape"], TorchGenerator]:
     count, size = math.prod(shape), high - low
     # Unsigned numbers of 64 bits, also without `jax_enable_x64`.
     with jax.enable_x64(True):

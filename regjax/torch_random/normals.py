@@ -147,7 +147,9 @@ def _one_by_one(
         return arranged(numbers.astype(dtype), shape, order), g
 
 
-def _shifted(x: Float[Array, " n"], moments: UInt32[Array, " words"] | None) -> Float[Array, " n"]:
+def _shifted(
+    x: Float[Array, "*shape"], moments: UInt32[Array, " words"] | None
+) -> Float[Array, "*shape"]:
     if moments is None:
         return jnp.where(x == 0, jnp.zeros_like(x), x)  # -0 + 0 is 0
     with jax.enable_x64(True):

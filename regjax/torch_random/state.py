@@ -15,7 +15,7 @@ from regjax.torch_random.mt19937 import SIZE, advance, seeded_block
 from regshared.checks import check_integer, describe
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int32, UInt8, UInt32, UInt64
+    from jaxtyping import Array, UInt8, UInt32, UInt64
 
 # The bytes of `torch.Generator.get_state()`. PyTorch has written this layout since version 0.1, and
 # no longer uses `unused_x` and `unused_rho`.
@@ -40,7 +40,7 @@ _CUDA_SIZE = 16
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TorchGenerator:
-    """The state of PyTorch's generator for CPUs; make one by `generator` or `from_torch`.
+    """The state of PyTorch's generator for CPUs; make one by `generator(seed)` or `from_torch`.
 
     A pytree of integer arrays, which can be carried through `jit` and `scan`, and saved. Functions
     that draw from it return the next state; a state that is used twice gives the same numbers.
@@ -55,11 +55,12 @@ class TorchGenerator:
             of its bits: uint32 of shape (3,). A tensor of fewer than 16 normals consumes it first.
     """
 
-    seed: UInt32[Array, " pair"]
-    state: UInt32[Array, " block"]
-    position: Int32[Array, ""]
-    next_float_normal_sample: UInt32[Array, " pair"]
-    next_double_normal_sample: UInt32[Array, " cache"]
+    # A transformation may put stacks of arrays here, or flags.
+    seed: Any
+    state: Any
+    position: Any
+    next_float_normal_sample: Any
+    next_double_normal_sample: Any
 
     def __repr__(self) -> str:
         is_one = jnp.shape(self.position) == () and not isinstance(self.position, Tracer)

@@ -74,9 +74,11 @@ def scalar_updates(optimizer, gradients):
     return updates, state
 
 
-def assert_close(ours, theirs, atol=0.0, rtol=0.0):
+def assert_close(actual, expected, atol=0.0, rtol=0.0):
     """Assert that two trees are equal, or close with tolerances."""
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), ours, theirs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected
+    )
 
 
 def in_dtype(tree, dtype):

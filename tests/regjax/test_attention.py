@@ -167,13 +167,13 @@ def test_in_linen_the_mask_is_that_of_linen_s_own_function(shared):
     make = functools.partial(
         linen.MultiHeadDotProductAttention, 2, dropout_rate=0.4, broadcast_dropout=shared
     )
-    ours = make(deterministic=False, attention_fn=regjax.dot_product_attention)
-    theirs = make(deterministic=False)
+    of_regjax = make(deterministic=False, attention_fn=regjax.dot_product_attention)
+    of_flax = make(deterministic=False)
     mask = linen.make_causal_mask(x[..., 0])  # masks of float32, as in Flax
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        params = jax.jit(theirs.init)(jax.random.key(2), x)
+        params = jax.jit(of_flax.init)(jax.random.key(2), x)
         run = lambda layer, key: layer.apply(params, x, mask=mask, rngs={"dropout": key})
-        our, their = (jax.jit(functools.partial(run, layer)) for layer in (ours, theirs))
+        our, their = (jax.jit(functools.partial(run, layer)) for layer in (of_regjax, of_flax))
         y: Any = our(KEY)
         np.testing.assert_allclose(y, their(KEY), atol=1e-6)
         other = their(jax.random.key(9))
@@ -190,9 +190,9 @@ def test_in_nnx_the_mask_is_that_of_nnx_s_own_function():
 
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         how = causal_options(x)
-        ours = layer(attention_fn=regjax.dot_product_attention)(x, **how)
-        theirs = layer()(x, **how)
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+        of_regjax = layer(attention_fn=regjax.dot_product_attention)(x, **how)
+        of_flax = layer()(x, **how)
+    np.testing.assert_allclose(of_regjax, of_flax, atol=1e-6)
 
 
 def test_in_decoding_layers_of_flax():
@@ -209,8 +209,8 @@ def test_in_decoding_layers_of_flax():
             module = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0), **how)
             module.init_cache(x.shape)
             results.append((y, module(x[:, :1])))
-    for ours, theirs in zip(*results, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for of_regjax, of_flax in zip(*results, strict=True):
+        np.testing.assert_allclose(of_regjax, of_flax, atol=1e-6)
 
 
 @both_forms

@@ -20,14 +20,16 @@ import pytest
 from jax import lax
 
 import regjax
-from regjax import equinox as ours
+import regjax.equinox
 from tests.regjax.training import assert_same_training, digits, filled, same_bits, text, train
 from tests.regjax.versions import CONVOLUTIONS_MAY_FUSE_WITH_MASKS, assert_same_eagerly
 
 KEY = jax.random.key(11)
 KEYS = jax.random.split(KEY, 33)
 X, RESIDUAL = jax.random.normal(jax.random.key(1), (2, 33, 65))
-both = pytest.mark.parametrize("Dropout", [eqx.nn.Dropout, ours.Dropout], ids=["theirs", "ours"])
+both = pytest.mark.parametrize(
+    "Dropout", [eqx.nn.Dropout, regjax.equinox.Dropout], ids=["equinox", "regjax"]
+)
 
 
 def array(layer: eqx.nn.Dropout) -> eqx.nn.Dropout:
@@ -87,22 +89,24 @@ for f in (call, slope, deep, mapped, again, sums):
 def test_where_1_minus_p_rounds_otherwise_the_bits_are_theirs(name):
     # Under jit Equinox subtracts in float32, which changes the last bit and its inverse.
     assert 1 / np.float32(1 - 0.285) != 1 / (1 - np.float32(0.285))
-    theirs, mine = (
-        SITUATIONS[name](Dropout(0.285), X) for Dropout in (eqx.nn.Dropout, ours.Dropout)
+    of_equinox, of_regjax = (
+        SITUATIONS[name](Dropout(0.285), X) for Dropout in (eqx.nn.Dropout, regjax.equinox.Dropout)
     )
     if name.startswith("eager"):
-        assert_same_eagerly(mine, theirs)
+        assert_same_eagerly(of_regjax, of_equinox)
     else:
-        assert same_bits(mine, theirs)
+        assert same_bits(of_regjax, of_equinox)
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_in_every_situation_the_bits_are_theirs(name, leaning):
-    theirs, mine = (SITUATIONS[name](Dropout(0.1), X) for Dropout in (eqx.nn.Dropout, ours.Dropout))
+    of_equinox, of_regjax = (
+        SITUATIONS[name](Dropout(0.1), X) for Dropout in (eqx.nn.Dropout, regjax.equinox.Dropout)
+    )
     if name.startswith("eager"):
-        assert_same_eagerly(mine, theirs)
+        assert_same_eagerly(of_regjax, of_equinox)
     else:
-        assert same_bits(mine, theirs)
+        assert same_bits(of_regjax, of_equinox)
 
 
 def test_a_rate_that_is_a_product_is_subtracted_as_theirs_is():
@@ -113,29 +117,29 @@ def test_a_rate_that_is_a_product_is_subtracted_as_theirs_is():
             lambda a, b: eqx.tree_at(lambda layer: layer.p, Dropout(), a * b)(X, key=KEY)
         )
 
-    theirs, mine = of(eqx.nn.Dropout), of(ours.Dropout)
+    of_equinox, of_regjax = of(eqx.nn.Dropout), of(regjax.equinox.Dropout)
     for a, b in np.random.default_rng(0).uniform(0.1, 0.9, (20, 2)).astype("float32"):
-        assert same_bits(mine(a, b), theirs(a, b))
+        assert same_bits(of_regjax(a, b), of_equinox(a, b))
 
 
 def test_the_constructor_the_call_and_the_leaves_are_theirs():
     for method in ("__init__", "__call__"):
-        theirs, mine = (
+        of_equinox, of_regjax = (
             [
                 (p.name, p.default, p.kind)
                 for p in inspect.signature(getattr(c, method)).parameters.values()
             ]
-            for c in (eqx.nn.Dropout, ours.Dropout)
+            for c in (eqx.nn.Dropout, regjax.equinox.Dropout)
         )
-        assert [parameter for parameter in mine if parameter[0] != "sampler"] == theirs
+        assert [parameter for parameter in of_regjax if parameter[0] != "sampler"] == of_equinox
     paths = [
         jax.tree_util.tree_leaves_with_path(Dropout(0.3, True))
-        for Dropout in (eqx.nn.Dropout, ours.Dropout)
+        for Dropout in (eqx.nn.Dropout, regjax.equinox.Dropout)
     ]
     assert paths[0] == paths[1]
-    assert isinstance(ours.Dropout(), eqx.nn.Dropout)
-    assert ours.Dropout().p == 0.5
-    assert ours.Dropout().inference is False
+    assert isinstance(regjax.equinox.Dropout(), eqx.nn.Dropout)
+    assert regjax.equinox.Dropout().p == 0.5
+    assert regjax.equinox.Dropout().inference is False
 
 
 ERRORS = {
@@ -176,26 +180,28 @@ def test_at_1_gradients_are_0_where_theirs_are_nan(leaning):
     gradient = lambda layer: jax.grad(lambda x: layer(x, key=KEY).sum())(X)
     for changed in (lambda layer: layer, array):
         for wrap in (lambda f: f, eqx.filter_jit):
-            theirs, mine = (wrap(gradient)(changed(D(1.0))) for D in (eqx.nn.Dropout, ours.Dropout))
-            assert jnp.isnan(theirs).all()
-            assert (mine == 0).all()
+            of_equinox, of_regjax = (
+                wrap(gradient)(changed(D(1.0))) for D in (eqx.nn.Dropout, regjax.equinox.Dropout)
+            )
+            assert jnp.isnan(of_equinox).all()
+            assert (of_regjax == 0).all()
 
 
 def test_a_rate_out_of_range_is_refused_or_nan():
     for p in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=r"p must lie in \[0, 1\]"):
-            ours.Dropout(p)
-        wrong = eqx.tree_at(lambda layer: layer.p, ours.Dropout(), jnp.float32(p))
+            regjax.equinox.Dropout(p)
+        wrong = eqx.tree_at(lambda layer: layer.p, regjax.equinox.Dropout(), jnp.float32(p))
         assert jnp.isnan(eqx.filter_jit(call)(wrong)).all()
 
 
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="x must be floating"):
-        ours.Dropout()(jnp.arange(3), key=KEY)
+        regjax.equinox.Dropout()(jnp.arange(3), key=KEY)
 
 
 def test_a_traced_inference_works():
-    layer = ours.Dropout(0.5)
+    layer = regjax.equinox.Dropout(0.5)
     switched = jax.jit(lambda flag: layer(X, key=KEY, inference=flag))
     assert same_bits(switched(True), X)
     assert same_bits(switched(False), layer(X, key=KEY))
@@ -210,13 +216,13 @@ def test_a_traced_inference_works():
 def test_half_types_are_scaled_in_float32():
     x = X.astype(jnp.bfloat16)
     expected = regjax.dropout(x, 0.1, key=KEY)
-    assert (ours.Dropout(0.1)(x, key=KEY) == expected).all()
-    assert (eqx.filter_jit(call)(array(ours.Dropout(0.1)), x) == expected).all()
+    assert (regjax.equinox.Dropout(0.1)(x, key=KEY) == expected).all()
+    assert (eqx.filter_jit(call)(array(regjax.equinox.Dropout(0.1)), x) == expected).all()
 
 
 def test_the_sampler_is_an_addition():
     x = jnp.ones((64, 128))
-    layer = ours.Dropout(0.3, sampler=regjax.packed_bernoulli)
+    layer = regjax.equinox.Dropout(0.3, sampler=regjax.packed_bernoulli)
     expected = regjax.dropout(x, 0.3, key=KEY, sampler=regjax.packed_bernoulli)
     assert same_bits(layer(x, key=KEY), expected)
     np.testing.assert_allclose(traced(call)(layer, x), expected, rtol=1e-6)
@@ -225,7 +231,7 @@ def test_the_sampler_is_an_addition():
 def test_what_is_drawn_can_be_watched():
     drawn = []
     with regjax.observing(drawn.append):
-        traced(call)(ours.Dropout(0.25), X)
+        traced(call)(regjax.equinox.Dropout(0.25), X)
         jax.effects_barrier()
     assert [(event.rate, event.mask.shape) for event in drawn] == [(0.25, X.shape)]
 
@@ -263,7 +269,7 @@ def test_equinox_s_own_tools_work(Dropout):
 
 @pytest.mark.parametrize("changed", [lambda model: model, lambda model: array(model.dropout)])
 def test_a_file_of_theirs_fits_ours_and_the_other_way_round(changed):
-    models = [changed(Model(Dropout)) for Dropout in (eqx.nn.Dropout, ours.Dropout)]
+    models = [changed(Model(Dropout)) for Dropout in (eqx.nn.Dropout, regjax.equinox.Dropout)]
     for written, like in (models, models[::-1]):
         other = jax.tree.map(lambda leaf: leaf * 0 if eqx.is_array_like(leaf) else leaf, like)
         with io.BytesIO() as file:
@@ -282,7 +288,7 @@ def test_a_changing_rate_costs_one_compilation():
         return layer(X, key=key)
 
     for p in (0.1, 0.37):
-        layer = array(ours.Dropout(p))
+        layer = array(regjax.equinox.Dropout(p))
         assert abs(float((run(layer, KEY) == 0).mean()) - p) < 0.06  # 5 sigma: p < 6e-7
     assert len(traces) == 1
 
@@ -328,7 +334,7 @@ every_layer = pytest.mark.parametrize("name", FAMILY)
 def a_layer(name: str, amount: Any = 0.4) -> Layer:
     """Return the layer, its call without ids, and the name of its rate or standard deviation."""
     settings, _, _ = FAMILY[name]
-    layer = getattr(ours, name.partition(",")[0])(amount, **settings)
+    layer = getattr(regjax.equinox, name.partition(",")[0])(amount, **settings)
     inputs = (IDS,) if name == "EmbeddingDropout" else ()
     return Layer(layer, lambda layer, x, **how: layer(x, *inputs, **how))
 
@@ -386,7 +392,9 @@ def test_mapped_over_a_batch_with_traced_leaves_each_example_draws_for_itself(na
     assert several._cache_size() == 1
 
 
-@pytest.mark.parametrize("Kind", [ours.FeatureDropout, ours.FeatureAlphaDropout])
+@pytest.mark.parametrize(
+    "Kind", [regjax.equinox.FeatureDropout, regjax.equinox.FeatureAlphaDropout]
+)
 def test_a_wrong_channel_axis_is_refused(Kind):
     for axis in (2, -3):
         with pytest.raises(ValueError, match=rf"channel_axis .* has 2; got {axis}"):
@@ -395,7 +403,7 @@ def test_a_wrong_channel_axis_is_refused(Kind):
 
 def test_drop_connect_of_a_layer_leaves_its_bias():
     linear = eqx.nn.Linear(8, 8, key=KEY)
-    dropped = ours.DropConnect(0.5)(linear, key=KEY)
+    dropped = regjax.equinox.DropConnect(0.5)(linear, key=KEY)
     assert same_bits(dropped.bias, linear.bias)
     kept = dropped.weight != 0
     assert 0 < kept.sum() < kept.size
@@ -501,12 +509,15 @@ def walk(Model, batches, Dropout):
     ],
 )
 def test_a_run_of_training_has_the_same_bits(Model, batches, tolerance, leaning):
-    theirs, mine = (walk(Model, batches, Dropout) for Dropout in (eqx.nn.Dropout, ours.Dropout))
+    of_equinox, of_regjax = (
+        walk(Model, batches, Dropout) for Dropout in (eqx.nn.Dropout, regjax.equinox.Dropout)
+    )
     if not tolerance:
-        assert_same_training(mine, theirs)
+        assert_same_training(of_regjax, of_equinox)
         return
-    assert same_bits(mine[0][0], theirs[0][0])  # the first loss does not depend on a gradient
-    for one, other in zip(mine, theirs, strict=True):
+    # The first loss does not depend on a gradient.
+    assert same_bits(of_regjax[0][0], of_equinox[0][0])
+    for one, other in zip(of_regjax, of_equinox, strict=True):
         chex.assert_trees_all_equal_dtypes(one, other)
         for leaf, reference in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
             assert np.abs(leaf - reference).max() <= tolerance * np.abs(reference).max()

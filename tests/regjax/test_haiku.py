@@ -15,14 +15,16 @@ import pytest
 from jax import lax
 
 import regjax
-from regjax import haiku as ours
+import regjax.haiku
 from tests.regjax.training import assert_same_training, digits, filled, same_bits, text, train
 from tests.regjax.versions import assert_same_eagerly
 
 KEY = jax.random.key(11)
 KEYS = jax.random.split(KEY, 65)
 X, RESIDUAL = jax.random.normal(jax.random.key(1), (2, 65, 66))
-both = pytest.mark.parametrize("dropout", [hk.dropout, ours.dropout], ids=["theirs", "ours"])
+both = pytest.mark.parametrize(
+    "dropout", [hk.dropout, regjax.haiku.dropout], ids=["haiku", "regjax"]
+)
 
 
 def call(dropout, rate, x, dims=()):
@@ -81,30 +83,32 @@ for name, f in JITTED.items():
 
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_in_every_situation_the_bits_are_theirs(name, leaning):
-    theirs, mine = (SITUATIONS[name](dropout, 0.1, X) for dropout in (hk.dropout, ours.dropout))
+    of_haiku, of_regjax = (
+        SITUATIONS[name](dropout, 0.1, X) for dropout in (hk.dropout, regjax.haiku.dropout)
+    )
     if name.startswith("eager"):
-        assert_same_eagerly(mine, theirs)
+        assert_same_eagerly(of_regjax, of_haiku)
     else:
-        assert same_bits(mine, theirs)
+        assert same_bits(of_regjax, of_haiku)
 
 
 def test_a_rate_that_is_a_product_is_subtracted_as_theirs_is(leaning):
     """XLA contracts `1 - a * b` in the original; a guard of the product would change a bit."""
-    theirs, mine = (
+    of_haiku, of_regjax = (
         jax.jit(lambda a, b, dropout=dropout: dropout(KEY, a * b, X))
-        for dropout in (hk.dropout, ours.dropout)
+        for dropout in (hk.dropout, regjax.haiku.dropout)
     )
     for a, b in np.random.default_rng(0).uniform(0.1, 0.9, (20, 2)).astype("float32"):
-        assert same_bits(mine(a, b), theirs(a, b))
+        assert same_bits(of_regjax(a, b), of_haiku(a, b))
 
 
 def test_the_arguments_are_theirs():
-    theirs, mine = (
+    of_haiku, of_regjax = (
         [(p.name, p.default, p.kind) for p in inspect.signature(dropout).parameters.values()]
-        for dropout in (hk.dropout, ours.dropout)
+        for dropout in (hk.dropout, regjax.haiku.dropout)
     )
-    assert mine[: len(theirs)] == theirs
-    assert [name for name, _, _ in mine[len(theirs) :]] == ["sampler"]
+    assert of_regjax[: len(of_haiku)] == of_haiku
+    assert [name for name, _, _ in of_regjax[len(of_haiku) :]] == ["sampler"]
 
 
 ERRORS = {
@@ -142,44 +146,44 @@ def test_dimensions_count_from_the_end_and_may_come_twice(dropout, leaning):
 
 def test_where_theirs_errs(leaning):
     """The documented differences from Haiku's function."""
-    traced = {dropout: jax.jit(dropout) for dropout in (hk.dropout, ours.dropout)}
+    traced = {dropout: jax.jit(dropout) for dropout in (hk.dropout, regjax.haiku.dropout)}
     assert jnp.isnan(traced[hk.dropout](KEY, 1.0, X)).all()
     for dims in ((), (0,)):
-        total = lambda rate, x, dims=dims: ours.dropout(KEY, rate, x, dims).sum()
-        assert (jax.jit(ours.dropout, static_argnums=3)(KEY, 1.0, X, dims) == 0).all()
+        total = lambda rate, x, dims=dims: regjax.haiku.dropout(KEY, rate, x, dims).sum()
+        assert (jax.jit(regjax.haiku.dropout, static_argnums=3)(KEY, 1.0, X, dims) == 0).all()
         assert (jax.jit(jax.grad(total, argnums=1))(1.0, X) == 0).all()
     for rate in (1.5, -0.1, jnp.nan):
-        assert jnp.isnan(traced[ours.dropout](KEY, rate, X)).all()
+        assert jnp.isnan(traced[regjax.haiku.dropout](KEY, rate, X)).all()
     assert (traced[hk.dropout](KEY, 1.5, X) == 0).all()
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]; got nan"):
-        ours.dropout(KEY, float("nan"), X)
+        regjax.haiku.dropout(KEY, float("nan"), X)
     with pytest.raises(TypeError, match="x must be floating"):
-        ours.dropout(KEY, 0.5, jnp.arange(3))
+        regjax.haiku.dropout(KEY, 0.5, jnp.arange(3))
     with pytest.raises(IndexError):  # Haiku's check of dimensions is off by one
         hk.dropout(KEY, 0.5, X, (2,))
     with pytest.raises(ValueError, match="broadcast_dims must be dimensions of x, which has 2"):
-        ours.dropout(KEY, 0.5, X, (2,))
+        regjax.haiku.dropout(KEY, 0.5, X, (2,))
     holes = jnp.full_like(X, jnp.nan)
     shared = {d: jax.jit(d, static_argnums=(1, 3))(KEY, 0.5, holes, (0,)) for d in traced}
     keep = regjax.bernoulli(KEY, 0.5, (1, 66))
     assert jnp.isnan(shared[hk.dropout]).all()
-    assert (jnp.isnan(shared[ours.dropout]) == keep).all()
-    assert (jnp.nan_to_num(shared[ours.dropout]) == 0).all()
+    assert (jnp.isnan(shared[regjax.haiku.dropout]) == keep).all()
+    assert (jnp.nan_to_num(shared[regjax.haiku.dropout]) == 0).all()
     low = np.float16(0.1)
-    assert same_bits(ours.dropout(KEY, low, X), ours.dropout(KEY, float(low), X))
+    assert same_bits(regjax.haiku.dropout(KEY, low, X), regjax.haiku.dropout(KEY, float(low), X))
 
 
 def test_half_types_are_scaled_in_float32():
     x = X.astype(jnp.bfloat16)
     for dims in ((), (0,)):
         expected = regjax.dropout(x, 0.1, key=KEY, broadcast_dims=dims)
-        assert (ours.dropout(KEY, 0.1, x, dims) == expected).all()
+        assert (regjax.haiku.dropout(KEY, 0.1, x, dims) == expected).all()
 
 
 def test_the_sampler_is_an_addition():
     x = jnp.ones((64, 128))
     expected = regjax.dropout(x, 0.3, key=KEY, sampler=regjax.packed_bernoulli)
-    draw = lambda rate: ours.dropout(KEY, rate, x, sampler=regjax.packed_bernoulli)
+    draw = lambda rate: regjax.haiku.dropout(KEY, rate, x, sampler=regjax.packed_bernoulli)
     assert same_bits(draw(0.3), expected)
     np.testing.assert_allclose(jax.jit(draw)(0.3), expected, rtol=1e-6)
 
@@ -189,7 +193,7 @@ def test_the_sampler_is_an_addition():
 def test_what_is_drawn_can_be_watched(rate, dims):
     drawn = []
     with regjax.observing(drawn.append):
-        f = lambda rate: ours.dropout(KEY, rate, X, dims)
+        f = lambda rate: regjax.haiku.dropout(KEY, rate, X, dims)
         y = jax.jit(f)(rate) if isinstance(rate, np.float32) else f(rate)
         jax.effects_barrier()
     (event,) = drawn
@@ -198,7 +202,7 @@ def test_what_is_drawn_can_be_watched(rate, dims):
 
 
 def test_a_changing_rate_costs_one_compilation():
-    draw = jax.jit(lambda *args: ours.dropout(*args))
+    draw = jax.jit(lambda *args: regjax.haiku.dropout(*args))
     for rate in (0.1, 0.37):
         share = float((draw(KEY, rate, X) == 0).mean())
         assert abs(share - rate) < 5 * (rate * (1 - rate) / X.size) ** 0.5  # 5 sigma: p < 6e-7
@@ -231,16 +235,16 @@ FAMILY = {
 def test_a_function_of_the_family_is_that_of_the_library(name):
     inputs, options, function = FAMILY[name]
     amount = {"gaussian_noise": "stddev"}.get(name, "rate")
-    mine = getattr(ours, name)
+    of_regjax = getattr(regjax.haiku, name)
     expected = function(inputs[0], **{amount: 0.4}, key=KEY, **options)
-    assert same_bits(mine(KEY, 0.4, *inputs), expected)
-    assert mine(None, 0, *inputs) is inputs[0]
-    traced = jax.jit(lambda rate: mine(KEY, rate, *inputs))(0.4)
+    assert same_bits(of_regjax(KEY, 0.4, *inputs), expected)
+    assert of_regjax(None, 0, *inputs) is inputs[0]
+    traced = jax.jit(lambda rate: of_regjax(KEY, rate, *inputs))(0.4)
     for leaf, other in zip(jax.tree.leaves(traced), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(leaf, other, rtol=2e-6, atol=1e-6)
     with pytest.raises(ValueError, match=f"{amount} must"):
-        mine(KEY, -1.0, *inputs)
-    names = [*inspect.signature(mine).parameters]
+        of_regjax(KEY, -1.0, *inputs)
+    names = [*inspect.signature(of_regjax).parameters]
     assert names[:2] == ["rng", amount]
     assert names[2] in ("x", "weights")
 
@@ -306,5 +310,7 @@ def walk(network, rates, batches, dropout):
     ],
 )
 def test_a_run_of_training_has_the_same_bits(network, rates, batches, leaning):
-    theirs, mine = (walk(network, rates, batches, d) for d in (hk.dropout, ours.dropout))
-    assert_same_training(mine, theirs)
+    of_haiku, of_regjax = (
+        walk(network, rates, batches, d) for d in (hk.dropout, regjax.haiku.dropout)
+    )
+    assert_same_training(of_regjax, of_haiku)

@@ -27,8 +27,8 @@ from tests.regjax.versions import assert_same_eagerly
 
 KEY = jax.random.key(3)
 RNGS = {"dropout": KEY}
-OURS, THEIRS = regjax.linen.Dropout, nn.Dropout
-both = pytest.mark.parametrize("Dropout", [OURS, THEIRS], ids=["ours", "theirs"])
+REGJAX, FLAX = regjax.linen.Dropout, nn.Dropout
+both = pytest.mark.parametrize("Dropout", [REGJAX, FLAX], ids=["regjax", "flax"])
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_a_run_of_training_has_the_same_bits(name, batches):
 
         return train(step, (params, optimizer.init(params)), data)
 
-    assert_same_training(walk(OURS), walk(THEIRS))
+    assert_same_training(walk(REGJAX), walk(FLAX))
 
 
 def places(Dropout):
@@ -191,14 +191,14 @@ def places(Dropout):
     }
 
 
-@pytest.mark.parametrize("place", places(OURS))
+@pytest.mark.parametrize("place", places(REGJAX))
 def test_the_same_path_gives_the_same_values(place):
     rngs = {"dropout": KEY, "noise": jax.random.key(4), "params": jax.random.key(5)}
     run = lambda Dropout: places(Dropout)[place].apply({}, X, rngs=rngs)
-    ours, theirs = run(OURS), run(THEIRS)
-    assert_same_eagerly(ours, theirs, layers=4)  # of one path, at most
-    assert (ours == 0).any()
-    assert (ours != 0).any()
+    of_regjax, of_flax = run(REGJAX), run(FLAX)
+    assert_same_eagerly(of_regjax, of_flax, layers=4)  # of one path, at most
+    assert (of_regjax == 0).any()
+    assert (of_regjax != 0).any()
 
 
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(3)], ids=["typed", "raw"])
@@ -211,11 +211,11 @@ def test_a_given_key_gives_the_values_and_gradients(key, shape, rate):
         layer = lambda x: Dropout(rate).apply({}, x, deterministic=False, rng=key)
         return layer(x), jax.jit(lambda x: (*jax.vjp(layer, x)[1](x), layer(x)))(x)
 
-    (eager, jitted), (their_eager, their_jitted) = run(OURS), run(THEIRS)
+    (eager, jitted), (their_eager, their_jitted) = run(REGJAX), run(FLAX)
     assert_same_eagerly(eager, their_eager)
     chex.assert_trees_all_equal(jitted, their_jitted)
-    ours = lambda x: OURS(rate).apply({}, x, deterministic=False, rng=key)
-    chex.assert_trees_all_equal(jax.vjp(ours, x)[0], ours(x))  # unlike in Linen
+    of_regjax = lambda x: REGJAX(rate).apply({}, x, deterministic=False, rng=key)
+    chex.assert_trees_all_equal(jax.vjp(of_regjax, x)[0], of_regjax(x))  # unlike in Linen
 
 
 def test_a_small_sum_of_what_is_dropped_has_the_same_bits():
@@ -226,7 +226,7 @@ def test_a_small_sum_of_what_is_dropped_has_the_same_bits():
         drop = lambda x: Dropout(0.1).apply({}, x, deterministic=False, rng=KEY)
         return jax.jit(jax.grad(lambda b, x: (drop(0 * x + b) * x).sum()))(jnp.zeros((1, 1, 16)), x)
 
-    chex.assert_trees_all_equal(gradient(OURS), gradient(THEIRS))
+    chex.assert_trees_all_equal(gradient(REGJAX), gradient(FLAX))
 
 
 @both
@@ -280,13 +280,13 @@ def test_evaluation_returns_what_it_is_given(Dropout, flag):
 
 
 def test_the_constructor_and_the_call_take_what_the_others_take():
-    for ours, theirs in ((OURS, THEIRS), (OURS.__call__, THEIRS.__call__)):
-        mine, other = (inspect.signature(f).parameters for f in (ours, theirs))
-        assert [name for name in mine if name in other] == list(other)
-        for name, parameter in other.items():
-            assert mine[name].default == parameter.default
-            assert mine[name].kind == parameter.kind
-    assert issubclass(OURS, THEIRS)
+    for ported, original in ((REGJAX, FLAX), (REGJAX.__call__, FLAX.__call__)):
+        parameters, expected = (inspect.signature(f).parameters for f in (ported, original))
+        assert [name for name in parameters if name in expected] == list(expected)
+        for name, parameter in expected.items():
+            assert parameters[name].default == parameter.default
+            assert parameters[name].kind == parameter.kind
+    assert issubclass(REGJAX, FLAX)
 
 
 WRONG = [-0.1, 1.5, float("nan")]
@@ -295,17 +295,17 @@ WRONG = [-0.1, 1.5, float("nan")]
 @pytest.mark.parametrize("rate", WRONG)
 def test_a_rate_out_of_range_is_refused_and_a_traced_one_gives_nan(rate):
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
-        OURS(rate)
+        REGJAX(rate)
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
-        OURS(0.5).apply({}, X, False, rng=KEY, rate=rate)
-    traced = jax.jit(lambda rate: OURS(rate).apply({}, X, False, rng=KEY))(rate)
+        REGJAX(0.5).apply({}, X, False, rng=KEY, rate=rate)
+    traced = jax.jit(lambda rate: REGJAX(rate).apply({}, X, False, rng=KEY))(rate)
     assert jnp.isnan(traced).all()
 
 
 @pytest.mark.parametrize("flag", [0, "False", jnp.zeros(2, bool)], ids=str)
 def test_a_flag_that_is_no_boolean_is_refused(flag):
     with pytest.raises(TypeError, match="deterministic must be a boolean"):
-        OURS(0.5).apply({}, X, flag, rng=KEY)
+        REGJAX(0.5).apply({}, X, flag, rng=KEY)
 
 
 def test_a_changing_rate_and_flag_cost_one_compilation():
@@ -314,8 +314,8 @@ def test_a_changing_rate_and_flag_cost_one_compilation():
     @jax.jit
     def step(rate, flag):
         traces.append(None)
-        by_call = OURS(0.9).apply({}, X, flag, rng=KEY, rate=rate)
-        return by_call, OURS(rate, deterministic=flag).apply({}, X, rng=KEY)
+        by_call = REGJAX(0.9).apply({}, X, flag, rng=KEY, rate=rate)
+        return by_call, REGJAX(rate, deterministic=flag).apply({}, X, rng=KEY)
 
     for rate in (0.0, 0.25, 1.0):
         for flag in (False, True):
@@ -329,7 +329,7 @@ def test_each_layer_of_a_scanned_stack_may_have_its_rate():
     class Step(nn.Module):
         @nn.compact
         def __call__(self, x, rate):
-            return x, OURS(0.1, deterministic=False)(x, rate=rate)
+            return x, REGJAX(0.1, deterministic=False)(x, rate=rate)
 
     stack = nn.scan(Step, split_rngs={"dropout": True}, length=3)()
     rates = jnp.array([0.0, 0.5, 1.0])
@@ -342,14 +342,14 @@ def test_each_layer_of_a_scanned_stack_may_have_its_rate():
 def test_half_types_are_rounded_once():
     half = X.astype(jnp.bfloat16)
     run = lambda Dropout: Dropout(0.1).apply({}, half, False, rng=KEY)
-    chex.assert_trees_all_equal(run(OURS), regjax.dropout(half, 0.1, key=KEY))
-    assert (run(OURS) != run(THEIRS)).any()
+    chex.assert_trees_all_equal(run(REGJAX), regjax.dropout(half, 0.1, key=KEY))
+    assert (run(REGJAX) != run(FLAX)).any()
 
 
 def test_a_mask_is_laid_out_as_what_it_masks():
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
     x = jnp.ones((16, 4))
-    layer = OURS(0.5, (0,), deterministic=False)
+    layer = REGJAX(0.5, (0,), deterministic=False)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(x, NamedSharding(mesh, P("a")))
         y = jax.jit(lambda x: layer.apply({}, x, rng=KEY))(sharded)
@@ -361,11 +361,11 @@ def test_code_that_looks_for_the_replaced_layer_finds_it():
     seen = []
 
     def intercept(call, args, kwargs, context):
-        seen.append((isinstance(context.module, THEIRS), context.method_name))
+        seen.append((isinstance(context.module, FLAX), context.method_name))
         return call(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
-        places(OURS)["automatic"].apply({}, X, rngs=RNGS)
+        places(REGJAX)["automatic"].apply({}, X, rngs=RNGS)
     assert seen[1:] == [(True, "__call__")] * 2  # and no other method
 
 

@@ -24,8 +24,8 @@ from tests.regjax.training import assert_same_training, digits, filled, snapshot
 from tests.regjax.versions import assert_same_eagerly
 
 KEY = jax.random.key(3)
-OURS, THEIRS = regjax.nnx.Dropout, nnx.Dropout
-both = pytest.mark.parametrize("Dropout", [OURS, THEIRS], ids=["ours", "theirs"])
+REGJAX, FLAX = regjax.nnx.Dropout, nnx.Dropout
+both = pytest.mark.parametrize("Dropout", [REGJAX, FLAX], ids=["regjax", "flax"])
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +116,7 @@ def test_a_run_of_training_has_the_same_bits(name, batches):
         state = lambda: nnx.to_pure_dict(nnx.state((model, optimizer)))
         return [snapshot((step(model, optimizer, batch), state())) for batch in batches(steps=25)]
 
-    assert_same_training(walk(OURS), walk(THEIRS))
+    assert_same_training(walk(REGJAX), walk(FLAX))
 
 
 def rngs():
@@ -208,10 +208,10 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_same_streams_give_the_same_values(place):
-    ours, theirs = PLACES[place](OURS), PLACES[place](THEIRS)
-    assert_same_eagerly(ours, theirs)
-    assert (ours == 0).any()
-    assert (ours != 0).any()
+    of_regjax, of_flax = PLACES[place](REGJAX), PLACES[place](FLAX)
+    assert_same_eagerly(of_regjax, of_flax)
+    assert (of_regjax == 0).any()
+    assert (of_regjax != 0).any()
 
 
 @pytest.mark.parametrize(("shape", "rate"), [((63, 65), 0.123), ((64, 64), 0.1)], ids=str)
@@ -223,7 +223,7 @@ def test_a_given_key_gives_the_values_and_gradients(shape, rate):
         layer = lambda x: Dropout(rate)(x, rngs=KEY)
         return layer(x), jax.jit(lambda x: (*jax.vjp(layer, x)[1](x), layer(x)))(x)
 
-    (eager, jitted), (their_eager, their_jitted) = run(OURS), run(THEIRS)
+    (eager, jitted), (their_eager, their_jitted) = run(REGJAX), run(FLAX)
     assert_same_eagerly(eager, their_eager)
     chex.assert_trees_all_equal(jitted, their_jitted)
 
@@ -236,18 +236,18 @@ def test_a_small_sum_of_what_is_dropped_has_the_same_bits():
         drop = lambda x: Dropout(0.1)(x, rngs=KEY)
         return jax.jit(jax.grad(lambda b, x: (drop(0 * x + b) * x).sum()))(jnp.zeros((1, 1, 16)), x)
 
-    chex.assert_trees_all_equal(gradient(OURS), gradient(THEIRS))
+    chex.assert_trees_all_equal(gradient(REGJAX), gradient(FLAX))
 
 
 def test_the_state_is_that_of_the_layer_it_replaces_and_is_restored_from_it():
-    ours, theirs = (Sampled(Dropout, rngs()) for Dropout in (OURS, THEIRS))
+    of_regjax, of_flax = (Sampled(Dropout, rngs()) for Dropout in (REGJAX, FLAX))
     for _ in range(2):
-        theirs(X)
-    state = nnx.state(theirs)
-    assert jax.tree.structure(state) == jax.tree.structure(nnx.state(ours))
-    nnx.update(ours, nnx.from_flat_state(nnx.to_flat_state(state)))
-    assert_same_eagerly(ours(X), theirs(X))
-    chex.assert_trees_all_equal(*(snapshot(nnx.state(model)) for model in (ours, theirs)))
+        of_flax(X)
+    state = nnx.state(of_flax)
+    assert jax.tree.structure(state) == jax.tree.structure(nnx.state(of_regjax))
+    nnx.update(of_regjax, nnx.from_flat_state(nnx.to_flat_state(state)))
+    assert_same_eagerly(of_regjax(X), of_flax(X))
+    chex.assert_trees_all_equal(*(snapshot(nnx.state(model)) for model in (of_regjax, of_flax)))
 
 
 ERRORS = {
@@ -291,19 +291,21 @@ def test_evaluation_returns_what_it_is_given(Dropout, flag):
 
 def test_the_constructor_and_the_call_take_what_the_others_take():
     for method in ("__init__", "__call__", "set_view"):
-        mine, other = (inspect.signature(getattr(D, method)).parameters for D in (OURS, THEIRS))
-        for name, parameter in other.items():
-            assert mine[name].default == parameter.default
-            assert mine[name].kind == parameter.kind
-    assert vars(OURS(0.5)).keys() - vars(THEIRS(0.5)).keys() == {"sampler"}
-    assert issubclass(OURS, THEIRS)
+        parameters, expected = (
+            inspect.signature(getattr(D, method)).parameters for D in (REGJAX, FLAX)
+        )
+        for name, parameter in expected.items():
+            assert parameters[name].default == parameter.default
+            assert parameters[name].kind == parameter.kind
+    assert vars(REGJAX(0.5)).keys() - vars(FLAX(0.5)).keys() == {"sampler"}
+    assert issubclass(REGJAX, FLAX)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
 def test_a_rate_out_of_range_is_refused_and_a_traced_one_gives_nan(rate):
-    layer = OURS(0.5)
+    layer = REGJAX(0.5)
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
-        OURS(rate)
+        REGJAX(rate)
     with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\]"):
         layer(X, rngs=KEY, rate=rate)
     assert jnp.isnan(jax.jit(lambda rate: layer(X, rngs=KEY, rate=rate))(rate)).all()
@@ -315,7 +317,7 @@ def test_a_rate_out_of_range_is_refused_and_a_traced_one_gives_nan(rate):
 @pytest.mark.parametrize("flag", [0, "False", jnp.zeros(2, bool)], ids=str)
 def test_a_flag_that_is_no_boolean_is_refused(flag):
     with pytest.raises(TypeError, match="deterministic must be a boolean"):
-        OURS(0.5)(X, deterministic=flag, rngs=KEY)
+        REGJAX(0.5)(X, deterministic=flag, rngs=KEY)
 
 
 def test_a_changing_rate_and_flag_cost_one_compilation():
@@ -330,13 +332,13 @@ def test_a_changing_rate_and_flag_cost_one_compilation():
     for rate in (0.0, 0.25, 1.0):
         for flag in (False, True):
             expected = X if flag else regjax.dropout(X, rate, key=KEY)
-            for y in step(OURS(0.9), jnp.float32(rate), jnp.bool_(flag)):
+            for y in step(REGJAX(0.9), jnp.float32(rate), jnp.bool_(flag)):
                 chex.assert_trees_all_equal(y, expected)
     assert len(traces) == 1
 
 
 def test_the_rate_may_be_a_variable_of_the_model():
-    layer = OURS(nnx.Variable(jnp.float32(0.25)))
+    layer = REGJAX(nnx.Variable(jnp.float32(0.25)))
     step = nnx.jit(lambda layer: layer(X, rngs=KEY))
     for rate in (0.25, 0.75):
         layer.rate[...] = jnp.float32(rate)
@@ -346,15 +348,15 @@ def test_the_rate_may_be_a_variable_of_the_model():
 
 def test_half_types_are_rounded_once():
     half = X.astype(jnp.bfloat16)
-    ours, theirs = (Dropout(0.1)(half, rngs=KEY) for Dropout in (OURS, THEIRS))
-    chex.assert_trees_all_equal(ours, regjax.dropout(half, 0.1, key=KEY))
-    assert (ours != theirs).any()
+    of_regjax, of_flax = (Dropout(0.1)(half, rngs=KEY) for Dropout in (REGJAX, FLAX))
+    chex.assert_trees_all_equal(of_regjax, regjax.dropout(half, 0.1, key=KEY))
+    assert (of_regjax != of_flax).any()
 
 
 def test_a_mask_is_laid_out_as_what_it_masks():
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
     x = jnp.ones((16, 4))
-    layer = OURS(0.5, broadcast_dims=(0,))
+    layer = REGJAX(0.5, broadcast_dims=(0,))
     with jax.set_mesh(mesh):
         sharded = jax.device_put(x, NamedSharding(mesh, P("a")))
         y = jax.jit(lambda x: layer(x, rngs=KEY))(sharded)

@@ -90,9 +90,9 @@ def test_state_of_a_matrix_is_its_rows_and_columns():
 
 def test_the_layout_of_a_matrix_makes_no_difference():
     transposed = [jax.tree.map(jnp.transpose, tree) for tree in (PARAMS, GRADIENT)]
-    ours, _ = walk(optim.adafactor(0.1), [GRADIENT] * 3)
-    theirs, _ = walk(optim.adafactor(0.1), [transposed[1]] * 3, transposed[0])
-    assert_close(ours[-1], jax.tree.map(jnp.transpose, theirs[-1]), atol=1e-6)
+    updates, _ = walk(optim.adafactor(0.1), [GRADIENT] * 3)
+    transposed_updates, _ = walk(optim.adafactor(0.1), [transposed[1]] * 3, transposed[0])
+    assert_close(updates[-1], jax.tree.map(jnp.transpose, transposed_updates[-1]), atol=1e-6)
 
 
 def test_scalars_are_vectors():

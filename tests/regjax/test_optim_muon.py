@@ -94,9 +94,9 @@ def test_the_layout_matters_to_the_original_scale_only():
     params, gradient = (jax.tree.map(jnp.transpose, tree) for tree in (PARAMS, GRADIENT))
     for options in ({"transposed": True}, {"adjust_lr_fn": "match_rms_adamw"}):
         same = {**options, "transposed": False}
-        ours = first_update(optim.muon(0.1, **options, **CONVERGING), params, gradient)
-        theirs = first_update(optim.muon(0.1, **same, **CONVERGING), PARAMS, GRADIENT)
-        assert_close(jax.tree.map(jnp.transpose, ours), theirs, atol=1e-6)
+        update = first_update(optim.muon(0.1, **options, **CONVERGING), params, gradient)
+        expected = first_update(optim.muon(0.1, **same, **CONVERGING), PARAMS, GRADIENT)
+        assert_close(jax.tree.map(jnp.transpose, update), expected, atol=1e-6)
     plain = first_update(optim.muon(0.1, **CONVERGING), params, gradient)
     assert not np.allclose(
         plain["wide"].T, first_update(optim.muon(0.1, **CONVERGING), PARAMS, GRADIENT)["wide"]

@@ -74,15 +74,15 @@ def same_bits(tree, other):
     return all(np.array_equal(*pair) for pair in words)
 
 
-def assert_same_training(ours, theirs):
+def assert_same_training(actual, expected):
     """Assert equal bits of all losses and states at every step, and that the model learned."""
-    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+    for number, (mine, other) in enumerate(zip(actual, expected, strict=True)):
         assert jax.tree.structure(mine) == jax.tree.structure(other)
         leaves = jax.tree.leaves_with_path(mine)
         for (path, one), two in zip(leaves, jax.tree.leaves(other), strict=True):
             same = one.dtype == two.dtype and one.tobytes() == two.tobytes()
             assert same, f"step {number}: {jax.tree_util.keystr(path)} differs"
-    losses = [float(loss) for loss, _ in ours]
+    losses = [float(loss) for loss, _ in actual]
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
 
 

@@ -34,9 +34,9 @@ def as_pure(tree: Any) -> Any:
     return (nnx.as_pure if hasattr(nnx, "as_pure") else nnx.pure)(tree)
 
 
-def assert_same_eagerly(mine: Any, theirs: Any, *, layers: int = 1) -> None:
+def assert_same_eagerly(mine: Any, peer: Any, *, layers: int = 1) -> None:
     """Assert equal bits outside of jit; before JAX 0.10, to a unit in the last place per layer."""
-    for one, two in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs), strict=True):
+    for one, two in zip(jax.tree.leaves(mine), jax.tree.leaves(peer), strict=True):
         if EAGER_DIVISION_IS_EXACT:
             np.testing.assert_array_max_ulp(np.asarray(one), np.asarray(two), maxulp=layers)
         else:

@@ -63,13 +63,13 @@ CASES = [(name, shape, mask) for name, shapes in SHARED.items() for shape, mask 
 
 @pytest.mark.parametrize(("name", "shape", "mask"), CASES)
 def test_whole_channels_go_as_in_pytorch(name, shape, mask):
-    ours, theirs = layers(name)
+    of_regtorch, of_torch = layers(name)
     keep = regtorch.bernoulli(KEY, 0.5, mask).expand(shape)
-    y = ours(torch.ones(shape), key=KEY)
+    y = of_regtorch(torch.ones(shape), key=KEY)
     assert torch.equal(y > 1, keep)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a 3-D input to Dropout2d
-        z = theirs(torch.ones(shape))
+        z = of_torch(torch.ones(shape))
     for dim, size in enumerate(mask):
         if size == 1:
             assert torch.equal(z, z.narrow(dim, 0, 1).expand(shape))
@@ -94,21 +94,21 @@ def test_an_input_of_another_rank_is_refused(name, ndim):
 @pytest.mark.parametrize("name", ["AlphaDropout", "FeatureAlphaDropout"])
 def test_alpha_constants_are_those_of_pytorch(name, rate):
     """Return PyTorch's two values at x = 0 and its slope, from its output."""
-    ours, theirs = layers(name, rate)
+    of_regtorch, of_torch = layers(name, rate)
     for x in (torch.zeros(400, 4, dtype=torch.float64), torch.ones(400, 4, dtype=torch.float64)):
-        values = [torch.unique(y) for y in (ours(x, key=KEY), theirs(x))]
+        values = [torch.unique(y) for y in (of_regtorch(x, key=KEY), of_torch(x))]
         assert len(values[0]) == 2
         torch.testing.assert_close(*values, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("which", ["ours", "torch"])
+@pytest.mark.parametrize("which", ["regtorch", "torch"])
 def test_alpha_dropout_keeps_mean_0_and_variance_1(rate, which):
     """Within 5 sigma (p < 6e-7 each), with the fourth moment of the sample."""
     torch.manual_seed(0)
     layer = layers("AlphaDropout", rate)[which == "torch"]
     x = torch.randn(200_000, dtype=torch.float64)
-    y = layer(x, key=KEY) if which == "ours" else layer(x)
+    y = layer(x, key=KEY) if which == "regtorch" else layer(x)
     n = len(y)
     assert abs(y.mean()) < 5 * y.std() / n**0.5
     assert abs((y**2).mean() - 1) < 5 * (y**2).std() / n**0.5

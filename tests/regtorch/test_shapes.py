@@ -101,6 +101,6 @@ def test_a_converted_layer_accepts_and_shares_what_pytorch_does(layer, shape):
         return {str(each.message) for each in caught}, together
 
     torch.manual_seed(0)
-    ours, theirs = run(converted(layer(0.5))), run(layer(0.5))
-    assert ours[0] == theirs[0]
-    assert theirs[1] is None or torch.equal(ours[1], theirs[1])
+    of_regtorch, of_torch = run(converted(layer(0.5))), run(layer(0.5))
+    assert of_regtorch[0] == of_torch[0]
+    assert of_torch[1] is None or torch.equal(of_regtorch[1], of_torch[1])

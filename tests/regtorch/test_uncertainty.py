@@ -86,8 +86,8 @@ KINDS = {
     "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.5, batch_first=True),
     "alpha": lambda: nn.AlphaDropout(0.5),
     "channels": lambda: nn.Dropout1d(0.5),
-    "ours": lambda: regtorch.nn.AlphaDropout(0.5),
-    "ours, around another": lambda: regtorch.nn.DropConnect(nn.Linear(8, 8), 0.5),
+    "regtorch": lambda: regtorch.nn.AlphaDropout(0.5),
+    "regtorch, around another": lambda: regtorch.nn.DropConnect(nn.Linear(8, 8), 0.5),
 }
 
 
@@ -113,7 +113,7 @@ def test_every_layer_that_drops_does_so(kind):
             keyed.set_key(model, key, 0)
             return model(x)
 
-        if not kind.startswith("ours"):
+        if not kind.startswith("regtorch"):
             assert torch.equal(mc(predict, X).std, mc(model, X).std)
 
 
