@@ -97,7 +97,7 @@ def shuffled_batches(
             is PyTorch's default generator.
 
     Returns:
-        The indices of each batch; for `jax.lax.scan`, stack full batches by `jnp.stack`. And the
+        The indices of each batch, in a list (for `jax.lax.scan`, stack full batches); and the
         state of the generator after a complete epoch; if `is_own` is False, it is the same after a
         part of it.
 
