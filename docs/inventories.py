@@ -98,7 +98,8 @@ PROJECTS = {
             "generated/{name}.html": """
                 torch.abs torch.bernoulli torch.compile torch.empty torch.func.functional_call
                 torch.func.vmap torch.Generator torch.get_rng_state torch.linspace
-                torch.manual_seed torch.multinomial torch.nn.AlphaDropout torch.nn.Dropout torch.nn.Dropout1d
+                torch.manual_seed torch.multinomial torch.nn.AlphaDropout
+                torch.nn.Dropout torch.nn.Dropout1d
                 torch.nn.Dropout2d torch.nn.Dropout3d
                 torch.nn.FeatureAlphaDropout torch.nn.functional.alpha_dropout
                 torch.nn.functional.dropout torch.nn.functional.dropout1d

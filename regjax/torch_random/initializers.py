@@ -71,7 +71,7 @@ def xavier_uniform(
 
     Args:
         g: The generator.
-        shape: The shape in PyTorch: (out, in, *size), of at least 2 axes.
+        shape: The shape in PyTorch: (out, in, ...), of at least 2 axes.
         gain: The factor of the scale.
         dtype: As for `uniform`.
 
@@ -148,7 +148,7 @@ def kaiming_uniform(
     Args:
         g: As for `xavier_uniform`.
         shape: As for `xavier_uniform`. The size `in` is the second axis also for the weight of a
-            transposed convolution, (in, out, *size).
+            transposed convolution, (in, out, ...).
         a: The negative slope, used for `"leaky_relu"` only.
         mode: `"fan_in"` or `"fan_out"`.
         nonlinearity: As for `calculate_gain`.

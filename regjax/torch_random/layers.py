@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import jax.numpy as jnp
 import numpy as np
 
 from regjax._checks import check_number, check_shape
@@ -68,7 +67,7 @@ class Layer:
 
     kind: str
     shapes: Mapping[str, Sequence[int]]
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike = "float32"
     padding_idx: int | None = None
     init: float = 0.25
 

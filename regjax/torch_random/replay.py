@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -24,19 +24,25 @@ from regjax.torch_random.uniforms import FLOAT_DIGITS, between, scaled_bounds, u
 from regshared.checks import check_callable, describe
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array, Float, Int32
 
     from regjax.torch_random.layers import Draw
-    from regjax.torch_random.structures import Initializer, Structure
+    from regjax.torch_random.structures import Initializer
 
 _BLOCK = 8192  # words
 
 
 def init_like(
-    structure: Structure,
+    structure: Any,
     g: TorchGenerator,
     *,
-    initializers: Mapping[str, Initializer] = MappingProxyType({}),
+    initializers: Mapping[
+        str,
+        Callable[
+            [TorchGenerator, dict[str, Array]], tuple[Mapping[str, ArrayLike], TorchGenerator]
+        ],
+    ] = MappingProxyType({}),
     copies: Mapping[str, str | None] = MappingProxyType({}),
 ) -> tuple[dict[str, Array], TorchGenerator]:
     """Return the initial parameters of a PyTorch model, from the state of the generator alone.

@@ -19,11 +19,12 @@ from regjax.torch_random.state import TorchGenerator, check_generator
 from regshared.checks import describe
 
 if TYPE_CHECKING:
+    from jax.typing import ArrayLike
     from jaxtyping import Array
 
     Structure = Any  # a torch.nn.Module, a Layer, or a mapping from names to structures
     Initializer = Callable[
-        [TorchGenerator, dict[str, Array]], tuple[dict[str, Array], TorchGenerator]
+        [TorchGenerator, dict[str, Array]], tuple[Mapping[str, ArrayLike], TorchGenerator]
     ]
 
 # Methods by which classes initialize parameters otherwise than the layers that they consist of.
