@@ -104,6 +104,7 @@ PROJECTS = {
                 torch.nn.functional.feature_alpha_dropout
                 torch.nn.functional.scaled_dot_product_attention torch.nn.GRU torch.nn.LSTM
                 torch.nn.Module torch.nn.MultiheadAttention torch.nn.RNN torch.nn.Transformer
+                torch.nn.utils.clip_grad_norm_
                 torch.optim.Adadelta torch.optim.Adafactor torch.optim.Adagrad torch.optim.Adam
                 torch.optim.Adamax torch.optim.AdamW torch.optim.ASGD
                 torch.optim.lr_scheduler.CosineAnnealingLR torch.optim.lr_scheduler.ExponentialLR
@@ -147,6 +148,7 @@ PROJECTS = {
             "api_reference/flax.nnx/rnglib.html#{name}": "flax.nnx.Rngs",
             "api_reference/flax.nnx/state.html#{name}": "flax.nnx.State",
             "api_reference/flax.nnx/summary.html#{name}": "flax.nnx.tabulate",
+            "api_reference/flax.nnx/transforms.html#{name}": "flax.nnx.scan flax.nnx.vmap",
             "api_reference/flax.nnx/training/optimizer.html#flax.nnx.optimizer.Optimizer": """
                 flax.nnx.Optimizer""",
             "api_reference/flax.nnx/variables.html#{name}": "flax.nnx.Variable",
@@ -158,7 +160,8 @@ PROJECTS = {
         "flax",
         {
             "api_reference/flax.linen/layers.html#{name}": """
-                flax.linen.Dropout flax.linen.MultiHeadDotProductAttention""",
+                flax.linen.dot_product_attention flax.linen.Dropout
+                flax.linen.MultiHeadDotProductAttention""",
             "api_reference/flax.linen/module.html#{name}": "flax.linen.Module",
             "api_reference/flax.linen/transformations.html#{name}": "flax.linen.scan",
             "api_reference/{name}.html#module-{name}": "flax.serialization",
@@ -169,7 +172,8 @@ PROJECTS = {
         "https://docs.kidger.site/equinox/",
         "equinox",
         {
-            "api/manipulation/#{name}": "equinox.apply_updates equinox.filter equinox.tree_at",
+            "api/manipulation/#{name}": """
+                equinox.apply_updates equinox.filter equinox.partition equinox.tree_at""",
             "api/module/module/#{name}": "equinox.Module",
             "api/nn/attention/#{name}": "equinox.nn.MultiheadAttention",
             "api/nn/dropout/#{name}": "equinox.nn.Dropout",

@@ -72,6 +72,8 @@ class Comparison:
             noise.
         start: The number of steps before the first compared one.
         bounds: The largest deviation of each quantity that passes; the tier's if it has none.
+        mask_elements: The number of compared elements of masks.
+        different_mask_elements: The number of those that differ.
     """
 
     tier: Tier
@@ -82,6 +84,8 @@ class Comparison:
     notes: Sequence[str] = ()
     start: int = 0
     bounds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    mask_elements: int = 0
+    different_mask_elements: int = 0
 
     @property
     def agrees(self) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -22,8 +23,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from parity_tests import compare, verdicts
-from parity_tests.compare import FLOAT32, Tier
+from parity_tests import causes, compare, verdicts
+from parity_tests.compare import FLOAT32, FLOAT64, Tier
 from parity_tests.comparison import HELD, QUANTITIES, Comparison, Divergence
 from parity_tests.frameworks import from_torch, to_torch
 from parity_tests.pairing import Pair, gradients
@@ -31,6 +32,7 @@ from parity_tests.recording import (
     Difference,
     Drawn,
     Recorder,
+    count_mask_elements,
     mask_differences,
     value_deviations,
 )
@@ -41,6 +43,9 @@ from regshared.extras import needs
 
 with needs("parity_tests", extra="torch", package="torch"):
     import torch
+
+# A deviation that is below this share of its bound in float64 has vanished.
+VANISHES = 1e-3
 
 __all__ = [
     "Comparison",
@@ -126,6 +131,10 @@ def compare_training(
     | gradient, state | largest | largest element, at least 1 % of all arrays' | 100 times that |
     | update of a parameter | root mean square | the same of the update | 100 times that |
 
+    With products in bfloat16 the gradients are coarse, but the optimizers compute in float32. If
+    both sides are losses, their updates are therefore compared from the same gradients, those of
+    PyTorch, in the tier FLOAT32: a small difference of learning rates or decays is still found.
+
     A parameter whose true gradient is zero, such as the key's bias in attention, has a gradient of
     rounding noise, which Adam turns into steps of full size and random sign. The comparison
     recognizes it if, at every step so far, the gradient on both sides was at most 64 eps of the
@@ -182,57 +191,80 @@ def compare_training(
         >>> found.first.step, found.first.quantity
         (1, 'update')
     """
-    bounds = _bounds(tier, tolerances)
-    pair = Pair(jax_side, torch_side, names, ignore_buffers)
+    pair = Pair(jax_side, torch_side, names, ignore_buffers, tier)
+    tiers = dict.fromkeys(HELD, tier) | ({"update": FLOAT32} if pair.same_gradients else {})
+    bounds = _bounds(tiers, tolerances)
     noise = Noise(tier.eps)
     recorder, losses, first = Recorder(), [], None
     deviations: dict[str, list[float]] = {quantity: [] for quantity in QUANTITIES}
-    sites, notes = collections.Counter(), {}
+    sites, elements, notes = collections.Counter(), np.zeros(2, int), {}
     with recorder.watching() if record else contextlib.nullcontext():
         for step, batch in enumerate(batches, start=start + 1):
             pairs = pair.advance(batch, step - 1)
             losses.append(tuple(float(side["loss"]) for side in pairs["loss"]))
             draws = _Draws(*recorder.taken())
             sites.update(draws.sites)
+            elements += draws.elements
             notes.update(dict.fromkeys(draws.notes))
             held = {**bounds, "buffer": bounds["buffer"] + noise.drift}
             noise.update(*gradients(pairs))
             noise.follow(*pairs["parameter"])
             apart = {
                 quantity: verdicts.deviations(
-                    quantity, *sides, tier, held[quantity], noise, pairs["parameter"][1]
+                    quantity, *sides, tiers[quantity], held[quantity], noise, pairs["parameter"][1]
                 )
                 for quantity, sides in pairs.items()
             }
-            found = draws.compare(tier, deviations) | _exceeding(apart, held, pair.hint)
+            found = draws.compare(tier, deviations) | _exceeding(pairs, apart, held, pair, noise)
             for quantity, values in apart.items():
                 deviations[quantity] += [max(values.values())] if values else []
-            first = first or _first(step, found, draws)
+            if first is None and (first := _first(step, found, draws)):
+                repeat = functools.partial(pair.in_float64, batch, step - 1)
+                details = first.detail, _in_float64(first, tier, bounds, repeat)
+                first = dataclasses.replace(first, detail="; ".join(filter(None, details)))
+                recorder.taken()  # the draws of the repetition
             progress(step - start)
             if first and stop_at_first:
                 break
     if not losses:
         raise ValueError("batches must have at least one batch; got none. Pass one per step.")
     notes.update(dict.fromkeys([*pair.notes, *filter(None, [noise.note])]))
-    return Comparison(tier, deviations, losses, first, dict(sites), tuple(notes), start, bounds)
+    return Comparison(
+        tier,
+        deviations,
+        losses,
+        first,
+        dict(sites),
+        tuple(notes),
+        start,
+        bounds,
+        *elements.tolist(),
+    )
 
 
 def _exceeding(
+    pairs: Mapping[str, Any],
     apart: Mapping[str, Mapping[str, float]],
     bounds: Mapping[str, float],
-    hint: Callable[[str, str], str],
+    pair: Pair,
+    noise: Noise,
 ) -> dict[str, Difference]:
     """Return for each quantity beyond its bound the tensor with the largest deviation."""
     found = {}
     for quantity, values in apart.items():
-        if values:
+        bound = bounds[quantity]
+        if beyond := [name for name, value in values.items() if not value <= bound]:
             name = compare.furthest(values)
-            if not values[name] <= bounds[quantity]:
-                found[quantity] = Difference(name, values[name], hint(quantity, name))
+            here, there = pairs[quantity]
+            here = {each: array for each, array in here.items() if not noise.covers(each)}
+            extent = causes.describe(quantity, name, here, there, beyond, bound)
+            details = pair.place(name), extent, pair.hint(quantity, name)
+            detail = "; ".join(filter(None, details))
+            found[quantity] = Difference(name, values[name], detail)
     return found
 
 
-def _bounds(tier: Tier, tolerances: Mapping[str, float]) -> dict[str, float]:
+def _bounds(tiers: Mapping[str, Tier], tolerances: Mapping[str, float]) -> dict[str, float]:
     for quantity, bound in tolerances.items():
         if quantity not in HELD:
             raise ValueError(
@@ -242,7 +274,7 @@ def _bounds(tier: Tier, tolerances: Mapping[str, float]) -> dict[str, float]:
             raise ValueError(
                 f"tolerances['{quantity}'] must be at least 0; got {bound}. Pass a bound."
             )
-    return {q: tolerances.get(q, verdicts.bound_of(q, tier)) for q in HELD}
+    return {q: tolerances.get(q, verdicts.bound_of(q, tiers[q])) for q in HELD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +291,11 @@ class _Draws:
     @property
     def sites(self) -> list[str]:
         return [drawn.site for drawn in self.in_torch] if self.on_both_sides else []
+
+    @property
+    def elements(self) -> tuple[int, int]:
+        """The number of elements of masks, and of those that differ."""
+        return count_mask_elements(self.in_jax, self.in_torch) if self.on_both_sides else (0, 0)
 
     @property
     def notes(self) -> list[str]:
@@ -302,8 +339,45 @@ def _first(step: int, found: Mapping[str, Difference], draws: _Draws) -> Diverge
     detail = cause.detail
     if differ[0] == "loss" and draws.on_both_sides:
         last = draws.in_torch[-1].site
-        detail = f"masks agree, and so do the values that enter them up to the last, '{last}'"
+        agree = f"masks agree, and so do the values that enter them up to the last, '{last}'"
+        detail = f"{detail}; {agree}"
     return Divergence(step, differ[0], cause.site, cause.deviation, detail)
+
+
+def _in_float64(
+    first: Divergence, tier: Tier, bounds: Mapping[str, float], repeat: Callable[[], Any]
+) -> str:
+    """Repeat a step that diverges in float32 in float64, and return the result, in words.
+
+    A defect has the same size there, and rounding vanishes, also at a discontinuity such as ReLU's.
+    """
+    rounds = tier.dtype == "float32" and tier.tolerance and not tier.compute
+    if not rounds or first.quantity not in ("activation", "loss", "gradient"):
+        return ""
+    try:
+        pairs = repeat()
+    except Exception as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        return f"the step was not repeated in float64: {type(error).__name__}: {reason}"
+    if pairs and (narrow := {str(x["loss"].dtype) for x in pairs["loss"]} - {"float64"}):
+        return f"the step was not repeated in float64: a loss casts to {', '.join(narrow)}"
+    if pairs is None:
+        return "compare the losses alone, to separate rounding from a defect"
+    apart, noise = {}, Noise(FLOAT64.eps)
+    for quantity, (here, there) in pairs.items():
+        bound = bounds[quantity]
+        values = verdicts.deviations(quantity, here, there, FLOAT64, bound, noise)
+        apart[quantity] = values[compare.furthest(values)]
+    sizes = ", ".join(f"{quantity} {value:.0e}" for quantity, value in apart.items())
+    if all(value <= VANISHES * bounds[quantity] for quantity, value in apart.items()):
+        return (
+            f"from the same parameters the sides agree in float64 ({sizes}), so this is rounding "
+            "in float32, such as of a ReLU's input near zero"
+        )
+    return (
+        f"from the same parameters the sides differ in float64 too ({sizes}), so this is more than "
+        "rounding, unless a loss casts to float32"
+    )
 
 
 def tensors(batch: Any) -> Any:

@@ -18,6 +18,7 @@ from parity_tests.optimizers._muon import BFLOAT16
 from parity_tests.trajectories import nested
 from regjax._decay.paths import named_leaves
 from regjax.interop import optimizer_from_torch, state_from_torch, state_to_torch
+from regjax.interop._schedule_tables import advance
 
 SHAPES = {
     "conv.weight": (2, 3, 2, 2),
@@ -41,9 +42,12 @@ STEPS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer with two groups, whose options differ."""
+    """An optimizer with two groups, whose options differ.
 
-    kind: str
+    Its kind is the name of a class of `torch.optim`, or another class.
+    """
+
+    kind: Any
     options: dict[str, Any]
     second: dict[str, Any]
     names: Any = None
@@ -52,6 +56,8 @@ class Case:
     dtype: str = "float64"
     steps_per_epoch: int = 1
     steps: int | None = None
+    metrics: tuple[float, ...] | None = None
+    gives_step: bool = False  # to state_from_torch
 
     @property
     def leaves(self) -> dict[str, Leaf]:
@@ -64,7 +70,8 @@ class Case:
         """The options of a conversion with this scheduler."""
         if self.scheduler is None:
             return {}
-        return {"steps": self.steps, "steps_per_epoch": self.steps_per_epoch}
+        keywords = {"steps": self.steps, "steps_per_epoch": self.steps_per_epoch}
+        return keywords if self.metrics is None else {**keywords, "metrics": self.metrics}
 
 
 ADAM = {"lr": 0.02, "betas": (0.8, 0.99), "eps": 1e-3, "weight_decay": 0.1}
@@ -109,6 +116,25 @@ def warm_up(optimizer):
     return lr_scheduler.SequentialLR(optimizer, [first, middle, last], [6, 30])
 
 
+def cycle(optimizer, **options):
+    """Return a triangular schedule of both the rate and the momentum, without a formula."""
+    return lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, 5, mode="triangular2", **options)
+
+
+class Decays:
+    """A scheduler of no library, which moves the weight decay, too."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.last_epoch = optimizer, 0
+
+    def step(self):
+        """Change the rate and the decay of each group."""
+        self.last_epoch += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] *= 0.95
+            group["weight_decay"] += 0.01
+
+
 SCHEDULED = {
     "sgd-one-cycle": replace(CASES["sgd"], scheduler=one_cycle),
     "rmsprop-one-cycle": replace(CASES["rmsprop"], scheduler=one_cycle),
@@ -130,6 +156,16 @@ SCHEDULED = {
         CASES["adadelta"],
         scheduler=lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (t + 1)),
         steps=100,
+    ),
+    "sgd-cycle": replace(CASES["sgd"], scheduler=cycle, steps=40),
+    "adamw-cycle": replace(CASES["adamw"], scheduler=cycle, steps=40),
+    "adamw-decays": replace(CASES["adamw"], scheduler=Decays, steps=40),
+    "adam-decays": replace(CASES["adam"], scheduler=Decays, steps=40),
+    "rmsprop-plateau": replace(
+        CASES["rmsprop"],
+        scheduler=lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
+        steps_per_epoch=2,
+        metrics=(2.0, 1.0, 1.0, 1.5, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0) * 2,
     ),
     # The run moves in the middle of an epoch.
     "adamw-per-epoch": replace(
@@ -160,8 +196,10 @@ class TorchRun:
         }
         named = list(self.params.items())
         groups = [{"params": named[::2]}, {"params": named[1::2], **case.second}]
-        self.optimizer = getattr(torch.optim, case.kind)(groups, **case.options)
+        kind = getattr(torch.optim, case.kind) if isinstance(case.kind, str) else case.kind
+        self.optimizer = kind(groups, **case.options)
         self.scheduler = case.scheduler and case.scheduler(self.optimizer)
+        self.taken = 0
 
     def walk(self, first: int, steps: int) -> list[dict[str, np.ndarray]]:
         """Take the steps from `first` on; return the parameters after each."""
@@ -171,8 +209,10 @@ class TorchRun:
                 p.grad = to_torch(noise(step, name, self.case.dtype)) + 0.5 * p.detach()
             self.optimizer.step()
             if self.scheduler and (step + 1) % self.case.steps_per_epoch == 0:
-                self.scheduler.step()
+                epoch = (step + 1) // self.case.steps_per_epoch
+                advance(self.scheduler, epoch, self.case.metrics)
             visited.append({name: from_torch(p).copy() for name, p in self.params.items()})
+        self.taken = first + steps
         return visited
 
     @property
@@ -186,7 +226,10 @@ class TorchRun:
         params = nested({p: jnp.array(array) for p, array in arrays.items()})
         names = self.case.names or NAMES
         optimizer = optimizer_from_torch(self.optimizer, names, **self.shared)
-        state = state_from_torch(self.optimizer, names, params, optimizer, **self.shared)
+        options = self.shared
+        if self.case.gives_step:
+            options["step"] = self.taken
+        state = state_from_torch(self.optimizer, names, params, optimizer, **options)
         return JaxRun(self.case, optimizer, params, state)
 
     def from_jax(self, run: JaxRun) -> None:

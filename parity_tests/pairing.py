@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parity_tests import referee
 from parity_tests.sides import (
     JaxLossRun,
     JaxSide,
@@ -29,10 +30,12 @@ from regjax.interop._leaves import (
     tensor_problems,
     unwrapped,
 )
-from regjax.optim._records import RECORDS
+from regjax.interop._registry import find_record
 
 if TYPE_CHECKING:
     import torch
+
+    from parity_tests.compare import Tier
 
     Arrays = Mapping[str, np.ndarray]
     Both = tuple[Arrays, Arrays]
@@ -47,6 +50,8 @@ class Pair:
 
     Attributes:
         notes: The quantities that are not compared, with reasons.
+        same_gradients: Whether the updates that are compared come from the same gradients, those of
+            PyTorch: both optimizers compute in float32, while products are rounded to bfloat16.
     """
 
     def __init__(
@@ -55,8 +60,11 @@ class Pair:
         torch_side: TorchSide | TorchStep,
         names: Mapping[str, str | Leaf],
         ignore_buffers: Sequence[str],
+        tier: Tier,
     ) -> None:
         is_step = isinstance(jax_side, JaxStep)
+        has_losses = not is_step and isinstance(torch_side, TorchSide)
+        self.same_gradients = has_losses and tier.compute is not None
         self._jax = JaxStepRun(jax_side) if is_step else JaxLossRun(jax_side)
         self._torch = TorchRun(torch_side)
         model, averages = torch_side.model, self._torch.averages
@@ -69,17 +77,20 @@ class Pair:
         _check_averages(self._jax.averages, averages, self._leaves)
         moved = _moved(self._jax.params, tensors, self._leaves)
         self._previous = (moved, moved)
+        self._sides, self._statistics = (jax_side, torch_side), dict(self._buffers)
+        self._before = self._after = {n: copied(x) for n, x in {**tensors, **buffers}.items()}
         if averages is not None:
             averages = _moved(self._jax.averages or {}, named_tensors(averages), self._leaves)
         self._jax.start(moved, _moved(self._jax.buffers, buffers, self._buffers), averages)
         self._buffers = {p: leaf for p, leaf in self._buffers.items() if leaf.name not in left_out}
         self.notes = [f"Buffers were not compared: {', '.join(left_out)}."] if left_out else []
-        if is_step or isinstance(torch_side, TorchStep):
+        if not has_losses:
             self.notes.append("Gradients were not compared: a whole train step does not show them.")
 
     def advance(self, batch: Any, step: int) -> dict[str, Both]:
         """Train a step; return for each quantity the arrays of JAX and PyTorch by path in JAX."""
         here, there = self._jax.advance(batch, step), self._torch.advance(batch, step)
+        self._before, self._after = self._after, {**there.params, **there.buffers}
         params = here.params, _laid_out(there.params, self._leaves)
         found = {
             "loss": ({"loss": here.loss}, {"loss": there.loss}),
@@ -93,11 +104,43 @@ class Pair:
         }
         if here.gradient is not None and there.gradient is not None:
             found["gradient"] = (here.gradient, _laid_out(there.gradient, self._leaves))
+            if self.same_gradients and isinstance(self._jax, JaxLossRun):
+                old = self._previous[1]
+                new = self._jax.optimize(found["gradient"][1], old)
+                found["update"] = _differences(new, old), found["update"][1]
         if here.averages is not None and there.averages is not None:
             found["average"] = (here.averages, _laid_out(there.averages, self._leaves))
         self._previous = params
         self._note_missing_state(found["state"][0])
         return found
+
+    def in_float64(self, batch: Any, step: int) -> dict[str, Both] | None:
+        """Return loss and gradients of the last step in float64, on both sides from PyTorch's.
+
+        None for a whole train step. Raises whatever a loss raises that does not take float64.
+        """
+        jax_side, torch_side = self._sides
+        if isinstance(jax_side, JaxStep) or isinstance(torch_side, TorchStep):
+            return None
+        params = _laid_out(self._before, self._leaves)
+        statistics = _laid_out(self._before, self._statistics)
+        loss, gradient = referee.jax_gradient(jax_side, params, statistics, batch, step)
+        loss_there, there = referee.torch_gradient(torch_side, self._before, batch, step)
+        return {
+            "loss": (loss, loss_there),
+            "gradient": (gradient, _laid_out(there, self._leaves)),
+        }
+
+    def place(self, name: str) -> str:
+        """Return the name and the module in PyTorch of an array; an empty string for a loss."""
+        path = name.rpartition(" of ")[2]
+        leaf = {**self._leaves, **self._buffers}.get(path)
+        if leaf is None:
+            return ""
+        modules, owner = dict(unwrapped(self._torch.model).named_modules()), leaf.name
+        while owner and owner not in modules:
+            owner = owner.rpartition(".")[0]
+        return f"in PyTorch '{leaf.name}' of {type(modules[owner]).__name__}"
 
     def hint(self, quantity: str, path: str) -> str:
         """Return a frequent cause of a difference; an empty string if none is known."""
@@ -111,8 +154,8 @@ class Pair:
     def _states(self, state: Mapping[str, Any]) -> Both:
         """Return the moments and momenta that both sides keep, by parameter."""
         optimizer, tensors = self._torch.optimizer, named_tensors(self._torch.model)
-        record = RECORDS.get(type(optimizer).__name__)
-        kept_as = record.torch_names if record else {}
+        record = find_record(optimizer)
+        kept_as = record.entries if record else {}
         in_jax, in_torch = {}, {}
         for place, array in state.items():
             keys = place.removesuffix("/value").split("/")  # of a variable of NNX

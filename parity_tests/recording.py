@@ -47,7 +47,9 @@ class Drawn:
         origin: The origin of the key, if known.
         rate: The dropout rate.
         mask: The mask, True where kept.
-        entering: The values that are masked.
+        entering: The values that are masked; None if the model masks them itself, with the result
+            of a function that only draws, such as `bernoulli_`.
+        unused: The sites whose keys were derived in the same step, and drew no mask.
     """
 
     site: str
@@ -55,7 +57,8 @@ class Drawn:
     origin: Origin | None
     rate: float
     mask: np.ndarray
-    entering: np.ndarray
+    entering: np.ndarray | None
+    unused: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,18 +113,21 @@ def _drawn(events: Iterable[Any]) -> list[Drawn]:
     keys = [event for event in events if hasattr(event, "site")]
     origins = {event.key: Origin(event.root, event.step, event.site) for event in keys}
     found: dict[Any, Drawn] = {}
-    draws = (event for event in events if not hasattr(event, "site"))
+    draws = [event for event in events if not hasattr(event, "site")]
+    used = {draw.key for draw in draws}
+    unused = frozenset(origin.site for key, origin in origins.items() if key not in used)
     for draw in sorted(draws, key=lambda draw: draw.order):
         origin = origins.get(draw.key)
         mask, entering = (
             from_torch(array) if hasattr(array, "detach") else array
             for array in (draw.mask, draw.entering)
         )
+        entering = None if draw.function == "bernoulli" else entering
         # A repeated mask belongs to a forward pass that a checkpoint runs again.
         mark = (draw.key, draw.rate, mask.shape)
         if mark not in found:
             site = origin.site if origin else f"dropout {len(found) + 1}"
-            found[mark] = Drawn(site, draw.key, origin, draw.rate, mask, entering)
+            found[mark] = Drawn(site, draw.key, origin, draw.rate, mask, entering, unused)
     return list(found.values())
 
 
@@ -153,19 +159,38 @@ def mask_differences(in_jax: Sequence[Drawn], in_torch: Sequence[Drawn]) -> list
     return [difference for _, difference in sorted(found, key=lambda item: item[0])]
 
 
+def count_mask_elements(in_jax: Sequence[Drawn], in_torch: Sequence[Drawn]) -> tuple[int, int]:
+    """Return the number of elements of all masks, and of those that differ.
+
+    A mask without a counterpart of its size differs in every element.
+    """
+    pairs, left, right = _paired(in_jax, in_torch)
+    elements = different = sum(drawn.mask.size for drawn in (*left, *right))
+    for here, there in pairs:
+        size = max(here.mask.size, there.mask.size)
+        is_alike = here.mask.size == there.mask.size
+        elements += size
+        different += (
+            int(np.count_nonzero(here.mask.ravel() != there.mask.ravel())) if is_alike else size
+        )
+    return elements, different
+
+
 def value_deviations(
     in_jax: Sequence[Drawn], in_torch: Sequence[Drawn], tier: Tier
 ) -> dict[str, float]:
     """Return the deviation of the values that enter each site, by site in the order of the program.
 
     If a site has another layout in JAX, such as channels last, the values are compared in sorted
-    order, which ignores their places.
+    order, which ignores their places. A site whose values are unknown is left out.
     """
     pairs, _, _ = _paired(in_jax, in_torch)
     pairs.sort(key=lambda pair: [id(drawn) for drawn in in_torch].index(id(pair[1])))
     found: dict[str, float] = {}
     for here, there in pairs:
         left, right = here.entering, there.entering
+        if left is None or right is None:
+            continue
         if left.size != right.size:
             apart = float("inf")
         else:
@@ -237,7 +262,18 @@ def _key_difference(in_jax: Drawn, in_torch: Drawn) -> str:
     unknown = "a key that site_key did not derive"
     return (
         f"another key: {here.site if here else unknown} in JAX and "
-        f"{there.site if there else unknown} in PyTorch"
+        f"{there.site if there else unknown} in PyTorch{_unused_key(in_torch.site, [in_jax])}"
+    )
+
+
+def _unused_key(site: str, in_jax: Iterable[Drawn]) -> str:
+    """Return the usual cause of a mask that was not drawn from the key of its site."""
+    if not any(site in drawn.unused for drawn in in_jax):
+        return ""
+    return (
+        f", although JAX derived the key of '{site}'. Linen's rngs={{'dropout': key}} and "
+        "nnx.Rngs(dropout=key) draw from other keys, derived from it: pass the key in the call, "
+        "rng=key in regjax.linen and rngs=key in regjax.nnx, or use regjax.keyed.bind"
     )
 
 
@@ -245,5 +281,6 @@ def _alone(drawn: Drawn, sides: tuple[str, str], *, unmatched: Sequence[Drawn]) 
     side, other = sides
     rest = ", ".join(repr(each.site) for each in unmatched)
     instead = f", but at {rest}" if rest else ""
-    detail = f"{side} draws a mask here, {other} does not{instead}"
+    cause = _unused_key(drawn.site, unmatched) if other == "JAX" else ""
+    detail = f"{side} draws a mask here, {other} does not{instead}{cause}"
     return Difference(drawn.site, float("inf"), detail)

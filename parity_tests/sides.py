@@ -19,6 +19,7 @@ from parity_tests import views
 from parity_tests.frameworks import from_torch
 from regjax._decay.paths import named_leaves
 from regjax.interop._leaves import named_tensors, plain_name, unwrapped
+from regjax.interop._schedule_tables import advance
 from regshared.checks import describe
 from regshared.extras import needs
 
@@ -61,14 +62,16 @@ class TorchSide:
     Attributes:
         model: A module; it is trained in place.
         loss: `loss(model, batch, step)`, a scalar tensor.
-        optimizer: A `torch.optim` optimizer over the model's parameters.
-        scheduler: A learning-rate scheduler, which steps after the optimizer.
+        optimizer: A `torch.optim` optimizer over the model's parameters, or one of a class of
+            `regjax.interop.register_optimizer`.
+        scheduler: A learning-rate scheduler of PyTorch or timm, which steps after the optimizer; or
+            a function, such as `lambda step: plateau.step(losses[step])`, which is called then.
     """
 
     model: torch.nn.Module
     loss: Callable[[torch.nn.Module, Any, int], torch.Tensor]
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    scheduler: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +90,7 @@ class JaxStep:
             paths are those of `names`. None for a state of one of the kinds above.
         statistics: Selects the running statistics in the same way.
         averages: Selects the averages of the parameters, such as an EMA, with the same paths as the
-            parameters. None if they are not compared.
+            parameters; a tree or a module. None if they are not compared.
 
     Example:
         >>> import optax
@@ -178,6 +181,7 @@ class JaxLossRun:
         self._params = _like(side.params, params)
         self._statistics = _like(side.statistics, buffers)
         self._state = side.optimizer.init(self._params) if side.state is None else side.state
+        self._state_on_torch = self._state
         has_aux = side.statistics is not None
         self._gradient = jax.jit(jax.value_and_grad(side.loss, has_aux=has_aux))
         self._update = jax.jit(side.optimizer.update)
@@ -200,6 +204,14 @@ class JaxLossRun:
             state=dict(named_leaves(self._state)),
         )
 
+    def optimize(self, gradient: Arrays, params: Arrays) -> dict[str, np.ndarray]:
+        """Return the next parameters from gradients and parameters of PyTorch, step by step."""
+        old = _like(self._side.params, params)
+        updates, self._state_on_torch = self._update(
+            _like(self._side.params, gradient), self._state_on_torch, old
+        )
+        return _numpy(dict(named_leaves(optax.apply_updates(old, updates))))
+
 
 class JaxStepRun:
     """The steps of a `JaxStep`."""
@@ -212,8 +224,8 @@ class JaxStepRun:
         side, state = self._side, self._state
         averages = None if side.averages is None else views.read_params(state, side.averages)
         return (
-            views.read_params(state, side.params),
-            views.read_statistics(state, side.statistics),
+            views.read_params(state, side.params, side.averages),
+            views.read_statistics(state, side.statistics, side.averages),
             averages,
         )
 
@@ -275,8 +287,10 @@ class TorchRun:
                 for name, p in named_tensors(side.model).items()
             }
             side.optimizer.step()
-            if side.scheduler is not None:
-                side.scheduler.step()
+            if hasattr(side.scheduler, "optimizer"):
+                advance(side.scheduler, step + 1)
+            elif side.scheduler is not None:
+                side.scheduler(step)
         averages = None if self.averages is None else named_tensors(self.averages)
         return Moment(
             copied(loss),

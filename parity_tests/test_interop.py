@@ -40,6 +40,9 @@ def there_and_back(case: Case) -> tuple[TorchRun, list[dict[str, np.ndarray]]]:
     return last, visited + last.walk(2 * STEPS, STEPS)
 
 
+MOVED = ("lr", "momentum", "betas", "weight_decay")
+
+
 def states(run: TorchRun) -> dict[str, np.ndarray]:
     """Return the state of PyTorch's optimizer, and the current numbers of its groups."""
     found = {
@@ -48,7 +51,7 @@ def states(run: TorchRun) -> dict[str, np.ndarray]:
         for key, value in run.optimizer.state[p].items()
     }
     for index, group in enumerate(run.optimizer.param_groups):
-        numbers = {key: group[key] for key in ("lr", "momentum", "betas") if key in group}
+        numbers = {key: group[key] for key in MOVED if key in group}
         found |= {f"{key} of group {index}": np.array(value) for key, value in numbers.items()}
     return found
 
@@ -57,7 +60,8 @@ def places(scheduler: Any) -> dict[Any, Any]:
     """Return the progress of a scheduler and of its nested schedulers."""
     if scheduler is None:
         return {}
-    own = {k: v for k, v in vars(scheduler).items() if k in ("last_epoch", "T_cur")}
+    kept = ("last_epoch", "T_cur", "best", "num_bad_epochs")
+    own = {k: v for k, v in vars(scheduler).items() if k in kept}
     return {"": own, **{i: places(s) for i, s in enumerate(getattr(scheduler, "_schedulers", ()))}}
 
 

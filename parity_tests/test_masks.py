@@ -101,9 +101,9 @@ def test_counters_carry_into_the_high_word():
     np.testing.assert_array_equal(np.asarray(whole()), expected)
     for start in (2**32 - 3, 2**33 + 2**31):
         key = TORCH.array(np.array([1, 2], np.int32))
-        words = torch_threefry.range_bits((key[0], key[1]), start, start + 6)
+        bits = torch_threefry.range_bits((key[0], key[1]), start, start + 6)
         expected = reference.bits((1, 2), range(start, start + 6))
-        np.testing.assert_array_equal(TORCH.numpy(words).view(np.uint32), expected)
+        np.testing.assert_array_equal(TORCH.numpy(bits).view(np.uint32), expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 2**31, 5), (5, 2**17, 2**16, 3)])

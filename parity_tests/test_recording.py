@@ -10,12 +10,21 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import linen, nnx
 
 import regjax
+import regjax.linen
+import regjax.nnx
 import regtorch
 from parity_tests.compare import FLOAT32, FLOAT64
 from parity_tests.harness import JaxSide, TorchSide, compare_step, compare_training
-from parity_tests.recording import Drawn, Recorder, mask_differences, value_deviations
+from parity_tests.recording import (
+    Drawn,
+    Recorder,
+    count_mask_elements,
+    mask_differences,
+    value_deviations,
+)
 
 ROOT = 7
 X = np.linspace(-1.0, 1.0, 4 * 8, dtype=np.float32).reshape(4, 8)
@@ -175,8 +184,36 @@ def test_layouts_may_differ():
     first = Drawn("a", (0, 1), None, 0.5, channels.reshape(1, 3, 1, 1), x.transpose(0, 3, 1, 2))
     assert not mask_differences([last], [first])
     assert value_deviations([last], [first], FLOAT64) == {"a": 0.0}
-    other = dataclasses.replace(first, entering=first.entering + 1e-3)
+    other = dataclasses.replace(first, entering=x.transpose(0, 3, 1, 2) + 1e-3)
     assert value_deviations([last], [other], FLOAT64)["a"] > 1e-4
+
+
+def test_elements_of_masks_are_counted():
+    masks = [drawn("a"), drawn("b"), drawn("c", mask=(True,) * 5)]
+    other = [drawn("a", mask=(True, True)), drawn("b", mask=(True,)), drawn("d", key=(0, 2))]
+    assert count_mask_elements(masks, masks) == (9, 0)
+    assert count_mask_elements(masks, other) == (2 + 2 + 5, 1 + 2 + 5)
+    assert count_mask_elements(masks, masks[:1]) == (9, 7)
+
+
+def test_a_mask_that_the_model_applies_itself_has_no_values():
+    """As in stochastic depth of timm, whose values are those of another function."""
+
+    class DropPath(torch.nn.Module):
+        def forward(self, x):
+            return x * x.new_empty(len(x), 1).bernoulli_(0.5)
+
+    model, recorder = regtorch.keyed.convert(DropPath()), Recorder()
+    with recorder.watching():
+        regtorch.keyed.set_key(model, regtorch.key(0), 0)
+        model(torch.ones(8, 2))
+        key = regjax.site_key(jax.random.key(0), 0, "")
+        regjax.drop_path(jnp.ones((8, 2)), 0.5, key=key)
+        in_jax, in_torch = recorder.taken()
+    assert not mask_differences(in_jax, in_torch)
+    assert count_mask_elements(in_jax, in_torch) == (8, 0)
+    assert in_torch[0].entering is None
+    assert value_deviations(in_jax, in_torch, FLOAT32) == {}
 
 
 def test_values_of_another_size_deviate_infinitely():
@@ -193,3 +230,47 @@ def test_a_recomputed_forward_pass_counts_once():
         assert [each.site for each in in_jax] == ["dropout 1"]
         assert in_torch == []
         assert recorder.taken() == ([], [])
+
+
+def linen_dropout(x, **options):
+    layer = regjax.linen.Dropout(0.5, deterministic=False)
+    return layer.apply({}, x, **options)
+
+
+class TwoInLinen(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return [regjax.linen.Dropout(0.5, deterministic=False)(x) for _ in range(2)]
+
+
+# For each layer, the keys that the framework derives, and the key itself.
+WAYS = {
+    "linen": (
+        lambda x, key: linen_dropout(x, rngs={"dropout": key}),
+        lambda x, key: linen_dropout(x, rng=key),
+    ),
+    "two": (
+        lambda x, key: TwoInLinen().apply({}, x, rngs={"dropout": key}),
+        lambda x, key: linen_dropout(x, rng=key),
+    ),
+    "nnx": (
+        lambda x, key: regjax.nnx.Dropout(0.5)(x, rngs=nnx.Rngs(dropout=key)),
+        lambda x, key: regjax.nnx.Dropout(0.5)(x, rngs=key),
+    ),
+}
+
+
+@pytest.mark.parametrize(("derived", "direct"), WAYS.values(), ids=WAYS)
+def test_a_key_that_a_framework_replaces_is_named_with_the_fix(derived, direct):
+    recorder = Recorder()
+    with recorder.watching():
+        for layer, is_equal in ((direct, True), (derived, False)):
+            layer(jnp.asarray(X), FIRST(0))
+            key = regtorch.site_key(regtorch.key(ROOT), 0, "first")
+            regtorch.dropout(torch.from_numpy(X), 0.5, key=key)
+            differences = mask_differences(*recorder.taken())
+            details = [each.detail for each in differences if each.site == "first"]
+            assert len(details) == (not is_equal)
+        (detail,) = details
+        assert "although JAX derived the key of 'first'" in detail
+        assert "rng=key in regjax.linen and rngs=key in regjax.nnx" in detail

@@ -62,6 +62,8 @@ def jax_step(
     compute: str | None = None,
     parts: int = 1,
     decay: float = 0.0,
+    scale: float = 1.0,
+    unscale: bool = True,
 ) -> JaxStep:
     """Return a step of an optimizer, with accumulation and an EMA of the parameters.
 
@@ -71,6 +73,8 @@ def jax_step(
         compute: The dtype of the forward pass.
         parts: The number of micro-batches whose gradients are averaged.
         decay: The decay of the EMA.
+        scale: The factor of the loss, by which the gradients are divided.
+        unscale: Whether they are.
     """
 
     def cast(x: jax.Array) -> jax.Array:
@@ -78,13 +82,14 @@ def jax_step(
 
     def loss(params: Any, batch: Any) -> jax.Array:
         y = forward(jax.tree.map(cast, params), cast(batch[0])).astype(dtype)
-        return ((y - batch[1]) ** 2).mean()
+        return scale * ((y - batch[1]) ** 2).mean()
 
     @jax.jit
     def step(state: Any, batch: Any, i: Any) -> Any:
         micro = [[x[part::parts] for x in batch] for part in range(parts)]
         values = [jax.value_and_grad(loss)(state["params"], each) for each in micro]
-        value, gradient = jax.tree.map(lambda *each: sum(each) / parts, *values)
+        value, gradient = jax.tree.map(lambda *each: sum(each) / (parts * scale), *values)
+        gradient = gradient if unscale else jax.tree.map(lambda g: g * scale, gradient)
         updates, moments = optimizer.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         ema = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state["ema"], params)
@@ -104,9 +109,10 @@ def torch_step(
     decay: float = 0.0,
     clip: float = 0.0,
     schedule: Any = None,
+    scale: float = 1.0,
     model: torch.nn.Module | None = None,
 ) -> TorchStep:
-    """Return the same step as PyTorch users write it, with clipping and a schedule."""
+    """Return the same step as PyTorch users write it, with clipping, a schedule and a scaler."""
     model = module(dtype) if model is None else model
     optimizer = make_optimizer(model.parameters())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) if schedule else None
@@ -114,6 +120,7 @@ def torch_step(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
     )
     average.update_parameters(model)  # the first update copies
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
 
     def step(model: torch.nn.Module, batch: Any, i: int) -> torch.Tensor:
         optimizer.zero_grad()
@@ -123,11 +130,13 @@ def torch_step(
             with torch.autocast("cpu", torch.bfloat16, enabled=compute is not None):
                 predicted = model(x)
             loss = ((predicted.to(y.dtype) - y) ** 2).mean() / parts
-            loss.backward()
+            scaler.scale(loss).backward()
             total += loss.detach()
+        scaler.unscale_(optimizer)
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         if scheduler is not None:
             scheduler.step()
         if decay:

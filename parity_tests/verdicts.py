@@ -39,6 +39,8 @@ ROUNDINGS = 16.0
 # gradient that is more than rounding errors agrees much better.
 NOISE = 64.0
 DISAGREEMENT = 0.01
+# A few elements of a large model are noise in nearly every kernel, too many to list.
+LISTED = 3
 
 
 def bound_of(quantity: str, tier: Tier) -> float:
@@ -97,6 +99,11 @@ class Noise:
             apart = in_jax[name].astype(np.float64) - in_torch[name].astype(np.float64)
             self.drift = max(self.drift, _largest(apart[noise]))
 
+    def covers(self, name: str) -> bool:
+        """Return whether all elements of an array, such as `"exp_avg of bias"`, are noise."""
+        mask = self.mask(name.rpartition(" of ")[2])
+        return mask is not None and bool(mask.all())
+
     def mask(self, name: str) -> np.ndarray | None:
         """Return True for each element of a parameter that is noise; None if there is none."""
         noise = self._noise.get(name)
@@ -104,16 +111,21 @@ class Noise:
 
     @property
     def note(self) -> str:
-        """Return a sentence with the parameters that are noise; an empty string for none."""
+        """Return a sentence with the parameters that are noise; an empty string for none.
+
+        Those without a verdict on any element are listed first, and a few of the others.
+        """
         found = {name: noise for name, noise in self._noise.items() if noise.any()}
         if not found:
             return ""
-        parts = [
-            name if noise.all() else f"{name} ({np.count_nonzero(noise)} of {noise.size} elements)"
-            for name, noise in found.items()
-        ]
+        parts = [name for name, noise in found.items() if noise.all()]
+        some = {n: np.count_nonzero(noise) for n, noise in found.items() if not noise.all()}
+        for name in [*some][:LISTED]:
+            parts.append(f"{name} ({some.pop(name)} of {found[name].size} elements)")
+        if some:
+            parts.append(f"{sum(some.values())} elements of {len(some)} others")
         return (
-            f"Noise: {len(parts)} {'parameter has' if len(parts) == 1 else 'parameters have'} a "
+            f"Noise: {len(found)} {'parameter has' if len(found) == 1 else 'parameters have'} a "
             f"gradient of zero up to rounding, and no verdict: {', '.join(parts)}."
         )
 

@@ -30,11 +30,14 @@ _RECOGNIZED = (
 )
 
 
-def read_params(state: Any, part: Part | None) -> Arrays:
-    """Return the parameters of a state by path; `part` selects them, None recognizes them."""
+def read_params(state: Any, part: Part | None, averages: Part | None = None) -> Arrays:
+    """Return the parameters of a state by path; `part` selects them, None recognizes them.
+
+    A module that `averages` selects is not taken for the one with the parameters.
+    """
     if part is not None:
         return _arrays(part(state), "Param")
-    for owner in _owners(state):
+    for owner in _owners(state, averages):
         if isinstance(owner, Mapping):
             return _arrays(owner["params"], "Param")
         return _arrays(owner if _is_module(owner) else owner.params, "Param")
@@ -44,11 +47,11 @@ def read_params(state: Any, part: Part | None) -> Arrays:
     )
 
 
-def read_statistics(state: Any, part: Part | None) -> Arrays:
+def read_statistics(state: Any, part: Part | None, averages: Part | None = None) -> Arrays:
     """Return the running statistics of a state by path, as `read_params` returns parameters."""
     if part is not None:
         return _arrays(part(state), "BatchStat")
-    for owner in _owners(state):
+    for owner in _owners(state, averages):
         if isinstance(owner, Mapping):
             return _arrays(owner.get("batch_stats", {}), "BatchStat")
         if _is_a(owner, "equinox", "Module"):
@@ -115,14 +118,18 @@ def _mapped(change: Callable[[Any], Any], state: Any) -> Any:
     return state
 
 
-def _owners(state: Any) -> Iterator[Any]:
+def _owners(state: Any, averages: Part | None) -> Iterator[Any]:
     """Yield the part of a recognized state that has the parameters, if there is exactly one."""
+    averaged = None if averages is None else averages(state)
     owners = [
         node
         for node in _nodes(state)
-        if _is_module(node)
-        or hasattr(node, "params")
-        or (isinstance(node, Mapping) and "params" in node)
+        if node is not averaged
+        and (
+            _is_module(node)
+            or hasattr(node, "params")
+            or (isinstance(node, Mapping) and "params" in node)
+        )
     ]
     if len(owners) > 1:
         raise ValueError(

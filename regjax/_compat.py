@@ -7,8 +7,9 @@ some versions of JAX have. `docs/supported_versions.md` lists the tested version
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -16,11 +17,21 @@ from jax import lax
 try:
     from jax.errors import InconclusiveDimensionOperation
 except ImportError:  # before JAX 0.10
+    # The stubs of the installed JAX lack the older name.
     from jax.core import (  # pyright: ignore[reportAttributeAccessIssue]
         InconclusiveDimensionOperation,
     )
 
-__all__ = ["InconclusiveDimensionOperation", "make_user_context", "scan_linear"]
+__all__ = [
+    "InconclusiveDimensionOperation",
+    "Loop",
+    "enclosing_loops",
+    "make_user_context",
+    "scan_linear",
+]
+
+# `fori_loop` and `map` call one of these, too.
+_LOOPS = {inspect.unwrap(loop).__code__ for loop in (lax.scan, lax.while_loop)}
 
 # Transposing a scan inside a `custom_jvp` rule requires knowing which captured arrays are linear.
 # Before 0.10, JAX treated all of them as constants and failed with "ValAccum is not a valid JAX
@@ -36,6 +47,33 @@ def make_user_context(default: Any = None) -> Any:
     this function; it is wrapped here because JAX may still change it.
     """
     return jax.make_user_context(default)
+
+
+class Loop(NamedTuple):
+    """A loop of JAX whose body is being traced.
+
+    Attributes:
+        length: The number of iterations; None for a `while_loop`.
+        body: The function that a `scan` repeats.
+    """
+
+    length: int | None
+    body: Any
+
+
+def enclosing_loops() -> list[Loop]:
+    """Return the loops of JAX around the running code, outermost first.
+
+    Traced code cannot see the loops around it in any other way. A `scan` has inferred its length
+    before it traces its body.
+    """
+    loops, frame = [], inspect.currentframe()
+    while frame:
+        if frame.f_code in _LOOPS:
+            found = frame.f_locals
+            loops.append(Loop(found.get("length"), found.get("f")))
+        frame = frame.f_back
+    return loops[::-1]
 
 
 def scan_linear(

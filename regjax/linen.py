@@ -194,6 +194,7 @@ class Dropout(RateLayer, linen.Dropout):
 
     _function = staticmethod(flax_dropout)
 
+    # The rate and the flag may be arrays, which the fields of Flax's layer exclude.
     rate: float | Float[Array, ""]  # pyright: ignore[reportIncompatibleVariableOverride]
     broadcast_dims: Sequence[int] = ()
     deterministic: ArrayLike | None = None  # pyright: ignore[reportIncompatibleVariableOverride]

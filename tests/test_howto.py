@@ -34,6 +34,8 @@ PAGES = [*sorted((DOCS / "howto").glob("*.md")), DOCS / "decay_rules.md"]
 RECIPES = [page for page in PAGES if page.stem != "index"]
 # Seconds of one core: about 8 each, and the others together 21.
 SLOW = {"compare_two_runs", "swap_the_import"}
+# tests/zoo runs these pages, which import timm and transformers.
+IN_ZOO = ("port_a_huggingface_model", "port_a_timm_model")
 KINDS = ("python", "pycon", "diff", "sh", "text", "hidden", "ebnf")
 
 
@@ -151,6 +153,7 @@ def as_a_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     [
         pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in SLOW else ())
         for page in PAGES
+        if page.stem not in IN_ZOO
     ],
 )
 def test_a_page_runs(page):

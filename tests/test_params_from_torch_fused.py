@@ -241,6 +241,30 @@ def test_sections_must_cover_a_tensor_once():
         params_from_torch(model, PARAMS, leaves)
 
 
+def test_a_leaf_that_is_given_also_unfolds_heads():
+    """Here the fused tensor has its values before its keys."""
+    model = randomized(_attention("qkv", "proj"))
+    heads = _zeros(kernel=(4, 2, 2), bias=(2, 2))
+    params = {
+        "query": heads,
+        "key": heads,
+        "value": heads,
+        "out": _zeros(kernel=(2, 2, 4), bias=(4,)),
+    }
+    names = {
+        f"{role}/{kind}": Leaf(f"qkv.{entry}", order, (start, start + 4))
+        for role, start in (("value", 4), ("key", 8))
+        for kind, entry, order in (("kernel", "weight", (1, 0)), ("bias", "bias", None))
+    }
+    filled = params_from_torch(model, params, names)
+    weight, bias = (from_torch(p) for p in (model["qkv"].weight, model["qkv"].bias))
+    np.testing.assert_array_equal(filled["key"]["kernel"], weight[8:].T.reshape(4, 2, 2))
+    np.testing.assert_array_equal(filled["value"]["bias"], bias[4:8].reshape(2, 2))
+    names["key/kernel"] = Leaf("qkv.weight", (1, 0), (8, 11))
+    with pytest.raises(ValueError, match=r"'key/kernel' must have shape \(4, 3\)"):
+        params_from_torch(model, params, names)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.Muon, torch.optim.Adafactor])
 def test_an_optimizer_of_whole_matrices_refuses_sections(kind):
     model = torch.nn.ModuleDict({"qkv": torch.nn.Linear(4, 12, bias=False)})

@@ -25,6 +25,8 @@ LIGHT = (
     "benchmarks.tpu_model",
     "distributions.__main__",
     "examples.overfit.__main__",
+    "examples.port_from_huggingface",
+    "examples.port_from_timm",
     "examples.port_from_torch.__main__",
     "examples.recurrent_dropout.__main__",
     "examples.uncertainty.__main__",

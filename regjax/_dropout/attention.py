@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -144,6 +145,50 @@ def dot_product_attention(
         "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention", NeurIPS
         2022.
     """
+    return attend(
+        functools.partial(SampledMask, "dot_product_attention", EXACT),
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        dropout_rng=dropout_rng,
+        dropout_rate=dropout_rate,
+        deterministic=deterministic,
+        broadcast_dropout=broadcast_dropout,
+        is_causal=is_causal,
+        scale=scale,
+        block_size=block_size,
+        dtype=dtype,
+        precision=precision,
+        module=module,
+        qk_attn_weights_einsum=qk_attn_weights_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum,
+    )
+
+
+def attend(
+    make_mask: Callable[[tuple[int, ...]], Any],
+    query: Any,
+    key: Any,
+    value: Any,
+    bias: Bias = None,
+    mask: Mask = None,
+    *,
+    dropout_rng: KeyLike | None = None,
+    dropout_rate: ArrayLike = 0.0,
+    deterministic: ArrayLike = False,
+    broadcast_dropout: bool = False,
+    is_causal: bool = False,
+    scale: ArrayLike | None = None,
+    block_size: int | None = None,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+    module: Any = None,
+    qk_attn_weights_einsum: None = None,
+    attn_weights_value_einsum: None = None,
+) -> Float[Array, "*batch queries heads features"]:
+    """Compute `dot_product_attention` with a mask that `make_mask` returns for its shared axes."""
     if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
         raise ValueError(
             "qk_attn_weights_einsum and attn_weights_value_einsum must be None; got an einsum. Use "
@@ -170,7 +215,7 @@ def dot_product_attention(
         if module is not None:
             _sow(module, weights.astype(query.dtype))
         shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        spec = SampledMask("dot_product_attention", EXACT, shared)
+        spec = make_mask(shared)
 
         def mixed(weights: Array, value: Array, rng: Any) -> Array:
             weights = apply_dropout(spec, weights, rate, rng, flag)
@@ -187,19 +232,19 @@ def dot_product_attention(
         )
     size = _check_block(block_size, key.shape[-3])
     blocks = Blocks(scores, size, key.shape[-3], broadcast_dropout)
-    attend = functools.partial(blockwise, blocks, query, key, value, bias, mask)
+    in_blocks = functools.partial(blockwise, blocks, query, key, value, bias, mask)
     if evaluates:
-        return attend()
+        return in_blocks()
     if one_key is None:
         zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
-        return zeros() if flag is False else lax.cond(flag, attend, zeros)
+        return zeros() if flag is False else lax.cond(flag, in_blocks, zeros)
     recorded = None
     if observers := observer():
         plan = blocks.plan(query, rate)
         ticket = observers.expect_blocks("dot_product_attention", plan)
         recorded = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
-    drop = functools.partial(attend, one_key, rate, recorded)
-    return drop() if flag is False else lax.cond(flag, attend, drop)
+    drop = functools.partial(in_blocks, one_key, rate, recorded)
+    return drop() if flag is False else lax.cond(flag, in_blocks, drop)
 
 
 @functools.partial(jax.jit, static_argnums=0)

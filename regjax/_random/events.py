@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -165,16 +165,19 @@ class Observers:
 
     members: tuple[Observer, ...]
 
-    def site_key(self, site: str, root: Pair, step: Pair, key: Pair) -> None:
-        """Record a derived key; called by `site_key` with two words of each."""
+    def site_key(
+        self, sites: Sequence[str], number: Any, root: Pair, step: Pair, key: Pair
+    ) -> None:
+        """Record the key of one of the sites, derived from two words of root and step."""
 
-        def record(root: Pair, step: Pair, key: Pair) -> None:
+        def record(number: Any, root: Pair, step: Pair, key: Pair) -> None:
             high, low = _integers(step)
+            site = sites[int(number)]
             event = SiteKey(site, _integers(root), (high << 32) | low, _integers(key))
             for member in self.members:
                 member.record(event)
 
-        jax.debug.callback(record, root, step, key)
+        jax.debug.callback(record, number, root, step, key)
 
     def draw(
         self,

@@ -7,6 +7,7 @@ a model and each step of training. A resumed run continues exactly, and no RNG s
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -107,18 +108,40 @@ def site_key(root: KeyLike, step: ArrayLike, site: str) -> KeyLike:
         [[0.0, 2.0, 0.0, 0.0, 2.0, 0.0], [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]]
     """
     check_string("site", site, "a string that names the place")
+    return _key_of(root, step, site_hash(site), [site], 0)
+
+
+def numbered_site_key(
+    root: KeyLike, step: ArrayLike, sites: Sequence[str], number: ArrayLike
+) -> KeyLike:
+    """Return the key of one of several places, whose number may be traced."""
+    table = jnp.asarray(np.asarray([hash_words(site) for site in sites], np.uint32))
+    high, low = table[number]
+    return _key_of(root, step, (high, low), sites, number)
+
+
+def _key_of(
+    root: KeyLike, step: ArrayLike, hashed: Words, sites: Sequence[str], number: ArrayLike
+) -> KeyLike:
+    """Return the key for the hash of a name; observers record the name, `sites[number]`."""
     typed = _is_typed(check_key(root, "root"))
     at_step = _step_words(step)
-    words = _site_words(root, site_hash(site), at_step)
+    words = _site_words(root, hashed, at_step)
     if observers := observer():
-        observers.site_key(site, key_words(root), at_step, tuple(words))
+        observers.site_key(sites, number, key_words(root), at_step, tuple(words))
     return jax.random.wrap_key_data(words, impl=_THREEFRY) if typed else words
 
 
 def site_hash(site: str) -> Words:
     """Return a stable 64-bit hash of a name: the first eight bytes of its SHA-256, big-endian."""
+    high, low = hash_words(site)
+    return jnp.uint32(high), jnp.uint32(low)
+
+
+def hash_words(site: str) -> tuple[int, int]:
+    """Return `site_hash` as integers."""
     digest = hashlib.sha256(site.encode()).digest()
-    return jnp.uint32(int.from_bytes(digest[:4])), jnp.uint32(int.from_bytes(digest[4:8]))
+    return int.from_bytes(digest[:4]), int.from_bytes(digest[4:8])
 
 
 @jax.jit

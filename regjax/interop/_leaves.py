@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regjax._decay.paths import named_leaves
-from regjax.optim._records import RECORDS
+from regjax.interop._registry import record_of
 from regshared.checks import check_integer, check_integers, check_string, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from jaxtyping import PyTree
 
@@ -149,7 +149,7 @@ def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe
     `names` maps paths in JAX to names in PyTorch or to `Leaf`s. `model`, the module that is
     trained, is not needed if the optimizer has parameter names.
     """
-    record = RECORDS[check_class("torch_optimizer", torch_optimizer, "torch.optim", RECORDS)]
+    record = record_of(torch_optimizer)
     leaves = as_leaves(names)
     tensors = _named_tensors(torch_optimizer, model)
     _check_tensors(leaves, tensors, torch_optimizer.param_groups, by_model=model is not None)
@@ -163,7 +163,8 @@ def read_recipe(torch_optimizer: Any, names: Names, model: Any = None) -> Recipe
             (path, p) for p in group["params"] if p.requires_grad for path in paths_of[id(p)]
         ]
         located = {path: Located(leaves[path], tensor) for path, tensor in trained}
-        parts += _by_layout(Part(f"group{index}", index, record, group, located))
+        options = record.read_options(group)
+        parts += _by_layout(Part(f"group{index}", index, record, options, located))
     trained = {path for part in parts for path in part.leaves}
     return Recipe(tuple(parts), frozenset(set(leaves) - trained))
 
@@ -340,7 +341,17 @@ def check_names(names: Any) -> None:
 
 def check_paths(labels: Mapping[str, str], params: PyTree) -> None:
     """Reject parameters whose paths differ from `names`; the ValueError lists both sides."""
-    report(path_problems(labels, {path for path, _ in named_leaves(params)}))
+    paths = {spelled_as_in(labels, path) for path, _ in named_leaves(params)}
+    report(path_problems(labels, paths))
+
+
+def spelled_as_in(known: Collection[str], path: str) -> str:
+    """Return a path as it is in `known`, with or without the `/value` of an NNX variable.
+
+    `nnx.Optimizer` passes variables to `init`, and their arrays to `update`.
+    """
+    spellings = (path, f"{path}/value", path.removesuffix("/value"))
+    return next((spelling for spelling in spellings if spelling in known), path)
 
 
 def path_problems(named: Iterable[str], paths: Iterable[str]) -> dict[str, set[str]]:
@@ -370,16 +381,3 @@ def number(option: str, value: Any) -> float:
             f"{describe(value)}. Pass a number."
         )
     return value.item()
-
-
-def check_class(argument: str, thing: Any, home: str, known: Any) -> str:
-    """Return the name of a PyTorch object's class; a class that is not in `known` is an error."""
-    name, module = type(thing).__name__, type(thing).__module__
-    is_of_torch = module.partition(".")[0] == "torch"
-    if not is_of_torch or name not in known:
-        is_derived = any(base.__module__.startswith(home) for base in type(thing).__mro__)
-        error = ValueError if is_of_torch or is_derived else TypeError
-        raise error(
-            f"{argument} must be one of {home}: {', '.join(sorted(known))}; got {module}.{name}."
-        )
-    return name

@@ -18,7 +18,7 @@ import numpy as np
 
 from regjax._decay.paths import named_leaves, path_name
 from regjax.interop._entries import MAGNITUDES, TORCH_NAMES, Entries, find_entry, read_entries
-from regjax.interop._leaves import Leaf, check_names, overlap, plain_name
+from regjax.interop._leaves import Leaf, check_names, overlap, plain_name, spelled_as_in
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -76,7 +76,8 @@ def params_from_torch(
             cast Flax's statistics: they are float32 whatever `param_dtype` is.
         names: Modules of `params`, such as `"Dense_0"`, to modules of PyTorch, such as `"hidden"`;
             or single leaves, such as `"Dense_0/kernel"`, to entries (`"hidden.weight"`) or to
-            `Leaf`s, which give the order of axes explicitly. Paths are those of the pytree with
+            `Leaf`s, which give the order of axes explicitly; an axis may unfold into that of heads
+            and that of their elements. Paths are those of the pytree with
             slashes; a leading `params/` or `batch_stats/` and a trailing `/value` are optional.
             `""` is the whole. The longest path wins; identical names need no entry.
 
@@ -162,7 +163,8 @@ def leaves_from_torch(
 def expand_names(names: Mapping[str, str | Leaf], params: PyTree, model: Any) -> Names:
     """Return names of modules or of some leaves as those of all leaves; complete ones unchanged."""
     check_names(names)
-    missing = [path for path, _ in named_leaves(params) if path not in names]
+    paths = [path for path, _ in named_leaves(params)]
+    missing = [path for path in paths if spelled_as_in(names, path) not in names]
     if not missing:
         return names
     if model is None:
@@ -203,9 +205,10 @@ def _matched(
 ) -> tuple[Entries, dict[str, Leaf]]:
     """Return the entries of PyTorch, and the `Leaf` of each leaf that one of them feeds."""
     check_names(names)
-    names = {path: _plain(given) for path, given in names.items()}
     entries = read_entries(state_dict)
     leaves = [(path_name(path), path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+    paths = {name for name, _, _ in leaves}
+    names = {_without_value(path, paths): _plain(given) for path, given in names.items()}
     counts = _counts([name for name, _, leaf in leaves if _is_key(leaf)])
     leaves = [at for at in leaves if _is_fed(at[0], at[2]) and at[0] not in counts]
     problems = _misspelt(names, [name for name, _, _ in leaves])
@@ -220,6 +223,9 @@ def _matched(
                 if owner in entries.transposed or _is_transposed(name, path, params):
                     _refuse_transposed(name, entry.name, entries.arrays)
                 entry = _laid_out(name, key, leaf.shape, entry, entries)
+            else:
+                _check_axes(name, entry, entries.arrays[entry.name])
+                entry = _unfolded(entry, leaf.shape, entries.arrays[entry.name])
             found[name] = entry
             _check_form(name, leaf, entry, entries.arrays[entry.name])
         except ValueError as problem:
@@ -230,6 +236,12 @@ def _matched(
         )
     _refuse(problems)
     return entries, found
+
+
+def _without_value(name: str, paths: Collection[str]) -> str:
+    """Return the name of an NNX variable as that of its array, if `params` has arrays."""
+    shorter = name.removesuffix("/value")
+    return shorter if name not in paths and shorter in paths else name
 
 
 def _plain(given: str | Leaf) -> str | Leaf:
@@ -307,11 +319,16 @@ def _laid_out(name: str, key: str, shape: tuple[int, ...], entry: Leaf, entries:
     if entries.is_conv1d_weight(entry.name):  # (in, out) in PyTorch
         order = None if channels_last else (1, 0)
     leaf = dataclasses.replace(entry, transpose=order)
-    folded = leaf.to_jax(entries.arrays[entry.name]).shape
     may_unfold = array.ndim == 1 or channels_last or is_magnitude
-    if folded != shape and may_unfold and _unfolds(folded, shape):
-        return _Unfolded(entry.name, order, entry.section, entry.axis, folded, shape)
-    return leaf
+    return _unfolded(leaf, shape, entries.arrays[entry.name]) if may_unfold else leaf
+
+
+def _unfolded(leaf: Leaf, shape: tuple[int, ...], array: np.ndarray) -> Leaf:
+    """Return a leaf that also unfolds axes, such as that of several heads, if `shape` has them."""
+    folded = leaf.to_jax(array).shape
+    if folded == shape or not _unfolds(folded, shape):
+        return leaf
+    return _Unfolded(leaf.name, leaf.transpose, leaf.section, leaf.axis, folded, shape)
 
 
 def _unfolds(folded: tuple[int, ...], shape: tuple[int, ...]) -> bool:
@@ -322,18 +339,21 @@ def _unfolds(folded: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return len(folded) == 2 and folded in cuts
 
 
-def _check_form(name: str, leaf: Any, entry: Leaf, array: np.ndarray) -> None:
+def _check_axes(name: str, entry: Leaf, array: np.ndarray) -> None:
     order, section = entry.transpose, entry.section
     if order is not None and sorted(order) != list(range(array.ndim)):
         raise ValueError(f"'{name}': {entry} must order the axes of shape {array.shape}.")
     if section is not None and (*array.shape, *[0] * 9)[entry.axis] < section[1]:
         raise ValueError(f"'{name}': {entry} must lie within the shape {array.shape}.")
+
+
+def _check_form(name: str, leaf: Any, entry: Leaf, array: np.ndarray) -> None:
     arrived = entry.to_jax(array)
     if arrived.shape != leaf.shape:
-        section_of = "" if section is None else f"the section {list(section)} of "
+        section_of = "" if entry.section is None else f"the section {list(entry.section)} of "
         fix = ""
         if arrived.shape == leaf.shape[::-1] and len(leaf.shape) == 2:
-            other = dataclasses.replace(entry, transpose=None if order else (1, 0))
+            other = dataclasses.replace(entry, transpose=None if entry.transpose else (1, 0))
             # As in the Flax GPT-2 of transformers; a square matrix does not show it.
             fix = f" If its axes are exchanged, pass {other} for it and for square ones like it."
         raise ValueError(

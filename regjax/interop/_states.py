@@ -14,17 +14,18 @@ import optax
 from jax.tree_util import GetAttrKey
 
 from regjax._decay.paths import path_name
-from regjax.interop._leaves import FROZEN, check_paths, read_recipe
+from regjax.interop._leaves import FROZEN, check_paths, read_recipe, spelled_as_in
 from regjax.interop._params import expand_names
-from regjax.interop._schedules import ScheduledMomentumState, move_scheduler, read_rates
+from regjax.interop._schedules import ScheduledMomentumState, read_schedules
 from regshared.checks import check_integer, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from jaxtyping import PyTree
 
     from regjax.interop._leaves import Located, Names, Part, Recipe
+    from regjax.interop._schedules import Schedules
     from regjax.optim._records import StateArray
 
     # PyTorch's state of each parameter of a part, by path in JAX.
@@ -41,6 +42,8 @@ def state_from_torch(
     scheduler: Any = None,
     steps: int | None = None,
     steps_per_epoch: int = 1,
+    metrics: Sequence[float] | None = None,
+    step: int | None = None,
 ) -> PyTree:
     """Convert the state of a PyTorch optimizer, to continue its run.
 
@@ -70,7 +73,11 @@ def state_from_torch(
         scheduler: See `optimizer_from_torch`.
         steps: See `optimizer_from_torch`.
         steps_per_epoch: See `optimizer_from_torch`. Where PyTorch counts no steps (SGD, Muon), the
-            run must be at the end of an epoch.
+            run must be at the end of an epoch, or `step` be given.
+        metrics: See `optimizer_from_torch`.
+        step: The number of optimizer steps taken, where PyTorch counts them nowhere: with a
+            scheduler of timm or a function of the step, and an optimizer without counts, such as
+            SGD. None elsewhere takes it from the optimizer or the scheduler.
 
     Returns:
         The state for `optimizer.update`, with the structure and dtypes of `optimizer.init(params)`.
@@ -81,7 +88,8 @@ def state_from_torch(
         ValueError: As in `optimizer_from_torch`; `optimizer` was created with other arguments; a
             parameter lacks an entry that others of its group have, or has an unknown one; a tensor
             has another shape or dtype than the parameter in JAX; the parameters of a group were not
-            all trained for the same number of steps; or that number does not match the scheduler.
+            all trained for the same number of steps; that number does not match the scheduler or
+            `step`; or it is counted nowhere and `step` is None.
 
     Note (PyTorch):
         A run that is split between PyTorch and JAX, in either order, passes through the same
@@ -101,14 +109,12 @@ def state_from_torch(
         (1, (3, 2))
     """
     recipe = read_recipe(torch_optimizer, expand_names(names, params, model), model)
-    epoch = None
-    if read_rates(torch_optimizer, scheduler, steps, steps_per_epoch) is not None:
-        epoch = scheduler.last_epoch
+    schedules = read_schedules(torch_optimizer, scheduler, steps, steps_per_epoch, metrics)
+    if step is not None:
+        check_integer("step", step, minimum=0)
     states = {part.label: _states(part, torch_optimizer) for part in recipe.parts}
-    numbers = {
-        part.label: _read_numbers(part, states[part.label], epoch, steps_per_epoch)
-        for part in recipe.parts
-    }
+    numbers = {part.label: _read_numbers(part, states[part.label]) for part in recipe.parts}
+    _count(recipe, numbers, schedules, steps_per_epoch, step)
     if not callable(getattr(optimizer, "init", None)):
         raise TypeError(f"optimizer must be an optax transformation; got {describe(optimizer)}.")
     check_paths(recipe.labels, params)
@@ -120,7 +126,7 @@ def state_from_torch(
             return jnp.asarray(numbers[label].get(place.number, old), old.dtype)
         return _read_array(place, states[label], old) if any(states[label].values()) else old
 
-    leaves = _places("optimizer", template, recipe, scheduler)
+    leaves = _places("optimizer", template, recipe, schedules)
     return jax.tree.structure(template).unflatten(read(place, old) for place, old in leaves)
 
 
@@ -134,6 +140,7 @@ def state_to_torch(
     scheduler: Any = None,
     steps: int | None = None,
     steps_per_epoch: int = 1,
+    metrics: Sequence[float] | None = None,
     step: int | None = None,
 ) -> None:
     """Write an optax state into a PyTorch optimizer; the inverse of `state_from_torch`.
@@ -148,17 +155,20 @@ def state_to_torch(
         model: See `optimizer_from_torch`.
         params: See `optimizer_from_torch`.
         scheduler: See `optimizer_from_torch`; it is moved to the current step, together with the
-            learning rates of the groups, and the momentum.
+            options of the groups that it moves. One without a formula takes the missing steps, so
+            it must not have passed the current one.
         steps: See `optimizer_from_torch`.
         steps_per_epoch: See `optimizer_from_torch`.
+        metrics: See `optimizer_from_torch`.
         step: The number of steps taken, for optimizers whose `step` in PyTorch only counts and has
             no counterpart in optax: Rprop, Adagrad without `lr_decay`, Adadelta and RMSprop. None
-            leaves the count of the optimizer unchanged.
+            leaves the count of the optimizer unchanged. It has no effect for other optimizers.
 
     Raises:
         TypeError: As in `optimizer_from_torch`; or `step` is not an integer.
         ValueError: As in `optimizer_from_torch`; or the state is not of that optimizer, has a
-            tensor of another shape or dtype than the parameter, or has contradictory counts.
+            tensor of another shape or dtype than the parameter, has contradictory counts, or is at
+            a step to which the scheduler cannot be moved.
 
     Example:
         >>> import torch, jax.numpy as jnp
@@ -174,29 +184,32 @@ def state_to_torch(
                 [1., 1., 1.]])
     """
     recipe = read_recipe(torch_optimizer, expand_names(names, params, model), model)
-    rates = read_rates(torch_optimizer, scheduler, steps, steps_per_epoch)
+    schedules = read_schedules(torch_optimizer, scheduler, steps, steps_per_epoch, metrics)
     if step is not None:
         check_integer("step", step, minimum=0)
-    leaves, entries, counts = _places("state", state, recipe, scheduler), [], set()
+    leaves, entries, counts = _places("state", state, recipe, schedules), [], set()
     for part in recipe.parts:
         arrays, numbers = _split(part, [leaf for leaf in leaves if leaf[0].part is part])
         counts.add(numbers.get("step" if part.shares_count else "scheduled"))
         for path, old in _states(part, torch_optimizer).items():
             count = float(old.get("step", 0)) if step is None else step
             new = _entry(part, path, arrays[path], numbers, count)
-            entries.append((part.leaves[path], new))
-    if rates is not None and len(counts) != 1:
-        raise ValueError(
-            f"state must have one count for the scheduler; got {sorted(counts)}. Pass the state of "
-            "one optimizer."
-        )
+            entries.append((part.leaves[path], part.record.write_state(new)))
+    scheduled = int(counts.pop() or 0) // steps_per_epoch if len(counts) == 1 else None
+    if schedules is not None:
+        if scheduled is None:
+            raise ValueError(
+                f"state must have one count for the scheduler; got {sorted(counts)}. Pass the "
+                "state of one optimizer."
+            )
+        schedules.check_move(scheduled)
     for located, _ in entries:
         torch_optimizer.state.pop(located.tensor, None)
     for located, entry in entries:
         if entry:
             _store(torch_optimizer.state[located.tensor], located, entry)
-    if rates is not None:
-        move_scheduler(scheduler, rates, int(counts.pop()) // steps_per_epoch)
+    if schedules is not None and scheduled is not None:
+        schedules.move(torch_optimizer.param_groups, scheduled)
 
 
 class _Place(NamedTuple):
@@ -227,6 +240,8 @@ class _Place(NamedTuple):
         """PyTorch's name of a number; "scheduled" for the count of a schedule."""
         if self.field != "count":
             return self.field
+        if self.part.record.is_created:
+            return "step"
         counts_steps = self.link == "learning_rate" and self.part.shares_count
         return "step" if self.link == "moments" or counts_steps else "scheduled"
 
@@ -244,11 +259,30 @@ def _locate(path: tuple[Any, ...], recipe: Recipe) -> _Place:
             return _Place(part, "", "count", "")
         keys = keys[1:]
     # A link that is a chain itself has a tuple as state.
-    at = next(at for at, key in enumerate(keys) if isinstance(key, GetAttrKey))
-    return _Place(part, keys[0].key, keys[at].name, path_name(tuple(keys[at + 1 :])))
+    fields = [at for at, key in enumerate(keys) if isinstance(key, GetAttrKey)]
+    if part.record.is_created:
+        known = {*part.record.torch_names, "count"}
+        fields = [at for at in fields if keys[at].name in known] or fields
+    if not fields:
+        raise _unknown(part, path_name(path))
+    at = fields[0]
+    parameter = spelled_as_in(part.leaves, path_name(tuple(keys[at + 1 :])))
+    place = _Place(part, keys[0].key, keys[at].name, parameter)
+    if part.record.is_created and place.array is None and place.field != "count":
+        raise _unknown(part, place.field)
+    return place
 
 
-def _places(argument: str, state: Any, recipe: Recipe, scheduler: Any) -> list[tuple[_Place, Any]]:
+def _unknown(part: Part, field: str) -> ValueError:
+    return ValueError(
+        f"state of {part.record.title} must map the field '{field}' of its optax state; got only "
+        f"{', '.join(part.record.torch_names) or 'none'}. Register it with a state= that has all."
+    )
+
+
+def _places(
+    argument: str, state: Any, recipe: Recipe, schedules: Schedules | None
+) -> list[tuple[_Place, Any]]:
     """Return the leaves of a state of `optimizer_from_torch` with the same arguments."""
     if recipe.is_single:
         chains = {recipe.parts[0].label: state}
@@ -260,7 +294,8 @@ def _places(argument: str, state: Any, recipe: Recipe, scheduler: Any) -> list[t
         for label, chain in chains.items()
     }
     fits = chains.keys() == {part.label for part in recipe.parts}
-    if not fits or not all(isinstance(c, dict) and "moments" in c for c in chains.values()):
+    links = {"moments", "created"}
+    if not fits or not all(isinstance(c, dict) and links & {*c} for c in chains.values()):
         raise ValueError(
             f"{argument} must be that of optimizer_from_torch with the same arguments; got a state "
             f"of another structure, a {type(state).__name__}. Pass it without other "
@@ -268,42 +303,66 @@ def _places(argument: str, state: Any, recipe: Recipe, scheduler: Any) -> list[t
         )
     leaves = [(_locate(path, recipe), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
     scheduled = {place.part.label for place, _ in leaves if place.number == "scheduled"}
-    if scheduler is not None:
+    if schedules is not None:
         scheduled |= {part.label for part in recipe.parts if part.shares_count}
-    if scheduled != (set() if scheduler is None else chains.keys()):
+    if scheduled != (set() if schedules is None else chains.keys()):
         raise ValueError(
             f"scheduler must be the one that optimizer_from_torch was given; got "
-            f"{'None' if scheduler is None else type(scheduler).__name__}. Pass the same arguments "
-            "to both."
+            f"{'None' if schedules is None else schedules.name}. Pass the same arguments to both."
         )
     return leaves
 
 
 def _states(part: Part, torch_optimizer: Any) -> States:
-    return {path: torch_optimizer.state.get(p.tensor) or {} for path, p in part.leaves.items()}
+    read, state = part.record.read_state, torch_optimizer.state
+    return {path: read(state.get(located.tensor) or {}) for path, located in part.leaves.items()}
 
 
-def _read_numbers(
-    part: Part, states: States, epoch: int | None, steps_per_epoch: int
-) -> dict[str, float]:
+def _read_numbers(part: Part, states: States) -> dict[str, float]:
     """Return the numbers of a part, without those that are still as in `init`."""
-    record, has_begun = part.record, any(states.values())
+    record = part.record
     known = {*record.torch_names.values(), *record.numbers, *record.derived, "step"}
     for path, state in states.items():
         if unknown := state.keys() - known:
             raise ValueError(
                 f"state of '{part.leaves[path].leaf.name}' ('{path}') must have only entries of "
-                f"torch.optim.{record.torch_name}; got {', '.join(sorted(unknown))}. Remove "
-                "them: they are not carried over."
+                f"{record.title}; got {', '.join(sorted(unknown))}. Remove them: they are not "
+                "carried over. (Of a registered class, name them in state=.)"
             )
-    names = (*record.numbers, "step") if record.counts_steps else record.numbers
-    numbers = {name: _common(part, states, name) for name in names} if has_begun else {}
-    if epoch is not None:
-        numbers["scheduled"] = _scheduled(part, numbers.get("step"), epoch, steps_per_epoch)
-    if has_begun and not record.counts_steps:
-        # Of this count only whether it is 0 has an effect.
-        numbers["step"] = max(1, numbers.get("scheduled", 1))
-    return numbers
+    if not any(states.values()):
+        return {}
+    numbers = {name: _common(part, states, name) for name in record.numbers}
+    # Without a schedule, only whether a count that PyTorch does not keep is 0 has an effect.
+    return numbers | {"step": _common(part, states, "step") if record.counts_steps else 1}
+
+
+def _count(
+    recipe: Recipe,
+    numbers: dict[str, dict[str, float]],
+    schedules: Schedules | None,
+    steps_per_epoch: int,
+    given: int | None,
+) -> None:
+    """Add the counts of the schedules to the numbers of each part."""
+    counted = [numbers[p.label]["step"] for p in recipe.parts if _is_counted(p, numbers[p.label])]
+    if given is not None and counted and given != max(counted):
+        raise ValueError(
+            f"step must be that of the parameters, {max(counted):.0f}; got {given}. Leave it out."
+        )
+    taken = max(counted, default=given)
+    for part in recipe.parts:
+        own = numbers[part.label]
+        step = own["step"] if _is_counted(part, own) else given
+        if schedules is not None and schedules.position is None:
+            own["scheduled"] = _by_optimizer(part, step if taken is None else taken, schedules)
+        elif schedules is not None:
+            own["scheduled"] = _by_scheduler(part, step, schedules.position or 0, steps_per_epoch)
+        if "step" in own and not part.record.counts_steps:
+            own["step"] = max(1, own.get("scheduled", step or 1))
+
+
+def _is_counted(part: Part, numbers: Mapping[str, float]) -> bool:
+    return part.record.counts_steps and "step" in numbers
 
 
 def _common(part: Part, states: States, name: str) -> float:
@@ -311,6 +370,12 @@ def _common(part: Part, states: States, name: str) -> float:
     for path, state in states.items():
         if name not in state:
             raise _missing(part, path, name)
+        is_python, title = isinstance(state[name], int | float), part.record.title
+        if part.record.home != "torch.optim" and is_python != part.record.python_numbers:
+            raise ValueError(
+                f"python_numbers must be {is_python} for {title}, whose '{name}' is "
+                f"{describe(state[name])}; got {not is_python}. Register it with that."
+            )
     found = {path: float(state[name]) for path, state in states.items()}
     if len(set(found.values())) != 1:
         listed = ", ".join(f"'{path}' {value:g}" for path, value in found.items())
@@ -321,8 +386,18 @@ def _common(part: Part, states: States, name: str) -> float:
     return next(iter(found.values()))
 
 
-def _scheduled(part: Part, step: float | None, epoch: int, steps_per_epoch: int) -> int:
-    """Return the count of the schedule."""
+def _by_optimizer(part: Part, step: float | None, schedules: Schedules) -> int:
+    """Return the count of a schedule whose scheduler does not count."""
+    if step is None and not part.record.counts_steps:
+        raise ValueError(
+            f"step must be given for {part.record.torch_name} with a {schedules.name}, neither of "
+            "which counts the steps; got None. Pass how many the optimizer has taken."
+        )
+    return int(step or 0)
+
+
+def _by_scheduler(part: Part, step: float | None, epoch: int, steps_per_epoch: int) -> int:
+    """Return the count of a schedule whose scheduler counts."""
     count = epoch * steps_per_epoch
     if step is not None and count <= step < count + steps_per_epoch:
         return int(step)
@@ -413,6 +488,8 @@ def _entry(
     zero = tensor.detach().new_zeros(()).float()
     zero = zero if on_device else zero.cpu()
     entry = {name: _to_tensor(tensor, array) for name, array in arrays.items()}
+    if record.python_numbers:
+        return entry | {name: int(v) if name == "step" else float(v) for name, v in values.items()}
     return entry | {name: zero.new_full((), value) for name, value in values.items()}
 
 
@@ -422,7 +499,7 @@ def _store(state: dict[str, Any], located: Located, entry: Mapping[str, Any]) ->
         state.update(entry)
         return
     for name, value in entry.items():
-        if value.ndim:
+        if getattr(value, "ndim", 0):
             whole = state.setdefault(name, value.new_zeros(located.tensor.shape))
             whole[located.leaf.index] = value
         else:

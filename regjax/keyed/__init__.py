@@ -12,33 +12,49 @@ drops the same elements, bit for bit, if its sites have the same names.
 and `regjax.nnx`, and attention (`flax.linen.MultiHeadDotProductAttention` and its subclasses,
 `flax.nnx.MultiHeadAttention`, `equinox.nn.MultiheadAttention`). Its path has the parts of the model
 joined by `/`, such as `"layers/0/attention"`. A site draws by `regjax.dropout`, and its own key or
-`rngs`, passed in the call or held by the module, is not used.
+`rngs`, passed in the call or held by the module, is not used. In Linen a module that calls
+`make_rng("dropout")` is a site, too: it receives the key of the site, with which
+`jax.random.bernoulli` draws the mask of `regjax.bernoulli`, and Flax's `dot_product_attention` that
+of attention.
 
 **Names.** By default the name is the path with dots for slashes. `names` maps paths of sites, or of
 modules with sites, to the names in PyTorch; the longest path that contains a site applies, and the
 rest of the path is appended. So `{"encoder/0": "encoder.layers.0", "": ""}` renames one module and
-keeps the others. A module in PyTorch that draws twice in a call has a second name, `path:1`, which
-a site of its own is mapped to. Call n of a site, counted from 0, has the key of `name#n` from the
-second on.
+keeps the others. A module in PyTorch that draws twice in a call has a second name, `path:1`, and so
+has one in Linen that calls `make_rng` twice; a site of its own is mapped to it. Call n of a site,
+counted from 0, has the key of `name#n` from the second on.
 
 **Attention.** Modules of Flax share one mask among batch and heads by default, which stays as it
 is. PyTorch and Equinox draw one for every weight; pass `broadcast_dropout=False` for this in Flax.
-A Flax module with an `attention_fn` of its own calls it with the site's key.
+This includes the calls of `flax.linen.dot_product_attention` and `dot_product_attention_weights` in
+modules of any library. A Flax module with an `attention_fn` of its own calls it with the site's
+key.
 
 **Transformations.** Bind inside the function that is jitted or differentiated; `root` and `step`
-may be traced. Each binding counts calls from 0. Under `jax.vmap` the mask of a `Dropout` is that of
-the whole batch, mapped axes first, which PyTorch draws for the same batch; the attention of Flax
-shares its mask instead.
+may be traced. Each binding counts calls from 0. Under `jax.vmap` a mask is that of the whole batch,
+mapped axes first, which PyTorch draws for the same batch. The other layers of `regjax.linen` and
+`regjax.nnx` are errors there, as they mask whole rows. A site that is called in a loop of JAX is an
+error, because all iterations would share a mask, with two exceptions: the model is bound in each
+iteration with a step of the loop, or the name of the site has the number of the iteration.
 
-- Linen: in a module inside `scan`, `vmap` or `jit` of Linen a site is an error, because all
-  repetitions would have one name. `remat` is supported.
+- Linen: `{}` after the name of a module that `linen.scan` repeats stands for the number, as in
+  `"layers.{}.dropout"`. The scan must split the rngs `"dropout"`. In a module inside `vmap` or
+  `jit` of Linen a site is an error. `remat` is supported.
 - NNX: the bound model shares the variables of the model. A copy of it, as made by transformations
-  of NNX that it is passed to, is an error when it draws.
+  of NNX that it is passed to, is an error when it draws. Stacked layers, whose arrays have an axis
+  of the layers in front, are passed to `nnx.scan` or `nnx.vmap`, or split for `jax.lax.scan`, if
+  `names` has their number: `names={"": "", "layers": "layers.{}"}`.
 - Equinox: the bound model is a new pytree, and can be passed to `eqx.filter_jit`. A transformation
   that it is passed to counts calls from 0: pass a layer that is called repeatedly in a closure.
+  Stacked layers have the names of those of NNX, and are split by `eqx.partition` for
+  `jax.lax.scan`, or passed to `eqx.filter_vmap`.
 
-**Limitations.** Draws by other functions, such as `jax.random.bernoulli` in a module, are not seen,
-except that `make_rng("dropout")` of another module is an error in Linen.
+**Limitations.** In NNX and Equinox, draws by other functions, such as `jax.random.bernoulli` in a
+module, are not seen. In Linen, other functions of `jax.random`, a `bernoulli` that was imported by
+name, and keys split from that of a site draw from the site's key, but observers do not record them,
+and their values may depend on the configuration of JAX; under `jax.vmap`, their rows share them.
+Models of Haiku cannot be bound, because `hk.next_rng_key` cannot be replaced: pass keys such as
+`regjax.site_key(root, step, hk.experimental.current_name())` to `hk.dropout`.
 """
 
 from __future__ import annotations
@@ -76,7 +92,8 @@ def bind(
         model: A module of Flax Linen, Flax NNX or Equinox.
         root: One key; it may be used again, as with `site_key`.
         step: The step of training, an integer of at least 0; may be traced.
-        names: The names of sites by path; by default, the paths with dots.
+        names: The names of sites by path; by default, the paths with dots. `{}` in a name is the
+            number of an iteration or of a stacked layer.
         broadcast_dropout: Whether attention of Flax shares one mask among batch and heads; by
             default, as each module has it. False draws one for every weight, as PyTorch does.
 

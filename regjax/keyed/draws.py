@@ -1,16 +1,18 @@
-"""Dropout whose mask also covers the axes that `jax.vmap` maps, and the key of each draw."""
+"""Dropout whose mask also covers the axes that `jax.vmap` maps."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from regjax._dropout.attention import attend, dot_product_attention
 from regjax._dropout.core import (
     apply_dropout,
     check_inexact,
@@ -23,33 +25,12 @@ from regjax._dropout.core import (
 )
 from regjax._layers import wrapped_dims
 from regjax._random.bernoulli import EXACT
-from regjax._random.keys import site_key
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, Inexact
 
     from regjax._random.keys import KeyLike
-
-
-class Keys:
-    """The keys of a bound model, and the number of calls of each site."""
-
-    def __init__(self, root: KeyLike, step: ArrayLike) -> None:
-        site_key(root, step, "")  # check the arguments
-        self._root, self._step = root, step
-        self._calls: dict[str, int] = {}
-
-    def draw(self, name: str) -> KeyLike:
-        """Return the key of the next call of a site."""
-        count = self._calls.get(name, 0)
-        self._calls[name] = count + 1
-        return nth_key(self._root, self._step, name, count)
-
-
-def nth_key(root: KeyLike, step: ArrayLike, name: str, count: int) -> KeyLike:
-    """Return the key of call `count` of a site, counted from 0."""
-    return site_key(root, step, f"{name}#{count}" if count else name)
 
 
 def drop(
@@ -67,12 +48,12 @@ def drop(
         return x
     x = check_inexact(x)
     dims = wrapped_dims(broadcast_dims, x.ndim)
-    return apply_dropout(_BatchMask(dims), x, rate, draw_key(), deterministic)
+    return apply_dropout(BatchMask(dims), x, rate, draw_key(), deterministic)
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _BatchMask:
+class BatchMask:
     """The mask of `regjax.dropout`, in the shape of the array before `vmap` mapped it."""
 
     dims: tuple[int, ...]
@@ -82,16 +63,61 @@ class _BatchMask:
     def __call__(
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: float | Float[Array, ""]
     ) -> tuple[Inexact[Array, "*shape"], Bool[Array, "*mask"]]:
+        """Draw the mask and scale."""
         keep_prob = keep_prob_of(rate, x.dtype)
-        number = keep_prob if isinstance(keep_prob, float) else None
-        probability = jnp.zeros(()) if number is not None else keep_prob
-        keep = _mapped(_Whole(self.dims, number))(key, probability, lax.stop_gradient(x))
+        keep = keep_of_batch(x, key, keep_prob, self.dims)
         realized: Any = EXACT.realized_keep_prob(keep_prob)
         if isinstance(realized, jax.Array):
             realized = realized.astype(real_dtype(x.dtype))
         return where_kept(keep, x, inverse_keep_prob(realized, x.dtype)), keep
 
 
+def keep_of_batch(
+    x: Inexact[Array, "*shape"],
+    key: KeyLike,
+    keep_prob: float | Float[Array, ""],
+    dims: tuple[int, ...] = (),
+) -> Bool[Array, "*mask"]:
+    """Return a mask of size 1 along `dims`; under `vmap`, a part of that of the whole batch."""
+    number = keep_prob if isinstance(keep_prob, float) else None
+    probability = jnp.zeros(()) if number is not None else keep_prob
+    return _mapped(_Whole(dims, number))(key, probability, lax.stop_gradient(x))
+
+
+@functools.wraps(dot_product_attention)  # Linen reads the names of the arguments
+def attention(*args: Any, broadcast_dropout: bool = True, **options: Any) -> Any:
+    """Compute attention; under `vmap`, the mask is that of the whole batch unless it is shared."""
+    if broadcast_dropout:
+        return dot_product_attention(*args, broadcast_dropout=True, **options)
+    return attend(lambda dims: BatchMask(dims, "dot_product_attention"), *args, **options)
+
+
+def without_vmap(key: KeyLike, inputs: Any, layer: str) -> KeyLike:
+    """Return the key of a layer whose mask cannot be that of the whole batch.
+
+    Raises:
+        ValueError: Under `vmap` of the inputs, later, unless it maps the key, too.
+    """
+
+    @custom_vmap
+    def same(key: Any, inputs: Any) -> Any:
+        del inputs
+        return key
+
+    @same.def_vmap
+    def _(size: int, is_mapped: Any, key: Any, inputs: Any) -> tuple[Any, bool]:
+        del size
+        if not is_mapped[0] and any(jax.tree.leaves(is_mapped[1])):
+            raise ValueError(
+                f"inputs of {layer} must be the whole batch in a bound model; got a row of "
+                "jax.vmap, and all rows would share a mask. Call the model with the batch."
+            )
+        return same(key, inputs), is_mapped[0]
+
+    return same(key, jax.tree.map(lax.stop_gradient, inputs))
+
+
+@runtime_checkable
 class _Draw(Protocol):
     """A function of a key, a keep probability and an array that draws the mask of the array."""
 

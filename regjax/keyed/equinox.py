@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from regjax._layers import FunctionLayer
-from regjax.keyed.draws import Keys, drop, nth_key
-from regjax.keyed.names import is_changed, site_names
+from regjax.keyed.draws import drop
+from regjax.keyed.keys import Keys, number_key
+from regjax.keyed.names import is_changed
+from regjax.keyed.stacks import Site, path_of, sites_of, stacked
 from regshared.extras import needs
 
 with needs("regjax.keyed", extra="equinox", package="equinox"):
@@ -29,11 +31,15 @@ class KeyedDropout(_Dropout):
 
     root: Any
     step: Any
-    name: str = eqx.field(static=True)
+    number: Any
+    site: Site = eqx.field(static=True)
 
-    def __init__(self, layer: Any, root: KeyLike, step: ArrayLike, name: str) -> None:
+    def __init__(self, layer: Any, root: KeyLike, step: ArrayLike, site: Site) -> None:
         self.p, self.inference = layer.p, layer.inference
-        self.root, self.step, self.name = root, step, name
+        # Each array has the axes of a stacked layer, so that a scan or vmap over it slices them.
+        self.root, self.step = stacked(root, site.lengths), stacked(step, site.lengths)
+        self.number = number_key(site.lengths) if site.lengths else None
+        self.site = site
 
     def __call__(
         self,
@@ -53,7 +59,7 @@ class KeyedDropout(_Dropout):
         # No field: each transformation that is passed the model counts from 0.
         count = self.__dict__.get("_calls", 0)
         self.__dict__["_calls"] = count + 1
-        return nth_key(self.root, self.step, self.name, count)
+        return self.site.key(self.root, self.step, count, self.number)
 
 
 def _is_site(node: Any) -> bool:
@@ -66,7 +72,7 @@ def _found(model: Any) -> tuple[list[str], list[Any], list[Any], Any]:
     attention = _attention_paths(model)
     paths, places = [], []
     for steps, node in nodes:
-        path = _path(steps) if _is_site(node) else None
+        path = path_of(steps) if _is_site(node) else None
         if path is not None:
             # The mask of attention is a draw of the module, as in PyTorch.
             owner = path.rpartition("/")[0]
@@ -81,18 +87,14 @@ def _attention_paths(model: Any) -> set[str]:
         return isinstance(node, eqx.nn.MultiheadAttention)
 
     nodes, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_attention)
-    return {_path(steps) for steps, node in nodes if is_attention(node)}
-
-
-def _path(steps: Any) -> str:
-    return jax.tree_util.keystr(steps, simple=True, separator="/")
+    return {path_of(steps) for steps, node in nodes if is_attention(node)}
 
 
 def bind_equinox(
     model: Any, root: KeyLike, step: ArrayLike, names: Mapping[str, str] | None
 ) -> Any:
     """Return a copy of the model whose dropout layers draw from the keys of their sites."""
-    Keys(root, step)  # check them
+    outside = Keys(root, step).outside
     paths, nodes, places, structure = _found(model)
     unkeyed = [
         f"{path} ({type(node).__name__})"
@@ -106,7 +108,7 @@ def bind_equinox(
             "equinox.nn.Dropout, or pass keys of regjax.site_key in the calls, without "
             "regjax.keyed."
         )
-    found = site_names(paths, names)
+    found = sites_of(model, paths, names, outside)
     bound = [
         node if path is None else KeyedDropout(node, root, step, found[path])
         for path, node in zip(places, nodes, strict=True)
@@ -116,4 +118,5 @@ def bind_equinox(
 
 def equinox_sites(model: Any, names: Mapping[str, str] | None) -> list[str]:
     """Return the names of the sites."""
-    return list(site_names(_found(model)[0], names).values())
+    sites = sites_of(model, _found(model)[0], names)
+    return [name for site in sites.values() for name in site.names()]

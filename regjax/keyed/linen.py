@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from regjax._dropout.attention import dot_product_attention
 from regjax._layers import FlaxLayer
-from regjax.keyed.draws import Keys, drop
+from regjax.keyed.draws import attention, drop, without_vmap
+from regjax.keyed.keys import Keys, number_key
+from regjax.keyed.masks import Masks
 from regjax.keyed.names import (
+    NUMBER,
     check_distinct,
     check_names,
     is_changed,
     module_of,
     name_in,
+    numbered,
     site_names,
 )
+from regjax.keyed.scans import Scans
 from regshared.extras import needs
 
 with needs("regjax.keyed", extra="flax", package="flax"):
@@ -33,13 +37,12 @@ if TYPE_CHECKING:
 
     from regjax._random.keys import KeyLike
 
-# Transformations that run the traced body of a module several times, with one name.
-_REPEATING = re.compile(r"\b(scan|vmap|jit|while_loop)\(")
 _ATTENTION = linen.MultiHeadDotProductAttention
+_WEIGHTS = linen.dot_product_attention_weights.__code__
 
 
 class Sites:
-    """The sites that were called, and their names.
+    """The sites that were called, and their names, both with places for numbers.
 
     Attributes:
         found: The name of each path that drew.
@@ -52,25 +55,53 @@ class Sites:
         self._names = names
         self.found: dict[str, str] = {}
         self.unnamed: dict[str, None] = {}
+        self._lengths: dict[str, Sequence[int]] = {}
+        self._before_loops: set[str] = set()
 
-    def name(self, path: str) -> str:
-        """Return the name of a path, and record it."""
+    def name(self, path: str, lengths: Sequence[int] = ()) -> str:
+        """Return the name of a path, and record it with the lengths of the loops around it."""
+        self._lengths[path] = lengths
         module = "" if self._names is None else module_of(path, self._names)
         if module is None:
             self.unnamed[path] = None
             return path
         self.found[path] = name = name_in(module, path, self._names or {"": ""})
+        if name.count(NUMBER) != path.count(NUMBER):
+            raise ValueError(
+                f"names[{module!r}] must have one {NUMBER} for each scan around {path!r}; got "
+                f"{self._names and self._names[module]!r}."
+            )
         return name
+
+    def name_before_loop(self, path: str) -> str:
+        """Return a name for a path that will be called again in its loop."""
+        self._before_loops.add(path)
+        return path
+
+    def numbered(self) -> dict[str, str]:
+        """Return the name of each path, for every number."""
+        return {
+            each: numbered_name
+            for path, name in self.found.items()
+            for each, numbered_name in zip(
+                numbered(path, self._lengths[path]),
+                numbered(name, self._lengths[path]),
+                strict=True,
+            )
+        }
 
     def check(self, *, is_complete: bool) -> None:
         """Raise for paths without a name, equal names and, at the end, unused entries."""
+        if unseen := self._before_loops - set(self._lengths):
+            raise RuntimeError(
+                f"module must be scanned by jax.lax.scan; got another loop around {sorted(unseen)}."
+            )
         paths = (*self.found, *self.unnamed)
         if is_complete:
             site_names(paths, self._names)
         elif self.unnamed:
             site_names(paths, self._names or {})
-        else:
-            check_distinct(self.found)
+        check_distinct(self.numbered())
 
 
 class BoundModule:
@@ -108,8 +139,9 @@ class BoundModule:
 
         Raises:
             ValueError: `rngs` has the collection `"dropout"`; `names` has no name for a site, or
-                equal names; or a site is in a module that `scan`, `vmap` or `jit` of Linen repeats.
-            RuntimeError: A module draws from the collection `"dropout"` itself.
+                equal names; or a site is in a module that `vmap` or `jit` of Linen repeats, or that
+                `scan` repeats without splitting the rngs.
+            RuntimeError: A module draws from the scope of Linen, or from a collection without key.
         """
         if isinstance(rngs, Mapping) and "dropout" in rngs:
             raise ValueError("rngs must not have 'dropout', whose keys are bound; got it. Omit it.")
@@ -117,41 +149,67 @@ class BoundModule:
             rngs = {"default": rngs}
         # Without "params", `make_rng("dropout")` fails instead of using its keys.
         others = {name: key for name, key in (rngs or {}).items() if name != "params"}
+        others["dropout"] = number_key()
         keys, sites = Keys(self._root, self._step), Sites(self._names)
         try:
-            with linen.intercept_methods(_interceptor(keys, sites, self._broadcast)):
-                result = self.module.apply(variables, *args, rngs=others or None, **options)
+            with _keyed(keys, sites, self._broadcast):
+                result = self.module.apply(variables, *args, rngs=others, **options)
         except InvalidRngError as error:
             raise RuntimeError(
-                f"module must draw from keyed sites; got another draw: {error} Write the draw as "
-                "linen.Dropout or a layer of regjax.linen, or pass the keys of other collections "
-                "in rngs."
+                f"module must draw from keyed sites; got another draw: {error} Draw from "
+                "self.make_rng('dropout'), or pass the keys of other collections in rngs."
             ) from error
         sites.check(is_complete=False)
         return result
 
 
-def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[..., Any]:
-    running: set[int] = set()
+@contextlib.contextmanager
+def _keyed(keys: Keys, sites: Sites, broadcast: bool | None) -> Iterator[None]:
+    """Use the keys of sites in all modules that are called."""
+    masks = Masks(_WEIGHTS, broadcast)
+    with masks.active(), linen.intercept_methods(_interceptor(keys, sites, masks, broadcast)):
+        yield
 
-    def key_of(module: Any) -> KeyLike:
-        path = "/".join(module.path)
-        if found := _REPEATING.search("/".join(module.scope.debug_path)):
-            raise ValueError(
-                f"module {path!r} must be called once for each of its names; got a module inside "
-                f"linen.{found[1]}, where all repetitions would share a mask. Write the repetition "
-                "as a Python loop over modules, and use jax.jit around apply."
-            )
-        return keys.draw(sites.name(path))
+
+def _interceptor(
+    keys: Keys, sites: Sites, masks: Masks, broadcast: bool | None
+) -> Callable[..., Any]:
+    running: set[int] = set()
+    draws: dict[int, int] = {}  # within the running call of each module
+    scans = Scans(keys, _number_key)
+
+    def key_of(module: Any, draw: int = 0) -> KeyLike:
+        return scans.key(module, sites, f":{draw}" if draw else "")
+
+    def make_rng(module: Any, name: str = "params") -> KeyLike:
+        if name != "dropout":
+            return type(module).make_rng(module, name)
+        draw = draws[id(module)]
+        draws[id(module)] += 1
+        return masks.own(key_of(module, draw))
+
+    def call_with_keys(module: Any, call: Any, args: Any, options: Any) -> Any:
+        if id(module) in draws:  # a method that calls another
+            return call(*args, **options)
+        draws[id(module)] = 0
+        _set(module, {"make_rng": functools.partial(make_rng, module)})
+        try:
+            return call(*args, **options)
+        finally:
+            del draws[id(module)], module.__dict__["make_rng"]
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
+        with scans.entered(context.module):
+            return keyed(call, args, options, context)
+
+    def keyed(call: Any, args: Any, options: Any, context: Any) -> Any:
         module = context.module
         is_layer = isinstance(context.module, FlaxLayer)
         is_dropout = isinstance(module, linen.Dropout)
         is_site = is_dropout or is_layer or isinstance(module, _ATTENTION)
         # Attention calls the method of its base class too.
         if context.method_name != "__call__" or not is_site or id(module) in running:
-            return call(*args, **options)
+            return call_with_keys(module, call, args, options)
         if is_changed(module):
             raise TypeError(
                 f"module {'/'.join(module.path)!r} must have the call of Flax's layer; got "
@@ -166,13 +224,22 @@ def _interceptor(keys: Keys, sites: Sites, broadcast: bool | None) -> Callable[.
                 return _drop(module, given, key_of)
             if is_layer:
                 if _flag(module, given) is not True:
-                    given["rng"] = key_of(module)
+                    name = type(module).__name__
+                    given["rng"] = without_vmap(key_of(module), given["inputs"], name)
                 return call(*bound.args[1:], **bound.kwargs)
             return _attend(module, args, options, given, call, key_of, broadcast)
         finally:
             running.remove(id(module))
 
     return intercept
+
+
+def _number_key(module: Any) -> Any:
+    """Return the number key of a module, or None if the transformation around it has none."""
+    try:
+        return type(module).make_rng(module, "dropout")
+    except InvalidRngError:
+        return None
 
 
 def _flag(module: Any, given: dict[str, Any]) -> Any:
@@ -200,7 +267,7 @@ def _attend(
     kept = {name: getattr(module, name) for name in ("attention_fn", "broadcast_dropout")}
     changed = dict(kept)
     if module.attention_fn is linen.dot_product_attention:
-        changed["attention_fn"] = dot_product_attention
+        changed["attention_fn"] = attention
     if broadcast is not None:
         changed["broadcast_dropout"] = broadcast
     try:
@@ -224,10 +291,10 @@ def linen_sites(
 
     def run(*args: Any) -> Any:
         keys = Keys(root, 0)
-        with linen.intercept_methods(_interceptor(keys, found, None)):
-            rngs = dict.fromkeys(("params", "dropout"), jax.random.key(0))
+        with _keyed(keys, found, None):
+            rngs = {"params": jax.random.key(0), "dropout": number_key()}
             return module.init_with_output(rngs, *args, **options)
 
     jax.eval_shape(run, *args)
     found.check(is_complete=True)
-    return list(found.found.values())
+    return list(found.numbered().values())

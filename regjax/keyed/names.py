@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from regshared.checks import check_string, describe
 
+# The part of a path or name that is the number of an iteration.
+NUMBER = "{}"
 _WANTED = 'a dict from paths to names, such as {"layers/1": "1"}'
 
 
@@ -34,7 +38,7 @@ def site_names(paths: Iterable[str], names: Mapping[str, str] | None) -> dict[st
     if unknown := sorted(set(names) - used - {""}):
         raise ValueError(
             f"names must be paths of sites, or of modules with sites; got {unknown}. The sites "
-            f"are {paths}."
+            f"are {[_plain(path) for path in paths]}."
         )
     return check_distinct(found)
 
@@ -56,14 +60,44 @@ def check_names(names: Mapping[str, str]) -> None:
 
 def module_of(path: str, names: Mapping[str, str]) -> str | None:
     """Return the longest path of `names` that contains `path`."""
-    within = [m for m in names if not m or path == m or path.startswith(f"{m}/")]
+    path = _plain(path)
+    within = [m for m in names if not m or path == m or path.startswith((f"{m}/", f"{m}:"))]
     return max(within, key=len, default=None)
 
 
 def name_in(module: str, path: str, names: Mapping[str, str]) -> str:
-    """Return the name of a path in a module of `names`."""
-    rest = path[len(module) :].strip("/").replace("/", ".")
-    return ".".join(filter(None, (names[module], rest)))
+    """Return the name of a path in a module of `names`; `:1` is a further draw of the module.
+
+    The numbers in the name of the module stand for the first ones in the path.
+    """
+    place, _, draw = path.partition(":")
+    owner, _, owner_draw = module.partition(":")
+    rest = place.split("/")
+    numbers = names[module].count(NUMBER)
+    for _ in filter(None, owner.split("/")):
+        while rest[0] == NUMBER:
+            rest.pop(0)
+            numbers -= 1
+        rest.pop(0)
+    while numbers > 0 and rest and rest[0] == NUMBER:
+        rest.pop(0)
+        numbers -= 1
+    name = ".".join(filter(None, (names[module], *rest)))
+    return f"{name}:{draw}" if draw and not owner_draw else name
+
+
+def numbered(name: str, lengths: Sequence[int]) -> list[str]:
+    """Return a name or path with every combination of numbers, the last one fastest."""
+    first, *others = name.split(NUMBER)
+    return [
+        first + "".join(f"{number}{part}" for number, part in zip(numbers, others, strict=True))
+        for numbers in itertools.product(*map(range, lengths))
+    ]
+
+
+def _plain(path: str) -> str:
+    """Return a path without numbers."""
+    return re.sub(r"(^|/)\{\}(?=/|:|$)", "", path).lstrip("/")
 
 
 def check_distinct(found: dict[str, str]) -> dict[str, str]:

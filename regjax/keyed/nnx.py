@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from regjax._dropout.attention import dot_product_attention
 from regjax._layers import FlaxLayer
-from regjax.keyed.draws import Keys, drop
-from regjax.keyed.names import is_changed, site_names
+from regjax.keyed.draws import attention, drop, without_vmap
+from regjax.keyed.keys import Keys, number_key
+from regjax.keyed.names import is_changed
+from regjax.keyed.stacks import Site, sites_of
 from regshared.extras import needs
 
 with needs("regjax.keyed", extra="flax", package="flax"):
@@ -24,22 +26,34 @@ if TYPE_CHECKING:
 _Dropout: Any = nnx.Dropout
 
 
-class Stream:
-    """The keys of one site, for the module that `bind` made, and not for copies of it."""
+class Numbers(nnx.Variable):
+    """The number key of each of several stacked layers."""
 
-    def __init__(self, keys: Keys, path: str, name: str, owner: Any) -> None:
-        self._keys, self._path, self._name, self._owner = keys, path, name, owner
+
+class Stream:
+    """The keys of one site, for the module that `bind` made, and not for copies of it.
+
+    Stacked layers are copied for each trace of a `scan` or `vmap`, and know their numbers.
+    """
+
+    def __init__(self, root: KeyLike, step: ArrayLike, path: str, site: Site, owner: Any) -> None:
+        self._root, self._step, self._path, self._site = root, step, path, site
+        self._owner = owner
+        self._calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def draw(self, module: Any) -> KeyLike:
         """Return the key of the next call."""
-        if module is not self._owner:
+        if module is not self._owner and not self._site.lengths:
             raise ValueError(
                 f"module {self._path!r} must be the one that bind returned; got a copy, as by "
                 "nnx.jit, scan, vmap, remat or view, which could share a mask with others. Pass "
-                "the model, root and step to nnx.jit and bind inside; call nnx.view before; use a "
-                "Python loop for scan, and jax.checkpoint with a closure for remat."
+                "the model, root and step to nnx.jit and bind inside; call nnx.view before; use "
+                "jax.checkpoint with a closure for remat; and for scan or vmap over stacked "
+                'layers, put the number into their name, as in names={"layers": "layers.{}"}.'
             )
-        return self._keys.draw(self._name)
+        self._calls[module] = count = self._calls.get(module, -1) + 1
+        number = module._numbers[...] if self._site.lengths else None
+        return self._site.key(self._root, self._step, count, number)
 
 
 class KeyedDropout(_Dropout):
@@ -78,14 +92,19 @@ class KeyedAttention(nnx.MultiHeadAttention):
 
 
 @functools.cache
-def _keyed_layer(kind: type) -> type:
+def _keyed_layer(kind: Any) -> type:
     """Return a subclass of a layer of regjax.nnx that draws from the key of its site."""
 
     def key(self: Any, source: Any) -> KeyLike:
         del source
         return self._stream.draw(self)
 
-    return type(kind.__name__, (kind,), {"_key": key, "__module__": __name__})
+    def drop(self: Any, inputs: Any, *args: Any, key: Any, **options: Any) -> Any:
+        key = None if key is None else without_vmap(key, inputs, kind.__name__)
+        return kind._drop(self, inputs, *args, key=key, **options)
+
+    members = {"_key": key, "_drop": drop, "__module__": __name__}
+    return type(kind.__name__, (kind,), members)
 
 
 def _found(model: Any) -> dict[str, Any]:
@@ -99,6 +118,11 @@ def _found(model: Any) -> dict[str, Any]:
     }
 
 
+def _arrays(model: Any) -> Any:
+    """Return all arrays but those of `rngs`, which stacked layers may share."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState)))
+
+
 def bind_nnx(
     model: Any,
     root: KeyLike,
@@ -107,8 +131,9 @@ def bind_nnx(
     broadcast_dropout: bool | None,
 ) -> Any:
     """Return a view of the model, with its variables, that draws from the keys of its sites."""
+    outside = Keys(root, step).outside
     modules = _found(model)
-    found = site_names(modules, names)
+    found = sites_of(_arrays(model), modules, names, outside)
     if changed := [
         f"{path} ({type(module).__name__})"
         for path, module in modules.items()
@@ -118,20 +143,21 @@ def bind_nnx(
             "model must have dropout and attention with the calls of Flax; got subclasses with "
             f"their own: {', '.join(changed)}. Set their rate to 0, or use the layers of Flax."
         )
-    keys = Keys(root, step)
 
     def bound(path: Any, node: Any) -> Any:
         place = "/".join(map(str, path))
         if place not in found or not isinstance(node, nnx.Module):
             return node
         module: Any = node
-        module._stream = Stream(keys, place, found[place], module)
+        module._stream = Stream(root, step, place, found[place], module)
+        if lengths := found[place].lengths:
+            module._numbers = Numbers(number_key(lengths))
         if isinstance(module, _Dropout):
             module.__class__ = KeyedDropout
         elif isinstance(module, nnx.MultiHeadAttention):
             module.__class__ = KeyedAttention
             if module.attention_fn is nnx.dot_product_attention:
-                module.attention_fn = dot_product_attention
+                module.attention_fn = attention
             if broadcast_dropout is not None:
                 module.broadcast_dropout = broadcast_dropout
         else:
@@ -143,4 +169,5 @@ def bind_nnx(
 
 def nnx_sites(model: Any, names: Mapping[str, str] | None) -> list[str]:
     """Return the names of the sites."""
-    return list(site_names(_found(model), names).values())
+    sites = sites_of(_arrays(model), _found(model), names)
+    return [name for site in sites.values() for name in site.names()]

@@ -34,8 +34,9 @@ class Record:
     """An optimizer of PyTorch and its counterpart in JAX.
 
     Attributes:
-        torch_name: The class in `torch.optim`.
-        function: The function in `regjax.optim`.
+        torch_name: The class.
+        function: The function in `regjax.optim`, or a function of the learning rate and the options
+            that returns a transformation.
         options: The options of both, by PyTorch's names, without the learning rate.
         arrays: The arrays that both keep for each parameter.
         numbers: The numbers that PyTorch keeps for each parameter and JAX once, without `step`.
@@ -47,10 +48,17 @@ class Record:
         has_schedule: Whether a scheduler of the learning rate has an effect.
         depends_on_layout: Whether a step depends on the order of a matrix's axes.
         numbers_on_device: Whether PyTorch always keeps numbers on the parameter's device.
+        home: The module of the class.
+        renamed_options: The names here of options that the class names otherwise, by its names.
+        defaults: The values of options that the class lacks.
+        fixed: The options without a counterpart, and the only value of each.
+        ignored: The options without an effect on the result.
+        renamed_state: The names here of state entries that the class names otherwise.
+        python_numbers: Whether the class keeps numbers as such, not as tensors.
     """
 
     torch_name: str
-    function: str
+    function: str | Callable[..., Any]
     options: tuple[str, ...]
     arrays: tuple[StateArray, ...]
     numbers: tuple[str, ...] = ()
@@ -60,6 +68,23 @@ class Record:
     has_schedule: bool = True
     depends_on_layout: bool = False
     numbers_on_device: bool = False
+    home: str = "torch.optim"
+    renamed_options: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    renamed_state: Mapping[str, str] = field(default_factory=dict)
+    python_numbers: bool = False
+
+    @property
+    def title(self) -> str:
+        """The class with its module."""
+        return f"{self.home}.{self.torch_name}"
+
+    @property
+    def is_created(self) -> bool:
+        """True if a function outside `regjax.optim` creates the transformation."""
+        return not isinstance(self.function, str)
 
     @property
     def is_factored(self) -> bool:
@@ -75,6 +100,31 @@ class Record:
     def torch_names(self) -> dict[str, str]:
         """PyTorch's names of the arrays, by the fields of the optax state."""
         return {array.field: array.torch_name for array in self.arrays}
+
+    @property
+    def entries(self) -> dict[str, str]:
+        """The names of the arrays in the state of the class, by the fields of the optax state."""
+        theirs = {ours: name for name, ours in self.renamed_state.items()}
+        return {field: theirs.get(name, name) for field, name in self.torch_names.items()}
+
+    def read_options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a parameter group with the names of the options here, and with the defaults."""
+        without = {*self.fixed, *self.ignored}
+        renamed = {
+            self.renamed_options.get(name, name): value
+            for name, value in group.items()
+            if name not in without
+        }
+        return {**self.defaults, **renamed}
+
+    def read_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a parameter with the names of the entries here."""
+        return {self.renamed_state.get(name, name): value for name, value in state.items()}
+
+    def write_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a parameter with the names of the class."""
+        theirs = {ours: name for name, ours in self.renamed_state.items()}
+        return {theirs.get(name, name): value for name, value in state.items()}
 
 
 def _record(torch_name: str, options: str, *arrays: StateArray, **settings: Any) -> Record:

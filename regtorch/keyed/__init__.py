@@ -34,10 +34,16 @@ are `-log(u) / lambd`.
 masks are drawn again, also after another `set_key`. Other implementations can repeat a site that
 was called once since `set_key`; otherwise an error is raised that names `replay`.
 
-**Limitations.** Under `torch.compile` the masks are the same, but a model in training is not
-compiled: its modules run outside of the graphs. A draw in another thread during a forward counts as
-one of the model. Pass keys to the functions under `torch.func.vmap`, where the mapped rows would
-share a mask.
+**Ranks.** In a data-parallel run each rank needs a root of its own, such as `regtorch.fold_in(root,
+rank)`: with the same one, all ranks draw the same masks for their rows, and `set_key` warns. Ranks
+that share rows, as in tensor parallelism, share the root. No rank draws its rows of the mask that
+JAX draws for the whole batch.
+
+**Limitations.** Under `torch.compile` the results are the same, but a converted model is hardly
+compiled, in training or in evaluation: its modules run outside of the graphs. Call `revert` to
+compile its evaluation. A draw in another thread during a forward counts as one of the model. Pass
+keys to the functions under `torch.func.vmap`, where the mapped rows would share a mask. On
+CUDA it is untested.
 """
 
 from __future__ import annotations
@@ -57,6 +63,7 @@ from regtorch._random.keys import check_key, check_step
 from regtorch.keyed.calls import Keys, Site, State, discard_stale_modes, site_of, states_of
 from regtorch.keyed.functions import REPLACEMENTS, Replacement
 from regtorch.keyed.names import check_layers, layer_names, module_paths
+from regtorch.keyed.ranks import warn_of_shared_root
 
 __all__ = [
     "Site",
@@ -171,7 +178,8 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
 
     Args:
         model: A converted model.
-        root: One key; it may be used again, as with `site_key`.
+        root: One key; it may be used again, as with `site_key`. A warning is given if the next
+            rank of a distributed run has the same.
         step: The step of training, an integer of at least 0, or a 0-d integer tensor.
 
     Raises:
@@ -197,6 +205,7 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
             "regtorch.keyed.convert(model) first."
         )
     discard_stale_modes()
+    warn_of_shared_root((high, low), states[0])
     for state in states:
         state.keys = Keys((high, low), step)
 

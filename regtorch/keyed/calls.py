@@ -91,6 +91,7 @@ class State:
         checked: The sites whose call in training was observed function by function.
         suspended: The calls of fused modules, with the mode that they suspend.
         allowed: The generators, other than PyTorch's, whose draws are no error.
+        compared: How often the root was compared with that of another rank.
     """
 
     keys: Keys = dataclasses.field(default_factory=Keys)
@@ -98,6 +99,7 @@ class State:
     checked: set[str] = dataclasses.field(default_factory=set)
     suspended: list[tuple[Call, KeyedMode]] = dataclasses.field(default_factory=list)
     allowed: set[str] = dataclasses.field(default_factory=set)
+    compared: int = 0
 
 
 @dataclasses.dataclass
@@ -185,7 +187,7 @@ class Site:
             return
         mode = active_mode(self.state)
         # Without its call, a hook before `_begin` failed, or the mode was discarded.
-        if mode is None or not any(call.frame is frame for call in mode.calls):
+        if mode is None or frame not in [call.frame for call in mode.calls]:
             return
         while (call := mode.calls.pop()).frame is not frame:
             pass
@@ -222,7 +224,7 @@ class _Hooks(OrderedDict[int, Callable[..., Any]]):
         return sum(_site_of_hook(hook) is None for hook in self.values())
 
     def __bool__(self) -> bool:
-        return any(True for _ in self)
+        return super().__len__() > 0
 
 
 def _site_of_hook(hook: Any) -> Site | None:
@@ -243,7 +245,8 @@ def states_of(model: nn.Module) -> list[State]:
 
 def active_mode(state: State) -> KeyedMode | None:
     """Return the innermost mode of this thread for a model, if there is one."""
-    for mode in reversed(torch.overrides._get_current_function_mode_stack()):
+    for place in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(place)
         if isinstance(mode, KeyedMode) and mode.state is state:
             return mode
     return None
@@ -393,9 +396,8 @@ class KeyedMode(TorchFunctionMode):
             if inner.state is self.state:
                 return
             inner = inner.function
-        calls = [dataclasses.replace(call, draws=dict(call.draws)) for call in outside]
         keys = (self._keys or self.state.keys).repeat()
-        setattr(holder, attribute, _Repeated(function, self.state, keys, calls))
+        setattr(holder, attribute, _Repeated(function, self.state, keys, _copied(outside)))
 
     def _name(self, part: str) -> str:
         return ".".join(filter(None, (self.calls[-1].site.name, part)))
@@ -409,6 +411,11 @@ class KeyedMode(TorchFunctionMode):
         )
 
 
+def _copied(calls: list[Call], frame: FrameType | None = None) -> list[Call]:
+    """Return copies of calls; a frame that they kept would keep its tensors."""
+    return [dataclasses.replace(call, frame=frame, draws=dict(call.draws)) for call in calls]
+
+
 class _Repeated:
     """The function of a checkpoint, which draws the same keys whenever it runs again."""
 
@@ -417,13 +424,12 @@ class _Repeated:
     ) -> None:
         self.function, self.state = function, state
         self._keys, self._calls = keys, calls
-        for call in calls:
-            call.frame = None  # a kept frame would keep its tensors
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mode, frame = KeyedMode(self.state, self._keys.repeat()), sys._getframe()
-        mode.calls = [
-            dataclasses.replace(call, frame=frame, draws=dict(call.draws)) for call in self._calls
-        ]
-        with mode:
-            return self.function(*args, **kwargs)
+        mode = KeyedMode(self.state, self._keys.repeat())
+        mode.calls = _copied(self._calls, sys._getframe())
+        try:
+            with mode:
+                return self.function(*args, **kwargs)
+        finally:
+            mode.calls.clear()  # this frame refers to the mode: a cycle that keeps tensors

@@ -7,10 +7,12 @@ it is an error if a generator moves.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -24,6 +26,7 @@ from regtorch._dropout.features import feature_dropout
 from regtorch._random.bernoulli import EXACT, bernoulli_at
 from regtorch._random.events import observer
 from regtorch._random.normal import normal
+from regtorch.keyed.generators import is_default
 from regtorch.keyed.streams import integers, permutation, uniform
 
 
@@ -62,13 +65,25 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _replaces(*functions: Any, in_evaluation: bool = False) -> Callable[[_F], _F]:
-    """Add a replacement, called with the argument that PyTorch names `input` by position."""
+    """Add a replacement, called with the argument that PyTorch names `input` by position.
+
+    For arguments that it does not take, wrong ones or a form unknown here, it is NotImplemented.
+    """
 
     def add(replacement: _F) -> _F:
+        takes = inspect.signature(replacement).bind
+
         def positional(draws: Draws, *args: Any, **options: Any) -> Any:
             if "input" in options:
                 args = (options.pop("input"), *args)
-            return replacement(draws, *args, **options)
+            try:
+                return replacement(draws, *args, **options)
+            except TypeError:
+                try:
+                    takes(draws, *args, **options)
+                except TypeError:
+                    return NotImplemented
+                raise
 
         for function in functions:
             REPLACEMENTS[function] = Replacement(positional, in_evaluation)
@@ -156,11 +171,11 @@ def _attention(
     if not 0 < dropout_p <= 1 or (is_causal and attn_mask is not None) or query.is_nested:
         return NotImplemented
     device = query.device.type
-    given = query.dtype
-    if torch.is_autocast_enabled(device):
-        given = torch.get_autocast_dtype(device)
+    given, outside = query.dtype, contextlib.nullcontext()
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        given, outside = torch.get_autocast_dtype(device), torch.autocast(device, enabled=False)
     wide = torch.float32 if given.itemsize < 4 else given
-    with torch.autocast(device, enabled=False):
+    with outside:
         query, key, value = (x.to(given).to(wide) for x in (query, key, value))
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
@@ -217,6 +232,13 @@ for _function in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
 
 # Other draws, left to PyTorch in evaluation: a model that samples is not regularized.
 
+_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _into(out: Tensor | None, y: Tensor) -> Tensor:
+    """Return `y`, or `out` with its shape and values."""
+    return y if out is None else torch.empty(y.shape, out=out).copy_(y)
+
 
 @_replaces(Tensor.bernoulli_)
 def _bernoulli_(draws: Draws, x: Tensor, p: float | Tensor = 0.5) -> Any:
@@ -231,8 +253,9 @@ def _bernoulli(
 ) -> Any:
     if p is not None and not 0 <= p <= 1:
         return NotImplemented
-    mask = _mask(draws, x if p is None else p, x).to(x.dtype)
-    return mask if out is None else out.copy_(mask)
+    keep = _mask(draws, x if p is None else p, x)
+    # `where`, for PyTorch's gradient of zeros.
+    return _into(out, torch.where(torch.zeros_like(keep), x, keep.to(x.dtype)))
 
 
 def _mask(draws: Draws, p: float | Tensor, x: Tensor) -> Tensor:
@@ -267,6 +290,8 @@ def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
         return NotImplemented
     low, high = (*ends, *(0.0, 1.0)[len(ends) :])
     low, high = named.get("from", low), named.get("to", high)
+    if not low <= high:
+        return NotImplemented
     u = uniform(draws.key(x.device, is_mask=False), x.shape, x.dtype)
     if (low, high) != (0, 1):
         u = u * (high - low) + low
@@ -275,17 +300,18 @@ def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
 
 
 @_replaces(Tensor.normal_)
-def _normal_(draws: Draws, x: Tensor, mean: float = 0.0, std: float = 1.0) -> Any:
-    if x.dtype not in _REAL or std < 0:
+def _normal_(draws: Draws, x: Tensor, mean: Any = 0.0, std: Any = 1.0) -> Any:
+    y = _normal(draws, x, mean, std)
+    return y if y is NotImplemented else x.copy_(y)
+
+
+def _normal(draws: Draws, x: Tensor, mean: float | Tensor, std: float | Tensor) -> Any:
+    negative = (not std.is_meta and (std < 0).any()) if isinstance(std, Tensor) else std < 0
+    if x.dtype not in _REAL or negative:
         return NotImplemented
-    return x.copy_(_normal(draws, x, mean, std))
-
-
-def _normal(draws: Draws, x: Tensor, mean: float | Tensor, std: float | Tensor) -> Tensor:
     return normal(draws.key(x.device, is_mask=False), x.shape, x.dtype) * std + mean
 
 
-_REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _replaces(torch.rand)(_filled(torch.empty, _uniform_))
 _replaces(torch.rand_like)(_filled(torch.empty_like, _uniform_))
 _replaces(torch.randn)(_filled(torch.empty, _normal_))
@@ -303,13 +329,11 @@ def _torch_normal(
     **options: Any,
 ) -> Any:
     if size is not None:
-        x = torch.empty(size, **options)
-    else:
-        x = torch.broadcast_tensors(*(t for t in (mean, std) if isinstance(t, Tensor)))[0]
-    if x.dtype not in _REAL:
-        return NotImplemented
+        with torch.no_grad():
+            return _normal_(draws, torch.empty(size, out=out, **options), mean, std)
+    x = torch.broadcast_tensors(*(t for t in (mean, std) if isinstance(t, Tensor)))[0]
     y = _normal(draws, x, mean, std)
-    return y if out is None else out.copy_(y)
+    return y if y is NotImplemented else _into(out, y.to(x.dtype))
 
 
 @_replaces(Tensor.exponential_)
@@ -323,9 +347,14 @@ def _exponential_(draws: Draws, x: Tensor, lambd: float = 1.0) -> Any:
 
 @_replaces(torch.rrelu)
 def _rrelu(
-    draws: Draws, x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False
+    draws: Draws,
+    x: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: torch.Generator | None = None,
 ) -> Any:
-    if not training or x.dtype not in _REAL:
+    if not training or x.dtype not in _REAL or not (generator is None or is_default(generator)):
         return NotImplemented
     u = uniform(draws.key(x.device, is_mask=False), x.shape, x.dtype)
     return torch.where(x <= 0, x * (u * (upper - lower) + lower), x)
@@ -339,22 +368,26 @@ def _rrelu_(draws: Draws, x: Tensor, *args: Any, **options: Any) -> Any:
 
 @_replaces(torch.randint)
 def _randint(draws: Draws, *args: Any, **options: Any) -> Any:
-    names = (
-        ("low", "high", "size") if len(args) > 1 and isinstance(args[1], int) else ("high", "size")
-    )
+    has_low = len(args) > 1 and not isinstance(args[1], Sequence)
+    names = ("low", "high", "size") if has_low else ("high", "size")
     given: dict[str, Any] = dict(zip(names, args, strict=False)) | options
-    low, high, size = given.pop("low", 0), given.pop("high"), given.pop("size")
-    given.setdefault("dtype", torch.int64)
-    x = torch.empty(size, **given)
-    return _integers(draws, x, low, high)
+    ends = given.pop("low", 0), given.pop("high", None)
+    return _new_integers(draws, torch.empty, ends, given)
 
 
 @_replaces(torch.randint_like)
-def _randint_like(
-    draws: Draws, x: Tensor, low: int, high: int | None = None, **options: Any
-) -> Any:
+def _randint_like(draws: Draws, x: Tensor, low: Any = 0, high: Any = None, **options: Any) -> Any:
     ends = (0, low) if high is None else (low, high)
-    return _integers(draws, torch.empty_like(x, **options), *ends)
+    return _new_integers(draws, functools.partial(torch.empty_like, x), ends, options, x.dtype)
+
+
+def _new_integers(
+    draws: Draws, make: Callable[..., Tensor], ends: Any, given: Any, dtype: Any = torch.int64
+) -> Any:
+    if given.get("out") is None:
+        given.setdefault("dtype", dtype)
+    with torch.no_grad():
+        return _integers(draws, make(**given), *ends)
 
 
 @_replaces(Tensor.random_)
@@ -362,33 +395,44 @@ def _random_(draws: Draws, x: Tensor, *ends: int, **named: int) -> Any:
     if "from" in named and "to" not in named:
         return NotImplemented
     ends += tuple(named[end] for end in ("from", "to") if end in named)
-    if not ends or None in ends:
+    return _integers(draws, x, *((0, *ends) if len(ends) == 1 else ends or (0, None)))
+
+
+def _integers(draws: Draws, x: Tensor, low: Any, high: Any) -> Any:
+    if high is None:
         return NotImplemented
-    return _integers(draws, x, *((0, *ends) if len(ends) == 1 else ends))
-
-
-def _integers(draws: Draws, x: Tensor, low: int, high: int) -> Any:
-    if not 0 < high - low <= 2**31:
+    low, high = int(low), int(high)
+    limits = None if x.dtype.is_floating_point or x.dtype == torch.bool else torch.iinfo(x.dtype)
+    if not 0 < high - low <= 2**31 or (limits and not limits.min <= low < high <= limits.max + 1):
         return NotImplemented
     return x.copy_(integers(draws.key(x.device, is_mask=False), x.shape, low, high))
 
 
 @_replaces(torch.randperm)
-def _randperm(draws: Draws, n: int, **options: Any) -> Tensor:
-    options.setdefault("dtype", torch.int64)
-    x = torch.empty(n, **options)
-    return x.copy_(permutation(draws.key(x.device, is_mask=False), n))
+def _randperm(draws: Draws, n: Any, **options: Any) -> Tensor:
+    if options.get("out") is None:
+        options.setdefault("dtype", torch.int64)
+    x = torch.empty(int(n), **options)
+    return x.copy_(permutation(draws.key(x.device, is_mask=False), len(x)))
 
 
 @_replaces(torch.multinomial, Tensor.multinomial)
-def _multinomial(draws: Draws, x: Tensor, num_samples: int, replacement: bool = False) -> Any:
+def _multinomial(
+    draws: Draws,
+    x: Tensor,
+    num_samples: int,
+    replacement: bool = False,
+    *,
+    out: Tensor | None = None,
+) -> Any:
     """Return the largest of `x / exponential`, as PyTorch does without replacement."""
     if (replacement and num_samples > 1) or x.dtype not in _REAL:
         return NotImplemented
-    # For PyTorch's errors.
-    torch.multinomial(x.detach(), num_samples, generator=torch.Generator(x.device))
+    # For PyTorch's errors, and the shape of `out`.
+    generator = None if x.is_meta else torch.Generator(x.device)
+    y = torch.multinomial(x.detach(), num_samples, generator=generator, out=out)
     waiting = _exponential_(draws, torch.empty_like(x))
-    return torch.topk(x / waiting, num_samples, dim=-1).indices
+    return y.copy_(torch.topk(x / waiting, num_samples, dim=-1).indices)
 
 
 # Functions in Python, whose own calls draw.

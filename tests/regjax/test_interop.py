@@ -12,11 +12,13 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import nnx
 from torch.optim import lr_scheduler
 
 import regjax.optim
 from regjax.interop import (
     Leaf,
+    leaves_from_torch,
     optimizer_from_torch,
     schedule_from_torch,
     state_from_torch,
@@ -100,6 +102,30 @@ def test_one_group_is_the_plain_chain():
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
     updates = [o.update(params, s, params)[0] for o, s in zip((ours, plain), states, strict=True)]
     np.testing.assert_array_equal(updates[0]["w"], updates[1]["w"])
+
+
+@pytest.mark.parametrize("ending", ["", "/value"])
+def test_groups_and_a_state_in_an_optimizer_of_nnx(ending):
+    """`nnx.Optimizer` passes variables to `init`, and their arrays to `update`."""
+    layer = torch.nn.Linear(3, 2)
+    named = [("weight", layer.weight), ("bias", layer.bias)]
+    groups = [{"params": [pair], "lr": lr} for pair, lr in zip(named, (0.1, 0.5), strict=True)]
+    recipe = torch.optim.SGD(groups, momentum=0.9)
+    layer(torch.ones(1, 3)).sum().backward()
+    recipe.step()
+    names = {f"kernel{ending}": Leaf("weight", (1, 0)), f"bias{ending}": "bias"}
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(jnp.zeros_like, params))
+    optimizer = optimizer_from_torch(recipe, names)
+    trained = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    state = state_from_torch(recipe, names, params, optimizer)
+    nnx.update(trained.opt_state, nnx.state(state))
+    trained.update(model, jax.tree.map(jnp.ones_like, params))
+    np.testing.assert_allclose(model.kernel[...], -0.19, rtol=1e-6)
+    np.testing.assert_allclose(model.bias[...], -0.95, rtol=1e-6)
+    arrays = nnx.to_pure_dict(params)  # their paths have no `/value`
+    assert leaves_from_torch(layer, arrays, names).keys() == {"kernel", "bias"}
 
 
 def test_under_scan_map_params_and_inside_a_chain():

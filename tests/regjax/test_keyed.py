@@ -226,10 +226,24 @@ def test_attention_shares_its_mask_unless_told_otherwise(model):
         np.testing.assert_array_equal(mask, regjax.bernoulli(key, 0.5, shape))
 
 
+@pytest.mark.parametrize("model", [LinenAttention, NnxAttention])
+def test_attention_under_vmap_has_the_mask_of_the_batch(model):
+    x, model = jax.random.normal(ROOT, (3, 5, 6)), model()
+    is_linen = isinstance(model, linen.Module)
+    variables = model.init({"params": ROOT}, x, train=False) if is_linen else None
+
+    def attend(x):
+        bound = regjax.keyed.bind(model, ROOT, 1, broadcast_dropout=False)
+        return bound.apply(variables, x) if is_linen else bound(x)
+
+    np.testing.assert_allclose(jax.vmap(attend)(x), attend(x), rtol=1e-6)
+
+
 class Draws(linen.Module):
     @linen.compact
     def __call__(self, x):
-        return x * jax.random.bernoulli(self.make_rng("dropout"), 0.5, x.shape)
+        keep = jax.random.bernoulli(self.scope.make_rng("dropout"), 0.5, x.shape)
+        return jnp.where(keep, x, 0)
 
 
 class Body(linen.Module):
@@ -244,8 +258,6 @@ class Repeats(linen.Module):
     @linen.compact
     def __call__(self, x):
         rngs = {"dropout": True}
-        if self.how == "scan":
-            return linen.scan(Body, split_rngs=rngs, length=2)()(x, None)[0]
         if self.how == "vmap":
             return linen.vmap(Body, split_rngs=rngs, in_axes=(0, None))()(x, None)[0]
         return {"jit": linen.jit, "remat": linen.remat}[self.how](Body)(name="a")(x, None)[0]
@@ -256,7 +268,7 @@ def test_draws_that_cannot_be_keyed_are_errors():
         regjax.keyed.bind(Draws(), ROOT, 0).apply({}, X, rngs={"params": ROOT})
     with pytest.raises(ValueError, match="rngs must not have 'dropout'"):
         regjax.keyed.bind(Draws(), ROOT, 0).apply({}, X, rngs={"dropout": ROOT})
-    for how in ("scan", "vmap", "jit"):
+    for how in ("vmap", "jit"):
         with pytest.raises(ValueError, match=f"Dropout_0' must be called once.*linen.{how}"):
             call(Repeats(how), X, 0)
     y = regjax.dropout(X, 0.5, key=regjax.site_key(ROOT, 0, "a.Dropout_0"))
@@ -297,6 +309,8 @@ def test_layers_of_regjax_are_sites(layer):
     y = regjax.drop_path(X, 0.5, key=regjax.site_key(ROOT, 2, ""))
     np.testing.assert_array_equal(call(model, X, 2), y)
     assert call(layer(0.5, deterministic=True), X, 2) is X
+    with pytest.raises(ValueError, match="inputs of DropPath must be the whole batch"):
+        jax.vmap(lambda row: call(model, row, 2))(X)
 
 
 @pytest.mark.parametrize("layer", [linen.Dropout, regjax.linen.Dropout])
@@ -328,3 +342,16 @@ def test_nnx_shares_variables_and_equinox_passes_filter_jit():
         eqx.filter_jit(lambda m, x: m(x))(bound, X), expected(X, 1, "b.0")
     )
     assert eqx.nn.inference_mode(bound)(X) is X
+
+
+def test_a_function_of_haiku_draws_from_the_key_of_its_module(leaning):
+    hk = pytest.importorskip("haiku")
+
+    class Block(hk.Module):
+        def __call__(self, x):
+            key = regjax.site_key(ROOT, 0, hk.experimental.current_name())
+            return hk.dropout(key, 0.5, x)
+
+    network = hk.without_apply_rng(hk.transform(lambda x: Block(name="block")(x)))
+    key = regjax.site_key(ROOT, 0, "block")
+    np.testing.assert_array_equal(network.apply({}, X), regjax.dropout(X, 0.5, key=key))

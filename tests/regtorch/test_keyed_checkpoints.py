@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -185,3 +188,52 @@ def test_replay_repeats_the_draws_of_an_unknown_checkpoint():
         return Unknown.apply(function, x)
 
     assert torch.equal(gradients_of_layer(run, 2, 9), gradients_of_layer(plain, 2))
+
+
+def failing(error, function, x):
+    with contextlib.suppress(error):
+        function(x, error)
+    return x
+
+
+class Failing(nn.Sequential):
+    def forward(self, x, error=None):
+        x = F.dropout(super().forward(x), 0.5)
+        if error:
+            raise error
+        return x
+
+
+RUNS = {
+    "plain": plain,
+    "error": functools.partial(failing, ValueError),
+    "interrupt": functools.partial(failing, KeyboardInterrupt),
+    **CHECKPOINTS,
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_nothing_keeps_the_tensors_of_a_step_or_the_model(name):
+    """Count tensors without garbage collection, which would hide a cycle of references."""
+
+    def step(model: nn.Module, number: int) -> int:
+        keyed.set_key(model, ROOT, number)
+        x = X.clone().requires_grad_()
+        (RUNS[name](model, x) + RUNS[name](model, x)).sum().backward()
+        keyed.set_key(model, ROOT, number + 1)  # an interrupt leaves its mode until then
+        del x
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    model = keyed.convert(Failing(nn.Linear(8, 8), nn.Dropout(0.5), layer))
+    step(model, 0)
+    gc.disable()
+    gc.freeze()  # `get_objects` leaves out the older objects
+    try:
+        assert len({step(model, number) for number in (1, 2, 3)}) == 1
+        alive = weakref.ref(model)
+        del model, layer
+        assert alive() is None
+    finally:
+        gc.unfreeze()
+        gc.enable()

@@ -71,7 +71,11 @@ RIGHT: dict[str, set[str]] = {
         "predict outputs mode sampler train_step record model module reference betas etas": "",
         "step_sizes ns_coefficients ns_steps ns_dtype d layer_of multiplier removals": "",
         "optimizer torch_optimizer state_dict names steps_per_epoch name transpose": "",
-        "section axis": "",
+        "section axis torch_class like create": "",
+        "metrics": "None",
+        "python_numbers": "True",
+        "options ignored": "list",
+        "defaults fixed state": "None dict",
     }.items()
     for name in names.split()
 }
@@ -94,9 +98,10 @@ OTHER: dict[str, dict[str, str]] = {
     "interop.params_from_torch": {"params": "", "names": "dict"},
     "interop.leaves_from_torch": {"params": "", "names": "dict"},
     "interop.optimizer_from_torch": {"model": "None", "steps": "None"},
+    "interop.register_optimizer": {"create": "None", "options": "dict", "step": "None"},
     "interop.schedule_from_torch": {"scheduler": "", "steps": "None"},
     "interop.schedule_from_torch of LambdaLR": {"scheduler": "", "steps": ""},
-    "interop.state_from_torch": {"model": "None", "steps": "None", "params": ""},
+    "interop.state_from_torch": {"model": "None", "steps": "None", "step": "None", "params": ""},
     "interop.state_to_torch": {"model": "None", "steps": "None", "step": "None", "state": ""},
 }
 # Exceptions for regtorch, which accepts tensors but does not convert numbers and lists.
@@ -308,7 +313,7 @@ def _bridges() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
     names = {"kernel": "weight"}
     optimizer = interop.optimizer_from_torch(recipe, names)
     from_torch = {"torch_optimizer": recipe, "names": names, "model": None, "scheduler": None}
-    from_torch |= {"steps": None, "steps_per_epoch": 1}
+    from_torch |= {"steps": None, "steps_per_epoch": 1, "metrics": None}
     leaf = {"name": "weight", "transpose": (1, 0), "section": (0, 2), "axis": 0}
     yield "interop.Leaf", interop.Leaf, leaf
     yield (
@@ -316,7 +321,19 @@ def _bridges() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
         lambda **how: interop.optimizer_from_torch(**how).init(params),
         from_torch,
     )
-    state = {"params": params, "optimizer": optimizer}
+    registered = {
+        "torch_class": type("Swept", (), {}),
+        "like": "Adam",
+        "create": None,
+        "step": None,
+    }
+    registered |= {"options": {}, "defaults": {}, "fixed": {}, "state": {}, "ignored": ()}
+    yield (
+        "interop.register_optimizer",
+        interop.register_optimizer,
+        {**registered, "create": None, "step": None, "python_numbers": False},
+    )
+    state = {"params": params, "optimizer": optimizer, "step": None}
     yield "interop.state_from_torch", interop.state_from_torch, from_torch | state
     back = {"state": optimizer.init(params), "step": None}
     yield "interop.state_to_torch", interop.state_to_torch, from_torch | back
