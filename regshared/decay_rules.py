@@ -344,7 +344,7 @@ def _describe_unknown(
 def _may_be_kernel(parameter: Parameter) -> bool:
     """Guess: a vector, an array for a batch of one, or a matrix in an embedding is no kernel."""
     shape = parameter.leaf.shape
-    return len(shape) <= 1 + (parameter.places[0].kind == "embedding") and shape[0] != 1
+    return len(shape) > 1 + (parameter.places[0].kind == "embedding") and shape[0] != 1
 
 
 class _Verbatim:
