@@ -68,7 +68,7 @@ def _as_json(record: dict[str, Any]) -> str:
     """Return the record with one line for each model, so that a difference shows the models."""
     models = ",\n".join(f'"{name}": {json.dumps(row)}' for name, row in record["models"].items())
     rest = {name: value for name, value in record.items() if name != "models"}
-    return f"{json.dumps(rest, indent=1)[:-2]},\n \"models\": {{\n{models}\n }}\n}}\n"
+    return f'{json.dumps(rest, indent=1)[:-2]},\n "models": {{\n{models}\n }}\n}}\n'
 
 
 if __name__ == "__main__":
