@@ -6,7 +6,7 @@ library, whose last bits no other library repeats.
 
 References:
     Box and Muller, "A note on the generation of random normal deviates", Annals of Mathematical
-    Statistics 29, 1958. Moshier, the Cephes mathematical library, 1984: `logf`, `sinf`, `cosf`.
+    Statistics 29, 1958. Moshier, "Cephes mathematical library", 1984.
 """
 
 from __future__ import annotations

@@ -133,8 +133,7 @@ def permutation(g: TorchGenerator, n: int) -> tuple[Int32[Array, " n"], TorchGen
         tensor([2, 5, 3, 0, 1, 4])
 
     References:
-        Fisher and Yates, "Statistical tables for biological, agricultural and medical research",
-        1938; here as by Durstenfeld, Communications of the ACM 7, 1964.
+        Durstenfeld, "Algorithm 235: Random permutation", Communications of the ACM 7, 1964.
     """
     g = check_generator(g)
     n = check_integer("n", n, minimum=0, maximum=_LONGEST_PERMUTATION - 1)
