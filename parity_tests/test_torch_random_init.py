@@ -54,7 +54,7 @@ def differing(ours, theirs, tolerance=0.0):
         other = other.astype(np.int32)
     assert (one.dtype, one.shape) == (other.dtype, other.shape)
     if not HAS_AVX2 and one.dtype.kind != "i":
-        tolerance = max(tolerance, 4 * float(jnp.finfo(one.dtype).eps))
+        tolerance = max(tolerance, 3e-6, 4 * float(jnp.finfo(one.dtype).eps))
     one, other = one.astype(np.float64), other.astype(np.float64)
     return int((np.abs(one - other) > tolerance * np.maximum(1, np.abs(other))).sum())
 
