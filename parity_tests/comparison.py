@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,13 +136,18 @@ class Comparison:
             above.plot(steps, losses, style, label=name, marker=marker)
         above.set_ylabel("loss")
         above.set_title("Loss of each framework")
+        *colors, ink, _, _ = pictures.palette()
+        looks = ((color, style) for style in ("-", "--") for color in colors)
         for quantity, values in self.deviations.items():
             if values:
                 label = "\n".join(filter(None, (quantity, *pictures.gaps(values).split(", "))))
-                pictures.plot_differences(below, steps, values, label=label)
+                color, style = next(looks) if any(values) else (ink, "")  # without points
+                look = {"label": label, "color": color, "linestyle": style}
+                pictures.plot_differences(below, steps, values, **look)
+        styles = itertools.cycle((":", "-."))
         for bound, quantities in self._shown_bounds().items():
             label = f"bound of {quantities}" if quantities else "bound"
-            below.axhline(bound, color=pictures.palette().ink, linestyle=":", label=label)
+            below.axhline(bound, color=ink, linestyle=next(styles), label=label)
         below.set_ylabel(f"largest deviation,\n{self._unit()}")
         below.set_xlabel("step")
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
