@@ -58,12 +58,13 @@ In NNX and Equinox, a second loop over the same stacked layers needs a second bi
 that calls of `f = jax.jit(layer)` or `f = jax.checkpoint(layer)` in a bound model may share a mask:
 create a function for each call, as in `jax.checkpoint(lambda x: layer(x))(x)`. A step that is an
 argument of such a function in a loop is accepted as one that the loop changes. Calls of a stacked
-layer in several `vmap`, or of several copies of it, count from 0. In NNX and Equinox, draws by other functions, such as `jax.random.bernoulli` in a
-module, are not seen. In Linen, other functions of `jax.random`, a `bernoulli` that was imported by
-name, and keys split from that of a site draw from the site's key, but observers do not record them,
-and their values may depend on the configuration of JAX; under `jax.vmap`, their rows share them.
-Models of Haiku cannot be bound, because `hk.next_rng_key` cannot be replaced: pass keys such as
-`regjax.site_key(root, step, hk.experimental.current_name())` to `hk.dropout`.
+layer in several `vmap`, or of several copies of it, count from 0. In NNX and Equinox, draws by
+other functions, such as `jax.random.bernoulli` in a module, are not seen. In Linen, other functions
+of `jax.random`, a `bernoulli` that was imported by name, and keys split from that of a site draw
+from the site's key, but observers do not record them, and their values may depend on the
+configuration of JAX; under `jax.vmap`, their rows share them. Models of Haiku cannot be bound,
+because `hk.next_rng_key` cannot be replaced: pass keys such as `regjax.site_key(root, step,
+hk.experimental.current_name())` to `hk.dropout`.
 """
 
 from __future__ import annotations

@@ -158,9 +158,9 @@ class Shares(linen.Module):
 
 
 def test_draws_that_would_share_a_mask_are_errors():
-    with pytest.raises(ValueError, match="must not be called inside .* with a key of Shares"):
+    with pytest.raises(ValueError, match=r"must not be called inside .* with a key of Shares"):
         apply(Shares(), X)
-    with pytest.raises(ValueError, match="inputs of Draws must be the whole batch.*vmap"):
+    with pytest.raises(ValueError, match=r"inputs of Draws must be the whole batch.*vmap"):
         jax.vmap(lambda x: apply(Draws(), x))(X)
     steps = jnp.arange(2)
     found = jax.vmap(lambda step: regjax.keyed.bind(Draws(), ROOT, step).apply({}, X))(steps)
