@@ -113,6 +113,11 @@ def convert(model: _M, *, allow: Sequence[str] = ()) -> _M:
         True
     """
     paths = module_paths(check_module("model", model))
+    if not paths:
+        raise ValueError(
+            f"model must run in Python; got a {type(model).__name__}, whose draws cannot have keys. "
+            "Convert the model that was scripted or traced."
+        )
     for source in check_items("allow", allow, Collection, 'a list of names, such as ["random"]'):
         check_choice("allow", source, ("random", "numpy.random"))
     names = set(paths.values())
@@ -206,8 +211,11 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
         )
     discard_stale_modes()
     warn_of_shared_root((high, low), states[0])
+    for module in model.modules():
+        if site := site_of(module):
+            site.enclose(module)
     for state in states:
-        state.keys = Keys((high, low), step)
+        state.keys, state.method = Keys((high, low), step), None
 
 
 def replay(
