@@ -68,12 +68,8 @@ class Keys:
                 "regtorch.keyed.set_key(model, root, step) before each step, or model.eval() to "
                 "evaluate."
             )
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
-            raise RuntimeError(
-                f"site {name!r} must not draw while a graph is traced or exported, which would "
-                "repeat the mask in every call; got a draw. Call model.eval() or "
-                "regtorch.keyed.revert(model) first."
-            )
+        if torch.jit.is_tracing():
+            raise _error_of_graph(f"site {name!r}")
         count = self.counts.get(name, 0)
         # A forward inside a backward pass (id other than -1) is a checkpoint's, run again.
         if torch._C._current_graph_task_id() != -1 and not self.repeats:
@@ -200,6 +196,11 @@ class Site:
                 self.state.suspended.append((call, mode))
                 torch.overrides._pop_mode()
                 return
+        if mode is None and torch.compiler.is_exporting():
+            # Without a mode: the exporter leaves out the hook that would remove it after an error.
+            if any(part.training for part in module.modules()):
+                raise _error_of_graph(f"module {self.name!r}")
+            return
         if mode is None:
             if module.training and self.name not in self.state.checked:
                 call.method = self._method(call.frame)
@@ -223,11 +224,11 @@ class Site:
         """
         while frame := frame.f_back if frame else None:
             code = frame.f_code
-            if code.co_varnames[:1] != ("self",) or code.co_name in _CALLS:
+            module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            if not isinstance(module, nn.Module) or not module.training or code.co_name in _CALLS:
                 continue
-            module = frame.f_locals.get("self")
-            site = site_of(module) if isinstance(module, nn.Module) and module.training else None
-            if not site or site.state is not self.state:
+            site = site_of(module)
+            if not site or site.state is not self.state or not hasattr(type(module), code.co_name):
                 continue
             method, before, latest = self.state.method or (None, None, "")
             if method is frame and torch_state() != before:
@@ -287,6 +288,13 @@ class Site:
 
         for node in nodes:
             node.register_prehook(begin)
+
+
+def _error_of_graph(place: str) -> RuntimeError:
+    return RuntimeError(
+        f"{place} must not draw while a graph is traced or exported, which would keep the mask as a "
+        "constant; got training. Call model.eval() or regtorch.keyed.revert(model) first."
+    )
 
 
 def _module_frame() -> tuple[FrameType, bool]:
