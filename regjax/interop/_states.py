@@ -302,6 +302,18 @@ def _places(
             "links around it."
         )
     leaves = [(_locate(path, recipe), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
+    for part in recipe.parts:
+        record = part.record
+        known = {*record.numbers, *record.derived, "step", "scheduled"}
+        places = [place for place, _ in leaves if place.part is part]
+        extra = {p.field for p in places if p.array is None and p.number not in known}
+        needed = {a.field for a in record.arrays if not a.is_optional(part.group)}
+        if not record.is_created and (extra or (needed := needed - {p.field for p in places})):
+            raise ValueError(
+                f"{argument} must be that of optimizer_from_torch for {record.torch_name}; got a "
+                f"state {'with' if extra else 'without'} {', '.join(sorted(extra or needed))}. "
+                "Pass the same torch_optimizer to both."
+            )
     scheduled = {place.part.label for place, _ in leaves if place.number == "scheduled"}
     if schedules is not None:
         scheduled |= {part.label for part in recipe.parts if part.shares_count}

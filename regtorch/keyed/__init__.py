@@ -211,11 +211,13 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
         )
     discard_stale_modes()
     warn_of_shared_root((high, low), states[0])
-    for module in model.modules():
+    modules = list(model.modules())
+    for module in modules:
         if site := site_of(module):
             site.enclose(module)
     for state in states:
         state.keys, state.method = Keys((high, low), step), None
+        state.classes = frozenset(map(type, modules))
 
 
 def replay(

@@ -31,7 +31,6 @@ from regtorch.keyed.generators import is_default, python_state, torch_state
 
 # Modules that can run as one fused kernel in evaluation, but not while a mode is active.
 _FUSED = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
-_CALLS = ("_call_impl", "_wrapped_call_impl")
 _CALL_PARTS = [c for c in nn.Module._call_impl.__code__.co_consts if isinstance(c, CodeType)]
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
 _NON_REENTRANT = inspect.unwrap(torch.utils.checkpoint.checkpoint).__code__
@@ -100,6 +99,7 @@ class State:
         compared: How often the root was compared with that of another rank.
         method: The running method of a module, the generator's state after its latest call of
             another module, and the name of that one; None if no first call was made by a method.
+        classes: The classes of the modules.
     """
 
     keys: Keys = dataclasses.field(default_factory=Keys)
@@ -109,10 +109,11 @@ class State:
     allowed: set[str] = dataclasses.field(default_factory=set)
     compared: int = 0
     method: tuple[FrameType, Any, str] | None = None
+    classes: frozenset[type[nn.Module]] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what cannot be copied."""
-        return vars(self) | {"method": None}
+        """Leave out what cannot be copied, and what the next `set_key` adds."""
+        return vars(self) | {"method": None, "classes": frozenset()}
 
 
 @dataclasses.dataclass
@@ -217,26 +218,25 @@ class Site:
         mode.calls.append(call)
 
     def _method(self, frame: FrameType | None) -> FrameType | None:
-        """Return the method of a converted module in training that runs a call, or None.
+        """Return the method of a converted module that runs a call, or None.
 
         A method such as `encode`, called without a forward around it, draws without a key. It is an
         error if a generator moved since the method's latest call of a module.
         """
+        classes = {base for kind in self.state.classes for base in kind.__mro__} - {nn.Module}
         while frame := frame.f_back if frame else None:
             code = frame.f_code
-            module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            if not isinstance(module, nn.Module) or not module.training or code.co_name in _CALLS:
-                continue
-            site = site_of(module)
-            if not site or site.state is not self.state or not hasattr(type(module), code.co_name):
+            functions = (vars(kind).get(code.co_name) for kind in classes)
+            if all(getattr(function, "__code__", None) is not code for function in functions):
                 continue
             method, before, latest = self.state.method or (None, None, "")
             if method is frame and torch_state() != before:
                 self.state.checked.discard(latest)
                 raise RuntimeError(
-                    f"module {site.name!r} must draw in a forward; got a draw from PyTorch's "
-                    f"generator in {code.co_qualname}, called outside of one. Convert a module "
-                    "whose forward calls the method, or pass a generator of your own."
+                    f"{code.co_qualname} must draw within a forward; got a draw from PyTorch's "
+                    f"generator between modules {latest!r} and {self.name!r}, outside of one. "
+                    "Convert a module whose forward calls the method, or pass a generator of your "
+                    "own."
                 )
             return frame
         return None
