@@ -67,7 +67,7 @@ class Keys:
                 "regtorch.keyed.set_key(model, root, step) before each step, or model.eval() to "
                 "evaluate."
             )
-        if torch.jit.is_tracing():
+        if torch._C._is_tracing():
             raise _error_of_graph(f"site {name!r}")
         count = self.counts.get(name, 0)
         # A forward inside a backward pass (id other than -1) is a checkpoint's, run again.
@@ -292,8 +292,8 @@ class Site:
 
 def _error_of_graph(place: str) -> RuntimeError:
     return RuntimeError(
-        f"{place} must not draw while a graph is traced or exported, which would keep the mask as a "
-        "constant; got training. Call model.eval() or regtorch.keyed.revert(model) first."
+        f"{place} must not draw while a graph is traced or exported, which would keep the mask as "
+        "a constant; got training. Call model.eval() or regtorch.keyed.revert(model) first."
     )
 
 
