@@ -10,9 +10,9 @@ every kind, as layers and as functions, attention (`scaled_dot_product_attention
 `MultiheadAttention`), the dropout between recurrent layers, and, in modules in training mode,
 `bernoulli_`, `rand`, `randn`, `randint` and their relatives. The modules stay as they are. Any
 other draw from a global generator of PyTorch, NumPy or Python is an error in training that names
-the module; `register` adds a function. So are draws in the backward pass, as by an autograd function
-or a hook of a gradient, and draws of a module of TorchScript. Draws from a generator that the
-caller passes or a forward creates are unchanged.
+the module; `register` adds a function. So is a draw in the backward pass, as by an autograd
+function or a hook of a gradient, and one of a module of TorchScript. Draws from a generator that
+the caller passes or a forward creates are unchanged.
 
 A draw has a key only if a forward is running. Another method, such as `forward_head` of timm, draws
 from PyTorch's generator if it is called directly; this is an error where it is seen: in the first
@@ -104,9 +104,9 @@ def convert(model: _M, *, allow: Sequence[str] = ()) -> _M:
 
     Raises:
         TypeError: `allow` is not a list of names.
-        ValueError: `model` is one of TorchScript; `allow` has another generator; a module was converted as part of another model,
-            under another name; or names are ambiguous: a module has the name of another with a
-            suffix such as `:1` or `#1`. No module is converted then.
+        ValueError: `model` is one of TorchScript; `allow` has another generator; a module was
+            converted as part of another model, under another name; or names are ambiguous: a module
+            has the name of another with a suffix such as `:1` or `#1`. No module is converted then.
 
     Example:
         >>> import torch, regtorch
