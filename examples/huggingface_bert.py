@@ -18,10 +18,12 @@ import torch
 
 import regjax
 import regtorch
+from examples.torchvision_operators import declare_missing
 from parity_tests.harness import JaxStep, Leaf, TorchStep, tensors
 from regjax import interop
 from regshared.extras import needs
 
+declare_missing()
 with needs("examples.port_from_huggingface", extra="zoo", package="transformers"):
     from transformers import (  # pyright: ignore[reportMissingImports]
         BertConfig,

@@ -23,10 +23,12 @@ from sklearn.datasets import load_digits
 import regjax
 import regtorch
 from examples.nnx_vit import VisionTransformer
+from examples.torchvision_operators import declare_missing
 from parity_tests.harness import JaxStep, Leaf, TorchStep, tensors
 from regjax import interop
 from regshared.extras import needs
 
+declare_missing()
 with needs("examples.port_from_timm", extra="zoo", package="timm"):
     import timm  # pyright: ignore[reportMissingImports]
     from timm.optim import create_optimizer_v2  # pyright: ignore[reportMissingImports]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,13 +136,21 @@ class Comparison:
             above.plot(steps, losses, style, label=name, marker=marker)
         above.set_ylabel("loss")
         above.set_title("Loss of each framework")
+        palette = pictures.palette()
+        looks = itertools.product(("-", "--"), palette[:6])  # more quantities than colors
         for quantity, values in self.deviations.items():
             if values:
                 label = "\n".join(filter(None, (quantity, *pictures.gaps(values).split(", "))))
-                pictures.plot_differences(below, steps, values, label=label)
-        for bound, quantities in self._shown_bounds().items():
+                # Without a difference there is no line to tell apart.
+                style, color = next(looks) if any(values) else ("", palette.ink)
+                pictures.plot_differences(
+                    below, steps, values, label=label, linestyle=style, color=color
+                )
+        for style, (bound, quantities) in zip(
+            itertools.cycle((":", "-.")), self._shown_bounds().items(), strict=False
+        ):
             label = f"bound of {quantities}" if quantities else "bound"
-            below.axhline(bound, color=pictures.palette().ink, linestyle=":", label=label)
+            below.axhline(bound, color=palette.ink, linestyle=style, label=label)
         below.set_ylabel(f"largest deviation,\n{self._unit()}")
         below.set_xlabel("step")
         below.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -228,6 +228,11 @@ def compare_training(
                 break
     if not losses:
         raise ValueError("batches must have at least one batch; got none. Pass one per step.")
+    if recorder.without_mask:
+        notes[
+            f"Masks were not compared at {', '.join(recorder.without_mask)}: PyTorch draws numbers "
+            "there, from which the model makes its own mask."
+        ] = None
     notes.update(dict.fromkeys([*pair.notes, *filter(None, [noise.note])]))
     return Comparison(
         tier,

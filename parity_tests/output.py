@@ -21,12 +21,20 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program and exit with its code, or with 130 and without a traceback if interrupted."""
+    """Run a program and exit with its code.
+
+    Without a traceback, exit with 130 if it is interrupted, and with 2 if it needs an extra.
+    """
     try:
         code = main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
+    except ModuleNotFoundError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):  # not from `regshared.extras`
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
     raise SystemExit(code)
 
 

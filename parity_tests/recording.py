@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import jax
@@ -79,6 +79,10 @@ class Difference:
 class Recorder:
     """A recorder of the draws of both frameworks, step by step.
 
+    Attributes:
+        without_mask: The sites where JAX drew a mask and a converted PyTorch model drew numbers, in
+            the steps taken so far; such a mask is left out.
+
     Example:
         >>> import jax, regjax
         >>> recorder = Recorder()
@@ -92,21 +96,28 @@ class Recorder:
 
     def __init__(self) -> None:
         self._events: tuple[list[Any], list[Any]] = ([], [])
+        self._idle: Set[str] = frozenset()
+        self.without_mask: dict[str, None] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Record the draws inside; enter it once around a loop, since each entry recompiles."""
         in_jax, in_torch = self._events
-        with regjax.observing(in_jax.append), regtorch.observing(in_torch.append):
+        with regjax.observing(in_jax.append), regtorch.observing(in_torch.append) as observer:
+            self._idle = observer.idle
             yield
 
     def taken(self) -> tuple[list[Drawn], list[Drawn]]:
         """Return the draws of JAX and of PyTorch since the last call, each in program order."""
         jax.effects_barrier()
         in_jax, in_torch = (_drawn(events) for events in self._events)
+        keys = {event.site for event in self._events[1] if hasattr(event, "site")}
+        # Numbers from which the model makes a mask of its own, such as `floor(keep_prob + rand)`.
+        numbers = keys & self._idle - {drawn.site for drawn in in_torch}
+        self.without_mask |= dict.fromkeys(each.site for each in in_jax if each.site in numbers)
         for events in self._events:
             events.clear()
-        return in_jax, in_torch
+        return [drawn for drawn in in_jax if drawn.site not in numbers], in_torch
 
 
 def _drawn(events: Iterable[Any]) -> list[Drawn]:

@@ -216,6 +216,35 @@ def test_a_mask_that_the_model_applies_itself_has_no_values():
     assert value_deviations(in_jax, in_torch, FLOAT32) == {}
 
 
+class RandomPath(torch.nn.Module):
+    """Stochastic depth as in transformers, which makes its mask from uniform numbers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keep_prob = 0.75
+        return x * (keep_prob + torch.rand(len(x), 1)).floor() / keep_prob
+
+
+@pytest.mark.parametrize(("name", "detail"), [("first", ""), ("other", "JAX draws a mask here")])
+def test_a_mask_that_the_model_makes_of_numbers_is_not_compared(name, detail):
+    side = original()
+    regtorch.keyed.revert(side.model)
+    side.model.first = RandomPath()
+    regtorch.keyed.convert(side.model)
+
+    def loss(params, batch, step):
+        x = regjax.drop_path(batch * params["scale"][None], 0.25, key=site(name)(step))
+        return (regjax.dropout(jnp.tanh(x), 0.5, key=SECOND(step)) ** 2).mean()
+
+    port = JaxSide({"scale": jnp.ones(8)}, loss, optax.sgd(0.1))
+    found = compare_training(port, side, [X] * 2, {"scale": "scale"})
+    assert found.agrees == (not detail)
+    if found.first:
+        assert (found.first.step, found.first.quantity, found.first.name) == (1, "mask", name)
+        assert detail in found.first.detail
+    else:
+        assert "Masks were not compared at first: PyTorch draws numbers" in "".join(found.notes)
+
+
 def test_values_of_another_size_deviate_infinitely():
     assert value_deviations([drawn()], [drawn(entering=(1.0,))], FLOAT32) == {"a": float("inf")}
 

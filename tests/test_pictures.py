@@ -43,6 +43,7 @@ RACES = {
     "dropout_speed": ("copy", "regjax", "regjax, packed", *LIBRARIES),
     "overhead": ("regjax", "regjax, packed", *LIBRARIES),
     "shared_masks": ("copy", "regjax", "regjax, packed", *LIBRARIES),
+    "torch_random_speed": ("torch", "torch_random", "mask drawn again"),
     "torch_speed": ("torch F.dropout", "regtorch", "regtorch, packed"),
     "transformer_step": ("no dropout", "regjax", "regjax, packed", *LIBRARIES),
 }

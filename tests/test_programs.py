@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests import output
+from regshared.extras import needs
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "distributions", "docs", "examples", "parity_tests", "tests")
@@ -172,6 +173,20 @@ def test_an_interrupt_has_no_traceback(capsys):
             output.run(function)
         assert exited.value.code == code
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_missing_extra_is_one_line(capsys):
+    def main():
+        with needs("this program", extra="zoo", package="missing"):
+            importlib.import_module("missing")
+
+    with pytest.raises(SystemExit) as exited:
+        output.run(main)
+    assert exited.value.code == 2
+    advice = "this program needs missing. Install it: pip install 'regjax[zoo]'"
+    assert capsys.readouterr().err == f"error: {advice}\n"
+    with pytest.raises(ModuleNotFoundError, match="No module named 'missing'"):
+        output.run(lambda: importlib.import_module("missing"))
 
 
 def test_help_of_light_programs_imports_no_framework():

@@ -1,0 +1,45 @@
+"""PyTorch's own random numbers on a CPU, replayed in JAX from PyTorch's seed.
+
+    g = torch_random.generator(0)                     # torch.manual_seed(0)
+    weights, g = torch_random.uniform(g, (8, 4))      # torch.rand(8, 4)
+    y, g = torch_random.dropout(x, 0.1, g)            # torch.nn.functional.dropout(x, 0.1)
+
+Each function takes the state of the generator, and returns a value and the next state, as PyTorch
+2.13 would leave it. Calls in the order of a PyTorch program reproduce its numbers, under `jit`,
+`scan` and `grad`. The stream is serial, and made for checking a port against the original; to train
+in JAX, use `regjax.dropout` and a key.
+"""
+
+from __future__ import annotations
+
+from regjax.torch_random.dropouts import (
+    alpha_dropout,
+    dropout,
+    feature_alpha_dropout,
+    feature_dropout,
+)
+from regjax.torch_random.integers import permutation, randint
+from regjax.torch_random.normals import normal
+from regjax.torch_random.state import TorchGenerator, from_torch, generator, to_torch
+from regjax.torch_random.uniforms import bernoulli, uniform
+
+__all__ = [
+    "TorchGenerator",
+    "alpha_dropout",
+    "bernoulli",
+    "dropout",
+    "feature_alpha_dropout",
+    "feature_dropout",
+    "from_torch",
+    "generator",
+    "normal",
+    "permutation",
+    "randint",
+    "to_torch",
+    "uniform",
+]
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__
