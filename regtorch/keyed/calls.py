@@ -7,6 +7,7 @@ enters a mode, in which a function of PyTorch that draws is replaced by one with
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 from collections import OrderedDict
@@ -19,7 +20,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._guards import TracingContext
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
 
 from regtorch._random.events import observer
 from regtorch._random.keys import site_words
@@ -64,6 +67,8 @@ class Keys:
                 "regtorch.keyed.set_key(model, root, step) before each step, or model.eval() to "
                 "evaluate."
             )
+        if torch._C._is_tracing():
+            raise _error_of_graph(f"site {name!r}")
         count = self.counts.get(name, 0)
         # A forward inside a backward pass (id other than -1) is a checkpoint's, run again.
         if torch._C._current_graph_task_id() != -1 and not self.repeats:
@@ -92,6 +97,9 @@ class State:
         suspended: The calls of fused modules, with the mode that they suspend.
         allowed: The generators, other than PyTorch's, whose draws are no error.
         compared: How often the root was compared with that of another rank.
+        method: The running method of a module, the generator's state after its latest call of
+            another module, and the name of that one; None if no first call was made by a method.
+        classes: The classes of the modules.
     """
 
     keys: Keys = dataclasses.field(default_factory=Keys)
@@ -100,6 +108,12 @@ class State:
     suspended: list[tuple[Call, KeyedMode]] = dataclasses.field(default_factory=list)
     allowed: set[str] = dataclasses.field(default_factory=set)
     compared: int = 0
+    method: tuple[FrameType, Any, str] | None = None
+    classes: frozenset[type[nn.Module]] = frozenset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what cannot be copied, and what the next `set_key` adds."""
+        return vars(self) | {"method": None, "classes": frozenset()}
 
 
 @dataclasses.dataclass
@@ -111,6 +125,8 @@ class Call:
         module: The module.
         frame: Its Python frame.
         enters: Whether it entered the mode itself, as the outermost call.
+        is_first: Whether it is in training, and no call around it is.
+        method: The frame of a converted module's method that runs it, outside of any forward.
         draws: The number of draws of each name in this call.
     """
 
@@ -118,6 +134,8 @@ class Call:
     module: nn.Module
     frame: FrameType | None
     enters: bool = False
+    is_first: bool = False
+    method: FrameType | None = None
     draws: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -142,6 +160,16 @@ class Site:
             module._forward_hooks, module._forward_pre_hooks = _Hooks(), _Hooks()
         module.register_forward_pre_hook(self._begin)
         module.register_forward_hook(self._end, always_call=True)
+        self.enclose(module)
+
+    def enclose(self, module: nn.Module) -> None:
+        """Move the hooks around those of the user, whose draws then belong to the module."""
+        hooks: Any
+        for hooks, last in ((module._forward_pre_hooks, False), (module._forward_hooks, True)):
+            order = reversed(hooks) if last else iter(hooks)
+            if _site_of_hook(hooks[next(order)]) is not self:
+                own = next(n for n, hook in hooks.items() if _site_of_hook(hook) is self)
+                hooks.move_to_end(own, last=last)
 
     def detach(self, module: Any) -> None:
         """Remove the hooks from a module."""
@@ -169,14 +197,49 @@ class Site:
                 self.state.suspended.append((call, mode))
                 torch.overrides._pop_mode()
                 return
+        if mode is None and torch.compiler.is_exporting():
+            # Without a mode: the exporter leaves out the hook that would remove it after an error.
+            if any(part.training for part in module.modules()):
+                raise _error_of_graph(f"module {self.name!r}")
+            return
         if mode is None:
+            if module.training and self.name not in self.state.checked:
+                call.method = self._method(call.frame)
             mode = KeyedMode(self.state)
-            mode.watches = module.training and self.name not in self.state.checked
             call.enters = True
             mode.__enter__()
         elif mode.watches and mode.calls and mode.calls[-1].module.training:
             mode.check(mode.calls[-1].site.name)
+        if module.training and not any(outer.module.training for outer in mode.calls):
+            call.is_first = True
+            mode.watches = self.name not in self.state.checked
+            if not call.enters:
+                mode.remember()
         mode.calls.append(call)
+
+    def _method(self, frame: FrameType | None) -> FrameType | None:
+        """Return the method of a converted module that runs a call, or None.
+
+        A method such as `encode`, called without a forward around it, draws without a key. It is an
+        error if a generator moved since the method's latest call of a module.
+        """
+        classes = {base for kind in self.state.classes for base in kind.__mro__} - {nn.Module}
+        while frame := frame.f_back if frame else None:
+            code = frame.f_code
+            functions = (vars(kind).get(code.co_name) for kind in classes)
+            if all(getattr(function, "__code__", None) is not code for function in functions):
+                continue
+            method, before, latest = self.state.method or (None, None, "")
+            if method is frame and torch_state() != before:
+                self.state.checked.discard(latest)
+                raise RuntimeError(
+                    f"{code.co_qualname} must draw within a forward; got a draw from PyTorch's "
+                    f"generator between modules {latest!r} and {self.name!r}, outside of one. "
+                    "Convert a module whose forward calls the method, or pass a generator of your "
+                    "own."
+                )
+            return frame
+        return None
 
     @_disable_dynamo
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -193,10 +256,45 @@ class Site:
             pass
         if call.enters:
             remove_mode(mode)
-        if module.training and not failed and (call.enters or mode.watches):
+        if module.training and not failed and (call.is_first or mode.watches):
             mode.check(self.name)
-            if call.enters:
+            if call.is_first:
                 self.state.checked.add(self.name)
+                self._watch_backward(result)
+            if call.method:
+                self.state.method = call.method, torch_state(), self.name
+
+    def _watch_backward(self, result: Any) -> None:
+        """Make it an error if a generator moves in the backward pass from a result."""
+        nodes = {x.grad_fn for x in tree_leaves(result) if isinstance(x, Tensor) and x.grad_fn}
+        running: set[int] = set()
+
+        def begin(*grads: Any) -> None:
+            task = torch._C._current_graph_task_id()
+            if task not in running:
+                running.add(task)
+                callback = functools.partial(end, task, torch_state())
+                torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+        def end(task: int, before: Any) -> None:
+            running.discard(task)
+            if torch_state() != before:
+                raise RuntimeError(
+                    f"module {self.name!r} must draw in its forward; got a draw from PyTorch's "
+                    "generator in the backward pass, as by a torch.autograd.Function or a hook of "
+                    "a gradient. Draw in the forward and keep the values, or pass a generator of "
+                    "your own."
+                )
+
+        for node in nodes:
+            node.register_prehook(begin)
+
+
+def _error_of_graph(place: str) -> RuntimeError:
+    return RuntimeError(
+        f"{place} must not draw while a graph is traced or exported, which would keep the mask as "
+        "a constant; got training. Call model.eval() or regtorch.keyed.revert(model) first."
+    )
 
 
 def _module_frame() -> tuple[FrameType, bool]:
@@ -283,6 +381,10 @@ class KeyedMode(TorchFunctionMode):
         self.watches = False
         self.repeats = keys is not None
         self._keys = keys
+        self.remember()
+
+    def remember(self) -> None:
+        """Note the states of the generators, which must not change until the next check."""
         self._torch, self._python = torch_state(), python_state()
 
     def key(self, device: torch.device, part: str = "", *, is_mask: bool = True) -> Tensor:
@@ -346,8 +448,9 @@ class KeyedMode(TorchFunctionMode):
             raise RuntimeError(
                 f"module {name!r} must draw from keys; got a draw from PyTorch's generator, "
                 + (
-                    "not by a function of torch, but as in TorchScript or an extension. Turn its "
-                    "dropout off, or replace the module."
+                    "not by a function of torch in its thread, but as in TorchScript, an "
+                    "extension, another thread, or by torch.manual_seed. Turn its dropout off, or "
+                    "replace the module."
                     if self.watches
                     else "which its first call did not make. Call it again: the next error names "
                     "the function."
@@ -404,6 +507,10 @@ class KeyedMode(TorchFunctionMode):
 
     def _raise_unkeyed(self, func: Any) -> None:
         name = resolve_name(func) or getattr(func, "__qualname__", repr(func))
+        # The names under which the function can be passed to `register`.
+        name = name.replace("_VariableFunctionsClass.", "torch.")
+        if isinstance(func, (OpOverload, OpOverloadPacket)):
+            name = f"torch.ops.{name}"
         raise RuntimeError(
             f"module {self.calls[-1].site.name!r} must draw from keys; got a call of {name}, which "
             "draws from PyTorch's generator. Register a function with a key, "
