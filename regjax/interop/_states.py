@@ -16,6 +16,7 @@ from jax.tree_util import GetAttrKey
 from regjax._decay.paths import path_name
 from regjax.interop._leaves import FROZEN, check_paths, read_recipe, spelled_as_in
 from regjax.interop._params import expand_names
+from regjax.interop._registry import record_of
 from regjax.interop._schedules import ScheduledMomentumState, read_schedules
 from regshared.checks import check_integer, describe
 
@@ -117,6 +118,12 @@ def state_from_torch(
     _count(recipe, numbers, schedules, steps_per_epoch, step)
     if not callable(getattr(optimizer, "init", None)):
         raise TypeError(f"optimizer must be an optax transformation; got {describe(optimizer)}.")
+    title = record_of(torch_optimizer).title
+    if (other := getattr(optimizer.init, "torch_class", title)) != title:
+        raise ValueError(
+            f"optimizer must be that of optimizer_from_torch for {title}; got one for {other}. "
+            "Pass the same torch_optimizer to both."
+        )
     check_paths(recipe.labels, params)
     template = optimizer.init(params)
 
