@@ -12,6 +12,8 @@ in JAX, use `regjax.dropout` and a key.
 
 from __future__ import annotations
 
+from regjax.torch_random.compiled import compiled_dropout
+from regjax.torch_random.cuda import CudaGenerator
 from regjax.torch_random.dropouts import (
     alpha_dropout,
     dropout,
@@ -24,9 +26,11 @@ from regjax.torch_random.state import TorchGenerator, from_torch, generator, to_
 from regjax.torch_random.uniforms import bernoulli, uniform
 
 __all__ = [
+    "CudaGenerator",
     "TorchGenerator",
     "alpha_dropout",
     "bernoulli",
+    "compiled_dropout",
     "dropout",
     "feature_alpha_dropout",
     "feature_dropout",
