@@ -85,12 +85,12 @@ def compiled_dropout(
     return _masked(x, g, _threshold(rate, x.dtype), scale, order)
 
 
-def _threshold(rate: float, dtype: np.dtype) -> np.float32:
+def _threshold(rate: float, dtype: np.dtype) -> Float[Any, ""]:
     """Return the float32 that every kept uniform exceeds."""
     if dtype == np.float64:
         # The largest float32 that is at most the rate: PyTorch compares in 64 bits.
         return -next_float32(-rate)
-    return np.asarray(rate, dtype).astype(np.float32)[()]
+    return np.asarray(rate, dtype).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -105,7 +105,9 @@ def check_size(size: int) -> None:
         raise ValueError(f"x must have fewer than 2**31 elements; got {size}.")
 
 
-def _threshold_and_scale(keep_prob: float, dtype: np.dtype) -> tuple[np.float32, np.ndarray]:
+def _threshold_and_scale(
+    keep_prob: float, dtype: np.dtype
+) -> tuple[Float[Any, ""], Float[Any, ""]]:
     """Return the bound of kept uniforms, and the factor of kept elements.
 
     The uniforms have 32 bits. PyTorch compares them with a probability in 32 bits, or in 64 for

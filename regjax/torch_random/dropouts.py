@@ -52,8 +52,8 @@ def dropout(
 ) -> tuple[Float[Array, "*shape"], Generator]:
     """Apply dropout as PyTorch: `torch.nn.functional.dropout(x, rate)`.
 
-    Each element consumes 64 bits on a CPU. The rates 0 and 1, `deterministic`, and an empty `x` consume
-    nothing. The mask, of one byte for each element, is stored for the backward pass; with
+    Each element consumes 64 bits on a CPU. The rates 0 and 1, `deterministic`, and an empty `x`
+    consume nothing. The mask, of one byte for each element, is stored for the backward pass; with
     `jax.checkpoint` around the call it is drawn again instead.
 
     Args:

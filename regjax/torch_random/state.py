@@ -315,7 +315,7 @@ def _check_gpu(
             )
         if value is not None and not is_needed:
             raise ValueError(f'{name} must be None for the device "cpu"; got {value!r}.')
-    return (multiprocessors, threads) if is_needed else None
+    return None if multiprocessors is None or threads is None else (multiprocessors, threads)
 
 
 def _state_bytes(source: Any, size: int) -> bytes:
