@@ -97,8 +97,8 @@ def generator(
             CPU depend only on the lowest 32 bits.
         device: "cpu", or "cuda" for the masks of `dropout` on a GPU of NVIDIA, by formula: they
             were never checked on a GPU.
-        multiprocessors: For "cuda" alone: the `multi_processor_count` of
-            `torch.cuda.get_device_properties()`. The masks depend on it.
+        multiprocessors: For "cuda" alone: the `multi_processor_count` among the device properties
+            that `torch.cuda` returns. The masks depend on it.
         threads_per_multiprocessor: For "cuda" alone: `max_threads_per_multi_processor`.
 
     Returns:
