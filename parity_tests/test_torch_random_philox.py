@@ -193,6 +193,7 @@ def test_offsets_advance_as_in_torch(size, gpu, monkeypatch):
     assert offset_of(cuda._advanced(cuda_state(2**32 - 4, gpu), size)) == 2**32 - 4 + step
 
 
+@pytest.mark.slow
 def test_values_layouts_and_corners():
     g = torch_random.generator(0, "cuda", **SMALL)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 10, 8)), jnp.bfloat16)
@@ -244,7 +245,7 @@ def test_scan_and_gradient_advance_the_offset():
         jax.vmap(lambda x: torch_random.dropout(x, 0.4, g)[0])(x[None])
 
 
-@pytest.mark.parametrize("shape", [(64, 1024), (8, 128, 768)])
+@pytest.mark.parametrize("shape", [(64, 1024), pytest.param((8, 128, 768), marks=pytest.mark.slow)])
 def test_by_the_formula_half_types_draw_more_than_is_reserved(shape):
     """A thread draws 8 numbers, and the offset moves by 4: a statement about the formula alone."""
     for dtype, is_shared in ((jnp.bfloat16, True), (np.float32, False)):
