@@ -49,7 +49,8 @@ PROJECTS = {
         {
             "_autosummary/{name}.html": """
                 jax.Array jax.checkpoint jax.custom_jvp jax.custom_vjp jax.debug.callback
-                jax.debug.print jax.device_put jax.enable_x64 jax.eval_shape jax.grad jax.hessian jax.jit jax.jvp
+                jax.debug.print jax.device_put jax.enable_x64 jax.eval_shape jax.grad jax.hessian jax.jit
+                jax.jvp
                 jax.lax.axis_index jax.lax.cond jax.lax.optimization_barrier
                 jax.lax.reduce_precision jax.lax.scan jax.lax.while_loop jax.linearize jax.make_mesh
                 jax.named_scope jax.nn.dot_product_attention jax.numpy.abs jax.numpy.where jax.pmap
@@ -116,6 +117,7 @@ PROJECTS = {
                 torch.optim.Rprop torch.optim.SGD torch.rand torch.randint torch.randn
                 torch.randperm torch.save torch.sqrt torch.where""",
             "checkpoint.html": "torch.utils.checkpoint",
+            "cuda.html": "torch.cuda",
             "data.html": "torch.utils.data",
             "data.html#{name}": """
                 torch.utils.data.DataLoader torch.utils.data.RandomSampler
