@@ -82,8 +82,13 @@ class MaskRelation(NamedTuple):
     chance: float
 
     def __str__(self) -> str:
-        first = "itself" if self.first == self.second else self.first
-        return f"{self.second} {self.relation.format(first)}, over {self.length} elements"
+        return f"{self.second} {self.in_words(self.first)}"
+
+    def in_words(self, first: Hashable) -> str:
+        """Return the relation and its length with a name for the first mask."""
+        first = "itself" if self.first == self.second else first
+        plural = "s" * (self.length > 1)
+        return f"{self.relation.format(first)}, over {self.length} element{plural}"
 
 
 def segments_of(shape: Sequence[int], length: int) -> list[Segment]:
@@ -176,10 +181,10 @@ def _copies(masks: Sequence[SampledMask]) -> Iterator[tuple[int, int, MaskRelati
                 chance = comparisons * _chance(run, mask.rate)
                 if chance < CHANCE / 2:
                     words = _in_words(text, place, first, end - len(run), masks[place.mask])
-                    names = masks[place.mask].label, mask.label
+                    whole, part = masks[place.mask].label, mask.label
                     if text.stride > 1 or text.segment.transposed:
-                        names = names[::-1]
-                    yield place.mask, number, MaskRelation(*names, words, len(run), chance)
+                        whole, part = part, whole
+                    yield place.mask, number, MaskRelation(whole, part, words, len(run), chance)
 
 
 def _windows(masks: Sequence[SampledMask]) -> dict[int, dict[bytes, _Place]]:

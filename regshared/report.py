@@ -376,10 +376,7 @@ def _copied_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
         assert isinstance(second, _Drawn)
         if first != second and keys[first] == keys[second]:
             continue
-        other = "itself" if first == second else f"that of {first.site}, {first}"
-        detail = (
-            f"the mask {second} {relation.relation.format(other)}, over {relation.length} elements"
-        )
+        detail = f"the mask {second} {relation.in_words(f'that of {first.site} {first}')}"
         found[tuple(dict.fromkeys((second.site, first.site)))].append((detail, relation.chance))
     for sites, seen_there in found.items():
         more = f"; so do {len(seen_there) - 1} more" if len(seen_there) > 1 else ""
