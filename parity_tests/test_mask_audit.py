@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from parity_tests.tables import both_frameworks
@@ -31,18 +32,18 @@ PART = mask(SIZE).flatten()
 PART[2000:2080] = mask().flat[300:380]
 # The masks by labels, their rates, and the relation that is found.
 FAULTS: dict[str, tuple[dict[Any, np.ndarray], Any, str]] = {
-    "shifted by 1": ({"a": mask(), "b": mask(1)}, 0.5, "b is a copy of a, shifted by 1 element"),
-    "shifted by 4": ({"a": mask(), "b": mask(4)}, 0.5, "b is a copy of a, shifted by 4 elements"),
-    "shifted back": ({"a": mask(4), "b": mask()}, 0.5, "b is a copy of a, shifted by 4 elements"),
+    "shifted by 1": ({"a": mask(), "b": mask(1)}, 0.5, "b is a copy of a, shifted by 1"),
+    "shifted by 4": ({"a": mask(), "b": mask(4)}, 0.5, "b is a copy of a, shifted by 4"),
+    "shifted back": ({"a": mask(4), "b": mask()}, 0.5, "b is a copy of a, shifted by 4"),
     "shifted by a row": (
         {"a": mask(), "b": mask(128)},
         0.5,
-        "b is a copy of a, shifted by 128 elements",
+        "b is a copy of a, shifted by 128",
     ),
     "shifted at a low rate": (
         {"a": mask(rate=0.1), "b": mask(4, rate=0.1)},
         0.1,
-        "b is a copy of a, shifted by 4 elements",
+        "b is a copy of a, shifted by 4",
     ),
     "every 2nd element": (
         {"a": STREAM[: 2 * SIZE] >= 0.5, "b": mask(stride=2)},
@@ -54,11 +55,11 @@ FAULTS: dict[str, tuple[dict[Any, np.ndarray], Any, str]] = {
         0.5,
         "b is a copy of every 32nd element of a, from element 5",
     ),
-    "one row": ({"a": ROW, "b": mask(SIZE)}, 0.5, "a is a copy of itself, shifted by 128 elements"),
+    "one row": ({"a": ROW, "b": mask(SIZE)}, 0.5, "a is a copy of itself, shifted by 128"),
     "one row at a low rate": (
         {"a": np.repeat(mask(rate=0.1)[:1], ROWS, axis=0)},
         0.1,
-        "a is a copy of itself, shifted by 128 elements",
+        "a is a copy of itself, shifted by 128",
     ),
     "one plane of a large mask": (
         {"a": np.repeat(mask()[None], 8, axis=0).repeat(4, axis=2)},
@@ -76,13 +77,13 @@ FAULTS: dict[str, tuple[dict[Any, np.ndarray], Any, str]] = {
     "a shifted complement": (
         {"a": mask(), "b": ~mask(4)},
         0.5,
-        "b is the complement of a, shifted by 4 elements",
+        "b is the complement of a, shifted by 4",
     ),
     "transposed": ({"a": mask(), "b": mask().T.copy()}, 0.5, "b is a copy of the transpose of a"),
     "a part": (
         {"a": mask(), "b": PART.reshape(SHAPE)},
         0.5,
-        "b is a copy of a, shifted by 1700 elements",
+        "b is a copy of a, shifted by 1700",
     ),
     "nested": (
         {"a": mask(rate=0.5), "b": mask(rate=0.2)},
@@ -134,9 +135,9 @@ def test_a_thousand_runs_give_no_alarm():
     assert not any(map(clean, range(1000, 2000)))
 
 
-@pytest.mark.parametrize(("length", "is_found"), [(64, True), (56, False)])
+@pytest.mark.parametrize(("length", "is_found"), [(61, True), (60, False)])
 def test_the_shortest_copy_that_is_found(length, is_found):
-    """The bound is 63 elements at rate 0.5 in two masks of 4096; fewer could be an accident."""
+    """The bound is 61 bits in two flat masks of 4096 elements; fewer could be an accident."""
     one, other = mask().flatten(), mask(SIZE).flatten()
     other[1001 : 1001 + length] = one[333 : 333 + length]
     for end in (1000, 1001 + length):  # so that the copy is no longer
@@ -184,11 +185,11 @@ def sampler_of(framework: Framework, masks: Iterator[np.ndarray]) -> Any:
 GUARDED: dict[str, tuple[list[np.ndarray], str]] = {
     "shifted": (
         [mask(), mask(4)],
-        "the mask in step 1 is a copy of that of it in step 0, shifted by 4 elements",
+        "the mask in step 1 is a copy of that in step 0, shifted by 4",
     ),
     "a complement": (
         [mask(), ~mask()],
-        "the mask in step 1 is the complement of that of it in step 0",
+        "the mask in step 1 is the complement of that in step 0",
     ),
     "one row": ([ROW, mask(SIZE)], "the mask in step 0 is a copy of itself, shifted by 128"),
 }
@@ -206,7 +207,7 @@ def test_a_guard_finds_copies(framework: Framework, masks, expected):
 
     (finding,) = lib.check_dropout(step).findings
     assert finding.problem.name == "COPIED_MASK"
-    assert expected.replace("of it in", f"of {finding.sites[0]} in") in finding.detail
+    assert expected in finding.detail
 
 
 @both_frameworks
@@ -234,7 +235,7 @@ def test_a_checkpoint_of_torch_that_draws_another_mask_is_found():
             key = lib.site_key(lib.key(7), number, "it")
             x = torch.ones(SHAPE, requires_grad=True)
             run = lambda x: lib.dropout(x, 0.5, key=key, sampler=sampler).square()
-            torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False).sum().backward()
+            checkpoint(run, x, use_reentrant=False).sum().backward()
 
         findings = lib.check_dropout(step).findings
         assert [finding.problem.name for finding in findings] == ["REMADE_MASK"] * impure

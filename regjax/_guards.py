@@ -108,17 +108,18 @@ def audit_masks(
 ) -> list[MaskRelation]:
     """Return the pairs of masks that are not independent: copies, and nested masks.
 
-    A mask may be a copy of another one or of a part of it: shifted, every 2nd, 4th, 8th or 32nd
-    element, transposed, or inverted; or repeat itself, as along the rows of a batch. Two masks may
-    be nested, as those made from the same random numbers at different rates. Independent masks give
-    a result with a probability of at most 1e-9 per audit. `DropoutGuard` and `check_dropout` search
-    the masks that they observe in the same way.
+    A mask may be a copy of another one of the same rate, or of a part of it: shifted, every 2nd,
+    4th, 8th or 32nd element, transposed, or inverted; or repeat itself, as along the rows of a
+    batch. Masks of different rates may be nested, as those made from the same random numbers.
+    Independent masks give a result with a probability of at most 1e-9 per audit. `DropoutGuard` and
+    `check_dropout` search the masks that they observe in the same way.
 
-    A copy is found if its elements have at least `log2(2e9 * 10 * n**2)` bits of information, where
-    `n` is the number of elements searched in all masks; an element has 1 bit at rate 0.5 and 0.47
-    at 0.1. For two masks of 4096 elements, these are 64 equal elements at rate 0.5. Of large masks,
-    8192 elements are searched at the beginning, at the second index of each axis, at the end, and
-    of the transposed mask; of more than 256 masks, 256 are searched.
+    A copy is found if its elements carry at least `log2(2e9 * 10 * n**2)` bits of information,
+    where `n` is the number of elements searched in all masks; an element carries 1 bit at rate 0.5,
+    and 0.47 on average at 0.1. Nested masks are found from about `31 + log2(4 * pairs)` bits, where
+    an element carries `-log2(1 - p)` bits, and `p` is the probability of the combination of two
+    decisions that never occurs. Of large masks, 8192 elements are searched at the beginning, at the
+    second index of each axis, at the end, and of the transposed mask; of more than 256 masks, 256.
 
     Args:
         masks: Arrays of booleans by labels, such as `(site, step, device)`.
@@ -144,7 +145,7 @@ def audit_masks(
         >>> masks = {"hidden": stream[:1000], "output": stream[4:]}
         >>> for relation in regjax.audit_masks(masks, 0.5):
         ...     print(relation)
-        output is a copy of hidden, shifted by 4 elements, over 996 elements
+        output is a copy of hidden, shifted by 4, over 996 elements
     """
     return audit({label: _elements(label, mask) for label, mask in masks.items()}, rates, equal)
 

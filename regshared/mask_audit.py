@@ -170,7 +170,9 @@ def _copies(masks: Sequence[SampledMask]) -> Iterator[tuple[int, int, MaskRelati
     # Every pair of starts, for each stride, as a copy and inverted.
     comparisons = 2 * total**2 * (1 + len(STRIDES))
     for number, mask in enumerate(masks):
-        for text, (length, index) in itertools.product(_texts(mask), windows.items()):
+        length = _window_length(mask.rate)
+        index = windows[length]
+        for text in _texts(mask):
             values, end = text.values, 0
             starts = range(len(values) - length + 1)
             for start in [i for i in starts if values[i : i + length] in index]:
@@ -191,7 +193,7 @@ def _windows(masks: Sequence[SampledMask]) -> dict[int, dict[bytes, _Place]]:
     """Return the windows of all masks by their lengths, each with the place where it is first."""
     windows: dict[int, dict[bytes, _Place]] = {}
     for number, mask in enumerate(masks):
-        length = math.ceil(_WINDOW_BITS / _entropy(mask.rate))
+        length = _window_length(mask.rate)
         index = windows.setdefault(length, {})
         for at, (segment, values) in enumerate(mask.segments):
             if segment.transposed:
@@ -263,7 +265,7 @@ def _in_words(text: _Text, place: _Place, first: int, start: int, mask: SampledM
         ordinal = f"{text.stride}{'nd' if text.stride % 10 == 2 else 'th'}"
         return f"is {kind} of every {ordinal} element of {{}}, from element {at}"
     shift = at - position
-    moved = f", shifted by {abs(shift)} element{'s' * (abs(shift) > 1)}" if shift else ""
+    moved = f", shifted by {abs(shift)}" if shift else ""
     return f"is {kind} of {{}}{moved}"
 
 
@@ -311,9 +313,10 @@ def _chance(values: bytes, rate: float) -> float:
     return (1 - rate) ** kept * rate ** (len(values) - kept)
 
 
-def _entropy(rate: float) -> float:
-    """Return the information of an element of a mask, in bits."""
-    return -rate * math.log2(rate) - (1 - rate) * math.log2(1 - rate)
+def _window_length(rate: float) -> int:
+    """Return the length of a window; masks of one rate, and their complements, have the same."""
+    entropy = -rate * math.log2(rate) - (1 - rate) * math.log2(1 - rate)
+    return math.ceil(_WINDOW_BITS / entropy)
 
 
 def audit(

@@ -376,7 +376,8 @@ def _copied_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
         assert isinstance(second, _Drawn)
         if first != second and keys[first] == keys[second]:
             continue
-        detail = f"the mask {second} {relation.in_words(f'that of {first.site} {first}')}"
+        other = f"that {first}" if first.site == second.site else f"that of {first.site} {first}"
+        detail = f"the mask {second} {relation.in_words(other)}"
         found[tuple(dict.fromkeys((second.site, first.site)))].append((detail, relation.chance))
     for sites, seen_there in found.items():
         more = f"; so do {len(seen_there) - 1} more" if len(seen_there) > 1 else ""
@@ -391,7 +392,7 @@ def _remade_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
     for site in dict.fromkeys(drawn.site for drawn in changed):
         first = next(drawn for drawn in changed if drawn.site == site)
         key = first.origin or "key ({}, {})".format(*first.key)
-        detail = f"{key} gave two masks of {first.size} elements for the same values"
+        detail = f"{key} gave two masks for the same values"
         yield DropoutFinding(DropoutProblem.REMADE_MASK, (str(site),), detail)
 
 
