@@ -88,7 +88,7 @@ class MaskRelation(NamedTuple):
         """Return the relation and its length with a name for the first mask."""
         first = "itself" if self.first == self.second else first
         plural = "s" * (self.length > 1)
-        return f"{self.relation.format(first)}, over {self.length} element{plural}"
+        return f"{self.relation.format(first)} ({self.length} element{plural})"
 
 
 def segments_of(shape: Sequence[int], length: int) -> list[Segment]:
@@ -263,7 +263,8 @@ def _in_words(text: _Text, place: _Place, first: int, start: int, mask: SampledM
     at = text.segment.start + text.phase + text.stride * start
     if text.stride > 1:
         ordinal = f"{text.stride}{'nd' if text.stride % 10 == 2 else 'th'}"
-        return f"is {kind} of every {ordinal} element of {{}}, from element {at}"
+        begin = f", from element {at}" if at else ""
+        return f"is {kind} of every {ordinal} element of {{}}{begin}"
     shift = at - position
     moved = f", shifted by {abs(shift)}" if shift else ""
     return f"is {kind} of {{}}{moved}"

@@ -136,7 +136,7 @@ def audit_masks(
         >>> masks = {"hidden": stream[:1000], "output": stream[4:]}
         >>> for relation in regtorch.audit_masks(masks, 0.5):
         ...     print(relation)
-        output is a copy of hidden, shifted by 4, over 996 elements
+        output is a copy of hidden, shifted by 4 (996 elements)
     """
     return audit({label: _elements(label, mask) for label, mask in masks.items()}, rates, equal)
 
