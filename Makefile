@@ -65,6 +65,7 @@ bench: $(READY_DEV)  ## Compare the time of dropout with other libraries (ARGS="
 	$(RUN) -m benchmarks.overhead $(ARGS)
 	$(RUN) -m benchmarks.transformer_step $(ARGS)
 	$(RUN) -m benchmarks.torch_speed $(ARGS)
+	$(RUN) -m benchmarks.torch_random_speed $(ARGS)
 
 bench-attention: $(READY_DEV)  ## Measure time and memory of attention with dropout (ARGS="--quick" for a short run)
 	$(RUN) -m benchmarks.attention $(ARGS)

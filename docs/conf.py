@@ -63,7 +63,7 @@ nitpick_ignore_regex = [
     # private bases and type variables in signatures
     ("py:class", r".*\b_\w+.*"),
     # arrays of jaxtyping
-    ("py:class", r"(float \| )?(Bool|Float|Inexact|Int|Integer|PyTree|UInt32)\b.*"),
+    ("py:class", r"(float \| )?(Bool|Float|Inexact|Int|Int32|Integer|PyTree|UInt8|UInt32)\b.*"),
     # types that occur once
     ("py:class", r"Figure|enum\.Enum|flax\.core\.scope\.Scope|lax\.PrecisionLike"),
 ]

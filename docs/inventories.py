@@ -96,9 +96,11 @@ PROJECTS = {
         "torch",
         {
             "generated/{name}.html": """
-                torch.abs torch.bernoulli torch.compile torch.func.functional_call torch.func.vmap
-                torch.Generator torch.linspace torch.manual_seed torch.nn.AlphaDropout
-                torch.nn.Dropout torch.nn.Dropout1d torch.nn.Dropout2d torch.nn.Dropout3d
+                torch.abs torch.bernoulli torch.compile torch.empty torch.func.functional_call
+                torch.func.vmap torch.Generator torch.get_rng_state torch.linspace
+                torch.manual_seed torch.multinomial torch.nn.AlphaDropout
+                torch.nn.Dropout torch.nn.Dropout1d
+                torch.nn.Dropout2d torch.nn.Dropout3d
                 torch.nn.FeatureAlphaDropout torch.nn.functional.alpha_dropout
                 torch.nn.functional.dropout torch.nn.functional.dropout1d
                 torch.nn.functional.feature_alpha_dropout
@@ -111,11 +113,23 @@ PROJECTS = {
                 torch.optim.lr_scheduler.LambdaLR torch.optim.lr_scheduler.LinearLR
                 torch.optim.lr_scheduler.LRScheduler torch.optim.lr_scheduler.StepLR
                 torch.optim.Muon torch.optim.NAdam torch.optim.RAdam torch.optim.RMSprop
-                torch.optim.Rprop torch.optim.SGD torch.rand torch.randn torch.save torch.sqrt
-                torch.where""",
+                torch.optim.Rprop torch.optim.SGD torch.rand torch.randint torch.randn
+                torch.randperm torch.save torch.sqrt torch.where""",
             "checkpoint.html": "torch.utils.checkpoint",
+            "data.html": "torch.utils.data",
+            "data.html#{name}": """
+                torch.utils.data.DataLoader torch.utils.data.RandomSampler
+                torch.utils.data.SubsetRandomSampler torch.utils.data.WeightedRandomSampler
+                torch.utils.data.distributed.DistributedSampler torch.utils.data.random_split""",
             "func.api.html#module-torch.func": "torch.func",
+            "generated/torch.Generator.html#{name}": "torch.Generator.get_state",
             "nn.html#module-torch.nn": "torch.nn",
+            "nn.init.html": "torch.nn.init",
+            "nn.init.html#{name}": """
+                torch.nn.init.calculate_gain torch.nn.init.kaiming_normal_
+                torch.nn.init.kaiming_uniform_ torch.nn.init.orthogonal_ torch.nn.init.sparse_
+                torch.nn.init.trunc_normal_ torch.nn.init.xavier_normal_
+                torch.nn.init.xavier_uniform_""",
             "optim.html#module-torch.optim": "torch.optim",
             "optim.html#how-to-adjust-learning-rate": "torch.optim.lr_scheduler",
             "optim.html#{name}": "torch.optim.Optimizer",
@@ -212,7 +226,8 @@ PROJECTS = {
 
 # Names that the docstrings mention and that have no page of their own: they do not become links.
 UNDOCUMENTED = """
-    flax.nnx.capture jax.effects_barrier optax.MaskedNode optax.ScalarOrSchedule torch.export
+    flax.nnx.capture jax.effects_barrier optax.MaskedNode optax.ScalarOrSchedule
+    torch.default_generator torch.export torch.feature_alpha_dropout torch.feature_dropout
     torch.jit.script"""
 
 

@@ -32,6 +32,7 @@ import torch
 import regjax
 import regjax.optim
 import regtorch
+from parity_tests import torch_loaders, torch_models, torch_stream
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from parity_tests.instructions import float16_error
 from parity_tests.optimizers import CASES
@@ -53,6 +54,7 @@ class Promise:
         package: The optional package that it requires.
         needs_float16: Whether it holds only where XLA compiles float16.
         needs_fma: Whether it holds only where both frameworks have fused multiply-adds or neither.
+        needs_avx2: Whether it holds only where PyTorch uses AVX2 or AVX-512.
         is_core: Whether `make test` checks it under other instruction sets, too.
     """
 
@@ -62,6 +64,7 @@ class Promise:
     package: str | None = None
     needs_float16: bool = False
     needs_fma: bool = False
+    needs_avx2: bool = False
     is_core: bool = False
 
     def broken(self) -> list[str]:
@@ -342,6 +345,25 @@ def schedules() -> Pairs:
         yield f"depth_rates {depth}", one, two
 
 
+# PyTorch's own stream -----------------------------------------------------------------------
+
+
+def replayed(select: Callable[[torch_stream.Call], bool], *, few: bool = False) -> Pairs:
+    """Compare calls in `regjax.torch_random` with PyTorch: value and next state."""
+    chosen = [call for call in torch_stream.calls() if select(call) and not call.ulps]
+    if few:
+        chosen = list({call.kind: call for call in reversed(chosen)}.values())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for call in chosen:
+            torch_stream.skip_words(623)
+            yield from call.pairs()
+
+
+def _is_plain(call: torch_stream.Call) -> bool:
+    return not call.needs_avx2 and call.dtype != "float16" and call.kind != "normal"
+
+
 # The rest ------------------------------------------------------------------------------------
 
 
@@ -569,6 +591,28 @@ def _promises() -> Iterator[Promise]:
     yield Promise("family, inside a jitted function", FAMILY_PLACE, compiled)
     yield Promise("embedding dropout as rows", "embedding_dropout", embedding_of_rows)
     yield Promise("attention, one mask in all forms", "Features, Attention", attention)
+    place = "PyTorch's random stream"
+    yield core("torch_random, one of each", place, lambda: replayed(_is_plain, few=True))
+    yield Promise("torch_random, on every CPU", place, lambda: replayed(_is_plain))
+    yield Promise(
+        "torch_random, with AVX2",
+        place,
+        lambda: replayed(lambda call: call.needs_avx2 and call.dtype != "float16"),
+        needs_avx2=True,
+    )
+    yield Promise("torch_random, order of data", place, torch_loaders.pairs)
+    yield Promise(
+        "torch_random, initial parameters",
+        place,
+        torch_models.pairs,
+        needs_avx2=True,
+    )
+    yield Promise(
+        "torch_random, float16",
+        place,
+        lambda: replayed(lambda call: call.dtype == "float16" and not call.needs_avx2),
+        needs_float16=True,
+    )
     place = "Features, PyTorch's optimizers"
     yield Promise("SGD and Rprop of torch.optim", place, descent, needs_fma=True)
     yield Promise("decoupled decay of torch.optim", "parity_tests", decoupled_decay)

@@ -88,7 +88,7 @@ def test_float16_is_promised_where_it_compiles(monkeypatch):
     monkeypatch.setattr(promises, "float16_error", lambda: "")
     assert skipped() == set()
     monkeypatch.setattr(promises, "float16_error", lambda: "INTERNAL: ")
-    assert skipped() == {"family, float16"}
+    assert skipped() == {"family, float16", "torch_random, float16"}
 
 
 def test_levels_that_are_not_in_force_are_an_error():
@@ -112,6 +112,13 @@ def test_a_setting_without_effect_is_an_error(monkeypatch, variable):
     framework = "torch" if variable.startswith("ATEN") else "xla"
     with pytest.raises(RuntimeError, match=f"{framework} must use default; got {host()}"):
         instruction_sets.check(setting, is_core=True)
+
+
+def test_some_promises_are_made_with_avx2_only():
+    found = {promise.name: ["1 of 2 elements"] for promise in PROMISES if promise.needs_avx2}
+    assert found
+    assert broken(Setting("default", "avx2", "avx2", 1), found) == []
+    assert len(broken(Setting("avx2", "default", "avx2", 1), found)) == len(found)
 
 
 def test_settings_cover_every_pair_of_levels():

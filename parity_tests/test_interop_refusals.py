@@ -165,3 +165,26 @@ def test_everything_is_checked_before_anything_is_assigned():
             assert value is before[name][key]
     assert first.optimizer.param_groups[0]["lr"] == rate
     assert first.scheduler.last_epoch == 2
+
+
+KINDS = {
+    "Adam": torch.optim.Adam,
+    "Adagrad": torch.optim.Adagrad,
+    "RMSprop": torch.optim.RMSprop,
+    "SGD": torch.optim.SGD,
+}
+
+
+@pytest.mark.parametrize(("trained", "created"), [(a, b) for a in KINDS for b in KINDS if a != b])
+def test_a_state_of_another_optimizer_is_refused(trained, created):
+    layer = torch.nn.Linear(3, 2, bias=False)
+    layer(torch.ones(3)).sum().backward()
+    names, params = {"kernel": Leaf("weight", (1, 0))}, {"kernel": jnp.ones((3, 2))}
+    recipe, other = (KINDS[kind](layer.named_parameters(), lr=0.1) for kind in (trained, created))
+    recipe.step()
+    optimizer = optimizer_from_torch(other, names)
+    # RMSprop has a field `mu`, too, if it is centered.
+    named = r"state of 'weight' .* must have 'grad_avg'"
+    message = rf"optimizer must be that of .* for {trained}; .* same|{named}"
+    with pytest.raises(ValueError, match=message):
+        state_from_torch(recipe, names, params, optimizer)

@@ -3,7 +3,7 @@
 `regtorch` is the PyTorch twin of this package, file by file; `parity_tests` checks that they agree.
 """
 
-from regjax import interop, keyed, optim
+from regjax import interop, keyed, optim, torch_random
 from regjax._decay.param_trees import DecayTable, decay_mask, decay_rates, decay_table
 from regjax._decay.penalty import elastic_net_penalty, l1_penalty, l2_penalty, l2_sp_penalty
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
@@ -69,6 +69,7 @@ __all__ = [
     "optim",
     "packed_bernoulli",
     "site_key",
+    "torch_random",
     "variational_dropout",
 ]
 

@@ -21,6 +21,7 @@ ROOMS = {
         "_random",
         "_decay",
         "_dropout",
+        "torch_random",
         "_layers",
         "_guards",
         "_mc_dropout",

@@ -69,7 +69,7 @@ def test_the_ambiguous_words_are_known(names):
     public = [
         name for module in names.modules() for name in importlib.import_module(module).__all__
     ]
-    assert set(public) & names.argument_names() == {"bits", "key", "sites"}
+    assert set(public) & names.argument_names() == {"bits", "generator", "key", "sites"}
 
 
 def documents(names) -> Iterator[tuple[str, str]]:

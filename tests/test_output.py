@@ -30,6 +30,7 @@ PROGRAMS = (
             "shared_masks",
             "summary",
             "torch_speed",
+            "torch_random_speed",
             "tpu_model",
             "transformer_step",
         )

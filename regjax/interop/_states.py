@@ -127,6 +127,16 @@ def state_from_torch(
         return _read_array(place, states[label], old) if any(states[label].values()) else old
 
     leaves = _places("optimizer", template, recipe, schedules)
+    taken = {(place.part.label, place.torch_array.torch_name) for place, _ in leaves if place.array}
+    for part in recipe.parts:
+        arrays = {array.torch_name for array in part.record.arrays}
+        kept = {n for s in states[part.label].values() for n, x in s.items() if x is not None}
+        if lost := {name for name in arrays & kept if (part.label, name) not in taken}:
+            raise ValueError(
+                f"optimizer must be that of optimizer_from_torch for {part.record.torch_name}; got "
+                f"one without a place for {', '.join(sorted(lost))}. Pass the same torch_optimizer "
+                "to both."
+            )
     return jax.tree.structure(template).unflatten(read(place, old) for place, old in leaves)
 
 
@@ -302,6 +312,16 @@ def _places(
             "links around it."
         )
     leaves = [(_locate(path, recipe), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
+    for part in recipe.parts:
+        record = part.record
+        known = {*record.numbers, *record.derived, "step", "scheduled"}
+        places = [place for place, _ in leaves if place.part is part]
+        extra = {p.field for p in places if p.array is None and p.number not in known}
+        if extra and not record.is_created:
+            raise ValueError(
+                f"{argument} must be that of optimizer_from_torch for {record.torch_name}; got a "
+                f"state with {', '.join(sorted(extra))}. Pass the same torch_optimizer to both."
+            )
     scheduled = {place.part.label for place, _ in leaves if place.number == "scheduled"}
     if schedules is not None:
         scheduled |= {part.label for part in recipe.parts if part.shares_count}

@@ -47,7 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for name in chosen:
         record["models"][name] = row = examine(name)
         print(name, row.get("error", "as promised"), flush=True)
-    output.write_atomically(options.out / "zoo.json", json.dumps(record, indent=1) + "\n")
+    output.write_atomically(options.out / "zoo.json", _as_json(record))
     for table in (rows.summary, rows.details, rows.differences, rows.flax_table):
         path = options.out / f"{table.__name__}.md"
         output.write_atomically(path, table(record))
@@ -62,6 +62,13 @@ def examine(name: str) -> dict[str, Any]:
             return {aspect: find(CASES[name]) for aspect, find in rows.ASPECTS.items()}
         except Exception as error:  # a newer library may not build the model
             return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    """Return the record with one line for each model, so that a difference shows the models."""
+    models = ",\n".join(f'"{name}": {json.dumps(row)}' for name, row in record["models"].items())
+    rest = {name: value for name, value in record.items() if name != "models"}
+    return f'{json.dumps(rest, indent=1)[:-2]},\n "models": {{\n{models}\n }}\n}}\n'
 
 
 if __name__ == "__main__":

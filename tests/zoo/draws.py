@@ -116,7 +116,9 @@ def examine(case: Case) -> Draws:
         return Draws(unmodified, outside, 0, 0, str(error))
     drawn = {name: n for s in states_of(model) for name, n in s.keys.counts.items()}
     assert same(first, step(case, model, 0)), "a step cannot be repeated"
-    assert same(first, step(case, model, 1)) == (not drawn), "another step, the same output"
+    # A rare drop may miss in several steps.
+    changed = any(not same(first, step(case, model, number)) for number in range(1, 99))
+    assert changed == bool(drawn), "another step, the same output"
     sum(y.float().square().sum() for y in first if y.requires_grad).backward()
     assert not moved(before), f"a draw without a key from {moved(before)}"
     # Batch statistics have changed in training.

@@ -186,7 +186,11 @@ def map_to_flax(case: Case, model: nn.Module, flax: Any) -> Filled:
     import jax
     from transformers.modeling_flax_pytorch_utils import convert_pytorch_state_dict_to_flax
 
-    with mock.patch.object(jax.numpy, "clip", _clip(jax.numpy.clip)):  # T5's needs the old names
+    with (
+        mock.patch.object(jax.numpy, "clip", _clip(jax.numpy.clip)),  # T5's needs the old names
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+    ):
         port = flax(case.config(), _do_init=False)
     shapes = port.params_shape_tree
     tensors = model.state_dict()

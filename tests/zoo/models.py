@@ -1,8 +1,8 @@
 """The models of the zoo: small, with random weights, and as their libraries build them.
 
 A case builds a model and its input. Nothing of a model is changed, except that every rate of
-dropout that its configuration has is set, and that weights that start at zero are drawn: a branch
-that is multiplied by zero would hide its draws from the output.
+dropout that its configuration has is set, and that weights that start at or near zero are
+drawn: a branch that is multiplied by zero would hide its draws from the output.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Case(NamedTuple):
         model = self.make().train()
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim > 1 and not parameter.any():
+                is_zero = parameter.ndim > 1 and not parameter.any()
+                if is_zero or 0 < parameter.abs().max() < 1e-3:  # such as a layer scale of 1e-6
                     parameter.normal_(std=0.1)
         return model
 

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 def test_transformers_is_offline_and_has_flax_classes():
     import transformers
-    from transformers.utils import is_offline_mode
+    from transformers.utils.hub import is_offline_mode
 
     assert is_offline_mode()
     assert transformers.FlaxBertModel.__module__.endswith("modeling_flax_bert")
