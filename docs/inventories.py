@@ -49,16 +49,15 @@ PROJECTS = {
         {
             "_autosummary/{name}.html": """
                 jax.Array jax.checkpoint jax.custom_jvp jax.custom_vjp jax.debug.callback
-                jax.debug.print jax.device_put jax.enable_x64 jax.eval_shape jax.grad jax.hessian jax.jit
-                jax.jvp
-                jax.lax.axis_index jax.lax.cond jax.lax.optimization_barrier
-                jax.lax.reduce_precision jax.lax.scan jax.lax.while_loop jax.linearize jax.make_mesh
-                jax.named_scope jax.nn.dot_product_attention jax.numpy.abs jax.numpy.where jax.pmap
-                jax.random.bernoulli jax.random.bits jax.random.clone jax.random.fold_in
-                jax.random.key jax.random.key_data jax.random.normal jax.random.PRNGKey
-                jax.random.split jax.random.wrap_key_data jax.set_mesh jax.ShapeDtypeStruct
-                jax.shard_map jax.tree.leaves jax.tree.map jax.typing.ArrayLike jax.typing.DTypeLike
-                jax.value_and_grad jax.vmap""",
+                jax.debug.print jax.device_put jax.enable_x64 jax.eval_shape jax.grad jax.hessian
+                jax.jit jax.jvp jax.lax.axis_index jax.lax.cond jax.lax.optimization_barrier
+                jax.lax.reduce_precision jax.lax.scan jax.lax.while_loop jax.linearize
+                jax.make_mesh jax.named_scope jax.nn.dot_product_attention jax.numpy.abs
+                jax.numpy.where jax.pmap jax.random.bernoulli jax.random.bits jax.random.clone
+                jax.random.fold_in jax.random.key jax.random.key_data jax.random.normal
+                jax.random.PRNGKey jax.random.split jax.random.wrap_key_data jax.set_mesh
+                jax.ShapeDtypeStruct jax.shard_map jax.tree.leaves jax.tree.map
+                jax.typing.ArrayLike jax.typing.DTypeLike jax.value_and_grad jax.vmap""",
             "jax.lax.html#{name}": "jax.lax.Precision",
             "jax.sharding.html#{name}": """
                 jax.sharding.NamedSharding jax.sharding.PartitionSpec jax.sharding.Sharding""",
