@@ -117,10 +117,9 @@ def norm(params: Params, name: str, x: jax.Array) -> jax.Array:
     return x * along(params[f"{name}.weight"], x) + along(params[f"{name}.bias"], x)
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, rate: float, g: TorchGenerator, mask: Any = None
-) -> Drawn:
-    """Attend in (batch, heads, sequence, features)."""
+def attend(heads: jax.Array, rate: float, g: TorchGenerator, mask: Any = None) -> Drawn:
+    """Attend to queries, keys and values: (3, batch, heads, sequence, features)."""
+    q, k, v = heads
     scores = q @ k.swapaxes(-1, -2) / q.shape[-1] ** 0.5
     weights = jax.nn.softmax(
         scores if mask is None else jnp.where(mask[None, None], scores, -jnp.inf)
@@ -176,7 +175,7 @@ def encoder_layer(
     weight, bias = (params[f"{name}.self_attn.in_proj_{kind}"] for kind in ("weight", "bias"))
     heads = (x @ weight.T + along(bias, x)).reshape(*x.shape[:2], 3, 2, -1)
     # To (3, batch, heads, sequence, features), and back.
-    y, g = attend(*heads.transpose(2, *((0, 3, 1) if batch_first else (1, 3, 0)), 4), rate, g)
+    y, g = attend(heads.transpose(2, *((0, 3, 1) if batch_first else (1, 3, 0)), 4), rate, g)
     y = y.transpose(*((0, 2, 1) if batch_first else (2, 0, 1)), 3).reshape(x.shape)
     order = SEQUENCE_FIRST if batch_first else None
     y, g = torch_random.dropout(apply("self_attn.out_proj", y), rate, g, memory_order=order)
@@ -285,7 +284,7 @@ def attention(params: Params, x: jax.Array, g: TorchGenerator) -> Drawn:
     """Compute the logits of `sdpa`."""
     heads = linear(params, "projections", x).reshape(*x.shape[:2], 3, 2, 4)
     mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-    y, g = attend(*heads.transpose(2, 0, 3, 1, 4), 0.3, g, mask)
+    y, g = attend(heads.transpose(2, 0, 3, 1, 4), 0.3, g, mask)
     y = linear(params, "output", y.transpose(0, 2, 1, 3).reshape(x.shape))
     y, g = torch_random.dropout(y, 0.1, g)
     return linear(params, "head", (x + y).mean(1)), g
