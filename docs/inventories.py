@@ -49,10 +49,10 @@ PROJECTS = {
         {
             "_autosummary/{name}.html": """
                 jax.Array jax.checkpoint jax.custom_jvp jax.custom_vjp jax.debug.callback
-                jax.debug.print jax.device_put jax.eval_shape jax.grad jax.hessian jax.jit jax.jvp
+                jax.debug.print jax.device_put jax.enable_x64 jax.eval_shape jax.grad jax.hessian jax.jit jax.jvp
                 jax.lax.axis_index jax.lax.cond jax.lax.optimization_barrier
                 jax.lax.reduce_precision jax.lax.scan jax.lax.while_loop jax.linearize jax.make_mesh
-                jax.named_scope jax.nn.dot_product_attention jax.numpy.abs jax.numpy.where
+                jax.named_scope jax.nn.dot_product_attention jax.numpy.abs jax.numpy.where jax.pmap
                 jax.random.bernoulli jax.random.bits jax.random.clone jax.random.fold_in
                 jax.random.key jax.random.key_data jax.random.normal jax.random.PRNGKey
                 jax.random.split jax.random.wrap_key_data jax.set_mesh jax.ShapeDtypeStruct

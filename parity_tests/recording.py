@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -103,7 +104,11 @@ class Recorder:
     def watching(self) -> Iterator[None]:
         """Record the draws inside; enter it once around a loop, since each entry recompiles."""
         in_jax, in_torch = self._events
-        with regjax.observing(in_jax.append), regtorch.observing(in_torch.append) as observer:
+        with (
+            _x64_in_all_threads(),
+            regjax.observing(in_jax.append),
+            regtorch.observing(in_torch.append) as observer,
+        ):
             self._idle = observer.idle
             yield
 
@@ -118,6 +123,18 @@ class Recorder:
         for events in self._events:
             events.clear()
         return [drawn for drawn in in_jax if drawn.site not in numbers], in_torch
+
+
+@contextlib.contextmanager
+def _x64_in_all_threads() -> Iterator[None]:
+    """Extend `jax.enable_x64` of this thread to callbacks, which would round to float32."""
+    with ThreadPoolExecutor(1) as other:  # which has the value of new threads
+        before = other.submit(jax.config.read, "jax_enable_x64").result()
+    jax.config.update("jax_enable_x64", jax.config.read("jax_enable_x64"))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def _drawn(events: Iterable[Any]) -> list[Drawn]:

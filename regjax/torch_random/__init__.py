@@ -12,6 +12,8 @@ in JAX, use `regjax.dropout` and a key.
 
 from __future__ import annotations
 
+from regjax.torch_random.compiled import compiled_dropout
+from regjax.torch_random.cuda import CudaGenerator
 from regjax.torch_random.data import (
     distributed_sampler,
     loader_seed,
@@ -45,11 +47,13 @@ from regjax.torch_random.state import TorchGenerator, from_torch, generator, to_
 from regjax.torch_random.uniforms import bernoulli, uniform
 
 __all__ = [
+    "CudaGenerator",
     "Layer",
     "TorchGenerator",
     "alpha_dropout",
     "bernoulli",
     "calculate_gain",
+    "compiled_dropout",
     "distributed_sampler",
     "dropout",
     "feature_alpha_dropout",
