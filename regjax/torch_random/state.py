@@ -212,6 +212,11 @@ def draw_words(g: TorchGenerator, count: int) -> tuple[UInt32[Array, " count"], 
     return words, dataclasses.replace(g, state=state, position=position)
 
 
+def next_words(g: TorchGenerator) -> UInt32[Array, " pair"]:
+    """Return the next two words of the stream, the key of a draw in the events of observers."""
+    return draw_words(g, 2)[0]
+
+
 def draw_longs(g: TorchGenerator, count: int) -> tuple[UInt64[Array, " count"], TorchGenerator]:
     """Return the next `count` 64-bit numbers, and the next state.
 
