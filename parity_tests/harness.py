@@ -320,7 +320,9 @@ class _Draws:
         """Return a note if only one side drew masks: dropout of another library is not observed."""
         if self.replay:
             if self.replay.ends[0] is None:
-                return ["PyTorch's generator was not compared: JAX has not exactly one in its state."]
+                return [
+                    "PyTorch's generator was not compared: JAX has not exactly one in its state."
+                ]
             return []
         sides = {"JAX": ("regjax", self.in_jax), "PyTorch": ("regtorch", self.in_torch)}
         seen = [f"{len(draws)} in {side}" for side, (_, draws) in sides.items() if draws]

@@ -182,7 +182,8 @@ def _once(draws: Iterable[SeededDraw]) -> list[SeededDraw]:
     """Return the draws without those that a checkpoint repeats."""
     found = {}
     for draw in draws:
-        found.setdefault((draw.site, draw.function, draw.shape, draw.key, draw.idle), draw)
+        mark = draw.site, draw.function, draw.shape, draw.key, draw.rate, draw.idle
+        found.setdefault(mark, draw)
     return list(found.values())
 
 

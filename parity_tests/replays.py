@@ -184,7 +184,9 @@ class Replay:
         apart = places[0] - places[1]
         if apart > 0:
             return f"JAX is {_count(apart)} ahead in the stream{self._ahead(apart, index)}"
-        return f"JAX is {_count(-apart)} behind in the stream{self._behind(-apart, places[1], index)}"
+        return (
+            f"JAX is {_count(-apart)} behind in the stream{self._behind(-apart, places[1], index)}"
+        )
 
     def _ahead(self, apart: int, index: int) -> str:
         for draw in itertools.takewhile(lambda draw: draw.idle, reversed(self.draws[:index])):

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.frameworks import from_torch
 from regjax.interop._leaves import plain_name, unwrapped
-from regjax.torch_random import from_torch as read_state
+from regjax.torch_random.mt19937 import SIZE
+from regjax.torch_random.state import read_fields
 from regshared.checks import describe
 
 _MASK = torch.ops.aten.bernoulli_.float
@@ -88,10 +89,9 @@ def state_of_seed(seed: int) -> np.ndarray:
 
 def words(state: np.ndarray, count: int) -> np.ndarray:
     """Return the next words of the stream from a state, which stays as it is."""
-    g = read_state(state)
-    stream = np.random.MT19937(0)
+    fields, stream = read_fields(state), np.random.MT19937(0)
     # 0 is the position of a generator that was just seeded, whose first block is used up.
-    place = {"key": np.asarray(g.state), "pos": int(g.position) or len(g.state)}
+    place = {"key": fields["words"].astype(np.uint32), "pos": int(fields["next"]) or SIZE}
     stream.state = {"bit_generator": "MT19937", "state": place}
     return stream.random_raw(count).astype(np.uint32)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import regjax
 import regtorch
+from parity_tests import replays, seeded
 from parity_tests.harness import JaxSide, JaxStep, TorchSide, TorchStep, compare_training
+from parity_tests.recording import Recorder
 from regjax import torch_random
 from regjax.torch_random import dropout
 
@@ -51,7 +56,7 @@ def twice(x, g, rates=(0.25, 0.5), between=lambda g: g, **options):
 
 def port(forward=twice, seed=7, **options):
     def loss(params, x, step, g):
-        x, g = forward(x * params["scale"].reshape(8, *[1] * (x.ndim - 2)), g, **options)
+        x, g = forward(x * params["scale"].reshape(1, 8, *[1] * (x.ndim - 2)), g, **options)
         return (x**2).mean(), g
 
     return JaxSide({"scale": jnp.ones(8)}, loss, SGD, generator=torch_random.generator(seed))
@@ -69,143 +74,217 @@ def test_an_untouched_model_agrees():
     assert (found.mask_elements, found.different_mask_elements) == (5 * 64, 0)
     assert found.deviations["generator"] == [0.0] * 5
     assert max(found.deviations["activation"]) < 1e-6
-    assert not [note for note in found.notes if "asks" in note or "generator" in note]
+    assert not [note for note in found.notes if "generator" in note]
 
 
-def reused(x, g):
-    return dropout(jnp.tanh(dropout(x, 0.25, g)[0]), 0.25, g)
+def draws(model, x):
+    """Return the masks and all draws of a PyTorch function, and the states around it."""
+    torch.manual_seed(7)
+    recorder = Recorder(torch.nn.Module(), torch.default_generator)
+    if isinstance(model, torch.nn.Module):
+        recorder = Recorder(model, torch.default_generator)
+    start = torch.get_rng_state().numpy()
+    with recorder.watching():
+        model(torch.from_numpy(x))
+        return recorder.taken()[1], recorder.draws, start, torch.get_rng_state().numpy()
 
 
-def idle(x, g):
-    x, g = dropout(x, 0.25, g)
-    keep, g = torch_random.bernoulli(g, 0.9, x.shape)
-    return dropout(jnp.tanh(x) * keep, 0.5, g)
+def replayed(in_port, model, x):
+    """Compare two functions of PyTorch, the first of which takes the part of JAX."""
+    here, _, _, end = draws(in_port, x)
+    here = [
+        dataclasses.replace(each, site=f"dropout {i}", where="port.py:7", memory_order=())
+        for i, each in enumerate(here, 1)
+    ]
+    masks, everything, start, end_in_torch = draws(model, x)
+    return replays.replay(here, masks, everything, start, (end, end_in_torch))
 
 
-def once(rate):
-    return lambda x, g: dropout(jnp.tanh(x), rate, g)
+def chain(*calls):
+    """Return a function of dropouts, by their rates, and of other calls."""
 
+    def forward(x):
+        for call in calls:
+            x = F.dropout(x, call) if isinstance(call, float) else (call(), x)[1]
 
-def thrice(x, g):
-    x, g = twice(x, g)
-    return dropout(x, 0.1, g)
+    return forward
 
 
 def numbers(count):
     return lambda: torch.rand(count)
 
 
-def uniforms(count):
-    return lambda g: torch_random.uniform(g, (count,))[1]
+def skip_back():
+    torch.manual_seed(7)
 
 
-BEHIND = "JAX is 12 words of 32 bits behind in the stream, as many as PyTorch draws by rand of shape"
-# For each mistake: the port, the original, the quantity, the place, and a part of the report.
+BEHIND = (
+    "JAX is 12 words of 32 bits behind in the stream, as many as PyTorch draws by rand of shape"
+)
+# For each mistake: the port, the original, the site, and a part of the report.
 MISTAKES = {
+    "none": (chain(0.25, 0.5), {}, None, None),
     "swapped": (
-        {"rates": (0.5, 0.25)},
+        chain(0.5, 0.25),
         {},
-        ("mask", "first"),
+        "first",
         "JAX draws the masks of 'first' and 'second' in the other order; the generators agree",
     ),
     "first is missing": (
-        {"forward": once(0.5)},
+        chain(0.5),
         {},
-        ("mask", "first"),
+        "first",
         "JAX skips this draw of a mask of shape [4, 8] at rate 0.25: its next mask has the form of "
         "'second'; the generators differ at the end of the step",
     ),
     "last is missing": (
-        {"forward": once(0.25)},
+        chain(0.25),
         {},
-        ("mask", "second"),
+        "second",
         "PyTorch draws a mask of shape [4, 8] at rate 0.5 here, and JAX does not; the generators",
     ),
     "one of two alike is missing": (
-        {"forward": once(0.25)},
+        chain(0.25),
         {"rates": (0.25, 0.0, 0.25)},
-        ("mask", "second"),
+        "second",
         "and JAX does not, unless it skips one of the same form: 'first'",
     ),
     "all are missing": (
-        {"forward": lambda x, g: (jnp.tanh(x), g)},
+        chain(),
         {},
-        ("mask", "first"),
+        "first",
         "PyTorch draws a mask of shape [4, 8] at rate 0.25 here, and JAX does not",
     ),
     "one too many": (
-        {"forward": thrice},
+        chain(0.25, 0.5, 0.1),
         {},
-        ("mask", "dropout 3"),
-        "JAX draws a mask of shape [4, 8] at rate 0.1 at test_untouched.py:",
+        "dropout 3",
+        "JAX draws a mask of shape [4, 8] at rate 0.1 at port.py:7, and PyTorch does not; the",
     ),
     "rate": (
-        {"rates": (0.25, 0.4)},
+        chain(0.25, 0.4),
         {},
-        ("mask", "second"),
+        "second",
         "rate 0.4 in JAX and 0.5 in PyTorch; the generators agree",
     ),
     "a mask where PyTorch has rate 0": (
-        {"forward": idle},
+        chain(0.25, 0.1, 0.5),
         {},
-        ("mask", "second"),
-        "JAX draws a mask of shape [4, 8] at rate 0.1 at test_untouched.py:",
+        "second",
+        "JAX draws a mask of shape [4, 8] at rate 0.1 at port.py:7 before this one: PyTorch draws "
+        "nothing at rate 0 in 'idle'",
+    ),
+    "a mask where PyTorch has rate 0 at the end": (
+        chain(0.25, 0.5, 0.5),
+        {"rates": (0.25, 0.5, 0.0)},
+        "second",
+        "and PyTorch does not: PyTorch draws nothing at rate 0 in 'second'; the generators differ",
     ),
     "numbers where PyTorch has rate 0": (
-        {"between": uniforms(64)},
+        chain(0.25, numbers(64), 0.5),
         {},
-        ("mask", "second"),
+        "second",
         "JAX is 64 words of 32 bits ahead in the stream, as many as a mask of shape [4, 8] takes: "
         "PyTorch draws nothing at rate 0 in 'idle'",
     ),
-    "numbers between": (
+    "numbers in JAX only": (
+        chain(0.25, numbers(3), 0.5),
         {},
+        "second",
+        "JAX is 3 words of 32 bits ahead in the stream; the generators differ",
+    ),
+    "numbers between": (
+        chain(0.25, 0.5),
         {"between": numbers(12)},
-        ("mask", "second"),
+        "second",
         f"{BEHIND} [12] in 'Perceptron'; the generators differ",
     ),
     "numbers at the end": (
-        {},
+        chain(0.25, 0.5),
         {"last": numbers(12)},
-        ("generator", "state"),
+        "state",
         f"masks agree, and at the end of the step {BEHIND} [12] in 'Perceptron'",
     ),
     "state used twice": (
-        {"forward": reused},
+        chain(0.25, skip_back, 0.5),
         {},
-        ("mask", "second"),
+        "second",
         "JAX draws it from the state that the mask of 'first' was drawn from; pass each call",
     ),
-    "seed": ({"seed": 8}, {}, ("mask", "first"), "JAX draws from another stream than PyTorch"),
+    "seed": (
+        chain(lambda: torch.manual_seed(8), 0.25, 0.5),
+        {},
+        "first",
+        "JAX draws from another stream than PyTorch",
+    ),
 }
 
 
-@pytest.mark.parametrize(("change", "options", "place", "detail"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_reported_with_its_cause(change, options, place, detail):
-    found = compare_training(port(**change), original(**options), batches(), NAMES)
-    assert found.first is not None
-    assert (found.first.step, found.first.quantity, found.first.name) == (1, *place)
-    assert detail in found.first.detail
+@pytest.mark.parametrize(("port", "options", "site", "detail"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_reported_with_its_cause(port, options, site, detail):
+    step = replayed(port, Perceptron(**options), batches()[0])
+    found = step.difference() or step.end_difference()
+    if site is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.site == site
+        assert detail in found.detail
 
 
-def test_numbers_that_both_sides_draw_are_no_difference():
-    both = port(between=uniforms(12)), original(between=numbers(12))
-    compare_training(*both, batches(), NAMES).raise_if_different()
+ROWS, LAST = torch.contiguous_format, torch.channels_last
+# For each layout of PyTorch: the array in JAX, as a tensor of the same order in memory.
+LAYOUTS = {
+    "rows": (ROWS, lambda x: x, ""),
+    "channels last": (LAST, lambda x: x.contiguous(memory_format=LAST), ""),
+    "channels last in both": (LAST, lambda x: x.permute(0, 2, 3, 1).contiguous(), ""),
+    "channels last in JAX": (ROWS, lambda x: x.permute(0, 2, 3, 1), ""),
+    "forgotten": (LAST, lambda x: x, "pass memory_order=(0, 2, 3, 1) in JAX"),
+    "too much": (
+        ROWS,
+        lambda x: x.contiguous(memory_format=LAST),
+        "pass no memory_order in JAX",
+    ),
+    "forgotten in JAX": (
+        ROWS,
+        lambda x: x.permute(0, 2, 3, 1).contiguous(),
+        "pass memory_order=(0, 3, 1, 2) in JAX",
+    ),
+}
+
+
+@pytest.mark.parametrize("sizes", [(8, 2, 3), (8, 8, 8)], ids=["sizes", "equal sizes"])
+@pytest.mark.parametrize(("layout", "array", "detail"), LAYOUTS.values(), ids=LAYOUTS)
+def test_the_order_of_strides_is_recognized(layout, array, detail, sizes):
+    model = Channels(layout)
+    step = replayed(lambda x: F.dropout(array(x)), model, batches(2, *sizes)[0])
+    found = step.difference()
+    if not detail:
+        assert found is None
+        return
+    assert found is not None
+    assert found.site == "drop"
+    assert "the order of the strides explains it" in found.detail
+    assert detail in found.detail
+
+
+def uniforms(count):
+    return lambda g: torch_random.uniform(g, (count,))[1]
 
 
 def test_a_mistake_in_a_later_step_is_found_there():
-    """PyTorch draws numbers in the third step only."""
+    """Both sides draw 2 numbers in each step, and PyTorch draws 3 more in the third."""
     steps = iter(range(5))
-    side = original(between=lambda: torch.rand(3) if next(steps) == 2 else None)
-    first = compare_training(port(), side, batches(), NAMES).first
+    side = original(between=lambda: torch.rand(5 if next(steps) == 2 else 2))
+    first = compare_training(port(between=uniforms(2)), side, batches(), NAMES).first
     assert first is not None
     assert (first.step, first.name) == (3, "second")
-    assert "as many as PyTorch draws by rand of shape [3]" in first.detail
+    assert "JAX is 3 words of 32 bits behind in the stream; the generators differ" in first.detail
 
 
 def test_a_port_that_begins_elsewhere_in_the_stream():
     side = original()
-    torch.rand(5)
+    torch.rand(5)  # as for initial weights
     first = compare_training(port(), side, batches(), NAMES).first
     assert first is not None
     assert first.name == "first"
@@ -223,48 +302,27 @@ class Channels(torch.nn.Module):
         return self.drop(x.contiguous(memory_format=self._layout))
 
 
-def pictures(memory_order, kind=dropout, last=False):
-    """Return a port for arrays of PyTorch's axes, or with channels last."""
-    options = {} if memory_order is None else {"memory_order": memory_order}
-
-    def forward(x, g):
-        return kind(x.transpose(0, 2, 3, 1) if last else x, 0.5, g, **options)
-
-    return port(forward)
+def pictures(kind=dropout, **options):
+    return port(lambda x, g: kind(x, 0.5, g, **options))
 
 
-ROWS, LAST = torch.contiguous_format, torch.channels_last
-LAYOUTS = {
-    "rows": (ROWS, pictures(None), ""),
-    "channels last": (LAST, pictures("channels_last"), ""),
-    "channels last in both": (LAST, pictures(None, last=True), ""),
-    "channels last in JAX": (ROWS, pictures((0, 3, 1, 2), last=True), ""),
-    "forgotten": (LAST, pictures(None), "pass memory_order=(0, 2, 3, 1) in JAX"),
-    "too much": (ROWS, pictures("channels_last"), "pass no memory_order in JAX"),
-    "forgotten in JAX": (ROWS, pictures(None, last=True), "pass memory_order=(0, 3, 1, 2) in JAX"),
-}
+def test_a_layout_is_recognized_in_a_training():
+    shape = (2, 8, 2, 3)
+    right, wrong = pictures(memory_order="channels_last"), pictures()
+    sides = original(Channels(torch.channels_last)), original(Channels(torch.channels_last))
+    torch.manual_seed(7)
+    compare_training(right, sides[0], batches(*shape), NAMES).raise_if_different()
+    torch.manual_seed(7)
+    first = compare_training(wrong, sides[1], batches(*shape), NAMES).first
+    assert first is not None
+    assert (first.step, first.quantity, first.name) == (1, "mask", "drop")
+    assert "pass memory_order=(0, 2, 3, 1) in JAX" in first.detail
 
 
-@pytest.mark.parametrize("sizes", [(8, 2, 3), (8, 8, 8)], ids=["sizes", "equal sizes"])
-@pytest.mark.parametrize(("layout", "side", "detail"), LAYOUTS.values(), ids=LAYOUTS)
-def test_the_order_of_strides_is_recognized(layout, side, detail, sizes):
-    found = compare_training(side, original(Channels(layout)), batches(2, *sizes, count=1), NAMES)
-    if not detail:
-        found.raise_if_different()
-        assert found.different_mask_elements == 0
-        return
-    assert found.first is not None
-    assert found.first.name == "drop"
-    assert "the order of the strides explains it" in found.first.detail
-    assert detail in found.first.detail
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_whole_channels(last):
-    if last:
-        pytest.skip("regjax.torch_random.feature_dropout has channels first")
-    side = pictures(None, torch_random.feature_dropout)
-    model = Channels(LAST, torch.nn.Dropout2d)
+@pytest.mark.slow
+def test_whole_channels():
+    side = pictures(torch_random.feature_dropout)
+    model = Channels(torch.channels_last, torch.nn.Dropout2d)
     compare_training(side, original(model), batches(2, 8, 3, 3), NAMES).raise_if_different()
 
 
@@ -299,19 +357,48 @@ def test_whole_steps():
     assert found.deviations["generator"] == [0.0] * 5
 
     state["again"] = torch_random.generator(7)
-    kept = lambda state, x, i: (step(state, x, i)[0] | {"again": state["again"]}, step(state, x, i)[1])
+    kept = lambda state, x, i: (
+        step(state, x, i)[0] | {"again": state["again"]},
+        step(state, x, i)[1],
+    )
     torch.manual_seed(7)
     found = compare_training(JaxStep(state, kept), there, batches(count=1), NAMES, record=False)
     assert not found.deviations["generator"]
 
 
 def test_without_recording_the_generators_are_compared():
-    found = compare_training(port(), original(), batches(), NAMES, record=False)
-    assert found.agrees
-    assert not found.sites
-    found = compare_training(port(forward=once(0.25)), original(), batches(), NAMES, record=False)
+    found = compare_training(
+        port(lambda x, g: dropout(jnp.tanh(x), 0.25, g)), original(), batches(), NAMES, record=False
+    )
     assert found.first is not None
     assert found.first.quantity == "generator"
+
+
+def test_draws_of_torch_random_are_events():
+    """The key is that of the stream; a state that is used twice gives two events."""
+    g = torch_random.generator(0)
+
+    def draw(x, g):
+        y, following = torch_random.alpha_dropout(x, 0.25, g)
+        keep, _ = torch_random.bernoulli(following, 0.75, (2, 1))
+        return [y, keep, dropout(x, 0.5, g)[0], dropout(x, 0.0, g)[0]]
+
+    x = jnp.asarray(batches(2, 3)[0])
+    recorder, events = Recorder(torch.nn.Module(), torch.default_generator), []
+    with recorder.watching(), regjax.observing(events.append):
+        _, keep, y, _ = jax.jit(draw)(x, g)
+        masks, _ = recorder.taken()
+    assert [event.function.partition(".")[2] for event in events] == [
+        *("alpha_dropout", "bernoulli", "dropout")
+    ]
+    assert [each.rate for each in masks] == [0.25, 0.25, 0.5]
+    stream = seeded.words(torch_random.to_torch(g), 14).tolist()
+    assert [[*each.key] for each in masks] == [stream[:2], stream[12:], stream[:2]]
+    np.testing.assert_array_equal(masks[1].mask, keep)
+    np.testing.assert_array_equal(masks[2].mask, y != 0)
+    np.testing.assert_array_equal(masks[2].entering, x)
+    assert masks[1].entering is None
+    assert "callback" not in str(jax.make_jaxpr(draw)(x, g))
 
 
 def test_a_scan_and_a_checkpoint_of_layers():
@@ -332,7 +419,7 @@ def test_a_scan_and_a_checkpoint_of_layers():
 
     def loss(params, x, step, g):
         def layer(carry, _):
-            x, g = dropout(carry[0] * params["scale"], 0.25, carry[1])
+            x, g = dropout(carry[0] * params["scale"][None], 0.25, carry[1])
             return dropout(x, 0.5, g), None
 
         (x, g), _ = jax.lax.scan(layer, (x, g), length=3)
@@ -348,12 +435,12 @@ def test_a_scan_and_a_checkpoint_of_layers():
 
 def test_a_loss_that_differs_is_repeated_in_float64_with_the_same_masks():
     right, side = port(), original()
-    wrong = JaxSide(
-        right.params,
-        lambda *args: (right.loss(*args)[0] * 1.01, right.loss(*args)[1]),
-        SGD,
-        generator=right.generator,
-    )
+
+    def loss(*args):
+        value, g = right.loss(*args)
+        return value * 1.01, g
+
+    wrong = JaxSide(right.params, loss, SGD, generator=right.generator)
     found = compare_training(wrong, side, batches(), NAMES)
     assert found.first is not None
     assert found.first.quantity == "loss"
@@ -387,7 +474,12 @@ def returning(*values):
 
 
 REFUSED = {
-    "keys": (port, converted, ValueError, "generator must be None for a model that draws from keys"),
+    "keys": (
+        port,
+        converted,
+        ValueError,
+        "generator must be None for a model that draws from keys",
+    ),
     "JAX only": (port, lambda: without(original()), ValueError, "got it in JAX only"),
     "kind": (port, lambda: with_generator(7), TypeError, "must be a torch.Generator; got"),
     "not returned": (returning, original, ValueError, "got 1 values"),
@@ -401,6 +493,7 @@ def test_what_cannot_be_compared_is_refused(here, there, error, message):
         compare_training(here(), there(), batches(), NAMES)
 
 
+@pytest.mark.slow
 def test_functional_dropout_and_attention_are_named_by_their_modules():
     class Block(torch.nn.Module):
         def __init__(self):

@@ -134,8 +134,7 @@ def from_torch(generator_or_state: Any) -> TorchGenerator:
         ... ).tolist()
         True
     """
-    fields = np.frombuffer(_state_bytes(generator_or_state), _STATE)[0]
-    _check_state(fields)
+    fields = read_fields(generator_or_state)
     seed, double = (int(fields[name]) for name in ("seed", "double_sample"))
     has_float, has_double = (bool(fields[f"has_{n}_sample"]) for n in ("float", "double"))
     return TorchGenerator(
@@ -233,6 +232,13 @@ def as_longs(words: UInt32[Array, " words"]) -> UInt64[Array, " count"]:
     reversed_longs = lax.bitcast_convert_type(words.reshape(-1, 2), np.uint64)
     shift = np.uint64(32)
     return (reversed_longs << shift) | (reversed_longs >> shift)
+
+
+def read_fields(generator_or_state: Any) -> np.void:
+    """Return the fields of a state, as `from_torch` accepts it, after checks."""
+    fields = np.frombuffer(_state_bytes(generator_or_state), _STATE)[0]
+    _check_state(fields)
+    return fields
 
 
 def _state_bytes(source: Any) -> bytes:
