@@ -111,7 +111,7 @@ class Replay:
         verb = "agree" if is_same_state(end, self.ends[1]) else "differ"
         return [f"the generators {verb} at the end of the step"]
 
-    def _detail(self, place: int, here: Drawn | None, there: Drawn | None) -> str:
+    def _detail(self, place: int, here: Any, there: Any) -> str:
         """Describe the difference of the masks at a place in order; an empty string for none."""
         if here is None:
             return f"PyTorch draws {_form(there)} here, and JAX does not{self._earlier(there)}"
@@ -267,7 +267,7 @@ def replay(
     if not all(drawn.key in places for drawn in in_jax):
         places = {drawn.key: stream.locate(drawn.key) for drawn in in_jax}
     if None not in places.values():
-        in_jax = sorted(in_jax, key=lambda drawn: places[drawn.key])
+        in_jax = sorted(in_jax, key=lambda drawn: places[drawn.key] or 0)
     aligned = [
         _aligned(here, there) if there else here
         for here, there in itertools.zip_longest(in_jax, in_torch[: len(in_jax)])

@@ -91,8 +91,9 @@ def words(state: np.ndarray, count: int) -> np.ndarray:
     """Return the next words of the stream from a state, which stays as it is."""
     fields, stream = read_fields(state), np.random.MT19937(0)
     # 0 is the position of a generator that was just seeded, whose first block is used up.
-    place = {"key": fields["words"].astype(np.uint32), "pos": int(fields["next"]) or SIZE}
-    stream.state = {"bit_generator": "MT19937", "state": place}
+    place: Any = {"key": fields["words"].astype(np.uint32), "pos": int(fields["next"]) or SIZE}
+    state_now: Any = {"bit_generator": "MT19937", "state": place}
+    stream.state = state_now
     return stream.random_raw(count).astype(np.uint32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import optax
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import regjax
 import regtorch
@@ -292,7 +294,7 @@ def test_a_port_that_begins_elsewhere_in_the_stream():
 
 
 class Channels(torch.nn.Module):
-    def __init__(self, layout, kind=torch.nn.Dropout):
+    def __init__(self, layout, kind: Any = torch.nn.Dropout):
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(8))
         self.drop, self._layout = kind(0.5), layout
@@ -388,6 +390,7 @@ def test_draws_of_torch_random_are_events():
     with recorder.watching(), regjax.observing(events.append):
         _, keep, y, _ = jax.jit(draw)(x, g)
         masks, _ = recorder.taken()
+    events.sort(key=lambda event: event.order)
     assert [event.function.partition(".")[2] for event in events] == [
         *("alpha_dropout", "bernoulli", "dropout")
     ]
@@ -412,9 +415,7 @@ def test_a_scan_and_a_checkpoint_of_layers():
 
         def forward(self, x):
             for _ in range(3):
-                x = torch.utils.checkpoint.checkpoint(
-                    lambda x: self.b(self.a(x * self.scale)), x, use_reentrant=False
-                )
+                x = checkpoint(lambda x: self.b(self.a(x * self.scale)), x, use_reentrant=False)
             return x
 
     def loss(params, x, step, g):

@@ -211,9 +211,10 @@ def draw_words(g: TorchGenerator, count: int) -> tuple[UInt32[Array, " count"], 
     return words, dataclasses.replace(g, state=state, position=position)
 
 
-def next_words(g: TorchGenerator) -> UInt32[Array, " pair"]:
+def next_words(g: TorchGenerator) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
     """Return the next two words of the stream, the key of a draw in the events of observers."""
-    return draw_words(g, 2)[0]
+    high, low = draw_words(g, 2)[0]
+    return high, low
 
 
 def draw_longs(g: TorchGenerator, count: int) -> tuple[UInt64[Array, " count"], TorchGenerator]:
