@@ -49,15 +49,15 @@ PROJECTS = {
         {
             "_autosummary/{name}.html": """
                 jax.Array jax.checkpoint jax.custom_jvp jax.custom_vjp jax.debug.callback
-                jax.debug.print jax.device_put jax.eval_shape jax.grad jax.hessian jax.jit jax.jvp
-                jax.lax.axis_index jax.lax.cond jax.lax.optimization_barrier
-                jax.lax.reduce_precision jax.lax.scan jax.lax.while_loop jax.linearize jax.make_mesh
-                jax.named_scope jax.nn.dot_product_attention jax.numpy.abs jax.numpy.where
-                jax.random.bernoulli jax.random.bits jax.random.clone jax.random.fold_in
-                jax.random.key jax.random.key_data jax.random.normal jax.random.PRNGKey
-                jax.random.split jax.random.wrap_key_data jax.set_mesh jax.ShapeDtypeStruct
-                jax.shard_map jax.tree.leaves jax.tree.map jax.typing.ArrayLike jax.typing.DTypeLike
-                jax.value_and_grad jax.vmap""",
+                jax.debug.print jax.device_put jax.enable_x64 jax.eval_shape jax.grad jax.hessian
+                jax.jit jax.jvp jax.lax.axis_index jax.lax.cond jax.lax.optimization_barrier
+                jax.lax.reduce_precision jax.lax.scan jax.lax.while_loop jax.linearize
+                jax.make_mesh jax.named_scope jax.nn.dot_product_attention jax.numpy.abs
+                jax.numpy.where jax.pmap jax.random.bernoulli jax.random.bits jax.random.clone
+                jax.random.fold_in jax.random.key jax.random.key_data jax.random.normal
+                jax.random.PRNGKey jax.random.split jax.random.wrap_key_data jax.set_mesh
+                jax.ShapeDtypeStruct jax.shard_map jax.tree.leaves jax.tree.map
+                jax.typing.ArrayLike jax.typing.DTypeLike jax.value_and_grad jax.vmap""",
             "jax.lax.html#{name}": "jax.lax.Precision",
             "jax.sharding.html#{name}": """
                 jax.sharding.NamedSharding jax.sharding.PartitionSpec jax.sharding.Sharding""",
@@ -98,7 +98,8 @@ PROJECTS = {
             "generated/{name}.html": """
                 torch.abs torch.bernoulli torch.compile torch.empty torch.func.functional_call
                 torch.func.vmap torch.Generator torch.get_rng_state torch.linspace
-                torch.manual_seed torch.nn.AlphaDropout torch.nn.Dropout torch.nn.Dropout1d
+                torch.manual_seed torch.multinomial torch.nn.AlphaDropout
+                torch.nn.Dropout torch.nn.Dropout1d
                 torch.nn.Dropout2d torch.nn.Dropout3d
                 torch.nn.FeatureAlphaDropout torch.nn.functional.alpha_dropout
                 torch.nn.functional.dropout torch.nn.functional.dropout1d
@@ -115,9 +116,21 @@ PROJECTS = {
                 torch.optim.Rprop torch.optim.SGD torch.rand torch.randint torch.randn
                 torch.randperm torch.save torch.sqrt torch.where""",
             "checkpoint.html": "torch.utils.checkpoint",
+            "cuda.html": "torch.cuda",
+            "data.html": "torch.utils.data",
+            "data.html#{name}": """
+                torch.utils.data.DataLoader torch.utils.data.RandomSampler
+                torch.utils.data.SubsetRandomSampler torch.utils.data.WeightedRandomSampler
+                torch.utils.data.distributed.DistributedSampler torch.utils.data.random_split""",
             "func.api.html#module-torch.func": "torch.func",
             "generated/torch.Generator.html#{name}": "torch.Generator.get_state",
             "nn.html#module-torch.nn": "torch.nn",
+            "nn.init.html": "torch.nn.init",
+            "nn.init.html#{name}": """
+                torch.nn.init.calculate_gain torch.nn.init.kaiming_normal_
+                torch.nn.init.kaiming_uniform_ torch.nn.init.orthogonal_ torch.nn.init.sparse_
+                torch.nn.init.trunc_normal_ torch.nn.init.xavier_normal_
+                torch.nn.init.xavier_uniform_""",
             "optim.html#module-torch.optim": "torch.optim",
             "optim.html#how-to-adjust-learning-rate": "torch.optim.lr_scheduler",
             "optim.html#{name}": "torch.optim.Optimizer",

@@ -11,8 +11,7 @@ The models and their training are in `examples/huggingface_bert.py`.
 from __future__ import annotations
 
 import argparse
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from parity_tests import output
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps = QUICK_STEPS if options.quick else options.steps
     settings = Settings(steps, options.attention, options.dtype, options.mistake)
     with (
-        _x64(settings.dtype == "float64"),
+        jax.enable_x64(settings.dtype == "float64"),
         Progress(console=console, transient=True) as progress,
     ):
         original, scheduler = torch_side(settings)
@@ -83,19 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     found.plot(picture)
     console.print(f"picture: {picture}", soft_wrap=True)
     return 0 if found.agrees and ours == theirs else 1
-
-
-@contextlib.contextmanager
-def _x64(is_enabled: bool) -> Iterator[None]:
-    """Enable x64 in all threads, and restore it; callbacks of JAX run in threads of their own."""
-    import jax
-
-    before = jax.config.read("jax_enable_x64")
-    jax.config.update("jax_enable_x64", is_enabled)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_x64", before)
 
 
 def _losses(found: Any) -> str:

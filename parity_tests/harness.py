@@ -195,7 +195,7 @@ def compare_training(
     pair = Pair(jax_side, torch_side, names, ignore_buffers, tier)
     tiers = dict.fromkeys(HELD, tier) | ({"update": FLOAT32} if pair.same_gradients else {})
     bounds = _bounds(tiers, tolerances)
-    noise = Noise(tier.eps)
+    held, noise = bounds, Noise(tier.eps)
     recorder, losses, first = Recorder(torch_side.model, torch_side.generator), [], None
     deviations: dict[str, list[float]] = {quantity: [] for quantity in QUANTITIES}
     sites, elements, notes = collections.Counter(), np.zeros(2, int), {}
@@ -243,7 +243,7 @@ def compare_training(
         dict(sites),
         tuple(notes),
         start,
-        bounds,
+        held,
         *elements.tolist(),
     )
 

@@ -132,7 +132,7 @@ def check(setting: Setting, *, is_core: bool = False) -> dict[str, list[str] | N
     return {row["name"]: row["broken"] for row in rows}
 
 
-def broken(setting: Setting, found: dict[str, list[str] | None]) -> list[str]:
+def broken(setting: Setting, found: Mapping[str, list[str] | None]) -> list[str]:
     """Return the promises that are broken in a setting in which they are made."""
     made = {
         p.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from regjax.interop._leaves import (
     unwrapped,
 )
 from regjax.interop._registry import find_record
+from regshared.checks import check_items
 from regtorch.keyed.calls import site_of
 
 if TYPE_CHECKING:
@@ -261,6 +262,7 @@ def _left_out_buffers(
 ) -> list[str]:
     """Return the buffers of PyTorch that are not compared; one without a reason is an error."""
     buffers, modules = named_buffers(model), dict(unwrapped(model).named_modules())
+    check_items("ignore_buffers", ignored, Collection, 'a list of globs, as in ["*.running_var"]')
     for glob in ignored:
         if not fnmatch.filter(buffers, glob):
             raise ValueError(

@@ -32,7 +32,7 @@ import torch
 import regjax
 import regjax.optim
 import regtorch
-from parity_tests import torch_stream
+from parity_tests import torch_loaders, torch_models, torch_stream
 from parity_tests.frameworks import FRAMEWORKS, JAX, TORCH, Framework
 from parity_tests.instructions import float16_error
 from parity_tests.optimizers import CASES
@@ -598,6 +598,13 @@ def _promises() -> Iterator[Promise]:
         "torch_random, with AVX2",
         place,
         lambda: replayed(lambda call: call.needs_avx2 and call.dtype != "float16"),
+        needs_avx2=True,
+    )
+    yield Promise("torch_random, order of data", place, torch_loaders.pairs)
+    yield Promise(
+        "torch_random, initial parameters",
+        place,
+        torch_models.pairs,
         needs_avx2=True,
     )
     yield Promise(

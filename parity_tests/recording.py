@@ -10,6 +10,7 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -127,10 +128,14 @@ class Recorder:
         in_jax, in_torch = self._events
         if self._model is not None and self._generator is not None:
             watching = seeded.observing(self._model, self._generator, in_torch.append)
-            with regjax.observing(in_jax.append), watching:
+            with _x64_in_all_threads(), regjax.observing(in_jax.append), watching:
                 yield
             return
-        with regjax.observing(in_jax.append), regtorch.observing(in_torch.append) as observer:
+        with (
+            _x64_in_all_threads(),
+            regjax.observing(in_jax.append),
+            regtorch.observing(in_torch.append) as observer,
+        ):
             self._idle = observer.idle
             yield
 
@@ -150,6 +155,18 @@ class Recorder:
         for events in self._events:
             events.clear()
         return [drawn for drawn in in_jax if drawn.site not in numbers], in_torch
+
+
+@contextlib.contextmanager
+def _x64_in_all_threads() -> Iterator[None]:
+    """Extend `jax.enable_x64` of this thread to callbacks, which would round to float32."""
+    with ThreadPoolExecutor(1) as other:  # which has the value of new threads
+        before = other.submit(jax.config.read, "jax_enable_x64").result()
+    jax.config.update("jax_enable_x64", jax.config.read("jax_enable_x64"))
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 def _drawn(events: Iterable[Any]) -> list[Drawn]:

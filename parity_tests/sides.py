@@ -219,6 +219,11 @@ class JaxLossRun:
     """The steps of a `JaxSide`."""
 
     def __init__(self, side: JaxSide) -> None:
+        if not all(callable(getattr(side.optimizer, name, None)) for name in ("init", "update")):
+            raise TypeError(
+                "optimizer of JaxSide must be an optax transformation, as from optax.adamw(1e-3); "
+                f"got {describe(side.optimizer)}."
+            )
         self._side = side
         self.params, self.buffers = dict(named_leaves(side.params)), {}
         self.averages = None

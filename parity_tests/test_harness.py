@@ -245,6 +245,16 @@ def test_no_batches_are_refused():
         compare_training(*sides(PERCEPTRON, **SGD), [], PERCEPTRON.names)
 
 
+def test_an_optimizer_that_was_not_created_is_refused():
+    port, original = sides(PERCEPTRON, **SGD)
+    with pytest.raises(
+        TypeError, match=r"optimizer of JaxSide must be an optax .*; got .*function"
+    ):
+        compare_training(
+            dataclasses.replace(port, optimizer=optax.sgd), original, batches(1), PERCEPTRON.names
+        )
+
+
 def test_a_nan_on_one_side_is_a_difference():
     both = sides(PERCEPTRON, optax.sgd(np.nan), lambda m: torch.optim.SGD(m.parameters(), 0.1))
     found = compare_training(*both, batches(1), PERCEPTRON.names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -165,3 +167,22 @@ def test_everything_is_checked_before_anything_is_assigned():
             assert value is before[name][key]
     assert first.optimizer.param_groups[0]["lr"] == rate
     assert first.scheduler.last_epoch == 2
+
+
+# The states of Adam and of Adamax have the same fields.
+KINDS = ("Adagrad", "Adam", "Adamax", "RMSprop", "SGD")
+
+
+@pytest.mark.parametrize(("trained", "created"), [*itertools.permutations(KINDS, 2)])
+def test_a_state_of_another_optimizer_is_refused(trained, created):
+    layer = torch.nn.Linear(3, 2, bias=False)
+    layer(torch.ones(3)).sum().backward()
+    names, params = {"kernel": Leaf("weight", (1, 0))}, {"kernel": jnp.ones((3, 2))}
+    recipe, other = (
+        getattr(torch.optim, kind)(layer.named_parameters(), lr=0.1) for kind in (trained, created)
+    )
+    recipe.step()
+    optimizer = optimizer_from_torch(other, names)
+    message = rf"optimizer must be .* for torch\.optim\.{trained}; got one for .*\.{created}\."
+    with pytest.raises(ValueError, match=message):
+        state_from_torch(recipe, names, params, optimizer)

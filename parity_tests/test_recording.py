@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -303,3 +305,16 @@ def test_a_key_that_a_framework_replaces_is_named_with_the_fix(derived, direct):
         (detail,) = details
         assert "although JAX derived the key of 'first'" in detail
         assert "rng=key in regjax.linen and rngs=key in regjax.nnx" in detail
+
+
+def test_callbacks_have_the_x64_setting_of_the_thread():
+    def elsewhere() -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(jax.config.read, "jax_enable_x64").result()
+
+    before = elsewhere()
+    for is_enabled in (True, False):
+        with jax.enable_x64(is_enabled):
+            with Recorder().watching():
+                assert elsewhere() is is_enabled
+            assert elsewhere() is before

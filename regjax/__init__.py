@@ -17,7 +17,7 @@ from regjax._dropout.features import feature_dropout
 from regjax._dropout.gaussian import gaussian_dropout, gaussian_noise
 from regjax._dropout.schedules import constant_rate, cosine_rate, depth_rates, linear_rate
 from regjax._dropout.variational import variational_dropout
-from regjax._guards import DropoutGuard, check_dropout
+from regjax._guards import DropoutGuard, audit_masks, check_dropout
 from regjax._mc_dropout import Prediction, mc_dropout
 from regjax._random.bernoulli import bernoulli
 from regjax._random.events import observing
@@ -25,6 +25,7 @@ from regjax._random.keys import site_key
 from regjax._random.normal import normal
 from regjax._random.packed import packed_bernoulli
 from regshared import __version__
+from regshared.mask_audit import MaskRelation
 from regshared.report import DropoutProblem, DropoutReport
 
 __all__ = [
@@ -32,9 +33,11 @@ __all__ = [
     "DropoutGuard",
     "DropoutProblem",
     "DropoutReport",
+    "MaskRelation",
     "Prediction",
     "__version__",
     "alpha_dropout",
+    "audit_masks",
     "bernoulli",
     "check_dropout",
     "constant_rate",

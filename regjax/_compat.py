@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.core import Tracer
 
 try:
     from jax.errors import InconclusiveDimensionOperation
@@ -26,6 +28,7 @@ __all__ = [
     "InconclusiveDimensionOperation",
     "Loop",
     "enclosing_loops",
+    "loops_of",
     "make_user_context",
     "scan_linear",
 ]
@@ -67,13 +70,36 @@ def enclosing_loops() -> list[Loop]:
     Traced code cannot see the loops around it in any other way. A `scan` has inferred its length
     before it traces its body.
     """
-    loops, frame = [], inspect.currentframe()
-    while frame:
-        if frame.f_code in _LOOPS:
-            found = frame.f_locals
-            loops.append(Loop(found.get("length"), found.get("f")))
-        frame = frame.f_back
-    return loops[::-1]
+    return [
+        Loop(frame.f_locals.get("length"), frame.f_locals.get("f"))
+        for frame in _frames()
+        if frame.f_code in _LOOPS
+    ]
+
+
+def loops_of(value: Any) -> int:
+    """Return the number of enclosing loops whose iterations may have different values of `value`.
+
+    These are the outermost ones. Concrete values, and values traced outside a loop, are constants
+    in it. In a function that is traced inside a loop, such as by `jit`, an argument may vary.
+    """
+    if not isinstance(value, Tracer):
+        return 0
+    count, trace = 0, value._trace
+    for frame in _frames()[:-1]:  # without this one, which has the trace, too
+        # The outermost frame with the trace is that of the function of JAX that created it.
+        if any(local is trace for local in frame.f_locals.values()):
+            return count
+        count += frame.f_code in _LOOPS
+    return 0
+
+
+def _frames() -> list[FrameType]:
+    """Return the frames of the running code, outermost first, up to that of the caller."""
+    frames, frame = [], inspect.currentframe()
+    while frame := frame and frame.f_back:
+        frames.append(frame)
+    return frames[::-1]
 
 
 def scan_linear(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
+
+from regshared.mask_audit import Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +31,16 @@ class SampledDraw:
     """The event of a mask for an observer that keeps a sample of it.
 
     Attributes:
-        draw: The framework's event; its `mask` and `entering` are one-dimensional samples.
+        draw: The framework's event; its `mask` and `entering` are one-dimensional samples. That of
+            the mask ends with the elements of its segments.
         shape: The shape of the masked values.
         size: The number of elements of the mask.
         kept: The number of kept elements.
+        segments: The segments of the mask that a search for copies reads.
     """
 
     draw: Any
     shape: tuple[int, ...]
     size: int
     kept: int
+    segments: Sequence[Segment]

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from regshared.checks import check_strings
 from regshared.events import SiteKey
 from regshared.globs import matches
+from regshared.mask_audit import SampledMask, Segment, find_relations
 
 # These draw blocks, and one decision for all occurrences of a word, not independent elements.
 _NOT_INDEPENDENT = {"drop_block", "embedding_dropout"}
@@ -36,6 +37,10 @@ class DropoutProblem(enum.Enum):
         REPEATED_MASK: A site drew from the same key several times in one step: for every timestep,
             layer, row, device or call.
         SHARED_KEY: Several sites drew from the same key, in one step or in two.
+        COPIED_MASK: A mask is a shifted, strided, transposed or inverted copy of another, or of a
+            part of it, or nested in it, though their keys differ; or it repeats itself.
+        REMADE_MASK: A site drew another mask from the same key for the same values, as when the
+            backward pass of a checkpoint repeats the forward pass.
         IGNORED_KEY: A site drew the same mask from different keys: its sampler ignores them.
         NEVER_ACTIVE: No site drew in training, or an expected one did not.
         ACTIVE_IN_EVALUATION: A site drew in evaluation.
@@ -47,6 +52,8 @@ class DropoutProblem(enum.Enum):
     SAME_MASK = "same mask in two steps"
     REPEATED_MASK = "same mask again within a step"
     SHARED_KEY = "one key at several sites"
+    COPIED_MASK = "mask that depends on another"
+    REMADE_MASK = "other mask in the backward pass"
     IGNORED_KEY = "same mask from different keys"
     NEVER_ACTIVE = "never active in training"
     ACTIVE_IN_EVALUATION = "active in evaluation"
@@ -97,6 +104,9 @@ class MaskSummary:
         sample: Some of the mask's elements, at fixed places: 1 where it keeps.
         values: Some of the masked values, without NaN and infinities.
         digits: The relative rounding of these values.
+        segments: Other elements of the mask, for a search for copies.
+        remade: Whether a checkpoint drew it, in the backward pass.
+        is_stable: Whether the mask was the same when it was drawn again for the same values.
     """
 
     order: int
@@ -111,6 +121,9 @@ class MaskSummary:
     sample: bytes
     values: Sequence[float]
     digits: float
+    segments: Sequence[tuple[Segment, bytes]] = ()
+    remade: bool = False
+    is_stable: bool = True
 
 
 class DropoutFinding(NamedTuple):
@@ -205,9 +218,22 @@ def draws_of(events: Iterable[SiteKey | MaskSummary]) -> Step:
     draws = sorted((e for e in events if isinstance(e, MaskSummary)), key=lambda drawn: drawn.order)
     seen = defaultdict[tuple[Site, tuple[int, int]], list[MaskSummary]](list)
     for drawn in (_named(drawn, keys) for drawn in draws):
-        earlier = seen[drawn.site, drawn.key]
-        if not any(_same_values(drawn, other) for other in earlier):
-            earlier.append(drawn)
+        if drawn.remade:  # its line of code is another one
+            groups = [group for (_, key), group in seen.items() if key == drawn.key]
+        else:
+            groups = [seen[drawn.site, drawn.key]]
+        alike = [
+            (group, i)
+            for group in groups
+            for i, other in enumerate(group)
+            if _same_values(drawn, other)
+        ]
+        if not alike and not drawn.remade:
+            groups[0].append(drawn)
+        alike = [(group, i) for group, i in alike if _same_call(drawn, group[i])]
+        if alike and not any(_same_mask(drawn, group[i]) for group, i in alike):
+            group, i = alike[0]
+            group[i] = replace(group[i], is_stable=False)
     once = [drawn for group in seen.values() for drawn in group]
     return sorted(once, key=lambda drawn: drawn.order)
 
@@ -231,6 +257,15 @@ def _same_values(drawn: MaskSummary, other: MaskSummary) -> bool:
     # Half the digits, which is more than a compiler's fusion changes by rounding.
     bound = drawn.digits**0.5 * math.hypot(*drawn.values)
     return math.dist(drawn.values, other.values) <= bound
+
+
+def _same_call(drawn: MaskSummary, other: MaskSummary) -> bool:
+    settings = (drawn.function, drawn.rate, drawn.size)
+    return settings == (other.function, other.rate, other.size)
+
+
+def _same_mask(drawn: MaskSummary, other: MaskSummary) -> bool:
+    return (drawn.kept, drawn.sample, drawn.segments) == (other.kept, other.sample, other.segments)
 
 
 def make_report(
@@ -261,6 +296,8 @@ def make_report(
     allowed = {str(site) for site in sites if any(site.fits(pattern) for pattern in allow)}
     found = [
         *_reused_keys(steps),
+        *_copied_masks(steps),
+        *_remade_masks(steps),
         *_odd_masks(steps),
         *_inactive(steps, derived, expect, idle),
         *_unexpected(steps, expect, idle),
@@ -300,6 +337,63 @@ def _reused_keys(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
     for (problem, sites), seen in found.items():
         more = f"; so did {len(seen) - 1} more" if len(seen) > 1 else ""
         yield DropoutFinding(problem, tuple(map(str, sites)), seen[0] + more, chance)
+
+
+class _Drawn(NamedTuple):
+    """A draw among those of its site in its step."""
+
+    site: Site
+    step: int
+    turn: int
+    turns: int
+
+    def __str__(self) -> str:
+        turn = f"draw {self.turn + 1} of {self.turns} " * (self.turns > 1)
+        return f"{turn}in step {self.step}"
+
+
+def _copied_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
+    """Find masks that depend on one another though their keys differ."""
+    masks, keys = list[SampledMask](), dict[_Drawn, tuple[int, int]]()
+    seen = set[object]()
+    for number, step in enumerate(steps):
+        turns = Counter[Site]()
+        totals = Counter(drawn.site for drawn in step)
+        for drawn in step:
+            label = _Drawn(drawn.site, number, turns[drawn.site], totals[drawn.site])
+            turns[drawn.site] += 1
+            # Other findings cover equal keys, equal masks of one site, and constant masks.
+            same = {(drawn.key, drawn.function, drawn.size), (drawn.site, drawn.size, drawn.sample)}
+            constant = drawn.kept in (0, drawn.size)
+            if not constant and drawn.function not in _NOT_INDEPENDENT and not same & seen:
+                masks.append(SampledMask(label, drawn.rate, drawn.segments))
+                keys[label] = drawn.key
+            seen |= same
+    found = defaultdict[tuple[Site, ...], list[tuple[str, float]]](list)
+    for relation in find_relations(masks):
+        first, second = relation.first, relation.second
+        assert isinstance(first, _Drawn)
+        assert isinstance(second, _Drawn)
+        if first != second and keys[first] == keys[second]:
+            continue
+        other = f"that {first}" if first.site == second.site else f"that of {first.site} {first}"
+        detail = f"the mask {second} {relation.in_words(other)}"
+        found[tuple(dict.fromkeys((second.site, first.site)))].append((detail, relation.chance))
+    for sites, seen_there in found.items():
+        more = f"; so do {len(seen_there) - 1} more" if len(seen_there) > 1 else ""
+        detail, chance = seen_there[0]
+        names = tuple(map(str, sites))
+        yield DropoutFinding(DropoutProblem.COPIED_MASK, names, detail + more, chance)
+
+
+def _remade_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
+    """Find masks that changed when they were drawn again from one key for the same values."""
+    changed = [drawn for step in steps for drawn in step if not drawn.is_stable]
+    for site in dict.fromkeys(drawn.site for drawn in changed):
+        first = next(drawn for drawn in changed if drawn.site == site)
+        key = first.origin or "key ({}, {})".format(*first.key)
+        detail = f"{key} gave two masks for the same values"
+        yield DropoutFinding(DropoutProblem.REMADE_MASK, (str(site),), detail)
 
 
 def _odd_masks(steps: Sequence[Step]) -> Iterator[DropoutFinding]:

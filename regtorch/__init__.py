@@ -9,6 +9,7 @@ from regshared.extras import needs
 with needs("regtorch", extra="torch", package="torch"):
     import torch as _torch  # noqa: F401  # so that the error names the extra
 
+from regshared.mask_audit import MaskRelation
 from regshared.report import DropoutProblem, DropoutReport
 from regtorch import keyed, nn, optim
 from regtorch._decay.param_trees import (
@@ -30,7 +31,7 @@ from regtorch._dropout.features import feature_dropout
 from regtorch._dropout.gaussian import gaussian_dropout, gaussian_noise
 from regtorch._dropout.schedules import constant_rate, cosine_rate, depth_rates, linear_rate
 from regtorch._dropout.variational import variational_dropout
-from regtorch._guards import DropoutGuard, check_dropout
+from regtorch._guards import DropoutGuard, audit_masks, check_dropout
 from regtorch._mc_dropout import Prediction, dropout_only, mc_dropout
 from regtorch._random.bernoulli import bernoulli
 from regtorch._random.events import observing
@@ -43,9 +44,11 @@ __all__ = [
     "DropoutGuard",
     "DropoutProblem",
     "DropoutReport",
+    "MaskRelation",
     "Prediction",
     "__version__",
     "alpha_dropout",
+    "audit_masks",
     "bernoulli",
     "bits",
     "check_dropout",

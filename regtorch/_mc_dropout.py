@@ -21,8 +21,9 @@ from regtorch._checks import check_module
 from regtorch._dropout.core import real_dtype
 from regtorch._random.events import Observer, observed_by
 from regtorch._random.keys import check_key, site_key
-from regtorch.keyed.calls import Keys, site_of, states_of
+from regtorch.keyed.calls import site_of, states_of
 from regtorch.keyed.names import check_layers
+from regtorch.keyed.state import Keys
 
 Outputs: TypeAlias = Literal["logits", "probabilities", "values"]
 

@@ -33,7 +33,7 @@ from examples.uncertainty import settings as uncertainty_settings
 from examples.uncertainty.corruptions import CORRUPTIONS
 from examples.uncertainty.study import Scene, Study, View
 from parity_tests import compare, pictures, report
-from parity_tests.comparison import Comparison
+from parity_tests.comparison import QUANTITIES, Comparison
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "examples", "parity_tests")
@@ -375,6 +375,15 @@ def test_zeros_are_gaps_with_a_note(draw, values, notes):
         np.testing.assert_array_equal(line[~zeros], np.asarray(expected)[~zeros])
     shown = " ".join(text.get_text() for text, _ in drawn_texts(figure))
     assert [note for note in notes if note not in shown] == []
+
+
+def test_no_two_lines_of_a_comparison_look_alike():
+    deviations = {quantity: [1e-9] for quantity in QUANTITIES} | {"mask": [0.0]}
+    bounds = {"loss": 1e-5, "update": 1e-3}
+    found = Comparison(compare.FLOAT64, deviations, [(1.0, 1.0)], None, bounds=bounds)
+    lines = found.figure().axes[1].lines
+    looks = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert len(looks) == len(set(looks)) == len(QUANTITIES) + 2
 
 
 def test_the_lesson_has_the_same_style():

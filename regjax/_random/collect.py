@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from regshared.mask_audit import Segment, observed_segments
 
 
 class Collected:
@@ -14,13 +17,19 @@ class Collected:
     Args:
         shape: The shape of the whole array.
         sample: The number of elements to keep, evenly spaced; None keeps all of them.
+        segments: The segments to keep after these.
     """
 
-    def __init__(self, shape: tuple[int, ...], sample: int | None) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], sample: int | None, segments: Sequence[Segment] = ()
+    ) -> None:
+        self.segments = segments
         self.shape, self.size, self.nonzero = shape, math.prod(shape), 0
         self._rows, self._length = math.prod(shape[:-1]), shape[-1] if shape else 1
         self._sampled = sample is not None
         places = np.arange(0, self.size, max(1, self.size // (sample or 1)))[: sample or 0]
+        kept = (np.fromiter(segment.indices(shape), int) for segment in segments)
+        places = np.concatenate([places, *kept])
         self._row, self._column = np.divmod(places, max(1, self._length))
         self._values: np.ndarray | None = None
 
@@ -74,7 +83,7 @@ class BlockwiseDraw:
     """The pieces of one blockwise draw, which arrive in any order."""
 
     def __init__(self, plan: BlockwisePlan, sample: int | None) -> None:
-        self.mask = Collected(plan.mask, sample)
+        self.mask = Collected(plan.mask, sample, observed_segments(plan.mask, sample))
         self.weights = Collected(plan.scores, sample)
         self.rate: float | None = None
         self._plan = plan

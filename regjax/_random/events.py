@@ -23,6 +23,7 @@ from regjax._compat import make_user_context
 from regjax._random.collect import BlockwiseDraw, BlockwisePlan, Collected
 from regshared.checks import check_callable
 from regshared.events import SampledDraw, SiteKey
+from regshared.mask_audit import observed_segments
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Inexact
@@ -98,8 +99,10 @@ class Observer:
         self, call: _Call, key: tuple[int, int], rate: float, mask: np.ndarray, entering: np.ndarray
     ) -> None:
         """Record a mask that was applied at once."""
-        arrays = (Collected(array.shape, self._sample).add(array) for array in (mask, entering))
-        self._record_draw(call, key, rate, *arrays)
+        segments = observed_segments(mask.shape, self._sample)
+        kept = Collected(mask.shape, self._sample, segments).add(mask)
+        values = Collected(entering.shape, self._sample).add(entering)
+        self._record_draw(call, key, rate, kept, values)
 
     def expect_blocks(self, ticket: int, call: _Call, plan: BlockwisePlan) -> None:
         """Register the call whose blocks arrive under a ticket."""
@@ -144,7 +147,7 @@ class Observer:
         if self._sample is None:
             self.record(draw)
         else:
-            self.record(SampledDraw(draw, entering.shape, mask.size, mask.nonzero))
+            self.record(SampledDraw(draw, entering.shape, mask.size, mask.nonzero, mask.segments))
 
 
 class BlockwiseCall(NamedTuple):

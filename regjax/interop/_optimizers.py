@@ -120,11 +120,11 @@ def optimizer_from_torch(
         if record.is_factored:
             _check_factored(part)
         chains[part.label] = _chain(part, _scheduled(part, schedules, steps_per_epoch))
-    return _over_tree(recipe, chains)
+    return _over_tree(recipe, chains, record.title)
 
 
 def _over_tree(
-    recipe: Recipe, chains: dict[str, optax.GradientTransformation]
+    recipe: Recipe, chains: dict[str, optax.GradientTransformation], title: str
 ) -> optax.GradientTransformation:
     labels = recipe.labels
 
@@ -144,6 +144,8 @@ def _over_tree(
             check_paths(labels, params)
         return inner.init(params)
 
+    # Adam's state has the fields of Adamax's: the name tells them apart in `state_from_torch`.
+    vars(init)["torch_class"] = title
     # An optimizer of regjax.optim and a partition both take extra arguments.
     return optax.GradientTransformationExtraArgs(init, optax.with_extra_args_support(inner).update)
 

@@ -16,6 +16,7 @@ from jax.tree_util import GetAttrKey
 from regjax._decay.paths import path_name
 from regjax.interop._leaves import FROZEN, check_paths, read_recipe, spelled_as_in
 from regjax.interop._params import expand_names
+from regjax.interop._registry import record_of
 from regjax.interop._schedules import ScheduledMomentumState, read_schedules
 from regshared.checks import check_integer, describe
 
@@ -117,6 +118,12 @@ def state_from_torch(
     _count(recipe, numbers, schedules, steps_per_epoch, step)
     if not callable(getattr(optimizer, "init", None)):
         raise TypeError(f"optimizer must be an optax transformation; got {describe(optimizer)}.")
+    title = record_of(torch_optimizer).title
+    if (other := getattr(optimizer.init, "torch_class", title)) != title:
+        raise ValueError(
+            f"optimizer must be that of optimizer_from_torch for {title}; got one for {other}. "
+            "Pass the same torch_optimizer to both."
+        )
     check_paths(recipe.labels, params)
     template = optimizer.init(params)
 
@@ -127,6 +134,16 @@ def state_from_torch(
         return _read_array(place, states[label], old) if any(states[label].values()) else old
 
     leaves = _places("optimizer", template, recipe, schedules)
+    taken = {(place.part.label, place.torch_array.torch_name) for place, _ in leaves if place.array}
+    for part in recipe.parts:
+        arrays = {array.torch_name for array in part.record.arrays}
+        kept = {n for s in states[part.label].values() for n, x in s.items() if x is not None}
+        if lost := {name for name in arrays & kept if (part.label, name) not in taken}:
+            raise ValueError(
+                f"optimizer must be that of optimizer_from_torch for {part.record.torch_name}; got "
+                f"one without a place for {', '.join(sorted(lost))}. Pass the same torch_optimizer "
+                "to both."
+            )
     return jax.tree.structure(template).unflatten(read(place, old) for place, old in leaves)
 
 
@@ -302,6 +319,16 @@ def _places(
             "links around it."
         )
     leaves = [(_locate(path, recipe), leaf) for path, leaf in jax.tree.leaves_with_path(state)]
+    for part in recipe.parts:
+        record = part.record
+        known = {*record.numbers, *record.derived, "step", "scheduled"}
+        places = [place for place, _ in leaves if place.part is part]
+        extra = {p.field for p in places if p.array is None and p.number not in known}
+        if extra and not record.is_created:
+            raise ValueError(
+                f"{argument} must be that of optimizer_from_torch for {record.torch_name}; got a "
+                f"state with {', '.join(sorted(extra))}. Pass the same torch_optimizer to both."
+            )
     scheduled = {place.part.label for place, _ in leaves if place.number == "scheduled"}
     if schedules is not None:
         scheduled |= {part.label for part in recipe.parts if part.shares_count}

@@ -35,7 +35,10 @@ may be traced. Each binding counts calls from 0. Under `jax.vmap` a mask is that
 mapped axes first, which PyTorch draws for the same batch. The other layers of `regjax.linen` and
 `regjax.nnx` are errors there, as they mask whole rows. A site that is called in a loop of JAX is an
 error, because all iterations would share a mask, with two exceptions: the model is bound in each
-iteration with a step of the loop, or the name of the site has the number of the iteration.
+iteration with a step or root that the loop changes, or the name of the site has the number of the
+iteration. Microbatches of one step need this, too: bind with the step `step * count + i`, or with a
+root of each. Devices of `jax.pmap` and `jax.shard_map` share masks unless their roots differ:
+`jax.random.fold_in(root, jax.lax.axis_index("data"))`.
 
 - Linen: `{}` after the name of a module that `linen.scan` repeats stands for the number, as in
   `"layers.{}.dropout"`. The scan must split the rngs `"dropout"`. In a module inside `vmap` or
@@ -49,12 +52,19 @@ iteration with a step of the loop, or the name of the site has the number of the
   Stacked layers have the names of those of NNX, and are split by `eqx.partition` for
   `jax.lax.scan`, or passed to `eqx.filter_vmap`.
 
-**Limitations.** In NNX and Equinox, draws by other functions, such as `jax.random.bernoulli` in a
-module, are not seen. In Linen, other functions of `jax.random`, a `bernoulli` that was imported by
-name, and keys split from that of a site draw from the site's key, but observers do not record them,
-and their values may depend on the configuration of JAX; under `jax.vmap`, their rows share them.
-Models of Haiku cannot be bound, because `hk.next_rng_key` cannot be replaced: pass keys such as
-`regjax.site_key(root, step, hk.experimental.current_name())` to `hk.dropout`.
+In NNX and Equinox, a second loop over the same stacked layers needs a second binding.
+
+**Limitations.** JAX traces a function once for several calls with inputs of the same shapes, so
+that calls of `f = jax.jit(layer)` or `f = jax.checkpoint(layer)` in a bound model may share a mask:
+create a function for each call, as in `jax.checkpoint(lambda x: layer(x))(x)`. A step that is an
+argument of such a function in a loop is accepted as one that the loop changes. Calls of a stacked
+layer in several `vmap`, or of several copies of it, count from 0. In NNX and Equinox, draws by
+other functions, such as `jax.random.bernoulli` in a module, are not seen. In Linen, other functions
+of `jax.random`, a `bernoulli` that was imported by name, and keys split from that of a site draw
+from the site's key, but observers do not record them, and their values may depend on the
+configuration of JAX; under `jax.vmap`, their rows share them. Models of Haiku cannot be bound,
+because `hk.next_rng_key` cannot be replaced: pass keys such as `regjax.site_key(root, step,
+hk.experimental.current_name())` to `hk.dropout`.
 """
 
 from __future__ import annotations

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.extend.random import define_prng_impl
 
-from regjax._compat import Loop, enclosing_loops
+from regjax._compat import Loop, enclosing_loops, loops_of
 from regjax._random.keys import numbered_site_key, site_key
 from regjax.keyed.names import numbered
 
@@ -41,9 +40,8 @@ class Keys:
         site_key(root, step, "")  # check the arguments
         self._root, self._step = root, step
         self._levels: list[_Level] = [_Level()]
-        # A key and a step that are no arrays of a loop's body are the same in all iterations.
-        varies = isinstance(root, Tracer) or isinstance(step, Tracer)
-        self.outside = len(enclosing_loops()) if varies else 0
+        # In the other loops, all iterations would have the same keys.
+        self.outside = max(loops_of(root), loops_of(step))
 
     def loops(self) -> list[Loop]:
         """Return the loops that are being traced inside the bound model."""
@@ -71,9 +69,7 @@ class Keys:
         Raises:
             ValueError: Another loop over the same module has been traced.
         """
-        body = self.loops()[-1].body
-        seen = self._levels[-1].loops
-        if body is not None and seen.setdefault(path, weakref.ref(body))() is not body:
+        if not is_first_loop(self._levels[-1].loops, path, self.loops()[-1]):
             raise ValueError(
                 f"module {path!r} must be called once in each step if linen.scan repeats it; got "
                 "a second call, whose masks would be those of the first. Give the second scan a "
@@ -97,6 +93,12 @@ class _Level:
         """Return the number of earlier calls of a site."""
         self._calls[name] = count = self._calls.get(name, -1) + 1
         return count
+
+
+def is_first_loop(seen: dict[str, weakref.ref[Any]], path: str, loop: Loop) -> bool:
+    """Return whether no other loop over a module or site was traced; JAX may repeat a trace."""
+    body = loop.body
+    return body is None or seen.setdefault(path, weakref.ref(body))() is body
 
 
 def nth_key(root: KeyLike, step: ArrayLike, name: str, count: int) -> KeyLike:

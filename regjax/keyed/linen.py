@@ -176,6 +176,7 @@ def _interceptor(
 ) -> Callable[..., Any]:
     running: set[int] = set()
     draws: dict[int, int] = {}  # within the running call of each module
+    inputs: dict[int, Any] = {}  # the arrays of this call
     scans = Scans(keys, _number_key)
 
     def key_of(module: Any, draw: int = 0) -> KeyLike:
@@ -186,17 +187,19 @@ def _interceptor(
             return type(module).make_rng(module, name)
         draw = draws[id(module)]
         draws[id(module)] += 1
-        return masks.own(key_of(module, draw))
+        return masks.own(key_of(module, draw), type(module).__name__, inputs[id(module)])
 
     def call_with_keys(module: Any, call: Any, args: Any, options: Any) -> Any:
         if id(module) in draws:  # a method that calls another
             return call(*args, **options)
         draws[id(module)] = 0
+        leaves = jax.tree.leaves((args, options))
+        inputs[id(module)] = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
         _set(module, {"make_rng": functools.partial(make_rng, module)})
         try:
             return call(*args, **options)
         finally:
-            del draws[id(module)], module.__dict__["make_rng"]
+            del draws[id(module)], inputs[id(module)], module.__dict__["make_rng"]
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
         with scans.entered(context.module):

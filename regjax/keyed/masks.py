@@ -12,17 +12,18 @@ import sys
 import threading
 from collections.abc import Iterator
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from regjax._compat import enclosing_loops
 from regjax._dropout.core import keep_mask
 from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.events import observer
 from regjax._random.keys import key_words
-from regjax.keyed.draws import keep_of_batch
+from regjax.keyed.draws import keep_of_batch, without_vmap
 
 if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
@@ -31,6 +32,15 @@ _bernoulli = jax.random.bernoulli
 _lock = threading.Lock()
 _local = threading.local()
 _number_active = 0
+
+
+class _Owned(NamedTuple):
+    """The key of a module, kept so that no other object has its id, and its origin."""
+
+    key: KeyLike
+    module: str
+    inputs: Any
+    loops: int
 
 
 class Masks:
@@ -45,11 +55,17 @@ class Masks:
 
     def __init__(self, attention: CodeType, broadcast: bool | None) -> None:
         self._attention, self._broadcast = attention, broadcast
-        self._keys: dict[int, KeyLike] = {}
+        self._keys: dict[int, _Owned] = {}
 
-    def own(self, key: KeyLike) -> KeyLike:
-        """Return a key of a site, from which `jax.random.bernoulli` draws a mask of regjax."""
-        self._keys[id(key)] = key  # kept, so that no other object has its id
+    def own(self, key: KeyLike, module: str, inputs: Any) -> KeyLike:
+        """Return the key of a module, from which `jax.random.bernoulli` draws a mask of regjax.
+
+        Args:
+            key: The key.
+            module: The kind of the module, for errors.
+            inputs: The arrays that the module was called with.
+        """
+        self._keys[id(key)] = _Owned(key, module, inputs, len(enclosing_loops()))
         return key
 
     @contextlib.contextmanager
@@ -77,7 +93,14 @@ class Masks:
             if self._broadcast is not None:
                 shared = weights.ndim - 2 if self._broadcast else 0
                 shape = (1,) * shared + weights.shape[shared:]
-        if id(key) not in self._keys or np.ndim(p) or options.keys() - {"out_sharding"}:
+        owned = self._keys.get(id(key))
+        if owned and len(enclosing_loops()) > owned.loops:
+            raise ValueError(
+                "jax.random.bernoulli must not be called inside jax.lax.scan, map or while_loop "
+                f"with a key of {owned.module} from outside, which would give all iterations one "
+                "mask; got such a call. Split the key outside, and pass the parts to the loop."
+            )
+        if owned is None or np.ndim(p) or options.keys() - {"out_sharding"}:
             return _bernoulli(key, p, shape, **options)
         keep_prob = check_probability("p", p)
         if weights is not None:
@@ -89,6 +112,7 @@ class Masks:
                 keep = keep_of_batch(weights, key, keep_prob)
         else:
             shape = () if shape is None else tuple(shape)
+            key = without_vmap(key, owned.inputs, owned.module)
             keep = EXACT.draw(key, keep_prob, shape, options.get("out_sharding"))
         if observers := observer():
             name = "bernoulli" if weights is None else "dot_product_attention"

@@ -41,6 +41,9 @@ class Stream:
         self._owner = owner
         self._calls: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
+    def __deepcopy__(self, memo: Any) -> Stream:
+        return self  # a copy would have an owner that contains it
+
     def draw(self, module: Any) -> KeyLike:
         """Return the key of the next call."""
         if module is not self._owner and not self._site.lengths:

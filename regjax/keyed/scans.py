@@ -90,7 +90,8 @@ class Scans:
             raise ValueError(
                 f"site {path!r} must not be called inside jax.lax.scan, map or while_loop, where "
                 "all iterations would share a mask; got such a call. Write linen.scan around "
-                "layers, and bind a model inside a loop over steps, with the step of the loop."
+                "layers. Bind a model inside a loop over steps or microbatches, with a step or "
+                "root that differs in each iteration."
             )
         name = sites.name(path, lengths)
         if not call.depth:

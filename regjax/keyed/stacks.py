@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regjax._compat import enclosing_loops
-from regjax.keyed.keys import nth_key, numbered_key
+from regjax.keyed.keys import is_first_loop, nth_key, numbered_key
 from regjax.keyed.names import NUMBER, check_distinct, module_of, numbered, site_names
 
 if TYPE_CHECKING:
@@ -31,22 +31,24 @@ class Site:
     Attributes:
         name: Its name, with a place for the number of each axis of stacked layers.
         lengths: The lengths of these axes.
-        outside: The number of JAX loops around the call of `bind`.
+        outside: The number of JAX loops around the site in which root or step varies.
     """
 
     name: str
     lengths: tuple[int, ...]
     outside: int
+    _seen: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def key(self, root: KeyLike, step: ArrayLike, count: int, number: Any) -> KeyLike:
         """Return the key of a call, from the number key of the layer."""
-        if len(enclosing_loops()) - self.outside > len(self.lengths):
+        loops = enclosing_loops()[self.outside :]
+        if len(loops) > len(self.lengths):
             raise ValueError(
                 f"site {self.name!r} must not be called inside jax.lax.scan, map or while_loop, "
                 "where all iterations would share a mask; got such a call. Scan over "
                 "stacked layers with their number in names, as in names={'': '', 'layers': "
-                "'layers.{}'}, and bind a model inside a loop over steps, with the step of the "
-                "loop."
+                "'layers.{}'}. Bind a model inside a loop over steps or microbatches, with a step "
+                "or root that differs in each iteration."
             )
         if not self.lengths:
             return nth_key(root, step, self.name, count)
@@ -55,6 +57,12 @@ class Site:
                 f"site {self.name!r} must be called for one of its stacked layers; got all "
                 f"{number.shape} of them. Scan or vmap over the layers, with axis 0 of all their "
                 "arrays."
+            )
+        if loops and not is_first_loop(self._seen, self.name, loops[0]):
+            raise ValueError(
+                f"site {self.name!r} must be in one loop of each binding; got a second loop over "
+                "its stacked layers, whose masks would be those of the first. Bind the model "
+                "again for the second loop, with another root."
             )
         return numbered_key(root, step, self.name, count, self.lengths, number)
 

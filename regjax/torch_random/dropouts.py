@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,15 @@ from jax import lax
 from regjax._dropout.core import check_real
 from regjax._random.events import observer
 from regjax._random.xla import rounded
+from regjax.torch_random.cuda import CudaGenerator, cuda_dropout
 from regjax.torch_random.layouts import check_memory_order
 from regjax.torch_random.one_stream import check_one_stream
-from regjax.torch_random.state import TorchGenerator, check_generator, next_words
+from regjax.torch_random.state import (
+    TorchGenerator,
+    check_any_generator,
+    check_generator,
+    next_words,
+)
 from regjax.torch_random.uniforms import (
     HALF_TYPES,
     check_dtype,
@@ -36,6 +42,8 @@ if TYPE_CHECKING:
 
     from regjax.torch_random.layouts import MemoryOrder
 
+Generator = TypeVar("Generator", TorchGenerator, CudaGenerator)
+
 # The negative limit of SELU, with the digits that PyTorch's source has.
 _ALPHA = 1.7580993408473766
 
@@ -43,21 +51,21 @@ _ALPHA = 1.7580993408473766
 def dropout(
     x: Float[ArrayLike, "*shape"],
     rate: float,
-    g: TorchGenerator,
+    g: Generator,
     *,
     deterministic: bool = False,
     memory_order: MemoryOrder = None,
-) -> tuple[Float[Array, "*shape"], TorchGenerator]:
-    """Apply dropout as PyTorch on a CPU: `torch.nn.functional.dropout(x, rate)`.
+) -> tuple[Float[Array, "*shape"], Generator]:
+    """Apply dropout as PyTorch: `torch.nn.functional.dropout(x, rate)`.
 
-    Each element consumes 64 bits. The rates 0 and 1, `deterministic`, and an empty `x` consume
-    nothing. The mask, of one byte for each element, is stored for the backward pass; with
+    Each element consumes 64 bits on a CPU. The rates 0 and 1, `deterministic`, and an empty `x`
+    consume nothing. The mask, of one byte for each element, is stored for the backward pass; with
     `jax.checkpoint` around the call it is drawn again instead.
 
     Args:
         x: Floating: float16, bfloat16, float32 or float64; of any shape.
         rate: The dropout rate, a concrete number in [0, 1], in double precision.
-        g: The generator, which may be traced.
+        g: The generator, which may be traced: a `TorchGenerator`, or a `CudaGenerator`.
         deterministic: True in evaluation: return `x` and `g`.
         memory_order: The axes of `x` in the order in which PyTorch stores its tensor, outermost
             first, since it fills the mask in this order. None is row-major; `"channels_last"` is
@@ -77,6 +85,12 @@ def dropout(
         of a tensor `t` is `sorted(range(t.ndim), key=lambda i: -torch.empty_like(t).stride(i))`.
         This is the order of its own strides, also for a tensor with gaps; axes that were expanded
         have no stride.
+
+        With a `CudaGenerator`, the mask follows from the source of the fused kernel of PyTorch
+        2.13, and was never checked on a GPU. It holds for a dense tensor whose data begin at a
+        multiple of 16 bytes, as allocated tensors do. Kept elements are multiplied by
+        `1 / (1 - rate)` in float32, or in float64 for float64, and rounded once. No promise covers
+        these values, nor masks of programs that `torch.compile` made for CUDA.
 
     Example:
         >>> import jax.numpy as jnp, torch
@@ -200,15 +214,16 @@ def _apply(
     *,
     features: bool,
     alpha: bool,
-) -> tuple[Array, TorchGenerator]:
-    x = check_real(x, "PyTorch's dropout", "Apply dropout to both parts.")
-    check_dtype(x.dtype)
-    rate, g = concrete_probability("rate", rate), check_generator(g)
-    order = check_memory_order(memory_order, x.ndim)
+) -> tuple[Array, Any]:
+    generator = check_generator if features or alpha else check_any_generator
+    x, rate, order = check_inputs(x, rate, memory_order)
+    g = generator(g)
     if check_bool("deterministic", deterministic) or rate == 0 or not x.size:
         return x, g
     if rate == 1:
         return x * jnp.zeros((), x.dtype), g
+    if isinstance(g, CudaGenerator):
+        return cuda_dropout(x, rate, g, order)
     if features and x.ndim < 2:
         raise ValueError(f"x must have at least the axes (batch, channels); got shape {x.shape}.")
     shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if features else x.shape
@@ -220,6 +235,15 @@ def _apply(
     name = ("feature_" * features) + ("alpha_" * alpha) + "dropout"
     observers.draw(f"torch_random.{name}", next_words(g), rate, keep, x)
     return y, following
+
+
+def check_inputs(
+    x: Any, rate: Any, memory_order: MemoryOrder
+) -> tuple[Array, float, tuple[int, ...]]:
+    """Return the array, the rate, and the order of the axes in memory."""
+    x = check_real(x, "PyTorch's dropout", "Apply dropout to both parts.")
+    check_dtype(x.dtype)
+    return x, concrete_probability("rate", rate), check_memory_order(memory_order, x.ndim)
 
 
 def _noise(rate: float, dtype: np.dtype) -> tuple[np.ndarray, None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,15 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from regjax.torch_random.cuda import (
+    CUDA_STATE_SIZE,
+    CudaGenerator,
+    cuda_generator,
+    from_cuda_bytes,
+    to_cuda_bytes,
+)
 from regjax.torch_random.mt19937 import SIZE, advance, seeded_block
+from regjax.torch_random.words import as_number, as_words
 from regshared.checks import check_integer, describe
 
 if TYPE_CHECKING:
@@ -34,7 +42,6 @@ _STATE = np.dtype(
         "itemsize": 5056,
     }
 )
-_CUDA_SIZE = 16
 
 
 @jax.tree_util.register_dataclass
@@ -64,20 +71,42 @@ class TorchGenerator:
 
     def __repr__(self) -> str:
         is_one = jnp.shape(self.position) == () and not isinstance(self.position, Tracer)
-        seed = _number(self.seed) if is_one else self.seed
+        seed = as_number(self.seed) if is_one else self.seed
         return f"TorchGenerator(seed={seed}, position={self.position})"
 
 
-def generator(seed: int) -> TorchGenerator:
+@overload
+def generator(seed: int, device: Literal["cpu"] = "cpu") -> TorchGenerator: ...
+@overload
+def generator(
+    seed: int,
+    device: Literal["cuda"],
+    multiprocessors: int,
+    threads_per_multiprocessor: int,
+) -> CudaGenerator: ...
+def generator(
+    seed: int,
+    device: str = "cpu",
+    multiprocessors: int | None = None,
+    threads_per_multiprocessor: int | None = None,
+) -> TorchGenerator | CudaGenerator:
     """Return the state of PyTorch's generator after `torch.manual_seed(seed)`.
 
     Args:
-        seed: An integer in [-2**63, 2**64). PyTorch adds 2**64 to a negative one, and draws depend
-            only on the lowest 32 bits.
+        seed: An integer in [-2**63, 2**64). PyTorch adds 2**64 to a negative one, and draws on a
+            CPU depend only on the lowest 32 bits.
+        device: "cpu", or "cuda" for the masks of `dropout` on a GPU of NVIDIA, by formula: they
+            were never checked on a GPU.
+        multiprocessors: For "cuda" alone: the `multi_processor_count` among the device properties
+            that `torch.cuda` returns. The masks depend on it.
+        threads_per_multiprocessor: For "cuda" alone: `max_threads_per_multi_processor`.
+
+    Returns:
+        A `TorchGenerator`, or for "cuda" a `CudaGenerator`.
 
     Raises:
-        TypeError: `seed` is not an integer.
-        ValueError: It is out of range.
+        TypeError: `seed` or a property of the GPU is not an integer, or a property is missing.
+        ValueError: An argument is out of range, or a property is given for "cpu".
 
     Note (PyTorch):
         `torch.Generator()` without a seed has the seed 67280421310721. The default generator of a
@@ -90,10 +119,17 @@ def generator(seed: int) -> TorchGenerator:
         Array([0.4962566 , 0.7682218 , 0.08847743], dtype=float32)
         >>> torch.rand(3, generator=torch.Generator().manual_seed(0))
         tensor([0.4963, 0.7682, 0.0885])
+        >>> torch_random.generator(0, "cuda", 132, 2048)
+        CudaGenerator(seed=0, offset=0, multiprocessors=132, threads_per_multiprocessor=2048)
     """
     seed = check_integer("seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must lie in [-2**63, 2**64), as in PyTorch; got {seed}.")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f'device must be "cpu" or "cuda"; got {device!r}.')
+    gpu = _check_gpu(device == "cuda", multiprocessors, threads_per_multiprocessor)
+    if gpu:
+        return cuda_generator(seed % 2**64, 0, *gpu)
     return seeded(np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32))
 
 
@@ -109,18 +145,35 @@ def seeded(seed: UInt32[Any, " pair"]) -> TorchGenerator:
     )
 
 
-def from_torch(generator_or_state: Any) -> TorchGenerator:
+@overload
+def from_torch(generator_or_state: Any) -> TorchGenerator: ...
+@overload
+def from_torch(
+    generator_or_state: Any, *, multiprocessors: int, threads_per_multiprocessor: int
+) -> CudaGenerator: ...
+def from_torch(
+    generator_or_state: Any,
+    *,
+    multiprocessors: int | None = None,
+    threads_per_multiprocessor: int | None = None,
+) -> TorchGenerator | CudaGenerator:
     """Return the state of a generator of PyTorch, which draws the same numbers from there on.
 
     Args:
         generator_or_state: A `torch.Generator` of device "cpu", such as `torch.default_generator`;
             or the result of its `get_state()` or of `torch.get_rng_state()`: a tensor, a NumPy
-            array of uint8, or bytes.
+            array of uint8, or bytes. With the properties of a GPU, a generator of device "cuda",
+            or its state.
+        multiprocessors: For CUDA alone, as for `generator`.
+        threads_per_multiprocessor: For CUDA alone, as for `generator`.
+
+    Returns:
+        A `TorchGenerator`, or for CUDA a `CudaGenerator`.
 
     Raises:
-        TypeError: It is none of these.
-        ValueError: The state has another length, as that of a generator on CUDA, or is not a state
-            of PyTorch's generator for CPUs.
+        TypeError: It is none of these, or one property of a GPU is given without the other.
+        ValueError: The state has another length, as that of a generator of another device, or is
+            not a state that PyTorch writes.
 
     Example:
         >>> import torch
@@ -134,26 +187,29 @@ def from_torch(generator_or_state: Any) -> TorchGenerator:
         ... ).tolist()
         True
     """
+    needs_gpu = (multiprocessors, threads_per_multiprocessor) != (None, None)
+    if gpu := _check_gpu(needs_gpu, multiprocessors, threads_per_multiprocessor):
+        return from_cuda_bytes(_state_bytes(generator_or_state, CUDA_STATE_SIZE), *gpu)
     fields = read_fields(generator_or_state)
     seed, double = (int(fields[name]) for name in ("seed", "double_sample"))
     has_float, has_double = (bool(fields[f"has_{n}_sample"]) for n in ("float", "double"))
     return TorchGenerator(
-        seed=_words(seed),
+        seed=as_words(seed),
         state=jnp.asarray(fields["words"].astype(np.uint32)),
         position=jnp.int32(fields["next"]),
         next_float_normal_sample=jnp.array([has_float, fields["float_sample"]], np.uint32),
-        next_double_normal_sample=jnp.append(jnp.uint32(has_double), _words(double)),
+        next_double_normal_sample=jnp.append(jnp.uint32(has_double), as_words(double)),
     )
 
 
-def to_torch(g: TorchGenerator) -> UInt8[np.ndarray, " bytes"]:
+def to_torch(g: TorchGenerator | CudaGenerator) -> UInt8[np.ndarray, " bytes"]:
     """Return a state in the form of `torch.Generator.get_state()`, byte for byte.
 
     Args:
         g: A concrete state.
 
     Raises:
-        TypeError: `g` is not a `TorchGenerator`, or is traced.
+        TypeError: `g` is not a generator, or is traced.
 
     Example:
         >>> import torch
@@ -164,9 +220,11 @@ def to_torch(g: TorchGenerator) -> UInt8[np.ndarray, " bytes"]:
         >>> torch.equal(torch.from_numpy(torch_random.to_torch(g)), torch.get_rng_state())
         True
     """
-    g = check_generator(g)
+    g = check_any_generator(g)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(g)):
         raise TypeError("g must be known before tracing; got a traced state. Return it from jit.")
+    if isinstance(g, CudaGenerator):
+        return to_cuda_bytes(g)
     fields = np.zeros(1, _STATE)
     (has_float, single), (has_double, *double) = (
         np.asarray(cache).tolist()
@@ -175,12 +233,12 @@ def to_torch(g: TorchGenerator) -> UInt8[np.ndarray, " bytes"]:
     position = int(g.position)
     left = SIZE + 1 - position if position else 1
     values = {
-        "seed": _number(g.seed),
+        "seed": as_number(g.seed),
         "left": left,
         "seeded": 1,
         "next": position,
         "words": np.asarray(g.state),
-        "double_sample": _number(double),
+        "double_sample": as_number(double),
         "has_double_sample": has_double,
         "float_sample": single,
         "has_float_sample": has_float,
@@ -191,16 +249,28 @@ def to_torch(g: TorchGenerator) -> UInt8[np.ndarray, " bytes"]:
 
 
 def check_generator(g: Any) -> TorchGenerator:
-    """Return `g` if it is one state, not a stack of them."""
-    if not isinstance(g, TorchGenerator):
+    """Return `g` if it is one state for CPUs, not a stack of them."""
+    g = check_any_generator(g)
+    if isinstance(g, CudaGenerator):
+        raise TypeError(
+            "g must be a TorchGenerator for this function; got a CudaGenerator, which only dropout "
+            'accepts. Make one by regjax.torch_random.generator(seed, "cpu").'
+        )
+    return g
+
+
+def check_any_generator(g: Any) -> TorchGenerator | CudaGenerator:
+    """Return `g` if it is one state for CPUs or CUDA, not a stack of them."""
+    if not isinstance(g, TorchGenerator | CudaGenerator):
         raise TypeError(
             f"g must be a TorchGenerator; got {describe(g)}. Make one by "
             "regjax.torch_random.generator(seed) or from_torch(torch_generator)."
         )
-    if jnp.shape(g.position):
+    stack = jnp.shape(g.position) if isinstance(g, TorchGenerator) else jnp.shape(g.offset)[:-1]
+    if stack:
         raise ValueError(
-            f"g must be a single generator; got a stack of shape {jnp.shape(g.position)}. Map over "
-            "it with jax.vmap."
+            f"g must be a single generator; got a stack of shape {stack}. Map over it with "
+            "jax.vmap."
         )
     return g
 
@@ -236,13 +306,29 @@ def as_longs(words: UInt32[Array, " words"]) -> UInt64[Array, " count"]:
 
 
 def read_fields(generator_or_state: Any) -> np.void:
-    """Return the fields of a state, as `from_torch` accepts it, after checks."""
-    fields = np.frombuffer(_state_bytes(generator_or_state), _STATE)[0]
+    """Return the fields of a state on the CPU, as `from_torch` accepts it, after checks."""
+    fields = np.frombuffer(_state_bytes(generator_or_state, _STATE.itemsize), _STATE)[0]
     _check_state(fields)
     return fields
 
 
-def _state_bytes(source: Any) -> bytes:
+def _check_gpu(
+    is_needed: bool, multiprocessors: int | None, threads: int | None
+) -> tuple[int, int] | None:
+    """Return the properties of a GPU if they are needed, for they have no default."""
+    given = {"multiprocessors": multiprocessors, "threads_per_multiprocessor": threads}
+    for name, value in given.items():
+        if is_needed and value is None:
+            raise TypeError(
+                f'{name} must be an integer for the device "cuda"; got None. Take it from '
+                "torch.cuda.get_device_properties()."
+            )
+        if value is not None and not is_needed:
+            raise ValueError(f'{name} must be None for the device "cpu"; got {value!r}.')
+    return None if multiprocessors is None or threads is None else (multiprocessors, threads)
+
+
+def _state_bytes(source: Any, size: int) -> bytes:
     if hasattr(source, "get_state"):
         source = source.get_state()
     if hasattr(source, "numpy"):
@@ -256,11 +342,12 @@ def _state_bytes(source: Any) -> bytes:
             "generator_or_state must be a torch.Generator, or its get_state() as a tensor, a uint8 "
             f"array or bytes; got {describe(source)}."
         )
-    if len(source) != _STATE.itemsize:
-        kind = "a generator on CUDA" if len(source) == _CUDA_SIZE else "another generator"
+    if len(source) != size:
+        kinds = {_STATE.itemsize: "a generator on a CPU", CUDA_STATE_SIZE: "a generator on CUDA"}
         raise ValueError(
-            f"generator_or_state must have {_STATE.itemsize} bytes, as the state of PyTorch's "
-            f"generator for CPUs; got {len(source)}, as of {kind}. Pass a generator of device cpu."
+            f"generator_or_state must have {size} bytes, as the state of {kinds[size]}; got "
+            f"{len(source)}, as of {kinds.get(len(source), 'another generator')}. For CUDA, and "
+            "only for CUDA, pass multiprocessors and threads_per_multiprocessor."
         )
     return bytes(source)
 
@@ -276,13 +363,3 @@ def _check_state(fields: np.void) -> None:
             f"{fields['seeded']}, left={left}, next={position}, largest word "
             f"{int(fields['words'].max())}. Take it from torch.Generator.get_state()."
         )
-
-
-def _words(number: int) -> UInt32[Array, " pair"]:
-    """Return the high and the low word of a 64-bit number."""
-    return jnp.array([number >> 32, number & 0xFFFFFFFF], np.uint32)
-
-
-def _number(words: Any) -> int:
-    high, low = (int(word) for word in words)
-    return high << 32 | low

@@ -156,11 +156,11 @@ def uniform(
     low, high = check_number("low", low), check_number("high", high)
     _check_bounds(low, high, dtype)
     order = check_memory_order(memory_order, len(shape))
-    bounds = None if (low, high) == (0, 1) else _bounds(low, high, compute_dtype(dtype))
+    bounds = None if (low, high) == (0, 1) else scaled_bounds(low, high, compute_dtype(dtype))
     return _uniform(g, bounds, shape, dtype, order)
 
 
-def _bounds(low: float, high: float, dtype: np.dtype) -> Float[np.ndarray, " bounds"]:
+def scaled_bounds(low: float, high: float, dtype: np.dtype) -> Float[np.ndarray, " bounds"]:
     """Return a power of two, then the span and `low` divided by it, and the two bounds.
 
     A span in [1, 2) makes that no intermediate result overflows or is subnormal.
@@ -181,6 +181,13 @@ def _uniform(
     order: tuple[int, ...],
 ) -> tuple[Float[Array, "*shape"], TorchGenerator]:
     numbers, g = unit_uniforms(g, math.prod(shape), compute_dtype(dtype))
+    return arranged(between(numbers, bounds, dtype), shape, order), g
+
+
+def between(
+    numbers: Float[Array, " n"], bounds: Float[Any, "bounds ..."] | None, dtype: np.dtype
+) -> Float[Array, " n"]:
+    """Return numbers in [0, 1) as numbers between the bounds of `scaled_bounds`; None is 0, 1."""
     low, high = jnp.zeros((), dtype), jnp.ones((), dtype)
     if bounds is not None:
         unit, span, start, *ends = bounds
@@ -188,7 +195,7 @@ def _uniform(
         # The product by a power of two is exact.
         numbers = fused_multiply_add(numbers, span, start) * unit
     numbers = numbers.astype(dtype)
-    return arranged(jnp.where(numbers == high, low, numbers), shape, order), g
+    return jnp.where(numbers == high, low, numbers)
 
 
 def compute_dtype(dtype: np.dtype) -> np.dtype:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from regshared.mask_audit import Segment, observed_segments
 
 
 class Collected:
@@ -15,13 +18,19 @@ class Collected:
     Args:
         shape: The shape of the whole tensor.
         sample: The number of elements to keep, evenly spaced; None keeps all of them.
+        segments: The segments to keep after these.
     """
 
-    def __init__(self, shape: tuple[int, ...], sample: int | None) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], sample: int | None, segments: Sequence[Segment] = ()
+    ) -> None:
+        self.segments = segments
         self.shape, self.size, self.nonzero = shape, math.prod(shape), 0
         self._rows, self._length = math.prod(shape[:-1]), shape[-1] if shape else 1
         self._sampled = sample is not None
         places = torch.arange(0, self.size, max(1, self.size // (sample or 1)))[: sample or 0]
+        kept = (torch.tensor(list(segment.indices(shape))) for segment in segments)
+        places = torch.cat([places, *kept])
         self._row = places // max(1, self._length)
         self._column = places % max(1, self._length)
         self._values: Tensor | None = None
@@ -72,7 +81,7 @@ class BlockwiseDraw:
     """One blockwise draw, whose blocks arrive in order."""
 
     def __init__(self, plan: BlockwisePlan, sample: int | None) -> None:
-        self.mask = Collected(plan.mask, sample)
+        self.mask = Collected(plan.mask, sample, observed_segments(plan.mask, sample))
         self.weights = Collected(plan.scores, sample)
 
     def add_block(self, first: int, keep: Tensor, scores: Tensor) -> None:

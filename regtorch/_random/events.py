@@ -19,6 +19,7 @@ from torch import Tensor
 
 from regshared.checks import check_callable
 from regshared.events import SampledDraw, SiteKey
+from regshared.mask_audit import observed_segments
 from regtorch._random.collect import BlockwiseDraw, BlockwisePlan, Collected
 
 
@@ -88,8 +89,10 @@ class Observer:
     ) -> None:
         """Record a mask that was applied at once."""
         # Copies: the model may go on to write into the tensors.
-        arrays = (Collected(tuple(x.shape), self._sample).add(x) for x in (mask, entering))
-        self._record_draw(call, key, rate, *arrays)
+        segments = observed_segments(mask.shape, self._sample)
+        kept = Collected(tuple(mask.shape), self._sample, segments).add(mask)
+        values = Collected(tuple(entering.shape), self._sample).add(entering)
+        self._record_draw(call, key, rate, kept, values)
 
     def blocks(self, plan: BlockwisePlan) -> BlockwiseDraw:
         """Start a draw whose mask is applied block by block."""
@@ -107,7 +110,7 @@ class Observer:
         if self._sample is None:
             self.record(draw)
         else:
-            self.record(SampledDraw(draw, entering.shape, mask.size, mask.nonzero))
+            self.record(SampledDraw(draw, entering.shape, mask.size, mask.nonzero, mask.segments))
 
 
 class Observers:

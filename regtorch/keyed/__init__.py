@@ -10,7 +10,13 @@ every kind, as layers and as functions, attention (`scaled_dot_product_attention
 `MultiheadAttention`), the dropout between recurrent layers, and, in modules in training mode,
 `bernoulli_`, `rand`, `randn`, `randint` and their relatives. The modules stay as they are. Any
 other draw from a global generator of PyTorch, NumPy or Python is an error in training that names
-the module; `register` adds a function. Draws from a generator that the caller passes are unchanged.
+the module; `register` adds a function. So is a draw in the backward pass, as by an autograd
+function or a hook of a gradient, and one of a module of TorchScript. Draws from a generator that
+the caller passes or a forward creates are unchanged.
+
+A draw has a key only if a forward is running. Another method, such as `forward_head` of timm, draws
+from PyTorch's generator if it is called directly; this is an error where it is seen: in the first
+call, between two modules that the method calls. Convert a module whose forward calls the methods.
 
 **Names.** A draw is named by the dotted path of its module in the model passed to `convert`, such
 as `"encoder.layers.0.dropout1"`; the module is the innermost whose forward is running, and a shared
@@ -42,8 +48,8 @@ JAX draws for the whole batch.
 **Limitations.** Under `torch.compile` the results are the same, but a converted model is hardly
 compiled, in training or in evaluation: its modules run outside of the graphs. Call `revert` to
 compile its evaluation. A draw in another thread during a forward counts as one of the model. Pass
-keys to the functions under `torch.func.vmap`, where the mapped rows would share a mask. On
-CUDA it is untested.
+keys to the functions under `torch.func.vmap`, where the mapped rows would share a mask. A model
+that draws cannot be exported or traced. On CUDA it is untested.
 """
 
 from __future__ import annotations
@@ -60,10 +66,12 @@ from torch import Tensor, nn
 from regshared.checks import check_callable, check_choice, check_items
 from regtorch._checks import check_module
 from regtorch._random.keys import check_key, check_step
-from regtorch.keyed.calls import Keys, Site, State, discard_stale_modes, site_of, states_of
+from regtorch.keyed.calls import Site, site_of, states_of
 from regtorch.keyed.functions import REPLACEMENTS, Replacement
+from regtorch.keyed.mode import discard_stale_modes
 from regtorch.keyed.names import check_layers, layer_names, module_paths
 from regtorch.keyed.ranks import warn_of_shared_root
+from regtorch.keyed.state import Keys, State
 
 __all__ = [
     "Site",
@@ -98,9 +106,9 @@ def convert(model: _M, *, allow: Sequence[str] = ()) -> _M:
 
     Raises:
         TypeError: `allow` is not a list of names.
-        ValueError: `allow` has another generator; a module was converted as part of another model,
-            under another name; or names are ambiguous: a module has the name of another with a
-            suffix such as `:1` or `#1`. No module is converted then.
+        ValueError: `model` is one of TorchScript; `allow` has another generator; a module was
+            converted as part of another model, under another name; or names are ambiguous: a module
+            has the name of another with a suffix such as `:1` or `#1`. No module is converted then.
 
     Example:
         >>> import torch, regtorch
@@ -113,6 +121,11 @@ def convert(model: _M, *, allow: Sequence[str] = ()) -> _M:
         True
     """
     paths = module_paths(check_module("model", model))
+    if not paths:
+        raise ValueError(
+            f"model must run in Python; got a {type(model).__name__}, whose draws cannot have "
+            "keys. Convert the model that was scripted or traced."
+        )
     for source in check_items("allow", allow, Collection, 'a list of names, such as ["random"]'):
         check_choice("allow", source, ("random", "numpy.random"))
     names = set(paths.values())
@@ -184,8 +197,8 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
 
     Raises:
         TypeError: `root` is not a key, or `step` is not an integer.
-        ValueError: `root` is a batch of keys; `step` is negative or not below 2**64; or the model,
-            or a dropout layer in it, is not converted.
+        ValueError: `root` is a batch of keys; `step` is negative or not below 2**64; the model, or
+            a dropout layer in it, is not converted; or a lazy module has no parameters yet.
 
     Example:
         >>> import torch, regtorch
@@ -206,8 +219,13 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
         )
     discard_stale_modes()
     warn_of_shared_root((high, low), states[0])
+    modules = list(model.modules())
+    for module in modules:
+        if site := site_of(module):
+            site.enclose(module)
     for state in states:
-        state.keys = Keys((high, low), step)
+        state.keys, state.method = Keys((high, low), step), None
+        state.classes = frozenset(map(type, modules))
 
 
 def replay(

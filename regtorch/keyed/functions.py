@@ -475,6 +475,7 @@ for _function in (F.fractional_max_pool2d, F.fractional_max_pool3d):
     _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _without_indices))
 
 # The rest of PyTorch's functions that draw: an error in training, if they do.
-_UNKNOWN = [getattr(torch, name) for name in ("native_dropout", "poisson", "_standard_gamma")]
+_NAMES = ("native_dropout", "poisson", "binomial", "_standard_gamma", "_sample_dirichlet")
+_UNKNOWN = [getattr(torch, name) for name in _NAMES]
 for _function in (*_UNKNOWN, Tensor.cauchy_, Tensor.geometric_, Tensor.log_normal_):
     _replaces(_function)(lambda draws, *args, **options: NotImplemented)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -18,8 +20,13 @@ _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def module_paths(
     module: nn.Module, path: str = "", found: dict[nn.Module, str] | None = None
 ) -> dict[nn.Module, str]:
-    """Return all modules but wrappers, each with its first path, without the wrappers' parts."""
+    """Return all modules but wrappers, each with its first path, without the wrappers' parts.
+
+    Those of TorchScript are missing.
+    """
     found = {} if found is None else found
+    if isinstance(module, torch.jit.ScriptModule):  # does not run in Python
+        return found
     is_wrapper = isinstance(module, _WRAPPERS)
     if not is_wrapper and not any(name in module._modules for name in _WRAPPED):
         found[module] = path
@@ -46,8 +53,24 @@ def layer_names(module: Any, path: str) -> list[str]:
 
 
 def check_layers(model: nn.Module) -> None:
-    """Raise if a dropout layer of PyTorch in a model is not converted."""
-    for module, path in module_paths(model).items():
+    """Raise if a dropout layer in a model, or the model around a converted part, is not converted.
+
+    Raise also if parameters have no values yet, which a forward would draw.
+    """
+    paths = module_paths(model)
+    whole = next(iter(paths), None)
+    if whole is not None and site_of(whole) is None and any(map(site_of, paths)):
+        raise ValueError(
+            f"model must be converted as a whole; got a {type(whole).__name__} of which only parts "
+            "are, and whose own draws would have no keys. Pass the part that is converted, or call "
+            "regtorch.keyed.revert(model) and convert the whole."
+        )
+    for module, path in paths.items():
+        if isinstance(module, LazyModuleMixin) and cast("Any", module).has_uninitialized_params():
+            raise ValueError(
+                f"module {path!r} must have its parameters; got a {type(module).__name__} that was "
+                "never called. Call model.eval()(batch) once, before set_key."
+            )
         if site_of(module) is None and layer_names(module, path):
             raise ValueError(
                 f"module {path!r} must be converted; got a {type(module).__name__}, which draws "

@@ -6,7 +6,7 @@ import warnings
 
 from torch import distributed
 
-from regtorch.keyed.calls import State
+from regtorch.keyed.state import State
 
 
 def warn_of_shared_root(root: tuple[int, int], state: State) -> None:

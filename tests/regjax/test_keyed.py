@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import equinox as eqx
@@ -277,6 +278,8 @@ def test_draws_that_cannot_be_keyed_are_errors():
     for transform in (nnx.jit, nnx.remat):
         with pytest.raises(ValueError, match=r"module 'a' must be the one that bind returned"):
             transform(lambda model: model(X))(copied)
+    with pytest.raises(ValueError, match=r"module 'a' must be the one that bind returned"):
+        copy.deepcopy(copied)(X)
 
     class OwnPath(regjax.equinox.DropPath):
         pass

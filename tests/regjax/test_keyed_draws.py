@@ -147,3 +147,21 @@ def test_other_keys_and_threads_draw_as_before():
 class Bad(linen.Module):
     def __call__(self, x):
         return jax.random.bernoulli(self.make_rng("dropout"), 1.5, x.shape)
+
+
+class Shares(linen.Module):
+    """Uses a key in a loop."""
+
+    def __call__(self, x):
+        key = self.make_rng("dropout")
+        return jax.lax.map(lambda x: jax.random.bernoulli(key, 0.5, x.shape), x)
+
+
+def test_draws_that_would_share_a_mask_are_errors():
+    with pytest.raises(ValueError, match=r"must not be called inside .* with a key of Shares"):
+        apply(Shares(), X)
+    with pytest.raises(ValueError, match=r"inputs of Draws must be the whole batch.*vmap"):
+        jax.vmap(lambda x: apply(Draws(), x))(X)
+    steps = jnp.arange(2)
+    found = jax.vmap(lambda step: regjax.keyed.bind(Draws(), ROOT, step).apply({}, X))(steps)
+    np.testing.assert_array_equal(found[1, 0], mask(""))

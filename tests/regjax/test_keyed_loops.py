@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -246,6 +247,42 @@ def test_a_loop_that_would_share_a_mask_is_an_error(drop, loop):
         np.testing.assert_array_equal(steps[step], regjax.dropout(X, 0.5, key=key))
 
 
+def shared_root(function, root):
+    return jax.lax.map(lambda x: function(x, 0, root), X[None])
+
+
+MICROBATCHES = {
+    "scan": lambda f, step: jax.lax.scan(lambda c, x: (c, f(x, step)), 0, X[None])[1],
+    "root": lambda f, step: shared_root(f, jax.random.fold_in(ROOT, step)),
+    "gradient": lambda f, step: jax.lax.map(
+        jax.grad(jax.checkpoint(lambda x: f(x, step).sum())), X[None]
+    ),
+    "inner": lambda f, step: jax.lax.scan(
+        lambda step, x: (step, jax.lax.map(lambda x: f(x, step), x)), step, X[None, None]
+    )[1],
+}
+
+
+@pytest.mark.parametrize("drop", DROPS, ids=["linen", "nnx", "equinox"])
+def test_microbatches_that_would_share_a_traced_step_are_errors(drop):
+    def function(x, step, root=ROOT):
+        return call(drop, x, step, root)
+
+    for loop in MICROBATCHES.values():
+        with pytest.raises(ValueError, match=r"must not be .* microbatches, with a step or root"):
+            jax.jit(functools.partial(loop, function))(2)
+
+    def accumulate(first):
+        def body(step, x):
+            return step + 1, jax.vmap(lambda step: jax.jit(function)(x, step))(step[None])[0]
+
+        return jax.lax.scan(body, 2 * first, jnp.stack([X, X]))[1]
+
+    for step, y in zip((6, 7), jax.jit(accumulate)(3), strict=True):
+        key = regjax.site_key(ROOT, step, "")
+        np.testing.assert_array_equal(y, regjax.dropout(X, 0.5, key=key))
+
+
 class JaxLoop(linen.Module):
     @linen.compact
     def __call__(self, x):
@@ -273,6 +310,13 @@ def test_errors_of_stacked_layers(stack):
     bound = regjax.keyed.bind(stack, ROOT, 0, names=NAMES)
     with pytest.raises(ValueError, match="must be called for one of its stacked layers"):
         bound.layers.drop(X)
+    for _ in range(2):  # two bindings
+        bound = regjax.keyed.bind(stack, ROOT, 0, names=NAMES)
+        if isinstance(stack, nnx.Module):
+            bound = nnx.view(bound)
+        bound(X)
+    with pytest.raises(ValueError, match=r"'h.{}.drop' must be in one loop of each binding"):
+        bound(X)
     for names in ({"layers": "h.{}.{}.{}.{}"}, {"layers/drop": "h.{}"}):
         with pytest.raises(ValueError, match=r"must be the name of stacked layers if it has {}"):
             regjax.keyed.sites(stack, names=names)

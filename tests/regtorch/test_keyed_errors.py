@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 import sys
 
@@ -217,3 +218,118 @@ def test_a_loop_without_numpy_watches_python_only(monkeypatch):
     monkeypatch.delitem(sys.modules, "numpy.random.mtrand", raising=False)
     y = keyed_model(nn.Dropout(0.5))(X)
     assert torch.equal(y, regtorch.dropout(X, 0.5, key=at("")))
+
+
+class Hidden(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.rand(3, 8)
+
+
+def hooked(x):
+    y = x * 1
+    y.register_hook(lambda grad: grad + torch.randn(3, 8))
+    return y * 2
+
+
+@pytest.mark.parametrize("function", [Hidden.apply, hooked])
+@pytest.mark.parametrize("wrap", [lambda y: y, lambda y: {"logits": [y]}])
+def test_a_draw_in_the_backward_pass_is_an_error_in_every_step(function, wrap):
+    model = keyed_model(nn.Sequential(nn.Linear(8, 8), Forward(lambda x: wrap(function(x)))))
+    for _ in range(2):
+        y = model(X)
+        with pytest.raises(RuntimeError, match=r"module '' must draw in its forward; .* backward"):
+            (y["logits"][0] if isinstance(y, dict) else y).sum().backward()
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("prepend", [True, False])
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_a_draw_of_a_hook_belongs_to_its_module(kind, prepend, early):
+    def draw(module, x, *y):
+        return F.dropout(*(y or x), 0.5)
+
+    model = nn.Identity() if early else keyed_model(nn.Identity())
+    register = model.register_forward_pre_hook if kind == "pre" else model.register_forward_hook
+    handle = register(draw, prepend=prepend)
+    keyed.convert(model)
+    keyed.set_key(model, ROOT, 0)
+    assert torch.equal(model(X), regtorch.dropout(X, 0.5, key=at("")))
+    handle.remove()
+    assert torch.equal(model(X), X)
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def encode(self, x, draw=F.dropout):
+        return self.last(draw(self.first(x)))
+
+
+def test_a_draw_in_a_method_outside_of_a_forward_is_found_between_modules():
+    model = keyed_model(nn.Sequential(Encoder()))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Encoder\.encode .* '0\.first' and '0\.last'"):
+            model[0].encode(X)
+    copy.deepcopy(model)
+    keyed.set_key(model, ROOT, 0)
+    for _ in range(2):
+        model[0].encode(X, torch.relu)
+        torch.rand(3)  # the caller's
+    inside = keyed_model(Forward(Encoder().encode))
+    inside(X)
+
+
+def sampling(x):
+    return x * np.random.uniform()  # noqa: NPY002 - the draw to find
+
+
+def test_a_part_in_training_is_watched_within_an_evaluated_model():
+    model = keyed_model(nn.Sequential(Forward(sampling), Forward(torch.relu), Forward(sampling)))
+    model.eval()[1].train()
+    model(X)
+    model[2].train()
+    with pytest.raises(RuntimeError, match=r"module '2' .*numpy\.random"):
+        model(X)
+
+
+def test_set_key_refuses_a_model_around_a_converted_part():
+    part = keyed.convert(nn.Sequential(nn.Dropout(0.5)))
+    with pytest.raises(ValueError, match=r"as a whole; got a Sequential .*keyed\.revert"):
+        keyed.set_key(nn.Sequential(nn.Linear(8, 8), part), ROOT, 0)
+
+
+def test_set_key_refuses_parameters_that_a_forward_would_draw():
+    model = keyed.convert(nn.Sequential(nn.LazyLinear(8), nn.Dropout(0.5)))
+    with pytest.raises(ValueError, match=r"module '0' .* a LazyLinear .* model\.eval\(\)\(batch\)"):
+        keyed.set_key(model, ROOT, 0)
+    model.eval()(X)
+    keyed.set_key(model.train(), ROOT, 0)
+    model(X)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated")
+def test_modules_of_torchscript_have_no_names_and_may_not_draw():
+    with pytest.raises(ValueError, match="must run in Python; got a RecursiveScriptModule"):
+        keyed.convert(torch.jit.script(nn.Dropout(0.5)))
+    model = keyed_model(nn.Sequential(torch.jit.script(nn.Tanh()), nn.Dropout(0.5)))
+    assert torch.equal(model(X), regtorch.dropout(X.tanh(), 0.5, key=at("1")))
+    with pytest.raises(RuntimeError, match=r"module '' must draw from keys; .* TorchScript"):
+        keyed_model(nn.Sequential(torch.jit.script(nn.Dropout(0.5))))(X)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated")
+@pytest.mark.parametrize("export", [torch.jit.trace, torch.export.export])
+def test_a_mask_is_no_constant_of_an_exported_graph(export):
+    model = keyed_model(nn.Sequential(nn.Dropout(0.5)))
+    with pytest.raises(RuntimeError, match=r"must not draw .* exported.* model\.eval\(\)"):
+        export(model, (X,))
+    keyed.set_key(model, ROOT, 0)
+    assert modes() == []
+    export(model.eval(), (X,))
