@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # In causal order within a step.
 QUANTITIES = (
     "mask",
+    "generator",
     "activation",
     "buffer",
     "loss",
@@ -28,8 +29,9 @@ QUANTITIES = (
     "parameter",
     "average",
 )
-# Those with a bound; any difference of masks counts, and activations only locate one of the loss.
-HELD = QUANTITIES[2:]
+# Those with a bound; any difference of masks or of generators counts, and activations only locate
+# one of the loss.
+HELD = QUANTITIES[3:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Divergence:
         quantity: One of `QUANTITIES`.
         name: The first site that differs for a mask or an activation, else the tensor with the
             largest deviation.
-        deviation: In the tier's unit; infinite for a mask.
+        deviation: In the tier's unit; infinite for a mask or a generator.
         detail: The quantities that differ and that agree, in words.
     """
 

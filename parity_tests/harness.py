@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parity_tests import causes, compare, verdicts
+from parity_tests import causes, compare, replays, verdicts
 from parity_tests.compare import FLOAT32, FLOAT64, Tier
 from parity_tests.comparison import HELD, QUANTITIES, Comparison, Divergence
 from parity_tests.frameworks import from_torch, to_torch
@@ -36,6 +36,7 @@ from parity_tests.recording import (
     mask_differences,
     value_deviations,
 )
+from parity_tests.replays import Replay
 from parity_tests.sides import JaxSide, JaxStep, TorchSide, TorchStep
 from parity_tests.verdicts import Noise
 from regjax.interop import Leaf
@@ -195,17 +196,17 @@ def compare_training(
     tiers = dict.fromkeys(HELD, tier) | ({"update": FLOAT32} if pair.same_gradients else {})
     bounds = _bounds(tiers, tolerances)
     held, noise = bounds, Noise(tier.eps)
-    recorder, losses, first = Recorder(), [], None
+    recorder, losses, first = Recorder(torch_side.model, torch_side.generator), [], None
     deviations: dict[str, list[float]] = {quantity: [] for quantity in QUANTITIES}
     sites, elements, notes = collections.Counter(), np.zeros(2, int), {}
     with recorder.watching() if record else contextlib.nullcontext():
         for step, batch in enumerate(batches, start=start + 1):
             pairs = pair.advance(batch, step - 1)
             losses.append(tuple(float(side["loss"]) for side in pairs["loss"]))
-            draws = _Draws(*recorder.taken())
+            draws = _Draws.taken(recorder, pair)
             sites.update(draws.sites)
             elements += draws.elements
-            notes.update(dict.fromkeys(draws.notes))
+            notes.update(dict.fromkeys(draws.notes if record else []))
             held = {**bounds, "buffer": bounds["buffer"] + noise.drift}
             noise.update(*gradients(pairs))
             noise.follow(*pairs["parameter"])
@@ -288,10 +289,22 @@ class _Draws:
 
     in_jax: Sequence[Drawn]
     in_torch: Sequence[Drawn]
+    replay: Replay | None = None
+
+    @classmethod
+    def taken(cls, recorder: Recorder, pair: Pair) -> _Draws:
+        """Return the draws since the last call, and the states of PyTorch's generator."""
+        in_jax, in_torch = recorder.taken()
+        end_in_jax, end = pair.generators
+        if pair.start is None or end is None:
+            return cls(in_jax, in_torch)
+        replay = replays.replay(in_jax, in_torch, recorder.draws, pair.start, (end_in_jax, end))
+        return cls(replay.in_jax, in_torch, replay)
 
     @property
     def on_both_sides(self) -> bool:
-        return bool(self.in_jax and self.in_torch)
+        """Whether masks are compared: both sides must draw some, unless from PyTorch's stream."""
+        return bool(self.in_jax or self.in_torch if self.replay else self.in_jax and self.in_torch)
 
     @property
     def sites(self) -> list[str]:
@@ -305,6 +318,12 @@ class _Draws:
     @property
     def notes(self) -> list[str]:
         """Return a note if only one side drew masks: dropout of another library is not observed."""
+        if self.replay:
+            if self.replay.ends[0] is None:
+                return [
+                    "PyTorch's generator was not compared: JAX has not exactly one in its state."
+                ]
+            return []
         sides = {"JAX": ("regjax", self.in_jax), "PyTorch": ("regtorch", self.in_torch)}
         seen = [f"{len(draws)} in {side}" for side, (_, draws) in sides.items() if draws]
         blind = [f"{library} in {side}" for side, (library, draws) in sides.items() if not draws]
@@ -314,9 +333,20 @@ class _Draws:
 
     def compare(self, tier: Tier, deviations: dict[str, list[float]]) -> dict[str, Difference]:
         """Return the differences by quantity, and append the deviations of this step."""
-        if not self.on_both_sides:
-            return {}
-        masks = mask_differences(self.in_jax, self.in_torch)
+        found = self._compare_masks(tier, deviations) if self.on_both_sides else {}
+        if self.replay and self.replay.ends[0] is not None:
+            ends = self.replay.end_difference()
+            deviations["generator"].append(float(ends is not None))
+            found |= {"generator": ends} if ends else {}
+        return found
+
+    def _compare_masks(
+        self, tier: Tier, deviations: dict[str, list[float]]
+    ) -> dict[str, Difference]:
+        if self.replay:
+            masks = [each for each in [self.replay.difference()] if each]
+        else:
+            masks = mask_differences(self.in_jax, self.in_torch)
         # In norm, since activations have no fixed scale.
         values = value_deviations(
             self.in_jax, self.in_torch, dataclasses.replace(tier, in_norm=True)

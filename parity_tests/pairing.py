@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from parity_tests import referee
+from parity_tests.seeded import check_generator
 from parity_tests.sides import (
     JaxLossRun,
     JaxSide,
@@ -32,6 +33,7 @@ from regjax.interop._leaves import (
 )
 from regjax.interop._registry import find_record
 from regshared.checks import check_items
+from regtorch.keyed.calls import site_of
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +55,8 @@ class Pair:
         notes: The quantities that are not compared, with reasons.
         same_gradients: Whether the updates that are compared come from the same gradients, those of
             PyTorch: both optimizers compute in float32, while products are rounded to bfloat16.
+        generators: The bytes of the states of PyTorch's generator after the last step, in JAX and
+            in PyTorch; None if a side has none.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Pair:
         self.same_gradients = has_losses and tier.compute is not None
         self._jax = JaxStepRun(jax_side) if is_step else JaxLossRun(jax_side)
         self._torch = TorchRun(torch_side)
+        _check_generators(jax_side, torch_side)
         model, averages = torch_side.model, self._torch.averages
         tensors, buffers = named_tensors(model), named_buffers(model)
         leaves = _expand(names, self._jax.params, self._jax.buffers, model)
@@ -78,6 +83,7 @@ class Pair:
         _check_averages(self._jax.averages, averages, self._leaves)
         moved = _moved(self._jax.params, tensors, self._leaves)
         self._previous = (moved, moved)
+        self.generators: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
         self._sides, self._statistics = (jax_side, torch_side), dict(self._buffers)
         self._before = self._after = {n: copied(x) for n, x in {**tensors, **buffers}.items()}
         if averages is not None:
@@ -91,6 +97,7 @@ class Pair:
     def advance(self, batch: Any, step: int) -> dict[str, Both]:
         """Train a step; return for each quantity the arrays of JAX and PyTorch by path in JAX."""
         here, there = self._jax.advance(batch, step), self._torch.advance(batch, step)
+        self.generators = here.generator, there.generator
         self._before, self._after = self._after, {**there.params, **there.buffers}
         params = here.params, _laid_out(there.params, self._leaves)
         found = {
@@ -125,12 +132,18 @@ class Pair:
             return None
         params = _laid_out(self._before, self._leaves)
         statistics = _laid_out(self._before, self._statistics)
-        loss, gradient = referee.jax_gradient(jax_side, params, statistics, batch, step)
-        loss_there, there = referee.torch_gradient(torch_side, self._before, batch, step)
+        g, start = getattr(self._jax, "last_generator", None), self._torch.start
+        loss, gradient = referee.jax_gradient(jax_side, params, statistics, g, batch, step)
+        loss_there, there = referee.torch_gradient(torch_side, self._before, start, batch, step)
         return {
             "loss": (loss, loss_there),
             "gradient": (gradient, _laid_out(there, self._leaves)),
         }
+
+    @property
+    def start(self) -> np.ndarray | None:
+        """The bytes of the state of PyTorch's generator before the last step."""
+        return self._torch.start
 
     def place(self, name: str) -> str:
         """Return the name and the module in PyTorch of an array; an empty string for a loss."""
@@ -188,6 +201,23 @@ class Pair:
         note = f"The optimizer's state was not compared: {why}."
         if why and note not in self.notes:
             self.notes.append(note)
+
+
+def _check_generators(jax_side: JaxSide | JaxStep, torch_side: TorchSide | TorchStep) -> None:
+    """Raise if one side draws from PyTorch's generator and the other from keys."""
+    if torch_side.generator is None:
+        if isinstance(jax_side, JaxSide) and jax_side.generator is not None:
+            raise ValueError(
+                "generator must be given on both sides; got it in JAX only. Pass "
+                "generator=torch.default_generator to the PyTorch side."
+            )
+        return
+    check_generator(torch_side.generator)
+    if any(site_of(module) is not None for module in torch_side.model.modules()):
+        raise ValueError(
+            "generator must be None for a model that draws from keys; got one with a model of "
+            "regtorch.keyed.convert. Call regtorch.keyed.revert(model), or remove generator=."
+        )
 
 
 def gradients(pairs: Mapping[str, Both]) -> Both:

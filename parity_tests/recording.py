@@ -6,20 +6,26 @@ identified by its site, the name that its key was derived with.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 import regjax
 import regtorch
-from parity_tests import compare
+from parity_tests import compare, seeded
 from parity_tests.compare import Tier
 from parity_tests.frameworks import from_torch
+
+if TYPE_CHECKING:
+    import torch
+
+    from parity_tests.seeded import SeededDraw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +57,10 @@ class Drawn:
         entering: The values that are masked; None if the model masks them itself, with the result
             of a function that only draws, such as `bernoulli_`.
         unused: The sites whose keys were derived in the same step, and drew no mask.
+        where: The calling line of code in JAX, `"model.py:42"`.
+        memory_order: The axes in PyTorch, from the outermost to the innermost in memory, if the
+            mask was drawn from PyTorch's generator.
+        axes: The axes in JAX, in the order of those of PyTorch; of such a mask only.
     """
 
     site: str
@@ -60,6 +70,9 @@ class Drawn:
     mask: np.ndarray
     entering: np.ndarray | None
     unused: frozenset[str] = frozenset()
+    where: str = ""
+    memory_order: tuple[int, ...] = ()
+    axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +93,12 @@ class Difference:
 class Recorder:
     """A recorder of the draws of both frameworks, step by step.
 
+    Args:
+        model: The PyTorch model, if it draws from a generator of PyTorch.
+        generator: This generator; None if the model is converted by `regtorch.keyed`.
+
     Attributes:
+        draws: All draws from the generator in the last step taken, in order.
         without_mask: The sites where JAX drew a mask and a converted PyTorch model drew numbers, in
             the steps taken so far; such a mask is left out.
 
@@ -95,8 +113,12 @@ class Recorder:
         (['hidden'], [])
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, model: torch.nn.Module | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        self._model, self._generator = model, generator
         self._events: tuple[list[Any], list[Any]] = ([], [])
+        self.draws: Sequence[SeededDraw] = ()
         self._idle: Set[str] = frozenset()
         self.without_mask: dict[str, None] = {}
 
@@ -104,6 +126,11 @@ class Recorder:
     def watching(self) -> Iterator[None]:
         """Record the draws inside; enter it once around a loop, since each entry recompiles."""
         in_jax, in_torch = self._events
+        if self._model is not None and self._generator is not None:
+            watching = seeded.observing(self._model, self._generator, in_torch.append)
+            with _x64_in_all_threads(), regjax.observing(in_jax.append), watching:
+                yield
+            return
         with (
             _x64_in_all_threads(),
             regjax.observing(in_jax.append),
@@ -115,6 +142,11 @@ class Recorder:
     def taken(self) -> tuple[list[Drawn], list[Drawn]]:
         """Return the draws of JAX and of PyTorch since the last call, each in program order."""
         jax.effects_barrier()
+        if self._generator is not None:
+            in_jax, self.draws = self._events[0].copy(), _once(self._events[1])
+            for events in self._events:
+                events.clear()
+            return _drawn(in_jax), _masks(self.draws)
         in_jax, in_torch = (_drawn(events) for events in self._events)
         keys = {event.site for event in self._events[1] if hasattr(event, "site")}
         # Numbers from which the model makes a mask of its own, such as `floor(keep_prob + rand)`.
@@ -150,13 +182,39 @@ def _drawn(events: Iterable[Any]) -> list[Drawn]:
             from_torch(array) if hasattr(array, "detach") else array
             for array in (draw.mask, draw.entering)
         )
-        entering = None if draw.function == "bernoulli" else entering
-        # A repeated mask belongs to a forward pass that a checkpoint runs again.
-        mark = (draw.key, draw.rate, mask.shape)
+        entering = None if draw.function.endswith("bernoulli") else entering
+        # A repeated mask belongs to a forward pass that a checkpoint runs again. Two calls that
+        # draw from one state of PyTorch's generator are a mistake, and have different orders.
+        is_seeded = draw.function.startswith("torch_random.")
+        mark = (draw.key, draw.rate, mask.shape, draw.order if is_seeded else None)
         if mark not in found:
             site = origin.site if origin else f"dropout {len(found) + 1}"
-            found[mark] = Drawn(site, draw.key, origin, draw.rate, mask, entering, unused)
+            where = draw.where.rpartition("/")[2] if is_seeded else ""
+            values = mask, entering, unused, where
+            found[mark] = Drawn(site, draw.key, origin, draw.rate, *values)
     return list(found.values())
+
+
+def _once(draws: Iterable[SeededDraw]) -> list[SeededDraw]:
+    """Return the draws without those that a checkpoint repeats."""
+    found = {}
+    for draw in draws:
+        mark = draw.site, draw.function, draw.shape, draw.key, draw.rate, draw.idle
+        found.setdefault(mark, draw)
+    return list(found.values())
+
+
+def _masks(draws: Iterable[SeededDraw]) -> list[Drawn]:
+    """Return the masks; the site of the second one in a module is `"attention, mask 2"`."""
+    counts, found = collections.Counter[str](), []
+    for draw in draws:
+        if draw.mask is not None and draw.rate is not None:
+            counts[draw.site] += 1
+            number = counts[draw.site]
+            site = f"{draw.site}, mask {number}" if number > 1 else draw.site
+            drawn = Drawn(site, draw.key, None, draw.rate, draw.mask, draw.entering)
+            found.append(dataclasses.replace(drawn, memory_order=draw.memory_order))
+    return found
 
 
 def mask_differences(in_jax: Sequence[Drawn], in_torch: Sequence[Drawn]) -> list[Difference]:

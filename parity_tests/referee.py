@@ -22,23 +22,21 @@ if TYPE_CHECKING:
 
 
 def jax_gradient(
-    side: JaxSide, params: Arrays, statistics: Arrays, batch: Any, step: int
+    side: JaxSide, params: Arrays, statistics: Arrays, g: Any, batch: Any, step: int
 ) -> Gradient:
     """Return the loss and the gradients by path, in float64."""
     with jax.enable_x64(True):
-        trees = [_filled(side.params, params)]
-        if side.statistics is not None:
-            trees.append(_filled(side.statistics, statistics))
-        has_aux = side.statistics is not None
-        gradient_of = jax.jit(jax.value_and_grad(side.loss, has_aux=has_aux))
-        loss, gradient = gradient_of(*trees, jax.tree.map(_wide, batch), step)
-        loss = np.asarray(loss[0] if has_aux else loss)
-        return {"loss": loss}, {p: np.asarray(g) for p, g in named_leaves(gradient)}
+        trees = _filled(side.params, params), _filled(side.statistics, statistics)
+        gradient_of = side.value_and_grad()
+        (loss, _), gradient = gradient_of(*trees, g, jax.tree.map(_wide, batch), step)
+        return {"loss": np.asarray(loss)}, {p: np.asarray(g) for p, g in named_leaves(gradient)}
 
 
-def torch_gradient(side: TorchSide, arrays: Arrays, batch: Any, step: int) -> Gradient:
+def torch_gradient(
+    side: TorchSide, arrays: Arrays, start: np.ndarray | None, batch: Any, step: int
+) -> Gradient:
     """Return the same from other parameters and buffers, by name; the model stays as it is."""
-    with _double(side.model):
+    with _double(side.model), _restarted(side.generator, start):
         tensors = named_tensors(side.model)
         with torch.no_grad():
             for name, tensor in (named_buffers(side.model) | tensors).items():
@@ -49,6 +47,20 @@ def torch_gradient(side: TorchSide, arrays: Arrays, batch: Any, step: int) -> Gr
             name: copied(torch.zeros_like(p) if p.grad is None else p.grad)
             for name, p in tensors.items()
         }
+
+
+@contextlib.contextmanager
+def _restarted(generator: torch.Generator | None, start: np.ndarray | None) -> Iterator[None]:
+    """Draw from another state of a generator; then restore its own."""
+    if generator is None or start is None:
+        yield
+        return
+    end = generator.get_state()
+    generator.set_state(torch.from_numpy(start.copy()))
+    try:
+        yield
+    finally:
+        generator.set_state(end)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,11 @@ import optax
 
 from parity_tests import views
 from parity_tests.frameworks import from_torch
+from parity_tests.seeded import state_of
 from regjax._decay.paths import named_leaves
 from regjax.interop._leaves import named_tensors, plain_name, unwrapped
 from regjax.interop._schedule_tables import advance
+from regjax.torch_random import TorchGenerator, to_torch
 from regshared.checks import describe
 from regshared.extras import needs
 
@@ -46,6 +48,10 @@ class JaxSide:
             at the optimizer's first step.
         statistics: A tree of running statistics, such as the `batch_stats` of Linen; replaced like
             `params`. None if the model has none.
+        generator: The state of PyTorch's generator before the first step, which the loss draws from
+            by `regjax.torch_random`. The loss receives the current one as its last argument, and
+            returns the next one as its last result, as in `loss(params, batch, step, g)`, which
+            returns `(scalar, g)`. None if the masks are drawn from keys.
     """
 
     params: PyTree
@@ -53,6 +59,41 @@ class JaxSide:
     optimizer: optax.GradientTransformation
     state: PyTree | None = None
     statistics: PyTree | None = None
+    generator: TorchGenerator | None = None
+
+    def value_and_grad(self) -> Callable[..., Any]:
+        """Return `f(params, statistics, g, batch, step)`, jitted.
+
+        It returns the loss with the next statistics and generator, and the gradient.
+        """
+
+        def loss(params: PyTree, statistics: PyTree, g: Any, batch: Any, step: Any) -> Any:
+            has_statistics, has_generator = statistics is not None, g is not None
+            result = self.loss(
+                params,
+                *([statistics] if has_statistics else []),
+                batch,
+                step,
+                *([g] if has_generator else []),
+            )
+            results = [result] if not (has_statistics or has_generator) else [*result]
+            if len(results) != 1 + has_statistics + has_generator:
+                raise ValueError(
+                    "loss must return the scalar, then the new statistics if there are any, then "
+                    f"the next generator if there is one; got {len(results)} values. Return these."
+                )
+            value, *carried = results
+            if has_generator and not isinstance(carried[-1], TorchGenerator):
+                raise TypeError(
+                    "loss must return the next generator last; got "
+                    f"{describe(carried[-1])}. Return the one of the last draw."
+                )
+            return value, (
+                carried[0] if has_statistics else None,
+                carried[-1] if has_generator else None,
+            )
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +107,16 @@ class TorchSide:
             `regjax.interop.register_optimizer`.
         scheduler: A learning-rate scheduler of PyTorch or timm, which steps after the optimizer; or
             a function, such as `lambda step: plateau.step(losses[step])`, which is called then.
+        generator: The generator on the CPU that the model draws from, if it is compared as it is,
+            without `regtorch.keyed`: `torch.default_generator`, which `torch.manual_seed` seeds. A
+            JAX side replays it by `regjax.torch_random`. None if the model draws from keys.
     """
 
     model: torch.nn.Module
     loss: Callable[[torch.nn.Module, Any, int], torch.Tensor]
     optimizer: torch.optim.Optimizer
     scheduler: Any = None
+    generator: torch.Generator | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +128,8 @@ class JaxStep:
             module, or a tuple with one of these, such as `(model, nnx.Optimizer(model, ...))`. Its
             parameters and statistics are replaced by those of the PyTorch model before the first
             step, in NNX in place. An optimizer that keeps copies of the parameters must be
-            initialized with those of PyTorch, as from `regjax.interop.params_from_torch`.
+            initialized with those of PyTorch, as from `regjax.interop.params_from_torch`. If it has
+            a `regjax.torch_random.TorchGenerator`, that is compared with PyTorch's.
         step: `step(state, batch, i)`, usually jitted, returns the new state and the loss. It may
             return the loss alone if it changes the state in place, as a step of NNX does.
         params: Selects the parameters: a function from the state to a part of it, in which the
@@ -125,6 +171,7 @@ class TorchStep:
         optimizer: The optimizer whose state is compared; None compares no state.
         averages: The module with the averages of the parameters, such as an `AveragedModel` of
             PyTorch. None if they are not compared.
+        generator: As for `TorchSide`.
 
     Example:
         >>> model = torch.nn.Linear(3, 2, bias=False)
@@ -142,6 +189,7 @@ class TorchStep:
     step: Callable[[torch.nn.Module, Any, int], torch.Tensor]
     optimizer: torch.optim.Optimizer | None = None
     averages: torch.nn.Module | None = None
+    generator: torch.Generator | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +203,7 @@ class Moment:
         gradient: The gradients; None if the side does not show them.
         averages: Averages of the parameters; None if there are none.
         state: The arrays of the optimizer's state, by path in JAX; empty for PyTorch.
+        generator: The bytes of the state of PyTorch's generator; None if there is none.
     """
 
     loss: np.ndarray
@@ -163,6 +212,7 @@ class Moment:
     gradient: Arrays | None = None
     averages: Arrays | None = None
     state: Arrays = dataclasses.field(default_factory=dict)
+    generator: np.ndarray | None = None
 
 
 class JaxLossRun:
@@ -187,18 +237,15 @@ class JaxLossRun:
         self._statistics = _like(side.statistics, buffers)
         self._state = side.optimizer.init(self._params) if side.state is None else side.state
         self._state_on_torch = self._state
-        has_aux = side.statistics is not None
-        self._gradient = jax.jit(jax.value_and_grad(side.loss, has_aux=has_aux))
+        self._gradient, self.generator = side.value_and_grad(), side.generator
         self._update = jax.jit(side.optimizer.update)
 
     def advance(self, batch: Any, step: int) -> Moment:
         """Train a step."""
-        if self._side.statistics is None:
-            loss, gradient = self._gradient(self._params, batch, step)
-        else:
-            (loss, self._statistics), gradient = self._gradient(
-                self._params, self._statistics, batch, step
-            )
+        self.last_generator = self.generator
+        (loss, (self._statistics, self.generator)), gradient = self._gradient(
+            self._params, self._statistics, self.generator, batch, step
+        )
         updates, self._state = self._update(gradient, self._state, self._params)
         self._params = optax.apply_updates(self._params, updates)
         return Moment(
@@ -207,6 +254,7 @@ class JaxLossRun:
             _numpy(dict(named_leaves(self._statistics))),
             _numpy(dict(named_leaves(gradient))),
             state=dict(named_leaves(self._state)),
+            generator=None if self.generator is None else to_torch(self.generator),
         )
 
     def optimize(self, gradient: Arrays, params: Arrays) -> dict[str, np.ndarray]:
@@ -262,6 +310,7 @@ class JaxStepRun:
             _numpy(buffers),
             averages=None if averages is None else _numpy(averages),
             state=views.read_all(self._state),
+            generator=_generator(self._state),
         )
 
 
@@ -272,10 +321,12 @@ class TorchRun:
         self._side = side
         self.model, self.optimizer = side.model, side.optimizer
         self.averages = side.averages if isinstance(side, TorchStep) else None
+        self.start: np.ndarray | None = None
 
     def advance(self, batch: Any, step: int) -> Moment:
         """Train a step."""
-        side, gradient = self._side, None
+        side, gradient, generator = self._side, None, self._side.generator
+        self.start = None if generator is None else state_of(generator)
         if isinstance(side, TorchStep):
             loss = side.step(side.model, batch, step)
             if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
@@ -303,6 +354,7 @@ class TorchRun:
             {name: copied(b) for name, b in named_buffers(side.model).items()},
             gradient,
             None if averages is None else {name: copied(p) for name, p in averages.items()},
+            generator=None if generator is None else state_of(generator),
         )
 
 
@@ -316,6 +368,13 @@ def named_buffers(model: torch.nn.Module, *, stored: bool = False) -> dict[str, 
 def copied(tensor: torch.Tensor) -> np.ndarray:
     """Return a copy of a tensor, which the next step does not change."""
     return from_torch(tensor).copy()
+
+
+def _generator(state: Any) -> np.ndarray | None:
+    """Return the bytes of the generator of PyTorch in a state of JAX, if it has exactly one."""
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, TorchGenerator))
+    found = [leaf for leaf in leaves if isinstance(leaf, TorchGenerator)]
+    return to_torch(found[0]) if len(found) == 1 else None
 
 
 def _numpy(arrays: Arrays) -> dict[str, np.ndarray]:

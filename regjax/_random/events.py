@@ -38,7 +38,8 @@ class Draw:
     Attributes:
         order: The position of the call in the program, counted from 0. All draws of a dropout
             inside a loop have the same one.
-        key: The two words of its PRNG key.
+        key: The two words of its PRNG key; for a draw of `regjax.torch_random`, the next two words
+            of its stream, which identify the position.
         rate: The dropout rate.
         mask: The mask that was applied, True where an element is kept; of size 1 along dimensions
             that share it.

@@ -16,11 +16,17 @@ import numpy as np
 from jax import lax
 
 from regjax._dropout.core import check_real
+from regjax._random.events import observer
 from regjax._random.xla import rounded
 from regjax.torch_random.cuda import CudaGenerator, cuda_dropout
 from regjax.torch_random.layouts import check_memory_order
 from regjax.torch_random.one_stream import check_one_stream
-from regjax.torch_random.state import TorchGenerator, check_any_generator, check_generator
+from regjax.torch_random.state import (
+    TorchGenerator,
+    check_any_generator,
+    check_generator,
+    next_words,
+)
 from regjax.torch_random.uniforms import (
     HALF_TYPES,
     check_dtype,
@@ -222,7 +228,13 @@ def _apply(
         raise ValueError(f"x must have at least the axes (batch, channels); got shape {x.shape}.")
     shape = (*x.shape[:2], *(1 for _ in x.shape[2:])) if features else x.shape
     noise = (_alpha_noise if alpha else _noise)(rate, x.dtype)
-    return _masked(x, g, keep_threshold(1 - rate), noise, shape, order)
+    operands = x, g, keep_threshold(1 - rate), noise
+    if not (observers := observer()):
+        return _dropped(*operands, shape, order)
+    y, following, keep = _masked(*operands, shape, order)
+    name = ("feature_" * features) + ("alpha_" * alpha) + "dropout"
+    observers.draw(f"torch_random.{name}", next_words(g), rate, keep, x)
+    return y, following
 
 
 def check_inputs(
@@ -253,6 +265,11 @@ def _alpha_noise(rate: float, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(compute(a), dtype), np.stack([dropped, kept])
 
 
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _dropped(*operands: Any) -> tuple[Float[Array, "*shape"], TorchGenerator]:
+    return _masked(*operands)[:2]
+
+
 # Rates are traced arguments, so that one trace serves all of them.
 @functools.partial(jax.jit, static_argnums=(4, 5))
 def _masked(
@@ -262,11 +279,11 @@ def _masked(
     noise: tuple[Float[Any, ""], Float[Any, " two"] | None],
     shape: tuple[int, ...],
     order: tuple[int, ...],
-) -> tuple[Float[Array, "*shape"], TorchGenerator]:
+) -> tuple[Float[Array, "*shape"], TorchGenerator, Bool[Array, "*mask"]]:
     g = check_one_stream(g, lax.stop_gradient(x))
     keep, g = draw_mask(g, threshold, shape, order)
     # The backward pass needs the mask alone; prevent_cse would keep XLA from fusing it.
-    return jax.checkpoint(_combined, prevent_cse=False)(x, keep, *noise), g
+    return jax.checkpoint(_combined, prevent_cse=False)(x, keep, *noise), g, keep
 
 
 def _combined(

@@ -188,12 +188,9 @@ def from_torch(
         True
     """
     needs_gpu = (multiprocessors, threads_per_multiprocessor) != (None, None)
-    gpu = _check_gpu(needs_gpu, multiprocessors, threads_per_multiprocessor)
-    state = _state_bytes(generator_or_state, CUDA_STATE_SIZE if gpu else _STATE.itemsize)
-    if gpu:
-        return from_cuda_bytes(state, *gpu)
-    fields = np.frombuffer(state, _STATE)[0]
-    _check_state(fields)
+    if gpu := _check_gpu(needs_gpu, multiprocessors, threads_per_multiprocessor):
+        return from_cuda_bytes(_state_bytes(generator_or_state, CUDA_STATE_SIZE), *gpu)
+    fields = read_fields(generator_or_state)
     seed, double = (int(fields[name]) for name in ("seed", "double_sample"))
     has_float, has_double = (bool(fields[f"has_{n}_sample"]) for n in ("float", "double"))
     return TorchGenerator(
@@ -284,6 +281,12 @@ def draw_words(g: TorchGenerator, count: int) -> tuple[UInt32[Array, " count"], 
     return words, dataclasses.replace(g, state=state, position=position)
 
 
+def next_words(g: TorchGenerator) -> tuple[UInt32[Array, ""], UInt32[Array, ""]]:
+    """Return the next two words of the stream, the key of a draw in the events of observers."""
+    high, low = draw_words(g, 2)[0]
+    return high, low
+
+
 def draw_longs(g: TorchGenerator, count: int) -> tuple[UInt64[Array, " count"], TorchGenerator]:
     """Return the next `count` 64-bit numbers, and the next state.
 
@@ -300,6 +303,13 @@ def as_longs(words: UInt32[Array, " words"]) -> UInt64[Array, " count"]:
     reversed_longs = lax.bitcast_convert_type(words.reshape(-1, 2), np.uint64)
     shift = np.uint64(32)
     return (reversed_longs << shift) | (reversed_longs >> shift)
+
+
+def read_fields(generator_or_state: Any) -> np.void:
+    """Return the fields of a state on the CPU, as `from_torch` accepts it, after checks."""
+    fields = np.frombuffer(_state_bytes(generator_or_state, _STATE.itemsize), _STATE)[0]
+    _check_state(fields)
+    return fields
 
 
 def _check_gpu(

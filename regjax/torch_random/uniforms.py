@@ -13,6 +13,7 @@ import numpy as np
 
 from regjax._checks import check_floating_dtype, check_number, check_shape
 from regjax._random.bernoulli import check_probability
+from regjax._random.events import observer
 from regjax.torch_random.fma import fused_multiply_add
 from regjax.torch_random.layouts import arranged, check_memory_order
 from regjax.torch_random.state import (
@@ -21,6 +22,7 @@ from regjax.torch_random.state import (
     check_generator,
     draw_longs,
     draw_words,
+    next_words,
 )
 
 if TYPE_CHECKING:
@@ -75,8 +77,12 @@ def bernoulli(
     """
     g, shape = check_generator(g), check_shape("shape", shape)
     order = check_memory_order(memory_order, len(shape))
-    threshold = keep_threshold(concrete_probability("keep_prob", keep_prob))
-    return draw_mask(g, threshold, shape, order)
+    keep_prob = concrete_probability("keep_prob", keep_prob)
+    keep, following = draw_mask(g, keep_threshold(keep_prob), shape, order)
+    if observers := observer():
+        values = keep.astype(np.float32)
+        observers.draw("torch_random.bernoulli", next_words(g), 1 - keep_prob, keep, values)
+    return keep, following
 
 
 def keep_threshold(keep_prob: float) -> UInt32[np.ndarray, " pair"]:
