@@ -26,7 +26,7 @@ def register_optimizer(
     *,
     like: type | str | None = None,
     create: Callable[..., optax.GradientTransformation] | None = None,
-    options: Mapping[str, str] | Sequence[str] = (),
+    options: Mapping[str, str] | Sequence[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
     fixed: Mapping[str, Any] | None = None,
     ignored: Sequence[str] = (),
@@ -90,10 +90,11 @@ def register_optimizer(
         )
     name = torch_class if isinstance(torch_class, str) else _qualified(torch_class)
     home, _, short = name.rpartition(".")
-    if not home:
+    is_name = not isinstance(torch_class, str) or all(map(str.isidentifier, name.split(".")))
+    if not home or not is_name:
         raise ValueError(
             f"torch_class must be a class or its qualified name; got '{name}'. Pass "
-            f"'package.module.{name}'."
+            "'package.module.Class'."
         )
     if f"{home}.".startswith(f"{_HOME}.") and short in RECORDS:
         raise ValueError(
@@ -190,7 +191,7 @@ def _created(
         raise ValueError(
             f"defaults must be None with create; got {defaults}. Give create the values itself."
         )
-    if not isinstance(options, Mapping):
+    if options is not None and not isinstance(options, Mapping):
         options = {option: option for option in _names("options", options)}
     names = _mapping("options", options)
     return Record(
@@ -221,7 +222,7 @@ def _names(argument: str, value: Any) -> tuple[str, ...]:
 
 
 def _mapping(argument: str, value: Any) -> dict[str, Any]:
-    if value is None or value == ():
+    if value is None or (isinstance(value, tuple) and not value):
         return {}
     if not isinstance(value, Mapping):
         raise TypeError(f"{argument} must be a mapping; got {describe(value)}.")

@@ -98,7 +98,7 @@ OTHER: dict[str, dict[str, str]] = {
     "interop.params_from_torch": {"params": "", "names": "dict"},
     "interop.leaves_from_torch": {"params": "", "names": "dict"},
     "interop.optimizer_from_torch": {"model": "None", "steps": "None"},
-    "interop.register_optimizer": {"create": "None", "options": "dict", "step": "None"},
+    "interop.register_optimizer": {"create": "None", "options": "dict None", "step": "None"},
     "interop.schedule_from_torch": {"scheduler": "", "steps": "None"},
     "interop.schedule_from_torch of LambdaLR": {"scheduler": "", "steps": ""},
     "interop.state_from_torch": {"model": "None", "steps": "None", "step": "None", "params": ""},
@@ -172,6 +172,7 @@ def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
         "l2_penalty": {"params": tree, "weight_decay": 0.1, "mask": None},
         "elastic_net_penalty": {"params": tree, "l1": 0.1, "l2": 0.1, "mask": None},
         "l2_sp_penalty": {"params": tree, "reference": tree, "weight_decay": 0.1, "mask": None},
+        "audit_masks": {"masks": {"a": ones((8,)) > 0}, "rates": 0.5, "equal": ()},
         "check_dropout": {"train_step": _nothing, "evaluate": None, "expect": (), "allow": ()},
     }.items():
         yield name, getattr(library, name), arguments
