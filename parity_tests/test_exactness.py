@@ -181,6 +181,7 @@ def test_command_writes_its_findings(tmp_path, capsys):
     assert "5 of 5 comparisons within bounds" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("equal_bits")
 def test_command_fails_where_a_bound_is_broken(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(_descent, "rounded_product", lambda x, factor: 1.001 * factor * x)

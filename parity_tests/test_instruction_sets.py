@@ -23,7 +23,10 @@ def host() -> str:
     return instruction_sets.host_level()
 
 
-@pytest.mark.parametrize("setting", CORE, ids=str)
+# `make test-isa` runs every setting.
+@pytest.mark.parametrize(
+    "setting", [CORE[0], pytest.param(CORE[1], marks=pytest.mark.slow)], ids=str
+)
 def test_core_promises_under_other_instruction_sets(setting):
     if reason := setting.missing(host()):
         pytest.skip(f"this CPU {reason}")

@@ -121,7 +121,7 @@ GROUPS = {
 
 
 @pytest.mark.parametrize(
-    "group", [pytest.param(g, marks=[pytest.mark.slow] * ("one row" in g)) for g in GROUPS]
+    "group", [pytest.param(g, marks=[pytest.mark.slow] * (g != "functions")) for g in GROUPS]
 )
 def test_a_symbolic_batch_has_the_masks_of_the_actual_one(group):
     """A program of all functions of a group has the same zeros and values when exported."""
