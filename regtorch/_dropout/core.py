@@ -55,7 +55,7 @@ def dropout(
         broadcast_dims: Dimensions along which one mask is shared, such as `(1,)` for the same mask
             at every timestep of (batch, time, features).
         sampler: The function that draws the mask: `bernoulli`, `packed_bernoulli`, or any function
-            with their arguments.
+            with their arguments. `by_example(examples)` draws a part of a batch as in the whole.
 
     Returns:
         A tensor of the shape, dtype, device and memory layout of `x`.
@@ -185,7 +185,9 @@ class SampledMask:
     def split(self) -> tuple[SampledMask, Tensor | None]:
         """Return the kind without tensors, and the tensor that the mask depends on."""
         sampler, given = self.sampler.split()
-        return (self, None) if given is None else (dataclasses.replace(self, sampler=sampler), given)
+        return (
+            (self, None) if given is None else (dataclasses.replace(self, sampler=sampler), given)
+        )
 
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
