@@ -10,12 +10,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 import regjax
 
 ROOT, ROWS = jax.random.key(0), PartitionSpec("data")
-# The sites whose masks differ in each run.
-WRONG = {
-    "2 devices": {"hash", "count", "index"},
-    "4 devices": {"hash", "count", "index"},
-    "restart": {"hash", "counter"},
-}
 calls = itertools.count()
 
 

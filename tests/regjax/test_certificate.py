@@ -1,6 +1,12 @@
 """A certificate finds every mask that the number of devices or a restart changes."""
 
+import doctest
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +17,11 @@ import regjax
 from regjax import _certificate as certificate
 from tests.regjax import certified_runs
 
+# The sites whose masks differ from those on one device, in each run.
+WRONG = {"4 devices": {"hash", "count", "index"}, "restart": {"hash", "counter"}}
 
+
+@pytest.mark.slow
 def test_wrong_keys_are_found_in_every_run():
     runs = []
     found = regjax.certify_masks(certified_runs.train, devices=(1, 4), progress=runs.append)
@@ -19,15 +29,14 @@ def test_wrong_keys_are_found_in_every_run():
     assert {row.site for row in found.rows} == {
         *("hidden", "features", "layers", "counter", "hash", "count", "index", "rows")
     }
-    for run, wrong in certified_runs.WRONG.items():
-        assert {row.site for row, name in found.differences if name == run} == (
-            wrong if run in runs else set()
-        )
+    for run, sites in WRONG.items():
+        assert {row.site for row, name in found.differences if name == run} == sites
     assert {row.step for row, _ in found.differences} == {0, 1}
     text = str(found)
     assert "same rows" in next(line for line in text.splitlines() if "rows " in line)
-    assert "9 of 16 masks differ; the first is that of 'hash' in step 0, 4 devices." in text
-    with pytest.raises(AssertionError, match="9 of 16 masks differ"):
+    summary = "7 of 16 masks differ; the first is that of 'hash' in step 0, 4 devices."
+    assert summary in text
+    with pytest.raises(AssertionError, match=summary):
         found.raise_if_different()
 
 
@@ -84,6 +93,24 @@ def test_places_without_names():
     assert first[place] == first[f"{place}, mask 2"] != second[place]
 
 
+def test_every_run_is_compared_with_the_first(monkeypatch):
+    runs = {(1, 0): "aa", (2, 0): "ab", (1, 1): "c"}
+    monkeypatch.setattr(
+        certificate,
+        "_in_new_process",
+        lambda _platform, _train, count, start, _stop: [
+            {"site": hashed(MASK ^ (np.arange(64) == ord(mask) - 96))}
+            for mask in runs[count, start]
+        ],
+    )
+    found = regjax.certify_masks(masks, devices=(1, 2))
+    assert [(row.step, run) for row, run in found.differences] == [(1, "2 devices"), (1, "restart")]
+
+
+def any_value(value: Any) -> Any:
+    return value
+
+
 def unyielding(devices, start, stop):
     return None
 
@@ -92,12 +119,12 @@ def unyielding(devices, start, stop):
     ("call", "error", "message"),
     [
         (lambda: regjax.certify_masks(lambda *_: iter([])), ValueError, "top level of a module"),
-        (lambda: regjax.certify_masks(3), TypeError, "train"),
+        (lambda: regjax.certify_masks(any_value(3)), TypeError, "train"),
         (lambda: regjax.certify_masks(masks, devices=(1, 0)), ValueError, r"devices .* \(1, 0\)"),
         (lambda: regjax.certify_masks(masks, devices=(2, 2)), ValueError, "distinct"),
         (lambda: regjax.certify_masks(masks, devices=()), ValueError, "devices must"),
         (lambda: regjax.certify_masks(masks, steps=1), ValueError, "steps"),
-        (lambda: regjax.certify_masks(masks, platform=None), TypeError, "platform"),
+        (lambda: regjax.certify_masks(masks, platform=any_value(None)), TypeError, "platform"),
         (lambda: certificate._hashes(masks, 99, 0, 1), ValueError, "devices must .* got 99"),
         (lambda: certificate._hashes(unyielding, 1, 0, 1), TypeError, "Add `yield`"),
         (lambda: certificate._hashes(lambda *_: iter([0]), 1, 0, 2), ValueError, "got only 1"),
@@ -123,3 +150,18 @@ def test_a_process_that_dies_is_an_error():
 def test_a_step_without_masks_is_an_error():
     with pytest.raises(ValueError, match="train must draw masks"):
         regjax.certify_masks(certified_runs.draws_nothing, devices=(1,))
+
+
+@pytest.mark.slow
+def test_the_example_is_a_script_with_this_output(tmp_path):
+    examples = doctest.DocTestParser().get_examples(regjax.certify_masks.__doc__ or "")
+    script = tmp_path / "train.py"
+    script.write_text("".join(example.source for example in examples))
+    run = subprocess.run(
+        [sys.executable, script],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+    )
+    assert run.stdout.split() == examples[-1].want.split()
