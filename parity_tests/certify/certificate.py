@@ -57,9 +57,9 @@ class Row:
 
     def count(self, compared: int, differing: int, unequal: int | None = None) -> None:
         """Include numbers of items."""
-        self.compared += compared
-        self.differing += differing
-        self.unequal += differing if unequal is None else unequal
+        self.compared += int(compared)
+        self.differing += int(differing)
+        self.unequal += int(differing if unequal is None else unequal)
 
     def differ(self, step: int, where: str, detail: str) -> None:
         """Record a difference; only the first one keeps its place and words."""
