@@ -93,7 +93,7 @@ class First:
     def __str__(self) -> str:
         """Return one sentence."""
         when = f"at step {self.step}" if self.step else "before the first step"
-        place = f" '{self.where}'" if self.where else ""
+        place = f" of '{self.where}'" if self.where else ""
         return f"JAX and PyTorch diverge {when}, in the {self.quantity}{place}: {self.detail}"
 
 

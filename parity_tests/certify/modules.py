@@ -41,7 +41,10 @@ class Modules:
 
 def _outermost() -> list[torch.nn.Module]:
     """Return the modules that are in no other one."""
-    # By type, because `isinstance` would call properties of unrelated objects.
-    modules = [each for each in gc.get_objects() if issubclass(type(each), torch.nn.Module)]
+    # By type, because `isinstance` would call properties of unrelated objects; there are millions
+    # of objects, and few types.
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, torch.nn.Module)}
+    modules = [each for each in objects if type(each) in kinds]
     inner = {id(child) for module in modules for child in module._modules.values()}
     return [module for module in modules if id(module) not in inner]

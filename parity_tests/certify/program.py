@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
     from parity_tests.certify import writing
     from parity_tests.certify.errors import InputError, ProgramError
 
+    # Before the runs, which may take so long that someone edits a file.
+    digests = {path: writing.digest(path) for path in (options.script, options.port)}
     try:
         certificate = _certified(options, words[end + 1 :], console)
     except InputError as error:
@@ -62,14 +64,12 @@ def main(argv: Sequence[str]) -> int:
     missing = [f"{r.name}: {r.detail}" for r in certificate.rows if r.result == "not compared"]
     for line in (*missing, *certificate.notes, certificate.conclusion):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-    for path in writing.write(options.out, certificate, [*COMMAND.split(), *words]):
+    for path in writing.write(options.out, certificate, digests, [*COMMAND.split(), *words]):
         console.print(f"written: {path}", soft_wrap=True)
     return 0 if certificate.result == "agrees" else 1
 
 
-def _certified(
-    options: argparse.Namespace, args: Sequence[str], console: Console
-) -> Certificate:
+def _certified(options: argparse.Namespace, args: Sequence[str], console: Console) -> Certificate:
     from parity_tests.certify.comparison import certify
     from parity_tests.certify.port import run_port
     from parity_tests.certify.script import run_script
@@ -132,7 +132,9 @@ def _table(certificate: Certificate) -> Table:
     shown = [heading for heading in writing.HEADINGS if heading != "not equal"]
     for heading in shown:
         is_number = heading in ("differ", "largest", "bound")
-        table.add_column(heading, justify="right" if is_number else "left", no_wrap=True)
+        # Of all columns, only the last one is folded if the terminal is narrow.
+        justify, no_wrap = "right" if is_number else "left", heading != "where"
+        table.add_column(heading, justify=justify, no_wrap=no_wrap, overflow="fold")
     for row in certificate.rows:
         written = dict(zip(writing.HEADINGS, writing.cells(row), strict=True))
         table.add_row(*(written[heading] for heading in shown), style=_STYLES[row.result])

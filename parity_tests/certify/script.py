@@ -136,7 +136,7 @@ def run_script(
         except Exception as error:
             raise ProgramError(path, error) from None
     notes = [
-        f"The script draws from {name}, whose numbers are not compared."
+        f"The script uses {name}, whose numbers are not compared."
         for name, state in _states_of_other_generators().items()
         if state != generators[name]
     ]

@@ -15,7 +15,8 @@ The JSON has these entries, and `"format"` grows by 1 if one of them changes its
 | `notes` | a list of sentences |
 | `files` | by `"script"` and `"port"`: `path` and `sha256` |
 | `command`, `date` | a list of words, and the time in UTC |
-| `versions`, `cpu` | by package, and the instruction set by framework |
+| `versions`, `instruction_sets` | by package, and by framework |
+| `platform` | the operating system and the machine |
 
 Numbers that JSON does not have, NaN and infinities, are null.
 """
@@ -28,8 +29,9 @@ import hashlib
 import html
 import json
 import math
+import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +66,15 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def as_record(certificate: Certificate, command: Sequence[str]) -> dict[str, Any]:
-    """Return the entries of the JSON."""
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def as_record(
+    certificate: Certificate, digests: Mapping[Path, str], command: Sequence[str]
+) -> dict[str, Any]:
+    """Return the entries of the JSON; `digests` are those of both files as they ran."""
     files = {"script": certificate.script, "port": certificate.port}
     return {
         "format": FORMAT,
@@ -81,13 +90,13 @@ def as_record(certificate: Certificate, command: Sequence[str]) -> dict[str, Any
         "losses": [list(pair) for pair in certificate.losses],
         "notes": list(certificate.notes),
         "files": {
-            name: {"path": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-            for name, path in files.items()
+            name: {"path": str(path), "sha256": digests[path]} for name, path in files.items()
         },
         "command": list(command),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "cpu": levels(),
+        "platform": platform.platform(),
+        "instruction_sets": levels(),
     }
 
 
@@ -103,7 +112,8 @@ def as_html(certificate: Certificate, record: dict[str, Any]) -> str:
         ("command", shlex.join(record["command"])),
         ("date", record["date"]),
         ("versions", ", ".join(f"{name} {v}" for name, v in record["versions"].items())),
-        ("instruction set", ", ".join(f"{n} {v}" for n, v in record["cpu"].items()) or "unknown"),
+        ("platform", record["platform"]),
+        ("instruction sets", ", ".join(f"{n} {v}" for n, v in record["instruction_sets"].items()) or "unknown"),
     ]
     parts = [
         f'<p class="{certificate.result}">{html.escape(certificate.conclusion)}</p>',
@@ -141,9 +151,11 @@ def _plot(certificate: Certificate) -> str:
     return f"<h2>Step by step</h2>\n{pages.image(figure, text)}"
 
 
-def write(folder: Path, certificate: Certificate, command: Sequence[str]) -> list[Path]:
+def write(
+    folder: Path, certificate: Certificate, digests: Mapping[Path, str], command: Sequence[str]
+) -> list[Path]:
     """Write `certificate.json` and `certificate.html`; return the paths."""
-    record = as_record(certificate, command)
+    record = as_record(certificate, digests, command)
     paths = [folder / "certificate.json", folder / "certificate.html"]
     text = json.dumps(_without_infinities(record), indent=1, allow_nan=False)
     write_atomically(paths[0], text + "\n")
