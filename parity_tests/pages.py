@@ -24,7 +24,7 @@ body {{ margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }}
 table {{ border-collapse: collapse; font-size: 14px; width: 100% }}
 th, td {{ border-bottom: 1px solid #ccc; padding: .35rem .6rem; text-align: left }}
 th {{ vertical-align: bottom }} td {{ vertical-align: top }}
-code {{ overflow-wrap: anywhere }}
+dd {{ overflow-wrap: anywhere }}
 .agrees {{ color: #00602b }} .differs {{ color: #b00020; font-weight: bold }}
 .incomplete {{ color: #7a4a00; font-weight: bold }}
 .skipped {{ color: #666 }} img {{ max-width: 100% }}

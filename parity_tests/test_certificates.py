@@ -102,9 +102,16 @@ def test_equal_runs_agree_in_every_row(script, port):
     counts = {row.name: row.compared for row in found.rows}
     parameters = sum(array.size for array in script.initial.values())
     assert counts == {
-        **{"steps": 6, "seed": 7, "initial weights": parameters, "batch order": 20},
-        **{"masks": 20 * 12, "generator": 6, "losses": 6, "buffers": 6 * 12},
-        **{"updates": 6 * 8, "parameters": 6 * parameters},
+        "steps": 6,
+        "seed": 7,
+        "initial weights": parameters,
+        "batch order": 20,
+        "masks": 20 * 12,
+        "generator": 6,
+        "losses": 6,
+        "buffers": 6 * 12,
+        "updates": 6 * 8,
+        "parameters": 6 * parameters,
     }
     assert found.conclusion == (
         "Certified: JAX trains as the PyTorch script does in 6 steps from the seed 3."
@@ -182,7 +189,7 @@ PLANTED = {
         (2, "masks", "4", "PyTorch draws a mask of shape [4, 6] at rate 0.5 here, and JAX does"),
     ),
     "an element of a mask": (
-        lambda port: change(port, 2, masks=with_mask(1, mask=lambda m: m ^ (m.cumsum() == 1))),
+        lambda port: change(port, 2, masks=with_mask(1, mask=lambda m: np.roll(m, 1))),
         (2, "masks", "4", "elements of the mask differ"),
     ),
     "the generator of the step before": (
@@ -248,7 +255,7 @@ def test_a_bound_separates_rounding_from_a_difference(script, port):
     assert found.result == "agrees"
     row = row_of(found, "losses")
     assert (row.differing, row.unequal, row.step) == (0, 1, 3)
-    assert row.largest == pytest.approx(1e-7, rel=1e-3)
+    assert row.largest == pytest.approx(1e-7, rel=0.2)
     assert row.by_step[:2] == [0, 0]
     assert row_of(certified(script, port, tolerance=1e-9), "losses").result == "differs"
 
@@ -334,7 +341,7 @@ def test_the_tolerance_follows_the_coarsest_dtype(script, port):
 
 def written(script, port, folder, **options) -> tuple[dict, str]:
     found = certified(script, port, **options)
-    paths = writing.write(folder, found, {path: "ab12" for path in PATHS}, ["python", "a b"])
+    paths = writing.write(folder, found, dict.fromkeys(PATHS, "ab12"), ["python", "a b"])
     assert [path.name for path in paths] == ["certificate.json", "certificate.html"]
     return json.loads(paths[0].read_text()), paths[1].read_text()
 

@@ -59,9 +59,7 @@ def test_a_script_is_observed(observe):
     run = observe()
     assert np.array_equal(run.steps[-1].state, torch.get_rng_state().numpy())
     torch.manual_seed(3)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(4, 3), torch.nn.Dropout(0.5), torch.nn.Linear(3, 2)
-    )
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout(0.5), torch.nn.Linear(3, 2))
     assert (run.seed, run.ended, run.has_loader, run.notes) == (3, True, True, [])
     assert list(run.initial) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     for name, tensor in model.named_parameters():

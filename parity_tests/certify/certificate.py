@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 AGREES, DIFFERS, NOT_COMPARED, NONE = "agrees", "differs", "not compared", "none"
 INCOMPLETE = "incomplete"
 
@@ -51,8 +53,8 @@ class Row:
     def add(self, step: int, apart: Any, where: str) -> None:
         """Include the largest deviation of a step."""
         self.by_step.append(float(apart))
-        # `not <=` instead of `>`, so that NaN is the largest.
-        if self.largest is None or not apart <= self.largest:
+        # The first NaN is the largest.
+        if self.largest is None or not (apart <= self.largest or np.isnan(self.largest)):
             self.largest, self.step, self.where = float(apart), step, where
 
     def count(self, compared: int, differing: int, unequal: int | None = None) -> None:

@@ -247,7 +247,7 @@ class _Comparison:
     def _compare_arrays(
         self, step: int, quantity: str, names: Names, here: Arrays, there: Arrays, explain: Explain
     ) -> None:
-        row = self._rows[quantity]
+        row, here = self._rows[quantity], {path: here[path] for path in there}
         labels = {path: names.leaves[path].name for path in there}
         beyond = self._tally(step, row, here, there, labels)
         if beyond:

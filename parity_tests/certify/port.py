@@ -34,7 +34,7 @@ from parity_tests.recording import Drawn, Recorder
 from parity_tests.sides import named_buffers
 from regjax._decay.paths import named_leaves
 from regjax.interop import Leaf, leaves_from_torch
-from regjax.interop._leaves import as_leaves, named_tensors
+from regjax.interop._leaves import as_leaves, check_names, named_tensors
 from regjax.torch_random import TorchGenerator, to_torch
 from regshared.checks import describe
 
@@ -142,7 +142,8 @@ def _iterated(path: Path, train: Any, seed: int) -> Iterator[Any]:
 def _check(path: Path, number: int, values: Any) -> None:
     what = f"{path} must yield dictionaries with 'params'"
     if not isinstance(values, Mapping) or "params" not in values:
-        got = f"the keys {[*values]}" if isinstance(values, Mapping) else describe(values)
+        kind = f"a value of type {type(values).__name__}"
+        got = f"the keys {[*values]}" if isinstance(values, Mapping) else kind
         raise InputError(f"{what}; got {got} for step {number}. {_HELP}")
     if unknown := [key for key in values if key not in _KEYS]:
         raise InputError(
@@ -187,13 +188,10 @@ def _names(path: Path, tree: Any, params: Arrays, module: ModuleType, script: Sc
     """Return the names of all arrays, after a check of their shapes."""
     tensors = named_tensors(script.model)
     known: dict[str, Any] = {**named_buffers(script.model), **tensors}
-    given = getattr(module, "names", {})
-    if not given and isinstance(tree, Mapping) and tree.keys() <= known.keys():
-        leaves = {name: Leaf(name) for name in params}
-    else:
+    leaves = {name: Leaf(name) for name in params}
+    if hasattr(module, "names") or not params.keys() <= known.keys():
         try:
-            is_complete = params.keys() <= given.keys()
-            leaves = as_leaves(given) if is_complete else leaves_from_torch(script.model, tree, given)
+            leaves = _leaves(tree, params, getattr(module, "names", {}), script)
         except (TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{path} must yield the parameters of the script: {reason}") from None
@@ -217,3 +215,10 @@ def _names(path: Path, tree: Any, params: Arrays, module: ModuleType, script: Sc
             )
     buffers = [name for name in params if leaves[name].name not in tensors]
     return Names(leaves, [name for name in params if name not in buffers], buffers)
+
+
+def _leaves(tree: Any, params: Arrays, names: Any, script: ScriptRun) -> Mapping[str, Leaf]:
+    check_names(names)
+    if params.keys() <= names.keys():
+        return as_leaves(names)
+    return leaves_from_torch(script.model, tree, names)

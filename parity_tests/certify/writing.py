@@ -52,7 +52,9 @@ _CLASSES = {"not compared": "incomplete", "none": "skipped"}
 def cells(row: Row) -> list[str]:
     """Return the cells of a row under HEADINGS, without its detail."""
     where = " ".join(
-        filter(None, [f"step {row.step}" if row.step is not None and row.compared else "", row.where])
+        filter(
+            None, [f"step {row.step}" if row.step is not None and row.compared else "", row.where]
+        )
     )
     return [
         row.name,
@@ -113,7 +115,10 @@ def as_html(certificate: Certificate, record: dict[str, Any]) -> str:
         ("date", record["date"]),
         ("versions", ", ".join(f"{name} {v}" for name, v in record["versions"].items())),
         ("platform", record["platform"]),
-        ("instruction sets", ", ".join(f"{n} {v}" for n, v in record["instruction_sets"].items()) or "unknown"),
+        (
+            "instruction sets",
+            ", ".join(f"{n} {v}" for n, v in record["instruction_sets"].items()) or "unknown",
+        ),
     ]
     parts = [
         f'<p class="{certificate.result}">{html.escape(certificate.conclusion)}</p>',
@@ -133,7 +138,9 @@ def as_html(certificate: Certificate, record: dict[str, Any]) -> str:
 
 def _plot(certificate: Certificate) -> str:
     """Return the losses and the deviations step by step; without matplotlib, an empty string."""
-    shown = [r for r in certificate.rows if r.name in ("losses", "buffers", "updates", "parameters")]
+    shown = [
+        r for r in certificate.rows if r.name in ("losses", "buffers", "updates", "parameters")
+    ]
     deviations = {row.name: row.by_step for row in shown if row.compared}
     lengths = {len(values) for values in deviations.values()} | {len(certificate.losses)}
     if len(lengths) != 1 or not certificate.losses:
