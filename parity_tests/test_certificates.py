@@ -243,6 +243,7 @@ def test_a_planted_difference_is_found_at_its_place(script, port, defect):
     plant(port)
     found = certified(script, port)
     assert found.result == "differs"
+    assert found.first is not None
     assert [found.first.step, found.first.quantity, found.first.where] == place
     assert words in found.first.detail
     assert results(found)[found.first.quantity] == "differs"
@@ -356,7 +357,7 @@ KEYS = (
 def test_the_json_has_the_documented_entries(script, port, tmp_path):
     record, _ = written(script, port, tmp_path)
     assert tuple(record) == KEYS
-    listed = writing.__doc__.partition("| entry")[2]
+    listed = str(writing.__doc__).partition("| entry")[2]
     assert all(f"`{key}`" in listed for key in KEYS)
     assert list(record["rows"][0]) == [field.name for field in dataclasses.fields(Row)]
     assert (record["format"], record["result"], record["seed"]) == (1, "agrees", 3)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import textwrap
 
 import numpy as np
 import pytest
 import torch
-from torch.optim import optimizer
+from torch.optim import optimizer  # pyright: ignore[reportAttributeAccessIssue]  a module
 from torch.utils.data import dataloader
 
 from parity_tests.certify.errors import InputError
@@ -74,7 +75,7 @@ def test_a_script_is_observed(observe):
     functions = [draw.function for draw in run.steps[0].draws]
     assert functions == [*["uniform_"] * 4, "random_", "random_", "bernoulli_"]
     moved = [step.params["0.weight"] for step in run.steps]
-    assert all((one != other).any() for one, other in zip(moved, moved[1:], strict=False))
+    assert all((one != other).any() for one, other in itertools.pairwise(moved))
 
 
 def test_nothing_stays_observed(observe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def recorded(tmp_path_factory):
     (folder / "script.py").write_text(SCRIPT)
     with torch.random.fork_rng(devices=[]):
         run = run_script(folder / "script.py", steps=20)
-    kept = {f"0.{name}": array for name, array in run.initial.items()}
+    kept: dict[str, Any] = {f"0.{name}": array for name, array in run.initial.items()}
     kept |= {"0.loss": 0, "0.batch": 0, "0.state": run.steps[0].state}
     for number, step in enumerate(run.steps, start=1):
         kept |= {f"{number}.{name}": array for name, array in step.params.items()}
@@ -104,7 +105,7 @@ def write_port(recorded):
     return written
 
 
-def exit_code(folder, *options) -> int:
+def exit_code(folder, *options) -> Any:
     """Return the exit code of the command, which ends by an exception if an argument is wrong."""
     words = ["certify", str(folder / "script.py"), str(folder / "port.py"), *map(str, options)]
     try:
@@ -278,6 +279,7 @@ def test_a_port_may_have_names_and_layouts_of_its_own(recorded, write_port):
     assert {row.where for row in found.rows} <= {"", "weight", "bias"}
     path.write_text(path.read_text().replace(".T", ".T * 2"))
     found = certify((folder / "script.py", path), run, run_port(path, run))
+    assert found.first is not None
     assert (found.first.quantity, found.first.where) == ("initial weights", "weight")
 
 
@@ -347,8 +349,8 @@ def example():
 @pytest.mark.parametrize("defect", [None, *PLANTED])
 def test_a_defect_of_a_program_is_found(example, tmp_path, defect):
     text = (EXAMPLES / "jax_step.py").read_text()
+    (old, new), (*place, words) = PLANTED.get(defect, (("", ""), ((), "")))
     if defect:
-        (old, new), (*place, words) = PLANTED[defect]
         assert text.count(old) == 1
         text = text.replace(old, new.replace("(generator,", "(torch_random.generator(seed),"))
     path = tmp_path / "jax_step.py"
@@ -359,6 +361,7 @@ def test_a_defect_of_a_program_is_found(example, tmp_path, defect):
         assert found.result == "agrees"
         return
     assert found.result == "differs"
+    assert found.first is not None
     assert [found.first.step, found.first.quantity, found.first.where] == place
     assert words in found.first.detail
 

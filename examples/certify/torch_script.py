@@ -17,9 +17,11 @@ data = TensorDataset(torch.from_numpy(inputs), torch.from_numpy(labels))
 loader = DataLoader(data, batch_size=32, shuffle=True)
 
 for epoch in range(3):
+    total = 0.0
     for x, y in loader:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
-    print(f"epoch {epoch}: loss {loss.item():.4f}")
+        total += loss.item()
+    print(f"epoch {epoch}: mean loss {total / len(loader):.4f}")

@@ -232,14 +232,18 @@ class _Comparison:
     def _compare_updates(self, step: int, names: Names, here: Arrays, there: Arrays) -> None:
         """Compare the changes of the parameters, which are small beside them."""
         row, bound = self._rows["updates"], self._rows["updates"].bound or 0.0
-        pairs = zip((here, there), self._previous, strict=True)
-        moved = [{p: _wide(after[p]) - _wide(before[p]) for p in there} for after, before in pairs]
+        before = self._previous
+        moved = (
+            {path: _wide(here[path]) - _wide(before[0][path]) for path in there},
+            {path: _wide(there[path]) - _wide(before[1][path]) for path in there},
+        )
         noise = Noise(self._tier.eps)
         apart = verdicts.deviations("update", *moved, self._tier, bound, noise, there)
         beyond = [path for path, value in apart.items() if not value <= bound]
         worst = compare.furthest(apart)
         where = names.leaves[worst].name
-        row.count(len(apart), len(beyond), sum(np.any(moved[0][p] != moved[1][p]) for p in apart))
+        unequal = [path for path in apart if not np.array_equal(moved[0][path], moved[1][path])]
+        row.count(len(apart), len(beyond), len(unequal))
         row.add(step, apart[worst], where)
         if beyond:
             self._differ(step, row, where, causes.describe("update", worst, *moved, beyond, bound))

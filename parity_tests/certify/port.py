@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,7 +80,7 @@ class Names:
         return {path: self.leaves[path].to_jax(in_torch[self.leaves[path].name]) for path in paths}
 
 
-def run_port(path: Path, script: ScriptRun) -> Iterator[tuple[Names, PortStep]]:
+def run_port(path: Path, script: ScriptRun) -> Generator[tuple[Names, PortStep]]:
     """Yield the state of a port before the first step, and after each step.
 
     Args:

@@ -136,6 +136,6 @@ def _table(certificate: Certificate) -> Table:
         justify, no_wrap = "right" if is_number else "left", heading != "where"
         table.add_column(heading, justify=justify, no_wrap=no_wrap, overflow="fold")
     for row in certificate.rows:
-        written = dict(zip(writing.HEADINGS, writing.cells(row), strict=True))
-        table.add_row(*(written[heading] for heading in shown), style=_STYLES[row.result])
+        written = zip(writing.HEADINGS, writing.cells(row), strict=True)
+        table.add_row(*(c for heading, c in written if heading in shown), style=_STYLES[row.result])
     return table

@@ -46,10 +46,9 @@ def initial_difference(
         parts.append(f"JAX has the numbers of PyTorch's '{twin}': look at the order of the layers")
     elif here.size > 1 and np.allclose(np.sort(here, axis=None), np.sort(there, axis=None)):
         parts.append("the same numbers in another order: look at the order of the axes")
-    elif is_scaled := causes.describe("", name, in_jax, in_torch, [*beyond], bound).split(
-        "JAX has "
-    ):
-        parts += [f"JAX has {factor}" for factor in is_scaled[1:]]
+    else:
+        found = causes.describe("", name, in_jax, in_torch, [*beyond], bound)
+        parts += [part for part in found.split("; ") if part.startswith("JAX has ")]
     if len(parts) == 1 and (drawn := [str(draw) for draw in draws if draw.rate is None]):
         listed = ", ".join(text.removesuffix(" in '(outside the model)'") for text in drawn[:SHOWN])
         more = ", ..." if len(drawn) > SHOWN else ""

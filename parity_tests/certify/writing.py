@@ -45,17 +45,15 @@ from regshared.versions import versions
 
 FORMAT = 1
 HEADINGS = ("quantity", "result", "compared", "differ", "not equal", "largest", "bound", "where")
+PLOTTED = ("losses", "buffers", "updates", "parameters")
 # The classes of results that pages have a color for.
 _CLASSES = {"not compared": "incomplete", "none": "skipped"}
 
 
 def cells(row: Row) -> list[str]:
     """Return the cells of a row under HEADINGS, without its detail."""
-    where = " ".join(
-        filter(
-            None, [f"step {row.step}" if row.step is not None and row.compared else "", row.where]
-        )
-    )
+    step = f"step {row.step}" if row.step is not None and row.compared else ""
+    where = " ".join(filter(None, [step, row.where]))
     return [
         row.name,
         row.result,
@@ -113,12 +111,9 @@ def as_html(certificate: Certificate, record: dict[str, Any]) -> str:
         *((name, f"{f['path']}, SHA-256 {f['sha256']}") for name, f in record["files"].items()),
         ("command", shlex.join(record["command"])),
         ("date", record["date"]),
-        ("versions", ", ".join(f"{name} {v}" for name, v in record["versions"].items())),
+        ("versions", _listed(record["versions"])),
         ("platform", record["platform"]),
-        (
-            "instruction sets",
-            ", ".join(f"{n} {v}" for n, v in record["instruction_sets"].items()) or "unknown",
-        ),
+        ("instruction sets", _listed(record["instruction_sets"]) or "unknown"),
     ]
     parts = [
         f'<p class="{certificate.result}">{html.escape(certificate.conclusion)}</p>',
@@ -136,12 +131,14 @@ def as_html(certificate: Certificate, record: dict[str, Any]) -> str:
     return pages.page(title, "\n".join(filter(None, parts)))
 
 
+def _listed(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def _plot(certificate: Certificate) -> str:
     """Return the losses and the deviations step by step; without matplotlib, an empty string."""
-    shown = [
-        r for r in certificate.rows if r.name in ("losses", "buffers", "updates", "parameters")
-    ]
-    deviations = {row.name: row.by_step for row in shown if row.compared}
+    shown = [row for row in certificate.rows if row.name in PLOTTED and row.compared]
+    deviations = {row.name: row.by_step for row in shown}
     lengths = {len(values) for values in deviations.values()} | {len(certificate.losses)}
     if len(lengths) != 1 or not certificate.losses:
         return ""  # a row without a value at some step
