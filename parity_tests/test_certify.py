@@ -194,6 +194,14 @@ REFUSED = {
         (STEP, f"{STEP}        torch.optim.Adam(model.parameters()).step()\n"),
         "must train with one optimizer; got two: SGD, Adam.",
     ),
+    "a compiled model": (
+        ("optimizer = ", "compiled = torch.compile(model)\noptimizer = "),
+        "must not call torch.compile, whose programs draw other masks, and are not compiled",
+    ),
+    "a model that is compiled in place": (
+        ("optimizer = ", "model.compile()\noptimizer = "),
+        "must not call torch.compile",
+    ),
     "no module": (
         ("model.parameters(), lr", "[*model.parameters(), torch.ones(2, requires_grad=True)], lr"),
         "must train parameters of one module",

@@ -19,7 +19,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -180,6 +180,7 @@ class _Observer:
         loaders = _BaseDataLoaderIter
         try:
             with (
+                _wrapped(torch, "compile", lambda compile: self._refuse_compilation),
                 _wrapped(torch.autograd, "backward", self._backward),
                 _wrapped(loaders, "_next_index", lambda next_: _queued(next_, queues)),
                 _wrapped(loaders, "_reset", lambda reset: _emptied(reset, queues)),
@@ -226,9 +227,16 @@ class _Observer:
             [*notes, *early],
         )
 
-    def _refuse(self, problem: str) -> None:
+    def _refuse(self, problem: str) -> NoReturn:
         self._problem = self._problem or problem
         raise _Stop
+
+    def _refuse_compilation(self, *args: Any, **kwargs: Any) -> NoReturn:
+        del args, kwargs
+        self._refuse(
+            "not call torch.compile, whose programs draw other masks, and are not compiled while "
+            "they are observed; got a call."
+        )
 
     def _enter(self, module: torch.nn.Module) -> str | None:
         self.settle()
