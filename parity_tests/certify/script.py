@@ -180,7 +180,7 @@ class _Observer:
         loaders = _BaseDataLoaderIter
         try:
             with (
-                _wrapped(torch, "compile", lambda compile: self._refuse_compilation),
+                _wrapped(torch, "compile", lambda _: self._refuse_compilation),
                 _wrapped(torch.autograd, "backward", self._backward),
                 _wrapped(loaders, "_next_index", lambda next_: _queued(next_, queues)),
                 _wrapped(loaders, "_reset", lambda reset: _emptied(reset, queues)),
