@@ -136,7 +136,10 @@ def run_commands(text: str) -> None:
         module = importlib.import_module(words[2])
         if hasattr(module, "__path__"):
             module = importlib.import_module(f"{words[2]}.__main__")
-        module._parser().parse_args(words[3:])
+        options = words[3:]
+        if options[:1] == ["certify"]:
+            module, options = importlib.import_module(f"{words[2]}.certify.program"), options[1:]
+        module._parser().parse_args(options)
 
 
 @pytest.fixture
