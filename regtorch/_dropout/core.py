@@ -12,6 +12,7 @@ from torch import Tensor
 from regshared.checks import check_integer, check_integers
 from regshared.spellings import explain_names
 from regtorch._checks import check_tensor
+from regtorch._dropout.dtensor import Part, PartOfMask, is_dtensor, on_local_part
 from regtorch._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
 from regtorch._random.events import observer
 from regtorch._random.keys import check_key, generator_key
@@ -107,6 +108,13 @@ def apply_dropout(
     deterministic = check_flag(deterministic)
     if deterministic is True or is_number(rate, 0):
         return x
+    if is_dtensor(x):
+
+        def apply(local: Tensor, part: Part) -> Tensor:
+            kind = spec.part(part) if isinstance(spec, SampledMask) else spec
+            return apply_dropout(kind, local, rate, key, deterministic, given)
+
+        return on_local_part(apply, x, only_whole="" if isinstance(spec, SampledMask) else spec.name)
     if is_number(rate, 1):
         # Unlike zeros_like, this keeps the result in the graph, with a gradient of zeros.
         dropped = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
@@ -202,6 +210,11 @@ class SampledMask:
     def slope(self) -> SampledMask:
         """Return the same kind without the offsets."""
         return dataclasses.replace(self, offsets=None)
+
+    def part(self, part: Part) -> SampledMask:
+        """Return the kind that drops in a part of a tensor what this one drops in the whole."""
+        sampler = PartOfMask(self.sampler.function, self.sampler, part.sharing(self.broadcast_dims))
+        return dataclasses.replace(self, sampler=sampler)
 
 
 def _masked(

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from regtorch._dropout.alpha import alpha_dropout, feature_alpha_dropout
 from regtorch._dropout.core import dropout
+from regtorch._dropout.dtensor import is_dtensor, mask_for, on_local_part
 from regtorch._dropout.features import feature_dropout
-from regtorch._random.bernoulli import EXACT, bernoulli_at
+from regtorch._random.bernoulli import bernoulli_at
 from regtorch._random.events import observer
-from regtorch._random.normal import normal
+from regtorch._random.normal import normal_at
 from regtorch.keyed.generators import is_default
 from regtorch.keyed.streams import integers, permutation, uniform
 
@@ -35,14 +36,25 @@ class Draws(Protocol):
     """The source of keys for the draws of the innermost module."""
 
     def key(self, device: torch.device, part: str = "", *, is_mask: bool = True) -> Tensor:
-        """Return the key of the next draw in the module, or in a part of it."""
+        """Return the key of the next draw in the module, which cannot be drawn by example."""
+        ...
+
+    def mask(self, x: Tensor, part: str = "", *, axis: int | None = None) -> dict[str, Any]:
+        """Return the arguments of the next draw of a mask for `x`, in the module or a part of it.
+
+        `axis` is the dimension of the batch, where it is known.
+        """
+        ...
+
+    def place(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the key of a draw of numbers for `x`, and their indices, or None for all."""
         ...
 
     def idle(self) -> None:
         """Report a function that was called in training at rate 0."""
         ...
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(self, function: Callable[..., Any], args: Any, options: Any, axis: Any = None) -> Any:
         """Run a function of PyTorch that is written in Python, with keys for its own calls."""
         ...
 
@@ -103,7 +115,7 @@ def _python_dropout(drop: Callable[..., Tensor]) -> Callable[..., Any]:
             draws.idle()
         if not training or not 0 < p <= 1:
             return NotImplemented
-        y = drop(x, p, key=draws.key(x.device))
+        y = drop(x, p, **draws.mask(x))
         return x.copy_(y) if inplace else y
 
     return replacement
@@ -122,7 +134,7 @@ def _of_channels(
 ) -> Callable[..., Tensor]:
     """Return a dropout of channels for the shapes of `original`; 0 if every input is batched."""
 
-    def channels(x: Tensor, p: float, *, key: Tensor) -> Tensor:
+    def channels(x: Tensor, p: float, **options: Any) -> Tensor:
         original(x, p, training=False)  # for PyTorch's warnings and errors about a shape
         channel_axis = 1 if batched_ndim in (0, x.ndim) else 0
         if x.ndim <= channel_axis:
@@ -130,7 +142,7 @@ def _of_channels(
                 f"input must have at least {channel_axis + 1} dimensions for "
                 f"{original.__name__}; got shape {tuple(x.shape)}. Use Dropout for elements."
             )
-        return drop(x, p, key=key, channel_axis=channel_axis)
+        return drop(x, p, channel_axis=channel_axis, **options)
 
     return channels
 
@@ -195,7 +207,7 @@ def _attention(
             # A query whose keys are all masked.
             nothing = (scores == -math.inf).all(dim=-1, keepdim=True)
             weights = weights.masked_fill(nothing, 0.0)
-        weights = dropout(weights, dropout_p, key=draws.key(weights.device))
+        weights = dropout(weights, dropout_p, **draws.mask(weights, axis=0))
         return (weights @ value).to(given)
 
 
@@ -210,16 +222,24 @@ def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
         hx, parameters, has_biases, layers, p, training, bidirectional, *rest = args[len(sizes) :]
         if not training or p == 0 or layers == 1:
             return NotImplemented
+        batch_axis = None if packed else 0 if rest[0] else 1
         directions, per_layer = 2 if bidirectional else 1, len(parameters) // layers
         states = []
         for layer in range(layers):
             if layer:
-                x = dropout(x, p, key=draws.key(x.device, str(layer - 1)))
+                part = str(layer - 1)
+                # The examples of a packed sequence have no dimension.
+                options = (
+                    {"key": draws.key(x.device, part)}
+                    if packed
+                    else draws.mask(x, part, axis=batch_axis)
+                )
+                x = dropout(x, p, **options)
             rows = slice(layer * directions, (layer + 1) * directions)
             state = hx[rows] if isinstance(hx, Tensor) else tuple(part[rows] for part in hx)
             own = parameters[layer * per_layer : (layer + 1) * per_layer]
-            options = (has_biases, 1, 0.0, training, bidirectional, *rest)
-            x, *state = function(x, *sizes, state, own, *options)
+            settings = (has_biases, 1, 0.0, training, bidirectional, *rest)
+            x, *state = function(x, *sizes, state, own, *settings)
             states.append(state)
         return x, *(torch.cat(parts) for parts in zip(*states, strict=True))
 
@@ -259,15 +279,29 @@ def _bernoulli(
 
 
 def _mask(draws: Draws, p: float | Tensor, x: Tensor) -> Tensor:
-    """Return the mask of `regtorch.bernoulli` in the shape of `x`, also for many probabilities."""
+    """Return the mask of `regtorch.bernoulli` for `x`, also for many probabilities."""
     if isinstance(p, Tensor) and p.ndim:
-        index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-        return bernoulli_at(draws.key(x.device, is_mask=False), p.detach(), index)
-    key = draws.key(x.device)
-    keep = EXACT.draw(key, p, tuple(x.shape))
+        p = p.detach()
+
+        def make(key: Tensor, shape: Sequence[int], at: Tensor | None) -> Tensor:
+            index = torch.arange(x.numel(), device=x.device).reshape(x.shape) if at is None else at
+            return bernoulli_at(key, p, index)
+
+        return _numbers(draws, x, make)
+    options = draws.mask(x)
+    keep = mask_for(x, p, **options)
     if observers := observer():
-        observers.draw("bernoulli", key, 1 - p, keep, keep.to(torch.float32))
+        observers.draw("bernoulli", options["key"], 1 - p, keep, keep.to(torch.float32))
     return keep
+
+
+def _numbers(draws: Draws, x: Tensor, make: Callable[..., Tensor]) -> Tensor:
+    """Return `make(key, shape, at)`, numbers for the elements of `x`; see `streams`."""
+    key, at = draws.place(x)
+    if not is_dtensor(x):
+        return make(key, x.shape, at)
+    index = torch.arange(x.numel(), device=x.device).reshape(x.shape) if at is None else at
+    return on_local_part(lambda local, part: make(key, local.shape, index[part.slices]), x)
 
 
 def _filled(
@@ -284,6 +318,10 @@ def _filled(
     return replacement
 
 
+def _uniform(draws: Draws, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return _numbers(draws, x, lambda key, shape, at: uniform(key, shape, dtype, at))
+
+
 @_replaces(Tensor.uniform_)
 def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
     if x.dtype not in _REAL:
@@ -292,7 +330,7 @@ def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
     low, high = named.get("from", low), named.get("to", high)
     if not low <= high:
         return NotImplemented
-    u = uniform(draws.key(x.device, is_mask=False), x.shape, x.dtype)
+    u = _uniform(draws, x, x.dtype)
     if (low, high) != (0, 1):
         u = u * (high - low) + low
         u = torch.where(u == high, low, u)  # rounding may reach the upper end
@@ -309,7 +347,8 @@ def _normal(draws: Draws, x: Tensor, mean: float | Tensor, std: float | Tensor) 
     negative = (not std.is_meta and (std < 0).any()) if isinstance(std, Tensor) else std < 0
     if x.dtype not in _REAL or negative:
         return NotImplemented
-    return normal(draws.key(x.device, is_mask=False), x.shape, x.dtype) * std + mean
+    make = lambda key, shape, at: normal_at(key, tuple(shape), x.dtype, at)
+    return _numbers(draws, x, make) * std + mean
 
 
 _replaces(torch.rand)(_filled(torch.empty, _uniform_))
@@ -342,7 +381,7 @@ def _exponential_(draws: Draws, x: Tensor, lambd: float = 1.0) -> Any:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.dtype not in _REAL or lambd <= 0:
         return NotImplemented
-    return x.copy_(-torch.log(uniform(draws.key(x.device, is_mask=False), x.shape, wide)) / lambd)
+    return x.copy_(-torch.log(_uniform(draws, x, wide)) / lambd)
 
 
 @_replaces(torch.rrelu)
@@ -356,7 +395,7 @@ def _rrelu(
 ) -> Any:
     if not training or x.dtype not in _REAL or not (generator is None or is_default(generator)):
         return NotImplemented
-    u = uniform(draws.key(x.device, is_mask=False), x.shape, x.dtype)
+    u = _uniform(draws, x, x.dtype)
     return torch.where(x <= 0, x * (u * (upper - lower) + lower), x)
 
 
@@ -405,7 +444,8 @@ def _integers(draws: Draws, x: Tensor, low: Any, high: Any) -> Any:
     limits = None if x.dtype.is_floating_point or x.dtype == torch.bool else torch.iinfo(x.dtype)
     if not 0 < high - low <= 2**31 or (limits and not limits.min <= low < high <= limits.max + 1):
         return NotImplemented
-    return x.copy_(integers(draws.key(x.device, is_mask=False), x.shape, low, high))
+    make = lambda key, shape, at: integers(key, shape, low, high, at)
+    return x.copy_(_numbers(draws, x, make))
 
 
 @_replaces(torch.randperm)
@@ -458,17 +498,24 @@ def composite(function: FunctionType) -> FunctionType:
 
 
 def _run_composite(function: Callable[..., Any], draws: Draws, *args: Any, **options: Any) -> Any:
-    return draws.run(function, *args, **options)
+    return draws.run(function, args, options)
 
 
 for _function in (
-    F.multi_head_attention_forward,
     F.gumbel_softmax,
     F.rrelu,
     F.fractional_max_pool2d_with_indices,
     F.fractional_max_pool3d_with_indices,
 ):
     _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _function))
+
+
+@_replaces(F.multi_head_attention_forward, in_evaluation=True)
+def _multi_head_attention(draws: Draws, *args: Any, **options: Any) -> Any:
+    # Its weights have the shape (batch * heads, queries, keys), whatever the layout of its input.
+    return draws.run(F.multi_head_attention_forward, args, options, axis=0)
+
+
 # These two choose between the functions above and a private one by an argument.
 for _function in (F.fractional_max_pool2d, F.fractional_max_pool3d):
     _without_indices = getattr(F, "_" + _function.__name__)
