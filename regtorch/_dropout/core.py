@@ -12,7 +12,7 @@ from torch import Tensor
 from regshared.checks import check_integer, check_integers
 from regshared.spellings import explain_names
 from regtorch._checks import check_tensor
-from regtorch._dropout.dtensor import Part, PartOfMask, is_dtensor, on_local_part
+from regtorch._dropout.dtensor import Place, is_dtensor, on_local_part, sampler_at
 from regtorch._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
 from regtorch._random.events import observer
 from regtorch._random.keys import check_key, generator_key
@@ -109,12 +109,15 @@ def apply_dropout(
     if deterministic is True or is_number(rate, 0):
         return x
     if is_dtensor(x):
+        divides = isinstance(spec, SampledMask)
 
-        def apply(local: Tensor, part: Part) -> Tensor:
-            kind = spec.part(part) if isinstance(spec, SampledMask) else spec
+        def apply(local: Tensor, place: Place) -> Tensor:
+            kind = spec.at(place) if isinstance(spec, SampledMask) else spec
             return apply_dropout(kind, local, rate, key, deterministic, given)
 
-        return on_local_part(apply, x, only_whole="" if isinstance(spec, SampledMask) else spec.name)
+        return on_local_part(apply, x, only_whole="" if divides else spec.name)
+    if given is None and isinstance(spec, SampledMask):
+        spec, given = spec.split()
     if is_number(rate, 1):
         # Unlike zeros_like, this keeps the result in the graph, with a gradient of zeros.
         dropped = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
@@ -188,11 +191,18 @@ class SampledMask:
     scale: Callable[..., Any] = inverse_keep_prob
     offsets: Callable[..., Any] | None = None
 
+    def split(self) -> tuple[SampledMask, Tensor | None]:
+        """Return the kind without tensors, and the tensor that the mask depends on."""
+        sampler, given = self.sampler.split()
+        return (self, None) if given is None else (dataclasses.replace(self, sampler=sampler), given)
+
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
+        sampler = self.sampler if given is None else self.sampler.join(given)
+        sampler.check_fit(tuple(x.shape), self.broadcast_dims)
         shape = tuple([1 if dim in self.broadcast_dims else n for dim, n in enumerate(x.shape)])
-        return self.sampler.draw(key, keep_prob_of(rate, x.dtype), shape)
+        return sampler.draw(key, keep_prob_of(rate, x.dtype), shape)
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         realized = self.sampler.realized_keep_prob(keep_prob_of(rate, x.dtype))
@@ -211,9 +221,9 @@ class SampledMask:
         """Return the same kind without the offsets."""
         return dataclasses.replace(self, offsets=None)
 
-    def part(self, part: Part) -> SampledMask:
+    def at(self, place: Place) -> SampledMask:
         """Return the kind that drops in a part of a tensor what this one drops in the whole."""
-        sampler = PartOfMask(self.sampler.function, self.sampler, part.sharing(self.broadcast_dims))
+        sampler = sampler_at(self.sampler, place, self.broadcast_dims)
         return dataclasses.replace(self, sampler=sampler)
 
 

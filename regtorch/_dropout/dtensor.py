@@ -4,29 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from regtorch._random.bernoulli import MaskSampler, Sampler
+from regtorch._random.by_example import ExampleSampler
 from regtorch._random.packed import mask_sampler
+from regtorch._random.threefry import Span, part_index
 
 
-class Part(NamedTuple):
-    """The part of a tensor of shape `whole` that a rank holds: a slice for each dimension."""
+class Place(NamedTuple):
+    """The place of a tensor in a larger one of shape `whole`: a span of each dimension."""
 
     whole: tuple[int, ...]
-    slices: tuple[slice, ...]
+    part: tuple[Span, ...]
 
-    def sharing(self, dims: tuple[int, ...]) -> Part:
-        """Return the same part of a tensor of size 1 along some dimensions."""
-        axes = enumerate(zip(self.whole, self.slices, strict=True))
-        axes = [(1, slice(0, 1)) if dim in dims else axis for dim, axis in axes]
-        return Part(tuple(n for n, _ in axes), tuple(entry for _, entry in axes))
+    def sharing(self, dims: tuple[int, ...]) -> Place:
+        """Return the same place in a tensor of size 1 along some dimensions."""
+        axes = enumerate(zip(self.whole, self.part, strict=True))
+        axes = [(1, Span(0, 1)) if dim in dims else axis for dim, axis in axes]
+        return Place(tuple(size for size, _ in axes), tuple(span for _, span in axes))
+
+    def index(self, device: torch.device) -> Tensor:
+        """Return the row-major index of each element in the whole."""
+        return part_index(self.whole, self.part, device)
+
+    def local(self, x: Tensor, fewer: int = 0) -> Tensor:
+        """Return the part of a tensor that lacks the last dimensions; of a DTensor, the local one."""
+        if is_dtensor(x):
+            return x.to_local()
+        if x.shape != self.whole[: len(self.whole) - fewer]:
+            return x  # the caller rejects it
+        return x[_slices(self.part[: x.ndim])]
+
+    def broadcast(self, x: Tensor | None) -> Tensor | None:
+        """Return the part of a tensor that broadcasts to the whole; of a DTensor, the local one."""
+        if x is None or is_dtensor(x):
+            return x if x is None else x.to_local()
+        spans = self.part[len(self.part) - x.ndim :]
+        alone = (s if n > 1 else Span(0, 1) for s, n in zip(spans, x.shape, strict=True))
+        return x[_slices(alone)]
 
 
-def is_dtensor(x: object) -> bool:
+def _slices(part: Iterable[Span | None]) -> tuple[slice, ...]:
+    return tuple(slice(s.start, s.start + s.size) if s else slice(None) for s in part)
+
+
+def is_dtensor(x: Any) -> bool:
     """Return whether `x` is a `torch.distributed.tensor.DTensor`.
 
     That module takes a second to import; while nobody has imported it, there is no DTensor.
@@ -35,9 +62,9 @@ def is_dtensor(x: object) -> bool:
 
 
 def on_local_part(
-    function: Callable[[Tensor, Part], Tensor], x: Any, *, only_whole: str = ""
+    function: Callable[[Tensor, Place], Tensor], x: Any, *, only_whole: str = ""
 ) -> Any:
-    """Apply `function(local, part)` to the part of a DTensor on this rank; return a DTensor.
+    """Apply `function(local, place)` to the part of a DTensor on this rank; return a DTensor.
 
     The result and the gradient have the placements of `x`.
 
@@ -46,21 +73,63 @@ def on_local_part(
         x: A DTensor.
         only_whole: The name of a function that must have the whole tensor on every rank.
     """
-    from torch.distributed.tensor import DTensor
-
-    part = part_of(x)
+    place = place_of(x)
     if only_whole and any(placement.is_shard() for placement in x.placements):
         raise ValueError(
             f"x must be replicated for {only_whole}; got a DTensor with placements "
             f"{x.placements}. Redistribute it: x.redistribute(placements=[Replicate()])."
         )
-    y = function(x.to_local(), part)
-    layout = {"shape": x.shape, "stride": x.stride(), "run_check": False}
-    return DTensor.from_local(y, x.device_mesh, x.placements, **layout)
+    return _whole(function(x.to_local(), place), x, x.shape, x.stride())
 
 
-def part_of(x: Any) -> Part:
-    """Return the part of a DTensor that this rank holds."""
+def on_local_heads(
+    function: Callable[[tuple[Any, ...], Place], Tensor],
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any = None,
+) -> Any:
+    """Apply `function((query, key, value, mask), place)` to the heads of this rank.
+
+    The tensors have the shape (..., heads, length, features), and `place` is that of the weights
+    (..., heads, queries, keys), to which the mask broadcasts.
+    """
+    for name, x in (("key", key), ("value", value)):
+        if not is_dtensor(x) or (x.device_mesh, x.placements) != (query.device_mesh, query.placements):
+            raise ValueError(
+                f"{name} must have the placements of query, {query.placements}; got "
+                f"{x.placements if is_dtensor(x) else 'a local tensor'}."
+            )
+    place = place_of(query)
+    if place.part[-2:] != tuple(Span(0, size) for size in query.shape[-2:]):
+        raise ValueError(
+            "query must be sharded along batch and heads only; got placements "
+            f"{query.placements} for shape {tuple(query.shape)}. Redistribute it first."
+        )
+    heads, key_heads = place.part[-3].size, place_of(key).part[-3].size
+    if heads * key.shape[-3] != key_heads * query.shape[-3]:
+        raise ValueError(
+            f"query must have its {query.shape[-3]} heads on the ranks of the {key.shape[-3]} heads "
+            f"of key that serve them; got {heads} and {key_heads} of them on one rank."
+        )
+    keys = key.shape[-2]
+    place = Place((*place.whole[:-1], keys), (*place.part[:-1], Span(0, keys)))
+    local = (*(x.to_local() for x in (query, key, value)), place.broadcast(mask))
+    y = function(local, place)
+    shape = (*query.shape[:-1], value.shape[-1])
+    return _whole(y, query, shape, torch.empty(shape, device="meta").stride())
+
+
+def _whole(local: Tensor, like: Any, shape: tuple[int, ...], stride: tuple[int, ...]) -> Any:
+    """Return the DTensor of a shape whose part on this rank is `local`, laid out as another one."""
+    from torch.distributed.tensor import DTensor
+
+    layout = {"shape": torch.Size(shape), "stride": stride, "run_check": False}
+    return DTensor.from_local(local, like.device_mesh, like.placements, **layout)
+
+
+def place_of(x: Any) -> Place:
+    """Return the place of this rank's part of a DTensor."""
     from torch.distributed.tensor import Replicate, Shard
 
     starts, sizes = [0] * x.ndim, list(x.shape)
@@ -70,10 +139,11 @@ def part_of(x: Any) -> Part:
     for rank, count, placement in zip(ranks, x.device_mesh.shape, x.placements, strict=True):
         if type(placement) is Shard:
             # As torch.chunk: the first ranks have the same number of elements, the last the rest.
-            chunk = -(-sizes[placement.dim] // count)
-            first = min(rank * chunk, sizes[placement.dim])
-            starts[placement.dim] += first
-            sizes[placement.dim] = min(chunk, sizes[placement.dim] - first)
+            dim = placement.dim % x.ndim
+            chunk = -(-sizes[dim] // count)
+            first = min(rank * chunk, sizes[dim])
+            starts[dim] += first
+            sizes[dim] = min(chunk, sizes[dim] - first)
         elif type(placement) is not Replicate:
             raise ValueError(
                 f"x must have placements Shard and Replicate only; got {x.placements}. Redistribute "
@@ -85,27 +155,53 @@ def part_of(x: Any) -> Part:
             f"of the mesh; got {tuple(x.to_local().shape)}. Pass shape= and stride= to "
             "DTensor.from_local, or use distribute_tensor."
         )
-    ends = (start + size for start, size in zip(starts, sizes, strict=True))
-    return Part(tuple(x.shape), tuple(map(slice, starts, ends)))
+    return Place(tuple(x.shape), tuple(map(Span, starts, sizes)))
 
 
 @dataclasses.dataclass(frozen=True)
-class PartOfMask(MaskSampler):
-    """A sampler that draws a part of the mask of another.
+class PartSampler(MaskSampler):
+    """A sampler that draws what another one draws at a place.
 
     Attributes:
-        sampler: The other sampler.
-        part: The part.
+        function: The other sampler.
+        place: The place, with None in a part for all of a dimension.
     """
 
-    sampler: MaskSampler
-    part: Part
+    function: MaskSampler
+    place: Any
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-        return draw_part(self.sampler, key, keep_prob, self.part)
+        whole, part = self.place
+        try:
+            return self.function.draw_part(key, keep_prob, whole, part)
+        except NotImplementedError:  # a user's function draws whole masks only
+            mask = self.function.draw(key, keep_prob, whole)
+            return mask[_slices(part)]
+
+    def split(self) -> tuple[PartSampler, Tensor | None]:
+        function, given = self.function.split()
+        return dataclasses.replace(self, function=function), given
+
+    def join(self, given: Tensor) -> PartSampler:
+        function: Any = self.function
+        return dataclasses.replace(self, function=function.join(given))
 
     def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
-        return self.sampler.realized_keep_prob(keep_prob)
+        return self.function.realized_keep_prob(keep_prob)
+
+
+def sampler_at(sampler: MaskSampler, place: Place, shared: tuple[int, ...] = ()) -> PartSampler:
+    """Return a sampler of a part of a mask, which is shared along some dimensions."""
+    sampler.check_fit(place.whole, shared)
+    whole, part = place.sharing(shared)
+    if isinstance(sampler, ExampleSampler) and not sampler.is_single:
+        # Of the examples, only those of the part are needed, and they draw all of their dimension.
+        axis = sampler.axis % len(whole)
+        start, size = part[axis]
+        own = sampler.join(sampler.split()[1][start : start + size])
+        whole = (*whole[:axis], size, *whole[axis + 1 :])
+        return PartSampler(own, Place(whole, (*part[:axis], None, *part[axis + 1 :])))
+    return PartSampler(sampler, Place(whole, part))
 
 
 def mask_for(x: Tensor, keep_prob: float | Tensor, *, key: Tensor, sampler: Sampler) -> Tensor:
@@ -113,13 +209,5 @@ def mask_for(x: Tensor, keep_prob: float | Tensor, *, key: Tensor, sampler: Samp
     whole = mask_sampler(sampler)
     if not is_dtensor(x):
         return whole.draw(key, keep_prob, tuple(x.shape))
-
-    def draw(local: Tensor, part: Part) -> Tensor:
-        return PartOfMask(sampler, whole, part).draw(key, keep_prob, tuple(local.shape))
-
+    draw = lambda local, place: sampler_at(whole, place).draw(key, keep_prob, local.shape)
     return on_local_part(draw, x)
-
-
-def draw_part(sampler: MaskSampler, key: Tensor, keep_prob: float | Tensor, part: Part) -> Tensor:
-    """Draw a part of a mask; of a user's sampler, which cannot, the whole."""
-    return sampler.draw(key, keep_prob, part.whole)[part.slices]

@@ -210,8 +210,9 @@ def set_key(
             micro-batches, or in the data.
         axis: The dimension of the batch in the draws, where the elements of an example follow each
             other; or a dict from globs of sites to it, with None where the examples share a draw.
-            By default it is 0, and no other dimension may have the length of `examples`. Attention
-            and recurrent layers need no statement; a draw of one element is shared.
+            By default it is the first, which must have the length of `examples`; in the first draw
+            of a site, no other may have it. Attention and recurrent layers need no statement; a
+            draw of one element is shared.
 
     Raises:
         TypeError: `root` is not a key, `step` or `axis` is not an integer, or `examples` are not

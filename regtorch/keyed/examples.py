@@ -14,6 +14,7 @@ from torch import Tensor
 from regshared.checks import check_integer, check_string
 from regshared.globs import matches
 from regtorch._random.by_example import by_example
+from regtorch._random.threefry import part_index
 
 if TYPE_CHECKING:
     from regtorch._random.bernoulli import Sampler
@@ -32,10 +33,8 @@ class Rows:
     def index(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Return the index of each element in the draw for all examples, with `axis` in front."""
         rest = [size for dim, size in enumerate(shape) if dim != self.axis]
-        size = math.prod(rest)
-        within = torch.arange(size, device=device)
-        index = self.numbers.to(device)[:, None] * size + within
-        return index.reshape(len(self.numbers), *rest).movedim(0, self.axis)
+        index = part_index((None, *rest), (self.numbers, *[None] * len(rest)), device)
+        return index.movedim(0, self.axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +44,28 @@ class Examples:
     Attributes:
         numbers: The number of each example, int64.
         axis: The dimension; or one for each glob of sites, None if the examples share a draw; or
-            None to require that the first one, and no other, has the length of `numbers`.
+            None to require that the first one has the length of `numbers`, and, in the first draw
+            of a site, no other one.
     """
 
     numbers: Tensor
     axis: int | Mapping[str, int | None] | None = None
 
-    def rows(self, site: str, shape: Sequence[int], known_axis: int | None = None) -> Rows | None:
+    def rows(
+        self,
+        site: str,
+        shape: Sequence[int],
+        known_axis: int | None = None,
+        batch_first: set[str] | None = None,
+    ) -> Rows | None:
         """Return the rows that a site draws in a shape; None if the examples share the draw.
 
-        With `known_axis`, the function that draws has its batch there; only a glob overrides it.
+        Args:
+            site: The name of the site.
+            shape: The shape of the draw.
+            known_axis: The dimension where the function that draws has its batch; only a glob
+                overrides it.
+            batch_first: The sites that were seen to have the batch first; this adds to them.
         """
         shape, count = tuple(shape), len(self.numbers)
         stated, axis = self._stated(site, known_axis)
@@ -62,7 +73,10 @@ class Examples:
         if is_single or (stated and axis is None):
             return None
         if axis is None:
+            seen = set() if batch_first is None else batch_first
             if shape[:1] == (count,) and count not in shape[1:]:
+                seen.add(site)
+            if shape[:1] == (count,) and site in seen:
                 return Rows(self.numbers, 0)
             raise _error_of_shape(site, f"for {count} examples; got shape {shape}")
         if not -len(shape) <= axis < len(shape):

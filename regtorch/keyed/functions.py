@@ -7,11 +7,9 @@ it is an error if a generator moves.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -22,11 +20,20 @@ from torch import Tensor
 
 from regtorch._dropout.alpha import alpha_dropout, feature_alpha_dropout
 from regtorch._dropout.core import dropout
-from regtorch._dropout.dtensor import is_dtensor, mask_for, on_local_part
+from regtorch._dropout.dtensor import (
+    Place,
+    is_dtensor,
+    mask_for,
+    on_local_heads,
+    on_local_part,
+    sampler_at,
+)
 from regtorch._dropout.features import feature_dropout
 from regtorch._random.bernoulli import bernoulli_at
 from regtorch._random.events import observer
 from regtorch._random.normal import normal_at
+from regtorch._random.packed import mask_sampler
+from regtorch.keyed.attention import attention
 from regtorch.keyed.generators import is_default
 from regtorch.keyed.streams import integers, permutation, uniform
 
@@ -39,8 +46,10 @@ class Draws(Protocol):
         """Return the key of the next draw in the module, which cannot be drawn by example."""
         ...
 
-    def mask(self, x: Tensor, part: str = "", *, axis: int | None = None) -> dict[str, Any]:
-        """Return the arguments of the next draw of a mask for `x`, in the module or a part of it.
+    def mask(
+        self, shape: Sequence[int], device: torch.device, part: str = "", *, axis: int | None = None
+    ) -> dict[str, Any]:
+        """Return the arguments of the next draw of a mask, in the module or in a part of it.
 
         `axis` is the dimension of the batch, where it is known.
         """
@@ -115,7 +124,7 @@ def _python_dropout(drop: Callable[..., Tensor]) -> Callable[..., Any]:
             draws.idle()
         if not training or not 0 < p <= 1:
             return NotImplemented
-        y = drop(x, p, **draws.mask(x))
+        y = drop(x, p, **draws.mask(x.shape, x.device))
         return x.copy_(y) if inplace else y
 
     return replacement
@@ -179,36 +188,22 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Compute the weights explicitly, (..., heads, queries, keys), with the sums of PyTorch's."""
     if not 0 < dropout_p <= 1 or (is_causal and attn_mask is not None) or query.is_nested:
         return NotImplemented
-    device = query.device.type
-    given, outside = query.dtype, contextlib.nullcontext()
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        given, outside = torch.get_autocast_dtype(device), torch.autocast(device, enabled=False)
-    wide = torch.float32 if given.itemsize < 4 else given
-    with outside:
-        query, key, value = (x.to(given).to(wide) for x in (query, key, value))
-        if enable_gqa:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
-        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        root = math.sqrt(abs(factor))
-        scores = (query * math.copysign(root, factor)) @ (key.transpose(-2, -1) * root)
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attn_mask, -math.inf)
-            else:
-                scores = scores + attn_mask.to(wide)
-        weights = torch.softmax(scores, dim=-1)
-        if attn_mask is not None:
-            # A query whose keys are all masked.
-            nothing = (scores == -math.inf).all(dim=-1, keepdim=True)
-            weights = weights.masked_fill(nothing, 0.0)
-        weights = dropout(weights, dropout_p, **draws.mask(weights, axis=0))
-        return (weights @ value).to(given)
+    settings = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+
+    def attend(tensors: tuple[Any, ...], place: Place | None = None) -> Tensor:
+        def drop(weights: Tensor) -> Tensor:
+            shape = place.whole if place else weights.shape
+            options = draws.mask(shape, weights.device, axis=0)
+            if place:
+                options["sampler"] = sampler_at(mask_sampler(options["sampler"]), place)
+            return dropout(weights, dropout_p, **options)
+
+        return attention(*tensors, drop, **settings)
+
+    tensors = query, key, value, attn_mask
+    return on_local_heads(attend, *tensors) if is_dtensor(query) else attend(tensors)
 
 
 def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,7 +227,7 @@ def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
                 options = (
                     {"key": draws.key(x.device, part)}
                     if packed
-                    else draws.mask(x, part, axis=batch_axis)
+                    else draws.mask(x.shape, x.device, part, axis=batch_axis)
                 )
                 x = dropout(x, p, **options)
             rows = slice(layer * directions, (layer + 1) * directions)
@@ -281,27 +276,33 @@ def _bernoulli(
 def _mask(draws: Draws, p: float | Tensor, x: Tensor) -> Tensor:
     """Return the mask of `regtorch.bernoulli` for `x`, also for many probabilities."""
     if isinstance(p, Tensor) and p.ndim:
-        p = p.detach()
 
-        def make(key: Tensor, shape: Sequence[int], at: Tensor | None) -> Tensor:
+        def make(key: Tensor, shape: Sequence[int], at: Tensor | None, p: Tensor) -> Tensor:
             index = torch.arange(x.numel(), device=x.device).reshape(x.shape) if at is None else at
             return bernoulli_at(key, p, index)
 
-        return _numbers(draws, x, make)
-    options = draws.mask(x)
+        return _numbers(draws, x, make, p.detach())
+    options = draws.mask(x.shape, x.device)
     keep = mask_for(x, p, **options)
     if observers := observer():
         observers.draw("bernoulli", options["key"], 1 - p, keep, keep.to(torch.float32))
     return keep
 
 
-def _numbers(draws: Draws, x: Tensor, make: Callable[..., Tensor]) -> Tensor:
-    """Return `make(key, shape, at)`, numbers for the elements of `x`; see `streams`."""
+def _numbers(draws: Draws, x: Tensor, make: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """Return `make(key, shape, at, *parameters)`, numbers for the elements of `x`; see `streams`.
+
+    `parameters` have the shape of `x`.
+    """
     key, at = draws.place(x)
     if not is_dtensor(x):
-        return make(key, x.shape, at)
-    index = torch.arange(x.numel(), device=x.device).reshape(x.shape) if at is None else at
-    return on_local_part(lambda local, part: make(key, local.shape, index[part.slices]), x)
+        return make(key, x.shape, at, *parameters)
+
+    def part(local: Tensor, place: Place) -> Tensor:
+        index = place.index(x.device) if at is None else place.local(at)
+        return make(key, local.shape, index, *map(place.local, parameters))
+
+    return on_local_part(part, x)
 
 
 def _filled(

@@ -90,13 +90,15 @@ class KeyedMode(TorchFunctionMode):
             )
         return key
 
-    def mask(self, x: Tensor, part: str = "", *, axis: int | None = None) -> dict[str, Any]:
-        """Return the arguments `key` and `sampler` of the next draw, a mask for `x`.
+    def mask(
+        self, shape: Sequence[int], device: torch.device, part: str = "", *, axis: int | None = None
+    ) -> dict[str, Any]:
+        """Return the arguments `key` and `sampler` of the next draw, a mask.
 
         `axis` is the dimension of the batch, where it is known.
         """
-        key, name = self._next(x.device, part)
-        rows = self._rows(name, x.shape, axis)
+        key, name = self._next(device, part)
+        rows = self._rows(name, shape, axis)
         return {"key": key, "sampler": rows.sampler() if rows else bernoulli}
 
     def place(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -125,7 +127,7 @@ class KeyedMode(TorchFunctionMode):
     def _rows(self, name: str, shape: Sequence[int], axis: int | None) -> Rows | None:
         examples = (self._keys or self.state.keys).examples
         axis = self._axis if axis is None else axis
-        return examples.rows(name, shape, axis) if examples else None
+        return examples and examples.rows(name, shape, axis, self.state.batch_first)
 
     def idle(self) -> None:
         """Report a function that was called in training at rate 0."""

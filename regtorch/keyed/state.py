@@ -80,6 +80,7 @@ class State:
         suspended: The calls of fused modules, with the mode that they suspend.
         allowed: The generators, other than PyTorch's, whose draws are no error.
         compared: How often the root was compared with that of another rank.
+        batch_first: The sites that were seen to draw with the batch in the first dimension.
         number: The number of the model among those whose roots must be the same on all ranks.
         method: The running method of a module, the generator's state after its latest call of
             another module, and the name of that one; None if no first call was made by a method.
@@ -92,6 +93,7 @@ class State:
     suspended: list[tuple[Call, KeyedMode]] = dataclasses.field(default_factory=list)
     allowed: set[str] = dataclasses.field(default_factory=set)
     compared: int = 0
+    batch_first: set[str] = dataclasses.field(default_factory=set)
     number: int | None = None
     method: tuple[FrameType, Any, str] | None = None
     classes: frozenset[type[nn.Module]] = frozenset()
