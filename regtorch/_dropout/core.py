@@ -194,7 +194,9 @@ class SampledMask:
     def split(self) -> tuple[SampledMask, Tensor | None]:
         """Return the kind without tensors, and the tensor that the mask depends on."""
         sampler, given = self.sampler.split()
-        return (self, None) if given is None else (dataclasses.replace(self, sampler=sampler), given)
+        return (
+            (self, None) if given is None else (dataclasses.replace(self, sampler=sampler), given)
+        )
 
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None

@@ -95,7 +95,10 @@ def on_local_heads(
     (..., heads, queries, keys), to which the mask broadcasts.
     """
     for name, x in (("key", key), ("value", value)):
-        if not is_dtensor(x) or (x.device_mesh, x.placements) != (query.device_mesh, query.placements):
+        if not is_dtensor(x) or (x.device_mesh, x.placements) != (
+            query.device_mesh,
+            query.placements,
+        ):
             raise ValueError(
                 f"{name} must have the placements of query, {query.placements}; got "
                 f"{x.placements if is_dtensor(x) else 'a local tensor'}."

@@ -150,9 +150,7 @@ class _Factors:
         return self
 
 
-def _multiplied(
-    x: Tensor, key: Tensor, rate: float | Tensor, place: Place | None
-) -> Tensor:
+def _multiplied(x: Tensor, key: Tensor, rate: float | Tensor, place: Place | None) -> Tensor:
     return mask_and_scale(_Factors(place), x, key, rate)
 
 

@@ -6,7 +6,6 @@ A fake process group, whose collectives do nothing, plays the ranks one after th
 from __future__ import annotations
 
 import contextlib
-import itertools
 from functools import partial
 
 import pytest
@@ -15,10 +14,8 @@ import torch.nn.functional as F
 from torch import distributed
 from torch.distributed.tensor import (
     DTensor,
-    Partial,
     Replicate,
     Shard,
-    distribute_tensor,
     init_device_mesh,
 )
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -79,7 +76,6 @@ FUNCTIONS = {
     "evaluation": partial(regtorch.dropout, rate=0.4, deterministic=True),
     "tensor flag": partial(regtorch.dropout, rate=0.4, deterministic=torch.tensor(False)),
 }
-
 
 
 def in_a_model(function):
