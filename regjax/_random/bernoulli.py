@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ class MaskSampler:
         self,
         key: KeyLike,
         keep_prob: float | Float[Array, ""],
-        whole: tuple[int | None, ...],
+        whole: tuple[Any, ...],
         part: Part,
         out_sharding: Layout,
     ) -> Bool[Array, "*_part"]:
@@ -125,7 +125,7 @@ class MaskSampler:
         return jax.vmap(row)(high, examples.low)
 
     def check_fit(self, shape: tuple[int, ...], shared: tuple[int, ...]) -> None:
-        """Raise a ValueError if no mask fits x of this shape with one mask for shared dimensions."""
+        """Raise a ValueError if no mask fits x of this shape, where dimensions may share one."""
 
     def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         """Return the number by which kept elements are divided."""
@@ -164,7 +164,7 @@ class ExactSampler(MaskSampler):
         self,
         key: KeyLike,
         keep_prob: float | Float[Array, ""],
-        whole: tuple[int | None, ...],
+        whole: tuple[Any, ...],
         part: Part,
         out_sharding: Layout,
     ) -> Bool[Array, "*_part"]:

@@ -122,7 +122,7 @@ class ExampleSampler(MaskSampler):
         self,
         key: KeyLike,
         keep_prob: float | Float[Array, ""],
-        whole: tuple[int | None, ...],
+        whole: tuple[Any, ...],
         part: Any,
         out_sharding: Layout,
     ) -> Bool[Array, "*_part"]:
@@ -132,13 +132,14 @@ class ExampleSampler(MaskSampler):
             high, low = self.examples
             places = Places(None if high is None else high[None], low[None])
             layout = with_spec(out_sharding, (None, *spec))
-            mask = self.function.draw_part(
-                key, keep_prob, (None, *whole), (places, *part), layout
-            )
+            mask = self.function.draw_part(key, keep_prob, (None, *whole), (places, *part), layout)
             return jnp.squeeze(mask, 0)
         self.check_fit(tuple(whole), ())
         axis = self.axis % len(whole)
-        front = lambda entries, first: (first, *entries[:axis], *entries[axis + 1 :])
+
+        def front(entries: Sequence[Any], first: Any) -> tuple[Any, ...]:
+            return (first, *entries[:axis], *entries[axis + 1 :])
+
         layout = with_spec(out_sharding, front(spec, spec[axis]))
         mask = self.function.draw_part(
             key, keep_prob, front(whole, None), front(part, self.examples), layout
@@ -184,7 +185,7 @@ def check_one_mask(sampler: MaskSampler) -> MaskSampler:
 def _check_examples(examples: Any) -> Places:
     # NumPy's integers are read before JAX rounds them to 32 bits.
     is_host = not isinstance(examples, jax.Array | Tracer)
-    array = _as_numpy(examples) if is_host else examples
+    array: Any = _as_numpy(examples) if is_host else examples
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"examples must be integers; got dtype {array.dtype}.")
     if array.ndim > 1:
@@ -197,8 +198,8 @@ def _check_examples(examples: Any) -> Places:
         raise ValueError(
             f"examples must not be negative; got {lowest}. Count them from the start of the data."
         )
-    words = Places((array >> 32) if array.dtype.itemsize == 8 else None, array)
-    return Places(*(None if w is None else jnp.asarray(w.astype(np.uint32)) for w in words))
+    high = jnp.asarray((array >> 32).astype(np.uint32)) if array.dtype.itemsize == 8 else None
+    return Places(high, jnp.asarray(array.astype(np.uint32)))
 
 
 def _as_numpy(examples: Any) -> np.ndarray:

@@ -72,7 +72,7 @@ class PackedSampler(MaskSampler):
         self,
         key: KeyLike,
         keep_prob: float | Float[Array, ""],
-        whole: tuple[int | None, ...],
+        whole: tuple[Any, ...],
         part: Part,
         out_sharding: Layout,
     ) -> Bool[Array, "*_part"]:
@@ -166,7 +166,7 @@ def packed_axis(shape: Sequence[int]) -> int | None:
 def _mask(
     key: KeyLike,
     threshold: int | Float[Array, ""],
-    whole: tuple[int | None, ...],
+    whole: tuple[Any, ...],
     bits: int,
     out_sharding: Layout,
     part: Part = (),
@@ -263,9 +263,7 @@ def _compared(
         whole = threshold.astype(jnp.uint32)
         bits_of_t = [(whole >> np.uint32(bits - 1 - i)) & np.uint32(1) != 0 for i in range(bits)]
         needed, everything = bits, threshold >= 2.0**bits
-    high, low = part_index(
-        group.whole_words, group.words_part, group.words_sharding, in_place=True
-    )
+    high, low = part_index(group.whole_words, group.words_part, group.words_sharding, in_place=True)
     kept = jnp.zeros_like(low)
     for pair in reversed(range((needed + 1) // 2)):
         # The upper four bits of the counter number the blocks: no array has 2**60 words.

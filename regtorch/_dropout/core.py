@@ -56,7 +56,7 @@ def dropout(
         broadcast_dims: Dimensions along which one mask is shared, such as `(1,)` for the same mask
             at every timestep of (batch, time, features).
         sampler: The function that draws the mask: `bernoulli`, `packed_bernoulli`, or any function
-            with their arguments.
+            with their arguments. `by_example(examples)` draws a part of a batch as in the whole.
 
     Returns:
         A tensor of the shape, dtype, device and memory layout of `x`.

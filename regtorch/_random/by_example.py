@@ -87,7 +87,9 @@ class ExampleSampler(MaskSampler):
     axis: int
 
     # Tensors have no equality that is a bool.
-    __eq__ = object.__eq__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
@@ -113,7 +115,7 @@ class ExampleSampler(MaskSampler):
         return self.draw_part(key, keep_prob, shape, (None,) * len(shape))
 
     def draw_part(
-        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[int | None, ...], part: Any
+        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[Any, ...], part: Any
     ) -> Tensor:
         """Draw part of a mask of shape `whole`, which is whole along the axis of the examples."""
         if self.is_single:
@@ -121,7 +123,10 @@ class ExampleSampler(MaskSampler):
             return self.function.draw_part(key, keep_prob, (None, *whole), one).squeeze(0)
         self.check_fit(tuple(whole), ())
         axis = self.axis % len(whole)
-        front = lambda entries, first: (first, *entries[:axis], *entries[axis + 1 :])
+
+        def front(entries: Sequence[Any], first: Any) -> tuple[Any, ...]:
+            return (first, *entries[:axis], *entries[axis + 1 :])
+
         mask = self.function.draw_part(
             key, keep_prob, front(whole, None), front(part, self.numbers)
         )

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import regjax
 import regjax.linen
+from regjax._dropout import core
 from tests.regjax.test_layouts import COLLECTIVES
 
 KEY = jax.random.key(5)
@@ -35,6 +36,7 @@ def drop(x: Any, rows: Any, key: Any = KEY, sampler: Any = regjax.bernoulli) -> 
     return regjax.dropout(x, 0.4, key=key, sampler=regjax.by_example(rows, sampler))
 
 
+@pytest.mark.slow  # 25 s
 @samplers
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("spec", [P("a"), P(("a", "b")), P("a", "b"), P(None, None, "b")], ids=str)
@@ -50,7 +52,8 @@ def test_a_sharded_batch_is_drawn_without_communication(sampler, kind, spec):
             y = program(x, rows)
             np.testing.assert_array_equal(np.asarray(y), np.asarray(expected))
             assert y.sharding.is_equivalent_to(x.sharding, 3)
-            assert not any(f"{word}(" in program.as_text() for word in COLLECTIVES)
+            text = program.as_text() or ""
+            assert not any(f"{word}(" in text for word in COLLECTIVES)
 
 
 @samplers
@@ -104,12 +107,13 @@ def test_new_numbers_trace_nothing():
         traced.append(rows.shape)
         return drop(x, rows)
 
-    before = regjax._dropout.core._drop_at_number._cache_size()
+    jitted: Any = core._drop_at_number
+    before = jitted._cache_size()
     for shift in range(3):
         rows = jnp.asarray((ROWS + shift) % 32)
         np.testing.assert_array_equal(step(X[rows], rows), drop(X[rows], rows))
     assert traced == [(16,)]
-    assert regjax._dropout.core._drop_at_number._cache_size() <= before + 1
+    assert jitted._cache_size() <= before + 1
 
 
 def test_in_a_loop_no_index_is_stored():
@@ -120,7 +124,7 @@ def test_in_a_loop_no_index_is_stored():
         return lax.scan(lambda x, key: (drop(x, rows, key) + 1, None), x, keys)[0]
 
     def temporary(f):
-        memory = jax.jit(f).lower(x, jax.random.split(KEY, 4)).compile().memory_analysis()
+        memory: Any = jax.jit(f).lower(x, jax.random.split(KEY, 4)).compile().memory_analysis()
         return memory.temp_size_in_bytes
 
     plain = lambda x, keys: lax.scan(
