@@ -46,7 +46,9 @@ def dropout(
     the scale is the inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
-        x: Floating or complex, of any shape, including 0-d and empty.
+        x: Floating or complex, of any shape, including 0-d and empty. Of a `DTensor`, each rank draws
+            its part of the mask of the whole tensor, without communication; the result and the
+            gradient have its placements, `Shard` and `Replicate`.
         rate: The dropout rate, in [0, 1]: a number, or a 0-d tensor. For a tensor `1 - rate` is
             rounded in float32, which may change its last bit, and no gradient flows to it.
         key: The PRNG key, or a `torch.Generator` from which a key is drawn; required unless
@@ -109,13 +111,14 @@ def apply_dropout(
     if deterministic is True or is_number(rate, 0):
         return x
     if is_dtensor(x):
-        divides = isinstance(spec, SampledMask)
 
         def apply(local: Tensor, place: Place) -> Tensor:
             kind = spec.at(place) if isinstance(spec, SampledMask) else spec
             return apply_dropout(kind, local, rate, key, deterministic, given)
 
-        return on_local_part(apply, x, only_whole="" if divides else spec.name)
+        return on_local_part(
+            apply, x, only_whole="" if isinstance(spec, SampledMask) else spec.name
+        )
     if given is None and isinstance(spec, SampledMask):
         spec, given = spec.split()
     if is_number(rate, 1):

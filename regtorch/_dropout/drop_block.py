@@ -199,8 +199,8 @@ def _noisy(
     if flag is True or is_number(rate, 0):
         return x
     if is_dtensor(x):
-        noisy = lambda local, place: _noisy(local, rate, key, flag, blocks)
-        return on_local_part(noisy, x, only_whole=blocks.name)
+        arguments = rate, key, flag, blocks
+        return on_local_part(lambda local, _: _noisy(local, *arguments), x, only_whole=blocks.name)
     one_key = require_key(key).to(x.device)
     noise = _noise(x, one_key, blocks.order(x.ndim))
     if not is_number(rate, 1):

@@ -17,7 +17,7 @@ from regtorch._random.threefry import Span, part_index
 
 
 class Place(NamedTuple):
-    """The place of a tensor in a larger one of shape `whole`: a span of each dimension."""
+    """The place of a tensor in a larger one of shape `whole`: a span along each dimension."""
 
     whole: tuple[int, ...]
     part: tuple[Span, ...]
@@ -28,29 +28,27 @@ class Place(NamedTuple):
         axes = [(1, Span(0, 1)) if dim in dims else axis for dim, axis in axes]
         return Place(tuple(size for size, _ in axes), tuple(span for _, span in axes))
 
-    def index(self, device: torch.device) -> Tensor:
-        """Return the row-major index of each element in the whole."""
+    def elements(self, device: torch.device) -> Tensor:
+        """Return the row-major index in the whole of each element."""
         return part_index(self.whole, self.part, device)
 
-    def local(self, x: Tensor, fewer: int = 0) -> Tensor:
-        """Return the part of a tensor that lacks the last dimensions; of a DTensor, the local one."""
+    def local(self, x: Any, missing: int = 0) -> Tensor:
+        """Return the part of a tensor without the last dimensions, or the local one of a DTensor.
+
+        A tensor that has another shape is left to the caller, who rejects it.
+        """
         if is_dtensor(x):
             return x.to_local()
-        if x.shape != self.whole[: len(self.whole) - fewer]:
-            return x  # the caller rejects it
-        return x[_slices(self.part[: x.ndim])]
+        is_whole = isinstance(x, Tensor) and x.shape == self.whole[: len(self.whole) - missing]
+        return x[_slices(self.part[: x.ndim])] if is_whole else x
 
-    def broadcast(self, x: Tensor | None) -> Tensor | None:
-        """Return the part of a tensor that broadcasts to the whole; of a DTensor, the local one."""
+    def broadcast(self, x: Any) -> Any:
+        """Return the part of a tensor that broadcasts to the whole, or the local one; or None."""
         if x is None or is_dtensor(x):
             return x if x is None else x.to_local()
         spans = self.part[len(self.part) - x.ndim :]
-        alone = (s if n > 1 else Span(0, 1) for s, n in zip(spans, x.shape, strict=True))
-        return x[_slices(alone)]
-
-
-def _slices(part: Iterable[Span | None]) -> tuple[slice, ...]:
-    return tuple(slice(s.start, s.start + s.size) if s else slice(None) for s in part)
+        pairs = zip(spans, x.shape, strict=True)
+        return x[_slices(span if size > 1 else Span(0, 1) for span, size in pairs)]
 
 
 def is_dtensor(x: Any) -> bool:
@@ -87,44 +85,47 @@ def on_local_heads(
     query: Any,
     key: Any,
     value: Any,
-    mask: Any = None,
+    *masks: Any,
 ) -> Any:
-    """Apply `function((query, key, value, mask), place)` to the heads of this rank.
+    """Apply `function((query, key, value, *masks), place)` to the rows and heads of this rank.
 
     The tensors have the shape (..., heads, length, features), and `place` is that of the weights
-    (..., heads, queries, keys), to which the mask broadcasts.
+    (..., heads, queries, keys), to which the masks broadcast.
     """
     for name, x in (("key", key), ("value", value)):
-        if not is_dtensor(x) or (x.device_mesh, x.placements) != (
-            query.device_mesh,
-            query.placements,
-        ):
+        found = x.placements if is_dtensor(x) else "a local tensor"
+        if found != query.placements:
             raise ValueError(
-                f"{name} must have the placements of query, {query.placements}; got "
-                f"{x.placements if is_dtensor(x) else 'a local tensor'}."
+                f"{name} must have the placements of query, {query.placements}; got {found}. "
+                "Redistribute it first."
             )
-    place = place_of(query)
-    if place.part[-2:] != tuple(Span(0, size) for size in query.shape[-2:]):
+    whole, part = place_of(query)
+    if part[-2:] != tuple(Span(0, size) for size in whole[-2:]):
         raise ValueError(
             "query must be sharded along batch and heads only; got placements "
-            f"{query.placements} for shape {tuple(query.shape)}. Redistribute it first."
+            f"{query.placements}. Redistribute it first."
         )
-    heads, key_heads = place.part[-3].size, place_of(key).part[-3].size
-    if heads * key.shape[-3] != key_heads * query.shape[-3]:
+    if key.shape[:-3] != whole[:-3]:
         raise ValueError(
-            f"query must have its {query.shape[-3]} heads on the ranks of the {key.shape[-3]} heads "
-            f"of key that serve them; got {heads} and {key_heads} of them on one rank."
+            f"key must have the batch of query, {whole[:-3]}, in a DTensor; got "
+            f"{tuple(key.shape[:-3])}. Expand it."
+        )
+    heads, served = part[-3].size, place_of(key).part[-3].size
+    if heads * key.shape[-3] != served * query.shape[-3]:
+        raise ValueError(
+            "query must have its heads on the ranks of the heads of key that serve them; got "
+            f"{heads} of {query.shape[-3]} and {served} of {key.shape[-3]} on one rank. Use fewer "
+            "ranks, or replicate them."
         )
     keys = key.shape[-2]
-    place = Place((*place.whole[:-1], keys), (*place.part[:-1], Span(0, keys)))
-    local = (*(x.to_local() for x in (query, key, value)), place.broadcast(mask))
-    y = function(local, place)
-    shape = (*query.shape[:-1], value.shape[-1])
-    return _whole(y, query, shape, torch.empty(shape, device="meta").stride())
+    place = Place((*whole[:-1], keys), (*part[:-1], Span(0, keys)))
+    local = (*(x.to_local() for x in (query, key, value)), *map(place.broadcast, masks))
+    shape = (*whole[:-1], value.shape[-1])
+    return _whole(function(local, place), query, shape, torch.empty(shape, device="meta").stride())
 
 
 def _whole(local: Tensor, like: Any, shape: tuple[int, ...], stride: tuple[int, ...]) -> Any:
-    """Return the DTensor of a shape whose part on this rank is `local`, laid out as another one."""
+    """Return the DTensor of a shape whose part on this rank is `local`, placed as another one."""
     from torch.distributed.tensor import DTensor
 
     layout = {"shape": torch.Size(shape), "stride": stride, "run_check": False}
@@ -138,7 +139,7 @@ def place_of(x: Any) -> Place:
     starts, sizes = [0] * x.ndim, list(x.shape)
     ranks = x.device_mesh.get_coordinate()
     if ranks is None:
-        raise ValueError(f"x must be used on the ranks of its mesh; got {x.device_mesh}.")
+        raise ValueError(f"x must be used on the ranks of its mesh only; got {x.device_mesh}.")
     for rank, count, placement in zip(ranks, x.device_mesh.shape, x.placements, strict=True):
         if type(placement) is Shard:
             # As torch.chunk: the first ranks have the same number of elements, the last the rest.
@@ -150,12 +151,13 @@ def place_of(x: Any) -> Place:
         elif type(placement) is not Replicate:
             raise ValueError(
                 f"x must have placements Shard and Replicate only; got {x.placements}. Redistribute "
-                "it first, for a Partial: x.redistribute(placements=[Replicate()])."
+                "it first: x.redistribute(placements=[Replicate()])."
             )
-    if tuple(x.to_local().shape) != tuple(sizes):
+    local = tuple(x.to_local().shape)
+    if local != tuple(sizes):
         raise ValueError(
-            f"x must hold {tuple(sizes)} of its {tuple(x.shape)} elements on rank {tuple(ranks)} "
-            f"of the mesh; got {tuple(x.to_local().shape)}. Pass shape= and stride= to "
+            f"x must hold a part of shape {tuple(sizes)} of {tuple(x.shape)} on rank "
+            f"{tuple(ranks)} of its mesh; got {local}. Pass shape= and stride= to "
             "DTensor.from_local, or use distribute_tensor."
         )
     return Place(tuple(x.shape), tuple(map(Span, starts, sizes)))
@@ -163,31 +165,30 @@ def place_of(x: Any) -> Place:
 
 @dataclasses.dataclass(frozen=True)
 class PartSampler(MaskSampler):
-    """A sampler that draws what another one draws at a place.
+    """A sampler that draws a part of what another one draws.
 
     Attributes:
         function: The other sampler.
-        place: The place, with None in a part for all of a dimension.
+        whole: The shape of its mask.
+        part: The part: for each dimension a span, or None for all of it.
     """
 
     function: MaskSampler
-    place: Any
+    whole: tuple[int, ...]
+    part: tuple[Span | None, ...]
 
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
-        whole, part = self.place
         try:
-            return self.function.draw_part(key, keep_prob, whole, part)
+            return self.function.draw_part(key, keep_prob, self.whole, self.part)
         except NotImplementedError:  # a user's function draws whole masks only
-            mask = self.function.draw(key, keep_prob, whole)
-            return mask[_slices(part)]
+            return self.function.draw(key, keep_prob, self.whole)[_slices(self.part)]
 
     def split(self) -> tuple[PartSampler, Tensor | None]:
         function, given = self.function.split()
         return dataclasses.replace(self, function=function), given
 
     def join(self, given: Tensor) -> PartSampler:
-        function: Any = self.function
-        return dataclasses.replace(self, function=function.join(given))
+        return dataclasses.replace(self, function=self.function.join(given))
 
     def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         return self.function.realized_keep_prob(keep_prob)
@@ -197,14 +198,14 @@ def sampler_at(sampler: MaskSampler, place: Place, shared: tuple[int, ...] = ())
     """Return a sampler of a part of a mask, which is shared along some dimensions."""
     sampler.check_fit(place.whole, shared)
     whole, part = place.sharing(shared)
-    if isinstance(sampler, ExampleSampler) and not sampler.is_single:
-        # Of the examples, only those of the part are needed, and they draw all of their dimension.
-        axis = sampler.axis % len(whole)
-        start, size = part[axis]
-        own = sampler.join(sampler.split()[1][start : start + size])
-        whole = (*whole[:axis], size, *whole[axis + 1 :])
-        return PartSampler(own, Place(whole, (*part[:axis], None, *part[axis + 1 :])))
-    return PartSampler(sampler, Place(whole, part))
+    if not isinstance(sampler, ExampleSampler) or sampler.is_single:
+        return PartSampler(sampler, whole, part)
+    # The part has some of the examples, each of which has a number.
+    axis = sampler.axis % len(whole)
+    start, size = part[axis]
+    own = sampler.join(sampler.numbers[start : start + size])
+    sizes = (*whole[:axis], size, *whole[axis + 1 :])
+    return PartSampler(own, sizes, (*part[:axis], None, *part[axis + 1 :]))
 
 
 def mask_for(x: Tensor, keep_prob: float | Tensor, *, key: Tensor, sampler: Sampler) -> Tensor:
@@ -212,5 +213,12 @@ def mask_for(x: Tensor, keep_prob: float | Tensor, *, key: Tensor, sampler: Samp
     whole = mask_sampler(sampler)
     if not is_dtensor(x):
         return whole.draw(key, keep_prob, tuple(x.shape))
-    draw = lambda local, place: sampler_at(whole, place).draw(key, keep_prob, local.shape)
+
+    def draw(local: Tensor, place: Place) -> Tensor:
+        return sampler_at(whole, place).draw(key, keep_prob, tuple(local.shape))
+
     return on_local_part(draw, x)
+
+
+def _slices(part: Iterable[Span | None]) -> tuple[slice, ...]:
+    return tuple(slice(s.start, s.start + s.size) if s else slice(None) for s in part)

@@ -172,7 +172,7 @@ def _added(x: Tensor, key: Tensor, stddev: float | Tensor, place: Place | None) 
 
 def _noise(x: Tensor, key: Tensor, place: Place | None) -> Tensor:
     """Return a variate for each element, in the dtype that `x` is computed in."""
-    at = None if place is None else place.index(key.device)
+    at = None if place is None else place.elements(key.device)
     return normal_at(key, tuple(x.shape), real_dtype(x.dtype), at)
 
 

@@ -28,6 +28,7 @@ class Rows:
     axis: int
 
     def sampler(self) -> Sampler:
+        """Return the sampler of these rows."""
         return by_example(self.numbers, axis=self.axis)
 
     def index(self, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -112,8 +113,8 @@ def _repeated(numbers: Tensor, times: int) -> Tensor:
 def _error_of_shape(site: str, problem: str) -> ValueError:
     return ValueError(
         f"site {site!r} must draw {problem}. Pass axis={{{site!r}: n}} to "
-        "regtorch.keyed.set_key, where n is the dimension of the batch, in which the elements of an "
-        "example follow each other, or None if the examples share the draw."
+        "regtorch.keyed.set_key, where n is the dimension of the batch, in which the elements of "
+        "an example follow each other, or None if the examples share the draw."
     )
 
 
@@ -123,7 +124,7 @@ def check_examples(examples: Any, axis: Any) -> Examples | None:
         if axis is not None:
             raise ValueError(f"axis must be None without examples; got {axis!r}. Pass examples.")
         return None
-    numbers = by_example(examples).examples
+    numbers = by_example(examples).numbers
     if numbers.ndim != 1:
         raise ValueError("examples must be one number for each row, of shape (n,); got one number.")
     if not isinstance(axis, Mapping):

@@ -190,7 +190,7 @@ def _attention(
 ) -> Any:
     if not 0 < dropout_p <= 1 or (is_causal and attn_mask is not None) or query.is_nested:
         return NotImplemented
-    settings = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    settings: Any = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
 
     def attend(tensors: tuple[Any, ...], place: Place | None = None) -> Tensor:
         def drop(weights: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def _attention(
                 options["sampler"] = sampler_at(mask_sampler(options["sampler"]), place)
             return dropout(weights, dropout_p, **options)
 
-        return attention(*tensors, drop, **settings)
+        return attention(*tensors, drop=drop, **settings)
 
     tensors = query, key, value, attn_mask
     return on_local_heads(attend, *tensors) if is_dtensor(query) else attend(tensors)
@@ -223,13 +223,10 @@ def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
         for layer in range(layers):
             if layer:
                 part = str(layer - 1)
-                # The examples of a packed sequence have no dimension.
-                options = (
-                    {"key": draws.key(x.device, part)}
-                    if packed
-                    else draws.mask(x.shape, x.device, part, axis=batch_axis)
-                )
-                x = dropout(x, p, **options)
+                if packed:  # its examples have no dimension
+                    x = dropout(x, p, key=draws.key(x.device, part))
+                else:
+                    x = dropout(x, p, **draws.mask(x.shape, x.device, part, axis=batch_axis))
             rows = slice(layer * directions, (layer + 1) * directions)
             state = hx[rows] if isinstance(hx, Tensor) else tuple(part[rows] for part in hx)
             own = parameters[layer * per_layer : (layer + 1) * per_layer]
@@ -299,7 +296,7 @@ def _numbers(draws: Draws, x: Tensor, make: Callable[..., Tensor], *parameters: 
         return make(key, x.shape, at, *parameters)
 
     def part(local: Tensor, place: Place) -> Tensor:
-        index = place.index(x.device) if at is None else place.local(at)
+        index = place.elements(x.device) if at is None else place.local(at)
         return make(key, local.shape, index, *map(place.local, parameters))
 
     return on_local_part(part, x)
@@ -348,8 +345,8 @@ def _normal(draws: Draws, x: Tensor, mean: float | Tensor, std: float | Tensor) 
     negative = (not std.is_meta and (std < 0).any()) if isinstance(std, Tensor) else std < 0
     if x.dtype not in _REAL or negative:
         return NotImplemented
-    make = lambda key, shape, at: normal_at(key, tuple(shape), x.dtype, at)
-    return _numbers(draws, x, make) * std + mean
+    n = _numbers(draws, x, lambda key, shape, at: normal_at(key, tuple(shape), x.dtype, at))
+    return n * std + mean
 
 
 _replaces(torch.rand)(_filled(torch.empty, _uniform_))
@@ -445,8 +442,8 @@ def _integers(draws: Draws, x: Tensor, low: Any, high: Any) -> Any:
     limits = None if x.dtype.is_floating_point or x.dtype == torch.bool else torch.iinfo(x.dtype)
     if not 0 < high - low <= 2**31 or (limits and not limits.min <= low < high <= limits.max + 1):
         return NotImplemented
-    make = lambda key, shape, at: integers(key, shape, low, high, at)
-    return x.copy_(_numbers(draws, x, make))
+    n = _numbers(draws, x, lambda key, shape, at: integers(key, shape, low, high, at))
+    return x.copy_(n)
 
 
 @_replaces(torch.randperm)

@@ -84,8 +84,8 @@ class KeyedMode(TorchFunctionMode):
         examples = (self._keys or self.state.keys).examples
         if examples and not examples.is_shared(name):
             raise NotImplementedError(
-                f"site {name!r} must draw by example; got a draw without a dimension of examples: a "
-                "permutation, a packed sequence, or a function of regtorch.keyed.register. Pass "
+                f"site {name!r} must draw by example; got a draw without a dimension of examples: "
+                "a permutation, a packed sequence, or a function of regtorch.keyed.register. Pass "
                 f"axis={{{name!r}: None}} to regtorch.keyed.set_key if the examples share the draw."
             )
         return key

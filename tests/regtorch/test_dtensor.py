@@ -175,7 +175,6 @@ def test_attention_is_that_of_the_rows_and_heads_of_the_rank(name, layout):
     key, value = (Q[:, :2], Q[:, :2]) if name == "grouped" else (Q, Q)
     value = value[..., :3] if name == "other values" else value
     attend = lambda *x: F.scaled_dot_product_attention(*x, dropout_p=0.4, **options)
-    call = in_a_model(attend)
 
     def run(*tensors):
         model = keyed.convert(Forward(attend))

@@ -1,4 +1,4 @@
-"""`set_key(..., examples=...)`: part of a batch draws what it draws in the batch of all examples."""
+"""`set_key(..., examples=...)`: part of a batch draws what it draws in the whole batch."""
 
 from __future__ import annotations
 
