@@ -60,21 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ranks", type=output.integer(2, ROWS), default=2, metavar="N", help=text)
     ranks = parser.parse_args(argv).ranks
     import torch
-    from torch import multiprocessing
+    from torch.multiprocessing.spawn import spawn
 
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, ranks):
             print(f"training on {count} rank{'s' * (count > 1)} …", flush=True)
-            multiprocessing.spawn(train, (count, folder), nprocs=count)
+            spawn(train, (count, folder), nprocs=count)
         (losses, masks), (others, same) = (
             torch.load(Path(folder, f"results of {count}")) for count in (1, ranks)
         )
-    print(
-        f"masks: {'identical' if torch.equal(masks, same) else 'different'}, {masks.numel()} bits"
-    )
+    same_masks = torch.equal(masks, same)
+    print(f"masks: {'identical' if same_masks else 'different'}, {masks.numel()} bits")
     print(f"loss after {STEPS} steps: {losses[-1]:.6f} on 1 rank, {others[-1]:.6f} on {ranks}")
-    agrees = torch.equal(masks, same) and torch.allclose(losses, others, atol=1e-5)
-    return 0 if agrees else 1
+    return 0 if same_masks and torch.allclose(losses, others, atol=1e-5) else 1
 
 
 if __name__ == "__main__":
