@@ -46,9 +46,9 @@ def dropout(
     the scale is the inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
-        x: Floating or complex, of any shape, including 0-d and empty. Of a `DTensor`, each rank draws
-            its part of the mask of the whole tensor, without communication; the result and the
-            gradient have its placements, `Shard` and `Replicate`.
+        x: Floating or complex, of any shape, including 0-d and empty. For a `DTensor`, each rank
+            draws its part of the mask of the whole tensor, without communication; the result and
+            the gradient have its placements, which are `Shard` and `Replicate`.
         rate: The dropout rate, in [0, 1]: a number, or a 0-d tensor. For a tensor `1 - rate` is
             rounded in float32, which may change its last bit, and no gradient flows to it.
         key: The PRNG key, or a `torch.Generator` from which a key is drawn; required unless

@@ -150,8 +150,8 @@ def place_of(x: Any) -> Place:
             sizes[dim] = min(chunk, sizes[dim] - first)
         elif type(placement) is not Replicate:
             raise ValueError(
-                f"x must have placements Shard and Replicate only; got {x.placements}. Redistribute "
-                "it first: x.redistribute(placements=[Replicate()])."
+                f"x must have placements Shard and Replicate only; got {x.placements}. "
+                "Redistribute it first: x.redistribute(placements=[Replicate()])."
             )
     local = tuple(x.to_local().shape)
     if local != tuple(sizes):

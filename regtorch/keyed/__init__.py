@@ -40,14 +40,16 @@ are `-log(u) / lambd`.
 masks are drawn again, also after another `set_key`. Other implementations can repeat a site that
 was called once since `set_key`; otherwise an error is raised that names `replay`.
 
-**Ranks.** In a data-parallel run each rank passes the numbers of its rows, `set_key(model, root, step,
-examples=rows)`, with the same root. It then draws its rows of the masks of the whole batch, as one
-rank does, and JAX. So do micro-batches. Without `examples`, each rank needs a root of its own, such
-as `regtorch.fold_in(root, rank)`: with the same one, all ranks draw the same masks for different
-rows, and `set_key` warns. Ranks that share rows, as in tensor parallelism, share the root and the
-examples. Of a `DTensor` each rank draws its part of the mask of the whole tensor; a shard in a
-local tensor, as `ColwiseParallel` returns by default, is drawn as if it were whole, alike on every
-rank, so pass it `use_local_output=False`.
+**Ranks.** In a data-parallel run each rank passes the numbers of its rows, `set_key(model, root,
+step, examples=rows)`, with the same root. It then draws its rows of the masks of the whole batch,
+and the run draws the masks of a single rank, and those of JAX. So do micro-batches. Without
+`examples`, each rank needs a root of its own, such as `regtorch.fold_in(root, rank)`: with the same
+one, all ranks draw the same masks for different rows, and `set_key` warns.
+
+Ranks that share rows, as in tensor parallelism, share the root and the examples. For a `DTensor`,
+each rank draws its part of the mask of the whole tensor. A shard that is a local tensor, such as
+`ColwiseParallel` returns by default, cannot be told from a whole one, and has the same mask on
+every rank: pass `use_local_output=False`.
 
 **Limitations.** Under `torch.compile` the results are the same, but a converted model is hardly
 compiled, in training or in evaluation: its modules run outside of the graphs. Call `revert` to

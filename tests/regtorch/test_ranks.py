@@ -6,9 +6,7 @@ rank is this process.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
