@@ -30,6 +30,7 @@ LIGHT = (
     "examples.port_from_timm",
     "examples.port_from_torch.__main__",
     "examples.recurrent_dropout.__main__",
+    "examples.torch_ddp",
     "examples.uncertainty.__main__",
     "tests.mutants",
     "tests.sweep.__main__",

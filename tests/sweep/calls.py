@@ -220,7 +220,8 @@ def _torch_calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
     for function in (keyed.revert, keyed.sites, keyed.replay):
         yield f"keyed.{function.__name__}", function, {"model": empty}
     converted = keyed.convert(torch.nn.Sequential())
-    yield "set_key", keyed.set_key, {"model": converted, "root": key, "step": 0}
+    options = {"examples": [0], "axis": None}
+    yield "set_key", keyed.set_key, {"model": converted, "root": key, "step": 0, **options}
     yield "register", keyed.register, {"function": lambda x: x, "replacement": lambda key, x: x}
     x, image = torch.ones(2, 3), torch.ones(2, 3, 4, 4)
     for name, entering, settings in (
