@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parity_tests import __main__ as program
+from parity_tests.certify import writing
 from parity_tests.certify.comparison import certify
 from parity_tests.certify.errors import InputError
 from parity_tests.certify.port import run_port
@@ -66,7 +67,8 @@ def train(seed):
 
 
 @pytest.fixture(autouse=True)
-def _as_a_reader():
+def _as_a_reader(monkeypatch):
+    monkeypatch.setattr(writing, "_plot", lambda certificate: "")  # it takes a second
     with reading.as_a_reader():
         yield
 
