@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from parity_tests import __main__ as program
+from parity_tests.certify import writing
 from parity_tests.certify.comparison import certify
 from parity_tests.certify.errors import InputError
 from parity_tests.certify.port import run_port
@@ -66,16 +67,15 @@ def train(seed):
 
 
 @pytest.fixture(autouse=True)
-def _as_a_reader():
+def _as_a_reader(monkeypatch):
+    monkeypatch.setattr(writing, "_plot", lambda certificate: "")  # it takes a second
     with reading.as_a_reader():
         yield
 
 
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    """A script, and the folder with its file and what its port repeats."""
-    folder = tmp_path_factory.mktemp("recorded")
-    (folder / "script.py").write_text(SCRIPT)
+def record(folder, text):
+    """Write and run a script, keep what its port repeats, and return the run."""
+    (folder / "script.py").write_text(text)
     with torch.random.fork_rng(devices=[]):
         run = run_script(folder / "script.py", steps=20)
     kept: dict[str, Any] = {f"0.{name}": array for name, array in run.initial.items()}
@@ -86,7 +86,14 @@ def recorded(tmp_path_factory):
         kept |= {f"{number}.loss": step.losses[0], f"{number}.batch": batch}
         kept |= {f"{number}.state": step.state}
     np.savez(folder / "kept.npz", **kept)
-    return run, folder
+    return run
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A run of the script, and the folder of its file."""
+    folder = tmp_path_factory.mktemp("recorded")
+    return record(folder, SCRIPT), folder
 
 
 @pytest.fixture
@@ -281,6 +288,35 @@ def test_a_port_may_have_names_and_layouts_of_its_own(recorded, write_port):
     found = certify((folder / "script.py", path), run, run_port(path, run))
     assert found.first is not None
     assert (found.first.quantity, found.first.where) == ("initial weights", "weight")
+
+
+def test_masks_and_generators_of_a_port_are_observed(tmp_path):
+    """The port draws the masks of a script, from the state after the loader's draws."""
+    run = record(tmp_path, SCRIPT.replace("model(x)", "torch.dropout(model(x), 0.5, True)"))
+    torch.manual_seed(5)
+    torch.nn.Linear(4, 2)
+    for _ in range(2):  # the seed of the order and that of the workers
+        torch.empty((), dtype=torch.int64).random_()
+    np.save(tmp_path / "state.npy", torch.get_rng_state().numpy())
+    text = PORT.replace(
+        "def train",
+        "g = torch_random.from_torch(np.load(pathlib.Path(__file__).with_name('state.npy')))\n"
+        "def train",
+    ).replace("    assert seed == 5\n", "    global g\n")
+    text = text.replace(
+        '        g = torch_random.from_torch(kept[f"{step}.state"])\n',
+        "        if step:\n"
+        "            _, g = torch_random.dropout(np.ones((3, 2), 'float32'), 0.5, g)\n",
+    )
+    path = tmp_path / "port.py"
+    for rate, result, quantity in ((0.5, "agrees", ""), (0.25, "differs", "masks")):
+        path.write_text(text.replace("0.5", str(rate)))
+        with contextlib.closing(run_port(path, run)) as steps:
+            found = certify((tmp_path / "script.py", path), run, steps)
+        assert found.result == result, found.conclusion
+        assert (found.first.quantity if found.first else "") == quantity
+        rows = {row.name: row for row in found.rows}
+        assert (rows["masks"].compared, rows["generator"].compared) == (12, 2)
 
 
 # By name: a replacement in the example of a port, and the step, row, place and words found.

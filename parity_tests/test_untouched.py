@@ -455,7 +455,7 @@ def test_a_loss_that_differs_is_repeated_in_float64_with_the_same_masks():
 def test_a_generator_off_the_cpu_is_refused():
     class Elsewhere(torch.Generator):  # PyTorch makes none without a GPU
         @property
-        def device(self):
+        def device(self):  # pyright: ignore[reportIncompatibleVariableOverride]
             return torch.device("cuda", 1)
 
     with pytest.raises(ValueError, match=r"must be on the CPU; got one on cuda:1\. Compare on"):

@@ -33,7 +33,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [*sorted((DOCS / "howto").glob("*.md")), DOCS / "decay_rules.md"]
 RECIPES = [page for page in PAGES if page.stem != "index"]
 # Seconds of one core: about 8 each, and the others together 21.
-SLOW = {"compare_two_runs", "swap_the_import"}
+SLOW = {"certify_a_port", "compare_two_runs", "swap_the_import"}
 # tests/zoo runs these pages, which import timm and transformers.
 IN_ZOO = ("port_a_huggingface_model", "port_a_timm_model")
 KINDS = ("python", "pycon", "diff", "sh", "text", "hidden", "ebnf")

@@ -18,11 +18,13 @@ class Modules:
         # The modules are kept, since another object could get the identity of one that is gone.
         self._known: dict[int, tuple[torch.nn.Module, str]] = {}
         self._entered: dict[int, int] = {}
+        self._outermost: list[torch.nn.Module] = []  # those of the last search, which takes 0.1 s
 
     def path(self, module: torch.nn.Module) -> str:
         """Return the path of a module that is entered."""
         if id(module) not in self._known:
-            for outermost in _outermost():
+            self._outermost = _outermost()
+            for outermost in self._outermost:
                 paths = seeded.paths_of(outermost)
                 if id(module) in paths:
                     modules = unwrapped(outermost).modules()
@@ -34,9 +36,13 @@ class Modules:
     def owner(self, tensors: Iterable[torch.Tensor]) -> torch.nn.Module | None:
         """Return the outermost module with all of some parameters, the first entered of several."""
         wanted = {id(tensor) for tensor in tensors}
-        found = [m for m in _outermost() if wanted <= {id(p) for p in m.parameters()}]
+        found = _with(wanted, self._outermost) or _with(wanted, _outermost())
         last = len(self._entered)
         return min(found, key=lambda module: self._entered.get(id(module), last), default=None)
+
+
+def _with(tensors: set[int], modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    return [module for module in modules if tensors <= {id(p) for p in module.parameters()}]
 
 
 def _outermost() -> list[torch.nn.Module]:
