@@ -177,6 +177,17 @@ class PartSampler(MaskSampler):
     whole: tuple[int, ...]
     part: tuple[Span | None, ...]
 
+    @property
+    def draws_parts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.function.draws_parts
+
+    def draw_part(
+        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[int | None, ...], part: Any
+    ) -> Tensor:
+        """Draw a part of the part, whose shape is `whole`."""
+        inner = tuple(map(_within, self.part, part))
+        return self.function.draw_part(key, keep_prob, self.whole, inner)
+
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
         try:
             return self.function.draw_part(key, keep_prob, self.whole, self.part)
@@ -218,6 +229,13 @@ def mask_for(x: Tensor, keep_prob: float | Tensor, *, key: Tensor, sampler: Samp
         return sampler_at(whole, place).draw(key, keep_prob, tuple(local.shape))
 
     return on_local_part(draw, x)
+
+
+def _within(outer: Span | None, inner: Span | None) -> Span | None:
+    """Return a span of a span; None is all of it."""
+    if outer is None or inner is None:
+        return inner or outer
+    return Span(outer.start + inner.start, inner.size)
 
 
 def _slices(part: Iterable[Span | None]) -> tuple[slice, ...]:
