@@ -134,7 +134,7 @@ def _attend(
         words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
         call = BlockwiseCall(ticket, words, inputs, off)
         record_block = functools.partial(observers.block, call)
-        record_end = functools.partial(observers.end, call, rate)
+        record_end = functools.partial(observers.end, call, rate, draw.sampler.numbers)
     (top, total, result), _ = lax.scan(block, start, blocks.firsts())
     seen = total > 0
     total = jnp.where(seen, total, 1)

@@ -148,7 +148,9 @@ def apply_dropout(
         if observers := observer():
             jitted = _masked_at_number if is_number else _masked_at_tracer
             dropped, keep = jitted(spec, x, one_key, rate)
-            observers.draw(spec.name, key_words(one_key), rate, keep, x, deterministic)
+            examples = spec.sampler.numbers if isinstance(spec, SampledMask) else None
+            words = key_words(one_key)
+            observers.draw(spec.name, words, rate, keep, x, deterministic, examples)
             return dropped
         return mask_and_scale(spec, x, one_key, rate)
 
