@@ -65,8 +65,8 @@ def save(
         if jax.process_index() == 0:
             remove_unfinished(folder)
         raise RunError(
-            f"the checkpoint of step {step} could not be written to {folder} ({_reason(error)}). "
-            f"{_intact(folder)} Make space and continue with --resume."
+            f"the checkpoint of step {step} could not be written to {folder}: {_reason(error)}. "
+            f"{_intact(folder)} Continue with --resume."
         ) from error
     if jax.process_index() == 0:
         for old in steps(folder)[:-keep]:
@@ -191,5 +191,7 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if "No space left" in text:
         return "no space left on device"
+    if "barrier" in text:
+        return "another process of the job was lost"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

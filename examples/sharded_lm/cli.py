@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         recipe, plan = _read(options)
+        if options.spawn and options.coordinator:
+            raise InputError(
+                "argument --spawn: must be given without --coordinator; got both. Omit one of them"
+            )
         # JAX counts the devices of a machine later, in `work`.
         if devices := options.devices or options.spawn:
             _check_mesh(recipe, plan, devices)

@@ -115,6 +115,9 @@ def child() -> NoReturn:
     """Run one process of a job. Its stdin is a pipe that ends with the supervisor."""
     from examples.sharded_lm.cli import work
 
+    # Libraries in C++ print to file descriptor 1; the output is for the progress alone.
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
     try:
         work(sys.argv[1:])
@@ -189,7 +192,7 @@ def _read(log: IO[bytes]) -> str:
 
 
 def _end_with_supervisor() -> None:
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # sys.stdin has a lock, which the interpreter needs at its end
     os._exit(1)
 
 

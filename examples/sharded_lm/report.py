@@ -70,7 +70,7 @@ class Report:
         self._progress.stop()
 
     def step(self, done: int) -> None:
-        """Move the bar, and measure the speed from the first call, after compilation."""
+        """Move the bar, and measure the speed since the first step after an evaluation."""
         now = time.perf_counter()
         if self._started is None:
             self._started = done, now
@@ -85,6 +85,7 @@ class Report:
             f"step {done:5}  training loss {train:.3f}  validation loss {validation:.3f}  "
             f"{self.speed} tokens/s"
         )
+        self._started = None
 
     def print(self, line: str) -> None:
         """Print a line."""
