@@ -26,7 +26,7 @@ from parity_tests import output
 # it is a bound on the rounding of sums in another order, after 200 steps of training.
 BOUNDS = {"float64": 1e-10, "float32": 1e-3}
 SLACK = 1.02  # temporary memory with dropout, relative to that without
-_RECIPE = Recipe(width=32, depth=2, heads=4, context=32, batch=32, warmup=20)
+_RECIPE = Recipe(width=32, depth=1, heads=4, context=32, batch=32, warmup=20)
 _STEPS, _QUICK_STEPS = 200, 20
 _MICRO_BATCHES = (1, 2, 4)
 _LAST = 4  # a failed run's lines to print
@@ -139,7 +139,7 @@ def costs() -> dict[str, dict[str, Any]]:
     without = {"": {}, "without dropout": {"rate": 0.0}, "without decay": {"weight_decay": 0.0}}
     return {
         f"{mesh} {label}".strip(): cost(
-            dataclasses.replace(Recipe(), **changes), make_mesh(parse_mesh(mesh)), corpus
+            dataclasses.replace(Recipe(depth=1), **changes), make_mesh(parse_mesh(mesh)), corpus
         )._asdict()
         for mesh in ("8", "1x8", "2x2x2")
         for label, changes in without.items()
