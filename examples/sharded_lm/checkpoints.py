@@ -144,7 +144,7 @@ def _damage(path: Path) -> str:
     """Return how a checkpoint differs from its manifest; empty if it does not."""
     try:
         expected = json.loads(path.with_suffix(_MANIFEST).read_text())["files"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return f"{path.name}{_MANIFEST} is not a manifest"
     found = _digests(path)
     for name in sorted(expected.keys() | found.keys()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
+        _check_packages()
         recipe, plan = _read(options)
         if options.spawn and options.coordinator:
             raise InputError(
@@ -224,6 +226,15 @@ def _read(options: argparse.Namespace) -> tuple[Recipe, Plan]:
         )
     names = [field.name for field in dataclasses.fields(Plan)]
     return recipe, Plan(**{name: getattr(options, name) for name in names})
+
+
+def _check_packages() -> None:
+    """Check that the packages of the example are installed, before any process starts."""
+    for package in ("flax", "orbax", "matplotlib", "rich"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"package {package} must be installed. Run: pip install 'regjax[examples]'"
+            )
 
 
 def _check_mesh(recipe: Recipe, plan: Plan, devices: int) -> dict[str, int]:

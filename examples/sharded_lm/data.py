@@ -63,7 +63,7 @@ def read_corpus(folder: Path | None = None) -> Corpus:
 
 
 def training_batch(corpus: Corpus, recipe: Recipe, step: int, micro_batches: int) -> Batch:
-    """Return the batch of a step: a pure function, so that a resumed run needs no saved position."""
+    """Return the batch of a step, a pure function: a resumed run needs no saved position."""
     stream = np.random.default_rng([recipe.seed, _TRAINING, step])
     return _batch(corpus.train, recipe, stream, micro_batches)
 

@@ -160,7 +160,7 @@ def costs_agree(found: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 _TITLE = (
-    "| processes | devices | mesh | micro-batches | dtype | masks | largest difference of a loss |\n"
+    "| processes | devices | mesh | micro-batches | dtype | masks | difference of losses |\n"
     "| ---: | ---: | --- | ---: | --- | --- | ---: |\n"
 )
 

@@ -2,8 +2,8 @@
 
 JAX aborts a process, with a C++ stack trace, when another process of its job is lost or when the
 coordinator does not answer. Each process is therefore the child of a supervisor, which ends all of
-its children when one fails, and prints the reason in one line. A child ends when its supervisor does,
-even if that was killed: two jobs must not write to the same folder.
+its children when one fails, and prints the reason in one line. A child ends when its supervisor
+does, even if that was killed: two jobs must not write to the same folder.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def supervise(argv: Sequence[str], ids: Sequence[int], count: int, coordinator: 
     finally:
         for process, log in children.values():
             process.kill()
-            process.wait()
+            process.communicate()  # closes its stdin
             log.close()
 
 
@@ -163,7 +163,7 @@ def _start(
     argv: Sequence[str], number: int, count: int, coordinator: str, *, is_first: bool
 ) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
     place = ["--coordinator", coordinator, "--processes", count, "--process-id", number]
-    log = tempfile.TemporaryFile()
+    log = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
     process = subprocess.Popen(
         [sys.executable, "-c", _CHILD, *argv, *map(str, place)],
         stdin=subprocess.PIPE,

@@ -45,7 +45,8 @@ def masks_of_step(
         }
 
     draws = jax.jit(
-        lambda rows: jax.lax.map(draw, rows), out_shardings=dict.fromkeys(shapes, batch.rows.sharding)
+        lambda rows: jax.lax.map(draw, rows),
+        out_shardings=dict.fromkeys(shapes, batch.rows.sharding),
     )
     with jax.set_mesh(mesh):
         return draws(batch.rows)

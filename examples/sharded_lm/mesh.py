@@ -2,14 +2,14 @@
 
 A batch is sharded over "data" and "fsdp", a parameter over "fsdp" and "tensor": each device holds a
 part of every kernel and of its optimizer state, and XLA gathers a kernel over "fsdp" where it is
-used. The axes are automatic: XLA propagates the shardings that are stated here, of parameters, batch
-and activations, through Flax's layers. With explicit axes every matrix product would need an
+used. The axes are automatic: XLA propagates the shardings that are stated here, of parameters,
+batch and activations, through Flax's layers. With explicit axes every matrix product would need an
 `out_sharding`, since "fsdp" shards both of its operands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -41,9 +41,10 @@ SPECS = {
 _ROWS = (DATA, FSDP)
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """Return a mesh of all devices."""
-    return jax.make_mesh([sizes[axis] for axis in AXES], AXES, (AxisType.Auto,) * len(AXES))
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh of all devices, or of some."""
+    shape, kinds = [sizes[axis] for axis in AXES], (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, kinds, devices=devices)
 
 
 def shardings_of(tree: PyTree[Any], mesh: Mesh) -> PyTree[NamedSharding]:

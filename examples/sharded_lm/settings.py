@@ -1,8 +1,9 @@
-"""The settings of a run: what determines its result, and how it is computed. Nothing here needs JAX."""
+"""The settings of a run, its recipe and its plan. They need no JAX."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,20 +93,18 @@ def parse_mesh(text: str) -> dict[str, int]:
         >>> parse_mesh("2x4"), parse_mesh("tensor=4")
         ({'data': 2, 'fsdp': 4, 'tensor': 1}, {'data': 1, 'fsdp': 1, 'tensor': 4})
     """
-    if "=" in text:
-        pairs = [part.partition("=")[::2] for part in text.split(",")]
-    else:
+    if re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", text):
         pairs = list(zip(AXES, text.split("x"), strict=False))
-    unknown = [axis for axis, _ in pairs if axis not in AXES]
-    if unknown:
-        raise ValueError(f"must have axes of {', '.join(AXES)}; got {unknown[0]!r} in {text!r}")
+    elif re.fullmatch(r"\w+=[1-9]\d*(,\w+=[1-9]\d*)*", text):
+        pairs = [part.split("=") for part in text.split(",")]
+    else:
+        pairs = []
     sizes = dict(pairs)
-    written = ",".join(f"{axis}={size}" for axis, size in pairs) if "=" in text else "x".join(
-        sizes.values()
-    )
-    if written != text or not all(size.isdecimal() and int(size) > 0 for size in sizes.values()):
+    if unknown := sorted(sizes.keys() - set(AXES)):
+        raise ValueError(f"must have axes of {', '.join(AXES)}; got {unknown[0]!r} in {text!r}")
+    if not sizes or len(sizes) < len(pairs):
         raise ValueError(
-            f"must be sizes such as 2x4 (data x fsdp), 2x2x2 (data x fsdp x tensor) or "
+            "must be sizes such as 2x4 (data x fsdp), 2x2x2 (data x fsdp x tensor) or "
             f"data=2,tensor=4; got {text!r}"
         )
     return {axis: int(sizes.get(axis, 1)) for axis in AXES}

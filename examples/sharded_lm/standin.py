@@ -8,7 +8,7 @@ import numpy as np
 from regjax._random.bernoulli import bernoulli_at, check_probability
 
 
-def by_example(index):
+def by_example(index):  # noqa: D103
     def sampler(key, keep_prob, shape, *, out_sharding=None):
         size = math.prod(shape[1:])
         within = jnp.arange(size, dtype=np.uint32).reshape(1, *shape[1:])

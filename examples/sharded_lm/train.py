@@ -23,7 +23,7 @@ from examples.sharded_lm.model import GPT, Dropout, no_dropout
 from examples.sharded_lm.settings import Plan, Recipe
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, Key, PyTree
+    from jaxtyping import Array, Float, Int, PyTree
 
 _VALIDATION_BATCHES = 8
 _CLIP = 1.0
