@@ -17,7 +17,6 @@ from flax import nnx
 import regjax
 from examples.sharded_lm.mesh import shard_activations
 from examples.sharded_lm.settings import VOCABULARY, Recipe
-from examples.sharded_lm.standin import by_example
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key
@@ -44,7 +43,7 @@ class Dropout:
         if self.rate == 0:
             return x
         key = regjax.site_key(self.root, self.step, site)
-        return regjax.dropout(x, self.rate, key=key, sampler=by_example(self.rows))
+        return regjax.dropout(x, self.rate, key=key, sampler=regjax.by_example(self.rows))
 
 
 def no_dropout(x: Array, site: str) -> Array:
