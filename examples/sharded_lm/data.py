@@ -6,7 +6,7 @@ import hashlib
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,7 @@ _TRAINING, _VALIDATION = range(2)
 
 
 class Batch(NamedTuple):
-    """A batch in micro-batches: arrays whose first axis is the micro-batch.
+    """A batch in micro-batches: arrays of NumPy on the host, or of JAX on the devices.
 
     Attributes:
         tokens: Of shape (micro-batches, examples, context + 1); the last `context` tokens of an
@@ -27,8 +27,8 @@ class Batch(NamedTuple):
             dropout of an example depends on it and not on the micro-batch or device.
     """
 
-    tokens: np.ndarray
-    rows: np.ndarray
+    tokens: Any
+    rows: Any
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,11 @@ def read_corpus(folder: Path | None = None) -> Corpus:
     train = [text for i, text in enumerate(texts) if i % _HELD_OUT]
     if sum(map(len, held_out)) < 10_000:
         raise RunError(f"the standard library must be installed as source text; got {folder}.")
-    parts = [np.frombuffer(b"".join(part), np.uint8) for part in (train, held_out)]
-    return Corpus(*parts, hashlib.sha256(b"".join([*train, *held_out])).hexdigest())
+    digest = hashlib.sha256(b"".join([*train, *held_out])).hexdigest()
+    train_bytes, held_out_bytes = (
+        np.frombuffer(b"".join(part), np.uint8) for part in (train, held_out)
+    )
+    return Corpus(train_bytes, held_out_bytes, digest)
 
 
 def training_batch(corpus: Corpus, recipe: Recipe, step: int, micro_batches: int) -> Batch:

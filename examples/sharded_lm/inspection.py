@@ -37,5 +37,7 @@ def cost(recipe: Recipe, mesh: Mesh, corpus: Corpus, micro_batches: int = 1) -> 
         program = make_program(recipe, mesh)
         batch = shard_batch(training_batch(corpus, recipe, 0, micro_batches), mesh)
         compiled = program.train_step.lower(abstract(program), batch).compile()
-    found = Counter(_COLLECTIVE.findall(compiled.as_text()))
-    return Cost(dict(sorted(found.items())), compiled.memory_analysis().temp_size_in_bytes)
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None  # every backend of XLA has both
+    assert memory is not None
+    return Cost(dict(sorted(Counter(_COLLECTIVE.findall(text)).items())), memory.temp_size_in_bytes)

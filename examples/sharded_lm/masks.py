@@ -23,7 +23,7 @@ def sites(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Return the shape of the mask of one example at each site."""
     features = (recipe.context, recipe.width)
     weights = (recipe.heads, recipe.context, recipe.context)
-    found = {"embedding": features}
+    found: dict[str, tuple[int, ...]] = {"embedding": features}
     for block in (f"blocks/{number}" for number in range(recipe.depth)):
         found[f"{block}/attention"] = weights
         found[f"{block}/attention_residual"] = found[f"{block}/mlp_residual"] = features

@@ -13,16 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from examples.sharded_lm.data import Batch
 from examples.sharded_lm.settings import AXES, DATA, FSDP, TENSOR
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, PyTree
-
-    from examples.sharded_lm.data import Batch
+    from jaxtyping import Array, Float
 
 # By the last two names of the path, so that the moments of the optimizer have the shardings of
 # their parameters. All other arrays are replicated.
@@ -41,13 +39,13 @@ SPECS = {
 _ROWS = (DATA, FSDP)
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Return a mesh of all devices, or of some."""
     shape, kinds = [sizes[axis] for axis in AXES], (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, kinds, devices=devices)
 
 
-def shardings_of(tree: PyTree[Any], mesh: Mesh) -> PyTree[NamedSharding]:
+def shardings_of(tree: Any, mesh: Mesh) -> Any:
     """Return the sharding of each array of a training state, which may be abstract."""
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
@@ -67,7 +65,7 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Return a batch as global arrays, of which every process places only its own examples."""
     sharding = NamedSharding(mesh, P(None, _ROWS))
 
-    def shard(array: np.ndarray) -> Array:
+    def shard(array: Any) -> Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
-    return type(batch)(*map(shard, batch))
+    return Batch(shard(batch.tokens), shard(batch.rows))

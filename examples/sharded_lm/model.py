@@ -19,7 +19,11 @@ from examples.sharded_lm.mesh import shard_activations
 from examples.sharded_lm.settings import VOCABULARY, Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Array, Float, Int, Key
+
+    Drop = Callable[[Array, str], Array]
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * width, width, **dtypes)
 
     def __call__(
-        self, x: Float[Array, "batch length width"], drop: Dropout, name: str
+        self, x: Float[Array, "batch length width"], drop: Drop, name: str
     ) -> Float[Array, "batch length width"]:
         """Add attention and perceptron to `x`."""
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
@@ -89,7 +93,7 @@ class GPT(nnx.Module):
         self.head = nnx.Linear(recipe.width, VOCABULARY, **dtypes)
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], drop: Dropout
+        self, tokens: Int[Array, "batch length"], drop: Drop
     ) -> Float[Array, "batch length vocabulary"]:
         """Return the logits of each next token."""
         positions = self.positions(jnp.arange(tokens.shape[1]))
@@ -103,7 +107,7 @@ def causal_attention(
     q: Float[Array, "batch length heads depth"],
     k: Float[Array, "batch length heads depth"],
     v: Float[Array, "batch length heads depth"],
-    drop: Dropout,
+    drop: Drop,
     site: str,
 ) -> Float[Array, "batch length heads depth"]:
     """Compute attention with dropout of its weights."""

@@ -25,6 +25,8 @@ from examples.sharded_lm.settings import Plan, Recipe
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PyTree
 
+    from examples.sharded_lm.model import Drop
+
 _VALIDATION_BATCHES = 8
 _CLIP = 1.0
 
@@ -38,7 +40,7 @@ class State(NamedTuple):
         step: The number of completed steps.
     """
 
-    params: nnx.State
+    params: PyTree
     optimizer: optax.OptState
     step: Int[Array, ""]
 
@@ -58,7 +60,7 @@ class Program:
     mesh: Mesh
     shardings: State
     init: Callable[[], State]
-    train_step: Callable[[State, Batch], tuple[State, Float[Array, ""]]]
+    train_step: jax.stages.Wrapped
     evaluate: Callable[[PyTree[Array], Batch], Float[Array, ""]]
 
 
@@ -95,9 +97,9 @@ def init_state(recipe: Recipe) -> State:
 
 def loss_of(
     graphdef: nnx.GraphDef[GPT],
-    params: nnx.State,
+    params: PyTree,
     tokens: Int[Array, "batch length"],
-    drop: Callable[[Array, str], Array],
+    drop: Drop,
 ) -> Float[Array, ""]:
     """Return the mean cross-entropy of the next tokens, in nats."""
     logits = nnx.merge(graphdef, params)(tokens[:, :-1], drop)
@@ -107,7 +109,7 @@ def loss_of(
 def train_step(
     graphdef: nnx.GraphDef[GPT],
     recipe: Recipe,
-    shardings: PyTree[NamedSharding],
+    shardings: Any,
     state: State,
     batch: Batch,
 ) -> tuple[State, Float[Array, ""]]:
@@ -147,7 +149,7 @@ def make_program(recipe: Recipe, mesh: Mesh) -> Program:
     shardings = shardings_of(jax.eval_shape(init), mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def evaluate(params: nnx.State, batch: Batch) -> Float[Array, ""]:
+    def evaluate(params: PyTree, batch: Batch) -> Float[Array, ""]:
         return loss_of(graphdef, params, batch.tokens[0], no_dropout)
 
     return Program(
