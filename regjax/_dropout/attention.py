@@ -25,8 +25,16 @@ from regjax._dropout.core import (
     require_key,
 )
 from regjax._dropout.scores import Scores, mixed_values, softmax, with_rank
-from regjax._random.bernoulli import EXACT, check_probability
+from regjax._random.bernoulli import (
+    EXACT,
+    MaskSampler,
+    Sampler,
+    bernoulli,
+    check_probability,
+)
+from regjax._random.by_example import check_batch_axis
 from regjax._random.events import observer
+from regjax._random.packed import mask_sampler
 from regjax._random.threefry import at_most
 from regshared.checks import check_bool, check_integer, describe
 from regshared.spellings import explain_names
@@ -57,6 +65,7 @@ def dot_product_attention(
     is_causal: bool = False,
     scale: ArrayLike | None = None,
     block_size: int | None = None,
+    sampler: Sampler = bernoulli,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     module: Any = None,
@@ -79,8 +88,8 @@ def dot_product_attention(
     `jax.nn.dot_product_attention`, which has no dropout, was measured on a CPU.
 
     Batch, heads and queries may be sharded across devices with no communication; the keys and
-    values of one head may not be sharded. Inside `shard_map` the shape is that of one device: fold
-    `jax.lax.axis_index` into `dropout_rng`.
+    values of one head may not be sharded. Inside `shard_map` the shape is that of one device: pass
+    the numbers of its examples, `sampler=by_example(examples)`.
 
     Args:
         query: Of shape (..., queries, heads, depth), with any number of batch dimensions.
@@ -99,6 +108,10 @@ def dot_product_attention(
         scale: The factor of the products, `1 / sqrt(depth)` by default. A traced scalar multiplies
             the query instead, so that it can be learned; NaN then gives NaN.
         block_size: The number of keys per block; without it, all keys at once.
+        sampler: The function that draws the mask; see `dropout`. `packed_bernoulli` packs along the
+            heads, queries or batch, never along the keys. With `block_size`, a function of your own
+            is rejected: it can only draw the whole mask. The numbers of `by_example` belong to a
+            batch dimension, which excludes `broadcast_dropout`.
         dtype: The dtype of the computation; without it, the arrays must have the same dtype.
         precision: The precision of the products; see `jax.lax.Precision`.
         module: A Linen or NNX module into which the weights, before dropout, are sown.
@@ -113,8 +126,8 @@ def dot_product_attention(
         TypeError: The arrays are not floating or differ in dtype, `scale` is not a number, `mask`
             has numbers other than 0 and 1 (a traced one is not checked), or as `dropout`.
         ValueError: Shapes do not fit, with the argument named; `scale` is not finite; `block_size`
-            is below 1, or given along with `module`; an einsum is given; or as `dropout`. A traced
-            rate out of range gives NaN.
+            is below 1, or given along with `module`; `sampler` draws no blocks; an einsum is given;
+            or as `dropout`. A traced rate out of range gives NaN.
 
     Note (PyTorch):
         `regtorch.dot_product_attention` has this layout, and with the same key the same mask.
@@ -145,8 +158,9 @@ def dot_product_attention(
         "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention", NeurIPS
         2022.
     """
+    drawn_by = mask_sampler(sampler)
     return attend(
-        functools.partial(SampledMask, "dot_product_attention", EXACT),
+        functools.partial(SampledMask, "dot_product_attention", drawn_by),
         query,
         key,
         value,
@@ -159,6 +173,7 @@ def dot_product_attention(
         is_causal=is_causal,
         scale=scale,
         block_size=block_size,
+        sampler=drawn_by,
         dtype=dtype,
         precision=precision,
         module=module,
@@ -182,13 +197,17 @@ def attend(
     is_causal: bool = False,
     scale: ArrayLike | None = None,
     block_size: int | None = None,
+    sampler: MaskSampler = EXACT,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     module: Any = None,
     qk_attn_weights_einsum: None = None,
     attn_weights_value_einsum: None = None,
 ) -> Float[Array, "*batch queries heads features"]:
-    """Compute `dot_product_attention` with a mask that `make_mask` returns for its shared axes."""
+    """Compute `dot_product_attention` with a mask that `make_mask` returns for its shared axes.
+
+    In blocks, `sampler` draws the mask.
+    """
     if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
         raise ValueError(
             "qk_attn_weights_einsum and attn_weights_value_einsum must be None; got an einsum. Use "
@@ -204,6 +223,9 @@ def attend(
     evaluates = flag is True or is_number(rate, 0)
     one_key = None if evaluates or is_number(rate, 1) else _require_rng(dropout_rng)
     broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
+    shared = tuple(range(query.ndim - 2)) if broadcast_dropout else ()
+    check_batch_axis(sampler, query.ndim - 3)
+    sampler.check_fit((*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3]), shared)
     query, factor = _scaled(query, scale)
     scores = Scores(
         scale=factor,
@@ -214,7 +236,6 @@ def attend(
         weights = _weights(scores, query, key, bias, mask)
         if module is not None:
             _sow(module, weights.astype(query.dtype))
-        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
         spec = make_mask(shared)
 
         def mixed(weights: Array, value: Array, rng: Any) -> Array:
@@ -230,9 +251,15 @@ def attend(
             f"module must be None with block_size={block_size}, which never materializes the "
             f"weights; got a {type(module).__name__}. Omit one of the two."
         )
+    if not sampler.draws_parts:
+        raise ValueError(
+            "sampler must be bernoulli, packed_bernoulli or by_example of one of them with "
+            f"block_size={block_size}; got {sampler.function}, which draws whole masks only. Omit "
+            "block_size."
+        )
     size = _check_block(block_size, key.shape[-3])
     blocks = Blocks(scores, size, key.shape[-3], broadcast_dropout)
-    in_blocks = functools.partial(blockwise, blocks, query, key, value, bias, mask)
+    in_blocks = functools.partial(blockwise, blocks, sampler, query, key, value, bias, mask)
     if evaluates:
         return in_blocks()
     if one_key is None:

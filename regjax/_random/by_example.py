@@ -105,6 +105,10 @@ class ExampleSampler(MaskSampler):
         return f"by_example({describe(self.examples.low)}, axis={self.axis})"
 
     @property
+    def draws_parts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.function.draws_parts
+
+    @property
     def is_single(self) -> bool:
         """Whether `x` is one example, without a dimension for examples."""
         return not self.examples.low.ndim
@@ -170,6 +174,17 @@ class ExampleSampler(MaskSampler):
                 f"examples must have one number for each of the {shape[axis]} rows of x along "
                 f"dimension {axis}; got {count}."
             )
+
+
+def check_batch_axis(sampler: MaskSampler, ndim: int) -> None:
+    """Reject examples along another than the first `ndim` dimensions of attention."""
+    if not isinstance(sampler, ExampleSampler) or sampler.is_single:
+        return
+    if not 0 <= sampler.axis < ndim:
+        raise ValueError(
+            f"axis must be one of the {ndim} batch dimensions of query; got {sampler.axis} in "
+            "by_example. Pass a single example for a query without batch dimensions."
+        )
 
 
 def check_one_mask(sampler: MaskSampler) -> MaskSampler:

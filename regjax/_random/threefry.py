@@ -25,7 +25,6 @@ from regjax._compat import InconclusiveDimensionOperation
 from regjax._random.xla import iota_in_place
 
 if TYPE_CHECKING:
-    from jax.typing import ArrayLike
     from jaxtyping import Array, UInt32
 
     Layout: TypeAlias = NamedSharding | PartitionSpec | None
