@@ -8,9 +8,8 @@ tokens and that value.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -19,11 +18,7 @@ from examples.sharded_lm.mesh import shard_activations
 from examples.sharded_lm.settings import VOCABULARY, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from jaxtyping import Array, Float, Int, Key
-
-    Drop = Callable[[Array, str], Array]
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Dropout:
     """The dropout of one step: each site of the model has its own key.
 
     Attributes:
-        rate: The dropout rate; with 0 the other attributes are not used.
+        rate: The dropout rate.
         root: The key of the run.
         step: The step of training.
         rows: The position of each example in the whole batch, whatever its micro-batch or device.
@@ -43,17 +38,31 @@ class Dropout:
     rows: Int[Array, " batch"]
 
     def __call__(self, x: Float[Array, "batch ..."], site: str) -> Float[Array, "batch ..."]:
-        """Drop elements of activations or attention weights at a site."""
-        if self.rate == 0:
-            return x
+        """Drop elements at a site."""
         key = regjax.site_key(self.root, self.step, site)
         return regjax.dropout(x, self.rate, key=key, sampler=regjax.by_example(self.rows))
 
+    def of_attention(self, site: str) -> dict[str, Any]:
+        """Return the options of `regjax.dot_product_attention` at a site."""
+        return {
+            "dropout_rate": self.rate,
+            "dropout_rng": regjax.site_key(self.root, self.step, site),
+            "sampler": regjax.by_example(self.rows),
+        }
 
-def no_dropout(x: Array, site: str) -> Array:
-    """Return `x`, in evaluation."""
-    del site
-    return x
+
+class NoDropout:
+    """The dropout of an evaluation: none."""
+
+    def __call__(self, x: Array, site: str) -> Array:
+        """Return `x`."""
+        del site
+        return x
+
+    def of_attention(self, site: str) -> dict[str, Any]:
+        """Return no options."""
+        del site
+        return {}
 
 
 class Block(nnx.Module):
@@ -71,11 +80,12 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * width, width, **dtypes)
 
     def __call__(
-        self, x: Float[Array, "batch length width"], drop: Drop, name: str
+        self, x: Float[Array, "batch length width"], drop: Dropout | NoDropout, name: str
     ) -> Float[Array, "batch length width"]:
         """Add attention and perceptron to `x`."""
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
-        attended = self.out(causal_attention(q, k, v, drop, f"{name}/attention"))
+        options = drop.of_attention(f"{name}/attention")
+        attended = self.out(regjax.dot_product_attention(q, k, v, is_causal=True, **options))
         x = shard_activations(x + drop(attended, f"{name}/attention_residual"))
         hidden = self.down(nnx.gelu(self.up(self.mlp_norm(x))))
         return shard_activations(x + drop(hidden, f"{name}/mlp_residual"))
@@ -93,7 +103,7 @@ class GPT(nnx.Module):
         self.head = nnx.Linear(recipe.width, VOCABULARY, **dtypes)
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], drop: Drop
+        self, tokens: Int[Array, "batch length"], drop: Dropout | NoDropout
     ) -> Float[Array, "batch length vocabulary"]:
         """Return the logits of each next token."""
         positions = self.positions(jnp.arange(tokens.shape[1]))
@@ -101,17 +111,3 @@ class GPT(nnx.Module):
         for number, block in enumerate(self.blocks):
             x = block(x, drop, f"blocks/{number}")
         return self.head(self.norm(x))
-
-
-def causal_attention(
-    q: Float[Array, "batch length heads depth"],
-    k: Float[Array, "batch length heads depth"],
-    v: Float[Array, "batch length heads depth"],
-    drop: Drop,
-    site: str,
-) -> Float[Array, "batch length heads depth"]:
-    """Compute attention with dropout of its weights."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf))
-    return jnp.einsum("bhqk,bkhd->bqhd", drop(weights, site), v)

@@ -19,13 +19,11 @@ import regjax
 from examples.sharded_lm import checkpoints
 from examples.sharded_lm.data import Batch, Corpus, training_batch, validation_batches
 from examples.sharded_lm.mesh import shard_batch, shardings_of
-from examples.sharded_lm.model import GPT, Dropout, no_dropout
+from examples.sharded_lm.model import GPT, Dropout, NoDropout
 from examples.sharded_lm.settings import Plan, Recipe
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PyTree
-
-    from examples.sharded_lm.model import Drop
 
 _VALIDATION_BATCHES = 8
 _CLIP = 1.0
@@ -99,7 +97,7 @@ def loss_of(
     graphdef: nnx.GraphDef[GPT],
     params: PyTree,
     tokens: Int[Array, "batch length"],
-    drop: Drop,
+    drop: Dropout | NoDropout,
 ) -> Float[Array, ""]:
     """Return the mean cross-entropy of the next tokens, in nats."""
     logits = nnx.merge(graphdef, params)(tokens[:, :-1], drop)
@@ -150,7 +148,7 @@ def make_program(recipe: Recipe, mesh: Mesh) -> Program:
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def evaluate(params: PyTree, batch: Batch) -> Float[Array, ""]:
-        return loss_of(graphdef, params, batch.tokens[0], no_dropout)
+        return loss_of(graphdef, params, batch.tokens[0], NoDropout())
 
     return Program(
         mesh=mesh,
