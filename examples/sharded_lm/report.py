@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, PyTree
     from matplotlib.figure import Figure
 
-    from examples.sharded_lm.train import History
+    from examples.sharded_lm.history import History
 
 PICTURE, RESULTS = "losses.png", "results.json"
 _SMOOTHED = 20  # steps

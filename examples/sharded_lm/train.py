@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import regjax
 from examples.sharded_lm import checkpoints
 from examples.sharded_lm.data import Batch, Corpus, training_batch, validation_batches
+from examples.sharded_lm.history import History
 from examples.sharded_lm.mesh import shard_batch, shardings_of
 from examples.sharded_lm.model import GPT, Dropout, NoDropout
 from examples.sharded_lm.settings import Plan, Recipe
@@ -60,19 +61,6 @@ class Program:
     init: Callable[[], State]
     train_step: jax.stages.Wrapped
     evaluate: Callable[[PyTree[Array], Batch], Float[Array, ""]]
-
-
-@dataclass
-class History:
-    """The losses of a run, which checkpoints carry along.
-
-    Attributes:
-        losses: The training loss of each step, with dropout.
-        validation: Steps and validation losses.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
