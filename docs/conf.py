@@ -35,7 +35,16 @@ intersphinx_mapping = {
 intersphinx_disabled_reftypes = ["std:*"]  # headings and terms are those of this site
 
 # These files are included by pages, or are written by programs and linked as files.
-exclude_patterns = ["_build", "benchmarks", "exactness", "overfit", "parity", "uncertainty", "zoo"]
+exclude_patterns = [
+    "_build",
+    "benchmarks",
+    "exactness",
+    "overfit",
+    "parity",
+    "sharded_lm",
+    "uncertainty",
+    "zoo",
+]
 
 # Docstrings have Markdown's single backticks.
 default_role = "code-or-link"

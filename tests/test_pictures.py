@@ -28,6 +28,8 @@ from examples.overfit import plots as overfit
 from examples.overfit.curves import Curve
 from examples.overfit.recipes import recipes
 from examples.overfit.settings import Settings
+from examples.sharded_lm import report as sharded_lm
+from examples.sharded_lm.history import History
 from examples.uncertainty import plots as uncertainty
 from examples.uncertainty import settings as uncertainty_settings
 from examples.uncertainty.corruptions import CORRUPTIONS
@@ -152,6 +154,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "cures, interrupted": lambda: overfit.draw_cures(curves(2)),
     "parabolas": overfit.draw_parabolas,
     "uncertainty": lambda: uncertainty.draw(study()),
+    "sharded_lm": lambda: sharded_lm.draw(
+        History([5 / (1 + step / 9) for step in range(90)], [(40, 3.0), (90, 2.0)])
+    ),
     "parity report": lambda: report.draw(SERIES),
     "comparison": lambda: comparison().figure(),
 }
