@@ -148,6 +148,10 @@ PLANTED = {
         lambda port: change(port, 0, params=scaled("3.weight", 1.5)),
         (0, "initial weights", "3.weight", "1 of 8 arrays differ; JAX has 1.5 times the value"),
     ),
+    "several units of rounding of initial weights": (
+        lambda port: change(port, 0, params=moved("3.weight", 3e-7)),
+        (0, "initial weights", "3.weight", "1 of 8 arrays differ"),
+    ),
     "transposed initial weights": (
         lambda port: change(port, 0, params=lambda a: {**a, "3.weight": a["3.weight"].T.copy()}),
         (0, "initial weights", "3.weight", "the same numbers in another order"),

@@ -122,8 +122,9 @@ TEST_SET = "DataLoader(TensorDataset(torch.zeros(3, 4)), 2)"
     [
         f"    model.eval()\n    with torch.no_grad():\n        for x, in {TEST_SET}: model(x)\n",
         f"    for x, in {TEST_SET}: model(x)\n",
+        f"    with torch.no_grad():\n        for x, in {TEST_SET}: break\n",
     ],
-    ids=["no_grad", "with gradients"],
+    ids=["no_grad", "with gradients", "a part of it"],
 )
 def test_batches_of_a_test_set_are_not_those_of_a_step(observe, evaluation):
     run = observe((STEP, STEP + evaluation))
