@@ -212,7 +212,7 @@ def blockwise(
         # A number shows the packed sampler which words it needs. The exact one needs all bits, and
         # one program then serves every rate.
         is_static = isinstance(keep_prob, float) and sampler is not EXACT
-        share = _Number(keep_prob) if is_static else jnp.asarray(keep_prob, np.float32)
+        share = _Number(float(keep_prob)) if is_static else jnp.asarray(keep_prob, np.float32)
         draw = _Draw(sampler, words, share, recorded)
         realized = sampler.realized_keep_prob(keep_prob)
         realized = realized.astype(wide) if isinstance(realized, jax.Array) else realized

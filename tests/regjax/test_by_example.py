@@ -154,7 +154,7 @@ def test_the_key_is_consumed():
 
 @pytest.mark.parametrize("loop", ["scan", "unrolled", "attention in blocks"])
 def test_the_guard_knows_parts_of_one_batch(loop):
-    """One key for all parts is no repeated mask; twice the same examples is one."""
+    """One key for all parts is no repeated mask; the same examples twice are one."""
     x = jax.random.normal(jax.random.key(8), (6, 5, 2, 4))
 
     def part(x, rows, key):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 import regtorch
@@ -58,7 +59,7 @@ def test_the_backward_pass_stores_key_and_numbers_only():
 
 @pytest.mark.slow  # 20 s
 def test_under_compile_new_numbers_need_no_new_program():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter: Any = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(drop, backend=counter, fullgraph=True)
     for rows in (ROWS, ROWS.flip(0), ROWS - ROWS):
         assert torch.equal(compiled(X[ROWS], rows, KEY), drop(X[ROWS], rows))
@@ -67,8 +68,8 @@ def test_under_compile_new_numbers_need_no_new_program():
 
 @pytest.mark.parametrize("in_attention", [False, True])
 def test_the_guard_knows_parts_of_one_batch(in_attention):
-    """One key for all parts is no repeated mask; twice the same examples is one."""
-    x = X[:6, :40].reshape(6, 5, 2, -1)
+    """One key for all parts is no repeated mask; the same examples twice are one."""
+    x = X[:6, :40].reshape(6, 5, 2, -1)[..., :4]
 
     def part(x, rows, key):
         if not in_attention:
