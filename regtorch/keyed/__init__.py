@@ -310,7 +310,8 @@ def register(function: Callable[..., Any], replacement: Callable[..., Any]) -> N
     Args:
         function: A function or a method of PyTorch, or an operator that an extension registers
             with it.
-        replacement: Called with a key, then with the arguments of the function.
+        replacement: Called with a key, then with the arguments of the function. It draws whole
+            batches, which is an error with `examples`, unless they are stated to share the draw.
 
     Example:
         >>> import torch, regtorch

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,18 @@ class Rows:
         return index.movedim(0, self.axis)
 
 
+class Layout(NamedTuple):
+    """The place of the examples in a draw.
+
+    Attributes:
+        axis: Their dimension; None if they share the draw.
+        repeats: The number of consecutive rows of each example; None for any.
+    """
+
+    axis: int | None
+    repeats: int | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Examples:
     """The examples of a batch, and the dimension of the batch in the draws of a model.
@@ -53,61 +65,55 @@ class Examples:
     axis: int | Mapping[str, int | None] | None = None
 
     def rows(
-        self,
-        site: str,
-        shape: Sequence[int],
-        known_axis: int | None = None,
-        batch_first: set[str] | None = None,
+        self, site: str, shape: Sequence[int], known: Layout | None, batch_first: set[str]
     ) -> Rows | None:
         """Return the rows that a site draws in a shape; None if the examples share the draw.
 
         Args:
             site: The name of the site.
             shape: The shape of the draw.
-            known_axis: The dimension where the function that draws has its batch; only a glob
-                overrides it.
+            known: The layout that the function has which draws; only a glob overrides it.
             batch_first: The sites that were seen to have the batch first; this adds to them.
         """
         shape, count = tuple(shape), len(self.numbers)
-        stated, axis = self._stated(site, known_axis)
-        is_single = known_axis is None and math.prod(shape) == 1 and (count != 1 or not shape)
-        if is_single or (stated and axis is None):
+        layout = self._layout(site, known)
+        is_single = known is None and math.prod(shape) == 1 and (count != 1 or not shape)
+        if is_single or (layout and layout.axis is None):
             return None
-        if axis is None:
-            seen = set() if batch_first is None else batch_first
+        if layout is None or layout.axis is None:
             if shape[:1] == (count,) and count not in shape[1:]:
-                seen.add(site)
-            if shape[:1] == (count,) and site in seen:
+                batch_first.add(site)
+            if shape[:1] == (count,) and site in batch_first:
                 return Rows(self.numbers, 0)
             raise _error_of_shape(site, f"for {count} examples; got shape {shape}")
-        if not -len(shape) <= axis < len(shape):
-            raise _error_of_shape(site, f"along dimension {axis}; got shape {shape}")
-        axis %= len(shape)
-        times, rest = divmod(shape[axis], count) if count else (int(not shape[axis]), 0)
-        if rest or not times:
-            where = f"for {count} examples along dimension {axis}"
-            raise _error_of_shape(site, f"{where}; got shape {shape}")
-        return Rows(_repeated(self.numbers, times), axis)
+        axis, repeats = layout.axis, layout.repeats
+        if -len(shape) <= axis < len(shape):
+            size = shape[axis]
+            found = size // count if count else 1
+            if found and size == found * count and repeats in (None, found):
+                return Rows(_repeated(self.numbers, found), axis % len(shape))
+        where = f"for {count} examples along dimension {axis}"
+        raise _error_of_shape(site, f"{where}; got shape {shape}")
 
     def is_shared(self, site: str) -> bool:
         """Return whether the examples are stated to share the draws of a site."""
-        return self._stated(site) == (True, None)
+        return self._layout(site, None) == Layout(None)
 
-    def _stated(self, site: str, known_axis: int | None = None) -> tuple[bool, int | None]:
-        """Return whether the dimension of the batch is stated, and the dimension."""
+    def _layout(self, site: str, known: Layout | None) -> Layout | None:
+        """Return the layout that is stated for a site, or known; None if neither is."""
         if isinstance(self.axis, Mapping):
             for glob, axis in self.axis.items():
                 if matches(glob, site):
-                    return True, axis
-        axis = self.axis if isinstance(self.axis, int) and known_axis is None else known_axis
-        return axis is not None, axis
+                    return Layout(axis)
+            return known
+        return known or (None if self.axis is None else Layout(self.axis))
 
 
 def _repeated(numbers: Tensor, times: int) -> Tensor:
     """Return the numbers of rows, of which each example has several, one after the other."""
     if times == 1:
         return numbers
-    return (numbers[:, None] * times + torch.arange(times)).flatten()
+    return (numbers[:, None] * times + torch.arange(times, device=numbers.device)).flatten()
 
 
 def _error_of_shape(site: str, problem: str) -> ValueError:

@@ -34,6 +34,7 @@ from regtorch._random.events import observer
 from regtorch._random.normal import normal_at
 from regtorch._random.packed import mask_sampler
 from regtorch.keyed.attention import attention
+from regtorch.keyed.examples import Layout
 from regtorch.keyed.generators import is_default
 from regtorch.keyed.streams import integers, permutation, uniform
 
@@ -47,11 +48,16 @@ class Draws(Protocol):
         ...
 
     def mask(
-        self, shape: Sequence[int], device: torch.device, part: str = "", *, axis: int | None = None
+        self,
+        shape: Sequence[int],
+        device: torch.device,
+        part: str = "",
+        *,
+        layout: Layout | None = None,
     ) -> dict[str, Any]:
         """Return the arguments of the next draw of a mask, in the module or in a part of it.
 
-        `axis` is the dimension of the batch, where it is known.
+        `layout` is that of the examples, where it is known.
         """
         ...
 
@@ -63,7 +69,13 @@ class Draws(Protocol):
         """Report a function that was called in training at rate 0."""
         ...
 
-    def run(self, function: Callable[..., Any], args: Any, options: Any, axis: Any = None) -> Any:
+    def run(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        options: Any,
+        layout: Layout | None = None,
+    ) -> Any:
         """Run a function of PyTorch that is written in Python, with keys for its own calls."""
         ...
 
@@ -195,7 +207,7 @@ def _attention(
     def attend(tensors: tuple[Any, ...], place: Place | None = None) -> Tensor:
         def drop(weights: Tensor) -> Tensor:
             shape = place.whole if place else weights.shape
-            options = draws.mask(shape, weights.device, axis=0)
+            options = draws.mask(shape, weights.device, layout=Layout(0, 1))
             if place:
                 options["sampler"] = sampler_at(mask_sampler(options["sampler"]), place)
             return dropout(weights, dropout_p, **options)
@@ -217,7 +229,6 @@ def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
         hx, parameters, has_biases, layers, p, training, bidirectional, *rest = args[len(sizes) :]
         if not training or p == 0 or layers == 1:
             return NotImplemented
-        batch_axis = None if packed else 0 if rest[0] else 1
         directions, per_layer = 2 if bidirectional else 1, len(parameters) // layers
         states = []
         for layer in range(layers):
@@ -226,7 +237,8 @@ def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
                 if packed:  # its examples have no dimension
                     x = dropout(x, p, key=draws.key(x.device, part))
                 else:
-                    x = dropout(x, p, **draws.mask(x.shape, x.device, part, axis=batch_axis))
+                    layout = Layout(0 if rest[0] else 1, 1)
+                    x = dropout(x, p, **draws.mask(x.shape, x.device, part, layout=layout))
             rows = slice(layer * directions, (layer + 1) * directions)
             state = hx[rows] if isinstance(hx, Tensor) else tuple(part[rows] for part in hx)
             own = parameters[layer * per_layer : (layer + 1) * per_layer]
@@ -510,8 +522,9 @@ for _function in (
 
 @_replaces(F.multi_head_attention_forward, in_evaluation=True)
 def _multi_head_attention(draws: Draws, *args: Any, **options: Any) -> Any:
-    # Its weights have the shape (batch * heads, queries, keys), whatever the layout of its input.
-    return draws.run(F.multi_head_attention_forward, args, options, axis=0)
+    """Drop in weights of shape (batch * heads, queries, keys), whatever the layout of the input."""
+    heads = args[4] if len(args) > 4 else options["num_heads"]
+    return draws.run(F.multi_head_attention_forward, args, options, Layout(0, heads))
 
 
 # These two choose between the functions above and a private one by an argument.

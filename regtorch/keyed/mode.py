@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from regtorch._random.bernoulli import bernoulli
 from regtorch._random.events import observer
-from regtorch.keyed.examples import Rows
+from regtorch.keyed.examples import Layout, Rows
 from regtorch.keyed.functions import REPLACEMENTS, composite
 from regtorch.keyed.generators import is_default, python_state, torch_state
 from regtorch.keyed.state import Call, Keys, State
@@ -67,7 +67,7 @@ class KeyedMode(TorchFunctionMode):
         self.watches = False
         self.repeats = keys is not None
         self._keys = keys
-        self._axis: int | None = None
+        self._layout: Layout | None = None
         self.remember()
 
     def remember(self) -> None:
@@ -91,14 +91,19 @@ class KeyedMode(TorchFunctionMode):
         return key
 
     def mask(
-        self, shape: Sequence[int], device: torch.device, part: str = "", *, axis: int | None = None
+        self,
+        shape: Sequence[int],
+        device: torch.device,
+        part: str = "",
+        *,
+        layout: Layout | None = None,
     ) -> dict[str, Any]:
         """Return the arguments `key` and `sampler` of the next draw, a mask.
 
-        `axis` is the dimension of the batch, where it is known.
+        `layout` is that of the examples, where it is known.
         """
         key, name = self._next(device, part)
-        rows = self._rows(name, shape, axis)
+        rows = self._rows(name, shape, layout)
         return {"key": key, "sampler": rows.sampler() if rows else bernoulli}
 
     def place(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -124,27 +129,34 @@ class KeyedMode(TorchFunctionMode):
             observers.idle(name)
         return key, name
 
-    def _rows(self, name: str, shape: Sequence[int], axis: int | None) -> Rows | None:
+    def _rows(self, name: str, shape: Sequence[int], layout: Layout | None) -> Rows | None:
         examples = (self._keys or self.state.keys).examples
-        axis = self._axis if axis is None else axis
-        return examples and examples.rows(name, shape, axis, self.state.batch_first)
+        if examples is None:
+            return None
+        return examples.rows(name, shape, layout or self._layout, self.state.batch_first)
 
     def idle(self) -> None:
         """Report a function that was called in training at rate 0."""
         if observers := observer():
             observers.idle(self._name(""))
 
-    def run(self, function: Callable[..., Any], args: Any, options: Any, axis: Any = None) -> Any:
+    def run(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        options: Any,
+        layout: Layout | None = None,
+    ) -> Any:
         """Run a function of PyTorch that is written in Python, with its own calls in the mode.
 
-        `axis` is the dimension of the batch in its draws, where it is known.
+        `layout` is that of the examples in its draws, where it is known.
         """
-        before, self._axis = self._axis, axis
+        before, self._layout = self._layout, layout
         try:
             with self:
                 return composite(function)(*args, **options)
         finally:
-            self._axis = before
+            self._layout = before
 
     @_disable_dynamo
     def __torch_function__(

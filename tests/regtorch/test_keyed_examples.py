@@ -188,6 +188,18 @@ WRONG = {
     "no dimension": (nn.Dropout(0.5), X[:3], 3, "along dimension 3; got shape (3, 5, 8)"),
     "weights": (Forward(lambda x: F.dropout(torch.ones(4, 8), 0.5)), X[:3], None, "(4, 8)"),
     "attention": (Forward(heads), X[:4], None, "along dimension 0; got shape (4, 2, 5, 5)"),
+    "flattened attention": (
+        Forward(lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5)),
+        X[:6],
+        None,
+        "along dimension 0; got shape (6, 5, 5)",
+    ),
+    "weights of two views": (
+        Attend(nn.MultiheadAttention(8, 2, 0.5, batch_first=True)),
+        X[:6],
+        None,
+        "along dimension 0; got shape (12, 5, 5)",
+    ),
     "permutation": (Forward(lambda x: x[torch.randperm(3)]), X[:3], None, "a permutation"),
     "packed": (nn.LSTM(8, 8, 2, dropout=0.5), packed(X[:3]), None, "a packed sequence"),
 }
