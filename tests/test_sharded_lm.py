@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
-from examples.sharded_lm import checkpoints, cli, data, launch, masks, train
+from examples.sharded_lm import checkpoints, cli, data, equality, launch, masks, train
 from examples.sharded_lm import mesh as meshes
 from examples.sharded_lm.settings import InputError, Recipe, RunError, check_mesh, parse_mesh
 
@@ -301,6 +301,39 @@ def test_a_full_disk_loses_no_earlier_checkpoint(tmp_path, monkeypatch, place):
             saved(tmp_path, 20, keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {"00000010", "00000010.json"}
     assert restored(tmp_path, [])[1] == {"a": [10]}
+
+
+SAME = {"masks": {"embedding": "a"}, "losses": [5.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "agrees"),
+    [
+        ({}, True),
+        ({"losses": [5.0, 4.0 + 0.9e-10]}, True),
+        ({"losses": [5.0 + 1.1e-10, 4.0]}, False),
+        ({"masks": {"embedding": "b"}}, False),
+        ({"masks": {}}, False),
+    ],
+)
+def test_other_masks_and_losses_are_found(changes, agrees):
+    row = equality.compare(equality.Case(1, "1"), "float64", {**SAME, **changes}, SAME)
+    assert row["agrees"] == agrees
+
+
+@pytest.mark.parametrize(
+    ("collectives", "temporary", "agree"), [(3, 101, True), (2, 100, False), (3, 97, False)]
+)
+@pytest.mark.parametrize("without", ["dropout", "decay"])
+def test_other_collectives_and_memory_are_found(collectives, temporary, agree, without):
+    costs = {
+        "2x4": {"collectives": {"all-reduce": 3}, "temporary": 100},
+        f"2x4 without {without}": {
+            "collectives": {"all-reduce": collectives},
+            "temporary": temporary,
+        },
+    }
+    assert equality.costs_agree(costs) == agree
 
 
 _LOST = "error: another process of the job was lost (Gloo all-reduce failed)\n"

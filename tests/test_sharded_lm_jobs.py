@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
+import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def run(environment: dict[str, str], out: Path, options: str) -> subprocess.Comp
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(
     environment: dict[str, str], out: Path, options: str
 ) -> Iterator[subprocess.Popen[str]]:
@@ -157,11 +158,9 @@ def test_workers_end_with_a_killed_supervisor(environment, tmp_path):
         workers = pids_of(process.pid)
         process.kill()
         process.wait()
-        for pid in workers:  # readable until it ends; its exit status belongs to init
-            descriptor = os.pidfd_open(pid) if Path(f"/proc/{pid}").exists() else None
-            if descriptor is not None:
-                import select
-
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                descriptor = os.pidfd_open(pid)  # readable when the process ends
                 assert select.select([descriptor], [], [], BOUND)[0]
                 os.close(descriptor)
 
@@ -209,8 +208,10 @@ def test_a_full_disk_is_one_line_and_the_earlier_checkpoints_load(environment, s
     assert done.stderr.count("\n") == 1
     found = re.search(r"no space left on device\. The checkpoint of step (\d+) is", done.stderr)
     last = int(found.group(1))
+    # Whether the picture fits is not certain.
     done = run(environment, small_disk, f"{options} --steps {last} --resume")
-    assert f"step {last}" in done.stdout or done.returncode == 0
+    assert "parameters: SHA-256" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_the_equality_program_agrees(environment, tmp_path):

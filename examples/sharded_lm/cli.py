@@ -124,9 +124,15 @@ def _train(recipe: Recipe, plan: Plan, mesh: Mesh) -> None:
     if plan.masks:
         batch = shard_batch(training_batch(corpus, recipe, plan.steps, plan.micro_batches), mesh)
         results["masks"] = masks.digests(recipe, mesh, batch, plan.steps)
-    if jax.process_index() == 0:
-        report.write(plan.out, history, results)
     progress.print(f"parameters: SHA-256 {results['parameters']}")
+    if jax.process_index() == 0:
+        try:
+            report.write(plan.out, history, results)
+        except OSError as error:
+            raise RunError(
+                f"results could not be written to {plan.out} ({error.strerror}). The checkpoints "
+                "are complete: make space and run the command again with --resume."
+            ) from error
     progress.print(f"picture: {plan.out / report.PICTURE}")
 
 
