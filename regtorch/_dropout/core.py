@@ -119,8 +119,10 @@ def apply_dropout(
         return on_local_part(
             apply, x, only_whole="" if isinstance(spec, SampledMask) else spec.name
         )
+    examples = None
     if given is None and isinstance(spec, SampledMask):
         spec, given = spec.split()
+        examples = given
     if is_number(rate, 1):
         # Unlike zeros_like, this keeps the result in the graph, with a gradient of zeros.
         dropped = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
@@ -128,7 +130,7 @@ def apply_dropout(
         one_key = require_key(key).to(x.device)
         if observers := observer():
             keep = spec.keep(x, one_key, rate, given)
-            observers.draw(spec.name, one_key, rate, keep, x, deterministic)
+            observers.draw(spec.name, one_key, rate, keep, x, deterministic, examples)
             dropped = mask_and_scale(_DrawnMask(spec), x, one_key, rate, keep)
         else:
             dropped = mask_and_scale(spec, x, one_key, rate, given)

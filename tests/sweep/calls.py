@@ -191,6 +191,7 @@ def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
     attention = {"query": query, "key": query, "value": query, "bias": None, "mask": None}
     attention |= {"dropout_rng": key, "dropout_rate": 0.5, "deterministic": False, "scale": None}
     attention |= {"broadcast_dropout": False, "is_causal": False, "block_size": 2}
+    attention |= {"sampler": library.bernoulli}
     attention |= {"dtype": None, "qk_attn_weights_einsum": None} if in_jax else {}
     yield "dot_product_attention", library.dot_product_attention, attention
 
