@@ -294,7 +294,11 @@ def _mask(draws: Draws, p: float | Tensor, x: Tensor) -> Tensor:
     options = draws.mask(x.shape, x.device)
     keep = mask_for(x, p, **options)
     if observers := observer():
-        observers.draw("bernoulli", options["key"], 1 - p, keep, keep.to(torch.float32))
+        shards: Any = keep
+        local = shards.to_local() if is_dtensor(keep) else keep
+        numbers = mask_sampler(options["sampler"]).split()[1]
+        values = options["key"], 1 - p, local, local.to(torch.float32)
+        observers.draw("bernoulli", *values, examples=numbers)
     return keep
 
 
