@@ -405,12 +405,10 @@ def test_masks_have_names_and_shapes_of_the_sites():
     with jax.set_mesh(one):
         graphdef, params = train.nnx.split(train.GPT(TINY, train.nnx.Rngs(0)))
         with regjax.observing(events.append):
-            train.loss_of(graphdef, params, jnp.asarray(batch.tokens[0]), drop)
+            jax.jit(lambda: train.loss_of(graphdef, params, jnp.asarray(batch.tokens[0]), drop))()
             jax.effects_barrier()
-    names = [event.site for event in events if hasattr(event, "site")]
-    applied = dict(
-        zip(names, (event.mask for event in events if hasattr(event, "mask")), strict=True)
-    )
+    sites = {event.key: event.site for event in events if hasattr(event, "site")}
+    applied = {sites[event.key]: event.mask for event in events if hasattr(event, "mask")}
     mesh = meshes.make_mesh(parse_mesh("2x2x2"))
     parts = meshes.shard_batch(data.training_batch(corpus(), TINY, 3, 4), mesh)
     drawn = masks.masks_of_step(TINY, mesh, parts, 3)

@@ -7,11 +7,13 @@ An older checkpoint is deleted only after a newer one is complete.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,7 +57,7 @@ def save(
     """
     target = _path(folder, step)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _without_log(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(target, state, force=True)
         if jax.process_index() == 0:
             manifest = {"identity": about, "losses": losses, "files": _digests(target)}
@@ -114,6 +116,17 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob("[0-9]*"):
         if path.is_dir() and not path.with_suffix(_MANIFEST).exists():
             shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep Orbax from logging, with traces of its threads, the error that it raises anyway."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _choose(folder: Path, warn: Callable[[str], None]) -> int:

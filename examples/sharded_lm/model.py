@@ -20,6 +20,8 @@ from examples.sharded_lm.settings import VOCABULARY, Recipe
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key
 
+_KEYS_PER_BLOCK = 32
+
 
 @dataclass(frozen=True)
 class Dropout:
@@ -85,7 +87,11 @@ class Block(nnx.Module):
         """Add attention and perceptron to `x`."""
         q, k, v = jnp.moveaxis(self.qkv(self.attention_norm(x)), 2, 0)
         options = drop.of_attention(f"{name}/attention")
-        attended = self.out(regjax.dot_product_attention(q, k, v, is_causal=True, **options))
+        # In blocks, no weight matrix is stored for the backward pass, before dropout or after it.
+        attended = regjax.dot_product_attention(
+            q, k, v, is_causal=True, block_size=_KEYS_PER_BLOCK, **options
+        )
+        attended = self.out(attended)
         x = shard_activations(x + drop(attended, f"{name}/attention_residual"))
         hidden = self.down(nnx.gelu(self.up(self.mlp_norm(x))))
         return shard_activations(x + drop(hidden, f"{name}/mlp_residual"))
