@@ -80,7 +80,7 @@ def by_example(
     """
     inner = mask_sampler(sampler)
     if isinstance(inner, ExampleSampler):
-        raise ValueError(f"sampler must not be by example itself; got {sampler!r}.")
+        raise ValueError(f"sampler must not be by_example itself; got {sampler!r}.")
     return ExampleSampler(inner, _check_examples(examples), check_integer("axis", axis))
 
 
@@ -169,6 +169,16 @@ class ExampleSampler(MaskSampler):
                 f"examples must have one number for each of the {shape[axis]} rows of x along "
                 f"dimension {axis}; got {count}."
             )
+
+
+def check_one_mask(sampler: MaskSampler) -> MaskSampler:
+    """Return a sampler that draws one mask for all rows of x."""
+    if isinstance(sampler, ExampleSampler) and not sampler.is_single:
+        raise ValueError(
+            "sampler must draw one mask for all rows of x; got by_example with examples of shape "
+            f"{sampler.examples.low.shape}. Map over single examples with jax.vmap."
+        )
+    return sampler
 
 
 def _check_examples(examples: Any) -> Places:
