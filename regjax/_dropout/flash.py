@@ -1,0 +1,449 @@
+"""Attention with dropout as Pallas kernels for TPUs: forward, and the two of the backward pass.
+
+A kernel reads tiles of queries and keys, and draws the mask of a tile at its place in the whole
+matrix; neither scores nor mask ever leave the core. The forward pass computes what the blockwise
+form does, with a block of one tile.
+
+References:
+    Dao et al., "FlashAttention", NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from regjax._compat import type_like, vary_together
+from regjax._random.tiles import Starts, TileKey, TileMask
+
+if TYPE_CHECKING:
+    from jaxtyping import Array
+
+_KEY_WORDS = 6  # the scalars of a call before the numbers of its examples; see `scalars`
+
+
+@dataclasses.dataclass(frozen=True)
+class Flash:
+    """The static part of a call: one value, hashable under jit."""
+
+    scale: float
+    is_causal: bool
+    precision: Any
+    mask: TileMask | None  # None without dropout
+    is_shared: bool  # whether all rows and heads share one mask
+    tile: tuple[int, int] = (256, 512)  # queries and keys
+    is_part: bool = False  # whether the first query may not be that of the whole matrix
+    interpret: bool = False
+
+
+class Operands(NamedTuple):
+    """The arrays of a call, with heads before lengths; the batch has one dimension."""
+
+    query: Array
+    key: Array
+    value: Array
+    allowed: Array | None  # int8, zero where a query may not attend
+    scalars: Array  # see `scalars`
+    inverse_keep: Array  # of shape (1, 1)
+
+
+def scalars(
+    words: Array, threshold: Array, everything: Array, head: Any, query: Any, examples: Any
+) -> Array:
+    """Return the scalars of a call as one array: key, threshold, starts, numbers of examples."""
+    first = [words[0], words[1], threshold, everything, head, query]
+    known = jnp.stack([jnp.asarray(x).astype(np.uint32) for x in first])
+    parts = [known, examples.high, examples.low]
+    return jnp.concatenate(parts)[None]
+
+
+class _Tile(NamedTuple):
+    """A tile of the matrix of scores."""
+
+    flash: Flash
+    sizes: tuple[int, int, int]  # examples, queries and keys of the operands
+    scalars: Any
+    example: Any
+    head: Any
+    rows: Any  # the number of the tile along the queries
+    columns: Any
+
+    @property
+    def first_query(self) -> Any:
+        """The first query of the tile, in the operands."""
+        return self.rows * self.flash.tile[0]
+
+    @property
+    def first_key(self) -> Any:
+        return self.columns * self.flash.tile[1]
+
+    def is_needed(self) -> Any:
+        """Return whether any query of the tile may attend to any of its keys."""
+        if not self.flash.is_causal:
+            return True
+        return self.first_key < self._start(5) + self.first_query + self.flash.tile[0]
+
+    def _start(self, place: int) -> Any:
+        return self.scalars[0, place].astype(np.int32) if self.flash.is_part else 0
+
+    def scores(self, query: Array, key: Array, allowed: Any) -> Array:
+        """Return the scores, -inf where a query may not attend."""
+        options = {"precision": self.flash.precision, "preferred_element_type": np.float32}
+        scores = lax.dot_general(query, key, (((1,), (1,)), ((), ())), **options)
+        scores = scores * np.float32(self.flash.scale)
+        along = lax.broadcasted_iota(np.int32, scores.shape, 1) + self.first_key
+        if allowed is not None:
+            scores = jnp.where(allowed[...].astype(np.int32) != 0, scores, -jnp.inf)
+        if self.flash.is_causal:
+            first = self.first_query + self._start(5)
+            row = lax.broadcasted_iota(np.int32, scores.shape, 0) + first
+            scores = jnp.where(along <= row, scores, -jnp.inf)
+        if self.sizes[2] % self.flash.tile[1]:
+            scores = jnp.where(along < self.sizes[2], scores, -jnp.inf)
+        return scores
+
+    def keep(self, size: tuple[int, int]) -> Array | None:
+        """Return the mask of the tile; None without dropout."""
+        mask, scalars = self.flash.mask, self.scalars
+        if mask is None:
+            return None
+        word = lambda place: scalars[0, place]
+        zero = np.uint32(0)
+        example, head = (zero, zero), zero
+        if not self.flash.is_shared:
+            high, low = _KEY_WORDS + self.example, _KEY_WORDS + self.sizes[0] + self.example
+            example = word(high), word(low)
+            head = word(4) + self.head.astype(np.uint32)
+        query = word(5) + self.first_query.astype(np.uint32)
+        starts = Starts(example, head, query, self.first_key.astype(np.uint32))
+        key = TileKey((word(0), word(1)), word(2), word(3) != 0)
+        return mask.draw(key, starts, size)
+
+    def key_rows(self, array: Array) -> Array:
+        """Return the rows of a tile of keys or values; zeros after the last key."""
+        return _rows_before(array, self.first_key, self.sizes[2])
+
+    def query_rows(self, array: Array) -> Array:
+        """Return the rows of a tile of queries; zeros after the last query."""
+        return _rows_before(array, self.first_query, self.sizes[1])
+
+
+def _rows_before(array: Array, first: Any, size: int) -> Array:
+    # What a tile reads beyond the end of an array is undefined.
+    if size % array.shape[0] == 0:
+        return array
+    row = lax.broadcasted_iota(np.int32, array.shape, 0) + first
+    return jnp.where(row < size, array, jnp.zeros_like(array))
+
+
+def _finite(x: Array) -> Array:
+    return jnp.where(x == -jnp.inf, 0, x)
+
+
+def _forward_kernel(flash: Flash, sizes: Any, has_mask: bool, with_sums: bool, *refs: Any) -> None:
+    scalars, inverse_keep, query, key, value, *refs = refs
+    allowed, refs = (refs[0], refs[1:]) if has_mask else (None, refs)
+    out, *refs = refs
+    log_total, refs = (refs[0], refs[1:]) if with_sums else (None, refs)
+    top, total, result = refs
+    example, head, rows, columns = (pl.program_id(axis) for axis in range(4))
+    tile = _Tile(flash, sizes, scalars, example, head, rows, columns)
+
+    @pl.when(columns == 0)
+    def _():
+        top[...] = jnp.full_like(top, -jnp.inf)
+        total[...] = jnp.zeros_like(total)
+        result[...] = jnp.zeros_like(result)
+
+    @pl.when(tile.is_needed())
+    def _():
+        scores = tile.scores(query[...], key[...], allowed)
+        new_top = jnp.maximum(top[...], scores.max(-1, keepdims=True))
+        shrink = jnp.exp(top[...] - _finite(new_top))
+        powers = jnp.exp(scores - _finite(new_top))
+        keep = tile.keep(powers.shape)
+        dropped = powers if keep is None else jnp.where(keep, powers, 0)
+        dropped = dropped.astype(value.dtype)
+        options = {"precision": flash.precision, "preferred_element_type": np.float32}
+        mixed = jnp.dot(dropped, tile.key_rows(value[...]), **options)
+        top[...] = new_top
+        total[...] = total[...] * shrink + powers.sum(-1, keepdims=True)
+        result[...] = result[...] * shrink + mixed
+
+    @pl.when(columns == pl.num_programs(3) - 1)
+    def _():
+        seen = total[...] > 0
+        sums = jnp.where(seen, total[...], 1)
+        scale = inverse_keep[0, 0]
+        out[...] = (result[...] / sums * scale).astype(out.dtype)
+        if log_total is not None:
+            column = jnp.where(seen, _finite(top[...]) + jnp.log(sums), 0)
+            log_total[...] = _to_row(column)
+
+
+def _to_row(column: Array) -> Array:
+    """Return a column as a row: on a TPU, a transposition of a whole tile."""
+    return jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
+
+
+def _to_column(row: Array) -> Array:
+    return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
+
+
+class _Gradients(NamedTuple):
+    """What the gradients of a tile require, of shape (queries, keys) and (queries, features)."""
+
+    weights: Array  # dropped, not yet scaled
+    scores: Array
+    result: Array
+
+
+def _gradients(tile: _Tile, refs: Any, inverse_keep: Any) -> _Gradients:
+    """Draw the mask again, and return the derivatives with respect to a tile of scores."""
+    query, key, value, out, dot_out, log_total, allowed = refs
+    options = {"precision": tile.flash.precision, "preferred_element_type": np.float32}
+    wide, dot = (tile.query_rows(x[...]) for x in (out, dot_out))
+    query, key = tile.query_rows(query[...]), tile.key_rows(key[...])
+    scores = tile.scores(query, key, allowed)
+    weights = jnp.exp(scores - _to_column(log_total[...]))
+    if tile.sizes[1] % tile.flash.tile[0]:  # sums of queries that do not exist are undefined
+        row = lax.broadcasted_iota(np.int32, scores.shape, 0) + tile.first_query
+        weights = jnp.where(row < tile.sizes[1], weights, 0)
+    value = tile.key_rows(value[...])
+    changes = lax.dot_general(dot, value, (((1,), (1,)), ((), ())), **options)
+    changes = changes * inverse_keep[0, 0]
+    keep = tile.keep(scores.shape)
+    dropped = weights
+    if keep is not None:
+        changes, dropped = (jnp.where(keep, x, 0) for x in (changes, weights))
+    mean = (wide.astype(np.float32) * dot.astype(np.float32)).sum(-1, keepdims=True)
+    dot_scores = weights * (changes - mean)
+    return _Gradients(dropped.astype(value.dtype), dot_scores.astype(key.dtype), dot)
+
+
+def _query_kernel(flash: Flash, sizes: Any, has_mask: bool, *refs: Any) -> None:
+    scalars, inverse_keep, *inputs = refs[: 9 if has_mask else 8]
+    dot_query, total = refs[-2:]
+    example, head, rows, columns = (pl.program_id(axis) for axis in range(4))
+    tile = _Tile(flash, sizes, scalars, example, head, rows, columns)
+
+    @pl.when(columns == 0)
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when(tile.is_needed())
+    def _():
+        allowed = inputs[6] if has_mask else None
+        found = _gradients(tile, (*inputs[:6], allowed), inverse_keep)
+        key = tile.key_rows(inputs[1][...])
+        options = {"precision": flash.precision, "preferred_element_type": np.float32}
+        total[...] += jnp.dot(found.scores, key, **options)
+
+    @pl.when(columns == pl.num_programs(3) - 1)
+    def _():
+        dot_query[...] = (total[...] * np.float32(flash.scale)).astype(dot_query.dtype)
+
+
+def _key_kernel(flash: Flash, sizes: Any, group: int, has_mask: bool, *refs: Any) -> None:
+    scalars, inverse_keep, *inputs = refs[: 9 if has_mask else 8]
+    dot_key, dot_value, key_total, value_total = refs[-4:]
+    example, kv_head, columns, step = (pl.program_id(axis) for axis in range(4))
+    count = pl.num_programs(3) // group
+    head, rows = kv_head * group + lax.div(step, count), lax.rem(step, count)
+    tile = _Tile(flash, sizes, scalars, example, head, rows, columns)
+
+    @pl.when(step == 0)
+    def _():
+        key_total[...] = jnp.zeros_like(key_total)
+        value_total[...] = jnp.zeros_like(value_total)
+
+    @pl.when(tile.is_needed())
+    def _():
+        allowed = inputs[6] if has_mask else None
+        found = _gradients(tile, (*inputs[:6], allowed), inverse_keep)
+        query = tile.query_rows(inputs[0][...])
+        options = {"precision": flash.precision, "preferred_element_type": np.float32}
+        over_queries = (((0,), (0,)), ((), ()))
+        key_total[...] += lax.dot_general(found.scores, query, over_queries, **options)
+        value_total[...] += lax.dot_general(found.weights, found.result, over_queries, **options)
+
+    @pl.when(step == pl.num_programs(3) - 1)
+    def _():
+        dot_key[...] = (key_total[...] * np.float32(flash.scale)).astype(dot_key.dtype)
+        dot_value[...] = (value_total[...] * inverse_keep[0, 0]).astype(dot_value.dtype)
+
+
+def forward(flash: Flash, operands: Operands, *, with_sums: bool = False) -> Any:
+    """Return the result, and on demand the logarithm of each row's sum, a row for each head."""
+    query, _, value, allowed, _, _ = operands
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys, features = value.shape[1:]
+    rows, columns = _tiles(flash, queries, keys)
+
+    def place(b: Any, h: Any, i: Any, j: Any) -> tuple[Any, ...]:
+        return b, h, i, _last_needed(flash, i, j)
+
+    out = type_like((batch, heads, queries, features), value.dtype, query)
+    out_specs, out_shape = [_of_rows(flash, out, place)], [out]
+    if with_sums:
+        block = None, None, 1, flash.tile[0]
+        out_specs.append(pl.BlockSpec(block, lambda b, h, i, j: (b, h, 0, i)))
+        out_shape.append(type_like((batch, heads, 1, queries), np.float32, query))
+    sizes = batch, queries, keys
+    has_mask = allowed is not None
+    found = pl.pallas_call(
+        functools.partial(_forward_kernel, flash, sizes, has_mask, with_sums),
+        grid=(batch, heads, rows, columns),
+        in_specs=_specs(flash, operands, None, heads // kv_heads, place),
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=[
+            pltpu.VMEM((flash.tile[0], width), np.float32) for width in (1, 1, features)
+        ],
+        compiler_params=_parameters(1),
+        interpret=flash.interpret,
+        name="regjax_attention",
+    )(operands.scalars, operands.inverse_keep, *operands[:3], *([allowed] if has_mask else []))
+    return found if with_sums else found[0]
+
+
+def backward(
+    flash: Flash, operands: Operands, out: Array, log_total: Array, dot_out: Array
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of the query, the key and the value."""
+    query, key, value, allowed, _, _ = operands
+    batch, heads, queries, _ = query.shape
+    kv_heads, keys = value.shape[1:3]
+    group, sizes = heads // kv_heads, (batch, queries, keys)
+    rows, columns = _tiles(flash, queries, keys)
+    arrays = [operands.scalars, operands.inverse_keep, query, key, value, out, dot_out, log_total]
+    has_mask = allowed is not None
+    arrays += [allowed] if has_mask else []
+    call = functools.partial(pl.pallas_call, interpret=flash.interpret)
+
+    def at_queries(b: Any, h: Any, i: Any, j: Any) -> tuple[Any, ...]:
+        return b, h, i, _last_needed(flash, i, j)
+
+    grid = batch, heads, rows, columns
+    (dot_query,) = call(
+        functools.partial(_query_kernel, flash, sizes, has_mask),
+        grid=grid,
+        in_specs=_specs(flash, operands, out, group, at_queries),
+        out_specs=[_of_rows(flash, query, at_queries)],
+        out_shape=[type_like(query.shape, query.dtype, query)],
+        scratch_shapes=[pltpu.VMEM((flash.tile[0], query.shape[-1]), np.float32)],
+        compiler_params=_parameters(1),
+        name="regjax_attention_dot_query",
+    )(*arrays)
+
+    def at_keys(b: Any, h: Any, j: Any, step: Any) -> tuple[Any, ...]:
+        head, i = h * group + lax.div(step, rows), lax.rem(step, rows)
+        if flash.is_causal and not flash.is_part:
+            first = lax.div(j * flash.tile[1], flash.tile[0])
+            i = jnp.minimum(jnp.maximum(i, first), rows - 1)
+        return b, head, i, j
+
+    of_keys = lambda array: pl.BlockSpec(
+        (None, None, flash.tile[1], array.shape[-1]), lambda b, h, j, step: (b, h, j, 0)
+    )
+    dot_key, dot_value = call(
+        functools.partial(_key_kernel, flash, sizes, group, has_mask),
+        grid=(batch, kv_heads, columns, group * rows),
+        in_specs=_specs(flash, operands, out, group, at_keys),
+        out_specs=[of_keys(key), of_keys(value)],
+        out_shape=[type_like(x.shape, x.dtype, query) for x in (key, value)],
+        scratch_shapes=[
+            pltpu.VMEM((flash.tile[1], x.shape[-1]), np.float32) for x in (key, value)
+        ],
+        compiler_params=_parameters(1),
+        name="regjax_attention_dot_key",
+    )(*arrays)
+    return dot_query, dot_key, dot_value
+
+
+def _last_needed(flash: Flash, i: Any, j: Any) -> Any:
+    """Return the tile of keys to read: beyond the last that a query attends to, none is new."""
+    if not flash.is_causal or flash.is_part:
+        return j
+    return jnp.minimum(j, lax.div((i + 1) * flash.tile[0] - 1, flash.tile[1]))
+
+
+def _of_rows(flash: Flash, array: Any, place: Any) -> pl.BlockSpec:
+    block = None, None, flash.tile[0], array.shape[-1]
+    return pl.BlockSpec(block, lambda *ids: (*place(*ids)[:3], 0))
+
+
+def _specs(
+    flash: Flash, operands: Operands, out: Any, group: int, place: Any
+) -> list[pl.BlockSpec]:
+    """Return the tiles of all inputs; those of the backward pass if `out` is given."""
+
+    def of_keys(array: Array) -> pl.BlockSpec:
+        def index(*ids: Any) -> tuple[Any, ...]:
+            b, h, _, j = place(*ids)
+            return b, lax.div(h, group) if group > 1 else h, j, 0
+
+        return pl.BlockSpec((None, None, flash.tile[1], array.shape[-1]), index)
+
+    def of_sums(*ids: Any) -> tuple[Any, ...]:
+        b, h, i, _ = place(*ids)
+        return b, h, 0, i
+
+    specs = [pl.BlockSpec(memory_space=pltpu.SMEM)] * 2
+    specs.append(_of_rows(flash, operands.query, place))
+    specs += [of_keys(operands.key), of_keys(operands.value)]
+    if out is not None:
+        specs += [_of_rows(flash, out, place)] * 2
+        specs.append(pl.BlockSpec((None, None, 1, flash.tile[0]), of_sums))
+    if operands.allowed is not None:
+        specs.append(_of_allowed(flash, operands.allowed, place))
+    return specs
+
+
+def _of_allowed(flash: Flash, allowed: Array, place: Any) -> pl.BlockSpec:
+    """Return the tile of a mask, which one query, head or example may share with all others."""
+    own = [size != 1 for size in allowed.shape]
+    sizes = [tile if is_own else 1 for tile, is_own in zip(flash.tile, own[2:], strict=True)]
+
+    def index(*ids: Any) -> tuple[Any, ...]:
+        return tuple(at if is_own else 0 for at, is_own in zip(place(*ids), own, strict=True))
+
+    return pl.BlockSpec((None, None, *sizes), index)
+
+
+def _tiles(flash: Flash, queries: int, keys: int) -> tuple[int, int]:
+    """Return the number of tiles along the queries and the keys."""
+    return -(-queries // flash.tile[0]), -(-keys // flash.tile[1])
+
+
+def _parameters(sequential: int) -> Any:
+    kinds = ["parallel"] * (4 - sequential) + ["arbitrary"] * sequential
+    return pltpu.CompilerParams(dimension_semantics=tuple(kinds))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def flash_attention(flash: Flash, operands: Operands) -> Array:
+    """Return the result of attention; see `Flash` and `Operands`."""
+    return forward(flash, operands)
+
+
+def _save(flash: Flash, operands: Operands) -> tuple[Array, Any]:
+    out, log_total = forward(flash, operands, with_sums=True)
+    return out, (operands, out, log_total)
+
+
+def _pull_back(flash: Flash, saved: Any, dot_out: Array) -> tuple[Operands]:
+    operands, out, log_total = saved
+    dots = backward(flash, operands, out, log_total, dot_out)
+    return (Operands(*dots, None, None, None),)
+
+
+flash_attention.defvjp(_save, _pull_back)
