@@ -20,6 +20,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 
 from regjax._compat import type_like, vary_together
 from regjax._random.tiles import Starts, TileKey, TileMask
@@ -27,7 +29,9 @@ from regjax._random.tiles import Starts, TileKey, TileMask
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-_KEY_WORDS = 6  # the scalars of a call before the numbers of its examples; see `scalars`
+# The scalars of a call are the two words of the key, the threshold, whether all is kept, the first
+# head and the first query, and the high words, then the low words, of the numbers of the examples.
+_HEAD, _QUERY, _EXAMPLES = 4, 5, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +55,8 @@ class Operands(NamedTuple):
     key: Array
     value: Array
     allowed: Array | None  # int8, zero where a query may not attend
-    scalars: Array  # see `scalars`
+    scalars: Array  # uint32, of shape (1, 6 + 2 * batch)
     inverse_keep: Array  # of shape (1, 1)
-
-
-def scalars(
-    words: Array, threshold: Array, everything: Array, head: Any, query: Any, examples: Any
-) -> Array:
-    """Return the scalars of a call as one array: key, threshold, starts, numbers of examples."""
-    first = [words[0], words[1], threshold, everything, head, query]
-    known = jnp.stack([jnp.asarray(x).astype(np.uint32) for x in first])
-    parts = [known, examples.high, examples.low]
-    return jnp.concatenate(parts)[None]
 
 
 class _Tile(NamedTuple):
@@ -89,10 +83,10 @@ class _Tile(NamedTuple):
         """Return whether any query of the tile may attend to any of its keys."""
         if not self.flash.is_causal:
             return True
-        return self.first_key < self._start(5) + self.first_query + self.flash.tile[0]
+        return self.first_key < self._start() + self.first_query + self.flash.tile[0]
 
-    def _start(self, place: int) -> Any:
-        return self.scalars[0, place].astype(np.int32) if self.flash.is_part else 0
+    def _start(self) -> Any:
+        return self.scalars[0, _QUERY].astype(np.int32) if self.flash.is_part else 0
 
     def scores(self, query: Array, key: Array, allowed: Any) -> Array:
         """Return the scores, -inf where a query may not attend."""
@@ -103,7 +97,7 @@ class _Tile(NamedTuple):
         if allowed is not None:
             scores = jnp.where(allowed[...].astype(np.int32) != 0, scores, -jnp.inf)
         if self.flash.is_causal:
-            first = self.first_query + self._start(5)
+            first = self.first_query + self._start()
             row = lax.broadcasted_iota(np.int32, scores.shape, 0) + first
             scores = jnp.where(along <= row, scores, -jnp.inf)
         if self.sizes[2] % self.flash.tile[1]:
@@ -115,14 +109,17 @@ class _Tile(NamedTuple):
         mask, scalars = self.flash.mask, self.scalars
         if mask is None:
             return None
-        word = lambda place: scalars[0, place]
+
+        def word(place: Any) -> Any:
+            return scalars[0, place]
+
         zero = np.uint32(0)
         example, head = (zero, zero), zero
         if not self.flash.is_shared:
-            high, low = _KEY_WORDS + self.example, _KEY_WORDS + self.sizes[0] + self.example
+            high, low = _EXAMPLES + self.example, _EXAMPLES + self.sizes[0] + self.example
             example = word(high), word(low)
-            head = word(4) + self.head.astype(np.uint32)
-        query = word(5) + self.first_query.astype(np.uint32)
+            head = word(_HEAD) + self.head.astype(np.uint32)
+        query = word(_QUERY) + self.first_query.astype(np.uint32)
         starts = Starts(example, head, query, self.first_key.astype(np.uint32))
         key = TileKey((word(0), word(1)), word(2), word(3) != 0)
         return mask.draw(key, starts, size)
@@ -283,7 +280,8 @@ def _key_kernel(flash: Flash, sizes: Any, group: int, has_mask: bool, *refs: Any
 
 def forward(flash: Flash, operands: Operands, *, with_sums: bool = False) -> Any:
     """Return the result, and on demand the logarithm of each row's sum, a row for each head."""
-    query, _, value, allowed, _, _ = operands
+    query, key, value, allowed, _, _ = operands
+    query = query if flash.interpret else _requires_tpu.bind(query)
     batch, heads, queries, _ = query.shape
     kv_heads, keys, features = value.shape[1:]
     rows, columns = _tiles(flash, queries, keys)
@@ -311,7 +309,7 @@ def forward(flash: Flash, operands: Operands, *, with_sums: bool = False) -> Any
         compiler_params=_parameters(1),
         interpret=flash.interpret,
         name="regjax_attention",
-    )(operands.scalars, operands.inverse_keep, *operands[:3], *([allowed] if has_mask else []))
+    )(operands.scalars, operands.inverse_keep, query, key, value, *([allowed] if has_mask else []))
     return found if with_sums else found[0]
 
 
@@ -351,18 +349,17 @@ def backward(
             i = jnp.minimum(jnp.maximum(i, first), rows - 1)
         return b, head, i, j
 
-    of_keys = lambda array: pl.BlockSpec(
-        (None, None, flash.tile[1], array.shape[-1]), lambda b, h, j, step: (b, h, j, 0)
-    )
+    def of_keys(array: Array) -> pl.BlockSpec:
+        block = None, None, flash.tile[1], array.shape[-1]
+        return pl.BlockSpec(block, lambda b, h, j, step: (b, h, j, 0))
+
     dot_key, dot_value = call(
         functools.partial(_key_kernel, flash, sizes, group, has_mask),
         grid=(batch, kv_heads, columns, group * rows),
         in_specs=_specs(flash, operands, out, group, at_keys),
         out_specs=[of_keys(key), of_keys(value)],
         out_shape=[type_like(x.shape, x.dtype, query) for x in (key, value)],
-        scratch_shapes=[
-            pltpu.VMEM((flash.tile[1], x.shape[-1]), np.float32) for x in (key, value)
-        ],
+        scratch_shapes=[pltpu.VMEM((flash.tile[1], x.shape[-1]), np.float32) for x in (key, value)],
         compiler_params=_parameters(1),
         name="regjax_attention_dot_key",
     )(*arrays)
@@ -447,3 +444,32 @@ def _pull_back(flash: Flash, saved: Any, dot_out: Array) -> tuple[Operands]:
 
 
 flash_attention.defvjp(_save, _pull_back)
+
+
+# Outside any jit, each call would build and compile the kernels again.
+_flash_in_one = jax.jit(flash_attention, static_argnums=0)
+
+
+def run(flash: Flash, operands: Operands) -> Array:
+    """Return the result of attention, inside and outside `shard_map`."""
+    operands = Operands(*vary_together(tuple(operands)))
+    return _flash_in_one(flash, operands)
+
+
+# The platform of a program is known when it is lowered, not when it is traced: a program for TPUs
+# may be compiled on a machine without any.
+_requires_tpu = Primitive("regjax_requires_tpu")
+_requires_tpu.def_abstract_eval(lambda x: x)
+_requires_tpu.def_impl(lambda x: jax.jit(_requires_tpu.bind)(x))
+batching.defvectorized(_requires_tpu)
+
+
+def _reject(context: Any, x: Any) -> Any:
+    raise NotImplementedError(
+        "implementation must be 'xla' or None on this platform; got 'pallas', whose kernels run on "
+        "TPUs only. Omit implementation."
+    )
+
+
+mlir.register_lowering(_requires_tpu, _reject)
+mlir.register_lowering(_requires_tpu, lambda context, x: [x], platform="tpu")

@@ -132,9 +132,7 @@ class ExampleSampler(MaskSampler):
             high, low = self.examples
             places = Places(None if high is None else high[None], low[None])
             layout = with_spec(out_sharding, (None, *spec))
-            mask = self.function.draw_part(
-                key, keep_prob, (None, *whole), (places, *part), layout
-            )
+            mask = self.function.draw_part(key, keep_prob, (None, *whole), (places, *part), layout)
             return jnp.squeeze(mask, 0)
         self.check_fit(tuple(whole), ())
         axis = self.axis % len(whole)

@@ -57,6 +57,10 @@ class PackedSampler(MaskSampler):
 
     draws_parts = True
 
+    def threshold(self, keep_prob: float | Float[Array, ""]) -> int | Float[Array, ""]:
+        """Return how many of the `2**bits` integers are kept; float32, if traced."""
+        return _threshold(keep_prob, self.bits)
+
     def draw(
         self,
         key: KeyLike,
