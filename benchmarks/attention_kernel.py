@@ -39,7 +39,10 @@ MASKS = (
     ("packed, rate 0.1, 16 bits", 0.1, 16),
     ("exact, rate 0.1", 0.1, None),
 )
-_FILE = re.compile(r"-(regjax_attention[a-z_]*)[.\d]*-\d+-schedule-analysis_final_bundles")
+# Derivatives are named after the function that JAX derived them from.
+_FILE = re.compile(
+    r"(regjax_attention(?:_dot_key|_dot_query)?)_*[.\d]*-\d+-schedule-analysis_final"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,17 +96,23 @@ def prepare(folder: Path) -> None:
 
 def measure(folder: Path, chip: str, rate: float, bits: int | None) -> dict[str, Any]:
     """Return the bundles of each kernel, and the temporary bytes of both programs."""
-    forward = compiled(chip, rate, bits, backward=False).memory_analysis().temp_size_in_bytes
-    backward = compiled(chip, rate, bits, backward=True).memory_analysis().temp_size_in_bytes
+    found, temporary = {}, {}
+    for name, backward in (("forward", False), ("backward", True)):
+        program = compiled(chip, rate, bits, backward=backward)
+        temporary[f"{name}_bytes"] = program.memory_analysis().temp_size_in_bytes
+        found = read_bundles(folder / "dump") | found
+    return {"bundles": found} | temporary
+
+
+def read_bundles(dump: Path) -> dict[str, int]:
+    """Return the scheduled bundles of each kernel of a program, and empty the folder."""
     found = {}
-    for path in (folder / "dump").iterdir():
+    for path in dump.iterdir():
         if name := _FILE.search(path.name):
             count = re.search(r"total scheduled bundles\D*(\d+)", path.read_text())
-            # The forward kernel of the second program writes the sums too.
-            if count and name[1] in KERNELS:
-                found.setdefault(name[1], int(count[1]))
+            found |= {name[1]: int(count[1])} if count else {}
         path.unlink()
-    return {"bundles": found, "forward_bytes": forward, "backward_bytes": backward}
+    return found
 
 
 def compiled(

@@ -29,7 +29,7 @@ from regjax._dropout.scores import Scores, mixed_values, softmax, with_rank
 from regjax._random.bernoulli import EXACT, check_probability
 from regjax._random.events import observer
 from regjax._random.threefry import at_most
-from regshared.checks import check_bool, check_integer, describe
+from regshared.checks import check_bool, check_choice, check_integer, describe
 from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
@@ -291,8 +291,8 @@ def _unless(flag: Any, drop: Callable[[], Array], plain: Callable[[], Array]) ->
 
 
 def _check_implementation(implementation: str | None, block_size: int | None) -> str | None:
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(f"implementation must be 'xla', 'pallas' or None; got {implementation!r}.")
+    if implementation is not None:
+        implementation = check_choice("implementation", implementation, ("xla", "pallas"))
     if implementation == "pallas" and block_size is not None:
         raise ValueError(
             "block_size must be None with implementation='pallas', whose tiles do not change the "
