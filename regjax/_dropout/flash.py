@@ -10,7 +10,6 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,121 +23,18 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from regjax._compat import type_like, vary_together
-from regjax._random.tiles import Starts, TileKey, TileMask
+from regjax._dropout.flash_tiles import (
+    Flash,
+    Operands,
+    Tile,
+    last_needed,
+    of_rows,
+    specs,
+    tile_counts,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array
-
-# The scalars of a call are the two words of the key, the threshold, whether all is kept, the first
-# head and the first query, and the high words, then the low words, of the numbers of the examples.
-_HEAD, _QUERY, _EXAMPLES = 4, 5, 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Flash:
-    """The static part of a call: one value, hashable under jit."""
-
-    scale: float
-    is_causal: bool
-    precision: Any
-    mask: TileMask | None  # None without dropout
-    is_shared: bool  # whether all rows and heads share one mask
-    tile: tuple[int, int] = (256, 512)  # queries and keys
-    is_part: bool = False  # whether the first query may not be that of the whole matrix
-    interpret: bool = False
-
-
-class Operands(NamedTuple):
-    """The arrays of a call, with heads before lengths; the batch has one dimension."""
-
-    query: Array
-    key: Array
-    value: Array
-    allowed: Array | None  # int8, zero where a query may not attend
-    scalars: Array  # uint32, of shape (1, 6 + 2 * batch)
-    inverse_keep: Array  # of shape (1, 1)
-
-
-class _Tile(NamedTuple):
-    """A tile of the matrix of scores."""
-
-    flash: Flash
-    sizes: tuple[int, int, int]  # examples, queries and keys of the operands
-    scalars: Any
-    example: Any
-    head: Any
-    rows: Any  # the number of the tile along the queries
-    columns: Any
-
-    @property
-    def first_query(self) -> Any:
-        """The first query of the tile, in the operands."""
-        return self.rows * self.flash.tile[0]
-
-    @property
-    def first_key(self) -> Any:
-        return self.columns * self.flash.tile[1]
-
-    def is_needed(self) -> Any:
-        """Return whether any query of the tile may attend to any of its keys."""
-        if not self.flash.is_causal:
-            return True
-        return self.first_key < self._start() + self.first_query + self.flash.tile[0]
-
-    def _start(self) -> Any:
-        return self.scalars[0, _QUERY].astype(np.int32) if self.flash.is_part else 0
-
-    def scores(self, query: Array, key: Array, allowed: Any) -> Array:
-        """Return the scores, -inf where a query may not attend."""
-        options = {"precision": self.flash.precision, "preferred_element_type": np.float32}
-        scores = lax.dot_general(query, key, (((1,), (1,)), ((), ())), **options)
-        scores = scores * np.float32(self.flash.scale)
-        along = lax.broadcasted_iota(np.int32, scores.shape, 1) + self.first_key
-        if allowed is not None:
-            scores = jnp.where(allowed[...].astype(np.int32) != 0, scores, -jnp.inf)
-        if self.flash.is_causal:
-            first = self.first_query + self._start()
-            row = lax.broadcasted_iota(np.int32, scores.shape, 0) + first
-            scores = jnp.where(along <= row, scores, -jnp.inf)
-        if self.sizes[2] % self.flash.tile[1]:
-            scores = jnp.where(along < self.sizes[2], scores, -jnp.inf)
-        return scores
-
-    def keep(self, size: tuple[int, int]) -> Array | None:
-        """Return the mask of the tile; None without dropout."""
-        mask, scalars = self.flash.mask, self.scalars
-        if mask is None:
-            return None
-
-        def word(place: Any) -> Any:
-            return scalars[0, place]
-
-        zero = np.uint32(0)
-        example, head = (zero, zero), zero
-        if not self.flash.is_shared:
-            high, low = _EXAMPLES + self.example, _EXAMPLES + self.sizes[0] + self.example
-            example = word(high), word(low)
-            head = word(_HEAD) + self.head.astype(np.uint32)
-        query = word(_QUERY) + self.first_query.astype(np.uint32)
-        starts = Starts(example, head, query, self.first_key.astype(np.uint32))
-        key = TileKey((word(0), word(1)), word(2), word(3) != 0)
-        return mask.draw(key, starts, size)
-
-    def key_rows(self, array: Array) -> Array:
-        """Return the rows of a tile of keys or values; zeros after the last key."""
-        return _rows_before(array, self.first_key, self.sizes[2])
-
-    def query_rows(self, array: Array) -> Array:
-        """Return the rows of a tile of queries; zeros after the last query."""
-        return _rows_before(array, self.first_query, self.sizes[1])
-
-
-def _rows_before(array: Array, first: Any, size: int) -> Array:
-    # What a tile reads beyond the end of an array is undefined.
-    if size % array.shape[0] == 0:
-        return array
-    row = lax.broadcasted_iota(np.int32, array.shape, 0) + first
-    return jnp.where(row < size, array, jnp.zeros_like(array))
 
 
 def _finite(x: Array) -> Array:
@@ -152,7 +48,7 @@ def _forward_kernel(flash: Flash, sizes: Any, has_mask: bool, with_sums: bool, *
     log_total, refs = (refs[0], refs[1:]) if with_sums else (None, refs)
     top, total, result = refs
     example, head, rows, columns = (pl.program_id(axis) for axis in range(4))
-    tile = _Tile(flash, sizes, scalars, example, head, rows, columns)
+    tile = Tile(flash, sizes, scalars, example, head, rows, columns)
 
     @pl.when(columns == 0)
     def _():
@@ -203,7 +99,7 @@ class _Gradients(NamedTuple):
     result: Array
 
 
-def _gradients(tile: _Tile, refs: Any, inverse_keep: Any) -> _Gradients:
+def _gradients(tile: Tile, refs: Any, inverse_keep: Any) -> _Gradients:
     """Draw the mask again, and return the derivatives with respect to a tile of scores."""
     query, key, value, out, dot_out, log_total, allowed = refs
     options = {"precision": tile.flash.precision, "preferred_element_type": np.float32}
@@ -230,7 +126,7 @@ def _query_kernel(flash: Flash, sizes: Any, has_mask: bool, *refs: Any) -> None:
     scalars, inverse_keep, *inputs = refs[: 9 if has_mask else 8]
     dot_query, total = refs[-2:]
     example, head, rows, columns = (pl.program_id(axis) for axis in range(4))
-    tile = _Tile(flash, sizes, scalars, example, head, rows, columns)
+    tile = Tile(flash, sizes, scalars, example, head, rows, columns)
 
     @pl.when(columns == 0)
     def _():
@@ -255,7 +151,7 @@ def _key_kernel(flash: Flash, sizes: Any, group: int, has_mask: bool, *refs: Any
     example, kv_head, columns, step = (pl.program_id(axis) for axis in range(4))
     count = pl.num_programs(3) // group
     head, rows = kv_head * group + lax.div(step, count), lax.rem(step, count)
-    tile = _Tile(flash, sizes, scalars, example, head, rows, columns)
+    tile = Tile(flash, sizes, scalars, example, head, rows, columns)
 
     @pl.when(step == 0)
     def _():
@@ -284,13 +180,13 @@ def forward(flash: Flash, operands: Operands, *, with_sums: bool = False) -> Any
     query = query if flash.interpret else _requires_tpu.bind(query)
     batch, heads, queries, _ = query.shape
     kv_heads, keys, features = value.shape[1:]
-    rows, columns = _tiles(flash, queries, keys)
+    rows, columns = tile_counts(flash, queries, keys)
 
     def place(b: Any, h: Any, i: Any, j: Any) -> tuple[Any, ...]:
-        return b, h, i, _last_needed(flash, i, j)
+        return b, h, i, last_needed(flash, i, j)
 
     out = type_like((batch, heads, queries, features), value.dtype, query)
-    out_specs, out_shape = [_of_rows(flash, out, place)], [out]
+    out_specs, out_shape = [of_rows(flash, out, place)], [out]
     if with_sums:
         block = None, None, 1, flash.tile[0]
         out_specs.append(pl.BlockSpec(block, lambda b, h, i, j: (b, h, 0, i)))
@@ -300,7 +196,7 @@ def forward(flash: Flash, operands: Operands, *, with_sums: bool = False) -> Any
     found = pl.pallas_call(
         functools.partial(_forward_kernel, flash, sizes, has_mask, with_sums),
         grid=(batch, heads, rows, columns),
-        in_specs=_specs(flash, operands, None, heads // kv_heads, place),
+        in_specs=specs(flash, operands, None, heads // kv_heads, place),
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[
@@ -321,21 +217,21 @@ def backward(
     batch, heads, queries, _ = query.shape
     kv_heads, keys = value.shape[1:3]
     group, sizes = heads // kv_heads, (batch, queries, keys)
-    rows, columns = _tiles(flash, queries, keys)
+    rows, columns = tile_counts(flash, queries, keys)
     arrays = [operands.scalars, operands.inverse_keep, query, key, value, out, dot_out, log_total]
     has_mask = allowed is not None
     arrays += [allowed] if has_mask else []
     call = functools.partial(pl.pallas_call, interpret=flash.interpret)
 
     def at_queries(b: Any, h: Any, i: Any, j: Any) -> tuple[Any, ...]:
-        return b, h, i, _last_needed(flash, i, j)
+        return b, h, i, last_needed(flash, i, j)
 
     grid = batch, heads, rows, columns
     (dot_query,) = call(
         functools.partial(_query_kernel, flash, sizes, has_mask),
         grid=grid,
-        in_specs=_specs(flash, operands, out, group, at_queries),
-        out_specs=[_of_rows(flash, query, at_queries)],
+        in_specs=specs(flash, operands, out, group, at_queries),
+        out_specs=[of_rows(flash, query, at_queries)],
         out_shape=[type_like(query.shape, query.dtype, query)],
         scratch_shapes=[pltpu.VMEM((flash.tile[0], query.shape[-1]), np.float32)],
         compiler_params=_parameters(1),
@@ -356,7 +252,7 @@ def backward(
     dot_key, dot_value = call(
         functools.partial(_key_kernel, flash, sizes, group, has_mask),
         grid=(batch, kv_heads, columns, group * rows),
-        in_specs=_specs(flash, operands, out, group, at_keys),
+        in_specs=specs(flash, operands, out, group, at_keys),
         out_specs=[of_keys(key), of_keys(value)],
         out_shape=[type_like(x.shape, x.dtype, query) for x in (key, value)],
         scratch_shapes=[pltpu.VMEM((flash.tile[1], x.shape[-1]), np.float32) for x in (key, value)],
@@ -366,63 +262,8 @@ def backward(
     return dot_query, dot_key, dot_value
 
 
-def _last_needed(flash: Flash, i: Any, j: Any) -> Any:
-    """Return the tile of keys to read: beyond the last that a query attends to, none is new."""
-    if not flash.is_causal or flash.is_part:
-        return j
-    return jnp.minimum(j, lax.div((i + 1) * flash.tile[0] - 1, flash.tile[1]))
-
-
-def _of_rows(flash: Flash, array: Any, place: Any) -> pl.BlockSpec:
-    block = None, None, flash.tile[0], array.shape[-1]
-    return pl.BlockSpec(block, lambda *ids: (*place(*ids)[:3], 0))
-
-
-def _specs(
-    flash: Flash, operands: Operands, out: Any, group: int, place: Any
-) -> list[pl.BlockSpec]:
-    """Return the tiles of all inputs; those of the backward pass if `out` is given."""
-
-    def of_keys(array: Array) -> pl.BlockSpec:
-        def index(*ids: Any) -> tuple[Any, ...]:
-            b, h, _, j = place(*ids)
-            return b, lax.div(h, group) if group > 1 else h, j, 0
-
-        return pl.BlockSpec((None, None, flash.tile[1], array.shape[-1]), index)
-
-    def of_sums(*ids: Any) -> tuple[Any, ...]:
-        b, h, i, _ = place(*ids)
-        return b, h, 0, i
-
-    specs = [pl.BlockSpec(memory_space=pltpu.SMEM)] * 2
-    specs.append(_of_rows(flash, operands.query, place))
-    specs += [of_keys(operands.key), of_keys(operands.value)]
-    if out is not None:
-        specs += [_of_rows(flash, out, place)] * 2
-        specs.append(pl.BlockSpec((None, None, 1, flash.tile[0]), of_sums))
-    if operands.allowed is not None:
-        specs.append(_of_allowed(flash, operands.allowed, place))
-    return specs
-
-
-def _of_allowed(flash: Flash, allowed: Array, place: Any) -> pl.BlockSpec:
-    """Return the tile of a mask, which one query, head or example may share with all others."""
-    own = [size != 1 for size in allowed.shape]
-    sizes = [tile if is_own else 1 for tile, is_own in zip(flash.tile, own[2:], strict=True)]
-
-    def index(*ids: Any) -> tuple[Any, ...]:
-        return tuple(at if is_own else 0 for at, is_own in zip(place(*ids), own, strict=True))
-
-    return pl.BlockSpec((None, None, *sizes), index)
-
-
-def _tiles(flash: Flash, queries: int, keys: int) -> tuple[int, int]:
-    """Return the number of tiles along the queries and the keys."""
-    return -(-queries // flash.tile[0]), -(-keys // flash.tile[1])
-
-
 def _parameters(sequential: int) -> Any:
-    kinds = ["parallel"] * (4 - sequential) + ["arbitrary"] * sequential
+    kinds: Any = ["parallel"] * (4 - sequential) + ["arbitrary"] * sequential
     return pltpu.CompilerParams(dimension_semantics=tuple(kinds))
 
 
