@@ -135,7 +135,7 @@ def compiled(
     from regjax._dropout.core import SampledMask
     from regjax._random.packed import mask_sampler
 
-    packed = functools.partial(regjax.packed_bernoulli, bits=bits)
+    packed = functools.partial(regjax.packed_bernoulli, bits=bits or 16)
     sampler = mask_sampler(packed if bits else regjax.bernoulli)
     make_mask = functools.partial(SampledMask, "dot_product_attention", sampler)
 

@@ -140,9 +140,9 @@ def vary_together(tree: Any) -> Any:
         missing = tuple(sorted(every - _varying_axes(array)))
         if not missing:
             return array
-        if hasattr(lax, "pcast"):
+        if hasattr(lax, "pcast"):  # since JAX 0.9
             return lax.pcast(array, missing, to="varying")
-        return lax.pvary(array, missing)  # before JAX 0.9
+        return lax.pvary(array, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
     return jax.tree.map(vary, tree)
 

@@ -41,8 +41,8 @@ def _finite(x: Array) -> Array:
     return jnp.where(x == -jnp.inf, 0, x)
 
 
-def _forward_kernel(flash: Flash, sizes: Any, has_mask: bool, with_sums: bool, *refs: Any) -> None:
-    scalars, inverse_keep, query, key, value, *refs = refs
+def _forward_kernel(flash: Flash, sizes: Any, has_mask: bool, with_sums: bool, *every: Any) -> None:
+    scalars, inverse_keep, query, key, value, *refs = every
     allowed, refs = (refs[0], refs[1:]) if has_mask else (None, refs)
     out, *refs = refs
     log_total, refs = (refs[0], refs[1:]) if with_sums else (None, refs)
@@ -200,7 +200,7 @@ def forward(flash: Flash, operands: Operands, *, with_sums: bool = False) -> Any
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[
-            pltpu.VMEM((flash.tile[0], width), np.float32) for width in (1, 1, features)
+            pltpu.VMEM((flash.tile[0], width), jnp.float32) for width in (1, 1, features)
         ],
         compiler_params=_parameters(1),
         interpret=flash.interpret,
@@ -233,7 +233,7 @@ def backward(
         in_specs=specs(flash, operands, out, group, at_queries),
         out_specs=[of_rows(flash, query, at_queries)],
         out_shape=[type_like(query.shape, query.dtype, query)],
-        scratch_shapes=[pltpu.VMEM((flash.tile[0], query.shape[-1]), np.float32)],
+        scratch_shapes=[pltpu.VMEM((flash.tile[0], query.shape[-1]), jnp.float32)],
         compiler_params=_parameters(1),
         name="regjax_attention_dot_query",
     )(*arrays)

@@ -145,7 +145,7 @@ def _tile_mask(
     threshold = inner.threshold(keep_prob)
     is_traced = isinstance(threshold, jax.Array)
     tiles = TileMask(
-        shape=(None if is_by_example else math.prod(whole[:-3]), *whole[-3:]),
+        shape=(None if is_by_example else math.prod(whole[:-3]), whole[-3], whole[-2], whole[-1]),
         bits=inner.bits,
         threshold=None if is_traced else int(threshold),
         is_exact=isinstance(inner, ExactSampler),
@@ -237,12 +237,14 @@ def _on_shards(flash: Any, batch: tuple[int, ...], operands: tuple[Any, ...]) ->
         )
     of_query = PartitionSpec(*of_batch, of_queries, of_heads, None)
     of_keys = PartitionSpec(*of_batch, None, of_heads if kv_heads > 1 else None, None)
-    of_mask = of_numbers = None
+    of_mask: Any = None
+    of_numbers: Any = None
     if allowed is not None:
         full = zip((*of_batch, of_heads, of_queries, None), allowed.shape, strict=True)
         of_mask = PartitionSpec(*[axes if size > 1 else None for axes, size in full])
     if numbers is not None:
-        of_numbers = Places(*[PartitionSpec(*of_batch)] * 2)
+        of_batch_only: Any = PartitionSpec(*of_batch)
+        of_numbers = Places(of_batch_only, of_batch_only)
     nowhere = PartitionSpec()
     specs = of_query, of_keys, of_keys, of_mask, of_numbers, nowhere, nowhere
     sharded = jax.shard_map(
@@ -301,6 +303,6 @@ def _run(
             allowed = jnp.broadcast_to(allowed, (*batch, *rest))
         allowed = jnp.reshape(allowed, (-1, *rest))
     flash = dataclasses.replace(flash, is_part=bool(_names(of_queries)))
-    arrays = [merged(x) for x in (query, key, value)]
-    out = run(flash, Operands(*arrays, allowed, scalars, inverse))
+    operands = Operands(merged(query), merged(key), merged(value), allowed, scalars, inverse)
+    out = run(flash, operands)
     return jnp.reshape(jnp.swapaxes(out, 1, 2), (*batch, queries, heads, value.shape[-1]))

@@ -43,10 +43,10 @@ class TileKey(NamedTuple):
 class Starts(NamedTuple):
     """The first element of a tile: along the batch the words of the example's number."""
 
-    example: Words
-    head: UInt32[Array, ""]
-    query: UInt32[Array, ""]
-    key: UInt32[Array, ""]
+    example: tuple[Any, Any]
+    head: Any
+    query: Any
+    key: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +79,12 @@ class TileMask:
             bits_of_t, everything = bits_of(self.threshold, self.bits)
         rows, columns = size
         along_queries = self.packed == 2
-        place = starts.example[1] if self.packed == 0 else starts[self.packed]
+        first: list[Any] = list(starts)
+        place = starts.example[1] if self.packed == 0 else first[self.packed]
         word, lane = place // np.uint32(LANES), place % np.uint32(LANES)
-        first = list(starts)
         first[self.packed] = (starts.example[0], word) if self.packed == 0 else word
-        whole = list(self.shape)
-        whole[self.packed] = whole[self.packed] // LANES
+        whole: list[Any] = list(self.shape)
+        whole[self.packed] //= LANES
         words_size = (rows // LANES if along_queries else rows, columns)
         index = _index(whole, Starts(*first), words_size)
         words = compare_words(key.words, index, bits_of_t, everything)
@@ -106,7 +106,7 @@ class TileMask:
         return _is_below(drawn, np.uint32(self.threshold))
 
 
-def _index(shape: Sequence[int | None], starts: Starts, size: tuple[int, int]) -> Words:
+def _index(shape: Sequence[Any], starts: Starts, size: tuple[int, int]) -> Words:
     """Return the row-major index, in an array of a shape, of each element of a tile."""
     batch, *others = shape
     fits_word = batch is not None and math.prod((batch, *others)) <= _WORD
