@@ -131,23 +131,19 @@ def compiled(
     from jax.sharding import SingleDeviceSharding
 
     import regjax
-    from regjax._dropout.attention import attend
-    from regjax._dropout.core import SampledMask
-    from regjax._random.packed import mask_sampler
 
     packed = functools.partial(regjax.packed_bernoulli, bits=bits or 16)
-    sampler = mask_sampler(packed if bits else regjax.bernoulli)
-    make_mask = functools.partial(SampledMask, "dot_product_attention", sampler)
+    sampler = packed if bits else regjax.bernoulli
 
     def forward(query: Any, key: Any, value: Any, rng: Any) -> Any:
-        return attend(
-            make_mask,
+        return regjax.dot_product_attention(
             query,
             key,
             value,
             dropout_rng=rng,
             dropout_rate=rate,
             is_causal=is_causal,
+            sampler=sampler,
             implementation="pallas",
         )
 

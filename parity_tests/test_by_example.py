@@ -27,8 +27,8 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
 SPLITS = {
     "whole": [range(12)],
     "micro-batches of 1": [[i] for i in range(12)],
-    "micro-batches of 4": [range(0, 4), range(4, 8), range(8, 12)],
-    "ragged": [range(0, 5), range(5, 10), range(10, 12)],
+    "micro-batches of 4": [range(4), range(4, 8), range(8, 12)],
+    "ragged": [range(5), range(5, 10), range(10, 12)],
     "shuffled": [[7, 0, 11, 2], [5, 4, 10, 9], [1, 3, 8, 6]],
     "repeated, as padding": [[3, 3, 3, 0]],
 }
@@ -36,12 +36,9 @@ SPLITS = {
 
 def call(framework: Framework, name: str, x: np.ndarray, sampler: Any, **options: Any) -> Any:
     """Return the result of a function of a batch, with the key of seed 4."""
-    options = FUNCTIONS.get(name, {}) | options
+    options = {"key": framework.key(4), "sampler": sampler} | FUNCTIONS.get(name, {}) | options
     function = getattr(framework.library, name.partition(" ")[0])
-    result = function(
-        framework.array(x), 0.4, key=framework.key(4), sampler=sampler, **options
-    )
-    return framework.numpy(result)
+    return framework.numpy(function(framework.array(x), 0.4, **options))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -82,7 +79,7 @@ def test_a_single_example_has_no_axis(framework: Framework):
     for i in (0, 7):
         y = call(framework, "dropout", BATCH[i], framework.library.by_example(i))
         np.testing.assert_array_equal(y, whole[i])
-    number = framework.array(np.float32(3.0))
+    number = framework.array(np.full((), 3, np.float32))
     rows = framework.library.dropout(
         framework.array(np.full(9, 3, np.float32)),
         0.5,
@@ -104,7 +101,7 @@ def test_packed_masks(bits):
     results = []
     for framework in FRAMEWORKS:
         packed = functools.partial(framework.library.packed_bernoulli, bits=bits)
-        by_example = lambda rows: framework.library.by_example(rows, packed)
+        by_example = functools.partial(framework.library.by_example, sampler=packed)
         whole = call(framework, "dropout", LARGE, packed)
         for rows in ([4, 1], [2], list(range(6))):
             y = call(framework, "dropout", LARGE[rows], by_example(rows))
@@ -142,7 +139,7 @@ def test_numbers_of_64_bits():
     masks = [
         each.numpy(each.library.by_example(rows)(each.key(0), 0.5, (3, 40))) for each in FRAMEWORKS
     ]
-    np.testing.assert_array_equal(*masks)
+    np.testing.assert_array_equal(masks[0], masks[1])
     assert len({row.tobytes() for row in masks[0]}) == 3
     with jax.enable_x64(True):
         mask = JAX.library.by_example(jnp.asarray(rows))(JAX.key(0), 0.5, (3, 40))
@@ -164,11 +161,11 @@ def test_weights_of_one_example(framework: Framework):
 
 
 WRONG = [
-    (0.5, "examples must be integers; got dtype float"),
+    (0.5, r"examples must be integers; got dtype (torch\.)?float"),
     ([True, False], "examples must be integers; got dtype"),
-    ([1.0, 2.0], "examples must be integers; got dtype float"),
+    ([1.0, 2.0], r"examples must be integers; got dtype (torch\.)?float"),
     (None, "examples must be an? [a-z]+ of integers; got None"),
-    ("3", "examples must be an? [a-z]+ of integers"),
+    ("3", "examples must be (a tensor of )?integers"),
     ([[1, 2]], r"examples must be one number for each row, of shape \(n,\); got shape \(1, 2\)"),
     ([3, -1], "examples must not be negative; got -1"),
     (-2, "examples must not be negative; got -2"),

@@ -52,7 +52,7 @@ def draw_part(
     """Return a part of the mask of key 9; `traced` hides the starts of slices from the trace."""
     key = framework.key(9)
     if framework is not JAX:
-        entries = [
+        entries: list[Any] = [
             torch_threefry.Span(*e) if isinstance(e, tuple) else e and torch.tensor(e) for e in part
         ]
         return sampler.draw_part(key, keep_prob, whole, entries).numpy()
@@ -107,7 +107,7 @@ def test_examples_beyond_32_bits(framework: Framework, example, shape):
     size = shape[0] * shape[1]
     starts, sizes = (shape[0] - 3, shape[1] - 2), (3, 2)
     if framework is JAX:
-        high, low = (np.uint32([word]) for word in divmod(example, 2**32))
+        high, low = (np.array([word], np.uint32) for word in divmod(example, 2**32))
         rows: Any = jax_threefry.Places(jnp.asarray(high), jnp.asarray(low))
         spans = [jax_threefry.Span(*span) for span in zip(starts, sizes, strict=True)]
         draw = lambda: sampler_of(JAX, None).draw_part(

@@ -26,8 +26,16 @@ from regjax._dropout.core import (
 )
 from regjax._dropout.pallas_attention import check_supported, is_default, kernel_attention
 from regjax._dropout.scores import Scores, mixed_values, softmax, with_rank
-from regjax._random.bernoulli import EXACT, check_probability
+from regjax._random.bernoulli import (
+    EXACT,
+    MaskSampler,
+    Sampler,
+    bernoulli,
+    check_probability,
+)
+from regjax._random.by_example import check_batch_axis
 from regjax._random.events import observer
+from regjax._random.packed import mask_sampler
 from regjax._random.threefry import at_most
 from regshared.checks import check_bool, check_choice, check_integer, describe
 from regshared.spellings import explain_names
@@ -59,6 +67,7 @@ def dot_product_attention(
     scale: ArrayLike | None = None,
     block_size: int | None = None,
     implementation: str | None = None,
+    sampler: Sampler = bernoulli,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     module: Any = None,
@@ -81,8 +90,8 @@ def dot_product_attention(
     `jax.nn.dot_product_attention`, which has no dropout, was measured on a CPU.
 
     Batch, heads and queries may be sharded across devices with no communication; the keys and
-    values of one head may not be sharded. Inside `shard_map` the shape is that of one device: fold
-    `jax.lax.axis_index` into `dropout_rng`.
+    values of one head may not be sharded. Inside `shard_map` the shape is that of one device: pass
+    the numbers of its examples, `sampler=by_example(examples)`.
 
     Args:
         query: Of shape (..., queries, heads, depth), with any number of batch dimensions.
@@ -107,6 +116,10 @@ def dot_product_attention(
             `bias`, `module` or `block_size`; of a mesh, all axes must be explicit or manual. Their
             result rounds as `block_size` does, and has no forward-mode derivative: pass "xla" for
             `jax.jvp`.
+        sampler: The function that draws the mask; see `dropout`. `packed_bernoulli` packs along the
+            heads, queries or batch, never along the keys. With `block_size`, a function of your own
+            is rejected: it can only draw the whole mask. The numbers of `by_example` belong to a
+            batch dimension, which excludes `broadcast_dropout`.
         dtype: The dtype of the computation; without it, the arrays must have the same dtype.
         precision: The precision of the products; see `jax.lax.Precision`.
         module: A Linen or NNX module into which the weights, before dropout, are sown.
@@ -121,9 +134,9 @@ def dot_product_attention(
         TypeError: The arrays are not floating or differ in dtype, `scale` is not a number, `mask`
             has numbers other than 0 and 1 (a traced one is not checked), or as `dropout`.
         ValueError: Shapes do not fit, with the argument named; `scale` is not finite; `block_size`
-            is below 1, or given along with `module`; an einsum is given; the kernels do not support
-            an argument of `implementation="pallas"`; or as `dropout`. A traced rate out of range
-            gives NaN.
+            is below 1, or given along with `module`; `sampler` draws no blocks; an einsum is given;
+            the kernels do not support an argument of `implementation="pallas"`; or as `dropout`. A
+            traced rate out of range gives NaN.
         NotImplementedError: A program with `implementation="pallas"` is compiled for another
             platform than a TPU.
 
@@ -156,8 +169,9 @@ def dot_product_attention(
         "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention", NeurIPS
         2022.
     """
+    drawn_by = mask_sampler(sampler)
     return attend(
-        functools.partial(SampledMask, "dot_product_attention", EXACT),
+        functools.partial(SampledMask, "dot_product_attention", drawn_by),
         query,
         key,
         value,
@@ -171,6 +185,7 @@ def dot_product_attention(
         scale=scale,
         block_size=block_size,
         implementation=implementation,
+        sampler=drawn_by,
         dtype=dtype,
         precision=precision,
         module=module,
@@ -195,13 +210,17 @@ def attend(
     scale: ArrayLike | None = None,
     block_size: int | None = None,
     implementation: str | None = None,
+    sampler: MaskSampler = EXACT,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     module: Any = None,
     qk_attn_weights_einsum: None = None,
     attn_weights_value_einsum: None = None,
 ) -> Float[Array, "*batch queries heads features"]:
-    """Compute `dot_product_attention` with a mask that `make_mask` returns for its shared axes."""
+    """Compute `dot_product_attention` with a mask that `make_mask` returns for its shared axes.
+
+    In blocks, `sampler` draws the mask.
+    """
     if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
         raise ValueError(
             "qk_attn_weights_einsum and attn_weights_value_einsum must be None; got an einsum. Use "
@@ -217,6 +236,9 @@ def attend(
     evaluates = flag is True or is_number(rate, 0)
     one_key = None if evaluates or is_number(rate, 1) else _require_rng(dropout_rng)
     broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
+    shared = tuple(range(query.ndim - 2)) if broadcast_dropout else ()
+    check_batch_axis(sampler, query.ndim - 3)
+    sampler.check_fit((*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3]), shared)
     query, factor = _scaled(query, scale)
     scores = Scores(
         scale=factor,
@@ -224,14 +246,14 @@ def attend(
         precision=precision,
     )
     zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
-    arrays, sampler = (query, key, value), getattr(make_mask(()), "sampler", None)
-    check_kernels = functools.partial(check_supported, sampler, scores, arrays, bias, module)
+    arrays, drawn_by = (query, key, value), getattr(make_mask(()), "sampler", None)
+    check_kernels = functools.partial(check_supported, drawn_by, scores, arrays, bias, module)
     if _check_implementation(implementation, block_size) == "pallas":
         check_kernels()
         plain = functools.partial(
             kernel_attention, scores, arrays, mask, is_shared=broadcast_dropout
         )
-        drop = functools.partial(plain, sampler, one_key, rate) if one_key is not None else zeros
+        drop = functools.partial(plain, drawn_by, one_key, rate) if one_key is not None else zeros
         return plain() if evaluates else _unless(flag, drop, plain)
     if implementation is None and block_size is None and is_default(check_kernels):
         either = functools.partial(
@@ -245,6 +267,7 @@ def attend(
             broadcast_dropout=broadcast_dropout,
             is_causal=is_causal,
             scale=factor,
+            sampler=sampler,
             precision=precision,
         )
         kernels, xla = (functools.partial(either, implementation=x) for x in ("pallas", "xla"))
@@ -253,7 +276,6 @@ def attend(
         weights = _weights(scores, query, key, bias, mask)
         if module is not None:
             _sow(module, weights.astype(query.dtype))
-        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
         spec = make_mask(shared)
 
         def mixed(weights: Array, value: Array, rng: Any) -> Array:
@@ -269,9 +291,15 @@ def attend(
             f"module must be None with block_size={block_size}, which never materializes the "
             f"weights; got a {type(module).__name__}. Omit one of the two."
         )
+    if not sampler.draws_parts:
+        raise ValueError(
+            "sampler must be bernoulli, packed_bernoulli or by_example of one of them with "
+            f"block_size={block_size}; got {sampler.function}, which draws whole masks only. Omit "
+            "block_size."
+        )
     size = _check_block(block_size, key.shape[-3])
     blocks = Blocks(scores, size, key.shape[-3], broadcast_dropout)
-    in_blocks = functools.partial(blockwise, blocks, query, key, value, bias, mask)
+    in_blocks = functools.partial(blockwise, blocks, sampler, query, key, value, bias, mask)
     if evaluates:
         return in_blocks()
     if one_key is None:

@@ -19,7 +19,7 @@ from regjax._dropout.core import (
     real_dtype,
 )
 from regjax._dropout.scores import Scores, mixed_values
-from regjax._random.bernoulli import EXACT, exact_keep_prob
+from regjax._random.bernoulli import EXACT
 from regjax._random.collect import BlockwisePlan
 from regjax._random.events import BlockwiseCall, observer
 from regjax._random.keys import consume, key_words
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Float
 
+    from regjax._random.bernoulli import MaskSampler
     from regjax._random.keys import KeyLike
 
 
@@ -66,15 +67,26 @@ class Blocks:
         whole = self.shape(query)
         layout = mask_sharding(weights, tuple(i for i, n in enumerate(whole) if n == 1))
         part = (*[None] * len(whole[:-1]), Span(first, self.size))
-        keep = EXACT.draw_part(draw.words, draw.keep_prob, whole, part, layout)
+        keep_prob = draw.keep_prob
+        number = keep_prob.value if isinstance(keep_prob, _Number) else keep_prob
+        keep = draw.sampler.draw_part(draw.words, number, whole, part, layout)
         return materialize(keep) if self.broadcast_dropout else keep
 
 
-class _Draw(NamedTuple):
-    """The arrays that a mask is drawn from."""
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Number:
+    """A number that is static under jit."""
 
+    value: float
+
+
+class _Draw(NamedTuple):
+    """The sampler of a mask, and the arrays that it is drawn from."""
+
+    sampler: MaskSampler
     words: Array
-    keep_prob: Array
+    keep_prob: Array | _Number
     # For observers: the ticket of this call, the flag that turns it off, and the rate.
     recorded: tuple[ArrayLike, ArrayLike, ArrayLike] | None
 
@@ -122,7 +134,7 @@ def _attend(
         words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
         call = BlockwiseCall(ticket, words, inputs, off)
         record_block = functools.partial(observers.block, call)
-        record_end = functools.partial(observers.end, call, rate)
+        record_end = functools.partial(observers.end, call, rate, draw.sampler.numbers)
     (top, total, result), _ = lax.scan(block, start, blocks.firsts())
     seen = total > 0
     total = jnp.where(seen, total, 1)
@@ -176,6 +188,7 @@ _attend_in_one = jax.jit(_attend, static_argnums=0)
 
 def blockwise(
     blocks: Blocks,
+    sampler: MaskSampler,
     query: Array,
     key: Array,
     value: Array,
@@ -196,8 +209,14 @@ def blockwise(
         keep_prob = keep_prob_of(rate, query.dtype)
         consume(dropout_rng)
         words = jnp.stack(key_words(dropout_rng))
-        draw = _Draw(words, jnp.asarray(keep_prob, np.float32), recorded)
-        scale = inverse_keep_prob(exact_keep_prob(keep_prob), query.dtype)
+        # A number shows the packed sampler which words it needs. The exact one needs all bits, and
+        # one program then serves every rate.
+        is_static = isinstance(keep_prob, float) and sampler is not EXACT
+        share = _Number(float(keep_prob)) if is_static else jnp.asarray(keep_prob, np.float32)
+        draw = _Draw(sampler, words, share, recorded)
+        realized = sampler.realized_keep_prob(keep_prob)
+        realized = realized.astype(wide) if isinstance(realized, jax.Array) else realized
+        scale = inverse_keep_prob(realized, query.dtype)
     arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
     result, _ = _attend_in_one(blocks, *arrays, draw)
     result = result * scale

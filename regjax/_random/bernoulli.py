@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ class MaskSampler:
         self,
         key: KeyLike,
         keep_prob: float | Float[Array, ""],
-        whole: tuple[int | None, ...],
+        whole: tuple[Any, ...],
         part: Part,
         out_sharding: Layout,
     ) -> Bool[Array, "*_part"]:
@@ -124,8 +124,13 @@ class MaskSampler:
         high = jnp.zeros_like(examples.low) if examples.high is None else examples.high
         return jax.vmap(row)(high, examples.low)
 
+    @property
+    def numbers(self) -> Places | None:
+        """The numbers of the examples that it draws, for observers; None for a whole mask."""
+        return None
+
     def check_fit(self, shape: tuple[int, ...], shared: tuple[int, ...]) -> None:
-        """Raise a ValueError if no mask fits x of this shape with one mask for shared dimensions."""
+        """Raise a ValueError if no mask fits x of this shape, where dimensions may share one."""
 
     def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         """Return the number by which kept elements are divided."""
@@ -169,7 +174,7 @@ class ExactSampler(MaskSampler):
         self,
         key: KeyLike,
         keep_prob: float | Float[Array, ""],
-        whole: tuple[int | None, ...],
+        whole: tuple[Any, ...],
         part: Part,
         out_sharding: Layout,
     ) -> Bool[Array, "*_part"]:

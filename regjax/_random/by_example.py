@@ -105,6 +105,14 @@ class ExampleSampler(MaskSampler):
         return f"by_example({describe(self.examples.low)}, axis={self.axis})"
 
     @property
+    def draws_parts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.function.draws_parts
+
+    @property
+    def numbers(self) -> Places:
+        return self.examples
+
+    @property
     def is_single(self) -> bool:
         """Whether `x` is one example, without a dimension for examples."""
         return not self.examples.low.ndim
@@ -122,7 +130,7 @@ class ExampleSampler(MaskSampler):
         self,
         key: KeyLike,
         keep_prob: float | Float[Array, ""],
-        whole: tuple[int | None, ...],
+        whole: tuple[Any, ...],
         part: Any,
         out_sharding: Layout,
     ) -> Bool[Array, "*_part"]:
@@ -136,7 +144,10 @@ class ExampleSampler(MaskSampler):
             return jnp.squeeze(mask, 0)
         self.check_fit(tuple(whole), ())
         axis = self.axis % len(whole)
-        front = lambda entries, first: (first, *entries[:axis], *entries[axis + 1 :])
+
+        def front(entries: Sequence[Any], first: Any) -> tuple[Any, ...]:
+            return (first, *entries[:axis], *entries[axis + 1 :])
+
         layout = with_spec(out_sharding, front(spec, spec[axis]))
         mask = self.function.draw_part(
             key, keep_prob, front(whole, None), front(part, self.examples), layout
@@ -169,6 +180,17 @@ class ExampleSampler(MaskSampler):
             )
 
 
+def check_batch_axis(sampler: MaskSampler, ndim: int) -> None:
+    """Reject examples along another than the first `ndim` dimensions of attention."""
+    if not isinstance(sampler, ExampleSampler) or sampler.is_single:
+        return
+    if not 0 <= sampler.axis < ndim:
+        raise ValueError(
+            f"axis must be one of the {ndim} batch dimensions of query; got {sampler.axis} in "
+            "by_example. Pass a single example for a query without batch dimensions."
+        )
+
+
 def check_one_mask(sampler: MaskSampler) -> MaskSampler:
     """Return a sampler that draws one mask for all rows of x."""
     if isinstance(sampler, ExampleSampler) and not sampler.is_single:
@@ -182,7 +204,7 @@ def check_one_mask(sampler: MaskSampler) -> MaskSampler:
 def _check_examples(examples: Any) -> Places:
     # NumPy's integers are read before JAX rounds them to 32 bits.
     is_host = not isinstance(examples, jax.Array | Tracer)
-    array = _as_numpy(examples) if is_host else examples
+    array: Any = _as_numpy(examples) if is_host else examples
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"examples must be integers; got dtype {array.dtype}.")
     if array.ndim > 1:
@@ -195,8 +217,8 @@ def _check_examples(examples: Any) -> Places:
         raise ValueError(
             f"examples must not be negative; got {lowest}. Count them from the start of the data."
         )
-    words = Places((array >> 32) if array.dtype.itemsize == 8 else None, array)
-    return Places(*(None if w is None else jnp.asarray(w.astype(np.uint32)) for w in words))
+    high = jnp.asarray((array >> 32).astype(np.uint32)) if array.dtype.itemsize == 8 else None
+    return Places(high, jnp.asarray(array.astype(np.uint32)))
 
 
 def _as_numpy(examples: Any) -> np.ndarray:

@@ -76,7 +76,7 @@ class PackedSampler(MaskSampler):
         self,
         key: KeyLike,
         keep_prob: float | Float[Array, ""],
-        whole: tuple[int | None, ...],
+        whole: tuple[Any, ...],
         part: Part,
         out_sharding: Layout,
     ) -> Bool[Array, "*_part"]:
@@ -170,7 +170,7 @@ def packed_axis(shape: Sequence[int]) -> int | None:
 def _mask(
     key: KeyLike,
     threshold: int | Float[Array, ""],
-    whole: tuple[int | None, ...],
+    whole: tuple[Any, ...],
     bits: int,
     out_sharding: Layout,
     part: Part = (),

@@ -25,7 +25,6 @@ from regjax._compat import InconclusiveDimensionOperation
 from regjax._random.xla import iota_in_place
 
 if TYPE_CHECKING:
-    from jax.typing import ArrayLike
     from jaxtyping import Array, UInt32
 
     Layout: TypeAlias = NamedSharding | PartitionSpec | None
@@ -61,7 +60,7 @@ def _rounds(key: Words, state: Words) -> Words:
 class Span(NamedTuple):
     """Consecutive indices along an axis; `start` may be traced."""
 
-    start: ArrayLike
+    start: Any
     size: int
 
 
@@ -83,7 +82,7 @@ def counter_bits(
 
 
 def part_bits(
-    key: Words, whole: Sequence[int | None], part: Part, *, out_sharding: Layout = None
+    key: Words, whole: Sequence[Any], part: Part, *, out_sharding: Layout = None
 ) -> UInt32[Array, "*_part"]:
     """Return `counter_bits(key, whole)` at a part of the array; see `part_index`."""
     # The index is added to the key: XLA would hoist a separate index, which does not change within
@@ -92,7 +91,7 @@ def part_bits(
     return out0 ^ out1
 
 
-def part_shape(whole: Sequence[int | None], part: Part) -> tuple[int, ...]:
+def part_shape(whole: Sequence[Any], part: Part) -> tuple[int, ...]:
     """Return the shape of a part of an array of shape `whole`."""
     entries = part or (None,) * len(whole)
     sizes = zip(whole, entries, strict=True)
@@ -106,7 +105,7 @@ def _length(entry: Span | Places | None, size: Any) -> int:
 
 
 def part_index(
-    whole: Sequence[int | None],
+    whole: Sequence[Any],
     part: Part = (),
     out_sharding: Layout = None,
     *,
@@ -156,7 +155,7 @@ def part_index(
     return high, jnp.broadcast_to(low, shape, out_sharding=out_sharding)
 
 
-def _fits_word(sizes: tuple[int | None, ...]) -> bool:
+def _fits_word(sizes: tuple[Any, ...]) -> bool:
     return None not in sizes and at_most(math.prod(sizes), _WORD)
 
 

@@ -20,8 +20,10 @@ from regtorch._dropout.core import (
     require_key,
 )
 from regtorch._dropout.scores import Scores, mixed_values, softmax
-from regtorch._random.bernoulli import EXACT, check_probability
+from regtorch._random.bernoulli import Sampler, bernoulli, check_probability
+from regtorch._random.by_example import check_batch_axis
 from regtorch._random.events import observer
+from regtorch._random.packed import mask_sampler
 
 
 @explain_names
@@ -39,6 +41,7 @@ def dot_product_attention(
     is_causal: bool = False,
     scale: float | Tensor | None = None,
     block_size: int | None = None,
+    sampler: Sampler = bernoulli,
 ) -> Tensor:
     """Compute attention, with dropout of its weights in training.
 
@@ -71,6 +74,10 @@ def dot_product_attention(
         scale: The factor of the products, `1 / sqrt(depth)` by default. A 0-d tensor multiplies the
             query instead, so that it can be learned; NaN then gives NaN.
         block_size: The number of keys per block; None for all keys at once.
+        sampler: The function that draws the mask; see `dropout`. `packed_bernoulli` packs along the
+            heads, queries or batch, never along the keys. With `block_size`, a function of your own
+            is rejected: it can only draw the whole mask. The numbers of `by_example` belong to a
+            batch dimension, which excludes `broadcast_dropout`.
 
     Returns:
         A tensor of shape (..., queries, heads, features) in the dtype of the tensors.
@@ -78,8 +85,8 @@ def dot_product_attention(
     Raises:
         TypeError: The tensors are not floating or differ in dtype, `scale` is not a number, or
             `mask` is not boolean.
-        ValueError: Shapes do not fit, with the argument named; `scale` is not finite; or
-            `block_size` is below 1.
+        ValueError: Shapes do not fit, with the argument named; `scale` is not finite; `block_size`
+            is below 1; or `sampler` draws no blocks.
 
     Note (PyTorch):
         `torch.nn.functional.scaled_dot_product_attention(..., attn_mask=mask, dropout_p=rate,
@@ -110,6 +117,10 @@ def dot_product_attention(
     draws = not evaluates and not is_number(rate, 1)
     one_key = _require_rng(dropout_rng).to(query.device) if draws else None
     broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
+    shared = tuple(range(query.ndim - 2)) if broadcast_dropout else ()
+    drawn_by = mask_sampler(sampler)
+    check_batch_axis(drawn_by, query.ndim - 3)
+    drawn_by.check_fit((*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3]), shared)
     query, factor = _scaled(query, scale)
     scores = Scores(
         scale=factor,
@@ -117,12 +128,17 @@ def dot_product_attention(
     )
     if block_size is None:
         weights = softmax(scores(query, key, bias, mask))
-        shared = tuple(range(weights.ndim - 2)) if broadcast_dropout else ()
-        spec = SampledMask("dot_product_attention", EXACT, shared)
+        spec = SampledMask("dot_product_attention", drawn_by, shared)
         weights = apply_dropout(spec, weights, rate, one_key, flag)
         return mixed_values(weights.to(value.dtype), value)
+    if not drawn_by.draws_parts:
+        raise ValueError(
+            "sampler must be bernoulli, packed_bernoulli or by_example of one of them with "
+            f"block_size={block_size}; got {drawn_by.function}, which draws whole masks only. Omit "
+            "block_size."
+        )
     size = _check_block(block_size, key.shape[-3])
-    blocks = Blocks(scores, size, key.shape[-3], broadcast_dropout)
+    blocks = Blocks(scores, size, key.shape[-3], broadcast_dropout, drawn_by)
     arrays = (query, key, value, bias, mask)
     if evaluates:
         return blockwise(blocks, *arrays)

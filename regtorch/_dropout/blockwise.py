@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regtorch._dropout.core import inverse_keep_prob, keep_prob_of, real_dtype
 from regtorch._dropout.scores import Scores, finite, gathered, mixed_values, products
-from regtorch._random.bernoulli import EXACT, exact_keep_prob
+from regtorch._random.bernoulli import MaskSampler
 from regtorch._random.collect import BlockwisePlan
 from regtorch._random.threefry import Span
 
@@ -26,12 +26,14 @@ class Blocks:
         size: The number of keys in a block; the last may have fewer.
         keys: The number of keys.
         broadcast_dropout: Whether rows and heads share one mask.
+        sampler: Draws the mask.
     """
 
     scores: Scores
     size: int
     keys: int
     broadcast_dropout: bool
+    sampler: MaskSampler
 
     def __iter__(self) -> Any:
         """Yield the first key of each block, and the number of its keys."""
@@ -48,14 +50,21 @@ class Blocks:
         return BlockwisePlan(self.shape(query), (*batch, heads, queries, self.keys))
 
     def keep(
-        self, query: Tensor, words: Tensor | None, keep_prob: Any, first: int, size: int
+        self,
+        query: Tensor,
+        words: Tensor | None,
+        given: Tensor | None,
+        keep_prob: Any,
+        first: int,
+        size: int,
     ) -> Tensor | None:
         """Return the part of the whole mask that belongs to a block; None without dropout."""
         if words is None:
             return None
         whole = self.shape(query)
         part = (*[None] * len(whole[:-1]), Span(first, size))
-        return EXACT.draw_part(words, keep_prob, whole, part)
+        sampler = self.sampler if given is None else self.sampler.join(given)
+        return sampler.draw_part(words, keep_prob, whole, part)
 
 
 class _Attend(torch.autograd.Function):
@@ -76,6 +85,7 @@ class _Attend(torch.autograd.Function):
         bias: Tensor | None,
         mask: Tensor | None,
         words: Tensor | None,
+        given: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         wide = real_dtype(query.dtype)
         rows = (*query.shape[:-3], query.shape[-2], query.shape[-3])
@@ -89,7 +99,7 @@ class _Attend(torch.autograd.Function):
             shrink = torch.exp(top - finite(new_top))
             powers = torch.exp(scores - finite(new_top)[..., None])
             top, total = new_top, total * shrink + powers.sum(-1)
-            keep = blocks.keep(query, words, keep_prob, first, size)
+            keep = blocks.keep(query, words, given, keep_prob, first, size)
             if record:
                 record.block(first, keep, scores)
             kept = _selected(keep, powers)
@@ -98,7 +108,7 @@ class _Attend(torch.autograd.Function):
         total = torch.where(attends, total, 1.0)
         log_total = torch.where(attends, finite(top) + torch.log(total), 0.0)
         if record:
-            record.end(words, log_total)
+            record.end(words, log_total, given)
         return result / _per_query(total), log_total
 
     @staticmethod
@@ -108,7 +118,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, mask, words, result, log_total = ctx.saved_tensors
+        query, key, value, bias, mask, words, given, result, log_total = ctx.saved_tensors
         blocks, wide = ctx.blocks, result.dtype
         grad_result, grad_log_total = grad_outputs
         # The gradient that each weight of a row receives through the row's sum.
@@ -124,7 +134,7 @@ class _Attend(torch.autograd.Function):
             keys, values, added, seen = _parts((key, value, bias, mask), first, size)
             scores = blocks.scores(query, keys, added, seen, first)
             weights = torch.exp(scores - log_total[..., None])
-            keep = blocks.keep(query, words, ctx.keep_prob, first, size)
+            keep = blocks.keep(query, words, given, ctx.keep_prob, first, size)
             grad_weights = _selected(keep, products(grad_result, values.to(wide)))
             grad_scores = weights * (grad_weights + shared[..., None])
             grad_products = grad_scores * blocks.scores.scale
@@ -136,7 +146,7 @@ class _Attend(torch.autograd.Function):
                 grad_value += gathered(_selected(keep, weights), grad_result, values)
             if grad_bias is not None:
                 grad_bias += grad_scores.sum_to_size(grad_bias.shape)
-        return None, None, None, grad_query.to(query.dtype), *others, None, None
+        return None, None, None, grad_query.to(query.dtype), *others, None, None, None
 
 
 def blockwise(
@@ -153,9 +163,14 @@ def blockwise(
     wide = real_dtype(query.dtype)
     rate = rate.detach() if isinstance(rate, Tensor) else rate
     keep_prob = keep_prob_of(rate, wide)
-    result, _ = _Attend.apply(blocks, keep_prob, record, query, key, value, bias, mask, dropout_rng)
+    sampler, given = blocks.sampler.split()
+    blocks = dataclasses.replace(blocks, sampler=sampler)
+    arrays = (query, key, value, bias, mask, dropout_rng, given)
+    result, _ = _Attend.apply(blocks, keep_prob, record, *arrays)
     if dropout_rng is not None:
-        result = result * inverse_keep_prob(exact_keep_prob(keep_prob), wide)
+        realized = sampler.realized_keep_prob(keep_prob)
+        realized = realized.to(wide) if isinstance(realized, Tensor) else realized
+        result = result * inverse_keep_prob(realized, wide)
     if isinstance(rate, Tensor):
         result = torch.where((rate >= 0) & (rate <= 1), result, math.nan)
     return result.to(value.dtype)

@@ -55,7 +55,7 @@ def dropout(
         broadcast_dims: Dimensions along which one mask is shared, such as `(1,)` for the same mask
             at every timestep of (batch, time, features).
         sampler: The function that draws the mask: `bernoulli`, `packed_bernoulli`, or any function
-            with their arguments.
+            with their arguments. `by_example(examples)` draws a part of a batch as in the whole.
 
     Returns:
         A tensor of the shape, dtype, device and memory layout of `x`.
@@ -107,8 +107,10 @@ def apply_dropout(
     deterministic = check_flag(deterministic)
     if deterministic is True or is_number(rate, 0):
         return x
+    examples = None
     if given is None and isinstance(spec, SampledMask):
         spec, given = spec.split()
+        examples = given
     if is_number(rate, 1):
         # Unlike zeros_like, this keeps the result in the graph, with a gradient of zeros.
         dropped = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
@@ -116,7 +118,7 @@ def apply_dropout(
         one_key = require_key(key).to(x.device)
         if observers := observer():
             keep = spec.keep(x, one_key, rate, given)
-            observers.draw(spec.name, one_key, rate, keep, x, deterministic)
+            observers.draw(spec.name, one_key, rate, keep, x, deterministic, examples)
             dropped = mask_and_scale(_DrawnMask(spec), x, one_key, rate, keep)
         else:
             dropped = mask_and_scale(spec, x, one_key, rate, given)
@@ -185,7 +187,9 @@ class SampledMask:
     def split(self) -> tuple[SampledMask, Tensor | None]:
         """Return the kind without tensors, and the tensor that the mask depends on."""
         sampler, given = self.sampler.split()
-        return (self, None) if given is None else (dataclasses.replace(self, sampler=sampler), given)
+        return (
+            (self, None) if given is None else (dataclasses.replace(self, sampler=sampler), given)
+        )
 
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None

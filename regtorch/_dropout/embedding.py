@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regshared.spellings import explain_names
+from regtorch._checks import has_negative
 from regtorch._dropout.core import (
     apply_dropout,
     check_inexact,
@@ -15,7 +16,6 @@ from regtorch._dropout.core import (
     keep_prob_of,
     where_kept,
 )
-from regtorch._checks import has_negative
 from regtorch._random.bernoulli import bernoulli_at, exact_keep_prob
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class MaskSampler:
         return self.function(key, keep_prob, shape)
 
     def draw_part(
-        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[int | None, ...], part: Part
+        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[Any, ...], part: Part
     ) -> Tensor:
         """Draw part of the mask of shape `whole` without drawing the rest; see `part_bits`.
 
@@ -85,11 +85,15 @@ class MaskSampler:
         return torch.stack(rows) if rows else torch.ones((0, *whole[1:]), dtype=torch.bool)
 
     def check_fit(self, shape: tuple[int, ...], shared: tuple[int, ...]) -> None:
-        """Raise a ValueError if no mask fits x of this shape with one mask for shared dimensions."""
+        """Raise a ValueError if no mask fits x of this shape, where dimensions may share one."""
 
     def split(self) -> tuple[MaskSampler, Tensor | None]:
         """Return the sampler without tensors, and the tensor that the mask depends on."""
         return self, None
+
+    def join(self, given: Tensor) -> MaskSampler:
+        """Return the sampler with the tensor; the inverse of `split`."""
+        raise NotImplementedError(f"{self.function} depends on no tensor.")
 
     def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         """Return the number by which kept elements are divided."""
@@ -123,7 +127,7 @@ class ExactSampler(MaskSampler):
         return in_pieces(mask, shape, key.device)
 
     def draw_part(
-        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[int | None, ...], part: Part
+        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[Any, ...], part: Part
     ) -> Tensor:
         bits = part_bits(key_words(key), whole, part)
         return shift_right(bits, 32 - _MANTISSA) < _threshold(keep_prob)

@@ -87,11 +87,17 @@ class ExampleSampler(MaskSampler):
     axis: int
 
     # Tensors have no equality that is a bool.
-    __eq__ = object.__eq__
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
         return f"by_example({describe(self.examples)}, axis={self.axis})"
+
+    @property
+    def draws_parts(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.function.draws_parts
 
     @property
     def is_single(self) -> bool:
@@ -113,7 +119,7 @@ class ExampleSampler(MaskSampler):
         return self.draw_part(key, keep_prob, shape, (None,) * len(shape))
 
     def draw_part(
-        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[int | None, ...], part: Any
+        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[Any, ...], part: Any
     ) -> Tensor:
         """Draw part of a mask of shape `whole`, which is whole along the axis of the examples."""
         if self.is_single:
@@ -121,7 +127,10 @@ class ExampleSampler(MaskSampler):
             return self.function.draw_part(key, keep_prob, (None, *whole), one).squeeze(0)
         self.check_fit(tuple(whole), ())
         axis = self.axis % len(whole)
-        front = lambda entries, first: (first, *entries[:axis], *entries[axis + 1 :])
+
+        def front(entries: Sequence[Any], first: Any) -> tuple[Any, ...]:
+            return (first, *entries[:axis], *entries[axis + 1 :])
+
         mask = self.function.draw_part(
             key, keep_prob, front(whole, None), front(part, self.numbers)
         )
@@ -151,6 +160,17 @@ class ExampleSampler(MaskSampler):
                 f"examples must have one number for each of the {shape[axis]} rows of x along "
                 f"dimension {axis}; got {count}."
             )
+
+
+def check_batch_axis(sampler: MaskSampler, ndim: int) -> None:
+    """Reject examples along another than the first `ndim` dimensions of attention."""
+    if not isinstance(sampler, ExampleSampler) or sampler.is_single:
+        return
+    if not 0 <= sampler.axis < ndim:
+        raise ValueError(
+            f"axis must be one of the {ndim} batch dimensions of query; got {sampler.axis} in "
+            "by_example. Pass a single example for a query without batch dimensions."
+        )
 
 
 def check_one_mask(sampler: MaskSampler) -> MaskSampler:

@@ -55,7 +55,7 @@ class PackedSampler(MaskSampler):
         return self.draw_part(key, keep_prob, shape, (None,) * len(shape))
 
     def draw_part(
-        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[int | None, ...], part: Part
+        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[Any, ...], part: Part
     ) -> Tensor:
         """Draw part of a mask. Examples whose number is unknown share no words."""
         words, threshold = key_words(key), _threshold(keep_prob, self.bits)
@@ -185,7 +185,7 @@ def _below(drawn: Tensor, threshold: int | Tensor, bits: int) -> Tensor:
 
 
 def _compared(
-    key: Words, threshold: int | Tensor, bits: int, whole: tuple[int | None, ...], part: Part
+    key: Words, threshold: int | Tensor, bits: int, whole: tuple[Any, ...], part: Part
 ) -> Tensor:
     """Draw words that each hold 32 comparisons `U >= 2**bits - T` of uniform integers U.
 

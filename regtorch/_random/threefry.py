@@ -79,7 +79,7 @@ def counter_bits(key: Words, shape: Sequence[int]) -> Tensor:
     return in_pieces(lambda start, stop: range_bits(key, start, stop), shape, key[0].device)
 
 
-def part_bits(key: Words, whole: Sequence[int | None], part: Part) -> Tensor:
+def part_bits(key: Words, whole: Sequence[Any], part: Part) -> Tensor:
     """Return the bits that `counter_bits` has for part of a tensor of shape `whole`.
 
     The first size is None if it is unknown; the bits do not depend on it.
@@ -99,7 +99,7 @@ def part_bits(key: Words, whole: Sequence[int | None], part: Part) -> Tensor:
     return torch.cat([bits(_rows(part, i, min(piece, rows - i))) for i in range(0, rows, piece)])
 
 
-def part_index(whole: Sequence[int | None], part: Part, device: torch.device) -> Tensor:
+def part_index(whole: Sequence[Any], part: Part, device: torch.device) -> Tensor:
     """Return the row-major index of each element of a part, as int64."""
     shape = part_shape(whole, part)
     index = torch.zeros((), dtype=torch.int64, device=device)
@@ -114,7 +114,7 @@ def part_index(whole: Sequence[int | None], part: Part, device: torch.device) ->
     return index.expand(shape)
 
 
-def part_shape(whole: Sequence[int | None], part: Part) -> tuple[Any, ...]:
+def part_shape(whole: Sequence[Any], part: Part) -> tuple[Any, ...]:
     """Return the shape of a part of a tensor of shape `whole`."""
     return tuple(
         size if entry is None else entry.size if isinstance(entry, Span) else entry.shape[0]

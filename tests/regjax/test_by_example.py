@@ -16,7 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 import regjax
 import regjax.linen
+from regjax._dropout import core
 from tests.regjax.test_layouts import COLLECTIVES
+from tests.shared import found
 
 KEY = jax.random.key(5)
 X = jax.random.normal(jax.random.key(1), (32, 64, 72))
@@ -35,6 +37,7 @@ def drop(x: Any, rows: Any, key: Any = KEY, sampler: Any = regjax.bernoulli) -> 
     return regjax.dropout(x, 0.4, key=key, sampler=regjax.by_example(rows, sampler))
 
 
+@pytest.mark.slow  # 25 s
 @samplers
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("spec", [P("a"), P(("a", "b")), P("a", "b"), P(None, None, "b")], ids=str)
@@ -50,7 +53,8 @@ def test_a_sharded_batch_is_drawn_without_communication(sampler, kind, spec):
             y = program(x, rows)
             np.testing.assert_array_equal(np.asarray(y), np.asarray(expected))
             assert y.sharding.is_equivalent_to(x.sharding, 3)
-            assert not any(f"{word}(" in program.as_text() for word in COLLECTIVES)
+            text = program.as_text() or ""
+            assert not any(f"{word}(" in text for word in COLLECTIVES)
 
 
 @samplers
@@ -104,12 +108,13 @@ def test_new_numbers_trace_nothing():
         traced.append(rows.shape)
         return drop(x, rows)
 
-    before = regjax._dropout.core._drop_at_number._cache_size()
+    jitted: Any = core._drop_at_number
+    before = jitted._cache_size()
     for shift in range(3):
         rows = jnp.asarray((ROWS + shift) % 32)
         np.testing.assert_array_equal(step(X[rows], rows), drop(X[rows], rows))
     assert traced == [(16,)]
-    assert regjax._dropout.core._drop_at_number._cache_size() <= before + 1
+    assert jitted._cache_size() <= before + 1
 
 
 def test_in_a_loop_no_index_is_stored():
@@ -120,7 +125,7 @@ def test_in_a_loop_no_index_is_stored():
         return lax.scan(lambda x, key: (drop(x, rows, key) + 1, None), x, keys)[0]
 
     def temporary(f):
-        memory = jax.jit(f).lower(x, jax.random.split(KEY, 4)).compile().memory_analysis()
+        memory: Any = jax.jit(f).lower(x, jax.random.split(KEY, 4)).compile().memory_analysis()
         return memory.temp_size_in_bytes
 
     plain = lambda x, keys: lax.scan(
@@ -145,3 +150,29 @@ def test_linen_s_layer_takes_the_sampler_where_it_is_constructed(sampler):
 def test_the_key_is_consumed():
     with jax.debug_key_reuse(True), pytest.raises(jax.errors.KeyReuseError):
         jax.jit(lambda key: drop(X[:2], ROWS[:2], key) + drop(X[2:4], ROWS[2:4], key))(KEY)
+
+
+@pytest.mark.parametrize("loop", ["scan", "unrolled", "attention in blocks"])
+def test_the_guard_knows_parts_of_one_batch(loop):
+    """One key for all parts is no repeated mask; the same examples twice are one."""
+    x = jax.random.normal(jax.random.key(8), (6, 5, 2, 4))
+
+    def part(x, rows, key):
+        if "attention" not in loop:
+            return regjax.dropout(x, 0.5, key=key, sampler=regjax.by_example(rows)).sum()
+        how: Any = {"dropout_rng": key, "dropout_rate": 0.5, "block_size": 2}
+        return regjax.dot_product_attention(x, x, x, sampler=regjax.by_example(rows), **how).sum()
+
+    def step(numbers, step):
+        key = regjax.site_key(KEY, step, "hidden")
+        if loop == "unrolled":
+            return sum(part(x[i : i + 2], numbers[i : i + 2], key) for i in (0, 2, 4))
+        parts = x.reshape(3, 2, 5, 2, 4), numbers.reshape(3, 2)
+        return lax.scan(lambda total, own: (total + part(*own, key), None), 0.0, parts)[0]
+
+    reports = [
+        regjax.check_dropout(jax.jit(functools.partial(step, jnp.array(numbers))))
+        for numbers in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1])
+    ]
+    assert found(reports[0]) == []
+    assert [problem.name for problem, _ in found(reports[1])] == ["REPEATED_MASK"]

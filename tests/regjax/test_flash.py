@@ -14,10 +14,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 import regjax
-from regjax._dropout.attention import attend
-from regjax._dropout.core import SampledMask
 from regjax._dropout.pallas_attention import interpreted_tile, is_default
-from regjax._random.packed import mask_sampler
 
 TILE = (32, 128)
 KEY = jax.random.key(5)
@@ -32,10 +29,8 @@ def arrays(shape=(1, 64, 2, 64), keys=256, kv_heads=None, dtype="float32"):
     return [jnp.asarray(normal(size=s).astype(np.float32)).astype(dtype) for s in shapes]
 
 
-def attention(*args, sampler=regjax.bernoulli, **options):
-    """Call `dot_product_attention` with any sampler."""
-    make_mask = functools.partial(SampledMask, "dot_product_attention", mask_sampler(sampler))
-    return attend(make_mask, *args, dropout_rng=KEY, **options)
+def attention(*args, **options):
+    return regjax.dot_product_attention(*args, dropout_rng=KEY, **options)
 
 
 def kernels(*args, tile=TILE, **options):
@@ -245,7 +240,7 @@ ERRORS = {
     "name": ({"implementation": "cudnn"}, ValueError, 'implementation must be "xla" or "pallas"'),
     "empty": ({"shape": (1, 0, 1, 64)}, ValueError, "must not be empty"),
     "packed batch": (
-        {"shape": (64, 2, 3, 1, 64), "sampler": PACKED},
+        {"shape": (64, 2, 16, 1, 64), "sampler": PACKED},
         ValueError,
         "first of several batch dimensions",
     ),

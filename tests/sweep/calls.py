@@ -166,6 +166,7 @@ def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
         "gaussian_noise": {"x": x, "stddev": 0.5, "key": key, "deterministic": False},
         "bernoulli": {"key": key, "keep_prob": 0.5, "shape": (2,)},
         "packed_bernoulli": {"key": key, "keep_prob": 0.5, "shape": (2,), "bits": 8},
+        "by_example": {"examples": 3, "sampler": library.bernoulli, "axis": 0},
         "normal": {"key": key, "shape": (2,), "dtype": jnp.float32 if in_jax else torch.float32},
         "site_key": {"root": key, "step": 0, "site": "a"},
         "constant_rate": {"rate": 0.5},
@@ -194,6 +195,7 @@ def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
     attention = {"query": query, "key": query, "value": query, "bias": None, "mask": None}
     attention |= {"dropout_rng": key, "dropout_rate": 0.5, "deterministic": False, "scale": None}
     attention |= {"broadcast_dropout": False, "is_causal": False, "block_size": 2}
+    attention |= {"sampler": library.bernoulli}
     if in_jax:
         attention |= {"dtype": None, "implementation": "xla", "qk_attn_weights_einsum": None}
     yield "dot_product_attention", library.dot_product_attention, attention
