@@ -166,8 +166,6 @@ def table(record: dict[str, Any]) -> str:
     """Return the table in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        "# Attention with dropout in kernels for TPUs",
-        "",
         f"Compiler output ({versions}), never a time: scheduled bundles of each kernel, in",
         "parentheses over those without dropout, and temporary bytes of each program. Causal",
         f"attention, bfloat16, shape {tuple(record['shape'])}. Not run on a TPU.",

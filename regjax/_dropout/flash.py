@@ -294,7 +294,15 @@ _flash_in_one = jax.jit(flash_attention, static_argnums=0)
 def run(flash: Flash, operands: Operands) -> Array:
     """Return the result of attention, inside and outside `shard_map`."""
     operands = Operands(*vary_together(tuple(operands)))
-    return _flash_in_one(flash, operands)
+    try:
+        return _flash_in_one(flash, operands)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "implementation must be 'xla' for forward-mode derivatives; got 'pallas', whose "
+            "kernels have reverse-mode derivatives only."
+        ) from error
 
 
 # The platform of a program is known when it is lowered, not when it is traced: a program for TPUs

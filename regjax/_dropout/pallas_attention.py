@@ -6,7 +6,6 @@ The kernels themselves are in `flash`, which is imported on the first use.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -202,8 +201,10 @@ def kernel_attention(
     first = (*words, threshold, everything)
     constants = jnp.stack([jnp.asarray(x).astype(np.uint32) for x in first])
     inverse = jnp.full((1, 1), inverse, np.float32)
-    allowed = None if mask is None else mask.astype(np.int8)
-    operands = query, key, value, allowed, numbers, constants, inverse
+    operands = {"query": query, "key": key, "value": value, "constants": constants}
+    operands |= {"inverse": inverse}
+    operands |= {} if mask is None else {"allowed": mask.astype(np.int8)}
+    operands |= {} if numbers is None else {"numbers": numbers}
     return _on_shards(flash, tuple(batch), operands)
 
 
@@ -214,14 +215,13 @@ def _numbers(examples: Places, batch: tuple[int, ...]) -> Places:
     return Places(*(jnp.reshape(x, batch) for x in (high, low)))
 
 
-def _on_shards(flash: Any, batch: tuple[int, ...], operands: tuple[Any, ...]) -> Array:
+def _on_shards(flash: Any, batch: tuple[int, ...], operands: dict[str, Any]) -> Array:
     """Run the kernels on each device's part of explicitly sharded operands."""
-    query, key, _, allowed, numbers, *_ = operands
+    query, kv_heads = operands["query"], operands["key"].shape[-2]
     mesh = jax.typeof(query).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
-        return _run(flash, batch, None, *operands)
+        return _run(flash, batch, None, **operands)
     *of_batch, of_queries, of_heads, of_depth = spec_of(jax.typeof(query).sharding, query.ndim)
-    kv_heads = key.shape[-2]
     if of_depth is not None or (kv_heads > 1 and kv_heads % _devices(mesh, of_heads)):
         raise ValueError(
             "query must not be sharded along its depth, nor along more devices than key has "
@@ -237,22 +237,19 @@ def _on_shards(flash: Any, batch: tuple[int, ...], operands: tuple[Any, ...]) ->
         )
     of_query = PartitionSpec(*of_batch, of_queries, of_heads, None)
     of_keys = PartitionSpec(*of_batch, None, of_heads if kv_heads > 1 else None, None)
-    of_mask: Any = None
-    of_numbers: Any = None
-    if allowed is not None:
-        full = zip((*of_batch, of_heads, of_queries, None), allowed.shape, strict=True)
-        of_mask = PartitionSpec(*[axes if size > 1 else None for axes, size in full])
-    if numbers is not None:
-        of_batch_only: Any = PartitionSpec(*of_batch)
-        of_numbers = Places(of_batch_only, of_batch_only)
-    nowhere = PartitionSpec()
-    specs = of_query, of_keys, of_keys, of_mask, of_numbers, nowhere, nowhere
+    specs: dict[str, Any] = {"query": of_query, "key": of_keys, "value": of_keys}
+    specs |= {"constants": PartitionSpec(), "inverse": PartitionSpec()}
+    if "allowed" in operands:
+        shape = operands["allowed"].shape
+        own = zip((*of_batch, of_heads, of_queries, None), shape, strict=True)
+        specs["allowed"] = PartitionSpec(*[axes if size > 1 else None for axes, size in own])
+    if "numbers" in operands:
+        specs["numbers"] = Places(*[PartitionSpec(*of_batch)] * 2)
+    axes = tuple(of_batch), of_heads, of_queries
     sharded = jax.shard_map(
-        functools.partial(_run, flash, batch, (tuple(of_batch), of_heads, of_queries)),
-        in_specs=specs,
-        out_specs=of_query,
+        lambda operands: _run(flash, batch, axes, **operands), in_specs=(specs,), out_specs=of_query
     )
-    return sharded(*jax.tree.map(jax.sharding.reshard, operands, specs))
+    return sharded(jax.tree.map(jax.sharding.reshard, operands, specs))
 
 
 def _names(axes: Any) -> tuple[Any, ...]:
@@ -275,10 +272,10 @@ def _run(
     query: Array,
     key: Array,
     value: Array,
-    allowed: Any,
-    numbers: Any,
     constants: Array,
     inverse: Array,
+    allowed: Any = None,
+    numbers: Any = None,
 ) -> Array:
     """Run the kernels on one device's part, whose dimensions are sharded along `axes`."""
     from regjax._dropout.flash import Operands, run

@@ -271,6 +271,12 @@ def test_a_program_for_tpus_can_be_exported_from_a_machine_without_any():
     assert "tpu_custom_call" in export.mlir_module()
 
 
+def test_forward_mode_is_rejected():
+    query, key, value = arrays((1, 32, 1, 64), keys=128)
+    with pytest.raises(TypeError, match="implementation must be 'xla' for forward-mode"):
+        jax.jvp(lambda query: kernels(query, key, value), (query,), (query,))
+
+
 def test_observers_and_automatic_axes_are_rejected():
     call = functools.partial(attention, *arrays(keys=64), implementation="pallas")
     from regjax._random.events import observing
