@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "distributions", "docs", "examples", "parity_tests", "tests")
 # `--help` of the others imports a framework.
 LIGHT = (
+    "benchmarks.attention_kernel",
     "benchmarks.gpu_model",
     "benchmarks.tpu_model",
     "distributions.__main__",

@@ -155,6 +155,11 @@ class ExactSampler(MaskSampler):
     """The sampler behind `bernoulli`."""
 
     draws_parts = True
+    bits = _MANTISSA
+
+    def threshold(self, keep_prob: float | Float[Array, ""]) -> np.uint32 | UInt32[Array, ""]:
+        """Return how many of the `2**bits` equally likely integers are kept."""
+        return _threshold(keep_prob)
 
     def draw(
         self,

@@ -55,7 +55,7 @@ RIGHT: dict[str, set[str]] = {
         "keep_samples maximize amsgrad nesterov centered decoupled_weight_decay decoupled": "True",
         "transposed": "True",
         "mu_dtype accumulator_dtype adjust_lr_fn scheduler": "None",
-        "key dropout_rng rng out_sharding generator chunk_size dtype": "None",
+        "key dropout_rng rng out_sharding generator chunk_size dtype implementation": "None",
         "evaluate qk_attn_weights_einsum attn_weights_value_einsum": "None",
         "x inputs": "half nan list ranks complex",
         "channel_axis time_axis class_axis step seed data": "minus",
@@ -83,7 +83,11 @@ RIGHT: dict[str, set[str]] = {
 OTHER: dict[str, dict[str, str]] = {
     "site_key": {"step": ""},
     "set_key": {"step": ""},
-    "dot_product_attention": {"key": "", "block_size": "None", "mask": "None True"},
+    "dot_product_attention": {
+        "key": "",
+        "block_size": "None",
+        "mask": "None True",
+    },
     "depth_rates": {"shape": ""},
     "normal": {"dtype": "", "key": ""},
     "bernoulli": {"key": ""},
@@ -192,7 +196,8 @@ def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
     attention |= {"dropout_rng": key, "dropout_rate": 0.5, "deterministic": False, "scale": None}
     attention |= {"broadcast_dropout": False, "is_causal": False, "block_size": 2}
     attention |= {"sampler": library.bernoulli}
-    attention |= {"dtype": None, "qk_attn_weights_einsum": None} if in_jax else {}
+    if in_jax:
+        attention |= {"dtype": None, "implementation": "xla", "qk_attn_weights_einsum": None}
     yield "dot_product_attention", library.dot_product_attention, attention
 
     def passes(predict: Any, **options: Any) -> Any:
