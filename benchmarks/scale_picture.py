@@ -111,7 +111,7 @@ def _draw_panel(axes: Axes, found: Curves) -> None:
     own = [name for name in found.figures if name != scale_tables.WITHOUT]
     main = scale_tables.DROPOUT if scale_tables.DROPOUT in own else own[-1] if own else None
     law = f"\n{main}: {found.law(main)}" if main else ""
-    axes.set_title(f"{found.title}{law}", fontsize="small", fontweight="normal")
+    axes.set_title(f"{found.title}{law}", fontsize="small", fontweight="normal", loc="center")
     axes.set_xlabel(found.axis, fontsize="small")
     axes.set_ylabel(LABELS.get(found.measure, found.measure), fontsize="small")
 

@@ -90,8 +90,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         cores = next(iter(content.values()))["environment"]["cores"]
         tables.append(
             [
-                f"| program, by size; CPU times of {cores} cores | measure | candidate | smallest | largest"
-                " | grows as | `without` grows as | over `without` at the largest | worst ratio |",
+                f"| program, by size; CPU times of {cores} cores | measure | candidate"
+                " | smallest | largest | grows as | `without` grows as"
+                " | over `without` at the largest | worst ratio |",
                 "| --- | --- | --- | ---: | ---: | --- | --- | ---: | ---: |",
                 *measured,
             ]
