@@ -20,6 +20,7 @@ from regjax._dropout.variational import variational_dropout
 from regjax._guards import DropoutGuard, audit_masks, check_dropout
 from regjax._mc_dropout import Prediction, mc_dropout
 from regjax._random.bernoulli import bernoulli
+from regjax._random.by_example import by_example
 from regjax._random.events import observing
 from regjax._random.keys import site_key
 from regjax._random.normal import normal
@@ -39,6 +40,7 @@ __all__ = [
     "alpha_dropout",
     "audit_masks",
     "bernoulli",
+    "by_example",
     "check_dropout",
     "constant_rate",
     "cosine_rate",

@@ -70,6 +70,7 @@ class DividedMask:
         return self.divide(keep, x, keep_prob), keep
 
 
+@jax.tree_util.register_static
 class _FlaxSampler(ExactSampler):
     """The exact sampler, which draws small masks by Flax's own operations if they give the same."""
 
@@ -87,6 +88,7 @@ class _FlaxSampler(ExactSampler):
         return super().draw(key, keep_prob, shape, out_sharding)
 
 
+@jax.tree_util.register_static
 class _ComparingSampler(ExactSampler):
     """The exact sampler; masks, and sums of masked values, equal those of Equinox and Haiku."""
 

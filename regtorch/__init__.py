@@ -34,6 +34,7 @@ from regtorch._dropout.variational import variational_dropout
 from regtorch._guards import DropoutGuard, audit_masks, check_dropout
 from regtorch._mc_dropout import Prediction, dropout_only, mc_dropout
 from regtorch._random.bernoulli import bernoulli
+from regtorch._random.by_example import by_example
 from regtorch._random.events import observing
 from regtorch._random.keys import bits, fold_in, key, site_key, split
 from regtorch._random.normal import normal
@@ -51,6 +52,7 @@ __all__ = [
     "audit_masks",
     "bernoulli",
     "bits",
+    "by_example",
     "check_dropout",
     "constant_rate",
     "cosine_rate",

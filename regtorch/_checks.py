@@ -50,6 +50,16 @@ def check_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
+def has_negative(x: Tensor) -> bool:
+    """Return whether an integer is negative, where reading does not wait for a device."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    try:
+        return bool((x < 0).any())
+    except RuntimeError:  # under torch.func.vmap there is no single value
+        return False
+
+
 def check_module(name: str, value: _M) -> _M:
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module; got {describe(value)}.")

@@ -18,6 +18,7 @@ from parity_tests.tables import KEEP_PROBS, SMALLEST, both_frameworks
 from regjax._random import packed as jax_packed
 from regjax._random.xla import word_bytes
 from regtorch._random import packed as torch_packed
+from regtorch._random import threefry as torch_threefry
 from tests.test_random_core import KEY, only_jax, torch_words
 
 
@@ -104,8 +105,8 @@ def test_words_after_the_last_bit_of_the_threshold_are_not_drawn(
     key = tuple(
         framework.array(np.zeros((), "uint32" if framework is JAX else "int32")) for _ in range(2)
     )
-    place = jax_packed.Group((64, 3), 0, None) if framework is JAX else (2, 3)
-    words = framework.numpy(packed._compared(key, threshold, bits, place))
+    place = [jax_packed.Group((64, 3), 0, None)] if framework is JAX else [(2, 3), (None, None)]
+    words = framework.numpy(packed._compared(key, threshold, bits, *place))
     assert (words.shape, len(drawn)) == ((2, 3), BLOCKS[threshold, bits])
     for pair, (high, low) in enumerate(reversed(drawn)):
         assert set((framework.numpy(high).ravel().view(np.uint32)).tolist()) == {pair << 28}
@@ -114,11 +115,12 @@ def test_words_after_the_last_bit_of_the_threshold_are_not_drawn(
         np.testing.assert_array_equal(words.view(np.int32), -1 if threshold else 0)
 
 
-def test_the_number_of_a_word_may_take_more_than_32_bits(monkeypatch):
+def test_the_number_of_a_word_may_take_more_than_32_bits():
     """The first word of blocks with large indices, as in an array too large for a test."""
-    start, arange = 2**36 + 2**31 + 5, torch.arange
-    monkeypatch.setattr(torch, "arange", lambda size, **_: arange(start, start + size))
-    words = torch_packed._compared(torch_words(*KEY), 2**15, 16, (3,)).numpy().view(np.uint32)
+    start = 2**36 + 2**31 + 5
+    part = [torch_threefry.Span(start, 3)]
+    words = torch_packed._compared(torch_words(*KEY), 2**15, 16, (2**40,), part).numpy()
+    words = words.view(np.uint32)
     expected = [reference.threefry2x32(KEY, divmod(start + i, 2**32))[0] for i in range(3)]
     assert words.tolist() == expected
 

@@ -30,6 +30,8 @@ LIGHT = (
     "examples.port_from_timm",
     "examples.port_from_torch.__main__",
     "examples.recurrent_dropout.__main__",
+    "examples.sharded_lm.__main__",
+    "examples.sharded_lm.equality",
     "examples.uncertainty.__main__",
     "tests.mutants",
     "tests.sweep.__main__",

@@ -53,7 +53,7 @@ def test_every_element_has_the_bits_of_its_index(shape):
     in_torch = torch_threefry.counter_bits(torch_words(*KEY), shape)
     np.testing.assert_array_equal(in_torch.numpy().view(np.uint32), expected)
     for in_place in (False, True):
-        index = jax.jit(lambda: jax_threefry.row_major_index(shape, None, in_place=in_place))()
+        index = jax.jit(lambda: jax_threefry.part_index(shape, in_place=in_place))()
         expected = np.arange(math.prod(shape), dtype=np.uint64).reshape(shape)
         np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
 
@@ -74,8 +74,8 @@ def test_a_slice_has_the_bits_of_its_position(framework: Framework, whole):
     shape = tuple(min(size, 3) for size in whole)
     for far in (0.0, 0.3, 0.999, 1.0):
         starts = {i: int((n - s) * far) for i, (n, s) in enumerate(zip(whole, shape, strict=True))}
-        given = starts if far else {}
-        index = jax.jit(lambda: jax_threefry.slice_index(whole, shape, given))()
+        spans = [jax_threefry.Span(starts[i], size) for i, size in enumerate(shape)]
+        index = jax.jit(lambda: jax_threefry.part_index(whole, spans))()
         places = np.indices(shape)
         expected = row_major(whole, tuple(p + starts[i] for i, p in enumerate(places)))
         np.testing.assert_array_equal(np.broadcast_to(combined(*index), shape), expected)
@@ -107,12 +107,12 @@ def test_symbolic_sizes_give_the_words_of_numbers(framework: Framework):
 
     def words(x, y, z):
         shape = (x.size, y.size, z.size)
-        starts = {axis: size - 1 for axis, size in enumerate(shape)}
-        corner = jax_threefry.slice_index((*shape, 3), (1, 1, 1, 3), starts)
+        ends = [jax_threefry.Span(size - 1, 1) for size in shape]
+        corner = jax_threefry.part_index((*shape, 3), [*ends, None])
         return jax_threefry.product_words((*shape[:2], 7, shape[2])), corner
 
     def drawn(x):
-        index = jax_threefry.row_major_index(x.shape, None)
+        index = jax_threefry.part_index(x.shape)
         return jax_threefry.counter_bits(jax_words(*KEY), x.shape), index
 
     symbols = jax.export.symbolic_shape("a, b, c")
@@ -141,7 +141,7 @@ def test_a_layout_is_a_sharding_or_a_spec(framework: Framework):
         for layout in (spec, sharding):
             with jax.set_mesh(mesh):
                 mask = framework.library.bernoulli(key, 0.3, expected.shape, out_sharding=layout)
-                index = jax.make_jaxpr(lambda: jax_threefry.row_major_index(mask.shape, layout))()
+                index = jax.make_jaxpr(lambda: jax_threefry.part_index(mask.shape, (), layout))()
             axes = [e.outvars[0].aval for e in index.eqns if e.primitive.name == "iota"]
             assert [aval.sharding.spec for aval in axes] == [
                 P(*(spec[axis] if axis == i < len(spec) else None for axis in range(3)))

@@ -19,11 +19,11 @@ from regjax._dropout.core import (
     real_dtype,
 )
 from regjax._dropout.scores import Scores, mixed_values
-from regjax._random.bernoulli import bernoulli_at, exact_keep_prob
+from regjax._random.bernoulli import EXACT, exact_keep_prob
 from regjax._random.collect import BlockwisePlan
 from regjax._random.events import BlockwiseCall, observer
 from regjax._random.keys import consume, key_words
-from regjax._random.threefry import slice_index
+from regjax._random.threefry import Span
 from regjax._random.xla import materialize, rounded
 
 if TYPE_CHECKING:
@@ -65,9 +65,8 @@ class Blocks:
             return None
         whole = self.shape(query)
         layout = mask_sharding(weights, tuple(i for i, n in enumerate(whole) if n == 1))
-        shape = (*whole[:-1], self.size)
-        index = slice_index(whole, shape, {len(whole) - 1: first}, out_sharding=layout)
-        keep = bernoulli_at(draw.words, draw.keep_prob, index)
+        part = (*[None] * len(whole[:-1]), Span(first, self.size))
+        keep = EXACT.draw_part(draw.words, draw.keep_prob, whole, part, layout)
         return materialize(keep) if self.broadcast_dropout else keep
 
 

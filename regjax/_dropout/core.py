@@ -67,7 +67,7 @@ def dropout(
         broadcast_dims: Dimensions along which one mask is shared, such as `(1,)` for the same mask
             at every timestep of (batch, time, features).
         sampler: The function that draws the mask: `bernoulli`, `packed_bernoulli`, or any function
-            with their arguments.
+            with their arguments. `by_example(examples)` draws a part of a batch as in the whole.
 
     Returns:
         An array of the shape, dtype and sharding of `x`.
@@ -216,7 +216,11 @@ def inverse_keep_prob(
     return real(1) / real(keep_prob)
 
 
-@jax.tree_util.register_static
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["sampler"],
+    meta_fields=["name", "broadcast_dims", "scale", "offsets"],
+)
 @dataclasses.dataclass(frozen=True)
 class SampledMask:
     """A mask drawn by a sampler, with a scale and offsets computed from the keep probability.
@@ -264,6 +268,7 @@ def keep_mask(
     sampler: MaskSampler,
 ) -> Bool[Array, "*mask"]:
     """Return a mask for `x`, of size 1 along dimensions that share it, with the layout of `x`."""
+    sampler.check_fit(x.shape, dims)
     layout = mask_sharding(x, dims)
     if not dims:
         return sampler.draw(key, keep_prob, x.shape, layout)

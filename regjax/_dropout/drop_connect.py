@@ -11,6 +11,7 @@ from regjax._decay.param_trees import decay_mask
 from regjax._decay.paths import path_name
 from regjax._dropout.core import SampledMask, apply_dropout, check_flag, check_inexact, is_number
 from regjax._random.bernoulli import Sampler, bernoulli, check_probability
+from regjax._random.by_example import check_one_mask
 from regjax._random.keys import check_key, site_key
 from regjax._random.packed import mask_sampler
 from regshared.globs import components
@@ -56,7 +57,7 @@ def drop_connect(
         rule: The leaves to drop: "default" (kernels), a glob such as `"**/recurrent_kernel"`, a
             function `(path, leaf, kind)`, or pairs of glob and bool; see `regshared.decay_rules`.
             The default rule always drops a single array, whatever its name.
-        sampler: See `dropout`.
+        sampler: See `dropout`. `by_example(i)` draws the mask of example i.
 
     Returns:
         An array, or a pytree of the same structure, shapes and dtypes as `weights`.
@@ -89,7 +90,7 @@ def drop_connect(
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     chosen = _chosen(weights, rule)
-    spec = SampledMask("drop_connect", mask_sampler(sampler))
+    spec = SampledMask("drop_connect", check_one_mask(mask_sampler(sampler)))
     if deterministic is True or is_number(rate, 0):
         return weights
     key = None if key is None else check_key(key)

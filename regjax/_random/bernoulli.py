@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,22 @@ import numpy as np
 from jax.core import Tracer
 
 from regjax._checks import as_number, check_layout, check_shape
-from regjax._random.keys import check_key, consume, key_words
-from regjax._random.threefry import counter_bits, threefry2x32
+from regjax._random.keys import check_key, consume, is_typed, key_words
+from regjax._random.threefry import (
+    Places,
+    counter_bits,
+    part_bits,
+    spec_of,
+    threefry2x32,
+    with_spec,
+)
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike
     from jaxtyping import Array, Bool, Float, UInt32
 
     from regjax._random.keys import KeyLike
-    from regjax._random.threefry import Layout, Words
+    from regjax._random.threefry import Layout, Part, Words
 
 _MANTISSA = 23  # jax.random draws float32 uniforms in [0, 1) as multiples of 2**-23
 # A subnormal probability counts as 0: CPUs and TPUs flush it, others do not, and the mask must not
@@ -52,17 +59,21 @@ class Sampler(Protocol):
         ...
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class MaskSampler:
     """A user's function that draws a mask, trusted to keep elements with the requested probability.
 
-    The subclasses know the probability that they realize.
+    The subclasses know the probability that they realize. A sampler is a pytree, whose leaves are
+    the arrays that the mask depends on.
 
     Attributes:
         function: The `sampler` that the user passed.
     """
 
     function: Sampler
+
+    draws_parts: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -86,6 +97,36 @@ class MaskSampler:
         """Draw a mask from checked arguments; True keeps an element."""
         return self.function(key, keep_prob, shape, out_sharding=out_sharding)
 
+    def draw_part(
+        self,
+        key: KeyLike,
+        keep_prob: float | Float[Array, ""],
+        whole: tuple[Any, ...],
+        part: Part,
+        out_sharding: Layout,
+    ) -> Bool[Array, "*_part"]:
+        """Draw part of the mask of shape `whole` without drawing the rest; see `part_index`.
+
+        If the first size is None, the array consists of examples whose number is unknown, and their
+        masks do not depend on it. A user's function, which can only draw a whole mask, then draws
+        whole examples with the keys `jax.random.fold_in(key, example)`.
+        """
+        examples, *rest = part
+        if whole[0] is not None or not isinstance(examples, Places) or any(rest):
+            raise NotImplementedError(f"{self.function} draws whole masks only.")
+        layout = with_spec(out_sharding, spec_of(out_sharding, len(whole))[1:])
+
+        def row(high: UInt32[Array, ""], low: UInt32[Array, ""]) -> Bool[Array, "*_example"]:
+            words = jnp.stack(threefry2x32(key_words(key), (high, low)))
+            own = jax.random.wrap_key_data(words, impl="threefry2x32") if is_typed(key) else words
+            return self.draw(own, keep_prob, tuple(whole[1:]), layout)
+
+        high = jnp.zeros_like(examples.low) if examples.high is None else examples.high
+        return jax.vmap(row)(high, examples.low)
+
+    def check_fit(self, shape: tuple[int, ...], shared: tuple[int, ...]) -> None:
+        """Raise a ValueError if no mask fits x of this shape, where dimensions may share one."""
+
     def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         """Return the number by which kept elements are divided."""
         return keep_prob
@@ -104,8 +145,11 @@ def exact_keep_prob(keep_prob: float | Float[Array, ""]) -> float | Float[Array,
     return float(_threshold(keep_prob)) / 2**_MANTISSA if keep_prob < _TINY else keep_prob
 
 
+@jax.tree_util.register_static
 class ExactSampler(MaskSampler):
     """The sampler behind `bernoulli`."""
+
+    draws_parts = True
 
     def draw(
         self,
@@ -115,6 +159,18 @@ class ExactSampler(MaskSampler):
         out_sharding: Layout,
     ) -> Bool[Array, "*shape"]:
         return _threshold_mask(key, _threshold(keep_prob), shape, out_sharding)
+
+    def draw_part(
+        self,
+        key: KeyLike,
+        keep_prob: float | Float[Array, ""],
+        whole: tuple[Any, ...],
+        part: Part,
+        out_sharding: Layout,
+    ) -> Bool[Array, "*_part"]:
+        consume(key)
+        bits = part_bits(key_words(key), whole, part, out_sharding=out_sharding)
+        return (bits >> np.uint32(32 - _MANTISSA)) < _threshold(keep_prob)
 
     def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         """Return `exact_keep_prob(keep_prob)`."""
@@ -175,7 +231,7 @@ def bernoulli_at(
 ) -> Bool[Array, "*shape"]:
     """Return the elements of `bernoulli`'s mask at given row-major indices, whatever its shape.
 
-    This draws a mask block by block, or only a few of its rows. `index` holds 64-bit indices as a
+    `index` holds 64-bit indices as a
     high and a low word that broadcast against each other; `keep_prob` is checked by
     `check_probability`.
     """

@@ -33,17 +33,17 @@ _THREEFRY = "threefry2x32"
 def check_key(key: KeyLike | None, name: str = "key") -> KeyLike:
     """Return `key` if it is a single key, typed or raw; `name` is the name of the argument."""
     is_array = isinstance(key, jax.Array | np.ndarray)
-    is_typed = is_array and _is_typed(key)
-    if not is_array or not (is_typed or key.dtype == np.uint32):
+    typed = is_array and is_typed(key)
+    if not is_array or not (typed or key.dtype == np.uint32):
         raise TypeError(
             f"{name} must be a JAX random key, such as jax.random.key(seed); got {describe(key)}."
         )
-    if key.ndim != (0 if is_typed else 1):
+    if key.ndim != (0 if typed else 1):
         raise ValueError(
             f"{name} must be a single key; got a batch of keys, {describe(key)}. Map over keys and "
             "rows with jax.vmap, or select one key by its index."
         )
-    if not is_typed and key.shape[0] not in (2, 4):
+    if not typed and key.shape[0] not in (2, 4):
         raise ValueError(
             f"{name} must have shape (2,), or (4,) for rbg, if it is raw; got {describe(key)}."
         )
@@ -57,7 +57,7 @@ def key_words(key: KeyLike) -> Words:
     implementations are hashed to two words, block by block; a mask drawn from those equals no mask
     of `jax.random`, but is of the same quality. `check_key` has checked the key.
     """
-    data = jnp.asarray(jax.random.key_data(key) if _is_typed(key) else key)
+    data = jnp.asarray(jax.random.key_data(key) if is_typed(key) else key)
     if is_threefry(key):
         high, low = data
         return high, low
@@ -74,7 +74,7 @@ def consume(key: KeyLike) -> None:
     That check does not see a read of the key's data. It sees these bits, which XLA removes because
     they are unused.
     """
-    if _is_typed(key):
+    if is_typed(key):
         jax.random.bits(key, ())
 
 
@@ -124,7 +124,7 @@ def _key_of(
     root: KeyLike, step: ArrayLike, hashed: Words, sites: Sequence[str], number: ArrayLike
 ) -> KeyLike:
     """Return the key for the hash of a name; observers record the name, `sites[number]`."""
-    typed = _is_typed(check_key(root, "root"))
+    typed = is_typed(check_key(root, "root"))
     at_step = _step_words(step)
     words = _site_words(root, hashed, at_step)
     if observers := observer():
@@ -164,10 +164,11 @@ def _step_words(step: ArrayLike) -> Words:
     return jnp.uint32(value >> 32), jnp.uint32(value & 0xFFFFFFFF)
 
 
-def _is_typed(key: KeyLike) -> bool:
+def is_typed(key: KeyLike) -> bool:
+    """Return whether a key is typed, not raw."""
     return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def is_threefry(key: KeyLike) -> bool:
     """Return whether a key consists of the two words that masks are drawn from."""
-    return str(jax.random.key_impl(key)) == _THREEFRY if _is_typed(key) else key.shape == (2,)
+    return str(jax.random.key_impl(key)) == _THREEFRY if is_typed(key) else key.shape == (2,)

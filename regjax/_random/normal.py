@@ -18,7 +18,7 @@ import numpy as np
 from regjax._checks import check_floating_dtype, check_layout, check_shape
 from regjax._random.keys import check_key, consume, key_words
 from regjax._random.quantile import quantile
-from regjax._random.threefry import counter_bits, row_major_index, threefry2x32
+from regjax._random.threefry import counter_bits, part_index, threefry2x32
 
 if TYPE_CHECKING:
     from jax.typing import DTypeLike
@@ -78,7 +78,7 @@ def _normal(
     consume(key)
     words = key_words(key)
     if dtype == np.float64:
-        high, low = threefry2x32(words, row_major_index(shape, out_sharding))
+        high, low = threefry2x32(words, part_index(shape, (), out_sharding))
         bits, count = high.astype(dtype) * 2.0**20 + (low >> np.uint32(12)).astype(dtype), 52
     else:
         bits = counter_bits(words, shape, out_sharding=out_sharding) >> np.uint32(9)

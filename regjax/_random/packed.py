@@ -22,11 +22,15 @@ from regjax._checks import check_layout, check_shape
 from regjax._random.bernoulli import EXACT, MaskSampler, Sampler, bernoulli, check_probability
 from regjax._random.keys import check_key, consume, key_words
 from regjax._random.threefry import (
+    Places,
+    Span,
     check_size,
-    counter_bits,
     is_number,
+    part_bits,
+    part_index,
+    part_shape,
     product_words,
-    row_major_index,
+    spec_of,
     threefry2x32,
 )
 from regjax._random.xla import materialize, read_bytes_on_gpus
@@ -37,18 +41,21 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, UInt, UInt32
 
     from regjax._random.keys import KeyLike
-    from regjax._random.threefry import Layout, Words
+    from regjax._random.threefry import Layout, Part, Words
 
 _LANES = 32
 # Smaller masks cost almost nothing, and grouping only adds operations.
 _SMALLEST_PACKED = 2**12
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class PackedSampler(MaskSampler):
     """The sampler behind `packed_bernoulli`, with `bits` bits of the keep probability."""
 
     bits: int = 16
+
+    draws_parts = True
 
     def draw(
         self,
@@ -60,6 +67,17 @@ class PackedSampler(MaskSampler):
         threshold = _threshold(keep_prob, self.bits)
         jitted = _mask_at_tracer if isinstance(threshold, jax.Array) else _mask_at_number
         return jitted(key, threshold, shape, self.bits, out_sharding)
+
+    def draw_part(
+        self,
+        key: KeyLike,
+        keep_prob: float | Float[Array, ""],
+        whole: tuple[Any, ...],
+        part: Part,
+        out_sharding: Layout,
+    ) -> Bool[Array, "*_part"]:
+        """Draw part of a mask. Examples whose number is unknown share no words."""
+        return _mask(key, _threshold(keep_prob, self.bits), whole, self.bits, out_sharding, part)
 
     def realized_keep_prob(self, keep_prob: float | Float[Array, ""]) -> float | Float[Array, ""]:
         return _threshold(keep_prob, self.bits) / 2**self.bits
@@ -148,22 +166,24 @@ def packed_axis(shape: Sequence[int]) -> int | None:
 def _mask(
     key: KeyLike,
     threshold: int | Float[Array, ""],
-    shape: tuple[int, ...],
+    whole: tuple[Any, ...],
     bits: int,
     out_sharding: Layout,
-) -> Bool[Array, "*shape"]:
-    check_size(shape)
+    part: Part = (),
+) -> Bool[Array, "*_part"]:
+    check_size(part_shape(whole, part))
     consume(key)
     words = key_words(key)
+    is_by_example = bool(whole) and whole[0] is None
 
-    def draw(axis: int | None) -> Bool[Array, "*shape"]:
+    def draw(axis: int | None) -> Bool[Array, "*_part"]:
         if axis is None:
-            drawn = counter_bits(words, shape, out_sharding=out_sharding)
+            drawn = part_bits(words, whole, part, out_sharding=out_sharding)
             return _below(drawn >> np.uint32(32 - bits), threshold, bits)
-        group = Group(shape, axis, out_sharding)
+        group = Group(whole, axis + is_by_example, out_sharding, part)
         return group.spread(materialize(_compared(words, threshold, bits, group)))
 
-    return _at_packed_axis(draw, shape)
+    return _at_packed_axis(draw, whole[1:] if is_by_example else whole)
 
 
 def _at_packed_axis(draw: Callable[[int | None], Any], shape: tuple[int, ...]) -> Any:
@@ -243,7 +263,7 @@ def _compared(
         whole = threshold.astype(jnp.uint32)
         bits_of_t = [(whole >> np.uint32(bits - 1 - i)) & np.uint32(1) != 0 for i in range(bits)]
         needed, everything = bits, threshold >= 2.0**bits
-    high, low = row_major_index(group.words_shape, group.words_sharding, in_place=True)
+    high, low = part_index(group.whole_words, group.words_part, group.words_sharding, in_place=True)
     kept = jnp.zeros_like(low)
     for pair in reversed(range((needed + 1) // 2)):
         # The upper four bits of the counter number the blocks: no array has 2**60 words.
@@ -267,18 +287,56 @@ def _select(
 class Group:
     """The elements that share a word, and the layout of words and elements over devices.
 
-    `shape` and `out_sharding` are those of the mask; 32 elements along `axis` share a word.
+    In an array of shape `whole`, 32 elements along `axis` share a word. The mask is that of a part
+    of the array, with the layout `out_sharding`.
     """
 
-    shape: tuple[int, ...]
+    whole: tuple[Any, ...]
     axis: int
     out_sharding: Layout
+    part: Part = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the mask."""
+        return part_shape(self.whole, self.part)
+
+    @property
+    def whole_words(self) -> tuple[Any, ...]:
+        """The shape of the words of the whole array: one 32nd along the axis."""
+        # A symbolic size may not be a multiple of 32; rounded up, there is at least one word.
+        return self._replace_axis(self.whole, -(-self.whole[self.axis] // _LANES))
+
+    @property
+    def words_part(self) -> Part:
+        """The words that the mask reads, as a part of the words of the whole array."""
+        entry = self._entry
+        if entry is None:
+            return self.part
+        if isinstance(entry, Places):
+            words = Places(None, entry.low // np.uint32(_LANES))
+        else:
+            # Without a known start, the range may begin and end inside a word.
+            size = entry.size if self._has_whole_words else entry.size + 2 * (_LANES - 1)
+            words = Span(entry.start // _LANES, size // _LANES)
+        return self._replace_axis(tuple(self.part), words)
 
     @property
     def words_shape(self) -> tuple[int, ...]:
-        """The shape of the words: one 32nd along the axis."""
-        # A symbolic size may not be a multiple of 32; rounded up, there is at least one word.
-        return self._replace_axis(self.shape, -(-self.shape[self.axis] // _LANES))
+        """The shape of these words."""
+        return part_shape(self.whole_words, self.words_part)
+
+    @property
+    def _entry(self) -> Span | Places | None:
+        return self.part[self.axis] if self.part else None
+
+    @property
+    def _has_whole_words(self) -> bool:
+        """Whether the mask is known to hold all 32 elements of each word, in order."""
+        entry = self._entry
+        if isinstance(entry, Span) and is_number(entry.start) and is_number(entry.size):
+            return entry.start % _LANES == 0 and entry.size % _LANES == 0
+        return entry is None and is_number(self.shape[self.axis])
 
     @property
     def words_sharding(self) -> Layout:
@@ -288,34 +346,41 @@ class Group:
             sharding = NamedSharding(jax.sharding.get_abstract_mesh(), sharding)
         if sharding is None:
             return None
-        spec = [*sharding.spec, *[None] * (len(self.shape) - len(sharding.spec))]
+        spec = list(spec_of(sharding, len(self.shape)))
         names = spec[self.axis]
         names = names if isinstance(names, tuple) else () if names is None else (names,)
         devices = math.prod(sharding.mesh.shape[name] for name in names)
-        if self.shape[self.axis] // _LANES % devices:
+        if not self._has_whole_words or self.shape[self.axis] // _LANES % devices:
             spec[self.axis] = None
         return sharding.update(spec=PartitionSpec(*spec))
 
     def spread(self, words: UInt32[Array, "*words"]) -> Bool[Array, "*shape"]:
         """Return a mask in which each element has its bit of its word."""
-        if not is_number(self.shape[self.axis]):
-            return self._gathered(words)
+        if not self._has_whole_words:
+            return self._resharded(self._gathered(words))
         sharding = lanes_sharding = self.words_sharding
         if isinstance(sharding, NamedSharding):
             spec = self._replace_axis(tuple(sharding.spec), sharding.spec[self.axis], None)
             lanes_sharding = sharding.update(spec=PartitionSpec(*spec))
         bits = read_bytes_on_gpus(words, lambda parts: self._bits(parts, lanes_sharding))
-        mask = jnp.reshape(bits, self.shape, out_sharding=sharding)
-        whole = self.out_sharding is None or jax.typeof(mask).sharding == self.out_sharding
-        return mask if whole else jax.sharding.reshard(mask, self.out_sharding)
+        return self._resharded(jnp.reshape(bits, self.shape, out_sharding=sharding))
+
+    def _resharded(self, mask: Bool[Array, "*shape"]) -> Bool[Array, "*shape"]:
+        is_whole = self.out_sharding is None or jax.typeof(mask).sharding == self.out_sharding
+        return mask if is_whole else jax.sharding.reshard(mask, self.out_sharding)
 
     def _gathered(self, words: UInt32[Array, "*words"]) -> Bool[Array, "*shape"]:
-        """Spread words along an axis of symbolic length, which cannot be split into words."""
+        """Read words one element at a time, along an axis that cannot be split into words."""
+        entry, lanes = self._entry, np.uint32(_LANES)
         sizes = [size if axis == self.axis else 1 for axis, size in enumerate(self.shape)]
+        if isinstance(entry, Places):  # each element has a copy of its word
+            return (words >> jnp.reshape(entry.low % lanes, sizes)) & np.uint32(1) != 0
         along = lax.broadcasted_iota(np.uint32, sizes, self.axis)
-        at = jnp.reshape(along // np.uint32(_LANES), (sizes[self.axis],))
+        if entry is not None:
+            along = along + jnp.asarray(entry.start).astype(jnp.uint32) % lanes
+        at = jnp.reshape(along // lanes, (sizes[self.axis],))
         own = jnp.take(words, at, axis=self.axis, mode="clip")
-        return (own >> along % np.uint32(_LANES)) & np.uint32(1) != 0
+        return (own >> along % lanes) & np.uint32(1) != 0
 
     def _bits(
         self, parts: tuple[UInt[Array, "*words"], ...], sharding: Layout

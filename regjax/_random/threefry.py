@@ -10,10 +10,12 @@ References:
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     Layout: TypeAlias = NamedSharding | PartitionSpec | None
     # Two words of shapes that broadcast against each other, and against those they meet.
     Words: TypeAlias = tuple[UInt32[Array, "*_hi"], UInt32[Array, "*_lo"]]
+    Part: TypeAlias = Sequence["Span | Places | None"]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _KEY_PARITY = 0x1BD11BDA
@@ -55,6 +58,20 @@ def _rounds(key: Words, state: Words) -> Words:
     return x0, x1
 
 
+class Span(NamedTuple):
+    """Consecutive indices along an axis; `start` may be traced."""
+
+    start: Any
+    size: int
+
+
+class Places(NamedTuple):
+    """Any indices along an axis: the two words of each; a high word of None is 0."""
+
+    high: UInt32[Array, " places"] | None
+    low: UInt32[Array, " places"]
+
+
 def counter_bits(
     key: Words, shape: Sequence[int], *, out_sharding: Layout = None
 ) -> UInt32[Array, "*shape"]:
@@ -62,65 +79,85 @@ def counter_bits(
 
     Equal to `jax.random.bits(key, shape, "uint32")` under JAX's default (partitionable) threefry.
     """
-    shape = tuple(shape)
-    if not at_most(math.prod(shape), _WORD):
-        out0, out1 = threefry2x32(key, row_major_index(shape, out_sharding))
-    else:
-        # The index is added to the key: XLA would hoist a separate index, which does not change
-        # within a loop, and keep it in memory, an array as large as x.
-        low = row_major_index(shape, out_sharding, start=key[1])[1]
-        out0, out1 = _rounds(key, (key[0], low))
+    return part_bits(key, shape, (), out_sharding=out_sharding)
+
+
+def part_bits(
+    key: Words, whole: Sequence[Any], part: Part, *, out_sharding: Layout = None
+) -> UInt32[Array, "*_part"]:
+    """Return `counter_bits(key, whole)` at a part of the array; see `part_index`."""
+    # The index is added to the key: XLA would hoist a separate index, which does not change within
+    # a loop, and keep it in memory, an array as large as x.
+    out0, out1 = _rounds(key, part_index(whole, part, out_sharding, start=key))
     return out0 ^ out1
 
 
-def row_major_index(
-    shape: tuple[int, ...],
-    out_sharding: Layout,
+def part_shape(whole: Sequence[Any], part: Part) -> tuple[int, ...]:
+    """Return the shape of a part of an array of shape `whole`."""
+    entries = part or (None,) * len(whole)
+    sizes = zip(whole, entries, strict=True)
+    return tuple([_length(entry, size) for size, entry in sizes])
+
+
+def _length(entry: Span | Places | None, size: Any) -> int:
+    if entry is None:
+        return size
+    return entry.size if isinstance(entry, Span) else entry.low.shape[0]
+
+
+def part_index(
+    whole: Sequence[Any],
+    part: Part = (),
+    out_sharding: Layout = None,
     *,
-    start: UInt32[Array, ""] | None = None,
+    start: Words | None = None,
     in_place: bool = False,
 ) -> Words:
-    """Return each element's row-major index, plus `start`, as a high and a low word.
+    """Return the row-major index, in an array of shape `whole`, of each element of a part.
 
-    The sum must fit in the low word if `start` is given. There is one iota per axis, never a
-    reshape of one long iota: a reshape would mix the axes, and XLA could no longer compute only its
-    own shard on each device. The slower axes are summed before the faster ones broadcast the sum,
-    so that they cost almost nothing. `in_place` keeps XLA:TPU from computing the index along each
-    axis beforehand, in a separate kernel; that is worth some more arithmetic where the array is
-    small.
+    The index has a high and a low word. There is one iota per axis, never a reshape of one long
+    iota: a reshape would mix the axes, and XLA could no longer compute only its own shard on each
+    device. The slower axes are summed before the faster ones broadcast the sum, so that they cost
+    almost nothing.
+
+    Args:
+        whole: The shape of the array. The first size is None if it is unknown; the index does not
+            depend on it.
+        part: For each axis a `Span`, `Places`, or None for the whole axis; () for the whole array.
+        out_sharding: The layout of the part.
+        start: Added to the index, word by word, without a carry.
+        in_place: Keeps XLA:TPU from computing the index along each axis beforehand, in a separate
+            kernel. That is worth some more arithmetic where the array is small.
     """
+    whole, entries = tuple(whole), tuple(part) or (None,) * len(whole)
+    shape = part_shape(whole, part)
     check_size(shape)
-    along = iota_in_place if in_place else _along
-    carries = start is None and not at_most(math.prod(shape), _WORD)
-    hi = jnp.zeros((), jnp.uint32)
-    lo = hi if start is None else start
-    for axis, size in enumerate(shape):
-        if not at_most(size, 1):
-            index = along(shape, axis, out_sharding)
-            hi, lo = _add_product((hi, lo), index, product_words(shape[axis + 1 :]), carries)
-    return hi, jnp.broadcast_to(lo, shape, out_sharding=out_sharding)
+    along = functools.partial(_along, shape=shape, out_sharding=out_sharding, in_place=in_place)
+    # The last axes have an index of one word, which needs no carry.
+    outer = 0
+    while outer < len(whole) and not _fits_word(whole[outer:]):
+        outer += 1
+    high = base = jnp.zeros((), jnp.uint32)
+    for axis in range(outer):
+        if whole[axis] is None or not at_most(whole[axis], 1):
+            words, stride = along(entries[axis], axis), product_words(whole[axis + 1 :])
+            high, base = _add_product((high, base), words, stride)
+    low = base if start is None else start[1] if not outer else base + start[1]
+    has_inner = False
+    for axis in range(outer, len(whole)):
+        if not at_most(whole[axis], 1):
+            low = low + along(entries[axis], axis)[1] * product_words(whole[axis + 1 :])[1]
+            has_inner = True
+    if outer and has_inner:
+        inner = low if start is None else low - start[1]
+        high = high + (inner < base).astype(jnp.uint32)
+    if start is not None:
+        high = high + start[0] if outer else start[0]
+    return high, jnp.broadcast_to(low, shape, out_sharding=out_sharding)
 
 
-def slice_index(
-    whole: tuple[int, ...],
-    shape: tuple[int, ...],
-    starts: Mapping[int, ArrayLike],
-    *,
-    out_sharding: Layout = None,
-) -> Words:
-    """Return the row-major index, in an array of shape `whole`, of each element of a slice.
-
-    `starts` maps an axis to the start of the slice, 0 for axes not listed; they may be traced.
-    """
-    carries = not at_most(math.prod(whole), _WORD)
-    hi = lo = jnp.zeros((), jnp.uint32)
-    for axis, size in enumerate(whole):
-        if not at_most(size, 1):
-            along = _along(shape, axis, out_sharding)
-            if axis in starts:
-                along = along + jnp.asarray(starts[axis]).astype(jnp.uint32)
-            hi, lo = _add_product((hi, lo), along, product_words(whole[axis + 1 :]), carries)
-    return hi, lo
+def _fits_word(sizes: tuple[Any, ...]) -> bool:
+    return None not in sizes and at_most(math.prod(sizes), _WORD)
 
 
 def at_most(size: int, limit: int) -> bool:
@@ -169,30 +206,70 @@ def is_number(size: int) -> bool:
     return isinstance(size, int | np.integer)
 
 
-def _along(shape: tuple[int, ...], axis: int, out_sharding: Layout) -> UInt32[Array, "*_shape"]:
-    """Return the index along one axis, of length 1 along every other."""
-    if out_sharding is not None:
-        is_named = isinstance(out_sharding, NamedSharding)
-        spec = out_sharding.spec if is_named else out_sharding
-        alone = PartitionSpec(*[None] * axis, *spec[axis : axis + 1])
-        out_sharding = out_sharding.update(spec=alone) if is_named else alone
-    sizes = [1] * len(shape)
-    sizes[axis] = shape[axis]
-    return lax.broadcasted_iota(np.uint32, sizes, axis, out_sharding=out_sharding)
+def _along(
+    entry: Span | Places | None,
+    axis: int,
+    *,
+    shape: tuple[int, ...],
+    out_sharding: Layout,
+    in_place: bool,
+) -> Places:
+    """Return the indices along one axis, of length 1 along every other."""
+    if isinstance(entry, Places):
+        high = None if entry.high is None else _expanded(entry.high, axis, shape, out_sharding)
+        return Places(high, _expanded(entry.low, axis, shape, out_sharding))
+    if in_place:
+        index = iota_in_place(shape, axis, out_sharding)
+    else:
+        sizes = [1] * len(shape)
+        sizes[axis] = shape[axis]
+        layout = _layout_along(axis, out_sharding)
+        index = lax.broadcasted_iota(np.uint32, sizes, axis, out_sharding=layout)
+    if isinstance(entry, Span):
+        index = index + jnp.asarray(entry.start).astype(jnp.uint32)
+    return Places(None, index)
 
 
-def _add_product(
-    total: Words, along: UInt32[Array, "*_shape"], stride: tuple[Any, Any], carries: bool
-) -> Words:
-    """Return total + along * stride modulo 2**64; without `carries` the high word stays 0."""
+def _layout_along(axis: int, out_sharding: Layout) -> Layout:
+    """Return the layout of an array that has only one axis of another, the others of length 1."""
+    own = spec_of(out_sharding, axis + 1)[axis]
+    return with_spec(out_sharding, (*[None] * axis, own))
+
+
+def spec_of(layout: Layout, ndim: int) -> tuple[Any, ...]:
+    """Return the mesh axes of each dimension of an array; all None without a layout."""
+    spec = layout.spec if isinstance(layout, NamedSharding) else layout or ()
+    return (*spec, *[None] * (ndim - len(spec)))
+
+
+def with_spec(layout: Layout, spec: Sequence[Any]) -> Layout:
+    """Return a layout with other mesh axes of the dimensions; None without a layout."""
+    if layout is None:
+        return None
+    new = PartitionSpec(*spec)
+    return layout.update(spec=new) if isinstance(layout, NamedSharding) else new
+
+
+def _expanded(
+    values: UInt32[Array, " places"], axis: int, shape: tuple[int, ...], out_sharding: Layout
+) -> UInt32[Array, "*_shape"]:
+    """Return a vector along one axis, in the layout of the part along that axis."""
+    layout = _layout_along(axis, out_sharding)
+    if layout is None and any(jax.typeof(values).sharding.spec):
+        layout = PartitionSpec()
+    expanded = lax.expand_dims(values, [dim for dim in range(len(shape)) if dim != axis])
+    return expanded if layout is None else jax.sharding.reshard(expanded, layout)
+
+
+def _add_product(total: Words, along: Places, stride: tuple[Any, Any]) -> Words:
+    """Return total + along * stride modulo 2**64."""
     hi, lo = total
     stride_hi, stride_lo = stride
-    product = along * stride_lo
+    product = along.low * stride_lo
     new_lo = lo + product
-    if not carries:
-        return hi, new_lo
     overflow = (new_lo < product).astype(jnp.uint32)
-    return hi + _multiply_high(along, stride_lo) + along * stride_hi + overflow, new_lo
+    new_hi = hi + _multiply_high(along.low, stride_lo) + along.low * stride_hi + overflow
+    return new_hi if along.high is None else new_hi + along.high * stride_lo, new_lo
 
 
 def _multiply_high(x: UInt32[Array, "*shape"], factor: Any) -> UInt32[Array, "*shape"]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from regtorch._dropout.core import inverse_keep_prob, keep_prob_of, real_dtype
 from regtorch._dropout.scores import Scores, finite, gathered, mixed_values, products
-from regtorch._random.bernoulli import bernoulli_at, exact_keep_prob
+from regtorch._random.bernoulli import EXACT, exact_keep_prob
 from regtorch._random.collect import BlockwisePlan
+from regtorch._random.threefry import Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +53,9 @@ class Blocks:
         """Return the part of the whole mask that belongs to a block; None without dropout."""
         if words is None:
             return None
-        rows = self.shape(query)[:-1]
-        row = torch.arange(math.prod(rows), device=query.device).reshape(*rows, 1)
-        along = torch.arange(first, first + size, device=query.device)
-        return bernoulli_at(words, keep_prob, row * self.keys + along)
+        whole = self.shape(query)
+        part = (*[None] * len(whole[:-1]), Span(first, size))
+        return EXACT.draw_part(words, keep_prob, whole, part)
 
 
 class _Attend(torch.autograd.Function):

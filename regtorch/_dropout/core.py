@@ -55,7 +55,7 @@ def dropout(
         broadcast_dims: Dimensions along which one mask is shared, such as `(1,)` for the same mask
             at every timestep of (batch, time, features).
         sampler: The function that draws the mask: `bernoulli`, `packed_bernoulli`, or any function
-            with their arguments.
+            with their arguments. `by_example(examples)` draws a part of a batch as in the whole.
 
     Returns:
         A tensor of the shape, dtype, device and memory layout of `x`.
@@ -107,6 +107,8 @@ def apply_dropout(
     deterministic = check_flag(deterministic)
     if deterministic is True or is_number(rate, 0):
         return x
+    if given is None and isinstance(spec, SampledMask):
+        spec, given = spec.split()
     if is_number(rate, 1):
         # Unlike zeros_like, this keeps the result in the graph, with a gradient of zeros.
         dropped = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
@@ -180,11 +182,20 @@ class SampledMask:
     scale: Callable[..., Any] = inverse_keep_prob
     offsets: Callable[..., Any] | None = None
 
+    def split(self) -> tuple[SampledMask, Tensor | None]:
+        """Return the kind without tensors, and the tensor that the mask depends on."""
+        sampler, given = self.sampler.split()
+        return (
+            (self, None) if given is None else (dataclasses.replace(self, sampler=sampler), given)
+        )
+
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
+        sampler = self.sampler if given is None else self.sampler.join(given)
+        sampler.check_fit(tuple(x.shape), self.broadcast_dims)
         shape = tuple([1 if dim in self.broadcast_dims else n for dim, n in enumerate(x.shape)])
-        return self.sampler.draw(key, keep_prob_of(rate, x.dtype), shape)
+        return sampler.draw(key, keep_prob_of(rate, x.dtype), shape)
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         realized = self.sampler.realized_keep_prob(keep_prob_of(rate, x.dtype))

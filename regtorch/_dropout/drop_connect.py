@@ -21,6 +21,7 @@ from regtorch._dropout.core import (
     require_key,
 )
 from regtorch._random.bernoulli import Sampler, bernoulli, check_probability
+from regtorch._random.by_example import check_one_mask
 from regtorch._random.keys import site_key
 from regtorch._random.packed import mask_sampler
 
@@ -79,7 +80,7 @@ def drop_connect(
         rule: The tensors to drop: "default" (kernels), a glob such as "weight_hh_l0" or "**" (also
             biases, as in the paper), a function `(path, tensor, kind)`, or pairs of glob and bool;
             see `regshared.decay_rules`. The default rule always drops a single tensor.
-        sampler: See `dropout`.
+        sampler: See `dropout`. `by_example(i)` draws the mask of example i.
 
     Returns:
         A tensor, or a dict with the same names in the same order.
@@ -108,7 +109,7 @@ def drop_connect(
     rate = check_probability("rate", rate)
     deterministic = check_flag(deterministic)
     chosen = _chosen(weights, rule)
-    spec = SampledMask("drop_connect", mask_sampler(sampler))
+    spec = SampledMask("drop_connect", check_one_mask(mask_sampler(sampler)))
     if deterministic is True or is_number(rate, 0):
         return weights
     root = None if key is None else require_key(key)  # one draw from a generator for all tensors

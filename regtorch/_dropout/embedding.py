@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regshared.spellings import explain_names
+from regtorch._checks import has_negative
 from regtorch._dropout.core import (
     apply_dropout,
     check_inexact,
@@ -97,19 +98,9 @@ def _check_ids(ids: Tensor, shape: torch.Size) -> Tensor:
             f"ids must have the shape of x without its last axis, {tuple(shape[:-1])}; got "
             f"{tuple(ids.shape)} with x of shape {tuple(shape)}."
         )
-    if _has_negative(ids):
+    if has_negative(ids):
         raise ValueError(
             f"ids must not be negative; got {int(ids.min())}. Count words from the start of the "
             "table."
         )
     return ids
-
-
-def _has_negative(ids: Tensor) -> bool:
-    """Return whether an id is negative, where reading does not wait for a device."""
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    try:
-        return bool((ids < 0).any())
-    except RuntimeError:  # under torch.func.vmap there is no single value
-        return False

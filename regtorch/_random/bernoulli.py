@@ -11,14 +11,22 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from regtorch._checks import check_shape
 from regtorch._random.keys import check_key, key_words
-from regtorch._random.threefry import in_pieces, range_bits, shift_right, threefry2x32
+from regtorch._random.threefry import (
+    Part,
+    in_pieces,
+    index_words,
+    part_bits,
+    range_bits,
+    shift_right,
+    threefry2x32,
+)
 
 _MANTISSA = 23  # a float32 uniform in [0, 1) is a multiple of 2**-23, as jax.random draws it
 # A subnormal probability counts as 0: only some devices flush it, and the mask must not depend on
@@ -48,6 +56,8 @@ class MaskSampler:
 
     function: Sampler
 
+    draws_parts: ClassVar[bool] = False
+
     def __call__(self, key: Tensor, keep_prob: float | Tensor, shape: Sequence[int]) -> Tensor:
         """Draw a mask, as any other sampler does."""
         probability = check_probability("keep_prob", keep_prob)
@@ -56,6 +66,34 @@ class MaskSampler:
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
         """Draw a mask from checked arguments; True keeps an element."""
         return self.function(key, keep_prob, shape)
+
+    def draw_part(
+        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[Any, ...], part: Part
+    ) -> Tensor:
+        """Draw part of the mask of shape `whole` without drawing the rest; see `part_bits`.
+
+        If the first size is None, the tensor consists of examples whose number is unknown, and
+        their masks do not depend on it. A user's function, which can only draw a whole mask, then
+        draws whole examples with the keys `regtorch.fold_in(key, example)`.
+        """
+        examples, *rest = part
+        if whole[0] is not None or not isinstance(examples, Tensor) or any(rest):
+            raise NotImplementedError(f"{self.function} draws whole masks only.")
+        words = threefry2x32(key_words(key), index_words(examples.to(key.device)))
+        keys = torch.stack(words, dim=-1).view(torch.uint32)
+        rows = [self.draw(keys[i], keep_prob, whole[1:]) for i in range(keys.shape[0])]
+        return torch.stack(rows) if rows else torch.ones((0, *whole[1:]), dtype=torch.bool)
+
+    def check_fit(self, shape: tuple[int, ...], shared: tuple[int, ...]) -> None:
+        """Raise a ValueError if no mask fits x of this shape, where dimensions may share one."""
+
+    def split(self) -> tuple[MaskSampler, Tensor | None]:
+        """Return the sampler without tensors, and the tensor that the mask depends on."""
+        return self, None
+
+    def join(self, given: Tensor) -> MaskSampler:
+        """Return the sampler with the tensor; the inverse of `split`."""
+        raise NotImplementedError(f"{self.function} depends on no tensor.")
 
     def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         """Return the number by which kept elements are divided."""
@@ -78,6 +116,8 @@ def exact_keep_prob(keep_prob: float | Tensor) -> float | Tensor:
 class ExactSampler(MaskSampler):
     """The sampler behind `bernoulli`."""
 
+    draws_parts = True
+
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
         words, threshold = key_words(key), _threshold(keep_prob)
 
@@ -85,6 +125,12 @@ class ExactSampler(MaskSampler):
             return shift_right(range_bits(words, start, stop), 32 - _MANTISSA) < threshold
 
         return in_pieces(mask, shape, key.device)
+
+    def draw_part(
+        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[Any, ...], part: Part
+    ) -> Tensor:
+        bits = part_bits(key_words(key), whole, part)
+        return shift_right(bits, 32 - _MANTISSA) < _threshold(keep_prob)
 
     def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         """Return `exact_keep_prob(keep_prob)`."""
@@ -125,11 +171,9 @@ EXACT = ExactSampler(bernoulli)
 def bernoulli_at(key: Tensor, keep_prob: float | Tensor, index: Tensor) -> Tensor:
     """Return the elements of `bernoulli`'s mask at row-major indices (int64), whatever its shape.
 
-    This draws a mask block by block, or only a few of its rows. The arguments are checked.
+    The arguments are checked.
     """
-    # The conversion keeps the lower 32 bits; the sign has no meaning.
-    counter = ((index >> 32).to(torch.int32), index.to(torch.int32))
-    out0, out1 = threefry2x32(key_words(key), counter)
+    out0, out1 = threefry2x32(key_words(key), index_words(index))
     return shift_right(out0 ^ out1, 32 - _MANTISSA) < _threshold(keep_prob)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,16 @@ from regtorch._random.bernoulli import (
 )
 from regtorch._random.keys import check_key, key_words
 from regtorch._random.threefry import (
+    Part,
+    Span,
     Words,
     as_signed,
     check_size,
     counter_bits,
+    index_words,
+    part_bits,
+    part_index,
+    part_shape,
     shift_right,
     threefry2x32,
 )
@@ -42,15 +49,41 @@ class PackedSampler(MaskSampler):
 
     bits: int = 16
 
+    draws_parts = True
+
     def draw(self, key: Tensor, keep_prob: float | Tensor, shape: tuple[int, ...]) -> Tensor:
+        return self.draw_part(key, keep_prob, shape, (None,) * len(shape))
+
+    def draw_part(
+        self, key: Tensor, keep_prob: float | Tensor, whole: tuple[Any, ...], part: Part
+    ) -> Tensor:
+        """Draw part of a mask. Examples whose number is unknown share no words."""
         words, threshold = key_words(key), _threshold(keep_prob, self.bits)
+        shape = part_shape(whole, part)
         check_size(shape, key.device)
-        axis = packed_axis(shape)
+        is_by_example = bool(whole) and whole[0] is None
+        axis = packed_axis(whole[1:] if is_by_example else whole)
         if axis is None:
-            drawn = shift_right(counter_bits(words, shape), 32 - self.bits)
-            return _below(drawn, threshold, self.bits)
-        grouped = (*shape[:axis], shape[axis] // _LANES, *shape[axis + 1 :])
-        return _spread(_compared(words, threshold, self.bits, grouped), axis).reshape(shape)
+            if any(entry is not None for entry in part):
+                drawn = part_bits(words, whole, part)
+            else:
+                drawn = counter_bits(words, shape)
+            return _below(shift_right(drawn, 32 - self.bits), threshold, self.bits)
+        axis += is_by_example
+        grouped = _replaced(whole, axis, whole[axis] // _LANES)
+        entry = part[axis]
+        draw = functools.partial(_compared, words, threshold, self.bits, grouped)
+        if entry is None or (
+            isinstance(entry, Span) and not (entry.start % _LANES or entry.size % _LANES)
+        ):
+            if entry is not None:
+                part = _replaced(part, axis, Span(entry.start // _LANES, entry.size // _LANES))
+            return _spread(draw(part), axis).reshape(shape)
+        # Words that the part contains in part are drawn for each element.
+        along = part_index(whole[axis : axis + 1], (entry,), key.device)
+        own = draw(_replaced(part, axis, along // _LANES))
+        lane = (along % _LANES).reshape(-1, *[1] * (len(shape) - axis - 1)).to(torch.int32)
+        return (own >> lane) & 1 != 0
 
     def realized_keep_prob(self, keep_prob: float | Tensor) -> float | Tensor:
         return _threshold(keep_prob, self.bits) / 2**self.bits
@@ -151,7 +184,9 @@ def _below(drawn: Tensor, threshold: int | Tensor, bits: int) -> Tensor:
     return (drawn.to(torch.int64) & (2**bits - 1)) < threshold
 
 
-def _compared(key: Words, threshold: int | Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
+def _compared(
+    key: Words, threshold: int | Tensor, bits: int, whole: tuple[Any, ...], part: Part
+) -> Tensor:
     """Draw words that each hold 32 comparisons `U >= 2**bits - T` of uniform integers U.
 
     Bit i of 32 integers is one word, the most significant first. Starting at the least significant,
@@ -159,16 +194,15 @@ def _compared(key: Words, threshold: int | Tensor, bits: int, shape: tuple[int, 
     decide.
     """
     if isinstance(threshold, Tensor):
-        whole = threshold.to(torch.int64)
-        bits_of_t = [(whole >> (bits - 1 - i)) & 1 != 0 for i in range(bits)]
-        needed, everything = bits, whole >= 2**bits
+        number = threshold.to(torch.int64)
+        bits_of_t = [(number >> (bits - 1 - i)) & 1 != 0 for i in range(bits)]
+        needed, everything = bits, number >= 2**bits
     else:
         bits_of_t = [bool(threshold >> (bits - 1 - i) & 1) for i in range(bits)]
         # Trailing zeros of T decide nothing, and their words are not drawn.
         needed = bits + 1 - (threshold & -threshold).bit_length() if threshold else 0
         everything = threshold == 2**bits
-    index = torch.arange(math.prod(shape), device=key[0].device).reshape(shape)
-    high, low = (index >> 32).to(torch.int32), index.to(torch.int32)
+    high, low = index_words(part_index(whole, part, key[0].device))
     kept = torch.zeros_like(low)
     for pair in reversed(range((needed + 1) // 2)):
         # The upper four bits of the counter number the blocks: no tensor has 2**60 words.
@@ -177,6 +211,10 @@ def _compared(key: Words, threshold: int | Tensor, bits: int, shape: tuple[int, 
             either, both = block[i % 2] | kept, block[i % 2] & kept
             kept = _select(bits_of_t[i], either, both)
     return _select(everything, torch.full_like(low, -1), kept)
+
+
+def _replaced(entries: Sequence[Any], axis: int, entry: Any) -> tuple[Any, ...]:
+    return (*entries[:axis], entry, *entries[axis + 1 :])
 
 
 def _select(condition: bool | Tensor, x: Tensor, y: Tensor) -> Tensor:

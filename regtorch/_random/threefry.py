@@ -12,12 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+
+class Span(NamedTuple):
+    """Consecutive indices along an axis."""
+
+    start: int
+    size: int
+
+
 Words: TypeAlias = tuple[Tensor, Tensor]
+# For each axis a span, a 1-D tensor of indices (int64), or None for the whole axis.
+Part: TypeAlias = Sequence[Span | Tensor | None]
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _KEY_PARITY = 0x1BD11BDA
@@ -69,6 +79,64 @@ def counter_bits(key: Words, shape: Sequence[int]) -> Tensor:
     return in_pieces(lambda start, stop: range_bits(key, start, stop), shape, key[0].device)
 
 
+def part_bits(key: Words, whole: Sequence[Any], part: Part) -> Tensor:
+    """Return the bits that `counter_bits` has for part of a tensor of shape `whole`.
+
+    The first size is None if it is unknown; the bits do not depend on it.
+    """
+    shape = part_shape(whole, part)
+    check_size(shape, key[0].device)
+    rows, size = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    piece = max(1, _piece(key[0].device) // max(1, size))
+
+    def bits(part: Part) -> Tensor:
+        index = part_index(whole, part, key[0].device)
+        out0, out1 = threefry2x32(key, index_words(index))
+        return out0 ^ out1
+
+    if rows <= piece or torch.compiler.is_compiling():
+        return bits(part)
+    return torch.cat([bits(_rows(part, i, min(piece, rows - i))) for i in range(0, rows, piece)])
+
+
+def part_index(whole: Sequence[Any], part: Part, device: torch.device) -> Tensor:
+    """Return the row-major index of each element of a part, as int64."""
+    shape = part_shape(whole, part)
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for axis, (entry, size) in enumerate(zip(part, shape, strict=True)):
+        if isinstance(entry, Tensor):
+            along = entry.to(device)
+        else:
+            start = entry.start if isinstance(entry, Span) else 0
+            along = torch.arange(start, start + size, device=device)
+        stride = math.prod(whole[axis + 1 :])
+        index = index + (along * stride).reshape(-1, *[1] * (len(shape) - axis - 1))
+    return index.expand(shape)
+
+
+def part_shape(whole: Sequence[Any], part: Part) -> tuple[Any, ...]:
+    """Return the shape of a part of a tensor of shape `whole`."""
+    return tuple(
+        size if entry is None else entry.size if isinstance(entry, Span) else entry.shape[0]
+        for size, entry in zip(whole, part, strict=True)
+    )
+
+
+def index_words(index: Tensor) -> Words:
+    """Return 64-bit indices as a high and a low word."""
+    # The conversion keeps the lower 32 bits; the sign has no meaning.
+    return (index >> 32).to(torch.int32), index.to(torch.int32)
+
+
+def _rows(part: Part, first: int, count: int) -> Part:
+    """Return `count` of the first axis of a part."""
+    entry, *rest = part
+    if isinstance(entry, Tensor):
+        return (entry[first : first + count], *rest)
+    start = entry.start if isinstance(entry, Span) else 0
+    return (Span(start + first, count), *rest)
+
+
 def in_pieces(
     make: Callable[[int, int], Tensor], shape: Sequence[int], device: torch.device
 ) -> Tensor:
@@ -78,11 +146,15 @@ def in_pieces(
     tensors stay in the cache and take almost no memory. A compiler fuses the operations anyway.
     """
     check_size(shape, device)
-    size, piece = math.prod(shape), _PIECE if device.type == "cpu" else _PIECE_ON_DEVICE
+    size, piece = math.prod(shape), _piece(device)
     if size <= piece or torch.compiler.is_compiling():
         return make(0, size).reshape(tuple(shape))
     starts = range(0, size, piece)
     return torch.cat([make(i, min(i + piece, size)) for i in starts]).reshape(tuple(shape))
+
+
+def _piece(device: torch.device) -> int:
+    return _PIECE if device.type == "cpu" else _PIECE_ON_DEVICE
 
 
 def check_size(shape: Sequence[int], device: torch.device) -> None:

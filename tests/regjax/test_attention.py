@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import regjax
-from regjax._random.threefry import slice_index
+from regjax._random.threefry import Span, part_index
 from tests.regjax.versions import causal_options
 
 KEY = jax.random.key(3)
@@ -149,8 +149,8 @@ def test_keys_of_every_kind(kind, make):
 def test_places_beyond_32_bits():
     """Read a corner of a mask of 2**50 elements, whose index needs carries."""
     whole, shape = (2**10, 2**20, 2**20), (2, 3, 4)
-    starts = {0: 1000, 1: 2**20 - 3, 2: jnp.int32(2**20 - 4)}
-    high, low = slice_index(whole, shape, starts)
+    starts = (1000, 2**20 - 3, jnp.int32(2**20 - 4))
+    high, low = part_index(whole, [Span(*span) for span in zip(starts, shape, strict=True)])
     a, b, c = np.meshgrid(
         *(np.arange(s, s + n) for s, n in zip((1000, 2**20 - 3, 2**20 - 4), shape, strict=True)),
         indexing="ij",

@@ -13,7 +13,7 @@ from jax import export
 
 import regjax
 from regjax import equinox, haiku, linen, nnx
-from regjax._random.threefry import slice_index
+from regjax._random.threefry import Span, part_index
 from tests.regjax.family import FAMILY
 
 KEY = jax.random.key_data(jax.random.key(3))
@@ -170,10 +170,8 @@ def test_attention_exports_with_symbolic_lengths():
 def test_counters_of_symbolic_sizes_carry_into_the_high_word():
     def last(x, _):
         whole = (x.shape[0],) * 4
-        starts = dict.fromkeys(range(4), jnp.asarray(whole[0] - 2))
-        return jax.tree.map(
-            lambda word: jnp.broadcast_to(word, (2,) * 4), slice_index(whole, (2,) * 4, starts)
-        )
+        part = [Span(jnp.asarray(whole[0] - 2), 2)] * 4
+        return [jnp.broadcast_to(word, (2,) * 4) for word in part_index(whole, part)]
 
     for size in (7, 60_000):  # 60,000 ** 4 is nearly 2 ** 64
         x = jnp.zeros(size)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import regjax
 from regjax._random import packed as _packed
-from regjax._random.threefry import row_major_index
+from regjax._random.threefry import part_index
 
 SAMPLERS = {"exact": regjax.bernoulli, "packed": regjax.packed_bernoulli}
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
@@ -136,7 +136,7 @@ def test_a_packed_mask_computes_no_index_apart_from_its_words():
 
     def traced(**options):
         """Return the axis and the shape of each iota, and the pairs of axes that are combined."""
-        eqns = jax.make_jaxpr(lambda: row_major_index(shape, None, **options))().eqns
+        eqns = jax.make_jaxpr(lambda: part_index(shape, **options))().eqns
         iotas = {e.outvars[0]: e.params for e in eqns if e.primitive.name == "iota"}
         joined = [e.invars for e in eqns if e.primitive.name == "xor"]
         pairs = [[iotas[v]["dimension"] for v in pair if v in iotas] for pair in joined]
@@ -146,7 +146,7 @@ def test_a_packed_mask_computes_no_index_apart_from_its_words():
     found = traced(in_place=True)
     assert found == ([(axis, shape) for axis in (0, 2, 1, 2, 2)], [[0, 2], [2], [1, 2], [2]])
     assert traced() == ([(0, (4, 1, 1)), (1, (1, 6, 1)), (2, (1, 1, 8))], [])
-    plain, in_place = (row_major_index(shape, None, in_place=flag)[1] for flag in (False, True))
+    plain, in_place = (part_index(shape, in_place=flag)[1] for flag in (False, True))
     np.testing.assert_array_equal(in_place, plain)
     np.testing.assert_array_equal(plain, np.arange(4 * 6 * 8).reshape(shape))
 
@@ -156,9 +156,9 @@ def test_packed_masks_ask_for_indices_in_place(monkeypatch):
 
     def spy(*arguments, **options):
         asked.append(options)
-        return row_major_index(*arguments, **options)
+        return part_index(*arguments, **options)
 
-    monkeypatch.setattr(_packed, "row_major_index", spy)
+    monkeypatch.setattr(_packed, "part_index", spy)
     regjax.packed_bernoulli(jax.random.key(0), 0.3, (64, 3, 64))
     assert asked == [{"in_place": True}]
 

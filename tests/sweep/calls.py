@@ -162,6 +162,7 @@ def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
         "gaussian_noise": {"x": x, "stddev": 0.5, "key": key, "deterministic": False},
         "bernoulli": {"key": key, "keep_prob": 0.5, "shape": (2,)},
         "packed_bernoulli": {"key": key, "keep_prob": 0.5, "shape": (2,), "bits": 8},
+        "by_example": {"examples": 3, "sampler": library.bernoulli, "axis": 0},
         "normal": {"key": key, "shape": (2,), "dtype": jnp.float32 if in_jax else torch.float32},
         "site_key": {"root": key, "step": 0, "site": "a"},
         "constant_rate": {"rate": 0.5},

@@ -1,0 +1,1 @@
+"""A small language model, trained with dropout and weight decay on a mesh of devices."""
