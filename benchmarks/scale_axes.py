@@ -238,7 +238,7 @@ def measure(
             built[name].append(times[2] - times[1])
         if clock() - start > LONG:
             break
-    memory = {name: one.memory_analysis() for name, one in compiled.items()}
+    memory: dict[str, Any] = {name: one.memory_analysis() for name, one in compiled.items()}
     texts = {name: one.as_text() or "" for name, one in compiled.items()}
     sizes = {name: _bytes(found) for name, found in memory.items()}
     fits = max(sizes.values()) < 0.4 * _free()

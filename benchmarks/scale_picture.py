@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 _ROW = 2.3  # inches
 BUILD = "trace and compile"
-LABELS = {TIME: "CPU seconds per call", MEMORY: "bytes", BUILD: "CPU seconds to build"}
+LABELS = {TIME: "CPU seconds per call", MEMORY: "bytes on a device", BUILD: "CPU seconds to build"}
 MOVED = "bytes in collectives"
+# The candidate of a title: the first of these that is in the panel.
+_MAIN = (scale_tables.DROPOUT, "decay by mask", scale_tables.DECAY)
 
 
 @pictures.styled
@@ -91,7 +93,7 @@ def _kind(variants: Mapping[str, Any]) -> str:
 
 
 def _draw_panel(axes: Axes, found: Curves) -> None:
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import NullLocator
 
     for name in found.figures:
         medians = found.medians(name)
@@ -106,12 +108,11 @@ def _draw_panel(axes: Axes, found: Curves) -> None:
         few = sizes if len(sizes) < 5 else sizes[:: len(sizes) // 4]
         axes.set_xticks(few, [str(size) for size in few])
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize="small")
-    own = [name for name in found.figures if name != scale_tables.WITHOUT]
-    main = scale_tables.DROPOUT if scale_tables.DROPOUT in own else own[-1] if own else None
+    main = next((name for name in _MAIN if name in found.figures), None)
     law = f"\n{main}: {found.law(main)}" if main else ""
-    axes.set_title(f"{found.title}{law}", fontsize="small", fontweight="normal", loc="center")
+    axes.set_title(f"{found.title}{law}", fontsize="x-small", fontweight="normal", loc="center")
     axes.set_xlabel(found.axis, fontsize="small")
     axes.set_ylabel(LABELS.get(found.measure, found.measure), fontsize="small")
 

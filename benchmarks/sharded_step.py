@@ -111,16 +111,17 @@ def compile_step(
     recipe = _recipe(len(devices), rate, decay, sizes)
     rows = NamedSharding(mesh, PartitionSpec(None, (DATA, FSDP)))
 
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
+    def array(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=rows)
 
-    batch: Any = Batch(array(1, recipe.batch, recipe.context + 1), array(1, recipe.batch))
+    batch = Batch(array(1, recipe.batch, recipe.context + 1), array(1, recipe.batch))
     with jax.set_mesh(mesh):
         program = train.make_program(recipe, mesh)
-        return program.train_step.lower(train.abstract(program), batch).compile()
+        step: Any = program.train_step  # jitted
+        return step.lower(train.abstract(program), batch).compile()
 
 
-def _recipe(devices: int, rate: float, decay: float, sizes: Mapping[str, int]) -> Recipe:
+def _recipe(devices: int, rate: float, decay: float, sizes: Mapping[str, Any]) -> Recipe:
     from examples.sharded_lm.settings import Recipe
 
     return Recipe(**sizes, batch=EXAMPLES * devices, rate=rate, weight_decay=decay)

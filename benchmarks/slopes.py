@@ -39,7 +39,7 @@ class Slope:
         return f"{axis}^{exponent} from {short(self.start)}"
 
 
-def fit(curve: Mapping[float, float]) -> Slope | None:
+def fit(curve: Mapping[int, float]) -> Slope | None:
     """Fit a line to the longest tail of a curve that is straight up to `TOLERANCE`.
 
     Two points are always on a line, so a tail of two means that no part is known to be straight.
