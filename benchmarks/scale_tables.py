@@ -124,10 +124,15 @@ def _rows(part: Mapping[str, Any]) -> Iterator[str]:
             yield (
                 f"| {found.title}; {short(first)} to {short(last)} {found.axis}"
                 f" | {found.measure}, {unit} | {name}"
-                f" | {medians[first] / scale:,.3g} | {medians[last] / scale:,.3g}"
+                f" | {_digits(medians[first] / scale)} | {_digits(medians[last] / scale)}"
                 f" | {found.law(name)} | {found.law(WITHOUT)}"
                 f" | {ratios[last]:.2f} | {ratios[worst]:.2f} at {short(worst)} |"
             )
+
+
+def _digits(number: float) -> str:
+    """Return a number with three digits, or without a fraction."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _step(variants: Mapping[str, Any]) -> str:

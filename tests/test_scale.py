@@ -203,14 +203,14 @@ def test_the_table_has_growth_and_the_worst_ratio():
     line = "dropout of one array; 1,024 to 1.0e6 elements | time of a call, ms | dropout, packed"
     assert cells(text, line)[3:] == [
         "8.19",
-        "8.39e+03",
+        "8,389",
         "elements^1.00 from 1,024",
         "elements^1.00 from 1,024",
         "4.00",
         "4.00 at 1,024",
     ]
     line = "dropout of one array; 1,024 to 1.1e9 elements | memory, MB | dropout |"
-    assert cells(text, line)[3:5] == ["0.0041", "4.29e+03"]
+    assert cells(text, line)[3:5] == ["0.0041", "4,295"]
 
 
 def test_the_table_has_memory_collectives_and_shares():
