@@ -37,7 +37,7 @@ DEVICES = (1, 2, 4, 8)
 GLOBAL = 2**24  # elements on all devices
 BATCH, WIDTH, LEAF = 256, 64, 16
 # A run of a short program repeats it for this long; a build that takes longer is not repeated.
-ENOUGH, LONG = 0.02, 10.0
+ENOUGH, LONG = 0.02, 4.0
 FILL = 1 / WIDTH  # products of such matrices neither grow nor vanish
 
 Program = Callable[..., Any]
