@@ -206,14 +206,19 @@ def origin(record: Record) -> list[str]:
         The date was not recorded.
     """
     here = record.environment
-    machine = [here.get("cpu", ""), here.get("machine", "")]
-    cores = f"{here['cores']} cores" if here.get("cores") else ""
     rounds = sorted({result.rounds for result in record.results})
-    sentences = [f"Machine: {', '.join(filter(None, (*machine, cores)))}.", versions(here)]
+    sentences = [machine(here), versions(here)]
     if rounds:
         counts = " or ".join(map(str, rounds))
         sentences.insert(0, f"Bars: medians over {counts} rounds; whiskers: quartiles.")
     return [*sentences, dates("Measured", {result.date for result in record.results})]
+
+
+def machine(environment: Mapping[str, Any]) -> str:
+    """Return a sentence about the processor."""
+    cores = f"{environment['cores']} cores" if environment.get("cores") else ""
+    known = filter(None, (environment.get("cpu"), environment.get("machine"), cores))
+    return f"Machine: {', '.join(known)}."
 
 
 def versions(environment: Mapping[str, Any]) -> str:

@@ -77,9 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.redraw:
         return cli.redraw(parser, options.out / NAME, modelled.load, draw)
-    if not any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):
-        packages = PLUGIN.format(version("jaxlib"))
-        print(f"skipped: JAX's CUDA plug-in is not installed. pip install --no-deps {packages}")
+    if line := missing():
+        print(line)
         return 0
     # The plug-in reads these once, when jax is imported.
     os.environ["JAX_PLATFORMS"] = PLATFORMS
@@ -89,6 +88,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(modelled.save(options.out / NAME, rows, COMPILER, draw, UNIT, NOTE))
     print(f"Table, JSON and picture: {options.out}")
     return 0
+
+
+def missing() -> str:
+    """Return why there is no compiler for GPUs, or an empty string."""
+    if any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):
+        return ""
+    packages = PLUGIN.format(version("jaxlib"))
+    return f"skipped: JAX's CUDA plug-in is not installed. pip install --no-deps {packages}"
 
 
 def draw(record: modelled.Record) -> Figure:
@@ -104,12 +111,18 @@ def _parser() -> cli.Parser:
 
 
 def devices(kind: str) -> Sequence[Any]:
-    """Return the GPUs of a name such as "H100:4", on one host; they need not be present."""
+    """Return the GPUs of a name such as "H100:4", which need not be present.
+
+    A single number is that of the GPUs of one host; "H100:1x64x8" is 64 hosts with 8 GPUs each.
+    """
     from jax.experimental import topologies
 
-    count = int(kind.removeprefix("H100:"))
+    grid = kind.removeprefix("H100:")
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{count}"
+        platform="cuda",
+        topology_name="",
+        target_config=H100,
+        topology=grid if "x" in grid else f"1x1x{grid}",
     ).devices
 
 
@@ -128,6 +141,30 @@ def microseconds(program: str) -> float:
             f"Set XLA_FLAGS={NOTE_COSTS} before the import of jax."
         )
     return sum(map(float, costs))
+
+
+def step_microseconds(program: str) -> float:
+    """Return the time that XLA expects for all kernels of a training step, without collectives.
+
+    The estimate of XLA's fusion has no tensor cores, and is far too high for the Triton kernel of a
+    softmax. This sum takes the lowest estimate of a matrix product, about that of a kernel at the
+    peak rate, and for a softmax the one that counts memory accesses. Shares of other kernels are
+    therefore upper bounds.
+    """
+    total = 0.0
+    for line in program.splitlines():
+        found = re.search(r'fusion\(.*"reification_cost":\[(\{.*?\})\]', line)
+        if found is None:
+            continue
+        estimates = re.findall(r'"exec_time_us":([\d.e+-]+).*?"name":"([^"]*)"', found[1])
+        by_name = {name: float(time) for time, name in estimates}
+        if '"kind":"__triton_nested_gemm_fusion"' in line:
+            total += min(by_name.values())
+        elif '"kind":"__triton"' in line:
+            total += by_name["indexing-cost-model"]
+        else:
+            total += float(estimates[0][0])
+    return total
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ def race(
     elements: int,
     rounds: int,
     on_round: Callable[[], None] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Result:
     """Run every candidate once per round, after one warm-up each.
 
@@ -119,6 +120,7 @@ def race(
         elements: The number of elements of a run.
         rounds: The number of rounds.
         on_round: Called after each round.
+        clock: Returns the time in seconds.
 
     Returns:
         All times.
@@ -131,9 +133,9 @@ def race(
         shift = turn % len(names)  # another candidate starts each round
         for name in names[shift:] + names[:shift]:
             run = candidates[name]
-            start = time.perf_counter()
+            start = clock()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
         on_round()
     return Result(title, elements, seconds, today())
 

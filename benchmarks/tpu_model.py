@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.redraw:
         return cli.redraw(parser, options.out / NAME, modelled.load, draw)
-    if importlib.util.find_spec("libtpu") is None:
-        print("skipped: libtpu, the compiler for TPUs, is not installed. pip install libtpu")
+    if line := missing():
+        print(line)
         return 0
     # libtpu reads these once, when jax is imported.
     os.environ.update(LIBTPU)
@@ -62,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(modelled.save(options.out / NAME, rows, COMPILER, draw, UNIT, NOTE, steps))
     print(f"Table, JSON and picture: {options.out}")
     return 0
+
+
+def missing() -> str:
+    """Return why there is no compiler for TPUs, or an empty string."""
+    if importlib.util.find_spec("libtpu"):
+        return ""
+    return "skipped: libtpu, the compiler for TPUs, is not installed. pip install libtpu"
 
 
 def draw(record: modelled.Record) -> Figure:

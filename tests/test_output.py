@@ -28,6 +28,7 @@ PROGRAMS = (
             "gpu_model",
             "optimizers",
             "overhead",
+            "scale",
             "shared_masks",
             "summary",
             "torch_speed",

@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator
 from matplotlib.transforms import Bbox
 
-from benchmarks import bars, modelled, race
+from benchmarks import bars, modelled, race, scale
 from examples.overfit import plots as overfit
 from examples.overfit.curves import Curve
 from examples.overfit.recipes import recipes
@@ -36,6 +36,7 @@ from examples.uncertainty.corruptions import CORRUPTIONS
 from examples.uncertainty.study import Scene, Study, View
 from parity_tests import compare, pictures, report
 from parity_tests.comparison import QUANTITIES, Comparison
+from tests import scale_record
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "examples", "parity_tests")
@@ -159,6 +160,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     ),
     "parity report": lambda: report.draw(SERIES),
     "comparison": lambda: comparison().figure(),
+    "scale": lambda: scale.draw(scale_record.content()),
 }
 
 

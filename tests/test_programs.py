@@ -24,6 +24,7 @@ FOLDERS = ("benchmarks", "distributions", "docs", "examples", "parity_tests", "t
 LIGHT = (
     "benchmarks.attention_kernel",
     "benchmarks.gpu_model",
+    "benchmarks.scale",
     "benchmarks.tpu_model",
     "distributions.__main__",
     "examples.overfit.__main__",
