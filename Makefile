@@ -76,6 +76,7 @@ bench-optimizers: $(READY_DEV)  ## Compare each optimizer with Optax's, at 100 M
 bench-models: $(READY_DEV)  ## Estimate dropout on TPUs and GPUs with their compilers, if installed
 	$(RUN) -m benchmarks.tpu_model $(ARGS)
 	$(RUN) -m benchmarks.gpu_model $(ARGS)
+	$(RUN) -m benchmarks.attention_kernel $(ARGS)
 
 compare: $(READY_DEV)  ## Check each cell of the comparison with other libraries
 	$(RUN) -m benchmarks.comparison $(ARGS)

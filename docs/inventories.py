@@ -211,8 +211,8 @@ PROJECTS = {
         "",
         {
             "library/collections.abc.html#{name}": """
-                collections.abc.Callable collections.abc.Iterable collections.abc.Iterator
-                collections.abc.Mapping collections.abc.Sequence""",
+                collections.abc.Callable collections.abc.Hashable collections.abc.Iterable
+                collections.abc.Iterator collections.abc.Mapping collections.abc.Sequence""",
             "library/contextlib.html#{name}": "contextlib.AbstractContextManager",
             "library/exceptions.html#{name}": """
                 AssertionError ImportError KeyError NotImplementedError RuntimeError TypeError

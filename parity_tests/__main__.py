@@ -4,6 +4,7 @@
     python -m parity_tests --quick    # fewer draws and steps
     python -m parity_tests --list     # the checks by name
     python -m parity_tests --only masks dropout
+    python -m parity_tests certify --help    # compare a script of your own with its port
 
 Exit code: 0 if everything that ran agrees, 1 if anything differs or nothing ran.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 import time
 from collections.abc import Sequence
 
@@ -20,13 +22,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 from parity_tests import output, report
+from parity_tests.certify import program
 from parity_tests.checks import Check, all_checks
 from parity_tests.report import Entry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the checks and return the exit code."""
-    options = _parser().parse_args(argv)
+    """Run the checks, or certify a port, and return the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["certify"]:
+        return program.main(words[1:])
+    options = _parser().parse_args(words)
     console = Console()
     checks = [check for check in all_checks() if _wanted(check, options.only)]
     if options.list:

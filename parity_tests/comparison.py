@@ -148,8 +148,13 @@ class Comparison:
                 pictures.plot_differences(
                     below, steps, values, label=label, linestyle=style, color=color
                 )
+        bounds = self._shown_bounds()
+        values = itertools.chain.from_iterable(self.deviations.values())
+        if bounds and not any(0 < value < float("inf") for value in values):
+            # Without a point, there is no scale.
+            below.set_ylim(min(bounds) / 10, max(bounds) * 10)
         for style, (bound, quantities) in zip(
-            itertools.cycle((":", "-.")), self._shown_bounds().items(), strict=False
+            itertools.cycle((":", "-.")), bounds.items(), strict=False
         ):
             label = f"bound of {quantities}" if quantities else "bound"
             below.axhline(bound, color=palette.ink, linestyle=style, label=label)

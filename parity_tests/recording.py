@@ -127,7 +127,10 @@ class Recorder:
         """Record the draws inside; enter it once around a loop, since each entry recompiles."""
         in_jax, in_torch = self._events
         if self._model is not None and self._generator is not None:
-            watching = seeded.observing(self._model, self._generator, in_torch.append)
+            paths = seeded.paths_of(self._model)
+            watching = seeded.observing(
+                lambda module: paths.get(id(module)), self._generator, in_torch.append
+            )
             with _x64_in_all_threads(), regjax.observing(in_jax.append), watching:
                 yield
             return
@@ -143,10 +146,10 @@ class Recorder:
         """Return the draws of JAX and of PyTorch since the last call, each in program order."""
         jax.effects_barrier()
         if self._generator is not None:
-            in_jax, self.draws = self._events[0].copy(), _once(self._events[1])
+            in_jax, self.draws = self._events[0].copy(), once(self._events[1])
             for events in self._events:
                 events.clear()
-            return _drawn(in_jax), _masks(self.draws)
+            return _drawn(in_jax), masks_of(self.draws)
         in_jax, in_torch = (_drawn(events) for events in self._events)
         keys = {event.site for event in self._events[1] if hasattr(event, "site")}
         # Numbers from which the model makes a mask of its own, such as `floor(keep_prob + rand)`.
@@ -195,7 +198,7 @@ def _drawn(events: Iterable[Any]) -> list[Drawn]:
     return list(found.values())
 
 
-def _once(draws: Iterable[SeededDraw]) -> list[SeededDraw]:
+def once(draws: Iterable[SeededDraw]) -> list[SeededDraw]:
     """Return the draws without those that a checkpoint repeats."""
     found = {}
     for draw in draws:
@@ -204,7 +207,7 @@ def _once(draws: Iterable[SeededDraw]) -> list[SeededDraw]:
     return list(found.values())
 
 
-def _masks(draws: Iterable[SeededDraw]) -> list[Drawn]:
+def masks_of(draws: Iterable[SeededDraw]) -> list[Drawn]:
     """Return the masks; the site of the second one in a module is `"attention, mask 2"`."""
     counts, found = collections.Counter[str](), []
     for draw in draws:

@@ -44,10 +44,10 @@ class Stream:
     @functools.cached_property
     def _backward(self) -> np.ndarray:
         """Return the words from the seed to the beginning of the step; none if they are too far."""
-        seed = int(self._start[:8].view(np.uint64)[0])
-        history = seeded.words(seeded.state_of_seed(seed), HISTORY)
-        start = _find(history, seeded.key_of(self._start))
-        return history[: 0 if start is None else start + 1]
+        start = seeded.state_of_seed(seeded.seed_of(self._start))
+        history = seeded.words(start, HISTORY)
+        place = _find(history, seeded.key_of(self._start))
+        return history[: 0 if place is None else place + 1]
 
     def locate(self, key: tuple[int, int]) -> int | None:
         """Return the position of two words, 0 at the beginning of the step, or None."""

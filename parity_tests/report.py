@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 import textwrap
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parity_tests import pictures
+from parity_tests import pages, pictures
 from parity_tests.checks import Check, Outcome
 from parity_tests.output import write_atomically
 from regshared.versions import versions
@@ -137,59 +136,25 @@ def as_markdown(entries: Sequence[Entry]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>Parity of regjax and regtorch</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem }}
-body {{ margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; font-size: 14px; width: 100% }}
-th, td {{ border-bottom: 1px solid #ccc; padding: .35rem .6rem; text-align: left }}
-.agrees {{ color: #00602b }} .differs {{ color: #b00020; font-weight: bold }}
-.skipped {{ color: #666 }} img {{ max-width: 100% }}
-</style>
-<h1>Parity of regjax and regtorch</h1>
-<p>{summary}</p>
-<table><thead><tr>{head}</tr></thead><tbody>
-{rows}
-</tbody></table>
-{plots}
-<h2>Verified promises</h2>
-<dl>
-{promises}
-</dl>
-<h2>Versions</h2>
-<p>{versions}</p>
-</html>
-"""
-
-
 def as_html(entries: Sequence[Entry]) -> str:
     """Return a standalone page: the table, a plot of the comparisons step by step, versions."""
-    rows = "\n".join(
-        f'<tr class="{entry.result}">'
-        + "".join(f"<td>{html.escape(cells(entry).get(name, ''))}</td>" for name in HEADINGS)
-        + "</tr>"
-        for entry in entries
-    )
+    rows = [(e.result, [cells(e).get(name, "") for name in HEADINGS]) for e in entries]
     series = {
         f"{entry.check.name}: {name}" if len(entry.outcome.series) > 1 else entry.check.name: values
         for entry in entries
         if entry.outcome is not None
         for name, values in entry.outcome.series.items()
     }
-    return _PAGE.format(
-        summary=html.escape(summary(entries)),
-        head="".join(f"<th>{html.escape(name)}</th>" for name in HEADINGS),
-        rows=rows,
-        plots=_plots(series) if series else "",
-        promises="\n".join(
-            f"<dt>{html.escape(e.check.name)}</dt><dd>{html.escape(e.check.promise)}</dd>"
-            for e in entries
-        ),
-        versions=html.escape(", ".join(f"{name} {v}" for name, v in versions().items())),
-    )
+    parts = [
+        f"<p>{html.escape(summary(entries))}</p>",
+        pages.table(HEADINGS, rows),
+        _plots(series) if series else "",
+        "<h2>Verified promises</h2>",
+        pages.definitions([(entry.check.name, entry.check.promise) for entry in entries]),
+        "<h2>Versions</h2>",
+        f"<p>{html.escape(', '.join(f'{name} {v}' for name, v in versions().items()))}</p>",
+    ]
+    return pages.page("Parity of regjax and regtorch", "\n".join(parts))
 
 
 def summary(entries: Sequence[Entry]) -> str:
@@ -209,11 +174,8 @@ def summary(entries: Sequence[Entry]) -> str:
 
 
 def _plots(series: Mapping[str, Sequence[float]]) -> str:
-    source = base64.b64encode(pictures.png(draw(series))).decode()
     text = f"{ABOUT}, for {len(series)} runs: {', '.join(series)}"
-    return (
-        f'<h2>Step by step</h2><img alt="{html.escape(text)}" src="data:image/png;base64,{source}">'
-    )
+    return f"<h2>Step by step</h2>\n{pages.image(draw(series), text)}"
 
 
 @pictures.styled

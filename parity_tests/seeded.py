@@ -87,6 +87,11 @@ def state_of_seed(seed: int) -> np.ndarray:
     return state_of(torch.Generator().manual_seed(seed))
 
 
+def seed_of(state: np.ndarray) -> int:
+    """Return the seed that the bytes of a state contain."""
+    return int(read_fields(state)["seed"])
+
+
 def words(state: np.ndarray, count: int) -> np.ndarray:
     """Return the next words of the stream from a state, which stays as it is."""
     fields, stream = read_fields(state), np.random.MT19937(0)
@@ -103,20 +108,29 @@ def key_of(state: np.ndarray) -> tuple[int, int]:
     return high, low
 
 
+def paths_of(model: torch.nn.Module) -> dict[int, str]:
+    """Return the path of each module of a model, by identity; that of the root is empty."""
+    return {id(m): plain_name(name) for name, m in unwrapped(model).named_modules()}
+
+
 @contextlib.contextmanager
 def observing(
-    model: torch.nn.Module, generator: torch.Generator, record: Callable[[SeededDraw], None]
+    path: Callable[[torch.nn.Module], str | None],
+    generator: torch.Generator,
+    record: Callable[[SeededDraw], None],
 ) -> Iterator[None]:
-    """Pass `record` every draw of a model from a generator, in order."""
-    paths = {id(m): plain_name(name) for name, m in unwrapped(model).named_modules()}
+    """Pass `record` every draw from a generator, in order.
+
+    Args:
+        path: Return the path of a module that is entered. The root has none, and neither has a
+            module that is not a part of the model.
+        generator: The generator.
+        record: Called with each draw.
+    """
     stack: list[str] = []
 
-    def name(module: torch.nn.Module) -> str:
-        # The root has no path, and a module that is not a part of the model has none either.
-        return paths.get(id(module)) or type(module).__name__
-
     def enter(module: torch.nn.Module, args: Any) -> None:
-        stack.append(name(module))
+        stack.append(path(module) or type(module).__name__)
         if isinstance(module, _DropoutNd) and module.training and module.p in (0, 1):
             shapes = [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]
             key = key_of(state_of(generator))

@@ -10,12 +10,14 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from parity_tests import reference
 from parity_tests.frameworks import FRAMEWORKS, Framework
 from parity_tests.tables import both_frameworks
+from regjax import torch_random
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ MASKS = [
     Golden("packed_bernoulli", 2**32 - 1, 0.7, (32, 160), "2b4dbcf6896015a8", {"bits": 32}),
 ]
 BITS = [4070199207, 4202968722, 1427181096, 2012915765]  # of key(0), shape (4,)
+COMPILED = "20e5cb45985f0b53"
 SITE_KEYS = {
     (0, 0, "hidden"): (944907536, 2436547292),
     (1, 2**40 + 5, "encoder/3/attention"): (4111423822, 2638670820),
@@ -66,6 +69,13 @@ def test_masks(framework: Framework, golden: Golden):
 def test_site_keys(framework: Framework, arguments, words):
     seed, step, site = arguments
     assert framework.words(framework.library.site_key(framework.key(seed), step, site)) == words
+
+
+def test_compiled_dropout():
+    """The masks of `torch.compile` on a CPU, which a slow test compares with PyTorch's."""
+    y, g = torch_random.compiled_dropout(jnp.ones((33, 65)), 0.3, torch_random.generator(7))
+    assert hashlib.sha256(np.packbits(y != 0).tobytes()).hexdigest()[:16] == COMPILED
+    assert int(g.position) == 2
 
 
 def test_bits():

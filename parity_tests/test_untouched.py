@@ -452,6 +452,67 @@ def test_a_loss_that_differs_is_repeated_in_float64_with_the_same_masks():
     assert torch.equal(end, torch.get_rng_state())
 
 
+def test_a_generator_off_the_cpu_is_refused():
+    class Elsewhere(torch.Generator):  # PyTorch makes none without a GPU
+        @property
+        def device(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+            return torch.device("cuda", 1)
+
+    with pytest.raises(ValueError, match=r"must be on the CPU; got one on cuda:1\. Compare on"):
+        compare_training(port(), with_generator(Elsewhere()), batches(), NAMES)
+
+
+def not_threaded(x, g):
+    return twice(x, g)[0], g
+
+
+def used_twice(x, g):
+    x, _ = dropout(x, 0.25, g)
+    return dropout(jnp.tanh(x), 0.5, g)
+
+
+def of_the_first_dropout(x, g):
+    y, following = dropout(x, 0.25, g)
+    return dropout(jnp.tanh(y), 0.5, following)[0], following
+
+
+# For each mistake with the generator in a training: the step, the quantity, its name, and words.
+THREADS = {
+    "the generator as it was": (
+        not_threaded,
+        (1, "generator", "state", "JAX is 128 words of 32 bits behind in the stream, as many as"),
+    ),
+    "one state for two dropouts": (
+        used_twice,
+        (
+            1,
+            "mask",
+            "second",
+            "JAX draws it from the state that the mask of 'first' was drawn from",
+        ),
+    ),
+    "the generator after the first of two dropouts": (
+        of_the_first_dropout,
+        (1, "generator", "state", "as many as PyTorch draws by bernoulli_ of shape [4, 8] in 'sec"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if number else ())
+        for number, name in enumerate(THREADS)
+    ],
+)
+def test_a_generator_that_is_not_threaded_is_found(name):
+    forward, (*place, words) = THREADS[name]
+    first = compare_training(port(forward), original(), batches(), NAMES).first
+    assert first is not None
+    assert [first.step, first.quantity, first.name] == place
+    assert words in first.detail
+
+
 def converted():
     side = original()
     return TorchSide(

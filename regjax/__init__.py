@@ -4,6 +4,7 @@
 """
 
 from regjax import interop, keyed, optim, torch_random
+from regjax._certificate import MaskCertificate, certify_masks
 from regjax._decay.param_trees import DecayTable, decay_mask, decay_rates, decay_table
 from regjax._decay.penalty import elastic_net_penalty, l1_penalty, l2_penalty, l2_sp_penalty
 from regjax._dropout.alpha import alpha_dropout, feature_alpha_dropout
@@ -34,6 +35,7 @@ __all__ = [
     "DropoutGuard",
     "DropoutProblem",
     "DropoutReport",
+    "MaskCertificate",
     "MaskRelation",
     "Prediction",
     "__version__",
@@ -41,6 +43,7 @@ __all__ = [
     "audit_masks",
     "bernoulli",
     "by_example",
+    "certify_masks",
     "check_dropout",
     "constant_rate",
     "cosine_rate",

@@ -31,6 +31,8 @@ __all__ = [
     "loops_of",
     "make_user_context",
     "scan_linear",
+    "type_like",
+    "vary_together",
 ]
 
 # `fori_loop` and `map` call one of these, too.
@@ -121,3 +123,30 @@ def scan_linear(
 
     (_, final), ys = lax.scan(through_the_carry, (linear, init), xs)
     return final, ys
+
+
+def type_like(shape: tuple[int, ...], dtype: Any, array: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return the type of an array that varies over the axes of a `shard_map` as another does."""
+    name = "vma" if hasattr(jax.typeof(array), "vma") else "manual_axis_type"
+    return jax.ShapeDtypeStruct(shape, dtype, **{name: getattr(jax.typeof(array), name)})
+
+
+def vary_together(tree: Any) -> Any:
+    """Return arrays that all vary over the axes of `shard_map` over which any of them varies."""
+    varying = jax.tree.map(_varying_axes, tree)
+    every = frozenset().union(*jax.tree.leaves(varying, is_leaf=lambda x: isinstance(x, frozenset)))
+
+    def vary(array: jax.Array) -> jax.Array:
+        missing = tuple(sorted(every - _varying_axes(array)))
+        if not missing:
+            return array
+        if hasattr(lax, "pcast"):  # since JAX 0.9
+            return lax.pcast(array, missing, to="varying")
+        return lax.pvary(array, missing)  # pyright: ignore[reportAttributeAccessIssue]
+
+    return jax.tree.map(vary, tree)
+
+
+def _varying_axes(array: jax.Array) -> frozenset[Any]:
+    kind = jax.typeof(array)
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying

@@ -264,6 +264,7 @@ def _summary(sampled: SampledDraw) -> MaskSummary:
         values=array("d", values[np.isfinite(values)].tobytes()),
         digits=float(jnp.finfo(draw.entering.dtype).eps),
         segments=segments,
+        examples=draw.examples,
     )
 
 

@@ -107,6 +107,7 @@ class MaskSummary:
         segments: Other elements of the mask, for a search for copies.
         remade: Whether a checkpoint drew it, in the backward pass.
         is_stable: Whether the mask was the same when it was drawn again for the same values.
+        examples: The numbers that `by_example` drew it for; None for any other mask.
     """
 
     order: int
@@ -124,6 +125,7 @@ class MaskSummary:
     segments: Sequence[tuple[Segment, bytes]] = ()
     remade: bool = False
     is_stable: bool = True
+    examples: tuple[int, ...] | None = None
 
 
 class DropoutFinding(NamedTuple):
@@ -254,6 +256,8 @@ def _named(drawn: MaskSummary, keys: Mapping[tuple[int, int], SiteKey]) -> MaskS
 def _same_values(drawn: MaskSummary, other: MaskSummary) -> bool:
     if drawn.shape != other.shape or len(drawn.values) != len(other.values):
         return False
+    if drawn.examples != other.examples:
+        return False
     # Half the digits, which is more than a compiler's fusion changes by rounding.
     bound = drawn.digits**0.5 * math.hypot(*drawn.values)
     return math.dist(drawn.values, other.values) <= bound
@@ -327,7 +331,9 @@ def _reused_keys(steps: Sequence[Step]) -> Iterator[DropoutFinding]:
             if len(times) > 1:
                 seen = f"{key} drew in {_step_numbers(times)}"
                 found[DropoutProblem.SAME_MASK, (site,)].append(seen)
-            if (most := max(times.values())) > 1:
+            # Parts of one batch, drawn by example, share a key.
+            turns = Counter((n, drawn.examples) for n, drawn in at_key if drawn.site == site)
+            if (most := max(turns.values())) > 1:
                 seen = f"{key} drew {most} times in a step"
                 found[DropoutProblem.REPEATED_MASK, (site,)].append(seen)
         if len(sites) > 1:

@@ -249,6 +249,7 @@ def _summary(sampled: SampledDraw) -> MaskSummary:
         values=array("d", values[values.isfinite()].tolist()),
         digits=torch.finfo(draw.entering.dtype).eps,
         segments=segments,
+        examples=draw.examples,
         remade=draw.remade,
     )
 

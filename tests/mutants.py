@@ -58,7 +58,8 @@ OPERATORS = (
 
 # The test files or tests of each file, starting with those that kill the most mutants per time.
 _GOLDEN = "parity_tests/test_golden.py"
-_BITS = [_GOLDEN, "tests/test_random_core.py"]
+_PARTS = "tests/test_parts_core.py"
+_BITS = [_GOLDEN, "tests/test_random_core.py", _PARTS]
 _KEYS = [
     _GOLDEN,
     "tests/test_keys_core.py",
@@ -68,12 +69,14 @@ _MASKS = [
     _GOLDEN,
     "tests/test_masks_core.py",
     "parity_tests/test_masks.py::test_a_mask_can_be_read_at_any_index",
+    _PARTS,
 ]
 _PACKED = [
     _GOLDEN,
     "tests/test_packed_core.py",
     "parity_tests/test_packed.py::test_wrong_bits_are_refused_by_value",
     "tests/test_masks_core.py::test_a_sampler_may_say_what_it_keeps",
+    _PARTS,
 ]
 _DROPOUT = ["tests/test_dropout_core.py", "parity_tests/test_corners.py"]
 _JAX_DROPOUT = "tests/regjax/test_dropout.py"
@@ -100,6 +103,7 @@ TESTS = {
         *_PACKED,
         f"{_LAYOUTS}test_packed_masks_ask_for_indices_in_place",
     ],
+    "regjax/_random/by_example.py": ["parity_tests/test_by_example.py"],
     "regjax/_random/xla.py": [
         "tests/regjax/test_xla.py",
         "tests/regjax/test_noise.py::test_no_product_is_joined_with_a_sum",
@@ -136,6 +140,7 @@ TESTS = {
     ],
     "regtorch/_random/bernoulli.py": _MASKS,
     "regtorch/_random/packed.py": _PACKED,
+    "regtorch/_random/by_example.py": ["parity_tests/test_by_example.py"],
     "regtorch/_dropout/core.py": [*_DROPOUT, "tests/regtorch/test_transforms.py"],
     "regtorch/_decay/paths.py": ["tests/regtorch/test_penalty.py"],
     "regtorch/_decay/validation.py": [

@@ -33,7 +33,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [*sorted((DOCS / "howto").glob("*.md")), DOCS / "decay_rules.md"]
 RECIPES = [page for page in PAGES if page.stem != "index"]
 # Seconds of one core: about 8 each, and the others together 21.
-SLOW = {"compare_two_runs", "swap_the_import"}
+SLOW = {"certify_a_port", "compare_two_runs", "swap_the_import"}
 # tests/zoo runs these pages, which import timm and transformers.
 IN_ZOO = ("port_a_huggingface_model", "port_a_timm_model")
 KINDS = ("python", "pycon", "diff", "sh", "text", "hidden", "ebnf")
@@ -136,7 +136,10 @@ def run_commands(text: str) -> None:
         module = importlib.import_module(words[2])
         if hasattr(module, "__path__"):
             module = importlib.import_module(f"{words[2]}.__main__")
-        module._parser().parse_args(words[3:])
+        options = words[3:]
+        if options[:1] == ["certify"]:
+            module, options = importlib.import_module(f"{words[2]}.certify.program"), options[1:]
+        module._parser().parse_args(options)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ PROGRAMS = (
         f"benchmarks.{name}"
         for name in (
             "attention",
+            "attention_kernel",
             "comparison",
             "dropout_speed",
             "gpu_model",

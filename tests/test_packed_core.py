@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,9 @@ def test_words_after_the_last_bit_of_the_threshold_are_not_drawn(
     key = tuple(
         framework.array(np.zeros((), "uint32" if framework is JAX else "int32")) for _ in range(2)
     )
-    place = [jax_packed.Group((64, 3), 0, None)] if framework is JAX else [(2, 3), (None, None)]
+    place: Any = (
+        [jax_packed.Group((64, 3), 0, None)] if framework is JAX else [(2, 3), (None, None)]
+    )
     words = framework.numpy(packed._compared(key, threshold, bits, *place))
     assert (words.shape, len(drawn)) == ((2, 3), BLOCKS[threshold, bits])
     for pair, (high, low) in enumerate(reversed(drawn)):

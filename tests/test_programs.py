@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "distributions", "docs", "examples", "parity_tests", "tests")
 # `--help` of the others imports a framework.
 LIGHT = (
+    "benchmarks.attention_kernel",
     "benchmarks.gpu_model",
     "benchmarks.tpu_model",
     "distributions.__main__",
@@ -32,6 +33,7 @@ LIGHT = (
     "examples.recurrent_dropout.__main__",
     "examples.sharded_lm.__main__",
     "examples.sharded_lm.equality",
+    "examples.torch_ddp",
     "examples.uncertainty.__main__",
     "tests.mutants",
     "tests.sweep.__main__",

@@ -53,6 +53,7 @@ def test_every_public_function_is_swept(library):
     swept = {part for call in calls(package) for part in re.split("[ .]", call.name)}
     states = {"ScaleByNadamState", "ScheduledMomentumState"}
     results = {"DecayHandle", "DecayTable", "DropoutProblem", "DropoutReport", "MaskRelation"}
-    results |= {"Prediction"}
-    assert public - swept <= states | results
+    results |= {"MaskCertificate", "Prediction"}
+    elsewhere = {"certify_masks"}  # starts processes; see test_certificate.py
+    assert public - swept <= states | results | elsewhere
     assert public - states - results

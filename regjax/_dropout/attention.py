@@ -24,6 +24,7 @@ from regjax._dropout.core import (
     real_dtype,
     require_key,
 )
+from regjax._dropout.pallas_attention import check_supported, is_default, kernel_attention
 from regjax._dropout.scores import Scores, mixed_values, softmax, with_rank
 from regjax._random.bernoulli import (
     EXACT,
@@ -36,7 +37,7 @@ from regjax._random.by_example import check_batch_axis
 from regjax._random.events import observer
 from regjax._random.packed import mask_sampler
 from regjax._random.threefry import at_most
-from regshared.checks import check_bool, check_integer, describe
+from regshared.checks import check_bool, check_choice, check_integer, describe
 from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def dot_product_attention(
     is_causal: bool = False,
     scale: ArrayLike | None = None,
     block_size: int | None = None,
+    implementation: str | None = None,
     sampler: Sampler = bernoulli,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
@@ -108,6 +110,12 @@ def dot_product_attention(
         scale: The factor of the products, `1 / sqrt(depth)` by default. A traced scalar multiplies
             the query instead, so that it can be learned; NaN then gives NaN.
         block_size: The number of keys per block; without it, all keys at once.
+        implementation: "xla", or "pallas" for kernels on TPUs that store neither scores nor mask.
+            By default the kernels on a TPU where they apply, else XLA. The mask is the same. The
+            kernels take float32 and bfloat16, depths from 64 to 256 in multiples of 8, and no
+            `bias`, `module` or `block_size`; of a mesh, all axes must be explicit or manual. Their
+            result rounds as `block_size` does, and has no forward-mode derivative: pass "xla" for
+            `jax.jvp`.
         sampler: The function that draws the mask; see `dropout`. `packed_bernoulli` packs along the
             heads, queries or batch, never along the keys. With `block_size`, a function of your own
             is rejected: it can only draw the whole mask. The numbers of `by_example` belong to a
@@ -127,7 +135,10 @@ def dot_product_attention(
             has numbers other than 0 and 1 (a traced one is not checked), or as `dropout`.
         ValueError: Shapes do not fit, with the argument named; `scale` is not finite; `block_size`
             is below 1, or given along with `module`; `sampler` draws no blocks; an einsum is given;
-            or as `dropout`. A traced rate out of range gives NaN.
+            the kernels do not support an argument of `implementation="pallas"`; or as `dropout`. A
+            traced rate out of range gives NaN.
+        NotImplementedError: A program with `implementation="pallas"` is compiled for another
+            platform than a TPU.
 
     Note (PyTorch):
         `regtorch.dot_product_attention` has this layout, and with the same key the same mask.
@@ -173,6 +184,7 @@ def dot_product_attention(
         is_causal=is_causal,
         scale=scale,
         block_size=block_size,
+        implementation=implementation,
         sampler=drawn_by,
         dtype=dtype,
         precision=precision,
@@ -197,6 +209,7 @@ def attend(
     is_causal: bool = False,
     scale: ArrayLike | None = None,
     block_size: int | None = None,
+    implementation: str | None = None,
     sampler: MaskSampler = EXACT,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
@@ -232,6 +245,33 @@ def attend(
         is_causal=check_bool("is_causal", is_causal),
         precision=precision,
     )
+    zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
+    arrays, drawn_by = (query, key, value), getattr(make_mask(()), "sampler", None)
+    check_kernels = functools.partial(check_supported, drawn_by, scores, arrays, bias, module)
+    if _check_implementation(implementation, block_size) == "pallas":
+        check_kernels()
+        plain = functools.partial(
+            kernel_attention, scores, arrays, mask, is_shared=broadcast_dropout
+        )
+        drop = functools.partial(plain, drawn_by, one_key, rate) if one_key is not None else zeros
+        return plain() if evaluates else _unless(flag, drop, plain)
+    if implementation is None and block_size is None and is_default(check_kernels):
+        either = functools.partial(
+            attend,
+            make_mask,
+            *arrays,
+            mask=mask,
+            dropout_rng=one_key,
+            dropout_rate=rate,
+            deterministic=flag,
+            broadcast_dropout=broadcast_dropout,
+            is_causal=is_causal,
+            scale=factor,
+            sampler=sampler,
+            precision=precision,
+        )
+        kernels, xla = (functools.partial(either, implementation=x) for x in ("pallas", "xla"))
+        return lax.platform_dependent(tpu=kernels, default=xla)
     if block_size is None:
         weights = _weights(scores, query, key, bias, mask)
         if module is not None:
@@ -263,15 +303,30 @@ def attend(
     if evaluates:
         return in_blocks()
     if one_key is None:
-        zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
-        return zeros() if flag is False else lax.cond(flag, in_blocks, zeros)
+        return _unless(flag, zeros, in_blocks)
     recorded = None
     if observers := observer():
         plan = blocks.plan(query, rate)
         ticket = observers.expect_blocks("dot_product_attention", plan)
         recorded = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
     drop = functools.partial(in_blocks, one_key, rate, recorded)
-    return drop() if flag is False else lax.cond(flag, in_blocks, drop)
+    return _unless(flag, drop, in_blocks)
+
+
+def _unless(flag: Any, drop: Callable[[], Array], plain: Callable[[], Array]) -> Array:
+    """Return `plain()` where a flag is set, and `drop()` elsewhere."""
+    return drop() if flag is False else lax.cond(flag, plain, drop)
+
+
+def _check_implementation(implementation: str | None, block_size: int | None) -> str | None:
+    if implementation is not None:
+        implementation = check_choice("implementation", implementation, ("xla", "pallas"))
+    if implementation == "pallas" and block_size is not None:
+        raise ValueError(
+            "block_size must be None with implementation='pallas', whose tiles do not change the "
+            f"result's mask; got {block_size}. Omit one of the two."
+        )
+    return implementation
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -134,7 +134,7 @@ def _attend(
         words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
         call = BlockwiseCall(ticket, words, inputs, off)
         record_block = functools.partial(observers.block, call)
-        record_end = functools.partial(observers.end, call, rate)
+        record_end = functools.partial(observers.end, call, rate, draw.sampler.numbers)
     (top, total, result), _ = lax.scan(block, start, blocks.firsts())
     seen = total > 0
     total = jnp.where(seen, total, 1)
@@ -212,7 +212,7 @@ def blockwise(
         # A number shows the packed sampler which words it needs. The exact one needs all bits, and
         # one program then serves every rate.
         is_static = isinstance(keep_prob, float) and sampler is not EXACT
-        share = _Number(keep_prob) if is_static else jnp.asarray(keep_prob, np.float32)
+        share = _Number(float(keep_prob)) if is_static else jnp.asarray(keep_prob, np.float32)
         draw = _Draw(sampler, words, share, recorded)
         realized = sampler.realized_keep_prob(keep_prob)
         realized = realized.astype(wide) if isinstance(realized, jax.Array) else realized

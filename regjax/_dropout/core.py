@@ -148,7 +148,9 @@ def apply_dropout(
         if observers := observer():
             jitted = _masked_at_number if is_number else _masked_at_tracer
             dropped, keep = jitted(spec, x, one_key, rate)
-            observers.draw(spec.name, key_words(one_key), rate, keep, x, deterministic)
+            examples = spec.sampler.numbers if isinstance(spec, SampledMask) else None
+            words = key_words(one_key)
+            observers.draw(spec.name, words, rate, keep, x, deterministic, examples)
             return dropped
         return mask_and_scale(spec, x, one_key, rate)
 
@@ -256,8 +258,13 @@ class SampledMask:
         return jnp.where(keep, kept, fill).astype(x.dtype), keep
 
 
+@jax.tree_util.register_static
+class _StaticMask(SampledMask):
+    """A mask that depends on no other array: as a single static node it is dispatched sooner."""
+
+
 # Made once: an eager call on a few elements takes microseconds.
-_ELEMENTWISE = SampledMask("dropout", mask_sampler(bernoulli))
+_ELEMENTWISE = _StaticMask("dropout", mask_sampler(bernoulli))
 
 
 def keep_mask(

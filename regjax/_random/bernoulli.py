@@ -124,6 +124,11 @@ class MaskSampler:
         high = jnp.zeros_like(examples.low) if examples.high is None else examples.high
         return jax.vmap(row)(high, examples.low)
 
+    @property
+    def numbers(self) -> Places | None:
+        """The numbers of the examples that it draws, for observers; None for a whole mask."""
+        return None
+
     def check_fit(self, shape: tuple[int, ...], shared: tuple[int, ...]) -> None:
         """Raise a ValueError if no mask fits x of this shape, where dimensions may share one."""
 
@@ -150,6 +155,11 @@ class ExactSampler(MaskSampler):
     """The sampler behind `bernoulli`."""
 
     draws_parts = True
+    bits = _MANTISSA
+
+    def threshold(self, keep_prob: float | Float[Array, ""]) -> np.uint32 | UInt32[Array, ""]:
+        """Return how many of the `2**bits` equally likely integers are kept."""
+        return _threshold(keep_prob)
 
     def draw(
         self,

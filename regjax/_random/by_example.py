@@ -109,6 +109,10 @@ class ExampleSampler(MaskSampler):
         return self.function.draws_parts
 
     @property
+    def numbers(self) -> Places:
+        return self.examples
+
+    @property
     def is_single(self) -> bool:
         """Whether `x` is one example, without a dimension for examples."""
         return not self.examples.low.ndim

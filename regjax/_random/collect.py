@@ -86,6 +86,7 @@ class BlockwiseDraw:
         self.mask = Collected(plan.mask, sample, observed_segments(plan.mask, sample))
         self.weights = Collected(plan.scores, sample)
         self.rate: float | None = None
+        self.examples: tuple[int, ...] | None = None
         self._plan = plan
         self._firsts: set[int] = set()
 
@@ -99,12 +100,12 @@ class BlockwiseDraw:
         self._finish()
         return True
 
-    def add_end(self, rate: float, log_total: np.ndarray) -> bool:
-        """Store the rate and row sums unless already stored; return whether this call did so."""
+    def add_end(self, rate: float, log_total: np.ndarray, examples: tuple[int, ...] | None) -> bool:
+        """Store what belongs to all blocks unless already stored; return whether this call did."""
         if self.rate is not None:
             return False
         self.rate = rate if self._plan.rate is None else self._plan.rate
-        self._log_total = log_total
+        self._log_total, self.examples = log_total, examples
         self._finish()
         return True
 

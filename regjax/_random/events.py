@@ -50,6 +50,7 @@ class Draw:
             and the frameworks.
         scope: The names of the enclosing modules, `"encoder/layer_0"`, where the framework passes
             them to JAX, as Linen and Haiku do, or `jax.named_scope` does.
+        examples: The numbers that `by_example` drew the mask for; None for any other mask.
     """
 
     order: int
@@ -60,6 +61,7 @@ class Draw:
     function: str
     where: str
     scope: str
+    examples: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +98,19 @@ class Observer:
         return _Call(next(self._orders), function, where, scope)
 
     def draw(
-        self, call: _Call, key: tuple[int, int], rate: float, mask: np.ndarray, entering: np.ndarray
+        self,
+        call: _Call,
+        key: tuple[int, int],
+        rate: float,
+        mask: np.ndarray,
+        entering: np.ndarray,
+        examples: tuple[int, ...] | None,
     ) -> None:
         """Record a mask that was applied at once."""
         segments = observed_segments(mask.shape, self._sample)
         kept = Collected(mask.shape, self._sample, segments).add(mask)
         values = Collected(entering.shape, self._sample).add(entering)
-        self._record_draw(call, key, rate, kept, values)
+        self._record_draw(call, key, rate, kept, values, examples)
 
     def expect_blocks(self, ticket: int, call: _Call, plan: BlockwisePlan) -> None:
         """Register the call whose blocks arrive under a ticket."""
@@ -133,17 +141,24 @@ class Observer:
                 if not waiting:
                     del self._unfinished[ticket, key, inputs]
         if draw.rate is not None and draw.is_complete():
-            self._record_draw(call, key, draw.rate, draw.mask, draw.weights)
+            arrays = draw.mask, draw.weights
+            self._record_draw(call, key, draw.rate, *arrays, draw.examples)
 
     def forget_unfinished(self) -> None:
         """Discard the pieces that a failed program left behind."""
         self._unfinished.clear()
 
     def _record_draw(
-        self, call: _Call, key: tuple[int, int], rate: float, mask: Collected, entering: Collected
+        self,
+        call: _Call,
+        key: tuple[int, int],
+        rate: float,
+        mask: Collected,
+        entering: Collected,
+        examples: tuple[int, ...] | None,
     ) -> None:
         names = call.function, call.where, call.scope
-        draw = Draw(call.order, key, rate, mask.values, entering.values, *names)
+        draw = Draw(call.order, key, rate, mask.values, entering.values, *names, examples)
         if self._sample is None:
             self.record(draw)
         else:
@@ -191,20 +206,24 @@ class Observers:
         mask: Array,
         entering: Inexact[Array, "*shape"],
         off: Any = False,
+        examples: Any = None,
     ) -> None:
-        """Record the mask that a dropout applies; where `off` is True, the result is not used."""
+        """Record the mask that a dropout applies; where `off` is True, the result is not used.
+
+        `examples` are the words of the numbers that the mask was drawn for.
+        """
         calls = self._calls(function)
         exact = rate if isinstance(rate, float) else None  # an operand is rounded to float32
 
-        def record(key: Pair, rate: Any, mask: Any, entering: Any, off: Any) -> None:
+        def record(key: Pair, rate: Any, mask: Any, entering: Any, off: Any, examples: Any) -> None:
             if off:  # under vmap of the flag, which cannot branch
                 return
             words, number = _integers(key), float(rate) if exact is None else exact
             arrays = np.asarray(mask), np.asarray(entering)
             for member, call in calls:
-                member.draw(call, words, number, *arrays)
+                member.draw(call, words, number, *arrays, _numbers(examples))
 
-        jax.debug.callback(record, key, rate, mask, entering, off)
+        jax.debug.callback(record, key, rate, mask, entering, off, examples)
 
     def expect_blocks(self, function: str, plan: BlockwisePlan) -> np.ndarray:
         """Register a mask that is applied block by block, and return the ticket of its pieces.
@@ -226,14 +245,14 @@ class Observers:
 
         jax.debug.callback(record, draw, first, keep, scores)
 
-    def end(self, draw: BlockwiseCall, rate: Any, log_total: Any) -> None:
-        """Record the rate of the blocks, and the logarithm of each row's sum."""
+    def end(self, draw: BlockwiseCall, rate: Any, examples: Any, log_total: Any) -> None:
+        """Record the rate of the blocks, their examples, and the logarithm of each row's sum."""
 
-        def record(draw: BlockwiseCall, rate: Any, log_total: Any) -> None:
-            number, total = float(rate), np.asarray(log_total)
-            self._part(draw, lambda parts: parts.add_end(number, total))
+        def record(draw: BlockwiseCall, rate: Any, examples: Any, log_total: Any) -> None:
+            number, total, rows = float(rate), np.asarray(log_total), _numbers(examples)
+            self._part(draw, lambda parts: parts.add_end(number, total, rows))
 
-        jax.debug.callback(record, draw, rate, log_total)
+        jax.debug.callback(record, draw, rate, examples, log_total)
 
     def _part(self, draw: BlockwiseCall, add: Callable[[BlockwiseDraw], bool]) -> None:
         if draw.off:
@@ -309,6 +328,15 @@ def _scope() -> str:
     from jax.extend import source_info_util
 
     return re.sub(r"\w+\(|\)", "", str(source_info_util.current_name_stack()))
+
+
+def _numbers(words: tuple[Any, Any] | None) -> tuple[int, ...] | None:
+    """Return 64-bit numbers, given as a high and a low word of each; a high word of None is 0."""
+    if words is None:
+        return None
+    low = np.ravel(words[1])
+    high = np.zeros_like(low) if words[0] is None else np.ravel(words[0])
+    return tuple([(int(h) << 32) | int(x) for h, x in zip(high, low, strict=True)])
 
 
 def _integers(words: Pair) -> tuple[int, int]:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
     from regjax._random.threefry import Layout, Part, Words
 
-_LANES = 32
+LANES = 32
 # Smaller masks cost almost nothing, and grouping only adds operations.
 _SMALLEST_PACKED = 2**12
 
@@ -56,6 +56,10 @@ class PackedSampler(MaskSampler):
     bits: int = 16
 
     draws_parts = True
+
+    def threshold(self, keep_prob: float | Float[Array, ""]) -> int | Float[Array, ""]:
+        """Return how many of the `2**bits` integers are kept; float32, if traced."""
+        return _threshold(keep_prob, self.bits)
 
     def draw(
         self,
@@ -159,7 +163,7 @@ def packed_axis(shape: Sequence[int]) -> int | None:
     """
     if math.prod(shape) < _SMALLEST_PACKED:
         return None
-    axes = [axis for axis, size in enumerate(shape[:-1]) if size % _LANES == 0]
+    axes = [axis for axis, size in enumerate(shape[:-1]) if size % LANES == 0]
     return max(axes, key=lambda axis: (shape[axis], axis), default=None)
 
 
@@ -195,12 +199,12 @@ def _at_packed_axis(draw: Callable[[int | None], Any], shape: tuple[int, ...]) -
     if all(is_number(size) for size in shape):
         return draw(packed_axis(shape))
     axes = [
-        axis for axis, size in enumerate(shape[:-1]) if not is_number(size) or size % _LANES == 0
+        axis for axis, size in enumerate(shape[:-1]) if not is_number(size) or size % LANES == 0
     ]
     branch = longest = jnp.uint32(0)
     for number, axis in enumerate(axes, 1):
         size = product_words(shape[axis : axis + 1])[1]
-        is_longer = (size % _LANES == 0) & (size >= longest)
+        is_longer = (size % LANES == 0) & (size >= longest)
         branch = jnp.where(is_longer, np.uint32(number), branch)
         longest = jnp.where(is_longer, size, longest)
     high, low = product_words(shape)
@@ -254,16 +258,34 @@ def _compared(
     a 1 where T has a 1, or a 0 where T has a 0, decides the comparison; otherwise the lower bits
     do.
     """
-    if not isinstance(threshold, jax.Array):
-        bits_of_t = [bool(threshold >> (bits - 1 - i) & 1) for i in range(bits)]
-        # Trailing zeros of T decide nothing, and their words are not drawn.
-        needed = max((i + 1 for i in range(bits) if bits_of_t[i]), default=0)
-        everything = threshold == 2**bits
-    else:
+    bits_of_t, everything = bits_of(threshold, bits)
+    index = part_index(group.whole_words, group.words_part, group.words_sharding, in_place=True)
+    return compare_words(key, index, bits_of_t, everything)
+
+
+def bits_of(
+    threshold: int | Float[Array, ""], bits: int
+) -> tuple[list[Any], bool | Bool[Array, ""]]:
+    """Return the bits of T, the most significant first, and whether T keeps everything."""
+    if isinstance(threshold, jax.Array):
         whole = threshold.astype(jnp.uint32)
-        bits_of_t = [(whole >> np.uint32(bits - 1 - i)) & np.uint32(1) != 0 for i in range(bits)]
-        needed, everything = bits, threshold >= 2.0**bits
-    high, low = part_index(group.whole_words, group.words_part, group.words_sharding, in_place=True)
+        return word_bits(whole, bits), threshold >= 2.0**bits
+    bits_of_t = [bool(threshold >> (bits - 1 - i) & 1) for i in range(bits)]
+    # Trailing zeros of T decide nothing, and their words are not drawn.
+    needed = max((i + 1 for i in range(bits) if bits_of_t[i]), default=0)
+    return bits_of_t[:needed], threshold == 2**bits
+
+
+def word_bits(word: UInt32[Array, ""], bits: int) -> list[Bool[Array, ""]]:
+    """Return the lowest bits of a word, the most significant first."""
+    return [(word >> np.uint32(bits - 1 - i)) & np.uint32(1) != 0 for i in range(bits)]
+
+
+def compare_words(
+    key: Words, index: Words, bits_of_t: Sequence[Any], everything: bool | Bool[Array, ""]
+) -> UInt32[Array, "*words"]:
+    """Return words of 32 comparisons each, at the indices of the words; see `_compared`."""
+    (high, low), needed = index, len(bits_of_t)
     kept = jnp.zeros_like(low)
     for pair in reversed(range((needed + 1) // 2)):
         # The upper four bits of the counter number the blocks: no array has 2**60 words.
@@ -305,7 +327,7 @@ class Group:
     def whole_words(self) -> tuple[Any, ...]:
         """The shape of the words of the whole array: one 32nd along the axis."""
         # A symbolic size may not be a multiple of 32; rounded up, there is at least one word.
-        return self._replace_axis(self.whole, -(-self.whole[self.axis] // _LANES))
+        return self._replace_axis(self.whole, -(-self.whole[self.axis] // LANES))
 
     @property
     def words_part(self) -> Part:
@@ -314,11 +336,11 @@ class Group:
         if entry is None:
             return self.part
         if isinstance(entry, Places):
-            words = Places(None, entry.low // np.uint32(_LANES))
+            words = Places(None, entry.low // np.uint32(LANES))
         else:
             # Without a known start, the range may begin and end inside a word.
-            size = entry.size if self._has_whole_words else entry.size + 2 * (_LANES - 1)
-            words = Span(entry.start // _LANES, size // _LANES)
+            size = entry.size if self._has_whole_words else entry.size + 2 * (LANES - 1)
+            words = Span(entry.start // LANES, size // LANES)
         return self._replace_axis(tuple(self.part), words)
 
     @property
@@ -335,7 +357,7 @@ class Group:
         """Whether the mask is known to hold all 32 elements of each word, in order."""
         entry = self._entry
         if isinstance(entry, Span) and is_number(entry.start) and is_number(entry.size):
-            return entry.start % _LANES == 0 and entry.size % _LANES == 0
+            return entry.start % LANES == 0 and entry.size % LANES == 0
         return entry is None and is_number(self.shape[self.axis])
 
     @property
@@ -350,7 +372,7 @@ class Group:
         names = spec[self.axis]
         names = names if isinstance(names, tuple) else () if names is None else (names,)
         devices = math.prod(sharding.mesh.shape[name] for name in names)
-        if not self._has_whole_words or self.shape[self.axis] // _LANES % devices:
+        if not self._has_whole_words or self.shape[self.axis] // LANES % devices:
             spec[self.axis] = None
         return sharding.update(spec=PartitionSpec(*spec))
 
@@ -371,7 +393,7 @@ class Group:
 
     def _gathered(self, words: UInt32[Array, "*words"]) -> Bool[Array, "*shape"]:
         """Read words one element at a time, along an axis that cannot be split into words."""
-        entry, lanes = self._entry, np.uint32(_LANES)
+        entry, lanes = self._entry, np.uint32(LANES)
         sizes = [size if axis == self.axis else 1 for axis, size in enumerate(self.shape)]
         if isinstance(entry, Places):  # each element has a copy of its word
             return (words >> jnp.reshape(entry.low % lanes, sizes)) & np.uint32(1) != 0
@@ -387,7 +409,7 @@ class Group:
     ) -> Bool[Array, "*lanes"]:
         """Return each lane's bit, from words given as equal pieces, least significant first."""
         after = self.axis + 1
-        lanes = _LANES // len(parts)
+        lanes = LANES // len(parts)
         shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], lanes)
         own = []
         for part in parts:
@@ -396,7 +418,7 @@ class Group:
         if len(own) == 1:
             return own[0]
         # Unlike in a fused concatenation, an element reads only its own piece.
-        shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], _LANES)
+        shape = self._replace_axis(self.words_shape, self.words_shape[self.axis], LANES)
         # Use the slabs' layout: JAX 0.8 distinguishes no layout from a mesh that shards no axis.
         bits = jnp.zeros(shape, bool, out_sharding=jax.typeof(own[0]).sharding)
         for i, slab in enumerate(own):

@@ -140,7 +140,7 @@ def part_index(
     for axis in range(outer):
         if whole[axis] is None or not at_most(whole[axis], 1):
             words, stride = along(entries[axis], axis), product_words(whole[axis + 1 :])
-            high, base = _add_product((high, base), words, stride)
+            high, base = add_product((high, base), words, stride)
     low = base if start is None else start[1] if not outer else base + start[1]
     has_inner = False
     for axis in range(outer, len(whole)):
@@ -260,7 +260,7 @@ def _expanded(
     return expanded if layout is None else jax.sharding.reshard(expanded, layout)
 
 
-def _add_product(total: Words, along: Places, stride: tuple[Any, Any]) -> Words:
+def add_product(total: Words, along: Places, stride: tuple[Any, Any]) -> Words:
     """Return total + along * stride modulo 2**64."""
     hi, lo = total
     stride_hi, stride_lo = stride

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from regtorch._dropout.core import (
     real_dtype,
     require_key,
 )
+from regtorch._dropout.dtensor import Place, is_dtensor, on_local_heads, sampler_at
 from regtorch._dropout.scores import Scores, mixed_values, softmax
 from regtorch._random.bernoulli import Sampler, bernoulli, check_probability
 from regtorch._random.by_example import check_batch_axis
@@ -59,7 +61,8 @@ def dot_product_attention(
     `dropout`.
 
     Args:
-        query: Of shape (..., queries, heads, depth), with any number of batch dimensions.
+        query: Of shape (..., queries, heads, depth), with any number of batch dimensions. A
+            `DTensor` may be sharded along batch and heads, as key and value are.
         key: Of shape (..., keys, kv_heads, depth). Each of the `kv_heads` serves the same number of
             consecutive heads (grouped queries).
         value: Of shape (..., keys, kv_heads, features).
@@ -121,6 +124,30 @@ def dot_product_attention(
     drawn_by = mask_sampler(sampler)
     check_batch_axis(drawn_by, query.ndim - 3)
     drawn_by.check_fit((*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3]), shared)
+    if is_dtensor(query):
+
+        def attend(tensors: tuple[Any, ...], place: Place) -> Tensor:
+            query, key, value, bias, mask = tensors
+            return _heads_first(
+                dot_product_attention(
+                    _heads_first(query),
+                    _heads_first(key),
+                    _heads_first(value),
+                    bias,
+                    mask,
+                    dropout_rng=dropout_rng,
+                    dropout_rate=dropout_rate,
+                    deterministic=deterministic,
+                    broadcast_dropout=broadcast_dropout,
+                    is_causal=is_causal,
+                    scale=scale,
+                    block_size=block_size,
+                    sampler=sampler_at(drawn_by, place, shared),
+                )
+            )
+
+        arrays = map(_heads_first, (query, key, value))
+        return _heads_first(on_local_heads(attend, *arrays, bias, mask))
     query, factor = _scaled(query, scale)
     scores = Scores(
         scale=factor,
@@ -154,6 +181,11 @@ def dot_product_attention(
     if isinstance(flag, Tensor):
         return torch.where(flag, blockwise(blocks, *arrays), dropped)
     return dropped
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """Exchange length and heads."""
+    return x.transpose(-3, -2)
 
 
 def _check_arrays(*arrays: Tensor) -> None:

@@ -108,7 +108,7 @@ class _Attend(torch.autograd.Function):
         total = torch.where(attends, total, 1.0)
         log_total = torch.where(attends, finite(top) + torch.log(total), 0.0)
         if record:
-            record.end(words, log_total)
+            record.end(words, log_total, given)
         return result / _per_query(total), log_total
 
     @staticmethod

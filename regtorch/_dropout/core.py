@@ -12,6 +12,7 @@ from torch import Tensor
 from regshared.checks import check_integer, check_integers
 from regshared.spellings import explain_names
 from regtorch._checks import check_tensor
+from regtorch._dropout.dtensor import Place, is_dtensor, on_local_part, sampler_at
 from regtorch._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
 from regtorch._random.events import observer
 from regtorch._random.keys import check_key, generator_key
@@ -45,7 +46,9 @@ def dropout(
     the scale is the inverse of that multiple, so that the mean is right for every rate below 1.
 
     Args:
-        x: Floating or complex, of any shape, including 0-d and empty.
+        x: Floating or complex, of any shape, including 0-d and empty. For a `DTensor`, each rank
+            draws its part of the mask of the whole tensor, without communication; the result and
+            the gradient have its placements, which are `Shard` and `Replicate`.
         rate: The dropout rate, in [0, 1]: a number, or a 0-d tensor. For a tensor `1 - rate` is
             rounded in float32, which may change its last bit, and no gradient flows to it.
         key: The PRNG key, or a `torch.Generator` from which a key is drawn; required unless
@@ -107,8 +110,19 @@ def apply_dropout(
     deterministic = check_flag(deterministic)
     if deterministic is True or is_number(rate, 0):
         return x
+    if is_dtensor(x):
+
+        def apply(local: Tensor, place: Place) -> Tensor:
+            kind = spec.at(place) if isinstance(spec, SampledMask) else spec
+            return apply_dropout(kind, local, rate, key, deterministic, given)
+
+        return on_local_part(
+            apply, x, only_whole="" if isinstance(spec, SampledMask) else spec.name
+        )
+    examples = None
     if given is None and isinstance(spec, SampledMask):
         spec, given = spec.split()
+        examples = given
     if is_number(rate, 1):
         # Unlike zeros_like, this keeps the result in the graph, with a gradient of zeros.
         dropped = torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, 0)
@@ -116,7 +130,7 @@ def apply_dropout(
         one_key = require_key(key).to(x.device)
         if observers := observer():
             keep = spec.keep(x, one_key, rate, given)
-            observers.draw(spec.name, one_key, rate, keep, x, deterministic)
+            observers.draw(spec.name, one_key, rate, keep, x, deterministic, examples)
             dropped = mask_and_scale(_DrawnMask(spec), x, one_key, rate, keep)
         else:
             dropped = mask_and_scale(spec, x, one_key, rate, given)
@@ -213,6 +227,11 @@ class SampledMask:
     def slope(self) -> SampledMask:
         """Return the same kind without the offsets."""
         return dataclasses.replace(self, offsets=None)
+
+    def at(self, place: Place) -> SampledMask:
+        """Return the kind that drops in a part of a tensor what this one drops in the whole."""
+        sampler = sampler_at(self.sampler, place, self.broadcast_dims)
+        return dataclasses.replace(self, sampler=sampler)
 
 
 def _masked(

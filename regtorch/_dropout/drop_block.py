@@ -24,6 +24,7 @@ from regtorch._dropout.core import (
     require_key,
     where_kept,
 )
+from regtorch._dropout.dtensor import is_dtensor, on_local_part
 from regtorch._random.bernoulli import EXACT, check_probability
 from regtorch._random.keys import key_words
 from regtorch._random.normal import normal
@@ -197,6 +198,9 @@ def _noisy(
     rate, flag = check_probability("rate", rate), check_flag(deterministic)
     if flag is True or is_number(rate, 0):
         return x
+    if is_dtensor(x):
+        arguments = rate, key, flag, blocks
+        return on_local_part(lambda local, _: _noisy(local, *arguments), x, only_whole=blocks.name)
     one_key = require_key(key).to(x.device)
     noise = _noise(x, one_key, blocks.order(x.ndim))
     if not is_number(rate, 1):

@@ -16,6 +16,7 @@ from regtorch._dropout.core import (
     keep_prob_of,
     where_kept,
 )
+from regtorch._dropout.dtensor import is_dtensor, on_local_part
 from regtorch._random.bernoulli import bernoulli_at, exact_keep_prob
 
 
@@ -65,6 +66,11 @@ def embedding_dropout(
         networks", NeurIPS 2016.
     """
     x = check_inexact(x)
+    if is_dtensor(x):
+        options = {"key": key, "deterministic": deterministic}
+        return on_local_part(
+            lambda local, place: embedding_dropout(local, place.local(ids, 1), rate, **options), x
+        )
     return apply_dropout(_Words(), x, rate, key, deterministic, _check_ids(ids, x.shape))
 
 

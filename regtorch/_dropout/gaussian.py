@@ -15,8 +15,9 @@ from torch import Tensor
 
 from regshared.spellings import explain_names
 from regtorch._dropout.core import check_flag, check_real, mask_and_scale, real_dtype, require_key
+from regtorch._dropout.dtensor import Place, is_dtensor, on_local_part
 from regtorch._random.bernoulli import check_probability
-from regtorch._random.normal import normal
+from regtorch._random.normal import normal_at
 from regtorch._random.rounding import exact_sqrt, rounded
 
 
@@ -110,14 +111,21 @@ def _noisy(
     rate_or_stddev: float | Tensor,
     key: Tensor | torch.Generator | None,
     deterministic: bool | Tensor,
-    make: Callable[[Tensor, Tensor, float | Tensor], Tensor],
+    make: Callable[..., Tensor],
+    place: Place | None = None,
 ) -> Tensor:
-    """Check the arguments, take the shortcuts, then return `make(x, key, rate_or_stddev)`."""
+    """Check the arguments, take the shortcuts, then return `make(x, key, rate_or_stddev, place)`.
+
+    `place` is that of `x` in a DTensor.
+    """
     x = _check_real(x)
     deterministic = check_flag(deterministic)
     if deterministic is True or (isinstance(rate_or_stddev, float) and rate_or_stddev == 0):
         return x
-    noisy = make(x, require_key(key).to(x.device), rate_or_stddev)
+    if is_dtensor(x):
+        arguments = rate_or_stddev, key, deterministic, make
+        return on_local_part(lambda local, place: _noisy(local, *arguments, place), x)
+    noisy = make(x, require_key(key).to(x.device), rate_or_stddev, place)
     if isinstance(deterministic, Tensor):
         return torch.where(deterministic, x, noisy)
     return noisy
@@ -127,12 +135,13 @@ def _noisy(
 class _Factors:
     """Factors around 1 in place of a mask."""
 
+    place: Place | None = None
     name: str = "gaussian_dropout"
 
     def keep(
         self, x: Tensor, key: Tensor, rate: float | Tensor, given: Tensor | None = None
     ) -> Tensor:
-        return 1 + rounded(_noise(x, key) * _deviation(rate, x.dtype))
+        return 1 + rounded(_noise(x, key, self.place) * _deviation(rate, x.dtype))
 
     def apply(self, x: Tensor, keep: Tensor, rate: float | Tensor) -> Tensor:
         return rounded(x.to(keep.dtype) * keep).to(x.dtype)
@@ -141,8 +150,8 @@ class _Factors:
         return self
 
 
-def _multiplied(x: Tensor, key: Tensor, rate: float | Tensor) -> Tensor:
-    return mask_and_scale(_Factors(), x, key, rate)
+def _multiplied(x: Tensor, key: Tensor, rate: float | Tensor, place: Place | None) -> Tensor:
+    return mask_and_scale(_Factors(place), x, key, rate)
 
 
 def _deviation(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
@@ -153,17 +162,18 @@ def _deviation(rate: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     return math.sqrt(rate / (1 - rate))
 
 
-def _added(x: Tensor, key: Tensor, stddev: float | Tensor) -> Tensor:
-    noise = _noise(x, key)
+def _added(x: Tensor, key: Tensor, stddev: float | Tensor, place: Place | None) -> Tensor:
+    noise = _noise(x, key, place)
     if isinstance(stddev, Tensor):
         stddev = stddev.detach().to(noise.dtype)
         stddev = torch.where((stddev >= 0) & (stddev < torch.inf), stddev, torch.nan)
     return (rounded(x.to(noise.dtype)) + rounded(noise * stddev)).to(x.dtype)
 
 
-def _noise(x: Tensor, key: Tensor) -> Tensor:
+def _noise(x: Tensor, key: Tensor, place: Place | None) -> Tensor:
     """Return a variate for each element, in the dtype that `x` is computed in."""
-    return normal(key, x.shape, real_dtype(x.dtype))
+    at = None if place is None else place.elements(key.device)
+    return normal_at(key, tuple(x.shape), real_dtype(x.dtype), at)
 
 
 def check_noise_rate(rate: float | Tensor) -> float | Tensor:

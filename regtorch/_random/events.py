@@ -40,6 +40,7 @@ class Draw:
             and PyTorch.
         remade: True where a checkpoint runs a forward pass again; `where` is then in the backward
             pass.
+        examples: The numbers that `by_example` drew the mask for; None for any other mask.
     """
 
     order: int
@@ -50,6 +51,7 @@ class Draw:
     function: str
     where: str
     remade: bool
+    examples: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,28 +87,47 @@ class Observer:
         return _Call(next(self._orders), function, where, remade)
 
     def draw(
-        self, call: _Call, key: tuple[int, int], rate: float, mask: Tensor, entering: Tensor
+        self,
+        call: _Call,
+        key: tuple[int, int],
+        rate: float,
+        mask: Tensor,
+        entering: Tensor,
+        examples: tuple[int, ...] | None,
     ) -> None:
         """Record a mask that was applied at once."""
         # Copies: the model may go on to write into the tensors.
         segments = observed_segments(mask.shape, self._sample)
         kept = Collected(tuple(mask.shape), self._sample, segments).add(mask)
         values = Collected(tuple(entering.shape), self._sample).add(entering)
-        self._record_draw(call, key, rate, kept, values)
+        self._record_draw(call, key, rate, kept, values, examples)
 
     def blocks(self, plan: BlockwisePlan) -> BlockwiseDraw:
         """Start a draw whose mask is applied block by block."""
         return BlockwiseDraw(plan, self._sample)
 
-    def end(self, call: _Call, key: tuple[int, int], rate: float, draw: BlockwiseDraw) -> None:
+    def end(
+        self,
+        call: _Call,
+        key: tuple[int, int],
+        rate: float,
+        draw: BlockwiseDraw,
+        examples: tuple[int, ...] | None,
+    ) -> None:
         """Record a draw whose blocks are complete."""
-        self._record_draw(call, key, rate, draw.mask, draw.weights)
+        self._record_draw(call, key, rate, draw.mask, draw.weights, examples)
 
     def _record_draw(
-        self, call: _Call, key: tuple[int, int], rate: float, mask: Collected, entering: Collected
+        self,
+        call: _Call,
+        key: tuple[int, int],
+        rate: float,
+        mask: Collected,
+        entering: Collected,
+        examples: tuple[int, ...] | None,
     ) -> None:
         names = call.function, call.where, call.remade
-        draw = Draw(call.order, key, rate, mask.values, entering.values, *names)
+        draw = Draw(call.order, key, rate, mask.values, entering.values, *names, examples)
         if self._sample is None:
             self.record(draw)
         else:
@@ -137,20 +158,29 @@ class Observers:
         mask: Tensor,
         entering: Tensor,
         off: bool | Tensor = False,
+        examples: Tensor | None = None,
     ) -> None:
-        """Record the mask that a dropout applies; where `off` is True, the result is not used."""
+        """Record the mask that a dropout applies; where `off` is True, the result is not used.
+
+        `examples` are the numbers that the mask was drawn for.
+        """
         calls = self._calls(function)
 
         def record(
-            key: Tensor, rate: float | Tensor, mask: Tensor, entering: Tensor, off: bool | Tensor
+            key: Tensor,
+            rate: float | Tensor,
+            mask: Tensor,
+            entering: Tensor,
+            off: bool | Tensor,
+            examples: Tensor | None,
         ) -> None:
             if off:  # a tensor flag does not branch: the mask was drawn, but is not used
                 return
             high, low = key.tolist()
             for member, call in calls:
-                member.draw(call, (high, low), float(rate), mask, entering)
+                member.draw(call, (high, low), float(rate), mask, entering, _numbers(examples))
 
-        _CallAtRuntime.apply(record, key, rate, mask, entering.detach(), off)
+        _CallAtRuntime.apply(record, key, rate, mask, entering.detach(), off, examples)
 
     def blockwise(
         self, function: str, rate: float | Tensor, plan: BlockwisePlan, off: bool | Tensor
@@ -177,14 +207,18 @@ class _Blockwise:
         for _, _, draw in self.draws:
             draw.add_block(first, keep, scores)
 
-    def end(self, key: Tensor, log_total: Tensor) -> None:
-        """Record the whole, given the logarithm of each row's sum."""
+    def end(self, key: Tensor, log_total: Tensor, examples: Tensor | None) -> None:
+        """Record the whole, given the logarithm of each row's sum, and the examples."""
         if self.off:
             return
         high, low = key.tolist()
         for member, call, draw in self.draws:
             draw.add_end(log_total)
-            member.end(call, (high, low), float(self.rate), draw)
+            member.end(call, (high, low), float(self.rate), draw, _numbers(examples))
+
+
+def _numbers(examples: Tensor | None) -> tuple[int, ...] | None:
+    return None if examples is None else tuple(examples.reshape(-1).tolist())
 
 
 class _CallAtRuntime(torch.autograd.Function):

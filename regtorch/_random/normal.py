@@ -15,7 +15,7 @@ from torch import Tensor
 from regtorch._checks import check_shape
 from regtorch._random.keys import check_key, key_words
 from regtorch._random.quantile import quantile
-from regtorch._random.threefry import in_pieces, range_bits, shift_right, threefry2x32
+from regtorch._random.threefry import element_bits, element_words, in_pieces, shift_right
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,18 +53,23 @@ def normal(key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32
     """
     if dtype not in _TYPES:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64; got {dtype}.")
-    words, shape = key_words(check_key(key)), check_shape("shape", shape)
+    return normal_at(check_key(key), check_shape("shape", shape), dtype)
+
+
+def normal_at(
+    key: Tensor, shape: tuple[int, ...], dtype: torch.dtype, at: Tensor | None = None
+) -> Tensor:
+    """Draw the variates of `normal`, or those at the indices `at` (int64), whatever its shape."""
+    words = key_words(key)
 
     def make(start: int, stop: int) -> Tensor:
         if dtype == torch.float64:
-            index = torch.arange(start, stop, device=key.device)
-            counter = ((index >> 32).to(torch.int32), index.to(torch.int32))
-            high, low = threefry2x32(words, counter)
+            high, low = element_words(words, at, start, stop)
             # int64 holds a word as an unsigned integer.
             bits = ((high.to(torch.int64) & 0xFFFFFFFF) << 20) | shift_right(low, 12)
             count = 52
         else:
-            bits, count = shift_right(range_bits(words, start, stop), 9), 23
+            bits, count = shift_right(element_bits(words, at, start, stop), 9), 23
         bits = bits.to(torch.float64 if count == 52 else torch.float32)
         # Every step is exact: an odd multiple of 2**-(count + 1), so never 0, -1 or 1.
         uniform = bits * 2.0 ** (1 - count) - (1 - 2.0 ** -(count + 1))

@@ -180,6 +180,25 @@ def range_bits(key: Words, start: int, stop: int) -> Tensor:
     return out0 ^ out1
 
 
+def element_bits(key: Words, at: Tensor | None, start: int, stop: int) -> Tensor:
+    """Return the bits of the elements from `start` to `stop`, whose indices are `at` (int64).
+
+    Without `at`, the index of an element is its number.
+    """
+    if at is None:
+        return range_bits(key, start, stop)
+    out0, out1 = element_words(key, at, start, stop)
+    return out0 ^ out1
+
+
+def element_words(key: Words, at: Tensor | None, start: int, stop: int) -> Words:
+    """Return both words of the block of each element; see `element_bits`."""
+    device = key[0].device
+    index = torch.arange(start, stop, device=device) if at is None else at.flatten()[start:stop]
+    # The conversion keeps the lower 32 bits; the sign has no meaning.
+    return threefry2x32(key, ((index >> 32).to(torch.int32), index.to(torch.int32)))
+
+
 def shift_right(x: Tensor, distance: int) -> Tensor:
     """Shift the 32 bits of an int32 tensor to the right and fill with zeros."""
     return (x >> distance) & ((1 << (32 - distance)) - 1)

@@ -40,10 +40,16 @@ are `-log(u) / lambd`.
 masks are drawn again, also after another `set_key`. Other implementations can repeat a site that
 was called once since `set_key`; otherwise an error is raised that names `replay`.
 
-**Ranks.** In a data-parallel run each rank needs a root of its own, such as `regtorch.fold_in(root,
-rank)`: with the same one, all ranks draw the same masks for their rows, and `set_key` warns. Ranks
-that share rows, as in tensor parallelism, share the root. No rank draws its rows of the mask that
-JAX draws for the whole batch.
+**Ranks.** In a data-parallel run each rank passes the numbers of its rows, `set_key(model, root,
+step, examples=rows)`, with the same root. It then draws its rows of the masks of the whole batch,
+and the run draws the masks of a single rank, and those of JAX. So do micro-batches. Without
+`examples`, each rank needs a root of its own, such as `regtorch.fold_in(root, rank)`: with the same
+one, all ranks draw the same masks for different rows, and `set_key` warns.
+
+Ranks that share rows, as in tensor parallelism, share the root and the examples. For a `DTensor`,
+each rank draws its part of the mask of the whole tensor. A shard that is a local tensor, such as
+`ColwiseParallel` returns by default, cannot be told from a whole one, and has the same mask on
+every rank: pass `use_local_output=False`.
 
 **Limitations.** Under `torch.compile` the results are the same, but a converted model is hardly
 compiled, in training or in evaluation: its modules run outside of the graphs. Call `revert` to
@@ -56,7 +62,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -67,10 +73,11 @@ from regshared.checks import check_callable, check_choice, check_items
 from regtorch._checks import check_module
 from regtorch._random.keys import check_key, check_step
 from regtorch.keyed.calls import Site, site_of, states_of
+from regtorch.keyed.examples import check_examples, check_globs
 from regtorch.keyed.functions import REPLACEMENTS, Replacement
 from regtorch.keyed.mode import discard_stale_modes
 from regtorch.keyed.names import check_layers, layer_names, module_paths
-from regtorch.keyed.ranks import warn_of_shared_root
+from regtorch.keyed.ranks import warn_of_other_root, warn_of_shared_root
 from regtorch.keyed.state import Keys, State
 
 __all__ = [
@@ -184,21 +191,41 @@ def sites(model: nn.Module) -> list[str]:
     return list(dict.fromkeys((*names, *layers)))
 
 
-def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
+def set_key(
+    model: nn.Module,
+    root: Tensor,
+    step: int | Tensor,
+    *,
+    examples: Tensor | Sequence[int] | None = None,
+    axis: int | Mapping[str, int | None] | None = None,
+) -> None:
     """Set the key of every site of a converted model for one step, and count its calls from 0.
 
     Call this before each forward pass, and not between a forward pass and its backward.
 
+    With `examples`, each row of the batch has the mask that it has in a batch of all examples, as
+    with `regtorch.by_example`: call this before each micro-batch, on each rank, with the same root.
+    A draw without a dimension for the examples is an error that names its site.
+
     Args:
         model: A converted model.
-        root: One key; it may be used again, as with `site_key`. A warning is given if the next
-            rank of a distributed run has the same.
+        root: One key; it may be used again, as with `site_key`. Without `examples`, a warning is
+            given if the next rank of a distributed run has the same; with them, if it has another.
         step: The step of training, an integer of at least 0, or a 0-d integer tensor.
+        examples: The number of each row of the batch: its place in the batch of all ranks and
+            micro-batches, or in the data.
+        axis: The dimension of the batch in the draws, where the elements of an example follow each
+            other; or a dict from globs of sites to it, with None where the examples share a draw.
+            By default it is the first, which must have the length of `examples`; in the first draw
+            of a site, no other may have it. Attention and recurrent layers need no statement; a
+            draw of one element is shared.
 
     Raises:
-        TypeError: `root` is not a key, or `step` is not an integer.
+        TypeError: `root` is not a key, `step` or `axis` is not an integer, or `examples` are not
+            integers.
         ValueError: `root` is a batch of keys; `step` is negative or not below 2**64; the model, or
-            a dropout layer in it, is not converted; or a lazy module has no parameters yet.
+            a dropout layer in it, is not converted; a lazy module has no parameters yet; an example
+            is negative; or a glob matches no module.
 
     Example:
         >>> import torch, regtorch
@@ -209,7 +236,7 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
     """
     check_module("model", model)
     high, low = check_key(root, "root").tolist()
-    step = check_step(step)
+    step, batch = check_step(step), check_examples(examples, axis)
     check_layers(model)
     states = states_of(model)
     if not states:
@@ -217,14 +244,20 @@ def set_key(model: nn.Module, root: Tensor, step: int | Tensor) -> None:
             "model must be converted; got a model without sites. Call "
             "regtorch.keyed.convert(model) first."
         )
+    if batch and isinstance(axis, Mapping):
+        own = [site.name for site in map(site_of, model.modules()) if site]
+        check_globs(axis, [*own, *sites(model)])
     discard_stale_modes()
-    warn_of_shared_root((high, low), states[0])
+    if batch is None:
+        warn_of_shared_root((high, low), states[0])
+    else:
+        warn_of_other_root((high, low), states[0])
     modules = list(model.modules())
     for module in modules:
         if site := site_of(module):
             site.enclose(module)
     for state in states:
-        state.keys, state.method = Keys((high, low), step), None
+        state.keys, state.method = Keys((high, low), step, batch), None
         state.classes = frozenset(map(type, modules))
 
 
@@ -277,7 +310,8 @@ def register(function: Callable[..., Any], replacement: Callable[..., Any]) -> N
     Args:
         function: A function or a method of PyTorch, or an operator that an extension registers
             with it.
-        replacement: Called with a key, then with the arguments of the function.
+        replacement: Called with a key, then with the arguments of the function. It draws whole
+            batches, which is an error with `examples`, unless they are stated to share the draw.
 
     Example:
         >>> import torch, regtorch

@@ -7,11 +7,9 @@ it is an error if a generator moves.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from types import FunctionType
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -22,10 +20,21 @@ from torch import Tensor
 
 from regtorch._dropout.alpha import alpha_dropout, feature_alpha_dropout
 from regtorch._dropout.core import dropout
+from regtorch._dropout.dtensor import (
+    Place,
+    is_dtensor,
+    mask_for,
+    on_local_heads,
+    on_local_part,
+    sampler_at,
+)
 from regtorch._dropout.features import feature_dropout
-from regtorch._random.bernoulli import EXACT, bernoulli_at
+from regtorch._random.bernoulli import bernoulli_at
 from regtorch._random.events import observer
-from regtorch._random.normal import normal
+from regtorch._random.normal import normal_at
+from regtorch._random.packed import mask_sampler
+from regtorch.keyed.attention import attention
+from regtorch.keyed.examples import Layout
 from regtorch.keyed.generators import is_default
 from regtorch.keyed.streams import integers, permutation, uniform
 
@@ -35,14 +44,38 @@ class Draws(Protocol):
     """The source of keys for the draws of the innermost module."""
 
     def key(self, device: torch.device, part: str = "", *, is_mask: bool = True) -> Tensor:
-        """Return the key of the next draw in the module, or in a part of it."""
+        """Return the key of the next draw in the module, which cannot be drawn by example."""
+        ...
+
+    def mask(
+        self,
+        shape: Sequence[int],
+        device: torch.device,
+        part: str = "",
+        *,
+        layout: Layout | None = None,
+    ) -> dict[str, Any]:
+        """Return the arguments of the next draw of a mask, in the module or in a part of it.
+
+        `layout` is that of the examples, where it is known.
+        """
+        ...
+
+    def place(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the key of a draw of numbers for `x`, and their indices, or None for all."""
         ...
 
     def idle(self) -> None:
         """Report a function that was called in training at rate 0."""
         ...
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        options: Any,
+        layout: Layout | None = None,
+    ) -> Any:
         """Run a function of PyTorch that is written in Python, with keys for its own calls."""
         ...
 
@@ -103,7 +136,7 @@ def _python_dropout(drop: Callable[..., Tensor]) -> Callable[..., Any]:
             draws.idle()
         if not training or not 0 < p <= 1:
             return NotImplemented
-        y = drop(x, p, key=draws.key(x.device))
+        y = drop(x, p, **draws.mask(x.shape, x.device))
         return x.copy_(y) if inplace else y
 
     return replacement
@@ -122,7 +155,7 @@ def _of_channels(
 ) -> Callable[..., Tensor]:
     """Return a dropout of channels for the shapes of `original`; 0 if every input is batched."""
 
-    def channels(x: Tensor, p: float, *, key: Tensor) -> Tensor:
+    def channels(x: Tensor, p: float, **options: Any) -> Tensor:
         original(x, p, training=False)  # for PyTorch's warnings and errors about a shape
         channel_axis = 1 if batched_ndim in (0, x.ndim) else 0
         if x.ndim <= channel_axis:
@@ -130,7 +163,7 @@ def _of_channels(
                 f"input must have at least {channel_axis + 1} dimensions for "
                 f"{original.__name__}; got shape {tuple(x.shape)}. Use Dropout for elements."
             )
-        return drop(x, p, key=key, channel_axis=channel_axis)
+        return drop(x, p, channel_axis=channel_axis, **options)
 
     return channels
 
@@ -167,36 +200,22 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Compute the weights explicitly, (..., heads, queries, keys), with the sums of PyTorch's."""
     if not 0 < dropout_p <= 1 or (is_causal and attn_mask is not None) or query.is_nested:
         return NotImplemented
-    device = query.device.type
-    given, outside = query.dtype, contextlib.nullcontext()
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        given, outside = torch.get_autocast_dtype(device), torch.autocast(device, enabled=False)
-    wide = torch.float32 if given.itemsize < 4 else given
-    with outside:
-        query, key, value = (x.to(given).to(wide) for x in (query, key, value))
-        if enable_gqa:
-            groups = query.shape[-3] // key.shape[-3]
-            key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
-        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        root = math.sqrt(abs(factor))
-        scores = (query * math.copysign(root, factor)) @ (key.transpose(-2, -1) * root)
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attn_mask, -math.inf)
-            else:
-                scores = scores + attn_mask.to(wide)
-        weights = torch.softmax(scores, dim=-1)
-        if attn_mask is not None:
-            # A query whose keys are all masked.
-            nothing = (scores == -math.inf).all(dim=-1, keepdim=True)
-            weights = weights.masked_fill(nothing, 0.0)
-        weights = dropout(weights, dropout_p, key=draws.key(weights.device))
-        return (weights @ value).to(given)
+    settings: Any = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+
+    def attend(tensors: tuple[Any, ...], place: Place | None = None) -> Tensor:
+        def drop(weights: Tensor) -> Tensor:
+            shape = place.whole if place else weights.shape
+            options = draws.mask(shape, weights.device, layout=Layout(0, 1))
+            if place:
+                options["sampler"] = sampler_at(mask_sampler(options["sampler"]), place)
+            return dropout(weights, dropout_p, **options)
+
+        return attention(*tensors, drop=drop, **settings)
+
+    tensors = query, key, value, attn_mask
+    return on_local_heads(attend, *tensors) if is_dtensor(query) else attend(tensors)
 
 
 def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,12 +233,17 @@ def _recurrent(function: Callable[..., Any]) -> Callable[..., Any]:
         states = []
         for layer in range(layers):
             if layer:
-                x = dropout(x, p, key=draws.key(x.device, str(layer - 1)))
+                part = str(layer - 1)
+                if packed:  # its examples have no dimension
+                    x = dropout(x, p, key=draws.key(x.device, part))
+                else:
+                    layout = Layout(0 if rest[0] else 1, 1)
+                    x = dropout(x, p, **draws.mask(x.shape, x.device, part, layout=layout))
             rows = slice(layer * directions, (layer + 1) * directions)
             state = hx[rows] if isinstance(hx, Tensor) else tuple(part[rows] for part in hx)
             own = parameters[layer * per_layer : (layer + 1) * per_layer]
-            options = (has_biases, 1, 0.0, training, bidirectional, *rest)
-            x, *state = function(x, *sizes, state, own, *options)
+            settings = (has_biases, 1, 0.0, training, bidirectional, *rest)
+            x, *state = function(x, *sizes, state, own, *settings)
             states.append(state)
         return x, *(torch.cat(parts) for parts in zip(*states, strict=True))
 
@@ -259,15 +283,39 @@ def _bernoulli(
 
 
 def _mask(draws: Draws, p: float | Tensor, x: Tensor) -> Tensor:
-    """Return the mask of `regtorch.bernoulli` in the shape of `x`, also for many probabilities."""
+    """Return the mask of `regtorch.bernoulli` for `x`, also for many probabilities."""
     if isinstance(p, Tensor) and p.ndim:
-        index = torch.arange(x.numel(), device=x.device).reshape(x.shape)
-        return bernoulli_at(draws.key(x.device, is_mask=False), p.detach(), index)
-    key = draws.key(x.device)
-    keep = EXACT.draw(key, p, tuple(x.shape))
+
+        def make(key: Tensor, shape: Sequence[int], at: Tensor | None, p: Tensor) -> Tensor:
+            index = torch.arange(x.numel(), device=x.device).reshape(x.shape) if at is None else at
+            return bernoulli_at(key, p, index)
+
+        return _numbers(draws, x, make, p.detach())
+    options = draws.mask(x.shape, x.device)
+    keep = mask_for(x, p, **options)
     if observers := observer():
-        observers.draw("bernoulli", key, 1 - p, keep, keep.to(torch.float32))
+        shards: Any = keep
+        local = shards.to_local() if is_dtensor(keep) else keep
+        numbers = mask_sampler(options["sampler"]).split()[1]
+        values = options["key"], 1 - p, local, local.to(torch.float32)
+        observers.draw("bernoulli", *values, examples=numbers)
     return keep
+
+
+def _numbers(draws: Draws, x: Tensor, make: Callable[..., Tensor], *parameters: Tensor) -> Tensor:
+    """Return `make(key, shape, at, *parameters)`, numbers for the elements of `x`; see `streams`.
+
+    `parameters` have the shape of `x`.
+    """
+    key, at = draws.place(x)
+    if not is_dtensor(x):
+        return make(key, x.shape, at, *parameters)
+
+    def part(local: Tensor, place: Place) -> Tensor:
+        index = place.elements(x.device) if at is None else place.local(at)
+        return make(key, local.shape, index, *map(place.local, parameters))
+
+    return on_local_part(part, x)
 
 
 def _filled(
@@ -284,6 +332,10 @@ def _filled(
     return replacement
 
 
+def _uniform(draws: Draws, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return _numbers(draws, x, lambda key, shape, at: uniform(key, shape, dtype, at))
+
+
 @_replaces(Tensor.uniform_)
 def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
     if x.dtype not in _REAL:
@@ -292,7 +344,7 @@ def _uniform_(draws: Draws, x: Tensor, *ends: float, **named: float) -> Any:
     low, high = named.get("from", low), named.get("to", high)
     if not low <= high:
         return NotImplemented
-    u = uniform(draws.key(x.device, is_mask=False), x.shape, x.dtype)
+    u = _uniform(draws, x, x.dtype)
     if (low, high) != (0, 1):
         u = u * (high - low) + low
         u = torch.where(u == high, low, u)  # rounding may reach the upper end
@@ -309,7 +361,8 @@ def _normal(draws: Draws, x: Tensor, mean: float | Tensor, std: float | Tensor) 
     negative = (not std.is_meta and (std < 0).any()) if isinstance(std, Tensor) else std < 0
     if x.dtype not in _REAL or negative:
         return NotImplemented
-    return normal(draws.key(x.device, is_mask=False), x.shape, x.dtype) * std + mean
+    n = _numbers(draws, x, lambda key, shape, at: normal_at(key, tuple(shape), x.dtype, at))
+    return n * std + mean
 
 
 _replaces(torch.rand)(_filled(torch.empty, _uniform_))
@@ -342,7 +395,7 @@ def _exponential_(draws: Draws, x: Tensor, lambd: float = 1.0) -> Any:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.dtype not in _REAL or lambd <= 0:
         return NotImplemented
-    return x.copy_(-torch.log(uniform(draws.key(x.device, is_mask=False), x.shape, wide)) / lambd)
+    return x.copy_(-torch.log(_uniform(draws, x, wide)) / lambd)
 
 
 @_replaces(torch.rrelu)
@@ -356,7 +409,7 @@ def _rrelu(
 ) -> Any:
     if not training or x.dtype not in _REAL or not (generator is None or is_default(generator)):
         return NotImplemented
-    u = uniform(draws.key(x.device, is_mask=False), x.shape, x.dtype)
+    u = _uniform(draws, x, x.dtype)
     return torch.where(x <= 0, x * (u * (upper - lower) + lower), x)
 
 
@@ -405,7 +458,8 @@ def _integers(draws: Draws, x: Tensor, low: Any, high: Any) -> Any:
     limits = None if x.dtype.is_floating_point or x.dtype == torch.bool else torch.iinfo(x.dtype)
     if not 0 < high - low <= 2**31 or (limits and not limits.min <= low < high <= limits.max + 1):
         return NotImplemented
-    return x.copy_(integers(draws.key(x.device, is_mask=False), x.shape, low, high))
+    n = _numbers(draws, x, lambda key, shape, at: integers(key, shape, low, high, at))
+    return x.copy_(n)
 
 
 @_replaces(torch.randperm)
@@ -458,17 +512,25 @@ def composite(function: FunctionType) -> FunctionType:
 
 
 def _run_composite(function: Callable[..., Any], draws: Draws, *args: Any, **options: Any) -> Any:
-    return draws.run(function, *args, **options)
+    return draws.run(function, args, options)
 
 
 for _function in (
-    F.multi_head_attention_forward,
     F.gumbel_softmax,
     F.rrelu,
     F.fractional_max_pool2d_with_indices,
     F.fractional_max_pool3d_with_indices,
 ):
     _replaces(_function, in_evaluation=True)(functools.partial(_run_composite, _function))
+
+
+@_replaces(F.multi_head_attention_forward, in_evaluation=True)
+def _multi_head_attention(draws: Draws, *args: Any, **options: Any) -> Any:
+    """Drop in weights of shape (batch * heads, queries, keys), whatever the layout of the input."""
+    heads = args[4] if len(args) > 4 else options["num_heads"]
+    return draws.run(F.multi_head_attention_forward, args, options, Layout(0, heads))
+
+
 # These two choose between the functions above and a private one by an argument.
 for _function in (F.fractional_max_pool2d, F.fractional_max_pool3d):
     _without_indices = getattr(F, "_" + _function.__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch._compile import _disable_dynamo
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from regtorch._random.bernoulli import bernoulli
 from regtorch._random.events import observer
+from regtorch.keyed.examples import Layout, Rows
 from regtorch.keyed.functions import REPLACEMENTS, composite
 from regtorch.keyed.generators import is_default, python_state, torch_state
 from regtorch.keyed.state import Call, Keys, State
@@ -65,6 +67,7 @@ class KeyedMode(TorchFunctionMode):
         self.watches = False
         self.repeats = keys is not None
         self._keys = keys
+        self._layout: Layout | None = None
         self.remember()
 
     def remember(self) -> None:
@@ -74,8 +77,48 @@ class KeyedMode(TorchFunctionMode):
     def key(self, device: torch.device, part: str = "", *, is_mask: bool = True) -> Tensor:
         """Return the key of the next draw in the innermost call, or in a part of its module.
 
-        With `is_mask=False` it is not the key of a mask, and observers expect none.
+        It is an error if the draw must be by example. With `is_mask=False` it is not the key of a
+        mask, and observers expect none.
         """
+        key, name = self._next(device, part, is_mask=is_mask)
+        examples = (self._keys or self.state.keys).examples
+        if examples and not examples.is_shared(name):
+            raise NotImplementedError(
+                f"site {name!r} must draw by example; got a draw without a dimension of examples: "
+                "a permutation, a packed sequence, or a function of regtorch.keyed.register. Pass "
+                f"axis={{{name!r}: None}} to regtorch.keyed.set_key if the examples share the draw."
+            )
+        return key
+
+    def mask(
+        self,
+        shape: Sequence[int],
+        device: torch.device,
+        part: str = "",
+        *,
+        layout: Layout | None = None,
+    ) -> dict[str, Any]:
+        """Return the arguments `key` and `sampler` of the next draw, a mask.
+
+        `layout` is that of the examples, where it is known.
+        """
+        key, name = self._next(device, part)
+        rows = self._rows(name, shape, layout)
+        return {"key": key, "sampler": rows.sampler() if rows else bernoulli}
+
+    def place(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the key of a draw of numbers for `x`, and their indices, or None for all.
+
+        Observers expect no mask.
+        """
+        key, name = self._next(x.device, is_mask=False)
+        rows = self._rows(name, x.shape, None)
+        return key, rows.index(x.shape, x.device) if rows else None
+
+    def _next(
+        self, device: torch.device, part: str = "", *, is_mask: bool = True
+    ) -> tuple[Tensor, str]:
+        """Return the key and the name of the next draw."""
         call, name = self.calls[-1], self._name(part)
         number = call.draws.get(name, 0)
         call.draws[name] = number + 1
@@ -84,17 +127,36 @@ class KeyedMode(TorchFunctionMode):
         self.state.drawn.setdefault(name, call.site.name)
         if not is_mask and (observers := observer()):
             observers.idle(name)
-        return key
+        return key, name
+
+    def _rows(self, name: str, shape: Sequence[int], layout: Layout | None) -> Rows | None:
+        examples = (self._keys or self.state.keys).examples
+        if examples is None:
+            return None
+        return examples.rows(name, shape, layout or self._layout, self.state.batch_first)
 
     def idle(self) -> None:
         """Report a function that was called in training at rate 0."""
         if observers := observer():
             observers.idle(self._name(""))
 
-    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a function of PyTorch that is written in Python, with its own calls in the mode."""
-        with self:
-            return composite(function)(*args, **kwargs)
+    def run(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        options: Any,
+        layout: Layout | None = None,
+    ) -> Any:
+        """Run a function of PyTorch that is written in Python, with its own calls in the mode.
+
+        `layout` is that of the examples in its draws, where it is known.
+        """
+        before, self._layout = self._layout, layout
+        try:
+            with self:
+                return composite(function)(*args, **options)
+        finally:
+            self._layout = before
 
     @_disable_dynamo
     def __torch_function__(

@@ -13,6 +13,7 @@ from regtorch._random.keys import site_words
 
 if TYPE_CHECKING:
     from regtorch.keyed.calls import Site
+    from regtorch.keyed.examples import Examples
     from regtorch.keyed.mode import KeyedMode
 
 
@@ -23,12 +24,14 @@ class Keys:
     Attributes:
         root: The two words of the root key; None before the first `set_key`.
         step: The step of training.
+        examples: The examples of the batch; None if draws are for the whole batch.
         counts: The number of draws of each name since `set_key`.
         repeats: Whether the draws of a forward pass are repeated, from the counts before it.
     """
 
     root: tuple[int, int] | None = None
     step: int = 0
+    examples: Examples | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     repeats: bool = False
 
@@ -77,6 +80,8 @@ class State:
         suspended: The calls of fused modules, with the mode that they suspend.
         allowed: The generators, other than PyTorch's, whose draws are no error.
         compared: How often the root was compared with that of another rank.
+        batch_first: The sites that were seen to draw with the batch in the first dimension.
+        number: The number of the model among those whose roots must be the same on all ranks.
         method: The running method of a module, the generator's state after its latest call of
             another module, and the name of that one; None if no first call was made by a method.
         classes: The classes of the modules.
@@ -88,12 +93,14 @@ class State:
     suspended: list[tuple[Call, KeyedMode]] = dataclasses.field(default_factory=list)
     allowed: set[str] = dataclasses.field(default_factory=set)
     compared: int = 0
+    batch_first: set[str] = dataclasses.field(default_factory=set)
+    number: int | None = None
     method: tuple[FrameType, Any, str] | None = None
     classes: frozenset[type[nn.Module]] = frozenset()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and what the next `set_key` adds."""
-        return vars(self) | {"method": None, "classes": frozenset()}
+        return vars(self) | {"method": None, "classes": frozenset(), "number": None}
 
 
 @dataclasses.dataclass

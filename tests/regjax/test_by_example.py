@@ -18,6 +18,7 @@ import regjax
 import regjax.linen
 from regjax._dropout import core
 from tests.regjax.test_layouts import COLLECTIVES
+from tests.shared import found
 
 KEY = jax.random.key(5)
 X = jax.random.normal(jax.random.key(1), (32, 64, 72))
@@ -149,3 +150,29 @@ def test_linen_s_layer_takes_the_sampler_where_it_is_constructed(sampler):
 def test_the_key_is_consumed():
     with jax.debug_key_reuse(True), pytest.raises(jax.errors.KeyReuseError):
         jax.jit(lambda key: drop(X[:2], ROWS[:2], key) + drop(X[2:4], ROWS[2:4], key))(KEY)
+
+
+@pytest.mark.parametrize("loop", ["scan", "unrolled", "attention in blocks"])
+def test_the_guard_knows_parts_of_one_batch(loop):
+    """One key for all parts is no repeated mask; the same examples twice are one."""
+    x = jax.random.normal(jax.random.key(8), (6, 5, 2, 4))
+
+    def part(x, rows, key):
+        if "attention" not in loop:
+            return regjax.dropout(x, 0.5, key=key, sampler=regjax.by_example(rows)).sum()
+        how: Any = {"dropout_rng": key, "dropout_rate": 0.5, "block_size": 2}
+        return regjax.dot_product_attention(x, x, x, sampler=regjax.by_example(rows), **how).sum()
+
+    def step(numbers, step):
+        key = regjax.site_key(KEY, step, "hidden")
+        if loop == "unrolled":
+            return sum(part(x[i : i + 2], numbers[i : i + 2], key) for i in (0, 2, 4))
+        parts = x.reshape(3, 2, 5, 2, 4), numbers.reshape(3, 2)
+        return lax.scan(lambda total, own: (total + part(*own, key), None), 0.0, parts)[0]
+
+    reports = [
+        regjax.check_dropout(jax.jit(functools.partial(step, jnp.array(numbers))))
+        for numbers in ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1])
+    ]
+    assert found(reports[0]) == []
+    assert [problem.name for problem, _ in found(reports[1])] == ["REPEATED_MASK"]

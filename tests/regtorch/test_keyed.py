@@ -218,7 +218,7 @@ ATTENTION = {
 @pytest.fixture
 def no_dropout(monkeypatch):
     """Replace the dropout of converted models, to keep everything."""
-    monkeypatch.setattr(functions, "dropout", lambda x, rate, *, key: x)
+    monkeypatch.setattr(functions, "dropout", lambda x, rate, **options: x)
     keep = functions.Replacement(lambda draws, x, **options: x, in_evaluation=True)
     monkeypatch.setitem(functions.REPLACEMENTS, nn.functional.dropout, keep)
 
@@ -323,7 +323,7 @@ def test_recurrent_layers_drop_between_layers():
 
 def test_each_gap_between_recurrent_layers_has_its_own_key(monkeypatch):
     keys = []
-    drop = lambda x, rate, *, key: keys.append(key.tolist()) or x
+    drop = lambda x, rate, *, key, sampler: keys.append(key.tolist()) or x
     monkeypatch.setattr(functions, "dropout", drop)
     keyed_model(nn.ModuleDict({"rnn": nn.GRU(8, 8, 3, dropout=0.5)}))["rnn"](X)
     assert keys == [at("rnn.0").tolist(), at("rnn.1").tolist()]

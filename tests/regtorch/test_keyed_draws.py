@@ -378,7 +378,7 @@ def test_attention_as_a_function_drops_the_weights_of_ours(masks, options, dtype
     )
     torch.testing.assert_close(model(q, k, v), expected, **tolerance)
     # With nothing dropped it is PyTorch's own, in its explicit form.
-    monkeypatch.setattr(functions, "dropout", lambda x, rate, *, key: x)
+    monkeypatch.setattr(functions, "dropout", lambda x, rate, **options: x)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         whole = F.scaled_dot_product_attention(q, k, v, **call)
     if masks != "all masked":

@@ -166,6 +166,26 @@ def test_a_root_that_the_next_rank_has_too_is_a_warning(roots, warns, monkeypatc
         _get_default_store().delete_key(f"regtorch.keyed/0/{seed}/{rank}")
 
 
+@pytest.mark.parametrize(("roots", "warns"), [((7, 7), False), ((7, 8), True)])
+@pytest.mark.usefixtures("group")
+def test_another_root_on_the_next_rank_is_a_warning_where_draws_are_by_example(
+    roots, warns, monkeypatch
+):
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    models, found = [keyed.convert(model()) for _ in roots], []
+    for each in models:
+        states_of(each)[0].number = roots[1]  # as in processes of their own
+    for step in range(3):
+        for rank, seed in enumerate(roots):
+            monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                keyed.set_key(models[rank], regtorch.key(seed), step, examples=[rank])
+            found += [(step, rank, str(each.message)) for each in caught]
+    assert [each[:2] for each in found] == ([(0, 1), (1, 0)] if warns else [])
+    assert all("must be the same on each rank" in each[2] for each in found)
+
+
 def train_on_a_rank(rank, path):
     """Train a wrapped model on two rows of four; compare with one process that has all rows."""
     options = {"init_method": f"file://{path}", "rank": rank, "world_size": 2}

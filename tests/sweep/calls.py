@@ -55,7 +55,7 @@ RIGHT: dict[str, set[str]] = {
         "keep_samples maximize amsgrad nesterov centered decoupled_weight_decay decoupled": "True",
         "transposed": "True",
         "mu_dtype accumulator_dtype adjust_lr_fn scheduler": "None",
-        "key dropout_rng rng out_sharding generator chunk_size dtype": "None",
+        "key dropout_rng rng out_sharding generator chunk_size dtype implementation": "None",
         "evaluate qk_attn_weights_einsum attn_weights_value_einsum": "None",
         "x inputs": "half nan list ranks complex",
         "channel_axis time_axis class_axis step seed data": "minus",
@@ -83,7 +83,11 @@ RIGHT: dict[str, set[str]] = {
 OTHER: dict[str, dict[str, str]] = {
     "site_key": {"step": ""},
     "set_key": {"step": ""},
-    "dot_product_attention": {"key": "", "block_size": "None", "mask": "None True"},
+    "dot_product_attention": {
+        "key": "",
+        "block_size": "None",
+        "mask": "None True",
+    },
     "depth_rates": {"shape": ""},
     "normal": {"dtype": "", "key": ""},
     "bernoulli": {"key": ""},
@@ -191,7 +195,9 @@ def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
     attention = {"query": query, "key": query, "value": query, "bias": None, "mask": None}
     attention |= {"dropout_rng": key, "dropout_rate": 0.5, "deterministic": False, "scale": None}
     attention |= {"broadcast_dropout": False, "is_causal": False, "block_size": 2}
-    attention |= {"dtype": None, "qk_attn_weights_einsum": None} if in_jax else {}
+    attention |= {"sampler": library.bernoulli}
+    if in_jax:
+        attention |= {"dtype": None, "implementation": "xla", "qk_attn_weights_einsum": None}
     yield "dot_product_attention", library.dot_product_attention, attention
 
     def passes(predict: Any, **options: Any) -> Any:
@@ -220,7 +226,8 @@ def _torch_calls() -> Iterator[tuple[str, Callable[..., Any], dict[str, Any]]]:
     for function in (keyed.revert, keyed.sites, keyed.replay):
         yield f"keyed.{function.__name__}", function, {"model": empty}
     converted = keyed.convert(torch.nn.Sequential())
-    yield "set_key", keyed.set_key, {"model": converted, "root": key, "step": 0}
+    options = {"examples": [0], "axis": None}
+    yield "set_key", keyed.set_key, {"model": converted, "root": key, "step": 0, **options}
     yield "register", keyed.register, {"function": lambda x: x, "replacement": lambda key, x: x}
     x, image = torch.ones(2, 3), torch.ones(2, 3, 4, 4)
     for name, entering, settings in (

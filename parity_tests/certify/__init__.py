@@ -1,0 +1,1 @@
+"""A certificate that a JAX program trains as an untouched PyTorch script does, from its seed."""
