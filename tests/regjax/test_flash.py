@@ -42,7 +42,7 @@ def with_gradients(function, operands, **options):
     @jax.jit
     def both(*operands):
         out, pull_back = jax.vjp(functools.partial(function, **options), *operands)
-        return out, pull_back(jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+        return out, pull_back(jnp.cos(9 * out))
 
     return both(*operands)
 
