@@ -282,9 +282,9 @@ ADVICE = {
         "or split the key and carry the new one out of the step, as the state of nnx has to be."
     ),
     DropoutProblem.REPEATED_MASK: (
-        "Give each timestep, layer, row or device its own key: jax.random.split and scan or vmap "
-        "over the keys; in shard_map, fold jax.lax.axis_index into the key. If it is meant, allow "
-        "the site."
+        "Give each timestep, layer or row its own key: jax.random.split and scan or vmap over the "
+        "keys; in shard_map, pass sampler=regjax.by_example(numbers of the rows). If it is meant, "
+        "allow the site."
     ),
     DropoutProblem.SHARED_KEY: (
         "The masks depend on each other. Derive a key for each site, regjax.site_key(root, step, "
@@ -292,9 +292,9 @@ ADVICE = {
     ),
     DropoutProblem.COPIED_MASK: (
         "Their keys differ, so that a sampler reuses random numbers. Draw each mask from its key "
-        "alone, as regjax.bernoulli does, with a key for each site, step and device: "
-        "regjax.site_key(root, step, name), and in shard_map jax.random.fold_in(key, "
-        "jax.lax.axis_index(axis)). If it is meant, allow the site."
+        "alone, as regjax.bernoulli does, with a key for each site and step: "
+        "regjax.site_key(root, step, name), and in shard_map regjax.by_example as the sampler. If "
+        "it is meant, allow the site."
     ),
     DropoutProblem.REMADE_MASK: (
         "The gradient belongs to another mask. Use a sampler that computes the mask from its "
