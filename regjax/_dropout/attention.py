@@ -37,6 +37,7 @@ from regjax._random.by_example import check_batch_axis
 from regjax._random.events import observer
 from regjax._random.packed import mask_sampler
 from regjax._random.threefry import at_most
+from regjax._random.xla import on_tpus
 from regshared.checks import check_bool, check_choice, check_integer, describe
 from regshared.spellings import explain_names
 
@@ -271,7 +272,7 @@ def attend(
             precision=precision,
         )
         kernels, xla = (functools.partial(either, implementation=x) for x in ("pallas", "xla"))
-        return lax.platform_dependent(tpu=kernels, default=xla)
+        return on_tpus(kernels, xla)
     if block_size is None:
         weights = _weights(scores, query, key, bias, mask)
         if module is not None:
