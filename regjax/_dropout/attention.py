@@ -24,7 +24,7 @@ from regjax._dropout.core import (
     real_dtype,
     require_key,
 )
-from regjax._dropout.pallas_attention import check_supported, is_default, kernel_attention
+from regjax._dropout.pallas_attention import check_supported, kernel_attention
 from regjax._dropout.scores import Scores, mixed_values, softmax, with_rank
 from regjax._random.bernoulli import (
     EXACT,
@@ -37,7 +37,6 @@ from regjax._random.by_example import check_batch_axis
 from regjax._random.events import observer
 from regjax._random.packed import mask_sampler
 from regjax._random.threefry import at_most
-from regjax._random.xla import on_tpus
 from regshared.checks import check_bool, check_choice, check_integer, describe
 from regshared.spellings import explain_names
 
@@ -111,11 +110,12 @@ def dot_product_attention(
         scale: The factor of the products, `1 / sqrt(depth)` by default. A traced scalar multiplies
             the query instead, so that it can be learned; NaN then gives NaN.
         block_size: The number of keys per block; without it, all keys at once.
-        implementation: "xla", or "pallas" for kernels on TPUs that store neither scores nor mask.
-            By default the kernels on a TPU where they apply, else XLA. The mask is the same. The
-            kernels take float32 and bfloat16, depths from 64 to 256 in multiples of 8, and no
-            `bias`, `module` or `block_size`; of a mesh, all axes must be explicit or manual. Their
-            result rounds as `block_size` does, and has no forward-mode derivative: pass "xla" for
+        implementation: "xla" or None, or "pallas" for kernels on TPUs that store neither scores nor
+            mask. The kernels are not the default, because they have not run on a TPU yet: they are
+            tested in Pallas's interpreter, and compiled for TPUs. The mask is the same. The kernels
+            take float32 and bfloat16, depths from 64 to 256 in multiples of 8, and no `bias`,
+            `module` or `block_size`; of a mesh, all axes must be explicit or manual. Their result
+            rounds as `block_size` does, and has no forward-mode derivative: pass "xla" for
             `jax.jvp`.
         sampler: The function that draws the mask; see `dropout`. `packed_bernoulli` packs along the
             heads, queries or batch, never along the keys. With `block_size`, a function of your own
@@ -248,31 +248,13 @@ def attend(
     )
     zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
     arrays, drawn_by = (query, key, value), getattr(make_mask(()), "sampler", None)
-    check_kernels = functools.partial(check_supported, drawn_by, scores, arrays, bias, module)
     if _check_implementation(implementation, block_size) == "pallas":
-        check_kernels()
+        check_supported(drawn_by, scores, arrays, bias, module)
         plain = functools.partial(
             kernel_attention, scores, arrays, mask, is_shared=broadcast_dropout
         )
         drop = functools.partial(plain, drawn_by, one_key, rate) if one_key is not None else zeros
         return plain() if evaluates else _unless(flag, drop, plain)
-    if implementation is None and block_size is None and is_default(check_kernels):
-        either = functools.partial(
-            attend,
-            make_mask,
-            *arrays,
-            mask=mask,
-            dropout_rng=one_key,
-            dropout_rate=rate,
-            deterministic=flag,
-            broadcast_dropout=broadcast_dropout,
-            is_causal=is_causal,
-            scale=factor,
-            sampler=sampler,
-            precision=precision,
-        )
-        kernels, xla = (functools.partial(either, implementation=x) for x in ("pallas", "xla"))
-        return on_tpus(kernels, xla)
     if block_size is None:
         weights = _weights(scores, query, key, bias, mask)
         if module is not None:
@@ -319,9 +301,9 @@ def _unless(flag: Any, drop: Callable[[], Array], plain: Callable[[], Array]) ->
     return drop() if flag is False else lax.cond(flag, plain, drop)
 
 
-def _check_implementation(implementation: str | None, block_size: int | None) -> str | None:
-    if implementation is not None:
-        implementation = check_choice("implementation", implementation, ("xla", "pallas"))
+def _check_implementation(implementation: str | None, block_size: int | None) -> str:
+    implementation = "xla" if implementation is None else implementation
+    check_choice("implementation", implementation, ("xla", "pallas"))
     if implementation == "pallas" and block_size is not None:
         raise ValueError(
             "block_size must be None with implementation='pallas', whose tiles do not change the "

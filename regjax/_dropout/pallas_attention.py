@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -40,24 +40,6 @@ _WAY_OUT = "Omit implementation, or pass implementation='xla'."
 
 # The tiles of the tests, which run in Pallas's interpreter on any platform; None on a TPU.
 interpreted_tile = make_user_context()
-
-
-def is_default(check: Callable[[], None]) -> bool:
-    """Return whether the kernels are chosen where `implementation` is omitted.
-
-    They are on a TPU where `check` passes, unless XLA might have to divide a kernel among devices,
-    which it cannot: with several devices, all axes of the mesh must be explicit or manual.
-    """
-    if jax.default_backend() != "tpu":
-        return False
-    mesh = jax.sharding.get_abstract_mesh()
-    if jax.device_count() > 1 and (mesh.empty or AxisType.Auto in mesh.axis_types):
-        return False
-    try:
-        check()
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def check_supported(

@@ -96,11 +96,6 @@ def read_bytes_on_gpus(
     )
 
 
-def on_tpus(kernels: Callable[[], Any], xla: Callable[[], Any]) -> Any:
-    """Return `kernels()` in a program compiled for TPUs, and `xla()` in any other."""
-    return lax.platform_dependent(tpu=kernels, default=xla)
-
-
 def word_bytes(words: UInt32[Array, "*words"]) -> tuple[UInt8[Array, "*words"], ...]:
     """Return the bytes of each word as four arrays, least significant first.
 

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import AxisType
 
 import regjax
-from regjax._dropout.pallas_attention import interpreted_tile, is_default
+from regjax._dropout.pallas_attention import interpreted_tile
 
 TILE = (32, 128)
 KEY = jax.random.key(5)
@@ -292,32 +291,6 @@ def test_observers_and_automatic_axes_are_rejected():
 
     with observing(lambda event: None), pytest.raises(ValueError, match="while masks are observed"):
         call()
-
-
-def test_kernels_are_the_default_on_tpus_only(monkeypatch):
-    assert not is_default(lambda: None)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert is_default(lambda: None)
-
-    def unsupported():
-        raise ValueError
-
-    assert not is_default(unsupported)
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert not is_default(lambda: None)
-    mesh = jax.make_mesh((1,), ("b",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        assert is_default(lambda: None)
-
-
-def test_the_default_of_a_tpu_host_still_runs_on_its_cpu(monkeypatch):
-    operands = arrays((1, 32, 1, 64), keys=128)
-    expected = attention(*operands, implementation="xla", dropout_rate=0.5)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    found = attention(*operands, dropout_rate=0.5)
-    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 AOT = """
