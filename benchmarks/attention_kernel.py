@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--chips",
         nargs="+",
-        choices=CHIPS,
+        type=output.one_of(CHIPS)["type"],
         default=CHIPS,
         metavar="KIND:GRID",
         help=f"kinds of chips, with their grids (default: {' '.join(CHIPS)})",
     )
-    options = parser.read_args(argv)
+    options = parser.parse_args(argv)
     if importlib.util.find_spec("libtpu") is None:
         print("skipped: libtpu, the compiler for TPUs, is not installed. pip install libtpu")
         return 0

@@ -161,12 +161,14 @@ PROJECTS = {
             "api_reference/flax.nnx/nn/attention.html#{name}": "flax.nnx.MultiHeadAttention",
             "api_reference/flax.nnx/nn/stochastic.html#{name}": "flax.nnx.Dropout",
             "api_reference/flax.nnx/rnglib.html#{name}": "flax.nnx.Rngs",
-            "api_reference/flax.nnx/state.html#{name}": "flax.nnx.State",
+            "api_reference/flax.nnx/state.html#{name}": "flax.nnx.State flax.nnx.merge_state",
             "api_reference/flax.nnx/summary.html#{name}": "flax.nnx.tabulate",
-            "api_reference/flax.nnx/transforms.html#{name}": "flax.nnx.scan flax.nnx.vmap",
+            "api_reference/flax.nnx/transforms.html#{name}": """
+                flax.nnx.grad flax.nnx.scan flax.nnx.vmap""",
             "api_reference/flax.nnx/training/optimizer.html#flax.nnx.optimizer.Optimizer": """
                 flax.nnx.Optimizer""",
-            "api_reference/flax.nnx/variables.html#{name}": "flax.nnx.Variable",
+            "api_reference/flax.nnx/variables.html#{name}": """
+                flax.nnx.Perturbation flax.nnx.Variable""",
         },
     ),
     # docs/api_reference/flax.linen/*.rst

@@ -150,6 +150,9 @@ def test_a_reentrant_checkpoint_adds_no_loss_and_no_mask(observe):
     assert [(step.losses.size, len(step.masks)) for step in run.steps] == [(1, 1)] * 6
 
 
+@pytest.mark.slow
+# JAX warns of any fork; the worker does not use it.
+@pytest.mark.filterwarnings("ignore:os.fork", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_workers_read_ahead_in_the_order_of_the_steps(observe):
     alone = observe()
     parallel = observe(("shuffle=True", "shuffle=True, num_workers=1"))

@@ -218,7 +218,8 @@ ONE_FRAMEWORK = {
     "decay_table": {"params", "frozen", "module"},
     "mc_dropout": {"memory_budget", "chunk_size"},
     "dot_product_attention": {
-        *("dtype", "precision", "module", "qk_attn_weights_einsum", "attn_weights_value_einsum")
+        *("dtype", "precision", "module", "qk_attn_weights_einsum", "attn_weights_value_einsum"),
+        "implementation",
     },
 }
 
