@@ -127,6 +127,7 @@ def test_the_scale_is_that_of_the_realized_probability(framework: Framework):
         np.testing.assert_allclose(dropped[kept], plain[kept] / 0.75, rtol=1e-5)
 
 
+@pytest.mark.slow
 @both_frameworks
 def test_micro_batches_have_the_masks_of_the_batch(framework: Framework):
     library = framework.library

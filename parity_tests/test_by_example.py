@@ -116,6 +116,7 @@ def test_packed_masks(bits):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_user_s_function_draws_each_example_with_a_key_of_its_own():
     in_jax = lambda key, share, shape, out_sharding=None: jax.random.uniform(key, shape) < share
     in_torch = lambda key, share, shape: TORCH.library.bernoulli(key, share, shape)

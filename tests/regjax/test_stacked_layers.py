@@ -55,7 +55,9 @@ def scanned(x: Any, shifts: Any, rows: Any = None) -> Any:
 BY_EXAMPLE = pytest.param(np.arange(8), id="by_example", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("rows", [pytest.param(None, id="batch"), BY_EXAMPLE])
+@pytest.mark.parametrize(
+    "rows", [pytest.param(None, id="batch", marks=pytest.mark.slow), BY_EXAMPLE]
+)
 def test_a_scan_with_remat_has_the_masks_and_gradients_of_the_unrolled_layers(rows):
     """The gradients of the shifts are sums, whose order differs."""
 

@@ -39,10 +39,10 @@ S0, S1, S2, R = Shard(0), Shard(1), Shard(2), Replicate()
 LAYOUTS = [
     ((2,), (S0,)),
     ((2,), (R,)),
-    ((2, 2), (S0, S1)),
     *(
         pytest.param(layout, marks=pytest.mark.slow)
         for layout in [
+            ((2, 2), (S0, S1)),
             ((2,), (Shard(-1),)),
             ((4,), (S1,)),
             ((8,), (S0,)),  # three ranks have nothing
