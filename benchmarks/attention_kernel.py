@@ -148,7 +148,7 @@ def compiled(
         )
 
     def gradients(query: Any, key: Any, value: Any, rng: Any, dot: Any) -> Any:
-        _, pull_back = jax.vjp(lambda *x: forward(*x, rng), query, key, value)
+        _, pull_back = jax.vjp(lambda q, k, v: forward(q, k, v, rng), query, key, value)
         return pull_back(dot)
 
     one = SingleDeviceSharding(devices(chip)[0])

@@ -255,7 +255,9 @@ def backward(
         in_specs=specs(flash, operands, out, group, at_keys),
         out_specs=[of_keys(key), of_keys(value)],
         out_shape=[type_like(x.shape, x.dtype, query) for x in (key, value)],
-        scratch_shapes=[pltpu.VMEM((flash.tile[1], x.shape[-1]), np.float32) for x in (key, value)],
+        scratch_shapes=[
+            pltpu.VMEM((flash.tile[1], x.shape[-1]), jnp.dtype(np.float32)) for x in (key, value)
+        ],
         compiler_params=_parameters(1),
         name="regjax_attention_dot_key",
     )(*arrays)

@@ -226,7 +226,8 @@ def _on_shards(flash: Any, batch: tuple[int, ...], operands: dict[str, Any]) -> 
         own = zip((*of_batch, of_heads, of_queries, None), shape, strict=True)
         specs["allowed"] = PartitionSpec(*[axes if size > 1 else None for axes, size in own])
     if "numbers" in operands:
-        specs["numbers"] = Places(*[PartitionSpec(*of_batch)] * 2)
+        of_examples: Any = PartitionSpec(*of_batch)
+        specs["numbers"] = Places(of_examples, of_examples)
     axes = tuple(of_batch), of_heads, of_queries
     sharded = jax.shard_map(
         lambda operands: _run(flash, batch, axes, **operands),
