@@ -1,6 +1,6 @@
-"""Certificates: what is compared, and what is found, in a run that is compared with changed copies.
+"""Certificates of a recorded run and of copies of it with planted differences.
 
-The steps of the port are those of the script, as if JAX had no rounding errors.
+The port takes the steps of the script, as if JAX had no rounding errors.
 """
 
 from __future__ import annotations

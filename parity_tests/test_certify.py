@@ -1,4 +1,4 @@
-"""Certificates: what is observed of a script, what is compared, and what is found."""
+"""Observation of PyTorch scripts, and comparison with their ports."""
 
 from __future__ import annotations
 

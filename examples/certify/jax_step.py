@@ -37,7 +37,7 @@ def step(params, state, g, x, y):
 
 
 def train(seed):
-    """Yield the initial parameters, and then what is to be compared after each step."""
+    """Yield the initial parameters, then the values to compare after each step."""
     params, g = torch_random.init_like(layers, torch_random.generator(seed))
     yield {"params": params, "generator": g}
     state = adamw.init(params)

@@ -79,7 +79,7 @@ class ScriptRun:
         steps: The steps.
         has_loader: Whether batches came from a DataLoader.
         ended: Whether the script ended by itself.
-        notes: Sentences about what is not compared.
+        notes: Limits of the comparison, one sentence each.
     """
 
     model: torch.nn.Module

@@ -247,8 +247,9 @@ def attend(
         precision=precision,
     )
     zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
-    arrays, drawn_by = (query, key, value), getattr(make_mask(()), "sampler", None)
     if _check_implementation(implementation, block_size) == "pallas":
+        # The masks of `regjax.keyed` have no sampler, and are rejected.
+        arrays, drawn_by = (query, key, value), getattr(make_mask(()), "sampler", None)
         check_supported(drawn_by, scores, arrays, bias, module)
         plain = functools.partial(
             kernel_attention, scores, arrays, mask, is_shared=broadcast_dropout

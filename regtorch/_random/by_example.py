@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from regshared.checks import check_integer, describe
+from regshared.examples import check_attention_axis, check_rows
 from regtorch._checks import has_negative
 from regtorch._random.bernoulli import MaskSampler, Sampler, bernoulli
 from regtorch._random.packed import mask_sampler
@@ -141,36 +142,14 @@ class ExampleSampler(MaskSampler):
 
     def check_fit(self, shape: tuple[int, ...], shared: tuple[int, ...]) -> None:
         """Raise a ValueError if there is not one example for each row of x."""
-        if self.is_single:
-            return
-        if not -len(shape) <= self.axis < len(shape):
-            raise ValueError(
-                f"axis must be a dimension of x, which has {len(shape)}; got {self.axis} in "
-                "by_example."
-            )
-        axis, count = self.axis % len(shape), self.numbers.shape[0]
-        if axis in shared:
-            raise ValueError(
-                "sampler must not be by_example where the examples share one mask; got a mask "
-                f"shared along dimension {axis}, that of the examples. Omit the sampler: such a "
-                "mask does not depend on the examples."
-            )
-        if shape[axis] != count:
-            raise ValueError(
-                f"examples must have one number for each of the {shape[axis]} rows of x along "
-                f"dimension {axis}; got {count}."
-            )
+        if not self.is_single:
+            check_rows(self.axis, self.numbers.shape[0], shape, shared)
 
 
 def check_batch_axis(sampler: MaskSampler, ndim: int) -> None:
     """Reject examples along another than the first `ndim` dimensions of attention."""
-    if not isinstance(sampler, ExampleSampler) or sampler.is_single:
-        return
-    if not 0 <= sampler.axis < ndim:
-        raise ValueError(
-            f"axis must be one of the {ndim} batch dimensions of query; got {sampler.axis} in "
-            "by_example. Pass a single example for a query without batch dimensions."
-        )
+    if isinstance(sampler, ExampleSampler) and not sampler.is_single:
+        check_attention_axis(sampler.axis, ndim)
 
 
 def check_one_mask(sampler: MaskSampler) -> MaskSampler:
