@@ -25,9 +25,10 @@ from regjax._dropout.attention_checks import (
     require_rng,
 )
 from regjax._dropout.blockwise import Blocks, blockwise
-from regjax._dropout.core import SampledMask, apply_dropout, check_flag, is_number
+from regjax._dropout.core import SampledMask, check_flag, is_number
 from regjax._dropout.pallas_attention import check_supported, kernel_attention
-from regjax._dropout.scores import Allowed, Scores, softmax, with_rank
+from regjax._dropout.scores import Allowed, Scores, with_rank
+from regjax._dropout.whole import whole, whole_sums, whole_weights
 from regjax._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
 from regjax._random.by_example import check_batch_axis
 from regjax._random.events import observer
@@ -333,29 +334,11 @@ def _zeros(query: Array, key: Array, value: Array) -> Array:
 def _whole(
     scores: Scores, inputs: Inputs, drop: Drop, module: Any, sown: Any, with_residual: bool
 ) -> tuple[Array, Any]:
-    query, key, value, bias, allowed = inputs
-    weights, log_total = _weights(scores, with_residual, query, key, bias, allowed)
+    query, key, _, bias, allowed = inputs
     if module is not None:
-        _sow(module, weights.astype(sown))
-
-    def mixed(weights: Array, value: Array, rng: Any) -> Array:
-        weights = apply_dropout(drop.spec, weights, drop.rate, rng, drop.deterministic)
-        return scores.mixed_values(weights.astype(value.dtype), value).astype(value.dtype)
-
-    if not observer():  # under a checkpoint, an observer would record the mask twice
-        # The backward pass drops the weights again, and stores only those before dropout.
-        mixed = jax.checkpoint(mixed, prevent_cse=False)
-    return mixed(weights, value, drop.key), log_total
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _weights(
-    scores: Scores, with_sums: bool, query: Array, key: Array, bias: Any, allowed: Allowed
-) -> tuple[Float[Array, "*batch heads queries keys"], Any]:
-    """Return all weights and the logarithms of the sums, in one dispatch outside of jit."""
-    found = scores(query, key, bias, allowed, 0)
-    log_total = jax.nn.logsumexp(lax.stop_gradient(found), axis=-1) if with_sums else None
-    return softmax(found), log_total
+        _sow(module, whole_weights(scores, query, key, bias, allowed).astype(sown))
+    result = whole(scores, *inputs, drop.spec, drop.rate, drop.key, drop.deterministic)
+    return result, whole_sums(scores, query, key, bias, allowed) if with_residual else None
 
 
 def _in_blocks(

@@ -18,7 +18,7 @@ from regjax._dropout.core import (
     mask_sharding,
     real_dtype,
 )
-from regjax._dropout.scores import Allowed, Scores
+from regjax._dropout.scores import Allowed, Scores, per_query
 from regjax._random.bernoulli import EXACT
 from regjax._random.collect import BlockwisePlan
 from regjax._random.events import BlockwiseCall, observer
@@ -111,7 +111,7 @@ def _attend(
     # Made from the query, to have its layout over devices.
     rows = jnp.swapaxes(jnp.zeros_like(query[..., 0], real_dtype(query.dtype)), -1, -2)
     features = (*query.shape[:-1], value.shape[-1])
-    start = jnp.full_like(rows, -jnp.inf), rows, jnp.broadcast_to(_per_query(rows), features)
+    start = jnp.full_like(rows, -jnp.inf), rows, jnp.broadcast_to(per_query(rows), features)
 
     def block(state: tuple[Array, Array, Array], first: Array) -> tuple[Any, None]:
         top, total, result = state
@@ -127,7 +127,7 @@ def _attend(
         dropped = _where_kept(keep, powers).astype(value.dtype)
         mixed = blocks.scores.mixed_values(dropped, part(value, -3))
         total = total * shrink + powers.sum(-1)
-        return (new_top, total, result * _per_query(shrink) + mixed), None
+        return (new_top, total, result * per_query(shrink) + mixed), None
 
     # The derivative draws the same masks again, and records nothing.
     record_block = record_end = None
@@ -143,7 +143,7 @@ def _attend(
     log_total = jnp.where(seen, _finite(top) + jnp.log(total), -jnp.inf)
     if record_end:
         record_end(_finite(log_total))
-    return result / _per_query(total), log_total
+    return result / per_query(total), log_total
 
 
 @_attend.defjvp
@@ -180,7 +180,7 @@ def _attend_jvp(blocks: Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
     zeros = (jnp.zeros_like(result), jnp.zeros_like(log_total))
     (dot_result, dot_log_total), _ = scan_linear(step, dots, zeros, blocks.firsts())
-    dot_result -= result * _per_query(dot_log_total)
+    dot_result -= result * per_query(dot_log_total)
     return (result, log_total), (dot_result, dot_log_total)
 
 
@@ -261,6 +261,3 @@ def _padded(x: Any, axis: int = -1, *, padding: int) -> Any:
     widths[axis] = (0, padding)
     return jnp.pad(x, widths)
 
-
-def _per_query(x: Float[Array, "*batch heads queries"]) -> Float[Array, "*batch queries heads 1"]:
-    return jnp.swapaxes(x, -1, -2)[..., None]

@@ -60,14 +60,12 @@ class Scores:
 
         The keys from `keys` on, if set, are padding.
         """
-        heads, kv_heads = query.shape[-2], key.shape[-2]
-        if heads == kv_heads:
-            scores = self._einsum("...qhd,...khd->...hqk", query, key)
+        query, key = _heads_first(query), _heads_first(key)
+        if query.shape[-3] == key.shape[-3]:
+            scores = self._einsum("...hqd,...hkd->...hqk", query, key)
         else:
-            split = kv_heads, heads // kv_heads
-            grouped = query.reshape(*query.shape[:-2], *split, query.shape[-1])
-            scores = self._einsum("...qhgd,...khd->...hgqk", grouped, key)
-            scores = scores.reshape(*scores.shape[:-4], heads, *scores.shape[-2:])
+            scores = self._einsum("...hgqd,...hkd->...hgqk", _grouped(query, key), key)
+            scores = scores.reshape(*query.shape[:-1], key.shape[-2])
         scores = scores * scores.dtype.type(self.scale)
         if bias is not None:
             scores = scores + bias.astype(scores.dtype)
@@ -100,13 +98,11 @@ class Scores:
         value: Float[Array, "*batch keys kv_heads features"],
     ) -> Float[Array, "*batch queries heads features"]:
         """Return the sums of the values, weighted for each query."""
-        heads, kv_heads = weights.shape[-3], value.shape[-2]
-        if heads == kv_heads:
-            return self._einsum("...hqk,...khd->...qhd", weights, value)
-        split = kv_heads, heads // kv_heads
-        grouped = weights.reshape(*weights.shape[:-3], *split, *weights.shape[-2:])
-        mixed = self._einsum("...hgqk,...khd->...qhgd", grouped, value)
-        return mixed.reshape(*mixed.shape[:-3], heads, mixed.shape[-1])
+        value = _heads_first(value)
+        if weights.shape[-3] == value.shape[-3]:
+            return _heads_first(self._einsum("...hqk,...hkd->...hqd", weights, value))
+        mixed = self._einsum("...hgqk,...hkd->...hgqd", _grouped(weights, value), value)
+        return _heads_first(mixed.reshape(*weights.shape[:-1], value.shape[-1]))
 
     def _einsum(self, formula: str, x: Array, y: Array) -> Array:
         options: dict[str, Any] = {} if self.dot_general is None else {"_dot_general": self.dot_general}
@@ -137,3 +133,22 @@ def _softmax_jvp(primals, tangents):
 def with_rank(x: Array, ndim: int) -> Array:
     """Return `x` with leading dimensions of size 1, as silent rank promotion would add them."""
     return x.reshape(*[1] * (ndim - x.ndim), *x.shape)
+
+
+def _heads_first(x: Array) -> Array:
+    """Exchange length and heads.
+
+    Products of arrays with heads first read the matrix of weights in one layout; otherwise XLA on a
+    CPU keeps a transposed copy of it.
+    """
+    return jnp.swapaxes(x, -2, -3)
+
+
+def _grouped(x: Array, key: Array) -> Array:
+    """Split the heads of `x` into groups, one for each head of the keys or values."""
+    heads, kv_heads = x.shape[-3], key.shape[-3]
+    return x.reshape(*x.shape[:-3], kv_heads, heads // kv_heads, *x.shape[-2:])
+
+
+def per_query(x: Float[Array, "*batch heads queries"]) -> Float[Array, "*batch queries heads 1"]:
+    return jnp.swapaxes(x, -1, -2)[..., None]
