@@ -305,15 +305,15 @@ BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "flag": ({"deterministic": 1}, "deterministic must be a boolean", TypeError),
     "residual": ({"return_residual": 1}, "return_residual must be True or False", TypeError),
     "window's type": ({"local_window_size": 1.5}, "local_window_size must be an int", TypeError),
-    "window's side": ({"local_window_size": (1, "2")}, r"local_window_size\[1\] must", TypeError),
+    "window's side": ({"local_window_size": [1, "2"]}, r"local_window_size\[1\] must", TypeError),
     "window's sides": (
-        {"local_window_size": (1, 2, 3)},
-        r"local_window_size must be a size or a pair .*; got \(1, 2, 3\)",
+        {"local_window_size": [1, 2, 3]},
+        r"local_window_size must be a size or a pair .*; got \[1, 2, 3\]",
         ValueError,
     ),
     "negative window": (
-        {"local_window_size": (-1, 0)},
-        r"local_window_size must be .*at least 0; got \(-1, 0\)\. For no limit .* number of keys",
+        {"local_window_size": [-1, 0]},
+        r"local_window_size must be .*at least 0; got \[-1, 0\]\. For no limit .* number of keys",
         ValueError,
     ),
     "lengths' dtype": (

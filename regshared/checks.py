@@ -63,8 +63,8 @@ def check_window(name: str, value: Any) -> tuple[int, int] | None:
     sides = check_integers(name, value) if is_pair else (check_integer(name, value),) * 2
     if len(sides) != 2 or min(sides) < 0:
         raise ValueError(
-            f"{name} must be a size or a pair (left, right), at least 0; got {describe(value)}. For "
-            "no limit on one side, pass the number of keys."
+            f"{name} must be a size or a pair (left, right), at least 0; got {describe(value)}. "
+            "For no limit on one side, pass the number of keys."
         )
     return sides
 

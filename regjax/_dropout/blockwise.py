@@ -260,4 +260,3 @@ def _padded(x: Any, axis: int = -1, *, padding: int) -> Any:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, padding)
     return jnp.pad(x, widths)
-

@@ -54,7 +54,13 @@ class Scores:
     dot_general: Callable[..., Array] | None
 
     def __call__(
-        self, query: Array, key: Array, bias: Any, allowed: Allowed, first: int | Array, keys: int = 0
+        self,
+        query: Array,
+        key: Array,
+        bias: Any,
+        allowed: Allowed,
+        first: int | Array,
+        keys: int = 0,
     ) -> Float[Array, "*batch heads queries keys"]:
         """Return the scores of the keys from `first` on, -inf where a query may not attend.
 
@@ -105,7 +111,9 @@ class Scores:
         return _heads_first(mixed.reshape(*weights.shape[:-1], value.shape[-1]))
 
     def _einsum(self, formula: str, x: Array, y: Array) -> Array:
-        options: dict[str, Any] = {} if self.dot_general is None else {"_dot_general": self.dot_general}
+        options: dict[str, Any] = (
+            {} if self.dot_general is None else {"_dot_general": self.dot_general}
+        )
         wide = real_dtype(y.dtype)
         return jnp.einsum(
             formula, x, y, precision=self.precision, preferred_element_type=wide, **options

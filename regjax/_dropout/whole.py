@@ -7,7 +7,6 @@ import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from regjax._dropout.core import apply_dropout
@@ -50,9 +49,11 @@ def whole(
 ) -> Float[Array, "*batch queries heads features"]:
     """Return the result of attention; the last four arguments are those of `apply_dropout`."""
     rate, flag = (x if isinstance(x, jax.Array) else _Static(x) for x in (rate, deterministic))
-    attend = _attend if observer() else _attend_in_one
-    result = attend(scores, query, key, value, bias, allowed, _Draw(spec, rate, rng, flag))
-    return result.astype(value.dtype)
+    draw = _Draw(spec, rate, rng, flag)
+    if observer():  # it must see every call, and no mask of the derivative
+        weights = whole_weights(scores, query, key, bias, allowed)
+        return _mixed(scores, draw, weights, value).astype(value.dtype)
+    return _attend(scores, query, key, value, bias, allowed, draw)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -71,31 +72,25 @@ def whole_sums(
     return jax.nn.logsumexp(lax.stop_gradient(scores(query, key, bias, allowed, 0)), axis=-1)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _attend(
     scores: Scores, query: Array, key: Array, value: Array, bias: Any, allowed: Any, draw: _Draw
 ) -> Array:
+    """Return the result, in one dispatch outside of jit."""
     found = scores(query, key, bias, allowed, 0)
-    if observer():  # it would record the mask again in the derivative
-        return _mixed(scores, draw, softmax(found), value)
-    return _mixed_softmax(scores, found, value, draw)
-
-
-# One dispatch outside of jit. An observer must see every call, and not only the first of a shape.
-_attend_in_one = jax.jit(_attend, static_argnums=0)
+    return _mixed_softmax(scores, found, value, draw).astype(value.dtype)
 
 
 def _mixed(scores: Scores, draw: _Draw, weights: Array, value: Array) -> Array:
     """Return the sums of the values by dropped weights, in float32 or wider."""
-    rate, flag = (
-        x.value if isinstance(x, _Static) else x for x in (draw.rate, draw.deterministic)
-    )
+    rate, flag = (x.value if isinstance(x, _Static) else x for x in (draw.rate, draw.deterministic))
     dropped = apply_dropout(draw.spec, weights, rate, draw.key, flag)
     return scores.mixed_values(dropped.astype(value.dtype), value)
 
 
-# With the derivatives of its parts, XLA would keep several matrices for the backward pass. This
-# rule needs the weights only: it draws their mask again, and the sum of each row of `changes`
-# becomes a sum over features, where transposed.
+# With the derivatives of its parts, XLA would keep more than one matrix for the backward pass. This
+# rule needs the weights alone: it draws their mask again, and where it is transposed, the sum of
+# each row of `changes` becomes a sum over features.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _mixed_softmax(scores: Scores, found: Array, value: Array, draw: _Draw) -> Array:
     return _mixed(scores, draw, softmax(found), value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,20 +56,20 @@ class Scores:
             scores = scores.masked_fill(~seen, -math.inf)
         return scores
 
-    def _seen(self, scores: Tensor, allowed: Allowed, first: int) -> Iterator[Tensor]:
-        """Yield the masks of a block of scores, computed from indices where no tensor has them."""
+    def _seen(self, scores: Tensor, allowed: Allowed, first: int) -> list[Tensor]:
+        """Return the masks of a block of scores, computed from indices where no tensor has them."""
         row, column = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
         row, column = row[:, None], column + first
-        if allowed.mask is not None:
-            yield allowed.mask
+        seen = [] if allowed.mask is None else [allowed.mask]
         if self.is_causal:
-            yield column <= row
+            seen.append(column <= row)
         if self.window is not None:
             left, right = (min(size, _LARGEST) for size in self.window)
-            yield (row - column <= left) & (column - row <= right)
+            seen.append((row - column <= left) & (column - row <= right))
         for place, number in ((row, allowed.queries), (column, allowed.keys)):
             if number is not None:
-                yield place < number
+                seen.append(place < number)
+        return seen
 
 
 def softmax(scores: Tensor) -> Tensor:
