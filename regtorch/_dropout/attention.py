@@ -18,9 +18,10 @@ from regtorch._dropout.attention_checks import (
     require_rng,
 )
 from regtorch._dropout.blockwise import Blocks, blockwise
-from regtorch._dropout.core import SampledMask, apply_dropout, check_flag, is_number
+from regtorch._dropout.core import SampledMask, check_flag, is_number
 from regtorch._dropout.dtensor import Place, is_dtensor, on_local_heads, sampler_at
-from regtorch._dropout.scores import Allowed, Scores, mixed_values, softmax
+from regtorch._dropout.scores import Allowed, Scores
+from regtorch._dropout.whole import whole, whole_sums
 from regtorch._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
 from regtorch._random.by_example import check_batch_axis
 from regtorch._random.events import observer
@@ -186,12 +187,14 @@ def dot_product_attention(
         window=check_window("local_window_size", local_window_size),
     )
     inputs = Inputs(query, key, value, bias, allowed)
-    drop = Drop(drawn_by, rate, one_key, flag, evaluates, is_shared)
-    if block_size is None:
-        result, log_total = _whole(scores, inputs, drop, shared, with_residual)
-    else:
+    if block_size is not None:
+        drop = Drop(drawn_by, rate, one_key, flag, evaluates, is_shared)
         result, log_total = _in_blocks(scores, inputs, drop, block_size)
-    if not with_residual:
+    else:
+        spec = SampledMask("dot_product_attention", drawn_by, shared)
+        result = whole(scores, *inputs, spec, rate, one_key, flag)
+        log_total = whole_sums(scores, query, key, bias, allowed) if with_residual else None
+    if log_total is None or not with_residual:
         return result
     return result, log_total.detach().transpose(-1, -2).to(result.dtype)
 
@@ -215,17 +218,6 @@ class Drop(NamedTuple):
     deterministic: bool | Tensor
     is_off: bool  # known without reading a tensor
     is_shared: bool
-
-
-def _whole(
-    scores: Scores, inputs: Inputs, drop: Drop, shared: tuple[int, ...], with_residual: bool
-) -> tuple[Tensor, Any]:
-    query, key, value, bias, allowed = inputs
-    found = scores(query, key, bias, allowed)
-    spec = SampledMask("dot_product_attention", drop.sampler, shared)
-    weights = apply_dropout(spec, softmax(found), drop.rate, drop.key, drop.deterministic)
-    log_total = torch.logsumexp(found.detach(), -1) if with_residual else None
-    return mixed_values(weights.to(value.dtype), value), log_total
 
 
 def _in_blocks(
