@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import regjax
 from parity_tests.frameworks import JAX, Framework
 from parity_tests.tables import both_frameworks
 
@@ -148,6 +149,16 @@ def test_the_residual_precedes_dropout_and_has_the_dtype_of_the_arrays(
         assert dropped[1].dtype == qkv[0].dtype
         np.testing.assert_array_equal(*(framework.numpy(x[1]) for x in (dropped, plain)))
         assert np.abs(framework.numpy(dropped[0] - plain[0])).max() > 0.1
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_no_gradient_flows_to_the_residual_in_jax(block_size):
+    """For PyTorch, `with_gradients` asserts it."""
+    q, k, v = map(jnp.asarray, inputs()[0][:3])
+    residual = lambda q: regjax.dot_product_attention(
+        q, k, v, return_residual=True, block_size=block_size
+    )[1]
+    assert not jax.grad(lambda q: residual(q).sum())(q).any()
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int64])
