@@ -176,7 +176,12 @@ SOWN = {
 }
 
 
-@pytest.mark.parametrize("name", SOWN)
+FAST = ("linen bfloat16, forced", "nnx bfloat16")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in SOWN]
+)
 def test_sown_weights_are_those_that_flax_sows(name):
     """Before dropout, and in the same dtype; half types are rounded by Flax before the softmax."""
     sown_by, flax, dtype, force = SOWN[name]
