@@ -116,8 +116,8 @@ def dot_product_attention(
         module: A Linen or NNX module into which the weights, before dropout, are sown.
         is_causal: Whether query i may attend to keys 0 to i only.
         query_seq_lengths: The number of queries of each example, integers of the shape of the
-            batch. Later queries are padding, and give 0. As in `jax.nn`, a number above `queries`
-            excludes none, and one below 1 excludes all.
+            batch. Later queries are padding, and give 0. A number above `queries` excludes none, and
+            one below 1 excludes all, as in `jax.nn.dot_product_attention`.
         key_value_seq_lengths: The number of keys of each example, likewise; no query attends to the
             later ones.
         local_window_size: A pair (left, right): query i may attend to keys `i - left` to
@@ -142,8 +142,8 @@ def dot_product_attention(
         force_fp32_for_softmax: The dtype of the weights that are sown, as in Linen: True for
             float32, False for that of the arrays. The softmax is in float32 or wider in any case,
             and the result has the dtype of the arrays, where Linen's becomes float32.
-        einsum_dot_general: A pure function that computes both products instead of
-            `jax.lax.dot_general`, as in Linen.
+        einsum_dot_general: A pure function that computes both products in place of that of JAX, as
+            in Linen.
         qk_attn_weights_einsum: Rejected: Linen's quantized einsums may update a module, which a
             derivative that computes a product again cannot. Linen would omit it silently if this
             function had no argument for it.

@@ -44,7 +44,7 @@ class Scores:
         window: The numbers of keys before and after that of its own number to which a query may
             attend, or None.
         precision: The precision of the products.
-        dot_general: The function of the products instead of `jax.lax.dot_general`, or None.
+        dot_general: The function of the products in place of that of JAX, or None.
     """
 
     scale: float
