@@ -43,10 +43,10 @@ interpreted_tile = make_user_context()
 
 
 def check_supported(
-    sampler: Any, scores: Scores, arrays: Sequence[Array], bias: Any, module: Any
+    sampler: Any, scores: Scores, inputs: Any, module: Any, with_residual: bool
 ) -> None:
     """Raise a ValueError or TypeError that names what the kernels support; without, return None."""
-    query, key, value = arrays
+    query, key, value, bias, allowed = inputs
     *batch, queries, heads, depth = query.shape
     if str(query.dtype) not in _DTYPES:
         raise TypeError(
@@ -64,10 +64,22 @@ def check_supported(
             "query and key must not be empty with implementation='pallas'; got shapes "
             f"{query.shape} and {key.shape}. {_WAY_OUT}"
         )
-    for name, given in (("bias", bias), ("module", module)):
+    of_keys = f"Pass a mask of shape {(*batch, 1, 1, key.shape[-3])}, or omit implementation."
+    for name, given, fix in (
+        ("bias", bias, "Pass booleans as mask, or omit implementation."),
+        ("module", module, _WAY_OUT),
+        ("query_seq_lengths", allowed.queries, _WAY_OUT),
+        ("key_value_seq_lengths", allowed.keys, of_keys),
+        ("local_window_size", scores.window, _WAY_OUT),
+        ("einsum_dot_general", scores.dot_general, _WAY_OUT),
+    ):
         if given is not None:
-            fix = "Pass booleans as mask, or omit implementation." if name == "bias" else _WAY_OUT
             raise ValueError(f"{name} must be None with implementation='pallas'; got one. {fix}")
+    if with_residual:
+        raise ValueError(
+            "return_residual must be False with implementation='pallas', whose kernels return no "
+            f"residual; got True. {_WAY_OUT}"
+        )
     if scores.precision not in _PRECISIONS:
         raise ValueError(
             "precision must be None, DEFAULT or HIGHEST with implementation='pallas'; got "
