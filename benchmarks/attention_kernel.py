@@ -147,18 +147,25 @@ def compiled(
             implementation="pallas",
         )
 
-    def gradients(query: Any, key: Any, value: Any, rng: Any, dot: Any) -> Any:
-        _, pull_back = jax.vjp(lambda q, k, v: forward(q, k, v, rng), query, key, value)
-        return pull_back(dot)
+    def train(query: Any, key: Any, value: Any, rng: Any) -> Any:
+        return jax.vjp(lambda q, k, v: forward(q, k, v, rng), query, key, value)
 
     one = SingleDeviceSharding(devices(chip)[0])
-    chosen = Format(Layout.AUTO, one)
     array = jax.ShapeDtypeStruct(shape, dtype)
-    rng = jax.ShapeDtypeStruct((2,), "uint32")
-    arguments = [array, array, array, rng] + ([array] if backward else [])
-    layouts = [chosen, chosen, chosen, one] + ([chosen] if backward else [])
-    function = gradients if backward else forward
-    jitted = jax.jit(function, in_shardings=tuple(layouts), out_shardings=chosen)
+    arguments: tuple[Any, ...] = (array, array, array, jax.ShapeDtypeStruct((2,), "uint32"))
+    function: Any = train
+    if backward:
+        out, pull_back = jax.eval_shape(train, *arguments)
+        function, arguments = (lambda pull_back, dot: pull_back(dot)), (pull_back, out)
+
+    def layout(x: Any) -> Any:
+        return Format(Layout.AUTO, one) if x.ndim > 2 else one
+
+    jitted = jax.jit(
+        function,
+        in_shardings=jax.tree.map(layout, arguments),
+        out_shardings=jax.tree.map(layout, jax.eval_shape(function, *arguments)),
+    )
     return jitted.lower(*arguments).compile()
 
 

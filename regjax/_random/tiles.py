@@ -90,10 +90,10 @@ class TileMask:
         words = compare_words(key.words, index, bits_of_t, everything)
         if not along_queries:
             return (words >> lane) & np.uint32(1) != 0
-        # One bit for each of 32 rows: the constant stays in a few registers.
-        bit = np.uint32(1) << lax.broadcasted_iota(np.uint32, (1, LANES, columns), 1)
-        repeated = jnp.broadcast_to(words[:, None, :], (words_size[0], LANES, columns))
-        return (repeated & bit).reshape(size) != 0
+        # A word for each of 32 rows: rows one at a time need no change of layout.
+        bit = np.uint32(1) << lax.broadcasted_iota(np.uint32, (LANES, columns), 0)
+        rows_of = [jnp.broadcast_to(words[i : i + 1], bit.shape) & bit for i in range(rows // LANES)]
+        return jnp.concatenate(rows_of) != 0
 
     def _compare_own(self, key: TileKey, index: Words) -> Bool[Array, "queries keys"]:
         """Compare the first bits of each element's own word with the threshold."""
