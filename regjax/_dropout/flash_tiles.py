@@ -91,7 +91,7 @@ class Tile(NamedTuple):
             scores = jnp.where(along < self.sizes[2], scores, -jnp.inf)
         return scores
 
-    def keep(self, size: tuple[int, ...]) -> Array | None:
+    def keep(self, size: tuple[int, ...], **options: Any) -> Array | None:
         """Return the mask of the tile; None without dropout."""
         mask, scalars = self.flash.mask, self.scalars
         if mask is None:
@@ -109,7 +109,7 @@ class Tile(NamedTuple):
         query = word(_QUERY) + self.first_query.astype(np.uint32)
         starts = Starts(example, head, query, self.first_key.astype(np.uint32))
         key = TileKey((word(0), word(1)), word(2), word(3) != 0)
-        return mask.draw(key, starts, (size[0], size[1]))
+        return mask.draw(key, starts, (size[0], size[1]), **options)
 
     def key_rows(self, array: Array) -> Array:
         """Return the rows of a tile of keys or values; zeros after the last key."""
