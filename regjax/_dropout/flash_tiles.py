@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from regjax._random.tiles import Starts, TileKey, TileMask
+from regjax._random.xla import rounded
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -80,6 +81,8 @@ class Tile(NamedTuple):
         options = {"precision": self.flash.precision, "preferred_element_type": np.float32}
         scores = lax.dot_general(query, key, (((1,), (1,)), ((), ())), **options)
         scores = scores * np.float32(self.flash.scale)
+        if self.flash.interpret:  # a CPU would contract the product with the difference to the top
+            scores = rounded(scores)
         along = lax.broadcasted_iota(np.int32, scores.shape, 1) + self.first_key
         if allowed is not None:
             scores = jnp.where(allowed[...].astype(np.int32) != 0, scores, -jnp.inf)
