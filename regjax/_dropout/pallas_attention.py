@@ -189,7 +189,7 @@ def kernel_attention(
         precision=scores.precision,
         mask=tiles,
         is_shared=is_shared,
-        tile=tile or (min(256, -(-queries // LANES) * LANES), min(512, -(-keys // 128) * 128)),
+        tile=tile or (_tile_of(queries, 256, whole=LANES), _tile_of(keys, 512)),
         interpret=tile is not None,
     )
     first = (*words, threshold, everything)
@@ -200,6 +200,11 @@ def kernel_attention(
     operands |= {} if mask is None else {"allowed": mask.astype(np.int8)}
     operands |= {} if numbers is None else {"numbers": numbers}
     return _on_shards(flash, tuple(batch), operands)
+
+
+def _tile_of(size: int, limit: int, whole: int = 128) -> int:
+    """Return the length of tiles: a multiple of 128, or the size if that is one of `whole`."""
+    return min(limit, size if size % whole == 0 else -(-size // 128) * 128)
 
 
 def _numbers(examples: Places, batch: tuple[int, ...]) -> Places:

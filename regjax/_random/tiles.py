@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
@@ -68,9 +68,16 @@ class TileMask:
     packed: int | None = None
 
     def draw(
-        self, key: TileKey, starts: Starts, size: tuple[int, int]
+        self,
+        key: TileKey,
+        starts: Starts,
+        size: tuple[int, int],
+        detour: Callable[[Array], Array] = lambda words: words,
     ) -> Bool[Array, "queries keys"]:
-        """Return the mask of a tile; queries that share words begin at a multiple of 32."""
+        """Return the mask of a tile; queries that share words begin at a multiple of 32.
+
+        `detour` returns the words that queries share unchanged, for the sake of the schedule.
+        """
         if self.packed is None:
             return self._compare_own(key, _index(self.shape, starts, size))
         if self.threshold is None:
@@ -90,10 +97,11 @@ class TileMask:
         words = compare_words(key.words, index, bits_of_t, everything)
         if not along_queries:
             return (words >> lane) & np.uint32(1) != 0
-        # One bit for each of 32 rows: the constant stays in a few registers.
-        bit = np.uint32(1) << lax.broadcasted_iota(np.uint32, (1, LANES, columns), 1)
-        repeated = jnp.broadcast_to(words[:, None, :], (words_size[0], LANES, columns))
-        return (repeated & bit).reshape(size) != 0
+        words = detour(words)
+        # A row of words at a time: a reshape to 32 rows each would change the layout.
+        bit = np.uint32(1) << lax.broadcasted_iota(np.uint32, (LANES, columns), 0)
+        bits = [jnp.broadcast_to(words[i : i + 1], bit.shape) & bit for i in range(words_size[0])]
+        return jnp.concatenate(bits) != 0
 
     def _compare_own(self, key: TileKey, index: Words) -> Bool[Array, "queries keys"]:
         """Compare the first bits of each element's own word with the threshold."""
