@@ -116,8 +116,8 @@ def dot_product_attention(
         module: A Linen or NNX module into which the weights, before dropout, are sown.
         is_causal: Whether query i may attend to keys 0 to i only.
         query_seq_lengths: The number of queries of each example, integers of the shape of the
-            batch. Later queries are padding, and give 0. A number above `queries` excludes none, and
-            one below 1 excludes all, as in `jax.nn.dot_product_attention`.
+            batch. Later queries are padding, and give 0. A number above `queries` excludes none,
+            and one below 1 excludes all, as in `jax.nn.dot_product_attention`.
         key_value_seq_lengths: The number of keys of each example, likewise; no query attends to the
             later ones.
         local_window_size: A pair (left, right): query i may attend to keys `i - left` to
