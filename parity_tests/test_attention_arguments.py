@@ -71,7 +71,7 @@ def seen(batch: tuple[int, ...], options: dict[str, Any]) -> np.ndarray:
     for name, place in (("query_seq_lengths", row), ("key_value_seq_lengths", column)):
         if name in options:
             permitted = permitted & (place < options[name][:, None, None, None])
-    found = permitted.any(-1).swapaxes(-1, -2)[..., None]
+    found = np.swapaxes(np.any(permitted, axis=-1, keepdims=True), -2, -3)
     return found if batch else found[0]
 
 
@@ -147,7 +147,7 @@ def test_the_residual_precedes_dropout_and_has_the_dtype_of_the_arrays(
     for rate in (0.5, 1.0):
         dropped = attend(*qkv, dropout_rate=rate)
         assert dropped[1].dtype == qkv[0].dtype
-        np.testing.assert_array_equal(*(framework.numpy(x[1]) for x in (dropped, plain)))
+        np.testing.assert_array_equal(framework.numpy(dropped[1]), framework.numpy(plain[1]))
         assert np.abs(framework.numpy(dropped[0] - plain[0])).max() > 0.1
 
 
