@@ -158,8 +158,8 @@ def test_a_key_used_twice_is_seen_and_its_derivative_is_no_second_use(block_size
 
     with jax.debug_key_reuse(True):
         with pytest.raises(jax.errors.KeyReuseError):
-            twice(KEY)
-        jax.jit(jax.grad(lambda q, key: run(q, k, v, key).sum()))(q, KEY)
+            twice(jax.random.key(3))
+        jax.jit(lambda key: jax.jvp(lambda q: run(q, k, v, key), (q,), (q,)))(jax.random.key(3))
 
 
 @pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
