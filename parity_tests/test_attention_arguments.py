@@ -34,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "nothing in some windows": {"local_window_size": (1, 0), "kv_heads": 2},
     "one number": {"local_window_size": 2},
-    "wide": {"local_window_size": (2**31 - 1, 0)},
+    "wide": {"local_window_size": (10**6, 0)},
     "causal window": {"local_window_size": (1, 3), "is_causal": True},
     "queries": {"query_seq_lengths": LONG},
     "no queries": {"query_seq_lengths": SHORT},
@@ -159,6 +159,15 @@ def test_no_gradient_flows_to_the_residual_in_jax(block_size):
         q, k, v, return_residual=True, block_size=block_size
     )[1]
     assert not jax.grad(lambda q: residual(q).sum())(q).any()
+
+
+@both_frameworks
+def test_a_window_of_any_size_does_not_overflow(framework: Framework):
+    """The indices of `jax.nn` overflow from 2**31 on."""
+    qkv = [framework.array(x) for x in inputs()[0][:3]]
+    attend = functools.partial(framework.library.dot_product_attention, *qkv)
+    found = attend(local_window_size=(2**70, 2**31 - 1))
+    np.testing.assert_array_equal(framework.numpy(found), framework.numpy(attend()))
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.int64])
