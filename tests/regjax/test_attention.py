@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -115,22 +114,19 @@ def temporary_bytes(length: int, block_size: int | None) -> int:
 
 
 def whole_bytes(function: Any, **options: Any) -> int:
-    """Return the temporary memory of attention with its gradients, by XLA's analysis."""
-    x = jax.ShapeDtypeStruct((1, 512, 2, 16), np.float32)
-    loss = lambda q, k, v: function(q, k, v, **options).sum()
+    """Return the temporary memory of attention with its gradients, by XLA's analysis.
+
+    A cotangent of ones, as that of a sum, would give XLA another program.
+    """
+    x = jax.ShapeDtypeStruct((1, 1024, 4, 64), np.float32)
+    loss = lambda q, k, v: (function(q, k, v, **options) * q).sum()
     compiled: Any = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(x, x, x).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def test_the_whole_form_takes_less_memory_than_jax_nn_without_dropout():
-    for options in ({}, {"is_causal": True, "local_window_size": 100}):
-        without = whole_bytes(jax.nn.dot_product_attention, **options)
-        assert whole_bytes(attend, **options) < 0.9 * without
-    # The comparison can fail: Linen's dropout takes more.
-    flax = {"dropout_rng": KEY, "dropout_rate": 0.3, "broadcast_dropout": False}
-    with jax.numpy_rank_promotion("allow"):
-        with_dropout = whole_bytes(linen.dot_product_attention, **flax)
-    assert with_dropout > whole_bytes(jax.nn.dot_product_attention)
+    """It takes 0.75 times as much; without a rule for its derivative, 1.2 times."""
+    assert whole_bytes(attend) < 0.9 * whole_bytes(jax.nn.dot_product_attention)
 
 
 def test_memory_in_blocks_grows_with_the_length_and_not_with_its_square():
@@ -162,8 +158,8 @@ def test_a_key_used_twice_is_seen_and_its_derivative_is_no_second_use(block_size
 
     with jax.debug_key_reuse(True):
         with pytest.raises(jax.errors.KeyReuseError):
-            twice(KEY)
-        jax.jit(jax.grad(lambda q, key: run(q, k, v, key).sum()))(q, KEY)
+            twice(jax.random.key(3))
+        jax.jit(lambda key: jax.jvp(lambda q: run(q, k, v, key), (q,), (q,)))(jax.random.key(3))
 
 
 @pytest.mark.parametrize("kind", ["threefry2x32", "rbg"])
