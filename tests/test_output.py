@@ -24,6 +24,7 @@ PROGRAMS = (
             "attention",
             "attention_kernel",
             "comparison",
+            "device_check",
             "dropout_speed",
             "gpu_model",
             "optimizers",
