@@ -32,25 +32,19 @@ PACKAGES += ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "libtpu")
 
 
 class Budget:
-    """The time of a run: a step begins only if twice the longest of its kind still fits."""
+    """The time of a run."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._start, self._seconds = clock, clock(), seconds
-        self._longest: dict[str, float] = {}
 
     @property
     def spent(self) -> float:
         """The seconds since the beginning."""
         return self._clock() - self._start
 
-    def run(self, kind: str, step: Callable[[], Any]) -> Any:
-        """Return the result of a step of some kind, or None if it does not begin."""
-        start = self.spent
-        if start + 2 * self._longest.get(kind, 0) >= self._seconds:
-            return None
-        found = step()
-        self._longest[kind] = max(self._longest.get(kind, 0), self.spent - start)
-        return found
+    def allows(self, seconds: float = 0.0) -> bool:
+        """Return whether a step of a number of seconds still fits."""
+        return self.spent + seconds < self._seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,14 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not devices:
         print(f"no GPU or TPU: {reason}. Nothing was checked. See --rehearse.", file=sys.stderr)
         return 2
-    from benchmarks import device_results, device_times
+    from benchmarks import device_times
+    from benchmarks.device_sides import Sides, runner
 
-    sides = device_results.Sides(
-        device=device_results.runner(devices[0]),
-        cpu=device_results.runner(cpu),
-        devices=devices,
-        is_rehearsal=options.rehearse,
-    )
+    sides = Sides(runner(devices[0]), runner(cpu), devices, is_rehearsal=options.rehearse)
     checks = check_all(sides, budget)
     sizes = device_times.QUICK if options.quick else device_times.FULL
     sizes = device_times.REHEARSAL if options.rehearse else sizes
@@ -132,8 +122,8 @@ def check_all(sides: Any, budget: Budget) -> list[Outcome]:
 
     checks = []
     for name in CHECKS:
-        outcome = budget.run("check", lambda name=name: check(name, sides))
-        checks.append(outcome or Outcome(name, LATE, "time was up"))
+        late = Outcome(name, LATE, "time was up")
+        checks.append(check(name, sides) if budget.allows() else late)
         print(f"{checks[-1].status:8}{name}: {checks[-1].detail}", flush=True)
     return checks
 
@@ -147,14 +137,15 @@ def time_all(
     failed = [check.name for check in checks if check.status == FAILED]
     if failed:
         return [], [f"Nothing was timed, because results are wrong: {', '.join(failed)}."]
-    timings, left_out = [], []
+    timings, left_out, longest = [], [], 0.0
     for case in cases:
-        timing = budget.run(case.kind, lambda case=case: measure(case))
-        if timing is None:
-            left_out.append(f"Not timed, because time was up: {case.kind}, {case.title}.")
-        else:
-            timings.append(timing)
-        print(left_out[-1] if timing is None else f"timed   {case.kind}, {case.title}", flush=True)
+        start, title = budget.spent, f"{case.kind}, {case.title}"
+        if not budget.allows(2 * longest):  # a longer sequence takes longer
+            left_out.append(f"Not timed, because time was up: {title}.")
+            continue
+        timings.append(measure(case))
+        longest = max(longest, budget.spent - start)
+        print(f"timed   {title}", flush=True)
     return timings, left_out
 
 

@@ -94,15 +94,13 @@ def masks(sides: Sides) -> str:
     """Compare masks of both samplers, with concrete and traced rates, with those of the CPU."""
 
     def draw(key: Any, traced: Any) -> Any:
-        shares = {str(1 - rate): 1 - rate for rate in RATES} | {"traced": traced}
-        found = {
-            f"{name}, {share}, {shape}": sampler(key, keep_prob, shape)
-            for name, sampler in SAMPLERS.items()
-            for share, keep_prob in shares.items()
-            for shape in SHAPES
-        }
-        large = {f"{n}, {sides.large}": SAMPLERS[n](key, 0.9, sides.large) for n in SAMPLERS}
-        return found | large
+        found = {}
+        for name, sampler in SAMPLERS.items():
+            for shape in (*SHAPES, sides.large):
+                found[f"{name}, rate 0.1, {shape}"] = sampler(key, 0.9, shape)
+            for label, keep_prob in (("rate 0.5", 0.5), ("traced rate", traced)):
+                found[f"{name}, {label}, {SHAPES[2]}"] = sampler(key, keep_prob, SHAPES[2])
+        return found
 
     return same_bits(sides, draw, key_of(1), np.float32(0.7))
 

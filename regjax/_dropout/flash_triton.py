@@ -139,37 +139,26 @@ def _query_kernel(flash: Flash, sizes: Any, columns: int, has_mask: bool, *refs:
     dot_query[...] = (total * np.float32(flash.scale)).astype(dot_query.dtype)
 
 
-def _key_kernel(flash: Flash, sizes: Any, grid: Any, has_mask: bool, *refs: Any) -> None:
+def _key_kernel(flash: Flash, sizes: Any, rows: int, has_mask: bool, *refs: Any) -> None:
     *inputs, dot_key, dot_value = refs
     given = Refs(*inputs) if has_mask else Refs(*inputs, allowed=None)
-    group, rows = grid
-    columns, kv_head, example = (pl.program_id(axis) for axis in range(3))
+    columns, head, example = (pl.program_id(axis) for axis in range(3))
     key, value = given.key[...], given.value[...]
     options = {"precision": flash.precision, "preferred_element_type": np.float32}
+
+    def step(number: Any, totals: Any) -> Any:
+        tile = Tile(flash, sizes, given.scalars, example, head, number, columns)
+        query, dot = (_read(x, number, flash.tile[0]) for x in (given.query, given.dot_out))
+        found = _gradients(tile, given, query, key, value, number)
+        dot_key = lax.dot_general(found.scores, query, _COLUMNS_OF_BOTH, **options)
+        dot_value = lax.dot_general(found.weights, dot, _COLUMNS_OF_BOTH, **options)
+        return totals[0] + dot_key, totals[1] + dot_value
+
     first = 0
     if flash.is_causal and not flash.is_part:
         first = lax.div(columns * flash.tile[1], np.int32(flash.tile[0]))
-
-    def of_head(member: Any, totals: Any) -> Any:
-        of_group = "query", "out", "dot_out", "log_total"
-        own = given._replace(**{name: getattr(given, name).at[member] for name in of_group})
-        if has_mask:
-            is_shared = given.allowed.shape[0] == 1
-            own = own._replace(allowed=given.allowed.at[0 if is_shared else member])
-
-        def step(number: Any, totals: Any) -> Any:
-            head = kv_head * group + member
-            tile = Tile(flash, sizes, own.scalars, example, head, number, columns)
-            query, dot = (_read(x, number, flash.tile[0]) for x in (own.query, own.dot_out))
-            found = _gradients(tile, own, query, key, value, number)
-            dot_key = lax.dot_general(found.scores, query, _COLUMNS_OF_BOTH, **options)
-            dot_value = lax.dot_general(found.weights, dot, _COLUMNS_OF_BOTH, **options)
-            return totals[0] + dot_key, totals[1] + dot_value
-
-        return lax.fori_loop(first, rows, step, totals)
-
     totals = jnp.zeros(key.shape, np.float32), jnp.zeros(value.shape, np.float32)
-    totals = lax.fori_loop(0, group, of_head, totals)
+    totals = lax.fori_loop(first, rows, step, totals)
     dot_key[...] = (totals[0] * np.float32(flash.scale)).astype(dot_key.dtype)
     dot_value[...] = (totals[1] * given.inverse_keep[0, 0]).astype(dot_value.dtype)
 
@@ -184,7 +173,7 @@ def forward(flash: Flash, sizes: Any, operands: Operands) -> tuple[Array, Array]
     of_rows = _tiles(flash.tile[0])
     specs = [_whole(scalars), _whole(inverse_keep), of_rows(query)]
     specs += [_of_head(x, group) for x in (key, value)]
-    specs += [] if allowed is None else [_of_allowed(allowed, 1)]
+    specs += [] if allowed is None else [_of_allowed(allowed)]
     out = type_like((batch, heads, queries, value.shape[-1]), value.dtype, query)
     sums = type_like((batch, heads, queries), np.float32, query)
     return pl.pallas_call(
@@ -215,7 +204,7 @@ def backward(
     scalar_specs = [_whole(scalars), _whole(inverse_keep)]
     specs = [*scalar_specs, _of_head(query, 1), *(_of_head(x, group) for x in (key, value))]
     specs += [_of_head(x, 1) for x in (out, dot_out, log_total)]
-    specs += [_of_allowed(allowed, 1)] if has_mask else []
+    specs += [_of_allowed(allowed)] if has_mask else []
     (dot_query,) = pl.pallas_call(
         functools.partial(_query_kernel, flash, sizes, columns, has_mask),
         grid=(rows, heads, batch),
@@ -225,60 +214,60 @@ def backward(
         name="regjax_attention_dot_query",
         **options,
     )(*arrays)
-    of_columns = _tiles(flash.tile[1])
-    specs = [*scalar_specs, _of_group(query, group), of_columns(key), of_columns(value)]
-    specs += [_of_group(x, group) for x in (out, dot_out, log_total)]
-    specs += [_of_allowed(allowed, group)] if has_mask else []
-    dot_key, dot_value = pl.pallas_call(
-        functools.partial(_key_kernel, flash, sizes, (group, rows), has_mask),
-        grid=(columns, kv_heads, batch),
+    # Each head has its own gradients of a key that heads share; they add up in float32.
+    of_columns, wide = _tiles(flash.tile[1], group), np.float32 if group > 1 else key.dtype
+    dots = [type_like((batch, heads, *x.shape[2:]), wide, query) for x in (key, value)]
+    specs = [*scalar_specs, _of_head(query, 1), of_columns(key), of_columns(value)]
+    specs += [_of_head(x, 1) for x in (out, dot_out, log_total)]
+    specs += [_of_allowed(allowed)] if has_mask else []
+    found = pl.pallas_call(
+        functools.partial(_key_kernel, flash, sizes, rows, has_mask),
+        grid=(columns, heads, batch),
         in_specs=specs,
-        out_specs=[of_columns(key), of_columns(value)],
-        out_shape=[type_like(x.shape, x.dtype, query) for x in (key, value)],
+        out_specs=[_tiles(flash.tile[1])(x) for x in dots],
+        out_shape=dots,
         name="regjax_attention_dot_key",
         **options,
     )(*arrays)
-    return dot_query, dot_key, dot_value
+    if group > 1:
+        found = [x.reshape(batch, kv_heads, group, *x.shape[2:]).sum(2) for x in found]
+    dot_key, dot_value = found
+    return dot_query, dot_key.astype(key.dtype), dot_value.astype(value.dtype)
 
 
 def _whole(array: Array) -> pl.BlockSpec:
     return pl.BlockSpec(array.shape, lambda i, h, b: (0,) * array.ndim)
 
 
-def _tiles(size: int) -> Any:
+def _tiles(size: int, group: int = 1) -> Any:
     """Return a function from an array (batch, heads, length, ...) to its tiles along the length."""
 
     def tiles(array: Any) -> pl.BlockSpec:
         rest = array.shape[3:]
         zeros = (0,) * len(rest)
-        return pl.BlockSpec((None, None, size, *rest), lambda i, h, b: (b, h, i, *zeros))
+        return pl.BlockSpec(
+            (None, None, size, *rest), lambda i, h, b: (b, lax.div(h, group), i, *zeros)
+        )
 
     return tiles
 
 
 def _of_head(array: Array, group: int) -> pl.BlockSpec:
     """Return the whole of a head; `group` heads of the grid share it."""
-    rest = array.shape[2:]
-    zeros = (0,) * len(rest)
-    return pl.BlockSpec((None, None, *rest), lambda i, h, b: (b, lax.div(h, group), *zeros))
+    zeros = (0,) * (array.ndim - 2)
+    return pl.BlockSpec(
+        (None, None, *array.shape[2:]), lambda i, h, b: (b, lax.div(h, group), *zeros)
+    )
 
 
-def _of_group(array: Array, group: int) -> pl.BlockSpec:
-    """Return the whole of the heads that share a head of keys."""
-    rest = array.shape[2:]
-    zeros = (0,) * len(rest)
-    return pl.BlockSpec((None, group, *rest), lambda i, h, b: (b, h, *zeros))
-
-
-def _of_allowed(allowed: Array, group: int) -> pl.BlockSpec:
-    """Return the mask of a head, or of a group of heads, which all may share."""
+def _of_allowed(allowed: Array) -> pl.BlockSpec:
+    """Return the mask of a head, which all heads or examples may share."""
     batch, heads, *rest = allowed.shape
-    block = 1 if heads == 1 else group
 
     def index(i: Any, h: Any, b: Any) -> tuple[Any, ...]:
         return b if batch > 1 else 0, h if heads > 1 else 0, 0, 0
 
-    return pl.BlockSpec((None, None if group == 1 else block, *rest), index)
+    return pl.BlockSpec((None, None, *rest), index)
 
 
 def _parameters() -> Any:
