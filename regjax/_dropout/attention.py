@@ -110,13 +110,13 @@ def dot_product_attention(
         scale: The factor of the products, `1 / sqrt(depth)` by default. A traced scalar multiplies
             the query instead, so that it can be learned; NaN then gives NaN.
         block_size: The number of keys per block; without it, all keys at once.
-        implementation: "xla" or None, or "pallas" for kernels on TPUs that store neither scores nor
-            mask. The kernels are not the default, because they have not run on a TPU yet: they are
-            tested in Pallas's interpreter, and compiled for TPUs. The mask is the same. The kernels
-            take float32 and bfloat16, depths from 64 to 256 in multiples of 8, and no `bias`,
-            `module` or `block_size`; of a mesh, all axes must be explicit or manual. Their result
-            rounds as `block_size` does, and has no forward-mode derivative: pass "xla" for
-            `jax.jvp`.
+        implementation: "xla" or None, or kernels that store neither scores nor mask: "pallas" on
+            TPUs, "triton" on NVIDIA GPUs. The kernels are not the default, because they have not
+            run on either yet: they are tested in Pallas's interpreter, and compiled for TPUs and
+            the H100. The mask is the same. The kernels take float32 and bfloat16, depths from 64 to
+            256 in multiples of 8, and no `bias`, `module` or `block_size`; of a mesh, all axes must
+            be explicit or manual. Their result rounds as `block_size` does, and has no forward-mode
+            derivative: pass "xla" for `jax.jvp`.
         sampler: The function that draws the mask; see `dropout`. `packed_bernoulli` packs along the
             heads, queries or batch, never along the keys. With `block_size`, a function of your own
             is rejected: it can only draw the whole mask. The numbers of `by_example` belong to a
@@ -136,10 +136,9 @@ def dot_product_attention(
             has numbers other than 0 and 1 (a traced one is not checked), or as `dropout`.
         ValueError: Shapes do not fit, with the argument named; `scale` is not finite; `block_size`
             is below 1, or given along with `module`; `sampler` draws no blocks; an einsum is given;
-            the kernels do not support an argument of `implementation="pallas"`; or as `dropout`. A
-            traced rate out of range gives NaN.
-        NotImplementedError: A program with `implementation="pallas"` is compiled for another
-            platform than a TPU.
+            the kernels of `implementation` do not support an argument; or as `dropout`. A traced
+            rate out of range gives NaN.
+        NotImplementedError: A program with kernels is compiled for another platform.
 
     Note (PyTorch):
         `regtorch.dot_product_attention` has this layout, and with the same key the same mask.
@@ -247,12 +246,13 @@ def attend(
         precision=precision,
     )
     zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
-    if _check_implementation(implementation, block_size) == "pallas":
+    kernels = _check_implementation(implementation, block_size)
+    if kernels != "xla":
         # The masks of `regjax.keyed` have no sampler, and are rejected.
         arrays, drawn_by = (query, key, value), getattr(make_mask(()), "sampler", None)
-        check_supported(drawn_by, scores, arrays, bias, module)
+        check_supported(kernels, drawn_by, scores, arrays, bias, module)
         plain = functools.partial(
-            kernel_attention, scores, arrays, mask, is_shared=broadcast_dropout
+            kernel_attention, kernels, scores, arrays, mask, is_shared=broadcast_dropout
         )
         drop = functools.partial(plain, drawn_by, one_key, rate) if one_key is not None else zeros
         return plain() if evaluates else _unless(flag, drop, plain)
@@ -304,11 +304,11 @@ def _unless(flag: Any, drop: Callable[[], Array], plain: Callable[[], Array]) ->
 
 def _check_implementation(implementation: str | None, block_size: int | None) -> str:
     implementation = "xla" if implementation is None else implementation
-    check_choice("implementation", implementation, ("xla", "pallas"))
-    if implementation == "pallas" and block_size is not None:
+    check_choice("implementation", implementation, ("xla", "pallas", "triton"))
+    if implementation != "xla" and block_size is not None:
         raise ValueError(
-            "block_size must be None with implementation='pallas', whose tiles do not change the "
-            f"result's mask; got {block_size}. Omit one of the two."
+            f"block_size must be None with implementation={implementation!r}, whose tiles do not "
+            f"change the result's mask; got {block_size}. Omit one of the two."
         )
     return implementation
 

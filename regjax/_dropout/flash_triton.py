@@ -7,6 +7,7 @@ depths, and the lengths to whole tiles.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,14 +18,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from regjax._compat import type_like
+from regjax._compat import type_like, vary_together
+from regjax._dropout.cuda import requires_cuda, reverse_mode_only
 from regjax._dropout.flash_tiles import Flash, Operands, Tile, tile_counts
 
 if TYPE_CHECKING:
     from jaxtyping import Array
 
 _ROWS_OF_BOTH = (((1,), (1,)), ((), ()))
-_COLUMNS_OF_BOTH = (((0,), (0,)), ((), ()))
 
 
 def _finite(x: Array) -> Array:
@@ -96,27 +97,41 @@ def _forward_kernel(flash: Flash, sizes: Any, columns: int, has_mask: bool, *ref
 
 
 class _Gradients(NamedTuple):
-    """What the gradients of a tile require, of shape (queries, keys)."""
+    """What the gradients of a tile require, of shape (queries, keys) or transposed."""
 
     weights: Array  # dropped, not yet scaled
     scores: Array
 
 
-def _gradients(tile: Tile, given: Refs, query: Any, key: Any, value: Any, rows: Any) -> _Gradients:
-    """Draw the mask again, and return the derivatives with respect to a tile of scores."""
-    flash = tile.flash
+def _gradients(
+    tile: Tile, given: Refs, query: Any, key: Any, value: Any, *, is_transposed: bool = False
+) -> _Gradients:
+    """Draw the mask again, and return the derivatives with respect to a tile of scores.
+
+    The mask of a transposed tile is drawn transposed: where Triton transposes a mask, it repeats
+    all operations that draw it in another layout, and does not finish in minutes.
+    """
+    flash, rows = tile.flash, tile.rows
     options = {"precision": flash.precision, "preferred_element_type": np.float32}
-    scores = tile.scores(query, key, _allowed(flash, given.allowed, rows, tile.columns))
     log_total = given.log_total[pl.ds(rows * flash.tile[0], flash.tile[0])]
     out, dot = (_read(x, rows, flash.tile[0]) for x in (given.out, given.dot_out))
-    weights = jnp.exp(scores - log_total[:, None])
-    changes = lax.dot_general(dot, value, _ROWS_OF_BOTH, **options) * given.inverse_keep[0, 0]
-    keep = tile.keep(scores.shape)
+    mean = (out.astype(np.float32) * dot.astype(np.float32)).sum(-1)
+    scores = tile.scores(query, key, _allowed(flash, given.allowed, rows, tile.columns))
+    if is_transposed:
+        scores, log_total, mean = scores.T, log_total[None], mean[None]
+        mask = flash.mask and dataclasses.replace(flash.mask, is_transposed=True)
+        tile = tile._replace(flash=dataclasses.replace(flash, mask=mask))
+        products = lax.dot_general(value, dot, _ROWS_OF_BOTH, **options)
+    else:
+        log_total, mean = log_total[:, None], mean[:, None]
+        products = lax.dot_general(dot, value, _ROWS_OF_BOTH, **options)
+    weights = jnp.exp(scores - log_total)
+    changes = products * given.inverse_keep[0, 0]
+    keep = tile.keep(flash.tile)
     dropped = weights
     if keep is not None:
         changes, dropped = (jnp.where(keep, x, 0) for x in (changes, weights))
-    mean = (out.astype(np.float32) * dot.astype(np.float32)).sum(-1)
-    dot_scores = weights * (changes - mean[:, None])
+    dot_scores = weights * (changes - mean)
     return _Gradients(dropped.astype(value.dtype), dot_scores.astype(key.dtype))
 
 
@@ -130,7 +145,7 @@ def _query_kernel(flash: Flash, sizes: Any, columns: int, has_mask: bool, *refs:
     def step(number: Any, total: Any) -> Any:
         tile = Tile(flash, sizes, given.scalars, example, head, rows, number)
         key, value = (_read(x, number, flash.tile[1]) for x in (given.key, given.value))
-        found = _gradients(tile, given, query, key, value, rows)
+        found = _gradients(tile, given, query, key, value)
         return total + jnp.dot(found.scores, key, **options)
 
     tile = Tile(flash, sizes, given.scalars, example, head, rows, 0)
@@ -149,9 +164,9 @@ def _key_kernel(flash: Flash, sizes: Any, rows: int, has_mask: bool, *refs: Any)
     def step(number: Any, totals: Any) -> Any:
         tile = Tile(flash, sizes, given.scalars, example, head, number, columns)
         query, dot = (_read(x, number, flash.tile[0]) for x in (given.query, given.dot_out))
-        found = _gradients(tile, given, query, key, value, number)
-        dot_key = lax.dot_general(found.scores, query, _COLUMNS_OF_BOTH, **options)
-        dot_value = lax.dot_general(found.weights, dot, _COLUMNS_OF_BOTH, **options)
+        found = _gradients(tile, given, query, key, value, is_transposed=True)
+        dot_key = jnp.dot(found.scores, query, **options)
+        dot_value = jnp.dot(found.weights, dot, **options)
         return totals[0] + dot_key, totals[1] + dot_value
 
     first = 0
@@ -294,12 +309,19 @@ def _pull_back(flash: Flash, sizes: Any, saved: Any, dot_out: Array) -> tuple[Op
 flash_attention.defvjp(_save, _pull_back)
 
 
+def tile_of(query: Array, keys: int) -> tuple[int, int]:
+    """Return the numbers of queries and keys of a tile, which must fit the registers."""
+    del keys  # shorter sequences are padded
+    size = 64 if query.shape[-1] * query.dtype.itemsize <= 256 else 32
+    return size, size
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def run(flash: Flash, operands: Operands) -> Array:
-    """Return the result of attention."""
+def _in_whole_tiles(flash: Flash, operands: Operands) -> Array:
     query, key, value, allowed, _, _ = operands
     sizes = query.shape[0], query.shape[2], key.shape[2]
     rows, columns = flash.tile
+    query = query if flash.interpret else requires_cuda(query)
     padded = operands._replace(
         query=_padded(query, rows), key=_padded(key, columns), value=_padded(value, columns)
     )
@@ -309,10 +331,17 @@ def run(flash: Flash, operands: Operands) -> Array:
         ends = [(0, 0), (0, 0), *((0, width) for width in widths)]
         padded = padded._replace(allowed=jnp.pad(allowed, ends))
     out = flash_attention(flash, sizes, padded)
-    return out[:, :, : query.shape[2], : value.shape[3]]
+    return out[:, :, : sizes[1], : value.shape[3]]
 
 
 def _padded(x: Array, length: int) -> Array:
     """Return an array with zeros up to whole tiles, and a depth that is a power of two."""
     depth = 1 << (x.shape[-1] - 1).bit_length()
     return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[2] % length), (0, depth - x.shape[-1])])
+
+
+def run(flash: Flash, operands: Operands) -> Array:
+    """Return the result of attention, inside and outside `shard_map`."""
+    operands = Operands(*vary_together(tuple(operands)))
+    with reverse_mode_only():
+        return _in_whole_tiles(flash, operands)

@@ -59,6 +59,7 @@ class TileMask:
         threshold: The number of integers of so many bits that are kept; None if it is traced.
         is_exact: Whether the sampler is `bernoulli`, not `packed_bernoulli`.
         packed: The axis along which 32 elements share words; None if each has its own.
+        is_transposed: Whether tiles have keys before queries.
     """
 
     shape: tuple[int | None, int, int, int]
@@ -66,13 +67,17 @@ class TileMask:
     threshold: int | None
     is_exact: bool
     packed: int | None = None
+    is_transposed: bool = False
 
     def draw(
         self, key: TileKey, starts: Starts, size: tuple[int, int]
     ) -> Bool[Array, "queries keys"]:
-        """Return the mask of a tile; queries that share words begin at a multiple of 32."""
+        """Return the mask of a tile; queries that share words begin at a multiple of 32.
+
+        `size` is the number of queries and keys.
+        """
         if self.packed is None:
-            return self._compare_own(key, _index(self.shape, starts, size))
+            return self._compare_own(key, self._index(self.shape, starts, size))
         if self.threshold is None:
             bits_of_t, everything = word_bits(key.threshold, self.bits), key.everything
         else:
@@ -86,10 +91,14 @@ class TileMask:
         whole: list[Any] = list(self.shape)
         whole[self.packed] //= LANES
         words_size = (rows // LANES if along_queries else rows, columns)
-        index = _index(whole, Starts(*first), words_size)
+        index = self._index(whole, Starts(*first), words_size)
         words = compare_words(key.words, index, bits_of_t, everything)
         if not along_queries:
             return (words >> lane) & np.uint32(1) != 0
+        if self.is_transposed:
+            bit = np.uint32(1) << lax.broadcasted_iota(np.uint32, (1, 1, LANES), 2)
+            repeated = jnp.broadcast_to(words[:, :, None], (columns, words_size[0], LANES))
+            return (repeated & bit).reshape(columns, rows) != 0
         # One bit for each of 32 rows: the constant stays in a few registers.
         bit = np.uint32(1) << lax.broadcasted_iota(np.uint32, (1, LANES, columns), 1)
         repeated = jnp.broadcast_to(words[:, None, :], (words_size[0], LANES, columns))
@@ -105,23 +114,23 @@ class TileMask:
             return jnp.ones_like(drawn, bool)
         return _is_below(drawn, np.uint32(self.threshold))
 
-
-def _index(shape: Sequence[Any], starts: Starts, size: tuple[int, int]) -> Words:
-    """Return the row-major index, in an array of a shape, of each element of a tile."""
-    batch, *others = shape
-    fits_word = batch is not None and math.prod((batch, *others)) <= _WORD
-    high, low = starts.example
-    for length, start in zip(others, starts[1:], strict=True):
+    def _index(self, shape: Sequence[Any], starts: Starts, size: tuple[int, int]) -> Words:
+        """Return the row-major index, in an array of a shape, of each element of a tile."""
+        batch, *others = shape
+        fits_word = batch is not None and math.prod((batch, *others)) <= _WORD
+        high, low = starts.example
+        for length, start in zip(others, starts[1:], strict=True):
+            if fits_word:
+                low = low * np.uint32(length) + start
+            else:
+                along = Places(high, low)
+                high, low = add_product((jnp.uint32(0), start), along, product_words((length,)))
+        order = -1 if self.is_transposed else 1
+        row, column = (lax.broadcasted_iota(np.int32, size[::order], a) for a in (0, 1)[::order])
+        index = (row * np.int32(others[-1]) + column).astype(np.uint32) + low
         if fits_word:
-            low = low * np.uint32(length) + start
-        else:
-            along = Places(high, low)
-            high, low = add_product((jnp.uint32(0), start), along, product_words((length,)))
-    row, column = (lax.broadcasted_iota(np.int32, size, axis) for axis in (0, 1))
-    index = (row * np.int32(others[-1]) + column).astype(np.uint32) + low
-    if fits_word:
-        return jnp.uint32(0), index
-    return high + _is_below(index, low).astype(np.uint32), index
+            return jnp.uint32(0), index
+        return high + _is_below(index, low).astype(np.uint32), index
 
 
 def _is_below(x: UInt32[Array, "*shape"], y: Any) -> Bool[Array, "*shape"]:
