@@ -46,6 +46,9 @@ BOUNDS = {"float32": 2e-4, "bfloat16": 0.06}
 LAST_BITS = 1e-5
 FLAX_BOUND = 1e-6  # Flax divides where regjax multiplies
 SIGMAS = 5
+# The kernels of attention for each platform, and the words of their errors on the others.
+KERNELS = {"tpu": "pallas", "gpu": "triton"}
+ONLY = {"pallas": "TPUs only", "triton": "NVIDIA GPUs only"}
 
 
 def check(name: str, sides: Sides) -> Outcome:
@@ -119,7 +122,22 @@ def dropout(sides: Sides) -> str:
                     found |= {label: y, f"gradient in {label}": pull_back(x.astype(dtype))[0]}
         return found
 
-    return same_bits(sides, drop, key_of(2), normal(64, 1024))
+    def drop_in_kernel(key: Any, x: Any, implementation: str = "xla") -> Any:
+        found = {}
+        for dtype in BOUNDS:
+            apply = functools.partial(
+                regjax.dropout, rate=0.1, key=key, sampler=PACKED, implementation=implementation
+            )
+            y, pull_back = jax.vjp(apply, x.astype(dtype))
+            found |= {dtype: y, f"gradient in {dtype}": pull_back(x.astype(dtype))[0]}
+        return found
+
+    arguments = key_of(2), normal(64, 1024)
+    equal = same_bits(sides, drop, *arguments)
+    if sides.platform != "gpu":
+        return equal
+    found = sides.device(functools.partial(drop_in_kernel, implementation="triton"), *arguments)
+    return f"{equal}; in the kernel {equal_bits(found, sides.cpu(drop_in_kernel, *arguments))}"
 
 
 def family(sides: Sides) -> str:
@@ -310,25 +328,24 @@ def attention(sides: Sides) -> str:
 
 
 def refusals(sides: Sides) -> str:
-    """Check that `implementation="pallas"` rejects what it does not support, by name."""
-    cases = [
-        ("float32", 32, (ValueError, "64 to 256")),
-        ("float16", 64, (TypeError, "float32 or bfloat16")),
-    ]
-    if sides.platform != "tpu":
-        cases.append(("float32", 64, (NotImplementedError, "TPUs only")))
-    for dtype, depth, (kind, words) in cases:
+    """Check that each kernel rejects what it does not support, by name."""
+    cases = []
+    for implementation, words in ONLY.items():
+        cases.append((implementation, "float32", 32, ValueError, "64 to 256"))
+        cases.append((implementation, "float16", 64, TypeError, "float32 or bfloat16"))
+        if KERNELS.get(sides.platform) != implementation:
+            cases.append((implementation, "float32", 64, NotImplementedError, words))
+    for implementation, dtype, depth, kind, words in cases:
         x = normal(1, 64, 1, depth).astype(dtype)
-        attend = functools.partial(regjax.dot_product_attention, implementation="pallas")
+        attend = functools.partial(regjax.dot_product_attention, implementation=implementation)
         try:
             sides.device(attend, x, x, x)
         except kind as error:
             require(words in str(error), f"the error must name {words!r}; got {error}")
         else:
-            raise WrongResultError(
-                f"{dtype} of depth {depth} must be a {kind.__name__}; got a result"
-            )
-    return f"{len(cases)} calls that the kernels do not support are errors"
+            name = f"{implementation}, {dtype}, depth {depth}"
+            raise WrongResultError(f"{name} must be a {kind.__name__}; got a result")
+    return f"{len(cases)} calls that kernels do not support are errors"
 
 
 def regtorch(sides: Sides) -> str:
@@ -389,6 +406,6 @@ CHECKS: dict[str, Callable[[Sides], str]] = {
 def _forms(platform: str) -> dict[str, dict[str, Any]]:
     """Return the options of each form of attention that a platform has."""
     forms: dict[str, dict[str, Any]] = {"whole": {}, "in blocks": {"block_size": 32}}
-    if platform == "tpu":
-        forms["in kernels"] = {"implementation": "pallas"}
+    if platform in KERNELS:
+        forms["in kernels"] = {"implementation": KERNELS[platform]}
     return forms

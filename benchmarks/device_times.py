@@ -149,7 +149,13 @@ def _dropouts(
 
     x = jax.device_put(jnp.ones(sizes.elements, dtype), device)
     keys = {impl: jax.device_put(jax.random.key(0, impl=impl), device) for impl in (None, RBG)}
-    applies = {candidates.COPY: candidates.copy, **candidates.own(rate), "Flax Linen": in_flax}
+    applies = {candidates.COPY: candidates.copy, **candidates.own(rate)}
+    if device.platform == "gpu":
+        options = {"sampler": regjax.packed_bernoulli, "implementation": "triton"}
+        applies["regjax, packed kernel"] = lambda x, key: regjax.dropout(
+            x, rate, key=key, **options
+        )
+    applies["Flax Linen"] = in_flax
     on_rbg = {"Flax Linen, rbg keys": in_flax, "jax.random, rbg keys": in_jax}
     runs = {name: _jitted(apply, (x,), keys[None], backward) for name, apply in applies.items()}
     return runs | {n: _jitted(apply, (x,), keys[RBG], backward) for n, apply in on_rbg.items()}
@@ -184,8 +190,8 @@ def _attentions(
     block = {"block_size": min(BLOCK, length)}
     packed = {"sampler": regjax.packed_bernoulli}
     forms = {"": {}, ", packed": packed, ", blocks": block, ", packed blocks": block | packed}
-    if device.platform == "tpu":
-        kernels = {"implementation": "pallas"}
+    if implementation := {"tpu": "pallas", "gpu": "triton"}.get(device.platform):
+        kernels = {"implementation": implementation}
         forms |= {", kernels": kernels, ", packed kernels": kernels | packed}
     applies |= {f"regjax{form}": functools.partial(own, **o) for form, o in forms.items()}
     applies["Flax Linen"] = in_flax

@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from regjax._compat import type_like, vary_together
-from regjax._dropout.cuda import requires_cuda, reverse_mode_only
 from regjax._dropout.flash_tiles import Flash, Operands, Tile, tile_counts
+from regjax._dropout.kernels import requires_cuda, reverse_mode_only
 
 if TYPE_CHECKING:
     from jaxtyping import Array

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from regjax._compat import make_user_context
 from regjax._dropout.core import inverse_keep_prob, keep_prob_of
+from regjax._dropout.kernels import check_mesh
 from regjax._random.bernoulli import ExactSampler, MaskSampler
 from regjax._random.by_example import ExampleSampler
 from regjax._random.events import observer
@@ -91,16 +92,7 @@ def check_supported(
             "implementation must be 'xla' while masks are observed: the kernels never store one; "
             f"got {implementation!r}. {_WAY_OUT}"
         )
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(
-        kind == AxisType.Auto and size > 1
-        for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    ):
-        raise ValueError(
-            "implementation must be 'xla' on a mesh with automatic axes, among which XLA cannot "
-            f"divide a kernel; got {implementation!r} on {mesh}. Use explicit axes, or "
-            "jax.shard_map."
-        )
+    check_mesh(implementation)
     _tile_mask(chosen, sampler, 0.5, whole, is_shared=False)
 
 

@@ -1,4 +1,4 @@
-"""Limits of the kernels for NVIDIA GPUs: the platform, and the derivatives."""
+"""Limits of kernels: the platform, the mesh, and the derivatives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import batching, mlir
+from jax.sharding import AxisType
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 _requires_cuda = Primitive("regjax_requires_cuda")
 _requires_cuda.def_abstract_eval(lambda x: x)
 _requires_cuda.def_impl(lambda x: jax.jit(_requires_cuda.bind)(x))
-ad.deflinear2(_requires_cuda, lambda cotangent, _: [cotangent])
 batching.defvectorized(_requires_cuda)
 
 
@@ -54,3 +54,15 @@ def reverse_mode_only() -> Iterator[None]:
             "implementation must be 'xla' for forward-mode derivatives; got 'triton', whose "
             "kernels have reverse-mode derivatives only."
         ) from error
+
+
+def check_mesh(implementation: str) -> None:
+    """Reject a mesh with axes among which XLA divides arrays, as it cannot divide a kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_types, mesh.axis_sizes, strict=True)
+    if any(kind == AxisType.Auto and size > 1 for kind, size in kinds):
+        raise ValueError(
+            "implementation must be 'xla' on a mesh with automatic axes, among which XLA cannot "
+            f"divide a kernel; got {implementation!r} on {mesh}. Use explicit axes, or "
+            "jax.shard_map."
+        )
