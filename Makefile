@@ -77,6 +77,7 @@ bench-models: $(READY_DEV)  ## Estimate dropout on TPUs and GPUs with their comp
 	$(RUN) -m benchmarks.tpu_model $(ARGS)
 	$(RUN) -m benchmarks.gpu_model $(ARGS)
 	$(RUN) -m benchmarks.attention_kernel $(ARGS)
+	$(RUN) -m benchmarks.gpu_kernels $(ARGS)
 
 bench-device: $(READY_DEV)  ## Check results and times on a GPU or a TPU, for which JAX must be installed
 	$(RUN) -m benchmarks.device_check $(ARGS)

@@ -26,6 +26,7 @@ PROGRAMS = (
             "comparison",
             "device_check",
             "dropout_speed",
+            "gpu_kernels",
             "gpu_model",
             "optimizers",
             "overhead",

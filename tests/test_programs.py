@@ -24,6 +24,7 @@ FOLDERS = ("benchmarks", "distributions", "docs", "examples", "parity_tests", "t
 LIGHT = (
     "benchmarks.attention_kernel",
     "benchmarks.device_check",
+    "benchmarks.gpu_kernels",
     "benchmarks.gpu_model",
     "benchmarks.scale",
     "benchmarks.tpu_model",

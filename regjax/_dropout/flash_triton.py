@@ -181,6 +181,7 @@ def _key_kernel(flash: Flash, sizes: Any, rows: int, has_mask: bool, *refs: Any)
 def forward(flash: Flash, sizes: Any, operands: Operands) -> tuple[Array, Array]:
     """Return the result, and the logarithm of each row's sum."""
     query, key, value, allowed, scalars, inverse_keep = operands
+    query = query if flash.interpret else requires_cuda(query)
     batch, heads, queries, _ = query.shape
     group = heads // key.shape[1]
     rows, columns = tile_counts(flash, queries, key.shape[2])
@@ -321,7 +322,6 @@ def _in_whole_tiles(flash: Flash, operands: Operands) -> Array:
     query, key, value, allowed, _, _ = operands
     sizes = query.shape[0], query.shape[2], key.shape[2]
     rows, columns = flash.tile
-    query = query if flash.interpret else requires_cuda(query)
     padded = operands._replace(
         query=_padded(query, rows), key=_padded(key, columns), value=_padded(value, columns)
     )
