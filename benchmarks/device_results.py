@@ -20,6 +20,7 @@ import regjax
 from benchmarks.device_record import FAILED, PASSED, SKIPPED, Outcome
 from benchmarks.device_sides import (
     NotApplicableError,
+    Run,
     Sides,
     WrongResultError,
     equal_bits,
@@ -109,35 +110,29 @@ def masks(sides: Sides) -> str:
 
 
 def dropout(sides: Sides) -> str:
-    """Compare values and gradients in several dtypes, bit for bit, with those of the CPU."""
+    """Compare values and gradients in both dtypes, bit for bit, with those of the CPU."""
 
-    def drop(key: Any, x: Any) -> Any:
+    def drop(key: Any, x: Any, options: Mapping[str, Mapping[str, Any]]) -> Any:
         found = {}
         for dtype in BOUNDS:
             for rate in RATES:
-                for name, sampler in SAMPLERS.items():
-                    apply = functools.partial(regjax.dropout, rate=rate, key=key, sampler=sampler)
+                for name, given in options.items():
+                    apply = functools.partial(regjax.dropout, rate=rate, key=key, **given)
                     y, pull_back = jax.vjp(apply, x.astype(dtype))
                     label = f"{dtype}, rate {rate}, {name}"
                     found |= {label: y, f"gradient in {label}": pull_back(x.astype(dtype))[0]}
         return found
 
-    def drop_in_kernel(key: Any, x: Any, implementation: str = "xla") -> Any:
-        found = {}
-        for dtype in BOUNDS:
-            apply = functools.partial(
-                regjax.dropout, rate=0.1, key=key, sampler=PACKED, implementation=implementation
-            )
-            y, pull_back = jax.vjp(apply, x.astype(dtype))
-            found |= {dtype: y, f"gradient in {dtype}": pull_back(x.astype(dtype))[0]}
-        return found
+    def run(side: Run, options: Mapping[str, Mapping[str, Any]]) -> Any:
+        return side(functools.partial(drop, options=options), key_of(2), normal(64, 1024))
 
-    arguments = key_of(2), normal(64, 1024)
-    equal = same_bits(sides, drop, *arguments)
+    forms = {name: {"sampler": sampler} for name, sampler in SAMPLERS.items()}
+    equal = equal_bits(run(sides.device, forms), run(sides.cpu, forms))
     if sides.platform != "gpu":
         return equal
-    found = sides.device(functools.partial(drop_in_kernel, implementation="triton"), *arguments)
-    return f"{equal}; in the kernel {equal_bits(found, sides.cpu(drop_in_kernel, *arguments))}"
+    xla = {"packed": {"sampler": PACKED}}
+    kernel = {"packed": {"sampler": PACKED, "implementation": "triton"}}
+    return f"{equal}; in the kernel {equal_bits(run(sides.device, kernel), run(sides.cpu, xla))}"
 
 
 def family(sides: Sides) -> str:
@@ -186,7 +181,7 @@ def transforms(sides: Sides) -> str:
         }
 
     rows = np.asarray([5, 2, 31])
-    keys = jax.random.wrap_key_data(np.arange(8, dtype=np.uint32).reshape(4, 2))
+    keys = jax.random.wrap_key_data(jnp.arange(8, dtype=np.uint32).reshape(4, 2))
     arguments = keys, normal(64, 256), rows
     found = sides.device(drop, *arguments)
     equal = equal_bits(found, sides.cpu(drop, *arguments))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
@@ -67,7 +68,7 @@ def runner(device: Any) -> Run:
 
 def key_of(seed: int) -> Any:
     """Return the PRNG key of a seed."""
-    return jax.random.wrap_key_data(np.asarray([0, seed], np.uint32))
+    return jax.random.wrap_key_data(jnp.asarray([0, seed], np.uint32))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:

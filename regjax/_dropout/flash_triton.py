@@ -330,7 +330,7 @@ def _in_whole_tiles(flash: Flash, operands: Operands) -> Array:
         widths = [0 if size == 1 else -size % tile for size, tile in sizes_and_tiles]
         ends = [(0, 0), (0, 0), *((0, width) for width in widths)]
         padded = padded._replace(allowed=jnp.pad(allowed, ends))
-    out = flash_attention(flash, sizes, padded)
+    out: Any = flash_attention(flash, sizes, padded)
     return out[:, :, : sizes[1], : value.shape[3]]
 
 
