@@ -96,10 +96,15 @@ def equal_bits(found: Arrays, expected: Arrays) -> str:
 
 
 def within(found: Arrays, expected: Arrays, bound: float) -> str:
-    """Require deviations below a bound, and return the largest."""
+    """Require deviations below a share of the largest number of each array, and return the largest.
+
+    Single numbers may be small, because they are sums of large ones.
+    """
     largest = 0.0
     for name, x, y in _pairs(found, expected):
-        deviation = float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max())
+        x, y = (z.astype(np.float64) for z in (x, y))
+        scale = float(np.abs(y).max()) or 1.0
+        deviation = float(np.abs(x - y).max()) / scale
         # No comparison accepts NaN.
         require(deviation <= bound, f"{name}: deviates by {deviation:.1e}, more than {bound:.0e}")
         largest = max(largest, deviation)

@@ -106,7 +106,8 @@ def dropout(
         return apply_dropout(_ELEMENTWISE, x, rate, key, deterministic)
     dims = () if is_default else check_dims(broadcast_dims, x.ndim)
     drawn_by = mask_sampler(sampler)
-    if implementation is None or _is_xla(implementation):
+    choices = "xla", "triton"
+    if implementation is None or check_choice("implementation", implementation, choices) == "xla":
         spec = SampledMask("dropout", drawn_by, dims)
         return apply_dropout(spec, x, rate, key, deterministic)
     from regjax._dropout.kernels import reverse_mode_only
@@ -115,10 +116,6 @@ def dropout(
     spec = kernel_dropout(x, check_probability("rate", rate), dims, drawn_by)
     with reverse_mode_only():
         return apply_dropout(spec, x, rate, key, deterministic)
-
-
-def _is_xla(implementation: str) -> bool:
-    return check_choice("implementation", implementation, ("xla", "triton")) == "xla"
 
 
 @runtime_checkable

@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from regjax._compat import make_user_context, type_like, vary_together
-from regjax._dropout.core import inverse_keep_prob, keep_prob_of
 from regjax._dropout.kernels import check_mesh, requires_cuda
 from regjax._random.events import observer
 from regjax._random.keys import consume, key_words
@@ -57,8 +56,9 @@ class TritonDropout:
         self, x: Inexact[Array, "*shape"], key: KeyLike, rate: Any
     ) -> tuple[Inexact[Array, "*shape"], Any]:
         """Draw the mask and scale."""
-        keep_prob = keep_prob_of(rate, x.dtype)
-        scale = inverse_keep_prob(self.sampler.realized_keep_prob(keep_prob), x.dtype)
+        # Rounded as in the XLA form, whose numbers of these dtypes are float32.
+        keep_prob = float(np.float32(1 - rate))
+        scale = np.float32(1) / np.float32(self.sampler.realized_keep_prob(keep_prob))
         threshold = int(self.sampler.threshold(keep_prob))
         consume(key)
         operands = jnp.stack(key_words(key)), jnp.full(1, scale, np.float32), x
