@@ -1,4 +1,4 @@
-"""Compile the kernels for NVIDIA GPUs for an H100, and count their instructions.
+r"""Compile the kernels for NVIDIA GPUs for an H100, and count their instructions.
 
     pip install --no-deps jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2 \
         nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm  # the compiler, of JAX's version
