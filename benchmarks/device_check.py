@@ -15,6 +15,7 @@ neither a GPU nor a TPU.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     budget = Budget(options.seconds)
     devices, cpu, reason = find_devices(is_rehearsal=options.rehearse)
-    if not devices:
-        print(f"no GPU or TPU: {reason}. Nothing was checked. See --rehearse.", file=sys.stderr)
+    if reason:
+        print(f"{reason}. Nothing was checked. See --rehearse.", file=sys.stderr)
         return 2
     from benchmarks import device_times
     from benchmarks.device_sides import Sides, runner
@@ -99,21 +100,27 @@ def _parser() -> output.Parser:
 
 
 def find_devices(*, is_rehearsal: bool = False) -> tuple[Sequence[Any], Any, str]:
-    """Return the GPUs or TPUs, the CPU to compare them with, and why there is none of them.
+    """Return the GPUs or TPUs, the CPU to compare them with, and why one of the two is missing.
 
-    In a rehearsal, CPUs take their place.
+    In a rehearsal, CPUs take the place of the devices.
     """
     import jax
 
+    platforms = os.environ.get("JAX_PLATFORMS", "")
     try:
-        devices, cpus = jax.devices(), jax.devices("cpu")
-    except RuntimeError as error:
-        return (), None, f"JAX does not start ({str(error).strip().splitlines()[0]})"
-    if is_rehearsal:
-        return cpus, cpus[0], ""
-    if devices[0].platform in ("gpu", "tpu"):
-        return devices, cpus[0], ""
-    return (), cpus[0], f"JAX {jax.__version__} has devices of {devices[0].platform} only"
+        devices = jax.devices()
+    except Exception as error:  # a plug-in may raise anything
+        start = f"JAX does not start with JAX_PLATFORMS={platforms!r}"
+        return (), None, f"no GPU or TPU: {start} ({type(error).__name__})"
+    try:
+        cpus = jax.devices("cpu")
+    except RuntimeError:
+        fix = f"JAX_PLATFORMS={platforms},cpu"
+        return (), None, f"no CPU to compare with: set {fix}; got {platforms!r}"
+    if is_rehearsal or devices[0].platform in ("gpu", "tpu"):
+        return cpus if is_rehearsal else devices, cpus[0], ""
+    only = f"JAX {jax.__version__} has devices of {devices[0].platform} only"
+    return (), cpus[0], f"no GPU or TPU: {only}"
 
 
 def check_all(sides: Any, budget: Budget) -> list[Outcome]:

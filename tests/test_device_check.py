@@ -48,6 +48,27 @@ def test_without_a_device_there_is_one_line(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("missing", "line"),
+    [
+        ("all", "no GPU or TPU: JAX does not start with JAX_PLATFORMS='cuda' (AssertionError). "),
+        ("cpu", "no CPU to compare with: set JAX_PLATFORMS=cuda,cpu; got 'cuda'. "),
+    ],
+)
+def test_a_platform_that_does_not_start_is_one_line(capsys, monkeypatch, tmp_path, missing, line):
+    def devices(platform=None):
+        if missing == "all":
+            raise AssertionError
+        if platform:
+            raise RuntimeError("Unknown backend cpu")
+        return [CPU]
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert device_check.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"{line}Nothing was checked. See --rehearse.\n"
+
+
 def rehearse(tmp_path, *options: str) -> Record:
     code = device_check.main(["--rehearse", "--out", str(tmp_path), *options])
     record = device_record.load(tmp_path / "device_check_rehearsal.json")
