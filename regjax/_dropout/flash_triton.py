@@ -198,7 +198,7 @@ def forward(flash: Flash, sizes: Any, operands: Operands) -> tuple[Array, Array]
         in_specs=specs,
         out_specs=[of_rows(out), of_rows(sums)],
         out_shape=[out, sums],
-        compiler_params=_parameters(),
+        compiler_params=_parameters(query),
         interpret=flash.interpret,
         name="regjax_attention",
     )(*arrays)
@@ -216,7 +216,7 @@ def backward(
     has_mask = allowed is not None
     arrays = [scalars, inverse_keep, query, key, value, out, dot_out, log_total]
     arrays += [allowed] if has_mask else []
-    options = {"compiler_params": _parameters(), "interpret": flash.interpret}
+    options = {"compiler_params": _parameters(query), "interpret": flash.interpret}
     scalar_specs = [_whole(scalars), _whole(inverse_keep)]
     specs = [*scalar_specs, _of_head(query, 1), *(_of_head(x, group) for x in (key, value))]
     specs += [_of_head(x, 1) for x in (out, dot_out, log_total)]
@@ -286,8 +286,10 @@ def _of_allowed(allowed: Array) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *rest), index)
 
 
-def _parameters() -> Any:
-    return plgpu.CompilerParams(num_warps=4, num_stages=2)
+def _parameters(query: Array) -> Any:
+    # A warp has registers for a part of a tile only: a deep one is divided among more.
+    is_deep = query.shape[-1] * query.dtype.itemsize >= 512
+    return plgpu.CompilerParams(num_warps=8 if is_deep else 4, num_stages=2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
