@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import regjax
+from regjax._dropout import triton_dropout
 from regjax._dropout.triton_dropout import interpreted
 
 KEY = jax.random.key(3)
@@ -72,6 +73,21 @@ def test_vmap_repeats_the_mask_for_one_key_and_draws_another_for_each():
             for f in (in_kernel, drop)
         )
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("columns", "is_masked"), [(128, False), (130, True)])
+def test_columns_beyond_the_last_are_not_written(monkeypatch, columns, is_masked):
+    """The interpreter ignores them; on a GPU they would be the first of the next row."""
+    masks = []
+
+    def store(*arguments, mask):
+        masks.append(mask is not None)
+        original(*arguments, mask=mask)
+
+    original = triton_dropout.plgpu.store
+    monkeypatch.setattr(triton_dropout.plgpu, "store", store)
+    jax.eval_shape(functools.partial(in_kernel, rate=0.25), array(64, columns))
+    assert set(masks) == {is_masked}
 
 
 def test_evaluation_and_rate_0_return_the_array_itself():
