@@ -2,7 +2,9 @@
 
 import gc
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -20,6 +22,19 @@ collect_ignore = ["tests/types_plugin.py"]
 # The library must not depend on implicit promotion of dtypes or ranks.
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Share compiled programs among the modules, processes and programs of this run, and no other.
+
+    Most are compiled many times otherwise: see `_clear_compiled_programs`.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # that of the first process, or the user's
+        return
+    folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="regjax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.hookimpl(wrapper=True)

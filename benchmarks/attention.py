@@ -4,14 +4,20 @@
     python -m benchmarks.attention --quick  # short sequences, to test
 
 All figures are relative to jax.nn.dot_product_attention, which has no dropout. Memory is the
-temporary memory that XLA allocates beyond arguments and results; PyTorch reports no such figure.
+temporary memory that XLA allocates beyond arguments and results; PyTorch reports no such figure. A
+third table has properties of the masks, beside attention with a key for each block. For kernels on
+TPUs, see `python -m benchmarks.attention_kernel`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -113,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     publish(
         options.out / NAME,
         [row.times for row in rows],
-        markdown(rows, **settings),
+        markdown(rows, **settings) + "\n" + properties(),
         draw,
         console=console,
         temporary={row.times.title: row.temporary for row in rows},
@@ -154,16 +160,18 @@ def _parser() -> cli.Parser:
 def candidates(rate: float, blocks: Sequence[int], log: Callable[[str], None]) -> dict[str, Attend]:
     """Return JAX's attention without dropout, and those with dropout, by name."""
 
-    def attend(q: Any, k: Any, v: Any, key: jax.Array, block_size: int | None = None) -> jax.Array:
-        return regjax.dot_product_attention(
-            q, k, v, dropout_rng=key, dropout_rate=rate, block_size=block_size
-        )
+    def attend(q: Any, k: Any, v: Any, key: jax.Array, **options: Any) -> jax.Array:
+        return regjax.dot_product_attention(q, k, v, dropout_rng=key, dropout_rate=rate, **options)
 
     found: dict[str, Attend] = {
         BASE: lambda q, k, v, key: jax.nn.dot_product_attention(q, k, v),
         WHOLE: attend,
     }
     found |= {f"{WHOLE}, blocks of {n}": functools.partial(attend, block_size=n) for n in blocks}
+    packed, middle = {"sampler": regjax.packed_bernoulli}, sorted(blocks)[len(blocks) // 2]
+    found[f"{WHOLE}, packed"] = functools.partial(attend, **packed)
+    in_blocks = functools.partial(attend, block_size=middle, **packed)
+    found[f"{WHOLE}, packed, blocks of {middle}"] = in_blocks
     try:
         from flax import linen
     except ImportError as error:
@@ -239,6 +247,20 @@ def markdown(rows: Sequence[Row], *, batch: int, heads: int, depth: int, rate: f
     lines = _table([f"Time; {setting}", BASE, *over], rows, times)
     lines += ["", *_table(["Temporary memory, MB", *in_jax], rows, memory)]
     return "\n".join(lines) + "\n"
+
+
+def properties() -> str:
+    """Return a table of properties of masks, from a process with two simulated devices."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    found = subprocess.run(
+        [sys.executable, "-m", "benchmarks.probes.attention_masks"],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout
 
 
 def _table(head: list[str], rows: Sequence[Row], cells: Sequence[list[str]]) -> list[str]:

@@ -111,12 +111,14 @@ def in_jax(
     """Return jitted functions without arguments; with `backward` they include the gradient."""
     runs = {}
     for name, apply in applies.items():
-        run = jax.jit(_with_backward(apply) if backward else apply)
+        run = jax.jit(with_backward(apply) if backward else apply)
         runs[name] = functools.partial(lambda run: jax.block_until_ready(run(x, key)), run)
     return runs
 
 
-def _with_backward(apply: Apply) -> Callable[[jax.Array, jax.Array], Any]:
+def with_backward(apply: Apply) -> Callable[[jax.Array, jax.Array], Any]:
+    """Return a function of the result and its gradient."""
+
     def run(x: jax.Array, key: jax.Array) -> Any:
         y, pull_back = jax.vjp(lambda x: apply(x, key), x)
         return y, pull_back(x)  # any cotangent of this size gives the same time

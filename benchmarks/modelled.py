@@ -8,6 +8,7 @@ JAX is imported inside functions only, since compilers read their settings on im
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import bars, race
+from benchmarks.race import WORK
 from parity_tests import pictures
 from parity_tests.output import write_atomically
 
@@ -71,6 +73,7 @@ class Row:
         over_copy: The cost over that of the copy.
         collectives: The number of collective operations.
         temporary: The bytes of memory beyond arguments and result, on each chip.
+        backward: Whether the program includes the gradient, and its copy that of the copy.
     """
 
     chips: str
@@ -81,11 +84,12 @@ class Row:
     over_copy: float
     collectives: int
     temporary: int
+    backward: bool = False
 
     @property
-    def place(self) -> tuple[str, tuple[int, ...], int | None, float]:
+    def place(self) -> tuple[str, tuple[int, ...], int | None, bool, float]:
         """Return the attributes that compared candidates have in common."""
-        return self.chips, self.shape, self.axis, self.rate
+        return self.chips, self.shape, self.axis, self.backward, self.rate
 
     @property
     def layout(self) -> str:
@@ -141,7 +145,7 @@ def measure(
     cost_of: Callable[[str], float],
     layouts: Sequence[tuple[tuple[int, ...], int | None]] = LAYOUTS,
 ) -> list[Row]:
-    """Compile every candidate in every layout for every kind of chip.
+    """Compile every candidate in every layout for every kind of chip; gradients in the first only.
 
     Args:
         kinds: Names of chips, with their grid.
@@ -151,21 +155,33 @@ def measure(
     """
     from rich.progress import track
 
-    work = [(kind, shape, axis) for kind in kinds for shape, axis in layouts]
-    rows = []
-    for kind, shape, axis in track(work, "compiling"):
+    passes = [(layout, False) for layout in layouts] + [(layouts[0], True)]
+    work = [(kind, *layout, backward) for kind in kinds for layout, backward in passes]
+    rows: list[Row] = []
+    for kind, shape, axis, backward in track(work, "compiling"):
         devices = devices_of(kind)
         # An axis of 8 rows cannot be sharded over 256 chips.
-        if axis is not None and shape[axis] % len(devices):
-            continue
-        copy = program(devices, shape, axis, lambda x, key: x * 1.5, cost_of=cost_of)
-        for rate in RATES:
-            for name, (apply, impl) in candidates(rate).items():
-                one = program(devices, shape, axis, apply, impl, cost_of=cost_of)
-                ratio = one.cost / copy.cost
-                where = (kind, shape, axis, rate, name)
-                rows.append(Row(*where, ratio, one.collectives, one.temporary))
+        if axis is None or shape[axis] % len(devices) == 0:
+            estimate = functools.partial(program, devices, shape, axis, cost_of=cost_of)
+            rows += _rows(functools.partial(Row, kind, shape, axis), estimate, backward=backward)
     return rows
+
+
+def _rows(
+    row: Callable[..., Row], estimate: Callable[..., Program], *, backward: bool
+) -> Iterator[Row]:
+    """Yield a row for each rate and candidate."""
+    from benchmarks.candidates import with_backward
+
+    def program_of(apply: Apply, impl: str = "threefry2x32") -> Program:
+        return estimate(with_backward(apply) if backward else apply, impl)
+
+    copy = program_of(lambda x, key: x * 1.5)
+    for rate in RATES:
+        for name, (apply, impl) in candidates(rate).items():
+            one = program_of(apply, impl)
+            costs = one.cost / copy.cost, one.collectives, one.temporary
+            yield row(rate, name, *costs, backward)
 
 
 def measure_steps(kinds: Iterable[str], devices_of: Callable[[str], Devices]) -> list[Step]:
@@ -288,7 +304,8 @@ def save(
     environment = race.environment(("regjax", "jax", "jaxlib", "flax", *compiler))
     record = Record(rows, steps, environment, race.today())
     parts = [markdown(rows, unit), steps and markdown_of_steps(steps), note and f"{note}\n"]
-    text = "\n".join(part for part in parts if part)
+    found = f"{bars.dates('Compiled', [record.date])} {bars.versions(environment)}\n"
+    text = "\n".join(part for part in (*parts, found) if part)
     write_atomically(stem.with_suffix(".json"), json.dumps(asdict(record), indent=1) + "\n")
     write_atomically(stem.with_suffix(".md"), text)
     pictures.save(draw(load(stem.with_suffix(".json"))), stem.with_suffix(".png"))
@@ -311,7 +328,8 @@ def markdown(rows: Sequence[Row], unit: str) -> str:
     ]
     for first, cells in _grouped(rows):
         written = " | ".join(_cell(cells[name]) if name in cells else "" for name in names)
-        lines.append(f"| {first.chips}, {first.layout} | {first.rate} | {written} |")
+        what = f"{first.chips}, {first.layout}, {WORK[first.backward]}"
+        lines.append(f"| {what} | {first.rate} | {written} |")
     return "\n".join(lines) + "\n"
 
 
@@ -346,9 +364,9 @@ def _grouped(rows: Sequence[Row]) -> Iterator[tuple[Row, dict[str, Row]]]:
 def draw(record: Record, unit: str) -> Figure:
     """Draw a panel for each kind of chip and each rate: the cost over that of a copy, by layout."""
     panels = []
-    places = {(row.chips, row.rate): None for row in record.programs}
-    for chips, rate in places:
-        rows = [row for row in record.programs if (row.chips, row.rate) == (chips, rate)]
+    forward = [row for row in record.programs if not row.backward]
+    for chips, rate in dict.fromkeys((row.chips, row.rate) for row in forward):
+        rows = [row for row in forward if (row.chips, row.rate) == (chips, rate)]
         groups = {
             "\n".join(first.layout_lines): {
                 name: race.quartiles([row.over_copy]) for name, row in here.items()
@@ -362,7 +380,7 @@ def draw(record: Record, unit: str) -> Figure:
         reference="a copy of the array",
         caption=[
             "Estimates by the cost model of the compiler for chips that were not present. Nothing "
-            f"was timed. Array of {DTYPE}.",
+            f"was timed. Array of {DTYPE}, forward.",
             bars.versions(record.environment),
             bars.dates("Compiled", [record.date]),
         ],

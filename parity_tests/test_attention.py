@@ -303,6 +303,39 @@ BAD: dict[str, tuple[dict[str, Any], str, type[Exception]]] = {
     "rate": ({"dropout_rate": 1.5}, r"dropout_rate must lie in \[0, 1\]; got 1.5", ValueError),
     "block": ({"block_size": 0}, "block_size must be at least 1; got 0", ValueError),
     "flag": ({"deterministic": 1}, "deterministic must be a boolean", TypeError),
+    "residual": ({"return_residual": 1}, "return_residual must be True or False", TypeError),
+    "window's type": ({"local_window_size": 1.5}, "local_window_size must be an int", TypeError),
+    "window's side": ({"local_window_size": [1, "2"]}, r"local_window_size\[1\] must", TypeError),
+    "window's sides": (
+        {"local_window_size": [1, 2, 3]},
+        r"local_window_size must be a size or a pair .*; got \[1, 2, 3\]",
+        ValueError,
+    ),
+    "negative window": (
+        {"local_window_size": [-1, 0]},
+        r"local_window_size must be .*at least 0; got \[-1, 0\]\. For no limit .* number of keys",
+        ValueError,
+    ),
+    "lengths' dtype": (
+        {"query_seq_lengths": np.ones(2, np.float32)},
+        "query_seq_lengths must be integers; got dtype .*float32. Cast them",
+        TypeError,
+    ),
+    "lengths of booleans": (
+        {"key_value_seq_lengths": np.ones(2, bool)},
+        "key_value_seq_lengths must be integers; got dtype .*bool",
+        TypeError,
+    ),
+    "lengths' shape": (
+        {"key_value_seq_lengths": np.ones((2, 4), np.int32)},
+        r"key_value_seq_lengths must have one number for each .*shape \(2,\); got shape \(2, 4\)",
+        ValueError,
+    ),
+    "one length": (
+        {"query_seq_lengths": np.ones(1, np.int32)},
+        r"query_seq_lengths must have one number for each example, shape \(2,\); got shape \(1,\)",
+        ValueError,
+    ),
 }
 
 

@@ -32,6 +32,7 @@ PACKS = arrays(2, 64, 33, 2, 2)  # the queries pack
 ROWS = np.array([5, 2**33 + 1, 0])
 WINDOW = abs(np.arange(6)[:, None] * 5 - np.arange(33)) < 9
 PADDING = np.arange(33) < np.array([33, 20, 1])[:, None, None, None]
+QUERIES, KEYS = np.array([6, 0, 4], np.int32), np.array([33, 20, 2], np.int32)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -39,7 +40,32 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "window": {"mask": WINDOW},
     "shared": {"broadcast_dropout": True},
     "causal, padding and window": {"is_causal": True, "mask": PADDING & WINDOW},
+    "local window": {"local_window_size": (4, 9)},
+    "lengths": {"query_seq_lengths": QUERIES, "key_value_seq_lengths": KEYS},
+    "all": {
+        "is_causal": True,
+        "mask": PADDING & WINDOW,
+        "local_window_size": (4, 9),
+        "query_seq_lengths": QUERIES,
+        "key_value_seq_lengths": KEYS,
+    },
 }
+
+
+def seen(**options: Any) -> np.ndarray:
+    """Return which weights of `SMALL` the arguments permit, (3, 1, 6, 33)."""
+    row, column = np.arange(6)[:, None], np.arange(33)
+    permitted = np.broadcast_to(options.get("mask", True), (3, 1, 6, 33))
+    if options.get("is_causal"):
+        permitted = permitted & (column <= row)
+    if "local_window_size" in options:
+        left, right = options["local_window_size"]
+        permitted = permitted & (row - left <= column) & (column <= row + right)
+    if "query_seq_lengths" in options:
+        counts = options["query_seq_lengths"], options["key_value_seq_lengths"]
+        queries, keys = (count[:, None, None, None] for count in counts)
+        permitted = permitted & (row < queries) & (column < keys)
+    return permitted
 
 
 def samplers(framework: Framework, batch: int) -> dict[str, Any]:
@@ -77,12 +103,20 @@ def check(name: str, inputs: list[np.ndarray], blocks: tuple[int, ...], **option
     np.testing.assert_array_equal(zeros[0], zeros[1])
 
 
-ALL = "causal, padding and window"
+@both_frameworks
+@pytest.mark.parametrize("option", ["local window", "lengths", "all"])
+def test_what_a_query_may_attend_to_changes_no_mask(framework: Framework, option):
+    """A weight is zero where it is dropped without the arguments, or where these exclude it."""
+    sampler = framework.library.bernoulli
+    kept = weights(framework, SMALL, sampler) != 0
+    found = weights(framework, SMALL, sampler, block_size=7, **OPTIONS[option]) != 0
+    permitted = np.swapaxes(seen(**OPTIONS[option]), 1, 2)
+    np.testing.assert_array_equal(found, kept & permitted)
 
 
 @pytest.mark.parametrize("name", ["packed", "by example"])
 def test_blocks_have_the_mask_of_the_whole(name):
-    check(name, SMALL, (7,), **OPTIONS[ALL])
+    check(name, SMALL, (7,), **OPTIONS["all"])
 
 
 def test_blocks_of_packed_words_have_the_mask_of_the_whole():
@@ -96,7 +130,7 @@ def test_every_sampler_with_every_option_and_block_size(name, option):
     if "example" in name and option == "shared":
         return
     check(name, SMALL, (1, 4, 7, 16, 32, 33, 50), **OPTIONS[option])
-    if "mask" not in OPTIONS[option]:
+    if not any(isinstance(value, np.ndarray) for value in OPTIONS[option].values()):
         check(name, PACKS, (1, 7, 32, 33), **OPTIONS[option])
 
 

@@ -55,6 +55,20 @@ def check_integers(name: str, value: Any) -> tuple[int, ...]:
     return tuple(check_integer(f"{name}[{i}]", item) for i, item in enumerate(items))
 
 
+def check_window(name: str, value: Any) -> tuple[int, int] | None:
+    """Return the sizes of a window to the left and to the right; one integer is both of them."""
+    if value is None:
+        return None
+    is_pair = isinstance(value, tuple | list)
+    sides = check_integers(name, value) if is_pair else (check_integer(name, value),) * 2
+    if len(sides) != 2 or min(sides) < 0:
+        raise ValueError(
+            f"{name} must be a size or a pair (left, right), at least 0; got {describe(value)}. "
+            "For no limit on one side, pass the number of keys."
+        )
+    return sides
+
+
 def check_items(name: str, value: Any, kind: type, wanted: str) -> Collection[Any]:
     """Return the items of a `kind` or of a concrete 1-D array, but not of a string or mapping."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -29,6 +30,25 @@ def check_rows(axis: int, count: int, shape: Sequence[int], shared: Sequence[int
         raise ValueError(
             f"examples must have one number for each of the {shape[axis]} rows of x along "
             f"dimension {axis}; got {count}."
+        )
+
+
+def check_reach(highest: int, shape: Sequence[int], dims: Sequence[int], bits: int) -> None:
+    """Raise a ValueError if the masks of two examples may be the same, since their indices wrap.
+
+    Args:
+        highest: The highest example.
+        shape: The shape of x.
+        dims: The dimensions of x along which one example has a mask of one length: those that are
+            shared, and that of the examples.
+        bits: The number of bits of an index.
+    """
+    skipped = {dim % len(shape) for dim in dims}
+    size = math.prod(length for dim, length in enumerate(shape) if dim not in skipped)
+    if highest * size >= 2**bits:
+        raise ValueError(
+            f"examples must be below 2**{bits} / {size}, for {size} elements of one example; got "
+            f"{highest}. Count them from the start of the data, or pass a hash of fewer bits."
         )
 
 

@@ -60,6 +60,17 @@ def has_negative(x: Tensor) -> bool:
         return False
 
 
+def highest_word(x: Tensor) -> int:
+    """Return the highest word of int64s, where reading does not wait for a device; otherwise 0."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not x.numel():
+        return 0
+    try:
+        low, high = (int(bound) for bound in x.aminmax())
+    except RuntimeError:  # under torch.func.vmap there is no single value
+        return 0
+    return low % 2**64 if low < 0 else high
+
+
 def check_module(name: str, value: _M) -> _M:
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module; got {describe(value)}.")

@@ -220,7 +220,7 @@ ONE_FRAMEWORK = {
     "mc_dropout": {"memory_budget", "chunk_size"},
     "dot_product_attention": {
         *("dtype", "precision", "module", "qk_attn_weights_einsum", "attn_weights_value_einsum"),
-        "implementation",
+        *("implementation", "promote_dtype", "force_fp32_for_softmax", "einsum_dot_general"),
     },
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -231,6 +232,11 @@ def flip_a_bit(path: Path) -> None:
     largest(path).write_bytes(content)
 
 
+def edit(path: Path, **changes: object) -> None:
+    manifest = path.with_suffix(".json")
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **changes}))
+
+
 DAMAGES = {
     "truncated": truncate,
     "one bit": flip_a_bit,
@@ -240,6 +246,9 @@ DAMAGES = {
     "manifest": lambda path: path.with_suffix(".json").write_text('{"files": {'),
     "empty manifest": lambda path: path.with_suffix(".json").write_text(""),
     "other manifest": lambda path: path.with_suffix(".json").write_text("[]"),
+    "losses": lambda path: edit(path, losses={}),
+    "files": lambda path: edit(path, files=[]),
+    "identity": lambda path: edit(path, identity={"width": 2}),
 }
 
 
@@ -276,6 +285,44 @@ def test_an_unfinished_checkpoint_is_not_used(tmp_path):
     assert not warnings
     assert {path.name for path in tmp_path.iterdir()} == {"00000010", "00000010.json"}
     assert checkpoints.restore(tmp_path / "none", {}, {}, print) is None
+
+
+def test_other_files_in_the_folder_are_ignored(tmp_path):
+    saved(tmp_path, 10)
+    (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / "00000020.json").mkdir()
+    assert restored(tmp_path, warnings := [])[1] == {"a": [10]}
+    assert not warnings
+
+
+@pytest.mark.parametrize(
+    ("found", "line"),
+    [
+        (("state", {"losses": [2.0] * 3}), "continuing from the checkpoint of step 3"),
+        (None, "no checkpoint in runs; training from the start"),
+    ],
+)
+def test_a_resumed_run_reports_where_it_begins(monkeypatch, found, line):
+    monkeypatch.setattr(checkpoints, "restore", lambda *args: found)
+    empty = train.State({}, (), jnp.zeros((), jnp.int32))
+    monkeypatch.setattr(train, "init_state", lambda recipe: empty)  # compiles faster
+    assert resumed(steps=3 if found else 0) == [line]
+
+
+def test_a_run_does_not_end_before_its_checkpoint(monkeypatch):
+    found = "state", {"losses": [2.0] * 3}
+    monkeypatch.setattr(checkpoints, "restore", lambda *args: found)
+    with pytest.raises(InputError, match=r"^argument --steps: must be at least 3, .*; got '2'\. T"):
+        resumed(steps=2)
+
+
+def resumed(steps: int) -> list[str]:
+    """Return the lines that a resumed run prints."""
+    plan = cli._read(cli.make_parser().read_args(["--resume", f"--steps={max(steps, 1)}"]))[1]
+    plan = dataclasses.replace(plan, steps=steps)
+    mesh = meshes.make_mesh(parse_mesh("8"))
+    train.train(TINY, plan, mesh, data.read_corpus(), Path("runs"), warn=(lines := []).append)
+    return lines
 
 
 def test_a_checkpoint_of_another_model_is_rejected(tmp_path):

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -188,6 +189,23 @@ def test_wrong_checkpoints_and_devices_are_one_line(environment, tmp_path):
     done = run(environment, tmp_path, options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: the checkpoint of step 4 is corrupt") == 1
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run(environment, tmp_path):
+    (tmp_path / "checkpoints").touch()
+    done = run(environment, tmp_path, "--steps 2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the checkpoint of step 2 could not be written to ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_interrupted_checkpoint_is_one_line(environment, tmp_path):
+    folder = tmp_path / "checkpoints"
+    with started(environment, tmp_path, "--steps 100000 --save-every 2") as process:
+        assert not ends_before(process, lambda: complete(folder) and being_written(folder))
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "interrupted\n"
+        assert process.wait(timeout=BOUND) == 130
 
 
 @pytest.fixture

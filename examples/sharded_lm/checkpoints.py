@@ -1,7 +1,8 @@
 """Checkpoints that are complete and intact, or not used.
 
 Orbax writes the arrays into a folder named after the step. A manifest beside it, written last and
-atomically, completes the checkpoint: it has the SHA-256 of every file, the recipe and the losses.
+atomically, completes the checkpoint: it has the SHA-256 of every file and of itself, the recipe and
+the losses.
 An older checkpoint is deleted only after a newer one is complete.
 """
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MANIFEST = ".json"
+_DIGEST = "sha256"
 _NONE = -1
 
 
@@ -61,7 +63,8 @@ def save(
             checkpointer.save(target, state, force=True)
         if jax.process_index() == 0:
             manifest = {"identity": about, "losses": losses, "files": _digests(target)}
-            write_atomically(target.with_suffix(_MANIFEST), json.dumps(manifest))
+            signed = {**manifest, _DIGEST: _digest_of(manifest)}
+            write_atomically(target.with_suffix(_MANIFEST), json.dumps(signed))
     # Orbax and TensorStore raise several types, of which some are no OSError when a disk is full.
     except Exception as error:
         if jax.process_index() == 0:
@@ -108,7 +111,8 @@ def restore(
 
 def steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints, in order."""
-    return sorted(int(path.stem) for path in folder.glob(f"*{_MANIFEST}"))
+    manifests = (path for path in folder.glob(f"*{_MANIFEST}") if path.is_file())
+    return sorted(int(path.stem) for path in manifests if path.stem.isdecimal())
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -156,10 +160,13 @@ def _choose(folder: Path, warn: Callable[[str], None]) -> int:
 def _damage(path: Path) -> str:
     """Return how a checkpoint differs from its manifest; empty if it does not."""
     try:
-        expected = json.loads(path.with_suffix(_MANIFEST).read_text())["files"]
-    except (ValueError, KeyError, TypeError):
+        manifest = json.loads(path.with_suffix(_MANIFEST).read_text())
+        digest = manifest.pop(_DIGEST)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{path.name}{_MANIFEST} is not a manifest"
-    found = _digests(path)
+    if digest != _digest_of(manifest):
+        return f"{path.name}{_MANIFEST} has changed"
+    expected, found = manifest["files"], _digests(path)
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
@@ -177,6 +184,11 @@ def _digests(folder: Path) -> dict[str, str]:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             digests[path.relative_to(folder).as_posix()] = digest
     return digests
+
+
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest, whether written or read."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _check_identity(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -206,6 +206,11 @@ def _fail(error: Exception) -> NoReturn:
         import traceback
 
         traceback.print_exc()
+    exit_at_once(2 if isinstance(error, InputError) else 1)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Exit without waiting for threads and other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(2 if isinstance(error, InputError) else 1)
+    os._exit(code)

@@ -21,7 +21,7 @@ from examples.sharded_lm.data import Batch, Corpus, training_batch, validation_b
 from examples.sharded_lm.history import History
 from examples.sharded_lm.mesh import shard_batch, shardings_of
 from examples.sharded_lm.model import GPT, Dropout, NoDropout
-from examples.sharded_lm.settings import Plan, Recipe
+from examples.sharded_lm.settings import InputError, Plan, Recipe
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, PyTree
@@ -172,21 +172,27 @@ def train(
         on_step: Called with the number of completed steps.
         on_evaluation: Called with it, the mean training loss since the last evaluation, and the
             validation loss.
-        warn: Called with each warning.
+        warn: Called with each warning, and with the step that a resumed run continues from.
 
     Returns:
         The last state and the losses.
 
     Raises:
-        InputError: The checkpoint is of another recipe.
+        InputError: The checkpoint is of another recipe, or of a later step than the last.
         RunError: A checkpoint cannot be written, or none can be read.
     """
     about = checkpoints.identity(recipe, corpus)
     with jax.set_mesh(mesh):
         program = make_program(recipe, mesh)
         state, history = None, History()
-        if plan.resume and (found := checkpoints.restore(folder, about, abstract(program), warn)):
-            state, history = found[0], History(**found[1])
+        if plan.resume:
+            found = checkpoints.restore(folder, about, abstract(program), warn)
+            if found is None:
+                warn(f"no checkpoint in {folder}; training from the start")
+            else:
+                state, history = found[0], History(**found[1])
+                _check_steps(plan.steps, len(history.losses))
+                warn(f"continuing from the checkpoint of step {len(history.losses)}")
         if state is None:
             state = program.init()
         held_out = validation_batches(corpus, recipe, _VALIDATION_BATCHES)
@@ -216,6 +222,14 @@ def train(
                 losses = dataclasses.asdict(history)
                 checkpoints.save(folder, done, state, about, losses, plan.keep)
         return state, history
+
+
+def _check_steps(steps: int, done: int) -> None:
+    if steps < done:
+        raise InputError(
+            f"argument --steps: must be at least {done}, the step of the last checkpoint; got "
+            f"'{steps}'. Train for more steps, or pass another --out."
+        )
 
 
 def abstract(program: Program) -> State:

@@ -3,52 +3,49 @@
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 
-from regjax._checks import check_array, check_floating_dtype, check_number
+from regjax._dropout.attention_checks import (
+    check_arrays,
+    check_bias,
+    check_block,
+    check_dot_general,
+    check_implementation,
+    check_lengths,
+    check_mask,
+    check_scale,
+    check_shapes,
+    require_rng,
+)
 from regjax._dropout.blockwise import Blocks, blockwise
-from regjax._dropout.core import (
-    SampledMask,
-    apply_dropout,
-    check_flag,
-    is_number,
-    real_dtype,
-    require_key,
-)
+from regjax._dropout.core import SampledMask, check_flag, is_number
 from regjax._dropout.pallas_attention import check_supported, kernel_attention
-from regjax._dropout.scores import Scores, mixed_values, softmax, with_rank
-from regjax._random.bernoulli import (
-    EXACT,
-    MaskSampler,
-    Sampler,
-    bernoulli,
-    check_probability,
-)
+from regjax._dropout.scores import Allowed, Scores, with_rank
+from regjax._dropout.whole import whole, whole_sums, whole_weights
+from regjax._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
 from regjax._random.by_example import check_batch_axis
 from regjax._random.events import observer
 from regjax._random.packed import mask_sampler
-from regjax._random.threefry import at_most
-from regshared.checks import check_bool, check_choice, check_integer, describe
+from regshared.checks import check_bool, check_window
 from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
     from jax.typing import ArrayLike, DTypeLike
-    from jaxtyping import Array, Bool, Float, Real
+    from jaxtyping import Array, Bool, Float, Int, Real
 
     from regjax._random.keys import KeyLike
 
     # Of any shape that broadcasts against "*batch heads queries keys", also of lower rank.
     Bias = Real[ArrayLike, "*#scores"] | None
     Mask = Bool[ArrayLike, "*#scores"] | Bias
+    Lengths = Int[ArrayLike, "*examples"] | None
+    Result = Float[Array, "*batch queries heads features"]
 
 
 @explain_names
@@ -58,35 +55,43 @@ def dot_product_attention(
     value: Float[ArrayLike, "*batch keys kv_heads features"],
     bias: Bias = None,
     mask: Mask = None,
-    *,
+    broadcast_dropout: bool = False,
     dropout_rng: KeyLike | None = None,
     dropout_rate: ArrayLike = 0.0,
     deterministic: ArrayLike = False,
-    broadcast_dropout: bool = False,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+    module: Any = None,
+    *,
     is_causal: bool = False,
+    query_seq_lengths: Lengths = None,
+    key_value_seq_lengths: Lengths = None,
+    local_window_size: int | tuple[int, int] | None = None,
     scale: ArrayLike | None = None,
     block_size: int | None = None,
     implementation: str | None = None,
     sampler: Sampler = bernoulli,
-    dtype: DTypeLike | None = None,
-    precision: lax.PrecisionLike = None,
-    module: Any = None,
+    return_residual: bool = False,
+    promote_dtype: Callable[..., Any] | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Any] | None = None,
     qk_attn_weights_einsum: None = None,
     attn_weights_value_einsum: None = None,
-) -> Float[Array, "*batch queries heads features"]:
+) -> Result | Any:  # Any, because return_residual=True returns a pair
     """Compute attention, with dropout of its weights in training.
 
         weights = softmax(scale * query . key + bias), 0 where the mask is False
         result  = dropout(weights) . value
 
-    The softmax and the dropout of its weights are in float32 for half types. A query whose keys are
-    all masked gives 0.
+    The softmax and the dropout of its weights are in float32 for half types. A query that may
+    attend to no key gives 0. The arguments are those of `jax.nn.dot_product_attention`, and those
+    of the functions of Flax, in the order of Flax.
 
     With `block_size` the whole weight matrix is never materialized: weights are computed
     `block_size` keys at a time, forward and backward, and memory is linear in sequence length
     instead of quadratic. The mask of a block is drawn at the indices of its elements in the whole
     matrix, so that **both forms drop the same elements, bit for bit**, whatever the block size. By
-    default the matrix is materialized; with gradients, about 1.5 times the temporary memory of
+    default the matrix is materialized; with gradients, 0.75 times the temporary memory of
     `jax.nn.dot_product_attention`, which has no dropout, was measured on a CPU.
 
     Batch, heads and queries may be sharded across devices with no communication; the keys and
@@ -101,12 +106,22 @@ def dot_product_attention(
         bias: Added to the scores; broadcasts against (..., heads, queries, keys).
         mask: True where a query may attend to a key; broadcasts like `bias`. Zeros and ones of
             another dtype are accepted, as Flax's `make_causal_mask` and its decoding make them.
+        broadcast_dropout: Whether all rows and heads share one mask, as in Flax's modules by
+            default. PyTorch draws one for each.
         dropout_rng: The PRNG key, under Flax's name; see `key` of `dropout`.
         dropout_rate: The probability that a weight is zeroed, in [0, 1]; may be traced.
         deterministic: True in evaluation; may be traced.
-        broadcast_dropout: Whether all rows and heads share one mask, as in Flax's modules by
-            default. PyTorch draws one for each.
+        dtype: The dtype of the computation; without it, the arrays must have the same dtype.
+        precision: The precision of the products; see `jax.lax.Precision`.
+        module: A Linen or NNX module into which the weights, before dropout, are sown.
         is_causal: Whether query i may attend to keys 0 to i only.
+        query_seq_lengths: The number of queries of each example, integers of the shape of the
+            batch. Later queries are padding, and give 0. A number above `queries` excludes none,
+            and one below 1 excludes all, as in `jax.nn.dot_product_attention`.
+        key_value_seq_lengths: The number of keys of each example, likewise; no query attends to the
+            later ones.
+        local_window_size: A pair (left, right): query i may attend to keys `i - left` to
+            `i + right` only. One number is both of them.
         scale: The factor of the products, `1 / sqrt(depth)` by default. A traced scalar multiplies
             the query instead, so that it can be learned; NaN then gives NaN.
         block_size: The number of keys per block; without it, all keys at once.
@@ -114,30 +129,41 @@ def dot_product_attention(
             TPUs, "triton" on NVIDIA GPUs. The kernels are not the default, because they have not
             run on either yet: they are tested in Pallas's interpreter, and compiled for TPUs and
             the H100. The mask is the same. The kernels take float32 and bfloat16, depths from 64 to
-            256 in multiples of 8, and no `bias`, `module` or `block_size`; of a mesh, all axes must
-            be explicit or manual. Their result rounds as `block_size` does, and has no forward-mode
-            derivative: pass "xla" for `jax.jvp`.
+            256 in multiples of 8, and no `bias`, `module`, `block_size`, lengths, window, residual
+            or `einsum_dot_general`; of a mesh, all axes must be explicit or manual. Their result
+            rounds as `block_size` does, and has no forward-mode derivative: pass "xla" for
+            `jax.jvp`.
         sampler: The function that draws the mask; see `dropout`. `packed_bernoulli` packs along the
             heads, queries or batch, never along the keys. With `block_size`, a function of your own
             is rejected: it can only draw the whole mask. The numbers of `by_example` belong to a
             batch dimension, which excludes `broadcast_dropout`.
-        dtype: The dtype of the computation; without it, the arrays must have the same dtype.
-        precision: The precision of the products; see `jax.lax.Precision`.
-        module: A Linen or NNX module into which the weights, before dropout, are sown.
-        qk_attn_weights_einsum: Rejected. Linen accepts custom einsums, and would omit them silently
-            if this function had no argument for them.
+        return_residual: Whether to return the logarithms of the softmax's sums, too.
+        promote_dtype: A function like NNX's, called as `promote_dtype((query, key, value),
+            dtype=dtype)`, that returns the three arrays in one dtype.
+        force_fp32_for_softmax: The dtype of the weights that are sown, as in Linen: True for
+            float32, False for that of the arrays. The softmax is in float32 or wider in any case,
+            and the result has the dtype of the arrays, where Linen's becomes float32.
+        einsum_dot_general: A pure function that computes both products in place of that of JAX, as
+            in Linen.
+        qk_attn_weights_einsum: Rejected: Linen's quantized einsums may update a module, which a
+            derivative that computes a product again cannot. Linen would omit it silently if this
+            function had no argument for it.
         attn_weights_value_einsum: Rejected likewise.
 
     Returns:
-        An array of shape (..., queries, heads, features) in the dtype of the arrays.
+        An array of shape (..., queries, heads, features) in the dtype of the arrays. With
+        `return_residual`, a pair: that array, and for each query and head the logarithm of the sum
+        of its exponentiated scores, before dropout, of shape (..., queries, heads) in the same
+        dtype. No gradient flows to it. It is -inf for a query that attends to no key.
 
     Raises:
-        TypeError: The arrays are not floating or differ in dtype, `scale` is not a number, `mask`
-            has numbers other than 0 and 1 (a traced one is not checked), or as `dropout`.
-        ValueError: Shapes do not fit, with the argument named; `scale` is not finite; `block_size`
-            is below 1, or given along with `module`; `sampler` draws no blocks; an einsum is given;
-            the kernels of `implementation` do not support an argument; or as `dropout`. A traced
-            rate out of range gives NaN.
+        TypeError: The arrays are not floating or differ in dtype, lengths are not integers, `scale`
+            is not a number, `mask` has numbers other than 0 and 1 (a traced one is not checked), or
+            as `dropout`.
+        ValueError: Shapes do not fit, with the argument named; `scale` is not finite; a side of
+            `local_window_size` is negative; `block_size` is below 1, or given along with `module`;
+            `sampler` draws no blocks; an einsum is given; the kernels of `implementation` do not
+            support an argument; or as `dropout`. A traced rate out of range gives NaN.
         NotImplementedError: A program with kernels is compiled for another platform.
 
     Note (PyTorch):
@@ -169,263 +195,184 @@ def dot_product_attention(
         "Self-attention does not need O(n²) memory", 2021, and Dao et al., "FlashAttention", NeurIPS
         2022.
     """
-    drawn_by = mask_sampler(sampler)
-    return attend(
-        functools.partial(SampledMask, "dot_product_attention", drawn_by),
-        query,
-        key,
-        value,
-        bias,
-        mask,
-        dropout_rng=dropout_rng,
-        dropout_rate=dropout_rate,
-        deterministic=deterministic,
-        broadcast_dropout=broadcast_dropout,
-        is_causal=is_causal,
-        scale=scale,
-        block_size=block_size,
-        implementation=implementation,
-        sampler=drawn_by,
-        dtype=dtype,
-        precision=precision,
-        module=module,
-        qk_attn_weights_einsum=qk_attn_weights_einsum,
-        attn_weights_value_einsum=attn_weights_value_einsum,
-    )
+    return attend(functools.partial(SampledMask, "dot_product_attention"), **locals())
 
 
 def attend(
-    make_mask: Callable[[tuple[int, ...]], Any],
+    make_mask: Callable[[MaskSampler, tuple[int, ...]], Any],
     query: Any,
     key: Any,
     value: Any,
     bias: Bias = None,
     mask: Mask = None,
-    *,
+    broadcast_dropout: bool = False,
     dropout_rng: KeyLike | None = None,
     dropout_rate: ArrayLike = 0.0,
     deterministic: ArrayLike = False,
-    broadcast_dropout: bool = False,
-    is_causal: bool = False,
-    scale: ArrayLike | None = None,
-    block_size: int | None = None,
-    implementation: str | None = None,
-    sampler: MaskSampler = EXACT,
     dtype: DTypeLike | None = None,
     precision: lax.PrecisionLike = None,
     module: Any = None,
+    *,
+    is_causal: bool = False,
+    query_seq_lengths: Lengths = None,
+    key_value_seq_lengths: Lengths = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    scale: ArrayLike | None = None,
+    block_size: int | None = None,
+    implementation: str | None = None,
+    sampler: Sampler = bernoulli,
+    return_residual: bool = False,
+    promote_dtype: Callable[..., Any] | None = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Any] | None = None,
     qk_attn_weights_einsum: None = None,
     attn_weights_value_einsum: None = None,
-) -> Float[Array, "*batch queries heads features"]:
-    """Compute `dot_product_attention` with a mask that `make_mask` returns for its shared axes.
+) -> Result | tuple[Result, Float[Array, "*batch queries heads"]]:
+    """Compute `dot_product_attention` with the mask of `make_mask(sampler, shared axes)`.
 
-    In blocks, `sampler` draws the mask.
+    In blocks, the sampler draws the mask.
     """
-    if qk_attn_weights_einsum is not None or attn_weights_value_einsum is not None:
-        raise ValueError(
-            "qk_attn_weights_einsum and attn_weights_value_einsum must be None; got an einsum. Use "
-            "Linen's own attention_fn for it."
-        )
-    query, key, value = _arrays(query, key, value, dtype=dtype)
-    bias = None if bias is None else _check_bias(check_array("bias", bias))
-    mask = None if mask is None else _boolean(check_array("mask", mask))
-    _check_shapes(query, key, value, bias, mask)
-    bias, mask = (x if x is None else with_rank(x, query.ndim) for x in (bias, mask))
+    query, key, value = check_arrays(query, key, value, dtype=dtype, promote_dtype=promote_dtype)
+    bias, mask = check_bias(bias), check_mask(mask)
+    check_shapes(query, key, value, bias, mask)
+    batch = query.shape[:-3]
+    allowed = Allowed(
+        mask if mask is None else with_rank(mask, query.ndim),
+        check_lengths("query_seq_lengths", query_seq_lengths, batch),
+        check_lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+    )
     rate = check_probability("dropout_rate", dropout_rate)
     flag = check_flag(deterministic)
     evaluates = flag is True or is_number(rate, 0)
-    one_key = None if evaluates or is_number(rate, 1) else _require_rng(dropout_rng)
-    broadcast_dropout = check_bool("broadcast_dropout", broadcast_dropout)
-    shared = tuple(range(query.ndim - 2)) if broadcast_dropout else ()
-    check_batch_axis(sampler, query.ndim - 3)
-    sampler.check_fit((*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3]), shared)
-    query, factor = _scaled(query, scale)
+    one_key = None if evaluates or is_number(rate, 1) else require_rng(dropout_rng)
+    is_shared = check_bool("broadcast_dropout", broadcast_dropout)
+    shared = tuple(range(query.ndim - 2)) if is_shared else ()
+    drawn_by = mask_sampler(sampler)
+    check_batch_axis(drawn_by, query.ndim - 3)
+    drawn_by.check_fit((*batch, query.shape[-2], query.shape[-3], key.shape[-3]), shared)
+    query, factor = check_scale(query, scale)
+    einsums = {
+        "qk_attn_weights_einsum": qk_attn_weights_einsum,
+        "attn_weights_value_einsum": attn_weights_value_einsum,
+    }
     scores = Scores(
         scale=factor,
         is_causal=check_bool("is_causal", is_causal),
+        window=check_window("local_window_size", local_window_size),
         precision=precision,
+        dot_general=check_dot_general(einsum_dot_general, einsums),
     )
-    zeros = functools.partial(jnp.zeros_like, value, shape=(*query.shape[:-1], value.shape[-1]))
-    kernels = _check_implementation(implementation, block_size)
+    is_sown_wide = check_bool("force_fp32_for_softmax", force_fp32_for_softmax)
+    with_residual = check_bool("return_residual", return_residual)
+    bias = bias if bias is None else with_rank(bias, query.ndim)
+    inputs = Inputs(query, key, value, bias, allowed)
+    spec = make_mask(drawn_by, shared)
+    drop = Drop(spec, drawn_by, rate, one_key, flag, evaluates, is_shared)
+    kernels = check_implementation(implementation, block_size)
     if kernels != "xla":
-        # The masks of `regjax.keyed` have no sampler, and are rejected.
-        arrays, drawn_by = (query, key, value), getattr(make_mask(()), "sampler", None)
-        check_supported(kernels, drawn_by, scores, arrays, bias, module)
-        plain = functools.partial(
-            kernel_attention, kernels, scores, arrays, mask, is_shared=broadcast_dropout
-        )
-        drop = functools.partial(plain, drawn_by, one_key, rate) if one_key is not None else zeros
-        return plain() if evaluates else _unless(flag, drop, plain)
-    if block_size is None:
-        weights = _weights(scores, query, key, bias, mask)
-        if module is not None:
-            _sow(module, weights.astype(query.dtype))
-        spec = make_mask(shared)
+        return _in_kernels(kernels, scores, inputs, drop, module, with_residual)
+    if block_size is not None:
+        result, log_total = _in_blocks(scores, inputs, drop, module, block_size)
+    else:
+        sown = np.float32 if is_sown_wide else query.dtype
+        result, log_total = _whole(scores, inputs, drop, module, sown, with_residual)
+    if not with_residual:
+        return result
+    return result, jnp.swapaxes(lax.stop_gradient(log_total), -1, -2).astype(result.dtype)
 
-        def mixed(weights: Array, value: Array, rng: Any) -> Array:
-            weights = apply_dropout(spec, weights, rate, rng, flag)
-            return mixed_values(weights.astype(value.dtype), value, precision).astype(value.dtype)
 
-        if not observer():  # under a checkpoint, an observer would record the mask twice
-            # The backward pass drops the weights again, and stores only those before dropout.
-            mixed = jax.checkpoint(mixed, prevent_cse=False)
-        return mixed(weights, value, one_key)
+class Inputs(NamedTuple):
+    """The arrays of attention, after all checks."""
+
+    query: Array
+    key: Array
+    value: Array
+    bias: Any
+    allowed: Allowed
+
+
+class Drop(NamedTuple):
+    """The dropout of attention's weights, after all checks."""
+
+    spec: Any
+    sampler: MaskSampler
+    rate: Any
+    key: Any  # None if no mask is drawn
+    deterministic: Any
+    is_off: bool  # known before tracing
+    is_shared: bool
+
+    def unless_off(self, drop: Callable[[], Any], plain: Callable[[], Any]) -> Any:
+        """Return `plain()` where dropout is off, and `drop()` elsewhere."""
+        if self.is_off:
+            return plain()
+        flag = self.deterministic
+        return drop() if flag is False else lax.cond(flag, plain, drop)
+
+
+def _in_kernels(
+    kernels: str, scores: Scores, inputs: Inputs, drop: Drop, module: Any, with_residual: bool
+) -> Array:
+    # The masks of `regjax.keyed` have no sampler, and are rejected.
+    sampler = getattr(drop.spec, "sampler", None)
+    check_supported(kernels, sampler, scores, inputs, module, with_residual)
+    arrays = inputs[:3]
+    plain = functools.partial(
+        kernel_attention, kernels, scores, arrays, inputs.allowed.mask, is_shared=drop.is_shared
+    )
+    if drop.key is None:
+        return drop.unless_off(functools.partial(_zeros, *arrays), plain)
+    return drop.unless_off(functools.partial(plain, sampler, drop.key, drop.rate), plain)
+
+
+def _zeros(query: Array, key: Array, value: Array) -> Array:
+    return jnp.zeros_like(value, shape=(*query.shape[:-1], value.shape[-1]))
+
+
+def _whole(
+    scores: Scores, inputs: Inputs, drop: Drop, module: Any, sown: Any, with_residual: bool
+) -> tuple[Array, Any]:
+    query, key, _, bias, allowed = inputs
+    if module is not None:
+        _sow(module, whole_weights(scores, query, key, bias, allowed).astype(sown))
+    result = whole(scores, *inputs, drop.spec, drop.rate, drop.key, drop.deterministic)
+    return result, whole_sums(scores, query, key, bias, allowed) if with_residual else None
+
+
+def _in_blocks(
+    scores: Scores, inputs: Inputs, drop: Drop, module: Any, block_size: int
+) -> tuple[Array, Array]:
     if module is not None:
         raise ValueError(
             f"module must be None with block_size={block_size}, which never materializes the "
             f"weights; got a {type(module).__name__}. Omit one of the two."
         )
-    if not sampler.draws_parts:
+    if not drop.sampler.draws_parts:
         raise ValueError(
             "sampler must be bernoulli, packed_bernoulli or by_example of one of them with "
-            f"block_size={block_size}; got {sampler.function}, which draws whole masks only. Omit "
-            "block_size."
+            f"block_size={block_size}; got {drop.sampler.function}, which draws whole masks only. "
+            "Omit block_size."
         )
-    size = _check_block(block_size, key.shape[-3])
-    blocks = Blocks(scores, size, key.shape[-3], broadcast_dropout)
-    in_blocks = functools.partial(blockwise, blocks, sampler, query, key, value, bias, mask)
-    if evaluates:
-        return in_blocks()
-    if one_key is None:
-        return _unless(flag, zeros, in_blocks)
+    keys = inputs.key.shape[-3]
+    blocks = Blocks(scores, check_block(block_size, keys), keys, drop.is_shared)
+    plain = functools.partial(blockwise, blocks, drop.sampler, *inputs)
+    if drop.is_off:
+        return plain()
+    if drop.key is None:
+
+        def zeros() -> tuple[Array, Array]:
+            result, log_total = plain()
+            return jnp.zeros_like(result), log_total
+
+        return drop.unless_off(zeros, plain)
     recorded = None
     if observers := observer():
-        plan = blocks.plan(query, rate)
+        plan = blocks.plan(inputs.query, drop.rate)
         ticket = observers.expect_blocks("dot_product_attention", plan)
-        recorded = ticket, flag, lax.stop_gradient(np.float32(rate) if plan.rate else rate)
-    drop = functools.partial(in_blocks, one_key, rate, recorded)
-    return _unless(flag, drop, in_blocks)
-
-
-def _unless(flag: Any, drop: Callable[[], Array], plain: Callable[[], Array]) -> Array:
-    """Return `plain()` where a flag is set, and `drop()` elsewhere."""
-    return drop() if flag is False else lax.cond(flag, plain, drop)
-
-
-def _check_implementation(implementation: str | None, block_size: int | None) -> str:
-    implementation = "xla" if implementation is None else implementation
-    check_choice("implementation", implementation, ("xla", "pallas", "triton"))
-    if implementation != "xla" and block_size is not None:
-        raise ValueError(
-            f"block_size must be None with implementation={implementation!r}, whose tiles do not "
-            f"change the result's mask; got {block_size}. Omit one of the two."
-        )
-    return implementation
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _weights(
-    scores: Scores, query: Array, key: Array, bias: Any, mask: Any
-) -> Float[Array, "*batch heads queries keys"]:
-    """Return all weights, in one dispatch if the caller is not jitted."""
-    return softmax(scores(query, key, bias, mask, 0))
-
-
-def _arrays(*arrays: ArrayLike, dtype: DTypeLike | None) -> list[Array]:
-    names = ("query", "key", "value")
-    found = [check_array(name, array) for name, array in zip(names, arrays, strict=True)]
-    for name, array in zip(names, found, strict=True):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(
-                f"{name} must be floating; got dtype {array.dtype}. Cast it: "
-                f"{name}.astype(jnp.float32)."
-            )
-        if array.ndim < 3:
-            raise ValueError(
-                f"{name} must have shape (..., length, heads, features); got {array.shape}."
-            )
-    if dtype is not None:
-        return [array.astype(check_floating_dtype("dtype", dtype)) for array in found]
-    if len({array.dtype for array in found}) > 1:
-        dtypes = ", ".join(f"{n} {a.dtype}" for n, a in zip(names, found, strict=True))
-        raise TypeError(
-            f"query, key and value must have the same dtype; got {dtypes}. Pass dtype=."
-        )
-    return found
-
-
-def _scaled(query: Array, scale: ArrayLike | None) -> tuple[Array, float]:
-    """Return the query and the factor of its products.
-
-    A traced scale multiplies the query, so that gradients flow to it and NaN gives NaN.
-    """
-    if scale is None:
-        return query, 1 / math.sqrt(query.shape[-1])
-    if not isinstance(scale, Tracer):
-        return query, check_number("scale", scale)
-    if scale.ndim or not jnp.issubdtype(scale.dtype, jnp.floating):
-        raise TypeError(f"scale must be a real scalar; got {describe(scale)}.")
-    wide = real_dtype(query.dtype)
-    return (query.astype(wide) * scale.astype(wide)).astype(query.dtype), 1.0
-
-
-def _check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) -> None:
-    """Raise a ValueError that names the argument whose shape does not fit."""
-    *batch, queries, heads, depth = query.shape
-    *key_batch, keys, kv_heads, key_depth = key.shape
-    if key_batch != batch or key_depth != depth:
-        raise ValueError(
-            f"query and key must have the same batch and depth; got shapes {query.shape} and "
-            f"{key.shape}."
-        )
-    if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            f"value must have key's shape {key.shape[:-1]} before its features; got {value.shape}."
-        )
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(f"query must have a multiple of key's {kv_heads} heads; got {heads}.")
-    whole = (*batch, heads, queries, keys)
-    for name, array in (("bias", bias), ("mask", mask)):
-        if array is None:
-            continue
-        pairs = zip(array.shape[::-1], whole[::-1], strict=False)
-        if array.ndim > len(whole) or any(size not in (1, full) for size, full in pairs):
-            raise ValueError(
-                f"{name} must broadcast to (..., heads, queries, keys) = {whole}; got "
-                f"{array.shape}."
-            )
-
-
-def _check_block(block_size: int, keys: int) -> int:
-    size = check_integer("block_size", block_size, minimum=1)
-    return max(1, keys) if at_most(keys, size) else size
-
-
-def _check_bias(bias: Array) -> Array:
-    """Reject a mask that was passed as a bias."""
-    if bias.dtype == np.bool_ or jnp.issubdtype(bias.dtype, jnp.complexfloating):
-        raise TypeError(f"bias must be real; got dtype {bias.dtype}. Pass booleans as mask.")
-    return bias
-
-
-def _boolean(mask: Array) -> Bool[Array, "*shape"]:
-    """Return a mask of zeros and ones as booleans.
-
-    A concrete mask with other numbers is a TypeError: it may be meant as a bias.
-    """
-    if mask.dtype == np.bool_:
-        return mask
-    readable = not isinstance(mask, Tracer) and mask.is_fully_addressable
-    if readable and not np.isin(np.asarray(mask), (0, 1)).all():
-        raise TypeError(
-            "mask must be boolean, True to attend, or 0 and 1; got other numbers of dtype "
-            f"{mask.dtype}. Pass numbers to add to the scores as bias."
-        )
-    return mask != 0
-
-
-def _require_rng(dropout_rng: KeyLike | None) -> KeyLike:
-    """Return `require_key(dropout_rng)`, with errors that name `dropout_rng` instead of `key`."""
-    if dropout_rng is None:
-        raise ValueError(
-            "dropout_rng must be a random key in training; got None. Pass "
-            "dropout_rng=jax.random.key(seed), or dropout_rng=regjax.site_key(root, step, site) "
-            "inside a training loop, or deterministic=True to evaluate."
-        )
-    try:
-        return require_key(dropout_rng)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"dropout_rng: {error}") from None
+        rate = np.float32(drop.rate) if plan.rate else drop.rate
+        recorded = ticket, drop.deterministic, lax.stop_gradient(rate)
+    dropped = functools.partial(plain, drop.key, drop.rate, recorded)
+    return drop.unless_off(dropped, plain)
 
 
 def _sow(module: Any, weights: Array) -> None:

@@ -18,7 +18,7 @@ from regjax._dropout.core import (
     mask_sharding,
     real_dtype,
 )
-from regjax._dropout.scores import Scores, mixed_values
+from regjax._dropout.scores import Allowed, Scores, per_query
 from regjax._random.bernoulli import EXACT
 from regjax._random.collect import BlockwisePlan
 from regjax._random.events import BlockwiseCall, observer
@@ -101,21 +101,23 @@ def _where_kept(keep: Array | None, weights: Array) -> Array:
 # without a state to store, which JAX can transpose and differentiate again.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(
-    blocks: Blocks, query: Array, key: Array, value: Array, bias: Any, mask: Any, draw: Any
+    blocks: Blocks, query: Array, key: Array, value: Array, bias: Any, allowed: Any, draw: Any
 ) -> tuple[Array, Array]:
     """Return the result, unscaled, in float32 or wider, and the logarithm of each row's sum.
 
-    `key`, `value`, `bias` and `mask` are padded to whole blocks; `draw` is a `_Draw`, or None.
+    The logarithm is -inf for a query that attends to no key. `key`, `value`, `bias` and the mask of
+    `allowed` are padded to whole blocks; `draw` is a `_Draw`, or None.
     """
     # Made from the query, to have its layout over devices.
     rows = jnp.swapaxes(jnp.zeros_like(query[..., 0], real_dtype(query.dtype)), -1, -2)
     features = (*query.shape[:-1], value.shape[-1])
-    start = jnp.full_like(rows, -jnp.inf), rows, jnp.broadcast_to(_per_query(rows), features)
+    start = jnp.full_like(rows, -jnp.inf), rows, jnp.broadcast_to(per_query(rows), features)
 
     def block(state: tuple[Array, Array, Array], first: Array) -> tuple[Any, None]:
         top, total, result = state
         part = functools.partial(_part, first=first, size=blocks.size)
-        scores = blocks.scores(query, part(key, -3), part(bias), part(mask), first, blocks.keys)
+        seen = allowed._replace(mask=part(allowed.mask))
+        scores = blocks.scores(query, part(key, -3), part(bias), seen, first, blocks.keys)
         new_top = jnp.maximum(top, scores.max(-1))
         shrink = jnp.exp(top - _finite(new_top))
         powers = jnp.exp(scores - _finite(new_top)[..., None])
@@ -123,25 +125,25 @@ def _attend(
         if record_block:
             record_block(first, keep, scores)
         dropped = _where_kept(keep, powers).astype(value.dtype)
-        mixed = mixed_values(dropped, part(value, -3), blocks.scores.precision)
+        mixed = blocks.scores.mixed_values(dropped, part(value, -3))
         total = total * shrink + powers.sum(-1)
-        return (new_top, total, result * _per_query(shrink) + mixed), None
+        return (new_top, total, result * per_query(shrink) + mixed), None
 
     # The derivative draws the same masks again, and records nothing.
     record_block = record_end = None
     if draw is not None and draw.recorded is not None and (observers := observer()):
         ticket, off, rate = draw.recorded
-        words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, mask)
+        words, inputs = (draw.words[0], draw.words[1]), _hash(query, key, bias, *allowed)
         call = BlockwiseCall(ticket, words, inputs, off)
         record_block = functools.partial(observers.block, call)
         record_end = functools.partial(observers.end, call, rate, draw.sampler.numbers)
     (top, total, result), _ = lax.scan(block, start, blocks.firsts())
     seen = total > 0
     total = jnp.where(seen, total, 1)
-    log_total = jnp.where(seen, _finite(top) + jnp.log(total), 0)
+    log_total = jnp.where(seen, _finite(top) + jnp.log(total), -jnp.inf)
     if record_end:
-        record_end(log_total)
-    return result / _per_query(total), log_total
+        record_end(_finite(log_total))
+    return result / per_query(total), log_total
 
 
 @_attend.defjvp
@@ -154,22 +156,22 @@ def _attend_jvp(blocks: Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]:
     # Recomputed in the backward pass, block by block, and never stored.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(primals: Any, dots: Any, log_total: Array, first: Array) -> tuple[Array, Array]:
-        query, key, value, bias, mask, draw = primals
+        query, key, value, bias, allowed, draw = primals
         part = functools.partial(_part, first=first, size=blocks.size)
-        allowed = part(mask)
+        seen = allowed._replace(mask=part(allowed.mask))
 
         def scores_of(query: Array, key: Array, bias: Any) -> Array:
-            return blocks.scores(query, part(key, -3), part(bias), allowed, first, blocks.keys)
+            return blocks.scores(query, part(key, -3), part(bias), seen, first, blocks.keys)
 
         def mixed(weights: Array, value: Array) -> Array:
             keep = blocks.keep(weights, query, draw, first)
             dropped = _where_kept(keep, weights).astype(value.dtype)
-            return mixed_values(dropped, part(value, -3), blocks.scores.precision)
+            return blocks.scores.mixed_values(dropped, part(value, -3))
 
         dot_query, dot_key, dot_value, dot_bias = dots
         dot_query = dot_query.astype(query.dtype)
         scores, dot_scores = jax.jvp(scores_of, (query, key, bias), (dot_query, dot_key, dot_bias))
-        weights = jnp.exp(scores - log_total[..., None])
+        weights = jnp.exp(scores - _finite(log_total)[..., None])
         changes = weights * dot_scores
         return mixed(changes, value) + mixed(weights, dot_value), changes.sum(-1)
 
@@ -178,7 +180,7 @@ def _attend_jvp(blocks: Blocks, primals: Any, tangents: Any) -> tuple[Any, Any]:
 
     zeros = (jnp.zeros_like(result), jnp.zeros_like(log_total))
     (dot_result, dot_log_total), _ = scan_linear(step, dots, zeros, blocks.firsts())
-    dot_result -= result * _per_query(dot_log_total)
+    dot_result -= result * per_query(dot_log_total)
     return (result, log_total), (dot_result, dot_log_total)
 
 
@@ -193,11 +195,12 @@ def blockwise(
     key: Array,
     value: Array,
     bias: Any,
-    mask: Any,
+    allowed: Allowed,
     dropout_rng: KeyLike | None = None,
     rate: float | Float[Array, ""] = 0.0,
     recorded: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
-) -> Array:
+) -> tuple[Array, Array]:
+    """Return the result, and the logarithm of each row's sum in float32 or wider."""
     # At least one block, even without keys: a scan traces one before it runs.
     whole = blocks.size * (-(-blocks.keys // blocks.size) if blocks.keys else 1)
     padding = whole - blocks.keys
@@ -217,12 +220,13 @@ def blockwise(
         realized = sampler.realized_keep_prob(keep_prob)
         realized = realized.astype(wide) if isinstance(realized, jax.Array) else realized
         scale = inverse_keep_prob(realized, query.dtype)
-    arrays = query, pad(key, -3), pad(value, -3), pad(bias), pad(mask)
-    result, _ = _attend_in_one(blocks, *arrays, draw)
+    allowed = allowed._replace(mask=pad(allowed.mask))
+    arrays = query, pad(key, -3), pad(value, -3), pad(bias), allowed
+    result, log_total = _attend_in_one(blocks, *arrays, draw)
     result = result * scale
     if isinstance(rate, jax.Array):
         result = jnp.where((rate >= 0) & (rate <= 1), result, jnp.nan)
-    return result.astype(value.dtype)
+    return result.astype(value.dtype), log_total
 
 
 def _finite(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -256,7 +260,3 @@ def _padded(x: Any, axis: int = -1, *, padding: int) -> Any:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, padding)
     return jnp.pad(x, widths)
-
-
-def _per_query(x: Float[Array, "*batch heads queries"]) -> Float[Array, "*batch queries heads 1"]:
-    return jnp.swapaxes(x, -1, -2)[..., None]

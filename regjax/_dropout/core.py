@@ -160,6 +160,8 @@ def apply_dropout(
         if is_number and rate == 1:
             return jnp.zeros_like(x)
         one_key = require_key(key)
+        if isinstance(spec, SampledMask):  # the numbers of examples are traced inside the jit
+            spec.sampler.check_fit(x.shape, spec.broadcast_dims)
         if observers := observer():
             jitted = _masked_at_number if is_number else _masked_at_tracer
             dropped, keep = jitted(spec, x, one_key, rate)

@@ -49,12 +49,12 @@ def check_supported(
     implementation: str,
     sampler: Any,
     scores: Scores,
-    arrays: Sequence[Array],
-    bias: Any,
+    inputs: Any,
     module: Any,
+    with_residual: bool,
 ) -> None:
     """Raise a ValueError or TypeError that names what the kernels support; without, return None."""
-    query, key, value = arrays
+    query, key, value, bias, allowed = inputs
     chosen = f"implementation={implementation!r}"
     *batch, queries, heads, depth = query.shape
     if str(query.dtype) not in _DTYPES:
@@ -72,15 +72,27 @@ def check_supported(
             f"query and key must not be empty with {chosen}; got shapes "
             f"{query.shape} and {key.shape}. {_WAY_OUT}"
         )
-    if implementation == "triton" and max(x.size for x in arrays) >= _LARGEST:
+    if implementation == "triton" and max(x.size for x in inputs[:3]) >= _LARGEST:
         raise ValueError(
             f"query, key and value must have fewer than 2**31 elements with {chosen}; got shapes "
             f"{query.shape}, {key.shape} and {value.shape}. {_WAY_OUT}"
         )
-    for name, given in (("bias", bias), ("module", module)):
+    of_keys = f"Pass a mask of shape {(*batch, 1, 1, key.shape[-3])}, or omit implementation."
+    for name, given, fix in (
+        ("bias", bias, "Pass booleans as mask, or omit implementation."),
+        ("module", module, _WAY_OUT),
+        ("query_seq_lengths", allowed.queries, _WAY_OUT),
+        ("key_value_seq_lengths", allowed.keys, of_keys),
+        ("local_window_size", scores.window, _WAY_OUT),
+        ("einsum_dot_general", scores.dot_general, _WAY_OUT),
+    ):
         if given is not None:
-            fix = "Pass booleans as mask, or omit implementation." if name == "bias" else _WAY_OUT
             raise ValueError(f"{name} must be None with {chosen}; got one. {fix}")
+    if with_residual:
+        raise ValueError(
+            f"return_residual must be False with {chosen}, whose kernels return no "
+            f"residual; got True. {_WAY_OUT}"
+        )
     if scores.precision not in _PRECISIONS:
         raise ValueError(
             f"precision must be None, DEFAULT or HIGHEST with {chosen}; got "

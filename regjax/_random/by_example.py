@@ -13,16 +13,19 @@ import numpy as np
 from jax.core import Tracer
 
 from regjax._random.bernoulli import MaskSampler, Sampler, bernoulli
-from regjax._random.packed import mask_sampler
+from regjax._random.packed import PackedSampler, mask_sampler
 from regjax._random.threefry import Places, spec_of, with_spec
 from regshared.checks import check_integer, describe
-from regshared.examples import check_attention_axis, check_rows
+from regshared.examples import check_attention_axis, check_reach, check_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Integer
 
     from regjax._random.keys import KeyLike
     from regjax._random.threefry import Layout
+
+
+_INDEX_BITS = {False: 64, True: 60}  # with and without a `PackedSampler`
 
 
 def by_example(
@@ -65,7 +68,8 @@ def by_example(
         TypeError: `examples` are not integers, or `sampler` is not a function.
         ValueError: `examples` has more than one dimension, or a concrete example is negative;
             `sampler` is itself by example. On use: the length of `examples` is not that of `x`
-            along `axis`, or the function shares one mask along that dimension.
+            along `axis`, a concrete example is above the limit, or the function shares one mask
+            along that dimension.
 
     Note (PyTorch):
         `regtorch.by_example` draws the same masks.
@@ -159,9 +163,14 @@ class ExampleSampler(MaskSampler):
         return self.function.realized_keep_prob(keep_prob)
 
     def check_fit(self, shape: tuple[int, ...], shared: tuple[int, ...]) -> None:
-        """Raise a ValueError if there is not one example for each row of x."""
+        """Raise a ValueError if there is not one example for each row of x, below the limit."""
         if not self.is_single:
             check_rows(self.axis, self.examples.low.shape[0], shape, shared)
+            shared = (*shared, self.axis)
+        if self.draws_parts and (highest := _highest(self.examples)):
+            check_reach(
+                highest, shape, shared, _INDEX_BITS[isinstance(self.function, PackedSampler)]
+            )
 
 
 def check_batch_axis(sampler: MaskSampler, ndim: int) -> None:
@@ -178,6 +187,15 @@ def check_one_mask(sampler: MaskSampler) -> MaskSampler:
             f"{sampler.examples.low.shape}. Map over single examples with jax.vmap."
         )
     return sampler
+
+
+def _highest(examples: Places) -> int:
+    """Return the highest example if it is known and may be above the limit, and otherwise 0."""
+    high, low = examples
+    if high is None or isinstance(high, Tracer) or not high.is_fully_addressable or not high.size:
+        return 0
+    words = np.asarray(high).astype(np.uint64) << 32 | np.asarray(low)
+    return int(words.max())
 
 
 def _check_examples(examples: Any) -> Places:

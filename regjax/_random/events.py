@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import re
 import sys
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from regjax._compat import make_user_context
 from regjax._random.collect import BlockwiseDraw, BlockwisePlan, Collected
@@ -174,6 +176,14 @@ class BlockwiseCall(NamedTuple):
     off: Any  # True where the result is not used
 
 
+def _call_back(record: Callable[..., None], *operands: Any) -> None:
+    """Call a function with the values of the operands, when the program has computed them."""
+    call = functools.partial(jax.debug.callback, record)
+    # JAX has no callback in a `shard_map` that is not compiled, over explicit axes.
+    is_traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(operands))
+    (jax.jit(call) if is_traced else call)(*operands)
+
+
 # Shared by all observers, because one compiled function may serve several of them in turn.
 _tickets = itertools.count()
 
@@ -196,7 +206,7 @@ class Observers:
             for member in self.members:
                 member.record(event)
 
-        jax.debug.callback(record, number, root, step, key)
+        _call_back(record, number, root, step, key)
 
     def draw(
         self,
@@ -223,7 +233,7 @@ class Observers:
             for member, call in calls:
                 member.draw(call, words, number, *arrays, _numbers(examples))
 
-        jax.debug.callback(record, key, rate, mask, entering, off, examples)
+        _call_back(record, key, rate, mask, entering, off, examples)
 
     def expect_blocks(self, function: str, plan: BlockwisePlan) -> np.ndarray:
         """Register a mask that is applied block by block, and return the ticket of its pieces.

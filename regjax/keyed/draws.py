@@ -89,7 +89,7 @@ def attention(*args: Any, broadcast_dropout: bool = True, **options: Any) -> Any
     """Compute attention; under `vmap`, the mask is that of the whole batch unless it is shared."""
     if broadcast_dropout:
         return dot_product_attention(*args, broadcast_dropout=True, **options)
-    return attend(lambda dims: BatchMask(dims, "dot_product_attention"), *args, **options)
+    return attend(lambda _, dims: BatchMask(dims, "dot_product_attention"), *args, **options)
 
 
 def without_vmap(key: KeyLike, inputs: Any, layer: str) -> KeyLike:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from regtorch._dropout.core import inverse_keep_prob, keep_prob_of, real_dtype
-from regtorch._dropout.scores import Scores, finite, gathered, mixed_values, products
+from regtorch._dropout.scores import Allowed, Scores, finite, gathered, mixed_values, products
 from regtorch._random.bernoulli import MaskSampler
 from regtorch._random.collect import BlockwisePlan
 from regtorch._random.threefry import Span
@@ -70,6 +70,8 @@ class Blocks:
 class _Attend(torch.autograd.Function):
     """The result, unscaled, in float32 or wider, and the logarithm of each row's sum.
 
+    The logarithm is -inf for a query that attends to no key.
+
     Nothing else is stored for the backward pass, which computes the weights of a block and their
     mask again, by differentiable operations.
     """
@@ -83,9 +85,9 @@ class _Attend(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         bias: Tensor | None,
-        mask: Tensor | None,
         words: Tensor | None,
         given: Tensor | None,
+        *allowed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         wide = real_dtype(query.dtype)
         rows = (*query.shape[:-3], query.shape[-2], query.shape[-3])
@@ -93,8 +95,8 @@ class _Attend(torch.autograd.Function):
         total = query.new_zeros(rows, dtype=wide)
         result = query.new_zeros((*query.shape[:-1], value.shape[-1]), dtype=wide)
         for first, size in blocks:
-            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
-            scores = blocks.scores(query, keys, added, seen, first)
+            keys, values, added = _parts((key, value, bias), first, size)
+            scores = blocks.scores(query, keys, added, _seen(allowed, first, size), first)
             new_top = torch.maximum(top, scores.amax(-1))
             shrink = torch.exp(top - finite(new_top))
             powers = torch.exp(scores - finite(new_top)[..., None])
@@ -106,9 +108,9 @@ class _Attend(torch.autograd.Function):
             result = result * _per_query(shrink) + mixed_values(kept.to(value.dtype), values)
         attends = total > 0
         total = torch.where(attends, total, 1.0)
-        log_total = torch.where(attends, finite(top) + torch.log(total), 0.0)
+        log_total = torch.where(attends, finite(top) + torch.log(total), -math.inf)
         if record:
-            record.end(words, log_total, given)
+            record.end(words, finite(log_total), given)
         return result / _per_query(total), log_total
 
     @staticmethod
@@ -118,7 +120,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, mask, words, given, result, log_total = ctx.saved_tensors
+        query, key, value, bias, words, given, *allowed, result, log_total = ctx.saved_tensors
         blocks, wide = ctx.blocks, result.dtype
         grad_result, grad_log_total = grad_outputs
         # The gradient that each weight of a row receives through the row's sum.
@@ -131,22 +133,23 @@ class _Attend(torch.autograd.Function):
         ]
         # The masks are drawn again without being recorded.
         for first, size in blocks:
-            keys, values, added, seen = _parts((key, value, bias, mask), first, size)
-            scores = blocks.scores(query, keys, added, seen, first)
-            weights = torch.exp(scores - log_total[..., None])
+            keys, values, added = _parts((key, value, bias), first, size)
+            scores = blocks.scores(query, keys, added, _seen(allowed, first, size), first)
+            weights = torch.exp(scores - finite(log_total)[..., None])
             keep = blocks.keep(query, words, given, ctx.keep_prob, first, size)
             grad_weights = _selected(keep, products(grad_result, values.to(wide)))
             grad_scores = weights * (grad_weights + shared[..., None])
             grad_products = grad_scores * blocks.scores.scale
             grad_query = grad_query + mixed_values(grad_products, keys.to(wide))
-            grad_key, grad_value, grad_bias, _ = _parts((*others, None), first, size)
+            grad_key, grad_value, grad_bias = _parts(others, first, size)
             if grad_key is not None:
                 grad_key += gathered(grad_products, query.to(wide), keys)
             if grad_value is not None:
                 grad_value += gathered(_selected(keep, weights), grad_result, values)
             if grad_bias is not None:
                 grad_bias += grad_scores.sum_to_size(grad_bias.shape)
-        return None, None, None, grad_query.to(query.dtype), *others, None, None, None
+        unneeded = [None] * (2 + len(allowed))
+        return None, None, None, grad_query.to(query.dtype), *others, *unneeded
 
 
 def blockwise(
@@ -155,34 +158,42 @@ def blockwise(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    mask: Tensor | None,
+    allowed: Allowed,
     dropout_rng: Tensor | None = None,
     rate: float | Tensor = 0.0,
     record: Any = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """Return the result, and the logarithm of each row's sum in float32 or wider."""
     wide = real_dtype(query.dtype)
     rate = rate.detach() if isinstance(rate, Tensor) else rate
     keep_prob = keep_prob_of(rate, wide)
     sampler, given = blocks.sampler.split()
     blocks = dataclasses.replace(blocks, sampler=sampler)
-    arrays = (query, key, value, bias, mask, dropout_rng, given)
-    result, _ = _Attend.apply(blocks, keep_prob, record, *arrays)
+    arrays = (query, key, value, bias, dropout_rng, given, *allowed)
+    result, log_total = _Attend.apply(blocks, keep_prob, record, *arrays)
     if dropout_rng is not None:
         realized = sampler.realized_keep_prob(keep_prob)
         realized = realized.to(wide) if isinstance(realized, Tensor) else realized
         result = result * inverse_keep_prob(realized, wide)
     if isinstance(rate, Tensor):
         result = torch.where((rate >= 0) & (rate <= 1), result, math.nan)
-    return result.to(value.dtype)
+    return result.to(value.dtype), log_total
 
 
 def _parts(inputs: Sequence[Any], first: int, size: int) -> tuple[Any, ...]:
-    """Return the views of key, value, bias and mask that belong to a block."""
-    dims = (-3, -3, -1, -1)
-    return tuple(
-        x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
-        for x, dim in zip(inputs, dims, strict=True)
-    )
+    """Return the views of key, value and bias that belong to a block."""
+    dims = (-3, -3, -1)
+    return tuple(_part(x, dim, first, size) for x, dim in zip(inputs, dims, strict=True))
+
+
+def _seen(allowed: Sequence[Tensor | None], first: int, size: int) -> Allowed:
+    """Return `allowed` with the view of the mask that belongs to a block."""
+    mask, queries, keys = allowed
+    return Allowed(_part(mask, -1, first, size), queries, keys)
+
+
+def _part(x: Tensor | None, dim: int, first: int, size: int) -> Tensor | None:
+    return x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, size)
 
 
 def _selected(keep: Tensor | None, weights: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def on_local_part(
 
 
 def on_local_heads(
-    function: Callable[[tuple[Any, ...], Place], Tensor],
+    function: Callable[[tuple[Any, ...], Place], Any],
     query: Any,
     key: Any,
     value: Any,
@@ -90,7 +90,9 @@ def on_local_heads(
     """Apply `function((query, key, value, *masks), place)` to the rows and heads of this rank.
 
     The tensors have the shape (..., heads, length, features), and `place` is that of the weights
-    (..., heads, queries, keys), to which the masks broadcast.
+    (..., heads, queries, keys), to which the masks broadcast. The function returns a tensor of
+    shape (..., heads, queries, features), or a tuple that also has one of shape (..., heads,
+    queries).
     """
     for name, x in (("key", key), ("value", value)):
         found = x.placements if is_dtensor(x) else "a local tensor"
@@ -120,8 +122,13 @@ def on_local_heads(
     keys = key.shape[-2]
     place = Place((*whole[:-1], keys), (*part[:-1], Span(0, keys)))
     local = (*(x.to_local() for x in (query, key, value)), *map(place.broadcast, masks))
-    shape = (*whole[:-1], value.shape[-1])
-    return _whole(function(local, place), query, shape, torch.empty(shape, device="meta").stride())
+    found = function(local, place)
+
+    def placed(part: Tensor) -> Any:
+        shape = (*whole[:-1], *part.shape[len(whole) - 1 :])
+        return _whole(part, query, shape, torch.empty(shape, device="meta").stride())
+
+    return tuple(map(placed, found)) if isinstance(found, tuple) else placed(found)
 
 
 def _whole(local: Tensor, like: Any, shape: tuple[int, ...], stride: tuple[int, ...]) -> Any:

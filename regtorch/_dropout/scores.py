@@ -4,34 +4,72 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from regtorch._dropout.core import real_dtype
 
+_LARGEST = 2**63 - 1
+
+
+class Allowed(NamedTuple):
+    """The tensors that restrict which keys a query may attend to.
+
+    Attributes:
+        mask: Booleans that broadcast to the scores, or None.
+        queries: The number of queries of each example, of shape (*batch, 1, 1, 1), or None. Later
+            queries attend to no key.
+        keys: The number of keys of each example, likewise.
+    """
+
+    mask: Tensor | None
+    queries: Tensor | None
+    keys: Tensor | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of a range of keys, -inf where a query may not attend."""
+    """The scores of a range of keys, -inf where a query may not attend.
+
+    Attributes:
+        scale: The factor of the products.
+        is_causal: Whether query i may attend to keys 0 to i only.
+        window: The numbers of keys before and after that of its own number to which a query may
+            attend, or None.
+    """
 
     scale: float
     is_causal: bool
+    window: tuple[int, int] | None
 
     def __call__(
-        self, query: Tensor, key: Tensor, bias: Tensor | None, mask: Tensor | None, first: int = 0
+        self, query: Tensor, key: Tensor, bias: Tensor | None, allowed: Allowed, first: int = 0
     ) -> Tensor:
         """Return the scores from key `first` on, of shape (..., heads, queries, keys)."""
         wide = real_dtype(query.dtype)
         scores = products(query.to(wide), key.to(wide)) * self.scale
         if bias is not None:
             scores = scores + bias.to(wide)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        if self.is_causal:
-            queries, keys = (torch.arange(n, device=query.device) for n in scores.shape[-2:])
-            scores = scores.masked_fill(keys + first > queries[:, None], -math.inf)
+        for seen in self._seen(scores, allowed, first):
+            scores = scores.masked_fill(~seen, -math.inf)
         return scores
+
+    def _seen(self, scores: Tensor, allowed: Allowed, first: int) -> list[Tensor]:
+        """Return the masks of a block of scores, computed from indices where no tensor has them."""
+        row, column = (torch.arange(n, device=scores.device) for n in scores.shape[-2:])
+        row, column = row[:, None], column + first
+        seen = [] if allowed.mask is None else [allowed.mask]
+        if self.is_causal:
+            seen.append(column <= row)
+        if self.window is not None:
+            left, right = (min(size, _LARGEST) for size in self.window)
+            seen.append((row - column <= left) & (column - row <= right))
+        for place, number in ((row, allowed.queries), (column, allowed.keys)):
+            if number is not None:
+                seen.append(place < number)
+        return seen
 
 
 def softmax(scores: Tensor) -> Tensor:

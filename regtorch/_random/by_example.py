@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from regshared.checks import check_integer, describe
-from regshared.examples import check_attention_axis, check_rows
-from regtorch._checks import has_negative
+from regshared.examples import check_attention_axis, check_reach, check_rows
+from regtorch._checks import has_negative, highest_word
 from regtorch._random.bernoulli import MaskSampler, Sampler, bernoulli
-from regtorch._random.packed import mask_sampler
+from regtorch._random.packed import PackedSampler, mask_sampler
+
+_INDEX_BITS = {False: 64, True: 60}  # with and without a `PackedSampler`
 
 
 def by_example(
@@ -51,8 +53,8 @@ def by_example(
         TypeError: `examples` are not integers, or `sampler` is not a function.
         ValueError: `examples` has more than one dimension, or one is negative (on a CPU; elsewhere,
             and under `torch.compile`, this is not checked); `sampler` is itself by example. On use:
-            the length of `examples` is not that of `x` along `axis`, or the function shares one
-            mask along that dimension.
+            the length of `examples` is not that of `x` along `axis`, one is above the limit (on a
+            CPU), or the function shares one mask along that dimension.
 
     Note (JAX):
         `regjax.by_example` draws the same masks.
@@ -141,9 +143,14 @@ class ExampleSampler(MaskSampler):
         return self.function.realized_keep_prob(keep_prob)
 
     def check_fit(self, shape: tuple[int, ...], shared: tuple[int, ...]) -> None:
-        """Raise a ValueError if there is not one example for each row of x."""
+        """Raise a ValueError if there is not one example for each row of x, below the limit."""
         if not self.is_single:
             check_rows(self.axis, self.numbers.shape[0], shape, shared)
+            shared = (*shared, self.axis)
+        if self.draws_parts and (highest := highest_word(self.numbers)):
+            check_reach(
+                highest, shape, shared, _INDEX_BITS[isinstance(self.function, PackedSampler)]
+            )
 
 
 def check_batch_axis(sampler: MaskSampler, ndim: int) -> None:

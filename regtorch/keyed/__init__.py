@@ -74,10 +74,10 @@ from regtorch._checks import check_module
 from regtorch._random.keys import check_key, check_step
 from regtorch.keyed.calls import Site, site_of, states_of
 from regtorch.keyed.examples import check_examples, check_globs
-from regtorch.keyed.functions import REPLACEMENTS, Replacement
 from regtorch.keyed.mode import discard_stale_modes
 from regtorch.keyed.names import check_layers, layer_names, module_paths
 from regtorch.keyed.ranks import warn_of_other_root, warn_of_shared_root
+from regtorch.keyed.replacements import REPLACEMENTS, Replacement
 from regtorch.keyed.state import Keys, State
 
 __all__ = [

@@ -16,11 +16,14 @@ from torch._compile import _disable_dynamo
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode, resolve_name
 
+import regtorch.keyed.dropouts
+import regtorch.keyed.variates  # noqa: F401  both add to REPLACEMENTS, as composites do
 from regtorch._random.bernoulli import bernoulli
 from regtorch._random.events import observer
+from regtorch.keyed.composites import composite
 from regtorch.keyed.examples import Layout, Rows
-from regtorch.keyed.functions import REPLACEMENTS, composite
 from regtorch.keyed.generators import is_default, python_state, torch_state
+from regtorch.keyed.replacements import REPLACEMENTS
 from regtorch.keyed.state import Call, Keys, State
 
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__

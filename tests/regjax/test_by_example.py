@@ -176,3 +176,20 @@ def test_the_guard_knows_parts_of_one_batch(loop):
     ]
     assert found(reports[0]) == []
     assert [problem.name for problem, _ in found(reports[1])] == ["REPEATED_MASK"]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "bits"), [(regjax.bernoulli, 64), (regjax.packed_bernoulli, 60)]
+)
+def test_indices_that_wrap_are_an_error(sampler, bits):
+    """Otherwise two examples would have the same mask."""
+
+    def drop(example):
+        rows = regjax.by_example(np.array([3, example]), sampler)
+        return regjax.dropout(jnp.ones((2, 64, 32)), 0.5, key=jax.random.key(0), sampler=rows)
+
+    drop(2 ** (bits - 11) - 1)
+    with pytest.raises(
+        ValueError, match=rf"examples must be below 2\*\*{bits} / 2048, .* got \d+\. C"
+    ):
+        drop(2 ** (bits - 11))

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import regjax
 import regjax.equinox
@@ -317,3 +319,19 @@ def test_a_rate_that_is_a_product_rounds_alike_while_it_is_observed():
         observed = jax.jit(run)(X, steps)
         jax.effects_barrier()
     np.testing.assert_array_equal(plain, observed)
+
+
+def test_a_shard_map_without_jit_is_observed():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    rows = jax.device_put(jnp.arange(16), NamedSharding(mesh, P("data")))
+    x = jax.device_put(jnp.ones((16, 4)), NamedSharding(mesh, P("data")))
+
+    def layer(x, rows, root):
+        key = regjax.site_key(root, 0, "hidden")
+        return regjax.dropout(x, 0.5, key=key, sampler=regjax.by_example(rows))
+
+    mapped = jax.shard_map(
+        layer, mesh=mesh, in_specs=(P("data"), P("data"), P()), out_specs=P("data")
+    )
+    draws, _ = watch(lambda: mapped(x, rows, KEY))
+    assert sum(draw.mask.size for draw in draws) == x.size

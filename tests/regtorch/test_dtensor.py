@@ -212,19 +212,27 @@ def test_attention_is_that_of_the_rows_and_heads_of_the_rank(name, layout):
         {"is_causal": True},
         {"broadcast_dropout": True, "mask": NEAREST},
         {"sampler": regtorch.by_example([7, 3]), "bias": torch.linspace(0, 1, 20).reshape(4, 5, 1)},
+        {
+            "query_seq_lengths": torch.tensor([5, 2]),
+            "key_value_seq_lengths": torch.tensor([3, 5]),
+            "local_window_size": (2, 1),
+        },
     ],
 )
 def test_attention_of_the_library_is_that_of_the_rows_and_heads_of_the_rank(options, block_size):
     q = Q.transpose(1, 2)
     options = options | {"block_size": block_size, "dropout_rng": KEY, "dropout_rate": 0.4}
-    whole = regtorch.dot_product_attention(q, q, q, **options)
+    whole = regtorch.dot_product_attention(q, q, q, return_residual=True, **options)
     for rank in range(4):
         with as_rank(rank, (2, 2)) as mesh:
             x = shard(q, mesh, [S0, S2])
+            found = regtorch.dot_product_attention(x, x, x, return_residual=True, **options)
+            for y, of_all in zip(found, whole, strict=True):
+                assert y.shape == of_all.shape
+                expected = shard(of_all, mesh, [S0, S2]).to_local()
+                torch.testing.assert_close(y.to_local(), expected, rtol=1e-6, atol=1e-6)
             y = regtorch.dot_product_attention(x, x, x, **options)
-            assert y.shape == whole.shape
-            expected = shard(whole, mesh, [S0, S2]).to_local()
-            torch.testing.assert_close(y.to_local(), expected, rtol=1e-6, atol=1e-6)
+            assert torch.equal(y.to_local(), found[0].to_local())
 
 
 def partial_sums(mesh):

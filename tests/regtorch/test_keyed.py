@@ -19,8 +19,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import regtorch
 from regtorch import keyed
 from regtorch._random.keys import site_words
-from regtorch.keyed import functions
+from regtorch.keyed import dropouts
 from regtorch.keyed.calls import states_of
+from regtorch.keyed.replacements import REPLACEMENTS, Replacement
 
 ROOT = regtorch.key(7)
 X = torch.linspace(-2.0, 3.0, 24).reshape(3, 8)
@@ -218,9 +219,9 @@ ATTENTION = {
 @pytest.fixture
 def no_dropout(monkeypatch):
     """Replace the dropout of converted models, to keep everything."""
-    monkeypatch.setattr(functions, "dropout", lambda x, rate, **options: x)
-    keep = functions.Replacement(lambda draws, x, **options: x, in_evaluation=True)
-    monkeypatch.setitem(functions.REPLACEMENTS, nn.functional.dropout, keep)
+    monkeypatch.setattr(dropouts, "dropout", lambda x, rate, **options: x)
+    keep = Replacement(lambda draws, x, **options: x, in_evaluation=True)
+    monkeypatch.setitem(REPLACEMENTS, nn.functional.dropout, keep)
 
 
 @pytest.mark.parametrize("options", ATTENTION.values(), ids=ATTENTION)
@@ -324,7 +325,7 @@ def test_recurrent_layers_drop_between_layers():
 def test_each_gap_between_recurrent_layers_has_its_own_key(monkeypatch):
     keys = []
     drop = lambda x, rate, *, key, sampler: keys.append(key.tolist()) or x
-    monkeypatch.setattr(functions, "dropout", drop)
+    monkeypatch.setattr(dropouts, "dropout", drop)
     keyed_model(nn.ModuleDict({"rnn": nn.GRU(8, 8, 3, dropout=0.5)}))["rnn"](X)
     assert keys == [at("rnn.0").tolist(), at("rnn.1").tolist()]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import regtorch
 from regtorch import keyed
-from regtorch.keyed import functions
-from regtorch.keyed.functions import REPLACEMENTS
+from regtorch.keyed import dropouts
+from regtorch.keyed.replacements import REPLACEMENTS
 from regtorch.keyed.streams import uniform
 
 ROOT = regtorch.key(7)
@@ -378,7 +378,7 @@ def test_attention_as_a_function_drops_the_weights_of_ours(masks, options, dtype
     )
     torch.testing.assert_close(model(q, k, v), expected, **tolerance)
     # With nothing dropped it is PyTorch's own, in its explicit form.
-    monkeypatch.setattr(functions, "dropout", lambda x, rate, **options: x)
+    monkeypatch.setattr(dropouts, "dropout", lambda x, rate, **options: x)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         whole = F.scaled_dot_product_attention(q, k, v, **call)
     if masks != "all masked":

@@ -53,10 +53,12 @@ RIGHT: dict[str, set[str]] = {
         "beta2_decay": "minus",
         "deterministic inference scale_by_keep share_channels broadcast_dropout is_causal": "True",
         "keep_samples maximize amsgrad nesterov centered decoupled_weight_decay decoupled": "True",
+        "return_residual force_fp32_for_softmax": "True",
         "transposed": "True",
         "mu_dtype accumulator_dtype adjust_lr_fn scheduler": "None",
         "key dropout_rng rng out_sharding generator chunk_size dtype implementation": "None",
-        "evaluate qk_attn_weights_einsum attn_weights_value_einsum": "None",
+        "evaluate qk_attn_weights_einsum attn_weights_value_einsum promote_dtype": "None",
+        "query_seq_lengths key_value_seq_lengths local_window_size einsum_dot_general": "None",
         "x inputs": "half nan list ranks complex",
         "channel_axis time_axis class_axis step seed data": "minus",
         "broadcast_dims shape num": "list",
@@ -195,9 +197,13 @@ def _calls(library: Any) -> Iterator[tuple[str, Callable[..., Any], dict[str, An
     attention = {"query": query, "key": query, "value": query, "bias": None, "mask": None}
     attention |= {"dropout_rng": key, "dropout_rate": 0.5, "deterministic": False, "scale": None}
     attention |= {"broadcast_dropout": False, "is_causal": False, "block_size": 2}
-    attention |= {"sampler": library.bernoulli}
+    attention |= {"sampler": library.bernoulli, "return_residual": False}
+    attention |= {"query_seq_lengths": None, "key_value_seq_lengths": None}
+    attention |= {"local_window_size": None}
     if in_jax:
         attention |= {"dtype": None, "implementation": "xla", "qk_attn_weights_einsum": None}
+        attention |= {"promote_dtype": None, "einsum_dot_general": None}
+        attention |= {"force_fp32_for_softmax": False}
     yield "dot_product_attention", library.dot_product_attention, attention
 
     def passes(predict: Any, **options: Any) -> Any:
