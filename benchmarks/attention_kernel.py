@@ -5,12 +5,14 @@
 
 XLA:TPU compiles for chips that need not be present. A bundle is the instructions that one core
 issues in one cycle. The table has the scheduled bundles of each kernel, the number in the program
-and not a time, and the temporary bytes of each program. XLA chooses the layout of the arrays, as
-it does inside a model. Nothing is run or timed.
+and not a time, and the temporary bytes of two programs: the forward pass of training, which returns
+all that the backward pass reads, and the backward pass. XLA chooses the layout of the arrays, as it
+does inside a model. Nothing is run or timed.
 """
 
 from __future__ import annotations
 
+import datetime
 import functools
 import importlib.metadata
 import importlib.util
@@ -75,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shape": SHAPE,
         "dtype": "bfloat16",
         "is_causal": True,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")},
         "rows": rows,
     }
@@ -125,7 +128,7 @@ def compiled(
     dtype: str = "bfloat16",
     is_causal: bool = True,
 ) -> Any:
-    """Compile attention, or with `backward` its gradients from those of its result, for a chip."""
+    """Compile the forward or the backward pass of attention in training for a chip."""
     import jax
     from jax.experimental.layout import Format, Layout
     from jax.sharding import SingleDeviceSharding
@@ -147,18 +150,25 @@ def compiled(
             implementation="pallas",
         )
 
-    def gradients(query: Any, key: Any, value: Any, rng: Any, dot: Any) -> Any:
-        _, pull_back = jax.vjp(lambda q, k, v: forward(q, k, v, rng), query, key, value)
-        return pull_back(dot)
+    def train(query: Any, key: Any, value: Any, rng: Any) -> Any:
+        return jax.vjp(lambda q, k, v: forward(q, k, v, rng), query, key, value)
 
     one = SingleDeviceSharding(devices(chip)[0])
-    chosen = Format(Layout.AUTO, one)
     array = jax.ShapeDtypeStruct(shape, dtype)
-    rng = jax.ShapeDtypeStruct((2,), "uint32")
-    arguments = [array, array, array, rng] + ([array] if backward else [])
-    layouts = [chosen, chosen, chosen, one] + ([chosen] if backward else [])
-    function = gradients if backward else forward
-    jitted = jax.jit(function, in_shardings=tuple(layouts), out_shardings=chosen)
+    arguments: tuple[Any, ...] = (array, array, array, jax.ShapeDtypeStruct((2,), "uint32"))
+    function: Any = train
+    if backward:
+        out, pull_back = jax.eval_shape(train, *arguments)
+        function, arguments = (lambda pull_back, dot: pull_back(dot)), (pull_back, out)
+
+    def layout(x: Any) -> Any:
+        return Format(Layout.AUTO, one) if x.ndim > 2 else one
+
+    jitted = jax.jit(
+        function,
+        in_shardings=jax.tree.map(layout, arguments),
+        out_shardings=jax.tree.map(layout, jax.eval_shape(function, *arguments)),
+    )
     return jitted.lower(*arguments).compile()
 
 
@@ -166,8 +176,8 @@ def table(record: dict[str, Any]) -> str:
     """Return the table in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
-        f"Compiler output ({versions}), never a time: scheduled bundles of each kernel, in",
-        "parentheses over those without dropout, and temporary bytes of each program. Causal",
+        f"Scheduled bundles of each kernel, compiler output ({versions}; {record['date']}), not a",
+        "time; in parentheses over those without dropout. Temporary bytes of each program. Causal",
         f"attention, bfloat16, shape {tuple(record['shape'])}. Not run on a TPU.",
         "",
         "| chip | mask | forward | dq | dk and dv | bytes forward | bytes backward |",

@@ -87,58 +87,89 @@ def _to_row(column: Array) -> Array:
     return jnp.broadcast_to(column, (column.shape[0], 128)).T[:1]
 
 
-def _to_column(row: Array) -> Array:
-    return jnp.broadcast_to(row, (128, row.shape[1])).T[:, :1]
+def _to_columns(row: Array) -> Array:
+    """Return 128 equal columns."""
+    return jnp.broadcast_to(row, (128, row.shape[1])).T
+
+
+def _detour(words: Array) -> Array:
+    """Return words unchanged, by way of two rotations.
+
+    The compiler schedules a block from its end. The rotations take long in an idle unit, and move
+    arithmetic of the words into the cycles of the first matrix products, otherwise without any.
+    """
+    return pltpu.roll(pltpu.roll(words, 64, 1), words.shape[1] - 64, 1)
+
+
+class _Rows(NamedTuple):
+    """A tile of queries, and what the derivatives of their scores require."""
+
+    query: Array
+    dot_out: Array
+    mean: Array  # of the changes of a query's weights
+    log_total: Array
+
+
+def _mean(tile: Tile, out: Any, dot_out: Any) -> Array:
+    wide, dot = (tile.query_rows(x[...]).astype(np.float32) for x in (out, dot_out))
+    return (wide * dot).sum(-1, keepdims=True)
 
 
 class _Gradients(NamedTuple):
-    """What the gradients of a tile require, of shape (queries, keys) and (queries, features)."""
+    """The weights of a tile, dropped but not yet scaled, and the derivatives of its scores."""
 
-    weights: Array  # dropped, not yet scaled
+    weights: Array
     scores: Array
-    result: Array
 
 
-def _gradients(tile: Tile, refs: Any, inverse_keep: Any) -> _Gradients:
+def _gradients(
+    tile: Tile,
+    rows: _Rows,
+    key: Array,
+    value: Array,
+    allowed: Any,
+    inverse_keep: Any,
+    **options_of_mask: Any,
+) -> _Gradients:
     """Draw the mask again, and return the derivatives with respect to a tile of scores."""
-    query, key, value, out, dot_out, log_total, allowed = refs
     options = {"precision": tile.flash.precision, "preferred_element_type": np.float32}
-    wide, dot = (tile.query_rows(x[...]) for x in (out, dot_out))
-    query, key = tile.query_rows(query[...]), tile.key_rows(key[...])
-    scores = tile.scores(query, key, allowed)
-    weights = jnp.exp(scores - _to_column(log_total[...]))
+    scores = tile.scores(rows.query, key, allowed)
+    weights = jnp.exp(scores - rows.log_total)
     if tile.sizes[1] % tile.flash.tile[0]:  # sums of queries that do not exist are undefined
         row = lax.broadcasted_iota(np.int32, scores.shape, 0) + tile.first_query
         weights = jnp.where(row < tile.sizes[1], weights, 0)
-    value = tile.key_rows(value[...])
-    changes = lax.dot_general(dot, value, (((1,), (1,)), ((), ())), **options)
+    changes = lax.dot_general(rows.dot_out, value, (((1,), (1,)), ((), ())), **options)
     changes = changes * inverse_keep[0, 0]
-    keep = tile.keep(scores.shape)
+    keep = tile.keep(scores.shape, **options_of_mask)
     dropped = weights
     if keep is not None:
         changes, dropped = (jnp.where(keep, x, 0) for x in (changes, weights))
-    mean = (wide.astype(np.float32) * dot.astype(np.float32)).sum(-1, keepdims=True)
-    dot_scores = weights * (changes - mean)
-    return _Gradients(dropped.astype(value.dtype), dot_scores.astype(key.dtype), dot)
+    dot_scores = weights * (changes - rows.mean)
+    return _Gradients(dropped.astype(value.dtype), dot_scores.astype(key.dtype))
 
 
 def _query_kernel(flash: Flash, sizes: Any, has_mask: bool, *refs: Any) -> None:
-    scalars, inverse_keep, *inputs = refs[: 9 if has_mask else 8]
-    dot_query, total = refs[-2:]
+    scalars, inverse_keep, query, key, value, out, dot_out, log_row = refs[:8]
+    allowed = refs[8] if has_mask else None
+    dot_query, total, mean, log_total = refs[-4:]
     example, head, rows, columns = (pl.program_id(axis) for axis in range(4))
     tile = Tile(flash, sizes, scalars, example, head, rows, columns)
 
     @pl.when(columns == 0)
     def _():
         total[...] = jnp.zeros_like(total)
+        mean[...] = jnp.broadcast_to(_mean(tile, out, dot_out), mean.shape)
+        log_total[...] = _to_columns(log_row[...])
 
     @pl.when(tile.is_needed())
     def _():
-        allowed = inputs[6] if has_mask else None
-        found = _gradients(tile, (*inputs[:6], allowed), inverse_keep)
-        key = tile.key_rows(inputs[1][...])
         options = {"precision": flash.precision, "preferred_element_type": np.float32}
-        total[...] += jnp.dot(found.scores, key, **options)
+        queries, dot = (tile.query_rows(x[...]) for x in (query, dot_out))
+        keys, values = (tile.key_rows(x[...]) for x in (key, value))
+        copies = flash.tile[1] // 128
+        of_rows = _Rows(queries, dot, *(jnp.tile(x[...], (1, copies)) for x in (mean, log_total)))
+        found = _gradients(tile, of_rows, keys, values, allowed, inverse_keep, detour=_detour)
+        total[...] += jnp.dot(found.scores, keys, **options)
 
     @pl.when(columns == pl.num_programs(3) - 1)
     def _():
@@ -146,7 +177,8 @@ def _query_kernel(flash: Flash, sizes: Any, has_mask: bool, *refs: Any) -> None:
 
 
 def _key_kernel(flash: Flash, sizes: Any, group: int, has_mask: bool, *refs: Any) -> None:
-    scalars, inverse_keep, *inputs = refs[: 9 if has_mask else 8]
+    scalars, inverse_keep, query, key, value, out, dot_out, log_row = refs[:8]
+    allowed = refs[8] if has_mask else None
     dot_key, dot_value, key_total, value_total = refs[-4:]
     example, kv_head, columns, step = (pl.program_id(axis) for axis in range(4))
     count = pl.num_programs(3) // group
@@ -160,13 +192,15 @@ def _key_kernel(flash: Flash, sizes: Any, group: int, has_mask: bool, *refs: Any
 
     @pl.when(tile.is_needed())
     def _():
-        allowed = inputs[6] if has_mask else None
-        found = _gradients(tile, (*inputs[:6], allowed), inverse_keep)
-        query = tile.query_rows(inputs[0][...])
         options = {"precision": flash.precision, "preferred_element_type": np.float32}
+        queries, dot = (tile.query_rows(x[...]) for x in (query, dot_out))
+        keys, values = (tile.key_rows(x[...]) for x in (key, value))
+        log_total = _to_columns(log_row[...])[:, :1]
+        of_rows = _Rows(queries, dot, _mean(tile, out, dot_out), log_total)
+        found = _gradients(tile, of_rows, keys, values, allowed, inverse_keep)
         over_queries = (((0,), (0,)), ((), ()))
-        key_total[...] += lax.dot_general(found.scores, query, over_queries, **options)
-        value_total[...] += lax.dot_general(found.weights, found.result, over_queries, **options)
+        key_total[...] += lax.dot_general(found.scores, queries, over_queries, **options)
+        value_total[...] += lax.dot_general(found.weights, dot, over_queries, **options)
 
     @pl.when(step == pl.num_programs(3) - 1)
     def _():
@@ -233,7 +267,9 @@ def backward(
         in_specs=specs(flash, operands, out, group, at_queries),
         out_specs=[of_rows(flash, query, at_queries)],
         out_shape=[type_like(query.shape, query.dtype, query)],
-        scratch_shapes=[pltpu.VMEM((flash.tile[0], query.shape[-1]), jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM((flash.tile[0], width), jnp.float32) for width in (query.shape[-1], 128, 128)
+        ],
         compiler_params=_parameters(1),
         name="regjax_attention_dot_query",
     )(*arrays)

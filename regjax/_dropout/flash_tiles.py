@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from regjax._random.tiles import Starts, TileKey, TileMask
+from regjax._random.xla import rounded
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -80,6 +81,8 @@ class Tile(NamedTuple):
         options = {"precision": self.flash.precision, "preferred_element_type": np.float32}
         scores = lax.dot_general(query, key, (((1,), (1,)), ((), ())), **options)
         scores = scores * np.float32(self.flash.scale)
+        if self.flash.interpret:  # a CPU would contract the product with the difference to the top
+            scores = rounded(scores)
         along = lax.broadcasted_iota(np.int32, scores.shape, 1) + self.first_key
         if allowed is not None:
             scores = jnp.where(allowed[...].astype(np.int32) != 0, scores, -jnp.inf)
@@ -91,7 +94,7 @@ class Tile(NamedTuple):
             scores = jnp.where(along < self.sizes[2], scores, -jnp.inf)
         return scores
 
-    def keep(self, size: tuple[int, ...]) -> Array | None:
+    def keep(self, size: tuple[int, ...], **options: Any) -> Array | None:
         """Return the mask of the tile; None without dropout."""
         mask, scalars = self.flash.mask, self.scalars
         if mask is None:
@@ -109,7 +112,7 @@ class Tile(NamedTuple):
         query = word(_QUERY) + self.first_query.astype(np.uint32)
         starts = Starts(example, head, query, self.first_key.astype(np.uint32))
         key = TileKey((word(0), word(1)), word(2), word(3) != 0)
-        return mask.draw(key, starts, (size[0], size[1]))
+        return mask.draw(key, starts, (size[0], size[1]), **options)
 
     def key_rows(self, array: Array) -> Array:
         """Return the rows of a tile of keys or values; zeros after the last key."""

@@ -345,5 +345,7 @@ def _padded(x: Array, length: int) -> Array:
 def run(flash: Flash, operands: Operands) -> Array:
     """Return the result of attention, inside and outside `shard_map`."""
     operands = Operands(*vary_together(tuple(operands)))
+    if flash.mask is not None:
+        flash = dataclasses.replace(flash, mask=dataclasses.replace(flash.mask, is_reshaped=True))
     with reverse_mode_only():
         return _in_whole_tiles(flash, operands)

@@ -217,6 +217,11 @@ def kernel_attention(
     return _on_shards(functools.partial(_run, run, flash), flash, tuple(batch), operands)
 
 
+def _tile_of(size: int, limit: int, whole: int = 128) -> int:
+    """Return the length of tiles: a multiple of 128, or the size if that is one of `whole`."""
+    return min(limit, size if size % whole == 0 else -(-size // 128) * 128)
+
+
 def _numbers(examples: Places, batch: tuple[int, ...]) -> Places:
     """Return the words of the numbers of the examples, in the shape of the batch."""
     low = examples.low
@@ -226,7 +231,7 @@ def _numbers(examples: Places, batch: tuple[int, ...]) -> Places:
 
 def _tile_of_tpus(query: Array, keys: int) -> tuple[int, int]:
     """Return the numbers of queries and keys of a tile."""
-    return min(256, -(-query.shape[-3] // LANES) * LANES), min(512, -(-keys // 128) * 128)
+    return _tile_of(query.shape[-3], 256, whole=LANES), _tile_of(keys, 512)
 
 
 def _on_shards(

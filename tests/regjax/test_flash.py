@@ -47,12 +47,14 @@ def with_gradients(function, operands, **options):
 
 
 def assert_close(found, reference, tolerance):
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True):
-        np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (x, y)), atol=tolerance)
+    """Compare arrays relative to their largest element, or to 1 if that is larger."""
+    for pair in zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True):
+        x, y = (np.asarray(z, np.float32) for z in pair)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1, np.abs(y).max()))
 
 
 def check_both(operands, tolerance=1e-6, **options):
-    """Compare with the blockwise form, whose mask is the exact sampler's."""
+    """Compare with the blockwise form."""
     out, dots = with_gradients(kernels, operands, **options)
     blocks = functools.partial(regjax.dot_product_attention, dropout_rng=KEY)
     reference, expected = with_gradients(blocks, operands, block_size=TILE[1], **options)
@@ -67,12 +69,16 @@ def test_the_result_is_that_of_blocks_bit_for_bit():
 SLOW = {
     "no dropout": ({}, {}),
     "rate .1": ({}, {"dropout_rate": 0.1}),
+    "packed": ({}, {"dropout_rate": 0.1, "sampler": PACKED, "is_causal": True}),
     "grouped queries": ({"kv_heads": 1}, {"dropout_rate": 0.5}),
     "two batch dimensions": ({"shape": (2, 2, 32, 1, 64)}, {"dropout_rate": 0.5}),
     "no batch": ({"shape": (32, 2, 64)}, {"dropout_rate": 0.5}),
     "depth 256": ({"shape": (1, 32, 1, 256)}, {"dropout_rate": 0.5}),
+    # The scale is no power of two: its products must not be contracted with later sums.
+    "depth 128": ({"shape": (1, 32, 2, 128)}, {"dropout_rate": 0.1, "is_causal": True}),
+    "depth 80": ({"shape": (1, 32, 1, 80)}, {"dropout_rate": 0.5}),
     "one mask": ({"shape": (2, 32, 2, 64)}, {"dropout_rate": 0.5, "broadcast_dropout": True}),
-    "learned scale": ({}, {"dropout_rate": 0.5, "scale": 0.3}),
+    "another scale": ({}, {"dropout_rate": 0.5, "scale": 0.3}),
 }
 
 
@@ -92,11 +98,12 @@ def test_masks_of_arguments_are_applied(shape):
 
 
 @pytest.mark.slow
-def test_lengths_need_not_be_whole_tiles():
+@pytest.mark.parametrize("is_causal", [False, True])  # causal queries do not read the last keys
+def test_lengths_need_not_be_whole_tiles(is_causal):
     operands = arrays((1, 50, 1, 64), keys=200)
-    out, dots = with_gradients(kernels, operands, dropout_rate=0.5, is_causal=True)
+    out, dots = with_gradients(kernels, operands, dropout_rate=0.5, is_causal=is_causal)
     blocks = functools.partial(regjax.dot_product_attention, dropout_rng=KEY)
-    options = {"dropout_rate": 0.5, "is_causal": True, "block_size": 128}
+    options = {"dropout_rate": 0.5, "is_causal": is_causal, "block_size": 128}
     assert_close((out, dots), with_gradients(blocks, operands, **options), 2e-6)
 
 
@@ -303,9 +310,10 @@ from benchmarks import attention_kernel as kernel
 kernel.prepare(pathlib.Path(tempfile.mkdtemp()))
 cases = json.loads(CASES)
 print(json.dumps([
-    kernel.compiled(chip, rate, bits, backward=True, shape=tuple(shape), dtype=dtype)
+    kernel.compiled(chip, rate, bits, backward=backward, shape=tuple(shape), dtype=dtype)
     .memory_analysis().temp_size_in_bytes
     for chip, rate, bits, shape, dtype in cases
+    for backward in (False, True)
 ]))
 """
 
@@ -323,8 +331,10 @@ def test_kernels_compile_for_tpus():
         for depth in (64, 80, 256)
         for dtype in ("bfloat16", "float32")
     ]
-    cases += [("v5e:2x2", 0.1, 16, (1, 200, 2, 64), "float32")]
+    lengths = 50, 96, 200, 300
+    cases += [("v5e:2x2", 0.1, 16, (1, length, 2, 64), "float32") for length in lengths]
     program = AOT.replace("CASES", repr(json.dumps(cases)))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(json.loads(done.stdout.splitlines()[-1])) == len(cases)
+    temporary = json.loads(done.stdout.splitlines()[-1])
+    assert temporary == [0] * (2 * len(cases))

@@ -1,5 +1,6 @@
 """Attention in kernels for NVIDIA GPUs: in Pallas's interpreter, and lowered for CUDA."""
 
+import dataclasses
 import functools
 
 import jax
@@ -116,7 +117,8 @@ def test_a_transposed_tile_has_the_same_mask(name):
 
     @functools.partial(jax.jit, static_argnums=0)
     def draw(is_transposed):
-        mask = MASKS[name].__class__(**{**vars(MASKS[name]), "is_transposed": is_transposed})
+        options = {"is_reshaped": is_transposed, "is_transposed": is_transposed}
+        mask = dataclasses.replace(MASKS[name], **options)
         return mask.draw(key, starts, (32, 64))
 
     found = draw(True)
