@@ -114,10 +114,10 @@ class TileMask:
     def _reshape(
         self, words: UInt32[Array, "*words"], size: tuple[int, int]
     ) -> Bool[Array, "queries keys"]:
-        axis, size = (2, size[::-1]) if self.is_transposed else (1, size)
+        axis, shape = (2, size[::-1]) if self.is_transposed else (1, size)
         lane = lax.broadcasted_iota(np.uint32, [LANES if i == axis else 1 for i in range(3)], axis)
         bits = jnp.expand_dims(words, axis) & (np.uint32(1) << lane)
-        return bits.reshape(size) != 0
+        return bits.reshape(shape) != 0
 
     def _compare_own(self, key: TileKey, index: Words) -> Bool[Array, "queries keys"]:
         """Compare the first bits of each element's own word with the threshold."""
