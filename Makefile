@@ -15,7 +15,7 @@ ARGS ?=
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo figures test test-all test-isa test-versions test-types test-docs test-zoo mutants parity exactness bench bench-attention bench-optimizers bench-models bench-scale compare docs docs-serve dist lint format lock clean
+.PHONY: help demo figures test test-all test-isa test-versions test-types test-docs test-zoo mutants parity exactness bench bench-attention bench-optimizers bench-models bench-device bench-scale compare docs docs-serve dist lint format lock clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
@@ -77,6 +77,10 @@ bench-models: $(READY_DEV)  ## Estimate dropout on TPUs and GPUs with their comp
 	$(RUN) -m benchmarks.tpu_model $(ARGS)
 	$(RUN) -m benchmarks.gpu_model $(ARGS)
 	$(RUN) -m benchmarks.attention_kernel $(ARGS)
+	$(RUN) -m benchmarks.gpu_kernels $(ARGS)
+
+bench-device: $(READY_DEV)  ## Check results and times on a GPU or a TPU, for which JAX must be installed
+	$(RUN) -m benchmarks.device_check $(ARGS)
 
 bench-scale: $(READY_DEV)  ## Measure growth with elements, sites, leaves and devices (ARGS="--quick" for a short run)
 	$(RUN) -m benchmarks.scale $(ARGS)

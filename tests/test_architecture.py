@@ -145,8 +145,16 @@ def test_both_packages_have_the_same_files():
         return {name for name in files(package) if name.startswith("_")}
 
     only_jax = {"_certificate", "_compat", "_layers", "_peers", "_random.xla"}
-    # The kernels for TPUs.
-    only_jax |= {f"_dropout.{name}" for name in ("flash", "flash_tiles", "pallas_attention")}
+    # The kernels for TPUs and GPUs.
+    kernels = (
+        "flash",
+        "flash_tiles",
+        "flash_triton",
+        "kernels",
+        "pallas_attention",
+        "triton_dropout",
+    )
+    only_jax |= {f"_dropout.{name}" for name in kernels}
     only_jax |= {"_random.tiles"}
     only_torch = {"_dropout.dtensor"}  # a mask of JAX has the sharding of its array
     assert private("regjax") - only_jax == private("regtorch") - only_torch

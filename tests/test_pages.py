@@ -216,6 +216,7 @@ ONE_FRAMEWORK = {
     "decay_mask": {"params", "frozen", "module"},
     "decay_rates": {"params", "frozen", "module"},
     "decay_table": {"params", "frozen", "module"},
+    "dropout": {"implementation"},
     "mc_dropout": {"memory_budget", "chunk_size"},
     "dot_product_attention": {
         *("dtype", "precision", "module", "qk_attn_weights_einsum", "attn_weights_value_einsum"),

@@ -23,6 +23,8 @@ FOLDERS = ("benchmarks", "distributions", "docs", "examples", "parity_tests", "t
 # `--help` of the others imports a framework.
 LIGHT = (
     "benchmarks.attention_kernel",
+    "benchmarks.device_check",
+    "benchmarks.gpu_kernels",
     "benchmarks.gpu_model",
     "benchmarks.scale",
     "benchmarks.tpu_model",

@@ -20,7 +20,7 @@ import regjax
 import regtorch
 from distributions import __main__ as program
 from distributions import smoke, staging
-from parity_tests.test_golden import MASKS
+from parity_tests.golden import MASKS
 from regshared import __version__ as VERSION
 from regshared import versions
 

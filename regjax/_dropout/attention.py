@@ -125,13 +125,14 @@ def dot_product_attention(
         scale: The factor of the products, `1 / sqrt(depth)` by default. A traced scalar multiplies
             the query instead, so that it can be learned; NaN then gives NaN.
         block_size: The number of keys per block; without it, all keys at once.
-        implementation: "xla" or None, or "pallas" for kernels on TPUs that store neither scores nor
-            mask. The kernels are not the default, because they have not run on a TPU yet: they are
-            tested in Pallas's interpreter, and compiled for TPUs. The mask is the same. The kernels
-            take float32 and bfloat16, depths from 64 to 256 in multiples of 8, and no `bias`,
-            `module`, `block_size`, lengths, window, residual or `einsum_dot_general`; of a mesh,
-            all axes must be explicit or manual. Their result rounds as `block_size` does, and has
-            no forward-mode derivative: pass "xla" for `jax.jvp`.
+        implementation: "xla" or None, or kernels that store neither scores nor mask: "pallas" on
+            TPUs, "triton" on NVIDIA GPUs. The kernels are not the default, because they have not
+            run on either yet: they are tested in Pallas's interpreter, and compiled for TPUs and
+            the H100. The mask is the same. The kernels take float32 and bfloat16, depths from 64 to
+            256 in multiples of 8, and no `bias`, `module`, `block_size`, lengths, window, residual
+            or `einsum_dot_general`; of a mesh, all axes must be explicit or manual. Their result
+            rounds as `block_size` does, and has no forward-mode derivative: pass "xla" for
+            `jax.jvp`.
         sampler: The function that draws the mask; see `dropout`. `packed_bernoulli` packs along the
             heads, queries or batch, never along the keys. With `block_size`, a function of your own
             is rejected: it can only draw the whole mask. The numbers of `by_example` belong to a
@@ -161,10 +162,9 @@ def dot_product_attention(
             as `dropout`.
         ValueError: Shapes do not fit, with the argument named; `scale` is not finite; a side of
             `local_window_size` is negative; `block_size` is below 1, or given along with `module`;
-            `sampler` draws no blocks; an einsum is given; the kernels do not support an argument of
-            `implementation="pallas"`; or as `dropout`. A traced rate out of range gives NaN.
-        NotImplementedError: A program with `implementation="pallas"` is compiled for another
-            platform than a TPU.
+            `sampler` draws no blocks; an einsum is given; the kernels of `implementation` do not
+            support an argument; or as `dropout`. A traced rate out of range gives NaN.
+        NotImplementedError: A program with kernels is compiled for another platform.
 
     Note (PyTorch):
         `regtorch.dot_product_attention` has this layout, and with the same key the same mask.
@@ -268,8 +268,9 @@ def attend(
     inputs = Inputs(query, key, value, bias, allowed)
     spec = make_mask(drawn_by, shared)
     drop = Drop(spec, drawn_by, rate, one_key, flag, evaluates, is_shared)
-    if check_implementation(implementation, block_size) == "pallas":
-        return _in_kernels(scores, inputs, drop, module, with_residual)
+    kernels = check_implementation(implementation, block_size)
+    if kernels != "xla":
+        return _in_kernels(kernels, scores, inputs, drop, module, with_residual)
     if block_size is not None:
         result, log_total = _in_blocks(scores, inputs, drop, module, block_size)
     else:
@@ -310,14 +311,14 @@ class Drop(NamedTuple):
 
 
 def _in_kernels(
-    scores: Scores, inputs: Inputs, drop: Drop, module: Any, with_residual: bool
+    kernels: str, scores: Scores, inputs: Inputs, drop: Drop, module: Any, with_residual: bool
 ) -> Array:
     # The masks of `regjax.keyed` have no sampler, and are rejected.
     sampler = getattr(drop.spec, "sampler", None)
-    check_supported(sampler, scores, inputs, module, with_residual)
+    check_supported(kernels, sampler, scores, inputs, module, with_residual)
     arrays = inputs[:3]
     plain = functools.partial(
-        kernel_attention, scores, arrays, inputs.allowed.mask, is_shared=drop.is_shared
+        kernel_attention, kernels, scores, arrays, inputs.allowed.mask, is_shared=drop.is_shared
     )
     if drop.key is None:
         return drop.unless_off(functools.partial(_zeros, *arrays), plain)

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def check_implementation(implementation: str | None, block_size: int | None) -> str:
-    """Return "xla" or "pallas"."""
+    """Return "xla", "pallas" or "triton"."""
     implementation = "xla" if implementation is None else implementation
-    check_choice("implementation", implementation, ("xla", "pallas"))
-    if implementation == "pallas" and block_size is not None:
+    check_choice("implementation", implementation, ("xla", "pallas", "triton"))
+    if implementation != "xla" and block_size is not None:
         raise ValueError(
-            "block_size must be None with implementation='pallas', whose tiles do not change the "
-            f"result's mask; got {block_size}. Omit one of the two."
+            f"block_size must be None with implementation={implementation!r}, whose tiles do not "
+            f"change the result's mask; got {block_size}. Omit one of the two."
         )
     return implementation
 

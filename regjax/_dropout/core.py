@@ -22,7 +22,7 @@ from regjax._random.keys import check_key, key_words
 from regjax._random.packed import mask_sampler
 from regjax._random.threefry import at_most
 from regjax._random.xla import materialize, rounded
-from regshared.checks import check_integer, check_integers
+from regshared.checks import check_choice, check_integer, check_integers
 from regshared.spellings import explain_names
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def dropout(
     deterministic: ArrayLike = False,
     broadcast_dims: Sequence[int] = (),
     sampler: Sampler = bernoulli,
+    implementation: str | None = None,
 ) -> Inexact[Array, "*shape"]:
     """Zero each element with probability `rate` and divide the others by `1 - rate`.
 
@@ -68,6 +69,10 @@ def dropout(
             at every timestep of (batch, time, features).
         sampler: The function that draws the mask: `bernoulli`, `packed_bernoulli`, or any function
             with their arguments. `by_example(examples)` draws a part of a batch as in the whole.
+        implementation: "xla" or None, or "triton": a kernel for NVIDIA GPUs that keeps the words of
+            `packed_bernoulli` in registers. The result is the same. It is not the default, because
+            it has run in Pallas's interpreter only. It takes float32 and 16-bit arrays that are
+            packed and not sharded, and a Python number as rate, and has no forward-mode derivative.
 
     Returns:
         An array of the shape, dtype and sharding of `x`.
@@ -76,8 +81,9 @@ def dropout(
         TypeError: `x` has an integer or boolean dtype, `rate` is not a real number, `key` is not a
             key, or `deterministic` is not a boolean.
         ValueError: A concrete `rate` is not in [0, 1]; `key` is missing, or a batch of keys; or
-            `broadcast_dims` are not distinct dimensions of `x`. A traced rate out of range gives
-            NaN.
+            `broadcast_dims` are not distinct dimensions of `x`; or the kernel of `implementation`
+            does not support an argument. A traced rate out of range gives NaN.
+        NotImplementedError: A program with the kernel is compiled for another platform.
 
     Note (PyTorch):
         `torch.nn.functional.dropout(x, p=rate, training=not deterministic)` draws its masks from a
@@ -96,11 +102,20 @@ def dropout(
     """
     x = check_inexact(x)
     is_default = isinstance(broadcast_dims, tuple) and not broadcast_dims
-    if is_default and sampler is bernoulli:
+    if is_default and sampler is bernoulli and implementation is None:
         return apply_dropout(_ELEMENTWISE, x, rate, key, deterministic)
     dims = () if is_default else check_dims(broadcast_dims, x.ndim)
-    spec = SampledMask("dropout", mask_sampler(sampler), dims)
-    return apply_dropout(spec, x, rate, key, deterministic)
+    drawn_by = mask_sampler(sampler)
+    choices = "xla", "triton"
+    if implementation is None or check_choice("implementation", implementation, choices) == "xla":
+        spec = SampledMask("dropout", drawn_by, dims)
+        return apply_dropout(spec, x, rate, key, deterministic)
+    from regjax._dropout.kernels import reverse_mode_only
+    from regjax._dropout.triton_dropout import kernel_dropout
+
+    spec = kernel_dropout(x, check_probability("rate", rate), dims, drawn_by)
+    with reverse_mode_only():
+        return apply_dropout(spec, x, rate, key, deterministic)
 
 
 @runtime_checkable

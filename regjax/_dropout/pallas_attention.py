@@ -6,8 +6,9 @@ The kernels themselves are in `flash`, which is imported on the first use.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from regjax._compat import make_user_context
 from regjax._dropout.core import inverse_keep_prob, keep_prob_of
+from regjax._dropout.kernels import check_mesh
 from regjax._random.bernoulli import ExactSampler, MaskSampler
 from regjax._random.by_example import ExampleSampler
 from regjax._random.events import observer
@@ -37,32 +39,43 @@ _DEPTHS = (64, 256)
 _DTYPES = ("float32", "bfloat16")
 _PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)
 _WAY_OUT = "Omit implementation, or pass implementation='xla'."
+_LARGEST = 2**31  # Triton counts the elements of an array in 32 bits
 
-# The tiles of the tests, which run in Pallas's interpreter on any platform; None on a TPU.
+# The tiles of the tests, which run in Pallas's interpreter on any platform; None on a device.
 interpreted_tile = make_user_context()
 
 
 def check_supported(
-    sampler: Any, scores: Scores, inputs: Any, module: Any, with_residual: bool
+    implementation: str,
+    sampler: Any,
+    scores: Scores,
+    inputs: Any,
+    module: Any,
+    with_residual: bool,
 ) -> None:
     """Raise a ValueError or TypeError that names what the kernels support; without, return None."""
     query, key, value, bias, allowed = inputs
+    chosen = f"implementation={implementation!r}"
     *batch, queries, heads, depth = query.shape
     if str(query.dtype) not in _DTYPES:
         raise TypeError(
-            f"query must be {' or '.join(_DTYPES)} with implementation='pallas'; got "
-            f"{query.dtype}. {_WAY_OUT}"
+            f"query must be {' or '.join(_DTYPES)} with {chosen}; got {query.dtype}. {_WAY_OUT}"
         )
     for name, size in (("query", depth), ("value", value.shape[-1])):
         if not _DEPTHS[0] <= size <= _DEPTHS[1] or size % 8:
             raise ValueError(
                 f"{name} must have a depth from {_DEPTHS[0]} to {_DEPTHS[1]}, a multiple of 8, "
-                f"with implementation='pallas'; got {size}. {_WAY_OUT}"
+                f"with {chosen}; got {size}. {_WAY_OUT}"
             )
     if 0 in (*batch, queries, heads, key.shape[-3]):
         raise ValueError(
-            "query and key must not be empty with implementation='pallas'; got shapes "
+            f"query and key must not be empty with {chosen}; got shapes "
             f"{query.shape} and {key.shape}. {_WAY_OUT}"
+        )
+    if implementation == "triton" and max(x.size for x in inputs[:3]) >= _LARGEST:
+        raise ValueError(
+            f"query, key and value must have fewer than 2**31 elements with {chosen}; got shapes "
+            f"{query.shape}, {key.shape} and {value.shape}. {_WAY_OUT}"
         )
     of_keys = f"Pass a mask of shape {(*batch, 1, 1, key.shape[-3])}, or omit implementation."
     for name, given, fix in (
@@ -74,37 +87,29 @@ def check_supported(
         ("einsum_dot_general", scores.dot_general, _WAY_OUT),
     ):
         if given is not None:
-            raise ValueError(f"{name} must be None with implementation='pallas'; got one. {fix}")
+            raise ValueError(f"{name} must be None with {chosen}; got one. {fix}")
     if with_residual:
         raise ValueError(
-            "return_residual must be False with implementation='pallas', whose kernels return no "
+            f"return_residual must be False with {chosen}, whose kernels return no "
             f"residual; got True. {_WAY_OUT}"
         )
     if scores.precision not in _PRECISIONS:
         raise ValueError(
-            "precision must be None, DEFAULT or HIGHEST with implementation='pallas'; got "
+            f"precision must be None, DEFAULT or HIGHEST with {chosen}; got "
             f"{scores.precision}. {_WAY_OUT}"
         )
     whole = (*batch, heads, queries, key.shape[-3])
     if observer():
         raise ValueError(
             "implementation must be 'xla' while masks are observed: the kernels never store one; "
-            f"got 'pallas'. {_WAY_OUT}"
+            f"got {implementation!r}. {_WAY_OUT}"
         )
-    mesh = jax.sharding.get_abstract_mesh()
-    if any(
-        kind == AxisType.Auto and size > 1
-        for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True)
-    ):
-        raise ValueError(
-            "implementation must be 'xla' on a mesh with automatic axes, among which XLA cannot "
-            f"divide a kernel; got 'pallas' on {mesh}. Use explicit axes, or jax.shard_map."
-        )
-    _tile_mask(sampler, 0.5, whole, is_shared=False)
+    check_mesh(implementation)
+    _tile_mask(chosen, sampler, 0.5, whole, is_shared=False)
 
 
 def _tile_mask(
-    sampler: MaskSampler, keep_prob: Any, whole: tuple[int, ...], *, is_shared: bool
+    chosen: str, sampler: MaskSampler, keep_prob: Any, whole: tuple[int, ...], *, is_shared: bool
 ) -> tuple[TileMask, Any, Any]:
     """Return how a mask of a whole shape is drawn, its threshold, and whether all is kept."""
     ndim = len(whole)
@@ -113,14 +118,14 @@ def _tile_mask(
     if not isinstance(inner, ExactSampler | PackedSampler):
         raise ValueError(
             "sampler must be bernoulli, packed_bernoulli, or by_example of one of the two, with "
-            f"implementation='pallas'; got {getattr(inner, 'function', inner)!r}. {_WAY_OUT}"
+            f"{chosen}; got {getattr(inner, 'function', inner)!r}. {_WAY_OUT}"
         )
     if is_by_example:
         sampler.check_fit(whole, tuple(range(ndim - 2)) if is_shared else ())
         if ndim != (3 if sampler.is_single else 4) or (sampler.axis % ndim and ndim == 4):
             raise ValueError(
                 "sampler must number the examples of the only batch dimension with "
-                f"implementation='pallas'; got {sampler!r} for weights of shape {whole}. {_WAY_OUT}"
+                f"{chosen}; got {sampler!r} for weights of shape {whole}. {_WAY_OUT}"
             )
     if is_shared:
         whole = (*[1] * (ndim - 2), *whole[-2:])
@@ -132,7 +137,7 @@ def _tile_mask(
         if packed is not None and packed < 0:
             raise ValueError(
                 "sampler must not pack the mask along the first of several batch dimensions with "
-                f"implementation='pallas', as packed_bernoulli does for weights of shape {whole}. "
+                f"{chosen}, as packed_bernoulli does for weights of shape {whole}. "
                 f"Pass sampler=regjax.bernoulli, or omit implementation."
             )
     threshold = inner.threshold(keep_prob)
@@ -151,6 +156,7 @@ def _tile_mask(
 
 
 def kernel_attention(
+    implementation: str,
     scores: Scores,
     arrays: Sequence[Array],
     mask: Any,
@@ -161,8 +167,14 @@ def kernel_attention(
     is_shared: bool = False,
 ) -> Array:
     """Return attention, computed by the kernels; without a sampler, without dropout."""
-    from regjax._dropout.flash import Flash
+    from regjax._dropout.flash_tiles import Flash
 
+    if implementation == "triton":
+        from regjax._dropout.flash_triton import run, tile_of
+    else:
+        from regjax._dropout.flash import run
+
+        tile_of = _tile_of_tpus
     query, key, value = arrays
     *batch, queries, heads, _ = query.shape
     keys = key.shape[-3]
@@ -174,7 +186,10 @@ def kernel_attention(
     if sampler is not None and dropout_rng is not None:
         rate = rounded(rate) if isinstance(rate, jax.Array) else rate
         keep_prob = keep_prob_of(rate, query.dtype)
-        tiles, threshold, everything = _tile_mask(sampler, keep_prob, whole, is_shared=is_shared)
+        chosen = f"implementation={implementation!r}"
+        tiles, threshold, everything = _tile_mask(
+            chosen, sampler, keep_prob, whole, is_shared=is_shared
+        )
         inverse = inverse_keep_prob(sampler.realized_keep_prob(keep_prob), query.dtype)
         if isinstance(rate, jax.Array):
             inverse = jnp.where((rate >= 0) & (rate <= 1), inverse, jnp.nan)
@@ -189,7 +204,7 @@ def kernel_attention(
         precision=scores.precision,
         mask=tiles,
         is_shared=is_shared,
-        tile=tile or (_tile_of(queries, 256, whole=LANES), _tile_of(keys, 512)),
+        tile=tile or tile_of(query, keys),
         interpret=tile is not None,
     )
     first = (*words, threshold, everything)
@@ -199,7 +214,7 @@ def kernel_attention(
     operands |= {"inverse": inverse}
     operands |= {} if mask is None else {"allowed": mask.astype(np.int8)}
     operands |= {} if numbers is None else {"numbers": numbers}
-    return _on_shards(flash, tuple(batch), operands)
+    return _on_shards(functools.partial(_run, run, flash), flash, tuple(batch), operands)
 
 
 def _tile_of(size: int, limit: int, whole: int = 128) -> int:
@@ -214,23 +229,30 @@ def _numbers(examples: Places, batch: tuple[int, ...]) -> Places:
     return Places(*(jnp.reshape(x, batch) for x in (high, low)))
 
 
-def _on_shards(flash: Any, batch: tuple[int, ...], operands: dict[str, Any]) -> Array:
+def _tile_of_tpus(query: Array, keys: int) -> tuple[int, int]:
+    """Return the numbers of queries and keys of a tile."""
+    return _tile_of(query.shape[-3], 256, whole=LANES), _tile_of(keys, 512)
+
+
+def _on_shards(
+    run: Callable[..., Array], flash: Any, batch: tuple[int, ...], operands: dict[str, Any]
+) -> Array:
     """Run the kernels on each device's part of explicitly sharded operands."""
     query, kv_heads = operands["query"], operands["key"].shape[-2]
     mesh = jax.typeof(query).sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
-        return _run(flash, batch, None, **operands)
+        return run(batch, None, **operands)
     *of_batch, of_queries, of_heads, of_depth = spec_of(jax.typeof(query).sharding, query.ndim)
     if of_depth is not None or (kv_heads > 1 and kv_heads % _devices(mesh, of_heads)):
         raise ValueError(
             "query must not be sharded along its depth, nor along more devices than key has "
-            f"heads, with implementation='pallas'; got {jax.typeof(query)} and {kv_heads} heads of "
+            f"heads, with kernels; got {jax.typeof(query)} and {kv_heads} heads of "
             f"key. {_WAY_OUT}"
         )
     is_packed = flash.mask is not None and flash.mask.packed == 2
     if is_packed and query.shape[-3] // LANES % _devices(mesh, of_queries):
         raise ValueError(
-            "query must have a multiple of 32 queries per device with implementation='pallas' and "
+            "query must have a multiple of 32 queries per device with kernels and "
             f"sampler=packed_bernoulli; got {query.shape[-3]} queries on "
             f"{_devices(mesh, of_queries)} devices. {_WAY_OUT}"
         )
@@ -247,7 +269,7 @@ def _on_shards(flash: Any, batch: tuple[int, ...], operands: dict[str, Any]) -> 
         specs["numbers"] = Places(of_examples, of_examples)
     axes = tuple(of_batch), of_heads, of_queries
     sharded = jax.shard_map(
-        lambda operands: _run(flash, batch, axes, **operands),
+        lambda operands: run(batch, axes, **operands),
         in_specs=(specs,),
         out_specs=of_query,
         check_vma=False,  # Pallas's interpreter does not pass the check
@@ -269,6 +291,7 @@ def _start(axes: Any, size: int) -> Any:
 
 
 def _run(
+    run: Callable[..., Array],
     flash: Any,
     whole_batch: tuple[int, ...],
     axes: Any,
@@ -281,7 +304,7 @@ def _run(
     numbers: Any = None,
 ) -> Array:
     """Run the kernels on one device's part, whose dimensions are sharded along `axes`."""
-    from regjax._dropout.flash import Operands, run
+    from regjax._dropout.flash_tiles import Operands
 
     *batch, queries, heads, _ = query.shape
     of_batch, of_heads, of_queries = axes or ((None,) * len(batch), None, None)

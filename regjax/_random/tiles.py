@@ -59,6 +59,8 @@ class TileMask:
         threshold: The number of integers of so many bits that are kept; None if it is traced.
         is_exact: Whether the sampler is `bernoulli`, not `packed_bernoulli`.
         packed: The axis along which 32 elements share words; None if each has its own.
+        is_reshaped: Whether queries get their words by a reshape; Triton cannot slice.
+        is_transposed: Whether tiles have keys before queries; requires `is_reshaped`.
     """
 
     shape: tuple[int | None, int, int, int]
@@ -66,6 +68,8 @@ class TileMask:
     threshold: int | None
     is_exact: bool
     packed: int | None = None
+    is_reshaped: bool = False
+    is_transposed: bool = False
 
     def draw(
         self,
@@ -76,10 +80,12 @@ class TileMask:
     ) -> Bool[Array, "queries keys"]:
         """Return the mask of a tile; queries that share words begin at a multiple of 32.
 
-        `detour` returns the words that queries share unchanged, for the sake of the schedule.
+        `size` is the number of queries and keys. `detour` returns the words that queries share
+        unchanged, for the sake of the schedule.
         """
         if self.packed is None:
-            return self._compare_own(key, _index(self.shape, starts, size))
+            index = _index(self.shape, starts, size, self.is_transposed)
+            return self._compare_own(key, index)
         if self.threshold is None:
             bits_of_t, everything = word_bits(key.threshold, self.bits), key.everything
         else:
@@ -93,15 +99,25 @@ class TileMask:
         whole: list[Any] = list(self.shape)
         whole[self.packed] //= LANES
         words_size = (rows // LANES if along_queries else rows, columns)
-        index = _index(whole, Starts(*first), words_size)
+        index = _index(whole, Starts(*first), words_size, self.is_transposed)
         words = compare_words(key.words, index, bits_of_t, everything)
         if not along_queries:
             return (words >> lane) & np.uint32(1) != 0
         words = detour(words)
+        if self.is_reshaped:
+            return self._reshape(words, size)
         # A row of words at a time: a reshape to 32 rows each would change the layout.
         bit = np.uint32(1) << lax.broadcasted_iota(np.uint32, (LANES, columns), 0)
         bits = [jnp.broadcast_to(words[i : i + 1], bit.shape) & bit for i in range(words_size[0])]
         return jnp.concatenate(bits) != 0
+
+    def _reshape(
+        self, words: UInt32[Array, "*words"], size: tuple[int, int]
+    ) -> Bool[Array, "queries keys"]:
+        axis, shape = (2, size[::-1]) if self.is_transposed else (1, size)
+        lane = lax.broadcasted_iota(np.uint32, [LANES if i == axis else 1 for i in range(3)], axis)
+        bits = jnp.expand_dims(words, axis) & (np.uint32(1) << lane)
+        return bits.reshape(shape) != 0
 
     def _compare_own(self, key: TileKey, index: Words) -> Bool[Array, "queries keys"]:
         """Compare the first bits of each element's own word with the threshold."""
@@ -114,7 +130,9 @@ class TileMask:
         return _is_below(drawn, np.uint32(self.threshold))
 
 
-def _index(shape: Sequence[Any], starts: Starts, size: tuple[int, int]) -> Words:
+def _index(
+    shape: Sequence[Any], starts: Starts, size: tuple[int, int], is_transposed: bool
+) -> Words:
     """Return the row-major index, in an array of a shape, of each element of a tile."""
     batch, *others = shape
     fits_word = batch is not None and math.prod((batch, *others)) <= _WORD
@@ -125,7 +143,8 @@ def _index(shape: Sequence[Any], starts: Starts, size: tuple[int, int]) -> Words
         else:
             along = Places(high, low)
             high, low = add_product((jnp.uint32(0), start), along, product_words((length,)))
-    row, column = (lax.broadcasted_iota(np.int32, size, axis) for axis in (0, 1))
+    order = -1 if is_transposed else 1
+    row, column = (lax.broadcasted_iota(np.int32, size[::order], i) for i in (0, 1)[::order])
     index = (row * np.int32(others[-1]) + column).astype(np.uint32) + low
     if fits_word:
         return jnp.uint32(0), index

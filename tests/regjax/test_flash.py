@@ -252,7 +252,11 @@ ERRORS = {
     "module": ({"module": object()}, ValueError, "module must be None"),
     "precision": ({"precision": lax.Precision.HIGH}, ValueError, "precision must be None"),
     "sampler": ({"sampler": lambda *a, **k: None}, ValueError, "sampler must be bernoulli"),
-    "name": ({"implementation": "cudnn"}, ValueError, 'implementation must be "xla" or "pallas"'),
+    "name": (
+        {"implementation": "cudnn"},
+        ValueError,
+        'implementation must be "xla", "pallas" or "triton"',
+    ),
     "empty": ({"shape": (1, 0, 1, 64)}, ValueError, "must not be empty"),
     "packed batch": (
         {"shape": (64, 2, 16, 1, 64), "sampler": PACKED},
