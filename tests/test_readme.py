@@ -141,7 +141,6 @@ def test_the_tables_of_several_benchmarks_are_current(name):
 
 FORWARD, BACKWARD = ".*, forward", r".*, forward \+ backward"
 LONG = "(1,024|2,048|4,096) positions, forward"
-LARGE = r"v5e:2x2, \(8.*"
 STEP = r"rate 0.., 4 layers"
 
 
@@ -228,14 +227,8 @@ FIGURES = {
         lambda: f"blocks of 128 use {temporary(3)} MB",
         lambda: f"without dropout {temporary(0)} MB, the whole matrix {temporary(1)} MB",
         lambda: f"Flax's attention {temporary(7)} MB",
-        lambda: f"costs {span('tpu_model', LARGE + ' . 0.5', 2)} copies at rate 0.5",
-        lambda: f"and {span('tpu_model', LARGE + ' . 0.1', 2)} at rate 0.1",
-        lambda: f"the exact sampler costs {span('tpu_model', LARGE + ' . 0.5', 1)}, and Flax",
-        lambda: f"Flax {span('tpu_model', LARGE + ' . 0.5', 3)}",
-        lambda: f"costs {span('gpu_model', 'H100.* . 0.5', 2)} copies at rate 0.5",
-        lambda: f"and {span('gpu_model', 'H100.* . 0.1', 2)} at rate 0.1",
-        lambda: f"exact sampler costs {span('gpu_model', 'H100.* . 0.5', 1)}, and Flax",
-        lambda: f"Flax {span('gpu_model', 'H100.* . 0.5', 3)}",
+        lambda: f"needs {span('gpu_model', 'H100.*, forward . 0.5', 1)} copies on an H100",
+        lambda: f"where Flax needs {span('gpu_model', 'H100.*, forward . 0.5', 3)}",
     ],
 }
 
