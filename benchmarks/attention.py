@@ -252,8 +252,9 @@ def markdown(rows: Sequence[Row], *, batch: int, heads: int, depth: int, rate: f
 def properties() -> str:
     """Return a table of properties of masks, from a process with two simulated devices."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    program = "from benchmarks.probes.attention_masks import table; print(table())"
     found = subprocess.run(
-        [sys.executable, "-m", "benchmarks.probes.attention_masks"],
+        [sys.executable, "-c", program],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
         cwd=Path(__file__).parent.parent,
         check=True,

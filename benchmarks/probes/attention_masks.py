@@ -124,7 +124,3 @@ def table() -> str:
         for title, cells in answers().items()
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in (*lines, *body))
-
-
-if __name__ == "__main__":
-    print(table())

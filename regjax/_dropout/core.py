@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from regjax._checks import check_array
-from regjax._random.bernoulli import MaskSampler, Sampler, bernoulli, check_probability
+from regjax._random.bernoulli import EXACT, MaskSampler, Sampler, bernoulli, check_probability
 from regjax._random.events import observer
 from regjax._random.keys import check_key, key_words
 from regjax._random.packed import mask_sampler
@@ -160,7 +160,8 @@ def apply_dropout(
         if is_number and rate == 1:
             return jnp.zeros_like(x)
         one_key = require_key(key)
-        if isinstance(spec, SampledMask):  # the numbers of examples are traced inside the jit
+        # Inside the jit, the numbers of examples are traced.
+        if isinstance(spec, SampledMask) and spec.sampler is not EXACT:
             spec.sampler.check_fit(x.shape, spec.broadcast_dims)
         if observers := observer():
             jitted = _masked_at_number if is_number else _masked_at_tracer
