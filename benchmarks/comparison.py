@@ -69,7 +69,7 @@ STATED: Mapping[str, Mapping[str, Cell]] = {
     "frameworks": _stated("1", regjax="2", Keras="3"),
     "in wide use": _stated(YES, regjax=NO),
     "timed on GPUs or TPUs": _stated(YES, regjax=NO),
-    "kernels written for GPUs": _stated(NO, PyTorch=YES),
+    "kernels written for GPUs": _stated(NO, regjax="not run yet", PyTorch=YES),
 }
 PROPERTIES: Mapping[str, Mapping[str, Cell]] = {
     "key or seed in each call": _same(offers.takes_key, *_DROPPING),

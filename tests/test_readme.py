@@ -220,6 +220,7 @@ FIGURES = {
         lambda: f"take {span('torch_speed', FORWARD, 1)} times forward",
         lambda: f"and {span('torch_speed', BACKWARD, 1)} times with gradients.",
         lambda: f"blocks of 128 with dropout take {over_no_dropout(LONG + '.*', 3)} of the time",
+        lambda: f"with packed masks, {over_no_dropout(LONG + '.*', 6)}.",
         lambda: f"takes {over_no_dropout(LONG, 1)} forward",
         lambda: f"and {over_no_dropout(LONG + r' . backward', 1)} with gradients",
         lambda: f"with dropout takes {over_no_dropout(LONG + '.*', 7)}",
