@@ -91,7 +91,7 @@ def test_the_record_is_whole():
 
 def test_some_rows_favor_others():
     """The table is not a list of the strengths of regjax."""
-    assert sum(row["regjax"] in ("no", "2") for row in CELLS.values()) >= 5
+    assert sum(row["regjax"] in ("no", "not run yet", "2") for row in CELLS.values()) >= 5
     assert set(STATED) <= set(PROPERTIES)
 
 

@@ -212,4 +212,4 @@ def test_help_of_light_programs_imports_no_framework():
 def test_every_program_starts_through_the_shared_code():
     for program in PROGRAMS:
         source = (ROOT / (program.replace(".", "/") + ".py")).read_text()
-        assert re.search(r"^    (output\.)?run\(main\)$", source, re.MULTILINE), program
+        assert re.search(r"^ +(output\.)?run\(main\)$", source, re.MULTILINE), program
