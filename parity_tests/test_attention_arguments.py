@@ -126,7 +126,7 @@ def test_results_residuals_and_gradients_are_those_of_jax_nn(framework, name, bl
     found = with_gradients(framework, attend, qkv, ct)
     for x, y in zip(found, expected(name), strict=True):
         assert x.dtype == y.dtype
-        np.testing.assert_allclose(x, y, atol=2e-6)
+        np.testing.assert_allclose(x, y, atol=1e-5)  # float32, sums in another order
 
 
 @both_frameworks
