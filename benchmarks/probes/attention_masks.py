@@ -24,23 +24,23 @@ KEYS, HEADS, RATE = 128, 2, 0.5
 BLOCKS = (32, 64, KEYS)
 
 
-def own(*arrays: Any, block: int, sampler: Any = regjax.bernoulli) -> Any:
+def own(
+    query: Any, key: Any, value: Any, rng: Any, *, block: int, sampler: Any = regjax.bernoulli
+) -> Any:
     """Compute attention in blocks of regjax; in one block of all keys, from the whole matrix."""
-    *arrays, rng = arrays
     size = None if block == KEYS else block
     return regjax.dot_product_attention(
-        *arrays, dropout_rng=rng, dropout_rate=RATE, block_size=size, sampler=sampler
+        query, key, value, dropout_rng=rng, dropout_rate=RATE, block_size=size, sampler=sampler
     )
 
 
-def flax(*arrays: Any, block: int) -> Any:
+def flax(query: Any, key: Any, value: Any, rng: Any, *, block: int) -> Any:
     """Compute attention with Linen's function, which has no blocks."""
     from flax import linen
 
-    *arrays, rng = arrays
     del block
     return linen.dot_product_attention(
-        *arrays, dropout_rng=rng, dropout_rate=RATE, broadcast_dropout=False
+        query, key, value, dropout_rng=rng, dropout_rate=RATE, broadcast_dropout=False
     )
 
 
