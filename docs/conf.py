@@ -74,7 +74,7 @@ nitpick_ignore_regex = [
     # arrays of jaxtyping
     ("py:class", r"(float \| )?(Bool|Float|Inexact|Int|Int32|Integer|PyTree|UInt8|UInt32)\b.*"),
     # types that occur once
-    ("py:class", r"Figure|enum\.Enum|flax\.core\.scope\.Scope|lax\.PrecisionLike"),
+    ("py:class", r"ExampleSampler|Figure|enum\.Enum|flax\.core\.scope\.Scope|lax\.PrecisionLike"),
 ]
 
 myst_enable_extensions = ["colon_fence"]
