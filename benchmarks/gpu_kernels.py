@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_model, race
+from benchmarks.attention_kernel import KERNELS, MASKS, SHAPE
 from benchmarks.cli import OUT
 from parity_tests import output
 from parity_tests.output import write_atomically
@@ -32,16 +33,6 @@ from parity_tests.output import write_atomically
 NAME = "gpu_kernels"
 TOOLS = {"ptxas": "nvidia-cuda-nvcc", "nvdisasm": "nvidia-cuda-nvdisasm"}
 LANES = 32  # the elements of a thread of dropout
-SHAPE = (1, 4096, 8, 128)
-# The label, the rate, and the bits of the packed sampler; None for the exact one.
-MASKS = (
-    ("none", 0.0, None),
-    ("packed, rate 0.5", 0.5, 16),
-    ("packed, rate 0.1, 8 bits", 0.1, 8),
-    ("packed, rate 0.1, 16 bits", 0.1, 16),
-    ("exact, rate 0.1", 0.1, None),
-)
-KERNELS = ("regjax_attention", "regjax_attention_dot_query", "regjax_attention_dot_key")
 BLOCK = 512
 
 

@@ -12,6 +12,7 @@ from jax.core import Tracer
 from regjax._checks import check_array, check_floating_dtype, check_number
 from regjax._dropout.core import real_dtype, require_key
 from regjax._random.threefry import at_most
+from regshared.attention import check_attention_shapes, check_broadcasts
 from regshared.checks import check_callable, check_choice, check_integer, describe
 
 if TYPE_CHECKING:
@@ -87,29 +88,10 @@ def check_scale(query: Array, scale: ArrayLike | None) -> tuple[Array, float]:
 
 def check_shapes(query: Array, key: Array, value: Array, bias: Any, mask: Any) -> None:
     """Raise a ValueError that names the argument whose shape does not fit; without, return None."""
-    *batch, queries, heads, depth = query.shape
-    *key_batch, keys, kv_heads, key_depth = key.shape
-    if key_batch != batch or key_depth != depth:
-        raise ValueError(
-            f"query and key must have the same batch and depth; got shapes {query.shape} and "
-            f"{key.shape}."
-        )
-    if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            f"value must have key's shape {key.shape[:-1]} before its features; got {value.shape}."
-        )
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(f"query must have a multiple of key's {kv_heads} heads; got {heads}.")
-    whole = (*batch, heads, queries, keys)
+    weights = check_attention_shapes(query.shape, key.shape, value.shape)
     for name, array in (("bias", bias), ("mask", mask)):
-        if array is None:
-            continue
-        pairs = zip(array.shape[::-1], whole[::-1], strict=False)
-        if array.ndim > len(whole) or any(size not in (1, full) for size, full in pairs):
-            raise ValueError(
-                f"{name} must broadcast to (..., heads, queries, keys) = {whole}; got "
-                f"{array.shape}."
-            )
+        if array is not None:
+            check_broadcasts(name, array.shape, weights)
 
 
 def check_lengths(name: str, lengths: Any, batch: tuple[int, ...]) -> Array | None:

@@ -114,7 +114,7 @@ def dropout(
     from regjax._dropout.triton_dropout import kernel_dropout
 
     spec = kernel_dropout(x, check_probability("rate", rate), dims, drawn_by)
-    with reverse_mode_only():
+    with reverse_mode_only("triton"):
         return apply_dropout(spec, x, rate, key, deterministic)
 
 

@@ -19,8 +19,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
 from regjax._compat import type_like, vary_together
 from regjax._dropout.flash_tiles import (
@@ -32,6 +30,7 @@ from regjax._dropout.flash_tiles import (
     specs,
     tile_counts,
 )
+from regjax._dropout.kernels import require_platform, reverse_mode_only
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -211,7 +210,7 @@ def _key_kernel(flash: Flash, sizes: Any, group: int, has_mask: bool, *refs: Any
 def forward(flash: Flash, operands: Operands, *, with_sums: bool = False) -> Any:
     """Return the result, and on demand the logarithm of each row's sum, a row for each head."""
     query, key, value, allowed, _, _ = operands
-    query = query if flash.interpret else _requires_tpu.bind(query)
+    query = query if flash.interpret else require_platform("pallas", query)
     batch, heads, queries, _ = query.shape
     kv_heads, keys, features = value.shape[1:]
     rows, columns = tile_counts(flash, queries, keys)
@@ -332,31 +331,5 @@ _flash_in_one = jax.jit(flash_attention, static_argnums=0)
 def run(flash: Flash, operands: Operands) -> Array:
     """Return the result of attention, inside and outside `shard_map`."""
     operands = Operands(*vary_together(tuple(operands)))
-    try:
+    with reverse_mode_only("pallas"):
         return _flash_in_one(flash, operands)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(
-            "implementation must be 'xla' for forward-mode derivatives; got 'pallas', whose "
-            "kernels have reverse-mode derivatives only."
-        ) from error
-
-
-# The platform of a program is known when it is lowered, not when it is traced: a program for TPUs
-# may be compiled on a machine without any.
-_requires_tpu = Primitive("regjax_requires_tpu")
-_requires_tpu.def_abstract_eval(lambda x: x)
-_requires_tpu.def_impl(lambda x: jax.jit(_requires_tpu.bind)(x))
-batching.defvectorized(_requires_tpu)
-
-
-def _reject(context: Any, x: Any) -> Any:
-    raise NotImplementedError(
-        "implementation must be 'xla' or None on this platform; got 'pallas', whose kernels run on "
-        "TPUs only. Omit implementation."
-    )
-
-
-mlir.register_lowering(_requires_tpu, _reject)
-mlir.register_lowering(_requires_tpu, lambda context, x: [x], platform="tpu")

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from regjax._compat import type_like, vary_together
 from regjax._dropout.flash_tiles import Flash, Operands, Tile, tile_counts
-from regjax._dropout.kernels import requires_cuda, reverse_mode_only
+from regjax._dropout.kernels import require_platform, reverse_mode_only
 
 if TYPE_CHECKING:
     from jaxtyping import Array
@@ -181,7 +181,7 @@ def _key_kernel(flash: Flash, sizes: Any, rows: int, has_mask: bool, *refs: Any)
 def forward(flash: Flash, sizes: Any, operands: Operands) -> tuple[Array, Array]:
     """Return the result, and the logarithm of each row's sum."""
     query, key, value, allowed, scalars, inverse_keep = operands
-    query = query if flash.interpret else requires_cuda(query)
+    query = query if flash.interpret else require_platform("triton", query)
     batch, heads, queries, _ = query.shape
     group = heads // key.shape[1]
     rows, columns = tile_counts(flash, queries, key.shape[2])
@@ -347,5 +347,5 @@ def run(flash: Flash, operands: Operands) -> Array:
     operands = Operands(*vary_together(tuple(operands)))
     if flash.mask is not None:
         flash = dataclasses.replace(flash, mask=dataclasses.replace(flash.mask, is_reshaped=True))
-    with reverse_mode_only():
+    with reverse_mode_only("triton"):
         return _in_whole_tiles(flash, operands)

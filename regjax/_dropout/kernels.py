@@ -14,36 +14,46 @@ from jax.sharding import AxisType
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-# The platform of a program is known when it is lowered, not when it is traced: a program for GPUs
-# may be compiled on a machine without any.
-_requires_cuda = Primitive("regjax_requires_cuda")
-_requires_cuda.def_abstract_eval(lambda x: x)
-_requires_cuda.def_impl(lambda x: jax.jit(_requires_cuda.bind)(x))
-batching.defvectorized(_requires_cuda)
+
+def _requirement(implementation: str, platform: str, devices: str) -> Primitive:
+    """Return an identity that is an error where a program with it is lowered for another platform.
+
+    The platform is known then, not when the program is traced: it may be compiled on a machine
+    without the device.
+    """
+    requires = Primitive(f"regjax_requires_{platform}")
+    requires.def_abstract_eval(lambda x: x)
+    requires.def_impl(lambda x: jax.jit(requires.bind)(x))
+    batching.defvectorized(requires)
+
+    def reject(context: Any, x: Any) -> Any:
+        raise NotImplementedError(
+            f"implementation must be 'xla' or None on this platform; got {implementation!r}, whose "
+            f"kernels run on {devices} only. Omit implementation."
+        )
+
+    mlir.register_lowering(requires, reject)
+    mlir.register_lowering(requires, lambda context, x: [x], platform=platform)
+    return requires
 
 
-def _reject(context: Any, x: Any) -> Any:
-    raise NotImplementedError(
-        "implementation must be 'xla' or None on this platform; got 'triton', whose kernels run on "
-        "NVIDIA GPUs only. Omit implementation."
-    )
+_REQUIREMENTS = {
+    "pallas": _requirement("pallas", "tpu", "TPUs"),
+    "triton": _requirement("triton", "cuda", "NVIDIA GPUs"),
+}
 
 
-mlir.register_lowering(_requires_cuda, _reject)
-mlir.register_lowering(_requires_cuda, lambda context, x: [x], platform="cuda")
-
-
-def requires_cuda(x: Array) -> Array:
+def require_platform(implementation: str, x: Array) -> Array:
     """Return `x`; where a program with it is compiled for another platform, raise an error.
 
     Raises:
         NotImplementedError: When the program is lowered.
     """
-    return _requires_cuda.bind(x)
+    return _REQUIREMENTS[implementation].bind(x)
 
 
 @contextlib.contextmanager
-def reverse_mode_only() -> Iterator[None]:
+def reverse_mode_only(implementation: str) -> Iterator[None]:
     """Replace JAX's error about forward-mode derivatives of a `custom_vjp`."""
     try:
         yield
@@ -51,8 +61,8 @@ def reverse_mode_only() -> Iterator[None]:
         if "forward-mode" not in str(error):
             raise
         raise TypeError(
-            "implementation must be 'xla' for forward-mode derivatives; got 'triton', whose "
-            "kernels have reverse-mode derivatives only."
+            "implementation must be 'xla' for forward-mode derivatives; got "
+            f"{implementation!r}, whose kernels have reverse-mode derivatives only."
         ) from error
 
 

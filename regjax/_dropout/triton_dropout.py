@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from regjax._compat import make_user_context, type_like, vary_together
-from regjax._dropout.kernels import check_mesh, requires_cuda
+from regjax._dropout.kernels import check_mesh, require_platform
 from regjax._random.events import observer
 from regjax._random.keys import consume, key_words
 from regjax._random.packed import LANES, PackedSampler, bits_of, compare_words, packed_axis
@@ -146,7 +146,7 @@ def _drop(kernel: _Kernel, words: Array, scale: Array, x: Array) -> Array:
         scale: The factor of kept elements, of shape (1,).
         x: The array.
     """
-    x = x if kernel.interpret else requires_cuda(x)
+    x = x if kernel.interpret else require_platform("triton", x)
     axis = packed_axis(x.shape)
     assert axis is not None
     inner = math.prod(x.shape[axis + 1 :])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regshared.attention import check_attention_shapes, check_broadcasts
 from regshared.checks import check_integer, describe
 from regtorch._checks import check_number, check_tensor
 from regtorch._dropout.core import real_dtype, require_key
@@ -51,21 +52,7 @@ def check_shapes(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None
 ) -> None:
     """Raise an error that names the argument whose shape or dtype does not fit."""
-    *batch, queries, heads, depth = query.shape
-    *key_batch, keys, kv_heads, key_depth = key.shape
-    if key_batch != batch or key_depth != depth:
-        raise ValueError(
-            f"query and key must have the same batch and depth; got shapes {tuple(query.shape)} "
-            f"and {tuple(key.shape)}."
-        )
-    if value.shape[:-1] != key.shape[:-1]:
-        raise ValueError(
-            f"value must have key's shape {tuple(key.shape[:-1])} before its features; got "
-            f"{tuple(value.shape)}."
-        )
-    if not kv_heads or heads % kv_heads:
-        raise ValueError(f"query must have a multiple of key's {kv_heads} heads; got {heads}.")
-    whole = (*batch, heads, queries, keys)
+    weights = check_attention_shapes(query.shape, key.shape, value.shape)
     if bias is not None and (check_tensor("bias", bias).is_complex() or bias.dtype == torch.bool):
         raise TypeError(f"bias must be real; got dtype {bias.dtype}. Pass booleans as mask.")
     if mask is not None and check_tensor("mask", mask).dtype != torch.bool:
@@ -74,14 +61,8 @@ def check_shapes(
             "the scores as bias."
         )
     for name, array in (("bias", bias), ("mask", mask)):
-        if array is None:
-            continue
-        pairs = zip(array.shape[::-1], whole[::-1], strict=False)
-        if array.ndim > len(whole) or any(size not in (1, full) for size, full in pairs):
-            raise ValueError(
-                f"{name} must broadcast to (..., heads, queries, keys) = {whole}; got "
-                f"{tuple(array.shape)}."
-            )
+        if array is not None:
+            check_broadcasts(name, array.shape, weights)
 
 
 def check_lengths(name: str, lengths: Any, batch: tuple[int, ...]) -> Tensor | None:
