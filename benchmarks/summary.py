@@ -172,8 +172,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_out("outputs/benchmarks", "the tables")
     folder = parser.parse_args(argv).out
     for name, make in TABLES.items():
-        output.write_atomically(folder / f"{name}.md", make())
-        Console().print(make(), soft_wrap=True, markup=False)
+        text = make()
+        output.write_atomically(folder / f"{name}.md", text)
+        Console().print(text, soft_wrap=True, markup=False)
     return 0
 
 
