@@ -7,13 +7,14 @@ python -m benchmarks.torch_speed --quick  # 1 M elements, to test
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch.profiler import ProfilerActivity, profile
 
 import regtorch
 from benchmarks import bars, cli
@@ -28,7 +29,6 @@ NAME = "torch_speed"
 TORCH = "torch F.dropout"
 EXACT = "regtorch"
 PACKED = "regtorch, packed"
-_STATUS, _RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 
@@ -100,28 +100,18 @@ def _bound(apply: Apply, x: torch.Tensor, backward: bool) -> Callable[[], object
     return run
 
 
-def _extra_memory(run: Callable[[], object], x: torch.Tensor) -> float | None:
-    """Return the temporary memory of a run at its peak, over the bytes of the input.
-
-    None unless the system is Linux and permits the process to reset its peak.
-    """
-    try:
-        _RESET_PEAK.write_text("5")
-    except OSError:
-        return None
-    before = _resident("VmRSS")
-    kept = run()  # keep a reference, so that the result stays allocated
+def _extra_memory(run: Callable[[], object], x: torch.Tensor) -> float:
+    """Return the memory of a run's temporary tensors at their peak, over the bytes of the input."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()  # keep a reference, so that the result stays allocated
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = max(itertools.accumulate(nbytes for _, nbytes in changes))
     results = kept if isinstance(kept, tuple) else (kept,)
-    size = x.numel() * x.element_size()
-    return (_resident("VmHWM") - before) / size - len(results)
+    return peak / (x.numel() * x.element_size()) - len(results)
 
 
-def _resident(field: str) -> int:
-    line = next(row for row in _STATUS.read_text().splitlines() if row.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def markdown(results: Sequence[Result], extra: Sequence[dict[str, float | None]]) -> str:
+def markdown(results: Sequence[Result], extra: Sequence[dict[str, float]]) -> str:
     """Return a table of time over PyTorch's, and of temporary memory over the array's bytes."""
     names = list(results[0].seconds)
     lines = [
@@ -134,7 +124,7 @@ def markdown(results: Sequence[Result], extra: Sequence[dict[str, float | None]]
     ]
     for result, memory in zip(results, extra, strict=True):
         times = [f"{result.ratio(name, TORCH):.2f}" for name in names[1:]]
-        bytes_ = ["" if memory[n] is None else f"{memory[n]:.2f}" for n in names]
+        bytes_ = [f"{memory[n]:.2f}" for n in names]
         lines.append(f"| {result.title} | " + " | ".join([*times, *bytes_]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,7 +132,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def _with_negative_values_attached(argv: Iterable[str]) -> list[str]:
-    """Join `--rate -inf` to `--rate=-inf`, since argparse would parse the value as an option."""
+    """Join `--rate -inf` to `--rate=-inf`, since argparse would parse the value as an option.
+
+    No option begins with a digit: `-2x4` is a value too.
+    """
     joined: list[str] = []
     for argument in argv:
         if joined and joined[-1].startswith("--") and "=" not in joined[-1] and _negative(argument):
@@ -142,11 +146,7 @@ def _with_negative_values_attached(argv: Iterable[str]) -> list[str]:
 
 
 def _negative(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return text.startswith("-")
+    return re.match(r"-(\.?\d|inf|nan)", text, re.IGNORECASE) is not None
 
 
 def folder(text: str) -> Path:

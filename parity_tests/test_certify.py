@@ -212,6 +212,10 @@ REFUSED = {
     ),
     "an error": ((STEP, "        1 / 0\n"), "without an error; got ZeroDivisionError: division by"),
     "an exit code": ((STEP, "        sys.exit(3)\n"), "without an error; got SystemExit: 3"),
+    "a wrong command line": (
+        (STEP, "        sys.exit(2)\n"),
+        "SystemExit: 2. Pass the options of the script after --.",
+    ),
 }
 
 

@@ -221,6 +221,10 @@ def test_an_error_of_a_program_has_its_traceback_and_one_line(
 
 REFUSED = {
     "no train": (("def train(", "def training("), "must define train(seed), which yields"),
+    "no generator": (
+        ("def train(", "def train(seed):\n    return None\n\n\ndef other("),
+        "must define train(seed) as a generator; got None. Yield a dictionary",
+    ),
     "tuples": (
         ('            yield {"params": params}\n', "            yield (params, g)\n"),
         "must yield dictionaries with 'params'; got a value of type tuple for step 0",

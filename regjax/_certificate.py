@@ -267,7 +267,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _hashes(train: Any, count: int, start: int, stop: int) -> list[dict[str, MaskHash]]:
     """Return the hashes of the masks by site, step by step."""
-    available = jax.devices()
+    try:
+        available = jax.devices()
+    except RuntimeError as error:
+        raise ValueError(
+            f"platform must be one for which JAX finds devices; got {jax.config.jax_platforms!r} "
+            f"({str(error).splitlines()[0]}). Omit it to simulate devices on the CPU."
+        ) from None
     if len(available) < count:
         raise ValueError(
             f"devices must be at most the number of devices, {len(available)}; got {count}. Omit "

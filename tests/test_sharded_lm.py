@@ -73,6 +73,7 @@ def test_a_mesh_that_does_not_fit_is_rejected(mesh, micro_batches, devices, mess
         ("--devices 8 --mesh 3x2", "argument --mesh: must have 8 devices"),
         ("--devices 6 --mesh 3x2", "argument --mesh: must divide the batch"),
         ("--devices 2 --mesh pipeline=2", "argument --mesh: must have axes of data, fsdp, tensor"),
+        ("--devices 8 --mesh -2x-4", "argument --mesh: must be sizes such as 2x4"),
         ("--devices 3 --spawn 2", "argument --devices: must be a multiple of the 2 processes"),
         ("--spawn 2 --coordinator h:1 --processes 2 --process-id 0", "argument --spawn: must be"),
         ("--coordinator h:1", "arguments --coordinator, --processes and --process-id: must be"),
@@ -96,6 +97,17 @@ def test_a_new_run_does_not_mix_with_the_checkpoints_of_another(capsys, tmp_path
     with pytest.raises(SystemExit):
         cli.main(["--out", str(tmp_path)])
     assert "Pass --resume to continue that run" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not launch.fcntl, reason="the system has no locks of whole files")
+def test_a_folder_belongs_to_one_job(capsys, tmp_path):
+    for _ in range(2):  # the first job has let it go
+        with launch.only_job(tmp_path), pytest.raises(SystemExit) as exited:
+            cli.main(["--out", str(tmp_path), "--resume"])
+        line = capsys.readouterr().err
+        assert exited.value.code == 2
+        assert line.count("\n") == 1
+        assert "argument --out: must be a folder of one job; got" in line
 
 
 def test_a_coordinator_that_does_not_answer_is_one_line(capsys, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -56,21 +57,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         # JAX counts the devices of a machine later, in `work`.
         if devices := options.devices or options.spawn:
             _check_mesh(recipe, plan, devices)
-        _check_out(plan)
-        if options.spawn:
-            address = launch.free_address()
-            return launch.supervise(argv, range(options.spawn), options.spawn, address)
-        if options.coordinator:
-            if options.process_id:
-                launch.check_coordinator(options.coordinator, options.timeout)
-            one = [options.process_id]
-            return launch.supervise(argv, one, options.processes, options.coordinator)
-        work(argv)
+        # Process 0 writes for all.
+        with contextlib.nullcontext() if options.process_id else launch.only_job(plan.out):
+            _check_out(plan)
+            return _start(argv, options)
     except InputError as error:
         parser.error(str(error))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _start(argv: Sequence[str], options: argparse.Namespace) -> int:
+    """Train in this process or in children, and return the exit code."""
+    if options.spawn:
+        address = launch.free_address()
+        return launch.supervise(argv, range(options.spawn), options.spawn, address)
+    if options.coordinator:
+        if options.process_id:
+            launch.check_coordinator(options.coordinator, options.timeout)
+        one = [options.process_id]
+        return launch.supervise(argv, one, options.processes, options.coordinator)
+    work(argv)
     return 0
 
 

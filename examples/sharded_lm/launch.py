@@ -8,6 +8,7 @@ does, even if that was killed: two jobs must not write to the same folder.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -17,11 +18,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, NoReturn
 
 from examples.sharded_lm.settings import InputError, RunError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
+_LOCK = ".lock"
 _CONNECTED = "connected to the coordinator"
 _CHILD = "from examples.sharded_lm.launch import child; child()"
 _GRACE = 1.0  # seconds in which other processes may report the cause of the first failure
@@ -66,6 +74,25 @@ def supervise(argv: Sequence[str], ids: Sequence[int], count: int, coordinator: 
             process.kill()
             process.communicate()  # closes its stdin
             log.close()
+
+
+@contextlib.contextmanager
+def only_job(folder: Path) -> Iterator[None]:
+    """Hold a folder for this job; the system lets it go when the process ends, even if killed.
+
+    Raises:
+        InputError: Another job holds it.
+    """
+    with (folder / _LOCK).open("w") as lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"argument --out: must be a folder of one job; got '{folder}', in which "
+                    "another job trains. Wait for its end, or pass another folder"
+                ) from None
+        yield
 
 
 def free_address() -> str:

@@ -16,13 +16,13 @@ class ProgramError(InputError):
     Args:
         path: The file of the program.
         error: The error.
+        fix: What to do about it, as a sentence; empty if that is unknown.
     """
 
-    def __init__(self, path: Path, error: BaseException) -> None:
+    def __init__(self, path: Path, error: BaseException, fix: str = "") -> None:
         first = str(error).partition("\n")[0]
-        super().__init__(
-            f"{path} must run without an error; got {type(error).__name__}: {first}".rstrip(": ")
-        )
+        got = f"{type(error).__name__}: {first}".rstrip(": ")
+        super().__init__(f"{path} must run without an error; got {got}{fix and '. '}{fix}")
         self._path, self._error = path, error
 
     def traceback(self) -> str:

@@ -134,7 +134,15 @@ def _load(path: Path) -> ModuleType:
 
 def _iterated(path: Path, train: Any, seed: int) -> Iterator[Any]:
     try:
-        yield from train(seed)
+        steps = train(seed)
+        if not isinstance(steps, Iterator):
+            raise InputError(
+                f"{path} must define train(seed) as a generator; got {describe(steps)}. Yield a "
+                f"dictionary before the first step and after each step. {_HELP}"
+            )
+        yield from steps
+    except InputError:
+        raise
     except (Exception, SystemExit) as error:
         raise ProgramError(path, error) from None
 

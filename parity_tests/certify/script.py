@@ -130,7 +130,9 @@ def run_script(
             pass
         except SystemExit as end:
             if end.code not in (None, 0):
-                raise ProgramError(path, end) from None
+                # The code of argparse for a wrong command line.
+                fix = "Pass the options of the script after --." if end.code == 2 else ""
+                raise ProgramError(path, end, fix) from None
             with contextlib.suppress(_Stop):
                 observer.settle()
         except Exception as error:

@@ -115,6 +115,12 @@ def unyielding(devices, start, stop):
     return None
 
 
+def on_no_platform():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: jax.local_devices(backend="abacus"))
+        certificate._hashes(masks, 1, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -126,6 +132,7 @@ def unyielding(devices, start, stop):
         (lambda: regjax.certify_masks(masks, steps=1), ValueError, "steps"),
         (lambda: regjax.certify_masks(masks, platform=any_value(None)), TypeError, "platform"),
         (lambda: certificate._hashes(masks, 99, 0, 1), ValueError, "devices must .* got 99"),
+        (on_no_platform, ValueError, "platform must be one for which JAX finds devices; got"),
         (lambda: certificate._hashes(unyielding, 1, 0, 1), TypeError, "Add `yield`"),
         (lambda: certificate._hashes(lambda *_: iter([0]), 1, 0, 2), ValueError, "got only 1"),
         (
