@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -104,7 +104,8 @@ def _extra_memory(run: Callable[[], object], x: torch.Tensor) -> float:
     """Return the memory of a run's temporary tensors at their peak, over the bytes of the input."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = run()  # keep a reference, so that the result stays allocated
-    events = profiler.profiler.kineto_results.events()
+    kineto: Any = profiler.profiler
+    events = kineto.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     peak = max(itertools.accumulate(nbytes for _, nbytes in changes))
     results = kept if isinstance(kept, tuple) else (kept,)

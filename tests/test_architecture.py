@@ -150,6 +150,7 @@ def test_both_packages_have_the_same_files():
         "flash",
         "flash_tiles",
         "flash_triton",
+        "kernel_choice",
         "kernels",
         "pallas_attention",
         "triton_dropout",

@@ -25,6 +25,7 @@ from regjax._dropout.attention_checks import (
 )
 from regjax._dropout.blockwise import Blocks, blockwise
 from regjax._dropout.core import SampledMask, check_flag, is_number
+from regjax._dropout.kernel_choice import default_implementation
 from regjax._dropout.pallas_attention import check_supported, kernel_attention
 from regjax._dropout.scores import Allowed, Scores, with_rank
 from regjax._dropout.whole import whole, whole_sums, whole_weights
@@ -125,14 +126,17 @@ def dot_product_attention(
         scale: The factor of the products, `1 / sqrt(depth)` by default. A traced scalar multiplies
             the query instead, so that it can be learned; NaN then gives NaN.
         block_size: The number of keys per block; without it, all keys at once.
-        implementation: "xla" or None, or kernels that store neither scores nor mask: "pallas" on
-            TPUs, "triton" on NVIDIA GPUs. The kernels are not the default, because they have not
-            run on either yet: they are tested in Pallas's interpreter, and compiled for TPUs and
-            the H100. The mask is the same. The kernels take float32 and bfloat16, depths from 64 to
-            256 in multiples of 8, and no `bias`, `module`, `block_size`, lengths, window, residual
-            or `einsum_dot_general`; of a mesh, all axes must be explicit or manual. Their result
-            rounds as `block_size` does, and has no forward-mode derivative: pass "xla" for
-            `jax.jvp`.
+        implementation: "xla", or kernels that store neither scores nor mask: "pallas" on TPUs,
+            "triton" on NVIDIA GPUs. The mask is the same. The kernels take float32 and bfloat16,
+            depths from 64 to 256 in multiples of 8, and no `bias`, `module`, `block_size`, lengths,
+            window, residual or `einsum_dot_general`; of a mesh, all axes must be explicit or
+            manual. Their result rounds as `block_size` does, and has no forward-mode derivative:
+            pass "xla" for `jax.jvp`. The default is "pallas" on a TPU, where its limits hold and
+            XLA does not divide the arrays: on a single device, on a mesh of explicit axes, or
+            inside `shard_map`. They have been run by Pallas's interpreter and compiled for TPUs and
+            the H100, but not run there. Before the first such call, they therefore solve a small
+            problem on the TPU itself; if the result differs from that of blocks, a warning says so,
+            and "xla" is used. "triton" is never the default.
         sampler: The function that draws the mask; see `dropout`. `packed_bernoulli` packs along the
             heads, queries or batch, never along the keys. With `block_size`, a function of your own
             is rejected: it can only draw the whole mask. The numbers of `by_example` belong to a
@@ -268,9 +272,14 @@ def attend(
     inputs = Inputs(query, key, value, bias, allowed)
     spec = make_mask(drawn_by, shared)
     drop = Drop(spec, drawn_by, rate, one_key, flag, evaluates, is_shared)
+    # The masks of `regjax.keyed` have no sampler, and are not drawn in kernels.
+    limits = getattr(spec, "sampler", None), scores, inputs, module, with_residual
     kernels = check_implementation(implementation, block_size)
+    if kernels in ("pallas", "triton"):
+        check_supported(kernels, *limits)
+    kernels = kernels or default_implementation(*limits)
     if kernels != "xla":
-        return _in_kernels(kernels, scores, inputs, drop, module, with_residual)
+        return _in_kernels(kernels, scores, inputs, drop)
     if block_size is not None:
         result, log_total = _in_blocks(scores, inputs, drop, module, block_size)
     else:
@@ -310,19 +319,14 @@ class Drop(NamedTuple):
         return drop() if flag is False else lax.cond(flag, plain, drop)
 
 
-def _in_kernels(
-    kernels: str, scores: Scores, inputs: Inputs, drop: Drop, module: Any, with_residual: bool
-) -> Array:
-    # The masks of `regjax.keyed` have no sampler, and are rejected.
-    sampler = getattr(drop.spec, "sampler", None)
-    check_supported(kernels, sampler, scores, inputs, module, with_residual)
+def _in_kernels(kernels: str, scores: Scores, inputs: Inputs, drop: Drop) -> Array:
     arrays = inputs[:3]
     plain = functools.partial(
         kernel_attention, kernels, scores, arrays, inputs.allowed.mask, is_shared=drop.is_shared
     )
     if drop.key is None:
         return drop.unless_off(functools.partial(_zeros, *arrays), plain)
-    return drop.unless_off(functools.partial(plain, sampler, drop.key, drop.rate), plain)
+    return drop.unless_off(functools.partial(plain, drop.spec.sampler, drop.key, drop.rate), plain)
 
 
 def _zeros(query: Array, key: Array, value: Array) -> Array:

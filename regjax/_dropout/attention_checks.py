@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from regjax._random.keys import KeyLike
 
 
-def check_implementation(implementation: str | None, block_size: int | None) -> str:
-    """Return "xla", "pallas" or "triton"."""
-    implementation = "xla" if implementation is None else implementation
+def check_implementation(implementation: str | None, block_size: int | None) -> str | None:
+    """Return "xla", "pallas" or "triton"; None if the platform decides."""
+    if implementation is None:
+        return None if block_size is None else "xla"
     check_choice("implementation", implementation, ("xla", "pallas", "triton"))
     if implementation != "xla" and block_size is not None:
         raise ValueError(

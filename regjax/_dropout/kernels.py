@@ -28,8 +28,8 @@ def _requirement(implementation: str, platform: str, devices: str) -> Primitive:
 
     def reject(context: Any, x: Any) -> Any:
         raise NotImplementedError(
-            f"implementation must be 'xla' or None on this platform; got {implementation!r}, whose "
-            f"kernels run on {devices} only. Omit implementation."
+            f"implementation must be 'xla' on this platform; got {implementation!r}, whose kernels "
+            f"run on {devices} only. Pass implementation='xla'."
         )
 
     mlir.register_lowering(requires, reject)
