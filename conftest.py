@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import pytest
 
@@ -66,21 +66,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(trylast=True)  # after the selection by `-m`
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not (limit := config.getoption("--cases")):
-        return
+def _cases(items: Iterable[pytest.Item]) -> list[list[pytest.Item]]:
+    """Return the cases of each test."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    # Choose evenly spaced cases, since tables group similar ones.
-    for test in cases.values():
-        gaps = max(limit - 1, 1)
-        chosen = {i * (len(test) - 1) // gaps for i in range(min(limit, len(test)))}
-        test[:] = [item for i, item in enumerate(test) if i in chosen]
-    kept = {item for test in cases.values() for item in test}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+    return list(cases.values())
+
+
+def _spaced(cases: Sequence[pytest.Item], count: int) -> set[pytest.Item]:
+    """Return evenly spaced cases, since tables group similar ones."""
+    gaps = max(count - 1, 1)
+    return {cases[i * (len(cases) - 1) // gaps] for i in range(min(count, len(cases)))}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None]:
+    for cases in _cases(items):
+        # The cases of a test that are not slow anyway.
+        fast = [case for case in cases if not case.get_closest_marker("slow")]
+        if fast and (sample := fast[0].get_closest_marker("sample")):
+            for case in set(fast) - _spaced(fast, *sample.args):
+                case.add_marker("slow")
+    yield  # the selection by `-m`
+    if limit := config.getoption("--cases"):
+        kept = set().union(*(_spaced(cases, limit) for cases in _cases(items)))
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 # Traces are millions of small objects that stay alive. With the default thresholds, the garbage

@@ -126,6 +126,7 @@ def expected(arrays: list[np.ndarray], options: dict, seed: int = SEED) -> np.nd
 
 @case
 @both_frameworks
+@pytest.mark.sample(6)
 def test_it_is_attention(framework: Framework, name):
     """Compare with NumPy, whole and blockwise, in float64 within 1e-12 in norm."""
     arrays, options = inputs(**CASES[name])
@@ -147,6 +148,7 @@ BACKWARD = ("a query that sees nothing", "two batches", "eight heads over two")
     "name",
     [*BACKWARD, *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n not in BACKWARD)],
 )
+@pytest.mark.sample(1)
 def test_the_frameworks_agree_forward_and_backward(name):
     """Float64 agrees within 1e-12 in norm and float32 within 2e-6, whole and blockwise."""
     arrays, options = inputs(**CASES[name])
@@ -163,6 +165,7 @@ def test_the_frameworks_agree_forward_and_backward(name):
 
 @both_frameworks
 @pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
+@pytest.mark.sample(3)
 def test_every_form_drops_the_same_weights(framework: Framework, shared):
     """With unit vectors as values, zeros are dropped weights; the false-alarm rate is 2e-7."""
     arrays, options = inputs(broadcast_dropout=shared)
@@ -441,6 +444,7 @@ def test_a_scale_that_is_no_finite_number_is_refused(framework: Framework, scale
 
 @both_frameworks
 @pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.sample(3)
 def test_a_changing_scale_is_that_of_the_number_and_of_nan_nan(framework: Framework, block_size):
     q, k, v = (framework.array(x.astype(np.float32)) for x in inputs()[0][:3])
     attend = lambda scale: framework.library.dot_product_attention(

@@ -111,6 +111,7 @@ def expected(name: str) -> tuple[np.ndarray, ...]:
 @cases
 @both_frameworks
 @pytest.mark.parametrize("block_size", [None, 2])
+@pytest.mark.sample(3)
 def test_results_residuals_and_gradients_are_those_of_jax_nn(framework, name, block_size):
     arrays, options = inputs(**CASES[name])
     options = {
@@ -132,6 +133,7 @@ def test_results_residuals_and_gradients_are_those_of_jax_nn(framework, name, bl
 @both_frameworks
 @pytest.mark.parametrize("block_size", [None, 2])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.sample(3)
 def test_the_residual_precedes_dropout_and_has_the_dtype_of_the_arrays(
     framework: Framework, block_size, dtype
 ):

@@ -105,6 +105,7 @@ def check(name: str, inputs: list[np.ndarray], blocks: tuple[int, ...], **option
 
 @both_frameworks
 @pytest.mark.parametrize("option", ["local window", "lengths", "all"])
+@pytest.mark.sample(4)
 def test_what_a_query_may_attend_to_changes_no_mask(framework: Framework, option):
     """A weight is zero where it is dropped without the arguments, or where these exclude it."""
     sampler = framework.library.bernoulli

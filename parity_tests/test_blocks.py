@@ -92,6 +92,7 @@ def oracle(case: Case, rate: float, seed: int = 11) -> np.ndarray:
 
 @each_case
 @both_frameworks
+@pytest.mark.sample(8)
 def test_the_mask_and_the_scale_are_those_of_the_published_formula(framework: Framework, case):
     x, ct = inputs(case.shape)
     keep = oracle(case, 0.3)
@@ -116,6 +117,7 @@ def test_the_mask_and_the_scale_are_those_of_the_published_formula(framework: Fr
         (np.float32(1), 0.0, {"with_noise": True}),
     ],
 )
+@pytest.mark.sample(10)
 def test_the_options_of_timm(framework: Framework, rate, gamma_scale, options):
     """Scaled gamma, no scale of kept elements, and noise instead of zeros."""
     case = Case((2, 9, 8, 3), 3, gamma_scale=gamma_scale)

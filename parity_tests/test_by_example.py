@@ -42,6 +42,7 @@ def call(framework: Framework, name: str, x: np.ndarray, sampler: Any, **options
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.sample(3)
 def test_every_split_of_a_batch_draws_the_masks_of_the_whole(name):
     whole = [call(each, name, BATCH, each.library.bernoulli) for each in FRAMEWORKS]
     np.testing.assert_array_equal(*whole)
@@ -97,6 +98,7 @@ SMALL = np.ones((64, 4, 20), np.float32)  # the batch packs along its rows, one 
 
 
 @pytest.mark.parametrize("bits", [5, 16])
+@pytest.mark.sample(1)
 def test_packed_masks(bits):
     results = []
     for framework in FRAMEWORKS:

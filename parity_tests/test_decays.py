@@ -309,6 +309,7 @@ DECAYS = [
 
 
 @pytest.mark.parametrize("decay", DECAYS, ids=str)
+@pytest.mark.sample(3)
 def test_three_parties_take_the_same_steps(decay):
     reference, in_jax, in_torch = (walk(decay) for walk in WALKS.values())
     assert_same_at_every_step(in_torch, reference, FLOAT64, names=("regtorch", "NumPy"))

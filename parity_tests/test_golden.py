@@ -17,6 +17,7 @@ COMPILED = "20e5cb45985f0b53"
 
 @both_frameworks
 @pytest.mark.parametrize("golden", MASKS, ids=str)
+@pytest.mark.sample(9)
 def test_masks(framework: Framework, golden: Golden):
     draw = getattr(framework.library, golden.sampler)
     mask = draw(framework.key(golden.seed), golden.keep_prob, golden.shape, **golden.options)

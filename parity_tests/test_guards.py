@@ -112,6 +112,7 @@ def without_advice(report: Any) -> str:
 
 
 @pytest.mark.parametrize(("keys_of", "options", "how", "expected"), CASES.values(), ids=CASES)
+@pytest.mark.sample(3)
 def test_both_frameworks_report_the_same(keys_of, options, how, expected):
     in_jax, in_torch = (check(framework, keys_of, options, how) for framework in FRAMEWORKS)
     assert [finding.problem.name for finding in in_jax.findings] == expected

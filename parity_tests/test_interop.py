@@ -70,6 +70,7 @@ SLOW = pytest.param("muon-one-cycle", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [*CASES, *(n for n in SCHEDULED if n != "muon-one-cycle"), SLOW])
+@pytest.mark.sample(4)
 def test_a_run_continues_in_jax_and_back(name):
     case = (CASES | SCHEDULED)[name]
     tier = replace(FLOAT64, tolerance=case.tolerance)

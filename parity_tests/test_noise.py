@@ -44,6 +44,7 @@ def vjp(framework: Framework, name: str, amount: Any, x: np.ndarray, cotangent: 
     + [(*pair, dtype) for pair in AMOUNTS[::2] for dtype in DTYPES[1:]],
     ids=str,
 )
+@pytest.mark.sample(3)
 def test_forward_and_backward_agree_in_every_bit(name, amount, dtype):
     for value in (amount, np.float32(amount)):
         with jax.enable_x64(dtype.itemsize == 8):

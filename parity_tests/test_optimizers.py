@@ -39,6 +39,7 @@ def jax_runs(optimizer: str, dtype: str) -> dict[str, Run]:
 
 @pytest.mark.parametrize("tier", [FLOAT64, FLOAT32], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.sample(16)
 def test_three_parties_take_the_same_steps(case, tier):
     if tier is FLOAT64:
         tier = replace(tier, tolerance=case.float64)

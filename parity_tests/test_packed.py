@@ -46,6 +46,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("shape", "bits", "keep_prob"), TABLE, ids=str)
+@pytest.mark.sample(3)
 def test_both_frameworks_and_both_kinds_of_keep_prob_agree(shape, bits, keep_prob):
     if bits == 1 and keep_prob not in (0, 0.5, 1):
         keep_prob = 0.6
@@ -70,6 +71,7 @@ def packed(framework: Framework, shape, bits, keep_prob):
 @both_frameworks
 @pytest.mark.parametrize("keep_prob", [1e-3, 0.1, 0.37, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("shape", [(1024, 512), (16, 64, 128)], ids=str)
+@pytest.mark.sample(9)
 def test_packed_masks_are_fair(framework: Framework, keep_prob, shape):
     mask = draw(framework, 1, keep_prob, shape)
     realized = round(keep_prob * 2**16) / 2**16
@@ -91,6 +93,7 @@ def test_dropout_scales_by_what_is_really_kept(framework: Framework, bits):
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.sample(3)
 def test_both_frameworks_agree_in_every_bit_forward_and_backward(rate, traced):
     def run(framework: Framework):
         sampler = framework.library.packed_bernoulli

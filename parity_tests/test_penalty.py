@@ -88,6 +88,7 @@ def _added(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> dict[st
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.sample(13)
 def test_three_parties_agree(name, dtype, mask):
     arrays = _arrays(dtype)
     # A zero, at which signs and moduli have no derivative.

@@ -176,6 +176,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("defect", PLANTED)
+@pytest.mark.sample(8)
 def test_planted_defect_is_caught_by_the_loosest_tier(defect):
     right, wrong, make = PLANTED[defect]
     in_jax, in_torch = walk_jax(wrong, SMALL["float32"], make), walk_torch(right, SMALL["float32"])
@@ -236,6 +237,7 @@ OPTAX = {
 
 
 @pytest.mark.parametrize(("case", "tier", "make"), OPTAX.values(), ids=OPTAX)
+@pytest.mark.sample(6)
 def test_optax_itself_is_caught(case, tier, make):
     # optax raises a float to the integer count, which strict promotion forbids.
     with jax.numpy_dtype_promotion("standard"):

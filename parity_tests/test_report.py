@@ -100,6 +100,7 @@ SLOW = ("training/convolutional", "training/encoder")
         for check in checks.all_checks()
     ],
 )
+@pytest.mark.sample(4)
 def test_every_check_passes(check):
     entry = program.run(check, quick=True)
     assert entry.outcome is not None

@@ -307,6 +307,7 @@ def test_tables_agree(model):
     }
 
 
+@pytest.mark.sample(1)
 def test_training_agrees(model):
     in_jax = _jax_run(model, lambda params: _adamw(regjax.decay_mask(params)))
     in_torch = _torch_run(model, lambda module: regtorch.decay_groups(module, WEIGHT_DECAY))

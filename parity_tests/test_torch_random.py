@@ -52,6 +52,7 @@ def differences(call, **options):
     [pytest.param(c, marks=[] if c in FAST else [pytest.mark.slow]) for c in CALLS],
     ids=str,
 )
+@pytest.mark.sample(9)
 def test_value_and_state_equal_torchs(call):
     if call.needs_avx2 and not HAS_AVX2:
         pytest.skip("PyTorch rounds otherwise on a CPU without AVX2")

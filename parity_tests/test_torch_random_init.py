@@ -65,6 +65,7 @@ def state_is_torchs(g):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("seed", [3])
+@pytest.mark.sample(5)
 def test_an_initializer_equals_torchs(name, seed):
     ours, theirs, shape, arguments = FUNCTIONS[name]
     torch.manual_seed(seed)
@@ -89,6 +90,7 @@ def disagreements(model, params, g):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sample(15)
 def test_initial_parameters_equal_torchs(name):
     for seed in (0, 11):
         model, structure, g = constructed(CASES[name], seed)

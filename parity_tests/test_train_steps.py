@@ -84,6 +84,7 @@ def place_of(found):
     ids=["float32", "float64"],
 )
 @pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.sample(3)
 def test_a_feature_agrees_and_a_defect_in_it_is_found(feature, tier):
     in_jax, in_torch, defect, where = FEATURES[feature]
 

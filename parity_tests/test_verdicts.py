@@ -177,6 +177,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("defect", WRONG)
+@pytest.mark.sample(3)
 def test_a_defect_is_found_at_the_first_step_and_its_place(defect):
     dtype, optimizer, options = WRONG[defect]
     quantity, name, words = PLACES[defect]

@@ -155,6 +155,7 @@ def linear(weights: Any, xs: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.sample(1)
 def test_training_with_a_wrapped_module_is_that_of_the_tree(name):
     """Compare states and gradients within 1e-12 in norm over five steps of SGD."""
     make, rule = MODULES[name]

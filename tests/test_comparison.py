@@ -48,6 +48,7 @@ def skip_other_versions(library: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "library"), PROBED)
+@pytest.mark.sample(22)
 def test_a_cell_is_what_its_probe_finds(name, library):
     skip_other_versions(library)
     assert false_cells(name, library, CELLS) == []

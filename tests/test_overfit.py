@@ -280,6 +280,7 @@ def test_results_that_cannot_be_saved_get_one_line(capsys, monkeypatch, tmp_path
     ("optimizer", "name"),
     [*(("adam", name) for name in NAMES), ("sgd", "weight_decay"), ("adamw", "weight_decay")],
 )
+@pytest.mark.sample(3)
 def test_both_frameworks_agree_at_every_evaluation(name, optimizer):
     """The masks are the same, so the curves differ by float32 rounding only."""
     jax, torch = (

@@ -185,6 +185,7 @@ WORDS += [(shape, 0xE666, 16) for shape in ((2, 96, 24), (3, 32, 64, 2), (64, 64
 
 @both_frameworks
 @pytest.mark.parametrize(("shape", "threshold", "bits"), WORDS)
+@pytest.mark.sample(5)
 def test_packed_words(framework: Framework, shape, threshold, bits):
     keep_prob = threshold / 2**bits
     expected = reference.packed_bernoulli((0, 9), threshold, shape, bits)

@@ -214,6 +214,7 @@ OUTPUTS = [
 
 
 @pytest.mark.parametrize(("name", "dtype"), OUTPUTS)
+@pytest.mark.sample(3)
 def test_the_same_outputs(name, dtype):
     port = PORTS[name]
     model = randomized(Original(), dtype)
@@ -247,6 +248,7 @@ def _channels_first(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("framework", "axes", "groups"), CONVOLUTIONS)
+@pytest.mark.sample(3)
 def test_convolutions(framework, axes, groups):
     # With two groups, the kernel has as many input channels as elements along its axes.
     channels, size = 4, (2, 3, 2)[:axes]

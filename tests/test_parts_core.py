@@ -72,6 +72,7 @@ def draw_part(
 @both_frameworks
 @pytest.mark.parametrize("bits", [None, 5])
 @pytest.mark.parametrize(("whole", "part"), PARTS, ids=str)
+@pytest.mark.sample(14)
 def test_a_part_is_that_of_the_whole_mask(framework: Framework, whole, part, bits):
     sampler = sampler_of(framework, bits)
     places = [

@@ -322,6 +322,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("group", "name"), MATRIX)
+@pytest.mark.sample(3)
 def test_no_setting_changes_results(group, name):
     setting, impl = SETTINGS[name], "rbg" if name == "rbg keys" else None
     reference, given = program(group, impl), keys()

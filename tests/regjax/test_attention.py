@@ -51,6 +51,7 @@ def test_derivatives_of_every_kind(block_size):
 
 
 @both_forms
+@pytest.mark.sample(1)
 def test_vmap_scan_and_remat_change_nothing(block_size):
     q, k, v = qkv()
     run = functools.partial(attend, block_size=block_size)
@@ -210,6 +211,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("specs", LAYOUTS.values(), ids=LAYOUTS)
 @both_forms
+@pytest.mark.sample(3)
 def test_on_many_devices(specs, kind, block_size):
     """Sharded results equal those of one device, with no communication."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)

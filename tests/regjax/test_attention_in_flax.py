@@ -24,6 +24,7 @@ def qkv(batch: int = 2, length: int = 7, heads: int = 2, depth: int = 4):
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "each"])
+@pytest.mark.sample(1)
 def test_in_linen_the_mask_is_that_of_linen_s_own_function(shared):
     """Float32 agrees within 1e-6, since sums have another order; masks would differ by 0.1."""
     x = jax.random.normal(jax.random.key(1), (2, 6, 8))
@@ -210,6 +211,7 @@ def test_promote_dtype_is_called_as_in_nnx(block_size):
 
 
 @both_forms
+@pytest.mark.sample(1)
 def test_einsum_dot_general_computes_both_products(block_size):
     """A function that doubles every product, as in Linen, with gradients."""
 

@@ -153,6 +153,7 @@ def test_the_key_is_consumed():
 
 
 @pytest.mark.parametrize("loop", ["scan", "unrolled", "attention in blocks"])
+@pytest.mark.sample(1)
 def test_the_guard_knows_parts_of_one_batch(loop):
     """One key for all parts is no repeated mask; the same examples twice are one."""
     x = jax.random.normal(jax.random.key(8), (6, 5, 2, 4))

@@ -86,6 +86,7 @@ for f in (call, slope, deep, mapped, again, sums):
 
 
 @pytest.mark.parametrize("name", ["eager", "eager vmap", "closed over", "filter_jit, call"])
+@pytest.mark.sample(3)
 def test_where_1_minus_p_rounds_otherwise_the_bits_are_theirs(name):
     # Under jit Equinox subtracts in float32, which changes the last bit and its inverse.
     assert 1 / np.float32(1 - 0.285) != 1 / (1 - np.float32(0.285))
@@ -99,6 +100,7 @@ def test_where_1_minus_p_rounds_otherwise_the_bits_are_theirs(name):
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.sample(3)
 def test_in_every_situation_the_bits_are_theirs(name, leaning):
     of_equinox, of_regjax = (
         SITUATIONS[name](Dropout(0.1), X) for Dropout in (eqx.nn.Dropout, regjax.equinox.Dropout)
@@ -508,6 +510,7 @@ def walk(Model, batches, Dropout):
         pytest.param(Transformer, text, 0, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_run_of_training_has_the_same_bits(Model, batches, tolerance, leaning):
     of_equinox, of_regjax = (
         walk(Model, batches, Dropout) for Dropout in (eqx.nn.Dropout, regjax.equinox.Dropout)

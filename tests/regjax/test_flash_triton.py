@@ -111,6 +111,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
+@pytest.mark.sample(3)
 def test_a_transposed_tile_has_the_same_mask(name):
     key = TileKey((jnp.uint32(3), jnp.uint32(4)), jnp.uint32(0), jnp.bool_(False))
     starts = Starts((jnp.uint32(0), jnp.uint32(1)), *(jnp.uint32(n) for n in (2, 32, 64)))

@@ -82,6 +82,7 @@ for name, f in JITTED.items():
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
+@pytest.mark.sample(3)
 def test_in_every_situation_the_bits_are_theirs(name, leaning):
     of_haiku, of_regjax = (
         SITUATIONS[name](dropout, 0.1, X) for dropout in (hk.dropout, regjax.haiku.dropout)
@@ -232,6 +233,7 @@ FAMILY = {
 
 
 @pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.sample(6)
 def test_a_function_of_the_family_is_that_of_the_library(name):
     inputs, options, function = FAMILY[name]
     amount = {"gaussian_noise": "stddev"}.get(name, "rate")
@@ -309,6 +311,7 @@ def walk(network, rates, batches, dropout):
         pytest.param(transformer, (0.1, 0.1, 0.3, 0.2), text, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_a_run_of_training_has_the_same_bits(network, rates, batches, leaning):
     of_haiku, of_regjax = (
         walk(network, rates, batches, d) for d in (hk.dropout, regjax.haiku.dropout)

@@ -219,6 +219,7 @@ def attention_masks(model, **options):
 
 
 @pytest.mark.parametrize("model", [LinenAttention, NnxAttention])
+@pytest.mark.sample(1)
 def test_attention_shares_its_mask_unless_told_otherwise(model):
     for broadcast, shape in ((None, (1, 1, 5, 5)), (True, (1, 1, 5, 5)), (False, (3, 2, 5, 5))):
         (mask,) = attention_masks(model(), broadcast_dropout=broadcast)

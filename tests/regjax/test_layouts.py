@@ -61,6 +61,7 @@ def specs(shape: tuple[int, ...], names: tuple[str, ...], sizes: dict[str, int])
 )
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.sample(3)
 def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape, shapes):
     names = ("a", "b")[: len(mesh_shape)]
     mesh = jax.make_mesh(mesh_shape, names, axis_types=(kind,) * len(names))
@@ -85,6 +86,7 @@ def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape, shapes):
 
 @pytest.mark.parametrize("shape", [(7, 9), (33, 5), (8, 509), (63, 96)], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.sample(4)
 def test_odd_sizes_shared_unevenly(name, shape):
     """Unevenly sharded arrays exist only inside a program, where XLA pads them."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
@@ -104,6 +106,7 @@ def test_odd_sizes_shared_unevenly(name, shape):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.sample(3)
 def test_each_device_makes_its_own_part_and_no_more(name, kind, axis):
     """Count operations: a mask that is replicated would need eight times as many."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))
@@ -119,6 +122,7 @@ def test_each_device_makes_its_own_part_and_no_more(name, kind, axis):
 
 @pytest.mark.parametrize("shared", [(0,), (1,), (0, 1), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
+@pytest.mark.sample(3)
 def test_a_dimension_that_shares_a_mask_may_be_sharded(kind, shared):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
     key, x = jax.random.key(4), jnp.ones((2, 8, 16))
@@ -194,6 +198,7 @@ print("agreed on", len(mask.addressable_shards), "of", mask.sharding.num_devices
 """
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_draw_one_mask(unused_port):
     environment = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"

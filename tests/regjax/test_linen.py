@@ -93,6 +93,7 @@ def models(Dropout):
         pytest.param("transformer", text, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(1)
 def test_a_run_of_training_has_the_same_bits(name, batches):
     def walk(Dropout):
         model, optimizer, data = models(Dropout)[name], optax.adam(2e-2), batches(steps=25)
@@ -192,6 +193,7 @@ def places(Dropout):
 
 
 @pytest.mark.parametrize("place", places(REGJAX))
+@pytest.mark.sample(3)
 def test_the_same_path_gives_the_same_values(place):
     rngs = {"dropout": KEY, "noise": jax.random.key(4), "params": jax.random.key(5)}
     run = lambda Dropout: places(Dropout)[place].apply({}, X, rngs=rngs)
@@ -203,6 +205,7 @@ def test_the_same_path_gives_the_same_values(place):
 
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(3)], ids=["typed", "raw"])
 @pytest.mark.parametrize(("shape", "rate"), [((63, 65), 0.123), ((64, 64), 0.1)], ids=str)
+@pytest.mark.sample(3)
 def test_a_given_key_gives_the_values_and_gradients(key, shape, rate):
     """Sizes below and above the threshold for the sampler of regjax."""
     x = jnp.linspace(-2.0, 3.0, shape[0] * shape[1]).reshape(shape)
@@ -218,6 +221,7 @@ def test_a_given_key_gives_the_values_and_gradients(key, shape, rate):
     chex.assert_trees_all_equal(jax.vjp(of_regjax, x)[0], of_regjax(x))  # unlike in Linen
 
 
+@pytest.mark.slow
 def test_a_small_sum_of_what_is_dropped_has_the_same_bits():
     """Compare the gradient of a bias, whose terms XLA sums in the loop that drops them."""
     x = jax.random.normal(KEY, (8, 16, 16))

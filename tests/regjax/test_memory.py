@@ -56,6 +56,7 @@ def test_dropout_alone_takes_no_memory(shape):
 
 
 @pytest.mark.parametrize(("name", "buffers"), [("exact", 1), ("packed", 2)])
+@pytest.mark.sample(1)
 def test_a_scan_stores_no_masks_however_many_layers_it_has(name, buffers):
     """On CPUs loops use buffers of one layer, independent of the depth."""
     few, many = growth(dropout(SAMPLERS[name]))

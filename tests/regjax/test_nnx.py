@@ -96,6 +96,7 @@ def models(Dropout):
         pytest.param("transformer", text, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.sample(1)
 def test_a_run_of_training_has_the_same_bits(name, batches):
     @nnx.jit
     def step(model, optimizer, batch):
@@ -207,6 +208,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.sample(7)
 def test_the_same_streams_give_the_same_values(place):
     of_regjax, of_flax = PLACES[place](REGJAX), PLACES[place](FLAX)
     assert_same_eagerly(of_regjax, of_flax)

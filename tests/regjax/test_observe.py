@@ -61,6 +61,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize(("run", "draws"), RUNS.values(), ids=RUNS)
+@pytest.mark.sample(8)
 def test_every_draw_is_told_once(run, draws):
     before = run(X)
     drawn, _ = watch(lambda: np.testing.assert_array_equal(run(X), before))
@@ -225,6 +226,7 @@ class Names:
 
 @pytest.mark.wrong_types
 @pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.sample(3)
 def test_every_layer_is_recorded_under_the_name_of_its_function(framework):
     for name, run in runs_of(framework):
         names = Names()
@@ -244,6 +246,7 @@ def attention(key, factor=1.0, **options):
 
 
 @pytest.mark.parametrize("block_size", [None, 3])
+@pytest.mark.sample(1)
 def test_attention_is_recorded_once_for_each_row_under_a_gradient(block_size):
     """Rows share a key and arrive in any order; the blocks of each row are assembled."""
     loss = lambda factor: attention(KEY, factor, block_size=block_size).sum()
@@ -279,6 +282,7 @@ UNDER_CHECKS = [
 
 
 @pytest.mark.parametrize(("name", "setting"), UNDER_CHECKS)
+@pytest.mark.sample(3)
 def test_observers_and_guards_under_the_checks_of_jax(name, setting):
     """Observation uses each key once, and leaks no tracer."""
     run = CHECKED[name]

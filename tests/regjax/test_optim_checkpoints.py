@@ -62,6 +62,7 @@ def test_every_optimizer_is_in_the_table():
 
 @pytest.mark.parametrize("through", [through_orbax, through_flax, through_pickle])
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.sample(31)
 def test_a_state_is_restored_bit_for_bit(tmp_path, name, through):
     optimizer, params = OPTIMIZERS[name]
     # Different values everywhere, so that exchanged leaves are found.

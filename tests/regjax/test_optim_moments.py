@@ -82,6 +82,7 @@ def test_a_moment_needs_a_float_dtype(make, option, options, field, dtype):
 
 @pytest.mark.parametrize("kind", [jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto])
 @each_optimizer
+@pytest.mark.sample(15)
 def test_the_state_is_sharded_as_the_parameters(optimizer, kind):
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind,) * 2)
     spec = jax.P("x", None)

@@ -22,6 +22,7 @@ from tests.regjax.optimizers import (
 
 
 @each_variant
+@pytest.mark.sample(5)
 def test_one_compilation_walks_as_a_loop_does(variant):
     params, gradient = variant.problem
     halved = lambda count: 0.1 / (1.0 + count.astype(float))
@@ -46,6 +47,7 @@ def test_one_compilation_walks_as_a_loop_does(variant):
 
 
 @each_variant
+@pytest.mark.sample(9)
 def test_a_traced_learning_rate(variant):
     # The root of the square of a zero gradient has no derivative.
     params, gradient = variant.problem
@@ -153,6 +155,7 @@ INJECTED = {
 
 
 @pytest.mark.parametrize(("name", "make", "given"), [(k, *v) for k, v in INJECTED.items()])
+@pytest.mark.sample(5)
 def test_injected_hyperparameters(name, make, given):
     params, gradient = VARIANTS[name.split("-")[0]].problem
     expected, expected_state = walk(make(**given), [gradient] * 3, params)
@@ -195,6 +198,7 @@ def test_an_injected_default_allocates_nothing(make, options, buffers):
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "radam", "adamax"])
+@pytest.mark.sample(3)
 def test_betas_can_be_injected(name):
     make, betas = getattr(optim, name), jnp.array([0.75, 0.875])
     expected = first_update(make(0.125, (0.75, 0.875)), PARAMS, GRADIENT)

@@ -23,6 +23,7 @@ PEERS = {
 
 @pytest.mark.parametrize("peer", PEERS.values(), ids=PEERS)
 @pytest.mark.parametrize("rate", RATES)
+@pytest.mark.sample(11)
 def test_the_values_are_those_of_the_peer(peer, rate):
     x = jnp.linspace(-3.0, 3.0, 257 * 64).reshape(257, 64)
     with jax.numpy_dtype_promotion("standard"):  # the peers require promotion
@@ -31,6 +32,7 @@ def test_the_values_are_those_of_the_peer(peer, rate):
 
 
 @pytest.mark.parametrize("shape", [(2**24,), (4096, 4096), (16, 64, 128, 128)], ids=str)
+@pytest.mark.slow
 def test_a_hundred_million_elements_equal_those_of_jax(shape):
     """Compare 10**8 elements: two rates and three shapes of 2**24, eager and jitted."""
     for rate, seed in ((0.9, 0), (0.123, 2**32 - 1)):

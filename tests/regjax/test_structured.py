@@ -110,6 +110,7 @@ def test_reuse_on_purpose_is_told_by_a_clone():
     "spec", [P("a"), P(None, "a"), P(None, None, None, "a"), P("a", None, "b")], ids=str
 )
 @pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
+@pytest.mark.sample(7)
 def test_blocks_are_the_same_on_every_mesh(axis_type, spec, share):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
     run = jax.jit(lambda x: block(x, 0.3, key=KEY, share_channels=share))

@@ -235,6 +235,7 @@ def assert_alike(case: str, results: tuple[Any, list[Any]]) -> None:
 
 
 @pytest.mark.parametrize("case", QUICK)
+@pytest.mark.sample(1)
 def test_two_ranks_train_as_one(quick, case):
     assert_alike(case, quick)
 
