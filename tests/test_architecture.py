@@ -276,3 +276,11 @@ def test_a_package_does_not_load_the_other_framework(package):
             assert framework is None or framework in after
     # torch loads NumPy if it is installed; regtorch does not require it.
     assert not loaded & (FOREIGN[package] - {"numpy"})
+
+
+@pytest.mark.slow
+def test_every_module_can_be_imported_with_the_names_of_its_annotations():
+    """No module imports another one in a circle, not even for annotations."""
+    pytest.importorskip("beartype")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.types_plugin"]
+    subprocess.run([*command, "tests/test_globs.py"], cwd=ROOT, check=True, timeout=300)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 from jax.custom_batching import custom_vmap
@@ -10,11 +10,11 @@ from jax.custom_batching import custom_vmap
 if TYPE_CHECKING:
     from jaxtyping import Array
 
-    from regjax.torch_random.state import TorchGenerator
+Generator = TypeVar("Generator")  # of a CPU, or of CUDA
 
 
 @custom_vmap
-def check_one_stream(g: TorchGenerator, x: Array) -> TorchGenerator:
+def check_one_stream(g: Generator, x: Array) -> Generator:
     """Return `g`. Under `jax.vmap` of `x` alone, raise a ValueError.
 
     PyTorch draws the masks of all rows from one stream, one after the other, whereas each row of a
@@ -26,8 +26,8 @@ def check_one_stream(g: TorchGenerator, x: Array) -> TorchGenerator:
 
 @check_one_stream.def_vmap
 def _map_both(
-    axis_size: int, in_batched: list[Any], g: TorchGenerator, x: Array
-) -> tuple[TorchGenerator, Any]:
+    axis_size: int, in_batched: list[Any], g: Generator, x: Array
+) -> tuple[Generator, Any]:
     del axis_size
     g_is_mapped, x_is_mapped = in_batched
     is_mapped = any(jax.tree.leaves(g_is_mapped))

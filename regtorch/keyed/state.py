@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from regtorch._random.keys import site_words
 
 if TYPE_CHECKING:
-    from regtorch.keyed.calls import Site
     from regtorch.keyed.examples import Examples
-    from regtorch.keyed.mode import KeyedMode
 
 
 @dataclasses.dataclass
@@ -90,7 +89,7 @@ class State:
     keys: Keys = dataclasses.field(default_factory=Keys)
     drawn: dict[str, str] = dataclasses.field(default_factory=dict)
     checked: set[str] = dataclasses.field(default_factory=set)
-    suspended: list[tuple[Call, KeyedMode]] = dataclasses.field(default_factory=list)
+    suspended: list[tuple[Call, TorchFunctionMode]] = dataclasses.field(default_factory=list)
     allowed: set[str] = dataclasses.field(default_factory=set)
     compared: int = 0
     batch_first: set[str] = dataclasses.field(default_factory=set)
@@ -101,6 +100,13 @@ class State:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what cannot be copied, and what the next `set_key` adds."""
         return vars(self) | {"method": None, "classes": frozenset(), "number": None}
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A site, of which its calls know the name only."""
+
+    name: str
 
 
 @dataclasses.dataclass
@@ -117,7 +123,7 @@ class Call:
         draws: The number of draws of each name in this call.
     """
 
-    site: Site
+    site: Named
     module: nn.Module
     frame: FrameType | None
     enters: bool = False
