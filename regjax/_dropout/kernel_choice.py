@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -100,15 +101,25 @@ def _deviation(
     sampler: MaskSampler, precision: Any, depth: int, features: int, dtype: str, tile: Any
 ) -> float:
     """Return the largest deviation of results and gradients, relative to the largest number."""
+    with interpreted_tile(tile), jax.default_device(jax.local_devices()[0]):
+        solutions = problem(sampler, precision, depth, features, dtype, tile or _TILE)
+        found, expected = (jax.jit(solve)() for solve in solutions)
+        return max(_relative(*pair) for pair in zip(found, expected, strict=True))
+
+
+def problem(
+    sampler: MaskSampler,
+    precision: Any,
+    depth: int,
+    features: int,
+    dtype: str,
+    tile: tuple[int, int] = _TILE,
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return functions that compute a result and three gradients, in kernels and in blocks."""
     scores = Scores(depth**-0.5, is_causal=True, window=None, precision=precision, dot_general=None)
-    # Two tiles of queries and two of keys.
-    queries, keys = (2 * size for size in tile or _TILE)
+    queries, keys = (2 * size for size in tile)  # two tiles of each
     rng, root = jax.random.key(0, impl="threefry2x32"), jax.random.key(1)
     shapes = (queries, depth), (keys, depth), (keys, features), (queries, features)
-
-    def arrays() -> list[Array]:
-        parts = zip(jax.random.split(root, 4), shapes, strict=True)
-        return [jax.random.normal(k, (1, n, _HEADS, m), dtype) for k, (n, m) in parts]
 
     def in_kernels(*operands: Array) -> Array:
         return kernel_attention("pallas", scores, operands, None, sampler, rng, _RATE)
@@ -118,14 +129,14 @@ def _deviation(
         none = Allowed(None, None, None)
         return blockwise(blocks, sampler, query, key, value, None, none, rng, _RATE)[0]
 
-    def solve(attend: Any) -> Any:
-        *operands, changes = arrays()
+    def solve(attend: Callable[..., Array]) -> tuple[Array, ...]:
+        parts = zip(jax.random.split(root, 4), shapes, strict=True)
+        normal = [jax.random.normal(k, (1, n, _HEADS, m), dtype) for k, (n, m) in parts]
+        *operands, changes = normal
         result, pull_back = jax.vjp(attend, *operands)
         return result, *pull_back(changes)
 
-    with interpreted_tile(tile), jax.default_device(jax.local_devices()[0]):
-        found, expected = (jax.jit(functools.partial(solve, f))() for f in (in_kernels, in_blocks))
-        return max(_relative(*pair) for pair in zip(found, expected, strict=True))
+    return functools.partial(solve, in_kernels), functools.partial(solve, in_blocks)
 
 
 def _relative(found: Array, expected: Array) -> float:

@@ -1,6 +1,9 @@
 """The implementation of attention that is chosen by default, on a CPU that says it is a TPU."""
 
 import functools
+import importlib.util
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -148,3 +151,28 @@ def test_another_mask_is_a_failure(monkeypatch):
     for defect in defects.values():
         monkeypatch.setattr(kernel_choice, "kernel_attention", defect)
         assert deviation() > kernel_choice._TOLERANCE
+
+
+AOT = """
+import os
+from benchmarks.tpu_model import LIBTPU, devices
+os.environ.update(LIBTPU)
+import jax
+from jax.sharding import SingleDeviceSharding
+from regjax._dropout.kernel_choice import problem
+from regjax._random.packed import EXACT, PackedSampler, packed_bernoulli
+one = SingleDeviceSharding(devices("v5e:2x2")[0])
+packed = PackedSampler(packed_bernoulli)
+for case in (packed, None, 128, 128, "bfloat16"), (EXACT, None, 256, 64, "float32"):
+    for solve in problem(*case):
+        jax.jit(solve, out_shardings=one).lower().compile()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the compiler for TPUs, is not installed: pip install libtpu",
+)
+def test_the_problem_compiles_for_a_tpu():
+    subprocess.run([sys.executable, "-c", AOT], check=True, timeout=600)
