@@ -33,6 +33,7 @@ LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+_NO_ESTIMATE = 2**63 - 1
 CHIPS = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1", "v5e:16x16")
 
 NOTE = """\
@@ -112,8 +113,16 @@ def devices(chips: str) -> Sequence[Any]:
 
 
 def cycles(program: str) -> int:
-    """Return the number of cycles that XLA expects for all fusions of a program."""
-    return sum(int(count) for count in re.findall(r'"estimated_cycles":"(\d+)"', program))
+    """Return the number of cycles that XLA expects for all fusions of a program.
+
+    Fusions for which it has no estimate are left out.
+
+    Example:
+        >>> cycles('"estimated_cycles":"40" "estimated_cycles":"9223372036854775807"')
+        40
+    """
+    counts = map(int, re.findall(r'"estimated_cycles":"(\d+)"', program))
+    return sum(count for count in counts if count != _NO_ESTIMATE)
 
 
 if __name__ == "__main__":
