@@ -27,9 +27,13 @@ BOUND = 300  # seconds within which a failed job must end, on a busy machine
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
-    """Return variables that make processes share their compiled programs."""
+    """Return variables that make processes share their compiled programs.
+
+    The settings of `conftest.py` are left out: Flax's norms need promotion in float64.
+    """
+    own = "XLA_FLAGS", "JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"
     return {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        **{name: value for name, value in os.environ.items() if name not in own},
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -124,11 +125,22 @@ def remove_unfinished(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Keep Orbax from logging, with traces of its threads, the error that it raises anyway."""
+    """Keep Orbax from logging, with traces of its threads, the error that it raises anyway.
+
+    After an error, its threads may still call an event loop that is closed: the run ends then.
+    """
     logger = logging.getLogger("absl")
     before, logger.disabled = logger.disabled, True
+    hook = sys.unraisablehook
+
+    def unless_closed(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            hook(raised)
+
+    sys.unraisablehook = unless_closed
     try:
         yield
+        sys.unraisablehook = hook
     finally:
         logger.disabled = before
 
