@@ -38,8 +38,9 @@ CHIPS = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1", "v5e:16x16")
 
 NOTE = """\
 The bits of rbg keys come from the chip's own generator, which the model does not include, so these
-figures are too low. For (1, 2048, 2048) alone, XLA on v5e materializes the packed words 32 times;
-for (2048, 2048), or after a matrix product, it does not.
+figures are too low. With libtpu 0.0.42, XLA stores a copy of each packed word for each of its 32
+elements, unless all fit the fast memory; earlier versions did so for (1, 2048, 2048) on v5e only.
+In a program of both passes, Flax's mask is drawn once, and regjax's in each pass.
 
 In the unrolled steps with packed masks, XLA keeps the output of dropout in bfloat16 for the
 backward pass, since it does not expand words inside a matrix product. No mask is kept. On v6e and

@@ -193,6 +193,14 @@ def holds(page_words: str) -> str:
     )
 
 
+BOTH = r"forward \+ backward"
+
+
+def on_tpu(chip: str, passes: str, column: int) -> str:
+    """Return the estimate for an array of (8192, 8192) at rate 0.5."""
+    return span("tpu_model", rf"{chip}:2x2\S*, \(8192, 8192\) on each chip, {passes} . 0.5", column)
+
+
 def bundles(masks: str) -> str:
     """Return the range of the instructions of the kernels on v5e over those without dropout."""
     (row,) = rows("attention_kernel", rf"v5e:2x2 . {masks}")
@@ -240,6 +248,12 @@ FIGURES = {
         lambda: f"Flax's attention {temporary(7)} MB",
         lambda: f"needs {span('gpu_model', 'H100.*, forward . 0.5', 1)} copies on an H100",
         lambda: f"where Flax needs {span('gpu_model', 'H100.*, forward . 0.5', 3)}",
+        lambda: f"estimated at {on_tpu('v5e', 'forward', 2)} copies on a v5e",
+        lambda: f"copies on a v5e and {on_tpu('v6e', 'forward', 2)} on a v6e",
+        lambda: f"exact ones need {on_tpu('v5e', 'forward', 1)} and {on_tpu('v6e', 'forward', 1)}.",
+        lambda: f"needs {on_tpu('v5e', BOTH, 3)} copies of a v5e",
+        lambda: f"{on_tpu('v6e', BOTH, 3)} of a v6e and {on_tpu('tpu7x', BOTH, 3)} of a tpu7x",
+        lambda: f"the exact sampler {', '.join(on_tpu(c, BOTH, 1) for c in ('v5e', 'v6e'))} and",
     ],
 }
 
