@@ -126,7 +126,7 @@ def expected(arrays: list[np.ndarray], options: dict, seed: int = SEED) -> np.nd
 
 @case
 @both_frameworks
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_it_is_attention(framework: Framework, name):
     """Compare with NumPy, whole and blockwise, in float64 within 1e-12 in norm."""
     arrays, options = inputs(**CASES[name])
@@ -165,7 +165,7 @@ def test_the_frameworks_agree_forward_and_backward(name):
 
 @both_frameworks
 @pytest.mark.parametrize("shared", [False, True], ids=["each", "shared"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_every_form_drops_the_same_weights(framework: Framework, shared):
     """With unit vectors as values, zeros are dropped weights; the false-alarm rate is 2e-7."""
     arrays, options = inputs(broadcast_dropout=shared)
@@ -187,6 +187,7 @@ def test_every_form_drops_the_same_weights(framework: Framework, shared):
 @both_frameworks
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.sample(4)
 def test_half_types_have_their_softmax_in_float32(framework: Framework, dtype, block_size):
     """Scores above 40 would overflow the softmax in half types."""
     rng = np.random.default_rng(0)
@@ -358,6 +359,7 @@ def test_what_does_not_fit_is_named(framework: Framework, name, block_size):
 
 @both_frameworks
 @pytest.mark.parametrize("block_size", [None, 4])
+@pytest.mark.sample(2)
 def test_a_changing_rate(framework: Framework, block_size):
     """A traced rate equals the number to float32, and gives NaN out of range; 0 and 1 are exact."""
     arrays, _ = inputs()

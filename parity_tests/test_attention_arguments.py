@@ -111,7 +111,7 @@ def expected(name: str) -> tuple[np.ndarray, ...]:
 @cases
 @both_frameworks
 @pytest.mark.parametrize("block_size", [None, 2])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_results_residuals_and_gradients_are_those_of_jax_nn(framework, name, block_size):
     arrays, options = inputs(**CASES[name])
     options = {

@@ -136,6 +136,7 @@ def test_every_sampler_with_every_option_and_block_size(name, option):
 
 
 @both_frameworks
+@pytest.mark.sample(1)
 def test_the_mask_is_that_of_the_sampler(framework: Framework):
     """Of the whole weights, heads before queries; shared along batch and heads if asked."""
     for name, sampler in samplers(framework, 3).items():

@@ -41,7 +41,7 @@ def bias_z(draw, keep_prob: float, realized: float) -> float:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("keep_prob", KEEP_PROBS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_the_share_of_kept_elements_is_unbiased(name, keep_prob):
     draw, bits, rounded = SAMPLERS[name]
     realized = rounded(float(np.float32(keep_prob)) * 2**bits) / 2**bits

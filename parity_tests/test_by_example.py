@@ -42,7 +42,7 @@ def call(framework: Framework, name: str, x: np.ndarray, sampler: Any, **options
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_every_split_of_a_batch_draws_the_masks_of_the_whole(name):
     whole = [call(each, name, BATCH, each.library.bernoulli) for each in FRAMEWORKS]
     np.testing.assert_array_equal(*whole)

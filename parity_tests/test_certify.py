@@ -220,6 +220,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.sample(4)
 def test_a_script_is_refused_in_one_line(observe, case):
     change, message = REFUSED[case]
     with pytest.raises(InputError) as raised:

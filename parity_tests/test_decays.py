@@ -309,7 +309,7 @@ DECAYS = [
 
 
 @pytest.mark.parametrize("decay", DECAYS, ids=str)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_three_parties_take_the_same_steps(decay):
     reference, in_jax, in_torch = (walk(decay) for walk in WALKS.values())
     assert_same_at_every_step(in_torch, reference, FLOAT64, names=("regtorch", "NumPy"))
@@ -331,6 +331,7 @@ EQUAL = [
 
 @pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
 @pytest.mark.parametrize(("in_loss", "link"), EQUAL, ids=str)
+@pytest.mark.sample(16)
 def test_coupled_decay_is_the_penalty(in_loss, link, walk):
     assert_same_at_every_step(walk(in_loss), walk(link), FLOAT64, names=("loss", "transformation"))
 
@@ -549,6 +550,7 @@ def planted_in_jax() -> dict[str, Run]:
 
 
 @pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.sample(10)
 def test_planted_defect_is_caught(name):
     in_jax, in_torch = planted_in_jax()[name], walk_torch(PLANTED[name][0])
     with pytest.raises(AssertionError, match=r"regjax and regtorch diverge at step \d+ in"):

@@ -27,7 +27,7 @@ def vjp(framework: Framework, x: np.ndarray, cotangent: np.ndarray, rate: Any, *
 
 @each_option
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_forward_and_backward_agree_in_every_bit(dtype, options):
     x, cotangent = inputs((33, 5, 3), dtype)
     for rate in (0.15, np.float32(0.15)):
@@ -39,6 +39,7 @@ def test_forward_and_backward_agree_in_every_bit(dtype, options):
 @both_frameworks
 @each_option
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+@pytest.mark.sample(10)
 def test_the_formula_of_timm_and_torchvision(framework: Framework, rate, options):
     """A row or the batch is multiplied by Bernoulli(keep) / keep; timm's division is optional."""
     x = np.random.default_rng(0).normal(size=(64, 3, 2)).astype(np.float32)

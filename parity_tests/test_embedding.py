@@ -47,6 +47,7 @@ def of_rows(framework: Framework, ids: np.ndarray, rate: Any, weights: Any) -> A
 
 
 @pytest.mark.parametrize(("dtype", "rate"), CASES, ids=str)
+@pytest.mark.sample(2)
 def test_forward_and_backward_are_those_of_dropout_of_the_table(dtype, rate):
     """Results are bitwise identical; gradients sum rows in another order and agree to rounding."""
     ids = words()

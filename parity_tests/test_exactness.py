@@ -56,7 +56,7 @@ def equal_bits() -> None:
 
 
 @pytest.mark.parametrize(("case", "setting"), FAST, ids=str)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_thousand_steps(case, setting):
     found = measure(case, setting, STEPS)
     assert not found.broken, found
@@ -141,7 +141,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize(("case", "setting", "make"), PLANTED.values(), ids=PLANTED)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_planted_defect_is_caught(case, setting, make, contracts):
     found = measure(case, setting, STEPS, make)
     # Without fused multiply-adds this defect has no effect, and without equal bits no bound.

@@ -69,7 +69,7 @@ RUNS = [
 
 
 @pytest.mark.parametrize(("name", "optimizer"), RUNS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_float64_runs_are_the_same(name, optimizer):
     found = run(name, optimizer, 20, FLOAT64)
     found.raise_if_different()
@@ -167,7 +167,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize(("pair", "options", "where"), PLANTED.values(), ids=PLANTED)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_planted_defect_is_named_at_its_step_and_place(pair, options, where):
     with jax.enable_x64(True):
         both = sides(pair, **options, dtype="float64")
@@ -264,7 +264,7 @@ def test_a_nan_on_one_side_is_a_difference():
 
 
 @pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "Adamax", "Adadelta", "NAdam", "ASGD"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_the_state_of_other_optimizers_is_compared_too(name):
     make = getattr(regjax.optim, name.lower())
     theirs = lambda m: getattr(torch.optim, name)(m.parameters(), 1e-2)

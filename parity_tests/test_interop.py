@@ -172,6 +172,7 @@ def started_anew(first: TorchRun, run: JaxRun) -> None:
     "change", [second_rate_ignored, transpose_forgotten, count_off_by_one, started_anew]
 )
 @pytest.mark.parametrize("name", ["adam", "nadam"])
+@pytest.mark.sample(4)
 def test_a_defect_is_caught(name, change):
     """Test of the tests."""
     planted(name, lambda first, run: None)

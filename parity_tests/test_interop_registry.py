@@ -128,7 +128,7 @@ CASES["counting-lion-step"] = replace(CASES["counting-lion"], **SCHEDULED)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sample(6)
+@pytest.mark.sample(4)
 def test_a_run_continues_in_jax_and_back(name):
     case = CASES[name]
     (last, visited), whole = there_and_back(case), TorchRun(case)

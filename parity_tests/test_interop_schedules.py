@@ -47,7 +47,7 @@ def tabulated(name, steps):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_schedules(name):
     """Compare within 1e-14 of the largest rate of the group, which scales PyTorch's rounding."""
     rates = (0.1, 0.03, 0.7)

@@ -139,6 +139,7 @@ PORTS = [linen_port, nnx_port, equinox_port]
 
 
 @pytest.mark.parametrize("port", PORTS, ids=lambda port: port.__name__)
+@pytest.mark.sample(2)
 def test_an_unmodified_port_drops_the_same_elements(port):
     torch.manual_seed(0)
     reference = regtorch.keyed.convert(TorchModel())

@@ -56,7 +56,7 @@ def test_split_fold_in_and_bits_are_those_of_jax():
 
 @both_frameworks
 @pytest.mark.parametrize("keep_prob", KEEP_PROBS)
-@pytest.mark.sample(15)
+@pytest.mark.sample(9)
 def test_masks_are_those_of_jax_and_of_the_reference(framework: Framework, keep_prob):
     for shape in SHAPES:
         mask = framework.bernoulli(9, keep_prob, shape)

@@ -57,7 +57,7 @@ def _assert_three_agree(reference, in_jax, in_torch, tier):
 
 @pytest.mark.parametrize("dtype", PROBLEMS)
 @pytest.mark.parametrize("case", CASES_2D, ids=str)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_three_parties_take_the_same_steps(case, dtype):
     bound = case.float64 if dtype == "float64" else case.float32
     reference, in_torch = (walk(case, PROBLEMS[dtype]) for walk in (walk_numpy, walk_torch))
@@ -73,7 +73,7 @@ def torch_in_float64(monkeypatch):
 
 @pytest.mark.usefixtures("torch_in_float64")
 @pytest.mark.parametrize("case", CASES_2D, ids=str)
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_only_bfloat16_sets_them_apart(case):
     reference = walk_numpy(_with(case, ns_dtype="float64"), PROBLEMS["float64"])
     in_jax = jax_runs("float64", ns_dtype="float64")[case.name]

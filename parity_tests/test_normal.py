@@ -73,6 +73,7 @@ def test_variates_of_float64():
 @pytest.mark.parametrize(
     ("dtype", "x64"), [(d, d.itemsize == 8) for d in FLOATS] + [(FLOATS[0], True)]
 )
+@pytest.mark.sample(3)
 def test_both_frameworks_draw_the_same_bits(dtype, x64):
     shape = (3, 5, 8741)  # a little more than the 2**17 elements that regtorch draws at a time
     with jax.enable_x64(x64):

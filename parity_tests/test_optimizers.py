@@ -39,7 +39,7 @@ def jax_runs(optimizer: str, dtype: str) -> dict[str, Run]:
 
 @pytest.mark.parametrize("tier", [FLOAT64, FLOAT32], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.sample(16)
+@pytest.mark.sample(2)
 def test_three_parties_take_the_same_steps(case, tier):
     if tier is FLOAT64:
         tier = replace(tier, tolerance=case.float64)
@@ -90,6 +90,7 @@ SHRINKING = [
 
 # Without a gradient only the decay remains: 1 - lr * wd is rounded, and then the product.
 @pytest.mark.parametrize("case", SHRINKING, ids=str)
+@pytest.mark.sample(4)
 def test_decoupled_decay_has_the_bits_of_torch(case):
     # Muon requires matrices.
     problem = synthetic("float32", {"a/kernel": (40, 50), "a/bias": (1, 9)}, steps=30)

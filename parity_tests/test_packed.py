@@ -93,7 +93,7 @@ def test_dropout_scales_by_what_is_really_kept(framework: Framework, bits):
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_both_frameworks_agree_in_every_bit_forward_and_backward(rate, traced):
     def run(framework: Framework):
         sampler = framework.library.packed_bernoulli

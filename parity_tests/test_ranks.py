@@ -50,7 +50,7 @@ def sharded(request):
 
 
 @pytest.mark.parametrize("split", ["rows in order", "alternating rows", "micro-batches"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_ranks_draw_the_rows_of_a_sharded_batch(sharded, split):
     rows = torch.arange(ROWS)
     parts = {

@@ -108,7 +108,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("change", "where", "detail"), WRONG.values(), ids=WRONG)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_wrong_mask_is_reported_with_its_cause(change, where, detail):
     found = compare_training(port(**change), original(), [X] * 2, {"scale": "scale"})
     if where is None:

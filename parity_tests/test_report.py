@@ -100,7 +100,7 @@ SLOW = ("training/convolutional", "training/encoder")
         for check in checks.all_checks()
     ],
 )
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_every_check_passes(check):
     entry = program.run(check, quick=True)
     assert entry.outcome is not None
@@ -112,6 +112,7 @@ def test_every_check_passes(check):
 
 
 @pytest.mark.parametrize("name", ["masks/jax", "dropout/float32", "peer/nnx"])
+@pytest.mark.sample(2)
 def test_a_planted_error_fails_a_check(monkeypatch, name):
     """Test of the tests: JAX draws with another key."""
     import jax

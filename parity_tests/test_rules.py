@@ -332,6 +332,7 @@ DEFECTS: dict[str, Callable[[str, Any, str], bool]] = {
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.sample(2)
 def test_a_wrong_rule_is_caught(defect):
     """Test of the test."""
     model = MODELS["cnn"]

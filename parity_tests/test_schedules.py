@@ -39,7 +39,7 @@ def rates(framework: Framework, name: str, start: float, end: float, steps: int,
 
 @pytest.mark.parametrize("name", ["linear_rate", "cosine_rate"])
 @pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.sample(4)
+@pytest.mark.sample(3)
 def test_the_same_bits_at_every_step(name, steps):
     at = np.unique(np.linspace(-3, min(steps * 1.1, 2**31 - 1), 10_000).astype(np.int32))
     at = np.r_[at, np.int32(steps - 1), np.int32(steps)]

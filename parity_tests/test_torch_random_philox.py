@@ -128,7 +128,7 @@ DTYPES = (np.float32, jnp.bfloat16, np.float16, np.float64)
         (np.float32, 8, H100, 4),
     ],
 )
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 def test_masks_equal_those_of_a_loop_over_threads(dtype, size, gpu, step):
     # At the second offset, the low word of the counter overflows.
     for offset, rate in ((8, 0.3), (2**34 - 4, 0.9)):

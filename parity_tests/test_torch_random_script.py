@@ -107,6 +107,7 @@ def first_difference(seed, epochs, **options):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.sample(2)
 def test_a_script_is_reproduced_from_its_seed(seed):
     with torch.random.fork_rng(devices=[]):
         assert first_difference(seed, epochs=5) == ""

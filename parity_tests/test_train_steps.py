@@ -84,7 +84,7 @@ def place_of(found):
     ids=["float32", "float64"],
 )
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_feature_agrees_and_a_defect_in_it_is_found(feature, tier):
     in_jax, in_torch, defect, where = FEATURES[feature]
 
@@ -241,6 +241,7 @@ def names_of(names, module):
 
 
 @pytest.mark.parametrize(("make", "names", "mean"), STATES.values(), ids=STATES)
+@pytest.mark.sample(2)
 def test_a_state_of_each_library_trains_the_same(make, names, mean):
     run = lambda original: compare_training(
         JaxStep(*make()), original, batches(3), names, ignore_buffers=BIASED, record=False

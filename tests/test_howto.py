@@ -33,7 +33,13 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = [*sorted((DOCS / "howto").glob("*.md")), DOCS / "decay_rules.md"]
 RECIPES = [page for page in PAGES if page.stem != "index"]
 # About ten seconds of one core each.
-SLOW = {"certify_a_port", "check_a_train_step", "compare_two_runs", "swap_the_import"}
+SLOW = {
+    "certify_a_port",
+    "check_a_train_step",
+    "compare_two_runs",
+    "port_a_pytorch_model",
+    "swap_the_import",
+}
 # tests/zoo runs these pages, which import timm and transformers.
 IN_ZOO = ("port_a_huggingface_model", "port_a_timm_model")
 KINDS = ("python", "pycon", "diff", "sh", "text", "hidden", "ebnf")

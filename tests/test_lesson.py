@@ -143,6 +143,7 @@ def as_a_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for page in PAGES
     ],
 )
+@pytest.mark.sample(1)
 def test_a_page_runs(page):
     namespace = {"__name__": page.stem}
     for cell in cells(page.read_text()):

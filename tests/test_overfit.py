@@ -280,7 +280,7 @@ def test_results_that_cannot_be_saved_get_one_line(capsys, monkeypatch, tmp_path
     ("optimizer", "name"),
     [*(("adam", name) for name in NAMES), ("sgd", "weight_decay"), ("adamw", "weight_decay")],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_both_frameworks_agree_at_every_evaluation(name, optimizer):
     """The masks are the same, so the curves differ by float32 rounding only."""
     jax, torch = (
@@ -303,6 +303,7 @@ def test_another_mask_gives_another_curve():
 
 @pytest.mark.parametrize("framework", TRAINS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.sample(2)
 def test_half_the_decay_in_the_loss_is_coupled_weight_decay(framework, optimizer):
     penalty, decay = (
         train(framework, name, steps=60, width=32, optimizer=optimizer).validation_loss

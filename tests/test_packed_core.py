@@ -159,6 +159,7 @@ LAYOUTS = [
 
 @only_jax
 @pytest.mark.parametrize(("shape", "spec", "expected"), LAYOUTS)
+@pytest.mark.sample(5)
 def test_words_have_the_sharding_of_their_elements_if_shards_hold_whole_words(
     framework: Framework, shape, spec, expected
 ):

@@ -214,7 +214,7 @@ OUTPUTS = [
 
 
 @pytest.mark.parametrize(("name", "dtype"), OUTPUTS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_the_same_outputs(name, dtype):
     port = PORTS[name]
     model = randomized(Original(), dtype)

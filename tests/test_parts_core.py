@@ -72,7 +72,7 @@ def draw_part(
 @both_frameworks
 @pytest.mark.parametrize("bits", [None, 5])
 @pytest.mark.parametrize(("whole", "part"), PARTS, ids=str)
-@pytest.mark.sample(14)
+@pytest.mark.sample(9)
 def test_a_part_is_that_of_the_whole_mask(framework: Framework, whole, part, bits):
     sampler = sampler_of(framework, bits)
     places = [
@@ -88,6 +88,7 @@ def test_a_part_is_that_of_the_whole_mask(framework: Framework, whole, part, bit
 
 @both_frameworks
 @pytest.mark.parametrize("bits", [None, 16])
+@pytest.mark.sample(2)
 def test_parts_of_an_unknown_number_of_examples(framework: Framework, bits):
     """The packed axis is then chosen from one example."""
     sampler = sampler_of(framework, bits)

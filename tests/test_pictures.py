@@ -220,7 +220,7 @@ def _unlabeled(figure: Figure) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 def test_every_text_is_readable_and_every_axis_labeled(name):
     assert not flaws(FIGURES[name]())
 

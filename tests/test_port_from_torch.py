@@ -28,7 +28,7 @@ def test_the_port_agrees(tmp_path, capsys):
         ("state", "in the state 'exp_avg"),
     ],
 )
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_mistake_is_reported_at_the_first_step(tmp_path, capsys, mistake, where):
     assert run(tmp_path, "--mistake", mistake) == 1
     assert f"diverge at step 26, {where}" in capsys.readouterr().out

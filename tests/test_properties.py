@@ -123,7 +123,7 @@ def apply(framework: Framework, call: Any, **key_or_flag: Any) -> tuple[Any, Any
 @pytest.mark.parametrize("name", OPTIONS)
 @examples(5)
 @given(data=st.data(), seed=seeds)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_both_packages_compute_the_same_bits(name, data, seed):
     call = data.draw(calls(name))
     in_jax, in_torch = (

@@ -35,6 +35,7 @@ def test_whole(case):
         (["-m", "not slow", "--cases", "2"], [[0, 9], [1], [0, 3]]),
     ],
 )
+@pytest.mark.sample(2)
 def test_the_cases_of_a_table(tmp_path, options, cases):
     root = Path(__file__).parent.parent
     for name in ("conftest.py", "pyproject.toml"):

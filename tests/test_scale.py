@@ -100,6 +100,7 @@ def test_a_program_larger_than_the_memory_is_only_compiled(monkeypatch):
 
 
 @pytest.mark.parametrize("axis", ["elements", "sites", "leaves"])
+@pytest.mark.sample(2)
 def test_a_quick_axis_compares_every_candidate(monkeypatch, axis):
     """Two small sizes of each program."""
     for name in ("ELEMENTS", "SITES", "LEAVES"):

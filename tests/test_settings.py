@@ -322,7 +322,7 @@ MATRIX = [
 
 
 @pytest.mark.parametrize(("group", "name"), MATRIX)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_no_setting_changes_results(group, name):
     setting, impl = SETTINGS[name], "rbg" if name == "rbg keys" else None
     reference, given = program(group, impl), keys()
@@ -365,6 +365,7 @@ ALONE = [
 
 
 @pytest.mark.parametrize(("case", "name"), ALONE)
+@pytest.mark.sample(2)
 def test_no_setting_changes_functions_of_functions(case, name):
     reference, key = case(KEY), jax.random.clone(KEY)
     with SETTINGS[name].enter():

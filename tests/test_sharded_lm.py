@@ -265,6 +265,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.sample(6)
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     saved(tmp_path, 10, 20)
     DAMAGES[damage](tmp_path / "00000020")

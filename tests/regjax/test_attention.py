@@ -211,7 +211,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("specs", LAYOUTS.values(), ids=LAYOUTS)
 @both_forms
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_on_many_devices(specs, kind, block_size):
     """Sharded results equal those of one device, with no communication."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind,) * 2)

@@ -58,6 +58,7 @@ def test_a_sharded_batch_is_drawn_without_communication(sampler, kind, spec):
 
 
 @samplers
+@pytest.mark.sample(2)
 def test_in_shard_map_each_device_draws_its_part_of_the_whole(sampler):
     """Without an index of the device folded into the key."""
     expected = drop(X[ROWS], ROWS, sampler=sampler)

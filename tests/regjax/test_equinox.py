@@ -100,7 +100,7 @@ def test_where_1_minus_p_rounds_otherwise_the_bits_are_theirs(name):
 
 
 @pytest.mark.parametrize("name", SITUATIONS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_in_every_situation_the_bits_are_theirs(name, leaning):
     of_equinox, of_regjax = (
         SITUATIONS[name](Dropout(0.1), X) for Dropout in (eqx.nn.Dropout, regjax.equinox.Dropout)
@@ -354,6 +354,7 @@ class Layer(NamedTuple):
 
 
 @every_layer
+@pytest.mark.sample(5)
 def test_a_layer_is_its_function(name):
     one, (_, function, together) = a_layer(name), FAMILY[name]
     assert same_bits(one.call(one.layer, X, key=KEY), function(X, 0.4, key=KEY))
@@ -380,6 +381,7 @@ def test_a_layer_evaluates_and_asks_for_what_is_missing(name):
 
 
 @every_layer
+@pytest.mark.sample(6)
 def test_mapped_over_a_batch_with_traced_leaves_each_example_draws_for_itself(name):
     one, keys = a_layer(name), jax.random.split(KEY, 8)
     alone = [one.call(one.layer, X, key=key) for key in keys]

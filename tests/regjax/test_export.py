@@ -123,6 +123,7 @@ GROUPS = {
 @pytest.mark.parametrize(
     "group", [pytest.param(g, marks=[pytest.mark.slow] * (g != "functions")) for g in GROUPS]
 )
+@pytest.mark.slow
 def test_a_symbolic_batch_has_the_masks_of_the_actual_one(group):
     """A program of all functions of a group has the same zeros and values when exported."""
     functions, *batches = GROUPS[group]

@@ -112,7 +112,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize(("keys_of", "options", "how", "expected"), PLANTED.values(), ids=PLANTED)
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_a_planted_bug_is_named_with_its_site(keys_of, options, how, expected):
     report = check(trainer(keys_of, **options), **how)
     assert found(report) == expected
@@ -202,7 +202,7 @@ REPEATED = {
 
 @pytest.mark.parametrize("same", [True, False], ids=["planted", "sound"])
 @pytest.mark.parametrize("run", REPEATED.values(), ids=REPEATED)
-@pytest.mark.sample(5)
+@pytest.mark.sample(2)
 def test_one_key_for_everything_in_a_step(run, same):
     report = regjax.check_dropout(lambda step: run(regjax.site_key(ROOT, step, "it"), same=same))
     site = f"it ({line('dropped')})" if same else line("dropped")

@@ -233,7 +233,7 @@ FAMILY = {
 
 
 @pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.sample(6)
+@pytest.mark.sample(3)
 def test_a_function_of_the_family_is_that_of_the_library(name):
     inputs, options, function = FAMILY[name]
     amount = {"gaussian_noise": "stddev"}.get(name, "rate")

@@ -86,6 +86,7 @@ def test_each_call_of_a_site_has_its_key(net, second, given):
 
 @every_net
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["plain", "checkpoint"])
+@pytest.mark.sample(3)
 def test_under_jit_grad_and_vmap_the_batch_has_one_mask(net, second, given, wrap):
     model, name = net(), second.replace("/", ".")
 

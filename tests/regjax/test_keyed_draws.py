@@ -95,6 +95,7 @@ class Attention(linen.Module):
 
 
 @pytest.mark.parametrize("broadcast", [None, True, False])
+@pytest.mark.sample(2)
 def test_attention_weights_share_their_mask_unless_told_otherwise(broadcast):
     q = jax.random.normal(ROOT, (3, 5, 2, 4))
     weights = dot_product_attention_weights(q, q, deterministic=True)

@@ -145,7 +145,7 @@ STACKS = [*LINEN.values(), NnxStack(), EquinoxStack()]
 
 
 @pytest.mark.parametrize("stack", STACKS, ids=[*LINEN, "nnx", "equinox"])
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_each_layer_of_a_scan_has_its_keys(stack):
     given = (X,) if isinstance(stack, linen.Module) else ()
     assert regjax.keyed.sites(stack, *given, names=NAMES) == [f"h.{i}.drop" for i in range(3)]

@@ -32,6 +32,7 @@ SETTINGS = {
     ("key", "setting"),
     [("threefry", setting) for setting in SETTINGS] + [(key, "rbg") for key in KEYS],
 )
+@pytest.mark.sample(4)
 def test_no_setting_and_no_kind_of_key_changes_a_mask(key, setting):
     one = KEYS[key]()
     expected = regjax.bernoulli(one, 0.3, (65, 63))

@@ -61,7 +61,7 @@ def specs(shape: tuple[int, ...], names: tuple[str, ...], sizes: dict[str, int])
 )
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape, shapes):
     names = ("a", "b")[: len(mesh_shape)]
     mesh = jax.make_mesh(mesh_shape, names, axis_types=(kind,) * len(names))
@@ -86,7 +86,7 @@ def test_the_mask_is_the_same_on_every_mesh(name, kind, mesh_shape, shapes):
 
 @pytest.mark.parametrize("shape", [(7, 9), (33, 5), (8, 509), (63, 96)], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_odd_sizes_shared_unevenly(name, shape):
     """Unevenly sharded arrays exist only inside a program, where XLA pads them."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
@@ -106,7 +106,7 @@ def test_odd_sizes_shared_unevenly(name, shape):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_each_device_makes_its_own_part_and_no_more(name, kind, axis):
     """Count operations: a mask that is replicated would need eight times as many."""
     mesh = jax.make_mesh((8,), ("a",), axis_types=(kind,))

@@ -205,7 +205,7 @@ def test_the_same_path_gives_the_same_values(place):
 
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(3)], ids=["typed", "raw"])
 @pytest.mark.parametrize(("shape", "rate"), [((63, 65), 0.123), ((64, 64), 0.1)], ids=str)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_given_key_gives_the_values_and_gradients(key, shape, rate):
     """Sizes below and above the threshold for the sampler of regjax."""
     x = jnp.linspace(-2.0, 3.0, shape[0] * shape[1]).reshape(shape)
@@ -384,6 +384,7 @@ class TheKey(nn.Module):
 
 
 @every_layer
+@pytest.mark.sample(7)
 def test_a_layer_is_its_function(name):
     settings, inputs, function = FAMILY[name]
     layer = getattr(regjax.linen, name)(0.3, **settings)
@@ -405,6 +406,7 @@ def test_noise_of_standard_deviation_1_needs_a_key():
 
 
 @every_layer
+@pytest.mark.sample(6)
 def test_the_amount_of_the_call_comes_first(name):
     settings, inputs, function = FAMILY[name]
     amount = AMOUNT[name]

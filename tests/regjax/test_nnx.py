@@ -208,7 +208,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.sample(7)
+@pytest.mark.sample(4)
 def test_the_same_streams_give_the_same_values(place):
     of_regjax, of_flax = PLACES[place](REGJAX), PLACES[place](FLAX)
     assert_same_eagerly(of_regjax, of_flax)
@@ -230,6 +230,7 @@ def test_a_given_key_gives_the_values_and_gradients(shape, rate):
     chex.assert_trees_all_equal(jitted, their_jitted)
 
 
+@pytest.mark.slow
 def test_a_small_sum_of_what_is_dropped_has_the_same_bits():
     """Compare the gradient of a bias, whose terms XLA sums in the loop that drops them."""
     x = jax.random.normal(KEY, (8, 16, 16))
@@ -392,6 +393,7 @@ def test_noise_of_standard_deviation_1_needs_a_key():
 
 
 @every_layer
+@pytest.mark.sample(5)
 def test_the_amount_of_the_call_comes_first(name):
     settings, inputs, function = FAMILY[name]
     amount = AMOUNT[name]

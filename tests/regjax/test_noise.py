@@ -28,6 +28,7 @@ each_axis_type = pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisTy
 
 
 @each
+@pytest.mark.sample(2)
 def test_jit_remat_and_both_modes_of_differentiation_draw_the_same(noise):
     f = lambda x: noise(x, 0.3, key=KEY)
     y, ones = f(X), jnp.ones_like(X)
@@ -97,7 +98,7 @@ def test_raw_keys_draw_the_same(noise):
 @each
 @each_axis_type
 @pytest.mark.parametrize("spec", [P("a"), P(None, "b"), P("a", None, "b")], ids=str)
-@pytest.mark.sample(9)
+@pytest.mark.sample(4)
 def test_it_is_the_same_on_every_mesh_and_nothing_is_sent(noise, axis_type, spec):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
     run = jax.jit(lambda x: noise(x, 0.3, key=KEY))

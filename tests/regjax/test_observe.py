@@ -282,7 +282,7 @@ UNDER_CHECKS = [
 
 
 @pytest.mark.parametrize(("name", "setting"), UNDER_CHECKS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_observers_and_guards_under_the_checks_of_jax(name, setting):
     """Observation uses each key once, and leaks no tracer."""
     run = CHECKED[name]

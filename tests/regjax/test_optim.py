@@ -53,7 +53,7 @@ each_optimizer = pytest.mark.parametrize(("name", "make"), OPTIMIZERS.items(), i
 
 @pytest.mark.parametrize("mask", [NO_BIAS, lambda params: NO_BIAS], ids=["tree", "function"])
 @each_optimizer
-@pytest.mark.sample(15)
+@pytest.mark.sample(6)
 def test_mask(name, make, mask):
     # The decay changes the sign of the first gradient of the kernel, and so of any update.
     problem = VARIANTS[name].problem

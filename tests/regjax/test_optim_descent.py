@@ -224,7 +224,7 @@ def test_states_are_read_by_name():
 
 
 @each_variant
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_a_step_and_a_scan_have_the_same_bits(variant):
     optimizer = variant(0.1)
     rng = np.random.default_rng(0)

@@ -196,6 +196,7 @@ def test_the_number_of_steps_can_be_injected():
 
 @pytest.mark.parametrize("shape", [(4, 8), (8, 4)])
 @pytest.mark.parametrize("spec", [jax.P("x", None), jax.P(None, "x"), jax.P("x", "y")], ids=str)
+@pytest.mark.sample(4)
 def test_under_an_explicit_mesh_the_numbers_are_the_same(spec, shape):
     optimizer = optim.muon(0.1, ns_dtype="float32")
     params = {"w": jnp.arange(32.0).reshape(shape) / 7 - 1}

@@ -200,6 +200,7 @@ PEERS = (
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.__name__)
+@pytest.mark.sample(7)
 def test_quick(peer):
     peer(MAKE["momentum"])
 

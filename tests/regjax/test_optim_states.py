@@ -97,6 +97,7 @@ def _rates(variant, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @each_variant
+@pytest.mark.sample(36)
 def test_dtypes_are_kept(variant, dtype):
     with jax.enable_x64(dtype == "float64"):
         params, gradient = (in_dtype(tree, dtype) for tree in variant.problem)
@@ -121,6 +122,7 @@ def test_trees_of_mixed_dtypes(variant):
 
 
 @each_variant
+@pytest.mark.sample(13)
 def test_half_types_are_rounded_once(variant):
     # Parameters, gradient and initial state are exact in bfloat16, so only the result is rounded.
     optimizer, results = variant.make(0.125), []

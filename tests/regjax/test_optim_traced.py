@@ -22,7 +22,7 @@ from tests.regjax.optimizers import (
 
 
 @each_variant
-@pytest.mark.sample(5)
+@pytest.mark.sample(4)
 def test_one_compilation_walks_as_a_loop_does(variant):
     params, gradient = variant.problem
     halved = lambda count: 0.1 / (1.0 + count.astype(float))

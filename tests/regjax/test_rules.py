@@ -32,7 +32,7 @@ def decaying(params: Any, mask: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_kernels_of_real_layers_decay_and_nothing_else(name):
     build, expected, parameters = MODELS[name]
     params = build()
@@ -252,7 +252,7 @@ def test_frozen_parameters_stay_as_torch_leaves_them(name):
 
 @pytest.mark.parametrize("make", [optax.adamw, regjax.optim.adamw])
 @pytest.mark.parametrize("name", ["linen-params", "equinox-filtered", "nnx-state", "haiku"])
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 def test_mask_goes_into_optimizers(make, name):
     params = MODELS[name][0]()
     zeros, ones = (jax.tree.map(like, params) for like in (jnp.zeros_like, jnp.ones_like))

@@ -34,6 +34,7 @@ each = pytest.mark.parametrize(("drop", "x"), FAMILY.values(), ids=FAMILY)
 
 
 @each
+@pytest.mark.sample(2)
 def test_jit_remat_and_both_modes_of_differentiation_draw_one_mask(drop, x):
     f = lambda x: drop(x, 0.3, key=KEY)
     y = f(x)
@@ -110,7 +111,7 @@ def test_reuse_on_purpose_is_told_by_a_clone():
     "spec", [P("a"), P(None, "a"), P(None, None, None, "a"), P("a", None, "b")], ids=str
 )
 @pytest.mark.parametrize("share", [False, True], ids=["own", "shared"])
-@pytest.mark.sample(7)
+@pytest.mark.sample(5)
 def test_blocks_are_the_same_on_every_mesh(axis_type, spec, share):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)
     run = jax.jit(lambda x: block(x, 0.3, key=KEY, share_channels=share))

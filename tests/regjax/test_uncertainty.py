@@ -392,7 +392,7 @@ FRAMEWORKS = (linen_model, linen_model_with_one_flag, nnx_model, equinox_model, 
 
 
 @pytest.mark.parametrize("make", FRAMEWORKS)
-@pytest.mark.sample(3)
+@pytest.mark.sample(2)
 def test_norms_stay_in_evaluation_in_every_framework(make):
     (predict, variables), evaluated, trained = make()
     y = mc(predict, variables, X, keep_samples=True)

@@ -91,6 +91,7 @@ def gradients(way: str, run, *, late_step: int | None = None, outside: bool = Fa
 @pytest.mark.parametrize("outside", [False, True])
 # From the inner one of two reentrant checkpoints, which runs without gradients at first.
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.sample(22)
 def test_gradients_are_those_without_checkpoints(way, name, outside):
     expected = gradients(way, plain)
     given = gradients(way, CHECKPOINTS[name], late_step=9, outside=outside)
@@ -213,6 +214,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.sample(3)
 def test_nothing_keeps_the_tensors_of_a_step_or_the_model(name):
     """Count tensors without garbage collection, which would hide a cycle of references."""
 

@@ -65,6 +65,7 @@ def test_forward_mode_and_jacobians(rate):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.sample(2)
 def test_gradients_of_every_order_agree_with_differences(dtype):
     x = X.to(torch.complex128 if dtype.is_complex else torch.float64).requires_grad_()
     f = lambda x: apply(x, key=KEYS[0])
