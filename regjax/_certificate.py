@@ -271,7 +271,7 @@ def _hashes(train: Any, count: int, start: int, stop: int) -> list[dict[str, Mas
         available = jax.devices()
     except RuntimeError as error:
         raise ValueError(
-            f"platform must be one for which JAX finds devices; got {jax.config.jax_platforms!r} "
+            f"platform must be one for which JAX finds devices; got {os.environ.get('JAX_PLATFORMS')!r} "
             f"({str(error).splitlines()[0]}). Omit it to simulate devices on the CPU."
         ) from None
     if len(available) < count:
