@@ -270,8 +270,9 @@ def _hashes(train: Any, count: int, start: int, stop: int) -> list[dict[str, Mas
     try:
         available = jax.devices()
     except RuntimeError as error:
+        platform = os.environ.get("JAX_PLATFORMS")
         raise ValueError(
-            f"platform must be one for which JAX finds devices; got {os.environ.get('JAX_PLATFORMS')!r} "
+            f"platform must be one for which JAX finds devices; got {platform!r} "
             f"({str(error).splitlines()[0]}). Omit it to simulate devices on the CPU."
         ) from None
     if len(available) < count:
