@@ -28,7 +28,7 @@ figures: $(READY)  ## Write the pictures and tables of the examples in README
 	$(RUN) -m examples.uncertainty --out docs/uncertainty
 
 test: $(READY)  ## Run the tests, without the slow ones
-	$(RUN) -m pytest $(SHARED) -m "not slow" $(ARGS)
+	$(RUN) -m pytest $(SHARED) -m "not slow" --sampled $(ARGS)
 
 test-all: $(READY)  ## Run every test, with twenty times as many examples of each property
 	PROPERTIES=thorough $(RUN) -m pytest $(SHARED) $(ARGS)

@@ -64,6 +64,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--cases", type=int, default=0, help="run at most this many cases of each test (0: all)"
     )
+    parser.addoption(
+        "--sampled", action="store_true", help="run n cases of each test with the marker sample(n)"
+    )
+
+
+_ALL = pytest.mark.sample().mark
 
 
 def _cases(items: Iterable[pytest.Item]) -> list[list[pytest.Item]]:
@@ -80,21 +86,15 @@ def _spaced(cases: Sequence[pytest.Item], count: int) -> set[pytest.Item]:
     return {cases[i * (len(cases) - 1) // gaps] for i in range(min(count, len(cases)))}
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> Generator[None]:
+@pytest.hookimpl(trylast=True)  # after the selection by `-m`
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept: set[pytest.Item] = set()
     for cases in _cases(items):
-        # The cases of a test that are not slow anyway.
-        fast = [case for case in cases if not case.get_closest_marker("slow")]
-        if fast and (sample := fast[0].get_closest_marker("sample")):
-            for case in set(fast) - _spaced(fast, *sample.args):
-                case.add_marker("slow")
-    yield  # the selection by `-m`
-    if limit := config.getoption("--cases"):
-        kept = set().union(*(_spaced(cases, limit) for cases in _cases(items)))
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
+        sample = cases[0].get_closest_marker("sample") if config.getoption("--sampled") else None
+        limits = [limit for limit in (config.getoption("--cases"), *(sample or _ALL).args) if limit]
+        kept |= _spaced(cases, min(limits, default=len(cases)))
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 # Traces are millions of small objects that stay alive. With the default thresholds, the garbage

@@ -119,7 +119,6 @@ def foreign(package: str, name: str, source: str) -> set[str]:
 
 
 @pytest.mark.parametrize("package", ROOMS)
-@pytest.mark.sample(2)
 def test_arrows_run_down_only(package):
     sources = {name: source_of(package, name) for name in files(package)}
     assert {name for name in sources if climbing(package, name, sources[name])} == set()

@@ -48,7 +48,6 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
-@pytest.mark.sample(3)
 def test_examples_run(page):
     namespace = {}
     with jax.numpy_rank_promotion("allow"):  # as for a reader; Linen adds a bias of one dimension

@@ -29,13 +29,13 @@ def test_whole(case):
 @pytest.mark.parametrize(
     ("options", "cases"),
     [
-        (["-m", "not slow"], [[0, 4, 9], [1], [0, 1, 2, 3]]),
+        (["-m", "not slow", "--sampled"], [[0, 4, 9], [1], [0, 1, 2, 3]]),
         ([], [[*range(10)], [0, 1, 2], [0, 1, 2, 3]]),
+        (["-m", "not slow"], [[*range(10)], [1, 2], [0, 1, 2, 3]]),
         (["--cases", "2"], [[0, 9], [0, 2], [0, 3]]),
-        (["-m", "not slow", "--cases", "2"], [[0, 9], [1], [0, 3]]),
+        (["-m", "not slow", "--sampled", "--cases", "2"], [[0, 9], [1], [0, 3]]),
     ],
 )
-@pytest.mark.sample(2)
 def test_the_cases_of_a_table(tmp_path, options, cases):
     root = Path(__file__).parent.parent
     for name in ("conftest.py", "pyproject.toml"):

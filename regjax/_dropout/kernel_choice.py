@@ -19,7 +19,12 @@ from jax.core import Tracer
 from jax.sharding import AxisType
 
 from regjax._dropout.blockwise import Blocks, blockwise
-from regjax._dropout.pallas_attention import check_supported, interpreted_tile, kernel_attention
+from regjax._dropout.pallas_attention import (
+    LARGEST_TILE,
+    check_supported,
+    interpreted_tile,
+    kernel_attention,
+)
 from regjax._dropout.scores import Allowed, Scores
 from regjax._random.by_example import ExampleSampler
 from regshared.checks import describe
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
 
     from regjax._random.bernoulli import MaskSampler
 
-_TILE = (256, 512)  # the largest of a TPU
 _HEADS, _RATE = 2, 0.5
 # Relative to the largest number. The products of both forms are in bfloat16 by default on a TPU,
 # whose rounding adds up to a few hundredths; another mask deviates by about 1.
@@ -102,7 +106,7 @@ def _deviation(
 ) -> float:
     """Return the largest deviation of results and gradients, relative to the largest number."""
     with interpreted_tile(tile), jax.default_device(jax.local_devices()[0]):
-        solutions = problem(sampler, precision, depth, features, dtype, tile or _TILE)
+        solutions = problem(sampler, precision, depth, features, dtype, tile or LARGEST_TILE)
         found, expected = (jax.jit(solve)() for solve in solutions)
         return max(_relative(*pair) for pair in zip(found, expected, strict=True))
 
@@ -113,7 +117,7 @@ def problem(
     depth: int,
     features: int,
     dtype: str,
-    tile: tuple[int, int] = _TILE,
+    tile: tuple[int, int] = LARGEST_TILE,
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Return functions that compute a result and three gradients, in kernels and in blocks."""
     scores = Scores(depth**-0.5, is_causal=True, window=None, precision=precision, dot_general=None)

@@ -39,6 +39,7 @@ _DEPTHS = (64, 256)
 _DTYPES = ("float32", "bfloat16")
 _PRECISIONS = (None, lax.Precision.DEFAULT, lax.Precision.HIGHEST)
 _WAY_OUT = "Omit implementation, or pass implementation='xla'."
+LARGEST_TILE = (256, 512)  # numbers of queries and keys, on a TPU
 _LARGEST = 2**31  # Triton counts the elements of an array in 32 bits
 
 # The tiles of the tests, which run in Pallas's interpreter on any platform; None on a device.
@@ -231,7 +232,8 @@ def _numbers(examples: Places, batch: tuple[int, ...]) -> Places:
 
 def _tile_of_tpus(query: Array, keys: int) -> tuple[int, int]:
     """Return the numbers of queries and keys of a tile."""
-    return _tile_of(query.shape[-3], 256, whole=LANES), _tile_of(keys, 512)
+    most_queries, most_keys = LARGEST_TILE
+    return _tile_of(query.shape[-3], most_queries, whole=LANES), _tile_of(keys, most_keys)
 
 
 def _on_shards(
